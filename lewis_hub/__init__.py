@@ -1,0 +1,47 @@
+"""Merge language models by layer-wise sparsity, score the result and publish it.
+
+Everything public is here; each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lewis_hub.demo.zoo import zoo_folder
+    from lewis_hub.errors import LewisHubError
+    from lewis_hub.pipeline import calibrate, check, evaluate, merge, publish
+    from lewis_hub.recipe import Recipe
+    from lewis_hub.recipe_file import read_recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "LewisHubError",
+    "Recipe",
+    "calibrate",
+    "check",
+    "evaluate",
+    "merge",
+    "publish",
+    "read_recipe",
+    "zoo_folder",
+]
+
+_HOME = {
+    "LewisHubError": "errors",
+    "Recipe": "recipe",
+    "calibrate": "pipeline",
+    "check": "pipeline",
+    "evaluate": "pipeline",
+    "merge": "pipeline",
+    "publish": "pipeline",
+    "read_recipe": "recipe_file",
+    "zoo_folder": "demo.zoo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

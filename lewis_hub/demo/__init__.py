@@ -1,0 +1,1 @@
+"""The zoo: a tiny trained base, its experts and their data."""

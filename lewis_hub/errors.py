@@ -1,0 +1,88 @@
+"""Every error that a user can act on, as one tree.
+
+A message says what, where, expected and found, and what to do next. The fields are the arguments,
+so an error pickles to a worker and back. The command line prints the message and exits with
+`exit_code`; anything else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(eq=False)
+class LewisHubError(Exception):
+    """The root: catch this to catch all that a user can act on."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __reduce__(self) -> tuple[type[LewisHubError], tuple[Any, ...]]:
+        """Pickle by fields, whether they were given by position or by name."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
+
+# -- the recipe
+
+
+@dataclass(eq=False)
+class RecipeError(LewisHubError):
+    """A recipe says something that cannot be done; `field` is a path such as `guide.gamma`."""
+
+    file: str
+    field: str
+    problem: str
+    remedy: str
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.file}: `{self.field}`" if self.field else self.file
+        return "\n".join((f"{where}: {self.problem}", self.remedy, *self.others))
+
+
+# -- sources: repos, folders, datasets
+
+
+@dataclass(eq=False)
+class SourceError(LewisHubError):
+    """A model or dataset could not be found or read."""
+
+
+# -- checkpoints
+
+
+@dataclass(eq=False)
+class CheckpointError(LewisHubError):
+    """Weight files that are broken, or that do not fit together."""
+
+
+# -- calibration
+
+
+@dataclass(eq=False)
+class CalibrationError(LewisHubError):
+    """Calibration data that is missing, empty or does not fit its template."""
+
+
+# -- the output folder
+
+
+@dataclass(eq=False)
+class OutputError(LewisHubError):
+    """The output folder cannot be written."""
+
+
+# -- evaluation
+
+
+@dataclass(eq=False)
+class EvaluationError(LewisHubError):
+    """A benchmark that is missing, unsafe or gave nothing."""
+
+
+# -- publishing
+
+
+@dataclass(eq=False)
+class PublishError(LewisHubError):
+    """A push that was refused; the repo is as it was before."""

@@ -1,0 +1,1 @@
+"""Benchmark scores and what they allow one to say."""

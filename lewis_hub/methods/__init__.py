@@ -1,0 +1,1 @@
+"""How task vectors become one tensor."""

@@ -1,0 +1,223 @@
+"""What the user asks: the types of a recipe. `recipe_file` reads one from YAML.
+
+A recipe is a superset of a mergekit configuration. Every type is frozen and refuses unknown keys;
+the field descriptions are the text that editors show through the JSON Schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+Scalar = bool | int | float | str
+Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
+Guided = Literal["lewis", "uniform"]
+DType = Literal["float32", "float16", "bfloat16"]
+
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Conditional(_Part):
+    """A value for the tensors whose names contain `filter`; the first that matches counts."""
+
+    filter: str | None = Field(None, description="Part of a tensor's name; absent or `*`: any.")
+    value: Scalar | Gradient
+
+
+Setting = Scalar | Gradient | Annotated[tuple[Conditional, ...], Field(min_length=1)]
+Settings = Mapping[str, Setting]
+
+
+class ModelReference(_Part):
+    """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder."""
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "model" in value:  # mergekit's long form
+            value = {**value, **(value["model"] if isinstance(value["model"], Mapping) else {})}
+            if value.get("lora"):
+                raise ValueError("LoRA adapters as sources are not in this version; fold it first")
+            return {"name": value.get("path", value["model"]), "revision": value.get("revision")}
+        if not isinstance(value, str):
+            return value
+        if _is_path(value):
+            return {"name": value}
+        if "+" in value:
+            raise ValueError("LoRA adapters as sources are not in this version; fold it first")
+        name, _, revision = value.partition("@")
+        return {"name": name, "revision": revision or None}
+
+    @model_serializer
+    def _as_written(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+class Calibration(_Part):
+    """Texts to run through base and expert. They pay when they resemble the benchmark."""
+
+    dataset: str = Field(description="Repo, repo@revision, or a local .jsonl or .parquet file.")
+    config: str | None = Field(None, description="Configuration (subset) of the dataset.")
+    split: str = Field("train", description="Split to draw from; never one that is scored.")
+    text: str | None = Field(None, description="Template over columns: `{question} {answer}`.")
+    messages: str | None = Field(None, description="Column of chat messages instead of `text`.")
+    samples: int = Field(15, ge=1, description="Rows drawn by `seed`.")
+    max_tokens: int = Field(512, ge=1, description="Longer texts are cut here.")
+
+    @model_validator(mode="after")
+    def _one_template(self) -> Calibration:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give `text` (a template over columns) or `messages` (a column)")
+        return self
+
+
+class ModelEntry(_Part):
+    """An expert, or any source of a method without a base."""
+
+    model: ModelReference
+    parameters: Settings = Field(default_factory=dict, description="weight, density, ...")
+    calibration: Calibration | None = Field(None, description="Own texts for this expert.")
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _absent(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class Guide(_Part):
+    """How calibration becomes densities."""
+
+    name: Guided = "lewis"
+    gamma: float = Field(0.3, gt=0, le=1, description="Lowest density of the schedule.")
+    epsilon: float = Field(0.8, gt=0, le=1, description="Highest density of the schedule.")
+    default_density: float = Field(
+        1.0, gt=0, le=1, description="Of embeddings, norms, biases and head."
+    )
+    calibration: Calibration | None = Field(
+        None, description="For experts that carry no calibration of their own."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Guide:
+        if self.gamma > self.epsilon:
+            raise ValueError(f"gamma ({self.gamma:g}) is above epsilon ({self.epsilon:g})")
+        return self
+
+
+class Gate(_Part):
+    """When a merge is not good enough to be published."""
+
+    task: str
+    metric: str
+    not_worse_than: tuple[Literal["base", "experts", "uniform", "previous"], ...] = ("uniform",)
+    tolerance: float = Field(0.0, ge=0)
+
+
+class Evaluation(_Part):
+    """Which lm-eval tasks score the merge, and beside what."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval task names.")
+    include: str | None = Field(None, description="Folder with own lm-eval task files.")
+    limit: int | None = Field(None, ge=1, description="Score the first items only.")
+    compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
+        ("base", "experts", "uniform"), description="Scored on the same items as the merge."
+    )
+    gate: Gate | None = None
+
+
+class Publishing(_Part):
+    """Where the merge goes, and under which licence."""
+
+    repo: str = Field(description="owner/name on the Hub.")
+    private: bool = False
+    license: str | None = Field(None, description="Needed where the parents' licences differ.")
+    landing: Literal["commit", "pull-request"] = Field("commit", alias="as")
+    tag: str | None = None
+
+    @field_validator("repo")
+    @classmethod
+    def _is_repo(cls, value: str) -> str:
+        if not REPO.fullmatch(value) or "--" in value or ".." in value:
+            raise ValueError(f"{value!r} is not owner/name (letters, digits, `-`, `_`, `.`)")
+        return value
+
+
+class Recipe(_Part):
+    """A whole merge, from sources to a published model."""
+
+    base_model: ModelReference | None = Field(
+        None, description="What task vectors start from: repo, repo@revision or folder."
+    )
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    merge_method: str = Field(description="`lewis-hub methods` lists them.")
+    parameters: Settings = Field(default_factory=dict, description="For all models.")
+    dtype: DType | None = Field(None, description="Of the output; absent: as in the base.")
+    out_dtype: DType | None = Field(None, description="mergekit's name for `dtype`; wins over it.")
+    tokenizer_source: str = Field("base", description="Whose tokenizer the merge carries.")
+    seed: int = Field(42, ge=0, lt=2**63, description="Of random masks and of row sampling.")
+    guide: Guide | None = None
+    evaluate: Evaluation | None = None
+    publish: Publishing | None = None
+
+    _folder: Path = PrivateAttr(default_factory=Path)
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _absent(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    def placed_in(self, folder: Path) -> Recipe:
+        """The same recipe, its relative paths looked up in `folder` first."""
+        placed = self.model_copy()
+        placed._folder = folder
+        return placed
+
+    def locate(self, name: str) -> str:
+        """The absolute path of a local file or folder; a repo's name comes back as it is.
+
+        A relative path is looked up beside the recipe, then in the working folder.
+        """
+        for candidate in (self._folder / Path(name).expanduser(), Path(name).expanduser()):
+            if candidate.exists():
+                return str(candidate.resolve())
+        return str(self._folder.resolve() / name) if name.startswith((".", "/", "~")) else name
+
+    @property
+    def experts(self) -> tuple[ModelEntry, ...]:
+        """The models other than the base; mergekit's configs often list the base among them."""
+        return tuple(entry for entry in self.models if entry.model != self.base_model)
+
+    @property
+    def output_dtype(self) -> DType | None:
+        """The dtype on disk; None keeps each tensor's own."""
+        return self.out_dtype or self.dtype
+
+    def calibration_of(self, entry: ModelEntry) -> Calibration | None:
+        """The expert's own calibration, or else the guide's."""
+        return entry.calibration or (self.guide.calibration if self.guide else None)

@@ -1,0 +1,1 @@
+"""What a merge leaves behind for its readers: plots, card, lock."""

@@ -1,0 +1,1 @@
+"""Text templates: the model card, recipes, workflows."""
