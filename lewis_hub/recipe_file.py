@@ -18,8 +18,7 @@ from pydantic_core import ErrorDetails
 
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe import Recipe
-
-SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
+from lewis_hub.recipe_rules import SETTING, Complaint, Place, contradictions
 
 # What mergekit or a later version knows and this one does not: refused by name, never ignored.
 NOT_YET = {
@@ -27,16 +26,13 @@ NOT_YET = {
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
     "tokenizer": "Rebuilding a tokenizer is not in this version: the base's is carried over.",
     "chat_template": "Choosing a chat template is not in this version: the base's is carried over.",
-    "adapter": "LoRA adapters as sources are not in this version: fold the adapter first.",
-    "task": "Calibrating on an lm-eval task is not in this version: name its dataset and `text`.",
-    "gate": "The quality gate is not in this version: read the scores before you publish.",
-    "trim": "Choosing how to trim is not in this version: magnitude is used.",
-    "mean_density": "Budgeted schedules are not in this version: set gamma and epsilon.",
-    "apply_to": "LEWIS weights are not in this version: the schedule sets densities.",
+    "guide.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
+    "models.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
+    "guide.trim": "Choosing how to trim is not in this version: magnitude is used.",
+    "guide.mean_density": "Budgets are not in this version: set gamma and epsilon.",
+    "guide.apply_to": "LEWIS weights are not in this version: the schedule sets densities.",
 }
 GUIDES_NOT_YET = ("lewis_reference", "magnitude", "activation_shift", "aim", "owl")
-
-Path_ = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,14 +90,10 @@ def parse_recipe(text: str, file: str) -> Recipe:
     Raises:
         RecipeError: as for `read_recipe`.
     """
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        document = loader.construct_document(node) if node is not None else None
-    except yaml.YAMLError as error:
+        node, document = _load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 0-0
         raise _not_yaml(error, file) from None
-    finally:
-        loader.dispose()
     if not isinstance(document, dict):
         raise RecipeError(
             file,
@@ -133,123 +125,90 @@ def schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
 
 
-def _not_yaml(error: yaml.YAMLError, file: str) -> RecipeError:
+def _load(text: str) -> tuple[yaml.Node | None, Any]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, loader.construct_document(node) if node is not None else None
+    finally:
+        loader.dispose()
+
+
+def _not_yaml(error: Exception, file: str) -> RecipeError:
     mark = getattr(error, "problem_mark", None)
     where = f"{file}:{mark.line + 1}" if mark else file
-    problem = getattr(error, "problem", None) or str(error)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     return RecipeError(where, "", f"not valid YAML: {problem}.", "Mend the line, then run again.")
-
-
-Complaint = tuple[Path_, str, str]
 
 
 def _complaints(document: Mapping[str, Any]) -> list[Complaint]:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        by_place: dict[Path_, list[ErrorDetails]] = {}
+        by_place: dict[Place, list[ErrorDetails]] = {}
         for detail in error.errors(include_url=False):
-            by_place.setdefault(_in_document(detail["loc"], document), []).append(detail)
-        return [_complaint(where, details) for where, details in by_place.items()]
-    return list(_contradictions(recipe))
+            by_place.setdefault(_in_document(detail, document), []).append(detail)
+        places = [where for where in by_place if not _only_follows(where, by_place)]
+        places.sort(key=lambda where: by_place[where][0]["type"] != "extra_forbidden")
+        return [_complaint(where, by_place[where]) for where in places]
+    return list(contradictions(recipe))
 
 
-def _complaint(where: Path_, details: Sequence[ErrorDetails]) -> Complaint:
+def _only_follows(where: Place, by_place: Mapping[Place, Sequence[ErrorDetails]]) -> bool:
+    """A list or a union whose item is wrong is reported too; the item is enough."""
+    inner = any(other != where and other[: len(where)] == where for other in by_place)
+    return inner and all(detail["type"] != "value_error" for detail in by_place[where])
+
+
+def _complaint(where: Place, details: Sequence[ErrorDetails]) -> Complaint:
     kinds = {detail["type"] for detail in details}
-    key = where[-1] if where else ""
+    key = str(where[-1]) if where else ""
     found = details[0]["input"]
     if kinds == {"extra_forbidden"}:
-        if key in NOT_YET:
-            return where, f"`{key}` is not understood by this version.", NOT_YET[str(key)]
-        return where, f"unknown key `{key}`.", _nearest(str(key), _known_keys(where[:-1]))
+        later = NOT_YET.get(".".join(step for step in where if isinstance(step, str)))
+        if later:
+            return where, f"`{key}` is not understood by this version.", later
+        return where, f"unknown key `{key}`.", _nearest(key, _known_keys(where[:-1]))
     if kinds == {"missing"}:
         return where, f"`{key}` is missing.", f"Add `{key}:`; `lewis-hub schema` describes it."
     if "parameters" in where:
         return where, f"found {_kind(found)}.", f"Expected {SETTING}."
     if where == ("guide", "name") and found in GUIDES_NOT_YET:
         return where, f"the guide `{found}` is not in this version.", "Use `lewis` or `uniform`."
-    problem = details[0]["msg"].removeprefix("Value error, ")
-    return where, f"{problem} (found {_kind(found)}).", "`lewis-hub schema` describes every field."
+    return where, _in_words(details[0]), "`lewis-hub schema` describes every field."
 
 
-def _contradictions(recipe: Recipe) -> typing.Iterator[Complaint]:
-    """What each field allows and the whole does not."""
-    if recipe.evaluate and recipe.evaluate.gate:
-        yield ("evaluate", "gate"), "`gate` is not understood by this version.", NOT_YET["gate"]
-    base = recipe.base_model
-    if recipe.tokenizer_source not in {"base", *([base.name, str(base)] if base else [])}:
-        problem = f"only the base's tokenizer is carried over, found `{recipe.tokenizer_source}`."
-        yield ("tokenizer_source",), problem, "Write `tokenizer_source: base`, or leave it out."
-    if not recipe.experts:
-        yield ("models",), "only the base is listed.", "Add at least one expert."
-    names = [str(entry.model) for entry in recipe.experts]
-    for twice in sorted({name for name in names if names.count(name) > 1}):
-        yield ("models",), f"`{twice}` is listed twice.", "List each expert once, with its weight."
-    if recipe.guide:
-        yield from _guide_contradictions(recipe)
-    yield from _bad_numbers(recipe)
+def _in_words(detail: ErrorDetails) -> str:
+    if detail["type"] == "value_error":
+        return f"{detail['msg'].removeprefix('Value error, ')}."
+    expected = detail["msg"].removeprefix("Input should be ").replace("a valid tuple", "a list")
+    if detail["type"] == "too_short":
+        expected = "at least one item"
+    return f"expected {expected}, found {_kind(detail['input'])}."
 
 
-def _guide_contradictions(recipe: Recipe) -> typing.Iterator[Complaint]:
-    assert recipe.guide
-    if recipe.base_model is None:
-        yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
-    needs_texts = recipe.guide.name != "uniform"
-    for index, entry in enumerate(recipe.models):
-        if entry.model == recipe.base_model:
-            continue
-        if needs_texts and recipe.calibration_of(entry) is None:
-            problem = f"no calibration data for `{entry.model}`."
-            yield ("guide",), problem, "Add `guide.calibration`, or `calibration` to this model."
-        if "density" in entry.parameters:
-            place = ("models", index, "parameters", "density")
-            yield place, "both a guide and a density are given.", "Remove one of the two."
-    if "density" in recipe.parameters:
-        place_all = ("parameters", "density")
-        yield place_all, "both a guide and a density are given.", "Remove one of the two."
-
-
-def _bad_numbers(recipe: Recipe) -> typing.Iterator[Complaint]:
-    places: list[tuple[Path_, Mapping[str, Any]]] = [(("parameters",), recipe.parameters)]
-    places += [
-        (("models", index, "parameters"), entry.parameters)
-        for index, entry in enumerate(recipe.models)
-    ]
-    for where, settings in places:
-        for name in ("weight", "density"):
-            for value in _values(settings.get(name, ())):
-                if isinstance(value, bool | str):
-                    yield (*where, name), f"expected numbers, found {value!r}.", f"Give {SETTING}."
-                elif name == "density" and not 0 <= value <= 1:
-                    problem = f"a density lies between 0 and 1, found {value:g}."
-                    yield (*where, name), problem, "It is the fraction of entries kept."
-
-
-def _values(setting: Any) -> list[Any]:
-    if isinstance(setting, tuple):
-        return [value for item in setting for value in _values(getattr(item, "value", item))]
-    return [setting]
-
-
-def _in_document(loc: tuple[str | int, ...], document: Any) -> Path_:
+def _in_document(detail: ErrorDetails, document: Any) -> Place:
     """Drop what pydantic adds to a path (the branches of unions) and keep the user's keys."""
     where: list[str | int] = []
-    for index, step in enumerate(loc):
+    for step in detail["loc"]:
         inside = isinstance(document, dict) and step in document
         if inside or (isinstance(document, list) and isinstance(step, int)):
-            document = document[step]  # type: ignore[index]
+            document = document[step]
             where.append(step)
-        elif index == len(loc) - 1 and isinstance(document, dict):
-            where.append(step)  # a missing key
+    if detail["type"] == "missing":
+        where.append(detail["loc"][-1])
+    if "parameters" in where and detail["type"] not in {"missing", "extra_forbidden"}:
+        where = where[: where.index("parameters") + 2]  # the parameter, whatever its branches say
     return tuple(where)
 
 
-def _known_keys(where: Path_) -> list[str]:
+def _known_keys(where: Place) -> list[str]:
     model: type[BaseModel] | None = Recipe
     for step in where:
         if isinstance(step, str) and model:
             names = {field.alias or name: field for name, field in model.model_fields.items()}
-            model = _model_in(names[step].annotation) if step in names else None
+            if step in names:  # else a key of a mapping, such as a parameter's name
+                model = _model_in(names[step].annotation)
     if model is None:
         return []
     return [field.alias or name for name, field in model.model_fields.items()]
@@ -268,7 +227,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"Known here: {', '.join(known)}." if known else "Remove it."
 
 
-def _line(node: yaml.Node | None, where: Path_) -> int:
+def _line(node: yaml.Node | None, where: Place) -> int:
     line = node.start_mark.line if node else 0
     for step in where:
         if isinstance(node, yaml.MappingNode):
@@ -282,7 +241,7 @@ def _line(node: yaml.Node | None, where: Path_) -> int:
     return line + 1
 
 
-def _dotted(where: Path_) -> str:
+def _dotted(where: Place) -> str:
     text = ""
     for step in where:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step

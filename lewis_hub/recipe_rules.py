@@ -1,0 +1,76 @@
+"""What each field of a recipe allows and the whole does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lewis_hub.recipe import Recipe
+
+SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
+
+Place = tuple[str | int, ...]  # a path in the document, such as ("models", 0, "parameters")
+Complaint = tuple[Place, str, str]  # where, the problem, what to do
+
+
+def contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    """What each field allows and the whole does not."""
+    if recipe.evaluate and recipe.evaluate.gate:
+        yield (
+            ("evaluate", "gate"),
+            "the quality gate is not in this version.",
+            "Read the scores, then publish.",
+        )
+    base = recipe.base_model
+    if recipe.tokenizer_source not in {"base", *([base.name, str(base)] if base else [])}:
+        problem = f"only the base's tokenizer is carried over, found `{recipe.tokenizer_source}`."
+        yield ("tokenizer_source",), problem, "Write `tokenizer_source: base`, or leave it out."
+    if not recipe.experts:
+        yield ("models",), "only the base is listed.", "Add at least one expert."
+    names = [str(entry.model) for entry in recipe.experts]
+    for twice in sorted({name for name in names if names.count(name) > 1}):
+        yield ("models",), f"`{twice}` is listed twice.", "List each expert once, with its weight."
+    if recipe.guide:
+        yield from _guide_contradictions(recipe)
+    yield from _bad_numbers(recipe)
+
+
+def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    assert recipe.guide
+    if recipe.base_model is None:
+        yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
+    needs_texts = recipe.guide.name != "uniform"
+    for index, entry in enumerate(recipe.models):
+        if entry.model == recipe.base_model:
+            continue
+        if needs_texts and recipe.calibration_of(entry) is None:
+            problem = f"no calibration data for `{entry.model}`."
+            yield ("guide",), problem, "Add `guide.calibration`, or `calibration` to this model."
+        if "density" in entry.parameters:
+            place = ("models", index, "parameters", "density")
+            yield place, "both a guide and a density are given.", "Remove one of the two."
+    if "density" in recipe.parameters:
+        place_all = ("parameters", "density")
+        yield place_all, "both a guide and a density are given.", "Remove one of the two."
+
+
+def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:
+    places: list[tuple[Place, Mapping[str, Any]]] = [(("parameters",), recipe.parameters)]
+    places += [
+        (("models", index, "parameters"), entry.parameters)
+        for index, entry in enumerate(recipe.models)
+    ]
+    for where, settings in places:
+        for name in ("weight", "density"):
+            for value in _values(settings.get(name, ())):
+                if isinstance(value, bool | str):
+                    yield (*where, name), f"expected numbers, found {value!r}.", f"Give {SETTING}."
+                elif name == "density" and not 0 <= value <= 1:
+                    problem = f"a density lies between 0 and 1, found {value:g}."
+                    yield (*where, name), problem, "It is the fraction of entries kept."
+
+
+def _values(setting: Any) -> list[Any]:
+    if isinstance(setting, tuple):
+        return [value for item in setting for value in _values(getattr(item, "value", item))]
+    return [setting]

@@ -1,0 +1,283 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lewis_hub.errors import RecipeError
+from lewis_hub.recipe import Conditional, ModelReference
+from lewis_hub.recipe_file import parse_recipe, read_recipe, schema
+
+GOOD = """base_model: a/b
+models:
+  - model: a/c@main
+    parameters: {weight: 1.0}
+merge_method: ties
+"""
+CALIBRATION = "{dataset: x/y, text: '{a}'}"
+SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}."
+
+# what is wrong with the recipe -> the whole message
+BROKEN = {
+    GOOD + "merge_metod: x\n": (
+        "r.yaml:6: `merge_metod`: unknown key `merge_metod`.\nDid you mean `merge_method`?"
+    ),
+    GOOD.replace("merge_method: ties\n", ""): (
+        "r.yaml:1: `merge_method`: `merge_method` is missing.\n"
+        "Add `merge_method:`; `lewis-hub schema` describes it."
+    ),
+    GOOD + "merge_method: ties\n": (
+        "r.yaml:6: not valid YAML: `merge_method` is given twice.\nMend the line, then run again."
+    ),
+    "": (
+        "r.yaml: expected a mapping with `models` and `merge_method`, found nothing.\n"
+        "`lewis-hub init` writes a recipe to start from."
+    ),
+    GOOD + "slices: []\n": (
+        "r.yaml:6: `slices`: `slices` is not understood by this version.\n"
+        "Layer stacking is not in this version: list whole models under `models`."
+    ),
+    GOOD + "tokenizer_source: union\n": (
+        "r.yaml:6: `tokenizer_source`: only the base's tokenizer is carried over, found `union`.\n"
+        "Write `tokenizer_source: base`, or leave it out."
+    ),
+    GOOD + "dtype: bf16\n": (
+        "r.yaml:6: `dtype`: expected 'float32', 'float16' or 'bfloat16', found 'bf16'.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD.replace("1.0", "heavy"): (
+        f"r.yaml:4: `models[0].parameters.weight`: expected numbers, found 'heavy'.\nGive {SETTING}"
+    ),
+    GOOD.replace("1.0", "[1, x]"): (
+        f"r.yaml:4: `models[0].parameters.weight`: found a list.\nExpected {SETTING}"
+    ),
+    GOOD.replace("1.0", "[{filter: mlp, valu: 3}]"): (
+        "r.yaml:4: `models[0].parameters.weight[0].valu`: unknown key `valu`.\n"
+        "Did you mean `value`?\n"
+        "r.yaml:4: `models[0].parameters.weight[0].value`: `value` is missing."
+    ),
+    GOOD.replace("weight: 1.0", "density: 1.5"): (
+        "r.yaml:4: `models[0].parameters.density`: a density lies between 0 and 1, found 1.5.\n"
+        "It is the fraction of entries kept."
+    ),
+    GOOD + f"guide: {{gamma: 0.9, epsilon: 0.2, calibration: {CALIBRATION}}}\n": (
+        "r.yaml:6: `guide`: gamma (0.9) is above epsilon (0.2).\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + f"guide: {{gamma: 2, calibration: {CALIBRATION}}}\n": (
+        "r.yaml:6: `guide.gamma`: expected less than or equal to 1, found 2.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: lewis}\n": (
+        "r.yaml:6: `guide`: no calibration data for `a/c@main`.\n"
+        "Add `guide.calibration`, or `calibration` to this model."
+    ),
+    GOOD + "guide: {calibration: {dataset: x/y}}\n": (
+        "r.yaml:6: `guide.calibration`: give `text` (a template over columns) or `messages` "
+        "(a column).\n`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: owl}\n": (
+        "r.yaml:6: `guide.name`: the guide `owl` is not in this version.\nUse `lewis` or `uniform`."
+    ),
+    GOOD + "guide: {calibration: {task: gsm8k}}\n": (
+        "r.yaml:6: `guide.calibration.task`: `task` is not understood by this version.\n"
+        "Calibrating on a task is not in this version: name its dataset.\n"
+        "r.yaml:6: `guide.calibration.dataset`: `dataset` is missing."
+    ),
+    GOOD + "evaluate: {tasks: [a], gate: {task: a, metric: m}}\n": (
+        "r.yaml:6: `evaluate.gate`: the quality gate is not in this version.\n"
+        "Read the scores, then publish."
+    ),
+    GOOD.replace("a/c@main", "a/c+d/e"): (
+        "r.yaml:3: `models[0].model`: LoRA adapters as sources are not in this version; "
+        "fold it first.\n`lewis-hub schema` describes every field."
+    ),
+    GOOD + "publish: {repo: '$(rm -rf x)/y'}\n": (
+        "r.yaml:6: `publish.repo`: '$(rm -rf x)/y' is not owner/name (letters, digits, `-`, `_`, "
+        "`.`).\n`lewis-hub schema` describes every field."
+    ),
+    GOOD.replace("base_model: a/b\n", "") + f"guide: {{calibration: {CALIBRATION}}}\n": (
+        "r.yaml:5: `guide`: a guide needs a `base_model` to compare with.\nName the base model."
+    ),
+    GOOD + "seed: -1\n": (
+        "r.yaml:6: `seed`: expected greater than or equal to 0, found -1.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    "merge_method: ties\nmodels: []\n": (
+        "r.yaml:2: `models`: expected at least one item, found a list.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    "merge_method: ties\nmodels: a/b\n": (
+        "r.yaml:2: `models`: expected a list, found 'a/b'.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "evaluate: {task: [a]}\n": (
+        "r.yaml:6: `evaluate.task`: unknown key `task`.\nDid you mean `tasks`?\n"
+        "r.yaml:6: `evaluate.tasks`: `tasks` is missing."
+    ),
+    GOOD + "publish: {repo: a/b, as: pr}\n": (
+        "r.yaml:6: `publish.as`: expected 'commit' or 'pull-request', found 'pr'.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD.replace("merge_method", "  - model: a/c@main\nmerge_method"): (
+        "r.yaml:2: `models`: `a/c@main` is listed twice.\nList each expert once, with its weight."
+    ),
+    GOOD.replace("a/c@main", "a/b"): (
+        "r.yaml:2: `models`: only the base is listed.\nAdd at least one expert."
+    ),
+    GOOD.replace("weight", "density") + f"guide: {{calibration: {CALIBRATION}}}\n": (
+        "r.yaml:4: `models[0].parameters.density`: both a guide and a density are given.\n"
+        "Remove one of the two."
+    ),
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_recipe_gets_one_message_that_says_where_and_what_to_do(text):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yaml")
+
+    assert str(caught.value) == BROKEN[text]
+
+
+def test_yaml_that_does_not_parse_names_its_line():
+    with pytest.raises(RecipeError, match=r"^r\.yaml:2: not valid YAML: "):
+        parse_recipe("models:\n  - {model: a/b", "r.yaml")
+
+
+def test_a_recipe_cannot_make_python_objects():
+    with pytest.raises(RecipeError, match="not valid YAML: could not determine a constructor"):
+        parse_recipe("!!python/object/apply:os.system ['true']", "r.yaml")
+
+
+def test_a_missing_file_says_how_to_write_one(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+
+    assert str(caught.value) == (
+        f"{tmp_path}/recipe.yaml: there is no such file.\n"
+        "Name a recipe, or write one with `lewis-hub init`."
+    )
+
+
+# the shapes of mergekit's example configurations, in our words
+MERGEKIT = {
+    "linear": """
+models:
+  - model: org/one
+    parameters: {weight: 1.0}
+  - model: org/two
+    parameters: {weight: 0.3}
+  - model: org/three
+    parameters: {weight: 0.5}
+merge_method: linear
+dtype: float16
+""",
+    "ties with gradients and filters": """
+models:
+  - model: org/one
+    parameters:
+      density: [1, 0.7, 0.1]  # a gradient
+      weight: 1.0
+  - model: org/two
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1]
+  - model: org/three
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: org/base
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+""",
+    "dare_ties with the base among the models": """
+models:
+  - model: org/base
+    # no parameters necessary for the base
+  - model: org/one
+    parameters: {weight: 0.4, density: 0.53}
+  - model: org/two
+    parameters:
+merge_method: dare_ties
+base_model: org/base
+parameters:
+dtype: bfloat16
+""",
+}
+
+
+@pytest.mark.parametrize("name", MERGEKIT)
+def test_a_mergekit_configuration_is_a_recipe(name):
+    recipe = parse_recipe(MERGEKIT[name], "r.yaml")
+
+    assert [str(entry.model) for entry in recipe.experts][:2] == ["org/one", "org/two"]
+
+
+def test_settings_keep_what_was_written():
+    recipe = parse_recipe(MERGEKIT["ties with gradients and filters"], "r.yaml")
+
+    assert recipe.models[0].parameters["density"] == (1.0, 0.7, 0.1)
+    assert recipe.models[2].parameters["weight"] == (
+        Conditional(filter="mlp", value=0.5),
+        Conditional(value=0),
+    )
+    assert recipe.parameters["normalize"] is True
+
+
+@pytest.mark.parametrize(
+    ("written", "name", "revision"),
+    [
+        ("org/model", "org/model", None),
+        ("org/model@v1.0", "org/model", "v1.0"),
+        ("org/model@refs/pr/3", "org/model", "refs/pr/3"),
+        ("./folder@home", "./folder@home", None),
+        ({"model": {"path": "org/model", "revision": "main"}}, "org/model", "main"),
+        ({"model": "org/model"}, "org/model", None),
+    ],
+)
+def test_a_model_reference_is_a_repo_with_a_revision_or_a_folder(written, name, revision):
+    reference = ModelReference.model_validate(written)
+
+    assert (reference.name, reference.revision) == (name, revision)
+
+
+def test_relative_paths_are_looked_up_beside_the_recipe_first(tmp_path, monkeypatch):
+    beside, working = tmp_path / "recipes", tmp_path / "elsewhere"
+    for folder in (beside / "a", working / "a", working / "b"):
+        folder.mkdir(parents=True)
+    (beside / "recipe.yaml").write_text(GOOD)
+    monkeypatch.chdir(working)
+
+    recipe = read_recipe(beside / "recipe.yaml")
+
+    assert recipe.locate("a") == str(beside / "a")
+    assert recipe.locate("./b") == str(working / "b")
+    assert recipe.locate("org/model") == "org/model"
+    assert recipe.locate("./missing") == str(beside / "missing")
+
+
+def test_the_schema_describes_every_top_level_key():
+    properties = json.loads(schema())["properties"]
+
+    assert {"base_model", "models", "merge_method", "guide", "evaluate", "publish"} <= set(
+        properties
+    )
+    assert json.loads(schema())["additionalProperties"] is False
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_one_recipe_error(text):
+    try:
+        parse_recipe(text, "r.yaml")
+    except RecipeError as error:
+        complaint = str(error)
+    else:
+        complaint = "r.yaml: fine"
+    assert complaint.startswith("r.yaml")
