@@ -61,7 +61,30 @@ class CheckpointError(LewisHubError):
 
 @dataclass(eq=False)
 class CalibrationError(LewisHubError):
-    """Calibration data that is missing, empty or does not fit its template."""
+    """Calibration that cannot be done as asked: data, template, tokenizer or model."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"
+
+
+class EmptyCalibrationError(CalibrationError):
+    """No token of the calibration data counts."""
+
+
+class CalibrationModelError(CalibrationError):
+    """A source that transformers cannot load, or that cannot be measured."""
+
+
+class GuideError(CalibrationError):
+    """A guide that is unknown, or whose statistics and bounds give no schedule."""
+
+
+class ProfileError(CalibrationError):
+    """An importance.json or density.json that cannot be read."""
 
 
 # -- the output folder
@@ -70,6 +93,13 @@ class CalibrationError(LewisHubError):
 @dataclass(eq=False)
 class OutputError(LewisHubError):
     """The output folder cannot be written."""
+
+    path: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}\n{self.remedy}"
 
 
 # -- evaluation

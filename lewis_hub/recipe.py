@@ -180,6 +180,9 @@ class Recipe(_Part):
     dtype: DType | None = Field(None, description="Of the output; absent: as in the base.")
     out_dtype: DType | None = Field(None, description="mergekit's name for `dtype`; wins over it.")
     tokenizer_source: str = Field("base", description="Whose tokenizer the merge carries.")
+    allow_code: tuple[str, ...] = Field(
+        (), description="Models whose *.py files are carried into the merge; never run here."
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="Of random masks and of row sampling.")
     guide: Guide | None = None
     evaluate: Evaluation | None = None

@@ -1,0 +1,99 @@
+"""The output folder: it appears whole or not at all, and one run at a time works on it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lewis_hub.errors import OutputError
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where work happens until it is whole.
+
+    Attributes:
+        output: what the folder will be called.
+        folder: ``OUTPUT.partial``; what an interrupted run left is still there.
+        scratch: for what does not belong to the result; gone when it is finished.
+    """
+
+    output: Path
+    folder: Path
+    scratch: Path
+
+    def finish(self, files: Iterable[str]) -> Path:
+        """Keep exactly `files` (relative paths) and give the folder its name.
+
+        A folder that has the name already is replaced in two renames; the old one is deleted
+        only when the new one stands.
+        """
+        keep = set(files)
+        for path in sorted(self.folder.rglob("*"), reverse=True):
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif str(path.relative_to(self.folder)) not in keep:
+                path.unlink()
+        _sync(self.folder)
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        if self.output.exists():
+            self.output.rename(replaced)
+        self.folder.rename(self.output)
+        _sync(self.output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return self.output
+
+
+@contextmanager
+def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
+    """Work on `output` alone; leaving without `finish` keeps what was done.
+
+    Raises:
+        OutputError: it exists and is not to be replaced, another run works on it, or the
+            folder cannot be written.
+    """
+    output = output.resolve()
+    if output.exists() and not replace:
+        raise OutputError(
+            str(output),
+            "it exists and holds something else than this merge.",
+            "Name another folder with -o, or replace it with --force.",
+        )
+    folder = output.with_name(output.name + ".partial")
+    try:
+        (folder / ".scratch").mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(
+            str(output),
+            f"it cannot be written ({error.strerror}).",
+            "Name a folder that you may write to with -o.",
+        ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                str(output),
+                "another run is working on it.",
+                "Wait until it ends, or name another folder with -o.",
+            ) from None
+        yield Workspace(output, folder, folder / ".scratch")
+    finally:
+        os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+import pytest
+
+from lewis_hub.errors import OutputError
+from lewis_hub.merge.workspace import open_workspace
+
+
+def test_the_folder_appears_with_exactly_the_files_that_belong_to_it(tmp_path):
+    output = tmp_path / "merged"
+    with open_workspace(output, replace=False) as work:
+        (work.folder / "lewis").mkdir()
+        (work.folder / "lewis" / "lock.json").write_text("{}")
+        (work.folder / "model.safetensors").write_text("weights")
+        (work.folder / "model-00001-of-00002.safetensors").write_text("of an older recipe")
+        (work.scratch / "twin").mkdir()
+        (work.scratch / "twin" / "model.safetensors").write_text("twin")
+        assert not output.exists()
+
+        work.finish(["lewis/lock.json", "model.safetensors"])
+
+    found = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    assert found == ["lewis/lock.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_an_interrupted_run_keeps_what_was_done(tmp_path):
+    def interrupted():
+        with open_workspace(tmp_path / "merged", replace=False) as work:
+            (work.folder / "shard").write_text("done")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+    with open_workspace(tmp_path / "merged", replace=False) as work:
+        assert (work.folder / "shard").read_text() == "done"
+    assert not (tmp_path / "merged").exists()
+
+
+def test_two_runs_on_one_output_the_second_stops(tmp_path):
+    with (
+        open_workspace(tmp_path / "merged", replace=False),
+        pytest.raises(OutputError) as caught,
+        open_workspace(tmp_path / "merged", replace=False),
+    ):
+        pass
+
+    assert str(caught.value) == (
+        f"{tmp_path}/merged: another run is working on it.\n"
+        "Wait until it ends, or name another folder with -o."
+    )
+
+
+def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
+    output = tmp_path / "merged"
+    output.mkdir()
+    (output / "precious").write_text("old")
+
+    with pytest.raises(OutputError) as caught, open_workspace(output, replace=False):
+        pass
+    assert str(caught.value) == (
+        f"{output}: it exists and holds something else than this merge.\n"
+        "Name another folder with -o, or replace it with --force."
+    )
+    assert (output / "precious").read_text() == "old"
+
+    with open_workspace(output, replace=True) as work:
+        (work.folder / "new").write_text("new")
+        work.finish(["new"])
+    assert [path.name for path in output.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+
+    with (
+        pytest.raises(OutputError) as caught,
+        open_workspace(tmp_path / "file" / "merged", replace=False),
+    ):
+        pass
+
+    assert str(caught.value) == (
+        f"{tmp_path}/file/merged: it cannot be written (Not a directory).\n"
+        "Name a folder that you may write to with -o."
+    )
