@@ -45,7 +45,14 @@ class RecipeError(LewisHubError):
 
 @dataclass(eq=False)
 class SourceError(LewisHubError):
-    """A model or dataset could not be found or read."""
+    """A model or dataset could not be found or read; `where` is the repo or path as written."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 # -- checkpoints
@@ -107,7 +114,14 @@ class OutputError(LewisHubError):
 
 @dataclass(eq=False)
 class EvaluationError(LewisHubError):
-    """A benchmark that is missing, unsafe or gave nothing."""
+    """A benchmark that is missing, unsafe or gave nothing; `subject` is a task, file or folder."""
+
+    subject: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.problem}\n{self.remedy}"
 
 
 # -- publishing
@@ -115,4 +129,11 @@ class EvaluationError(LewisHubError):
 
 @dataclass(eq=False)
 class PublishError(LewisHubError):
-    """A push that was refused; the repo is as it was before."""
+    """A push that was refused; `where` is the repo, or the folder that was to be pushed."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"

@@ -1,0 +1,40 @@
+"""Digests of local files: several at a time, as hashing is as slow as the disk is fast."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+N_HASHING_THREADS = 2
+PIECE_BYTES = 4 << 20
+
+
+def sha256_of(paths: Sequence[Path]) -> list[str]:
+    """The sha256 of each file as `sha256:<hex>`, in the order given."""
+    with ThreadPoolExecutor(N_HASHING_THREADS) as pool:
+        return list(pool.map(_sha256, paths))
+
+
+def git_sha1_of(path: Path) -> str:
+    """The id that git gives a file, as `git-sha1:<hex>`; for small files."""
+    content = path.read_bytes()
+    blob = b"blob %d\0" % len(content) + content
+    return f"git-sha1:{hashlib.sha1(blob, usedforsecurity=False).hexdigest()}"
+
+
+def content_sha(digests: Iterable[tuple[str, str]]) -> str:
+    """One digest over (path, digest) pairs, whatever their order and place on disk."""
+    total = hashlib.sha256()
+    for path, digest in sorted(digests):
+        total.update(f"{len(path)}:{path}:{digest}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,209 @@
+"""A pinned source -> files on this machine, in huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import constants, hf_hub_download, hf_hub_url
+
+from lewis_hub.errors import SourceError
+from lewis_hub.hub.cache import cache_folder, snapshot_folder
+from lewis_hub.hub.download import download_blob, partial_file
+from lewis_hub.hub.failures import Asked, hub_failures
+from lewis_hub.hub.resolve import ADAPTERS, Source, SourceFile
+from lewis_hub.hub.retries import persist
+from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+SIDECAR_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+CODE_FILES = ("*.py",)  # only for sources whose code the user allowed
+NEVER = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+N_DOWNLOADS = 4
+SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
+
+
+def weight_files(source: Source) -> tuple[str, ...]:
+    """The safetensors that are the model: some repos carry the same weights a second time."""
+    found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
+    return tuple(path for path in found if path.startswith("model")) or tuple(found)
+
+
+def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | None = None) -> Path:
+    """Bring the files of a source here; what is here already is not fetched again.
+
+    Args:
+        api: whose endpoint and token are used.
+        source: what to fetch; a local folder is handed back as it is.
+        advance: called with the bytes that arrived, in all `bytes_to_download`.
+        only: shell patterns (`*` stays within a folder); None: weights, configuration and
+            tokenizer. Pickled weights are never fetched, whatever the patterns say.
+
+    Returns:
+        A folder that holds the files at this commit. It is a cache: never write into it.
+
+    Raises:
+        SourceError: the disk is too full, the files cannot be had, or they are not what the
+            Hub says they are. A later call goes on from the bytes that arrived.
+    """
+    if source.folder:
+        return source.folder
+    arrived = _Arrived(advance, bytes_to_download(api, source, only))
+    _require_space(source, arrived.total)
+    folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
+    missing = [file for file in _wanted(source, only) if not (folder / file.path).exists()]
+    stop = threading.Event()
+    asked = Asked(api, source.name, source.repo_type, source.commit_sha)
+    pool = ThreadPoolExecutor(N_DOWNLOADS)
+    try:
+        with hub_failures(asked):
+            for _ in pool.map(lambda file: _fetch_file(asked, file, arrived, stop), missing):
+                pass
+    finally:
+        stop.set()  # after an interruption the threads leave at their next piece
+        pool.shutdown(wait=False, cancel_futures=True)
+    arrived.finish()
+    return folder
+
+
+def bytes_to_download(api: HfApi, source: Source, only: Sequence[str] | None = None) -> int:  # noqa: ARG001
+    """What `fetch` would download: neither cached files nor the part of one that arrived count."""
+    if source.folder:
+        return 0
+    folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
+    blobs = {_blob(source.name, source.repo_type, file): file for file in _wanted(source, only)}
+    return sum(
+        max(0, file.size_bytes - _here_bytes(blob))
+        for blob, file in blobs.items()
+        if not (folder / file.path).exists()
+    )
+
+
+def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
+    """The content of a JSON, card or template file; None if the source has no such file."""
+    if source.file(path) is None:
+        return None
+    if source.folder:
+        return (source.folder / path).read_bytes()
+    asked = Asked(api, source.name, source.repo_type, source.commit_sha)
+    with hub_failures(asked):
+        return persist(lambda: _through_cache(asked, path)).read_bytes()
+
+
+def _wanted(source: Source, only: Sequence[str] | None) -> tuple[SourceFile, ...]:
+    if only is None:
+        only = (*map(glob.escape, weight_files(source)), *SIDECAR_FILES)
+    return tuple(file for file in source.matching(only) if not file.path.endswith(NEVER))
+
+
+def _fetch_file(asked: Asked, file: SourceFile, arrived: _Arrived, stop: threading.Event) -> None:
+    url = hf_hub_url(
+        asked.repo,
+        file.path,
+        repo_type=asked.repo_type,
+        revision=asked.revision,
+        endpoint=asked.api.endpoint,
+    )
+    blob = _blob(asked.repo, asked.repo_type, file)
+    if file.digest.startswith("sha256:") and not _comes_by_xet(asked, url):
+        download_blob(asked, url, file, blob, arrived.advance, stop)
+        if stop.is_set():
+            return
+        persist(lambda: _through_cache(asked, file.path))  # links the blob into the snapshot
+    else:
+        persist(lambda: _through_cache(asked, file.path, _bar(arrived.advance)))
+
+
+def _comes_by_xet(asked: Asked, url: str) -> bool:
+    """Xet brings large files in parallel pieces of its own, but cannot go on from a part."""
+    if constants.HF_HUB_DISABLE_XET:
+        return False
+    return persist(lambda: asked.api.get_hf_file_metadata(url=url)).xet_file_data is not None
+
+
+def _through_cache(asked: Asked, path: str, bar: type[Any] | None = None) -> Path:
+    return Path(
+        hf_hub_download(
+            asked.repo,
+            path,
+            repo_type=asked.repo_type,
+            revision=asked.revision,
+            endpoint=asked.api.endpoint,
+            token=asked.api.token,
+            tqdm_class=bar or _bar(lambda _: None),
+        )
+    )
+
+
+def _bar(advance: Advance) -> type[Any]:
+    """A progress bar class that shows nothing and reports to `advance`."""
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            advance(int(n or 0))
+            return None
+
+    return Silent
+
+
+@dataclass
+class _Arrived:
+    """Counts bytes from several threads and never reports more than the total."""
+
+    report: Callable[[int], None]
+    total: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def advance(self, n_bytes: int) -> None:
+        with self._lock:
+            n_bytes = min(n_bytes, self.total - self.done)
+            if n_bytes > 0:
+                self.done += n_bytes
+                self.report(n_bytes)
+
+    def finish(self) -> None:
+        self.advance(self.total - self.done)
+
+
+def _blob(repo: str, repo_type: str, file: SourceFile) -> Path:
+    return cache_folder(repo, repo_type) / "blobs" / file.digest.partition(":")[2]
+
+
+def _here_bytes(blob: Path) -> int:
+    found = blob if blob.exists() else partial_file(blob)
+    return found.stat().st_size if found.exists() else 0
+
+
+def _require_space(source: Source, n_bytes: int) -> None:
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if n_bytes + SPARE_BYTES > free:
+        raise SourceError(
+            source.pinned,
+            f"{n_bytes / 1e9:.2f} GB to download, but only {free / 1e9:.2f} GB are free in {cache}",
+            "Free some space, or set HF_HUB_CACHE to a folder on a larger disk.",
+        )

@@ -1,0 +1,247 @@
+"""Repo or folder + revision -> Source: what exactly is meant, pinned.
+
+Only names, sizes and digests are looked at on the Hub; a local folder is hashed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import hf_hub_url, is_offline_mode
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from lewis_hub.errors import SourceError
+from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
+from lewis_hub.hub.digests import content_sha, sha256_of
+from lewis_hub.hub.failures import Asked, RepoType, hub_failures
+from lewis_hub.hub.retries import persist
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+LOOKUP_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    `digest` is `sha256:<hex>` (local, or LFS on the Hub) or `git-sha1:<oid>` (small Hub files).
+    """
+
+    path: str  # relative, with forward slashes
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repo at one commit, or a local folder at one content."""
+
+    name: str  # as the user wrote it
+    repo_type: RepoType
+    revision: str | None  # as asked: a branch, tag, commit sha, or None
+    commit_sha: str  # 40 hex digits on the Hub; `sha256:<hex>` over a folder's names and contents
+    files: tuple[SourceFile, ...]
+    folder: Path | None  # None: a repo on the Hub
+
+    @property
+    def pinned(self) -> str:
+        """How to name exactly this: `repo@<commit sha>`, or the folder as written."""
+        return self.name if self.folder else f"{self.name}@{self.commit_sha}"
+
+    def file(self, path: str) -> SourceFile | None:
+        """The file at `path`, if the source has it."""
+        return next((file for file in self.files if file.path == path), None)
+
+    def matching(self, patterns: Sequence[str]) -> tuple[SourceFile, ...]:
+        """The files whose path matches a shell pattern; `*` stays within one folder."""
+        return tuple(
+            file
+            for file in self.files
+            if any(
+                fnmatch.fnmatchcase(file.path, pattern)
+                and file.path.count("/") == pattern.count("/")
+                for pattern in patterns
+            )
+        )
+
+    def size_bytes(self, patterns: Sequence[str]) -> int:
+        """The size of the files that match."""
+        return sum(file.size_bytes for file in self.matching(patterns))
+
+
+def resolve_model(api: HfApi, name: str, revision: str | None = None) -> Source:
+    """Pin a model with safetensors weights.
+
+    Args:
+        api: whose endpoint and token are used.
+        name: `owner/name` on the Hub, or a folder: whatever exists here or starts like a path.
+        revision: branch, tag or commit sha; folders have none.
+
+    Raises:
+        SourceError: it cannot be found, may not be read, or has no safetensors weights.
+    """
+    path = _local(name)
+    source = _folder(name, path) if path else _repo(Asked(api, name, "model", revision))
+    _require_weights(api, source)
+    return source
+
+
+def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Source:
+    """Pin a dataset: a repo, a folder, or one .jsonl, .json, .parquet or .csv file.
+
+    Raises:
+        SourceError: it cannot be found or may not be read.
+    """
+    path = _local(name)
+    if path is None:
+        return _repo(Asked(api, name, "dataset", revision))
+    if path.is_dir():
+        return _folder(name, path, repo_type="dataset")
+    if not path.exists():
+        raise SourceError(name, "no such file or folder", "Check the path.")
+    if path.suffix not in DATA_SUFFIXES:
+        remedy = f"Give a {', '.join(DATA_SUFFIXES)} file, a folder of them, or a dataset's repo."
+        raise SourceError(name, f"`{path.suffix}` files are not read as rows", remedy)
+    files = _hashed([path], path.parent)
+    if not files[0].size_bytes:
+        raise SourceError(name, "the file is empty", "Put one row a line into it.")
+    return Source(name, "dataset", None, _content_sha(files), files, path.parent)
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.exists() or name.startswith((".", "/", "~")) else None
+
+
+def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
+    if not path.exists():
+        raise SourceError(name, "no such folder", "Check the path; a repo is written owner/name.")
+    if not path.is_dir():
+        raise SourceError(name, "this is a file, not a folder", "Name the folder it is in.")
+    found = [path / part for part in sorted(_visible(path))]
+    if not found:
+        raise SourceError(name, "the folder is empty", "Check the path.")
+    files = _hashed(found, path)
+    return Source(name, repo_type, None, _content_sha(files), files, path)
+
+
+def _visible(folder: Path) -> Iterable[str]:
+    """Paths of files, none of them hidden or inside a hidden folder such as .git or .cache."""
+    for path in folder.rglob("*"):
+        part = path.relative_to(folder)
+        if path.is_file() and not any(piece.startswith(".") for piece in part.parts):
+            yield part.as_posix()
+
+
+def _hashed(paths: Sequence[Path], root: Path) -> tuple[SourceFile, ...]:
+    return tuple(
+        SourceFile(path.relative_to(root).as_posix(), path.stat().st_size, digest)
+        for path, digest in zip(paths, sha256_of(paths), strict=True)
+    )
+
+
+def _content_sha(files: Sequence[SourceFile]) -> str:
+    return content_sha((file.path, file.digest) for file in files)
+
+
+def _repo(asked: Asked) -> Source:
+    try:
+        validate_repo_id(asked.repo)
+    except HFValidationError:
+        raise SourceError(
+            asked.repo,
+            "this is neither an existing folder nor the name of a repo",
+            "Write owner/name (letters, digits, `-`, `_`, `.`), or the path of a folder.",
+        ) from None
+    if is_offline_mode():
+        return _from_cache(asked)
+    with hub_failures(asked):
+        info = persist(
+            lambda: asked.api.repo_info(
+                asked.repo,
+                repo_type=asked.repo_type,
+                revision=asked.revision,
+                files_metadata=True,
+                timeout=LOOKUP_TIMEOUT_S,
+            )
+        )
+    files = tuple(
+        SourceFile(
+            file.rfilename,
+            file.size or 0,
+            f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}",
+        )
+        for file in getattr(info, "siblings", None) or ()
+        if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
+    )
+    sha = str(info.sha)
+    remember_revision(asked.repo, asked.repo_type, asked.revision, sha)
+    if getattr(info, "gated", False) and files:
+        _ask_for_access(asked, files[0].path, sha)
+    return Source(asked.repo, asked.repo_type, asked.revision, sha, files, None)
+
+
+def _ask_for_access(asked: Asked, path: str, sha: str) -> None:
+    """Anyone may list a gated repo; whether this token may read it shows on a file."""
+    url = hf_hub_url(
+        asked.repo, path, repo_type=asked.repo_type, revision=sha, endpoint=asked.api.endpoint
+    )
+    with hub_failures(asked):
+        persist(lambda: asked.api.get_hf_file_metadata(url=url))
+
+
+def _from_cache(asked: Asked) -> Source:
+    sha = cached_sha(asked.repo, asked.repo_type, asked.revision)
+    if sha is None:
+        with hub_failures(asked):
+            raise OfflineModeIsEnabled
+    folder = snapshot_folder(asked.repo, asked.repo_type, sha)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = tuple(
+        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, _cached_digest(path))
+        for path in paths
+    )
+    return Source(asked.repo, asked.repo_type, asked.revision, sha, files, None)
+
+
+def _cached_digest(path: Path) -> str:
+    etag = path.resolve().name
+    if not ETAG.fullmatch(etag):  # a cache without symbolic links
+        return sha256_of([path])[0]
+    return f"git-sha1:{etag}" if len(etag) == 40 else f"sha256:{etag}"
+
+
+def _require_weights(api: HfApi, source: Source) -> None:
+    names = [file.path for file in source.files if "/" not in file.path]
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if [name for name in weights if name not in ADAPTERS]:
+        return
+    if is_offline_mode() and source.folder is None:
+        with hub_failures(Asked(api, source.name, "model", source.revision)):
+            raise OfflineModeIsEnabled
+    here = "folder" if source.folder else "repo"
+    if any(name in ADAPTERS for name in names):
+        problem = "this is a LoRA adapter, not a whole model"
+        remedy = "Adapters are not in this version: merge it into its base (peft's"
+        remedy += " `merge_and_unload`), save that, and use the result."
+    elif any(name.endswith(PICKLES) for name in names):
+        problem = f"this {here} has pickled weights only, and reading those can run code"
+        remedy = "Only safetensors are read. Convert it: load it in transformers, then"
+        remedy += " `save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors."
+    elif any(file.path.endswith(".gguf") for file in source.files):
+        problem = f"this {here} has GGUF weights only"
+        remedy = "Use the safetensors model that they were quantised from."
+    else:
+        problem = f"this {here} has no .safetensors file"
+        remedy = "A model needs model.safetensors, or shards and their index, beside config.json."
+    raise SourceError(source.pinned, problem, remedy)

@@ -1,0 +1,126 @@
+"""Rows of a pinned dataset, through `datasets`: only the rows asked for are decoded."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi
+
+from lewis_hub.errors import SourceError
+from lewis_hub.hub.failures import Asked, hub_failures
+from lewis_hub.hub.resolve import Source
+from lewis_hub.hub.retries import persist
+from lewis_hub.progress import Advance
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+ONLY_SPLIT = "train"  # what `datasets` calls the rows of a bare file
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split, on disk and memory-mapped."""
+
+    source: str  # the dataset, pinned
+    columns: tuple[str, ...]
+    table: Any  # datasets.Dataset
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices`, in that order."""
+        found: list[dict[str, Any]] = self.table.select(list(indices)).to_list()
+        return found
+
+
+def load_rows(source: Source, config: str | None, split: str, advance: Advance) -> Rows:
+    """Load one split of a dataset at its pinned commit; rows keep the order of the files.
+
+    Args:
+        source: a dataset from `resolve_dataset`.
+        config: the configuration (subset), where the dataset has several.
+        split: `train`, `test`, ..., or a slice of one such as `train[:100]`.
+        advance: called once, with 1, when the rows are here.
+
+    Raises:
+        SourceError: no such configuration or split, no data files, none readable, or no rows.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what fails becomes one SourceError
+    with _dataset_failures(source, config, split):
+        call = _single_file(source, config, split) if _is_file(source) else _named(source, config)
+        table = persist(lambda: datasets.load_dataset(**call, split=split))
+    if not len(table):
+        raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
+    advance(1)
+    return Rows(source.pinned, tuple(table.column_names), table)
+
+
+def _is_file(source: Source) -> bool:
+    return source.folder is not None and Path(source.name).expanduser().is_file()
+
+
+def _single_file(source: Source, config: str | None, split: str) -> dict[str, Any]:
+    if config is not None:
+        remedy = "Leave out `config`."
+        raise SourceError(source.name, f"a file has no configuration `{config}`", remedy)
+    if re.split(r"\W", split)[0] != ONLY_SPLIT:
+        remedy = f"Leave out `split`, or write `{ONLY_SPLIT}`: that is all of the file."
+        raise SourceError(source.name, f"a file has no split `{split}`", remedy)
+    path = Path(source.name).expanduser().resolve()
+    return {"path": LOADERS[path.suffix], "data_files": str(path)}
+
+
+def _named(source: Source, config: str | None) -> dict[str, Any]:
+    if source.folder:
+        return {"path": str(source.folder.resolve()), "name": config}
+    return {"path": source.name, "name": config, "revision": source.commit_sha}
+
+
+@contextmanager
+def _dataset_failures(source: Source, config: str | None, split: str) -> Iterator[None]:
+    """`datasets` tells what is wrong with a name, a configuration or a split by its text."""
+    from datasets.exceptions import DatasetsError
+
+    asked = Asked(HfApi(), source.name, "dataset", source.commit_sha)
+    try:
+        with hub_failures(asked):
+            yield
+    except StopIteration:
+        raise SourceError(source.pinned, "its files have no rows", "Use another.") from None
+    except (DatasetsError, ValueError, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
+        raise _unloadable(source, config, split, error) from error
+
+
+def _unloadable(source: Source, config: str | None, split: str, error: Exception) -> SourceError:
+    text = " ".join(str(error).split())
+    choices = ", ".join(re.findall(r"'([^']+)'", text[text.rfind("[") : text.rfind("]")]))
+    if "Config name is missing" in text:
+        choices = ", ".join(re.findall(r"'([^']+)'", text[text.find("[") : text.find("]")]))
+        problem, remedy = "it has several configurations", f"Set `config` to one of {choices}."
+    elif "BuilderConfig" in text and "not found" in text:
+        problem, remedy = f"it has no configuration `{config}`", f"It has: {choices}."
+    elif "Unknown split" in text:
+        problem, remedy = f"it has no split `{split}`", f"It has: {choices}."
+    elif "data files found" in text or isinstance(error, FileNotFoundError):
+        problem = "it has no data files that can be read, or misses one that it names"
+        remedy = "Use one with .jsonl, .parquet or .csv files; loading scripts are not run."
+    elif isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, ConnectionError):
+        problem = f"it could not be fetched ({text[:200]})"
+        remedy = "Check the network and HF_ENDPOINT, then run the same command again."
+    else:
+        cause = " ".join(str(error.__cause__ or error).split())[:300]
+        problem, remedy = f"its rows could not be read ({cause})", "Repair the file it names."
+    return SourceError(source.pinned, problem, remedy)
