@@ -20,7 +20,7 @@ from lewis_hub.hub.retries import persist
 
 if TYPE_CHECKING:
     from lewis_hub.hub.failures import Asked
-    from lewis_hub.hub.resolve import SourceFile
+    from lewis_hub.hub.source import SourceFile
     from lewis_hub.progress import Advance
 
 PIECE_BYTES = 1 << 20

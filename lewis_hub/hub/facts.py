@@ -18,7 +18,7 @@ from lewis_hub.hub.retries import persist
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from lewis_hub.hub.resolve import Source
+    from lewis_hub.hub.source import Source
 
 METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 

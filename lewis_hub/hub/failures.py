@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import httpx2
 from huggingface_hub import constants
@@ -17,11 +17,11 @@ from huggingface_hub.utils import get_token
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub.cache import cached_revisions
 from lewis_hub.hub.retries import asked_pause_s
+from lewis_hub.hub.source import RepoType
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-RepoType = Literal["model", "dataset"]
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 AGAIN = "run the same command again: finished work is kept"

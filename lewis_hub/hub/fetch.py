@@ -17,8 +17,8 @@ from lewis_hub.errors import SourceError
 from lewis_hub.hub.cache import cache_folder, snapshot_folder
 from lewis_hub.hub.download import download_blob, partial_file
 from lewis_hub.hub.failures import Asked, hub_failures
-from lewis_hub.hub.resolve import ADAPTERS, Source, SourceFile
 from lewis_hub.hub.retries import persist
+from lewis_hub.hub.source import ADAPTERS, Source, SourceFile
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import HfApi
 
-    from lewis_hub.hub.resolve import Source
+    from lewis_hub.hub.source import Source
 
 
 def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> bytes:

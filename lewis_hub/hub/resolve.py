@@ -5,9 +5,7 @@ Only names, sizes and digests are looked at on the Hub; a local folder is hashed
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,65 +16,16 @@ from huggingface_hub.utils import validate_repo_id
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
 from lewis_hub.hub.digests import content_sha, sha256_of
-from lewis_hub.hub.failures import Asked, RepoType, hub_failures
+from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
+from lewis_hub.hub.source import ADAPTERS, RepoType, Source, SourceFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 LOOKUP_TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of a source.
-
-    `digest` is `sha256:<hex>` (local, or LFS on the Hub) or `git-sha1:<oid>` (small Hub files).
-    """
-
-    path: str  # relative, with forward slashes
-    size_bytes: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """A repo at one commit, or a local folder at one content."""
-
-    name: str  # as the user wrote it
-    repo_type: RepoType
-    revision: str | None  # as asked: a branch, tag, commit sha, or None
-    commit_sha: str  # 40 hex digits on the Hub; `sha256:<hex>` over a folder's names and contents
-    files: tuple[SourceFile, ...]
-    folder: Path | None  # None: a repo on the Hub
-
-    @property
-    def pinned(self) -> str:
-        """How to name exactly this: `repo@<commit sha>`, or the folder as written."""
-        return self.name if self.folder else f"{self.name}@{self.commit_sha}"
-
-    def file(self, path: str) -> SourceFile | None:
-        """The file at `path`, if the source has it."""
-        return next((file for file in self.files if file.path == path), None)
-
-    def matching(self, patterns: Sequence[str]) -> tuple[SourceFile, ...]:
-        """The files whose path matches a shell pattern; `*` stays within one folder."""
-        return tuple(
-            file
-            for file in self.files
-            if any(
-                fnmatch.fnmatchcase(file.path, pattern)
-                and file.path.count("/") == pattern.count("/")
-                for pattern in patterns
-            )
-        )
-
-    def size_bytes(self, patterns: Sequence[str]) -> int:
-        """The size of the files that match."""
-        return sum(file.size_bytes for file in self.matching(patterns))
 
 
 def resolve_model(api: HfApi, name: str, revision: str | None = None) -> Source:
@@ -115,7 +64,7 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
     files = _hashed([path], path.parent)
     if not files[0].size_bytes:
         raise SourceError(name, "the file is empty", "Put one row a line into it.")
-    return Source(name, "dataset", None, _content_sha(files), files, path.parent)
+    return Source(name, "dataset", None, _content_sha(files), files, path)
 
 
 def _local(name: str) -> Path | None:

@@ -16,8 +16,8 @@ from huggingface_hub import HfApi
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import Asked, hub_failures
-from lewis_hub.hub.resolve import Source
 from lewis_hub.hub.retries import persist
+from lewis_hub.hub.source import Source
 from lewis_hub.progress import Advance
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -67,7 +67,7 @@ def load_rows(source: Source, config: str | None, split: str, advance: Advance) 
 
 
 def _is_file(source: Source) -> bool:
-    return source.folder is not None and Path(source.name).expanduser().is_file()
+    return source.folder is not None and source.folder.is_file()
 
 
 def _single_file(source: Source, config: str | None, split: str) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def _single_file(source: Source, config: str | None, split: str) -> dict[str, An
     if re.split(r"\W", split)[0] != ONLY_SPLIT:
         remedy = f"Leave out `split`, or write `{ONLY_SPLIT}`: that is all of the file."
         raise SourceError(source.name, f"a file has no split `{split}`", remedy)
-    path = Path(source.name).expanduser().resolve()
-    return {"path": LOADERS[path.suffix], "data_files": str(path)}
+    path = source.folder or Path()
+    return {"path": LOADERS[path.suffix], "data_files": str(path.resolve())}
 
 
 def _named(source: Source, config: str | None) -> dict[str, Any]:

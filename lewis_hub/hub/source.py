@@ -1,0 +1,61 @@
+"""A source of weights or rows, pinned: the same `Source` always means the same bytes."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+RepoType = Literal["model", "dataset"]
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    `digest` is `sha256:<hex>` (local, or LFS on the Hub) or `git-sha1:<oid>` (small Hub files).
+    """
+
+    path: str  # relative, with forward slashes
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repo at one commit, or a local folder at one content."""
+
+    name: str  # as the user wrote it
+    repo_type: RepoType
+    revision: str | None  # as asked: a branch, tag, commit sha, or None
+    commit_sha: str  # 40 hex digits on the Hub; `sha256:<hex>` over a folder's names and contents
+    files: tuple[SourceFile, ...]
+    folder: Path | None  # a local folder, or a local dataset's one file; None: a repo on the Hub
+
+    @property
+    def pinned(self) -> str:
+        """How to name exactly this: `repo@<commit sha>`, or the folder as written."""
+        return self.name if self.folder else f"{self.name}@{self.commit_sha}"
+
+    def file(self, path: str) -> SourceFile | None:
+        """The file at `path`, if the source has it."""
+        return next((file for file in self.files if file.path == path), None)
+
+    def matching(self, patterns: Sequence[str]) -> tuple[SourceFile, ...]:
+        """The files whose path matches a shell pattern; `*` stays within one folder."""
+        return tuple(
+            file
+            for file in self.files
+            if any(
+                fnmatch.fnmatchcase(file.path, pattern)
+                and file.path.count("/") == pattern.count("/")
+                for pattern in patterns
+            )
+        )
+
+    def size_bytes(self, patterns: Sequence[str]) -> int:
+        """The size of the files that match."""
+        return sum(file.size_bytes for file in self.matching(patterns))
