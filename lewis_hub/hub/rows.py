@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
-from huggingface_hub import HfApi
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
 from lewis_hub.hub.source import Source
-from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 ONLY_SPLIT = "train"  # what `datasets` calls the rows of a bare file
@@ -41,14 +42,14 @@ class Rows:
         return found
 
 
-def load_rows(source: Source, config: str | None, split: str, advance: Advance) -> Rows:
+def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Rows:
     """Load one split of a dataset at its pinned commit; rows keep the order of the files.
 
     Args:
+        api: whose token is used; `datasets` itself takes the endpoint from HF_ENDPOINT.
         source: a dataset from `resolve_dataset`.
         config: the configuration (subset), where the dataset has several.
         split: `train`, `test`, ..., or a slice of one such as `train[:100]`.
-        advance: called once, with 1, when the rows are here.
 
     Raises:
         SourceError: no such configuration or split, no data files, none readable, or no rows.
@@ -57,12 +58,11 @@ def load_rows(source: Source, config: str | None, split: str, advance: Advance) 
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what fails becomes one SourceError
-    with _dataset_failures(source, config, split):
-        call = _single_file(source, config, split) if _is_file(source) else _named(source, config)
-        table = persist(lambda: datasets.load_dataset(**call, split=split))
+    call = _single_file(source, config, split) if _is_file(source) else _named(source, config)
+    with _dataset_failures(api, source, config, split):
+        table = persist(lambda: datasets.load_dataset(**call, split=split, token=api.token))
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
-    advance(1)
     return Rows(source.pinned, tuple(table.column_names), table)
 
 
@@ -88,11 +88,11 @@ def _named(source: Source, config: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _dataset_failures(source: Source, config: str | None, split: str) -> Iterator[None]:
+def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str) -> Iterator[None]:
     """`datasets` tells what is wrong with a name, a configuration or a split by its text."""
     from datasets.exceptions import DatasetsError
 
-    asked = Asked(HfApi(), source.name, "dataset", source.commit_sha)
+    asked = Asked(api, source.name, "dataset", source.commit_sha)
     try:
         with hub_failures(asked):
             yield

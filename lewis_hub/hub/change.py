@@ -1,0 +1,95 @@
+"""What a push would change: the folder beside what lies in the repo, by digest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from lewis_hub.hub.digests import git_sha1_of, sha256_of
+from lewis_hub.hub.failures import Asked, hub_failures
+from lewis_hub.hub.retries import persist
+from lewis_hub.hub.target import Target, look
+
+LOCK = "lewis/lock.json"
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one commit does: from `target` to the folder."""
+
+    target: Target
+    files: Mapping[str, Path]  # all of the folder: path in the repo -> file
+    digests: Mapping[str, str]
+    stale: Sequence[str]  # what a former merge left and this one lacks
+
+    @property
+    def added(self) -> list[str]:
+        """Paths that are new or have other bytes."""
+        there = self.target.digests
+        return [path for path in self.files if there.get(path) != self.digests[path]]
+
+    def done_in(self, target: Target) -> bool:
+        """Whether a repo holds just this already."""
+        same = all(self._equal(path, target.digests.get(path)) for path in self.files)
+        return same and not any(path in target.digests for path in self.stale)
+
+    def _equal(self, path: str, there: str | None) -> bool:
+        if there and there.startswith("git-sha1:") and self.digests[path].startswith("sha256:"):
+            return there == git_sha1_of(self.files[path])
+        return there == self.digests[path]
+
+
+def compare(asked: Asked, target: Target, files: Mapping[str, Path]) -> Change:
+    """Find what differs; a file that the Hub keeps in git is compared by its git sha1."""
+    in_git = [path for path in files if target.digests.get(path, "").startswith("git-sha1:")]
+    others = [path for path in files if path not in in_git]
+    digests = dict(zip(others, sha256_of([files[path] for path in others]), strict=True))
+    digests |= {path: git_sha1_of(files[path]) for path in in_git}
+    ours = {path for path in target.digests if WEIGHTS.fullmatch(path)}
+    ours |= _left_by_former_merge(asked, target) & set(target.digests)
+    return Change(target, files, digests, sorted(ours - set(files)))
+
+
+def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
+    """The address and commit sha of an open pull request that makes just this change."""
+    with hub_failures(asked):
+        pull_requests = persist(
+            lambda: list(
+                asked.api.get_repo_discussions(
+                    asked.repo, discussion_type="pull_request", discussion_status="open"
+                )
+            )
+        )
+    for one in pull_requests:
+        proposed = look(asked, f"refs/pr/{one.num}")
+        if change.done_in(proposed):
+            return one.url, str(proposed.head)
+    return None
+
+
+def _left_by_former_merge(asked: Asked, target: Target) -> set[str]:
+    """The files that the merge now on the Hub says it left there."""
+    if LOCK not in target.digests:
+        return set()
+    with hub_failures(asked):
+        path = persist(
+            lambda: hf_hub_download(
+                asked.repo,
+                LOCK,
+                revision=target.head,
+                endpoint=asked.api.endpoint,
+                token=asked.api.token,
+            )
+        )
+    try:
+        lock = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        return set()
+    outputs = lock.get("outputs") if isinstance(lock, dict) else None
+    return set(outputs) if isinstance(outputs, dict) else set()

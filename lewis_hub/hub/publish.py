@@ -1,0 +1,159 @@
+"""A finished folder -> one commit, one pull request, or nothing because nothing changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.utils import disable_progress_bars
+
+from lewis_hub.errors import PublishError
+from lewis_hub.hub.change import Change, compare, open_pull_request
+from lewis_hub.hub.commit import Landed, Message, commit, overtaken, upload
+from lewis_hub.hub.failures import Asked, hub_failures
+from lewis_hub.hub.retries import persist
+from lewis_hub.hub.target import Landing, look, open_target
+from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class Publication:
+    """How a folder is to land."""
+
+    message: str
+    description: str = ""
+    landing: Landing = "commit"
+    tag: str | None = None
+    private: bool = False  # of a repo that is created
+    expected_parent: str | None = None  # main's commit sha as the caller saw it; None: any
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a push left on the Hub."""
+
+    repo: str
+    url: str  # the model's page, or the pull request's
+    commit_sha: str
+    commit_url: str
+    changed: bool  # False: all of it was there already, and no commit was made
+    pull_request_url: str | None = None
+    tag: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the document of `--json`."""
+        return {
+            "status": "published" if self.changed else "unchanged",
+            "repo": self.repo,
+            "commit": self.commit_sha,
+            "url": self.url,
+            "commit_url": self.commit_url,
+            "pull_request": self.pull_request_url,
+            "tag": self.tag,
+        }
+
+
+def publish(
+    api: HfApi, folder: Path, repo_id: str, publication: Publication, advance: Advance
+) -> Published:
+    """Push a merged model; on any failure the repo is as it was, and a rerun completes.
+
+    Args:
+        api: whose endpoint and token are used.
+        folder: the model; hidden files stay here.
+        repo_id: owner/name; created if it is not there.
+        publication: how it lands.
+        advance: called with the bytes uploaded or found there already, in all `folder_bytes`.
+
+    Raises:
+        PublishError: no model in the folder, no right to write, somebody pushed meanwhile, or
+            the Hub failed.
+    """
+    asked = Asked(api, repo_id, kind=PublishError)
+    files = _files(folder)
+    disable_progress_bars()  # only the command line prints
+    if publication.tag and publication.landing == "pull-request":
+        remedy = "Tag it once it is merged, or push it as a commit."
+        raise asked.failed("a pull request has no commit on main to tag yet", remedy)
+    target = open_target(api, repo_id, publication.landing)
+    if target.head is None:
+        with hub_failures(asked):
+            persist(lambda: api.create_repo(repo_id, private=publication.private, exist_ok=True))
+        target = look(asked)
+    if target.head is None:
+        remedy = f"Use a token that may ({api.endpoint}/settings/tokens), or another name."
+        raise asked.failed("it exists already and this token may not see it", remedy)
+    change = compare(asked, target, files)
+    _require_free_tag(asked, change, publication.tag)
+    if change.done_in(target):
+        advance(folder_bytes(folder))
+        return _published(asked, Landed(target.head), publication.tag, changed=False)
+    if publication.expected_parent not in {None, target.head}:
+        raise overtaken(asked, target.head)
+    landing = publication.landing
+    if landing == "pull-request" and (found := open_pull_request(asked, change)):
+        advance(folder_bytes(folder))
+        return _published(asked, Landed(found[1], found[0]), None, changed=False)
+    additions = upload(asked, change, landing, advance)
+    message = Message(publication.message, publication.description)
+    landed = commit(asked, change, additions, landing, message)
+    return _published(asked, landed, publication.tag, changed=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of what `publish` would push."""
+    return sum(path.stat().st_size for path in _files(folder).values())
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        part = path.relative_to(folder)
+        hidden = any(piece.startswith(".") for piece in part.parts)
+        if path.is_dir() or (hidden and part.parts[0] != ".eval_results"):
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            problem = f"`{part.as_posix()}` is a link to outside of the folder, or to nothing"
+            raise PublishError(str(folder), problem, "Put the file itself in its place.")
+        found[part.as_posix()] = path
+    weights = any(path.endswith(".safetensors") for path in found)
+    if "config.json" not in found or not weights:
+        missing = ".safetensors file" if "config.json" in found else "config.json"
+        problem = f"there is no {missing} in it, so it is not a model's folder"
+        raise PublishError(str(folder), problem, "Name the folder that `lewis-hub merge` wrote.")
+    return found
+
+
+def _require_free_tag(asked: Asked, change: Change, tag: str | None) -> None:
+    """A tag is never moved; one that is where it would go is fine."""
+    if tag is None:
+        return
+    with hub_failures(asked):
+        refs = persist(lambda: asked.api.list_repo_refs(asked.repo))
+    there = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    if there and not (there == change.target.head and change.done_in(change.target)):
+        problem = f"tag `{tag}` is already on {there}; nothing was changed"
+        raise asked.failed(problem, "Choose another tag.")
+
+
+def _published(asked: Asked, landed: Landed, tag: str | None, *, changed: bool) -> Published:
+    if tag is not None:
+        with hub_failures(asked):
+            persist(
+                lambda: asked.api.create_tag(
+                    asked.repo, tag=tag, revision=landed.commit_sha, exist_ok=True
+                )
+            )
+    return Published(
+        repo=asked.repo,
+        url=landed.pull_request_url or asked.url,
+        commit_sha=landed.commit_sha,
+        commit_url=f"{asked.url}/commit/{landed.commit_sha}",
+        changed=changed,
+        pull_request_url=landed.pull_request_url,
+        tag=tag,
+    )

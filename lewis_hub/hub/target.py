@@ -1,0 +1,104 @@
+"""Where a merge goes: whether this token may push there, and what lies there now."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from lewis_hub.errors import PublishError
+from lewis_hub.hub.failures import Asked, hub_failures, no_token
+from lewis_hub.hub.retries import persist
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Landing = Literal["commit", "pull-request"]
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repo as it was seen once; `head` None: it does not exist yet."""
+
+    repo: str
+    head: str | None  # commit sha of main
+    digests: Mapping[str, str]  # path -> digest as `SourceFile` has it
+
+
+def open_target(api: HfApi, repo: str, landing: Landing = "commit") -> Target:
+    """Make sure, before hours of work, that a push to `repo` can end well.
+
+    Raises:
+        PublishError: bad name, no token, a token that cannot write, or somebody else's namespace.
+    """
+    asked = Asked(api, repo, kind=PublishError)
+    _require_name(asked)
+    target = look(asked)
+    _require_rights(asked, target, landing)
+    return target
+
+
+def look(asked: Asked, revision: str = MAIN) -> Target:
+    """What lies in the repo now."""
+    with hub_failures(asked):
+        try:
+            info = persist(
+                lambda: asked.api.model_info(
+                    asked.repo, revision=revision, files_metadata=True, timeout=30
+                )
+            )
+        except RepositoryNotFoundError:
+            return Target(asked.repo, None, {})
+    digests = {
+        file.rfilename: f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
+        for file in info.siblings or ()
+    }
+    return Target(asked.repo, info.sha, digests)
+
+
+def _require_name(asked: Asked) -> None:
+    try:
+        validate_repo_id(asked.repo)
+    except HFValidationError:
+        well_formed = False
+    else:
+        well_formed = "/" in asked.repo
+    if not well_formed:
+        remedy = "Write owner/name: letters, digits, `-`, `_`, `.`; no `--` and no `..`."
+        raise asked.failed("this is not the name of a repo", remedy)
+
+
+def _require_rights(asked: Asked, target: Target, landing: Landing) -> None:
+    if os.environ.get("HF_OIDC_RESOURCE"):
+        return  # signed in without a stored token: the Hub tells nobody's name
+    if asked.token is None:
+        raise no_token(asked)
+    with hub_failures(asked):
+        who = persist(lambda: asked.api.whoami())
+    if _role(who) == "read":
+        raise asked.failed(
+            "this token may only read",
+            f"Make one with write access at {asked.api.endpoint}/settings/tokens, then set"
+            " HF_TOKEN to it or run `hf auth login`.",
+        )
+    owner = asked.repo.partition("/")[0]
+    mine = [who["name"], *(organisation["name"] for organisation in who.get("orgs", ()))]
+    if owner.lower() in {name.lower() for name in mine}:
+        return
+    if target.head is None or landing == "commit":
+        here = " Or propose it: `--as pull-request`." if target.head else ""
+        raise asked.failed(
+            f"`{who['name']}` may not push to `{owner}`",
+            f"Push to one of: {', '.join(f'{name}/...' for name in mine)}.{here}",
+        )
+
+
+def _role(who: Mapping[str, Any]) -> str | None:
+    token = who.get("auth", {}).get("accessToken") or {}
+    role: str | None = token.get("role")
+    return role
