@@ -1,0 +1,129 @@
+"""The selected tasks with their data and prompts, built once for all models that are scored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.quiet import quiet_libraries
+from lewis_hub.evaluate.tasks import LocatedTasks, TaskSelection, locate_tasks
+
+FEWSHOT_SEED = 1234  # the same examples for every model and run
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """Tasks that are ready for any number of models.
+
+    Attributes:
+        tasks: lm-eval's task objects by name, `groups` its group objects.
+        n_requests: what one model has to answer, the total for `advance`.
+        limit: only so many first items of each task are scored; None: all.
+    """
+
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    n_requests: int
+    limit: int | None
+    allow_code: bool
+
+
+def load_tasks(selection: TaskSelection, limit: int | None = None) -> Benchmarks:
+    """Build the tasks: fetch their data and make the prompts of the first `limit` items.
+
+    Raises:
+        EvaluationError: as `check_tasks`; or data that are missing, empty or do not fit the task.
+    """
+    located = locate_tasks(selection)
+    with quiet_libraries(), code_allowed(allowed=selection.allow_code):
+        tasks, groups = _built(located)
+        n_requests = sum(_count_requests(name, task, limit) for name, task in tasks.items())
+    return Benchmarks(tasks, groups, n_requests, limit, selection.allow_code)
+
+
+@contextmanager
+def code_allowed(*, allowed: bool) -> Iterator[None]:
+    """Let the `evaluate` library run generated code meanwhile, if the user allowed it."""
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
+    try:
+        yield
+    finally:
+        del os.environ["HF_ALLOW_CODE_EVAL"]
+        if before is not None:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before
+
+
+def reset_fewshot(task: Any) -> None:
+    """Draw the same few-shot examples again: lm-eval's sampler moves on with every model."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+
+
+def _built(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
+    from lm_eval.tasks import TaskManager
+
+    include = located.selection.include
+    own = [] if include is None else [include]
+    bundled = {file.path.parent for file in located.files} if not located.through_tag else set()
+    folders = sorted(folder for folder in bundled if not any(map(folder.is_relative_to, own)))
+    manager = TaskManager(include_path=[*folders, *own], include_defaults=located.through_tag)
+    tasks: dict[str, Any] = {}
+    groups: dict[str, Any] = {}
+    for name in located.selected:
+        with _told_of(name, located):
+            loaded = manager.load([name])
+        tasks.update(loaded["tasks"])
+        groups.update(loaded["groups"])
+    return tasks, groups
+
+
+def _count_requests(name: str, task: Any, limit: int | None) -> int:
+    """Requests of the task's items, by building them once as every model's run will."""
+    if getattr(task, "MULTIMODAL", False):
+        problem = "asks about pictures or sound, and a merged language model reads text."
+        raise EvaluationError(name, problem, "Choose a text task.")
+    with _told_of(name):
+        reset_fewshot(task)
+        task.build_all_requests(limit=limit)
+    return sum(request.repeats for request in task.instances)
+
+
+@contextmanager
+def _told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
+    """Turn what lm-eval and datasets raise over a task into one message about that task."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (OSError, DatasetsError) as error:
+        raise _data_error(name, located, error) from error
+    except ImportError as error:
+        remedy = "Install what the task needs, or choose another task."
+        raise EvaluationError(name, f"cannot be loaded: {error}.", remedy) from error
+    except IndexError as error:
+        remedy = "Check its `test_split` (or `validation_split`) and its data."
+        raise EvaluationError(name, "has no items to score.", remedy) from error
+    except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
+        problem = f"cannot be built: {type(error).__name__}: {error}"
+        remedy = "Check the task's file: its keys, splits, columns and metrics."
+        raise EvaluationError(name, problem, remedy) from error
+
+
+def _data_error(name: str, located: LocatedTasks | None, error: Exception) -> EvaluationError:
+    files = {file.name: file for file in located.files} if located else {}
+    dataset = files[name].config.get("dataset_path") if name in files else None
+    data = f"its data `{dataset}`" if dataset else "its data"
+    first_line = str(error).partition("\n")[0]
+    return EvaluationError(
+        name,
+        f"{data} cannot be loaded: {first_line}",
+        "Check `dataset_path`, `dataset_name` and `data_files` (a relative one starts at the\n"
+        "working folder), your network, and whether the dataset needs `hf auth login`.",
+    )
