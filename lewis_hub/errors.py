@@ -63,6 +63,45 @@ class CheckpointError(LewisHubError):
     """Weight files that are broken, or that do not fit together."""
 
 
+@dataclass(eq=False)
+class BrokenCheckpointError(CheckpointError):
+    """A weight file or its index is not what it should be; `where` is the source and the file."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"
+
+
+@dataclass(eq=False)
+class NonFiniteError(CheckpointError):
+    """A tensor holds NaN or infinity; `source` is whose, or the merge itself."""
+
+    tensor: str
+    source: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor} holds NaN or infinity in {self.source}.\n{self.remedy}"
+
+
+# -- merging
+
+
+@dataclass(eq=False)
+class MergeError(LewisHubError):
+    """A merge that cannot be done as asked: method, parameter or schedule."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"
+
+
 # -- calibration
 
 
@@ -137,3 +176,29 @@ class PublishError(LewisHubError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.problem}.\n{self.remedy}"
+
+
+# -- the embedded Hub, optional extras
+
+
+@dataclass(eq=False)
+class HubServerError(LewisHubError):
+    """The embedded Hub cannot serve; `where` is the address asked for."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"
+
+
+@dataclass(eq=False)
+class ExtraMissingError(LewisHubError):
+    """Something was asked for whose optional dependencies are not installed."""
+
+    what: str
+    extra: str
+
+    def __str__(self) -> str:
+        return f"{self.what} needs the {self.extra} extra: pip install 'lewis-hub[{self.extra}]'"

@@ -1,0 +1,45 @@
+"""What a tensor's name says: `model.layers.3.self_attn.q_proj.weight` is in block 3.
+
+Pure string functions, for every architecture: the first number in a name counts blocks.
+"""
+
+from __future__ import annotations
+
+import re
+
+BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
+
+
+def module(name: str) -> str:
+    """The module that owns a tensor: the name without `.weight` or `.bias`."""
+    for suffix in (".weight", ".bias"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def block(name: str) -> int | None:
+    """The block's number: 3 in `model.layers.3.mlp.experts.5.w1`; None outside the blocks."""
+    found = BLOCK.search(name)
+    return int(found[1]) if found else None
+
+
+def stack(name: str) -> str | None:
+    """The list that a block is in, such as `model.layers`; None outside the blocks.
+
+    A model of several towers has several.
+    """
+    found = BLOCK.search(name)
+    return name[: found.start()] if found else None
+
+
+def component(name: str) -> str:
+    """What a tensor is, in whichever block: `self_attn.q_proj`; outside blocks the module."""
+    found = BLOCK.search(name)
+    return module(name[found.end() :] if found else name)
+
+
+def is_input_side(name: str) -> bool:
+    """Whether a tensor outside the blocks comes before them: an embedding, not norm or head."""
+    return block(name) is None and INPUT_SIDE.search(name) is not None

@@ -1,0 +1,151 @@
+"""An output shard: preallocated, written in place by several threads, hashed as it fills."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import heapq
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from lewis_hub.checkpoint.layout import ShardLayout
+from lewis_hub.errors import OutputError
+
+HASHED_BYTES = 1 << 20  # read back at a time
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+class ShardWriter:
+    """A shard that is being written. Threads may share it; they write disjoint ranges.
+
+    The bytes are hashed in the order of the file, by whichever thread completes the next range,
+    while they are still in the page cache.
+
+    Args:
+        folder: to write into.
+        layout: fixes the header and where each tensor goes.
+
+    Raises:
+        OutputError: there is no room for the whole shard, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, layout: ShardLayout) -> None:
+        self.path = folder / layout.name
+        self.n_bytes = layout.n_bytes
+        self._digest = hashlib.sha256()
+        self._n_hashed = 0
+        self._complete: list[tuple[int, int]] = []  # heap of ranges written and not hashed
+        self._completing, self._hashing = threading.Lock(), threading.Lock()
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise _refused(self.path, error) from None
+        try:
+            _preallocate(self._descriptor, self.n_bytes)
+            header = layout.header
+            self.write(0, memoryview(header))
+            self.complete(0, len(header))
+        except OSError as error:
+            os.close(self._descriptor)
+            raise _refused(self.path, error) from None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def write(self, position: int, content: memoryview) -> None:
+        """Write bytes at an offset from the beginning of the file.
+
+        Raises:
+            OutputError: the disk is full or failing.
+        """
+        try:
+            while content.nbytes:
+                n_written = os.pwrite(self._descriptor, content, position)
+                content, position = content[n_written:], position + n_written
+        except OSError as error:
+            raise _refused(self.path, error) from None
+
+    def complete(self, start: int, stop: int) -> None:
+        """Say that the bytes [start, stop) are final; hashes what follows without a gap."""
+        if start == stop:
+            return
+        with self._completing:
+            heapq.heappush(self._complete, (start, stop))
+        while self._hashing.acquire(blocking=False):
+            try:
+                followed = self._hash_next()
+            finally:
+                self._hashing.release()
+            if not followed:
+                return
+
+    def finish(self) -> str:
+        """Bring the shard to the disk; its sha256 as 64 hex digits.
+
+        Raises:
+            OutputError: the disk is full or failing.
+        """
+        while self._hash_next():
+            pass
+        assert self._n_hashed == self.n_bytes, "a range of the shard was never completed"
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise _refused(self.path, error) from None
+        return self._digest.hexdigest()
+
+    def _hash_next(self) -> bool:
+        with self._completing:
+            if not self._complete or self._complete[0][0] != self._n_hashed:
+                return False
+            _, stop = heapq.heappop(self._complete)
+        held = bytearray(min(HASHED_BYTES, stop - self._n_hashed))
+        while self._n_hashed < stop:
+            window = memoryview(held)[: stop - self._n_hashed]
+            n_read = os.preadv(self._descriptor, [window], self._n_hashed)
+            self._digest.update(window[:n_read])
+            self._n_hashed += n_read
+        return True
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_room(folder: Path, n_bytes: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        OutputError: fewer than `n_bytes` are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise OutputError(
+            str(folder),
+            f"the merged weights need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
+            "Free some space, or name a folder on another disk with -o.",
+        )
+
+
+def _preallocate(descriptor: int, n_bytes: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, n_bytes)
+    except OSError as error:
+        if error.errno not in NO_PREALLOCATION:
+            raise
+        os.ftruncate(descriptor, n_bytes)
+
+
+def _refused(path: Path, error: OSError) -> OutputError:
+    remedy = "Name a folder that you may write to with -o."
+    if error.errno in NO_ROOM:
+        remedy = "Free some space, or name a folder on another disk with -o; then run again."
+    return OutputError(str(path), f"it cannot be written ({error.strerror}).", remedy)

@@ -1,0 +1,158 @@
+"""Whether sources can be merged tensor by tensor: names, shapes, dtypes, vocabulary, tied heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.header import COPIED, MERGEABLE, TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint
+
+HEAD = "lm_head"
+N_SHOWN = 3
+
+Kind = Literal["missing", "extra", "shape", "vocabulary", "dtype", "tied"]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One way in which a source does not fit; `str()` is a sentence and what to do."""
+
+    kind: Kind
+    source: str
+    tensors: tuple[str, ...]
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.source} {self.problem}. {self.remedy}"
+
+
+def compare(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[Mismatch, ...]:
+    """Hold every expert against the base, tensor by tensor.
+
+    Args:
+        base: whose tensors the merge will have; for a method without a base the first source.
+        experts: all other sources.
+
+    Returns:
+        What keeps them from being merged; nothing where they fit.
+    """
+    found = list(_dtypes(base))
+    for expert in experts:
+        found += _names(base, expert)
+        found += _shapes(base, expert)
+        found += _dtypes(expert)
+        found += _kinds(base, expert)
+    return tuple(found)
+
+
+def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+    missing = [name for name in base.tensors if name not in expert.tensors]
+    extra = [name for name in expert.tensors if name not in base.tensors]
+    if heads := [name for name in missing if _is_head(name)]:
+        yield Mismatch(
+            "tied",
+            expert.label,
+            tuple(heads),
+            f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} has one",
+            "Use an expert that was trained from this base.",
+        )
+    if heads := [name for name in extra if _is_head(name)]:
+        yield Mismatch(
+            "tied",
+            expert.label,
+            tuple(heads),
+            f"has a {heads[0]} of its own, the base {base.label} ties its head to the embeddings",
+            "Save the expert again with tied embeddings, or use the base that it was trained from.",
+        )
+    if rest := [name for name in missing if not _is_head(name)]:
+        yield Mismatch(
+            "missing",
+            expert.label,
+            tuple(rest),
+            f"lacks {_listed(rest)} of the base {base.label}",
+            "Only models of one architecture and depth can be merged.",
+        )
+    if rest := [name for name in extra if not _is_head(name)]:
+        yield Mismatch(
+            "extra",
+            expert.label,
+            tuple(rest),
+            f"has {_listed(rest)}, which the base {base.label} lacks",
+            "Only models of one architecture and depth can be merged.",
+        )
+
+
+def _shapes(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+    differing = [
+        (tensor, expert.tensors[name])
+        for name, tensor in base.tensors.items()
+        if name in expert.tensors and expert.tensors[name].shape != tensor.shape
+    ]
+    rows = [(ours, theirs) for ours, theirs in differing if _only_rows_differ(ours, theirs)]
+    if rows:
+        ours, theirs = rows[0]
+        yield Mismatch(
+            "vocabulary",
+            expert.label,
+            tuple(tensor.name for tensor, _ in rows),
+            f"has a vocabulary of {theirs.shape[0]} rows in {ours.name}, "
+            f"the base {base.label} has {ours.shape[0]}",
+            "Bring the expert to the base's vocabulary with transformers' "
+            "`model.resize_token_embeddings`.",
+        )
+    for ours, theirs in differing:
+        if not _only_rows_differ(ours, theirs):
+            yield Mismatch(
+                "shape",
+                expert.label,
+                (ours.name,),
+                f"has {ours.name} of shape {list(theirs.shape)}, "
+                f"the base {base.label} has {list(ours.shape)}",
+                "A task vector needs equal shapes: use experts of the same size as the base.",
+            )
+
+
+def _dtypes(checkpoint: Checkpoint) -> Iterator[Mismatch]:
+    unread = [t for t in checkpoint.tensors.values() if t.dtype not in (*MERGEABLE, *COPIED)]
+    for dtype in sorted({tensor.dtype for tensor in unread}):
+        named = [tensor.name for tensor in unread if tensor.dtype == dtype]
+        yield Mismatch(
+            "dtype",
+            checkpoint.label,
+            tuple(named),
+            f"holds {_listed(named)} as {dtype}, which this version does not read",
+            "Use the model in bfloat16, float16 or float32.",
+        )
+
+
+def _kinds(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+    for name, ours in base.tensors.items():
+        theirs = expert.tensors.get(name)
+        if theirs and (ours.dtype in MERGEABLE) != (theirs.dtype in MERGEABLE):
+            yield Mismatch(
+                "dtype",
+                expert.label,
+                (name,),
+                f"holds {name} as {theirs.dtype}, the base {base.label} as {ours.dtype}",
+                "Numbers and counts cannot be merged: use experts that were trained from the base.",
+            )
+
+
+def _only_rows_differ(ours: TensorHeader, theirs: TensorHeader) -> bool:
+    """Whether two tensors are embeddings or heads over vocabularies of different size."""
+    is_vocabulary = names.is_input_side(ours.name) or _is_head(ours.name)
+    return is_vocabulary and len(ours.shape) == 2 and ours.shape[1:] == theirs.shape[1:]
+
+
+def _is_head(name: str) -> bool:
+    return HEAD in names.module(name).split(".") or names.module(name).endswith("embed_out")
+
+
+def _listed(found: Sequence[str]) -> str:
+    if len(found) <= N_SHOWN:
+        return ", ".join(found)
+    return f"{len(found)} tensors ({', '.join(found[:N_SHOWN])}, ...)"

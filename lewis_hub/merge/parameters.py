@@ -1,0 +1,165 @@
+"""What each tensor's weight, density and options are: the recipe's settings, tensor by tensor.
+
+The rules are mergekit's. A list of numbers is a gradient over the blocks, the first value at the
+first block and the last at the last; tensors before the blocks take the first, after them the
+last. In a list of {filter, value} the first filter that is part of the tensor's name counts. What
+a source's own parameters leave open is looked up in the recipe's, then the default holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lewis_hub.checkpoint import names
+from lewis_hub.errors import MergeError
+from lewis_hub.methods.registry import Method
+from lewis_hub.recipe import Conditional, Scalar, Setting, Settings
+
+DEFAULTS = {"weight": 1.0, "density": 1.0}
+ANY = (None, "*")
+
+
+def depths(tensors: Iterable[str]) -> dict[str, float]:
+    """How deep in the model each tensor lies: 0 at the first block, 1 at the last.
+
+    Tensors outside the blocks: 0 for embeddings, 1 for the rest (final norm, head). In a model of
+    several stacks of blocks each has its own first and last. One block alone has depth 1.
+    """
+    tensors = tuple(tensors)
+    last: dict[str, int] = {}
+    for name in tensors:
+        stack, block = names.stack(name), names.block(name)
+        if stack is not None and block is not None:
+            last[stack] = max(block, last.get(stack, 0))
+    found = {}
+    for name in tensors:
+        stack, block = names.stack(name), names.block(name)
+        if stack is None or block is None:
+            found[name] = 0.0 if names.is_input_side(name) else 1.0
+        else:
+            found[name] = block / last[stack] if last[stack] else 1.0
+    return found
+
+
+def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
+    """The setting's value for one tensor; None where no filter of it fits."""
+    if not isinstance(setting, tuple):
+        return setting
+    gradient = [value for value in setting if not isinstance(value, Conditional)]
+    if gradient:
+        return _interpolated(gradient, depth)
+    for conditional in setting:
+        assert isinstance(conditional, Conditional)
+        if conditional.filter in ANY or conditional.filter in name:
+            return evaluate(conditional.value, name, depth)
+    return None
+
+
+def look_up(setting_name: str, places: Sequence[Settings], name: str, depth: float) -> Any:
+    """The first of `places` that says something of this tensor; None where none does."""
+    for settings in places:
+        if setting_name in settings:
+            value = evaluate(settings[setting_name], name, depth)
+            if value is not None:
+                return value
+    return None
+
+
+def require_valid(method: Method, common: Settings, per_source: Sequence[Settings]) -> None:
+    """Refuse parameters that the method does not have, or values that it cannot take.
+
+    Needs no checkpoint, so that it can run before any download.
+
+    Raises:
+        MergeError: naming the parameter and the nearest known one.
+    """
+    method.require_known(common, per_source=False)
+    for settings in per_source:
+        method.require_known(settings, per_source=True)
+        for name, setting in settings.items():
+            _require_number(name, setting)
+    for name, setting in common.items():
+        if name in method.accepted:
+            _require_among(name, setting, method)
+        elif name in method.settings:
+            _require_number(name, setting)
+        else:
+            _require_kind(name, setting, type(method.options[name]))
+
+
+def require_filters_fit(
+    common: Settings, per_source: Sequence[Settings], tensors: Iterable[str]
+) -> None:
+    """Refuse a filter that is part of no tensor's name: it would silently do nothing.
+
+    Raises:
+        MergeError: naming the filter and the nearest component.
+    """
+    tensors = tuple(tensors)
+    for settings in (common, *per_source):
+        for name, setting in settings.items():
+            for conditional in setting if isinstance(setting, tuple) else ():
+                if not isinstance(conditional, Conditional) or conditional.filter in ANY:
+                    continue
+                if not any(conditional.filter in tensor for tensor in tensors):
+                    raise _unused(name, conditional.filter, tensors)
+
+
+def _unused(name: str, given: str, tensors: Sequence[str]) -> MergeError:
+    components = dict.fromkeys(names.component(tensor) for tensor in tensors)
+    parts = dict.fromkeys(part for c in components for part in (c, *c.split(".")))
+    near = difflib.get_close_matches(given, parts, n=1, cutoff=0.4)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Components: {', '.join(components)}."
+    problem = f"the filter `{given}` is part of no tensor's name"
+    return MergeError(f"parameter `{name}`", problem, hint)
+
+
+def _interpolated(gradient: Sequence[float], depth: float) -> float:
+    place = depth * (len(gradient) - 1)
+    left = int(place)
+    right = min(left + 1, len(gradient) - 1)
+    share = place - left
+    return (1 - share) * gradient[left] + share * gradient[right]
+
+
+def _values(setting: Any) -> list[Scalar]:
+    if isinstance(setting, tuple):
+        return [value for item in setting for value in _values(getattr(item, "value", item))]
+    return [setting]
+
+
+def _require_number(name: str, setting: Setting) -> None:
+    for value in _values(setting):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MergeError(f"parameter `{name}`", f"{value!r} is no number", "Give a number.")
+        if name == "density" and not 0 <= value <= 1:
+            problem = f"a density lies between 0 and 1, found {value:g}"
+            raise MergeError("parameter `density`", problem, "It is the fraction of entries kept.")
+
+
+def _require_kind(name: str, setting: Setting, kind: type) -> None:
+    for value in _values(setting):
+        if kind is bool and not isinstance(value, bool):
+            problem = f"expected true or false, found {value!r}"
+            raise MergeError(f"parameter `{name}`", problem, "Write true or false.")
+        if kind is float:
+            _require_number(name, value)
+
+
+def _require_among(name: str, setting: Setting, method: Method) -> None:
+    allowed = method.accepted[name]
+    for value in _values(setting):
+        if value not in allowed:
+            problem = f"`{method.name}` does not do `{name}: {str(value).lower()}` in this version"
+            raise MergeError(f"parameter `{name}`", problem, "Remove it.")
+
+
+def options_of(method: Method, common: Settings, name: str, depth: float) -> Mapping[str, Any]:
+    """The method's options for one tensor, by the recipe's names, in the order of the method."""
+    found = {}
+    for option, default in method.options.items():
+        value = look_up(option, (common,), name, depth)
+        found[option] = default if value is None else type(default)(value)
+    return found

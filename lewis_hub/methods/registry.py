@@ -1,0 +1,175 @@
+"""Name to method. A method is one function over float tensors.
+
+It takes `base` and `task_vectors`, or `tensors` where it needs no base; then keywords. Those
+without a default are given by the merge: `weights`, `densities`, `streams` (of random bits), each
+with one value per source. Those with a default are options of the recipe, by the same name; a
+trailing underscore, as in `lambda_`, is dropped.
+
+A package adds its own by an entry point in the group `lewis_hub.methods`, named as the method,
+that loads a function under `@register`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.errors import MergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = "lewis_hub.methods"
+PER_SOURCE = {"weights": "weight", "densities": "density"}  # keyword -> the recipe's name
+
+MethodFunction = Callable[..., "Tensor"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        accepted: mergekit's options that change nothing here -> the values that may be given.
+    """
+
+    name: str
+    function: MethodFunction
+    paper: str | None = None
+    accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """One sentence for a list of methods."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether it merges task vectors, source minus base, rather than the sources."""
+        return "base" in self._keywords
+
+    @property
+    def takes_density(self) -> bool:
+        """Whether it keeps a fraction of each task vector, so that a guide has a say."""
+        return "densities" in self._keywords
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws, so that the seed matters."""
+        return "streams" in self._keywords
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The recipe's name of each option -> its default."""
+        return {
+            name.removesuffix("_"): parameter.default
+            for name, parameter in self._keywords.items()
+            if parameter.default is not parameter.empty
+        }
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings that each source may have of its own."""
+        return tuple(name for keyword, name in PER_SOURCE.items() if keyword in self._keywords)
+
+    def require_known(self, names: Iterable[str], *, per_source: bool) -> None:
+        """Refuse settings that this method does not have.
+
+        Args:
+            names: as the recipe gives them.
+            per_source: whether they stand beside a source, or in the recipe's `parameters`.
+
+        Raises:
+            MergeError: one is unknown, or stands in the wrong place.
+        """
+        for name in names:
+            if name in self.settings or (
+                not per_source and name in {*self.options, *self.accepted}
+            ):
+                continue
+            known = [*self.settings, *self.options, *self.accepted]
+            where = f"parameter `{name}`"
+            if name in known:
+                problem = f"`{self.name}` has it once for all models, not for each"
+                raise MergeError(where, problem, "Move it to the recipe's own `parameters`.")
+            if name == "density":
+                problem = f"`{self.name}` keeps every entry of a task vector"
+                raise MergeError(where, problem, "Remove it, or use `ties` or `dare_ties`.")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            remedy = f"It knows {', '.join(known)}.{hint}"
+            raise MergeError(where, f"`{self.name}` has no such parameter", remedy)
+
+    @property
+    def _keywords(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+
+_methods: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    *,
+    paper: str | None = None,
+    accepted: Mapping[str, tuple[object, ...]] | None = None,
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Add the decorated function to the methods.
+
+    Raises:
+        MergeError: another function already has the name.
+    """
+
+    def add(function: MethodFunction) -> MethodFunction:
+        taken = _methods.get(name)
+        if taken is not None:
+            owner = f"{taken.function.__module__}.{taken.function.__qualname__}"
+            problem = f"the name is already taken by {owner}"
+            raise MergeError(f"method `{name}`", problem, "Register it under another name.")
+        _methods[name] = Method(name, function, paper, accepted or {})
+        return function
+
+    return add
+
+
+def find(name: str) -> Method:
+    """Look a method up; an installed package is asked only for a name that is not built in.
+
+    Raises:
+        MergeError: no method has the name, or the package that offers it does not load.
+    """
+    if name not in _methods:
+        _load(name)
+    if name not in _methods:
+        known = sorted({*_methods, *entry_points(group=GROUP).names})
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        remedy = f"Methods: {', '.join(known)}.{hint}"
+        raise MergeError(f"method `{name}`", "there is none in this version", remedy)
+    return _methods[name]
+
+
+def methods() -> tuple[Method, ...]:
+    """Every method by name, those of installed packages too."""
+    for name in entry_points(group=GROUP).names:
+        if name not in _methods:
+            _load(name)
+    return tuple(_methods[name] for name in sorted(_methods))
+
+
+def _load(name: str) -> None:
+    for entry in entry_points(group=GROUP, name=name):
+        package = entry.dist.name if entry.dist else entry.value
+        remedy = f"Repair or remove the package: pip uninstall {package}."
+        try:
+            entry.load()
+        except (ImportError, AttributeError) as error:
+            problem = f"{package} offers it but does not load: {error}"
+            raise MergeError(f"method `{name}`", problem, remedy) from error
+        if name not in _methods:
+            problem = f"{package} offers it but {entry.value} does not register it"
+            raise MergeError(f"method `{name}`", problem, remedy)

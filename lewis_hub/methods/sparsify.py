@@ -1,0 +1,49 @@
+"""Keep a fraction of a task vector: the largest entries, or random ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lewis_hub.methods import random_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def n_kept(n: int, density: float) -> int:
+    """How many of n entries are kept: density * n, halves to even, and at least one of any."""
+    if n == 0 or density <= 0:
+        return 0
+    return min(n, max(1, round(density * n)))
+
+
+def trim(task_vector: Tensor, density: float) -> Tensor:
+    """Keep exactly the `n_kept` entries of largest magnitude, and set the others to zero.
+
+    Of c entries tied at the threshold of which q are to be kept, the j-th in index order is kept
+    when floor((j + 1) q / c) > floor(j q / c): they lie evenly spread, and no row is favoured.
+    bfloat16 task vectors have many such ties; mergekit keeps an arbitrary subset of them, and
+    rounds k down.
+    """
+    k = n_kept(task_vector.numel(), density)
+    if k == task_vector.numel():
+        return task_vector
+    if k == 0:
+        return task_vector.new_zeros(task_vector.shape)
+    magnitudes = task_vector.abs().flatten()
+    threshold = magnitudes.sort(descending=True).values[k - 1]
+    above, tied = magnitudes > threshold, magnitudes == threshold
+    n_tied, n_wanted = int(tied.sum()), k - int(above.sum())
+    j = tied.long().cumsum(0) - 1
+    chosen = (j + 1) * n_wanted // n_tied > j * n_wanted // n_tied
+    kept = above | (tied & chosen)
+    return task_vector.where(kept.reshape(task_vector.shape), 0.0)
+
+
+def drop(task_vector: Tensor, density: float, stream: int) -> Tensor:
+    """Keep each entry with probability `density`, by its own random bits."""
+    if density >= 1:
+        return task_vector
+    drawn = random_bits.halves(stream, task_vector.numel()) < random_bits.below(density)
+    kept = task_vector.new_tensor(drawn).bool()
+    return task_vector.where(kept.reshape(task_vector.shape), 0.0)
