@@ -1,0 +1,271 @@
+"""The embedded Hub: as much of the Hugging Face Hub as its clients need, on the loopback interface.
+
+It serves unmodified huggingface_hub, transformers, datasets and lm-eval, for demos, tests and
+rehearsing a publish. It is no production server. Large files are served from a second loopback
+address, as the Hub serves them from another origin. Needs the extra ``demo``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.util
+import ipaddress
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
+
+from lewis_hub.errors import ExtraMissingError, HubServerError
+from lewis_hub.hub.access import Grant, Role, load_grants, save_grants
+from lewis_hub.hub.store import Store
+
+if TYPE_CHECKING:
+    import uvicorn
+    from huggingface_hub import HfApi
+
+LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+PART_BYTES = 64 * 2**20
+START_S = 10.0
+
+
+class Hub:
+    """A Hub in a folder, and, while it is served, its addresses.
+
+    Attributes:
+        url: for ``HF_ENDPOINT``.
+        storage_url: the other origin, from which large files are read.
+        part_bytes: larger files are uploaded in parts of this size.
+        faults: what goes wrong; `fail`, `drop` and `faults.delay_s` set it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        from lewis_hub.hub.faults import Faults
+
+        self.root = root
+        self.store = Store(root)
+        self.grants = load_grants(root / "users.json")
+        self.faults = Faults()
+        self.part_bytes = PART_BYTES
+        self.host, self.port = "127.0.0.1", 0
+        self.storage_url = ""
+        self._secret = secrets.token_bytes(32)
+
+    @property
+    def url(self) -> str:
+        """The Hub's address."""
+        return f"http://{self.host}:{self.port}"
+
+    @property
+    def write_token(self) -> str:
+        """The first token that may write."""
+        return self._token("write")
+
+    @property
+    def read_token(self) -> str:
+        """The first token that may only read."""
+        return self._token("read")
+
+    @property
+    def user(self) -> str:
+        """Whose token `write_token` is."""
+        return self.grants[self.write_token].user
+
+    def _token(self, role: Role) -> str:
+        return next(grant.token for grant in self.grants.values() if grant.role == role)
+
+    def api(self, token: str | None = None) -> HfApi:
+        """A client of this Hub; without a token of its own it has `write_token`."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.url, token=token or self.write_token)
+
+    def add_token(
+        self, token: str, user: str, role: Role, namespaces: tuple[str, ...] | None = None
+    ) -> Grant:
+        """Let a token in, now and after a restart; its user owns `namespaces` (its own)."""
+        grant = Grant(token, user, role, namespaces if namespaces is not None else (user,))
+        self.grants[token] = grant
+        save_grants(self.root / "users.json", self.grants)
+        return grant
+
+    def fail(self, path: str, status: int, *, times: int = 1, method: str | None = None) -> None:
+        """Answer the next requests whose path and query match a pattern with an error."""
+        self._add_fault(path, status, times, method, None)
+
+    def drop(
+        self,
+        path: str,
+        *,
+        after_bytes: int | None = None,
+        times: int = 1,
+        method: str | None = None,
+    ) -> None:
+        """Cut the connection of the next matching requests.
+
+        With `after_bytes` the request is carried out, and so much of the answer still arrives;
+        without, nothing happens at all.
+        """
+        self._add_fault(path, "drop", times, method, after_bytes)
+
+    def _add_fault(
+        self,
+        path: str,
+        status: int | Literal["drop"],
+        times: int,
+        method: str | None,
+        after_bytes: int | None,
+    ) -> None:
+        from lewis_hub.hub.faults import Fault
+
+        with self.faults.lock:
+            self.faults.pending.append(Fault(re.compile(path), status, times, method, after_bytes))
+
+    def clear(self) -> None:
+        """Forget all repositories, contents and faults; tokens stay."""
+        self.faults.clear()
+        self.store.clear()
+
+    def stored_url(self, sha256: str, name: str) -> str:
+        """Where a large file's bytes are read, for whoever was told."""
+        signature = self._sign(sha256)
+        return f"{self.storage_url}/lfs/{sha256}/{quote(name, safe='')}?signature={signature}"
+
+    def upload_url(self, sha256: str, part: int | None = None) -> str:
+        """Where a large file's bytes, or those of a part, are sent."""
+        path = f"{sha256}/{part}" if part else sha256
+        return f"{self.storage_url}/lfs-upload/{path}?signature={self._sign(f'upload {sha256}')}"
+
+    def signed(self, text: str, signature: str) -> bool:
+        """Whether this Hub signed an address for this text."""
+        return hmac.compare_digest(self._sign(text).encode(), signature.encode())
+
+    def _sign(self, text: str) -> str:
+        return hmac.digest(self._secret, text.encode(), hashlib.sha256).hex()
+
+
+@contextmanager
+def serve(root: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
+    """Serve a Hub from a folder, in a thread, until the context is left.
+
+    Args:
+        root: holds all the Hub's files; made if missing. A fresh one gets a user with a write
+            token and a read token (`Hub.write_token`, `Hub.read_token`), kept in ``users.json``.
+        host: an address of 127.0.0.0/8.
+        port: 0 takes a free one.
+
+    Raises:
+        ExtraMissingError: the extra ``demo`` is not installed.
+        HubServerError: `host` is not loopback, or the port is taken.
+    """
+    check_loopback(host)
+    for module in ("starlette", "uvicorn", "markdown_it"):
+        if importlib.util.find_spec(module) is None:
+            raise ExtraMissingError("The embedded Hub", "demo")
+    hub = Hub(root)
+    sockets = _listen(host, port)
+    hub.host, hub.port = sockets[0].getsockname()[:2]
+    hub.storage_url = "http://{}:{}".format(*sockets[1].getsockname()[:2])
+    server = _server(hub)
+    thread = threading.Thread(target=server.run, args=(sockets,), name="lewis-hub", daemon=True)
+    thread.start()
+    try:
+        _await_start(server, thread)
+        yield hub
+    finally:
+        server.should_exit = True
+        thread.join()
+        for listener in sockets:
+            listener.close()
+
+
+def run(root: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+    """Serve a Hub from a folder until interrupted."""
+    with serve(root, host, port):
+        wait()
+
+
+def wait() -> None:
+    """Do nothing until interrupted."""
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return
+
+
+def check_loopback(host: str) -> None:
+    """Refuse an address that others could reach.
+
+    Raises:
+        HubServerError: `host` is not in 127.0.0.0/8.
+    """
+    name = "127.0.0.1" if host == "localhost" else host
+    try:
+        loopback = ipaddress.ip_address(name) in LOOPBACK
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise HubServerError(
+            host,
+            "the embedded Hub binds to 127.0.0.0/8 only; it is no production server",
+            "Use 127.0.0.1, and a tunnel such as `ssh -L` to reach it from elsewhere.",
+        )
+
+
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Listen on a loopback address and, at the same port, on the next one."""
+    first = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    hosts = (str(first), str(first + 1) if first + 1 in LOOPBACK else "127.0.0.1")
+    for attempt in range(20):
+        listeners: list[socket.socket] = []
+        try:
+            for address in hosts:
+                listener = socket.socket()
+                listeners.append(listener)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((address, listeners[0].getsockname()[1] if listeners[1:] else port))
+            return listeners
+        except OSError as error:
+            for listener in listeners:
+                listener.close()
+            if port or attempt == 19:
+                raise HubServerError(
+                    f"{host}:{port}",
+                    f"the embedded Hub cannot listen there ({error.strerror})",
+                    "Stop what listens there, or choose another port with --port.",
+                ) from error
+    raise AssertionError("unreachable")
+
+
+def _server(hub: Hub) -> uvicorn.Server:
+    import uvicorn
+
+    from lewis_hub.hub.routes import application
+
+    config = uvicorn.Config(
+        application(hub),
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
+
+
+def _await_start(server: uvicorn.Server, thread: threading.Thread) -> None:
+    deadline = time.monotonic() + START_S
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise HubServerError("the embedded Hub", "it did not start", "Run it again.")
+        time.sleep(0.005)

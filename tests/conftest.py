@@ -1,0 +1,82 @@
+"""Fixtures for all tests: the embedded Hub over HTTP, and caches that no test shares.
+
+huggingface_hub reads HF_ENDPOINT and the cache's place when it is first imported. So one Hub is
+started, and the environment points at it and at a temporary HF_HOME, as soon as this module is
+imported; each test finds both empty.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lewis_hub.hub.server import Hub, serve
+
+SESSION = ExitStack()
+LEAKS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_TOKEN_PATH",
+    "HF_OIDC_RESOURCE",
+    "HF_HUB_OFFLINE",
+)
+CACHES = (
+    "HF_HUB_CACHE",
+    "HF_XET_CACHE",
+    "HF_ASSETS_CACHE",
+    "HF_DATASETS_CACHE",
+    "HF_MODULES_CACHE",
+)
+
+
+def start() -> Hub:
+    folder = Path(SESSION.enter_context(tempfile.TemporaryDirectory(prefix="lewis-hub-tests-")))
+    hub = SESSION.enter_context(serve(folder / "hub"))
+    for name in LEAKS + CACHES:
+        os.environ.pop(name, None)
+    os.environ |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hf-home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "agg",
+    }
+    return hub
+
+
+RUNNING = start()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # huggingface_hub uploads LFS files through a parameter that its own HTTP library deprecates.
+    ignored = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
+    config.addinivalue_line("filterwarnings", ignored)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    SESSION.close()
+
+
+@pytest.fixture(autouse=True)
+def own_cache() -> Iterator[None]:
+    """Nothing that one test downloaded is there for the next."""
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """The embedded Hub, empty; `hub.api()` is a client with its write token."""
+    grants, part_bytes = dict(RUNNING.grants), RUNNING.part_bytes
+    RUNNING.clear()
+    yield RUNNING
+    RUNNING.clear()
+    RUNNING.grants, RUNNING.part_bytes = grants, part_bytes
