@@ -53,10 +53,14 @@ class Scores:
 
     tasks: Mapping[str, TaskScores]
 
+    def to_document(self) -> dict[str, Any]:
+        """The content of `scores.json`."""
+        tasks = {name: _task_document(task) for name, task in self.tasks.items()}
+        return {"version": VERSION, "tasks": tasks}
+
     def to_json(self) -> str:
         """The text of `scores.json`."""
-        tasks = {name: _task_document(task) for name, task in self.tasks.items()}
-        document = {"version": VERSION, "tasks": tasks}
+        document = self.to_document()
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod

@@ -96,8 +96,8 @@ def locate_tasks(selection: TaskSelection) -> LocatedTasks:
     selected: dict[str, None] = {}
     for name in selection.names:
         reached = list(catalog.expand(name))
-        tops = [name] if catalog.find(name) else [file.name for file in reached]
-        selected.update(dict.fromkeys(tops))
+        is_tag = reached[0].name != name
+        selected.update(dict.fromkeys(file.name for file in (reached if is_tag else reached[:1])))
         files.update((file.name, file) for file in reached)
     if not selection.allow_code:
         for file in files.values():
@@ -131,24 +131,24 @@ class _Catalog:
     def bundled(self) -> Headers:
         return scan_headers(bundled_folder())
 
-    def find(self, name: str) -> TaskFile | None:
-        """The task or group of this name."""
-        if name in self.own:
-            return self.own[name]
-        path = self.bundled.files.get(name)
-        return None if path is None else read_file(path)
-
     def expand(self, name: str, parent: TaskFile | None = None) -> Iterator[TaskFile]:
-        """The task, or the group and all that it lists, or all tasks of the tag."""
-        file = self.find(name)
+        """The task, or the group and all that it lists, or all tasks of the tag.
+
+        Args:
+            name: own names and tags hide those of lm-eval.
+            parent: the group that lists it.
+        """
+        file = self.own.get(name)
+        tagged = sorted(own.name for own in self.own.values() if name in own.tags)
+        if file is None and not tagged:
+            path = self.bundled.files.get(name)
+            file = None if path is None else read_file(path)
+            tagged = _bundled_tag(name) if file is None and name in self.bundled.tags else []
         if file is not None:
             yield file
             if file.is_group:
                 yield from self._members(file, file.config.get("task"))
             return
-        tagged = sorted(own.name for own in self.own.values() if name in own.tags)
-        if not tagged and name in self.bundled.tags:
-            tagged = _bundled_tag(name)
         if not tagged:
             raise self._unknown(name, parent)
         self.through_tag |= parent is not None
@@ -160,14 +160,13 @@ class _Catalog:
             if isinstance(member, str):
                 yield from self.expand(member, group)
                 continue
-            name = member.get("group", member.get("task"))
-            if isinstance(name, str) and self.find(name):
-                yield from self.expand(name, group)
-            inline = TaskFile(f"{group.name}::{name}", group.path, member)
-            if inline.is_group:
-                yield from self._members(inline, member.get("task"))
-            elif not (isinstance(name, str) and self.find(name)):
+            inline = TaskFile(f"{group.name}::{_name(member)}", group.path, member)
+            if inline.is_group and isinstance(member.get("task"), list):
+                yield from self._members(inline, member["task"])
+            elif "dataset_path" in member:  # a whole task written inside the group
                 yield inline
+            else:
+                yield from self.expand(str(_name(member)), group)
 
     def _unknown(self, name: str, parent: TaskFile | None) -> EvaluationError:
         known = [*self.own, *self.bundled.files, *self.bundled.tags]
@@ -179,6 +178,10 @@ class _Catalog:
             f"{where}neither lm-eval nor your include folder has such a task.",
             f"{remedy} Own task files go into a folder that `evaluate.include` names.",
         )
+
+
+def _name(member: Mapping[str, Any]) -> Any:
+    return member.get("group", member.get("task"))
 
 
 def _bundled_tag(tag: str) -> list[str]:

@@ -56,8 +56,8 @@ dataset_kwargs:
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(scope="session")
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import datasets.config
 
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def _own_datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 @pytest.fixture(scope="session")
-def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_tasks(tmp_path_factory: pytest.TempPathFactory, datasets_cache: None) -> Path:
     """A folder of own task files: `after` (20 items), `choose` (20 items), group `both`."""
     folder = tmp_path_factory.mktemp("tasks")
     items = [{"word": word, "next": SUCCESSOR[word]} for word in WORDS]

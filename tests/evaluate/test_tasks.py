@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.task_files import bundled_folder, read_file, read_folder, scan_headers
+from lewis_hub.evaluate.tasks import TaskFacts, TaskSelection, check_tasks, locate_tasks
+
+ARITHMETIC = "task: sums\ntag: numbers\ndataset_path: me/sums\ndataset_name: easy\n"
+GROUP = "group: all_numbers\ntask:\n  - sums\n  - {task: products, num_fewshot: 2}\n"
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+def names(*asked: str, include: Path) -> list[str]:
+    return [facts.name for facts in check_tasks(TaskSelection(asked, include))]
+
+
+def refusal(*asked: str, **options: object) -> str:
+    with pytest.raises(EvaluationError) as raised:
+        check_tasks(TaskSelection(asked, **options))
+    return str(raised.value)
+
+
+def test_an_own_task_is_found_with_its_dataset(tmp_path):
+    include = write(tmp_path, sums=ARITHMETIC)
+
+    assert check_tasks(TaskSelection(("sums",), include)) == (
+        TaskFacts("sums", dataset="me/sums", config="easy"),
+    )
+
+
+def test_a_group_stands_for_all_that_it_lists(tmp_path):
+    include = write(tmp_path, sums=ARITHMETIC, products="task: products\n", group=GROUP)
+
+    assert names("all_numbers", include=include) == ["sums", "products"]
+
+
+def test_a_tag_stands_for_every_task_that_bears_it(tmp_path):
+    products = "task: products\ntag: [hard, numbers]\n"
+    include = write(tmp_path, sums=ARITHMETIC, products=products)
+
+    located = locate_tasks(TaskSelection(("numbers",), include))
+
+    assert located.selected == ("products", "sums")
+    assert not located.through_tag
+
+
+def test_a_group_may_list_a_tag_and_tasks_of_its_own(tmp_path):
+    group = "group: mixed\ntask: [numbers, {task: inline, dataset_path: me/inline}]\n"
+    include = write(tmp_path, sums=ARITHMETIC, group=group)
+
+    located = locate_tasks(TaskSelection(("mixed",), include))
+
+    assert [file.name for file in located.files] == ["mixed", "sums", "mixed::inline"]
+    assert located.through_tag
+
+
+def test_included_files_are_merged_under_the_file_itself(tmp_path):
+    (tmp_path / "template").write_text("dataset_path: me/base\ndataset_name: base\n")
+    write(tmp_path, sums="include: template\ntask: sums\ndataset_name: own\n")
+
+    assert read_file(tmp_path / "sums.yaml").config == {
+        "task": "sums",
+        "dataset_path": "me/base",
+        "dataset_name": "own",
+    }
+
+
+def test_no_task_at_all_is_an_error():
+    assert refusal() == (
+        "evaluate: no task is named.\nName at least one in `evaluate.tasks`, or by `--task`."
+    )
+
+
+def test_an_unknown_task_names_the_nearest_ones():
+    assert refusal("gms8k") == (
+        "gms8k: neither lm-eval nor your include folder has such a task.\n"
+        "Nearest: gsm8k, hrm8k. "
+        "Own task files go into a folder that `evaluate.include` names."
+    )
+
+
+def test_a_group_with_an_unknown_member_names_its_file(tmp_path):
+    include = write(tmp_path, sums=ARITHMETIC, group=GROUP.replace("products", "qwertz"))
+
+    assert refusal("all_numbers", include=include).startswith(
+        f"qwertz: listed in {tmp_path}/group.yaml, neither lm-eval nor your include folder has "
+        "such a task.\n`lm-eval ls tasks` lists all names. Own task files go into"
+    )
+
+
+def test_a_missing_include_folder_is_an_error(tmp_path):
+    assert refusal("sums", include=tmp_path / "gone") == (
+        f"{tmp_path}/gone: is no folder.\n"
+        "Name the folder that holds your task files in `evaluate.include`."
+    )
+
+
+def test_a_broken_task_file_is_told_by_its_line(tmp_path):
+    message = refusal("sums", include=write(tmp_path, sums="task: sums\ntag: [open\n"))
+
+    assert message.startswith(f"{tmp_path}/sums.yaml: is not valid YAML: ")
+    assert "line 2, column 6" in message
+    assert message.endswith("describes its keys.")
+
+
+def test_a_file_without_keys_is_an_error(tmp_path):
+    assert refusal("sums", include=write(tmp_path, sums="- sums\n")) == (
+        f"{tmp_path}/sums.yaml: holds a list, expected keys such as `task:`.\n"
+        "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
+    )
+
+
+def test_two_files_of_one_name_are_an_error(tmp_path):
+    message = refusal("sums", include=write(tmp_path, a=ARITHMETIC, b=ARITHMETIC))
+
+    assert message == (
+        f"{tmp_path}/b.yaml: task `sums` is in {tmp_path}/a.yaml too.\nGive each task its own name."
+    )
+
+
+def test_a_missing_and_a_circular_include_are_errors(tmp_path):
+    lost = refusal("sums", include=write(tmp_path, sums="task: sums\ninclude: lost\n"))
+    circular = refusal("sums", include=write(tmp_path, sums="task: sums\ninclude: sums.yaml\n"))
+
+    assert f"includes {tmp_path}/lost, which is no file." in lost
+    assert f"{tmp_path}/sums.yaml: includes itself." in circular
+
+
+ALLOW = "Allow it with `--allow-code-execution`, best in a container without network."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: sums\nunsafe_code: true\n",
+        "task: sums\nmetric_list: [{metric: code_eval, hf_evaluate: true}]\n",
+    ],
+)
+def test_a_task_that_runs_generated_code_is_refused(tmp_path, text):
+    message = refusal("sums", include=write(tmp_path, sums=text))
+
+    assert message == f"sums: runs code that the model writes.\n{ALLOW}"
+
+
+@pytest.mark.parametrize("name", ["mbpp", "cruxeval_input"])
+def test_lm_evals_code_benchmarks_are_refused_whether_they_say_so_or_not(name):
+    assert refusal(name) == f"{name}: runs code that the model writes.\n{ALLOW}"
+
+
+def test_own_functions_are_read_but_not_imported(tmp_path):
+    (tmp_path / "own.py").write_text("raise SystemExit('imported')\n")
+    include = write(tmp_path, sums="task: sums\nprocess_docs: !function own.process\n")
+
+    (file,) = read_folder(include).values()
+
+    assert [(function, function.module) for function in file.functions()] == [
+        ("own.process", tmp_path / "own.py")
+    ]
+    assert names("sums", include=include) == ["sums"]
+
+
+def test_task_files_from_a_repo_are_code_and_need_leave(tmp_path):
+    include = write(tmp_path, sums=ARITHMETIC)
+
+    assert refusal("sums", include=include, own_include=False) == (
+        f"{tmp_path}: task files are code, and these came from a Hub repo.\n"
+        f"Read them first. {ALLOW}"
+    )
+    allowed = TaskSelection(("sums",), include, own_include=False, allow_code=True)
+    assert check_tasks(allowed)[0].name == "sums"
+
+
+def test_a_yaml_file_cannot_make_python_objects(tmp_path):
+    include = write(tmp_path, sums='task: !!python/object/apply:os.system ["true"]\n')
+
+    assert "could not determine a constructor" in refusal("sums", include=include)
+
+
+def test_allowed_code_benchmarks_are_found_without_importing_lm_eval():
+    code = (
+        "import sys\n"
+        "from lewis_hub.evaluate.tasks import TaskSelection, check_tasks\n"
+        "facts = check_tasks(TaskSelection(('gsm8k', 'mbpp'), allow_code=True))\n"
+        "print([fact.dataset for fact in facts])\n"
+        "print({'torch', 'datasets', 'transformers'} & set(sys.modules))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert found.stdout.splitlines() == [
+        "['openai/gsm8k', 'google-research-datasets/mbpp']",
+        "set()",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # lm-eval's imports
+def test_the_quick_scan_finds_what_lm_evals_own_index_holds():
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    scanned = scan_headers(bundled_folder())
+
+    listed = {name: entry.yaml_path for name, entry in index.items() if entry.kind.name != "TAG"}
+    assert {name: scanned.files.get(name) for name in listed} == listed
+    assert {name for name, entry in index.items() if entry.kind.name == "TAG"} <= scanned.tags
+
+
+@pytest.mark.slow
+def test_a_tag_of_lm_eval_stands_for_all_its_tasks():
+    facts = check_tasks(TaskSelection(("ai2_arc",)))
+
+    assert [fact.name for fact in facts] == ["arc_challenge", "arc_easy"]
