@@ -72,6 +72,13 @@ class Call:
         """Whether a query parameter is set to something true."""
         return self.request.query_params.get(name, "").lower() in ("1", "true")
 
+    def number(self, name: str, default: int) -> int:
+        """A query parameter that counts something."""
+        text = self.request.query_params.get(name) or str(default)
+        if not text.isdecimal():
+            raise Refusal(400, f"{name} must be a number")
+        return int(text)
+
     def seen_repo(self) -> Repo:
         """The repository asked for, if the caller may know of it."""
         repo = self._repo()
@@ -111,7 +118,7 @@ class Call:
 
     def page(self, items: list[Any], size: int) -> JSONResponse:
         """The asked part of a long list; a Link header names the next."""
-        start = int(self.request.query_params.get("cursor") or 0)
+        start = self.number("cursor", 0)
         headers = {}
         if start + size < len(items):
             url = self.request.url.include_query_params(cursor=start + size)
@@ -136,10 +143,10 @@ def answering(
     return endpoint
 
 
-def refused(_request: Request, refusal: Exception) -> Response:
+def refused_json(refusal: Refusal) -> Response:
     """Say no as the Hub does: in the body, and in headers that its clients read."""
-    assert isinstance(refusal, Refusal)
-    headers = {"X-Error-Message": refusal.message.encode("ascii", "replace").decode()}
+    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in refusal.message)
+    headers = {"X-Error-Message": plain}
     if refusal.code:
         headers["X-Error-Code"] = refusal.code
     document = {"error": refusal.message, **refusal.fields}

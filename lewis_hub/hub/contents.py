@@ -37,8 +37,7 @@ def tree(call: Call) -> Response:
         )
     if call.flag("expand"):
         entries = answers.with_last_commits(entries, call.store.history(repo, commit))
-    limit = int(call.request.query_params.get("limit") or TREE_PAGE_SIZE)
-    return call.page(entries, limit)
+    return call.page(entries, call.number("limit", TREE_PAGE_SIZE))
 
 
 def paths_info(call: Call) -> Response:

@@ -99,7 +99,7 @@ def listing(call: Call) -> Response:
         found = [item for item in found if (item["status"] in ("open", "draft")) == wants_open]
     if query.get("author"):
         found = [item for item in found if item["author"]["name"] == query["author"]]
-    start = int(query.get("p", 0)) * PAGE_SIZE
+    start = call.number("p", 0) * PAGE_SIZE
     page = found[start : start + PAGE_SIZE]
     return JSONResponse({"discussions": page, "count": len(found), "start": start})
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: errors, cut connections and delay, when a test asks the embedded Hub for it."""
+"""Faults on purpose: the embedded Hub answers with errors, cuts connections, or dawdles."""
 
 from __future__ import annotations
 

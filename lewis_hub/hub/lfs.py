@@ -34,8 +34,8 @@ def batch(call: Call) -> Response:
         call.writer(repo)
     home = f"{call.endpoint}{call.request.url.path.removesuffix('/batch')}"
     objects = [_instructions(call, home, item) for item in asked.get("objects", [])]
-    multipart = any("chunk_size" in str(item) for item in objects)
-    transfer = "multipart" if multipart else "basic"
+    in_parts = any(item["size"] > call.hub.part_bytes for item in objects)
+    transfer = "multipart" if in_parts else "basic"
     return JSONResponse({"transfer": transfer, "objects": objects})
 
 

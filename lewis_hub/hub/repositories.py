@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from starlette.responses import JSONResponse, Response
@@ -52,6 +52,7 @@ def create(call: Call) -> Response:
             noun = kind.removesuffix("s")
             fields = {"url": url}
             raise Refusal(409, f"You already created this {noun} repo", fields=fields)
+        call.store.sweep(repo)
         first_commit(call.store, repo, grant.user)
         call.store.save(repo)
     return JSONResponse({"url": url, "name": repo.id, "id": repo.id})
@@ -123,11 +124,16 @@ def auth_check_write(call: Call) -> Response:
 
 def listing(call: Call) -> Response:
     """GET /api/models, /api/datasets: what the caller may see, newest first."""
+    kind = call.parts["kind"]
+    if kind not in KINDS:
+        raise Refusal(404, "This Hub lists models and datasets")
+    if call.parts["kind"] not in KINDS:
+        raise Refusal(404, "This Hub lists models and datasets")
     query = call.request.query_params
     wanted, author = query.get("search", "").lower(), query.get("author")
     filters = set(query.getlist("filter"))
     found = []
-    for repo in call.store.repos(cast(Kind, call.parts["kind"])):
+    for repo in call.store.repos(kind):
         hidden = repo.private and not (call.grant and call.grant.owns(repo.namespace))
         if hidden or wanted not in repo.id.lower() or author not in (None, repo.namespace):
             continue
@@ -135,17 +141,15 @@ def listing(call: Call) -> Response:
         if filters <= set(info["tags"]):
             found.append(info)
     found.sort(key=lambda info: info["lastModified"], reverse=True)
-    return call.page(found, int(query.get("limit") or PAGE_SIZE))
+    return call.page(found, call.number("limit", PAGE_SIZE))
 
 
 def info(call: Call) -> Response:
     """GET a repository, at main or at a revision."""
     repo = call.seen_repo()
-    blobs = call.flag("blobs")
-    return JSONResponse(
-        answers.repo_info(call.store, repo, call.commit(repo), blobs=blobs),
-        headers={"X-Repo-Commit": call.commit(repo).sha},
-    )
+    commit = call.commit(repo)
+    described = answers.repo_info(call.store, repo, commit, blobs=call.flag("blobs"))
+    return JSONResponse(described, headers={"X-Repo-Commit": commit.sha})
 
 
 def refs(call: Call) -> Response:

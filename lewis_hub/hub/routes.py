@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lewis_hub.hub import contents, discussions, lfs, pages, repositories
 from lewis_hub.hub.access import Refusal, not_found
-from lewis_hub.hub.call import Call, answering, refused
+from lewis_hub.hub.call import Call, answering, refused_json
 from lewis_hub.hub.faults import FaultInjector
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def application(hub: Hub) -> ASGIApp:
     """The Hub as an ASGI application."""
     routes: list[BaseRoute] = [
         Route("/", answering(hub, pages.front), methods=["GET"]),
+        Route("/style.css", answering(hub, pages.style), methods=["GET"]),
         Route("/lfs/{oid}/{filename}", lfs.stored, methods=["GET"]),
         Route("/lfs-upload/{oid}", lfs.put, methods=["PUT"]),
         Route("/lfs-upload/{oid}", lfs.complete, methods=["POST"]),
@@ -89,6 +91,15 @@ def application(hub: Hub) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers={Refusal: refused})
     app.state.hub = hub
     return FaultInjector(undecoded(app), hub.faults)
+
+
+def refused(request: Request, refusal: Exception) -> Response:
+    """Say no to a browser in HTML, to everything else in JSON."""
+    assert isinstance(refusal, Refusal)
+    api = request.url.path.startswith("/api/") or "/resolve/" in request.url.path
+    if not api and "text/html" in request.headers.get("accept", ""):
+        return pages.refusal(refusal, str(request.base_url).rstrip("/"))
+    return refused_json(refusal)
 
 
 def undecoded(app: ASGIApp) -> ASGIApp:

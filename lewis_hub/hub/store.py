@@ -120,6 +120,10 @@ class Store:
         """Write a repository's settings."""
         write_json(self.folder(repo) / "repo.json", asdict(repo))
 
+    def sweep(self, repo: Repo) -> None:
+        """Remove what a deletion that was killed may have left in a repository's place."""
+        shutil.rmtree(self.folder(repo), ignore_errors=True)
+
     def delete(self, repo: Repo) -> None:
         """Remove a repository; contents stay, for others may share them."""
         with self.lock:
