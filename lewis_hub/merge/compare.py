@@ -57,7 +57,7 @@ def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
             "tied",
             expert.label,
             tuple(heads),
-            f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} has one",
+            f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} has",
             "Use an expert that was trained from this base.",
         )
     if heads := [name for name in extra if _is_head(name)]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -250,11 +250,3 @@ def _require_schedule_fits(method: Method, settings: MergeSettings, schedule: Sc
             if not 0 <= density <= 1:
                 problem = f"it gives {name} the density {density:g}"
                 raise MergeError("guide", problem, "A density lies between 0 and 1.")
-
-
-def sizes(checkpoint: Checkpoint) -> Mapping[str, int]:
-    """Tensor -> number of elements, of those that are merged."""
-    merged: Sequence[TensorHeader] = [
-        t for t in checkpoint.tensors.values() if t.dtype in MERGEABLE
-    ]
-    return {tensor.name: tensor.n_elements for tensor in merged}

@@ -50,17 +50,17 @@ class Method:
     @property
     def takes_base(self) -> bool:
         """Whether it merges task vectors, source minus base, rather than the sources."""
-        return "base" in self._keywords
+        return self.takes("base")
 
     @property
     def takes_density(self) -> bool:
         """Whether it keeps a fraction of each task vector, so that a guide has a say."""
-        return "densities" in self._keywords
+        return self.takes("densities")
 
     @property
     def is_random(self) -> bool:
         """Whether it draws, so that the seed matters."""
-        return "streams" in self._keywords
+        return self.takes("streams")
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -74,7 +74,15 @@ class Method:
     @property
     def settings(self) -> tuple[str, ...]:
         """The settings that each source may have of its own."""
-        return tuple(name for keyword, name in PER_SOURCE.items() if keyword in self._keywords)
+        return tuple(name for keyword, name in PER_SOURCE.items() if self.takes(keyword))
+
+    def takes(self, keyword: str) -> bool:
+        """Whether its function has this parameter."""
+        return keyword in self._keywords
+
+    def keyword(self, option: str) -> str:
+        """The function's name for an option of the recipe."""
+        return option if self.takes(option) else f"{option}_"
 
     def require_known(self, names: Iterable[str], *, per_source: bool) -> None:
         """Refuse settings that this method does not have.

@@ -1,0 +1,55 @@
+"""A method that has no fused kernel: its definition, on whole tensors. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.errors import NonFiniteError
+from lewis_hub.merge.plan import ShardPlan, TensorPlan
+from lewis_hub.methods import registry
+
+
+def merge_by_definition(
+    plan: ShardPlan, tensor: TensorPlan, readers: Sequence[TensorReader]
+) -> bytearray:
+    """Merge one tensor with the method's own function.
+
+    Args:
+        plan: of the shard that the tensor is in.
+        tensor: of it.
+        readers: one a source, in the order of the plan.
+
+    Returns:
+        The bytes of the result in the output's dtype.
+
+    Raises:
+        NonFiniteError: a source or the result holds NaN or infinity.
+    """
+    import torch
+
+    method = registry.find(plan.method)
+    sources = [reader.tensor(header) for reader, header in zip(readers, tensor.inputs, strict=True)]
+    for label, source in zip(plan.labels, sources, strict=True):
+        if not source.isfinite().all():
+            remedy = "That model is broken: use another revision of it, or leave it out."
+            raise NonFiniteError(tensor.output.name, label, remedy)
+    given: dict[str, Any] = {
+        "weights": torch.tensor(tensor.weights, dtype=torch.float32),
+        "densities": tensor.densities,
+        "streams": tensor.streams,
+    }
+    keywords = {key: value for key, value in given.items() if method.takes(key)}
+    keywords |= {method.keyword(option): value for option, value in tensor.options.items()}
+    stacked = torch.stack(sources)
+    if method.takes_base:
+        merged = method.function(stacked[0], stacked[1:] - stacked[0], **keywords)
+    else:
+        merged = method.function(stacked, **keywords)
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    rounded = merged.to(dtype[tensor.output.dtype]).contiguous()
+    if not rounded.isfinite().all():
+        remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
+        raise NonFiniteError(tensor.output.name, "the merged model", remedy)
+    return bytearray(rounded.flatten().view(torch.uint8).numpy())

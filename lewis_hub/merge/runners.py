@@ -1,0 +1,78 @@
+"""Where work is done: shaped like `map`, and with equal results wherever it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from lewis_hub.errors import MergeError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Runner(Protocol):
+    """Applies a function to items, several at a time."""
+
+    @property
+    def n_workers(self) -> int:
+        """How many items are worked on at a time."""
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The results in the order of the items; the first error ends it."""
+
+
+@dataclass(frozen=True)
+class Inline:
+    """One item after the other, in the calling thread."""
+
+    n_workers: int = 1
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Exactly `map`."""
+        return map(function, items)
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads of this process; the kernels run without the interpreter's lock."""
+
+    n_workers: int
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """As `map`; after an error or an interruption nothing new is begun."""
+        pool = ThreadPoolExecutor(self.n_workers)
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def inline() -> Runner:
+    """Work in the calling thread."""
+    return Inline()
+
+
+def threads(n_workers: int | None = None) -> Runner:
+    """Work in threads: as many as this process has cores, unless said otherwise."""
+    return Threads(n_workers or len(os.sched_getaffinity(0)))
+
+
+def parse_runner(name: str) -> Runner:
+    """`inline`, `threads` or `threads:N`.
+
+    Raises:
+        MergeError: it is none of them.
+    """
+    kind, _, count = name.partition(":")
+    if name == "inline":
+        return inline()
+    if name == "threads":
+        return threads()
+    if kind == "threads" and count.isascii() and count.isdigit() and int(count) > 0:
+        return threads(int(count))
+    problem = f"there is no runner `{name}` in this version"
+    raise MergeError("runner", problem, "Write `inline`, `threads` or `threads:N`.")
