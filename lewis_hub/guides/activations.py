@@ -1,0 +1,258 @@
+"""A model and token batches to activation norms. The only place that hooks a model."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
+from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
+from lewis_hub.guides.importance import module_importance, sum_of_squares
+from lewis_hub.guides.loading import config_value, load_model
+from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
+from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def measure(
+    folder: Path,
+    name: str,
+    sets: Sequence[CalibrationTokens],
+    device: str,
+    advance: Advance,
+) -> list[dict[str, float]]:
+    """Measure one source on each calibration set; its model is gone on return.
+
+    Args:
+        folder: a complete local snapshot of the source.
+        name: the source as the user knows it, for messages.
+        sets: one or more; the model is loaded once for all.
+        device: as torch names it.
+        advance: called with the number of tokens done.
+
+    Returns:
+        For each set, module -> importance, in the model's order.
+
+    Raises:
+        CalibrationModelError: it cannot be loaded, the tokens do not fit it, or its activations
+            are not finite.
+    """
+    model = load_model(folder, device, name)
+    measured = []
+    for tokens in sets:
+        check_tokens_fit(model, name, tokens)
+        norms = activation_norms(model, name, batches(tokens), advance)
+        weights = _block_linears(model, name)
+        measured.append(
+            {path: module_importance(matrix(weights[path]), norm) for path, norm in norms.items()}
+        )
+    return measured
+
+
+def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
+    """Refuse token ids and lengths that the model has no embedding for."""
+    n_rows = len(cast("Tensor", model.get_input_embeddings().weight))
+    highest = max(map(max, tokens.ids))
+    if highest >= n_rows:
+        problem = f"token {highest} of {tokens.tokenizer} is not among its {n_rows} embeddings"
+        remedy = "Calibrate with the tokenizer that base and experts share."
+        raise CalibrationModelError(name, problem, remedy)
+    n_positions = config_value(model, "max_position_embeddings")
+    longest = max(map(len, tokens.ids))
+    if n_positions and longest > n_positions:
+        problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
+        remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
+        raise CalibrationModelError(name, problem, remedy)
+
+
+def activation_norms(
+    model: PreTrainedModel, name: str, calibration: Iterable[Batch], advance: Advance
+) -> dict[str, Tensor]:
+    """Measure how strongly calibration tokens drive each input feature of each Linear of a block.
+
+    The root of the mean square over the tokens that the mask keeps: a_j = sqrt(mean_t x_tj²). A
+    module that sees only some tokens, such as a routed expert, takes the mean over those.
+
+    Args:
+        model: causal language model; its mode, gradients and hooks are left as they were.
+        name: the source as the user knows it, for messages.
+        calibration: batches of texts, padded on the right.
+        advance: called with the number of kept tokens after each batch.
+
+    Returns:
+        Module -> (in_features,) float32 on the module's device, in the model's order. A module
+        that saw no token is not in it.
+
+    Raises:
+        EmptyCalibrationError: no batch, or no token is kept.
+        CalibrationModelError: no Linear in a block, or a norm that is not finite.
+
+    Source:
+        Wanda, arXiv:2306.11695, measures the same up to a factor; padding counts in the published
+        LEWIS code and does not here.
+    """
+    recorder = _Recorder()
+    with _hooked(_block_linears(model, name), recorder), _evaluating(model), torch.no_grad():
+        for batch in calibration:
+            _observe(model, batch, recorder)
+            advance(int(batch.attention_mask.sum()))
+    if not recorder.totals:
+        remedy = "Choose calibration data with texts in it."
+        raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
+    norms = {path: total.root_mean() for path, total in recorder.totals.items()}
+    for path, norm in norms.items():
+        if not torch.isfinite(norm).all():
+            problem = f"the activations before {path} are not finite"
+            remedy = "Its weights may be broken, or overflow in float16: try `--device cpu`."
+            raise CalibrationModelError(name, problem, remedy)
+    return norms
+
+
+def _block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
+    """Every Linear of a block by its path; a module under two paths goes by the first."""
+    blocks = decoder_blocks(model)
+    if blocks is None:
+        problem = "no Linear module in a list of blocks was found"
+        remedy = "Importance is measured on those; use guide `uniform` for this architecture."
+        raise CalibrationModelError(name, problem, remedy)
+    return dict(linears(*blocks))
+
+
+@dataclass(frozen=True)
+class _SquareSum:
+    """Squares of a module's inputs, summed over `n_tokens` tokens: (in_features,)."""
+
+    squares: Tensor
+    n_tokens: int
+
+    def __add__(self, other: _SquareSum) -> _SquareSum:
+        return _SquareSum(self.squares + other.squares, self.n_tokens + other.n_tokens)
+
+    def root_mean(self) -> Tensor:
+        return (self.squares / self.n_tokens).sqrt().float()
+
+
+class _OutOfStepError(Exception):
+    """A module's input has not one row per token, so the mask cannot say which rows count."""
+
+
+class _Recorder:
+    """Sums squares over the kept tokens of each module's input.
+
+    q, k and v are handed the same tensor, and so are gate and up: summing once is most of what
+    keeps the pass near the price of a plain forward. What is remembered is a weak reference and
+    one vector, void once the tensor was written to; never an activation.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, _SquareSum] = {}
+        self._of_batch: dict[str, _SquareSum] = {}
+        self._n_rows = 0
+        self._kept: Tensor | None = None  # flat indices of the kept tokens; None: all of them
+        self._last: weakref.ref[Tensor] | None = None
+        self._last_version = -1
+        self._last_sum: _SquareSum | None = None
+
+    def start(self, batch: Batch) -> None:
+        mask = batch.attention_mask.flatten()
+        self._n_rows = len(mask)
+        self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
+        self._of_batch = {}
+
+    def finish(self) -> None:
+        """Count the batch; one that was not finished counts for nothing."""
+        for path, added in self._of_batch.items():
+            self.totals[path] = self.totals[path] + added if path in self.totals else added
+
+    def see(self, path: str, x: Tensor) -> None:
+        seen = self._sum(x)
+        if seen.n_tokens:
+            before = self._of_batch.get(path)
+            self._of_batch[path] = before + seen if before else seen
+
+    def _sum(self, x: Tensor) -> _SquareSum:
+        same = self._last is not None and self._last() is x and self._last_version == x._version
+        if self._last_sum is None or not same:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            if self._kept is not None:
+                if len(rows) != self._n_rows:
+                    raise _OutOfStepError
+                rows = rows.index_select(0, self._kept.to(rows.device))
+            self._last_sum = _SquareSum(sum_of_squares(rows), len(rows))
+            self._last, self._last_version = weakref.ref(x), x._version
+        return self._last_sum
+
+
+def _observe(model: PreTrainedModel, batch: Batch, recorder: _Recorder) -> None:
+    """Run one batch; again without padding where a module regroups the tokens."""
+    try:
+        recorder.start(batch)
+        _forward(model, batch)
+        recorder.finish()
+    except _OutOfStepError:
+        for part in _unpadded(batch):
+            recorder.start(part)
+            _forward(model, part)
+            recorder.finish()
+
+
+def _unpadded(batch: Batch) -> Iterator[Batch]:
+    """Split into batches of texts of one length."""
+    lengths = batch.attention_mask.sum(dim=1)
+    for length in sorted(set(lengths.tolist())):
+        texts = lengths == length
+        yield Batch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> None:
+    """Run the decoder alone where it can be: the vocabulary projection costs and is not asked."""
+    decoder = model.base_model
+    accepted = inspect.signature(type(decoder).forward).parameters
+    options = {"use_cache": False, "logits_to_keep": 1}
+    decoder(
+        input_ids=batch.input_ids.to(model.device),
+        attention_mask=batch.attention_mask.to(model.device),
+        **{key: value for key, value in options.items() if key in accepted},
+    )
+
+
+@contextmanager
+def _hooked(modules: dict[str, Linear], recorder: _Recorder) -> Iterator[None]:
+    handles = []
+    try:
+        for path, module in modules.items():
+            hook = _input_hook(path, recorder)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(path: str, recorder: _Recorder) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        recorder.see(path, args[0] if args else next(iter(named.values())))
+
+    return hook
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the time being; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,107 @@
+"""Sources and calibration sets to measurements, one source in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance, reusable
+from lewis_hub.guides.tokens import CalibrationTokens
+from lewis_hub.progress import Advance
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Tokens to measure on, and all that fixes them: two sets are one if their facts are equal."""
+
+    facts: Mapping[str, Any]
+    tokens: CalibrationTokens
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A source to be measured on some sets."""
+
+    source: str  # repo@sha, or the folder as written
+    commit_sha: str
+    role: Role
+    folder: Path  # a complete local snapshot
+    sets: tuple[CalibrationSet, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that will run through it."""
+        return sum(one.tokens.n_tokens for one in self.sets)
+
+
+def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subject]:
+    """What is left to measure: subjects with the sets that no known measurement answers."""
+    left = []
+    for subject in subjects:
+        sets = tuple(s for s in subject.sets if not reusable(known, subject.commit_sha, s.facts))
+        if sets:
+            left.append(
+                Subject(subject.source, subject.commit_sha, subject.role, subject.folder, sets)
+            )
+    return left
+
+
+def calibrate(
+    subjects: Sequence[Subject],
+    known: ImportanceProfile,
+    device: str,
+    advance: Advance,
+    keep: Callable[[ImportanceProfile], None],
+) -> ImportanceProfile:
+    """Measure what is not known yet.
+
+    Args:
+        subjects: the base with every distinct set, then each expert with its own.
+        known: earlier measurements; those of the same source, data and settings are taken over.
+        device: as torch names it.
+        advance: called with the number of tokens done.
+        keep: called with all that is known after each source, so that it is never lost.
+
+    Returns:
+        The profile of exactly the subjects, in their order.
+
+    Raises:
+        CalibrationModelError: a source cannot be loaded or measured.
+    """
+    for subject in missing(subjects, known):
+        from lewis_hub.guides.activations import measure  # torch: only where it is needed
+
+        tokens = [one.tokens for one in subject.sets]
+        found = measure(subject.folder, subject.source, tokens, device, advance)
+        added = (
+            _measurement(subject, one, modules)
+            for one, modules in zip(subject.sets, found, strict=True)
+        )
+        known = ImportanceProfile(known.guide, known.calibration, (*known.sources, *added))
+        keep(known)
+    return ImportanceProfile(known.guide, known.calibration, tuple(_in_order(subjects, known)))
+
+
+def _measurement(
+    subject: Subject, one: CalibrationSet, modules: Mapping[str, float]
+) -> SourceImportance:
+    return SourceImportance(
+        source=subject.source,
+        commit_sha=subject.commit_sha,
+        role=subject.role,
+        n_tokens=one.tokens.n_tokens,
+        modules=modules,
+        calibration=one.facts,
+    )
+
+
+def _in_order(subjects: Sequence[Subject], known: ImportanceProfile) -> list[SourceImportance]:
+    ordered = []
+    for subject in subjects:
+        for one in subject.sets:
+            entry = reusable(known, subject.commit_sha, one.facts)
+            assert entry is not None  # measured above, or known before
+            ordered.append(_measurement(subject, one, entry.modules))
+    return ordered

@@ -1,0 +1,178 @@
+"""Activation norms and weights to importance: the profile that guides decide from.
+
+A profile is read and written without torch, so that plots and merges can use one without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from lewis_hub.errors import ProfileError
+from lewis_hub.guides import document
+from lewis_hub.recipe import Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
+
+Role = Literal["base", "expert"]
+
+
+def module_importance(weight: Tensor, norm: Tensor) -> float:
+    """The Frobenius norm of |W| · a: sqrt(Σ_ij W_ij² a_j²).
+
+    Args:
+        weight: (out_features, in_features), any floating dtype.
+        norm: (in_features,) activation norms a, on the weight's device.
+    """
+    columns = sum_of_squares(weight)
+    return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Sum squares over the first of two dimensions: float32 in a piece, float64 over the pieces.
+
+    MPS has no float64, so it is float32 throughout there.
+    """
+    import torch
+
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        total += rows[start : start + ROWS_AT_ONCE].float().square().sum(dim=0)
+    return total
+
+
+@dataclass(frozen=True)
+class SourceImportance:
+    """One source, measured on one calibration set."""
+
+    source: str  # repo@sha, or the folder as written
+    commit_sha: str  # which content it was: 40 hex digits, or a folder's digest
+    role: Role
+    n_tokens: int
+    modules: Mapping[str, float]  # module -> importance, in the model's order
+    calibration: Mapping[str, Any]  # what fixes the tokens, and what was found
+
+
+@dataclass(frozen=True)
+class ImportanceProfile:
+    """All sources of a merge, measured the same way."""
+
+    guide: str
+    calibration: Mapping[str, Any]  # the guide's; a source carries what it was measured on
+    sources: tuple[SourceImportance, ...]
+
+    def base_of(self, expert: SourceImportance) -> SourceImportance:
+        """The base as it was measured on the same calibration set as `expert`.
+
+        Raises:
+            ProfileError: the profile holds no such measurement.
+        """
+        for entry in self.sources:
+            if entry.role == "base" and entry.calibration == expert.calibration:
+                return entry
+        problem = f"the base was not measured on the calibration set of {expert.source}"
+        raise ProfileError("importance.json", problem, "Measure again: delete the file.")
+
+    @property
+    def experts(self) -> tuple[SourceImportance, ...]:
+        """The sources other than the base, in the recipe's order."""
+        return tuple(entry for entry in self.sources if entry.role == "expert")
+
+    def to_json(self) -> str:
+        """Write it as `lewis/importance.json`."""
+        written = {
+            "version": document.VERSION,
+            "guide": self.guide,
+            "calibration": dict(self.calibration),
+            "sources": [
+                {
+                    "source": entry.source,
+                    "commit_sha": entry.commit_sha,
+                    "role": entry.role,
+                    "n_tokens": entry.n_tokens,
+                    "calibration": dict(entry.calibration),
+                    "modules": dict(entry.modules),
+                }
+                for entry in self.sources
+            ],
+        }
+        return document.write(written)
+
+    @classmethod
+    def from_json(cls, text: str, file: str = "importance.json") -> ImportanceProfile:
+        """Read what `to_json` wrote; `file` is named in messages.
+
+        Raises:
+            ProfileError: not JSON, another version, or a field that is missing or of another kind.
+        """
+        read = document.read(text, file)
+        return cls(
+            guide=document.take(read, "guide", str, file),
+            calibration=document.take(read, "calibration", dict, file),
+            sources=tuple(_source(s, file) for s in document.take(read, "sources", list, file)),
+        )
+
+
+def _source(read: Any, file: str) -> SourceImportance:
+    role = document.take(read, "role", str, file)
+    if role not in ("base", "expert"):
+        raise document.broken(file, f"`role` is {role!r}, not base or expert")
+    return SourceImportance(
+        source=document.take(read, "source", str, file),
+        commit_sha=document.take(read, "commit_sha", str, file),
+        role=cast("Role", role),
+        n_tokens=document.take(read, "n_tokens", int, file),
+        modules=document.take_numbers(read, "modules", file),
+        calibration=document.take(read, "calibration", dict, file),
+    )
+
+
+def calibration_facts(
+    calibration: Calibration, dataset: str, dataset_sha: str, seed: int, tokenizer: str
+) -> dict[str, Any]:
+    """All that fixes a measurement besides the source: known before any row is read.
+
+    Args:
+        calibration: as the recipe asks.
+        dataset: pinned: repo@sha, or the path as written.
+        dataset_sha: which content that is.
+        seed: the recipe's.
+        tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
+    """
+    template = "text" if calibration.text is not None else "messages"
+    return {
+        "measure": "lewis",
+        "dataset": dataset,
+        "dataset_sha": dataset_sha,
+        "config": calibration.config,
+        "split": calibration.split,
+        template: getattr(calibration, template),
+        "samples": calibration.samples,
+        "max_tokens": calibration.max_tokens,
+        "seed": seed,
+        "tokenizer": tokenizer,
+    }
+
+
+def reusable(
+    profile: ImportanceProfile, commit_sha: str, facts: Mapping[str, Any]
+) -> SourceImportance | None:
+    """Find a measurement that would come out the same if it were made again.
+
+    Args:
+        profile: from an earlier merge.
+        commit_sha: of the source; its name and its role then may differ.
+        facts: from `calibration_facts`, optionally with what was found.
+    """
+    for entry in profile.sources:
+        known = entry.calibration
+        if entry.commit_sha == commit_sha and all(
+            key in known and known[key] == value for key, value in facts.items()
+        ):
+            return entry
+    return None

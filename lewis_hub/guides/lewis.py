@@ -1,0 +1,98 @@
+"""LEWIS: keep more of a task vector where calibration importance moved most."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import fsum
+
+from lewis_hub.checkpoint import names
+from lewis_hub.errors import GuideError
+from lewis_hub.guides.registry import Statistics, register
+
+SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from each other
+
+
+@dataclass(frozen=True)
+class Dominance:
+    """One block sets the min-max alone: elsewhere the densities lie close together."""
+
+    module: str
+    others_reach: float  # highest place of any other block in the range, 0 to 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.module} alone sets the range: all other blocks lie in the lowest "
+            f"{self.others_reach:.0%} of [gamma, epsilon]. A block with massive activations does "
+            "this; the schedule then is close to gamma everywhere else."
+        )
+
+
+@register("lewis", needs=("importance",), paper="https://arxiv.org/abs/2503.03874")
+def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+    """Densities follow the change of importance from base to expert on calibration data.
+
+    Per component, the change is divided by its sum over the blocks, so that budget moves between
+    blocks and never between components; one min-max over all then spans [gamma, epsilon]. Where
+    nothing differs, the density is the midpoint.
+
+    Source:
+        LEWIS, arXiv:2503.03874. The published code also counts padding, prunes the blocks that it
+        has measured and rounds to 5 decimals; none of that is done here.
+    """
+    return spread(importance_shifts(statistics), gamma, epsilon)
+
+
+def importance_shifts(statistics: Statistics) -> dict[str, float]:
+    """|importance(expert) - importance(base)| per module, as a share of its component's sum.
+
+    Raises:
+        GuideError: base and expert were not measured on the same modules.
+    """
+    base, expert = statistics.base, statistics.expert
+    if base.keys() != expert.keys():
+        odd = min(base.keys() ^ expert.keys())
+        side = "base" if odd in base else "expert"
+        problem = f"importance of {odd} is known of the {side} only"
+        raise GuideError("guide `lewis`", problem, "Base and expert must be of one architecture.")
+    shifts = {module: abs(expert[module] - base[module]) for module in base}
+    of_component: defaultdict[tuple[str | None, str], list[float]] = defaultdict(list)
+    for module, shift in shifts.items():
+        of_component[_component(module)].append(shift)
+    sums = {component: fsum(parts) for component, parts in of_component.items()}
+    return {
+        module: shift / total if (total := sums[_component(module)]) else 0.0
+        for module, shift in shifts.items()
+    }
+
+
+def _component(module: str) -> tuple[str | None, str]:
+    return names.stack(module), names.component(module)
+
+
+def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[str, float]:
+    """Map the lowest share to gamma, the highest to epsilon, linearly; equal ones to the middle."""
+    low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
+    if low == high:
+        return dict.fromkeys(shares, (gamma + epsilon) / 2)
+    densities = {}
+    for module, share in shares.items():
+        place = (share - low) / (high - low)
+        density = gamma * (1 - place) + epsilon * place
+        densities[module] = min(max(density, gamma), epsilon)
+    return densities
+
+
+def dominance(statistics: Statistics) -> Dominance | None:
+    """Tell whether one block alone sets the range of the schedule, and by which module."""
+    shares = importance_shifts(statistics)
+    low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
+    if low == high:
+        return None
+    top = max(shares, key=lambda module: shares[module])
+    others = [s for module, s in shares.items() if names.block(module) != names.block(top)]
+    if not others:
+        return None
+    reach = (max(others) - low) / (high - low)
+    return Dominance(top, reach) if reach < SQUEEZED else None

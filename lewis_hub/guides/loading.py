@@ -1,0 +1,107 @@
+"""A source's model and tokenizer, as transformers loads them from a local folder.
+
+Nothing here runs a repo's own code or opens a connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from lewis_hub.errors import CalibrationModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
+    """Load a causal language model for measuring, in eval mode.
+
+    On a CPU the arithmetic is float32, whatever the file's dtype: it is the definition, and half
+    precision is slow there. Elsewhere the file's own dtype is kept.
+
+    Args:
+        folder: a complete local snapshot.
+        device: as torch names it: "cpu", "cuda", "cuda:1".
+        name: the source as the user knows it, for messages.
+
+    Raises:
+        CalibrationModelError: transformers cannot load it, it needs own code, or weights that the
+            architecture needs are not in the files.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with refusals(name, "model"), _quiet():
+        automatic: Any = AutoModelForCausalLM
+        model, report = automatic.from_pretrained(
+            folder,
+            dtype=torch.float32 if device == "cpu" else "auto",
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        _check_complete(name, report)
+        return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _check_complete(name: str, report: Any) -> None:
+    """Weights that were missing are random now; measuring them would mean nothing."""
+    absent = sorted(report["missing_keys"])
+    if absent:
+        others = f"{len(absent) - 1} more of the weights that its architecture needs"
+        problem = f"its files lack {absent[0]} (and {others})"
+        remedy = "The config does not describe these files: check the source, or take another."
+        raise CalibrationModelError(name, problem, remedy)
+
+
+@contextmanager
+def refusals(name: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder that it cannot load into one error.
+
+    Args:
+        name: the source as the user knows it.
+        what: "model" or "tokenizer".
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text = str(error)
+        line = next((line.strip() for line in text.splitlines() if line.strip()), repr(error))
+        remedy = f"Calibration loads a {what} with transformers; see what it needs above."
+        if "trust_remote_code" in text:
+            line = f"its {what} needs Python code from its repo, which is not run"
+            remedy = "Take a source that transformers supports by itself, or use guide `uniform`."
+        elif "Unrecognized configuration class" in text:
+            line = "its architecture is no causal language model"
+            remedy = "Calibration measures decoders; merge it with guide `uniform` instead."
+        elif "does not recognize this architecture" in text:
+            line = "this version of transformers does not know its architecture"
+            remedy = "Upgrade: pip install -U transformers."
+        elif "out of memory" in text:
+            line, remedy = "there is not enough memory to load it", "Use a larger device, or cpu."
+        raise CalibrationModelError(name, line.rstrip("."), remedy) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only the command line prints: no progress bar and no report from transformers."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def config_value(model: PreTrainedModel, key: str) -> Any:
+    """A value of the language model's configuration, None where it has none."""
+    return getattr(model.config.get_text_config(), key, None)

@@ -1,0 +1,121 @@
+"""How a row becomes a text: a template over its columns, or chat messages in one of them.
+
+A template is looked up, never evaluated: a field is a column's name and nothing more, so text from
+a recipe cannot reach into Python objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lewis_hub.errors import CalibrationError
+from lewis_hub.recipe import Calibration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Text:
+    """`text: "{question} {answer}"`: columns in braces, `{{` and `}}` for literal ones.
+
+    A null counts as an empty text; numbers are written as Python writes them.
+    """
+
+    adds_special_tokens: ClassVar[bool] = True
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._where = f"calibration on {calibration.dataset}, `text`"
+        self._parts = self._parse(calibration.text or "")
+
+    def _parse(self, template: str) -> list[tuple[str, str | None]]:
+        how = "Write {column} for a column and {{ or }} for a literal brace."
+        try:
+            parsed = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise CalibrationError(
+                self._where, f"{template!r} is not a template: {error}", how
+            ) from error
+        for _, field, spec, conversion in parsed:
+            if field is not None and (spec or conversion or not field):
+                problem = f"{template!r} has a field that is not just a column's name"
+                raise CalibrationError(self._where, problem, how)
+        if all(field is None for _, field, _, _ in parsed):
+            raise CalibrationError(self._where, f"{template!r} names no column", how)
+        return [(literal, field) for literal, field, _, _ in parsed]
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuse a template that names a column which the data does not have."""
+        for _, field in self._parts:
+            if field is not None:
+                _check_column(self._where, field, columns)
+
+    def render(self, index: int, row: Mapping[str, Any]) -> str:
+        """Fill in one row; `index` is its place in the data, for messages."""
+        return "".join(
+            literal + ("" if field is None else self._value(index, field, row[field]))
+            for literal, field in self._parts
+        )
+
+    def _value(self, index: int, column: str, value: Any) -> str:
+        if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+            problem = f"row {index} holds a {type(value).__name__} in column `{column}`"
+            remedy = "A template takes columns of text and numbers; chat goes under `messages`."
+            raise CalibrationError(self._where, problem, remedy)
+        return "" if value is None else str(value)
+
+
+class Messages:
+    """`messages: COLUMN`: a list of {role, content} per row, through the chat template."""
+
+    adds_special_tokens: ClassVar[bool] = False  # the chat template writes them itself
+
+    def __init__(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._where = f"calibration on {calibration.dataset}, `messages`"
+        self._column = calibration.messages or ""
+        self._tokenizer = tokenizer
+        if not tokenizer.chat_template:
+            problem = f"the tokenizer of {tokenizer.name_or_path} has no chat template"
+            remedy = "Use `text` over plain columns, or a source whose tokenizer has one."
+            raise CalibrationError(self._where, problem, remedy)
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuse a column which the data does not have."""
+        _check_column(self._where, self._column, columns)
+
+    def render(self, index: int, row: Mapping[str, Any]) -> str:
+        """Write one row's conversation out; a null or an empty list is an empty text."""
+        from jinja2 import TemplateError
+
+        messages = row[self._column]
+        if not messages:
+            return ""
+        if not _are_messages(messages):
+            problem = f"row {index}, column `{self._column}` is no list of {{role, content}}"
+            remedy = "Each message needs `role` and `content`; use `text` for plain columns."
+            raise CalibrationError(self._where, problem, remedy)
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(plain, tokenize=False))
+        except TemplateError as error:
+            problem = f"the chat template refuses row {index}: {error}"
+            remedy = "The roles or their order do not suit this tokenizer; use `text`."
+            raise CalibrationError(self._where, problem, remedy) from error
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value
+    )
+
+
+def _check_column(where: str, column: str, columns: Sequence[str]) -> None:
+    if column in columns:
+        return
+    lowered = {name.lower(): name for name in columns}
+    near = difflib.get_close_matches(column.lower(), lowered, n=1)
+    hint = f" Did you mean `{lowered[near[0]]}`?" if near else ""
+    there = ", ".join(f"`{name}`" for name in columns) or "none"
+    raise CalibrationError(where, f"there is no column `{column}`", f"Columns: {there}.{hint}")

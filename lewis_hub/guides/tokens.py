@@ -1,0 +1,187 @@
+"""Calibration rows and a template to texts, and texts to token batches.
+
+Rows are drawn by a hash of (seed, row index) and nothing else, so the same seed draws the same rows
+on every platform and under every version of the libraries below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lewis_hub.errors import EmptyCalibrationError
+from lewis_hub.guides.template import Messages, Text
+from lewis_hub.recipe import Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class Rows(Protocol):
+    """A table that is read a few rows at a time."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Column names, in the table's order."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices`, in that order."""
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """What a source is measured on: one token sequence per text that isn't empty."""
+
+    ids: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]  # index of each sequence's row in the data
+    n_asked: int
+    n_truncated: int
+    n_empty: int
+    tokenizer: str  # where it came from, for messages
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count, over all texts."""
+        return sum(map(len, self.ids))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was drawn and kept, for the profile; `rows_digest` is over the row indices."""
+        indices = ",".join(map(str, self.rows))
+        return {
+            "rows_digest": "sha256:" + hashlib.sha256(indices.encode()).hexdigest(),
+            "n_texts": len(self.ids),
+            "n_empty": self.n_empty,
+            "n_tokens": self.n_tokens,
+            "n_truncated": self.n_truncated,
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about these tokens: few rows, empty texts, cut texts."""
+        drawn, kept = len(self.ids) + self.n_empty, len(self.ids)
+        notes = []
+        if drawn < self.n_asked:
+            notes.append(f"the data has {drawn} rows, {self.n_asked} were asked for: all are used")
+        if self.n_empty:
+            notes.append(f"{self.n_empty} of {drawn} texts are empty and count for nothing")
+        if self.n_truncated:
+            longest = max(map(len, self.ids))
+            notes.append(f"{self.n_truncated} of {kept} texts were cut at {longest} tokens")
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of like length, padded on the right; both (n_texts, n_tokens) int64, mask 0 or 1."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
+    """Choose rows by a seed: those whose keys are lowest, in the order of their keys.
+
+    The key of row i is blake2b-64 of the decimal text "seed:i", read as a big-endian number. A
+    larger sample begins with the smaller one; with fewer rows than samples all are returned.
+    """
+
+    def key(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+
+    return tuple(heapq.nsmallest(n_samples, range(n_rows), key=lambda i: (key(i), i)))
+
+
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a local folder; none of a repo's own code is run.
+
+    Args:
+        folder: holds the tokenizer files.
+        name: the source as the user knows it, for messages.
+
+    Raises:
+        CalibrationModelError: there is no tokenizer, or it needs own code.
+    """
+    from transformers import AutoTokenizer
+
+    from lewis_hub.guides.loading import refusals
+
+    with refusals(name, "tokenizer"):
+        return typing.cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+        )
+
+
+def calibration_tokens(
+    rows: Rows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> CalibrationTokens:
+    """Draw rows, render them and cut each text after `max_tokens` tokens.
+
+    A cut text simply stops: no end-of-sequence token is put where the text has not ended.
+
+    Raises:
+        CalibrationError: the template does not fit the columns, a row or the tokenizer.
+        EmptyCalibrationError: no text has a token.
+    """
+    template = Messages(calibration, tokenizer) if calibration.messages else Text(calibration)
+    template.check(rows.columns)
+    drawn = draw_rows(len(rows), calibration.samples, seed)
+    texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
+    kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
+    ids = _token_ids(tokenizer, [text for _, text in kept], special=template.adds_special_tokens)
+    sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
+    if not sequences:
+        where = f"calibration on {calibration.dataset}, split {calibration.split}"
+        found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
+        remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
+        raise EmptyCalibrationError(where, found, remedy)
+    limit = calibration.max_tokens
+    return CalibrationTokens(
+        ids=tuple(tuple(tokens[:limit]) for _, tokens in sequences),
+        rows=tuple(i for i, _ in sequences),
+        n_asked=calibration.samples,
+        n_truncated=sum(len(tokens) > limit for _, tokens in sequences),
+        n_empty=len(texts) - len(sequences),
+        tokenizer=tokenizer.name_or_path,
+    )
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
+) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=special, verbose=False)  # verbose: length hint
+    return typing.cast("list[list[int]]", encoded["input_ids"])
+
+
+def batches(tokens: CalibrationTokens, budget_tokens: int = 4096) -> Iterator[Batch]:
+    """Group the texts by length, longest first, so that little is padding.
+
+    Args:
+        tokens: one text is never split.
+        budget_tokens: most tokens a batch holds, padding included; a longer text stands alone.
+    """
+    import torch
+
+    order = sorted(range(len(tokens.ids)), key=lambda i: (-len(tokens.ids[i]), i))
+    while order:
+        longest = len(tokens.ids[order[0]])
+        n_texts = max(1, budget_tokens // longest)
+        taken, order = order[:n_texts], order[n_texts:]
+        input_ids = torch.zeros(len(taken), longest, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for line, i in enumerate(taken):
+            n = len(tokens.ids[i])
+            input_ids[line, :n] = torch.tensor(tokens.ids[i])
+            mask[line, :n] = 1
+        yield Batch(input_ids, mask)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lewis_hub.errors import CalibrationModelError
+from lewis_hub.guides.loading import load_model
+
+
+def test_half_precision_files_are_computed_in_float32_on_a_cpu(llama, saved, capfd):
+    folder = saved(llama.to(torch.bfloat16))
+    capfd.readouterr()
+
+    model = load_model(folder, "cpu", "me/tiny")
+
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert capfd.readouterr() == ("", "")
+    kept = llama.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, kept.float())
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(CalibrationModelError) as caught:
+        load_model(folder, "cpu", "me/tiny")
+    return str(caught.value)
+
+
+def edit(folder: Path, **changes: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_own_code_is_never_run(llama, saved):
+    folder = edit(
+        saved(llama),
+        model_type="mine",
+        auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    )
+    (folder / "mine.py").write_text("raise SystemExit('own code ran')")
+
+    assert refused(folder) == (
+        "me/tiny: its model needs Python code from its repo, which is not run.\n"
+        "Take a source that transformers supports by itself, or use guide `uniform`."
+    )
+
+
+def test_an_unknown_architecture_says_to_upgrade(llama, saved):
+    assert refused(edit(saved(llama), model_type="llama99")) == (
+        "me/tiny: this version of transformers does not know its architecture.\n"
+        "Upgrade: pip install -U transformers."
+    )
+
+
+@pytest.mark.slow  # transformers imports every configuration to say so
+def test_a_model_that_is_no_decoder_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+
+    assert refused(tmp_path) == (
+        "me/tiny: its architecture is no causal language model.\n"
+        "Calibration measures decoders; merge it with guide `uniform` instead."
+    )
+
+
+def test_missing_weights_are_an_error_and_not_random_numbers(llama, saved):
+    folder = saved(llama)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    assert refused(folder) == (
+        "me/tiny: its files lack model.layers.1.mlp.up_proj.weight (and 0 more of the weights that"
+        " its architecture needs).\n"
+        "The config does not describe these files: check the source, or take another."
+    )
+
+
+def test_weights_of_another_shape_are_an_error(llama, saved):
+    text = refused(edit(saved(llama), intermediate_size=25))
+
+    assert text.startswith("me/tiny: ")
+    assert text.endswith("\nCalibration loads a model with transformers; see what it needs above.")
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    assert refused(tmp_path).startswith("me/tiny: ")
