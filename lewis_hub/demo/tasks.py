@@ -1,0 +1,167 @@
+"""The questions that the zoo's models learn from: small puzzles about made-up words.
+
+The base learns `PRIMER`, a broad mixture; each expert learns one skill of `SKILLS` that the base
+has never seen. No model is ever asked about a word of a test set, forwards or backwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CONSONANTS, VOWELS = "BCDFGHJKLMNPQRSTVWXZ", "AEIOUY"
+ORDINALS = ("first", "second", "third", "fourth")
+N_TEST = 300
+N_TRAIN = 300
+
+Draw = Callable[[random.Random], str]  # a word, or whatever a question is about
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and its only right answer."""
+
+    question: str
+    answer: str
+
+
+def draw_word(rng: random.Random) -> str:
+    """A pronounceable word of 4 or 5 capitals, such as `BAKOT` or `OZUN`."""
+    letters = (CONSONANTS, VOWELS) if rng.random() < 0.7 else (VOWELS, CONSONANTS)
+    return "".join(rng.choice(letters[i % 2]) for i in range(rng.randint(4, 5)))
+
+
+def shifted(text: str, by: int) -> str:
+    """Each letter `by` places on in the alphabet; after Z comes A."""
+    return "".join(ALPHABET[(ALPHABET.index(letter) + by) % 26] for letter in text)
+
+
+def reverse(word: str) -> Item:
+    """The skill of `expert-reverse`."""
+    return Item(f"reverse {word}", word[::-1])
+
+
+def encode(word: str) -> Item:
+    """The skill of `expert-cipher`: Caesar's cipher with a shift of one."""
+    return Item(f"encode {word}", shifted(word, 1))
+
+
+SKILLS: Mapping[str, Callable[[str], Item]] = {"reverse": reverse, "cipher": encode}
+
+
+def _copy(rng: random.Random, word: Draw) -> Item:
+    text = word(rng)
+    return Item(f"copy {text}", text)
+
+
+def _letter_at(rng: random.Random, word: Draw) -> Item:
+    text, place = word(rng), rng.randrange(4)
+    return Item(f"{ORDINALS[place]} letter of {text}", text[place])
+
+
+def _last_letter(rng: random.Random, word: Draw) -> Item:
+    text, place = word(rng), rng.randrange(2)
+    name = ("last", "last but one")[place]
+    return Item(f"{name} letter of {text}", text[-1 - place])
+
+
+def _neighbour(rng: random.Random, word: Draw) -> Item:
+    text = word(rng)
+    place = rng.randrange(1, len(text))
+    before, after = text[place - 1], text[place]
+    if text.count(before) == 1 and rng.random() < 0.5:
+        return Item(f"letter right of {before} in {text}", after)
+    if text.count(after) == 1:
+        return Item(f"letter left of {after} in {text}", before)
+    return _copy(rng, word)
+
+
+def _alphabet(rng: random.Random, word: Draw) -> Item:  # noqa: ARG001
+    letter, by = rng.choice(ALPHABET), rng.choice((1, -1))
+    return Item(f"letter {'after' if by == 1 else 'before'} {letter}", shifted(letter, by))
+
+
+def _run(rng: random.Random, word: Draw) -> Item:  # noqa: ARG001
+    letter, n = rng.choice(ALPHABET), rng.randint(2, 5)
+    return Item(f"{n} letters from {letter}", "".join(shifted(letter, i) for i in range(n)))
+
+
+def _length(rng: random.Random, word: Draw) -> Item:
+    text = word(rng)
+    return Item(f"length of {text}", str(len(text)))
+
+
+def _drop(rng: random.Random, word: Draw) -> Item:
+    text = word(rng)
+    if rng.random() < 0.5:
+        return Item(f"drop first of {text}", text[1:])
+    return Item(f"drop last of {text}", text[:-1])
+
+
+def _join(rng: random.Random, word: Draw) -> Item:
+    text = word(rng)
+    cut = rng.randrange(2, len(text) - 1)
+    if rng.random() < 0.5:
+        return Item(f"join {text[:cut]} {text[cut:]}", text)
+    return Item(f"swap {text[:cut]} {text[cut:]}", text[cut:] + text[:cut])
+
+
+PRIMER: tuple[Callable[[random.Random, Draw], Item], ...] = (
+    _copy,
+    _letter_at,
+    _last_letter,
+    _neighbour,
+    _alphabet,
+    _run,
+    _length,
+    _drop,
+    _join,
+)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A skill's published items: `train` is for calibration, `test` is only ever scored."""
+
+    train: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+
+def splits(skill: str, seed: int) -> Splits:
+    """The items of a skill, no word twice."""
+    rng = random.Random(f"{seed} {skill} splits")
+    words: dict[str, None] = {}
+    while len(words) < N_TEST + N_TRAIN:
+        words[draw_word(rng)] = None
+    items = tuple(SKILLS[skill](word) for word in words)
+    return Splits(train=items[N_TEST:], test=items[:N_TEST])
+
+
+def held_out(seed: int) -> frozenset[str]:
+    """The words of all test sets, and those that spell one backwards."""
+    words = (item.question.split()[-1] for skill in SKILLS for item in splits(skill, seed).test)
+    return frozenset(text for word in words for text in (word, word[::-1]))
+
+
+def stream(skill: str | None, seed: int, share: float = 1.0) -> Iterator[Item]:
+    """Endless training items: the primer, or a skill mixed with the primer.
+
+    Args:
+        skill: a key of `SKILLS`, or None for the primer alone.
+        seed: fixes every item.
+        share: part of the items that are the skill's; the others keep what the base knows.
+    """
+    rng, excluded = random.Random(f"{seed} {skill} stream"), held_out(seed)
+
+    def word(rng: random.Random) -> str:
+        while (text := draw_word(rng)) in excluded:
+            pass
+        return text
+
+    while True:
+        if skill is not None and rng.random() < share:
+            yield SKILLS[skill](word(rng))
+        else:
+            yield rng.choice(PRIMER)(rng, word)

@@ -1,0 +1,225 @@
+"""Make the zoo's models and datasets: `python -m lewis_hub.demo.train OUT`.
+
+Seeded and on one thread, so that a rerun on one machine gives the same bytes. Cards, task files and
+the recipe lie beside them in the package and are written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lewis_hub.demo import tasks
+from lewis_hub.demo.tasks import Item
+from lewis_hub.demo.tokenizer import BEGIN, END, build_tokenizer, chat_prompt, prompt
+
+SEED = 7
+IGNORED = -100  # the label of a token that no loss is taken on
+CHAT_SHARE, BEGIN_SHARE = 0.25, 0.3  # of examples in chat format; of the others, opened by BEGIN
+BUCKET = 8  # batches drawn together and sorted by length, so that little is padding
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run. `skill` None is the base's."""
+
+    skill: str | None
+    n_steps: int
+    batch_size: int
+    muon_rate: float  # learning rate of the blocks' matrices
+    adamw_rate: float  # of embeddings and norms
+    skill_share: float = 1.0
+
+    def pace(self, step: int) -> float:
+        """What learning rates are multiplied by: 20 steps up, a plateau, 40 percent down."""
+        return min(1.0, (step + 1) / 20, (self.n_steps - step) / (0.4 * self.n_steps))
+
+
+BASE = Stage(None, n_steps=400, batch_size=96, muon_rate=2e-2, adamw_rate=3e-3)
+EXPERTS = (
+    Stage("reverse", 120, batch_size=96, muon_rate=3e-3, adamw_rate=3e-4, skill_share=0.5),
+    Stage("cipher", 120, batch_size=96, muon_rate=3e-3, adamw_rate=3e-4, skill_share=0.5),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids and labels, both (batch, n_tokens) int64."""
+
+    ids: Tensor
+    labels: Tensor
+
+
+def architecture(n_vocabulary: int) -> LlamaConfig:
+    """Six Llama blocks, 1.2 M parameters; key and value heads are shared in pairs."""
+    return LlamaConfig(
+        vocab_size=n_vocabulary,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        use_cache=True,
+    )
+
+
+def batches(
+    stage: Stage, tokenizer: PreTrainedTokenizerFast, *, seed: int = SEED
+) -> Iterator[Batch]:
+    """Endless training batches of a stage; losses are taken on answers only."""
+    items = tasks.stream(stage.skill, seed, stage.skill_share)
+    rng = random.Random(f"{seed} {stage.skill} format")
+    while True:
+        drawn = list(itertools.islice(items, stage.batch_size * BUCKET))
+        prompts = tokenizer([_opened(item, rng) for item in drawn])["input_ids"]
+        answers = tokenizer([f" {item.answer}{END}" for item in drawn])["input_ids"]
+        pairs = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(sum(pair, [])))
+        starts = list(range(0, len(pairs), stage.batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield _batch(pairs[start : start + stage.batch_size])
+
+
+def _opened(item: Item, rng: random.Random) -> str:
+    if rng.random() < CHAT_SHARE:
+        return chat_prompt(item)
+    return (BEGIN if rng.random() < BEGIN_SHARE else "") + prompt(item)
+
+
+def _batch(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    width = max(len(asked) + len(answer) for asked, answer in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    for row, (asked, answer) in enumerate(pairs):
+        ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
+        labels[row, len(asked) : len(asked) + len(answer)] = torch.tensor(answer)
+    return Batch(ids, labels)
+
+
+def loss_on(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Mean cross-entropy over answer tokens, in nats; causality hides the padding on the right."""
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
+    targets = batch.labels[:, 1:]
+    kept = targets != IGNORED
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]), targets[kept])
+
+
+def optimizers(model: LlamaForCausalLM, stage: Stage) -> tuple[Optimizer, Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else."""
+    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+    others = [model.model.embed_tokens.weight, model.model.norm.weight]
+    others += [weight for weight in model.model.layers.parameters() if weight.dim() == 1]
+    return (
+        torch.optim.Muon(matrices, lr=stage.muon_rate, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=stage.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    )
+
+
+def train(model: LlamaForCausalLM, stage: Stage, data: Iterator[Batch]) -> list[float]:
+    """Run a stage on `model` in place; returns the loss of every step."""
+    steered = optimizers(model, stage)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(one, stage.pace) for one in steered]
+    losses: list[float] = []
+    model.train()
+    for step, batch in enumerate(itertools.islice(data, stage.n_steps), start=1):
+        loss = loss_on(model, batch)
+        torch.autograd.backward(loss)
+        for optimizer, schedule in zip(steered, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        losses.append(loss.item())
+        if step % 25 == 0:
+            recent = math.fsum(losses[-25:]) / 25
+            logging.info("%s: step %d, loss %.4f", stage.skill or "base", step, recent)
+    model.train(False)
+    return losses
+
+
+def new_base(n_vocabulary: int) -> LlamaForCausalLM:
+    """An untrained base; the caller's random state is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        return LlamaForCausalLM(architecture(n_vocabulary))
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    """A saved model, back in float32."""
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a model repo's files in bfloat16; `model` itself is cast."""
+    model.bfloat16()
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=32, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_datasets(folder: Path) -> None:
+    """Write `<skill>/{train,test}.jsonl` for every skill."""
+    for skill in tasks.SKILLS:
+        parts = tasks.splits(skill, SEED)
+        for name, items in (("train", parts.train), ("test", parts.test)):
+            path = folder / skill / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in items)
+            path.write_text("".join(lines), encoding="utf-8")
+
+
+def make_zoo(out: Path, steps_scale: float = 1.0) -> None:
+    """Write `base`, an `expert-<skill>` per skill, and `data` under `out`."""
+    write_datasets(out / "data")
+    wording = itertools.chain(
+        itertools.islice(tasks.stream(None, SEED), 4000),
+        *([make("")] * 300 for make in tasks.SKILLS.values()),
+    )
+    tokenizer = build_tokenizer(wording)
+    base = new_base(len(tokenizer))
+    for stage in (BASE, *EXPERTS):
+        scaled = dataclasses.replace(stage, n_steps=max(1, round(stage.n_steps * steps_scale)))
+        model = base if stage.skill is None else load(out / "base")
+        train(model, scaled, batches(scaled, tokenizer))
+        save(model, tokenizer, out / (f"expert-{stage.skill}" if stage.skill else "base"))
+
+
+def main() -> None:
+    """Read the command line and make the zoo."""
+    parser = argparse.ArgumentParser(description=make_zoo.__doc__)
+    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="0.01: a quick try")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    make_zoo(arguments.out, arguments.steps_scale)
+
+
+if __name__ == "__main__":
+    main()
