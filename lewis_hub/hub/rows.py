@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+NO_ROWS = ("its files have no rows", "Use another.")
 ONLY_SPLIT = "train"  # what `datasets` calls the rows of a bare file
 
 
@@ -96,8 +97,8 @@ def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str
     try:
         with hub_failures(asked):
             yield
-    except StopIteration:
-        raise SourceError(source.pinned, "its files have no rows", "Use another.") from None
+    except StopIteration:  # what `datasets` says of a file without a row
+        raise SourceError(source.pinned, *NO_ROWS) from None
     except (DatasetsError, ValueError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
@@ -114,6 +115,8 @@ def _unloadable(source: Source, config: str | None, split: str, error: Exception
         problem, remedy = f"it has no configuration `{config}`", f"It has: {choices}."
     elif "Unknown split" in text:
         problem, remedy = f"it has no split `{split}`", f"It has: {choices}."
+    elif "corresponds to no data" in text:
+        problem, remedy = NO_ROWS
     elif "data files found" in text or isinstance(error, FileNotFoundError):
         problem = "it has no data files that can be read, or misses one that it names"
         remedy = "Use one with .jsonl, .parquet or .csv files; loading scripts are not run."

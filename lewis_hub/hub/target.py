@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import PublishError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Landing = Literal["commit", "pull-request"]
 MAIN = "main"
+FORBIDDEN = 403
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,24 @@ def _require_rights(asked: Asked, target: Target, landing: Landing) -> None:
             f"Make one with write access at {asked.api.endpoint}/settings/tokens, then set"
             " HF_TOKEN to it or run `hf auth login`.",
         )
-    owner = asked.repo.partition("/")[0]
-    mine = [who["name"], *(organisation["name"] for organisation in who.get("orgs", ()))]
-    if owner.lower() in {name.lower() for name in mine}:
-        return
-    if target.head is None or landing == "commit":
-        here = " Or propose it: `--as pull-request`." if target.head else ""
-        raise asked.failed(
-            f"`{who['name']}` may not push to `{owner}`",
-            f"Push to one of: {', '.join(f'{name}/...' for name in mine)}.{here}",
-        )
+    if target.head is not None and landing == "commit":
+        _require_write(asked, who["name"])
+
+
+def _require_write(asked: Asked, name: str) -> None:
+    """For a repo that is not there yet only its creation shows whether it may be made."""
+    with hub_failures(asked):
+        try:
+            persist(lambda: asked.api.auth_check(asked.repo, write=True))
+        except HfHubHTTPError as error:
+            if error.response.status_code != FORBIDDEN:
+                raise
+            own = f"{name}/{asked.repo.partition('/')[2]}"
+            raise asked.failed(
+                f"`{name}` may not push to it",
+                "Propose the change instead: `--as pull-request`. Or push to a repo of your own,"
+                f" such as {own}.",
+            ) from error
 
 
 def _role(who: Mapping[str, Any]) -> str | None:

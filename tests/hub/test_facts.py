@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+
+from lewis_hub.errors import PublishError
+from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence, model_facts
+from lewis_hub.hub.resolve import resolve_model
+
+CARD = """---
+license: other
+license_name: gemma
+license_link: https://ai.google.dev/gemma/terms
+language: [en, no]
+tags:
+- math
+---
+# A model
+"""
+
+
+def facts(source: str, licence: str | None, name: str | None = None) -> ModelFacts:
+    return ModelFacts(source, licence, name, None, (), (), gated=False, url=None)
+
+
+def folder_with_card(tmp_path, card: str | bytes):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
+    return str(tmp_path)
+
+
+def test_the_card_of_a_folder_gives_licence_languages_and_tags(tmp_path, api):
+    found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, CARD)))
+
+    assert found == ModelFacts(
+        source=str(tmp_path),
+        licence="other",
+        license_name="gemma",
+        license_link="https://ai.google.dev/gemma/terms",
+        languages=("en", "no"),
+        tags=("math",),
+        gated=False,
+        url=None,
+    )
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        "",
+        "# No metadata\n---\nlicense: mit\n---\n",
+        "---\nlicense: [unclosed\n---\n",
+        "---\n- a list\n---\n",
+        "---\n---\n",
+        b"\xff\xfe\x00",
+    ],
+)
+def test_a_card_without_readable_metadata_is_silent(tmp_path, api, card):
+    found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, card)))
+
+    assert (found.licence, found.languages, found.tags) == (None, (), ())
+
+
+def test_a_card_with_windows_line_ends_and_a_byte_order_mark_is_read(tmp_path, api):
+    card = "\ufeff---\r\nlicense: MIT\r\n---\r\n# Hello\r\n"
+
+    found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, card)))
+
+    assert found.licence == "mit"
+
+
+def test_parents_that_agree_pass_their_licence_on():
+    parents = [facts("a/base", "gemma"), facts("b/math", "gemma")]
+
+    assert combined_licence(parents, None) == Licence("gemma")
+
+
+def test_parents_that_are_all_silent_give_no_licence():
+    assert combined_licence([facts("a/base", None), facts("b/math", None)], None) is None
+
+
+def test_a_chosen_licence_wins_and_keeps_the_name_that_a_parent_gave_it():
+    parents = [facts("a/base", "other", "gemma"), facts("b/math", "mit")]
+
+    assert combined_licence(parents, "other") == Licence("other", "gemma")
+    assert combined_licence(parents, "apache-2.0") == Licence("apache-2.0")
+
+
+def test_parents_that_disagree_are_each_named():
+    parents = [facts("a/base", "gemma"), facts("b/math", "mit"), facts("c/code", None)]
+
+    with pytest.raises(PublishError) as raised:
+        combined_licence(parents, None)
+
+    assert str(raised.value) == (
+        "publish.license: the parents' licences differ (a/base: gemma; b/math: mit; "
+        "c/code: not stated).\n"
+        "Which one a merge of them may carry is yours to judge: set `publish.license`."
+    )
+
+
+def test_two_licences_called_other_with_different_names_disagree():
+    parents = [facts("a/base", "other", "gemma"), facts("b/math", "other", "llama4")]
+
+    with pytest.raises(PublishError) as raised:
+        combined_licence(parents, None)
+
+    assert "(a/base: other (gemma); b/math: other (llama4))" in str(raised.value)
+
+
+def test_the_facts_of_a_repo_are_those_of_the_pinned_commit(hub, api, push):
+    sha = push("tests/model", {"README.md": CARD.encode(), "model.safetensors": b"w" * 64})
+    push("tests/model", {"README.md": b"---\nlicense: mit\n---\n"})
+
+    found = model_facts(api, resolve_model(api, "tests/model", sha))
+
+    assert found.licence == "other"
+    assert found.url == f"{api.endpoint}/tests/model"
+    assert found.gated is False

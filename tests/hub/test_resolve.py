@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from lewis_hub.errors import SourceError
+from lewis_hub.hub.fetch import fetch, read_small
+from lewis_hub.hub.remote import read_range
+from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+
+WEIGHTS = bytes(range(256)) * 8
+MODEL = {"config.json": b"{}", "model.safetensors": WEIGHTS}
+
+
+def refusal(api, name, revision=None, resolve=resolve_model) -> str:
+    with pytest.raises(SourceError) as raised:
+        resolve(api, str(name), revision)
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+    return str(raised.value)
+
+
+def write(folder, files):
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+# -- folders
+
+
+def test_a_folder_is_pinned_to_its_content_wherever_it_lies(tmp_path, api):
+    here, there = write(tmp_path / "here", MODEL), write(tmp_path / "there", MODEL)
+
+    source = resolve_model(api, str(here))
+
+    assert source.commit_sha == resolve_model(api, str(there)).commit_sha
+    assert source.commit_sha.startswith("sha256:")
+    assert [file.path for file in source.files] == ["config.json", "model.safetensors"]
+    assert source.pinned == str(here)
+    assert source.size_bytes(("*.safetensors",)) == len(WEIGHTS)
+
+
+def test_a_folders_pin_changes_with_any_byte_and_any_name(tmp_path, api):
+    folder = write(tmp_path / "model", MODEL)
+    first = resolve_model(api, str(folder)).commit_sha
+
+    (folder / "config.json").write_bytes(b"[]")
+    second = resolve_model(api, str(folder)).commit_sha
+    (folder / "config.json").rename(folder / "other.json")
+
+    assert len({first, second, resolve_model(api, str(folder)).commit_sha}) == 3
+
+
+def test_hidden_files_and_caches_are_no_part_of_a_folder(tmp_path, api):
+    folder = write(tmp_path / "model", MODEL)
+    pinned = resolve_model(api, str(folder)).commit_sha
+
+    write(folder, {".cache/huggingface/x": b"x", ".gitattributes": b"x", ".git/HEAD": b"x"})
+
+    assert resolve_model(api, str(folder)).commit_sha == pinned
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "the folder is empty.\nCheck the path."),
+        (
+            {"config.json": b"{}"},
+            "this folder has no .safetensors file.\nA model needs model.safetensors, or shards "
+            "and their index, beside config.json.",
+        ),
+        (
+            {"config.json": b"{}", "pytorch_model.bin": b"x"},
+            "this folder has pickled weights only, and reading those can run code.\n"
+            "Only safetensors are read. Convert it: load it in transformers, then "
+            "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.",
+        ),
+        (
+            {"model-q4.gguf": b"x"},
+            "this folder has GGUF weights only.\n"
+            "Use the safetensors model that they were quantised from.",
+        ),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
+            "this is a LoRA adapter, not a whole model.\nAdapters are not in this version: merge "
+            "it into its base (peft's `merge_and_unload`), save that, and use the result.",
+        ),
+        (
+            {"nested/model.safetensors": b"x"},
+            "this folder has no .safetensors file.\nA model needs model.safetensors, or shards "
+            "and their index, beside config.json.",
+        ),
+    ],
+)
+def test_folders_that_are_no_models_are_refused(tmp_path, api, files, expected):
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    assert refusal(api, write(folder, files)) == f"{folder}: {expected}"
+
+
+def test_a_missing_folder_and_a_file_are_refused(tmp_path, api):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+
+    assert refusal(api, path) == (
+        f"{path}: this is a file, not a folder.\nName the folder it is in."
+    )
+    assert refusal(api, "./nowhere") == (
+        "./nowhere: no such folder.\nCheck the path; a repo is written owner/name."
+    )
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "owner/na me", "owner/a--b", "owner/", "naïve/model"])
+def test_a_bad_name_is_refused_before_any_network(name):
+    nowhere = HfApi(endpoint="http://127.0.0.1:1")
+
+    assert refusal(nowhere, name) == (
+        f"{name}: this is neither an existing folder nor the name of a repo.\n"
+        "Write owner/name (letters, digits, `-`, `_`, `.`), or the path of a folder."
+    )
+
+
+# -- repos
+
+
+def test_a_repo_is_pinned_to_the_commit_that_a_branch_or_tag_means(api, push):
+    first = push("tests/model", MODEL)
+    api.create_tag("tests/model", tag="v1")
+    second = push("tests/model", {"config.json": b"[]"})
+
+    assert resolve_model(api, "tests/model").commit_sha == second
+    assert resolve_model(api, "tests/model", "v1").commit_sha == first
+    pinned = resolve_model(api, "tests/model", first)
+    assert pinned.pinned == f"tests/model@{first}"
+    assert pinned.file("model.safetensors").size_bytes == len(WEIGHTS)
+
+
+def test_a_repos_digests_tell_large_files_from_small_ones(api, push):
+    push("tests/model", MODEL)
+
+    source = resolve_model(api, "tests/model")
+
+    assert source.file("model.safetensors").digest == (
+        "sha256:10fc3c51a152e90e5b90319b601d92ccf37290ef53c35ff92507687d8a911a08"
+    )
+    assert source.file("config.json").digest == "git-sha1:9e26dfeeb6e641a33dae4961196235bdb965b21b"
+
+
+def test_a_range_of_a_repos_file_is_read_without_a_download(api, push, tmp_path):
+    push("tests/model", MODEL)
+    source = resolve_model(api, "tests/model")
+
+    assert read_range(api, source, "model.safetensors", 250, 260) == WEIGHTS[250:260]
+    assert read_range(api, source, "model.safetensors", 0, len(WEIGHTS)) == WEIGHTS
+    assert read_range(api, source, "model.safetensors", 7, 7) == b""
+    assert read_range(api, source, "config.json", 1, 2) == b"}"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_range_of_a_folders_file_is_read_from_disk(tmp_path, api):
+    source = resolve_model(api, str(write(tmp_path, MODEL)))
+
+    assert read_range(api, source, "model.safetensors", 250, 260) == WEIGHTS[250:260]
+
+
+@pytest.mark.parametrize(
+    ("path", "found"), [("model.safetensors", "has 2048 bytes"), ("nothing", "does not exist")]
+)
+def test_a_range_beyond_the_file_is_refused(tmp_path, api, path, found):
+    source = resolve_model(api, str(write(tmp_path, MODEL)))
+
+    with pytest.raises(SourceError) as raised:
+        read_range(api, source, path, 2040, 2060)
+
+    assert str(raised.value) == (
+        f"{tmp_path}: bytes 2040 to 2060 of `{path}` were wanted, but it {found}.\n"
+        "The file is cut short or its index is wrong: use an intact copy."
+    )
+
+
+def test_small_files_are_read_and_missing_ones_are_none(api, push):
+    push("tests/model", MODEL)
+    source = resolve_model(api, "tests/model")
+
+    assert read_small(api, source, "config.json") == b"{}"
+    assert read_small(api, source, "README.md") is None
+
+
+def test_a_missing_repo_says_where_it_was_looked_for(hub):
+    anonymous = HfApi(endpoint=hub.url, token=False)
+
+    assert refusal(anonymous, "tests/nothing") == (
+        f"tests/nothing: no model of this name on {hub.url}.\n"
+        "Check the spelling; if it is private, set HF_TOKEN or run `hf auth login`."
+    )
+
+
+def test_a_missing_repo_with_a_token_may_be_hidden_from_it(api):
+    assert refusal(api, "tests/nothing") == (
+        f"tests/nothing: no model of this name on {api.endpoint}, or it is private and this token "
+        "may not see it.\nCheck the spelling, and whose token this is: `hf auth whoami`."
+    )
+
+
+def test_a_dataset_named_as_model_is_called_one(api, push):
+    push("tests/sums", {"train.jsonl": b"{}\n"}, repo_type="dataset")
+
+    assert refusal(api, "tests/sums") == (
+        "tests/sums: this is a dataset, not a model.\nName a model."
+    )
+
+
+def test_a_missing_dataset_is_called_a_dataset(api):
+    assert refusal(api, "tests/nothing", resolve=resolve_dataset).startswith(
+        f"tests/nothing: no dataset of this name on {api.endpoint}"
+    )
+
+
+def test_a_missing_revision_lists_branches_and_tags(api, push):
+    push("tests/model", MODEL)
+    api.create_branch("tests/model", branch="dev")
+    api.create_tag("tests/model", tag="v1")
+
+    text = refusal(api, "tests/model", "v2")
+
+    assert text.startswith("tests/model@v2: this model has no such revision.\nName one of its ")
+    assert "dev" in text
+    assert "main" in text
+    assert text.endswith("; tags: v1; or a commit sha.")
+
+
+def test_a_private_repo_is_not_shown_to_others(hub, api, push):
+    push("tests/secret", MODEL, private=True)
+    anonymous = HfApi(endpoint=hub.url, token=False)
+
+    assert resolve_model(api, "tests/secret").name == "tests/secret"
+    assert "if it is private, set HF_TOKEN" in refusal(anonymous, "tests/secret")
+
+
+def test_a_token_that_the_hub_does_not_know_is_never_shown(hub, push):
+    push("tests/model", MODEL)
+    stranger = HfApi(endpoint=hub.url, token="hf_abcdefghijklmnop")
+
+    assert refusal(stranger, "tests/model") == (
+        f"tests/model: {hub.url} does not know this token.\nIt may be mistyped, expired or "
+        "from another Hub: set HF_TOKEN or run `hf auth login`."
+    )
+
+
+def test_a_repo_with_pickled_weights_only_is_refused(api, push):
+    sha = push("tests/model", {"pytorch_model.bin": b"x"})
+
+    assert refusal(api, "tests/model") == (
+        f"tests/model@{sha}: this repo has pickled weights only, and reading those can run code.\n"
+        "Only safetensors are read. Convert it: load it in transformers, then "
+        "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors."
+    )
+
+
+# -- trouble on the way
+
+
+def test_a_server_error_that_passes_is_not_noticed(api, push, hub, no_pauses):
+    sha = push("tests/model", MODEL)
+    hub.fail("/api/models/tests/model", 503, times=2)
+
+    assert resolve_model(api, "tests/model").commit_sha == sha
+
+
+def test_a_server_error_that_stays_is_told(api, push, hub, no_pauses):
+    push("tests/model", MODEL)
+    hub.fail("/api/models/tests/model", 503, times=100)
+
+    assert refusal(api, "tests/model").startswith(
+        f"tests/model: {api.endpoint} failed with 503 again and again"
+    )
+
+
+def test_a_rate_limit_that_stays_is_told(api, push, hub, no_pauses):
+    push("tests/model", MODEL)
+    hub.fail("/api/models/tests/model", 429, times=100)
+
+    assert refusal(api, "tests/model") == (
+        f"tests/model: {api.endpoint} asks to slow down (429).\n"
+        "Wait a few minutes, then run the same command again: finished work is kept."
+    )
+
+
+def test_an_unreachable_hub_says_what_is_cached(api, push, no_pauses):
+    push("tests/model", MODEL)
+    fetch(api, resolve_model(api, "tests/model"), lambda _: None)
+    nowhere = HfApi(endpoint="http://127.0.0.1:1")
+
+    assert refusal(nowhere, "tests/model") == (
+        "tests/model: cannot reach http://127.0.0.1:1 ([Errno 111] Connection refused).\n"
+        "Check the network and HF_ENDPOINT, then run the same command again: finished work is "
+        f"kept. In the cache ({constants.HF_HUB_CACHE}): main. HF_HUB_OFFLINE=1 uses what is "
+        "cached."
+    )
+    assert refusal(nowhere, "tests/other").endswith(
+        f"It is not in the cache ({constants.HF_HUB_CACHE})."
+    )
+
+
+def test_offline_uses_what_is_cached_and_refuses_what_is_not(api, push, monkeypatch):
+    sha = push("tests/model", MODEL)
+    online = resolve_model(api, "tests/model")
+    fetch(api, online, lambda _: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    source = resolve_model(api, "tests/model")
+
+    assert source.commit_sha == sha
+    assert source.files == online.matching(("*.json", "*.safetensors"))
+    assert read_range(api, source, "model.safetensors", 0, 4) == WEIGHTS[:4]
+    assert refusal(api, "tests/other") == (
+        "tests/other: HF_HUB_OFFLINE is set and not all of it is in the cache.\nUnset "
+        "HF_HUB_OFFLINE, then run the same command again: finished work is kept. It is not in "
+        f"the cache ({constants.HF_HUB_CACHE})."
+    )

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lewis_hub.errors import SourceError
+from lewis_hub.hub.resolve import resolve_dataset
+from lewis_hub.hub.rows import load_rows
+
+ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(5)]
+CONFIGS = b"""---
+configs:
+- config_name: easy
+  data_files: [{split: train, path: easy.jsonl}, {split: test, path: hard.jsonl}]
+- config_name: hard
+  data_files: hard.jsonl
+---
+"""
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def load(api, name, config=None, split="train", revision=None):
+    return load_rows(api, resolve_dataset(api, str(name), revision), config, split)
+
+
+def message(api, name, config=None, split="train") -> str:
+    with pytest.raises(SourceError) as raised:
+        load(api, name, config, split)
+    return str(raised.value)
+
+
+def test_a_local_file_gives_its_rows_in_order(tmp_path, api):
+    (tmp_path / "data.jsonl").write_bytes(lines(ROWS))
+
+    rows = load(api, tmp_path / "data.jsonl")
+
+    assert len(rows) == 5
+    assert rows.columns == ("question", "answer")
+    assert rows.rows([3, 0]) == [ROWS[3], ROWS[0]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "json"])
+def test_other_file_kinds_give_the_same_rows(tmp_path, api, kind):
+    import datasets
+
+    path = tmp_path / f"data.{kind}"
+    getattr(datasets.Dataset.from_list(ROWS), f"to_{kind}")(str(path))
+
+    found = load(api, path).rows(range(5))
+
+    assert [{key: str(value) for key, value in row.items()} for row in found] == ROWS
+
+
+def test_a_folder_of_files_gives_its_splits(tmp_path, api):
+    (tmp_path / "train.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "test.jsonl").write_bytes(lines(ROWS[:2]))
+
+    assert len(load(api, tmp_path, split="test")) == 2
+    assert message(api, tmp_path, split="dev") == (
+        f"{tmp_path}: it has no split `dev`.\nIt has: train, test."
+    )
+
+
+@pytest.mark.parametrize(
+    ("split", "config", "expected"),
+    [
+        (
+            "test",
+            None,
+            "a file has no split `test`.\n"
+            "Leave out `split`, or write `train`: that is all of the file.",
+        ),
+        ("train", "main", "a file has no configuration `main`.\nLeave out `config`."),
+    ],
+)
+def test_a_bare_file_has_neither_splits_nor_configurations(tmp_path, api, split, config, expected):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(ROWS))
+
+    assert message(api, path, config, split) == f"{path}: {expected}"
+
+
+def test_a_slice_of_a_file_is_a_slice(tmp_path, api):
+    (tmp_path / "data.jsonl").write_bytes(lines(ROWS))
+
+    assert load(api, tmp_path / "data.jsonl", split="train[:2]").rows([1]) == [ROWS[1]]
+
+
+def test_an_empty_file_is_refused(tmp_path, api):
+    path = tmp_path / "data.jsonl"
+    path.touch()
+
+    assert message(api, path) == f"{path}: the file is empty.\nPut one row a line into it."
+
+
+def test_a_file_with_blank_lines_only_is_refused(tmp_path, api):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n\n")
+
+    assert message(api, path) == f"{path}: its files have no rows.\nUse another."
+
+
+def test_a_broken_file_is_named_with_its_place(tmp_path, api):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(lines(ROWS) + b"{oops\n")
+
+    assert message(api, path) == (
+        f"{path}: its rows could not be read (JSON parse error: Missing a name for object member. "
+        "in row 5).\nRepair the file it names."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("nothing.jsonl", "no such file or folder.\nCheck the path."),
+        (
+            "notes.txt",
+            "`.txt` files are not read as rows.\n"
+            "Give a .jsonl, .json, .parquet, .csv file, a folder of them, or a dataset's repo.",
+        ),
+    ],
+)
+def test_paths_that_hold_no_rows_are_refused(tmp_path, api, name, expected):
+    (tmp_path / "notes.txt").write_text("hello")
+
+    assert message(api, tmp_path / name) == f"{tmp_path / name}: {expected}"
+
+
+def test_a_repo_gives_the_rows_of_its_pinned_commit(hub, api, push):
+    sha = push("tests/sums", {"train.jsonl": lines(ROWS)}, repo_type="dataset")
+    push("tests/sums", {"train.jsonl": lines(ROWS[:1])}, repo_type="dataset")
+
+    assert load(api, "tests/sums", revision=sha).rows([4]) == [ROWS[4]]
+    assert len(load(api, "tests/sums")) == 1
+
+
+def test_a_missing_configuration_or_split_lists_what_there_is(hub, api, push):
+    files = {"README.md": CONFIGS, "easy.jsonl": lines(ROWS), "hard.jsonl": lines(ROWS[:2])}
+    sha = push("tests/sums", files, repo_type="dataset")
+
+    assert len(load(api, "tests/sums", "easy", "test")) == 2
+    assert message(api, "tests/sums") == (
+        f"tests/sums@{sha}: it has several configurations.\nSet `config` to one of easy, hard."
+    )
+    assert message(api, "tests/sums", "main") == (
+        f"tests/sums@{sha}: it has no configuration `main`.\nIt has: easy, hard."
+    )
+    assert message(api, "tests/sums", "easy", "dev") == (
+        f"tests/sums@{sha}: it has no split `dev`.\nIt has: train, test."
+    )
+
+
+def test_a_repo_without_data_files_is_refused(hub, api, push):
+    sha = push("tests/sums", {"sums.py": b"print()", "notes.xyz": b"hi"}, repo_type="dataset")
+
+    assert message(api, "tests/sums") == (
+        f"tests/sums@{sha}: it has no data files that can be read, or misses one that it names.\n"
+        "Use one with .jsonl, .parquet or .csv files; loading scripts are not run."
+    )
+
+
+def test_a_model_named_as_dataset_is_called_one(hub, api, push):
+    push("tests/model", {"model.safetensors": b"w"})
+
+    assert message(api, "tests/model") == (
+        "tests/model: this is a model, not a dataset.\nName a dataset."
+    )
