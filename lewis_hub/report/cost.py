@@ -1,0 +1,128 @@
+"""What each stage of a merge cost, as the operating system counted it: `lewis/cost.json`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lewis_hub.errors import OutputError
+
+VERSION = 1
+PROC = Path("/proc/self")
+
+Span = Literal["stage", "process"]
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage of one run. Numbers are of the whole process, threads included.
+
+    Attributes:
+        stage: its name, such as `merge`.
+        seconds: wall-clock time.
+        peak_rss_bytes: most memory that was resident at once, pages of mapped files included.
+        peak_over: what the peak is over: the stage, or the process since its start where the
+            system cannot forget an earlier peak.
+        read_bytes: asked of the system by read calls, whether or not the page cache had them;
+            reads through a memory map are in `disk_read_bytes` only. None where nobody counts.
+        written_bytes: the same for write calls.
+        disk_read_bytes: fetched from storage, so nothing for what the page cache had.
+        disk_written_bytes: handed to storage.
+    """
+
+    stage: str
+    seconds: float
+    peak_rss_bytes: int
+    peak_over: Span
+    read_bytes: int | None
+    written_bytes: int | None
+    disk_read_bytes: int | None
+    disk_written_bytes: int | None
+
+
+class Costs:
+    """The stages of one run, in the order in which they ended."""
+
+    def __init__(self) -> None:
+        self.stages: list[StageCost] = []
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Measure the block and keep its cost, also when it raises.
+
+        Stages follow one another and do not nest: the start of one resets the peak of memory.
+        """
+        span: Span = "stage" if _forget_peak() else "process"
+        before, started = _counters(), time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds, after = time.perf_counter() - started, _counters()
+            moved = {key: after[key] - before[key] for key in after.keys() & before.keys()}
+            cost = StageCost(
+                stage=stage,
+                seconds=round(seconds, 3),
+                peak_rss_bytes=_peak_rss_bytes(),
+                peak_over=span,
+                read_bytes=moved.get("rchar"),
+                written_bytes=moved.get("wchar"),
+                disk_read_bytes=moved.get("read_bytes"),
+                disk_written_bytes=moved.get("write_bytes"),
+            )
+            self.stages.append(cost)
+
+    def to_json(self) -> str:
+        """The text of `cost.json`."""
+        document = {"version": VERSION, "stages": [asdict(cost) for cost in self.stages]}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_costs(text: str) -> tuple[StageCost, ...]:
+    """Read what `Costs.to_json` wrote.
+
+    Raises:
+        OutputError: the text is of another version, or no such document.
+    """
+    try:
+        document: dict[str, Any] = json.loads(text)
+        if document["version"] == VERSION:
+            return tuple(StageCost(**stage) for stage in document["stages"])
+        problem = f"it has version {document['version']}, this program reads version {VERSION}."
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"it is no cost document ({error})."
+    raise OutputError("cost.json", problem, "Delete the file; the next merge writes it anew.")
+
+
+def _forget_peak() -> bool:
+    try:
+        (PROC / "clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def _peak_rss_bytes() -> int:
+    try:
+        for line in (PROC / "status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _counters() -> dict[str, int]:
+    try:
+        lines = (PROC / "io").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":") for line in lines)
+    return {name: int(count) for name, count in pairs}

@@ -1,0 +1,127 @@
+"""The pictures of a merge: what calibration measured and what the guide made of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lewis_hub.errors import ProfileError
+from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
+from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.report.grid import arrange, clip, relative_change
+from lewis_hub.report.heatmap import THEMES, HeatMap, note_on, save
+
+Kind = Literal["importance", "density"]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture in its two versions.
+
+    Attributes:
+        expert: the source that it is of.
+        light: path within the model's folder, such as `lewis/density-math-light.png`.
+        dark: the same picture for dark pages.
+        caption: what it shows, in words.
+    """
+
+    kind: Kind
+    expert: str
+    light: str
+    dark: str
+    caption: str
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """Both paths."""
+        return self.light, self.dark
+
+
+def draw(
+    profile: ImportanceProfile | None, schedule: DensitySchedule | None, folder: Path
+) -> tuple[Plot, ...]:
+    """Draw an importance map and a density map per expert into `folder`/lewis.
+
+    The same data gives the same bytes under one version of matplotlib.
+
+    Args:
+        profile: None where nothing was measured; its experts get no importance map.
+        schedule: None where no guide decided; no density map then.
+        folder: the model's.
+
+    Returns:
+        The plots, importance before density, experts in the recipe's order.
+    """
+    (folder / "lewis").mkdir(parents=True, exist_ok=True)
+    measured = profile.experts if profile else ()
+    scheduled = schedule.experts if schedule else ()
+    sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
+    slugs = dict(zip(sources, unique_slugs(sources), strict=True))
+    maps: list[tuple[Kind, str, HeatMap | None]] = []
+    if profile:
+        maps += [("importance", one.source, _importance(profile, one)) for one in measured]
+    maps += [("density", one.source, _density(one)) for one in scheduled]
+    return tuple(
+        _draw(kind, source, heat, f"lewis/{kind}-{slugs[source]}", folder)
+        for kind, source, heat in maps
+        if heat
+    )
+
+
+def _draw(kind: Kind, source: str, heat: HeatMap, path: str, folder: Path) -> Plot:
+    light, dark = (f"{path}-{theme.name}.png" for theme in THEMES)
+    for theme, name in zip(THEMES, (light, dark), strict=True):
+        save(heat, theme, folder / name)
+    note = f" {note_on(heat.clipped)}" if heat.clipped else ""
+    return Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.{note}")
+
+
+def _density(expert: ExpertSchedule) -> HeatMap | None:
+    grid = arrange(expert.tensors)
+    if grid is None:
+        return None
+    title = f"Density of {short_name(expert.source)}"
+    low, high = grid.known[0], grid.known[-1]
+    return HeatMap(title, "fraction kept", percent=False, bottom=low, top=high, grid=grid)
+
+
+def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap | None:
+    try:
+        base: Mapping[str, float] | None = profile.base_of(expert).modules
+    except ProfileError:
+        base = None
+    grid = arrange(relative_change(expert.modules, base))
+    if grid is None:
+        return None
+    clipped, name = clip(grid), short_name(expert.source)
+    return HeatMap(
+        title=f"Change of importance, base to {name}" if base else f"Importance in {name}",
+        scale="% of the base's" if base else "% of the component's mean",
+        percent=True,
+        bottom=0.0,
+        top=clipped.limit if clipped else grid.known[-1],
+        grid=grid,
+        clipped=clipped,
+    )
+
+
+def short_name(source: str) -> str:
+    """A pinned source without its commit: `owner/name` for `owner/name@<40 hex digits>`."""
+    return re.sub(r"@[0-9a-f]{40}$", "", source)
+
+
+def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:
+    """A file name's part for each source: lower case letters, digits and `-`, no two alike."""
+    taken: list[str] = []
+    for source in sources:
+        name = short_name(source).rstrip("/").rpartition("/")[2]
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower())[:60].strip("-") or "expert"
+        slug, n = plain, 1
+        while slug in taken:
+            n += 1
+            slug = f"{plain}-{n}"
+        taken.append(slug)
+    return tuple(taken)

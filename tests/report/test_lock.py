@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lewis_hub.errors import OutputError
+from lewis_hub.report.lock import (
+    Lock,
+    LockedInput,
+    OutputFile,
+    can_change_the_result,
+    canonical,
+)
+
+BASE = LockedInput("zoo/base", "base", None, "a" * 40, {"model.safetensors": "sha256:01"})
+MATH = LockedInput("zoo/math", "expert", "main", "b" * 40, {"model.safetensors": "sha256:02"})
+TEXT = LockedInput("./text", "expert", None, "sha256:cc", {"model.safetensors": "sha256:03"})
+SUMS = LockedInput("zoo/sums", "calibration", None, "d" * 40, {"train.jsonl": "sha256:04"})
+WORDS = LockedInput("zoo/words", "calibration", None, "e" * 40, {"train.jsonl": "sha256:05"})
+RECIPE = {
+    "base_model": "zoo/base@" + "a" * 40,
+    "models": [
+        {"model": "zoo/math@" + "b" * 40, "parameters": {"weight": 1.0}},
+        {"model": "./text", "parameters": {"weight": 0.5}},
+    ],
+    "merge_method": "ties",
+    "parameters": {"normalize": True},
+    "dtype": "bfloat16",
+    "guide": {
+        "name": "lewis",
+        "gamma": 0.3,
+        "calibration": {"dataset": "zoo/sums", "split": "train", "samples": 64},
+    },
+    "evaluate": {"tasks": ["sums"], "include": "tasks"},
+    "publish": {"repo": "me/merge"},
+}
+LOCK = Lock(
+    inputs=(BASE, MATH, TEXT),
+    calibration=(SUMS, SUMS),
+    recipe=RECIPE,
+    method="ties",
+    guide="lewis",
+    seed=42,
+    max_shard_bytes=5_000_000_000,
+    outputs={"model.safetensors": OutputFile("ff", 10), "config.json": OutputFile("ee", 3)},
+    software={"torch": "2.9", "lewis_hub": "0.1.0"},
+)
+
+
+def edited(path: tuple[str | int, ...], value: object) -> dict[str, object]:
+    recipe = json.loads(json.dumps(RECIPE))
+    place = recipe
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return recipe
+
+
+CHANGES_BYTES = {
+    "a weight file": {
+        "inputs": (BASE, replace(MATH, files={"model.safetensors": "sha256:09"}), TEXT)
+    },
+    "another file": {
+        "inputs": (replace(BASE, files={**BASE.files, "a.py": "git-sha1:1"}), MATH, TEXT)
+    },
+    "order of experts": {"inputs": (BASE, TEXT, MATH)},
+    "a role": {"inputs": (replace(BASE, role="expert"), MATH, TEXT)},
+    "calibration data": {"calibration": (SUMS, replace(SUMS, files={"train.jsonl": "sha256:08"}))},
+    "whose calibration": {"calibration": (SUMS, WORDS)},
+    "seed": {"seed": 43},
+    "shards": {"max_shard_bytes": 1000},
+    "method": {"method": "dare_ties"},
+    "guide": {"guide": "uniform"},
+    "a weight": {"recipe": edited(("models", 0, "parameters", "weight"), 0.9)},
+    "an option": {"recipe": edited(("parameters", "normalize"), False)},
+    "gamma": {"recipe": edited(("guide", "gamma"), 0.31)},
+    "samples": {"recipe": edited(("guide", "calibration", "samples"), 65)},
+    "dtype": {"recipe": edited(("dtype",), "float32")},
+}
+CHANGES_NOTHING = {
+    "an expert's name": {"inputs": (BASE, replace(MATH, name="other/name"), TEXT)},
+    "a commit": {"inputs": (BASE, replace(MATH, commit_sha="f" * 40), TEXT)},
+    "the revision": {"inputs": (BASE, replace(MATH, revision="v2"), TEXT)},
+    "the data's name": {"calibration": (replace(SUMS, name="x/y"),) * 2},
+    "names in the recipe": {"recipe": edited(("models", 0, "model"), "other/name@" + "0" * 40)},
+    "the dataset's name": {"recipe": edited(("guide", "calibration", "dataset"), "x/y")},
+    "a whole number": {"recipe": edited(("models", 0, "parameters", "weight"), 1)},
+    "what is scored": {"recipe": edited(("evaluate", "tasks"), ["words"])},
+    "where it goes": {"recipe": edited(("publish", "repo"), "me/other")},
+    "an unset option": {"recipe": {**RECIPE, "out_dtype": None}},
+    "outputs": {"outputs": {}},
+    "software": {"software": {"torch": "3.0"}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_BYTES.values(), ids=CHANGES_BYTES)
+def test_the_digest_changes_with_what_fixes_the_bytes(change):
+    assert replace(LOCK, **change).digest != LOCK.digest
+
+
+@pytest.mark.parametrize("change", CHANGES_NOTHING.values(), ids=CHANGES_NOTHING)
+def test_the_digest_does_not_change_with_anything_else(change):
+    assert replace(LOCK, **change).digest == LOCK.digest
+
+
+FILES = st.dictionaries(st.sampled_from("abé"), st.sampled_from("12"), max_size=2)
+FIXING = st.tuples(
+    st.lists(FILES, max_size=3), FILES, st.integers(0, 3), st.integers(1, 3), st.booleans()
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(FIXING, FIXING, st.text(max_size=9), st.text(max_size=9))
+def test_two_digests_are_equal_exactly_when_all_that_fixes_the_bytes_is(first, second, name, sha):
+    def lock(fixing, name, sha):
+        experts, data, seed, shard, normalize = fixing
+        return replace(
+            LOCK,
+            inputs=tuple(LockedInput(name, "expert", None, sha, files) for files in experts),
+            calibration=(replace(SUMS, files=data),),
+            recipe={**RECIPE, "parameters": {"normalize": normalize}},
+            seed=seed,
+            max_shard_bytes=shard,
+            software={"torch": name},
+        )
+
+    same = lock(first, name, sha).digest == lock(second, "another", "sha").digest
+    assert same == (first == second)
+
+
+def test_the_digest_is_the_documented_one():
+    document = (
+        '{"arithmetic":1,"calibration":[],"guide":null,"inputs":[{"files":{"ä":"sha256:01"},'
+        '"role":"expert"}],"max_shard_bytes":7,"method":"linear",'
+        '"recipe":{"models":[{"parameters":{"weight":0.5}}]},"seed":1}'
+    )
+    lock = Lock(
+        inputs=(LockedInput("a/b", "expert", None, "c" * 40, {"ä": "sha256:01"}),),
+        calibration=(),
+        recipe={"models": [{"model": "a/b", "parameters": {"weight": 0.5}}]},
+        method="linear",
+        guide=None,
+        seed=1,
+        max_shard_bytes=7,
+        outputs={},
+        software={},
+    )
+
+    assert lock.digest == "sha256:" + hashlib.sha256(document.encode()).hexdigest()
+
+
+def test_canonical_json_writes_equal_values_alike():
+    assert canonical({"b": 1.0, "a": (True, 2, 0.1)}) == b'{"a":[true,2,0.1],"b":1}'
+    assert canonical({"a": [True, 2.0, 0.1], "b": 1}) == b'{"a":[true,2,0.1],"b":1}'
+
+
+def test_a_lock_is_written_deterministically_and_read_back():
+    document = json.loads(LOCK.to_json())
+
+    assert list(document) == [
+        "version",
+        "digest",
+        "inputs",
+        "calibration",
+        "recipe",
+        "method",
+        "guide",
+        "seed",
+        "max_shard_bytes",
+        "outputs",
+        "software",
+    ]
+    assert document["digest"] == LOCK.digest
+    assert document["inputs"][1] == {
+        "name": "zoo/math",
+        "role": "expert",
+        "revision": "main",
+        "commit_sha": "b" * 40,
+        "files": {"model.safetensors": "sha256:02"},
+    }
+    assert list(document["outputs"]) == ["config.json", "model.safetensors"]
+    assert Lock.from_json(LOCK.to_json()) == LOCK
+    assert Lock.from_json(LOCK.to_json()).to_json() == LOCK.to_json()
+
+
+def test_a_lock_that_was_changed_by_hand_is_refused():
+    changed = LOCK.to_json().replace("sha256:02", "sha256:99")
+
+    with pytest.raises(OutputError) as refused:
+        Lock.from_json(changed)
+
+    digest = replace(
+        LOCK, inputs=(BASE, replace(MATH, files={"model.safetensors": "sha256:99"}), TEXT)
+    ).digest
+    assert str(refused.value) == (
+        f"lewis/lock.json: it states the digest {LOCK.digest}, its contents have {digest}.\n"
+        "It was changed after the merge: take the file that the merge wrote."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "it is no lock of a merge (JSONDecodeError: "),
+        ("[]", "it is no lock of a merge (TypeError: "),
+        ('{"version": 9}', "it has version 9, expected 1."),
+        ('{"version": 1}', "it is no lock of a merge (KeyError: 'inputs')."),
+    ],
+)
+def test_another_document_is_refused(text, problem):
+    with pytest.raises(OutputError) as refused:
+        Lock.from_json(text, "x.json")
+
+    assert problem in str(refused.value)
+
+
+def test_cards_pictures_and_formats_that_are_not_read_stay_out_of_the_lock():
+    kept = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "LICENSE"]
+    left = ["README.md", ".gitattributes", "pytorch_model.bin", "img/a.png", ".cache/x.json"]
+
+    assert [path for path in (*kept, *left) if can_change_the_result(path)] == kept
