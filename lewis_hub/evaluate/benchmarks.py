@@ -107,7 +107,7 @@ def _told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
     except ImportError as error:
         remedy = "Install what the task needs, or choose another task."
         raise EvaluationError(name, f"cannot be loaded: {error}.", remedy) from error
-    except IndexError as error:
+    except (IndexError, StopIteration) as error:  # an empty split, an empty file
         remedy = "Check its `test_split` (or `validation_split`) and its data."
         raise EvaluationError(name, "has no items to score.", remedy) from error
     except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:

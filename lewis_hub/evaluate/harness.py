@@ -52,10 +52,10 @@ def evaluate_model(
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
-        found = _answered(lm, benchmarks, settings)
+        result = _result(_answered(lm, benchmarks, settings), benchmarks)
     del lm
     gc.collect()  # one model in memory at a time
-    return _result(found, benchmarks)
+    return result
 
 
 def _answered(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
+import logging
+import math
+import random
 from pathlib import Path
 
 import pytest
 
+from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks
+from lewis_hub.evaluate.compare import compare
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
+from lewis_hub.evaluate.paired import mcnemar, newcombe_interval
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.tasks import TaskSelection
+
+CPU = EvaluationSettings()
+RIGHT_AFTER_ZERO_ONLY = (1.0, *[0.0] * 9) * 2
+
+
+def ignore(_: int) -> None:
+    """Count nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -17,27 +30,161 @@ def benchmarks(own_tasks: Path) -> Benchmarks:
 
 @pytest.fixture(scope="module")
 def good(benchmarks: Benchmarks, good_model: Path) -> ModelResult:
-    return run(good_model, benchmarks)
+    return evaluate_model(good_model, benchmarks, CPU, ignore)
 
 
 @pytest.fixture(scope="module")
 def poor(benchmarks: Benchmarks, poor_model: Path) -> ModelResult:
-    return run(poor_model, benchmarks)
+    return evaluate_model(poor_model, benchmarks, CPU, ignore)
 
 
-def run(folder: Path, benchmarks: Benchmarks) -> ModelResult:
-    return evaluate_model(folder, benchmarks, EvaluationSettings(), lambda _: None)
-
-
-def test_a_model_that_counts_right_scores_one_on_both_tasks(good):
-    assert good.tasks["after"].metrics["exact_match,none"].value == 1.0
-    assert good.tasks["choose"].metrics["acc,none"].value == 1.0
+def test_a_model_that_counts_right_scores_one(good):
+    assert good.tasks["after"].metrics["exact_match,none"].values == (1.0,) * 20
+    assert good.tasks["choose"].metrics["acc,none"].values == (1.0,) * 20
     assert good.tasks["choose"].metrics["mcc,none"].value == 1.0
 
 
 def test_each_item_has_the_value_that_the_model_was_made_to_give(poor):
-    right_after_zero_only = (1.0, *[0.0] * 9) * 2
+    after, choose = poor.tasks["after"], poor.tasks["choose"]
 
-    assert poor.tasks["after"].metrics["exact_match,none"].values == right_after_zero_only
-    assert poor.tasks["choose"].metrics["acc,none"].values == right_after_zero_only
-    assert poor.tasks["after"].metrics["exact_match,none"].value == 0.1
+    assert after.metrics["exact_match,none"].values == RIGHT_AFTER_ZERO_ONLY
+    assert choose.metrics["acc,none"].values == RIGHT_AFTER_ZERO_ONLY
+    assert after.metrics["exact_match,none"].value == 0.1
+    assert (after.version, len(set(after.documents))) == ("3.0", 10)  # each of ten items twice
+
+
+def test_a_metric_that_is_no_mean_has_a_value_but_no_items(poor):
+    mcc = poor.tasks["choose"].metrics["mcc,none"]
+
+    assert (mcc.value, mcc.values, mcc.stderr) == (0.0, None, None)
+
+
+def test_the_standard_error_is_lm_evals(poor):
+    from lm_eval.api.metrics import mean_stderr
+
+    metric = poor.tasks["after"].metrics["exact_match,none"]
+
+    assert metric.stderr == pytest.approx(mean_stderr(list(RIGHT_AFTER_ZERO_ONLY)))
+    assert metric.stderr == pytest.approx(math.sqrt(0.1 * 0.9 / 19))
+
+
+def test_a_group_has_the_items_of_its_tasks(poor):
+    group = poor.tasks["both"]
+
+    assert group.documents == (*poor.tasks["after"].documents, *poor.tasks["choose"].documents)
+    assert list(poor.tasks) == ["after", "choose", "both"]
+
+
+def test_every_model_gets_the_same_items_and_few_shot_prompts(good, poor):
+    for name in ("after", "choose"):
+        assert good.tasks[name].documents == poor.tasks[name].documents
+        assert good.tasks[name].prompts == poor.tasks[name].prompts
+    assert len(set(good.tasks["choose"].prompts)) > 10  # two examples before each, drawn anew
+
+
+def test_the_comparison_counts_the_items_where_only_one_was_right(good, poor):
+    scores = compare({"base": poor, "merged": good})
+
+    (test,) = scores.tasks["after"].paired
+    assert (test.against, test.metric) == ("base", "exact_match,none")
+    assert (test.difference, test.p) == (0.9, mcnemar(18, 0))
+    assert test.ci95 == newcombe_interval(both=2, only_first=18, only_second=0, neither=0)
+    assert scores.tasks["after"].n == 20
+
+
+def test_progress_ends_at_the_announced_total(benchmarks, good_model):
+    counted: list[int] = []
+
+    evaluate_model(good_model, benchmarks, CPU, counted.append)
+
+    assert benchmarks.n_requests == 20 + 20 * 10  # a choice is one request per answer
+    assert sum(counted) == benchmarks.n_requests
+
+
+def test_a_limit_scores_the_first_items_only(own_tasks, poor_model, poor):
+    few = load_tasks(TaskSelection(("after",), include=own_tasks), limit=3)
+
+    result = evaluate_model(poor_model, few, CPU, ignore)
+
+    assert few.n_requests == 3
+    assert result.tasks["after"].documents == poor.tasks["after"].documents[:3]
+    assert result.tasks["after"].metrics["exact_match,none"].values == (1.0, 0.0, 0.0)
+
+
+def test_the_batch_size_does_not_change_a_score(own_tasks, poor_model, poor):
+    tasks = load_tasks(TaskSelection(("after", "choose"), include=own_tasks))
+
+    result = evaluate_model(poor_model, tasks, EvaluationSettings(batch_size=3), ignore)
+
+    assert result.tasks["after"] == poor.tasks["after"]
+    assert result.tasks["choose"] == poor.tasks["choose"]
+
+
+def test_nothing_is_written_to_the_terminal_and_all_is_put_back(benchmarks, good_model, capfd):
+    import datasets.utils
+    import lm_eval.models.huggingface
+    import torch
+
+    random.seed(5)
+    torch.manual_seed(5)
+    expected = random.Random(5).random(), torch.initial_seed()
+    bar, level = lm_eval.models.huggingface.tqdm, logging.getLogger("lm_eval").level
+    capfd.readouterr()
+
+    evaluate_model(good_model, benchmarks, CPU, ignore)
+
+    assert capfd.readouterr() == ("", "")
+    assert (random.random(), torch.initial_seed()) == expected
+    assert lm_eval.models.huggingface.tqdm is bar
+    assert logging.getLogger("lm_eval").level == level
+    assert not datasets.utils.are_progress_bars_disabled()
+
+
+def test_a_folder_without_a_model_is_told_by_its_name(benchmarks, tmp_path):
+    with pytest.raises(EvaluationError) as raised:
+        evaluate_model(tmp_path, benchmarks, CPU, ignore)
+
+    first, *rest = str(raised.value).splitlines()
+    assert first.startswith(f"{tmp_path}: cannot be loaded as a language model: ")
+    assert rest[-1] == (
+        "Expected: config.json, tokenizer files and safetensors that transformers can load."
+    )
+
+
+def test_a_truncated_weight_file_is_told_by_its_folder(benchmarks, good_model, tmp_path):
+    for file in good_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\x00")
+
+    with pytest.raises(EvaluationError, match="cannot be loaded as a language model: Safetensor"):
+        evaluate_model(tmp_path, benchmarks, CPU, ignore)
+
+
+def test_a_task_whose_answers_do_not_fit_the_context_is_refused(own_tasks, good_model, tmp_path):
+    text = (own_tasks / "after.yaml").read_text().replace("max_gen_toks: 1", "max_gen_toks: 64")
+    (tmp_path / "after.yaml").write_text(text)
+    long = load_tasks(TaskSelection(("after",), include=tmp_path))
+
+    with pytest.raises(EvaluationError) as raised:
+        evaluate_model(good_model, long, CPU, ignore)
+
+    assert str(raised.value) == (
+        "after: asks for 64 tokens, and the model's context is 64.\n"
+        "Set `generation_kwargs.max_gen_toks` in its file."
+    )
+
+
+def test_a_metric_that_cannot_take_the_answers_names_the_task(own_tasks, good_model, tmp_path):
+    text = (own_tasks / "choose.yaml").read_text()
+    text = text.replace(
+        "{metric: mcc, aggregation: matthews_corrcoef", "{metric: f1, aggregation: f1"
+    )
+    (tmp_path / "choose.yaml").write_text(text)
+    tasks = load_tasks(TaskSelection(("choose",), include=tmp_path))
+
+    with pytest.raises(EvaluationError) as raised:
+        evaluate_model(good_model, tasks, CPU, ignore)
+
+    assert str(raised.value).startswith(
+        "choose: lm-eval could not score the answers: ValueError: Target is multiclass but"
+    )

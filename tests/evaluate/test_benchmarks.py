@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
+
+FILE_REMEDY = "Check the task's file: its keys, splits, columns and metrics."
+DATA_REMEDY = (
+    "Check `dataset_path`, `dataset_name` and `data_files` (a relative one starts at the\n"
+    "working folder), your network, and whether the dataset needs `hf auth login`."
+)
+
+
+@pytest.fixture
+def refusal(own_tasks: Path, tmp_path: Path):
+    """What loading says of the task `after` with a piece of its file replaced."""
+
+    def refuse(old: str, new: str) -> str:
+        text = (own_tasks / "after.yaml").read_text()
+        assert old in text
+        (tmp_path / "after.yaml").write_text(text.replace(old, new))
+        with pytest.raises(EvaluationError) as raised:
+            load_tasks(TaskSelection(("after",), include=tmp_path))
+        return str(raised.value)
+
+    return refuse
+
+
+def test_an_unknown_key_is_named(refusal):
+    message = refusal("output_type:", "output_kind: x\noutput_type:")
+
+    assert message == (
+        "after: cannot be built: TypeError: TaskConfig.__init__() got an unexpected keyword "
+        f"argument 'output_kind'\n{FILE_REMEDY}"
+    )
+
+
+def test_a_column_that_is_not_there_is_named(refusal):
+    message = refusal("after : {{word}}", "after : {{wort}}")
+
+    assert message == (
+        f"after: cannot be built: UndefinedError: 'wort' is undefined\n{FILE_REMEDY}"
+    )
+
+
+def test_a_split_that_is_not_there_is_named(refusal):
+    message = refusal("test_split: test", "test_split: validation")
+
+    assert message == f"after: cannot be built: KeyError: 'validation'\n{FILE_REMEDY}"
+
+
+def test_a_data_file_that_is_not_there_is_named(refusal, own_tasks):
+    message = refusal("test.jsonl", "gone.jsonl")
+
+    assert message == (
+        "after: its data `json` cannot be loaded: "
+        f"Unable to find '{own_tasks}/gone.jsonl'\n{DATA_REMEDY}"
+    )
+
+
+def test_a_dataset_that_cannot_be_reached_is_named(tmp_path, datasets_cache):
+    (tmp_path / "far.yaml").write_text(
+        "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
+    )
+
+    with pytest.raises(EvaluationError) as raised:
+        load_tasks(TaskSelection(("far",), include=tmp_path))
+
+    message = str(raised.value)
+    assert message.startswith("far: its data `nobody/nothing` cannot be loaded: ")
+    assert message.endswith(DATA_REMEDY)
+
+
+def test_a_task_without_items_is_an_error(refusal, own_tasks, tmp_path):
+    (tmp_path / "none.jsonl").write_text("")
+
+    message = refusal(f"test: {own_tasks}/test.jsonl", f"test: {tmp_path}/none.jsonl")
+
+    assert message == (
+        "after: has no items to score.\n"
+        "Check its `test_split` (or `validation_split`) and its data."
+    )
+
+
+def test_a_missing_python_module_is_told(refusal):
+    message = refusal("output_type:", "process_docs: !function nowhere.process\noutput_type:")
+
+    assert message.startswith("after: cannot be loaded: Cannot import module 'nowhere'")
+
+
+def test_own_functions_run_when_the_tasks_are_built(own_tasks, tmp_path):
+    (tmp_path / "own.py").write_text("def process(items):\n    return items.select(range(4))\n")
+    text = (own_tasks / "after.yaml").read_text()
+    (tmp_path / "after.yaml").write_text(f"process_docs: !function own.process\n{text}")
+
+    benchmarks = load_tasks(TaskSelection(("after",), include=tmp_path))
+
+    assert benchmarks.n_requests == 4
+
+
+def test_a_tag_builds_the_tasks_that_bear_it(own_tasks):
+    benchmarks = load_tasks(TaskSelection(("counting",), include=own_tasks), limit=2)
+
+    assert (list(benchmarks.tasks), benchmarks.n_requests) == (["choose"], 20)
+
+
+def test_generated_code_stays_off_unless_it_is_allowed(own_tasks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")  # the user's own setting is no permission
+    (tmp_path / "own.py").write_text(
+        "import os\n\ndef process(items):\n"
+        "    return items.select(range(4 + int(os.environ['HF_ALLOW_CODE_EVAL'])))\n"
+    )
+    text = (own_tasks / "after.yaml").read_text()
+    (tmp_path / "after.yaml").write_text(f"process_docs: !function own.process\n{text}")
+
+    refused = load_tasks(TaskSelection(("after",), include=tmp_path))
+    allowed = load_tasks(TaskSelection(("after",), include=tmp_path, allow_code=True))
+
+    assert (refused.n_requests, allowed.n_requests) == (4, 5)
+    assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
