@@ -46,6 +46,8 @@ class Asked:
     @property
     def token(self) -> str | None:
         """The token that calls carry; never part of a message."""
+        if self.api.token is False:
+            return None
         return self.api.token if isinstance(self.api.token, str) else get_token()
 
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:

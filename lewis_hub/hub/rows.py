@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
 ONLY_SPLIT = "train"  # what `datasets` calls the rows of a bare file
 
@@ -99,7 +100,9 @@ def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str
             yield
     except StopIteration:  # what `datasets` says of a file without a row
         raise SourceError(source.pinned, *NO_ROWS) from None
-    except (DatasetsError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and SCRIPTS not in str(error):
+            raise
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise _unloadable(source, config, split, error) from error
@@ -117,9 +120,13 @@ def _unloadable(source: Source, config: str | None, split: str, error: Exception
         problem, remedy = f"it has no split `{split}`", f"It has: {choices}."
     elif "corresponds to no data" in text:
         problem, remedy = NO_ROWS
+    elif SCRIPTS in text:
+        problem = "it is a loading script, and those are not run"
+        remedy = "Look on its page for a branch with .parquet files and write it after `@`"
+        remedy += " (often `refs/convert/parquet`), or use another."
     elif "data files found" in text or isinstance(error, FileNotFoundError):
         problem = "it has no data files that can be read, or misses one that it names"
-        remedy = "Use one with .jsonl, .parquet or .csv files; loading scripts are not run."
+        remedy = "Use one with .jsonl, .parquet or .csv files."
     elif isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, ConnectionError):
         problem = f"it could not be fetched ({text[:200]})"
         remedy = "Check the network and HF_ENDPOINT, then run the same command again."

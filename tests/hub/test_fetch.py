@@ -108,6 +108,16 @@ def test_an_interrupted_file_goes_on_from_the_bytes_that_arrived(api, source):
     assert not list(cache_folder("tests/model", "model").glob("blobs/*.partial"))
 
 
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(api, source, hub, no_pauses):
+    hub.drop("/lfs/", after_bytes=1 << 20, times=3)
+    arrived = []
+
+    folder = fetch(api, source, arrived.append)
+
+    assert files_in(folder) == FILES
+    assert sum(arrived) == sum(map(len, FILES.values()))
+
+
 def test_a_part_with_wrong_bytes_is_thrown_away(api, source):
     digest = source.file("model-00001-of-00002.safetensors").digest.removeprefix("sha256:")
     part = cache_folder("tests/model", "model") / "blobs" / f"{digest}.partial"

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import SourceError
+from lewis_hub.hub.failures import Asked
 from lewis_hub.hub.fetch import fetch, read_small
 from lewis_hub.hub.remote import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
@@ -241,6 +242,22 @@ def test_a_private_repo_is_not_shown_to_others(hub, api, push):
     assert "if it is private, set HF_TOKEN" in refusal(anonymous, "tests/secret")
 
 
+def test_a_gated_repo_says_where_to_ask_for_access(hub, api, push):
+    push("tests/gated", MODEL)
+    api.update_repo_settings("tests/gated", gated="manual")
+    hub.add_token("hf_visitor", "visitor", "read")
+
+    assert resolve_model(api, "tests/gated").file("config.json").size_bytes == 2
+    assert refusal(hub.api("hf_visitor"), "tests/gated") == (
+        "tests/gated: access is gated and this token has not been granted it.\n"
+        f"Ask for access at {hub.url}/tests/gated, then run the same command again."
+    )
+    assert refusal(HfApi(endpoint=hub.url, token=False), "tests/gated") == (
+        "tests/gated: access is gated and there is no token.\n"
+        f"Ask for access at {hub.url}/tests/gated, then set HF_TOKEN or run `hf auth login`."
+    )
+
+
 def test_a_token_that_the_hub_does_not_know_is_never_shown(hub, push):
     push("tests/model", MODEL)
     stranger = HfApi(endpoint=hub.url, token="hf_abcdefghijklmnop")
@@ -249,6 +266,14 @@ def test_a_token_that_the_hub_does_not_know_is_never_shown(hub, push):
         f"tests/model: {hub.url} does not know this token.\nIt may be mistyped, expired or "
         "from another Hub: set HF_TOKEN or run `hf auth login`."
     )
+
+
+def test_what_looks_like_a_token_never_reaches_a_message(hub):
+    asked = Asked(hub.api(), "tests/model")
+
+    error = asked.failed(f"sent {hub.write_token} as Bearer abc.def", "not hf_abcdefghijklmnop")
+
+    assert str(error) == "tests/model: sent <token> as <token>.\nnot <token>"
 
 
 def test_a_repo_with_pickled_weights_only_is_refused(api, push):

@@ -155,13 +155,25 @@ def test_a_missing_configuration_or_split_lists_what_there_is(hub, api, push):
     )
 
 
-def test_a_repo_without_data_files_is_refused(hub, api, push):
-    sha = push("tests/sums", {"sums.py": b"print()", "notes.xyz": b"hi"}, repo_type="dataset")
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (
+            "notes.xyz",
+            "it has no data files that can be read, or misses one that it names.\n"
+            "Use one with .jsonl, .parquet or .csv files.",
+        ),
+        (
+            "sums.py",
+            "it is a loading script, and those are not run.\nLook on its page for a branch with "
+            ".parquet files and write it after `@` (often `refs/convert/parquet`), or use another.",
+        ),
+    ],
+)
+def test_a_repo_without_data_files_is_refused(api, push, path, expected):
+    sha = push("tests/sums", {path: b"print('hi')"}, repo_type="dataset")
 
-    assert message(api, "tests/sums") == (
-        f"tests/sums@{sha}: it has no data files that can be read, or misses one that it names.\n"
-        "Use one with .jsonl, .parquet or .csv files; loading scripts are not run."
-    )
+    assert message(api, "tests/sums") == f"tests/sums@{sha}: {expected}"
 
 
 def test_a_model_named_as_dataset_is_called_one(hub, api, push):
