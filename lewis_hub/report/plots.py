@@ -23,7 +23,7 @@ class Plot:
 
     Attributes:
         expert: the source that it is of.
-        light: path within the model's folder, such as `lewis/density-math-light.png`.
+        light: file name, such as `density-math-light.png`.
         dark: the same picture for dark pages.
         caption: what it shows, in words.
     """
@@ -36,26 +36,26 @@ class Plot:
 
     @property
     def files(self) -> tuple[str, str]:
-        """Both paths."""
+        """Both file names."""
         return self.light, self.dark
 
 
 def draw(
     profile: ImportanceProfile | None, schedule: DensitySchedule | None, folder: Path
 ) -> tuple[Plot, ...]:
-    """Draw an importance map and a density map per expert into `folder`/lewis.
+    """Draw an importance map and a density map per expert into `folder`.
 
     The same data gives the same bytes under one version of matplotlib.
 
     Args:
         profile: None where nothing was measured; its experts get no importance map.
         schedule: None where no guide decided; no density map then.
-        folder: the model's.
+        folder: is made where it is not there.
 
     Returns:
         The plots, importance before density, experts in the recipe's order.
     """
-    (folder / "lewis").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     measured = profile.experts if profile else ()
     scheduled = schedule.experts if schedule else ()
     sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
@@ -65,14 +65,14 @@ def draw(
         maps += [("importance", one.source, _importance(profile, one)) for one in measured]
     maps += [("density", one.source, _density(one)) for one in scheduled]
     return tuple(
-        _draw(kind, source, heat, f"lewis/{kind}-{slugs[source]}", folder)
+        _draw(kind, source, heat, f"{kind}-{slugs[source]}", folder)
         for kind, source, heat in maps
         if heat
     )
 
 
-def _draw(kind: Kind, source: str, heat: HeatMap, path: str, folder: Path) -> Plot:
-    light, dark = (f"{path}-{theme.name}.png" for theme in THEMES)
+def _draw(kind: Kind, source: str, heat: HeatMap, stem: str, folder: Path) -> Plot:
+    light, dark = (f"{stem}-{theme.name}.png" for theme in THEMES)
     for theme, name in zip(THEMES, (light, dark), strict=True):
         save(heat, theme, folder / name)
     note = f" {note_on(heat.clipped)}" if heat.clipped else ""
@@ -109,8 +109,9 @@ def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap
 
 
 def short_name(source: str) -> str:
-    """A pinned source without its commit: `owner/name` for `owner/name@<40 hex digits>`."""
-    return re.sub(r"@[0-9a-f]{40}$", "", source)
+    """A pinned source for readers: a repo without its commit, a folder without the path to it."""
+    name = re.sub(r"@[0-9a-f]{40}$", "", source)
+    return Path(name).expanduser().resolve().name if name.startswith((".", "/", "~")) else name
 
 
 def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:

@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.hub.facts import Licence, ModelFacts
+from lewis_hub.hub.source import Source
+from lewis_hub.methods import registry
+from lewis_hub.report.cost import StageCost
+from lewis_hub.report.facts import CardFacts, Guided
+from lewis_hub.report.plots import Plot
 
 COMPONENTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 SHA = {name: f"{number:040x}" for number, name in enumerate(["base", "math", "text", "data"], 10)}
@@ -67,3 +76,80 @@ def fake() -> Fake:
 @pytest.fixture
 def make_fake() -> Callable[..., Fake]:
     return fake_merge
+
+
+def source(
+    name: str, sha: str, *, folder: Path | None = None, revision: str | None = None
+) -> Source:
+    return Source(name, "model", revision, sha, (), folder)
+
+
+def told(name: str, licence: str | None = "apache-2.0") -> ModelFacts:
+    url = f"https://huggingface.co/{name}"
+    return ModelFacts(name, licence, None, None, ("en",), (), False, url)
+
+
+def scores(merged: float = 0.7, twin: float = 0.68, p: float = 0.6) -> Scores:
+    """One task; the merged model against base 0.05, experts 0.9 and 0.1, and its twin."""
+    rivals = {"base": 0.05, f"expert:zoo/math@{SHA['math']}": 0.9}
+    rivals |= {f"expert:zoo/text@{SHA['text']}": 0.1, "uniform": twin}
+    models = {label: {"exact_match,none": MetricScore(v, 0.02)} for label, v in rivals.items()}
+    models["merged"] = {"exact_match,none": MetricScore(merged, 0.026)}
+    tests = []
+    for label, value in rivals.items():
+        d, p_value = round(merged - value, 3), p if label == "uniform" else 0.0001
+        ci95 = (round(d - 0.05, 3), round(d + 0.05, 3))
+        tests.append(PairedTest("exact_match,none", label, d, ci95, p_value, p_value))
+    return Scores({"sums": TaskScores(300, "1.0", models, tuple(tests))})
+
+
+def card_facts(**changes: Any) -> CardFacts:
+    """A guided, scored merge of two repos into a third."""
+    fake = fake_merge()
+    base, math_, text = (source(f"zoo/{name}", SHA[name]) for name in ("base", "math", "text"))
+    plots = tuple(
+        Plot(kind, one.pinned, f"{kind}-{name}-light.png", f"{kind}-{name}-dark.png", "A caption.")
+        for name, one in (("math", math_), ("text", text))
+        for kind in ("importance", "density")
+    )
+    facts = CardFacts(
+        title="zoo-merge",
+        repo="me/zoo-merge",
+        endpoint="https://huggingface.co",
+        base=base,
+        experts=(math_, text),
+        models={one.pinned: told(one.name) for one in (base, math_, text)},
+        datasets=(Source("zoo/sums", "dataset", None, SHA["data"], (), None),),
+        parameters={name: 64 for name in fake.schedule.experts[0].tensors} | {"norm.weight": 8},
+        dtype="bfloat16",
+        method=registry.find("ties"),
+        guided=Guided("lewis", fake.profile, fake.schedule, ("One block stands out.",), plots),
+        scores=scores(),
+        costs=(
+            StageCost("calibrate", 12.34, 1_200_000_000, "stage", 3_000_000, 2_500, 0, 0),
+            StageCost("merge", 75.6, 250_000_000, "stage", None, None, None, None),
+        ),
+        recipe="base_model: zoo/base\nmerge_method: ties\n",
+        licence=Licence("apache-2.0"),
+        chat=True,
+        custom_code=False,
+        mergekit=True,
+        digest="sha256:" + "ab" * 32,
+        software={"lewis_hub": "0.1.0", "torch": "2.9.0"},
+    )
+    return replace(facts, **changes)
+
+
+@pytest.fixture
+def make_facts() -> Callable[..., CardFacts]:
+    return card_facts
+
+
+@pytest.fixture
+def make_scores() -> Callable[..., Scores]:
+    return scores
+
+
+@pytest.fixture
+def make_source() -> Callable[..., Source]:
+    return source

@@ -1,0 +1,200 @@
+"""The model card: `README.md`, from `templates/card.md.j2`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from lewis_hub.report import findings, markdown, tables
+from lewis_hub.report.citations import GUIDES, METHODS, papers
+from lewis_hub.report.facts import CardFacts, Guided
+from lewis_hub.report.metadata import card_data
+from lewis_hub.report.plots import Plot, short_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+TEMPLATE = "card.md.j2"
+
+
+def model_card(facts: CardFacts) -> ModelCard:
+    """Write the card: what the model is, how good, from what, at which cost, and how to redo it.
+
+    The same facts give the same text.
+    """
+    from huggingface_hub import ModelCard
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = files("lewis_hub.templates").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    scores = facts.scores if findings.was_scored(facts.scores) else None
+    found = findings.findings(scores) if scores else None
+    body = environment.from_string(template).render(
+        title=markdown.text(facts.title),
+        summary=_summary(facts),
+        snippet=markdown.fenced(usage(facts), "python"),
+        pictures=list(_pictures(facts)),
+        densities=tables.densities(facts),
+        picture_note=_picture_note(facts.guided) if facts.guided else "",
+        scores=findings.scores_table(scores) if scores else None,
+        paired=findings.paired_table(scores) if scores else None,
+        twin=findings.has_twin(scores) if scores else False,
+        gains=found.gains if found else (),
+        limits=[*(found.limits if found else ()), *_limits(facts)],
+        inputs=tables.inputs(facts),
+        licence=_licence(facts),
+        calibration=tables.calibration(facts),
+        recipe=markdown.fenced(facts.recipe, "yaml"),
+        mergekit=facts.mergekit,
+        cost=tables.cost(facts.costs),
+        whole_process=any(cost.peak_over == "process" for cost in facts.costs),
+        reproduce=markdown.fenced(_reproduce(facts), "bash"),
+        digest=markdown.code(facts.digest),
+        software=", ".join(
+            markdown.text(f"{name} {version}") for name, version in facts.software.items()
+        ),
+        bibtex=_bibtex(facts),
+    )
+    return ModelCard(f"---\n{card_data(facts).to_yaml(line_break=chr(10))}\n---\n\n{body}")
+
+
+def usage(facts: CardFacts) -> str:
+    """A Python program that loads the model and lets it write.
+
+    A model that has no repo is loaded from the folder in which the program is started.
+    """
+    options = ", trust_remote_code=True" if facts.custom_code else ""
+    if facts.chat:
+        question = 'messages = [{"role": "user", "content": "What can you do?"}]'
+        encode = (
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+            ")"
+        )
+    else:
+        question = 'prompt = "Once upon a time"'
+        encode = 'inputs = tokenizer(prompt, return_tensors="pt")'
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"name = {json.dumps(facts.repo or '.')}"
+            + ("" if facts.repo else "  # the folder that holds this card"),
+            f"tokenizer = AutoTokenizer.from_pretrained(name{options})",
+            f"model = AutoModelForCausalLM.from_pretrained(name{options})",
+            "",
+            question,
+            encode,
+            "output = model.generate(**inputs, max_new_tokens=64)",
+            'answer = output[0, inputs["input_ids"].shape[1] :]',
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+    )
+
+
+def _summary(facts: CardFacts) -> str:
+    known = METHODS.get(facts.method.name)
+    method = known.title if known else f"the method {markdown.code(facts.method.name)}"
+    method = markdown.link(method, facts.method.paper)
+    experts = _listed([tables.model(facts, one) for one in facts.experts])
+    base = (
+        f" into {tables.model(facts, facts.base)}" if facts.base and facts.method.takes_base else ""
+    )
+    n_parameters, dtype = sum(facts.parameters.values()), facts.dtype or "its parents' precision"
+    told = [f"This model merges {experts}{base} by {method}; nothing was trained."]
+    if facts.guided:
+        told.append(_guidance(facts.guided))
+    told.append(f"It has {n_parameters:,} parameters in {markdown.text(dtype)}.")
+    return " ".join(told)
+
+
+def _guidance(guided: Guided) -> str:
+    paper = GUIDES.get(guided.guide)
+    name = guided.guide.upper() if paper else guided.guide
+    guide = markdown.link(markdown.text(name), paper.url if paper else None)
+    scheduled = [d for expert in guided.schedule.experts for d in expert.tensors.values()]
+    low, high = min(scheduled, default=1.0), max(scheduled, default=1.0)
+    spread = f"{low:.2f}" if low == high else f"between {low:.2f} and {high:.2f}"
+    why = ", from how importance on calibration texts changed from base to expert"
+    return (
+        f"Of each task vector (expert minus base) the guide {guide} kept a fraction of its own in "
+        f"every weight matrix of the blocks: {spread}{why if guided.profile else ''}."
+    )
+
+
+def _pictures(facts: CardFacts) -> Iterator[tuple[str, list[str]]]:
+    """(expert, its pictures) in the recipe's order."""
+    plots = facts.guided.plots if facts.guided else ()
+    for expert in dict.fromkeys(plot.expert for plot in plots):
+        own = [_picture(facts, plot) for plot in plots if plot.expert == expert]
+        yield markdown.code(short_name(expert)), own
+
+
+def _picture(facts: CardFacts, plot: Plot) -> str:
+    """The Hub turns a relative `src` into an address, but is not known to do so in `srcset`."""
+    dark = f"lewis/{plot.dark}"
+    if facts.repo and (place := markdown.web_address(f"{facts.endpoint}/{facts.repo}")):
+        dark = f"{place}/resolve/main/{dark}"
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="lewis/{plot.light}" alt="{markdown.attribute(plot.caption)}"></picture>'
+    )
+
+
+def _picture_note(guided: Guided) -> str:
+    told = "Density is the fraction of an expert's task vector that was kept."
+    if guided.profile:
+        told = (
+            "The maps of importance show, per module, how much the calibration texts' weighted "
+            "activations changed from base to expert, relative to the base. The guide shares each "
+            "component's change out over the blocks; the maps of density show what it kept. "
+        ) + told
+    return told
+
+
+def _limits(facts: CardFacts) -> Iterator[str]:
+    if facts.guided:
+        yield from (markdown.text(note) for note in facts.guided.notes)
+        if facts.guided.profile:
+            yield (
+                "The densities suit tasks that resemble the calibration texts; elsewhere they may "
+                "help nothing."
+            )
+    if facts.custom_code:
+        yield "It runs Python code of its base to load: read it before you trust it."
+    yield (
+        "What was not measured here is not known: safety, bias, languages and long texts were "
+        "not tested. What limits the models above limits this one."
+    )
+
+
+def _licence(facts: CardFacts) -> str:
+    if facts.licence is None:
+        return "No licence is stated: none of the parents' cards names one."
+    return (
+        f"Licence of this model: {markdown.link(markdown.text(facts.licence), facts.licence.link)}."
+    )
+
+
+def _reproduce(facts: CardFacts) -> str:
+    version = facts.software.get("lewis_hub")
+    package = f"lewis-hub=={version}" if version else "lewis-hub"
+    lines = [f"pip install {shlex.quote(package)}"]
+    if facts.repo:
+        where = shlex.quote(facts.repo)
+        lines.append(f'hf download {where} --include "lewis/*" --local-dir .')
+    return "\n".join([*lines, "lewis-hub merge lewis/recipe.yaml"])
+
+
+def _bibtex(facts: CardFacts) -> str | None:
+    cited = papers(facts.method.name, facts.guided.guide if facts.guided else None)
+    if not cited:
+        return None
+    return markdown.fenced("\n\n".join(paper.bibtex for paper in cited), "bibtex")
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

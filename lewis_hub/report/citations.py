@@ -1,0 +1,107 @@
+"""What a merge builds on: papers and their BibTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper; `bibtex` without the outer entry's trailing line break."""
+
+    arxiv: str
+    bibtex: str
+
+    @property
+    def url(self) -> str:
+        """Its page on arXiv."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+LEWIS = Paper(
+    "2503.03874",
+    """@misc{chopra2025lewis,
+  title = {{LEWIS} ({LayEr} {WIse} {Sparsity}) -- A Training Free Guided Model Merging Approach},
+  author = {Chopra, Hetarth and Rambhia, Vidhi and Adve, Vikram},
+  year = {2025},
+  eprint = {2503.03874},
+  archivePrefix = {arXiv},
+  note = {ICLR 2025 Workshop on Sparsity in LLMs}
+}""",
+)
+MODEL_SOUPS = Paper(
+    "2203.05482",
+    """@inproceedings{wortsman2022model,
+  title = {Model soups: averaging weights of multiple fine-tuned models improves accuracy without
+           increasing inference time},
+  author = {Wortsman, Mitchell and Ilharco, Gabriel and Gadre, Samir Yitzhak and
+            Roelofs, Rebecca and Gontijo-Lopes, Raphael and Morcos, Ari S. and
+            Namkoong, Hongseok and Farhadi, Ali and Carmon, Yair and Kornblith, Simon and
+            Schmidt, Ludwig},
+  booktitle = {International Conference on Machine Learning},
+  year = {2022},
+  eprint = {2203.05482},
+  archivePrefix = {arXiv}
+}""",
+)
+TASK_ARITHMETIC = Paper(
+    "2212.04089",
+    """@inproceedings{ilharco2023editing,
+  title = {Editing Models with Task Arithmetic},
+  author = {Ilharco, Gabriel and Ribeiro, Marco Tulio and Wortsman, Mitchell and
+            Gururangan, Suchin and Schmidt, Ludwig and Hajishirzi, Hannaneh and Farhadi, Ali},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  eprint = {2212.04089},
+  archivePrefix = {arXiv}
+}""",
+)
+TIES = Paper(
+    "2306.01708",
+    """@inproceedings{yadav2023ties,
+  title = {{TIES-Merging}: Resolving Interference When Merging Models},
+  author = {Yadav, Prateek and Tam, Derek and Choshen, Leshem and Raffel, Colin and Bansal, Mohit},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2023},
+  eprint = {2306.01708},
+  archivePrefix = {arXiv}
+}""",
+)
+DARE = Paper(
+    "2311.03099",
+    """@inproceedings{yu2024language,
+  title = {Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
+           Lunch},
+  author = {Yu, Le and Yu, Bowen and Yu, Haiyang and Huang, Fei and Li, Yongbin},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  eprint = {2311.03099},
+  archivePrefix = {arXiv}
+}""",
+)
+
+
+@dataclass(frozen=True)
+class KnownMethod:
+    """How a card speaks of a method, and what it cites."""
+
+    title: str
+    papers: tuple[Paper, ...]
+
+
+METHODS = {
+    "linear": KnownMethod("a weighted average of their weights", (MODEL_SOUPS,)),
+    "task_arithmetic": KnownMethod("task arithmetic", (TASK_ARITHMETIC,)),
+    "ties": KnownMethod("TIES-Merging", (TIES,)),
+    "dare_linear": KnownMethod("DARE with task arithmetic", (DARE, TASK_ARITHMETIC)),
+    "dare_ties": KnownMethod("DARE with TIES-Merging", (DARE, TIES)),
+}
+GUIDES = {"lewis": LEWIS}
+
+
+def papers(method: str, guide: str | None) -> Sequence[Paper]:
+    """What a merge by this method and guide cites; nothing where we know no paper."""
+    known = METHODS.get(method)
+    guided = (GUIDES[guide],) if guide in GUIDES else ()
+    return (*guided, *(known.papers if known else ()))

@@ -1,0 +1,199 @@
+"""What the scores say, as tables and in words: gains and losses alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
+from lewis_hub.report import markdown
+from lewis_hub.report.plots import short_name
+
+LOWER_IS_BETTER = frozenset(
+    {"word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "ppl", "brier_score"}
+    | {"loss", "nll", "ter", "wer", "cer", "mse", "mae", "rmse", "ece", "calibration_error"}
+)
+SIGNIFICANT = 0.05  # of the p-value after Holm's adjustment
+MERGED, UNIFORM, BASE, EXPERT = "merged", "uniform", "base", "expert:"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Sentences in Markdown."""
+
+    gains: tuple[str, ...]
+    limits: tuple[str, ...]
+
+
+def was_scored(scores: Scores | None) -> bool:
+    """Whether the merged model itself was."""
+    return scores is not None and any(MERGED in task.models for task in scores.tasks.values())
+
+
+def has_twin(scores: Scores) -> bool:
+    """Whether the same merge with one density everywhere was scored too."""
+    return any(UNIFORM in task.models for task in scores.tasks.values())
+
+
+def findings(scores: Scores) -> Findings:
+    """Compare the merged model with its best expert, its uniform twin and the base, in words.
+
+    A metric is better when it is higher, except LOWER_IS_BETTER. A difference counts as beyond the
+    noise where its adjusted p-value is below SIGNIFICANT; without a test nothing is said of noise.
+    """
+    gains: list[str] = []
+    limits: list[str] = []
+    for name, task in scores.tasks.items():
+        for metric in task.models.get(MERGED, {}):
+            for is_gain, sentence in _sentences(name, task, metric):
+                (gains if is_gain else limits).append(sentence)
+    return Findings(tuple(gains), tuple(limits))
+
+
+def scores_table(scores: Scores) -> str:
+    """A row per task and metric, a column per model, the best in bold."""
+    labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
+    rows = []
+    for name, task in scores.tasks.items():
+        for metric in dict.fromkeys(key for found in task.models.values() for key in found):
+            found = {label: task.models.get(label, {}).get(metric) for label in labels}
+            best = _best([score for score in found.values() if score], metric)
+            cells = [_score(found[label], best) for label in labels]
+            rows.append([markdown.code(name), _metric(metric), f"{task.n:,}", *cells])
+    header = ["task", "metric", "n", *(markdown.text(model_name(label)) for label in labels)]
+    return markdown.table(header, rows, right=range(2, len(header)))
+
+
+def paired_table(scores: Scores) -> str | None:
+    """Merged minus each other model, where the items allow a paired test."""
+    rows = [
+        [
+            markdown.code(name),
+            _metric(test.metric),
+            markdown.text(model_name(test.against)),
+            signed(test.difference),
+            f"{signed(test.ci95[0])} to {signed(test.ci95[1])}",
+            _p(test.p).removeprefix("= "),
+            _p(test.p_holm).removeprefix("= "),
+        ]
+        for name, task in scores.tasks.items()
+        for test in task.paired
+    ]
+    header = ["task", "metric", "merged minus", "difference", "95 % interval", "p", "p (Holm)"]
+    return markdown.table(header, rows, right=range(3, 7)) if rows else None
+
+
+def model_name(label: str) -> str:
+    """A label of the scores as a reader knows the model."""
+    if label.startswith(EXPERT):
+        return short_name(label.removeprefix(EXPERT))
+    return "uniform twin" if label == UNIFORM else label
+
+
+def number(value: float) -> str:
+    """A metric's value: three decimals, one where it is large."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference, with its sign; what rounds to nothing has none."""
+    told = f"{abs(value):.3f}" if abs(value) < 100 else f"{abs(value):,.1f}"
+    if not any(digit in told for digit in "123456789"):
+        return told
+    return f"+{told}" if value > 0 else f"−{told}"
+
+
+def _sentences(name: str, task: TaskScores, metric: str) -> Iterator[tuple[bool, str]]:
+    """(whether it is a gain, sentence) for one metric of one task."""
+    merged = task.models[MERGED][metric]
+    where = f"On {markdown.code(name)} ({_metric(metric)})"
+    experts = {
+        label: found[metric]
+        for label, found in task.models.items()
+        if label.startswith(EXPERT) and metric in found
+    }
+    if experts:
+        best = max(experts, key=lambda label: _oriented(experts[label], metric))
+        rival = f"its best expert, {markdown.code(model_name(best))}"
+        yield from _against(where, task, metric, best, rival)
+    if metric in task.models.get(UNIFORM, {}):
+        yield _guidance(where, task, metric)
+    base = task.models.get(BASE, {}).get(metric)
+    if base and _oriented(merged, metric) < _oriented(base, metric):
+        yield from _against(where, task, metric, BASE, "the base")
+
+
+def _against(
+    where: str, task: TaskScores, metric: str, label: str, rival: str
+) -> Iterator[tuple[bool, str]]:
+    merged, other = task.models[MERGED][metric], task.models[label][metric]
+    margin = _oriented(merged, metric) - _oriented(other, metric)
+    if margin == 0:
+        return
+    test = _test(task, metric, label)
+    word = "better" if margin > 0 else "worse"
+    noise = ", which is within the noise" if test and test.p_holm >= SIGNIFICANT else ""
+    numbers = f"{number(merged.value)} against {number(other.value)}"
+    yield (
+        margin > 0,
+        f"{where} the merged model is {word} than {rival}: {numbers}{_tested(test)}{noise}.",
+    )
+
+
+def _guidance(where: str, task: TaskScores, metric: str) -> tuple[bool, str]:
+    merged, twin = task.models[MERGED][metric], task.models[UNIFORM][metric]
+    margin = _oriented(merged, metric) - _oriented(twin, metric)
+    test = _test(task, metric, UNIFORM)
+    numbers = f"{number(merged.value)} against {number(twin.value)}{_tested(test)}"
+    if margin == 0 or (test and test.p_holm >= SIGNIFICANT):
+        said = "guided is not better than its uniform twin beyond the noise"
+        return False, f"{where} {said}: {numbers}."
+    if margin > 0:
+        return True, f"{where} guidance gained over the uniform twin: {numbers}."
+    return False, f"{where} guidance lost against the uniform twin: {numbers}."
+
+
+def _test(task: TaskScores, metric: str, against: str) -> PairedTest | None:
+    found = (test for test in task.paired if test.metric == metric and test.against == against)
+    return next(found, None)
+
+
+def _tested(test: PairedTest | None) -> str:
+    if test is None:
+        return ""
+    low, high = test.ci95
+    return (
+        f" (difference {signed(test.difference)}, 95 % interval {signed(low)} to {signed(high)}, "
+        f"adjusted p {_p(test.p_holm)})"
+    )
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _score(score: MetricScore | None, best: float | None) -> str:
+    if score is None:
+        return "–"
+    value = number(score.value)
+    told = f"**{value}**" if score.value == best else value
+    return told if score.stderr is None else f"{told} ± {number(score.stderr)}"
+
+
+def _metric(key: str) -> str:
+    """`exact_match,strict-match` is a metric and a filter; the filter `none` says nothing."""
+    name, _, kind = key.partition(",")
+    return markdown.text(f"{name}, {kind}" if kind not in ("", "none") else name)
+
+
+def _best(scores: list[MetricScore], metric: str) -> float | None:
+    known = [score for score in scores if math.isfinite(score.value)]
+    if len(known) < 2:
+        return None
+    return max(known, key=lambda score: _oriented(score, metric)).value
+
+
+def _oriented(score: MetricScore, metric: str) -> float:
+    """Higher is better."""
+    return -score.value if metric.partition(",")[0] in LOWER_IS_BETTER else score.value

@@ -1,0 +1,106 @@
+"""The same merge for mergekit: `mergekit_config.yml`.
+
+mergekit takes a setting per tensor as a list of {filter, value}: the first entry whose filter is
+part of the tensor's name counts, and an entry without a filter always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
+from lewis_hub.recipe import Conditional, Setting, Settings
+
+METHODS = frozenset({"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"})
+HEADER = """\
+# The same merge in mergekit's words, written by lewis-hub. mergekit rounds the number of kept
+# entries down and draws random masks of its own: its weights come out close to these, not equal.
+"""
+
+
+@dataclass(frozen=True)
+class MergekitMerge:
+    """A merge as mergekit needs to know it.
+
+    Attributes:
+        method: one of METHODS.
+        base: pinned; None for a method that takes none.
+        models: pinned source -> its own settings, in the recipe's order.
+        parameters: settings of all models.
+        dtype: of the output; None where each tensor keeps its own.
+        schedule: densities that a guide gave; None where the settings have them.
+        tensors: names of all tensors of the checkpoint.
+    """
+
+    method: str
+    base: str | None
+    models: Mapping[str, Settings]
+    parameters: Settings
+    dtype: str | None
+    schedule: DensitySchedule | None
+    tensors: Collection[str]
+
+
+def mergekit_config(merge: MergekitMerge) -> str:
+    """Write the merge as a configuration of mergekit's.
+
+    mergekit computes in `dtype` and we in float32, so that is what it is told.
+    """
+    scheduled = {one.source: one for one in merge.schedule.experts} if merge.schedule else {}
+    models = []
+    for source, settings in merge.models.items():
+        parameters = {name: _plain(setting) for name, setting in settings.items()}
+        if source in scheduled:
+            parameters["density"] = conditions(scheduled[source], merge.tensors)
+        models.append({"model": source} | ({"parameters": parameters} if parameters else {}))
+    document: dict[str, Any] = {"merge_method": merge.method}
+    if merge.base:
+        document |= {"base_model": merge.base, "tokenizer_source": "base"}
+    document["models"] = models
+    if merge.parameters:
+        document["parameters"] = {k: _plain(v) for k, v in merge.parameters.items()}
+    if merge.dtype:
+        document |= {"dtype": "float32", "out_dtype": merge.dtype}
+    told = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return HEADER + str(told)
+
+
+def conditions(expert: ExpertSchedule, tensors: Collection[str]) -> list[dict[str, Any]]:
+    """An expert's densities as mergekit's list: each tensor of `tensors` gets its own.
+
+    A filter is a tensor's whole name. Where one name is part of another, the longer comes first;
+    that includes names that only the default density is for.
+    """
+    scheduled = expert.tensors
+    others = "\n".join(name for name in tensors if name not in scheduled)
+    hit = [name for name in scheduled if name in others]
+    shadowed = [t for t in others.split("\n") if any(name in t for name in hit)]
+    names = sorted([*scheduled, *shadowed], key=len, reverse=True)  # equal lengths: model order
+    listed: list[dict[str, Any]] = [_Row(filter=n, value=expert.density(n)) for n in names]
+    return [*listed, _Row(value=expert.default_density)]
+
+
+def _plain(setting: Setting | Conditional) -> Any:
+    if isinstance(setting, Conditional):
+        value = _plain(setting.value)
+        return _Row(filter=setting.filter, value=value) if setting.filter else _Row(value=value)
+    return [_plain(part) for part in setting] if isinstance(setting, tuple) else setting
+
+
+class _Row(dict[str, Any]):
+    """Written on one line."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _on_one_line(dumper: yaml.SafeDumper, row: _Row) -> yaml.Node:
+    return dumper.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True)
+
+
+_Dumper.add_representer(_Row, _on_one_line)

@@ -1,0 +1,134 @@
+"""The tables of a card, in Markdown; those of the scores are in `findings`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.hub.source import Source
+from lewis_hub.report import markdown
+from lewis_hub.report.cost import StageCost
+from lewis_hub.report.facts import CardFacts
+from lewis_hub.report.plots import short_name
+
+
+def inputs(facts: CardFacts) -> str:
+    """Each source with the commit that it was pinned to."""
+    rows = []
+    for source in facts.sources:
+        told = facts.models[source.pinned]
+        role = "base" if source == facts.base else "expert"
+        asked = markdown.code(source.revision) if source.revision else "default"
+        licence = f"{told.licence} ({told.license_name})" if told.license_name else told.licence
+        rows.append(
+            [
+                role,
+                model(facts, source),
+                asked if source.folder is None else "–",
+                _commit(source, told.url),
+                markdown.text(licence or "not stated"),
+            ]
+        )
+    return markdown.table(["role", "model", "revision asked", "pinned to", "licence"], rows)
+
+
+def densities(facts: CardFacts) -> str | None:
+    """Each expert's densities in short; the mean is weighted by parameters."""
+    if facts.guided is None:
+        return None
+    rows = []
+    for expert in facts.guided.schedule.experts:
+        scheduled = expert.tensors.values()
+        if scheduled:
+            mean = DensitySchedule((expert,)).mean(facts.parameters)
+            numbers = [f"{value:.3f}" for value in (mean, min(scheduled), max(scheduled))]
+            others = f"{expert.default_density:.3f}"
+            rows.append(
+                [markdown.code(short_name(expert.source)), *numbers, f"{len(scheduled):,}", others]
+            )
+    header = ["expert", "mean density", "lowest", "highest", "tensors", "all other tensors"]
+    return markdown.table(header, rows, right=range(1, 6)) if rows else None
+
+
+def calibration(facts: CardFacts) -> str | None:
+    """What each expert was measured on."""
+    profile = facts.guided.profile if facts.guided else None
+    if profile is None:
+        return None
+    datasets = {source.pinned: source for source in facts.datasets}
+    rows = []
+    for expert in profile.experts:
+        told = expert.calibration
+        source = datasets.get(str(told.get("dataset")))
+        split = "/".join(str(part) for part in (told.get("config"), told.get("split")) if part)
+        rows.append(
+            [
+                markdown.code(short_name(expert.source)),
+                _dataset(facts, source) if source else markdown.text(told.get("dataset")),
+                markdown.code(split),
+                markdown.code(told.get("text") or told.get("messages")),
+                *(_count(told.get(key)) for key in ("n_texts", "n_tokens", "n_truncated")),
+            ]
+        )
+    header = ["expert", "dataset", "split", "template", "texts", "tokens", "texts cut"]
+    return markdown.table(header, rows, right=range(4, 7))
+
+
+def cost(costs: Sequence[StageCost]) -> str | None:
+    """What each stage took."""
+    if not costs:
+        return None
+    rows = [
+        [
+            markdown.text(stage.stage),
+            _duration(stage.seconds),
+            _size(stage.peak_rss_bytes),
+            _size(stage.read_bytes),
+            _size(stage.written_bytes),
+        ]
+        for stage in costs
+    ]
+    rows.append(["all", _duration(sum(stage.seconds for stage in costs)), "", "", ""])
+    return markdown.table(["stage", "time", "peak memory", "read", "written"], rows, range(1, 5))
+
+
+def model(facts: CardFacts, source: Source) -> str:
+    """A model by its name; of a local folder only the last part, which tells nothing of a disk."""
+    if source.folder:
+        return f"the local folder {markdown.code(source.folder.name)}"
+    return markdown.link(markdown.code(source.name), facts.models[source.pinned].url)
+
+
+def _dataset(facts: CardFacts, source: Source) -> str:
+    if source.folder:
+        return f"the local {markdown.code(source.folder.name)}, {_commit(source, None)}"
+    url = f"{facts.endpoint}/datasets/{source.name}"
+    return f"{markdown.link(markdown.code(source.name), url)} at {_commit(source, url)}"
+
+
+def _commit(source: Source, url: str | None) -> str:
+    short = source.commit_sha.removeprefix("sha256:")[:12]
+    if source.folder:
+        return f"content {markdown.code(short)}"
+    return markdown.link(markdown.code(short), f"{url}/tree/{source.commit_sha}" if url else None)
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "–"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _size(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return f"{n_bytes} B"
