@@ -119,7 +119,7 @@ def cut_low(
             continue
         wanted = n_kept(tensor.output.n_elements, tensor.densities[e]) - cut.n_above
         low, n_above = _bin_of(total[e], wanted)
-        bits = np.uint32((cut.high << kernels.LOW_BITS) | low)
+        bits = np.uint32((cut.high << int(kernels.LOW_BITS)) | low)
         thresholds[e] = bits.view(np.float32)
         wanted, n_tied, n_before = wanted - n_above, int(total[e, low]), 0
         for span, count in enumerate(counts):

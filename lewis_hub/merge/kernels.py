@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lewis_hub.merge.bits import ABSOLUTE, as_bits, compiled, narrow, widen
+from lewis_hub.merge.bits import ABSOLUTE, as_bits, compiled, inner, narrow, widen
 from lewis_hub.methods.random_bits import GOLDEN, MIX_1, MIX_2
 
 BLOCK = 2048  # elements; even, because one random word serves two
-HIGH_BINS, LOW_BINS, LOW_BITS = 1 << 16, 1 << 15, 15  # the 31 bits of a magnitude, in two steps
+HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # the 31 bits of a magnitude, in two steps
+LOW_BITS, LOW_MASK = np.uint32(15), np.uint32(LOW_BINS - 1)
+ONE, ZERO = np.uint32(1), np.float32(0)
 
 KEEP_ALL, KEEP_NONE, TRIM, DRAW = 0, 1, 2, 3  # what becomes of an expert's task vector
 
@@ -52,8 +54,17 @@ class Mix(NamedTuple):
     scale: Any  # float32: lambda
 
 
+@inner
+def subtract(raw: Any, kind: int, first: int, n: int, base: Any, delta: Any) -> bool:
+    """Form a block of an expert's task vector; whether the expert is finite."""
+    finite = widen(raw, kind, first, n, delta)
+    for i in range(n):
+        delta[i] = delta[i] - base[i]
+    return bool(finite)
+
+
 @compiled
-def count_high(raw: Any, kinds: Any, n: int, modes: Any, histogram: Any) -> None:
+def count_high(raw: Any, kinds: Any, n: int, modes: Any, counts: Any) -> None:
     """Count the magnitudes of task vectors by their high 16 bits.
 
     Args:
@@ -61,24 +72,22 @@ def count_high(raw: Any, kinds: Any, n: int, modes: Any, histogram: Any) -> None
         kinds: (n_sources,) int64: formats of `bits`.
         n: elements in the piece.
         modes: (n_experts,) int64: only those that are trimmed are counted.
-        histogram: (n_experts, HIGH_BINS) uint32, added to.
+        counts: (n_experts, HIGH_BINS) uint32, added to.
     """
-    base, expert = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for first in range(0, n, BLOCK):
         length = min(BLOCK, n - first)
         widen(raw[0], kinds[0], first, length, base)
         for e in range(modes.size):
-            if modes[e] != TRIM:
-                continue
-            widen(raw[e + 1], kinds[e + 1], first, length, expert)
-            counts = histogram[e]
-            for i in range(length):
-                magnitude = as_bits(expert[i] - base[i]) & ABSOLUTE
-                counts[magnitude >> np.uint32(LOW_BITS)] += np.uint32(1)
+            if modes[e] == TRIM:
+                subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
+                for i in range(length):
+                    magnitude = as_bits(delta[i]) & ABSOLUTE
+                    counts[e, magnitude >> LOW_BITS] += ONE
 
 
 @compiled
-def count_low(raw: Any, kinds: Any, n: int, chosen: Any, histogram: Any) -> None:
+def count_low(raw: Any, kinds: Any, n: int, chosen: Any, counts: Any) -> None:
     """Count, among magnitudes with the chosen high bits, by the low 15 bits.
 
     Args:
@@ -86,133 +95,95 @@ def count_low(raw: Any, kinds: Any, n: int, chosen: Any, histogram: Any) -> None
         kinds: as for `count_high`.
         n: elements in the piece.
         chosen: (n_experts,) int64: the high bits; -1 where an expert is not trimmed.
-        histogram: (n_experts, LOW_BINS) uint32, added to.
+        counts: (n_experts, LOW_BINS) uint32, added to.
     """
-    base, expert = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for first in range(0, n, BLOCK):
         length = min(BLOCK, n - first)
         widen(raw[0], kinds[0], first, length, base)
         for e in range(chosen.size):
-            if chosen[e] < 0:
-                continue
-            widen(raw[e + 1], kinds[e + 1], first, length, expert)
-            high, counts = np.uint32(chosen[e]), histogram[e]
-            for i in range(length):
-                magnitude = as_bits(expert[i] - base[i]) & ABSOLUTE
-                if magnitude >> np.uint32(LOW_BITS) == high:
-                    counts[magnitude & np.uint32(LOW_BINS - 1)] += np.uint32(1)
+            if chosen[e] >= 0:
+                high = np.uint32(chosen[e])
+                subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
+                for i in range(length):
+                    magnitude = as_bits(delta[i]) & ABSOLUTE
+                    if magnitude >> LOW_BITS == high:
+                        counts[e, magnitude & LOW_MASK] += ONE
 
 
-@compiled
-def draw(stream: Any, first: int, n: int, words: Any) -> None:
-    """Fill `words` with the random bits of elements [first, first + n); `first` is even."""
-    for i in range((n + 1) // 2):
-        word = stream + np.uint64(first // 2 + i + 1) * np.uint64(GOLDEN)
-        word = (word ^ (word >> np.uint64(30))) * np.uint64(MIX_1)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(MIX_2)
-        words[i] = word ^ (word >> np.uint64(31))
-
-
-@compiled
-def vote_trimmed(delta: Any, weight: Any, threshold: Any, ties: Any, votes: Any) -> None:
-    """Vote with the entries above the threshold, and evenly spread ones of those on it.
-
-    Args:
-        delta: (n,) a task vector.
-        weight: of the expert.
-        threshold: magnitude of the smallest entry kept.
-        ties: (wanted, tied, remainder) int64; the remainder, (j * wanted) mod tied, is carried on.
-        votes: (n,) written.
-    """
-    n, n_tied = delta.size, 0
+@inner
+def vote_trimmed(delta: Any, n: int, experts: Experts, e: int, votes: Any) -> None:
+    """Vote with the entries above the threshold, and evenly spread ones of those on it."""
+    weight, threshold = experts.weights[e], experts.thresholds[e]
+    n_tied = 0
     for i in range(n):
         magnitude = abs(delta[i])
-        votes[i] = weight * delta[i] if magnitude > threshold else np.float32(0)
+        votes[i] = weight * delta[i] if magnitude > threshold else ZERO
         n_tied += magnitude == threshold
-    if n_tied == 0 or ties[0] == 0:
-        return
-    if ties[0] == ties[1]:
+    wanted, tied, remainder = experts.ties[e, 0], experts.ties[e, 1], experts.ties[e, 2]
+    if n_tied > 0 and wanted == tied:
         for i in range(n):
-            votes[i] = weight * delta[i] if abs(delta[i]) >= threshold else np.float32(0)
-        return
-    wanted, tied, remainder = ties[0], ties[1], ties[2]
-    for i in range(n):
-        if abs(delta[i]) == threshold:
-            remainder += wanted
-            if remainder >= tied:
-                remainder -= tied
-                votes[i] = weight * delta[i]
-    ties[2] = remainder
-
-
-@compiled
-def vote_drawn(delta: Any, halves: Any, below: Any, factors: Any, votes: Any) -> None:
-    """Vote with the entries whose random bits are below a number.
-
-    Args:
-        delta: (n,) a task vector.
-        halves: (n,) uint32 random bits, one an element.
-        below: the number, up to 2**32.
-        factors: (rescaling, weight) of the expert.
-        votes: (n,) written.
-    """
-    factor, weight = factors
-    for i in range(delta.size):
-        kept = delta[i] if np.uint64(halves[i]) < below else np.float32(0)
-        votes[i] = weight * (factor * kept)
-
-
-@compiled
-def vote(experts: Experts, e: int, first: int, delta: Any, votes: Any) -> None:
-    """Let expert e vote with a block of its task vector that begins at element `first`."""
-    weight, mode, n = experts.weights[e], experts.modes[e], delta.size
-    if mode == TRIM:
-        vote_trimmed(delta, weight, experts.thresholds[e], experts.ties[e], votes)
-    elif mode == DRAW:
-        words = np.empty(BLOCK // 2, np.uint64)
-        draw(experts.streams[e], first, n, words)
-        factors = (experts.factors[e], weight)
-        vote_drawn(delta, words.view(np.uint32), experts.below[e], factors, votes)
-    elif mode == KEEP_ALL:
+            votes[i] = weight * delta[i] if abs(delta[i]) >= threshold else ZERO
+    elif n_tied > 0 and wanted > 0:
         for i in range(n):
-            votes[i] = weight * delta[i]
-    else:
-        votes[:n] = np.float32(0)
+            if abs(delta[i]) == threshold:
+                remainder += wanted
+                if remainder >= tied:
+                    remainder -= tied
+                    votes[i] = weight * delta[i]
+        experts.ties[e, 2] = remainder
 
 
-@compiled
-def elect(votes: Any, weights: Any, normalize: bool, mixed: Any) -> None:  # noqa: FBT001
+@inner
+def vote_drawn(delta: Any, n: int, experts: Experts, e: int, first: int, votes: Any) -> None:
+    """Vote with the entries whose random bits say so; `first` is even."""
+    weight, factor = experts.weights[e], experts.factors[e]
+    stream, below = experts.streams[e], experts.below[e]
+    for w in range((n + 1) // 2):
+        word = stream + np.uint64(first // 2 + w + 1) * np.uint64(GOLDEN)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(MIX_1)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(MIX_2)
+        word = word ^ (word >> np.uint64(31))
+        low, high = word & np.uint64(0xFFFFFFFF), word >> np.uint64(32)
+        # an odd block's last high half falls on room that is not read
+        votes[2 * w] = weight * (factor * (delta[2 * w] if low < below else ZERO))
+        votes[2 * w + 1] = weight * (factor * (delta[2 * w + 1] if high < below else ZERO))
+
+
+@inner
+def elect(votes: Any, n: int, experts: Experts, mix: Mix, room: Any) -> None:
     """Combine the votes that have the elected sign, as `combine.elected_votes` does.
 
     Args:
-        votes: (n_experts, n).
-        weights: (n_experts,).
-        normalize: divide by the weights of those that agree.
-        mixed: (n,) written.
+        votes: (n_experts, BLOCK).
+        n: elements in the block.
+        experts: whose weights count.
+        mix: whether to divide by the weights of those that agree.
+        room: (3, BLOCK) the result in the first row; the others are written over.
     """
-    n = mixed.size
-    balance, total = np.zeros(n, np.float32), np.zeros(n, np.float32)
-    for e in range(weights.size):
+    mixed, balance, total = room[0], room[1], room[2]
+    for i in range(n):
+        mixed[i] = balance[i] = total[i] = ZERO
+    for e in range(experts.weights.size):
         vote = votes[e]
         for i in range(n):
             balance[i] += vote[i]
-    mixed[:] = np.float32(0)
-    for e in range(weights.size):
-        vote, weight = votes[e], weights[e]
+    for e in range(experts.weights.size):
+        vote, weight = votes[e], experts.weights[e]
         for i in range(n):
             agrees = ((vote[i] > 0) & (balance[i] > 0)) | ((vote[i] < 0) & (balance[i] < 0))
-            mixed[i] += vote[i] if agrees else np.float32(0)
-            total[i] += weight if agrees else np.float32(0)
-    if normalize:
+            mixed[i] += vote[i] if agrees else ZERO
+            total[i] += weight if agrees else ZERO
+    if mix.normalize:
         for i in range(n):
             mixed[i] = mixed[i] / (total[i] if total[i] != 0 else np.float32(1))
 
 
-@compiled
-def add_up(votes: Any, divisor: Any, mixed: Any) -> None:
+@inner
+def add_up(votes: Any, n: int, divisor: Any, mixed: Any) -> None:
     """Combine all votes, as `combine.all_votes` does."""
-    n = mixed.size
-    mixed[:] = np.float32(0)
+    for i in range(n):
+        mixed[i] = ZERO
     for e in range(votes.shape[0]):
         vote = votes[e]
         for i in range(n):
@@ -230,23 +201,28 @@ def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:
         the number of sources.
     """
     n_experts = experts.weights.size
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    votes = np.empty((n_experts, BLOCK), np.float32)
-    mixed = np.empty(BLOCK, np.float32)
+    votes = np.zeros((n_experts, BLOCK), np.float32)
+    room = np.zeros((5, BLOCK), np.float32)
+    base, delta, mixed = room[3], room[4], room[0]
     for first in range(0, piece.n, BLOCK):
         n = min(BLOCK, piece.n - first)
         if not widen(piece.raw[0], piece.kinds[0], first, n, base):
             return 0
         for e in range(n_experts):
-            if not widen(piece.raw[e + 1], piece.kinds[e + 1], first, n, delta):
-                return e + 1
-            for i in range(n):
-                delta[i] = delta[i] - base[i]
-            vote(experts, e, piece.first + first, delta[:n], votes[e])
+            if not subtract(piece.raw[e + 1], piece.kinds[e + 1], first, n, base, delta):
+                return int(e + 1)
+            vote, weight, mode = votes[e], experts.weights[e], experts.modes[e]
+            if mode == TRIM:
+                vote_trimmed(delta, n, experts, e, vote)
+            elif mode == DRAW:
+                vote_drawn(delta, n, experts, e, piece.first + first, vote)
+            elif mode == KEEP_ALL:
+                for i in range(n):
+                    vote[i] = weight * delta[i]
         if mix.elects:
-            elect(votes, experts.weights, mix.normalize, mixed[:n])
+            elect(votes, n, experts, mix, room)
         else:
-            add_up(votes, mix.divisor, mixed[:n])
+            add_up(votes, n, mix.divisor, mixed)
         for i in range(n):
             mixed[i] = base[i] + mix.scale * mixed[i]
         if not narrow(mixed, n, piece.out_kind, piece.out, first):
@@ -260,10 +236,11 @@ def average(piece: Piece, weights: Any, divisor: Any) -> int:
     tensor, mixed = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for first in range(0, piece.n, BLOCK):
         n = min(BLOCK, piece.n - first)
-        mixed[:] = np.float32(0)
+        for i in range(n):
+            mixed[i] = ZERO
         for s in range(weights.size):
             if not widen(piece.raw[s], piece.kinds[s], first, n, tensor):
-                return s
+                return int(s)
             weight = weights[s]
             for i in range(n):
                 mixed[i] += weight * tensor[i]
