@@ -209,7 +209,7 @@ def _observe(model: PreTrainedModel, batch: Batch, recorder: _Recorder) -> None:
 def _unpadded(batch: Batch) -> Iterator[Batch]:
     """Split into batches of texts of one length."""
     lengths = batch.attention_mask.sum(dim=1)
-    for length in sorted(set(lengths.tolist())):
+    for length in sorted(set(lengths.tolist()) - {0}):
         texts = lengths == length
         yield Batch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
 

@@ -149,7 +149,7 @@ def schedule(
         statistics = _statistics(guide, matrices, profile, i)
         densities = guide.decide(statistics, bounds.gamma, bounds.epsilon)
         schedules.append(_on_tensors(source, guide, bounds, densities, tensors))
-        if guide.name == "lewis" and (found := dominance(statistics)):
+        if "importance" in guide.needs and (found := dominance(statistics)):
             notes.append(f"{source}: {found}")
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(notes))
 

@@ -96,7 +96,7 @@ def profiles(draw: st.DrawFn) -> dict[str, float]:
     }
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(profiles(), bounds)
 def test_densities_span_exactly_gamma_to_epsilon(shifts, span):
     gamma, epsilon = span
@@ -113,7 +113,7 @@ def test_densities_span_exactly_gamma_to_epsilon(shifts, span):
     assert all(densities[a] <= densities[b] for a, b in zip(ranked, ranked[1:], strict=False))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(profiles(), st.randoms(use_true_random=False))
 def test_reordering_the_blocks_reorders_the_densities(shifts, random):
     n = len(shifts) // 2
@@ -129,7 +129,7 @@ def test_reordering_the_blocks_reorders_the_densities(shifts, random):
     assert {move[m]: d for m, d in plain.items()} == moved
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(profiles(), st.floats(1e-3, 1e3))
 def test_the_scale_of_a_component_does_not_matter(shifts, scale):
     assume(all(s == 0 or s > 1e-100 for s in shifts.values()))
