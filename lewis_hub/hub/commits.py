@@ -6,15 +6,18 @@ import base64
 import binascii
 import fnmatch
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from lewis_hub.hub import xet
 from lewis_hub.hub.access import Refusal
 from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.store import Commit, File, Repo, Store, lfs_file, now
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
 REGULAR_LIMIT_BYTES = 10 * 2**20
 LFS_SUFFIXES = (
     "7z arrow avro bin bz2 ckpt ftz gguf gz h5 joblib lz4 mds mlmodel model msgpack npy npz onnx "
@@ -130,18 +133,19 @@ def _regular(store: Store, base: Commit, value: Mapping[str, Any]) -> File:
 
 
 def _uploaded(store: Store, value: Mapping[str, Any]) -> File:
-    size_bytes = store.blobs.size_bytes(value["oid"]) if _is_sha256(value["oid"]) else None
+    oid = value.get("oid")
+    if not (isinstance(oid, str) and SHA256.fullmatch(oid)):
+        raise Refusal(400, f"{value['path']}: oid must be a SHA-256")
+    size_bytes = store.blobs.size_bytes(oid)
+    if size_bytes is None:
+        size_bytes = xet.take_in(store.root, store.blobs, oid)
     if size_bytes is None or size_bytes != value.get("size", size_bytes):
         raise Refusal(
             400,
             "Your push was rejected because an LFS pointer pointed to a file that does not exist: "
             f"{value['path']}",
         )
-    return lfs_file(value["oid"], size_bytes)
-
-
-def _is_sha256(oid: object) -> bool:
-    return isinstance(oid, str) and len(oid) == 64 and set(oid) <= set("0123456789abcdef")
+    return lfs_file(oid, size_bytes)
 
 
 def _copied(base: Commit, value: Mapping[str, Any]) -> File:

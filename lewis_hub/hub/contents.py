@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import mimetypes
+import time
 from pathlib import PurePosixPath
 
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 
-from lewis_hub.hub import answers
+from lewis_hub.hub import answers, xet
 from lewis_hub.hub.access import Refusal
 from lewis_hub.hub.call import Call
 from lewis_hub.hub.commits import attributes_of, goes_to_lfs, read_proposal
@@ -117,6 +118,16 @@ def check_may_commit(call: Call, repo: Repo) -> str:
     return call.writer(repo).user
 
 
+def xet_token(call: Call) -> Response:
+    """GET .../xet-write-token/REVISION: where the client's hf_xet may put chunks."""
+    check_may_commit(call, call.seen_repo())
+    expiry = int(time.time()) + xet.TOKEN_S
+    token = {"casUrl": xet.new_upload(call.store.root), "accessToken": "local", "exp": expiry}
+    names = {"casUrl": "Cas-Url", "accessToken": "Access-Token", "exp": "Token-Expiration"}
+    headers = {f"X-Xet-{name}": str(token[key]) for key, name in names.items()}
+    return JSONResponse(token, headers=headers)
+
+
 def commit(call: Call) -> Response:
     """POST .../commit/REVISION: lines of JSON become one commit, or a pull request of one."""
     repo = call.seen_repo()
@@ -139,6 +150,7 @@ def commit(call: Call) -> Response:
             "", (base.sha,), author, now(), proposal.title, proposal.message, proposal.files
         )
         made = call.store.add_commit(repo, made, ref)
+        xet.sweep(call.store.root, call.store.blobs)
     home = f"{call.endpoint}/{'datasets/' if repo.kind == 'datasets' else ''}{repo.id}"
     document = {
         "success": True,

@@ -48,6 +48,7 @@ API: tuple[tuple[str, str, Answer], ...] = (
     ("POST", REPO + "/paths-info/{revision}", contents.paths_info),
     ("GET", REPO + "/commits/{revision}", contents.commits),
     ("POST", REPO + "/preupload/{revision}", contents.preupload),
+    ("GET", REPO + "/xet-write-token/{revision}", contents.xet_token),
     ("POST", REPO + "/commit/{revision}", contents.commit),
     ("GET", REPO + "/discussions", discussions.listing),
     ("POST", REPO + "/discussions", discussions.create),

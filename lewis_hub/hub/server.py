@@ -255,7 +255,7 @@ def _server(hub: Hub) -> uvicorn.Server:
         loop="asyncio",
         lifespan="off",
         log_config=None,
-        log_level="critical",
+        log_level="error",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,

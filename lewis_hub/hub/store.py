@@ -133,7 +133,7 @@ class Store:
     def clear(self) -> None:
         """Remove everything: repositories, contents and unfinished uploads."""
         with self.lock:
-            for name in ("repos", "blobs", "uploads"):
+            for name in ("repos", "blobs", "uploads", "xet"):
                 shutil.rmtree(self.root / name, ignore_errors=True)
 
     def refs(self, repo: Repo) -> dict[str, str]:

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UPLOAD = """
+import os, sys
+from huggingface_hub import CommitOperationAdd, HfApi
+
+api = HfApi(token=sys.argv[1])
+api.create_repo("acme/base")
+added = [CommitOperationAdd(path, path) for path in ("m.bin", "n.bin")]
+api.preupload_lfs_files("acme/base", added)
+print(api.create_commit("acme/base", added, commit_message="By Xet").oid)
+"""
+
+
+@pytest.mark.slow
+def test_files_that_a_client_uploads_by_xet_are_read_as_any_others(hub, api, tmp_path):
+    pytest.importorskip("hf_xet")
+    files = {"m.bin": os.urandom(300_000), "n.bin": b"\0" * 200_000}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+
+    done = subprocess.run(
+        [sys.executable, "-c", UPLOAD, hub.write_token],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_DISABLE_XET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert api.model_info("acme/base").sha == done.stdout.strip()
+    for name, content in files.items():
+        digest = hashlib.sha256(content).hexdigest()
+        assert api.get_paths_info("acme/base", name)[0].lfs.sha256 == digest
+        assert Path(api.hf_hub_download("acme/base", name)).read_bytes() == content
+    assert list((hub.root / "xet").iterdir()) == []
