@@ -1,0 +1,42 @@
+import pytest
+
+from lewis_hub.checkpoint import names
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "component", "module"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", 3, "self_attn.q_proj", None),
+        ("model.layers.12.mlp.experts.5.w1.weight", 12, "mlp.experts.5.w1", None),
+        ("transformer.h.0.attn.c_attn.bias", 0, "attn.c_attn", "transformer.h.0.attn.c_attn"),
+        ("h.7.ln_1.weight", 7, "ln_1", "h.7.ln_1"),
+        ("model.embed_tokens.weight", None, "model.embed_tokens", "model.embed_tokens"),
+        ("model.layers.1.mixer.A_log", 1, "mixer.A_log", "model.layers.1.mixer.A_log"),
+    ],
+)
+def test_a_name_says_block_component_and_module(name, block, component, module):
+    assert names.block(name) == block
+    assert names.component(name) == component
+    assert names.module(name) == (module or name.removesuffix(".weight"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "transformer.wte.weight", "tok_embeddings.weight", "wpe.weight"],
+)
+def test_embeddings_come_before_the_blocks(name):
+    assert names.is_input_side(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.weight", "model.norm.weight", "embed_out.weight", "model.layers.0.embed.weight"],
+)
+def test_norms_heads_and_blocks_do_not(name):
+    assert not names.is_input_side(name)
+
+
+def test_towers_are_stacks_of_their_own():
+    assert names.stack("vision.layers.3.a") == "vision.layers"
+    assert names.stack("text.layers.3.a") == "text.layers"
+    assert names.stack("norm.weight") is None

@@ -1,0 +1,182 @@
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lewis_hub.checkpoint.reader import TensorReader, read_headers
+from lewis_hub.errors import BrokenCheckpointError
+
+LABEL = "me/model@abc"
+A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+B = {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}
+
+
+def file(entries, data=12, header=None):
+    text = json.dumps(entries).encode() if header is None else header
+    return struct.pack("<Q", len(text)) + text + bytes(data)
+
+
+def read(files, index=None):
+    files = files if isinstance(files, dict) else {"model.safetensors": files}
+    sizes = {path: len(content) for path, content in files.items()}
+    encoded = json.dumps(index).encode() if isinstance(index, dict) else index
+    return read_headers(LABEL, sizes, lambda path, a, b: files[path][a:b], encoded)
+
+
+def problem(files, index=None):
+    with pytest.raises(BrokenCheckpointError) as caught:
+        read(files, index)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    return str(caught.value)
+
+
+def test_tensors_come_in_the_order_of_their_bytes_with_offsets_from_the_files_start():
+    content = file({"b": B, "__metadata__": {"format": "pt"}, "a": A})
+
+    checkpoint = read(content)
+
+    assert list(checkpoint.tensors) == ["a", "b"]
+    assert checkpoint.tensors["b"].start == len(content) - 4
+    assert checkpoint.tensors["a"].n_elements == 2
+    assert checkpoint.metadata == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\x01", "it has 1 bytes, too few for a safetensors header"),
+        (struct.pack("<Q", 10**9), "its header claims 1,000,000,000 bytes; at most 100,000,000"),
+        (file({"a": A})[:30], "it is cut short: the header ends at"),
+        (file({"a": A, "b": B}, data=10), "it is cut short: `b` ends at"),
+        (file({}, 0, header=b"not json"), "its header is not JSON"),
+        (file({}, 0, header=b"\xff\xfe"), "its header is not JSON"),
+        (file({}, 0, header=b"[" * 100_000), "its header is not JSON"),
+        (file({}, 0, header=b"[]"), "its header is not a JSON object"),
+        (file({}, 0, header=b'{"a": 1, "a": 2}'), "its header names `a` twice"),
+        (file({"__metadata__": {"n": 1}}, 0), "its `__metadata__` is not a mapping of texts"),
+        (file({"a": 1}), "`a` does not say exactly its dtype, shape and data_offsets"),
+        (file({"a": {**A, "more": 1}}), "`a` does not say exactly its dtype"),
+        (file({"a": {**A, "dtype": "F31"}}), "`a` has the unknown dtype 'F31'; known are BOOL"),
+        (file({"a": {**A, "dtype": ["F32"]}}), "`a` has the unknown dtype ['F32']"),
+        (file({"a": {**A, "shape": [-2]}}), "`a` has the shape [-2], which is no list of sizes"),
+        (file({"a": {**A, "shape": [True]}}), "`a` has the shape [True]"),
+        (file({"a": {**A, "shape": [1] * 65}}), "which is no list of sizes"),
+        (file({"a": {**A, "data_offsets": [8, 0]}}), "data_offsets [8, 0], which are no range"),
+        (file({"a": {**A, "data_offsets": [0]}}), "data_offsets [0], which are no range"),
+        (file({"a": {**A, "shape": [3]}}), "`a` is F32 of shape [3], 12 bytes, but its data_off"),
+        (file({"a": {**A, "shape": [2**62, 2**62]}}), "but its data_offsets span 8"),
+        (file({"a": A, "b": {**B, "data_offsets": [4, 8]}}, 8), "`b` overlaps `a`"),
+        (file({"b": B}), "8 bytes between the header and `b` belong to nothing"),
+        (file({"a": A}), "4 bytes after `a` belong to nothing"),
+        (file({"a\nb": A}, 8), "its header names a tensor 'a\\nb', which cannot be printed"),
+    ],
+)
+def test_a_hostile_file_is_refused_by_its_own_message(content, says):
+    message = problem(content)
+
+    assert message.startswith("me/model@abc: model.safetensors: ")
+    assert says in message
+    assert message.endswith("use an intact copy.")
+
+
+ONE = file({"a": A}, 8)
+
+
+@pytest.mark.parametrize(
+    ("index", "says"),
+    [
+        (b"{", "it is not JSON"),
+        ({}, "it has no `weight_map` from tensors to shards"),
+        ({"weight_map": {}}, "it has no `weight_map`"),
+        ({"weight_map": {"a": "../x.safetensors"}}, "'../x.safetensors', which is no plain file"),
+        ({"weight_map": {"a": "sub/x.safetensors"}}, "which is no plain file name"),
+        ({"weight_map": {"a": "sub\\x.safetensors"}}, "which is no plain file name"),
+        ({"weight_map": {"a": ".x.safetensors"}}, "which is no plain file name"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "'pytorch_model.bin', which is no plain"),
+        ({"weight_map": {"a": 1}}, "it puts `a` into 1, which is no plain file name"),
+        ({"weight_map": {"a": "2.safetensors"}}, "names the shard `2.safetensors`, which is not"),
+        ({"weight_map": {"z": "1.safetensors"}}, "`z` into `1.safetensors`, which does not hold"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(index, says):
+    message = problem({"1.safetensors": ONE}, index)
+
+    assert message.startswith("me/model@abc: model.safetensors.index.json: ")
+    assert says in message
+
+
+def test_the_index_says_which_of_two_copies_counts():
+    files = {"1.safetensors": file({"a": A, "b": B}), "2.safetensors": ONE}
+
+    found = read(files, {"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})
+
+    assert {name: tensor.shard for name, tensor in found.tensors.items()} == {
+        "b": "1.safetensors",
+        "a": "2.safetensors",
+    }
+
+
+def test_two_copies_that_the_index_does_not_tell_apart_are_refused():
+    two = {"1.safetensors": file({"a": A, "b": B}), "2.safetensors": file({"a": A, "c": B})}
+    index = {"weight_map": {"b": "1.safetensors", "c": "2.safetensors"}}
+
+    assert "`a` is in both `1.safetensors` and `2.safetensors`" in problem(two, index)
+
+
+def test_shards_without_an_index_are_refused():
+    message = problem({"1.safetensors": ONE, "2.safetensors": ONE})
+
+    assert "has neither model.safetensors nor model.safetensors.index.json" in message
+    assert "found: 1.safetensors, 2.safetensors" in message
+
+
+def test_a_long_header_takes_a_second_request():
+    asked = []
+    content = file({"a" * 70_000: A}, 8)
+
+    def counted(path, start, stop):
+        asked.append((start, stop))
+        return content[start:stop]
+
+    read_headers(LABEL, {"model.safetensors": len(content)}, counted, None)
+
+    assert asked == [(0, 65536), (65536, len(content) - 8)]
+
+
+def test_a_reader_reads_pieces_and_whole_tensors(tmp_path):
+    values = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    save_file({"a": values, "empty": torch.zeros(0, 2)}, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    checkpoint = read(content)
+    into = bytearray(4)
+
+    with TensorReader(tmp_path, LABEL) as reader:
+        reader.read(checkpoint.tensors["a"], 2, memoryview(into))
+        whole = reader.tensor(checkpoint.tensors["a"])
+        empty = reader.tensor(checkpoint.tensors["empty"])
+
+    assert torch.frombuffer(into, dtype=torch.bfloat16).tolist() == [1.0, 2.0]
+    assert whole.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert whole.dtype == torch.float32
+    assert empty.shape == (0, 2)
+
+
+def test_a_file_that_shrank_or_went_since_it_was_checked_is_told(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(file({"a": A}, 8))
+    tensor = read(path.read_bytes()).tensors["a"]
+    path.write_bytes(path.read_bytes()[:-2])
+
+    into = memoryview(bytearray(8))
+
+    with TensorReader(tmp_path, LABEL) as reader, pytest.raises(BrokenCheckpointError) as shrank:
+        reader.read(tensor, 0, into)
+    path.unlink()
+    with TensorReader(tmp_path, LABEL) as reader, pytest.raises(BrokenCheckpointError) as went:
+        reader.read(tensor, 0, into)
+
+    assert "model.safetensors: it ends within `a`.\nIt changed since" in str(shrank.value)
+    assert "model.safetensors: it cannot be read: No such file" in str(went.value)

@@ -1,0 +1,125 @@
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from lewis_hub.errors import MergeError
+from lewis_hub.methods import registry
+from lewis_hub.methods.registry import find, methods, register
+
+
+def message(call):
+    with pytest.raises(MergeError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Registrations that end with the test."""
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+
+def test_five_methods_are_listed_by_name_with_summary_and_paper():
+    found = {method.name: method for method in methods()}
+
+    assert list(found) == ["dare_linear", "dare_ties", "linear", "task_arithmetic", "ties"]
+    assert found["ties"].summary.startswith("Trim each task vector, elect a sign per entry")
+    assert found["ties"].paper == "https://arxiv.org/abs/2306.01708"
+    assert all(method.summary.endswith(".") for method in found.values())
+
+
+def test_options_and_their_defaults_are_mergekits():
+    options = {method.name: dict(method.options) for method in methods()}
+
+    assert options == {
+        "linear": {"normalize": True},
+        "task_arithmetic": {"normalize": False, "lambda": 1.0},
+        "ties": {"normalize": True, "lambda": 1.0},
+        "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
+        "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0},
+    }
+
+
+def test_a_method_says_what_it_takes():
+    assert [m.name for m in methods() if m.takes_density] == ["dare_linear", "dare_ties", "ties"]
+    assert [m.name for m in methods() if m.is_random] == ["dare_linear", "dare_ties"]
+    assert [m.name for m in methods() if not m.takes_base] == ["linear"]
+    assert find("ties").settings == ("weight", "density")
+
+
+def test_an_unknown_method_names_the_nearest():
+    text = message(lambda: find("tie"))
+
+    assert text.startswith("method `tie`: there is none in this version.\nMethods: dare_linear, ")
+    assert text.endswith("Did you mean `ties`?")
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "per_source", "says"),
+    [
+        ("ties", "normalise", False, "`ties` has no such parameter.\nIt knows weight, density,"),
+        ("ties", "normalise", False, "Did you mean `normalize`?"),
+        ("ties", "normalize", True, "has it once for all models, not for each.\nMove it to"),
+        ("task_arithmetic", "density", True, "keeps every entry of a task vector.\nRemove it"),
+        ("ties", "rescale_", False, "Did you mean `rescale`?"),
+    ],
+)
+def test_an_unknown_parameter_is_refused(method, name, per_source, says):
+    found = find(method)
+
+    assert says in message(lambda: found.require_known([name], per_source=per_source))
+
+
+def test_a_name_that_is_taken_is_refused(own_registry):
+    text = message(lambda: register("ties")(print))
+
+    assert text.startswith("method `ties`: the name is already taken by lewis_hub.methods.ties.")
+
+
+def test_a_package_adds_a_method_by_an_entry_point(own_registry, monkeypatch, tmp_path):
+    (tmp_path / "boldest_package.py").write_text(
+        "from lewis_hub.methods.registry import register\n"
+        "@register('boldest')\n"
+        "def boldest(base, task_vectors, *, weights, power=2.0):\n"
+        "    '''Keep what moved most.'''\n"
+        "    return base\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    offered(monkeypatch, EntryPoint("boldest", "boldest_package:boldest", registry.GROUP))
+
+    assert find("boldest").options == {"power": 2.0}
+    assert "boldest" in [method.name for method in methods()]
+
+
+def test_a_package_that_does_not_load_is_named(own_registry, monkeypatch):
+    offered(monkeypatch, EntryPoint("gone", "no_such_package:gone", registry.GROUP))
+
+    text = message(lambda: find("gone"))
+
+    assert "offers it but does not load: No module named 'no_such_package'" in text
+    assert "pip uninstall" in text
+
+
+def test_listing_methods_does_not_import_torch():
+    code = (
+        "import sys; from lewis_hub.methods.registry import methods; methods();"
+        "print('torch' in sys.modules, 'numba' in sys.modules)"
+    )
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert run.stdout == "False False\n"
+
+
+def offered(monkeypatch, entry):
+    class Offered(tuple):
+        @property
+        def names(self):
+            return {one.name for one in self}
+
+    def entry_points(*, group, name=None):
+        return Offered([entry] if group == registry.GROUP and name in {None, entry.name} else [])
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
