@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from lewis_hub.hub.facts import Licence, ModelFacts
+from lewis_hub.hub.source import Source
+from lewis_hub.methods import registry
+from lewis_hub.report.card import model_card, usage
+from lewis_hub.report.findings import Scores
+from lewis_hub.report.metadata import card_data
+
+HUB = "https://huggingface.co"
+ONERROR = "<img src=x onerror=alert(1)>"
+HTML = MarkdownIt("commonmark", {"html": True}).enable("table")
+
+
+def section(card: ModelCard, title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", card.text, flags=re.M | re.S)
+    assert found, f"no section {title}"
+    return found[1].strip()
+
+
+def test_the_summary_says_what_was_merged_how_and_into_what(make_facts):
+    card = model_card(make_facts())
+
+    heading, summary = card.text.strip().split("\n\n")[:2]
+    assert heading == "# zoo-merge"
+    assert summary == (
+        f"This model merges [`zoo/math`](<{HUB}/zoo/math>) and [`zoo/text`](<{HUB}/zoo/text>) into "
+        f"[`zoo/base`](<{HUB}/zoo/base>) by [TIES-Merging](<https://arxiv.org/abs/2306.01708>); "
+        "nothing was trained. Of each task vector (expert minus base) the guide "
+        "[LEWIS](<https://arxiv.org/abs/2503.03874>) kept a fraction of its own in every weight "
+        "matrix of the blocks: between 0.30 and 0.80, from how importance on calibration texts "
+        "changed from base to expert. It has 1,544 parameters in bfloat16."
+    )
+
+
+def test_the_metadata_is_complete_and_reads_back(make_facts):
+    card = model_card(make_facts())
+
+    block = card.content.split("---\n")[1]
+    metadata = yaml.safe_load(block)
+    assert metadata == {
+        "base_model": ["zoo/base", "zoo/math", "zoo/text"],
+        "base_model_relation": "merge",
+        "datasets": ["zoo/sums"],
+        "language": ["en"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "metrics": ["exact_match"],
+        "pipeline_tag": "text-generation",
+        "tags": ["merge", "lewis-hub", "lewis", "ties"],
+        "model-index": [
+            {
+                "name": "zoo-merge",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"name": "sums", "type": "sums"},
+                        "metrics": [
+                            {"type": "exact_match", "value": 0.7, "name": "exact_match,none"}
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+    assert ModelCard(card.content).content == card.content
+    assert card.data.to_dict() == card_data(make_facts()).to_dict()
+
+
+def test_a_card_is_the_same_each_time(make_facts):
+    assert model_card(make_facts()).content == model_card(make_facts()).content
+
+
+def test_the_hub_accepts_the_card(hub, make_facts):
+    model_card(make_facts()).validate()
+    hostile = Licence("x: [y\n---\n", ONERROR, "javascript:alert(1)")
+    model_card(make_facts(licence=hostile, title=ONERROR, repo=None)).validate()
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("custom_code", [True, False])
+@pytest.mark.parametrize("repo", ["me/zoo-merge", None])
+def test_the_snippet_is_python_that_names_this_model(make_facts, chat, custom_code, repo):
+    program = usage(make_facts(chat=chat, custom_code=custom_code, repo=repo))
+
+    tree = ast.parse(program)
+    assigned = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    }
+    assert assigned["name"] == (repo or ".")
+    assert ("apply_chat_template" in program) == chat
+    assert program.count("trust_remote_code=True") == (2 if custom_code else 0)
+    assert program in model_card(make_facts(chat=chat, custom_code=custom_code, repo=repo)).text
+
+
+def test_scores_are_shown_with_paired_tests_and_limits_in_words(make_facts):
+    card = model_card(make_facts())
+
+    scores, limits = section(card, "Scores"), section(card, "Limits")
+    assert "| `sums` | exact_match | 300 | 0.050 ± 0.020 | **0.900** ± 0.020 |" in scores
+    assert "| `sums` | exact_match | zoo/math | −0.200 | −0.250 to −0.150 |" in scores
+    assert "The uniform twin is the same merge" in scores
+    assert limits.splitlines()[0].startswith(
+        "- On `sums` (exact_match) the merged model is worse than its best expert, `zoo/math`"
+    )
+    assert "- On `sums` (exact_match) guided is not better than its uniform twin" in limits
+    assert "- One block stands out.\n" in limits
+    assert limits.count("\n- ") == limits.count("\n")
+
+
+def test_gains_are_listed_under_the_scores(make_facts, make_scores):
+    card = model_card(make_facts(scores=make_scores(merged=0.8, twin=0.6, p=0.01)))
+
+    rendered = HTML.render(section(card, "Scores"))
+    assert "<li>On <code>sums</code> (exact_match) guidance gained over" in rendered
+
+
+def test_a_merge_that_was_not_scored_says_so(make_facts, make_scores):
+    only_base = make_scores().tasks["sums"]
+    models = {"base": only_base.models["base"]}
+    without = Scores({"sums": replace(only_base, models=models, paired=())})
+
+    for scores in (None, without):
+        card = model_card(make_facts(scores=scores))
+        assert section(card, "Scores") == (
+            "This merge was not scored. How good it is, at anything, is not known."
+        )
+        assert "model-index" not in card.content
+        assert "metrics:" not in card.content
+        assert section(card, "Limits").startswith("- One block stands out.")
+
+
+def test_an_unguided_merge_speaks_of_no_guide(make_facts):
+    card = model_card(make_facts(guided=None, datasets=(), method=registry.find("dare_ties")))
+
+    assert "## Densities" not in card.text
+    assert "Calibration" not in card.text
+    assert "LEWIS" not in card.text
+    assert "[DARE with TIES-Merging](<https://arxiv.org/abs/2311.03099>)" in card.text
+    assert card.data.tags == ["merge", "lewis-hub", "dare_ties"]
+    assert card.data.datasets is None
+    assert re.findall(r"@\w+{(\w+),", section(card, "Citation")) == [
+        "yu2024language",
+        "yadav2023ties",
+    ]
+
+
+def test_a_merge_without_a_base_merges_into_none(make_facts):
+    facts = make_facts(base=None, guided=None, method=registry.find("linear"), mergekit=False)
+
+    card = model_card(facts)
+
+    assert f"merges [`zoo/math`](<{HUB}/zoo/math>) and [`zoo/text`]" in card.text
+    assert (
+        "by [a weighted average of their weights](<https://arxiv.org/abs/2203.05482>)" in card.text
+    )
+    assert "zoo/base" not in card.text.replace("base_model: zoo/base", "")
+    assert "mergekit" not in card.text
+
+
+def test_a_method_of_a_package_is_named_and_cites_nothing(make_facts):
+    own = replace(registry.find("ties"), name="my_method", paper=None)
+
+    card = model_card(make_facts(method=own, guided=None))
+
+    assert "by the method `my_method`; nothing was trained." in card.text
+    assert "## Citation" not in card.text
+
+
+def test_every_expert_has_its_pictures_in_both_versions(make_facts):
+    part = section(model_card(make_facts()), "Densities")
+
+    dark = f"{HUB}/me/zoo-merge/resolve/main/lewis/importance-math-dark.png"
+    assert (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        '<img src="lewis/importance-math-light.png" alt="A caption."></picture>'
+    ) in part
+    assert part.count("<picture>") == HTML.render(part).count("<picture>") == 4
+    assert "### `zoo/math`" in part
+    assert "| `zoo/math` | 0.603 | 0.302 | 0.800 | 24 | 1.000 |" in part
+
+
+def test_pictures_of_a_merge_without_a_repo_lie_beside_the_card(make_facts):
+    part = section(model_card(make_facts(repo=None)), "Densities")
+
+    assert 'srcset="lewis/importance-math-dark.png"' in part
+    assert "http" not in part
+
+
+def test_inputs_are_pinned_and_linked_to_their_commits(make_facts, make_source):
+    asked = make_source("zoo/math", "b" * 40, revision="v1.0")
+    text = make_facts().experts[1]
+    facts = make_facts(experts=(asked, text))
+    models = {**facts.models, asked.pinned: facts.models[facts.base.pinned]}
+
+    part = section(model_card(replace(facts, models=models)), "Made from")
+
+    assert "| role | model | revision asked | pinned to | licence |" in part
+    assert f"`v1.0` | [`bbbbbbbbbbbb`](<{HUB}/zoo/base/tree/{'b' * 40}>) | apache-2.0 |" in part
+    assert "Licence of this model: apache-2.0." in part
+    assert "[`zoo/sums`](<https://huggingface.co/datasets/zoo/sums>) at [`000000000000`]" in part
+    assert "| `train` | `{question} {answer}` | 63 | 1,234 | 2 |" in part
+
+
+def test_local_folders_are_named_without_their_path_and_stay_out_of_the_metadata(make_facts):
+    folder = "/home/somebody/models/mine"
+    local = Source(folder, "model", None, "sha256:" + "c" * 64, (), Path(folder))
+    silent = ModelFacts(folder, None, None, None, (), (), False, None)
+    facts = make_facts(guided=None, scores=None)
+    changed = replace(
+        facts, experts=(facts.experts[0], local), models={**facts.models, local.pinned: silent}
+    )
+
+    card = model_card(changed)
+
+    assert card.data.base_model == ["zoo/base", "zoo/math"]
+    assert "and the local folder `mine` into" in card.text
+    assert "| the local folder `mine` | – | content `cccccccccccc` | not stated |" in card.text
+    assert "somebody" not in card.content
+
+
+def test_costs_and_the_commands_to_make_it_again_are_shown(make_facts):
+    part = section(model_card(make_facts()), "Make it again")
+
+    assert (
+        "```bash\npip install lewis-hub==0.1.0\n"
+        'hf download me/zoo-merge --include "lewis/*" --local-dir .\n'
+        "lewis-hub merge lewis/recipe.yaml\n```"
+    ) in part
+    assert "| calibrate | 12.3 s | 1.2 GB | 3.0 MB | 2.5 kB |" in part
+    assert "| merge | 1 min 16 s | 250.0 MB | – | – |" in part
+    assert "| all | 1 min 28 s |  |  |  |" in part
+    assert "Peak memory is that of the process" not in part
+
+
+def test_a_peak_over_the_whole_process_is_labelled(make_facts):
+    (first, _) = make_facts().costs
+    slow = replace(first, seconds=7384.0, peak_over="process")
+
+    part = section(model_card(make_facts(costs=(slow,))), "Make it again")
+
+    assert "| calibrate | 2 h 3 min |" in part
+    assert "Peak memory is that of the process since its start." in part
+
+
+@pytest.mark.parametrize(
+    ("licence", "metadata"),
+    [
+        (None, {}),
+        (Licence("mit"), {"license": "mit"}),
+        (Licence("mit or apache-2.0"), {"license": ["mit", "apache-2.0"]}),
+        (
+            Licence("other", "Llama 3.1 Community", "https://x.org/l icence"),
+            {
+                "license": "other",
+                "license_name": "llama-3.1-community",
+                "license_link": "https://x.org/l%20icence",
+            },
+        ),
+        (
+            Licence("x: [y\n---\n", None, "javascript:alert(1)"),
+            {"license": "other", "license_name": "x-y"},
+        ),
+    ],
+)
+def test_the_licence_is_one_that_the_hub_takes(make_facts, licence, metadata):
+    found = card_data(make_facts(licence=licence)).to_dict()
+
+    assert {key: found[key] for key in found if key.startswith("license")} == metadata
+
+
+def test_scores_that_are_not_finite_stay_out_of_the_metadata(make_facts, make_scores):
+    card = model_card(make_facts(scores=make_scores(merged=float("nan"))))
+
+    assert "model-index" not in card.content
+    assert "nan" in section(card, "Scores")

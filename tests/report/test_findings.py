@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
+from lewis_hub.report.findings import (
+    findings,
+    model_name,
+    number,
+    paired_table,
+    scores_table,
+    signed,
+    was_scored,
+)
+
+
+def one_task(metric: str, paired: tuple[PairedTest, ...] = (), **values: float) -> Scores:
+    labels = {"base": "base", "math": "expert:zoo/math", "twin": "uniform", "merged": "merged"}
+    models = {labels[name]: {metric: MetricScore(v, None)} for name, v in values.items()}
+    return Scores({"sums": TaskScores(300, "1.0", models, paired)})
+
+
+def against(label: str, difference: float, p: float) -> PairedTest:
+    return PairedTest("acc", label, difference, (difference - 0.1, difference + 0.1), p / 2, p)
+
+
+def test_a_merge_worse_than_its_best_expert_is_said_to_be(make_scores):
+    found = findings(make_scores())
+
+    assert found.limits[0] == (
+        "On `sums` (exact_match) the merged model is worse than its best expert, `zoo/math`: "
+        "0.700 against 0.900 (difference −0.200, 95 % interval −0.250 to −0.150, "
+        "adjusted p < 0.001)."
+    )
+
+
+def test_guidance_that_is_not_beyond_the_noise_is_said_not_to_be(make_scores):
+    found = findings(make_scores(merged=0.7, twin=0.68, p=0.6))
+
+    assert found.gains == ()
+    assert found.limits[1] == (
+        "On `sums` (exact_match) guided is not better than its uniform twin beyond the noise: "
+        "0.700 against 0.680 (difference +0.020, 95 % interval −0.030 to +0.070, "
+        "adjusted p = 0.600)."
+    )
+
+
+def test_guidance_that_helps_is_a_gain(make_scores):
+    found = findings(make_scores(merged=0.8, twin=0.6, p=0.01))
+
+    assert found.gains == (
+        "On `sums` (exact_match) guidance gained over the uniform twin: 0.800 against 0.600 "
+        "(difference +0.200, 95 % interval +0.150 to +0.250, adjusted p = 0.010).",
+    )
+
+
+def test_guidance_that_hurts_is_a_limit(make_scores):
+    found = findings(make_scores(merged=0.4, twin=0.6, p=0.01))
+
+    assert "guidance lost against the uniform twin: 0.400 against 0.600" in found.limits[1]
+
+
+def test_a_merge_worse_than_the_base_is_said_to_be_and_noise_is_named():
+    scores = one_task("acc", (against("base", -0.02, 0.4),), base=0.5, merged=0.48)
+
+    assert findings(scores).limits == (
+        "On `sums` (acc) the merged model is worse than the base: 0.480 against 0.500 "
+        "(difference −0.020, 95 % interval −0.120 to +0.080, adjusted p = 0.400), which is within "
+        "the noise.",
+    )
+
+
+def test_a_merge_better_than_its_best_expert_is_a_gain():
+    scores = one_task("acc", (against("expert:zoo/math", 0.2, 0.001),), math=0.5, merged=0.7)
+
+    (gain,) = findings(scores).gains
+
+    assert gain.startswith("On `sums` (acc) the merged model is better than its best expert")
+
+
+def test_without_a_test_nothing_is_said_of_noise():
+    found = findings(one_task("acc", math=0.5, twin=0.2, merged=0.4))
+
+    assert found.limits == (
+        "On `sums` (acc) the merged model is worse than its best expert, `zoo/math`: 0.400 against "
+        "0.500.",
+    )
+    assert found.gains == (
+        "On `sums` (acc) guidance gained over the uniform twin: 0.400 against 0.200.",
+    )
+
+
+def test_lower_is_better_for_perplexity():
+    scores = one_task("word_perplexity,none", math=12.0, base=20.0, twin=15.0, merged=14.0)
+
+    found = findings(scores)
+
+    assert "worse than its best expert, `zoo/math`: 14.000 against 12.000" in found.limits[0]
+    assert "gained over the uniform twin" in found.gains[0]
+    assert "| **12.000** |" in scores_table(scores)
+
+
+def test_the_table_has_a_row_per_task_and_metric_and_the_best_in_bold(make_scores):
+    assert scores_table(make_scores()).splitlines() == [
+        "| task | metric | n | base | zoo/math | zoo/text | uniform twin | merged |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| `sums` | exact_match | 300 | 0.050 ± 0.020 | **0.900** ± 0.020 | 0.100 ± 0.020 "
+        "| 0.680 ± 0.020 | 0.700 ± 0.026 |",
+    ]
+
+
+def test_a_model_that_was_not_scored_on_a_task_leaves_its_cell_open():
+    first = one_task("exact_match,strict-match", base=0.5, merged=0.5).tasks["sums"]
+    second = one_task("acc", merged=1234.5).tasks["sums"]
+
+    rows = scores_table(Scores({"a": first, "b": second})).splitlines()
+
+    assert rows[2] == "| `a` | exact_match, strict-match | 300 | **0.500** | **0.500** |"
+    assert rows[3] == "| `b` | acc | 300 | – | 1,234.5 |"
+
+
+def test_the_paired_table_gives_interval_and_both_p_values():
+    scores = one_task("acc", (against("uniform", 0.05, 0.03),), twin=0.4, merged=0.45)
+
+    table = paired_table(scores)
+
+    assert table
+    assert table.splitlines()[2] == (
+        "| `sums` | acc | uniform twin | +0.050 | −0.050 to +0.150 | 0.015 | 0.030 |"
+    )
+    assert paired_table(one_task("acc", merged=0.4)) is None
+
+
+def test_scores_without_the_merged_model_are_no_scores_of_it():
+    assert not was_scored(None)
+    assert not was_scored(one_task("acc", base=0.4))
+    assert was_scored(one_task("acc", merged=0.4))
+
+
+def test_names_and_numbers_are_for_readers():
+    assert model_name("expert:zoo/math@" + "a" * 40) == "zoo/math"
+    assert [number(0.12345), number(99.9994), number(1234.56)] == ["0.123", "99.999", "1,234.6"]
+    assert [signed(-0.5), signed(0.0), signed(-0.0001), signed(2)] == [
+        "−0.500",
+        "0.000",
+        "0.000",
+        "+2.000",
+    ]
