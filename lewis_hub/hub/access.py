@@ -108,12 +108,18 @@ def check_reads(grant: Grant | None, repo: Repo) -> None:
     raise Refusal(403, f"{restricted} and you are not in the authorized list.", "GatedRepo")
 
 
-def check_writes(grant: Grant | None, namespace: str, noun: str) -> Grant:
-    """Refuse a caller who may not create or change what lies in a namespace."""
+def check_role(grant: Grant | None) -> Grant:
+    """Refuse a caller whose token may change nothing, wherever it is."""
     if grant is None:
         raise Refusal(401, "Invalid username or password.")
     if grant.role != "write":
         raise Refusal(403, "This token has the role read, a token with the role write is needed")
+    return grant
+
+
+def check_writes(caller: Grant | None, namespace: str, noun: str) -> Grant:
+    """Refuse a caller who may not create or change what lies in a namespace."""
+    grant = check_role(caller)
     if not grant.owns(namespace):
         raise Refusal(
             403, f'You don\'t have the rights to create a {noun} under the namespace "{namespace}"'

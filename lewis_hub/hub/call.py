@@ -16,6 +16,7 @@ from lewis_hub.hub.access import (
     Grant,
     Refusal,
     check_reads,
+    check_role,
     check_sees,
     check_writes,
     identify,
@@ -97,7 +98,7 @@ class Call:
 
     def proposer(self) -> Grant:
         """The caller, if they may open a pull request: anyone with a write token."""
-        return check_writes(self.grant, self.grant.user if self.grant else "", "pull request")
+        return check_role(self.grant)
 
     def _repo(self) -> Repo:
         kind = self.parts.get("kind", "models")

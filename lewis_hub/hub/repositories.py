@@ -16,6 +16,7 @@ from lewis_hub.hub.commits import first_commit
 from lewis_hub.hub.store import KINDS, NAME, Kind, Repo, now
 
 PAGE_SIZE = 1000
+TAKEN_NAMESPACES = ("api", "datasets", "lfs", "lfs-upload")  # by other addresses
 
 
 def whoami(call: Call) -> Response:
@@ -42,7 +43,8 @@ def create(call: Call) -> Response:
     namespace = asked.get("organization") or (call.grant.user if call.grant else "")
     name = str(asked.get("name", ""))
     grant = check_writes(call.grant, namespace, kind.removesuffix("s"))
-    if not (NAME.fullmatch(namespace) and NAME.fullmatch(name)):
+    valid = NAME.fullmatch(namespace) and NAME.fullmatch(name)
+    if not valid or namespace in TAKEN_NAMESPACES:
         raise Refusal(400, f"Invalid repository name: {namespace}/{name}")
     private = asked.get("visibility") == "private" or bool(asked.get("private"))
     repo = Repo(kind, namespace, name, now(), private)

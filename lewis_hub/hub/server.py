@@ -7,6 +7,8 @@ address, as the Hub serves them from another origin. Needs the extra ``demo``.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import hmac
 import importlib.util
@@ -17,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
 PART_BYTES = 64 * 2**20
 START_S = 10.0
+ATTEMPTS = 20  # to find a port that is free on both addresses
 
 
 class Hub:
@@ -162,41 +165,26 @@ def serve(root: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
 
     Raises:
         ExtraMissingError: the extra ``demo`` is not installed.
-        HubServerError: `host` is not loopback, or the port is taken.
+        HubServerError: `host` is not loopback, the port is taken, or the folder is being served.
     """
     check_loopback(host)
     for module in ("starlette", "uvicorn", "markdown_it"):
         if importlib.util.find_spec(module) is None:
             raise ExtraMissingError("The embedded Hub", "demo")
-    hub = Hub(root)
-    sockets = _listen(host, port)
-    hub.host, hub.port = sockets[0].getsockname()[:2]
-    hub.storage_url = "http://{}:{}".format(*sockets[1].getsockname()[:2])
-    server = _server(hub)
-    thread = threading.Thread(target=server.run, args=(sockets,), name="lewis-hub", daemon=True)
-    thread.start()
-    try:
-        _await_start(server, thread)
-        yield hub
-    finally:
-        server.should_exit = True
-        thread.join()
-        for listener in sockets:
-            listener.close()
-
-
-def run(root: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-    """Serve a Hub from a folder until interrupted."""
-    with serve(root, host, port):
-        wait()
-
-
-def wait() -> None:
-    """Do nothing until interrupted."""
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        return
+    with _reserved(root), _listening(host, port) as sockets:
+        hub = Hub(root)
+        hub.host, hub.port = sockets[0].getsockname()[:2]
+        other = sockets[1].getsockname()[0] if sockets[1:] else "localhost"
+        hub.storage_url = f"http://{other}:{hub.port}"
+        server = _server(hub)
+        thread = threading.Thread(target=server.run, args=(sockets,), name="lewis-hub", daemon=True)
+        thread.start()
+        try:
+            _await_start(server, thread)
+            yield hub
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def check_loopback(host: str) -> None:
@@ -218,29 +206,53 @@ def check_loopback(host: str) -> None:
         )
 
 
-def _listen(host: str, port: int) -> list[socket.socket]:
-    """Listen on a loopback address and, at the same port, on the next one."""
-    first = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    hosts = (str(first), str(first + 1) if first + 1 in LOOPBACK else "127.0.0.1")
-    for attempt in range(20):
-        listeners: list[socket.socket] = []
+@contextmanager
+def _reserved(root: Path) -> Iterator[None]:
+    """Keep other processes from serving the same folder."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
         try:
-            for address in hosts:
-                listener = socket.socket()
-                listeners.append(listener)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind((address, listeners[0].getsockname()[1] if listeners[1:] else port))
-            return listeners
-        except OSError as error:
-            for listener in listeners:
-                listener.close()
-            if port or attempt == 19:
-                raise HubServerError(
-                    f"{host}:{port}",
-                    f"the embedded Hub cannot listen there ({error.strerror})",
-                    "Stop what listens there, or choose another port with --port.",
-                ) from error
-    raise AssertionError("unreachable")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HubServerError(
+                str(root),
+                "another embedded Hub serves this folder",
+                "Stop that one, or choose another folder with --root.",
+            ) from None
+        yield
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Listen on a loopback address and, at the same port, on the next one.
+
+    Where the system knows no other loopback address than 127.0.0.1 (macOS), one listener has to do:
+    `localhost` is then the other origin.
+    """
+    first = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    hosts = (str(first), str(first + 1 if first + 1 in LOOPBACK else LOOPBACK[1]))
+    with ExitStack() as opened:
+        for attempt in range(ATTEMPTS):
+            listeners: list[socket.socket] = []
+            try:
+                for address in hosts:
+                    listener = opened.enter_context(socket.socket())
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    same = listeners[0].getsockname()[1] if listeners else port
+                    listener.bind((address, same))
+                    listeners.append(listener)
+                break
+            except OSError as error:
+                if listeners and error.errno == errno.EADDRNOTAVAIL:
+                    break
+                opened.close()
+                if port or attempt == ATTEMPTS - 1:
+                    raise HubServerError(
+                        f"{host}:{port}",
+                        f"the embedded Hub cannot listen there ({error.strerror})",
+                        "Stop what listens there, or choose another port with --port.",
+                    ) from error
+        yield listeners
 
 
 def _server(hub: Hub) -> uvicorn.Server:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_path_outside_the_repository_is_refused(hub, api, path):
 
     answer = httpx.post(
         f"{hub.url}/api/models/acme/base/commit/main",
-        content="\n".join(__import__("json").dumps(line) for line in lines),
+        content="\n".join(json.dumps(line) for line in lines),
         headers={"Authorization": f"Bearer {hub.write_token}"},
     )
 
@@ -232,6 +233,21 @@ def test_a_commit_can_become_a_pull_request_and_be_merged(api, push, hub):
     assert details.merge_commit_oid == api.model_info("acme/base").sha
     assert content(api, "a.txt") == b"two"
     assert content(api, "b.txt") == b"new"
+
+
+def test_a_stranger_may_propose_weights_but_not_push_or_merge_them(api, push, hub):
+    push("acme/base", {"a.txt": b"one"})
+    hub.add_token("hf_stranger", "stranger", "write")
+    stranger = hub.api("hf_stranger")
+
+    with pytest.raises(HfHubHTTPError, match="403"):
+        commit(stranger, add("m.safetensors", b"\0weights"))
+    made = commit(stranger, add("m.safetensors", b"\0weights"), create_pr=True)
+    with pytest.raises(HfHubHTTPError, match="403"):
+        stranger.merge_pull_request("acme/base", made.pr_num)
+
+    assert content(api, "m.safetensors", made.pr_revision) == b"\0weights"
+    assert api.get_discussion_details("acme/base", made.pr_num).author == "stranger"
 
 
 def test_a_pull_request_can_be_opened_first_and_filled_later(api, push, hub):

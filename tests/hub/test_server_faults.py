@@ -115,6 +115,16 @@ def test_a_port_that_is_taken_is_said_to_be(hub, tmp_path):
     )
 
 
+def test_a_folder_is_served_by_one_hub_at_a_time(tmp_path):
+    with serve(tmp_path), pytest.raises(HubServerError) as raised, serve(tmp_path):
+        pass
+
+    assert str(raised.value) == (
+        f"{tmp_path}: another embedded Hub serves this folder.\n"
+        "Stop that one, or choose another folder with --root."
+    )
+
+
 def test_without_the_extra_the_install_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 

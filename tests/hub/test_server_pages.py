@@ -116,6 +116,8 @@ def test_commit_and_pull_request_pages_exist_where_the_client_says_they_are(hub,
     commit = page(hub, made.commit_url.removeprefix(hub.url))
     request = page(hub, made.pr_url.removeprefix(hub.url))
 
+    files = page(hub, f"/{repo}/tree/refs%2Fpr%2F1")
+    assert f'<a href="/{repo}/blob/refs%2Fpr%2F1/notes.txt">notes.txt</a>' in files
     assert '<td class="soft">added</td><td><a href=' in commit
     assert "Pull request, open, by lewis" in request
     assert "Add notes</a>" in request
