@@ -11,30 +11,41 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lewis_hub.demo.zoo import zoo_folder
     from lewis_hub.errors import LewisHubError
-    from lewis_hub.pipeline import calibrate, check, evaluate, merge, publish
-    from lewis_hub.recipe import Recipe
+    from lewis_hub.pipeline import calibrate, check, evaluate, merge, open_target, publish
+    from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
     from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.execution import Execution
 
 __version__ = "0.1.0"
 __all__ = [
+    "Evaluation",
+    "Execution",
     "LewisHubError",
+    "ModelReference",
+    "Publishing",
     "Recipe",
     "calibrate",
     "check",
     "evaluate",
     "merge",
+    "open_target",
     "publish",
     "read_recipe",
     "zoo_folder",
 ]
 
 _HOME = {
+    "Evaluation": "recipe",
+    "Execution": "stages.execution",
     "LewisHubError": "errors",
+    "ModelReference": "recipe",
+    "Publishing": "recipe",
     "Recipe": "recipe",
     "calibrate": "pipeline",
     "check": "pipeline",
     "evaluate": "pipeline",
     "merge": "pipeline",
+    "open_target": "pipeline",
     "publish": "pipeline",
     "read_recipe": "recipe_file",
     "zoo_folder": "demo.zoo",

@@ -102,6 +102,17 @@ class MergeError(LewisHubError):
         return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
+@dataclass(eq=False)
+class CheckFailedError(LewisHubError):
+    """The sources do not fit together, or cannot be merged as asked."""
+
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        found = "\n".join(f"- {problem}" for problem in self.problems)
+        return f"this recipe cannot be merged:\n{found}\n`lewis-hub check` shows the sources."
+
+
 # -- calibration
 
 

@@ -1,0 +1,170 @@
+"""Commands that follow a recipe: check it, calibrate, merge."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lewis_hub.cli.terminal import Terminal, terminal_options
+
+if TYPE_CHECKING:
+    from lewis_hub.hub.publish import Published
+    from lewis_hub.pipeline import Merged
+
+
+class RepoName(click.ParamType[str]):
+    """owner/name, as the Hub writes it."""
+
+    name = "owner/name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse what cannot be a repo before anything else happens."""
+        from lewis_hub.recipe import REPO
+
+        if not REPO.fullmatch(value):
+            self.fail(f"expected owner/name such as me/my-merge, found {value!r}", param, ctx)
+        return value
+
+
+recipe_argument = click.argument(
+    "recipe_file",
+    metavar="[RECIPE]",
+    default="recipe.yaml",
+    type=click.Path(dir_okay=False, path_type=Path),
+)
+device_option = click.option("--device", default="cpu", help="Where models run: cpu, cuda, cuda:1.")
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
+@recipe_argument
+@terminal_options
+def check(terminal: Terminal, recipe_file: Path) -> None:
+    """Tell all that can be known before a download: reads headers, never weights."""
+    from lewis_hub.recipe_file import read_recipe
+
+    recipe = read_recipe(recipe_file)  # before the heavy imports: a typo is told at once
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import check_tables
+
+    report = pipeline.check(recipe)
+    terminal.finish(report.to_json(), *check_tables(report))
+    if report.problems:
+        raise click.exceptions.Exit(1)
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub importance recipe.yaml -o profile")
+@recipe_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the profile [importance/ beside the recipe].",
+)
+@device_option
+@terminal_options
+def importance(terminal: Terminal, recipe_file: Path, output: Path | None, device: str) -> None:
+    """Calibrate only: writes importance.json, density.json and their plots."""
+    from lewis_hub.recipe_file import read_recipe
+
+    recipe = read_recipe(recipe_file)
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import density_table
+
+    calibrated = pipeline.calibrate(
+        recipe,
+        output or recipe_file.parent / "importance",
+        device=device,
+        progress=terminal.progress,
+    )
+    schedule = json.loads(calibrated.schedule.to_json())
+    document = {"status": "calibrated", "output": str(calibrated.output), "density": schedule}
+    terminal.finish(document, density_table(calibrated), f"In {calibrated.output}")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
+    "  lewis-hub merge --push --repo me/my-merge"
+)
+@recipe_argument
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the merged model [merged/ beside the recipe].",
+)
+@click.option("--push", is_flag=True, help="Publish the result in one commit.")
+@click.option(
+    "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
+)
+@click.option("--no-eval", is_flag=True, help="Do not score, whatever the recipe says.")
+@click.option("--force", is_flag=True, help="Replace the output folder if it is there.")
+@click.option("--runner", default="threads", help="inline, threads or threads:N.")
+@device_option
+@click.option("--max-shard-size", default="5GB", help="Largest output file [5GB].")
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
+)
+@terminal_options
+def merge(
+    terminal: Terminal,
+    recipe_file: Path,
+    output: Path | None,
+    push: bool,
+    repo: str | None,
+    no_eval: bool,
+    force: bool,
+    runner: str,
+    device: str,
+    max_shard_size: str,
+    allow_code_execution: bool,
+) -> None:
+    """Pull, calibrate, merge, score, report; with --push also publish."""
+    from lewis_hub.recipe_file import read_recipe
+
+    recipe = read_recipe(recipe_file)
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import outcome
+    from lewis_hub.stages.execution import Execution
+
+    if repo:
+        recipe = pipeline.published_at(recipe, repo)
+    if no_eval:
+        recipe = recipe.model_copy(update={"evaluate": None})
+    execution = Execution(
+        runner=runner,
+        device=device,
+        max_shard_bytes=parse_size(max_shard_size),
+        replace=force,
+        allow_code=allow_code_execution,
+    )
+    target = pipeline.open_target(pipeline.destination(recipe)) if push else None
+    merged = pipeline.merge(
+        recipe, output or recipe_file.parent / "merged", execution, terminal.progress
+    )
+    published = pipeline.publish(merged.output, target, terminal.progress) if target else None
+    terminal.finish(_document(merged, published), *outcome(merged, published))
+
+
+def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
+    scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
+    document = {"status": merged.status, "output": str(merged.output), "scores": scores}
+    if published:
+        document |= published.to_json()
+        document["status"] = "merged" if published.changed else "unchanged"
+    return document
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size such as 500MB or 5GB, in powers of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
+    if not match or float(match[1]) == 0:
+        raise click.BadParameter(
+            f"expected a size such as 500MB or 5GB, found {text!r}", param_hint="--max-shard-size"
+        )
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))

@@ -1,0 +1,80 @@
+"""Commands about one finished model: score it, publish it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from lewis_hub.cli.merging import RepoName, device_option
+from lewis_hub.cli.terminal import Terminal, terminal_options
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub evaluate merged --task gsm8k --limit 100")
+@click.argument("model")
+@click.option("--task", "tasks", multiple=True, required=True, help="lm-eval task; repeat it.")
+@click.option(
+    "--include",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with own lm-eval task files.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
+@device_option
+@click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
+)
+@terminal_options
+def evaluate(
+    terminal: Terminal,
+    model: str,
+    tasks: tuple[str, ...],
+    include: Path | None,
+    limit: int | None,
+    device: str,
+    allow_code_execution: bool,
+) -> None:
+    """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import scores_table
+    from lewis_hub.recipe import Evaluation, ModelReference
+    from lewis_hub.stages.execution import Execution
+
+    evaluation = Evaluation(
+        tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
+    )
+    execution = Execution(device=device, allow_code=allow_code_execution)
+    scores = pipeline.evaluate(
+        ModelReference.model_validate(model), evaluation, execution, terminal.progress
+    )
+    terminal.finish(json.loads(scores.to_json()), scores_table(scores))
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub push merged me/my-merge --as pull-request")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repo", type=RepoName())
+@click.option("--as", "landing", type=click.Choice(["commit", "pull-request"]), default="commit")
+@click.option("--tag", help="Tag to put on the new commit.")
+@click.option("--private", is_flag=True, help="Make the repo private if it is created.")
+@terminal_options
+def push(
+    terminal: Terminal,
+    folder: Path,
+    repo: str,
+    landing: str,
+    tag: str | None,
+    private: bool,
+) -> None:
+    """Publish the merged model in FOLDER to REPO in one commit; prints its address."""
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import publication
+    from lewis_hub.recipe import Publishing
+
+    publishing = Publishing.model_validate(
+        {"repo": repo, "as": landing, "tag": tag, "private": private}
+    )
+    target = pipeline.open_target(publishing)
+    published = pipeline.publish(folder, target, terminal.progress)
+    terminal.finish(published.to_json(), *publication(published))

@@ -1,0 +1,152 @@
+"""Commands about recipes: write one, describe them, list what they may name."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lewis_hub.cli.terminal import Terminal, terminal_options
+
+
+@click.command(
+    epilog="\b\nExample:\n  lewis-hub init --base google/gemma-2-2b --expert me/gemma-math"
+)
+@click.option("--base", prompt="Base model", help="What the experts were fine-tuned from.")
+@click.option("--expert", "experts", multiple=True, help="A fine-tuned model; repeat it.")
+@click.option("--task", "tasks", multiple=True, help="An lm-eval task to score; repeat it.")
+@click.option(
+    "--calibration",
+    "calibrations",
+    multiple=True,
+    help="A dataset like the benchmark: one for all experts, or one for each in order.",
+)
+@click.option("--text", default="{question} {answer}", help="Template over the dataset's columns.")
+@click.option("--repo", help="Where to publish: owner/name.")
+@click.option(
+    "-o",
+    "--output",
+    default="recipe.yaml",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write [recipe.yaml].",
+)
+@click.option("--force", is_flag=True, help="Replace a recipe that is there.")
+@terminal_options
+def init(
+    terminal: Terminal,
+    base: str,
+    experts: tuple[str, ...],
+    tasks: tuple[str, ...],
+    calibrations: tuple[str, ...],
+    text: str,
+    repo: str | None,
+    output: Path,
+    force: bool,
+) -> None:
+    """Write a commented recipe, and its JSON Schema for editors."""
+    from lewis_hub.recipe_file import parse_recipe
+    from lewis_hub.recipe_file import schema as recipe_schema
+
+    if not experts:
+        answer = click.prompt("Experts (separated by spaces)", err=True)
+        experts = tuple(answer.split())
+    if len(calibrations) not in {0, 1, len(experts)}:
+        raise click.UsageError(
+            f"expected one --calibration for all experts or one for each of the {len(experts)}, "
+            f"found {len(calibrations)}."
+        )
+    if output.exists() and not force:
+        raise click.UsageError(f"{output} exists; name another with -o, or replace it with --force")
+    written = _render(base, experts, tasks, calibrations, text, repo)
+    parse_recipe(written, str(output))  # what we write is what we read
+    schema_file = output.with_name("recipe.schema.json")
+    output.write_text(written, encoding="utf-8")
+    schema_file.write_text(recipe_schema(), encoding="utf-8")
+    terminal.finish(
+        {"status": "written", "output": str(output), "schema": str(schema_file)},
+        f"Wrote {output} and {schema_file.name}. Next: lewis-hub check {output}",
+    )
+
+
+def _render(
+    base: str,
+    experts: tuple[str, ...],
+    tasks: tuple[str, ...],
+    calibrations: tuple[str, ...],
+    text: str,
+    repo: str | None,
+) -> str:
+    import jinja2
+
+    source = resources.files("lewis_hub.templates").joinpath("recipe.yaml.j2").read_text("utf-8")
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["yaml"] = _yaml_string
+    return environment.from_string(source).render(
+        base=base,
+        experts=experts,
+        tasks=list(tasks),
+        calibrations=calibrations,
+        experts_calibrate=len(calibrations) == len(experts) > 1,
+        text=text,
+        repo=repo,
+    )
+
+
+def _yaml_string(value: object) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
+
+
+@click.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema."""
+    from lewis_hub.recipe_file import schema as recipe_schema
+
+    click.echo(recipe_schema(), nl=False)
+
+
+@click.command()
+@terminal_options
+def methods(terminal: Terminal) -> None:
+    """List the merge methods, their options and their papers."""
+    from lewis_hub.methods.registry import methods as all_methods
+
+    found = all_methods()
+    _listed(
+        terminal,
+        "methods",
+        [
+            {"name": m.name, "summary": m.summary, "options": list(m.options), "paper": m.paper}
+            for m in found
+        ],
+    )
+
+
+@click.command()
+@terminal_options
+def guides(terminal: Terminal) -> None:
+    """List the guides: how calibration becomes densities."""
+    from lewis_hub.guides.registry import guides as all_guides
+
+    found = all_guides()
+    _listed(
+        terminal,
+        "guides",
+        [{"name": g.name, "summary": g.summary, "options": [], "paper": g.paper} for g in found],
+    )
+
+
+def _listed(terminal: Terminal, what: str, entries: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "what it does", "options", "paper"):
+        table.add_column(column, no_wrap=column in {"name", "paper"})
+    for entry in entries:
+        options = ", ".join(entry["options"])
+        table.add_row(*map(Text, (entry["name"], entry["summary"], options, entry["paper"] or "")))
+    terminal.finish({what: entries}, table)

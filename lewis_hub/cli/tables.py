@@ -1,0 +1,112 @@
+"""What commands show to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lewis_hub.cli.terminal import size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from lewis_hub.evaluate.scores import MetricScore, Scores
+    from lewis_hub.hub.publish import Published
+    from lewis_hub.pipeline import Calibrated, Merged
+    from lewis_hub.stages.checking import CheckReport
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+    return table
+
+
+def _plain(*cells: str) -> tuple[RenderableType, ...]:
+    from rich.text import Text
+
+    return tuple(map(Text, cells))  # names from repos are never read as markup
+
+
+def check_tables(report: CheckReport) -> Iterator[RenderableType]:
+    """Sources, problems, and what the merge will take."""
+    table = _table(
+        "role", "source", "commit", "size", "dtype", "parameters", "vocabulary", "tied", "licence"
+    )
+    for source in report.sources:
+        table.add_row(
+            *_plain(
+                source.role,
+                source.name,
+                source.commit_sha.removeprefix("sha256:")[:8],
+                size(source.size_bytes),
+                source.dtype,
+                f"{source.n_parameters:,}",
+                f"{source.n_vocabulary:,}" if source.n_vocabulary else "?",
+                "yes" if source.tied else "no",
+                source.licence or "none given",
+            )
+        )
+    yield table
+    yield from _plain(
+        f"\ndownload {size(report.download_bytes)}, disk {size(report.disk_bytes)}, "
+        f"memory up to {size(report.memory_bytes)}; the merged model has "
+        f"{size(report.output_bytes)}",
+        *(f"note: {note}" for note in report.notes),
+        *(f"problem: {problem}" for problem in report.problems),
+    )
+    if not report.problems:
+        yield from _plain("Nothing stands in the way.")
+
+
+def scores_table(scores: Scores) -> RenderableType:
+    """A row per task and metric, a column per model."""
+    labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
+    table = _table("task", "metric", "n", *(label.removeprefix("expert:") for label in labels))
+    for name, task in scores.tasks.items():
+        for metric in dict.fromkeys(key for found in task.models.values() for key in found):
+            cells = [_score(task.models.get(label, {}).get(metric)) for label in labels]
+            table.add_row(*_plain(name, metric, str(task.n), *cells))
+    return table
+
+
+def _score(score: MetricScore | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score.value:.3f}" + (f" ± {score.stderr:.3f}" if score.stderr is not None else "")
+
+
+def density_table(calibrated: Calibrated) -> RenderableType:
+    """Mean, lowest and highest density of each expert, and where they lie."""
+    table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
+    for expert in calibrated.schedule.experts:
+        densities = expert.tensors
+        top = max(densities, key=lambda name: densities[name], default="-")
+        values = densities.values()
+        mean = sum(values) / len(values) if values else 0.0
+        numbers = (mean, min(values, default=0.0), max(values, default=0.0))
+        cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
+        table.add_row(*_plain(expert.source.partition("@")[0], top.removesuffix(".weight"), *cells))
+    return table
+
+
+def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableType]:
+    """Where the merge lies, how it scored, and where it was published."""
+    if merged.scores:
+        yield scores_table(merged.scores)
+    done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
+    yield from _plain(f"{done} {merged.output}")
+    if published:
+        yield from publication(published)
+
+
+def publication(published: Published) -> Iterator[RenderableType]:
+    """The address of what was pushed."""
+    if published.changed:
+        yield from _plain(f"Published {published.url} ({published.commit_url})")
+    else:
+        yield from _plain(f"Nothing to publish: {published.url} holds this merge already")

@@ -1,0 +1,134 @@
+"""What commands say: results on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import click
+
+from lewis_hub.progress import Advance, Progress, Silent, Unit
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+P = ParamSpec("P")
+LOG_EVERY_S = 20.0
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """How this run talks: as one JSON document, quietly, or to a person."""
+
+    json: bool
+    quiet: bool
+
+    @property
+    def progress(self) -> Progress:
+        """Bars on a terminal, a line now and then in a log, nothing when quiet."""
+        if self.quiet:
+            return Silent()
+        return Bars() if sys.stderr.isatty() else Lines()
+
+    def finish(self, document: Mapping[str, Any], *shown: RenderableType) -> None:
+        """Print the result: the document with --json, otherwise what a person reads."""
+        if self.json:
+            click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+            return
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else 120
+        console = Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
+        for item in shown:
+            console.print(item)
+
+
+def terminal_options(command: Callable[P, None]) -> Callable[..., None]:
+    """Give a command --json and -q, and hand it a `Terminal` first."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+    @functools.wraps(command)
+    def with_terminal(*args: Any, as_json: bool, quiet: bool, **options: Any) -> None:
+        command(Terminal(as_json, quiet), *args, **options)  # type: ignore[arg-type]
+
+    return with_terminal
+
+
+class Bars:
+    """A live bar with time left for each stage."""
+
+    @contextmanager
+    def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:
+        """Show one bar until the stage ends."""
+        from rich import progress as rich_progress
+        from rich.console import Console
+
+        counted: rich_progress.ProgressColumn = (
+            rich_progress.DownloadColumn()
+            if unit == "bytes"
+            else rich_progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
+        )
+        columns = (
+            rich_progress.TextColumn("{task.description:<28}"),
+            rich_progress.BarColumn(bar_width=30),
+            counted,
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TextColumn("left"),
+            rich_progress.TimeRemainingColumn(),
+        )
+        with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
+            bar = bars.add_task(title, total=total)
+            yield lambda done: bars.advance(bar, done)
+
+    def say(self, text: str) -> None:
+        """Print a line above what follows."""
+        click.echo(text, err=True)
+
+
+class Lines:
+    """For logs: a line when a stage starts and ends, and every so often between."""
+
+    @contextmanager
+    def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:
+        """Log the stage."""
+        started = logged = time.monotonic()
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done, logged
+            done += n
+            now = time.monotonic()
+            if now - logged >= LOG_EVERY_S and 0 < done < total:
+                logged = now
+                left = (now - started) / done * (total - done)
+                self.say(
+                    f"{title}: {done / total:.0%} of {_amount(total, unit)}, {left:.0f} s left"
+                )
+
+        self.say(f"{title}: {_amount(total, unit)}")
+        yield advance
+        self.say(f"{title}: done in {time.monotonic() - started:.1f} s")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        click.echo(text, err=True)
+
+
+def _amount(total: int, unit: Unit) -> str:
+    return size(total) if unit == "bytes" else f"{total:,} {unit}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as a person reads them, in powers of 1000 as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} TB"

@@ -1,0 +1,254 @@
+"""START HERE: a recipe becomes a published model, in the order in which it happens.
+
+    recipe - resolve - check - calibrate - guide - plan - merge - evaluate - report - publish
+
+Each step lives in its own file of `stages/`, which puts the recipe's words in those of the rooms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lewis_hub.errors import RecipeError
+from lewis_hub.evaluate.scores import Scores
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.importance import ImportanceProfile
+from lewis_hub.hub.publish import Published
+from lewis_hub.merge.workspace import Workspace, open_workspace
+from lewis_hub.progress import Progress, Silent
+from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
+from lewis_hub.report.cost import Costs
+from lewis_hub.stages import (
+    calibration,
+    checking,
+    downloading,
+    evaluation,
+    merging,
+    publishing,
+    reporting,
+)
+from lewis_hub.stages.calibration import Sets
+from lewis_hub.stages.checking import CheckReport
+from lewis_hub.stages.execution import Execution, Step
+from lewis_hub.stages.publishing import Destination
+from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A finished merge: a folder on disk, and its scores where it was scored."""
+
+    status: Literal["merged", "unchanged"]
+    output: Path
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A finished calibration: a folder with the profile, the schedule and their plots."""
+
+    output: Path
+    profile: ImportanceProfile | None
+    schedule: DensitySchedule
+
+
+def check(recipe: Recipe) -> CheckReport:
+    """Tell all that can be known before a download: headers and JSON files are read, no weights.
+
+    Raises:
+        LewisHubError: a source cannot be found or read. Sources that are there and do not fit
+            together are `problems` of the report.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> lewis_hub.check(recipe).problems
+        ()
+    """
+    api = hub_api()
+    return checking.examine(recipe, resolve_inputs(recipe, api), api, allow_code=True).report
+
+
+def calibrate(
+    recipe: Recipe, output: Path | str, device: str = "cpu", progress: Progress | None = None
+) -> Calibrated:
+    """Measure, decide and draw, without merging.
+
+    Args:
+        recipe: has a `guide`.
+        output: folder for `importance.json`, `density.json` and their plots; what it holds
+            already is reused where source, data and settings are the same.
+        device: where models run, as torch names it.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        LewisHubError: a source cannot be used, or the calibration data does not fit.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> calibrated = lewis_hub.calibrate(recipe, tmp_path / "importance")
+        >>> densities = calibrated.schedule.experts[0].tensors.values()
+        >>> min(densities), max(densities)
+        (0.3, 0.8)
+    """
+    output, progress = Path(output), progress or Silent()
+    if recipe.guide is None:
+        problem = "the recipe has no `guide`, so there is nothing to calibrate."
+        raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
+    api = hub_api()
+    inputs = resolve_inputs(recipe, api)
+    examined = checking.examine(
+        recipe.model_copy(update={"evaluate": None, "publish": None}), inputs, api, allow_code=False
+    )
+    checking.require_fine(examined.report)
+    step = Step(recipe, inputs, examined, Execution(device=device), api, progress)
+    sets = calibration.calibration_sets(step)
+    output.mkdir(parents=True, exist_ok=True)
+    folders = downloading.everything(step)
+    guidance = calibration.guide(step, sets, folders, output / "importance.json")
+    reporting.write_guidance(output, guidance)
+    return Calibrated(output, guidance.profile, guidance.schedule)
+
+
+def merge(
+    recipe: Recipe,
+    output: Path | str,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """Pull, check, calibrate, merge, score and report; the folder appears whole or not at all.
+
+    Args:
+        recipe: what to merge.
+        output: folder to make; an interrupted run's work in ``OUTPUT.partial`` is taken up.
+        execution: how to run; None: on all cores of this machine.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        LewisHubError: see the subclasses in `errors`; nothing half-done carries the name `output`.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> unscored = recipe.model_copy(update={"evaluate": None})
+        >>> lewis_hub.merge(unscored, tmp_path / "merged").status
+        'merged'
+    """
+    output = Path(output)
+    execution, progress = execution or Execution(), progress or Silent()
+    api = hub_api()
+    inputs = resolve_inputs(recipe, api)
+    planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
+    if reporting.is_this_merge(output, planned):
+        return Merged("unchanged", output, reporting.read_scores(output))
+    examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
+    checking.require_fine(examined.report)
+    step = Step(recipe, inputs, examined, execution, api, progress)
+    with open_workspace(output, replace=execution.replace) as work:
+        sets = calibration.calibration_sets(step)  # small files; the weights come after
+        scores, files = _merge(step, sets, work)
+        return Merged("merged", work.finish(files), scores)
+
+
+def evaluate(
+    model: ModelReference,
+    asked: Evaluation,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score one model on lm-eval tasks.
+
+    Args:
+        model: a repo, repo@revision or folder.
+        asked: tasks, own task files and limit.
+        execution: device, and whether benchmarks may run code.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        LewisHubError: the model or a task cannot be used.
+
+    Example:
+        >>> tasks = str(lewis_hub.zoo_folder() / "tasks")
+        >>> asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=tasks, limit=5)
+        >>> model = lewis_hub.ModelReference(name="zoo/expert-reverse")
+        >>> scores = lewis_hub.evaluate(model, asked)
+        >>> scores.tasks["zoo_reverse"].n
+        5
+    """
+    execution, progress = execution or Execution(), progress or Silent()
+    api = hub_api()
+    source = resolve_one(model, api)
+    return evaluation.score_one(source, asked, execution, api, progress)
+
+
+def published_at(recipe: Recipe, repo: str) -> Recipe:
+    """The same recipe, to be published in another repo."""
+    asked = recipe.publish or Publishing(repo=repo)
+    return recipe.model_copy(update={"publish": asked.model_copy(update={"repo": repo})})
+
+
+def destination(recipe: Recipe) -> Publishing:
+    """Where a recipe wants to be published.
+
+    Raises:
+        RecipeError: it does not say.
+    """
+    if recipe.publish is None:
+        raise RecipeError(
+            "recipe",
+            "publish.repo",
+            "the recipe does not say where to publish.",
+            "Add `publish: {repo: owner/name}`, or give --repo owner/name.",
+        )
+    return recipe.publish
+
+
+def open_target(asked: Publishing) -> Destination:
+    """Look at the repo that will be pushed to, before any work.
+
+    Raises:
+        PublishError: no token, one that may not write there, or no such namespace.
+    """
+    return publishing.open_destination(asked, hub_api())
+
+
+def publish(folder: Path, target: Destination, progress: Progress | None = None) -> Published:
+    """Push a merged model in one commit, or in none where nothing changed.
+
+    Args:
+        folder: what `merge` made.
+        target: from `open_target`, before the work began: what somebody pushed to the repo since
+            then is never overwritten.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        PublishError: the repo is as it was before.
+
+    Example:
+        >>> target = lewis_hub.open_target(lewis_hub.Publishing(repo=f"{user}/my-merge"))
+        >>> folder = lewis_hub.zoo_folder() / "base"
+        >>> published = lewis_hub.publish(folder, target)
+        >>> published.changed, lewis_hub.publish(folder, target).changed
+        (True, False)
+    """
+    return publishing.push(folder, target, hub_api(), progress or Silent())
+
+
+def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tuple[str, ...]]:
+    """From the sources' files to all files of the result."""
+    costs = Costs()
+    with costs.measure("download"):
+        folders = downloading.everything(step)
+    guidance = None
+    if step.recipe.guide:
+        with costs.measure("calibrate"):
+            beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
+            earlier = [folder / "importance.json" for folder in (work.output / "lewis", beside)]
+            store = work.scratch / "importance.json"
+            guidance = calibration.guide(step, sets, folders, store, earlier)
+    schedule = guidance.schedule if guidance else None
+    with costs.measure("merge"):
+        merged = merging.make(step, schedule, folders, work.folder, "Merging")
+    with costs.measure("evaluate"):
+        scores = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
+    return scores, reporting.write(step, merged, guidance, scores, costs)

@@ -1,0 +1,150 @@
+"""Evaluate: every model of a merge on the same items; what is scored once is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.compare import compare
+from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
+from lewis_hub.evaluate.results import ModelResult
+from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.tasks import TaskSelection, check_tasks
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.workspace import write_whole
+from lewis_hub.progress import Progress
+from lewis_hub.recipe import Evaluation, Recipe
+from lewis_hub.stages.downloading import download
+from lewis_hub.stages.merging import MergedModel, make, uniform_twin
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from lewis_hub.stages.calibration import Guidance
+    from lewis_hub.stages.execution import Execution, Folders, Step
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to be scored: `identity` names its content, `label` its part in the merge."""
+
+    label: str
+    identity: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation of several models.
+
+    Attributes:
+        limit: only so many first items of each task.
+        kept: folder with the results of models that were scored before.
+    """
+
+    selected: TaskSelection
+    limit: int | None
+    settings: EvaluationSettings
+    kept: Path
+
+
+def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
+    """The tasks that are asked for, own task files found beside the recipe where there is one."""
+    include = None
+    if evaluation.include:
+        include = Path(recipe.locate(evaluation.include) if recipe else evaluation.include)
+    return TaskSelection(evaluation.tasks, include, allow_code=allow_code)
+
+
+def has_twin(recipe: Recipe) -> bool:
+    """Whether the merge is made a second time, with uniform densities, to be scored beside it."""
+    asked = recipe.evaluate
+    return recipe.guide is not None and asked is not None and "uniform" in asked.compare
+
+
+def score_merge(
+    step: Step, merged: MergedModel, guidance: Guidance | None, folders: Folders, scratch: Path
+) -> Scores | None:
+    """Score the merge beside what the recipe compares it with; None where it asks for nothing.
+
+    The uniform twin is made for this and stays in `scratch`.
+    """
+    asked = step.recipe.evaluate
+    if asked is None:
+        return None
+    inputs, candidates = step.inputs, [Candidate("merged", merged.identity, merged.folder)]
+    if has_twin(step.recipe) and guidance:
+        uniform = uniform_twin(step, guidance.schedule)
+        twin = make(step, uniform, folders, scratch / "uniform", "Merging the uniform twin")
+        candidates.insert(0, Candidate("uniform", twin.identity, twin.folder))
+    others = [(f"expert:{e.pinned}", e) for e in inputs.experts if "experts" in asked.compare]
+    if inputs.base and "base" in asked.compare:
+        others.insert(0, ("base", inputs.base))
+    named = [Candidate(label, s.commit_sha, folders[s.pinned]) for label, s in others]
+    selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
+    settings = EvaluationSettings(device=step.execution.device)
+    run = Run(selected, asked.limit, settings, scratch / "scored")
+    return score([*named, *candidates], run, step.progress)
+
+
+def score_one(
+    source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
+) -> Scores:
+    """Score one model that no recipe speaks of."""
+    selected = selection(None, asked, allow_code=execution.allow_code)
+    check_tasks(selected)
+    folder = download(api, [source], progress)[source.pinned]
+    candidate = Candidate(source.pinned, source.commit_sha, folder)
+    settings = EvaluationSettings(device=execution.device)
+    with TemporaryDirectory() as kept:
+        return score([candidate], Run(selected, asked.limit, settings, Path(kept)), progress)
+
+
+def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scores:
+    """Score the candidates on the same items.
+
+    Args:
+        candidates: one labelled `merged` is tested against each other one.
+        run: tasks, settings, and where results are kept as they come.
+        progress: told the requests of all candidates together.
+
+    Raises:
+        EvaluationError: a task or a model cannot be used.
+    """
+    run.kept.mkdir(parents=True, exist_ok=True)
+    progress.say("Preparing the benchmarks")
+    benchmarks = load_tasks(run.selected, run.limit)
+    files = {candidate.label: run.kept / _file_name(candidate, run) for candidate in candidates}
+    results: dict[str, ModelResult] = {}
+    n_new = sum(not file.exists() for file in files.values())
+    with progress.stage("Evaluating", n_new * benchmarks.n_requests, "items") as advance:
+        for candidate in candidates:
+            file = files[candidate.label]
+            if not file.exists():
+                result = evaluate_model(candidate.folder, benchmarks, run.settings, advance)
+                write_whole(file, result.to_json())
+            results[candidate.label] = ModelResult.from_json(file.read_text(encoding="utf-8"))
+    return compare(results)
+
+
+def _file_name(candidate: Candidate, run: Run) -> str:
+    """Changes with the model, the tasks, their own files and the settings."""
+    own = run.selected.include
+    texts = {str(file.relative_to(own)): _sha256(file) for file in _files(own)} if own else {}
+    asked = [candidate.identity, run.selected.names, texts, run.limit, vars(run.settings)]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    return f"{digest[:32]}.json"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,124 @@
+"""Plan and merge: headers, settings and a schedule to a model on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.engine import run
+from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
+from lewis_hub.merge.runners import parse_runner
+from lewis_hub.merge.sidecars import write_sidecars
+from lewis_hub.recipe import Recipe, Settings
+from lewis_hub.stages.sources import Inputs, merged_entries
+
+if TYPE_CHECKING:
+    from lewis_hub.stages.execution import Folders, Step
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A model on disk.
+
+    Attributes:
+        identity: digest of its plan: equal ones hold equal weights.
+        shards: file of weights -> SHA-256 in hexadecimal; the index is among them.
+        sidecars: paths of the files beside the weights, relative to `folder`.
+    """
+
+    identity: str
+    folder: Path
+    shards: Mapping[str, str]
+    sidecars: tuple[str, ...]
+
+
+def plan(
+    recipe: Recipe,
+    inputs: Inputs,
+    checkpoints: Mapping[str, Checkpoint],
+    schedule: DensitySchedule | None,
+    max_shard_bytes: int,
+) -> MergePlan:
+    """Say what each output tensor is made of.
+
+    Args:
+        recipe: names method and settings.
+        inputs: pinned.
+        checkpoints: pinned source -> its headers.
+        schedule: None where the settings alone decide.
+        max_shard_bytes: largest file.
+
+    Raises:
+        MergeError: the settings do not fit the method or the sources.
+    """
+
+    def source(pinned: Source, parameters: Settings) -> MergeSource:
+        return MergeSource(checkpoints[pinned.pinned], pinned.commit_sha, parameters)
+
+    entries = merged_entries(recipe)
+    settings = MergeSettings(
+        method=recipe.merge_method,
+        base=source(inputs.base, {}) if inputs.base else None,
+        experts=tuple(
+            source(expert, entry.parameters)
+            for expert, entry in zip(inputs.experts, entries, strict=True)
+        ),
+        parameters=recipe.parameters,
+        dtype=recipe.output_dtype,
+        seed=recipe.seed,
+    )
+    return make_plan(settings, max_shard_bytes, _densities(schedule, checkpoints))
+
+
+def make(
+    step: Step, schedule: DensitySchedule | None, folders: Folders, output: Path, title: str
+) -> MergedModel:
+    """Merge into a folder; shards that an earlier run finished are kept.
+
+    Args:
+        step: what is merged, and how it runs.
+        schedule: None where the settings alone decide.
+        folders: of all sources.
+        output: made if it is not there.
+        title: what the stage is called.
+
+    Raises:
+        CheckpointError: a source is broken, or holds NaN or infinity.
+        OutputError: there is not enough room.
+    """
+    recipe, execution = step.recipe, step.execution
+    planned = plan(
+        recipe, step.inputs, step.examined.checkpoints, schedule, execution.max_shard_bytes
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
+        found = run(planned, folders, output, parse_runner(execution.runner), advance)
+    donor = step.inputs.donor
+    sidecars = write_sidecars(
+        folders[donor.pinned], output, recipe.output_dtype, code=donor.name in recipe.allow_code
+    )
+    shards = {name: result.sha256 for name, result in found.items()}
+    return MergedModel(planned.digest, output, shards, sidecars)
+
+
+def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:
+    """The same schedule with every density replaced by its mean: what guidance must beat."""
+    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
+    return schedule.uniform_twin({name: t.n_elements for name, t in tensors.items()})
+
+
+def _densities(
+    schedule: DensitySchedule | None, checkpoints: Mapping[str, Checkpoint]
+) -> Schedule | None:
+    """Every tensor's density, those that the guide leaves alone included."""
+    if schedule is None:
+        return None
+    return {
+        expert.source: {name: expert.density(name) for name in checkpoints[expert.source].tensors}
+        for expert in schedule.experts
+    }

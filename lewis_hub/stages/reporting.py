@@ -1,0 +1,261 @@
+"""Report: plots, card, lock and costs of a finished merge."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lewis_hub import __version__
+from lewis_hub.errors import LewisHubError, PublishError
+from lewis_hub.evaluate.scores import Scores
+from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.workspace import write_whole
+from lewis_hub.methods import registry
+from lewis_hub.recipe import Recipe
+from lewis_hub.report.card import model_card
+from lewis_hub.report.cost import Costs
+from lewis_hub.report.facts import CardFacts, Guided
+from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_result
+from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
+from lewis_hub.report.plots import Plot, draw
+from lewis_hub.stages.calibration import Guidance
+from lewis_hub.stages.execution import Step
+from lewis_hub.stages.merging import MergedModel
+from lewis_hub.stages.sources import Inputs, merged_entries
+
+SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
+DOCUMENTS = ("importance.json", "density.json")
+TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
+MERGEKIT = "mergekit_config.yml"
+TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
+
+
+def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """The recipe as plain data, defaults spelt out and every revision pinned.
+
+    It reads back as a recipe beside `lewis/tasks`, where own task files are carried.
+    """
+    told = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    entries = merged_entries(recipe)
+    names = {
+        str(entry.model): expert.pinned
+        for entry, expert in zip(entries, inputs.experts, strict=True)
+    }
+    if recipe.base_model and inputs.base:
+        names[str(recipe.base_model)] = inputs.base.pinned
+        told["base_model"] = inputs.base.pinned
+    for model in told["models"]:
+        model["model"] = names[model["model"]]
+    places = [told.get("guide", {}), *told["models"]]
+    for calibration in (place["calibration"] for place in places if "calibration" in place):
+        dataset = inputs.datasets.get(calibration["dataset"])
+        calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
+    if recipe.evaluate and recipe.evaluate.include:
+        told["evaluate"]["include"] = TASKS
+    return told
+
+
+def lock(
+    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, outputs: Mapping[str, OutputFile]
+) -> Lock:
+    """What is merged, and what came out; without outputs, what will be merged."""
+    entries = merged_entries(recipe)
+    calibrated = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
+    inputs_locked = [_locked(source, source is inputs.base) for source in inputs.models]
+    return Lock(
+        inputs=tuple(inputs_locked),
+        calibration=tuple(
+            _locked_data(inputs.datasets[calibration.dataset])
+            for calibration in calibrated
+            if calibration
+        ),
+        recipe=pinned(recipe, inputs),
+        method=recipe.merge_method,
+        guide=recipe.guide.name if recipe.guide else None,
+        seed=recipe.seed,
+        max_shard_bytes=max_shard_bytes,
+        outputs=outputs,
+        software={"lewis_hub": __version__} | _software(),
+    )
+
+
+def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
+    """Write profile, schedule and their plots into a folder; returns the plots."""
+    if guidance.profile:
+        write_whole(folder / "importance.json", guidance.profile.to_json())
+    write_whole(folder / "density.json", guidance.schedule.to_json())
+    return draw(guidance.profile, guidance.schedule, folder)
+
+
+def write(
+    step: Step,
+    merged: MergedModel,
+    guidance: Guidance | None,
+    scores: Scores | None,
+    costs: Costs,
+) -> tuple[str, ...]:
+    """Write all that a merge leaves behind beside the model itself.
+
+    Returns:
+        Paths of all files of the result, relative to its folder.
+    """
+    folder = merged.folder
+    own = folder / "lewis"
+    own.mkdir(exist_ok=True)
+    plots = write_guidance(own, guidance) if guidance else ()
+    recipe = _yaml(pinned(step.recipe, step.inputs))
+    texts = {"recipe.yaml": recipe, "cost.json": costs.to_json()}
+    if scores:
+        texts["scores.json"] = scores.to_json()
+    for name, text in texts.items():
+        write_whole(own / name, text)
+    names = [*texts, *(DOCUMENTS if guidance else ())]
+    names += [file for plot in plots for file in plot.files]
+    names += _own_tasks(step, own)
+    written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
+    outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
+    told = _mergekit(step, guidance)
+    if told:
+        write_whole(folder / MERGEKIT, told)
+        outputs[MERGEKIT] = _output(folder / MERGEKIT, None)
+    locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
+    write_whole(own / "lock.json", locked.to_json())
+    guided = _guided(step, guidance, plots)
+    card = model_card(_facts(step, guided, scores, costs, locked))
+    write_whole(folder / "README.md", str(card))
+    return (*outputs, "lewis/lock.json", "README.md")
+
+
+def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
+    recipe, inputs = step.recipe, step.inputs
+    if recipe.merge_method not in METHODS:
+        return None
+    entries = zip(merged_entries(recipe), inputs.experts, strict=True)
+    merge = MergekitMerge(
+        method=recipe.merge_method,
+        base=inputs.base.pinned if inputs.base else None,
+        models={expert.pinned: entry.parameters for entry, expert in entries},
+        parameters=recipe.parameters,
+        dtype=recipe.output_dtype,
+        schedule=guidance.schedule if guidance else None,
+        tensors=tuple(step.examined.checkpoints[inputs.donor.pinned].tensors),
+    )
+    return mergekit_config(merge)
+
+
+def _guided(step: Step, guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
+    if guidance is None or step.recipe.guide is None:
+        return None
+    name = step.recipe.guide.name
+    return Guided(name, guidance.profile, guidance.schedule, guidance.notes, plots)
+
+
+def _facts(
+    step: Step, guided: Guided | None, scores: Scores | None, costs: Costs, locked: Lock
+) -> CardFacts:
+    recipe, inputs, examined = step.recipe, step.inputs, step.examined
+    repo = recipe.publish.repo if recipe.publish else None
+    tensors = examined.checkpoints[inputs.donor.pinned].tensors
+    chosen = recipe.publish.license if recipe.publish else None
+    files = {file.path for file in inputs.donor.files}
+    return CardFacts(
+        title=repo.partition("/")[2] if repo else "Merged model",
+        repo=repo,
+        endpoint=step.api.endpoint,
+        base=inputs.base,
+        experts=inputs.experts,
+        models=examined.facts,
+        datasets=tuple(inputs.datasets.values()),
+        parameters={name: tensor.n_elements for name, tensor in tensors.items()},
+        dtype=recipe.output_dtype,
+        method=registry.find(recipe.merge_method),
+        guided=guided,
+        scores=scores,
+        costs=tuple(costs.stages),
+        recipe=_yaml(locked.recipe),
+        licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
+        chat="chat_template.jinja" in files,
+        custom_code=inputs.donor.name in recipe.allow_code,
+        mergekit=MERGEKIT in locked.outputs,
+        digest=locked.digest,
+        software=locked.software,
+    )
+
+
+def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
+    """What follows from the parents; nothing where they differ and nobody decided."""
+    try:
+        return combined_licence(facts, chosen)
+    except PublishError:
+        return None
+
+
+def _own_tasks(step: Step, own: Path) -> list[str]:
+    """Carry own task files, so that the recipe beside them can be run again."""
+    asked = step.recipe.evaluate
+    if asked is None or asked.include is None:
+        return []
+    source, target = Path(step.recipe.locate(asked.include)), own / TASKS
+    carried = []
+    for file in sorted(source.rglob("*")):
+        part = file.relative_to(source)
+        if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
+            (target / part).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / part)
+            carried.append(f"{TASKS}/{part.as_posix()}")
+    return carried
+
+
+def _output(path: Path, sha256: str | None) -> OutputFile:
+    known = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    return OutputFile(known, path.stat().st_size)
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
+
+
+def is_this_merge(output: Path, planned: Lock) -> bool:
+    """Whether a folder holds this very merge, scored as the recipe asks."""
+    try:
+        found = Lock.from_json((output / "lewis" / "lock.json").read_text(encoding="utf-8"))
+    except (OSError, LewisHubError):
+        return False
+    same = found.digest == planned.digest
+    return same and all(
+        found.recipe.get(k) == planned.recipe.get(k) for k in ("evaluate", "publish")
+    )
+
+
+def read_scores(output: Path) -> Scores | None:
+    """The scores of a finished merge, where it was scored."""
+    file = output / "lewis" / "scores.json"
+    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
+    files = {f.path: f.digest for f in source.files if can_change_the_result(f.path)}
+    role: Literal["base", "expert"] = "base" if is_base else "expert"
+    return LockedInput(source.name, role, source.revision, source.commit_sha, files)
+
+
+def _locked_data(source: Source) -> LockedInput:
+    files = {file.path: file.digest for file in source.files if can_change_the_result(file.path)}
+    return LockedInput(source.name, "calibration", source.revision, source.commit_sha, files)
+
+
+def _software() -> dict[str, str]:
+    found = {}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,86 @@
+"""Resolve: every model and dataset that a recipe names, pinned before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+from lewis_hub.hub.source import Source
+from lewis_hub.methods import registry
+from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a merge reads.
+
+    Attributes:
+        base: what task vectors start from; None for a method that takes none.
+        experts: the sources that are merged, in the recipe's order.
+        datasets: a calibration dataset as the recipe writes it -> what it is pinned to.
+    """
+
+    base: Source | None
+    experts: tuple[Source, ...]
+    datasets: Mapping[str, Source]
+
+    @property
+    def models(self) -> tuple[Source, ...]:
+        """Base first, then the experts."""
+        return (self.base, *self.experts) if self.base else self.experts
+
+    @property
+    def donor(self) -> Source:
+        """Whose configuration and tokenizer the merge carries."""
+        return self.models[0]
+
+
+def hub_api() -> HfApi:
+    """The Hub of `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login`."""
+    from huggingface_hub import HfApi
+
+    from lewis_hub import __version__
+
+    return HfApi(library_name="lewis-hub", library_version=__version__)
+
+
+def resolve_inputs(recipe: Recipe, api: HfApi) -> Inputs:
+    """Pin every source of a recipe.
+
+    Raises:
+        SourceError: one cannot be found or may not be read.
+    """
+    base = _model(recipe, api, recipe.base_model) if recipe.base_model else None
+    entries = merged_entries(recipe)
+    experts = tuple(_model(recipe, api, entry.model) for entry in entries)
+    wanted = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
+    names = dict.fromkeys(calibration.dataset for calibration in wanted if calibration)
+    return Inputs(base, experts, {name: _dataset(recipe, api, name) for name in names})
+
+
+def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
+    """What is merged: the experts, or all that is listed where the method takes no base."""
+    return recipe.experts if registry.find(recipe.merge_method).takes_base else recipe.models
+
+
+def resolve_one(reference: ModelReference, api: HfApi) -> Source:
+    """Pin one model that is named on its own."""
+    return resolve_model(api, reference.name, reference.revision)
+
+
+def _model(recipe: Recipe, api: HfApi, reference: ModelReference) -> Source:
+    source = resolve_model(api, recipe.locate(reference.name), reference.revision)
+    return replace(source, name=reference.name)
+
+
+def _dataset(recipe: Recipe, api: HfApi, written: str) -> Source:
+    located = recipe.locate(written)
+    if located != written:
+        return replace(resolve_dataset(api, located), name=written)
+    name, _, revision = written.partition("@")
+    return resolve_dataset(api, name, revision or None)

@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "numba", "numpy", "pydantic"}
+
+
+def run(*words, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "lewis_hub", *words],
+        cwd=cwd,
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_starts_without_any_heavy_library():
+    code = (
+        "import sys, lewis_hub.cli.main; print(' '.join(m.partition('.')[0] for m in sys.modules))"
+    )
+
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+
+    assert not HEAVY & set(loaded.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check",
+        "demo",
+        "evaluate",
+        "guides",
+        "hub",
+        "importance",
+        "init",
+        "merge",
+        "methods",
+        "push",
+    ],
+)
+def test_every_command_has_help_with_json_and_quiet(command, tmp_path):
+    done = run(command, "--help", cwd=tmp_path)
+
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+    assert "-q, --quiet" in done.stdout
+
+
+def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):
+    done = run("check", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        "lewis-hub: recipe.yaml: there is no such file.\n"
+        "Name a recipe, or write one with `lewis-hub init`.\n"
+    )
+
+
+def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
+    done = run("merge", "--json", cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == {
+        "status": "failed",
+        "error": {
+            "kind": "RecipeError",
+            "message": "recipe.yaml: there is no such file.\n"
+            "Name a recipe, or write one with `lewis-hub init`.",
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("merge", "--pusch"), "No such option: --pusch"),
+        (("mrege",), "No such command 'mrege'"),
+        (
+            ("push", ".", "my model"),
+            "Invalid value for 'REPO': expected owner/name such as me/my-merge, found 'my model'",
+        ),
+        (
+            ("merge", "--repo", "$(id)/x"),
+            "Invalid value for '--repo': expected owner/name such as me/my-merge, found '$(id)/x'",
+        ),
+        (("push", "missing", "me/x"), "Invalid value for 'FOLDER': Directory 'missing' does not"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(words, message, tmp_path):
+    done = run(*words, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_schema_prints_the_json_schema(tmp_path):
+    done = run("schema", cwd=tmp_path)
+
+    assert json.loads(done.stdout)["title"] == "Recipe"

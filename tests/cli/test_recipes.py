@@ -1,0 +1,117 @@
+import json
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from lewis_hub.cli.main import cli
+from lewis_hub.cli.merging import parse_size
+from lewis_hub.recipe_file import read_recipe, schema
+
+
+def test_init_writes_a_recipe_that_reads_back_as_it_was_asked(tmp_path):
+    output = tmp_path / "recipe.yaml"
+    words = ["init", "--base", "org/base", "--expert", "org/one", "--expert", "org/two@v1"]
+    words += [
+        "--task",
+        "gsm8k",
+        "--calibration",
+        "org/data",
+        "--repo",
+        "me/mine",
+        "-o",
+        str(output),
+    ]
+
+    done = CliRunner().invoke(cli, words)
+
+    assert done.output == f"Wrote {output} and recipe.schema.json. Next: lewis-hub check {output}\n"
+    recipe = read_recipe(output)
+    assert str(recipe.base_model) == "org/base"
+    assert [str(entry.model) for entry in recipe.models] == ["org/one", "org/two@v1"]
+    assert recipe.guide is not None
+    assert recipe.guide.calibration is not None
+    assert recipe.guide.calibration.dataset == "org/data"
+    assert recipe.guide.calibration.text == "{question} {answer}"
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.tasks == ("gsm8k",)
+    assert recipe.publish is not None
+    assert recipe.publish.repo == "me/mine"
+
+
+def test_init_gives_each_expert_its_own_calibration_when_there_is_one_for_each(tmp_path):
+    output = tmp_path / "recipe.yaml"
+    words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2"]
+    words += ["--calibration", "org/d1", "--calibration", "org/d2", "-o", str(output)]
+
+    CliRunner().invoke(cli, words, catch_exceptions=False)
+
+    recipe = read_recipe(output)
+    assert [entry.calibration.dataset for entry in recipe.models if entry.calibration] == [
+        "org/d1",
+        "org/d2",
+    ]
+
+
+def test_init_asks_for_what_is_missing(tmp_path):
+    output = tmp_path / "recipe.yaml"
+
+    done = CliRunner().invoke(cli, ["init", "-o", str(output)], input="org/base\norg/a org/b\n")
+
+    assert done.exit_code == 0
+    assert [str(entry.model) for entry in read_recipe(output).models] == ["org/a", "org/b"]
+
+
+def test_init_writes_the_schema_that_the_recipe_names(tmp_path):
+    output = tmp_path / "recipe.yaml"
+
+    CliRunner().invoke(cli, ["init", "--base", "b", "--expert", "e", "-o", str(output)])
+
+    first_line = output.read_text().splitlines()[0]
+    assert first_line == "# yaml-language-server: $schema=recipe.schema.json"
+    assert (tmp_path / "recipe.schema.json").read_text() == schema()
+
+
+def test_init_replaces_nothing_unless_told(tmp_path):
+    output = tmp_path / "recipe.yaml"
+    output.write_text("mine")
+
+    done = CliRunner().invoke(cli, ["init", "--base", "b", "--expert", "e", "-o", str(output)])
+
+    assert done.exit_code == 2
+    assert "exists; name another with -o, or replace it with --force" in done.output
+    assert output.read_text() == "mine"
+
+
+def test_init_survives_names_with_yaml_in_them(tmp_path):
+    output = tmp_path / "recipe.yaml"
+    name = 'a/b"\n  evil: "1'
+
+    CliRunner().invoke(
+        cli, ["init", "--base", name, "--expert", "e", "-o", str(output)], catch_exceptions=False
+    )
+
+    assert read_recipe(output).base_model.name == name
+
+
+def test_methods_and_guides_are_listed_with_their_papers():
+    listed = json.loads(CliRunner().invoke(cli, ["methods", "--json"]).output)["methods"]
+    guides = json.loads(CliRunner().invoke(cli, ["guides", "--json"]).output)["guides"]
+
+    papers = {entry["name"]: entry["paper"] for entry in listed}
+    assert papers["ties"] == "https://arxiv.org/abs/2306.01708"
+    assert {"lewis", "uniform"} <= {entry["name"] for entry in guides}
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("5GB", 5_000_000_000), ("500 MB", 500_000_000), ("1.5kB", 1500), ("7", 7)],
+)
+def test_sizes_are_read_in_powers_of_1000(text, n_bytes):
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "0", "5GiB", "-1GB", "many"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(click.BadParameter, match="expected a size such as 500MB or 5GB"):
+        parse_size(text)

@@ -1,0 +1,45 @@
+import doctest
+import os
+
+import pytest
+
+import lewis_hub
+from lewis_hub import pipeline, recipe_file
+from lewis_hub.demo.zoo import seed_hub
+
+EXAMPLES = {
+    function.__name__: function
+    for function in (
+        recipe_file.read_recipe,
+        recipe_file.schema,
+        pipeline.check,
+        pipeline.calibrate,
+        pipeline.merge,
+        pipeline.evaluate,
+        pipeline.publish,
+    )
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setitem(os.environ, "HF_TOKEN", hub.write_token)
+    names = {"lewis_hub": lewis_hub, "tmp_path": tmp_path, "user": hub.user}
+    names |= {"schema": recipe_file.schema}
+    (example,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs=names)
+
+    result = doctest.DocTestRunner().run(example)
+
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_everything_public_is_there_and_documented():
+    for name in lewis_hub.__all__:
+        assert getattr(lewis_hub, name).__doc__, name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'lewis_hub' has no attribute 'mrege'"):
+        lewis_hub.mrege  # noqa: B018
