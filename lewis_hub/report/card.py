@@ -173,7 +173,11 @@ def _limits(facts: CardFacts) -> Iterator[str]:
 
 def _licence(facts: CardFacts) -> str:
     if facts.licence is None:
-        return "No licence is stated: none of the parents' cards names one."
+        stated = any(facts.models[one.pinned].licence for one in facts.sources)
+        why = (
+            "the parents' differ, and none was chosen" if stated else "none of the parents has one"
+        )
+        return f"No licence is stated: {why}. Ask their owners before you use or share it."
     return (
         f"Licence of this model: {markdown.link(markdown.text(facts.licence), facts.licence.link)}."
     )

@@ -281,6 +281,19 @@ def test_the_licence_is_one_that_the_hub_takes(make_facts, licence, metadata):
     assert {key: found[key] for key in found if key.startswith("license")} == metadata
 
 
+@pytest.mark.parametrize(
+    ("stated", "why"),
+    [("mit", "the parents' differ, and none was chosen"), (None, "none of the parents has one")],
+)
+def test_a_merge_without_a_licence_says_why(make_facts, stated, why):
+    facts = make_facts(licence=None)
+    models = {pinned: replace(told, licence=stated) for pinned, told in facts.models.items()}
+
+    part = section(model_card(replace(facts, models=models)), "Made from")
+
+    assert f"No licence is stated: {why}. Ask their owners before" in part
+
+
 def test_scores_that_are_not_finite_stay_out_of_the_metadata(make_facts, make_scores):
     card = model_card(make_facts(scores=make_scores(merged=float("nan"))))
 
