@@ -119,8 +119,11 @@ def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
     """
     from lewis_hub.merge.tensors import make_tensor  # imports numba
 
-    for large, run_of_jobs in groupby(jobs, key=lambda job: job.is_large):
-        if large:
+    def is_large(job: Job) -> bool:
+        return job.tensor.output.n_elements > runner.large_elements
+
+    for together, run_of_jobs in groupby(jobs, key=is_large):
+        if together:
             yield from (make_tensor(job, runner) for job in run_of_jobs)
         else:
             yield from runner.map(lambda job: make_tensor(job, Inline()), list(run_of_jobs))

@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 
 from lewis_hub.errors import MergeError
 
+LARGE_ELEMENTS = 8 << 20
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -21,6 +23,10 @@ class Runner(Protocol):
     def n_workers(self) -> int:
         """How many items are worked on at a time."""
 
+    @property
+    def large_elements(self) -> int:
+        """A tensor of more elements is one item for each worker, instead of one for one."""
+
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """The results in the order of the items; the first error ends it."""
 
@@ -30,6 +36,7 @@ class Inline:
     """One item after the other, in the calling thread."""
 
     n_workers: int = 1
+    large_elements: int = LARGE_ELEMENTS
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Exactly `map`."""
@@ -41,6 +48,7 @@ class Threads:
     """Threads of this process; the kernels run without the interpreter's lock."""
 
     n_workers: int
+    large_elements: int = LARGE_ELEMENTS
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """As `map`; after an error or an interruption nothing new is begun."""

@@ -26,7 +26,6 @@ from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
 
 RAW_BYTES = 768 * 1024  # of all sources in one piece: what the second-level cache holds
-SPLIT_ELEMENTS = 8 << 20  # a tensor above this is worked on in spans
 
 Counts = npt.NDArray[np.uint32]
 Span = range  # of elements; begins at a multiple of BLOCK
@@ -89,11 +88,6 @@ class Job:
     tensor: TensorPlan
     start: int
 
-    @property
-    def is_large(self) -> bool:
-        """Whether it is worth the work of several threads."""
-        return self.tensor.output.n_elements > SPLIT_ELEMENTS
-
     def finish(self) -> None:
         """Say that its bytes are final."""
         self.site.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
@@ -108,7 +102,7 @@ def make_tensor(job: Job, runner: Runner) -> int:
         OutputError: the disk is full.
     """
     method = job.site.plan.method
-    spans = _spans(job, runner.n_workers)
+    spans = _spans(job, runner)
     if job.tensor.is_copied:
         _copy(job)
     elif method == fused.AVERAGED:
@@ -123,9 +117,9 @@ def make_tensor(job: Job, runner: Runner) -> int:
     return job.tensor.output.n_bytes
 
 
-def _spans(job: Job, n_workers: int) -> list[Span]:
+def _spans(job: Job, runner: Runner) -> list[Span]:
     n = job.tensor.output.n_elements
-    n_spans = n_workers if job.is_large else 1
+    n_spans = runner.n_workers if n > runner.large_elements else 1
     length = max(-(-n // n_spans // BLOCK) * BLOCK, BLOCK)
     return [range(first, min(first + length, n)) for first in range(0, n, length)]
 

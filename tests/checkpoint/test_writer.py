@@ -71,9 +71,12 @@ def test_a_full_disk_is_told_before_any_work(tmp_path):
 
 
 def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path, small_files_only):
-    with ShardWriter(tmp_path, layout(10_000)) as writer, small_files_only(100):
-        with pytest.raises(OutputError, match=r"\(File too large\)\.\nFree some space"):
-            writer.write(200, memoryview(b"x"))
+    with (
+        ShardWriter(tmp_path, layout(10_000)) as writer,
+        small_files_only(100),
+        pytest.raises(OutputError, match=r"\(File too large\)\.\nFree some space"),
+    ):
+        writer.write(200, memoryview(b"x"))
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path):

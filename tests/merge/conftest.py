@@ -1,0 +1,115 @@
+"""Small checkpoints on disk, and a merge of them in one call."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lewis_hub.checkpoint.reader import read_headers
+from lewis_hub.merge.engine import run
+from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
+from lewis_hub.merge.runners import inline
+from lewis_hub.methods import registry
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def read_range(folder):
+    def read(path, start, stop):
+        with (folder / path).open("rb") as file:
+            return os.pread(file.fileno(), stop - start, start)
+
+    return read
+
+
+def open_folder(folder, label=""):
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    found = index.read_bytes() if index.exists() else None
+    return read_headers(label or folder.name, sizes, read_range(folder), found)
+
+
+class Outcome:
+    def __init__(self, folder, plan, results) -> None:
+        self.folder, self.plan, self.results = folder, plan, results
+
+    @property
+    def tensors(self):
+        return {
+            name: tensor
+            for path in sorted(self.folder.glob("*.safetensors"))
+            for name, tensor in load_file(path).items()
+        }
+
+    @property
+    def bytes(self):
+        return {path.name: path.read_bytes() for path in self.folder.glob("model*.safetensors*")}
+
+    @property
+    def index(self):
+        return json.loads((self.folder / "model.safetensors.index.json").read_text())
+
+
+class Zoo:
+    """Writes checkpoints, merges them, reads the result."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folders: dict[str, Path] = {}
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+
+    def settings(self, method, base, experts, **more):
+        return MergeSettings(method, base, tuple(experts), **more)
+
+    def open(self, folder):
+        return open_folder(folder)
+
+    def source(self, label, tensors, parameters=None):
+        folder = self.root / label
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        self.folders[label], self.tensors[label] = folder, tensors
+        return MergeSource(open_folder(folder, label), f"digest of {label}", parameters or {})
+
+    def merge(self, settings, output="out", *, shard=10**9, runner=None, schedule=None):
+        folder = self.root / output
+        folder.mkdir(exist_ok=True)
+        plan = make_plan(settings, shard, schedule)
+        results = run(plan, self.folders, folder, runner or inline(), lambda _: None)
+        return Outcome(folder, plan, results)
+
+    def by_definition(self, plan):
+        """What the method's own function makes of each tensor, in the output's dtype."""
+        return {
+            tensor.output.name: self._defined(shard, tensor)
+            for shard in plan.shards
+            for tensor in shard.tensors
+        }
+
+    def _defined(self, shard, plan):
+        method, name = registry.find(shard.method), plan.output.name
+        stacked = torch.stack([self.tensors[label][name].float() for label in shard.labels])
+        given = {
+            "weights": torch.tensor(plan.weights),
+            "densities": plan.densities,
+            "streams": plan.streams,
+        }
+        keywords = {key: value for key, value in given.items() if method.takes(key)}
+        keywords |= {method.keyword(key): value for key, value in plan.options.items()}
+        sources = (stacked[0], stacked[1:] - stacked[0]) if method.takes_base else (stacked,)
+        return method.function(*sources, **keywords).to(DTYPES[plan.output.dtype])
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    return Zoo(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def zoo_class():
+    return Zoo
