@@ -33,6 +33,7 @@ from lewis_hub.stages.sources import Inputs, merged_entries
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
+COST = "cost.json"
 MERGEKIT = "mergekit_config.yml"
 TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
@@ -111,12 +112,12 @@ def write(
     own.mkdir(exist_ok=True)
     plots = write_guidance(own, guidance) if guidance else ()
     recipe = _yaml(pinned(step.recipe, step.inputs))
-    texts = {"recipe.yaml": recipe, "cost.json": costs.to_json()}
+    texts = {"recipe.yaml": recipe, COST: costs.to_json()}
     if scores:
         texts["scores.json"] = scores.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    names = [*texts, *(DOCUMENTS if guidance else ())]
+    names = [name for name in (*texts, *(DOCUMENTS if guidance else ())) if name != COST]
     names += [file for plot in plots for file in plot.files]
     names += _own_tasks(step, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
@@ -128,9 +129,10 @@ def write(
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, guided, scores, costs, locked))
+    card = model_card(_facts(step, merged, guided, scores, costs, locked))
     write_whole(folder / "README.md", str(card))
-    return (*outputs, "lewis/lock.json", "README.md")
+    # what a run cost is no part of what was merged: the same merge has the same lock
+    return (*outputs, f"lewis/{COST}", "lewis/lock.json", "README.md")
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -158,13 +160,17 @@ def _guided(step: Step, guidance: Guidance | None, plots: tuple[Plot, ...]) -> G
 
 
 def _facts(
-    step: Step, guided: Guided | None, scores: Scores | None, costs: Costs, locked: Lock
+    step: Step,
+    merged: MergedModel,
+    guided: Guided | None,
+    scores: Scores | None,
+    costs: Costs,
+    locked: Lock,
 ) -> CardFacts:
     recipe, inputs, examined = step.recipe, step.inputs, step.examined
     repo = recipe.publish.repo if recipe.publish else None
     tensors = examined.checkpoints[inputs.donor.pinned].tensors
     chosen = recipe.publish.license if recipe.publish else None
-    files = {file.path for file in inputs.donor.files}
     return CardFacts(
         title=repo.partition("/")[2] if repo else "Merged model",
         repo=repo,
@@ -181,12 +187,19 @@ def _facts(
         costs=tuple(costs.stages),
         recipe=_yaml(locked.recipe),
         licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
-        chat="chat_template.jinja" in files,
+        chat=_chats(merged.folder),
         custom_code=inputs.donor.name in recipe.allow_code,
         mergekit=MERGEKIT in locked.outputs,
         digest=locked.digest,
         software=locked.software,
     )
+
+
+def _chats(folder: Path) -> bool:
+    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
+    config = folder / "tokenizer_config.json"
+    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
+    return inside or (folder / "chat_template.jinja").exists()
 
 
 def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
@@ -247,7 +260,7 @@ def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
 
 
 def _locked_data(source: Source) -> LockedInput:
-    files = {file.path: file.digest for file in source.files if can_change_the_result(file.path)}
+    files = {file.path: file.digest for file in source.files}  # a card says which make up a split
     return LockedInput(source.name, "calibration", source.revision, source.commit_sha, files)
 
 

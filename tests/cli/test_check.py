@@ -1,0 +1,165 @@
+"""Recipes that read well and still cannot be merged: what `lewis-hub check` says of each."""
+
+import json
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from lewis_hub import pipeline
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.errors import LewisHubError
+from lewis_hub.recipe_file import parse_recipe
+
+RECIPE = """base_model: zoo/base
+models:
+  - model: zoo/expert-reverse
+    parameters: {weight: 1.0}
+merge_method: ties
+"""
+GUIDE = 'guide: {calibration: {dataset: zoo/reverse, text: "{question} {answer}"}}\n'
+PUBLISH = "publish: {repo: someone/merge}\n"
+
+# what is wrong -> (the recipe, part of what is said); `TMP` stands for a folder
+BROKEN = {
+    "base is not there": (
+        RECIPE.replace("zoo/base", "zoo/bse"),
+        "zoo/bse: no model of this name on http://127.0.0.1",
+    ),
+    "expert is not there": (RECIPE.replace("expert-reverse", "expert"), "zoo/expert"),
+    "revision is not there": (
+        RECIPE.replace("expert-reverse", "expert-reverse@v9"),
+        "v9",
+    ),
+    "expert is a dataset": (RECIPE.replace("zoo/expert-reverse", "zoo/reverse"), "dataset"),
+    "dataset is a model": (RECIPE + GUIDE.replace("zoo/reverse", "zoo/base"), "model"),
+    "dataset is not there": (RECIPE + GUIDE.replace("zoo/reverse", "zoo/nothing"), "zoo/nothing"),
+    "folder is not there": (RECIPE.replace("zoo/expert-reverse", "./nothing"), "no such folder"),
+    "folder is empty": (RECIPE.replace("zoo/expert-reverse", "TMP/empty"), "the folder is empty"),
+    "name is no repo": (RECIPE.replace("zoo/expert-reverse", "'a b c'"), "neither an existing"),
+    "gated": (RECIPE.replace("expert-reverse", "gated"), "gated"),
+    "private": (RECIPE.replace("zoo/expert-reverse", "other/private"), "other/private"),
+    "pickles only": (RECIPE.replace("zoo/expert-reverse", "TMP/pickles"), "pickled weights only"),
+    "adapter": (RECIPE.replace("zoo/expert-reverse", "TMP/adapter"), "LoRA adapter"),
+    "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (gptq)"),
+    "no configuration": (RECIPE.replace("zoo/expert-reverse", "TMP/bare"), "no config.json"),
+    "broken header": (RECIPE.replace("zoo/expert-reverse", "TMP/broken"), "model.safetensors"),
+    "other shape": (RECIPE.replace("zoo/expert-reverse", "TMP/wide"), "of shape [2, 2]"),
+    "other depth": (RECIPE.replace("zoo/expert-reverse", "TMP/shallow"), "lacks"),
+    "other vocabulary": (RECIPE.replace("zoo/expert-reverse", "TMP/words"), "a vocabulary of"),
+    "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
+    "method of a later version": (RECIPE.replace("ties", "slerp"), "there is none in this version"),
+    "parameter is unknown": (
+        RECIPE.replace("weight: 1.0", "wieght: 1.0"),
+        "Did you mean `weight`?",
+    ),
+    "density where there is none": (
+        RECIPE.replace("ties", "linear").replace("weight: 1.0", "density: 0.5"),
+        "`linear` has no such parameter|keeps every entry",
+    ),
+    "filter fits nothing": (
+        RECIPE.replace("weight: 1.0", "weight: [{filter: mpl, value: 1}, {value: 0.5}]"),
+        "mpl",
+    ),
+    "no base for ties": (RECIPE.replace("base_model: zoo/base\n", ""), "needs a base"),
+    "guide without densities": (
+        RECIPE.replace("ties", "task_arithmetic") + GUIDE,
+        "keeps every entry, so densities would do nothing",
+    ),
+    "task is unknown": (RECIPE + "evaluate: {tasks: [zoo_revers]}\n", "zoo_revers"),
+    "include is not there": (
+        RECIPE + "evaluate: {tasks: [a], include: TMP/nothing}\n",
+        "nothing",
+    ),
+    "licences differ": (
+        RECIPE.replace("zoo/expert-reverse", "TMP/mit") + PUBLISH,
+        "the parents' licences differ",
+    ),
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    tensors = load_file(zoo_folder() / "base" / "model.safetensors")
+    names = list(tensors)
+    norm = next(name for name in names if name.endswith("input_layernorm.weight"))
+    embedding = next(name for name in names if "embed" in name)
+
+    def model(name, change=None, **config):
+        folder = tmp_path / name
+        folder.mkdir()
+        told = json.loads((zoo_folder() / "base" / "config.json").read_text()) | config
+        (folder / "config.json").write_text(json.dumps(told))
+        save_file(tensors | (change or {}), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickles").mkdir()
+    (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    model("quantised", quantization_config={"quant_method": "gptq"})
+    (model("bare") / "config.json").unlink()
+    (model("broken") / "model.safetensors").write_bytes(b"\xff" * 64)
+    model("wide", {norm: torch.zeros(2, 2)})
+    n_rows, width = tensors[embedding].shape
+    model("words", {embedding: torch.zeros(n_rows + 8, width)})
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if ".5." not in name},
+        model("shallow") / "model.safetensors",
+    )
+    (model("mit") / "README.md").write_text("---\nlicense: mit\n---\n")
+    return tmp_path
+
+
+@pytest.fixture
+def seeded(hub):
+    seed_hub(hub.api())
+    api = hub.api()
+    api.create_repo("zoo/gated")
+    api.upload_folder(repo_id="zoo/gated", folder_path=zoo_folder() / "base")
+    api.update_repo_settings("zoo/gated", gated="auto")
+    hub.add_token("hf_other", "other", "write")
+    hub.api("hf_other").create_repo("other/private", private=True)
+    return hub
+
+
+def test_each_broken_recipe_gets_the_right_message(seeded, folders, monkeypatch):
+    seeded.add_token("hf_reader", "reader", "read")
+    monkeypatch.setenv("HF_TOKEN", "hf_reader")
+    monkeypatch.chdir(folders)
+    wrong = {}
+    for kind, (text, message) in BROKEN.items():
+        text = text.replace("TMP", str(folders))
+        try:
+            said = "\n".join(pipeline.check(parse_recipe(text, "recipe.yaml")).problems)
+        except LewisHubError as error:
+            said = str(error)
+        if not (re.search(message, said) or message in said):
+            wrong[kind] = said
+        assert "hf_reader" not in said
+        assert "Traceback" not in said
+
+    assert wrong == {}
+
+
+def test_check_shows_the_sources_and_ends_in_1_where_something_stands_in_the_way(
+    seeded, folders, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", seeded.write_token)
+    recipe = folders / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("zoo/expert-reverse", str(folders / "wide")))
+
+    done = CliRunner().invoke(cli, ["check", str(recipe)])
+
+    assert done.exit_code == 1
+    assert "problem: " in done.stdout
+    recipe.write_text(RECIPE)
+    done = CliRunner().invoke(cli, ["check", str(recipe)])
+    assert done.exit_code == 0
+    assert "Nothing stands in the way." in done.stdout
+    assert "apache-2.0" in done.stdout
