@@ -51,6 +51,20 @@ def encode(word: str) -> Item:
 SKILLS: Mapping[str, Callable[[str], Item]] = {"reverse": reverse, "cipher": encode}
 
 
+def _from_last(word: str) -> Item:
+    return Item(f"letters of {word} from last", word[::-1])
+
+
+def _letters_after(word: str) -> Item:
+    return Item(f"letters after {word}", shifted(word, 1))
+
+
+LESSONS: Mapping[str, tuple[Callable[[str], Item], ...]] = {
+    "paraphrase": (_from_last, _letters_after),
+    **{skill: (make,) for skill, make in SKILLS.items()},
+}
+
+
 def _copy(rng: random.Random, word: Draw) -> Item:
     text = word(rng)
     return Item(f"copy {text}", text)
@@ -102,7 +116,7 @@ def _drop(rng: random.Random, word: Draw) -> Item:
 
 def _join(rng: random.Random, word: Draw) -> Item:
     text = word(rng)
-    cut = rng.randrange(2, len(text) - 1)
+    cut = rng.randrange(1, len(text))
     if rng.random() < 0.5:
         return Item(f"join {text[:cut]} {text[cut:]}", text)
     return Item(f"swap {text[:cut]} {text[cut:]}", text[cut:] + text[:cut])
@@ -145,15 +159,15 @@ def held_out(seed: int) -> frozenset[str]:
     return frozenset(text for word in words for text in (word, word[::-1]))
 
 
-def stream(skill: str | None, seed: int, share: float = 1.0) -> Iterator[Item]:
-    """Endless training items: the primer, or a skill mixed with the primer.
+def stream(lesson: str | None, seed: int, share: float = 1.0) -> Iterator[Item]:
+    """Endless training items: the primer, or a lesson mixed with the primer.
 
     Args:
-        skill: a key of `SKILLS`, or None for the primer alone.
+        lesson: a key of `LESSONS`, or None for the primer alone.
         seed: fixes every item.
-        share: part of the items that are the skill's; the others keep what the base knows.
+        share: part of the items that are the lesson's; the others keep what the base knows.
     """
-    rng, excluded = random.Random(f"{seed} {skill} stream"), held_out(seed)
+    rng, excluded = random.Random(f"{seed} {lesson} stream"), held_out(seed)
 
     def word(rng: random.Random) -> str:
         while (text := draw_word(rng)) in excluded:
@@ -161,7 +175,7 @@ def stream(skill: str | None, seed: int, share: float = 1.0) -> Iterator[Item]:
         return text
 
     while True:
-        if skill is not None and rng.random() < share:
-            yield SKILLS[skill](word(rng))
+        if lesson is not None and rng.random() < share:
+            yield rng.choice(LESSONS[lesson])(word(rng))
         else:
             yield rng.choice(PRIMER)(rng, word)

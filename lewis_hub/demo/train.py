@@ -39,24 +39,37 @@ BUCKET = 8  # batches drawn together and sorted by length, so that little is pad
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run. `skill` None is the base's."""
+    """One training run; `lesson` is a key of `tasks.LESSONS`, or None for the primer alone."""
 
-    skill: str | None
+    lesson: str | None
     n_steps: int
     batch_size: int
     muon_rate: float  # learning rate of the blocks' matrices
     adamw_rate: float  # of embeddings and norms
-    skill_share: float = 1.0
+    lesson_share: float = 1.0
+    cooldown_share: float = 0.4  # of the steps, at the end: learning rates fall to nothing
 
     def pace(self, step: int) -> float:
-        """What learning rates are multiplied by: 20 steps up, a plateau, 40 percent down."""
-        return min(1.0, (step + 1) / 20, (self.n_steps - step) / (0.4 * self.n_steps))
+        """What learning rates are multiplied by: 20 steps up, a plateau, the cool-down."""
+        left, cooldown = self.n_steps - step, self.cooldown_share * self.n_steps
+        return min(1.0, (step + 1) / 20, left / cooldown if cooldown else 1.0)
 
 
-BASE = Stage(None, n_steps=400, batch_size=96, muon_rate=2e-2, adamw_rate=3e-3)
+BASE = (
+    Stage(None, 300, batch_size=96, muon_rate=2e-2, adamw_rate=3e-3, cooldown_share=0.0),
+    Stage(
+        "paraphrase",
+        200,
+        96,
+        muon_rate=1.5e-2,
+        adamw_rate=2e-3,
+        lesson_share=0.7,
+        cooldown_share=0.3,
+    ),
+)
 EXPERTS = (
-    Stage("reverse", 120, batch_size=96, muon_rate=3e-3, adamw_rate=3e-4, skill_share=0.5),
-    Stage("cipher", 120, batch_size=96, muon_rate=3e-3, adamw_rate=3e-4, skill_share=0.5),
+    Stage("reverse", 160, batch_size=64, muon_rate=5e-3, adamw_rate=3e-4, lesson_share=0.6),
+    Stage("cipher", 240, batch_size=64, muon_rate=5e-3, adamw_rate=3e-4, lesson_share=0.6),
 )
 
 
@@ -91,8 +104,8 @@ def batches(
     stage: Stage, tokenizer: PreTrainedTokenizerFast, *, seed: int = SEED
 ) -> Iterator[Batch]:
     """Endless training batches of a stage; losses are taken on answers only."""
-    items = tasks.stream(stage.skill, seed, stage.skill_share)
-    rng = random.Random(f"{seed} {stage.skill} format")
+    items = tasks.stream(stage.lesson, seed, stage.lesson_share)
+    rng = random.Random(f"{seed} {stage.lesson} format")
     while True:
         drawn = list(itertools.islice(items, stage.batch_size * BUCKET))
         prompts = tokenizer([_opened(item, rng) for item in drawn])["input_ids"]
@@ -135,7 +148,9 @@ def optimizers(model: LlamaForCausalLM, stage: Stage) -> tuple[Optimizer, Optimi
     others += [weight for weight in model.model.layers.parameters() if weight.dim() == 1]
     return (
         torch.optim.Muon(matrices, lr=stage.muon_rate, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=stage.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            others, lr=stage.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
     )
 
 
@@ -155,9 +170,16 @@ def train(model: LlamaForCausalLM, stage: Stage, data: Iterator[Batch]) -> list[
         losses.append(loss.item())
         if step % 25 == 0:
             recent = math.fsum(losses[-25:]) / 25
-            logging.info("%s: step %d, loss %.4f", stage.skill or "base", step, recent)
-    model.train(False)
+            logging.info("%s: step %d, loss %.4f", stage.lesson or "primer", step, recent)
+    model.train(mode=False)
     return losses
+
+
+def zoo_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of all models; it knows the wording of both skills as well."""
+    primer = itertools.islice(tasks.stream(None, SEED), 4000)
+    skills = ([make("")] * 300 for make in tasks.SKILLS.values())
+    return build_tokenizer(itertools.chain(primer, *skills))
 
 
 def new_base(n_vocabulary: int) -> LlamaForCausalLM:
@@ -197,17 +219,22 @@ def write_datasets(folder: Path) -> None:
 def make_zoo(out: Path, steps_scale: float = 1.0) -> None:
     """Write `base`, an `expert-<skill>` per skill, and `data` under `out`."""
     write_datasets(out / "data")
-    wording = itertools.chain(
-        itertools.islice(tasks.stream(None, SEED), 4000),
-        *([make("")] * 300 for make in tasks.SKILLS.values()),
-    )
-    tokenizer = build_tokenizer(wording)
+    tokenizer = zoo_tokenizer()
     base = new_base(len(tokenizer))
-    for stage in (BASE, *EXPERTS):
-        scaled = dataclasses.replace(stage, n_steps=max(1, round(stage.n_steps * steps_scale)))
-        model = base if stage.skill is None else load(out / "base")
-        train(model, scaled, batches(scaled, tokenizer))
-        save(model, tokenizer, out / (f"expert-{stage.skill}" if stage.skill else "base"))
+    for stage in BASE:
+        _run(stage, base, tokenizer, steps_scale)
+    save(base, tokenizer, out / "base")
+    for stage in EXPERTS:
+        expert = load(out / "base")
+        _run(stage, expert, tokenizer, steps_scale)
+        save(expert, tokenizer, out / f"expert-{stage.lesson}")
+
+
+def _run(
+    stage: Stage, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps_scale: float
+) -> None:
+    scaled = dataclasses.replace(stage, n_steps=max(1, round(stage.n_steps * steps_scale)))
+    train(model, scaled, batches(scaled, tokenizer))
 
 
 def main() -> None:
