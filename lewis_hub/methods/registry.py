@@ -34,11 +34,13 @@ class Method:
     """A registered method.
 
     Attributes:
+        parameters: of the function, as `inspect` tells them.
         accepted: mergekit's options that change nothing here -> the values that may be given.
     """
 
     name: str
     function: MethodFunction
+    parameters: Mapping[str, inspect.Parameter]
     paper: str | None = None
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ class Method:
         """The recipe's name of each option -> its default."""
         return {
             name.removesuffix("_"): parameter.default
-            for name, parameter in self._keywords.items()
+            for name, parameter in self.parameters.items()
             if parameter.default is not parameter.empty
         }
 
@@ -78,7 +80,7 @@ class Method:
 
     def takes(self, keyword: str) -> bool:
         """Whether its function has this parameter."""
-        return keyword in self._keywords
+        return keyword in self.parameters
 
     def keyword(self, option: str) -> str:
         """The function's name for an option of the recipe."""
@@ -112,10 +114,6 @@ class Method:
             remedy = f"It knows {', '.join(known)}.{hint}"
             raise MergeError(where, f"`{self.name}` has no such parameter", remedy)
 
-    @property
-    def _keywords(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
-
 
 _methods: dict[str, Method] = {}
 
@@ -138,7 +136,8 @@ def register(
             owner = f"{taken.function.__module__}.{taken.function.__qualname__}"
             problem = f"the name is already taken by {owner}"
             raise MergeError(f"method `{name}`", problem, "Register it under another name.")
-        _methods[name] = Method(name, function, paper, accepted or {})
+        parameters = inspect.signature(function).parameters
+        _methods[name] = Method(name, function, parameters, paper, accepted or {})
         return function
 
     return add

@@ -48,7 +48,8 @@ class Outcome:
 
     @property
     def bytes(self):
-        return {path.name: path.read_bytes() for path in self.folder.glob("model*.safetensors*")}
+        files = [*self.folder.glob("*.safetensors"), *self.folder.glob("*.index.json")]
+        return {path.name: path.read_bytes() for path in files}
 
     @property
     def index(self):
@@ -89,6 +90,7 @@ class Zoo:
             tensor.output.name: self._defined(shard, tensor)
             for shard in plan.shards
             for tensor in shard.tensors
+            if not tensor.is_copied
         }
 
     def _defined(self, shard, plan):

@@ -1,0 +1,239 @@
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
+from lewis_hub.merge.engine import run
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.runners import Threads, inline, parse_runner, threads
+from lewis_hub.methods import registry
+
+
+def model(seed):
+    generator = torch.Generator().manual_seed(seed)
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.q.weight" for i in range(5)), "z"]
+    floats = {n: torch.randn(64, 33, generator=generator).bfloat16() for n in names}
+    counts = torch.arange(70_000, dtype=torch.int64) * seed
+    return floats | {"counts": counts, "flag": torch.tensor([True, False, True])}
+
+
+@pytest.fixture
+def settings(zoo):
+    base, *experts = (
+        zoo.source(label, model(i), {"density": 0.4} if i else {})
+        for i, label in enumerate(("base", "x", "y"))
+    )
+    return zoo.settings("dare_ties", base, experts)
+
+
+def test_the_result_is_the_same_on_every_runner(zoo, settings):
+    runners = [inline(), threads(1), threads(2), threads(4), Threads(3, large_elements=100)]
+
+    first, *others = (
+        zoo.merge(settings, str(i), shard=10_000, runner=r).bytes for i, r in enumerate(runners)
+    )
+
+    assert len(first) == 6
+    assert all(other == first for other in others)
+
+
+def test_the_tensors_are_the_same_for_every_shard_size(zoo, settings):
+    outcomes = [zoo.merge(settings, str(size), shard=size) for size in (1, 9_000, 10**9)]
+
+    counts = [len(outcome.results) for outcome in outcomes]
+    one, *others = (outcome.tensors for outcome in outcomes)
+    assert counts == [10, 6, 1]
+    for other in others:
+        assert set(other) == set(one)
+        assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_counts_and_flags_are_those_of_the_base(zoo, settings):
+    merged = zoo.merge(settings).tensors
+
+    assert torch.equal(merged["counts"], model(0)["counts"])
+    assert merged["flag"].tolist() == [True, False, True]
+
+
+def test_experts_equal_to_the_base_give_the_base(zoo):
+    sources = [zoo.source(label, model(3), {"density": 0.4}) for label in ("base", "x")]
+    base = zoo.source("plain", model(3))
+
+    merged = zoo.merge(zoo.settings("ties", base, sources)).tensors
+
+    assert all(torch.equal(merged[name], tensor) for name, tensor in model(3).items())
+
+
+def test_results_tell_digest_and_size_of_every_file(zoo, settings):
+    outcome = zoo.merge(settings, shard=10_000)
+
+    for name, result in outcome.results.items():
+        content = (outcome.folder / name).read_bytes()
+        assert result.name == name
+        assert result.sha256 == hashlib.sha256(content).hexdigest()
+        assert result.n_bytes == len(content)
+    assert set(outcome.results) == set(outcome.bytes)
+
+
+def test_the_index_locates_every_tensor(zoo, settings):
+    outcome = zoo.merge(settings, shard=10_000)
+
+    for name, shard in outcome.index["weight_map"].items():
+        with safe_open(outcome.folder / shard, "pt") as opened:
+            assert opened.get_slice(name).get_shape() == list(outcome.tensors[name].shape)
+            assert opened.metadata() == {"format": "pt"}
+    assert outcome.index["metadata"] == {
+        "total_parameters": 7 * 64 * 33 + 70_000 + 3,
+        "total_size": 7 * 64 * 33 * 2 + 70_000 * 8 + 3,
+    }
+
+
+def test_progress_adds_up_to_the_plans_bytes_whether_made_or_kept(zoo, settings):
+    told = []
+    plan = make_plan(settings, 10_000)
+    (zoo.root / "out").mkdir()
+
+    run(plan, zoo.folders, zoo.root / "out", threads(2), told.append)
+    run(plan, zoo.folders, zoo.root / "out", threads(2), told.append)
+
+    assert sum(told) == 2 * plan.n_bytes
+
+
+def test_a_rerun_keeps_finished_shards_and_makes_the_others_anew(zoo, settings):
+    first = zoo.merge(settings, shard=5_000)
+    whole = first.bytes
+    names = sorted(name for name in whole if name.endswith(".safetensors"))
+    (first.folder / names[0]).unlink()
+    os.truncate(first.folder / names[1], 100)
+    content = bytearray(whole[names[2]])
+    content[-1] ^= 1
+    (first.folder / names[2]).write_bytes(content)
+    (first.folder / f"{names[3]}.done.json").unlink()
+    (first.folder / f"{names[4]}.done.json").write_text("{")
+
+    again = zoo.merge(settings, shard=5_000)
+
+    assert again.bytes == whole
+    kept = [name for name in names if again.results[name].is_kept]
+    assert kept == names[5:]
+
+
+def test_shards_of_another_plan_are_not_kept(zoo, settings):
+    zoo.merge(settings)
+
+    again = zoo.merge(zoo.settings("ties", settings.base, settings.experts))
+
+    assert [result.is_kept for result in again.results.values()] == [False]
+
+
+def test_a_shard_is_only_noted_when_it_is_whole(zoo, settings):
+    broken = model(1)
+    broken["z"][3, 3] = float("nan")
+    bad = zoo.source("bad", broken)
+    asked = zoo.settings("dare_ties", settings.base, [settings.experts[0], bad])
+
+    with pytest.raises(NonFiniteError):
+        zoo.merge(asked, shard=10_000)
+
+    notes = sorted(path.name for path in (zoo.root / "out").glob("*.done.json"))
+    shards = sorted(path.name for path in (zoo.root / "out").glob("*.safetensors"))
+    assert notes == [f"{name}.done.json" for name in shards[:-1]]
+    note = json.loads((zoo.root / "out" / notes[0]).read_text())
+    assert note["n_bytes"] == (zoo.root / "out" / shards[0]).stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", ["base", "x"])
+@pytest.mark.parametrize("method", ["ties", "linear"])
+def test_nan_and_infinity_name_tensor_and_source(zoo, dtype, bad, place, method):
+    values = {label: torch.ones(5000, dtype=dtype) for label in ("base", "x", "y")}
+    values[place][4321] = bad
+    base, *experts = (zoo.source(label, {"a.weight": v}) for label, v in values.items())
+    if method == "linear":
+        base, experts = None, [base, *experts]
+
+    with pytest.raises(NonFiniteError) as caught:
+        zoo.merge(zoo.settings(method, base, experts))
+
+    assert str(caught.value) == (
+        f"a.weight holds NaN or infinity in {place}.\n"
+        "That model is broken: use another revision of it, or leave it out."
+    )
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+def test_a_result_that_overflows_is_told(zoo, method):
+    base, x = (zoo.source(label, {"a": torch.full((9,), 60_000.0)}) for label in ("base", "x"))
+    common = {"normalize": False, "weight": 2.0}
+    sources = (base, [zoo.source("y", {"a": torch.full((9,), 65_000.0)})])
+    sources = (None, [base, x]) if method == "linear" else sources
+
+    with pytest.raises(NonFiniteError) as caught:
+        zoo.merge(zoo.settings(method, *sources, dtype="float16", parameters=common))
+
+    assert str(caught.value) == (
+        "a holds NaN or infinity in the merged model.\n"
+        "It does not fit into F16: lower the weights, or choose `dtype: bfloat16`."
+    )
+
+
+def test_a_source_that_changed_since_the_check_is_told(zoo, settings):
+    os.truncate(zoo.folders["y"] / "model.safetensors", 10_000)
+
+    with pytest.raises(BrokenCheckpointError, match="y: model.safetensors: it ends within"):
+        zoo.merge(settings, runner=threads(2))
+
+
+def test_a_method_without_a_kernel_runs_by_its_definition(zoo, settings, monkeypatch):
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+    @registry.register("boldest")
+    def boldest(base, task_vectors, *, weights, lambda_=1.0):
+        """Keep, entry by entry, the task vector that moved most."""
+        most = task_vectors.abs().argmax(dim=0, keepdim=True)
+        return base + lambda_ * task_vectors.gather(0, most)[0]
+
+    experts = [zoo.source(label, model(i)) for i, label in enumerate(("x", "y"), start=1)]
+    asked = zoo.settings("boldest", settings.base, experts, parameters={"lambda": 0.5})
+
+    merged = zoo.merge(asked, runner=threads(2))
+
+    defined = zoo.by_definition(merged.plan)
+    assert torch.equal(merged.tensors["z"], defined["z"])
+
+
+def test_a_runner_is_named():
+    assert parse_runner("inline") == inline()
+    assert parse_runner("threads:3") == threads(3)
+    assert parse_runner("threads").n_workers == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("name", ["ray", "threads:", "threads:0", "threads:x", "inline:2", ""])
+def test_an_unknown_runner_is_refused(name):
+    with pytest.raises(MergeError) as caught:
+        parse_runner(name)
+
+    assert str(caught.value) == (
+        f"runner: there is no runner `{name}` in this version.\n"
+        "Write `inline`, `threads` or `threads:N`."
+    )
+
+
+def test_after_an_error_a_runner_begins_nothing_new():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        if i == 2:
+            raise KeyError(i)
+        return i
+
+    with pytest.raises(KeyError):
+        list(threads(1).map(work, range(1000)))
+
+    assert len(begun) < 1000

@@ -1,0 +1,135 @@
+import pytest
+
+from lewis_hub.errors import MergeError
+from lewis_hub.merge.parameters import (
+    depths,
+    evaluate,
+    look_up,
+    options_of,
+    require_filters_fit,
+    require_valid,
+)
+from lewis_hub.methods.registry import find
+from lewis_hub.recipe import Conditional
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+NAMES = [
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    *(f"model.layers.{i}.{c}.weight" for i in range(3) for c in ("self_attn.q_proj", "mlp.up")),
+    "model.norm.weight",
+]
+
+
+def message(call):
+    with pytest.raises(MergeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_blocks_go_from_zero_to_one_and_the_rest_lies_at_the_ends():
+    found = depths(NAMES)
+
+    assert found["model.embed_tokens.weight"] == 0.0
+    assert [found[f"model.layers.{i}.mlp.up.weight"] for i in range(3)] == [0.0, 0.5, 1.0]
+    assert found["model.norm.weight"] == found["lm_head.weight"] == 1.0
+
+
+def test_each_stack_of_blocks_has_its_own_depth_and_a_single_block_lies_at_the_end():
+    found = depths(["vision.layers.0.a", "vision.layers.4.a", "text.layers.2.a", "x.layers.0.a"])
+
+    assert list(found.values()) == [0.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("depth", "value"), [(0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
+)
+def test_a_gradient_is_interpolated(depth, value):
+    assert evaluate((0.0, 0.5, 1.0), Q, depth) == value
+    assert evaluate((0.0, 1.0), Q, depth) == value
+
+
+def test_a_gradient_of_one_value_is_that_value():
+    assert evaluate((0.3,), Q, 0.7) == 0.3
+
+
+def test_the_first_filter_that_is_part_of_the_name_counts():
+    setting = (
+        Conditional(filter="mlp", value=0.1),
+        Conditional(filter="self_attn", value=(0.0, 1.0)),
+        Conditional(filter="q_proj", value=0.2),
+        Conditional(value=0.9),
+    )
+
+    assert evaluate(setting, Q, 0.25) == 0.25
+    assert evaluate(setting, "model.layers.0.mlp.up.weight", 0.25) == 0.1
+    assert evaluate(setting, "model.norm.weight", 1.0) == 0.9
+
+
+def test_a_star_fits_any_tensor_and_no_filter_that_fits_means_nothing():
+    assert evaluate((Conditional(filter="*", value=0.4),), Q, 0.0) == 0.4
+    assert evaluate((Conditional(filter="mlp", value=0.4),), Q, 0.0) is None
+
+
+def test_what_a_source_leaves_open_is_looked_up_in_the_recipe():
+    own = {"weight": (Conditional(filter="mlp", value=0.1),)}
+    common = {"weight": 0.7}
+
+    assert look_up("weight", (own, common), "model.layers.0.mlp.up.weight", 0.0) == 0.1
+    assert look_up("weight", (own, common), Q, 0.0) == 0.7
+    assert look_up("weight", (own,), Q, 0.0) is None
+
+
+def test_options_are_settings_too_and_have_defaults():
+    common = {"normalize": (Conditional(filter="mlp", value=False),), "lambda": 1}
+
+    assert options_of(find("ties"), common, Q, 0.0) == {"normalize": True, "lambda": 1.0}
+    assert options_of(find("ties"), common, "x.mlp.y", 0.0) == {"normalize": False, "lambda": 1.0}
+
+
+def test_a_filter_that_is_part_of_no_name_is_refused_with_the_nearest_component():
+    common = {"density": (Conditional(filter="self_atn", value=0.1), Conditional(value=1.0))}
+
+    text = message(lambda: require_filters_fit(common, [], NAMES))
+
+    assert text == (
+        "parameter `density`: the filter `self_atn` is part of no tensor's name.\n"
+        "Did you mean `self_attn`?"
+    )
+
+
+def test_filters_of_sources_are_looked_at_too():
+    own = {"weight": (Conditional(filter="xyzzy", value=0.1),)}
+
+    text = message(lambda: require_filters_fit({}, [own], NAMES))
+
+    assert text.endswith(
+        "Components: lm_head, model.embed_tokens, self_attn.q_proj, mlp.up, model.norm."
+    )
+
+
+def test_mergekits_options_are_accepted():
+    common = {"int8_mask": True, "normalize": False, "lambda": 1, "rescale": False, "density": 0.5}
+    own = {"weight": (0.1, 0.5), "density": (Conditional(filter="mlp", value=0.5),)}
+
+    require_valid(find("ties"), common, [own, {}])
+    require_valid(find("dare_ties"), {"rescale": True, "int8_mask": True}, [])
+    require_valid(find("linear"), {"normalize": True, "weight": 0.5, "int8_mask": False}, [])
+
+
+@pytest.mark.parametrize(
+    ("common", "own", "says"),
+    [
+        ({"normalise": True}, {}, "parameter `normalise`: `ties` has no such parameter"),
+        ({}, {"weigth": 1.0}, "Did you mean `weight`?"),
+        ({}, {"int8_mask": True}, "`ties` has it once for all models, not for each"),
+        ({"normalize": 1.0}, {}, "expected true or false, found 1.0"),
+        ({"lambda": True}, {}, "parameter `lambda`: True is no number"),
+        ({"rescale": True}, {}, "`ties` does not do `rescale: true` in this version"),
+        ({"density": 1.2}, {}, "a density lies between 0 and 1, found 1.2"),
+        ({}, {"density": (0.5, -0.1)}, "a density lies between 0 and 1, found -0.1"),
+        ({}, {"weight": (Conditional(value="heavy"),)}, "'heavy' is no number"),
+    ],
+)
+def test_parameters_that_the_method_cannot_take_are_refused(common, own, says):
+    assert says in message(lambda: require_valid(find("ties"), common, [own]))

@@ -1,0 +1,127 @@
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lewis_hub.errors import MergeError
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.recipe import Conditional
+
+Q = "model.layers.0.q.weight"
+
+
+def tensors(value=0.0):
+    names = ["model.embed_tokens.weight", Q, "model.layers.1.q.weight"]
+    floats = {name: torch.full((4, 2), value, dtype=torch.bfloat16) for name in names}
+    return floats | {"steps": torch.arange(3)}
+
+
+@pytest.fixture
+def sources(zoo):
+    return [zoo.source(label, tensors(i)) for i, label in enumerate(("base", "x", "y"))]
+
+
+def plans(plan):
+    return {tensor.output.name: tensor for shard in plan.shards for tensor in shard.tensors}
+
+
+def message(call):
+    with pytest.raises(MergeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_a_plan_says_per_tensor_dtype_weights_densities_and_options(zoo, sources):
+    base, x, y = sources
+    x = replace(x, parameters={"density": (0.2, 0.6), "weight": 0.5})
+    settings = zoo.settings("ties", base, [x, y], parameters={"density": 0.9}, dtype="float32")
+
+    found = plans(make_plan(settings, 10**9))
+
+    assert found[Q].densities == (0.2, 0.9)
+    assert found["model.layers.1.q.weight"].densities == (0.6, 0.9)
+    assert found[Q].weights == (0.5, 1.0)
+    assert found[Q].output.dtype == "F32"
+    assert found[Q].options == {"normalize": True, "lambda": 1.0}
+    assert found[Q].streams == ()
+    assert (found["steps"].is_copied, found["steps"].output.dtype) == (True, "I64")
+
+
+def test_without_a_dtype_each_tensor_keeps_that_of_the_base(zoo, sources):
+    assert plans(make_plan(zoo.settings("ties", sources[0], sources[1:]), 1))[Q].output.dtype == (
+        "BF16"
+    )
+
+
+def test_a_schedule_goes_before_the_settings(zoo, sources):
+    base, x, y = sources
+    settings = zoo.settings("ties", base, [x, y], parameters={"density": 0.9})
+
+    found = plans(make_plan(settings, 10**9, {"y": {Q: 0.25}}))
+
+    assert found[Q].densities == (0.9, 0.25)
+    assert found["model.layers.1.q.weight"].densities == (0.9, 0.9)
+
+
+def test_shards_and_plans_pickle(zoo, sources):
+    plan = make_plan(zoo.settings("dare_ties", sources[0], sources[1:]), 20)
+
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    assert len(plan.shards) == 4
+
+
+def test_a_digest_changes_with_all_that_fixes_the_bytes_and_with_nothing_else(zoo, sources):
+    base, x, y = sources
+    settings = zoo.settings("dare_ties", base, [x, y], parameters={"density": 0.5})
+    changes = [
+        settings,
+        replace(settings, method="dare_linear"),
+        replace(settings, seed=1),
+        replace(settings, dtype="float32"),
+        replace(settings, parameters={"density": 0.4}),
+        replace(settings, parameters={"density": 0.5, "lambda": 0.4}),
+        replace(settings, experts=(y, x)),
+        replace(settings, experts=(replace(x, digest="other"), y)),
+        replace(settings, base=replace(base, digest="other")),
+    ]
+
+    digests = [make_plan(one, 10**9).digest for one in changes]
+
+    assert len(set(digests)) == len(changes)
+    assert make_plan(replace(settings, parameters={"density": (0.5,)}), 10**9).digest == digests[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "schedule", "says"),
+    [
+        ("tie", {}, None, "method `tie`: there is none"),
+        ("ties", {"base": None}, None, "it needs a base to start from.\nName a `base_model`."),
+        ("ties", {"experts": ()}, None, "there is nothing to merge"),
+        ("ties", {"parameters": {"wieght": 1}}, None, "Did you mean `weight`?"),
+        ("ties", {"parameters": {"weight": (Conditional(filter="mlq", value=1),)}}, None, "`mlq`"),
+        ("task_arithmetic", {}, {"x": {}}, "so a guide's densities would do nothing"),
+        ("ties", {}, {"z": {}}, "guide: it schedules z, which is not merged.\nExperts: x, y."),
+        ("ties", {}, {"x": {"model.layers.9.q.weight": 1.0}}, "9.q.weight, which no source has"),
+        ("ties", {}, {"x": {Q: 1.5}}, "it gives model.layers.0.q.weight the density 1.5"),
+        ("linear", {"parameters": {"weight": 0.0}}, None, "the weights of model.embed_tokens.we"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(zoo, sources, method, change, schedule, says):
+    settings = replace(zoo.settings(method, sources[0], sources[1:]), **change)
+
+    assert says in message(lambda: make_plan(settings, 10**9, schedule))
+
+
+def test_sources_that_do_not_fit_together_are_refused(zoo, sources):
+    odd = zoo.source("odd", {"other": torch.zeros(1)})
+
+    text = message(lambda: make_plan(zoo.settings("ties", sources[0], [odd]), 10**9))
+
+    assert text.startswith("method `ties`: the sources do not fit together: odd lacks 4 tensors (")
+
+
+def test_a_method_without_a_base_takes_its_experts_alone(zoo, sources):
+    plan = make_plan(zoo.settings("linear", sources[0], sources[1:]), 10**9)
+
+    assert plan.shards[0].labels == ("x", "y")
