@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lewis_hub.demo.zoo import zoo_folder
     from lewis_hub.errors import LewisHubError
-    from lewis_hub.pipeline import calibrate, check, evaluate, merge, open_target, publish
+    from lewis_hub.pipeline import (
+        calibrate,
+        check,
+        evaluate_model,
+        merge_models,
+        open_target,
+        publish,
+    )
     from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
     from lewis_hub.recipe_file import read_recipe
     from lewis_hub.stages.execution import Execution
@@ -26,8 +33,8 @@ __all__ = [
     "Recipe",
     "calibrate",
     "check",
-    "evaluate",
-    "merge",
+    "evaluate_model",
+    "merge_models",
     "open_target",
     "publish",
     "read_recipe",
@@ -43,8 +50,8 @@ _HOME = {
     "Recipe": "recipe",
     "calibrate": "pipeline",
     "check": "pipeline",
-    "evaluate": "pipeline",
-    "merge": "pipeline",
+    "evaluate_model": "pipeline",
+    "merge_models": "pipeline",
     "open_target": "pipeline",
     "publish": "pipeline",
     "read_recipe": "recipe_file",

@@ -111,7 +111,7 @@ def calibrate(
     return Calibrated(output, guidance.profile, guidance.schedule)
 
 
-def merge(
+def merge_models(
     recipe: Recipe,
     output: Path | str,
     execution: Execution | None = None,
@@ -131,7 +131,7 @@ def merge(
     Example:
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
         >>> unscored = recipe.model_copy(update={"evaluate": None})
-        >>> lewis_hub.merge(unscored, tmp_path / "merged").status
+        >>> lewis_hub.merge_models(unscored, tmp_path / "merged").status
         'merged'
     """
     output = Path(output)
@@ -150,7 +150,7 @@ def merge(
         return Merged("merged", work.finish(files), scores)
 
 
-def evaluate(
+def evaluate_model(
     model: ModelReference,
     asked: Evaluation,
     execution: Execution | None = None,
@@ -171,7 +171,7 @@ def evaluate(
         >>> tasks = str(lewis_hub.zoo_folder() / "tasks")
         >>> asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=tasks, limit=5)
         >>> model = lewis_hub.ModelReference(name="zoo/expert-reverse")
-        >>> scores = lewis_hub.evaluate(model, asked)
+        >>> scores = lewis_hub.evaluate_model(model, asked)
         >>> scores.tasks["zoo_reverse"].n
         5
     """

@@ -14,8 +14,8 @@ EXAMPLES = {
         recipe_file.schema,
         pipeline.check,
         pipeline.calibrate,
-        pipeline.merge,
-        pipeline.evaluate,
+        pipeline.merge_models,
+        pipeline.evaluate_model,
         pipeline.publish,
     )
 }

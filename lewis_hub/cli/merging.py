@@ -144,7 +144,7 @@ def merge(
         allow_code=allow_code_execution,
     )
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
-    merged = pipeline.merge(
+    merged = pipeline.merge_models(
         recipe, output or recipe_file.parent / "merged", execution, terminal.progress
     )
     published = pipeline.publish(merged.output, target, terminal.progress) if target else None

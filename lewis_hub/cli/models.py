@@ -46,7 +46,7 @@ def evaluate(
         tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
     )
     execution = Execution(device=device, allow_code=allow_code_execution)
-    scores = pipeline.evaluate(
+    scores = pipeline.evaluate_model(
         ModelReference.model_validate(model), evaluation, execution, terminal.progress
     )
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))

@@ -1,0 +1,75 @@
+"""What the documents say is what the program does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+import lewis_hub
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.recipe import Calibration, Evaluation, Guide, Publishing, Recipe
+from lewis_hub.recipe_file import parse_recipe, read_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"^(lewis-hub .+?)(?:\s+#.*)?$", README, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_in_the_readme_parses(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *words = shlex.split(line)[1:]
+    command = cli.commands[name]
+
+    context = command.make_context(name, list(words), resilient_parsing=False)
+
+    assert isinstance(context, click.Context)
+
+
+def test_the_recipe_in_the_readme_is_the_zoo_s():
+    (text,) = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
+
+    shown, shipped = parse_recipe(text, "README.md"), read_recipe(zoo_folder() / "recipe.yaml")
+
+    assert shown.model_dump(exclude={"models"}) == shipped.model_dump(exclude={"models"})
+    assert [str(m.model) for m in shown.models] == [str(m.model) for m in shipped.models]
+
+
+def test_the_make_targets_in_the_readme_are_there():
+    targets = set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE))
+
+    assert targets == {"demo", "test"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in targets | {"test-all"})
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_every_path_in_the_file_map_is_there():
+    table = README.partition("## The file map")[2]
+    for cell in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE):
+        for path in re.findall(r"`([^`]+)`", cell):
+            inside = ROOT / path, ROOT / "lewis_hub" / path
+            assert any(candidate.exists() for candidate in inside), path
+
+
+@pytest.mark.parametrize("model", [Recipe, Guide, Calibration, Evaluation, Publishing])
+def test_every_field_of_the_recipe_is_described(model):
+    text = (ROOT / "docs" / "recipe.md").read_text()
+
+    for name, field in model.model_fields.items():
+        assert re.search(rf"[`.]{field.alias or name}[`.[]", text) or name == "gate", name
+
+
+def test_the_program_in_the_readme_uses_public_names():
+    (program,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+
+    compile(program, "README.md", "exec")
+    assert set(re.findall(r"lewis_hub\.(\w+)", program)) <= set(lewis_hub.__all__)
