@@ -11,6 +11,7 @@ from typing import Any
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.quiet import quiet_libraries
 from lewis_hub.evaluate.tasks import LocatedTasks, TaskSelection, locate_tasks
+from lewis_hub.evaluate.templates import compiled_once
 
 FEWSHOT_SEED = 1234  # the same examples for every model and run
 
@@ -39,7 +40,7 @@ def load_tasks(selection: TaskSelection, limit: int | None = None) -> Benchmarks
         EvaluationError: as `check_tasks`; or data that are missing, empty or do not fit the task.
     """
     located = locate_tasks(selection)
-    with quiet_libraries(), code_allowed(allowed=selection.allow_code):
+    with quiet_libraries(), code_allowed(allowed=selection.allow_code), compiled_once():
         tasks, groups = _built(located)
         n_requests = sum(_count_requests(name, task, limit) for name, task in tasks.items())
     return Benchmarks(tasks, groups, n_requests, limit, selection.allow_code)

@@ -16,7 +16,12 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Benchmarks, code_allowed, reset_fewshot
 from lewis_hub.evaluate.quiet import quiet_libraries
 from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult, pooled
+from lewis_hub.evaluate.templates import compiled_once
 from lewis_hub.progress import Advance
+
+CPU_BYTES = 2_000_000_000
+MOST_TOGETHER = 128  # more is not faster
+TINY = 20_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,14 @@ class EvaluationSettings:
 
     Attributes:
         device: a torch device. On `cpu` the arithmetic is float32, else the model's own dtype.
-        batch_size: items answered together. Scores do not depend on it but for rounding.
+        batch_size: requests answered together; None: as many as an eighth of a GPU's memory, or
+            2 GB on a CPU, allow. Scores depend on it only by rounding.
         chat_template: whether prompts go through each model's own chat template.
         seed: for tasks that sample their answers.
     """
 
     device: str = "cpu"
-    batch_size: int = 32
+    batch_size: int | None = None
     chat_template: bool = False
     seed: int = 1234
 
@@ -46,13 +52,17 @@ def evaluate_model(
     Raises:
         EvaluationError: the model cannot be loaded, or is too short for a task's answers.
     """
-    with quiet_libraries(), code_allowed(allowed=benchmarks.allow_code), _seeded(settings.seed):
+    code = code_allowed(allowed=benchmarks.allow_code)
+    with quiet_libraries(), code, compiled_once(), _seeded(settings.seed):
         lm = _load(folder, settings)
+        if settings.batch_size is None:
+            lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
-        result = _result(_answered(lm, benchmarks, settings), benchmarks)
+        with _fitting_threads(lm):
+            result = _result(_answered(lm, benchmarks, settings), benchmarks)
     del lm
     gc.collect()  # one model in memory at a time
     return result
@@ -107,6 +117,20 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
+@contextmanager
+def _fitting_threads(lm: Any) -> Iterator[None]:
+    """One thread for a tiny model: several wait for each other longer than they work."""
+    import torch
+
+    before = torch.get_num_threads()
+    if lm.model.num_parameters() < TINY:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _load(folder: Path, settings: EvaluationSettings) -> Any:
     from lm_eval.models.huggingface import HFLM
     from safetensors import SafetensorError
@@ -118,7 +142,7 @@ def _load(folder: Path, settings: EvaluationSettings) -> Any:
             tokenizer=path,
             device=settings.device,
             dtype="float32" if settings.device == "cpu" else "auto",
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 1,
             trust_remote_code=False,
             use_safetensors=True,
         )
@@ -128,6 +152,26 @@ def _load(folder: Path, settings: EvaluationSettings) -> Any:
             "Expected: config.json, tokenizer files and safetensors that transformers can load."
         )
         raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
+    import torch
+
+    on_gpu = lm.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(lm.device).total_memory // 8 if on_gpu else CPU_BYTES
+    requests = (request for task in benchmarks.tasks.values() for request in task.instances)
+    longest = max(("".join(filter(_is_text, request.args)) for request in requests), key=len)
+    n_tokens = min(len(lm.tok_encode(longest)) + 1, lm.max_length)
+    return affordable_batch(n_tokens, lm.model.config.get_text_config().vocab_size, memory)
+
+
+def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int) -> int:
+    """How many texts fit: lm-eval holds float32 logits of every token, and their log-softmax."""
+    return max(1, min(MOST_TOGETHER, memory_bytes // (n_tokens * n_vocabulary * 8)))
+
+
+def _is_text(argument: Any) -> bool:
+    return isinstance(argument, str)
 
 
 def _check_length(name: str, task: Any, lm: Any) -> None:

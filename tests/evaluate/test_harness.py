@@ -10,7 +10,7 @@ import pytest
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks
 from lewis_hub.evaluate.compare import compare
-from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
+from lewis_hub.evaluate.harness import EvaluationSettings, affordable_batch, evaluate_model
 from lewis_hub.evaluate.paired import mcnemar, newcombe_interval
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.tasks import TaskSelection
@@ -120,9 +120,16 @@ def test_the_batch_size_does_not_change_a_score(own_tasks, poor_model, poor):
     assert result.tasks["choose"] == poor.tasks["choose"]
 
 
+def test_the_batch_shrinks_with_the_text_and_the_vocabulary():
+    assert affordable_batch(n_tokens=20, n_vocabulary=356, memory_bytes=2_000_000_000) == 128
+    assert affordable_batch(n_tokens=500, n_vocabulary=50_000, memory_bytes=2_000_000_000) == 10
+    assert affordable_batch(n_tokens=8_000, n_vocabulary=256_000, memory_bytes=2_000_000_000) == 1
+
+
 def test_nothing_is_written_to_the_terminal_and_all_is_put_back(benchmarks, good_model, capfd):
     import datasets.utils
     import lm_eval.models.huggingface
+    import lm_eval.utils
     import torch
 
     random.seed(5)
@@ -137,6 +144,7 @@ def test_nothing_is_written_to_the_terminal_and_all_is_put_back(benchmarks, good
     assert (random.random(), torch.initial_seed()) == expected
     assert lm_eval.models.huggingface.tqdm is bar
     assert logging.getLogger("lm_eval").level == level
+    assert "from_string" not in vars(lm_eval.utils.env)
     assert not datasets.utils.are_progress_bars_disabled()
 
 
