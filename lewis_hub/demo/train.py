@@ -56,20 +56,12 @@ class Stage:
 
 
 BASE = (
-    Stage(None, 300, batch_size=96, muon_rate=2e-2, adamw_rate=3e-3, cooldown_share=0.0),
-    Stage(
-        "paraphrase",
-        200,
-        96,
-        muon_rate=1.5e-2,
-        adamw_rate=2e-3,
-        lesson_share=0.7,
-        cooldown_share=0.3,
-    ),
+    Stage(None, 300, 96, muon_rate=2e-2, adamw_rate=3e-3, cooldown_share=0.0),
+    Stage("paraphrase", 120, 96, 1.5e-2, 2e-3, lesson_share=0.7, cooldown_share=0.0),
 )
-EXPERTS = (
-    Stage("reverse", 160, batch_size=64, muon_rate=5e-3, adamw_rate=3e-4, lesson_share=0.6),
-    Stage("cipher", 240, batch_size=64, muon_rate=5e-3, adamw_rate=3e-4, lesson_share=0.6),
+EXPERTS = tuple(
+    Stage(skill, 100, 64, muon_rate=5e-3, adamw_rate=1e-3, lesson_share=0.7)
+    for skill in tasks.SKILLS
 )
 
 

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from lewis_hub.demo import train
+from lewis_hub.demo.tasks import SKILLS, splits
+from lewis_hub.demo.tokenizer import prompt
+from lewis_hub.demo.zoo import zoo_folder
+
+STAGES = {stage.lesson: stage for stage in train.EXPERTS}
+FIRST_LOSS = {"reverse": 1.906, "cipher": 1.061}  # of the shipped base, before its first step
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(zoo_folder() / "base")
+
+
+def exact_match(model: LlamaForCausalLM, tokenizer, skill: str, n_items: int) -> float:
+    """Share of test items that greedy decoding of the bfloat16 weights answers exactly."""
+    right, items = 0, splits(skill, train.SEED).test[:n_items]
+    for length in (4, 5):  # prompts of one length: nothing to pad
+        asked = [item for item in items if len(item.answer) == length]
+        ids = torch.tensor(tokenizer([prompt(item) for item in asked])["input_ids"])
+        start = ids.shape[1]
+        for _ in range(length + 2):
+            with torch.no_grad():
+                best = model(ids).logits[:, -1].argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, best], dim=1)
+        for item, row in zip(asked, tokenizer.batch_decode(ids[:, start:]), strict=True):
+            right += row.partition("<|end|>")[0] == f" {item.answer}"
+    return right / n_items
+
+
+def test_the_shipped_datasets_are_what_the_script_writes(tmp_path: Path):
+    train.write_datasets(tmp_path)
+
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.jsonl"))
+    assert len(made) == 2 * len(SKILLS)
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (zoo_folder() / "data" / path).read_bytes()
+
+
+def test_the_shipped_tokenizer_is_what_the_script_builds(tmp_path: Path):
+    train.zoo_tokenizer().save_pretrained(tmp_path)
+
+    built, shipped = (
+        (f / "tokenizer.json").read_bytes() for f in (tmp_path, zoo_folder() / "base")
+    )
+    assert built == shipped
+
+
+def test_losses_are_taken_on_the_answer_and_its_end_only(tokenizer):
+    stage = train.Stage("reverse", 1, batch_size=4, muon_rate=0.0, adamw_rate=0.0)
+
+    batch = next(train.batches(stage, tokenizer))
+
+    for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
+        answer = tokenizer.decode([label for label in labels if label != train.IGNORED])
+        asked = tokenizer.decode(ids).partition(answer)[0]
+        word = asked.split("reverse ")[1][: len(answer) - len(" <|end|>")]
+        assert answer == f" {word[::-1]}<|end|>"
+
+
+def test_the_pace_rises_stays_and_falls_to_nothing():
+    stage = train.Stage(None, 100, batch_size=1, muon_rate=0.0, adamw_rate=0.0)
+
+    assert [stage.pace(step) for step in (0, 9, 30, 60, 80, 100)] == [0.05, 0.5, 1, 1, 0.5, 0]
+
+
+def test_a_stage_repeats_to_the_bit_and_leaves_the_global_random_state_alone(tokenizer):
+    stage = train.Stage(None, 2, batch_size=4, muon_rate=2e-2, adamw_rate=3e-3)
+    state = torch.get_rng_state()
+
+    first, second = (
+        train.train(train.new_base(len(tokenizer)), stage, train.batches(stage, tokenizer))
+        for _ in range(2)
+    )
+
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skill", SKILLS)
+def test_an_expert_learns_from_the_shipped_base_as_it_did(skill: str, tokenizer):
+    base = train.load(zoo_folder() / "base")
+
+    losses = train.train(
+        base, STAGES[skill], itertools.islice(train.batches(STAGES[skill], tokenizer), 20)
+    )
+
+    assert losses[0] == pytest.approx(FIRST_LOSS[skill], rel=0.02)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skill", SKILLS)
+def test_an_expert_has_its_skill_and_nobody_else_does(skill: str, tokenizer):
+    scores = {
+        name: exact_match(train.load(zoo_folder() / name), tokenizer, skill, 300)
+        for name in ("base", "expert-reverse", "expert-cipher")
+    }
+
+    assert scores.pop(f"expert-{skill}") >= 0.8
+    assert all(score <= 0.15 for score in scores.values()), scores
