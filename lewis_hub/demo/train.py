@@ -191,7 +191,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     """Write a model repo's files in bfloat16; `model` itself is cast."""
     model.bfloat16()
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=32, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=2
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
