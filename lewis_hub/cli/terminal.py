@@ -42,11 +42,12 @@ class Terminal:
             click.echo(json.dumps(document, indent=2, ensure_ascii=False))
             return
         from rich.console import Console
+        from rich.table import Table
 
         width = None if sys.stdout.isatty() else 120
-        console = Console(file=sys.stdout, width=width, highlight=False, soft_wrap=False)
-        for item in shown:
-            console.print(item)
+        console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+        for item in shown:  # sentences hold paths and addresses: those are never broken
+            console.print(item, soft_wrap=not isinstance(item, Table))
 
 
 def terminal_options(command: Callable[P, None]) -> Callable[..., None]:

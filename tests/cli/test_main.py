@@ -81,7 +81,7 @@ def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("merge", "--pusch"), "No such option: --pusch"),
+        (("merge", "--pusch"), "No such option '--pusch'"),
         (("mrege",), "No such command 'mrege'"),
         (
             ("push", ".", "my model"),
