@@ -12,6 +12,8 @@ import pytest
 
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
+pytestmark = pytest.mark.slow  # each starts the command several times
+
 MODEL_FILES = {
     "config.json",
     "generation_config.json",
@@ -198,7 +200,6 @@ def test_ctrl_c_ends_within_a_second_and_the_same_command_goes_on(hub, zoo):
     assert (zoo / "merged" / "README.md").exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
     run(hub, zoo, "merge", "-o", "whole")
     expected = files_in(zoo / "whole")
@@ -222,7 +223,6 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
         assert differing <= NOT_THE_SAME
 
 
-@pytest.mark.slow
 def test_the_published_zoo_merge_does_both_skills(hub, tmp_path):
     (tmp_path / "work").mkdir()
     run(hub, tmp_path, "demo", "-o", "demo", "-q")
