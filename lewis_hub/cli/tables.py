@@ -66,7 +66,8 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
 def scores_table(scores: Scores) -> RenderableType:
     """A row per task and metric, a column per model."""
     labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
-    table = _table("task", "metric", "n", *(label.removeprefix("expert:").partition("@")[0] for label in labels))
+    names = [label.removeprefix("expert:").partition("@")[0] for label in labels]
+    table = _table("task", "metric", "n", *names)
     for name, task in scores.tasks.items():
         for metric in dict.fromkeys(key for found in task.models.values() for key in found):
             cells = [_score(task.models.get(label, {}).get(metric)) for label in labels]
