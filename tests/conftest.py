@@ -47,6 +47,7 @@ def start() -> Hub:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",  # the models are tiny, and the tests run side by side
         "MPLBACKEND": "agg",
     }
     return hub

@@ -114,12 +114,6 @@ class ShardWriter:
         return True
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file as 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def require_room(folder: Path, n_bytes: int) -> None:
     """Refuse to begin what the disk cannot hold.
 

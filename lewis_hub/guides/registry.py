@@ -6,13 +6,12 @@ loads a function under `@register`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Literal
 
 from lewis_hub.errors import GuideError
+from lewis_hub.registry import Registry
 
 GROUP = "lewis_hub.guides"
 
@@ -47,7 +46,8 @@ class Guide:
         return (self.decide.__doc__ or "").strip().partition("\n")[0]
 
 
-_guides: dict[str, Guide] = {}
+_registry: Registry[Guide] = Registry("guide", GROUP, GuideError)
+find, guides = _registry.find, _registry.all
 
 
 def register(
@@ -60,50 +60,7 @@ def register(
     """
 
     def add(decide: GuideFunction) -> GuideFunction:
-        taken = _guides.get(name)
-        if taken is not None:
-            owner = f"{taken.decide.__module__}.{taken.decide.__qualname__}"
-            problem = f"the name is already taken by {owner}"
-            raise GuideError(f"guide `{name}`", problem, "Register it under another name.")
-        _guides[name] = Guide(name, decide, needs, paper)
+        _registry.add(name, Guide(name, decide, needs, paper), decide)
         return decide
 
     return add
-
-
-def find(name: str) -> Guide:
-    """Look a guide up; an installed package is asked only for a name that is not built in.
-
-    Raises:
-        GuideError: no guide has the name, or the package that offers it does not load.
-    """
-    if name not in _guides:
-        _load(name)
-    if name not in _guides:
-        known = sorted({*_guides, *entry_points(group=GROUP).names})
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise GuideError(f"guide `{name}`", "there is none", f"Guides: {', '.join(known)}.{hint}")
-    return _guides[name]
-
-
-def guides() -> tuple[Guide, ...]:
-    """Every guide by name, those of installed packages too."""
-    for name in entry_points(group=GROUP).names:
-        if name not in _guides:
-            _load(name)
-    return tuple(_guides[name] for name in sorted(_guides))
-
-
-def _load(name: str) -> None:
-    for entry in entry_points(group=GROUP, name=name):
-        package = entry.dist.name if entry.dist else entry.value
-        remedy = f"Repair or remove the package: pip uninstall {package}."
-        try:
-            entry.load()
-        except (ImportError, AttributeError) as error:
-            problem = f"{package} offers it but does not load: {error}"
-            raise GuideError(f"guide `{name}`", problem, remedy) from error
-        if name not in _guides:
-            problem = f"{package} offers it but {entry.value} does not register it"
-            raise GuideError(f"guide `{name}`", problem, remedy)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from lewis_hub.hub.digests import git_sha1_of, sha256_of
+from lewis_hub.hub.digests import digests_of, git_sha1_of
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
 from lewis_hub.hub.target import Target, look
@@ -49,7 +49,7 @@ def compare(asked: Asked, target: Target, files: Mapping[str, Path]) -> Change:
     """Find what differs; a file that the Hub keeps in git is compared by its git sha1."""
     in_git = [path for path in files if target.digests.get(path, "").startswith("git-sha1:")]
     others = [path for path in files if path not in in_git]
-    digests = dict(zip(others, sha256_of([files[path] for path in others]), strict=True))
+    digests = dict(zip(others, digests_of([files[path] for path in others]), strict=True))
     digests |= {path: git_sha1_of(files[path]) for path in in_git}
     ours = {path for path in target.digests if WEIGHTS.fullmatch(path)}
     ours |= _left_by_former_merge(asked, target) & set(target.digests)

@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lewis_hub.files import sha256_of
+
 N_HASHING_THREADS = 2
-PIECE_BYTES = 4 << 20
 
 
-def sha256_of(paths: Sequence[Path]) -> list[str]:
+def digests_of(paths: Sequence[Path]) -> list[str]:
     """The sha256 of each file as `sha256:<hex>`, in the order given."""
     with ThreadPoolExecutor(N_HASHING_THREADS) as pool:
-        return list(pool.map(_sha256, paths))
+        return [f"sha256:{found}" for found in pool.map(sha256_of, paths)]
 
 
 def git_sha1_of(path: Path) -> str:
@@ -30,11 +31,3 @@ def content_sha(digests: Iterable[tuple[str, str]]) -> str:
     for path, digest in sorted(digests):
         total.update(f"{len(path)}:{path}:{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
-    return f"sha256:{digest.hexdigest()}"

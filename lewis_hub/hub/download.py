@@ -6,7 +6,6 @@ blobs, under its sha256, and counts only once its bytes have been checked agains
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import httpx2
 from huggingface_hub import constants, get_session
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
+from lewis_hub.files import sha256_of
 from lewis_hub.hub.retries import persist
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def download_blob(
             _complete(lambda: _append(asked, url, file, blob, advance, stop), partial_file(blob))
             if stop.is_set():
                 return
-            if _sha256(partial_file(blob)) == file.digest:
+            if f"sha256:{sha256_of(partial_file(blob))}" == file.digest:
                 partial_file(blob).rename(blob)
                 return
             partial_file(blob).unlink()
@@ -98,8 +98,3 @@ def _append(
                     return
     if part.stat().st_size < file.size_bytes:
         raise ConnectionResetError("Consistency check failed: the file ended early")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

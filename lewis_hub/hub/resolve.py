@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
-from lewis_hub.hub.digests import content_sha, sha256_of
+from lewis_hub.hub.digests import content_sha, digests_of
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
 from lewis_hub.hub.source import ADAPTERS, RepoType, Source, SourceFile
@@ -95,7 +95,7 @@ def _visible(folder: Path) -> Iterable[str]:
 def _hashed(paths: Sequence[Path], root: Path) -> tuple[SourceFile, ...]:
     return tuple(
         SourceFile(path.relative_to(root).as_posix(), path.stat().st_size, digest)
-        for path, digest in zip(paths, sha256_of(paths), strict=True)
+        for path, digest in zip(paths, digests_of(paths), strict=True)
     )
 
 
@@ -166,7 +166,7 @@ def _from_cache(asked: Asked) -> Source:
 def _cached_digest(path: Path) -> str:
     etag = path.resolve().name
     if not ETAG.fullmatch(etag):  # a cache without symbolic links
-        return sha256_of([path])[0]
+        return digests_of([path])[0]
     return f"git-sha1:{etag}" if len(etag) == 40 else f"sha256:{etag}"
 
 

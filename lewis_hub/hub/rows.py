@@ -86,7 +86,17 @@ def _single_file(source: Source, config: str | None, split: str) -> dict[str, An
 def _named(source: Source, config: str | None) -> dict[str, Any]:
     if source.folder:
         return {"path": str(source.folder.resolve()), "name": config}
-    return {"path": source.name, "name": config, "revision": source.commit_sha}
+    from datasets.config import HF_DATASETS_CACHE
+
+    # Where a repo cannot be read, `datasets` takes whatever commit of it lies in its cache: so each
+    # commit has a cache of its own.
+    cache = Path(HF_DATASETS_CACHE) / "lewis-hub" / str(source.commit_sha)
+    return {
+        "path": source.name,
+        "name": config,
+        "revision": source.commit_sha,
+        "cache_dir": str(cache),
+    }
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.layout import index_document
 from lewis_hub.checkpoint.reader import INDEX, TensorReader
-from lewis_hub.checkpoint.writer import ShardWriter, require_room, sha256_of
+from lewis_hub.checkpoint.writer import ShardWriter, require_room
 from lewis_hub.errors import OutputError
+from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.merge.plan import MergePlan, ShardPlan
 from lewis_hub.merge.runners import Inline, Runner
 from lewis_hub.progress import Advance
@@ -108,7 +109,11 @@ def merge_shard(
             advance(n_bytes)
         result = ShardResult(layout.name, writer.finish(), layout.n_bytes)
     told = {"plan": plan.digest, "sha256": result.sha256, "n_bytes": result.n_bytes}
-    _write_whole(note, json.dumps(told, indent=2) + "\n")
+    try:
+        write_whole(note, json.dumps(told, indent=2) + "\n")
+    except OSError as error:
+        problem = f"it cannot be written ({error.strerror})."
+        raise OutputError(str(note), problem, "Free some space, then run again.") from None
     return result
 
 
@@ -144,16 +149,6 @@ def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
 
 def _note(output: Path, shard: str) -> Path:
     return output / (shard + NOTE)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except OSError as error:
-        problem = f"it cannot be written ({error.strerror})."
-        raise OutputError(str(path), problem, "Free some space, then run again.") from None
 
 
 def _size(path: Path) -> int:

@@ -15,10 +15,10 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import MergeError
+from lewis_hub.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,8 @@ class Method:
             raise MergeError(where, f"`{self.name}` has no such parameter", remedy)
 
 
-_methods: dict[str, Method] = {}
+_registry: Registry[Method] = Registry("method", GROUP, MergeError)
+find, methods = _registry.find, _registry.all
 
 
 def register(
@@ -131,52 +132,8 @@ def register(
     """
 
     def add(function: MethodFunction) -> MethodFunction:
-        taken = _methods.get(name)
-        if taken is not None:
-            owner = f"{taken.function.__module__}.{taken.function.__qualname__}"
-            problem = f"the name is already taken by {owner}"
-            raise MergeError(f"method `{name}`", problem, "Register it under another name.")
         parameters = inspect.signature(function).parameters
-        _methods[name] = Method(name, function, parameters, paper, accepted or {})
+        _registry.add(name, Method(name, function, parameters, paper, accepted or {}), function)
         return function
 
     return add
-
-
-def find(name: str) -> Method:
-    """Look a method up; an installed package is asked only for a name that is not built in.
-
-    Raises:
-        MergeError: no method has the name, or the package that offers it does not load.
-    """
-    if name not in _methods:
-        _load(name)
-    if name not in _methods:
-        known = sorted({*_methods, *entry_points(group=GROUP).names})
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        remedy = f"Methods: {', '.join(known)}.{hint}"
-        raise MergeError(f"method `{name}`", "there is none in this version", remedy)
-    return _methods[name]
-
-
-def methods() -> tuple[Method, ...]:
-    """Every method by name, those of installed packages too."""
-    for name in entry_points(group=GROUP).names:
-        if name not in _methods:
-            _load(name)
-    return tuple(_methods[name] for name in sorted(_methods))
-
-
-def _load(name: str) -> None:
-    for entry in entry_points(group=GROUP, name=name):
-        package = entry.dist.name if entry.dist else entry.value
-        remedy = f"Repair or remove the package: pip uninstall {package}."
-        try:
-            entry.load()
-        except (ImportError, AttributeError) as error:
-            problem = f"{package} offers it but does not load: {error}"
-            raise MergeError(f"method `{name}`", problem, remedy) from error
-        if name not in _methods:
-            problem = f"{package} offers it but {entry.value} does not register it"
-            raise MergeError(f"method `{name}`", problem, remedy)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lewis_hub.errors import ProfileError
+from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
 from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, DensitySchedule, schedule
@@ -15,7 +16,6 @@ from lewis_hub.guides.importance import ImportanceProfile, Role, calibration_fac
 from lewis_hub.guides.tokens import CalibrationTokens, calibration_tokens, load_tokenizer
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.workspace import write_whole
 from lewis_hub.recipe import Calibration
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Folders, Step

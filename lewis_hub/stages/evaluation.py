@@ -16,8 +16,8 @@ from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import TaskSelection, check_tasks
+from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.workspace import write_whole
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.stages.downloading import download
@@ -136,7 +136,7 @@ def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scor
 def _file_name(candidate: Candidate, run: Run) -> str:
     """Changes with the model, the tasks, their own files and the settings."""
     own = run.selected.include
-    texts = {str(file.relative_to(own)): _sha256(file) for file in _files(own)} if own else {}
+    texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
     asked = [candidate.identity, run.selected.names, texts, run.limit, vars(run.settings)]
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return f"{digest[:32]}.json"
@@ -144,7 +144,3 @@ def _file_name(candidate: Candidate, run: Run) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,9 +13,9 @@ import yaml
 from lewis_hub import __version__
 from lewis_hub.errors import LewisHubError, PublishError
 from lewis_hub.evaluate.scores import Scores
+from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.workspace import write_whole
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.card import model_card
@@ -227,7 +226,7 @@ def _own_tasks(step: Step, own: Path) -> list[str]:
 
 
 def _output(path: Path, sha256: str | None) -> OutputFile:
-    known = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    known = sha256 or sha256_of(path)
     return OutputFile(known, path.stat().st_size)
 
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from lewis_hub.checkpoint.layout import OutputTensor, lay_out
-from lewis_hub.checkpoint.writer import ShardWriter, require_room, sha256_of
+from lewis_hub.checkpoint.writer import ShardWriter, require_room
 from lewis_hub.errors import OutputError
+from lewis_hub.files import sha256_of
 
 
 def layout(*sizes):

@@ -24,7 +24,7 @@ def thirds(statistics, gamma, epsilon):
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of installed packages, and a registry that is put back afterwards."""
-    monkeypatch.setattr(registry, "_guides", dict(registry._guides))
+    monkeypatch.setattr(registry._registry, "_entries", dict(registry._registry._entries))
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("thirds_plugin", None)
@@ -77,7 +77,8 @@ def test_an_unknown_guide_names_the_nearest(site):
         find("unifrom")
 
     assert str(caught.value) == (
-        "guide `unifrom`: there is none.\nGuides: lewis, thirds, uniform. Did you mean `uniform`?"
+        "guide `unifrom`: there is none in this version.\n"
+        "Guides: lewis, thirds, uniform. Did you mean `uniform`?"
     )
 
 

@@ -139,6 +139,18 @@ def test_a_repo_gives_the_rows_of_its_pinned_commit(hub, api, push):
     assert len(load(api, "tests/sums")) == 1
 
 
+def test_a_commit_without_rows_never_gives_those_of_another(hub, api, push):
+    push("tests/sums", {"train.jsonl": lines(ROWS)}, repo_type="dataset")
+    assert len(load(api, "tests/sums")) == 5
+    api.delete_file("train.jsonl", "tests/sums", repo_type="dataset")
+    sha = push("tests/sums", {"notes.xyz": b"hi"}, repo_type="dataset")
+
+    assert message(api, "tests/sums") == (
+        f"tests/sums@{sha}: it has no data files that can be read, or misses one that it names.\n"
+        "Use one with .jsonl, .parquet or .csv files."
+    )
+
+
 def test_a_missing_configuration_or_split_lists_what_there_is(hub, api, push):
     files = {"README.md": CONFIGS, "easy.jsonl": lines(ROWS), "hard.jsonl": lines(ROWS[:2])}
     sha = push("tests/sums", files, repo_type="dataset")

@@ -191,7 +191,7 @@ def test_a_source_that_changed_since_the_check_is_told(zoo, settings):
 
 
 def test_a_method_without_a_kernel_runs_by_its_definition(zoo, settings, monkeypatch):
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(registry._registry, "_entries", dict(registry._registry._entries))
 
     @registry.register("boldest")
     def boldest(base, task_vectors, *, weights, lambda_=1.0):

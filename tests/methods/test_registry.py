@@ -18,7 +18,7 @@ def message(call):
 @pytest.fixture
 def own_registry(monkeypatch):
     """Registrations that end with the test."""
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(registry._registry, "_entries", dict(registry._registry._entries))
 
 
 def test_five_methods_are_listed_by_name_with_summary_and_paper():
@@ -122,4 +122,4 @@ def offered(monkeypatch, entry):
     def entry_points(*, group, name=None):
         return Offered([entry] if group == registry.GROUP and name in {None, entry.name} else [])
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr("lewis_hub.registry.entry_points", entry_points)

@@ -1,0 +1,80 @@
+"""A table of names that installed packages may add to, by entry points."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from lewis_hub.errors import LewisHubError
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Generic[Entry]):
+    """Name to entry. A package is imported only for a name that is not built in, or for the list.
+
+    Args:
+        word: what an entry is called in messages.
+        group: of the entry points, each named as its entry, that load what calls `add`.
+        error: made from where, problem and remedy.
+    """
+
+    def __init__(
+        self, word: str, group: str, error: Callable[[str, str, str], LewisHubError]
+    ) -> None:
+        self.word, self.group, self.error = word, group, error
+        self._entries: dict[str, Entry] = {}
+        self._owners: dict[str, str] = {}
+
+    def add(self, name: str, entry: Entry, function: Callable[..., object]) -> None:
+        """Put an entry under a name; `function` says whose it is.
+
+        Raises:
+            LewisHubError: the name is taken.
+        """
+        if name in self._entries:
+            problem = f"the name is already taken by {self._owners[name]}"
+            raise self._refused(name, problem, "Register it under another name.")
+        self._entries[name] = entry
+        self._owners[name] = f"{function.__module__}.{function.__qualname__}"
+
+    def find(self, name: str) -> Entry:
+        """Look an entry up.
+
+        Raises:
+            LewisHubError: none has the name, or the package that offers it does not load.
+        """
+        if name not in self._entries:
+            self._load(name)
+        if name not in self._entries:
+            known = sorted({*self._entries, *entry_points(group=self.group).names})
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            remedy = f"{self.word.capitalize()}s: {', '.join(known)}.{hint}"
+            raise self._refused(name, "there is none in this version", remedy)
+        return self._entries[name]
+
+    def all(self) -> tuple[Entry, ...]:
+        """Every entry by name, those of installed packages too."""
+        for name in entry_points(group=self.group).names:
+            if name not in self._entries:
+                self._load(name)
+        return tuple(self._entries[name] for name in sorted(self._entries))
+
+    def _load(self, name: str) -> None:
+        for offered in entry_points(group=self.group, name=name):
+            package = offered.dist.name if offered.dist else offered.value
+            remedy = f"Repair or remove the package: pip uninstall {package}."
+            try:
+                offered.load()
+            except (ImportError, AttributeError) as error:
+                problem = f"{package} offers it but does not load: {error}"
+                raise self._refused(name, problem, remedy) from error
+            if name not in self._entries:
+                problem = f"{package} offers it but {offered.value} does not register it"
+                raise self._refused(name, problem, remedy)
+
+    def _refused(self, name: str, problem: str, remedy: str) -> LewisHubError:
+        return self.error(f"{self.word} `{name}`", problem, remedy)
