@@ -22,6 +22,18 @@ class LewisHubError(Exception):
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
+@dataclass(eq=False)
+class LocatedError(LewisHubError):
+    """The usual shape of a message: where, what, and what to do next."""
+
+    where: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}.\n{self.remedy}"
+
+
 # -- the recipe
 
 
@@ -43,36 +55,19 @@ class RecipeError(LewisHubError):
 # -- sources: repos, folders, datasets
 
 
-@dataclass(eq=False)
-class SourceError(LewisHubError):
+class SourceError(LocatedError):
     """A model or dataset could not be found or read; `where` is the repo or path as written."""
-
-    where: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 # -- checkpoints
 
 
-@dataclass(eq=False)
 class CheckpointError(LewisHubError):
     """Weight files that are broken, or that do not fit together."""
 
 
-@dataclass(eq=False)
-class BrokenCheckpointError(CheckpointError):
+class BrokenCheckpointError(CheckpointError, LocatedError):
     """A weight file or its index is not what it should be; `where` is the source and the file."""
-
-    where: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 @dataclass(eq=False)
@@ -90,16 +85,8 @@ class NonFiniteError(CheckpointError):
 # -- merging
 
 
-@dataclass(eq=False)
-class MergeError(LewisHubError):
+class MergeError(LocatedError):
     """A merge that cannot be done as asked: method, parameter or schedule."""
-
-    where: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 @dataclass(eq=False)
@@ -116,16 +103,8 @@ class CheckFailedError(LewisHubError):
 # -- calibration
 
 
-@dataclass(eq=False)
-class CalibrationError(LewisHubError):
+class CalibrationError(LocatedError):
     """Calibration that cannot be done as asked: data, template, tokenizer or model."""
-
-    where: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 class EmptyCalibrationError(CalibrationError):
@@ -177,31 +156,15 @@ class EvaluationError(LewisHubError):
 # -- publishing
 
 
-@dataclass(eq=False)
-class PublishError(LewisHubError):
+class PublishError(LocatedError):
     """A push that was refused; `where` is the repo, or the folder that was to be pushed."""
-
-    where: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 # -- the embedded Hub, optional extras
 
 
-@dataclass(eq=False)
-class HubServerError(LewisHubError):
+class HubServerError(LocatedError):
     """The embedded Hub cannot serve; `where` is the address asked for."""
-
-    where: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
 @dataclass(eq=False)
