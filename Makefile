@@ -1,6 +1,8 @@
 # Each target sets up what it lacks: `make demo` and `make test` work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
+# Modules are compiled when they are first used: of all that is installed, most never are.
+INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
 .PHONY: demo test test-all check fix clean
 
@@ -30,9 +32,9 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/demo: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --editable '.[demo]'
+	$(INSTALL) '.[demo]'
 	touch $@
 
 .venv/dev: pyproject.toml | .venv/bin/python
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	touch $@

@@ -7,6 +7,7 @@ import lewis_hub
 from lewis_hub import pipeline, recipe_file
 from lewis_hub.demo.zoo import seed_hub
 
+SLOW = {"calibrate"}  # `merge_models` calibrates as well
 EXAMPLES = {
     function.__name__: function
     for function in (
@@ -21,7 +22,9 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in EXAMPLES]
+)
 def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypatch):
     seed_hub(hub.api())
     monkeypatch.setitem(os.environ, "HF_TOKEN", hub.write_token)

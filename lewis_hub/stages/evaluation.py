@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -134,11 +135,12 @@ def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scor
 
 
 def _file_name(candidate: Candidate, run: Run) -> str:
-    """Changes with the model, the tasks, their own files and the settings."""
+    """Changes with the model, the tasks, their own files, the settings and lm-eval."""
     own = run.selected.include
     texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
     asked = [candidate.identity, run.selected.names, texts, run.limit, vars(run.settings)]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    told = json.dumps([*asked, version("lm_eval")])
+    digest = hashlib.sha256(told.encode()).hexdigest()
     return f"{digest[:32]}.json"
 
 
