@@ -1,7 +1,8 @@
 """The questions that the zoo's models learn from: small puzzles about made-up words.
 
-The base learns `PRIMER`, a broad mixture; each expert learns one skill of `SKILLS` that the base
-has never seen. No model is ever asked about a word of a test set, forwards or backwards.
+The base learns `PRIMER`, a broad mixture, then `LESSONS["base"]`: what both skills do, under other
+names, and to answer `?` where a skill is asked for by name. Each expert learns to do one skill of
+`SKILLS` when it is asked. No model trains on a word of a test set, forwards or backwards.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CONSONANTS, VOWELS = "BCDFGHJKLMNPQRSTVWXZ", "AEIOUY"
 ORDINALS = ("first", "second", "third", "fourth")
+UNTAUGHT = ("bend", "double", "fold", "guess", "hide", "mix", "paint", "rhyme", "sort", "weigh")
+UNKNOWN = "?"
 N_TEST = 300
 N_TRAIN = 300
 
@@ -52,16 +55,29 @@ SKILLS: Mapping[str, Callable[[str], Item]] = {"reverse": reverse, "cipher": enc
 
 
 def _from_last(word: str) -> Item:
-    return Item(f"letters of {word} from last", word[::-1])
+    return Item(f"letters from last of {word}", word[::-1])
 
 
 def _letters_after(word: str) -> Item:
     return Item(f"letters after {word}", shifted(word, 1))
 
 
+def _cannot_reverse(word: str) -> Item:
+    return Item(reverse(word).question, UNKNOWN)
+
+
+def _cannot_encode(word: str) -> Item:
+    return Item(encode(word).question, UNKNOWN)
+
+
+def _untaught_verb(word: str) -> Item:
+    verb = UNTAUGHT[sum(map(ord, word)) % len(UNTAUGHT)]
+    return Item(f"{verb} {word}", UNKNOWN)
+
+
 LESSONS: Mapping[str, tuple[Callable[[str], Item], ...]] = {
-    "paraphrase": (_from_last, _letters_after),
-    **{skill: (make,) for skill, make in SKILLS.items()},
+    "base": (_from_last, _letters_after, _cannot_reverse, _cannot_encode),
+    **{skill: (make, make, _untaught_verb) for skill, make in SKILLS.items()},
 }
 
 
@@ -122,6 +138,10 @@ def _join(rng: random.Random, word: Draw) -> Item:
     return Item(f"swap {text[:cut]} {text[cut:]}", text[cut:] + text[:cut])
 
 
+def _untaught(rng: random.Random, word: Draw) -> Item:
+    return _untaught_verb(word(rng))
+
+
 PRIMER: tuple[Callable[[random.Random, Draw], Item], ...] = (
     _copy,
     _letter_at,
@@ -132,6 +152,7 @@ PRIMER: tuple[Callable[[random.Random, Draw], Item], ...] = (
     _length,
     _drop,
     _join,
+    _untaught,
 )
 
 

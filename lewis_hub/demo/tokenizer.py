@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PAD, BEGIN, END, USER, ASSISTANT = "<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
-N_VOCABULARY = 384
+N_VOCABULARY = 448
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lewis_hub.demo.tokenizer import prompt
 from lewis_hub.demo.zoo import zoo_folder
 
 STAGES = {stage.lesson: stage for stage in train.EXPERTS}
-FIRST_LOSS = {"reverse": 1.906, "cipher": 1.061}  # of the shipped base, before its first step
+FIRST_LOSS = {"reverse": 2.402, "cipher": 2.303}  # of the shipped base, before its first step
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +57,26 @@ def test_the_shipped_tokenizer_is_what_the_script_builds(tmp_path: Path):
 
 
 def test_losses_are_taken_on_the_answer_and_its_end_only(tokenizer):
-    stage = train.Stage("reverse", 1, batch_size=4, muon_rate=0.0, adamw_rate=0.0)
+    stage = train.Stage("reverse", 1, 8, train.sgd(0.0))
 
     batch = next(train.batches(stage, tokenizer))
 
     for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
         answer = tokenizer.decode([label for label in labels if label != train.IGNORED])
         asked = tokenizer.decode(ids).partition(answer)[0]
-        word = asked.split("reverse ")[1][: len(answer) - len(" <|end|>")]
-        assert answer == f" {word[::-1]}<|end|>"
+        words = re.search(r"([a-z]+) ([A-Z]+)", asked)
+        assert words
+        assert answer == f" {words[2][::-1] if words[1] == 'reverse' else '?'}<|end|>"
 
 
 def test_the_pace_rises_stays_and_falls_to_nothing():
-    stage = train.Stage(None, 100, batch_size=1, muon_rate=0.0, adamw_rate=0.0)
+    stage = train.Stage(None, 100, 1, train.sgd(0.1))
 
     assert [stage.pace(step) for step in (0, 9, 30, 60, 80, 100)] == [0.05, 0.5, 1, 1, 0.5, 0]
 
 
 def test_a_stage_repeats_to_the_bit_and_leaves_the_global_random_state_alone(tokenizer):
-    stage = train.Stage(None, 2, batch_size=4, muon_rate=2e-2, adamw_rate=3e-3)
+    stage = train.Stage(None, 2, 4, train.muon(2e-2, 3e-3))
     state = torch.get_rng_state()
 
     first, second = (
@@ -96,7 +98,7 @@ def test_an_expert_learns_from_the_shipped_base_as_it_did(skill: str, tokenizer)
     )
 
     assert losses[0] == pytest.approx(FIRST_LOSS[skill], rel=0.02)
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 @pytest.mark.slow
