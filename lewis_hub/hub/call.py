@@ -33,7 +33,7 @@ class Call:
     """A request whose body has been read.
 
     Attributes:
-        parts: what the path's placeholders stand for, percent-decoded.
+        parts: the variable parts of the path by name, percent-decoded.
     """
 
     hub: Hub
