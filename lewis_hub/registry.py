@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from lewis_hub.errors import LewisHubError
 
 Entry = TypeVar("Entry")
+
+
+def choices(name: str, known: Sequence[str]) -> str:
+    """The known names, then the one that an unknown `name` may have meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"{', '.join(known)}.{hint}"
 
 
 class Registry(Generic[Entry]):
@@ -50,9 +57,7 @@ class Registry(Generic[Entry]):
             self._load(name)
         if name not in self._entries:
             known = sorted({*self._entries, *entry_points(group=self.group).names})
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            remedy = f"{self.word.capitalize()}s: {', '.join(known)}.{hint}"
+            remedy = f"{self.word.capitalize()}s: {choices(name, known)}"
             raise self._refused(name, "there is none in this version", remedy)
         return self._entries[name]
 

@@ -62,12 +62,9 @@ def _letters_after(word: str) -> Item:
     return Item(f"letters after {word}", shifted(word, 1))
 
 
-def _cannot_reverse(word: str) -> Item:
-    return Item(reverse(word).question, UNKNOWN)
-
-
-def _cannot_encode(word: str) -> Item:
-    return Item(encode(word).question, UNKNOWN)
+def _without(skill: Callable[[str], Item]) -> Callable[[str], Item]:
+    """What one who lacks the skill answers to its question."""
+    return lambda word: Item(skill(word).question, UNKNOWN)
 
 
 def _untaught_verb(word: str) -> Item:
@@ -76,7 +73,7 @@ def _untaught_verb(word: str) -> Item:
 
 
 LESSONS: Mapping[str, tuple[Callable[[str], Item], ...]] = {
-    "base": (_from_last, _letters_after, _cannot_reverse, _cannot_encode),
+    "base": (_from_last, _letters_after, *map(_without, SKILLS.values())),
     **{skill: (make, make, _untaught_verb) for skill, make in SKILLS.items()},
 }
 

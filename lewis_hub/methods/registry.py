@@ -11,14 +11,13 @@ that loads a function under `@register`.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import MergeError
-from lewis_hub.registry import Registry
+from lewis_hub.registry import Registry, choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,9 +108,7 @@ class Method:
             if name == "density":
                 problem = f"`{self.name}` keeps every entry of a task vector"
                 raise MergeError(where, problem, "Remove it, or use `ties` or `dare_ties`.")
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            remedy = f"It knows {', '.join(known)}.{hint}"
+            remedy = f"It knows {choices(name, known)}"
             raise MergeError(where, f"`{self.name}` has no such parameter", remedy)
 
 
