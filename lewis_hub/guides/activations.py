@@ -17,6 +17,7 @@ from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
 from lewis_hub.guides.importance import module_importance, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
+from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.progress import Advance
 
@@ -48,14 +49,15 @@ def measure(
             are not finite.
     """
     model = load_model(folder, device, name)
+    weights = {path: matrix(module) for path, module in _block_linears(model, name).items()}
+    widths = {weight.shape[1] for weight in weights.values()}
     measured = []
-    for tokens in sets:
-        check_tokens_fit(model, name, tokens)
-        norms = activation_norms(model, name, batches(tokens), advance)
-        weights = _block_linears(model, name)
-        measured.append(
-            {path: module_importance(matrix(weights[path]), norm) for path, norm in norms.items()}
-        )
+    with threads(whole_shares(widths, torch.get_num_threads())):
+        for tokens in sets:
+            check_tokens_fit(model, name, tokens)
+            norms = activation_norms(model, name, batches(tokens), advance)
+            found = {path: module_importance(weights[path], norm) for path, norm in norms.items()}
+            measured.append(found)
     return measured
 
 

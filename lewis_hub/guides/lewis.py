@@ -11,6 +11,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides.registry import Statistics, register
 
+DECIMALS = 4  # of a density: another CPU's rounding, far below, then changes no merged byte
 SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from each other
 
 
@@ -39,7 +40,7 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
 
     Source:
         LEWIS, arXiv:2503.03874. The published code also counts padding, prunes the blocks that it
-        has measured and rounds to 5 decimals; none of that is done here.
+        has measured and rounds the shares to 5 decimals; none of that is done here.
     """
     return spread(importance_shifts(statistics), gamma, epsilon)
 
@@ -72,15 +73,18 @@ def _component(module: str) -> tuple[str | None, str]:
 
 
 def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[str, float]:
-    """Map the lowest share to gamma, the highest to epsilon, linearly; equal ones to the middle."""
+    """Map the lowest share to gamma, the highest to epsilon, linearly; equal ones to the middle.
+
+    What lies between is rounded to `DECIMALS`.
+    """
     low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
     if low == high:
         return dict.fromkeys(shares, (gamma + epsilon) / 2)
+    ends = {low: gamma, high: epsilon}
     densities = {}
     for module, share in shares.items():
-        place = (share - low) / (high - low)
-        density = gamma * (1 - place) + epsilon * place
-        densities[module] = min(max(density, gamma), epsilon)
+        density = round(gamma + (epsilon - gamma) * ((share - low) / (high - low)), DECIMALS)
+        densities[module] = ends.get(share, min(max(density, gamma), epsilon))
     return densities
 
 
