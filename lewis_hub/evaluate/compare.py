@@ -40,7 +40,11 @@ def compare(results: Mapping[str, ModelResult]) -> Scores:
 
 
 def _metric_scores(task: TaskResult) -> dict[str, MetricScore]:
-    return {key: MetricScore(metric.value, metric.stderr) for key, metric in task.metrics.items()}
+    """A task that does not say which way is better means the higher one."""
+    return {
+        key: MetricScore(metric.value, metric.stderr, metric.higher_is_better is not False)
+        for key, metric in task.metrics.items()
+    }
 
 
 def _check_same_items(

@@ -19,6 +19,12 @@ class MetricScore:
 
     value: float
     stderr: float | None
+    higher_is_better: bool = True
+
+    @property
+    def merit(self) -> float:
+        """The value, turned so that the better model has the higher one."""
+        return self.value if self.higher_is_better else -self.value
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,7 @@ def _task_document(task: TaskScores) -> dict[str, Any]:
         "n": task.n,
         "version": task.version,
         "models": {
-            label: {
-                name: {"value": finite(score.value), "stderr": score.stderr}
-                for name, score in metrics.items()
-            }
+            label: {name: _score_document(score) for name, score in metrics.items()}
             for label, metrics in task.models.items()
         },
         "paired": [
@@ -122,13 +125,18 @@ def _task_document(task: TaskScores) -> dict[str, Any]:
     }
 
 
+def _score_document(score: MetricScore) -> dict[str, Any]:
+    direction = {} if score.higher_is_better else {"higher_is_better": False}
+    return {"value": finite(score.value), "stderr": score.stderr, **direction}
+
+
 def _task_scores(document: Mapping[str, Any]) -> TaskScores:
     return TaskScores(
         n=document["n"],
         version=document["version"],
         models={
             label: {
-                name: MetricScore(number(score["value"]), score["stderr"])
+                name: MetricScore(**{**score, "value": number(score["value"])})
                 for name, score in metrics.items()
             }
             for label, metrics in document["models"].items()

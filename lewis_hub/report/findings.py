@@ -10,10 +10,6 @@ from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScore
 from lewis_hub.report import markdown
 from lewis_hub.report.plots import short_name
 
-LOWER_IS_BETTER = frozenset(
-    {"word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "ppl", "brier_score"}
-    | {"loss", "nll", "ter", "wer", "cer", "mse", "mae", "rmse", "ece", "calibration_error"}
-)
 SIGNIFICANT = 0.05  # of the p-value after Holm's adjustment
 MERGED, UNIFORM, BASE, EXPERT = "merged", "uniform", "base", "expert:"
 
@@ -39,8 +35,8 @@ def has_twin(scores: Scores) -> bool:
 def findings(scores: Scores) -> Findings:
     """Compare the merged model with its best expert, its uniform twin and the base, in words.
 
-    A metric is better when it is higher, except LOWER_IS_BETTER. A difference counts as beyond the
-    noise where its adjusted p-value is below SIGNIFICANT; without a test nothing is said of noise.
+    A difference counts as beyond the noise where its adjusted p-value is below SIGNIFICANT; without
+    a test nothing is said of noise.
     """
     gains: list[str] = []
     limits: list[str] = []
@@ -58,7 +54,7 @@ def scores_table(scores: Scores) -> str:
     for name, task in scores.tasks.items():
         for metric in dict.fromkeys(key for found in task.models.values() for key in found):
             found = {label: task.models.get(label, {}).get(metric) for label in labels}
-            best = _best([score for score in found.values() if score], metric)
+            best = _best([score for score in found.values() if score])
             cells = [_score(found[label], best) for label in labels]
             rows.append([markdown.code(name), _metric(metric), f"{task.n:,}", *cells])
     header = ["task", "metric", "n", *(markdown.text(model_name(label)) for label in labels)]
@@ -114,13 +110,13 @@ def _sentences(name: str, task: TaskScores, metric: str) -> Iterator[tuple[bool,
         if label.startswith(EXPERT) and metric in found
     }
     if experts:
-        best = max(experts, key=lambda label: _oriented(experts[label], metric))
+        best = max(experts, key=lambda label: experts[label].merit)
         rival = f"its best expert, {markdown.code(model_name(best))}"
         yield from _against(where, task, metric, best, rival)
     if metric in task.models.get(UNIFORM, {}):
         yield _guidance(where, task, metric)
     base = task.models.get(BASE, {}).get(metric)
-    if base and _oriented(merged, metric) < _oriented(base, metric):
+    if base and merged.merit < base.merit:
         yield from _against(where, task, metric, BASE, "the base")
 
 
@@ -128,7 +124,7 @@ def _against(
     where: str, task: TaskScores, metric: str, label: str, rival: str
 ) -> Iterator[tuple[bool, str]]:
     merged, other = task.models[MERGED][metric], task.models[label][metric]
-    margin = _oriented(merged, metric) - _oriented(other, metric)
+    margin = merged.merit - other.merit
     if margin == 0:
         return
     test = _test(task, metric, label)
@@ -143,7 +139,7 @@ def _against(
 
 def _guidance(where: str, task: TaskScores, metric: str) -> tuple[bool, str]:
     merged, twin = task.models[MERGED][metric], task.models[UNIFORM][metric]
-    margin = _oriented(merged, metric) - _oriented(twin, metric)
+    margin = merged.merit - twin.merit
     test = _test(task, metric, UNIFORM)
     numbers = f"{number(merged.value)} against {number(twin.value)}{_tested(test)}"
     if margin == 0 or (test and test.p_holm >= SIGNIFICANT):
@@ -187,13 +183,8 @@ def _metric(key: str) -> str:
     return markdown.text(f"{name}, {kind}" if kind not in ("", "none") else name)
 
 
-def _best(scores: list[MetricScore], metric: str) -> float | None:
+def _best(scores: list[MetricScore]) -> float | None:
     known = [score for score in scores if math.isfinite(score.value)]
     if len(known) < 2:
         return None
-    return max(known, key=lambda score: _oriented(score, metric)).value
-
-
-def _oriented(score: MetricScore, metric: str) -> float:
-    """Higher is better."""
-    return -score.value if metric.partition(",")[0] in LOWER_IS_BETTER else score.value
+    return max(known, key=lambda score: score.merit).value

@@ -41,6 +41,17 @@ def test_the_merged_model_is_tested_against_each_of_the_others():
     assert (scores.n, scores.version) == (4, "1")
 
 
+@pytest.mark.parametrize(("told", "taken"), [(True, True), (False, False), (None, True)])
+def test_which_way_is_better_comes_from_the_task(told, taken):
+    metrics = {"ppl,none": MetricResult(9.5, None, told)}
+    result = ModelResult({"t": TaskResult("1", ("item",), ("item",), metrics)})
+
+    score = compare({"merged": result}).tasks["t"].models["merged"]["ppl,none"]
+
+    assert score == MetricScore(9.5, None, taken)
+    assert score.merit == (9.5 if taken else -9.5)
+
+
 def test_holm_runs_over_the_tasks_tested_against_the_same_model():
     results = {
         "base": ModelResult({"t": task(*[0] * 8), "u": task(*[0] * 6)}),

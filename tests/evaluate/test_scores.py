@@ -54,6 +54,15 @@ def test_scores_come_back_as_they_were_written():
     assert Scores.from_json(SCORES.to_json()) == SCORES
 
 
+def test_a_metric_that_is_better_when_lower_says_so():
+    scores = Scores({"t": TaskScores(1, "1", {"base": {"ppl,none": MetricScore(9.5, 0.5, False)}})})
+
+    found = scores.to_document()["tasks"]["t"]["models"]["base"]["ppl,none"]
+
+    assert found == {"value": 9.5, "stderr": 0.5, "higher_is_better": False}
+    assert Scores.from_json(scores.to_json()) == scores
+
+
 def test_an_overflown_metric_is_null_in_json_and_no_number_when_read_back():
     scores = Scores({"t": TaskScores(1, "1", {"base": {"ppl,none": MetricScore(math.inf, None)}})})
 

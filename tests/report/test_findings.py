@@ -12,9 +12,11 @@ from lewis_hub.report.findings import (
 )
 
 
-def one_task(metric: str, paired: tuple[PairedTest, ...] = (), **values: float) -> Scores:
+def one_task(
+    metric: str, paired: tuple[PairedTest, ...] = (), *, higher: bool = True, **values: float
+) -> Scores:
     labels = {"base": "base", "math": "expert:zoo/math", "twin": "uniform", "merged": "merged"}
-    models = {labels[name]: {metric: MetricScore(v, None)} for name, v in values.items()}
+    models = {labels[name]: {metric: MetricScore(v, None, higher)} for name, v in values.items()}
     return Scores({"sums": TaskScores(300, "1.0", models, paired)})
 
 
@@ -88,8 +90,9 @@ def test_without_a_test_nothing_is_said_of_noise():
     )
 
 
-def test_lower_is_better_for_perplexity():
-    scores = one_task("word_perplexity,none", math=12.0, base=20.0, twin=15.0, merged=14.0)
+def test_lower_is_better_where_the_task_says_so():
+    values = {"math": 12.0, "base": 20.0, "twin": 15.0, "merged": 14.0}
+    scores = one_task("word_perplexity,none", higher=False, **values)
 
     found = findings(scores)
 
