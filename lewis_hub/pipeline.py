@@ -145,6 +145,7 @@ def merge_models(
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     with open_workspace(output, replace=execution.replace) as work:
+        downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
         scores, files = _merge(step, sets, work)
         return Merged("merged", work.finish(files), scores)

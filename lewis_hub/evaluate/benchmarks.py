@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lewis_hub.evaluate.tasks import LocatedTasks, TaskSelection, locate_tasks
 from lewis_hub.evaluate.templates import compiled_once
 
 FEWSHOT_SEED = 1234  # the same examples for every model and run
+UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def _told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
         remedy = "Check its `test_split` (or `validation_split`) and its data."
         raise EvaluationError(name, "has no items to score.", remedy) from error
     except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
-        problem = f"cannot be built: {type(error).__name__}: {error}"
+        key = UNKNOWN_KEY.search(str(error))
+        told = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {error}"
+        problem = f"cannot be built: {told}"
         remedy = "Check the task's file: its keys, splits, columns and metrics."
         raise EvaluationError(name, problem, remedy) from error
 

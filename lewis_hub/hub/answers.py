@@ -17,8 +17,8 @@ PIPELINE_FIELDS = ("pipeline_tag", "library_name")
 
 
 def user_info(grant: Grant) -> dict[str, Any]:
-    """The answer to whoami-v2."""
-    organisations = [name for name in grant.namespaces if name not in ("*", grant.user)]
+    """The answer to whoami-v2; who may write everywhere is shown in an organisation `*`."""
+    organisations = [name for name in grant.namespaces if name != grant.user]
     return {
         "type": "user",
         "id": object_id(grant.user),

@@ -16,9 +16,14 @@ COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
+def cache_root() -> Path:
+    """Where the cache is; it may not be there yet."""
+    return Path(constants.HF_HUB_CACHE)
+
+
 def cache_folder(repo: str, repo_type: str) -> Path:
     """Where the cache keeps everything of this repo."""
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=repo_type)
+    return cache_root() / repo_folder_name(repo_id=repo, repo_type=repo_type)
 
 
 def snapshot_folder(repo: str, repo_type: str, commit_sha: str) -> Path:

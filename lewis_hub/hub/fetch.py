@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.cache import cache_folder, snapshot_folder
+from lewis_hub.hub.cache import cache_folder, cache_root, snapshot_folder
 from lewis_hub.hub.download import download_blob, partial_file
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
@@ -198,7 +198,7 @@ def _here_bytes(blob: Path) -> int:
 
 
 def _require_space(source: Source, n_bytes: int) -> None:
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = cache_root()
     there = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if n_bytes + SPARE_BYTES > free:

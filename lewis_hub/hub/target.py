@@ -87,12 +87,25 @@ def _require_rights(asked: Asked, target: Target, landing: Landing) -> None:
             f"Make one with write access at {asked.api.endpoint}/settings/tokens, then set"
             " HF_TOKEN to it or run `hf auth login`.",
         )
-    if target.head is not None and landing == "commit":
+    if target.head is None:
+        _require_membership(asked, who)
+    elif landing == "commit":
         _require_write(asked, who["name"])
 
 
+def _require_membership(asked: Asked, who: Mapping[str, Any]) -> None:
+    """A new repo needs a namespace that is the user's or an organisation's of theirs."""
+    namespaces = [who["name"], *(organisation["name"] for organisation in who.get("orgs", ()))]
+    namespace, _, name = asked.repo.partition("/")
+    if namespace not in namespaces and "*" not in namespaces:  # `*`: the embedded Hub's first user
+        raise asked.failed(
+            f"`{who['name']}` may not make a repo under `{namespace}`",
+            f"This token's namespaces are {', '.join(namespaces)}: push to"
+            f" {who['name']}/{name}, or use a token of a member of `{namespace}`.",
+        )
+
+
 def _require_write(asked: Asked, name: str) -> None:
-    """For a repo that is not there yet only its creation shows whether it may be made."""
     with hub_failures(asked):
         try:
             persist(lambda: asked.api.auth_check(asked.repo, write=True))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.errors import OutputError
+from lewis_hub.hub.cache import cache_root
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, bytes_to_download, fetch
 from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
@@ -19,6 +23,38 @@ if TYPE_CHECKING:
 def small_files(api: HfApi, source: Source) -> Path:
     """Fetch configuration and tokenizer; returns the folder that holds them."""
     return fetch(api, source, lambda _: None, only=SIDECAR_FILES)
+
+
+def require_disk(step: Step, work: Path) -> None:
+    """Refuse before the first byte what the disks cannot hold: sources, merge and twin together.
+
+    Args:
+        step: of a merge that was examined.
+        work: folder that the merge is made in; what an earlier run left there counts as free.
+
+    Raises:
+        OutputError: a disk is too small.
+    """
+    report = step.examined.report
+    left = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    needs = ((cache_root(), report.download_bytes), (work, max(0, report.disk_bytes - left)))
+    of_disk: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for folder, n_bytes in needs:
+        of_disk[_existing(folder).stat().st_dev].append((folder, n_bytes))
+    for shares in of_disk.values():
+        needed = sum(n_bytes for _, n_bytes in shares)
+        free = shutil.disk_usage(_existing(shares[0][0])).free
+        if needed > free:
+            raise OutputError(
+                " and ".join(str(folder) for folder, _ in shares),
+                f"download and merge need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
+                "Free some space, or take another disk: HF_HUB_CACHE names the folder for the"
+                " download, -o that for the merge.",
+            )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def everything(step: Step) -> dict[str, Path]:

@@ -357,14 +357,18 @@ def test_a_token_that_may_only_read_is_refused(hub, folder):
     assert hub.read_token not in text
 
 
-def test_a_new_repo_in_somebody_elses_namespace_is_refused(hub, folder):
-    hub.add_token("hf_visitor", "visitor", "write")
+def test_a_new_repo_in_somebody_elses_namespace_is_refused_before_any_work(hub):
+    hub.add_token("hf_visitor", "visitor", "write", namespaces=("visitor", "team"))
 
-    assert refusal(hub.api("hf_visitor"), folder) == (
-        f"{REPO}: this token may not write here: You don't have the rights to create a model "
-        'under the namespace "tests".\n'
-        f"Use a token that may ({hub.url}/settings/tokens): set HF_TOKEN or run `hf auth login`."
+    with pytest.raises(PublishError) as raised:
+        open_target(hub.api("hf_visitor"), REPO)
+
+    assert str(raised.value) == (
+        f"{REPO}: `visitor` may not make a repo under `tests`.\n"
+        "This token's namespaces are visitor, team: push to visitor/merged, or use a token of a "
+        "member of `tests`."
     )
+    assert open_target(hub.api("hf_visitor"), "team/merged").head is None
 
 
 def test_somebody_elses_repo_is_refused_before_anything_else_but_takes_proposals(hub, api, folder):
