@@ -43,7 +43,7 @@ class ExpertSchedule:
 
     source: str
     default_density: float
-    tensors: Mapping[str, float]  # the scheduled ones, in the checkpoint's names
+    tensors: Mapping[str, float]  # the scheduled ones, in the checkpoint's names and guide's order
 
     def density(self, tensor: str) -> float:
         """The tensor's density, in (0, 1]."""
@@ -186,8 +186,7 @@ def _on_tensors(
             problem = f"it gives {module} the density {density:g}, outside gamma and epsilon"
             raise GuideError(f"guide `{guide.name}`", problem, "This is a fault of the guide.")
         scheduled[checkpoint_tensor(module, tensors)] = density
-    in_order = {name: scheduled[name] for name in tensors if name in scheduled}
-    return ExpertSchedule(source, bounds.default_density, in_order)
+    return ExpertSchedule(source, bounds.default_density, scheduled)
 
 
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:

@@ -53,6 +53,16 @@ def test_every_expert_is_held_against_the_base_on_its_own_calibration_set():
     )
 
 
+def test_a_schedule_keeps_the_order_in_which_the_guide_went_through_the_model():
+    backwards = dict(reversed(SHAPES.items()))  # the order of a file says nothing
+
+    guided = schedule(find("lewis"), BOUNDS, ["one", "two"], backwards, PROFILE)
+
+    assert [list(expert.tensors) for expert in guided.schedule.experts] == [
+        [f"{DOWN[0]}.weight", f"{DOWN[1]}.weight"]
+    ] * 2
+
+
 def test_tensors_that_the_guide_leaves_alone_have_the_default_density():
     bounds = Bounds(0.3, 0.8, default_density=0.9)
 
