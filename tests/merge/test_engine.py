@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,12 @@ def test_experts_equal_to_the_base_give_the_base(zoo):
     merged = zoo.merge(zoo.settings("ties", base, sources)).tensors
 
     assert all(torch.equal(merged[name], tensor) for name, tensor in model(3).items())
+
+
+def test_what_mergekit_only_needs_to_save_memory_changes_no_byte(zoo, settings):
+    told = replace(settings, parameters={"int8_mask": True, "rescale": True})
+
+    assert zoo.merge(told, "told").bytes == zoo.merge(settings, "plain").bytes
 
 
 def test_results_tell_digest_and_size_of_every_file(zoo, settings):
