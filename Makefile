@@ -1,7 +1,8 @@
 # Each target sets up what it lacks: `make demo` and `make test` work on a fresh clone.
 PYTHON ?= python3
 BIN := .venv/bin
-# Modules are compiled when they are first used: of all that is installed, most never are.
+# Modules are compiled when they are first used, and once: of all that is installed, most never are.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
 .PHONY: demo test test-all check fix clean

@@ -24,7 +24,7 @@ from lewis_hub.merge.runners import Inline, Runner
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.tensors import Job
+    from lewis_hub.merge.pieces import Job
 
 NOTE = ".done.json"
 
@@ -89,7 +89,7 @@ def merge_shard(
     advance: Advance,
 ) -> ShardResult:
     """Make one shard from the beginning; the arguments are those of `run`."""
-    from lewis_hub.merge.tensors import Desks, Job, Site  # imports numba
+    from lewis_hub.merge.pieces import Desks, Job, Site  # imports numba
 
     layout = plan.layout
     note = _note(output, layout.name)

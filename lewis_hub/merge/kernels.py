@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lewis_hub.merge.bits import ABSOLUTE, as_bits, compiled, inner, narrow, widen
+from lewis_hub.merge.bits import compiled, inner, narrow, widen
 from lewis_hub.methods.random_bits import GOLDEN, MIX_1, MIX_2
 
 BLOCK = 2048  # elements; even, because one random word serves two
-HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # the 31 bits of a magnitude, in two steps
-LOW_BITS, LOW_MASK = np.uint32(15), np.uint32(LOW_BINS - 1)
-ONE, ZERO = np.uint32(1), np.float32(0)
+ZERO = np.float32(0)
 
 KEEP_ALL, KEEP_NONE, TRIM, DRAW = 0, 1, 2, 3  # what becomes of an expert's task vector
 
@@ -61,54 +59,6 @@ def subtract(raw: Any, kind: int, first: int, n: int, base: Any, delta: Any) -> 
     for i in range(n):
         delta[i] = delta[i] - base[i]
     return bool(finite)
-
-
-@compiled
-def count_high(raw: Any, kinds: Any, n: int, modes: Any, counts: Any) -> None:
-    """Count the magnitudes of task vectors by their high 16 bits.
-
-    Args:
-        raw: (n_sources, bytes) uint8: a piece of each source, the base first.
-        kinds: (n_sources,) int64: formats of `bits`.
-        n: elements in the piece.
-        modes: (n_experts,) int64: only those that are trimmed are counted.
-        counts: (n_experts, HIGH_BINS) uint32, added to.
-    """
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for first in range(0, n, BLOCK):
-        length = min(BLOCK, n - first)
-        widen(raw[0], kinds[0], first, length, base)
-        for e in range(modes.size):
-            if modes[e] == TRIM:
-                subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
-                for i in range(length):
-                    magnitude = as_bits(delta[i]) & ABSOLUTE
-                    counts[e, magnitude >> LOW_BITS] += ONE
-
-
-@compiled
-def count_low(raw: Any, kinds: Any, n: int, chosen: Any, counts: Any) -> None:
-    """Count, among magnitudes with the chosen high bits, by the low 15 bits.
-
-    Args:
-        raw: as for `count_high`.
-        kinds: as for `count_high`.
-        n: elements in the piece.
-        chosen: (n_experts,) int64: the high bits; -1 where an expert is not trimmed.
-        counts: (n_experts, LOW_BINS) uint32, added to.
-    """
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for first in range(0, n, BLOCK):
-        length = min(BLOCK, n - first)
-        widen(raw[0], kinds[0], first, length, base)
-        for e in range(chosen.size):
-            if chosen[e] >= 0:
-                high = np.uint32(chosen[e])
-                subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
-                for i in range(length):
-                    magnitude = as_bits(delta[i]) & ABSOLUTE
-                    if magnitude >> LOW_BITS == high:
-                        counts[e, magnitude & LOW_MASK] += ONE
 
 
 @inner

@@ -1,0 +1,142 @@
+"""A tensor's bytes, piece by piece: from all sources onto a desk, and from there into the shard.
+
+A large tensor is worked on in spans, several at a time.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lewis_hub.checkpoint.header import WIDTHS
+from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.writer import ShardWriter
+from lewis_hub.merge.bits import FORMATS
+from lewis_hub.merge.kernels import BLOCK, Piece
+from lewis_hub.merge.plan import ShardPlan, TensorPlan
+from lewis_hub.merge.runners import Runner
+
+RAW_BYTES = 768 * 1024  # of all sources in one piece: what the second-level cache holds
+
+Span = range  # of elements; begins at a multiple of BLOCK
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Room for one piece, reused from piece to piece."""
+
+    raw: npt.NDArray[np.uint8]  # (n_sources, bytes)
+    out: npt.NDArray[np.uint8]
+
+    @property
+    def n_elements(self) -> int:
+        """The largest piece, whatever the dtypes."""
+        return int(self.raw.shape[1] // 4)
+
+
+class Desks:
+    """As many desks as there are threads at work."""
+
+    def __init__(self, n_sources: int) -> None:
+        n_elements = max(RAW_BYTES // (2 * n_sources) // BLOCK, 1) * BLOCK
+        self._shape = (n_sources, n_elements * 4)
+        self._free: queue.SimpleQueue[Desk] = queue.SimpleQueue()
+
+    @contextmanager
+    def one(self) -> Iterator[Desk]:
+        """A desk for as long as the block lasts."""
+        try:
+            desk = self._free.get_nowait()
+        except queue.Empty:
+            raw, out = np.empty(self._shape, np.uint8), np.empty(self._shape[1], np.uint8)
+            desk = Desk(raw, out)
+        try:
+            yield desk
+        finally:
+            self._free.put(desk)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a shard is made.
+
+    Attributes:
+        readers: one a source, in the order of the plan.
+    """
+
+    plan: ShardPlan
+    readers: Sequence[TensorReader]
+    writer: ShardWriter
+    desks: Desks
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of a shard; `start` is where its bytes begin in the file."""
+
+    site: Site
+    tensor: TensorPlan
+    start: int
+
+    @property
+    def kinds(self) -> npt.NDArray[np.int64]:
+        """The sources' formats, as kernels take them."""
+        return np.array([FORMATS[tensor.dtype] for tensor in self.tensor.inputs], np.int64)
+
+    def spans(self, runner: Runner) -> list[Span]:
+        """The tensor in as many parts as will be worked on at a time."""
+        n = self.tensor.output.n_elements
+        n_spans = runner.n_workers if n > runner.large_elements else 1
+        length = max(-(-n // n_spans // BLOCK) * BLOCK, BLOCK)
+        return [range(first, min(first + length, n)) for first in range(0, n, length)]
+
+    def pieces(self, span: Span) -> Iterator[Piece]:
+        """All of a span, in order; a piece is good until the next is asked for."""
+        kind = FORMATS[self.tensor.output.dtype]
+        with self.site.desks.one() as desk:
+            for first in range(span.start, span.stop, desk.n_elements):
+                n = min(desk.n_elements, span.stop - first)
+                self._read(desk, first, n, 0)
+                yield Piece(desk.raw, self.kinds, n, first, desk.out, kind)
+
+    def samples(self, starts: Sequence[int], length: int) -> Iterator[Piece]:
+        """Runs of `length` entries from each of `starts`, as many to a piece as it holds."""
+        kind = FORMATS[self.tensor.output.dtype]
+        with self.site.desks.one() as desk:
+            together = max(1, desk.n_elements // length)
+            for i in range(0, len(starts), together):
+                taken = starts[i : i + together]
+                for place, first in enumerate(taken):
+                    self._read(desk, first, length, place * length)
+                yield Piece(desk.raw, self.kinds, len(taken) * length, 0, desk.out, kind)
+
+    def write(self, piece: Piece) -> None:
+        """Put a finished piece where it belongs."""
+        width = WIDTHS[self.tensor.output.dtype]
+        written = piece.out.data[: piece.n * width]
+        self.site.writer.write(self.start + piece.first * width, written)
+
+    def copy(self) -> None:
+        """Take the tensor from the first source as it is."""
+        source = self.tensor.inputs[0]
+        with self.site.desks.one() as desk:
+            for first in range(0, source.n_bytes, desk.out.size):
+                held = desk.out.data[: source.n_bytes - first]
+                self.site.readers[0].read(source, first, held)
+                self.site.writer.write(self.start + first, held)
+
+    def finish(self) -> None:
+        """Say that its bytes are final."""
+        self.site.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
+
+    def _read(self, desk: Desk, first: int, n: int, place: int) -> None:
+        for reader, tensor, row in zip(
+            self.site.readers, self.tensor.inputs, desk.raw, strict=True
+        ):
+            width = WIDTHS[tensor.dtype]
+            reader.read(tensor, first * width, row.data[place * width : (place + n) * width])

@@ -1,0 +1,134 @@
+"""The exact k-th largest magnitude, from a sample and one pass over the tensor.
+
+A sample says between which two magnitudes the threshold must lie; the pass then counts what is
+above, and keeps the few per cent in between. Where the sample was misleading, or is not worth its
+while, two passes count all magnitudes by their bits. Either way the result is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lewis_hub.merge.counting import AT_HIGH, AT_LOW, LOW_BINS
+
+SAFETY = 5.0  # standard errors of the sample on either side
+WIDEST = 0.06  # of a tensor: with more of it inside the bracket, counting by bits is quicker
+
+Words = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a task vector is trimmed, as bits of its magnitude.
+
+    Attributes:
+        wanted: how many of the entries at the threshold are kept.
+        tied: per span of the tensor, how many entries are at the threshold.
+    """
+
+    bits: int
+    wanted: int
+    tied: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Two magnitudes that the threshold lies between, or on, and how much of a tensor does."""
+
+    low: int
+    high: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Tally:
+    """One span of one expert after `counting.sort_out`."""
+
+    counts: npt.NDArray[np.int64]  # (4,)
+    inside: Words  # the magnitudes within the bracket
+    overflown: bool = False
+
+
+def bracket(sample: Words, fraction: float) -> Bracket | None:
+    """Where the magnitude with `fraction` of the tensor above it will be.
+
+    The error is judged by how much the chunks differ, as entries of one row resemble each other.
+
+    Args:
+        sample: (n_chunks, length): magnitudes from all over the tensor, a run of entries a chunk.
+        fraction: wanted above, in (0, 1).
+
+    Returns:
+        None where the sample is too vague to save a pass.
+    """
+    descending = np.sort(sample, axis=None)[::-1]
+    guess = descending[min(int(fraction * sample.size), sample.size - 1)]
+    spreads = (np.std((sample > guess).mean(axis=1)), np.std((sample >= guess).mean(axis=1)))
+    margin = SAFETY * max(spreads) / np.sqrt(len(sample)) + 4 / sample.size
+    first = int((fraction - margin) * sample.size)
+    last = int((fraction + margin) * sample.size) + 1
+    high = int(descending[first]) if first >= 0 else 1 << 31
+    low = int(descending[last]) if last < sample.size else 0
+    return Bracket(low, high, float(2 * margin)) if margin < WIDEST / 2 else None
+
+
+def pick(tallies: Sequence[Tally], found: Bracket, k: int) -> Threshold | None:
+    """The threshold of the k largest, from all spans; None where the bracket missed it."""
+    if any(tally.overflown for tally in tallies):
+        return None
+    counts = np.stack([tally.counts for tally in tallies])
+    above, at_high, at_low, inside = (int(n) for n in counts.sum(axis=0))
+    wanted = k - above
+    if wanted <= 0:
+        return None
+    if wanted <= at_high:
+        return Threshold(found.high, wanted, tuple(counts[:, AT_HIGH].tolist()))
+    wanted -= at_high
+    if wanted <= inside:
+        together = np.concatenate([tally.inside for tally in tallies])
+        bits = int(np.partition(together, inside - wanted)[inside - wanted])
+        wanted -= int((together > bits).sum())
+        tied = tuple(int((tally.inside == bits).sum()) for tally in tallies)
+        return Threshold(bits, wanted, tied)
+    wanted -= inside
+    if found.low < found.high and wanted <= at_low:
+        return Threshold(found.low, wanted, tuple(counts[:, AT_LOW].tolist()))
+    return None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The high bits of a threshold, and how many entries have larger ones."""
+
+    high: int
+    n_above: int
+
+
+def cut_high(counts: Sequence[Words], k: int) -> Cut:
+    """The high bits of the k-th largest; `counts`: per span, of `counting.count_high`."""
+    return Cut(*_bin_of(_added(counts), k))
+
+
+def cut_low(counts: Sequence[Words], cut: Cut, k: int) -> Threshold:
+    """The whole of it; `counts`: per span, of `counting.count_low` under the cut."""
+    low, n_above = _bin_of(_added(counts), k - cut.n_above)
+    tied = tuple(int(count[low]) for count in counts)
+    return Threshold(cut.high * LOW_BINS + low, k - cut.n_above - n_above, tied)
+
+
+def _added(counts: Sequence[Words]) -> npt.NDArray[np.int64]:
+    total = counts[0].astype(np.int64)
+    for count in counts[1:]:
+        total += count
+    return total
+
+
+def _bin_of(counts: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest, and how many lie in the bins above it."""
+    from_top = counts[::-1].cumsum()
+    place = int(np.searchsorted(from_top, k))
+    return len(counts) - 1 - place, int(from_top[place] - counts[len(counts) - 1 - place])

@@ -1,0 +1,132 @@
+"""The thresholds of one tensor's experts, exact, in as few passes as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from lewis_hub.merge import counting, selection
+from lewis_hub.merge.counting import HIGH_BINS, INSIDE, LOW_BINS
+from lewis_hub.merge.kernels import BLOCK, TRIM, Experts
+from lewis_hub.merge.pieces import Job, Span
+from lewis_hub.merge.runners import Runner
+from lewis_hub.merge.selection import Bracket, Tally, Threshold, Words
+from lewis_hub.methods.sparsify import n_kept
+
+N_CHUNKS, CHUNK = 128, 512  # a sample: so many runs of so many entries
+SAMPLED = 16 * N_CHUNKS * CHUNK  # of fewer entries, no sample is taken
+ROOM = 1.25  # times what is expected inside a bracket
+GOLDEN = 0.6180339887498949  # its multiples spread evenly and keep step with no row
+
+Trimmed = dict[int, Threshold]  # number of an expert -> its threshold
+
+
+def trimmed(job: Job, experts: Experts, spans: Sequence[Span], runner: Runner) -> list[Experts]:
+    """What each span of the tensor needs to know to trim it.
+
+    Args:
+        job: the tensor.
+        experts: the kernel's view of them, without thresholds.
+        spans: of the tensor, in order.
+        runner: works on several spans at a time; the result is the same whichever it is.
+    """
+    n = job.tensor.output.n_elements
+    kept = {
+        e: n_kept(n, density)
+        for e, density in enumerate(job.tensor.densities)
+        if experts.modes[e] == TRIM
+    }
+    found = _by_sample(job, experts, kept, spans, runner) if n >= SAMPLED else {}
+    left = {e: k for e, k in kept.items() if e not in found}
+    if left:
+        found |= _by_bits(job, left, spans, runner)
+    return _views(experts, found, len(spans))
+
+
+def _by_sample(
+    job: Job, experts: Experts, kept: dict[int, int], spans: Sequence[Span], runner: Runner
+) -> Trimmed:
+    """One pass; an expert whose bracket was vague or missed is left out."""
+    sample = _sample(job, len(experts.modes))
+    n = job.tensor.output.n_elements
+    brackets = {e: found for e, k in kept.items() if (found := selection.bracket(sample[e], k / n))}
+    del sample
+    if not brackets:
+        return {}
+    tallies = list(runner.map(partial(_sort_out, job, len(experts.modes), brackets), spans))
+    picked = {
+        e: selection.pick([tally[e] for tally in tallies], found, kept[e])
+        for e, found in brackets.items()
+    }
+    return {e: threshold for e, threshold in picked.items() if threshold}
+
+
+def _sample(job: Job, n_experts: int) -> npt.NDArray[np.uint32]:
+    """(n_experts, N_CHUNKS, CHUNK) magnitudes, one chunk somewhere in each part of the tensor."""
+    part = job.tensor.output.n_elements // N_CHUNKS
+    starts = [i * part + int(i * GOLDEN % 1 * (part - CHUNK)) for i in range(N_CHUNKS)]
+    found = np.empty((n_experts, N_CHUNKS * CHUNK), np.uint32)
+    done = 0
+    for piece in job.samples(starts, CHUNK):
+        counting.magnitudes(piece.raw, piece.kinds, piece.n, found[:, done:])
+        done += piece.n
+    return found.reshape(n_experts, N_CHUNKS, CHUNK)
+
+
+def _sort_out(
+    job: Job, n_experts: int, brackets: dict[int, Bracket], span: Span
+) -> dict[int, Tally]:
+    modes = np.array([TRIM if e in brackets else -1 for e in range(n_experts)], np.int64)
+    ends = np.zeros((2, n_experts), np.uint32)
+    for e, found in brackets.items():
+        ends[:, e] = found.low, found.high
+    room = int(ROOM * max(found.share for found in brackets.values()) * len(span)) + BLOCK
+    counts = np.zeros((n_experts, 4), np.int64)
+    inside = np.empty((n_experts, room + BLOCK), np.uint32)
+    for piece in job.pieces(span):
+        counting.sort_out(piece.raw, piece.kinds, piece.n, modes, *ends, counts, inside)
+    return {
+        e: Tally(counts[e], inside[e, : counts[e, INSIDE]], bool(counts[e, INSIDE] >= room))
+        for e in brackets
+    }
+
+
+def _by_bits(job: Job, kept: dict[int, int], spans: Sequence[Span], runner: Runner) -> Trimmed:
+    """Two passes: by the high 16 bits, then by the low 15 of those with the right high ones."""
+    n_experts = len(job.tensor.weights)
+    modes = np.array([TRIM if e in kept else -1 for e in range(n_experts)], np.int64)
+    high = list(runner.map(partial(_count_high, job, modes), spans))
+    cuts = {e: selection.cut_high([count[e] for count in high], k) for e, k in kept.items()}
+    chosen = np.array([cuts[e].high if e in cuts else -1 for e in range(n_experts)], np.int64)
+    low = list(runner.map(partial(_count_low, job, chosen), spans))
+    return {e: selection.cut_low([c[e] for c in low], cuts[e], k) for e, k in kept.items()}
+
+
+def _count_high(job: Job, modes: npt.NDArray[np.int64], span: Span) -> Words:
+    counts = np.zeros((len(modes), HIGH_BINS), np.uint32)
+    for piece in job.pieces(span):
+        counting.count_high(piece.raw, piece.kinds, piece.n, modes, counts)
+    return counts
+
+
+def _count_low(job: Job, chosen: npt.NDArray[np.int64], span: Span) -> Words:
+    counts = np.zeros((len(chosen), LOW_BINS), np.uint32)
+    for piece in job.pieces(span):
+        counting.count_low(piece.raw, piece.kinds, piece.n, chosen, counts)
+    return counts
+
+
+def _views(experts: Experts, found: Trimmed, n_spans: int) -> list[Experts]:
+    """The experts as each span sees them: where in the run of ties it begins."""
+    bits = np.zeros(len(experts.modes), np.uint32)
+    ties = np.zeros((n_spans, *experts.ties.shape), np.int64)
+    for e, threshold in found.items():
+        bits[e] = threshold.bits
+        n_tied, n_before = sum(threshold.tied), 0
+        for span, tied in enumerate(threshold.tied):
+            ties[span, e] = threshold.wanted, n_tied, n_before * threshold.wanted % n_tied
+            n_before += tied
+    return [experts._replace(thresholds=bits.view(np.float32), ties=tied) for tied in ties]

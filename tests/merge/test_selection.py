@@ -1,0 +1,108 @@
+"""The threshold is exact whatever the sample said, and a sample usually says enough."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lewis_hub.merge import trimming
+from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.merge.selection import Bracket, Tally, bracket, pick
+
+
+def tally_of(values, found):
+    """What `counting.sort_out` makes of one span."""
+    inside = values[(values > found.low) & (values < found.high)]
+    at_low = (values == found.low).sum() if found.low != found.high else 0
+    counts = [(values > found.high).sum(), (values == found.high).sum(), at_low, len(inside)]
+    return Tally(np.array(counts, np.int64), inside)
+
+
+@st.composite
+def selections(draw):
+    top = draw(st.sampled_from([1, 3, 50, 2**31 - 1]))  # few magnitudes make many ties
+    values = np.array(draw(st.lists(st.integers(0, top), min_size=1, max_size=60)), np.uint32)
+    low, high = sorted(draw(st.tuples(st.integers(0, top), st.integers(0, top))))
+    cuts = sorted(draw(st.lists(st.integers(0, len(values)), max_size=3)))
+    return values, Bracket(low, high, 1.0), draw(st.integers(1, len(values))), cuts
+
+
+@settings(deadline=None)
+@given(selections())
+def test_the_threshold_is_the_kth_largest_or_the_bracket_is_known_to_have_missed_it(case):
+    values, found, k, cuts = case
+    spans = np.split(values, cuts)
+
+    threshold = pick([tally_of(span, found) for span in spans], found, k)
+
+    kth = np.sort(values)[::-1][k - 1]
+    assert (threshold is not None) == (found.low <= kth <= found.high)
+    if threshold:
+        assert threshold.bits == kth
+        assert threshold.wanted == k - (values > kth).sum()
+        assert threshold.tied == tuple((span == kth).sum() for span in spans)
+
+
+def test_what_found_no_room_is_not_trusted():
+    found = Bracket(0, 10, 1.0)
+    full = Tally(np.array([0, 0, 0, 3], np.int64), np.array([5, 6, 7], np.uint32), overflown=True)
+
+    assert pick([full], found, 2) is None
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 0.8, 0.99])
+def test_a_sample_of_alike_chunks_leaves_a_narrow_bracket_around_the_threshold(fraction):
+    values = np.random.default_rng(0).integers(0, 2**31, (128, 512), np.uint32)
+
+    found = bracket(values, fraction)
+
+    assert found
+    assert found.share < 0.025
+    share_above = [(values > end).mean() for end in (found.high, found.low)]
+    assert share_above[0] < fraction < share_above[1]
+
+
+def test_a_sample_of_chunks_that_differ_widely_is_too_vague():
+    values = np.repeat(np.arange(1, 129, dtype=np.uint32)[:, None], 512, axis=1)
+
+    assert bracket(values, 0.5) is None
+
+
+def rows_unlike(n_rows, n_columns):
+    """Half of the rows are as in the base: what fine-tuning leaves of rarely seen tokens."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(n_rows, n_columns, generator=generator) * 0.02
+    change = torch.randn(n_rows, n_columns, generator=generator) * 0.001
+    change[:: n_rows // 64] = 0
+    return base.bfloat16(), (base + change).bfloat16(), (base - 2 * change).float()
+
+
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.62, 0.9999])
+def test_a_tensor_that_is_sampled_is_trimmed_as_the_definition_says(zoo, density):
+    base, *experts = (
+        zoo.source(str(i), {"a": tensor}, {"density": density} if i else {})
+        for i, tensor in enumerate(rows_unlike(1031, 1030))
+    )
+    assert trimming.SAMPLED < 1031 * 1030
+    asked = zoo.settings("ties", base, experts)
+
+    merged = [
+        zoo.merge(asked, f"out-{n}", runner=runner)
+        for n, runner in enumerate((inline(), Threads(3, large_elements=1000)))
+    ]
+
+    defined = zoo.by_definition(merged[0].plan)["a"]
+    assert torch.equal(merged[0].tensors["a"].view(torch.uint8), defined.view(torch.uint8))
+    assert merged[1].bytes == merged[0].bytes
+
+
+def test_a_sample_that_misleads_costs_a_pass_and_no_byte(zoo, monkeypatch):
+    monkeypatch.setattr(trimming.selection, "bracket", lambda *_: Bracket(1, 2, 0.01))
+    base, expert, _ = rows_unlike(1031, 1030)
+    sources = [zoo.source("base", {"a": base}), zoo.source("x", {"a": expert}, {"density": 0.4})]
+
+    merged = zoo.merge(zoo.settings("ties", sources[0], sources[1:]))
+
+    defined = zoo.by_definition(merged.plan)["a"]
+    assert torch.equal(merged.tensors["a"].view(torch.uint8), defined.view(torch.uint8))
