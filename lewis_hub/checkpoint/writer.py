@@ -104,13 +104,16 @@ class ShardWriter:
         with self._completing:
             if not self._complete or self._complete[0][0] != self._n_hashed:
                 return False
-            _, stop = heapq.heappop(self._complete)
+            start, stop = heapq.heappop(self._complete)
         held = bytearray(min(HASHED_BYTES, stop - self._n_hashed))
         while self._n_hashed < stop:
             window = memoryview(held)[: stop - self._n_hashed]
             n_read = os.preadv(self._descriptor, [window], self._n_hashed)
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
+        # Dirty pages are not dropped by this: the disk begins to write them now, and nobody waits
+        # for it in the end.
+        os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
         return True
 
 

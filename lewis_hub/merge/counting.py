@@ -87,7 +87,8 @@ def collect(found: Any, n: int, low: Any, high: Any, inside: Any, n_inside: Any)
         How many lie in `inside` now, at most its room.
     """
     begin = low + ONE
-    width = high - begin  # one comparison for two: below `begin`, the difference wraps around
+    # one comparison for two: below `begin`, the difference wraps around
+    width = high - begin if high > low else np.uint32(0)
     for start in range(0, n, STRIP):
         stop = min(start + STRIP, n)
         hits = np.uint32(stop - start < STRIP)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lewis_hub.merge.counting import AT_HIGH, AT_LOW, LOW_BINS
 
-SAFETY = 5.0  # standard errors of the sample on either side
+SAFETY = 4.0  # standard errors of the sample on either side
 WIDEST = 0.06  # of a tensor: with more of it inside the bracket, counting by bits is quicker
 
 Words = npt.NDArray[np.uint32]
@@ -65,15 +65,19 @@ def bracket(sample: Words, fraction: float) -> Bracket | None:
     Returns:
         None where the sample is too vague to save a pass.
     """
-    descending = np.sort(sample, axis=None)[::-1]
-    guess = descending[min(int(fraction * sample.size), sample.size - 1)]
+    rank = min(int((1 - fraction) * sample.size), sample.size - 1)
+    ordered = np.partition(sample, rank, axis=None)
+    guess = ordered[rank]
     spreads = (np.std((sample > guess).mean(axis=1)), np.std((sample >= guess).mean(axis=1)))
     margin = SAFETY * max(spreads) / np.sqrt(len(sample)) + 4 / sample.size
-    first = int((fraction - margin) * sample.size)
-    last = int((fraction + margin) * sample.size) + 1
-    high = int(descending[first]) if first >= 0 else 1 << 31
-    low = int(descending[last]) if last < sample.size else 0
-    return Bracket(low, high, float(2 * margin)) if margin < WIDEST / 2 else None
+    if margin > WIDEST / 2:
+        return None
+    first, last = rank - int(margin * sample.size) - 1, rank + int(margin * sample.size) + 1
+    ordered[:rank].partition(max(first, 0))
+    ordered[rank:].partition(min(last, sample.size - 1) - rank)
+    low = int(ordered[first]) if first >= 0 else 0
+    high = int(ordered[last]) if last < sample.size else 1 << 31
+    return Bracket(low, high, float(2 * margin))
 
 
 def pick(tallies: Sequence[Tally], found: Bracket, k: int) -> Threshold | None:
