@@ -97,7 +97,9 @@ def require_valid(method: Method, common: Settings, per_source: Sequence[Setting
     for name, default in method.options.items():
         if default is None and name not in common:
             problem = f"`{method.name}` cannot do without it"
-            raise MergeError(f"parameter `{name}`", problem, "Give it in the recipe's `parameters`.")
+            raise MergeError(
+                f"parameter `{name}`", problem, "Give it in the recipe's `parameters`."
+            )
 
 
 def require_filters_fit(
