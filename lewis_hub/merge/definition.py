@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.methods import registry
+from lewis_hub.methods.registry import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def merge_by_definition(
@@ -39,17 +43,25 @@ def merge_by_definition(
         "weights": torch.tensor(tensor.weights, dtype=torch.float32),
         "densities": tensor.densities,
         "streams": tensor.streams,
+        **tensor.own,
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}
     keywords |= {method.keyword(option): value for option, value in tensor.options.items()}
-    stacked = torch.stack(sources)
-    if method.takes_base:
-        merged = method.function(stacked[0], stacked[1:] - stacked[0], **keywords)
-    else:
-        merged = method.function(stacked, **keywords)
+    merged = method.function(*_arguments(method, sources, len(tensor.weights)), **keywords)
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     rounded = merged.to(dtype[tensor.output.dtype]).contiguous()
     if not rounded.isfinite().all():
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
         raise NonFiniteError(tensor.output.name, "the merged model", remedy)
     return bytearray(rounded.flatten().view(torch.uint8).numpy())
+
+
+def _arguments(method: Method, sources: Sequence[Tensor], n_experts: int) -> tuple[Tensor, ...]:
+    """What the function takes before its keywords; the base is zero where there is none."""
+    import torch
+
+    experts = torch.stack(tuple(sources[len(sources) - n_experts :]))
+    if not method.takes_base:
+        return (experts,)
+    base = sources[0] if len(sources) > n_experts else torch.zeros_like(sources[0])
+    return base, experts - base if method.takes_task_vectors else experts

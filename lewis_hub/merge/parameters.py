@@ -9,6 +9,7 @@ a source's own parameters leave open is looked up in the recipe's, then the defa
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,12 @@ from lewis_hub.errors import MergeError
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe import Conditional, Scalar, Setting, Settings
 
-DEFAULTS = {"weight": 1.0, "density": 1.0}
+DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0}
+RANGES = {  # of a source's settings: lowest, highest, what it is
+    "density": (0, 1, "It is the fraction of entries kept."),
+    "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
+    "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
+}
 ANY = (None, "*")
 
 
@@ -86,7 +92,14 @@ def require_valid(method: Method, common: Settings, per_source: Sequence[Setting
         elif name in method.settings:
             _require_number(name, setting)
         else:
-            _require_kind(name, setting, type(method.options[name]))
+            default = method.options[name]
+            _require_kind(name, setting, float if default is None else type(default))
+    for name, default in method.options.items():
+        if default is None and name not in common:
+            problem = f"`{method.name}` cannot do without it"
+            raise MergeError(
+                f"parameter `{name}`", problem, "Give it in the recipe's `parameters`."
+            )
 
 
 def require_filters_fit(
@@ -134,16 +147,23 @@ def _require_number(name: str, setting: Setting) -> None:
     for value in _values(setting):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MergeError(f"parameter `{name}`", f"{value!r} is no number", "Give a number.")
-        if name == "density" and not 0 <= value <= 1:
-            problem = f"a density lies between 0 and 1, found {value:g}"
-            raise MergeError("parameter `density`", problem, "It is the fraction of entries kept.")
+        low, high, meaning = RANGES.get(name, (-math.inf, math.inf, ""))
+        if not low <= value <= high:
+            problem = f"it lies between {low:g} and {high:g}, found {value:g}"
+            raise MergeError(f"parameter `{name}`", problem, meaning)
 
 
 def _require_kind(name: str, setting: Setting, kind: type) -> None:
+    where = f"parameter `{name}`"
     for value in _values(setting):
         if kind is bool and not isinstance(value, bool):
             problem = f"expected true or false, found {value!r}"
-            raise MergeError(f"parameter `{name}`", problem, "Write true or false.")
+            raise MergeError(where, problem, "Write true or false.")
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problem = f"expected a whole number of at least 1, found {value!r}"
+            raise MergeError(where, problem, "Give one number: it has no gradient.")
+        if kind is str and not isinstance(value, str):
+            raise MergeError(where, f"expected a word, found {value!r}", "Give a word.")
         if kind is float:
             _require_number(name, value)
 
@@ -157,9 +177,17 @@ def _require_among(name: str, setting: Setting, method: Method) -> None:
 
 
 def options_of(method: Method, common: Settings, name: str, depth: float) -> Mapping[str, Any]:
-    """The method's options for one tensor, by the recipe's names, in the order of the method."""
+    """The method's options for one tensor, by the recipe's names, in the order of the method.
+
+    Raises:
+        MergeError: an option that must be given has no filter that fits this tensor.
+    """
     found = {}
     for option, default in method.options.items():
         value = look_up(option, (common,), name, depth)
-        found[option] = default if value is None else type(default)(value)
+        if value is None and default is None:
+            problem = f"none of its filters fits {name}"
+            raise MergeError(f"parameter `{option}`", problem, "Add a value without a filter.")
+        kind = float if default is None else type(default)
+        found[option] = default if value is None else kind(value)
     return found

@@ -19,7 +19,7 @@ from lewis_hub.errors import MergeError
 from lewis_hub.merge import parameters
 from lewis_hub.merge.compare import compare
 from lewis_hub.methods import random_bits, registry
-from lewis_hub.methods.registry import Method
+from lewis_hub.methods.registry import PER_SOURCE, Method
 from lewis_hub.recipe import Settings
 
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
@@ -76,6 +76,7 @@ class TensorPlan:
         weights: one an expert; none for a tensor that is copied.
         densities: one an expert; none where the method takes none.
         streams: of random bits, one an expert; none where the method draws none.
+        own: what else an expert has of its own, by the function's keyword: one value an expert.
         options: the method's, by the recipe's names.
     """
 
@@ -84,6 +85,7 @@ class TensorPlan:
     weights: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
     streams: tuple[int, ...] = ()
+    own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -192,22 +194,37 @@ def _plan_tensor(
     if inputs[0].dtype not in MERGEABLE:
         return TensorPlan(output, inputs[:1])
     options = parameters.options_of(method, settings.parameters, name, depth)
-    weights = tuple(_setting("weight", settings, e, name, depth) for e in settings.experts)
-    if not method.takes_base and options.get("normalize") and not sum(weights):
-        problem = f"the weights of {name} add up to zero"
-        raise MergeError("parameter `weight`", problem, "Change one, or set `normalize: false`.")
+    own = {
+        keyword: tuple(_setting(setting, settings, e, name, depth) for e in settings.experts)
+        for keyword, setting in PER_SOURCE.items()
+        if keyword == "weights" or method.takes(keyword)
+    }
+    weights = own.pop("weights")
+    _require_divisor(method, options, weights, name)
     densities: tuple[float, ...] = ()
     if method.takes_density:
         densities = tuple(
-            schedule.get(e.label, {}).get(name, _setting("density", settings, e, name, depth))
-            for e in settings.experts
+            schedule.get(expert.label, {}).get(name, density)
+            for expert, density in zip(settings.experts, own.pop("densities"), strict=True)
         )
     streams: tuple[int, ...] = ()
     if method.is_random:
         streams = tuple(
             random_bits.stream(settings.seed, name, i) for i in range(len(settings.experts))
         )
-    return TensorPlan(output, inputs, weights, densities, streams, options)
+    return TensorPlan(output, inputs, weights, densities, streams, own, options)
+
+
+def _require_divisor(
+    method: Method, options: Mapping[str, Any], weights: tuple[float, ...], name: str
+) -> None:
+    """Refuse weights that the models would be divided by and that add up to zero."""
+    models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
+    for option in models:
+        if options.get(option) and not sum(weights):
+            problem = f"the weights of {name} add up to zero"
+            remedy = f"Change one, or set `{option}: false`."
+            raise MergeError("parameter `weight`", problem, remedy)
 
 
 def _setting(
@@ -223,15 +240,30 @@ def _output_dtype(tensor: TensorHeader, dtype: str | None) -> str:
 
 def _require_sources(method: Method, settings: MergeSettings) -> None:
     where = f"method `{method.name}`"
-    if method.takes_base and settings.base is None:
+    if method.needs_base and settings.base is None:
         raise MergeError(where, "it needs a base to start from", "Name a `base_model`.")
     if not settings.experts:
         raise MergeError(where, "there is nothing to merge", "List at least one expert.")
+    _require_number_of_experts(method, settings)
     first, *others = (source.checkpoint for source in settings.sources)
     mismatches = compare(first, others)
     if mismatches:
         problem = f"the sources do not fit together: {mismatches[0].source} {mismatches[0].problem}"
         raise MergeError(where, problem, mismatches[0].remedy)
+
+
+def _require_number_of_experts(method: Method, settings: MergeSettings) -> None:
+    least, most = method.n_experts
+    n = len(settings.experts)
+    if n >= least and (most is None or n <= most):
+        return
+    models = "1 model" if least == 1 else f"{least} models"
+    beside = " beside the base" if method.takes_base and settings.base else ""
+    problem = f"it takes {'at least' if most is None else 'exactly'} {models}{beside}, found {n}"
+    remedy = f"List {least - n} more under `models`."
+    if most is not None and n > most:
+        remedy = f"Remove {n - most} from `models`, or merge in several steps."
+    raise MergeError(f"method `{method.name}`", problem, remedy)
 
 
 def _require_schedule_fits(method: Method, settings: MergeSettings, schedule: Schedule) -> None:

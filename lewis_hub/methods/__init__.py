@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
-from lewis_hub.methods import dare, linear, task_arithmetic, ties
+from lewis_hub.methods import (
+    arcee_fusion,
+    breadcrumbs,
+    cabs,
+    dare,
+    della,
+    karcher,
+    linear,
+    model_stock,
+    multislerp,
+    nearswap,
+    passthrough,
+    pcb,
+    sce,
+    slerp,
+    task_arithmetic,
+    ties,
+)
 
-__all__ = ["dare", "linear", "task_arithmetic", "ties"]
+__all__ = [
+    "arcee_fusion",
+    "breadcrumbs",
+    "cabs",
+    "dare",
+    "della",
+    "karcher",
+    "linear",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "passthrough",
+    "pcb",
+    "sce",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+]

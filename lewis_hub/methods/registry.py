@@ -1,9 +1,9 @@
 """Name to method. A method is one function over float tensors.
 
-It takes `base` and `task_vectors`, or `tensors` where it needs no base; then keywords. Those
-without a default are given by the merge: `weights`, `densities`, `streams` (of random bits), each
-with one value per source. Those with a default are options of the recipe, by the same name; a
-trailing underscore, as in `lambda_`, is dropped.
+It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, or `tensors` alone;
+then keywords. Some are given by the merge, one value per source: those of PER_SOURCE, and `streams`
+(of random bits). All others are options of the recipe, by the same name; a trailing underscore, as
+in `lambda_`, is dropped. An option without a default is a number that the recipe must give.
 
 A package adds its own by an entry point in the group `lewis_hub.methods`, named as the method,
 that loads a function under `@register`.
@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUP = "lewis_hub.methods"
-PER_SOURCE = {"weights": "weight", "densities": "density"}  # keyword -> the recipe's name
+PER_SOURCE = {  # keyword -> the recipe's name
+    "weights": "weight",
+    "densities": "density",
+    "outliers": "gamma",  # of breadcrumbs: the fraction of largest entries that is dropped
+    "spreads": "epsilon",  # of della: how far an entry's probability lies from the density
+    "scales": "scale",
+}
+GIVEN = {"base", "task_vectors", "tensors", "streams", *PER_SOURCE}
+ANY_NUMBER = (1, None)
 
 MethodFunction = Callable[..., "Tensor"]
 
@@ -35,6 +43,8 @@ class Method:
     Attributes:
         parameters: of the function, as `inspect` tells them.
         accepted: mergekit's options that change nothing here -> the values that may be given.
+        n_experts: least and most sources beside the base; None for no limit.
+        base_is_optional: without a base its `base` is zero, so that task vectors are the models.
     """
 
     name: str
@@ -42,6 +52,8 @@ class Method:
     parameters: Mapping[str, inspect.Parameter]
     paper: str | None = None
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    n_experts: tuple[int, int | None] = ANY_NUMBER
+    base_is_optional: bool = False
 
     @property
     def summary(self) -> str:
@@ -50,8 +62,18 @@ class Method:
 
     @property
     def takes_base(self) -> bool:
-        """Whether it merges task vectors, source minus base, rather than the sources."""
+        """Whether a base plays a part of its own in it."""
         return self.takes("base")
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it cannot do without one."""
+        return self.takes_base and not self.base_is_optional
+
+    @property
+    def takes_task_vectors(self) -> bool:
+        """Whether it merges task vectors, source minus base, rather than the sources."""
+        return self.takes("task_vectors")
 
     @property
     def takes_density(self) -> bool:
@@ -65,11 +87,13 @@ class Method:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The recipe's name of each option -> its default."""
+        """The recipe's name of each option -> its default; None for one that must be given."""
         return {
-            name.removesuffix("_"): parameter.default
+            name.removesuffix("_"): None
+            if parameter.default is parameter.empty
+            else parameter.default
             for name, parameter in self.parameters.items()
-            if parameter.default is not parameter.empty
+            if name not in GIVEN
         }
 
     @property
@@ -121,8 +145,10 @@ def register(
     *,
     paper: str | None = None,
     accepted: Mapping[str, tuple[object, ...]] | None = None,
+    n_experts: tuple[int, int | None] = ANY_NUMBER,
+    base_is_optional: bool = False,
 ) -> Callable[[MethodFunction], MethodFunction]:
-    """Add the decorated function to the methods.
+    """Add the decorated function to the methods; the arguments are those of `Method`.
 
     Raises:
         MergeError: another function already has the name.
@@ -130,7 +156,10 @@ def register(
 
     def add(function: MethodFunction) -> MethodFunction:
         parameters = inspect.signature(function).parameters
-        _registry.add(name, Method(name, function, parameters, paper, accepted or {}), function)
+        method = Method(
+            name, function, parameters, paper, accepted or {}, n_experts, base_is_optional
+        )
+        _registry.add(name, method, function)
         return function
 
     return add

@@ -17,26 +17,29 @@ def n_kept(n: int, density: float) -> int:
     return min(n, max(1, round(density * n)))
 
 
-def trim(task_vector: Tensor, density: float) -> Tensor:
-    """Keep exactly the `n_kept` entries of largest magnitude, and set the others to zero.
+def largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Mark exactly the k largest entries: (n,) -> (n,) bool; none where k is not positive.
 
-    Of c entries tied at the threshold of which q are to be kept, the j-th in index order is kept
-    when floor((j + 1) q / c) > floor(j q / c): they lie evenly spread, and no row is favoured.
-    bfloat16 task vectors have many such ties; mergekit keeps an arbitrary subset of them, and
-    rounds k down.
+    Of c entries tied at the threshold of which q are to be marked, the j-th in index order is
+    marked when floor((j + 1) q / c) > floor(j q / c): they lie evenly spread, and no row is
+    favoured. bfloat16 task vectors have many such ties; mergekit keeps an arbitrary subset of them.
     """
-    k = n_kept(task_vector.numel(), density)
-    if k == task_vector.numel():
-        return task_vector
-    if k == 0:
-        return task_vector.new_zeros(task_vector.shape)
-    magnitudes = task_vector.abs().flatten()
+    if k >= magnitudes.numel() or k <= 0:
+        return magnitudes.new_full(magnitudes.shape, k > 0).bool()
     threshold = magnitudes.sort(descending=True).values[k - 1]
     above, tied = magnitudes > threshold, magnitudes == threshold
     n_tied, n_wanted = int(tied.sum()), k - int(above.sum())
     j = tied.long().cumsum(0) - 1
     chosen = (j + 1) * n_wanted // n_tied > j * n_wanted // n_tied
-    kept = above | (tied & chosen)
+    return above | (tied & chosen)
+
+
+def trim(task_vector: Tensor, density: float) -> Tensor:
+    """Keep exactly the `n_kept` entries of largest magnitude, and set the others to zero.
+
+    mergekit rounds their number down.
+    """
+    kept = largest(task_vector.abs().flatten(), n_kept(task_vector.numel(), density))
     return task_vector.where(kept.reshape(task_vector.shape), 0.0)
 
 

@@ -100,10 +100,16 @@ class Zoo:
             "weights": torch.tensor(plan.weights),
             "densities": plan.densities,
             "streams": plan.streams,
+            **plan.own,
         }
         keywords = {key: value for key, value in given.items() if method.takes(key)}
         keywords |= {method.keyword(key): value for key, value in plan.options.items()}
-        sources = (stacked[0], stacked[1:] - stacked[0]) if method.takes_base else (stacked,)
+        sources = (stacked,)
+        if method.takes_base:
+            base, others = stacked[0], stacked[1:]
+            if len(stacked) == len(plan.weights):
+                base, others = torch.zeros_like(base), stacked
+            sources = (base, others - base if method.takes_task_vectors else others)
         return method.function(*sources, **keywords).to(DTYPES[plan.output.dtype])
 
 

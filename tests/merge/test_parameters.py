@@ -126,8 +126,8 @@ def test_mergekits_options_are_accepted():
         ({"normalize": 1.0}, {}, "expected true or false, found 1.0"),
         ({"lambda": True}, {}, "parameter `lambda`: True is no number"),
         ({"rescale": True}, {}, "`ties` does not do `rescale: true` in this version"),
-        ({"density": 1.2}, {}, "a density lies between 0 and 1, found 1.2"),
-        ({}, {"density": (0.5, -0.1)}, "a density lies between 0 and 1, found -0.1"),
+        ({"density": 1.2}, {}, "parameter `density`: it lies between 0 and 1, found 1.2"),
+        ({}, {"density": (0.5, -0.1)}, "parameter `density`: it lies between 0 and 1, found -0.1"),
         ({}, {"weight": (Conditional(value="heavy"),)}, "'heavy' is no number"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Model Breadcrumbs: drop the largest entries as outliers, and the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lewis_hub.methods.combine import all_votes, elected_votes
+from lewis_hub.methods.registry import register
+from lewis_hub.methods.sparsify import largest, n_kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PAPER = "https://arxiv.org/abs/2312.06795"
+ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False), "rescale": (False,)}
+
+
+@register("breadcrumbs", paper=PAPER, accepted=ACCEPTED)
+def breadcrumbs(  # noqa: PLR0913 (options are keywords)
+    base: Tensor,  # (*shape) float32
+    task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
+    *,
+    weights: Tensor,  # (n_sources,) mixing coefficients
+    densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
+    outliers: Sequence[float],  # n_sources fractions dropped from the top, in [0, 1]; `gamma`
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Drop the largest and the smallest entries of each task vector, add the rest to the base."""
+    votes = [
+        w * keep_band(vector, density, fraction)
+        for w, vector, density, fraction in zip(
+            weights, task_vectors, densities, outliers, strict=True
+        )
+    ]
+    return base + lambda_ * all_votes(votes, weights, normalize=normalize)
+
+
+@register("breadcrumbs_ties", paper=PAPER, accepted=ACCEPTED)
+def breadcrumbs_ties(  # noqa: PLR0913 (options are keywords)
+    base: Tensor,  # (*shape) float32
+    task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
+    *,
+    weights: Tensor,  # (n_sources,) mixing coefficients
+    densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
+    outliers: Sequence[float],  # n_sources fractions dropped from the top, in [0, 1]; `gamma`
+    normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Drop the largest and the smallest entries, elect a sign per entry, add what agrees."""
+    votes = [
+        w * keep_band(vector, density, fraction)
+        for w, vector, density, fraction in zip(
+            weights, task_vectors, densities, outliers, strict=True
+        )
+    ]
+    return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
+
+
+def keep_band(task_vector: Tensor, density: float, fraction: float) -> Tensor:
+    """Keep exactly the `n_kept` entries that are largest once the outliers are out.
+
+    Outliers are the round(fraction n) largest, or as many as leave room for the entries that are
+    kept, as in mergekit, which rounds both numbers down.
+    """
+    n = task_vector.numel()
+    k = n_kept(n, density)
+    magnitudes = task_vector.abs().flatten()
+    dropped = largest(magnitudes, min(round(fraction * n), n - k))
+    kept = largest(magnitudes.masked_fill(dropped, -1.0), k)
+    return task_vector.where(kept.reshape(task_vector.shape), 0.0)

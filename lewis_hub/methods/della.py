@@ -1,0 +1,100 @@
+"""DELLA: drop entries at random, small ones more often, and rescale the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lewis_hub.methods import random_bits
+from lewis_hub.methods.combine import all_votes, elected_votes
+from lewis_hub.methods.registry import register
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+PAPER = "https://arxiv.org/abs/2406.11617"
+ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False)}
+
+
+@register("della", paper=PAPER, accepted=ACCEPTED)
+def della(  # noqa: PLR0913 (options are keywords)
+    base: Tensor,  # (*shape) float32
+    task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
+    *,
+    weights: Tensor,  # (n_sources,) mixing coefficients
+    densities: Sequence[float],  # n_sources mean probabilities of being kept, each in [0, 1]
+    spreads: Sequence[float],  # n_sources distances from the mean, each in [0, 0.5]; `epsilon`
+    streams: Sequence[int],  # n_sources streams of random bits
+    normalize: bool = True,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Drop small entries more often, rescale the rest, elect a sign per entry, average what agrees.
+
+    Rescaling divides by an entry's own probability, as in the paper; mergekit matches the L1 norm.
+    """
+    votes = [
+        w * drop_by_rank(vector, d, spread, stream, rescale=rescale)
+        for w, vector, d, spread, stream in zip(
+            weights, task_vectors, densities, spreads, streams, strict=True
+        )
+    ]
+    return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
+
+
+@register("della_linear", paper=PAPER, accepted=ACCEPTED)
+def della_linear(  # noqa: PLR0913 (options are keywords)
+    base: Tensor,  # (*shape) float32
+    task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
+    *,
+    weights: Tensor,  # (n_sources,) mixing coefficients
+    densities: Sequence[float],  # n_sources mean probabilities of being kept, each in [0, 1]
+    spreads: Sequence[float],  # n_sources distances from the mean, each in [0, 0.5]; `epsilon`
+    streams: Sequence[int],  # n_sources streams of random bits
+    normalize: bool = False,
+    rescale: bool = True,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Drop small entries more often, rescale the rest, add them to the base."""
+    votes = [
+        w * drop_by_rank(vector, d, spread, stream, rescale=rescale)
+        for w, vector, d, spread, stream in zip(
+            weights, task_vectors, densities, spreads, streams, strict=True
+        )
+    ]
+    return base + lambda_ * all_votes(votes, weights, normalize=normalize)
+
+
+def probabilities(n: int, density: float, spread: float) -> npt.NDArray[np.float64]:
+    """Of being kept, by rank in a row of n: (n,), from density - spread up to density + spread.
+
+    Where that leaves [0, 1] the spread is narrowed to what fits, so that any density can be
+    scheduled and the mean stays the density; mergekit refuses. A row of one has the density alone.
+    """
+    narrowed = min(spread, density, 1 - density)
+    ranks = np.arange(n) / (n - 1) if n > 1 else np.full(n, 0.5)
+    return np.clip(density - narrowed + 2 * narrowed * ranks, 0.0, 1.0)
+
+
+def drop_by_rank(
+    task_vector: Tensor, density: float, spread: float, stream: int, *, rescale: bool
+) -> Tensor:
+    """Keep each entry with the probability that its rank by magnitude within its row gives it.
+
+    A row runs along the last dimension; a vector is one row. The smallest entry has rank 0; of
+    equal magnitudes the one with the smaller index has the lower rank.
+    """
+    if density >= 1 or task_vector.numel() == 0:
+        return task_vector
+    rows = task_vector.reshape(-1, task_vector.shape[-1] if task_vector.dim() else 1)
+    by_rank = probabilities(rows.shape[1], density, spread)
+    ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().numpy()
+    below = np.rint(by_rank * random_bits.HALVES).astype(np.uint64)
+    drawn = random_bits.halves(stream, task_vector.numel()) < below[ranks]
+    factors = np.divide(1.0, by_rank, out=np.zeros_like(by_rank), where=by_rank > 0)
+    scaled = rows * rows.new_tensor(factors[ranks]).view(rows.shape) if rescale else rows
+    kept = rows.new_tensor(drawn).bool().view(rows.shape)
+    return scaled.where(kept, 0.0).reshape(task_vector.shape)
