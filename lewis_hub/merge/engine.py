@@ -89,7 +89,8 @@ def merge_shard(
     advance: Advance,
 ) -> ShardResult:
     """Make one shard from the beginning; the arguments are those of `run`."""
-    from lewis_hub.merge.pieces import Desks, Job, Site  # imports numba
+    from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports numba
+    from lewis_hub.merge.pieces import Desks, Job, Site
 
     layout = plan.layout
     note = _note(output, layout.name)
@@ -99,7 +100,9 @@ def merge_shard(
             opened.enter_context(TensorReader(folders[label], label)) for label in plan.labels
         ]
         writer = opened.enter_context(ShardWriter(output, layout))
-        site = Site(plan, readers, writer, Desks(len(readers)))
+        blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
+        desks = Desks(len(readers), max(b for b in blocks if b <= LONGEST_ROW))
+        site = Site(plan, readers, writer, desks)
         jobs = [
             Job(site, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)

@@ -7,10 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lewis_hub.merge.kernels import DRAW, KEEP_ALL, KEEP_NONE, TRIM, Experts, Mix
+from lewis_hub.merge.kernels import (
+    BLOCK,
+    DRAW,
+    KEEP_ALL,
+    KEEP_NONE,
+    RANK,
+    TRIM,
+    Experts,
+    Mix,
+)
 from lewis_hub.merge.plan import TensorPlan
+from lewis_hub.merge.ranking import Table
 from lewis_hub.methods import random_bits
 from lewis_hub.methods.combine import NEGLIGIBLE
+from lewis_hub.methods.della import allowances
 from lewis_hub.methods.sparsify import n_kept
 
 
@@ -18,7 +29,7 @@ from lewis_hub.methods.sparsify import n_kept
 class Fused:
     """A method in the kernel's terms."""
 
-    thins: int  # KEEP_ALL, TRIM or DRAW
+    thins: int  # KEEP_ALL, TRIM, DRAW or RANK
     elects: bool
 
 
@@ -27,8 +38,28 @@ FUSED = {
     "ties": Fused(TRIM, elects=True),
     "dare_linear": Fused(DRAW, elects=False),
     "dare_ties": Fused(DRAW, elects=True),
+    "della_linear": Fused(RANK, elects=False),
+    "della": Fused(RANK, elects=True),
 }
 AVERAGED = "linear"
+NO_TABLE = Table(np.zeros((0, 0), np.uint64), np.zeros((0, 0), np.float32))
+LONGEST_ROW = 1 << 20  # of a longer one the ranks are left to the definition
+
+
+def block_of(method: str, tensor: TensorPlan) -> int:
+    """How many entries of a tensor have to be worked on together: a row where ranks count."""
+    ranked = method in FUSED and FUSED[method].thins == RANK and tensor.weights
+    return row_of(tensor) if ranked else BLOCK
+
+
+def row_of(tensor: TensorPlan) -> int:
+    """The entries along the last dimension; a 0-d tensor has one."""
+    return max(1, tensor.output.shape[-1]) if tensor.output.shape else 1
+
+
+def is_fused(method: str, tensor: TensorPlan) -> bool:
+    """Whether a kernel can make the tensor."""
+    return method in FUSED and block_of(method, tensor) <= LONGEST_ROW
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
@@ -45,6 +76,18 @@ def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
         streams=np.array(tensor.streams or (0,) * n, np.uint64),
         below=np.array([random_bits.below(d) for d in densities], np.uint64),
         factors=np.array(factors, np.float32),
+        table=_table(tensor, densities, rescales=rescales) if fused.thins == RANK else NO_TABLE,
+    )
+
+
+def _table(tensor: TensorPlan, densities: Sequence[float], *, rescales: bool) -> Table:
+    found = [
+        allowances(row_of(tensor), density, spread, rescale=rescales)
+        for density, spread in zip(densities, tensor.own["spreads"], strict=True)
+    ]
+    return Table(
+        np.stack([below for below, _ in found]),
+        np.stack([factors for _, factors in found]).astype(np.float32),
     )
 
 
@@ -70,8 +113,8 @@ def _mode(fused: Fused, density: float, n_elements: int) -> int:
     if fused.thins == TRIM:
         k = n_kept(n_elements, density)
         return KEEP_ALL if k == n_elements else TRIM if k else KEEP_NONE
-    if fused.thins == DRAW:
-        return KEEP_ALL if density >= 1 else DRAW
+    if fused.thins in (DRAW, RANK):
+        return KEEP_ALL if density >= 1 else fused.thins
     return KEEP_ALL
 
 

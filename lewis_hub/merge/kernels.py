@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lewis_hub.merge.bits import compiled, inner, narrow, widen
+from lewis_hub.merge.ranking import N_VALUES, Sorting, Table, rank
 from lewis_hub.methods.random_bits import GOLDEN, MIX_1, MIX_2
 
 BLOCK = 2048  # elements; even, because one random word serves two
+HALF = np.uint64(0xFFFFFFFF)
 ZERO = np.float32(0)
 
-KEEP_ALL, KEEP_NONE, TRIM, DRAW = 0, 1, 2, 3  # what becomes of an expert's task vector
+KEEP_ALL, KEEP_NONE, TRIM, DRAW, RANK = 0, 1, 2, 3, 4  # what becomes of an expert's task vector
 
 
 class Piece(NamedTuple):
@@ -26,7 +28,8 @@ class Piece(NamedTuple):
     raw: Any  # (n_sources, bytes) uint8, the base first
     kinds: Any  # (n_sources,) int64 formats of `bits`
     n: int  # elements
-    first: int  # the piece's first element within the tensor; even
+    first: int  # the piece's first element within the tensor; a multiple of `block`
+    block: int  # elements that are worked on together: BLOCK, or a row where ranks are asked for
     out: Any  # (bytes,) uint8, written
     out_kind: int
 
@@ -41,6 +44,7 @@ class Experts(NamedTuple):
     streams: Any  # uint64: of DRAW
     below: Any  # uint64: random halves below are kept
     factors: Any  # float32: rescaling of DRAW
+    table: Table  # of RANK
 
 
 class Mix(NamedTuple):
@@ -85,19 +89,40 @@ def vote_trimmed(delta: Any, n: int, experts: Experts, e: int, votes: Any) -> No
 
 
 @inner
+def random_word(stream: Any, number: Any) -> Any:
+    """64 bits for two entries, as `random_bits` draws them."""
+    word = stream + np.uint64(number + 1) * np.uint64(GOLDEN)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(MIX_1)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(MIX_2)
+    return word ^ (word >> np.uint64(31))
+
+
+@inner
 def vote_drawn(delta: Any, n: int, experts: Experts, e: int, first: int, votes: Any) -> None:
     """Vote with the entries whose random bits say so; `first` is even."""
     weight, factor = experts.weights[e], experts.factors[e]
     stream, below = experts.streams[e], experts.below[e]
     for w in range((n + 1) // 2):
-        word = stream + np.uint64(first // 2 + w + 1) * np.uint64(GOLDEN)
-        word = (word ^ (word >> np.uint64(30))) * np.uint64(MIX_1)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(MIX_2)
-        word = word ^ (word >> np.uint64(31))
-        low, high = word & np.uint64(0xFFFFFFFF), word >> np.uint64(32)
+        word = random_word(stream, first // 2 + w)
+        low, high = word & HALF, word >> np.uint64(32)
         # an odd block's last high half falls on room that is not read
         votes[2 * w] = weight * (factor * (delta[2 * w] if low < below else ZERO))
         votes[2 * w + 1] = weight * (factor * (delta[2 * w + 1] if high < below else ZERO))
+
+
+@inner
+def vote_ranked(  # noqa: PLR0913
+    delta: Any, n: int, experts: Experts, e: int, first: int, votes: Any, room: Sorting
+) -> None:
+    """Vote with the entries of a row whose random bits are below what their rank allows."""
+    weight, stream = experts.weights[e], experts.streams[e]
+    below, factors = experts.table.below[e], experts.table.factors[e]
+    rank(delta, n, room)
+    for i in range(n):
+        word = random_word(stream, (first + i) // 2)
+        drawn = word >> np.uint64(32) if (first + i) % 2 else word & HALF
+        ranked = room.ranks[i]
+        votes[i] = weight * (delta[i] * factors[ranked] if drawn < below[ranked] else ZERO)
 
 
 @inner
@@ -142,6 +167,23 @@ def add_up(votes: Any, n: int, divisor: Any, mixed: Any) -> None:
         mixed[i] = mixed[i] / divisor
 
 
+@inner
+def vote(  # noqa: PLR0913
+    delta: Any, n: int, experts: Experts, e: int, first: int, votes: Any, room: Sorting
+) -> None:
+    """Weigh what is kept of a block of an expert's task vector."""
+    mode, weight = experts.modes[e], experts.weights[e]
+    if mode == TRIM:
+        vote_trimmed(delta, n, experts, e, votes)
+    elif mode == DRAW:
+        vote_drawn(delta, n, experts, e, first, votes)
+    elif mode == RANK:
+        vote_ranked(delta, n, experts, e, first, votes, room)
+    elif mode == KEEP_ALL:
+        for i in range(n):
+            votes[i] = weight * delta[i]
+
+
 @compiled
 def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:
     """Merge one piece of a base and its experts.
@@ -150,25 +192,20 @@ def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:
         -1; or the number of a source that holds NaN or infinity; or, where only the result does,
         the number of sources.
     """
-    n_experts = experts.weights.size
-    votes = np.zeros((n_experts, BLOCK), np.float32)
-    room = np.zeros((5, BLOCK), np.float32)
+    n_experts, block = experts.weights.size, piece.block
+    votes = np.zeros((n_experts, block), np.float32)
+    room = np.zeros((5, block), np.float32)
+    order, ranks = np.empty((2, block), np.int32), np.empty(block, np.int32)
+    sorting = Sorting(order, np.empty((3, N_VALUES), np.int32), ranks)
     base, delta, mixed = room[3], room[4], room[0]
-    for first in range(0, piece.n, BLOCK):
-        n = min(BLOCK, piece.n - first)
+    for first in range(0, piece.n, block):
+        n = min(block, piece.n - first)
         if not widen(piece.raw[0], piece.kinds[0], first, n, base):
             return 0
         for e in range(n_experts):
             if not subtract(piece.raw[e + 1], piece.kinds[e + 1], first, n, base, delta):
                 return int(e + 1)
-            vote, weight, mode = votes[e], experts.weights[e], experts.modes[e]
-            if mode == TRIM:
-                vote_trimmed(delta, n, experts, e, vote)
-            elif mode == DRAW:
-                vote_drawn(delta, n, experts, e, piece.first + first, vote)
-            elif mode == KEEP_ALL:
-                for i in range(n):
-                    vote[i] = weight * delta[i]
+            vote(delta, n, experts, e, piece.first + first, votes[e], sorting)
         if mix.elects:
             elect(votes, n, experts, mix, room)
         else:

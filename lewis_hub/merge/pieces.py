@@ -17,13 +17,14 @@ from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.merge.bits import FORMATS
+from lewis_hub.merge.fused import block_of
 from lewis_hub.merge.kernels import BLOCK, Piece
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
 
 RAW_BYTES = 768 * 1024  # of all sources in one piece: what the second-level cache holds
 
-Span = range  # of elements; begins at a multiple of BLOCK
+Span = range  # of elements; begins at a multiple of the job's block
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,15 @@ class Desk:
 
 
 class Desks:
-    """As many desks as there are threads at work."""
+    """As many desks as there are threads at work.
 
-    def __init__(self, n_sources: int) -> None:
-        n_elements = max(RAW_BYTES // (2 * n_sources) // BLOCK, 1) * BLOCK
+    Args:
+        n_sources: that are read together.
+        least: entries that a piece must be able to hold.
+    """
+
+    def __init__(self, n_sources: int, least: int = BLOCK) -> None:
+        n_elements = max(RAW_BYTES // (2 * n_sources) // BLOCK * BLOCK, least)
         self._shape = (n_sources, n_elements * 4)
         self._free: queue.SimpleQueue[Desk] = queue.SimpleQueue()
 
@@ -88,21 +94,27 @@ class Job:
         """The sources' formats, as kernels take them."""
         return np.array([FORMATS[tensor.dtype] for tensor in self.tensor.inputs], np.int64)
 
+    @property
+    def block(self) -> int:
+        """Entries that have to be worked on together."""
+        return block_of(self.site.plan.method, self.tensor)
+
     def spans(self, runner: Runner) -> list[Span]:
         """The tensor in as many parts as will be worked on at a time."""
         n = self.tensor.output.n_elements
         n_spans = runner.n_workers if n > runner.large_elements else 1
-        length = max(-(-n // n_spans // BLOCK) * BLOCK, BLOCK)
+        length = max(-(-n // n_spans // self.block) * self.block, self.block)
         return [range(first, min(first + length, n)) for first in range(0, n, length)]
 
     def pieces(self, span: Span) -> Iterator[Piece]:
         """All of a span, in order; a piece is good until the next is asked for."""
         kind = FORMATS[self.tensor.output.dtype]
         with self.site.desks.one() as desk:
-            for first in range(span.start, span.stop, desk.n_elements):
-                n = min(desk.n_elements, span.stop - first)
+            most = desk.n_elements // self.block * self.block
+            for first in range(span.start, span.stop, most):
+                n = min(most, span.stop - first)
                 self._read(desk, first, n, 0)
-                yield Piece(desk.raw, self.kinds, n, first, desk.out, kind)
+                yield Piece(desk.raw, self.kinds, n, first, self.block, desk.out, kind)
 
     def samples(self, starts: Sequence[int], length: int) -> Iterator[Piece]:
         """Runs of `length` entries from each of `starts`, as many to a piece as it holds."""
@@ -113,7 +125,8 @@ class Job:
                 taken = starts[i : i + together]
                 for place, first in enumerate(taken):
                     self._read(desk, first, length, place * length)
-                yield Piece(desk.raw, self.kinds, len(taken) * length, 0, desk.out, kind)
+                n = len(taken) * length
+                yield Piece(desk.raw, self.kinds, n, 0, BLOCK, desk.out, kind)
 
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""

@@ -33,7 +33,7 @@ def make_tensor(job: Job, runner: Runner) -> int:
         job.copy()
     elif method == fused.AVERAGED:
         list(runner.map(lambda span: _average(job, span), spans))
-    elif method in fused.FUSED:
+    elif fused.is_fused(method, job.tensor):
         experts = fused.experts_of(job.tensor, fused.FUSED[method])
         views = [experts] * len(spans)
         if (experts.modes == TRIM).any():

@@ -79,6 +79,17 @@ def probabilities(n: int, density: float, spread: float) -> npt.NDArray[np.float
     return np.clip(density - narrowed + 2 * narrowed * ranks, 0.0, 1.0)
 
 
+def allowances(
+    n: int, density: float, spread: float, *, rescale: bool
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
+    """By rank in a row of n: random halves below which an entry is kept, and its factor then."""
+    by_rank = probabilities(n, density, spread)
+    below = np.rint(by_rank * random_bits.HALVES).astype(np.uint64)
+    if not rescale:
+        return below, np.ones(n)
+    return below, np.divide(1.0, by_rank, out=np.zeros(n), where=by_rank > 0)
+
+
 def drop_by_rank(
     task_vector: Tensor, density: float, spread: float, stream: int, *, rescale: bool
 ) -> Tensor:
@@ -90,11 +101,9 @@ def drop_by_rank(
     if density >= 1 or task_vector.numel() == 0:
         return task_vector
     rows = task_vector.reshape(-1, task_vector.shape[-1] if task_vector.dim() else 1)
-    by_rank = probabilities(rows.shape[1], density, spread)
+    below, factors = allowances(rows.shape[1], density, spread, rescale=rescale)
     ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().numpy()
-    below = np.rint(by_rank * random_bits.HALVES).astype(np.uint64)
     drawn = random_bits.halves(stream, task_vector.numel()) < below[ranks]
-    factors = np.divide(1.0, by_rank, out=np.zeros_like(by_rank), where=by_rank > 0)
-    scaled = rows * rows.new_tensor(factors[ranks]).view(rows.shape) if rescale else rows
     kept = rows.new_tensor(drawn).bool().view(rows.shape)
+    scaled = rows * rows.new_tensor(factors[ranks]).view(rows.shape)
     return scaled.where(kept, 0.0).reshape(task_vector.shape)

@@ -13,7 +13,16 @@ from lewis_hub.merge import kernels
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.methods.random_bits import halves, stream
 
-METHODS = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+METHODS = [
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della_linear",
+    "della",
+]
+RANDOM = ("dare", "della")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 RUNNERS = [inline(), *(Threads(n, large_elements=1000) for n in (1, 2, 4))]
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -33,13 +42,15 @@ def cases(draw):
         own = {"weight": draw(st.sampled_from([1.0, 0.3, -0.7, 0.0, 2.5]) | st.floats(-2, 2))}
         if method not in {"linear", "task_arithmetic"}:
             own["density"] = draw(density)
+        if method.startswith("della"):
+            own["epsilon"] = draw(st.sampled_from([0.0, 0.15, 0.5]))
         parameters.append(own)
     common = {"normalize": draw(st.booleans())}
     if method != "linear":
         common["lambda"] = draw(st.sampled_from([1.0, 0.37, -1.5]))
     elif abs(sum(own["weight"] for own in parameters)) < 0.1:
         common["normalize"] = False
-    if method.startswith("dare"):
+    if method.startswith(RANDOM):
         common["rescale"] = draw(st.booleans())
     return {
         "method": method,
