@@ -94,7 +94,7 @@ def drop_by_rank(
     ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().numpy()
     below = np.rint(by_rank * random_bits.HALVES).astype(np.uint64)
     drawn = random_bits.halves(stream, task_vector.numel()) < below[ranks]
-    factors = np.divide(1.0, by_rank, out=np.zeros_like(by_rank), where=by_rank > 0)
+    factors = np.divide(1.0, by_rank, out=np.zeros_like(by_rank), where=below > 0)
     scaled = rows * rows.new_tensor(factors[ranks]).view(rows.shape) if rescale else rows
     kept = rows.new_tensor(drawn).bool().view(rows.shape)
     return scaled.where(kept, 0.0).reshape(task_vector.shape)
