@@ -87,7 +87,7 @@ def allowances(
     below = np.rint(by_rank * random_bits.HALVES).astype(np.uint64)
     if not rescale:
         return below, np.ones(n)
-    return below, np.divide(1.0, by_rank, out=np.zeros(n), where=by_rank > 0)
+    return below, np.divide(1.0, by_rank, out=np.zeros(n), where=below > 0)
 
 
 def drop_by_rank(

@@ -115,6 +115,30 @@ def test_mergekits_options_are_accepted():
     require_valid(find("ties"), common, [own, {}])
     require_valid(find("dare_ties"), {"rescale": True, "int8_mask": True}, [])
     require_valid(find("linear"), {"normalize": True, "weight": 0.5, "int8_mask": False}, [])
+    require_valid(find("breadcrumbs"), {"gamma": 0.02, "rescale": False}, [{"gamma": (0.0, 0.1)}])
+    require_valid(find("della"), {"epsilon": 0.1, "int8_mask": True}, [{"epsilon": 0.2}])
+    require_valid(find("sce"), {"select_topk": (0.1, 0.5), "int8_mask": True}, [{"density": 0.5}])
+    require_valid(find("karcher"), {"max_iter": 20, "tol": 1e-6}, [])
+    require_valid(find("passthrough"), {}, [{"scale": (Conditional(filter="o", value=0.0),)}])
+
+
+def test_an_option_without_a_default_may_be_a_gradient_or_a_list_of_filters():
+    common = {"t": (Conditional(filter="self_attn", value=(0.0, 1.0)), Conditional(value=0.5))}
+
+    require_valid(find("slerp"), common, [])
+
+    assert options_of(find("slerp"), common, Q, 0.25) == {"t": 0.25}
+    assert options_of(find("slerp"), common, "model.norm.weight", 1.0) == {"t": 0.5}
+
+
+def test_an_option_without_a_default_needs_a_value_for_every_tensor():
+    common = {"t": (Conditional(filter="self_attn", value=0.1),)}
+
+    text = message(lambda: options_of(find("slerp"), common, "model.norm.weight", 1.0))
+
+    assert text == (
+        "parameter `t`: none of its filters fits model.norm.weight.\nAdd a value without a filter."
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,3 +157,29 @@ def test_mergekits_options_are_accepted():
 )
 def test_parameters_that_the_method_cannot_take_are_refused(common, own, says):
     assert says in message(lambda: require_valid(find("ties"), common, [own]))
+
+
+@pytest.mark.parametrize(
+    ("method", "common", "own", "says"),
+    [
+        ("slerp", {}, {}, "parameter `t`: `slerp` cannot do without it.\nGive it in the recipe's"),
+        ("slerp", {"t": 0.5}, {"t": 0.5}, "`slerp` has it once for all models, not for each"),
+        ("slerp", {"t": "half"}, {}, "parameter `t`: 'half' is no number.\nGive a number."),
+        ("slerp", {"t": 0.5}, {"weight": 1.0}, "`slerp` has no such parameter.\nIt knows t"),
+        ("karcher", {"max_iter": 2.5}, {}, "expected a whole number of at least 1, found 2.5"),
+        ("karcher", {"max_iter": (1.0, 2.0)}, {}, "Give one number: it has no gradient."),
+        ("cabs", {"group": 0}, {}, "parameter `group`: expected a whole number of at least 1"),
+        ("breadcrumbs", {}, {"gamma": 1.5}, "it lies between 0 and 1, found 1.5.\nIt is the fract"),
+        ("breadcrumbs", {"rescale": True}, {}, "does not do `rescale: true` in this version"),
+        (
+            "della",
+            {"epsilon": 0.7},
+            {},
+            "parameter `epsilon`: it lies between 0 and 0.5, found 0.7",
+        ),
+        ("model_stock", {"filter_wise": 1}, {}, "expected true or false, found 1"),
+        ("passthrough", {"scale": "big"}, {}, "parameter `scale`: 'big' is no number"),
+    ],
+)
+def test_what_a_method_cannot_take_is_refused_by_name(method, common, own, says):
+    assert says in message(lambda: require_valid(find(method), common, [own]))

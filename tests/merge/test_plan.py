@@ -105,12 +105,56 @@ def test_a_digest_changes_with_all_that_fixes_the_bytes_and_with_nothing_else(zo
         ("ties", {}, {"x": {"model.layers.9.q.weight": 1.0}}, "9.q.weight, which no source has"),
         ("ties", {}, {"x": {Q: 1.5}}, "it gives model.layers.0.q.weight the density 1.5"),
         ("linear", {"parameters": {"weight": 0.0}}, None, "the weights of model.embed_tokens.we"),
+        ("multislerp", {"parameters": {"weight": 0.0}}, None, "or set `normalize_weights: false`."),
+        ("slerp", {"parameters": {"t": 1}, "base": None}, None, "it needs a base to start from"),
+        ("model_stock", {}, {"x": {}}, "so a guide's densities would do nothing"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(zoo, sources, method, change, schedule, says):
     settings = replace(zoo.settings(method, sources[0], sources[1:]), **change)
 
     assert says in message(lambda: make_plan(settings, 10**9, schedule))
+
+
+@pytest.mark.parametrize(
+    ("method", "n", "says"),
+    [
+        ("slerp", 2, "it takes exactly 1 model beside the base, found 2.\nRemove 1 from `models`"),
+        ("nearswap", 2, "it takes exactly 1 model beside the base, found 2."),
+        ("arcee_fusion", 2, "it takes exactly 1 model beside the base, found 2."),
+        ("nuslerp", 1, "exactly 2 models beside the base, found 1.\nList 1 more under `models`."),
+        ("model_stock", 1, "it takes at least 2 models beside the base, found 1."),
+        ("sce", 1, "it takes at least 2 models beside the base, found 1."),
+        ("passthrough", 2, "it takes exactly 1 model, found 2.\nRemove 1 from `models`, or merge"),
+    ],
+)
+def test_another_number_of_models_than_a_method_takes_is_refused(zoo, sources, method, n, says):
+    settings = zoo.settings(method, sources[0], sources[1 : 1 + n], parameters={"t": 0.5})
+
+    assert says in message(lambda: make_plan(settings, 10**9))
+
+
+def test_an_expert_may_have_settings_of_its_own_that_a_method_asks_for(zoo, sources):
+    base, x, y = sources
+    x = replace(x, parameters={"epsilon": (0.1, 0.3)})
+    settings = zoo.settings("della", base, [x, y], parameters={"density": 0.5})
+
+    found = plans(make_plan(settings, 10**9, {"y": {Q: 0.25}}))
+
+    assert found[Q].own == {"spreads": (0.1, 0.15)}
+    assert found["model.layers.1.q.weight"].own == {"spreads": (0.3, 0.15)}
+    assert found[Q].densities == (0.5, 0.25)
+    assert len(set(found[Q].streams)) == 2
+
+
+def test_a_method_whose_base_is_optional_does_without_one(zoo, sources):
+    base, *experts = sources
+
+    alone = make_plan(zoo.settings("nuslerp", None, experts), 10**9)
+    beside = make_plan(zoo.settings("nuslerp", base, experts), 10**9)
+
+    assert alone.shards[0].labels == ("x", "y")
+    assert beside.shards[0].labels == ("base", "x", "y")
 
 
 def test_sources_that_do_not_fit_together_are_refused(zoo, sources):

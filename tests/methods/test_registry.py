@@ -21,13 +21,38 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(registry._registry, "_entries", dict(registry._registry._entries))
 
 
-def test_five_methods_are_listed_by_name_with_summary_and_paper():
+ALL = [
+    "arcee_fusion",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "cabs",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "karcher",
+    "linear",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "passthrough",
+    "pcb",
+    "sce",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+]
+
+
+def test_methods_are_listed_by_name_with_summary_and_paper():
     found = {method.name: method for method in methods()}
 
-    assert list(found) == ["dare_linear", "dare_ties", "linear", "task_arithmetic", "ties"]
+    assert list(found) == ALL
     assert found["ties"].summary.startswith("Trim each task vector, elect a sign per entry")
     assert found["ties"].paper == "https://arxiv.org/abs/2306.01708"
     assert all(method.summary.endswith(".") for method in found.values())
+    assert [name for name in ALL if found[name].paper is None] == ["passthrough"]
 
 
 def test_options_and_their_defaults_are_mergekits():
@@ -39,20 +64,47 @@ def test_options_and_their_defaults_are_mergekits():
         "ties": {"normalize": True, "lambda": 1.0},
         "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
         "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0},
+        "della": {"normalize": True, "rescale": True, "lambda": 1.0},
+        "della_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
+        "breadcrumbs": {"normalize": False, "lambda": 1.0},
+        "breadcrumbs_ties": {"normalize": False, "lambda": 1.0},
+        "sce": {"select_topk": 1.0},
+        "slerp": {"t": None},
+        "nuslerp": {"nuslerp_row_wise": False, "nuslerp_flatten": True},
+        "multislerp": {"normalize_weights": True, "eps": 1e-8},
+        "karcher": {"max_iter": 10, "tol": 1e-5},
+        "model_stock": {"filter_wise": False},
+        "nearswap": {"t": None},
+        "arcee_fusion": {},
+        "passthrough": {},
+        "cabs": {"group": 256, "lambda": 1.0},  # not in mergekit
+        "pcb": {"lambda": 1.0},  # not in mergekit
     }
 
 
 def test_a_method_says_what_it_takes():
-    assert [m.name for m in methods() if m.takes_density] == ["dare_linear", "dare_ties", "ties"]
-    assert [m.name for m in methods() if m.is_random] == ["dare_linear", "dare_ties"]
-    assert [m.name for m in methods() if not m.takes_base] == ["linear"]
+    without_density = [m.name for m in methods() if not m.takes_density]
+    assert without_density == [
+        *("arcee_fusion", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
+        *("nuslerp", "passthrough", "slerp", "task_arithmetic"),
+    ]
+    random = [m.name for m in methods() if m.is_random]
+    assert random == ["dare_linear", "dare_ties", "della", "della_linear"]
+    assert [m.name for m in methods() if not m.takes_base] == ["karcher", "linear", "passthrough"]
+    assert [m.name for m in methods() if m.base_is_optional] == ["multislerp", "nuslerp"]
+    assert [m.name for m in methods() if m.n_experts == (1, 1)] == [
+        *("arcee_fusion", "nearswap", "passthrough", "slerp"),
+    ]
     assert find("ties").settings == ("weight", "density")
+    assert find("della").settings == ("weight", "density", "epsilon")
+    assert find("breadcrumbs_ties").settings == ("weight", "density", "gamma")
+    assert find("passthrough").settings == ("scale",)
 
 
 def test_an_unknown_method_names_the_nearest():
     text = message(lambda: find("tie"))
 
-    assert text.startswith("method `tie`: there is none in this version.\nMethods: dare_linear, ")
+    assert text.startswith("method `tie`: there is none in this version.\nMethods: arcee_fusion, ")
     assert text.endswith("Did you mean `ties`?")
 
 

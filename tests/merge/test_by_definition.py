@@ -1,0 +1,82 @@
+"""Methods without a kernel: the engine gives the bytes of their definitions."""
+
+import pytest
+import torch
+
+from lewis_hub.errors import NonFiniteError
+from lewis_hub.merge.fused import AVERAGED, FUSED
+from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.methods.registry import find, methods
+from lewis_hub.recipe import Conditional
+
+NAMES = [method.name for method in methods() if method.name not in {AVERAGED, *FUSED}]
+SHAPES = {"model.layers.0.a": (40, 30), "model.layers.1.a": (7,), "b": (), "c": (0, 2)}
+
+
+def tensors(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    floats = {name: torch.randn(s, generator=generator).to(dtype) for name, s in SHAPES.items()}
+    return floats | {"steps": torch.arange(3)}
+
+
+def settings(zoo, name, *, with_base=True):
+    method = find(name)
+    n = 1 if method.n_experts == (1, 1) else 2
+    base = zoo.source("base", tensors(0, torch.bfloat16))
+    own = {"gamma": 0.1} if name.startswith("breadcrumbs") else {}
+    experts = [
+        zoo.source(f"expert {i}", tensors(i + 1, torch.float32), own if i else {}) for i in range(n)
+    ]
+    parameters = {"t": (Conditional(filter="layers", value=(0.1, 0.9)), Conditional(value=0.5))}
+    asked = parameters if "t" in method.options else {}
+    asked |= {"density": (0.2, 0.7)} if method.takes_density else {}
+    given = base if with_base else None
+    return zoo.settings(name, given, experts, parameters=asked, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_gives_the_bytes_of_the_definition_on_any_runner(zoo, name):
+    asked = settings(zoo, name)
+
+    found = zoo.merge(asked, "inline", runner=inline())
+    threaded = zoo.merge(asked, "threads", shard=1000, runner=Threads(3, large_elements=100))
+
+    assert found.tensors.keys() == threaded.tensors.keys() == {*SHAPES, "steps"}
+    for tensor, expected in zoo.by_definition(found.plan).items():
+        assert torch.equal(found.tensors[tensor], expected)
+        assert torch.equal(threaded.tensors[tensor], expected)
+    assert torch.equal(found.tensors["steps"], torch.arange(3))
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp"])
+def test_without_a_base_the_models_themselves_are_turned(zoo, name):
+    asked = settings(zoo, name, with_base=False)
+
+    found = zoo.merge(asked).tensors
+
+    models = torch.stack([tensors(i, torch.float32)["model.layers.0.a"] for i in (1, 2)])
+    zero = torch.zeros(SHAPES["model.layers.0.a"])
+    expected = find(name).function(zero, models, weights=torch.ones(2)).bfloat16()
+    assert torch.equal(found["model.layers.0.a"], expected)
+
+
+@pytest.mark.parametrize(
+    "name", [method.name for method in methods() if method.takes_density and method.name in NAMES]
+)
+def test_a_guides_schedule_is_heard(zoo, name):
+    asked = settings(zoo, name)
+    named = ("model.layers.0.a", "model.layers.1.a", "b", "c")
+    nothing = {label: dict.fromkeys(named, 0.0) for label in ("expert 0", "expert 1")}
+
+    found = zoo.merge(asked, schedule=nothing).tensors
+
+    for tensor, value in tensors(0, torch.bfloat16).items():
+        assert torch.equal(found[tensor], value)
+
+
+def test_a_result_that_does_not_fit_is_refused(zoo):
+    model = zoo.source("model", {"a": torch.full((3,), 6e4)})
+    asked = zoo.settings("passthrough", None, [model], parameters={"scale": 2.0}, dtype="float16")
+
+    with pytest.raises(NonFiniteError, match="It does not fit into F16"):
+        zoo.merge(asked)
