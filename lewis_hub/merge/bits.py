@@ -17,8 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-BF16, F16, F32 = 0, 1, 2
-FORMATS = {"BF16": BF16, "F16": F16, "F32": F32}  # safetensors' names
+from lewis_hub.merge.operands import BF16, F16
 
 ABSOLUTE = np.uint32(0x7FFFFFFF)
 EXPONENT = np.uint32(0x7F800000)

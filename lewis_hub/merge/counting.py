@@ -10,13 +10,20 @@ from typing import Any
 import numpy as np
 
 from lewis_hub.merge.bits import ABSOLUTE, as_bits, compiled, inner, widen
-from lewis_hub.merge.kernels import BLOCK, TRIM, subtract
+from lewis_hub.merge.kernels import subtract
+from lewis_hub.merge.operands import (
+    ABOVE,
+    AT_HIGH,
+    AT_LOW,
+    BLOCK,
+    INSIDE,
+    LOW_BITS,
+    LOW_MASK,
+    TRIM,
+)
 
-HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # the 31 bits of a magnitude, in two steps
-LOW_BITS, LOW_MASK = np.uint32(15), np.uint32(LOW_BINS - 1)
 STRIP = 16  # elements that are looked at together, to pass over what is rare
 ONE = np.uint32(1)
-ABOVE, AT_HIGH, AT_LOW, INSIDE = 0, 1, 2, 3  # columns of a tally
 
 
 @compiled

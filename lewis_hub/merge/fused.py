@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lewis_hub.merge.kernels import (
+from lewis_hub.merge.operands import (
     BLOCK,
     DRAW,
     KEEP_ALL,
@@ -16,9 +16,9 @@ from lewis_hub.merge.kernels import (
     TRIM,
     Experts,
     Mix,
+    Table,
 )
 from lewis_hub.merge.plan import TensorPlan
-from lewis_hub.merge.ranking import Table
 from lewis_hub.methods import random_bits
 from lewis_hub.methods.combine import NEGLIGIBLE
 from lewis_hub.methods.della import allowances

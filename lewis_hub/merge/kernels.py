@@ -7,53 +7,17 @@ in `methods/`, so both give the same bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lewis_hub.merge.bits import compiled, inner, narrow, widen
-from lewis_hub.merge.ranking import N_VALUES, Sorting, Table, rank
+from lewis_hub.merge.operands import BLOCK, DRAW, KEEP_ALL, RANK, TRIM, Experts, Mix, Piece
+from lewis_hub.merge.ranking import N_VALUES, Sorting, rank
 from lewis_hub.methods.random_bits import GOLDEN, MIX_1, MIX_2
 
-BLOCK = 2048  # elements; even, because one random word serves two
 HALF = np.uint64(0xFFFFFFFF)
 ZERO = np.float32(0)
-
-KEEP_ALL, KEEP_NONE, TRIM, DRAW, RANK = 0, 1, 2, 3, 4  # what becomes of an expert's task vector
-
-
-class Piece(NamedTuple):
-    """A piece of a tensor: raw bytes of all sources, and room for the result."""
-
-    raw: Any  # (n_sources, bytes) uint8, the base first
-    kinds: Any  # (n_sources,) int64 formats of `bits`
-    n: int  # elements
-    first: int  # the piece's first element within the tensor; a multiple of `block`
-    block: int  # elements that are worked on together: BLOCK, or a row where ranks are asked for
-    out: Any  # (bytes,) uint8, written
-    out_kind: int
-
-
-class Experts(NamedTuple):
-    """What becomes of each expert's task vector; one value an expert."""
-
-    modes: Any  # int64
-    weights: Any  # float32
-    thresholds: Any  # float32: magnitude of the smallest entry kept by TRIM
-    ties: Any  # (n_experts, 3) int64: wanted, tied, remainder; the remainder is carried on
-    streams: Any  # uint64: of DRAW
-    below: Any  # uint64: random halves below are kept
-    factors: Any  # float32: rescaling of DRAW
-    table: Table  # of RANK
-
-
-class Mix(NamedTuple):
-    """How the votes of all experts become one."""
-
-    elects: bool
-    normalize: bool
-    divisor: Any  # float32: of all votes, where no sign is elected
-    scale: Any  # float32: lambda
 
 
 @inner

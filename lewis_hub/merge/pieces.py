@@ -16,9 +16,8 @@ import numpy.typing as npt
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.checkpoint.writer import ShardWriter
-from lewis_hub.merge.bits import FORMATS
 from lewis_hub.merge.fused import block_of
-from lewis_hub.merge.kernels import BLOCK, Piece
+from lewis_hub.merge.operands import BLOCK, FORMATS, Piece
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
 

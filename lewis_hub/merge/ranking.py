@@ -18,13 +18,6 @@ DIGIT = np.uint32((1 << 10) - 1)
 ONE = np.int32(1)
 
 
-class Table(NamedTuple):
-    """By expert and rank within a row."""
-
-    below: Any  # (n_experts, row) uint64: random halves below are kept
-    factors: Any  # (n_experts, row) float32: what a kept entry is multiplied by
-
-
 class Sorting(NamedTuple):
     """Room to sort one row in; nothing in it is kept."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.merge.counting import AT_HIGH, AT_LOW, LOW_BINS
+from lewis_hub.merge.operands import AT_HIGH, AT_LOW, LOW_BINS
 
 SAFETY = 4.0  # standard errors of the sample on either side
 WIDEST = 0.06  # of a tensor: with more of it inside the bracket, counting by bits is quicker

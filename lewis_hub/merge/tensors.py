@@ -11,9 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.merge import fused, kernels
+from lewis_hub.merge import arithmetic, fused
 from lewis_hub.merge.definition import merge_by_definition
-from lewis_hub.merge.kernels import TRIM, Experts, Piece
+from lewis_hub.merge.operands import TRIM, Experts, Piece
 from lewis_hub.merge.pieces import Job, Span
 from lewis_hub.merge.runners import Runner
 from lewis_hub.merge.trimming import trimmed
@@ -48,13 +48,13 @@ def make_tensor(job: Job, runner: Runner) -> int:
 
 def _merge(job: Job, span: Span, experts: Experts) -> None:
     mix = fused.mix_of(job.tensor, fused.FUSED[job.site.plan.method])
-    _make(job, span, lambda piece: kernels.merge_task_vectors(piece, experts, mix))
+    _make(job, span, lambda piece: arithmetic.merge_task_vectors(piece, experts, mix))
 
 
 def _average(job: Job, span: Span) -> None:
     weights = np.array(job.tensor.weights, np.float32)
     divisor = fused.divisor_of(job.tensor)
-    _make(job, span, lambda piece: kernels.average(piece, weights, divisor))
+    _make(job, span, lambda piece: arithmetic.average(piece, weights, divisor))
 
 
 def _make(job: Job, span: Span, kernel: Callable[[Piece], int]) -> None:

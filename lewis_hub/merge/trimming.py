@@ -8,9 +8,8 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.merge import counting, selection
-from lewis_hub.merge.counting import HIGH_BINS, INSIDE, LOW_BINS
-from lewis_hub.merge.kernels import BLOCK, TRIM, Experts
+from lewis_hub.merge import arithmetic, selection
+from lewis_hub.merge.operands import BLOCK, HIGH_BINS, INSIDE, LOW_BINS, TRIM, Experts
 from lewis_hub.merge.pieces import Job, Span
 from lewis_hub.merge.runners import Runner
 from lewis_hub.merge.selection import Bracket, Tally, Threshold, Words
@@ -71,7 +70,7 @@ def _sample(job: Job, n_experts: int) -> npt.NDArray[np.uint32]:
     found = np.empty((n_experts, N_CHUNKS * CHUNK), np.uint32)
     done = 0
     for piece in job.samples(starts, CHUNK):
-        counting.magnitudes(piece.raw, piece.kinds, piece.n, found[:, done:])
+        arithmetic.magnitudes(piece.raw, piece.kinds, piece.n, found[:, done:])
         done += piece.n
     return found.reshape(n_experts, N_CHUNKS, CHUNK)
 
@@ -87,7 +86,7 @@ def _sort_out(
     counts = np.zeros((n_experts, 4), np.int64)
     inside = np.empty((n_experts, room + BLOCK), np.uint32)
     for piece in job.pieces(span):
-        counting.sort_out(piece.raw, piece.kinds, piece.n, modes, *ends, counts, inside)
+        arithmetic.sort_out(piece.raw, piece.kinds, piece.n, modes, *ends, counts, inside)
     return {
         e: Tally(counts[e], inside[e, : counts[e, INSIDE]], bool(counts[e, INSIDE] >= room))
         for e in brackets
@@ -108,14 +107,14 @@ def _by_bits(job: Job, kept: dict[int, int], spans: Sequence[Span], runner: Runn
 def _count_high(job: Job, modes: npt.NDArray[np.int64], span: Span) -> Words:
     counts = np.zeros((len(modes), HIGH_BINS), np.uint32)
     for piece in job.pieces(span):
-        counting.count_high(piece.raw, piece.kinds, piece.n, modes, counts)
+        arithmetic.count_high(piece.raw, piece.kinds, piece.n, modes, counts)
     return counts
 
 
 def _count_low(job: Job, chosen: npt.NDArray[np.int64], span: Span) -> Words:
     counts = np.zeros((len(chosen), LOW_BINS), np.uint32)
     for piece in job.pieces(span):
-        counting.count_low(piece.raw, piece.kinds, piece.n, chosen, counts)
+        arithmetic.count_low(piece.raw, piece.kinds, piece.n, chosen, counts)
     return counts
 
 

@@ -25,18 +25,18 @@ def stream(seed: int, tensor: str, expert: int) -> int:
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
 
 
-def halves(stream: int, n: int) -> npt.NDArray[np.uint32]:
-    """The bits of elements 0 to n - 1: (n,), uniform over all 32-bit values.
+def halves(stream: int, n: int, first: int = 0) -> npt.NDArray[np.uint32]:
+    """The bits of n elements from `first` on: (n,), uniform over all 32-bit values.
 
     Source:
         SplitMix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
-    counts = np.arange(1, (n + 1) // 2 + 1, dtype=np.uint64)
+    counts = np.arange(first // 2 + 1, (first + n + 1) // 2 + 1, dtype=np.uint64)
     words = counts * np.uint64(GOLDEN) + np.uint64(stream)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(MIX_1)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(MIX_2)
     words ^= words >> np.uint64(31)
-    return words.astype("<u8").view("<u4")[:n].astype(np.uint32, copy=False)
+    return words.astype("<u8").view("<u4")[first % 2 :][:n].astype(np.uint32, copy=False)
 
 
 def below(density: float) -> int:

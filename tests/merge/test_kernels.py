@@ -1,6 +1,9 @@
-"""The fused kernels give the bytes of the definitions."""
+"""The fused kernels give the bytes of the definitions, compiled or in numpy."""
 
+import subprocess
+import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.merge import kernels
+from lewis_hub.merge import arithmetic, plain
+from lewis_hub.merge.operands import BLOCK
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.methods.random_bits import halves, stream
 
@@ -30,6 +34,15 @@ NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "f
 
 def bits(tensor):
     return tensor.contiguous().flatten().view(torch.uint8).tolist()
+
+
+@contextmanager
+def in_numpy():
+    """As on a machine for which there is no numba."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in arithmetic.__all__:
+            patch.setattr(arithmetic, name, getattr(plain, name))
+        yield
 
 
 @st.composite
@@ -98,7 +111,10 @@ def test_a_kernel_gives_the_bytes_of_its_definition(zoo_class, case):
         )
 
         merged = zoo.merge(asked)
+        with in_numpy():
+            slowly = zoo.merge(asked, "slowly")
 
+        assert slowly.bytes == merged.bytes
         assert bits(merged.tensors["a"]) == bits(zoo.by_definition(merged.plan)["a"])
         assert merged.tensors["a"].shape == case["shape"]
 
@@ -113,8 +129,12 @@ def test_a_large_tensor_is_the_same_in_one_span_and_in_several(zoo, method, runn
         for i, tensor in enumerate(tensors_of(case))
     )
 
-    merged = zoo.merge(zoo.settings(method, base, experts), runner=runner)
+    asked = zoo.settings(method, base, experts)
+    merged = zoo.merge(asked, runner=runner)
+    with in_numpy():
+        slowly = zoo.merge(asked, "slowly", runner=runner)
 
+    assert slowly.bytes == merged.bytes
     defined = zoo.by_definition(merged.plan)
     assert bits(merged.tensors["a"]) == bits(defined["a"])
     assert bits(merged.tensors["b"]) == bits(defined["b"])
@@ -154,7 +174,7 @@ def test_rounding_is_to_nearest_even_everywhere(zoo, name, dtype):
 
 
 def test_the_kernel_draws_the_documented_bits(zoo):
-    n = 3 * kernels.BLOCK + 5
+    n = 3 * BLOCK + 5
     base = zoo.source("base", {"a": torch.zeros(n)})
     expert = zoo.source("expert", {"a": torch.ones(n)}, {"density": 0.3})
     asked = zoo.settings("dare_linear", base, [expert], seed=7, parameters={"rescale": False})
@@ -162,3 +182,15 @@ def test_the_kernel_draws_the_documented_bits(zoo):
     kept = zoo.merge(asked).tensors["a"].bool().numpy()
 
     assert np.array_equal(kept, halves(stream(7, "a", 0), n) < round(0.3 * 2**32))
+
+
+def test_without_numba_the_same_arithmetic_runs_in_numpy():
+    told = (
+        "import sys; sys.modules['numba'] = None\n"
+        "from lewis_hub.merge import arithmetic, tensors\n"
+        "print({getattr(arithmetic, name).__module__ for name in arithmetic.__all__})"
+    )
+
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "{'lewis_hub.merge.plain'}\n"

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.merge import counting, trimming
-from lewis_hub.merge.bits import F32
-from lewis_hub.merge.kernels import BLOCK, TRIM
+from lewis_hub.merge import counting, plain, trimming
+from lewis_hub.merge.operands import AT_LOW, BLOCK, F32, INSIDE, TRIM
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.merge.selection import Bracket, Tally, bracket, pick
 
@@ -47,7 +46,8 @@ def test_the_threshold_is_the_kth_largest_or_the_bracket_is_known_to_have_missed
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0), (3, 3), (2, 5), (0, 1 << 31), (7, 8)])
-def test_the_kernel_sorts_out_as_the_tally_says(low, high):
+@pytest.mark.parametrize("room", [counting, plain])
+def test_the_kernel_sorts_out_as_the_tally_says(room, low, high):
     n = 2 * BLOCK + 37
     values = np.random.default_rng(1).integers(0, 10, n).astype(np.uint32)
     raw = np.zeros((2, n * 4), np.uint8)
@@ -55,13 +55,13 @@ def test_the_kernel_sorts_out_as_the_tally_says(low, high):
     counts, inside = np.zeros((1, 4), np.int64), np.empty((1, n + BLOCK), np.uint32)
     ends = np.array([[low], [high]], np.uint32)
 
-    counting.sort_out(raw, np.full(2, F32), n, np.array([TRIM]), *ends, counts, inside)
+    room.sort_out(raw, np.full(2, F32), n, np.array([TRIM]), *ends, counts, inside)
 
     expected = tally_of(values, Bracket(low, high, 1.0))
     if low == high:
-        counts[0, counting.AT_LOW] = 0  # counted twice, and never asked for
+        counts[0, AT_LOW] = 0  # counted twice, and never asked for
     assert counts[0].tolist() == expected.counts.tolist()
-    assert inside[0, : counts[0, counting.INSIDE]].tolist() == expected.inside.tolist()
+    assert inside[0, : counts[0, INSIDE]].tolist() == expected.inside.tolist()
 
 
 def test_what_found_no_room_is_not_trusted():

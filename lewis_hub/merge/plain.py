@@ -1,0 +1,191 @@
+"""What the kernels do, in numpy: where numba cannot compile. The bytes are the same.
+
+Every function stands for the one of its name in `kernels` or `counting`, and is documented there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lewis_hub.merge.operands import (
+    ABOVE,
+    AT_HIGH,
+    AT_LOW,
+    BF16,
+    DRAW,
+    F16,
+    F32,
+    INSIDE,
+    KEEP_ALL,
+    LOW_BITS,
+    LOW_MASK,
+    RANK,
+    TRIM,
+    Experts,
+    Mix,
+    Piece,
+)
+from lewis_hub.methods import random_bits
+
+ABSOLUTE = np.uint32(0x7FFFFFFF)
+ZERO = np.float32(0)
+
+
+def magnitudes(raw: Any, kinds: Any, n: int, found: Any) -> None:  # noqa: D103
+    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
+        found[e, :n] = _bits(delta)
+
+
+def sort_out(  # noqa: D103, PLR0913
+    raw: Any, kinds: Any, n: int, modes: Any, low: Any, high: Any, tally: Any, inside: Any
+) -> None:
+    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
+        if modes[e] != TRIM:
+            continue
+        bits = _bits(delta)
+        tally[e, ABOVE] += np.count_nonzero(bits > high[e])
+        tally[e, AT_HIGH] += np.count_nonzero(bits == high[e])
+        tally[e, AT_LOW] += np.count_nonzero(bits == low[e])
+        between = bits[(bits > low[e]) & (bits < high[e])]
+        place = tally[e, INSIDE]
+        fitting = between[: inside.shape[1] - place]
+        inside[e, place : place + len(fitting)] = fitting
+        tally[e, INSIDE] += len(fitting)
+
+
+def count_high(raw: Any, kinds: Any, n: int, modes: Any, counts: Any) -> None:  # noqa: D103
+    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
+        if modes[e] == TRIM:
+            counts[e] += _counted(_bits(delta) >> LOW_BITS, counts)
+
+
+def count_low(raw: Any, kinds: Any, n: int, chosen: Any, counts: Any) -> None:  # noqa: D103
+    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
+        if chosen[e] >= 0:
+            bits = _bits(delta)
+            counts[e] += _counted(bits[bits >> LOW_BITS == chosen[e]] & LOW_MASK, counts)
+
+
+def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:  # noqa: D103
+    base = _widened(piece.raw[0], piece.kinds[0], piece.n)
+    if not np.isfinite(base).all():
+        return 0
+    votes = []
+    for e in range(len(experts.weights)):
+        expert = _widened(piece.raw[e + 1], piece.kinds[e + 1], piece.n)
+        if not np.isfinite(expert).all():
+            return e + 1
+        votes.append(experts.weights[e] * _thinned(expert - base, experts, e, piece))
+    mixed = _elected(votes, experts, mix) if mix.elects else _added(votes) / mix.divisor
+    fits = _narrow(base + mix.scale * mixed, piece)
+    return -1 if fits else len(experts.weights) + 1
+
+
+def average(piece: Piece, weights: Any, divisor: Any) -> int:  # noqa: D103
+    tensors = []
+    for s, weight in enumerate(weights):
+        tensor = _widened(piece.raw[s], piece.kinds[s], piece.n)
+        if not np.isfinite(tensor).all():
+            return s
+        tensors.append(weight * tensor)
+    return -1 if _narrow(_added(tensors) / divisor, piece) else len(weights)
+
+
+def _task_vectors(raw: Any, kinds: Any, n: int) -> Any:
+    base = _widened(raw[0], kinds[0], n)
+    return (_widened(row, kind, n) - base for row, kind in zip(raw[1:], kinds[1:], strict=True))
+
+
+def _widened(raw: Any, kind: int, n: int) -> Any:
+    if kind == BF16:
+        return (raw[: 2 * n].view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if kind == F16:
+        return raw[: 2 * n].view("<f2").astype(np.float32)
+    return raw[: 4 * n].view("<f4")
+
+
+def _narrow(values: Any, piece: Piece) -> bool:
+    """Round to nearest even and write; whether all are finite."""
+    n, out = piece.n, piece.out
+    with np.errstate(over="ignore"):
+        if piece.out_kind == BF16:
+            bits = values.view(np.uint32)
+            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = (bits + even) >> np.uint32(16)
+            out[: 2 * n].view("<u2")[:] = rounded
+            finite = (rounded & np.uint32(0x7F80)) != np.uint32(0x7F80)
+            return bool((finite & np.isfinite(values)).all())
+        kind = {F16: "<f2", F32: "<f4"}[piece.out_kind]
+        written = out[: n * (2 if piece.out_kind == F16 else 4)].view(kind)
+        written[:] = values
+    return bool(np.isfinite(written).all())
+
+
+def _bits(delta: Any) -> Any:
+    return delta.view(np.uint32) & ABSOLUTE
+
+
+def _counted(values: Any, counts: Any) -> Any:
+    return np.bincount(values, minlength=counts.shape[1]).astype(counts.dtype)
+
+
+def _thinned(delta: Any, experts: Experts, e: int, piece: Piece) -> Any:
+    mode = experts.modes[e]
+    kept: dict[int, Callable[[], Any]] = {
+        KEEP_ALL: lambda: delta,
+        TRIM: lambda: _trimmed(delta, experts, e),
+        DRAW: lambda: experts.factors[e] * _where(_drawn(experts, e, piece), delta),
+        RANK: lambda: _ranked(delta, experts, e, piece),
+    }
+    return kept[mode]() if mode in kept else np.zeros_like(delta)
+
+
+def _where(kept: Any, delta: Any) -> Any:
+    return np.where(kept, delta, ZERO)
+
+
+def _trimmed(delta: Any, experts: Experts, e: int) -> Any:
+    magnitude, threshold = np.abs(delta), experts.thresholds[e]
+    wanted, tied, remainder = (int(number) for number in experts.ties[e])
+    at = magnitude == threshold
+    n_tied = np.count_nonzero(at)
+    if n_tied and wanted:
+        passed = remainder + wanted * np.arange(1, n_tied + 1)
+        chosen = passed // tied > (passed - wanted) // tied
+        experts.ties[e, 2] = (remainder + wanted * n_tied) % tied
+        at[at] = chosen
+    else:
+        at[:] = False
+    return _where((magnitude > threshold) | at, delta)
+
+
+def _drawn(experts: Experts, e: int, piece: Piece) -> Any:
+    return random_bits.halves(int(experts.streams[e]), piece.n, piece.first) < experts.below[e]
+
+
+def _ranked(delta: Any, experts: Experts, e: int, piece: Piece) -> Any:
+    rows = _bits(delta).reshape(-1, piece.block)
+    ranks = rows.argsort(axis=1, kind="stable").argsort(axis=1).ravel()
+    below, factors = experts.table.below[e], experts.table.factors[e]
+    drawn = random_bits.halves(int(experts.streams[e]), piece.n, piece.first) < below[ranks]
+    return _where(drawn, delta * factors[ranks])
+
+
+def _added(votes: Any) -> Any:
+    total = np.zeros_like(votes[0])
+    for vote in votes:
+        total += vote
+    return total
+
+
+def _elected(votes: Any, experts: Experts, mix: Mix) -> Any:
+    balance = _added(votes)
+    agrees = [(v > 0) & (balance > 0) | (v < 0) & (balance < 0) for v in votes]
+    mixed = _added([_where(a, v) for v, a in zip(votes, agrees, strict=True)])
+    if not mix.normalize:
+        return mixed
+    total = _added([_where(a, w) for w, a in zip(experts.weights, agrees, strict=True)])
+    return mixed / np.where(total != 0, total, np.float32(1))
