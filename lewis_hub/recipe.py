@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,7 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-Scalar = bool | int | float | str
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
+
+
+def _number(value: bool | int | float | str) -> bool | int | float | str:  # noqa: FBT001
+    """YAML reads 1e-5, which has no point, as text."""
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
+
+
+Scalar = Annotated[bool | int | float | str, AfterValidator(_number)]
 Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
 Guided = Literal["lewis", "uniform"]
 DType = Literal["float32", "float16", "bfloat16"]

@@ -231,6 +231,17 @@ def test_settings_keep_what_was_written():
     assert recipe.parameters["normalize"] is True
 
 
+def test_a_number_in_powers_of_ten_needs_no_point():
+    told = GOOD + "parameters: {tol: 1e-5, a: +2E3, b: 1e, c: [{filter: x, value: 3e-2}]}"
+
+    parameters = parse_recipe(told, "r.yaml").parameters
+
+    assert parameters["tol"] == 1e-5
+    assert parameters["a"] == 2000.0
+    assert parameters["b"] == "1e"
+    assert parameters["c"] == (Conditional(filter="x", value=0.03),)
+
+
 @pytest.mark.parametrize(
     ("written", "name", "revision"),
     [

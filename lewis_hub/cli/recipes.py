@@ -114,15 +114,11 @@ def methods(terminal: Terminal) -> None:
     """List the merge methods, their options and their papers."""
     from lewis_hub.methods.registry import methods as all_methods
 
-    found = all_methods()
-    _listed(
-        terminal,
-        "methods",
-        [
-            {"name": m.name, "summary": m.summary, "options": list(m.options), "paper": m.paper}
-            for m in found
-        ],
-    )
+    entries: list[dict[str, Any]] = []
+    for m in all_methods():
+        options = [*m.settings, *m.options]
+        entries.append({"name": m.name, "summary": m.summary, "options": options, "paper": m.paper})
+    _listed(terminal, "methods", entries)
 
 
 @click.command()

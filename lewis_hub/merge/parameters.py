@@ -2,8 +2,9 @@
 
 The rules are mergekit's. A list of numbers is a gradient over the blocks, the first value at the
 first block and the last at the last; tensors before the blocks take the first, after them the
-last. In a list of {filter, value} the first filter that is part of the tensor's name counts. What
-a source's own parameters leave open is looked up in the recipe's, then the default holds.
+last (in mergekit the first as well). In a list of {filter, value} the first filter that is part of
+the tensor's name counts. What a source's own parameters leave open is looked up in the recipe's,
+then the default holds.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def sce(
     Of the entries that vary at all a source keeps the `n_kept` with the largest variance, at
     `select_topk` times its own density; mergekit has no densities, and rounds down. A drawn vote
     keeps the base's value. The weights divide by any sum that is not zero; mergekit takes equal
-    weights where it is below 1e-6, as it is for most fine-tunes.
+    weights where it is below 1e-6, as it is for short task vectors.
     """
     selected = _selected(task_vectors, [select_topk * density for density in densities])
     squares = [dot(vector, vector) for vector in selected]

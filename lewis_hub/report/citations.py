@@ -81,6 +81,75 @@ DARE = Paper(
 }""",
 )
 
+DELLA = Paper(
+    "2406.11617",
+    """@misc{deep2024della,
+  title = {{DELLA-Merging}: Reducing Interference in Model Merging through
+           Magnitude-Based Sampling},
+  author = {Deep, Pala Tej and Bhardwaj, Rishabh and Poria, Soujanya},
+  year = {2024},
+  eprint = {2406.11617},
+  archivePrefix = {arXiv}
+}""",
+)
+BREADCRUMBS = Paper(
+    "2312.06795",
+    """@inproceedings{davari2024model,
+  title = {Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks},
+  author = {Davari, MohammadReza and Belilovsky, Eugene},
+  booktitle = {European Conference on Computer Vision},
+  year = {2024},
+  eprint = {2312.06795},
+  archivePrefix = {arXiv}
+}""",
+)
+FUSECHAT = Paper(
+    "2408.07990",
+    """@misc{wan2024fusechat,
+  title = {{FuseChat}: Knowledge Fusion of Chat Models},
+  author = {Wan, Fanqi and Zhong, Longguang and Yang, Ziyi and Chen, Ruijun and Quan, Xiaojun},
+  year = {2024},
+  eprint = {2408.07990},
+  archivePrefix = {arXiv}
+}""",
+)
+MODEL_STOCK = Paper(
+    "2403.19522",
+    """@inproceedings{jang2024model,
+  title = {Model Stock: All we need is just a few fine-tuned models},
+  author = {Jang, Dong-Hwan and Yun, Sangdoo and Han, Dongyoon},
+  booktitle = {European Conference on Computer Vision},
+  year = {2024},
+  eprint = {2403.19522},
+  archivePrefix = {arXiv}
+}""",
+)
+PCB = Paper(
+    "2410.02396",
+    """@inproceedings{du2024parameter,
+  title = {Parameter Competition Balancing for Model Merging},
+  author = {Du, Guodong and Lee, Junlin and Li, Jing and Jiang, Runhua and Guo, Yifei and
+            Yu, Shuyang and Liu, Hanting and Goh, Sim Kuan and Tang, Ho-Kin and He, Daojing and
+            Zhang, Min},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  eprint = {2410.02396},
+  archivePrefix = {arXiv}
+}""",
+)
+CABS = Paper(
+    "2503.01874",
+    """@inproceedings{yang2025cabs,
+  title = {{CABS}: Conflict-Aware and Balanced Sparsification for Enhancing Model Merging},
+  author = {Yang, Zongzhen and Qi, Binhang and Sun, Hailong and Long, Wenrui and Zhao, Ruobing and
+            Gao, Xiang},
+  booktitle = {International Conference on Machine Learning},
+  year = {2025},
+  eprint = {2503.01874},
+  archivePrefix = {arXiv}
+}""",
+)
+
 
 @dataclass(frozen=True)
 class KnownMethod:
@@ -96,6 +165,21 @@ METHODS = {
     "ties": KnownMethod("TIES-Merging", (TIES,)),
     "dare_linear": KnownMethod("DARE with task arithmetic", (DARE, TASK_ARITHMETIC)),
     "dare_ties": KnownMethod("DARE with TIES-Merging", (DARE, TIES)),
+    "della": KnownMethod("DELLA-Merging", (DELLA,)),
+    "della_linear": KnownMethod("DELLA with task arithmetic", (DELLA, TASK_ARITHMETIC)),
+    "breadcrumbs": KnownMethod("Model Breadcrumbs", (BREADCRUMBS,)),
+    "breadcrumbs_ties": KnownMethod("Model Breadcrumbs with TIES-Merging", (BREADCRUMBS, TIES)),
+    "sce": KnownMethod("SCE", (FUSECHAT,)),
+    "cabs": KnownMethod("CABS", (CABS,)),
+    "pcb": KnownMethod("PCB-Merging", (PCB,)),
+    "model_stock": KnownMethod("Model Stock", (MODEL_STOCK,)),
+    "slerp": KnownMethod("spherical interpolation (SLERP)", ()),
+    "nuslerp": KnownMethod("spherical interpolation (NuSLERP)", ()),
+    "multislerp": KnownMethod("spherical interpolation (Multi-SLERP)", ()),
+    "karcher": KnownMethod("their Karcher mean", ()),
+    "arcee_fusion": KnownMethod("Arcee Fusion", ()),
+    "nearswap": KnownMethod("NearSwap", ()),
+    "passthrough": KnownMethod("passing it through", ()),
 }
 GUIDES = {"lewis": LEWIS}
 

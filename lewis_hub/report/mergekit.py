@@ -13,9 +13,14 @@ from typing import Any
 import yaml
 
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
+from lewis_hub.methods import registry
 from lewis_hub.recipe import Conditional, Setting, Settings
 
-METHODS = frozenset({"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"})
+METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not
+    {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
+    | {"della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp"}
+    | {"passthrough", "slerp", "task_arithmetic", "ties"}
+)
 HEADER = """\
 # The same merge in mergekit's words, written by lewis-hub. mergekit rounds the number of kept
 # entries down and draws random masks of its own: its weights come out close to these, not equal.
@@ -58,7 +63,8 @@ def mergekit_config(merge: MergekitMerge) -> str:
             parameters["density"] = conditions(scheduled[source], merge.tensors)
         models.append({"model": source} | ({"parameters": parameters} if parameters else {}))
     document: dict[str, Any] = {"merge_method": merge.method}
-    if merge.base:
+    # a base that is not listed would count there as one more model
+    if merge.base and (registry.find(merge.method).takes_base or merge.base in merge.models):
         document |= {"base_model": merge.base, "tokenizer_source": "base"}
     document["models"] = models
     if merge.parameters:

@@ -51,7 +51,7 @@ BROKEN = {
     "other depth": (RECIPE.replace("zoo/expert-reverse", "TMP/shallow"), "lacks"),
     "other vocabulary": (RECIPE.replace("zoo/expert-reverse", "TMP/words"), "a vocabulary of"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
-    "method of a later version": (RECIPE.replace("ties", "slerp"), "there is none in this version"),
+    "method of a later version": (RECIPE.replace("ties", "ram"), "there is none in this version"),
     "parameter is unknown": (
         RECIPE.replace("weight: 1.0", "wieght: 1.0"),
         "Did you mean `weight`?",

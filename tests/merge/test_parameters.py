@@ -11,6 +11,7 @@ from lewis_hub.merge.parameters import (
 )
 from lewis_hub.methods.registry import find
 from lewis_hub.recipe import Conditional
+from lewis_hub.recipe_file import parse_recipe
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 NAMES = [
@@ -183,3 +184,56 @@ def test_parameters_that_the_method_cannot_take_are_refused(common, own, says):
 )
 def test_what_a_method_cannot_take_is_refused_by_name(method, common, own, says):
     assert says in message(lambda: require_valid(find(method), common, [own]))
+
+
+FROM_BASE = "base_model: org/base\nmodels: [{model: org/x}, {model: org/y}]\n"
+LISTED = "base_model: org/base\nmodels: [{model: org/base}, {model: org/x}]\n"
+CONFIGURATIONS = {  # as mergekit's users write them
+    "slerp": LISTED
+    + """parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+    - value: 0.5
+""",
+    "nearswap": LISTED + "parameters: {t: 1e-4}\n",
+    "arcee_fusion": LISTED,
+    "model_stock": FROM_BASE + "parameters: {filter_wise: true}\n",
+    "nuslerp": """models:
+- {model: org/x, parameters: {weight: [0, 1]}}
+- {model: org/y, parameters: {weight: 0.5}}
+parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
+""",
+    "multislerp": FROM_BASE + "parameters: {weight: 0.5, eps: 1e-8, normalize_weights: false}\n",
+    "karcher": "models: [{model: org/x}, {model: org/y}]\nparameters: {max_iter: 100, tol: 1e-9}\n",
+    "della": """base_model: org/base
+models:
+- model: org/base
+- {model: org/x, parameters: {weight: 0.6, density: [0.6, 0.4], epsilon: 0.1}}
+- {model: org/y, parameters: {weight: 0.4, density: 0.5, epsilon: 0.2}}
+parameters: {lambda: 1.1, normalize: true, int8_mask: true, rescale: true}
+""",
+    "della_linear": FROM_BASE + "parameters: {weight: 1, density: 0.7, epsilon: 0.05}\n",
+    "breadcrumbs": FROM_BASE + "parameters: {weight: 1, density: 0.9, gamma: 0.01}\n",
+    "breadcrumbs_ties": FROM_BASE
+    + "parameters: {weight: 1, density: 0.9, gamma: 1e-2, lambda: 2}\n",
+    "sce": FROM_BASE + "parameters: {select_topk: [0.1, 0.5], int8_mask: true}\n",
+    "passthrough": """models:
+- model: org/x
+  parameters:
+    scale:
+      - {filter: o_proj, value: 0.0}
+      - value: 1.0
+""",
+}
+
+
+@pytest.mark.parametrize("method", CONFIGURATIONS)
+def test_mergekits_configurations_are_understood(method):
+    recipe = parse_recipe(f"merge_method: {method}\n{CONFIGURATIONS[method]}", "config.yaml")
+
+    require_valid(find(method), recipe.parameters, [one.parameters for one in recipe.experts])
+
+    least, most = find(method).n_experts
+    assert least <= len(recipe.experts) <= (most or 2)
+    assert options_of(find(method), recipe.parameters, Q, 0.5).keys() == find(method).options.keys()

@@ -22,26 +22,9 @@ def own_registry(monkeypatch):
 
 
 ALL = [
-    "arcee_fusion",
-    "breadcrumbs",
-    "breadcrumbs_ties",
-    "cabs",
-    "dare_linear",
-    "dare_ties",
-    "della",
-    "della_linear",
-    "karcher",
-    "linear",
-    "model_stock",
-    "multislerp",
-    "nearswap",
-    "nuslerp",
-    "passthrough",
-    "pcb",
-    "sce",
-    "slerp",
-    "task_arithmetic",
-    "ties",
+    *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "cabs", "dare_linear", "dare_ties"),
+    *("della", "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
+    *("nuslerp", "passthrough", "pcb", "sce", "slerp", "task_arithmetic", "ties"),
 ]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,17 @@ def test_a_method_without_a_base_names_none():
 
     assert "base_model" not in document
     assert "tokenizer_source" not in document
+
+
+@pytest.mark.parametrize("method", ["karcher", "linear"])
+def test_a_base_that_is_not_merged_is_not_named(method):
+    """mergekit would merge it as one more model."""
+    beside = yaml.safe_load(mergekit_config(merge(method=method, schedule=None)))
+    listed = merge(method=method, schedule=None)
+    listed = replace(listed, models={listed.base: {}} | dict(listed.models))
+
+    assert "base_model" not in beside
+    assert yaml.safe_load(mergekit_config(listed))["base_model"] == listed.base
 
 
 PARTS = st.lists(st.sampled_from(["a", "1", "11", "b.a", ".weight"]), min_size=1, max_size=4)
