@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge import fused, kernels
@@ -75,7 +75,7 @@ class Site:
     """
 
     plan: ShardPlan
-    readers: Sequence[TensorReader]
+    readers: Sequence[Reader]
     writer: ShardWriter
     desks: Desks
 
