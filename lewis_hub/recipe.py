@@ -82,6 +82,8 @@ class ModelReference(_Part):
 def _long_form(value: Any, revision: Any) -> dict[str, Any]:
     if isinstance(value, Mapping) and "path" in value:
         return {"name": value["path"], "revision": value.get("revision", revision)}
+    if isinstance(value, str) and revision is None:
+        return _name_and_revision(value)
     return {"name": value, "revision": revision}
 
 

@@ -49,7 +49,7 @@ class _Placing:
         found = names.find(name, self.base.tensors)
         if len(found) != 1:
             which = "several tensors" if found else "no tensor"
-            near = difflib.get_close_matches(name, self.base.tensors, n=1)
+            near = difflib.get_close_matches(name, self.base.tensors, n=1, cutoff=0.8)
             hint = f" (the nearest is {near[0]})" if near else ""
             problem = f"`{key}` belongs to {which} of the base {self.base.label}{hint}"
             remedy = "Name the base that it was trained on as `base_model`. If that is the one, "
