@@ -235,6 +235,19 @@ def test_an_adapter_needs_a_base_that_is_a_whole_model(api, adapter, tmp_path):
     assert str(caught.value) == needs
 
 
+def test_a_model_with_an_adapter_on_it_is_not_scored_by_itself(api):
+    tasks = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=str(zoo_folder() / "tasks"))
+    model = lewis_hub.ModelReference.model_validate("zoo/base+zoo/expert-reverse")
+
+    with pytest.raises(SourceError) as caught:
+        pipeline.evaluate_model(model, tasks)
+
+    assert str(caught.value) == (
+        "zoo/base+zoo/expert-reverse: this puts a LoRA adapter on a model, which only a merge "
+        "does.\nMerge it first: a recipe with `merge_method: linear` and the adapter alone."
+    )
+
+
 def test_only_an_adapter_is_put_on_a_base(api):
     text = problem(recipe("zoo/base+zoo/expert-reverse"))
 

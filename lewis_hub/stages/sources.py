@@ -92,6 +92,10 @@ def resolve_one(reference: ModelReference, api: HfApi) -> Source:
     Raises:
         SourceError: it cannot be found or read, or is an adapter.
     """
+    if reference.on:
+        problem = "this puts a LoRA adapter on a model, which only a merge does"
+        remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
+        raise SourceError(str(reference), problem, remedy)
     return _whole(resolve_model(api, reference.name, reference.revision))
 
 
