@@ -70,6 +70,10 @@ class BrokenCheckpointError(CheckpointError, LocatedError):
     """A weight file or its index is not what it should be; `where` is the source and the file."""
 
 
+class AdapterError(CheckpointError, LocatedError):
+    """A LoRA adapter that cannot be put on the base; `where` is the adapter, or its file."""
+
+
 @dataclass(eq=False)
 class NonFiniteError(CheckpointError):
     """A tensor holds NaN or infinity; `source` is whose, or the merge itself."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lewis_hub.errors import RecipeError
@@ -106,7 +107,9 @@ def calibrate(
     sets = calibration.calibration_sets(step)
     output.mkdir(parents=True, exist_ok=True)
     folders = downloading.everything(step)
-    guidance = calibration.guide(step, sets, folders, output / "importance.json")
+    with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+        stores = [output / "importance.json"]
+        guidance = calibration.guide(step, sets, folders, Path(scratch), stores)
     reporting.write_guidance(output, guidance)
     return Calibrated(output, guidance.profile, guidance.schedule)
 
@@ -244,9 +247,9 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tupl
     if step.recipe.guide:
         with costs.measure("calibrate"):
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
-            earlier = [folder / "importance.json" for folder in (work.output / "lewis", beside)]
-            store = work.scratch / "importance.json"
-            guidance = calibration.guide(step, sets, folders, store, earlier)
+            known_in = (work.scratch, work.output / "lewis", beside)
+            stores = [folder / "importance.json" for folder in known_in]
+            guidance = calibration.guide(step, sets, folders, work.scratch, stores)
     schedule = guidance.schedule if guidance else None
     with costs.measure("merge"):
         merged = merging.make(step, schedule, folders, work.folder, "Merging")

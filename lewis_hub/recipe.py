@@ -54,34 +54,60 @@ Settings = Mapping[str, Setting]
 
 
 class ModelReference(_Part):
-    """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder."""
+    """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder.
+
+    `BASE+ADAPTER` is an adapter, `on` a base: which must be the recipe's own.
+    """
 
     name: str = Field(min_length=1)
     revision: str | None = None
+    on: ModelReference | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "model" in value:  # mergekit's long form
-            value = {**value, **(value["model"] if isinstance(value["model"], Mapping) else {})}
-            if value.get("lora"):
-                raise ValueError("LoRA adapters as sources are not in this version; fold it first")
-            return {"name": value.get("path", value["model"]), "revision": value.get("revision")}
+            whole = _long_form(value["model"], value.get("revision"))
+            lora = value.get("lora")
+            return {**_long_form(lora, None), "on": whole} if lora else whole
         if not isinstance(value, str):
             return value
-        if _is_path(value):
-            return {"name": value}
-        if "+" in value:
-            raise ValueError("LoRA adapters as sources are not in this version; fold it first")
-        name, _, revision = value.partition("@")
-        return {"name": name, "revision": revision or None}
+        base, plus, adapter = value.partition("+")
+        if plus and not _is_path_with_plus(value, adapter):
+            if "+" in adapter:
+                raise ValueError("one adapter at a time: list each as an expert of its own")
+            return {**_name_and_revision(adapter), "on": base}
+        return _name_and_revision(value)
 
     @model_serializer
     def _as_written(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.revision}" if self.revision else self.name
+        own = f"{self.name}@{self.revision}" if self.revision else self.name
+        return f"{self.on}+{own}" if self.on else own
+
+
+def _long_form(value: Any, revision: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping) and "path" in value:
+        return {"name": value["path"], "revision": value.get("revision", revision)}
+    if isinstance(value, str) and revision is None:
+        return _name_and_revision(value)
+    return {"name": value, "revision": revision}
+
+
+def _name_and_revision(value: str) -> dict[str, Any]:
+    if _is_path(value):
+        return {"name": value}
+    name, _, revision = value.partition("@")
+    return {"name": name, "revision": revision or None}
+
+
+def _is_path_with_plus(value: str, after: str) -> bool:
+    """Whether `value` is a folder whose name has a plus, and no adapter on a base."""
+    if Path(value).exists():
+        return True
+    return _is_path(value) and not (_is_path(after) or REPO.fullmatch(after.partition("@")[0]))
 
 
 def _is_path(name: str) -> bool:

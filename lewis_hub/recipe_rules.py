@@ -25,9 +25,18 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.tokenizer_source not in {"base", *([base.name, str(base)] if base else [])}:
         problem = f"only the base's tokenizer is carried over, found `{recipe.tokenizer_source}`."
         yield ("tokenizer_source",), problem, "Write `tokenizer_source: base`, or leave it out."
+    if base and base.on:
+        remedy = "Name the whole model, and list the adapter under `models`."
+        yield ("base_model",), "a base is a whole model, and this puts an adapter on one.", remedy
     if not recipe.experts:
         yield ("models",), "only the base is listed.", "Add at least one expert."
-    names = [str(entry.model) for entry in recipe.experts]
+    for index, entry in enumerate(recipe.models):
+        if entry.model.on and entry.model.on != base:
+            problem = f"an adapter is put on `{entry.model.on}`, and the base is `{base}`."
+            remedy = "It is merged as a task vector of `base_model`: name its base there, or merge "
+            remedy += "it into its base with peft (`merge_and_unload`) and list the result."
+            yield ("models", index, "model"), problem, remedy
+    names = [str(entry.model.model_copy(update={"on": None})) for entry in recipe.experts]
     for twice in sorted({name for name in names if names.count(name) > 1}):
         yield ("models",), f"`{twice}` is listed twice.", "List each expert once, with its weight."
     if recipe.guide:

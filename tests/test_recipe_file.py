@@ -89,8 +89,17 @@ BROKEN = {
         "Read the scores, then publish."
     ),
     GOOD.replace("a/c@main", "a/c+d/e"): (
-        "r.yaml:3: `models[0].model`: LoRA adapters as sources are not in this version; "
-        "fold it first.\n`lewis-hub schema` describes every field."
+        "r.yaml:3: `models[0].model`: an adapter is put on `a/c`, and the base is `a/b`.\n"
+        "It is merged as a task vector of `base_model`: name its base there, or merge it into its "
+        "base with peft (`merge_and_unload`) and list the result."
+    ),
+    GOOD.replace("a/c@main", "a/b+d/e+f/g"): (
+        "r.yaml:3: `models[0].model`: one adapter at a time: list each as an expert of its own.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD.replace("base_model: a/b", "base_model: a/b+d/e"): (
+        "r.yaml:1: `base_model`: a base is a whole model, and this puts an adapter on one.\n"
+        "Name the whole model, and list the adapter under `models`."
     ),
     GOOD + "publish: {repo: '$(rm -rf x)/y'}\n": (
         "r.yaml:6: `publish.repo`: '$(rm -rf x)/y' is not owner/name (letters, digits, `-`, `_`, "
@@ -257,6 +266,33 @@ def test_a_model_reference_is_a_repo_with_a_revision_or_a_folder(written, name, 
     reference = ModelReference.model_validate(written)
 
     assert (reference.name, reference.revision) == (name, revision)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "a/b@v1+c/d@v2",
+        {"model": "a/b@v1", "lora": {"path": "c/d", "revision": "v2"}},
+        {"model": {"path": "a/b", "revision": "v1"}, "lora": "c/d@v2"},
+    ],
+)
+def test_an_adapter_may_be_written_on_its_base(written):
+    reference = ModelReference.model_validate(written)
+
+    assert (reference.name, reference.revision, str(reference.on)) == ("c/d", "v2", "a/b@v1")
+    assert str(reference) == "a/b@v1+c/d@v2"
+    assert ModelReference.model_validate(str(reference)) == reference
+
+
+@pytest.mark.parametrize(
+    ("written", "base"),
+    [("./a+./b", "./a"), ("/a+c/d", "/a"), ("a/b+/c", "a/b"), ("./a+b", None), ("/c++/x", None)],
+)
+def test_a_plus_in_a_folders_name_puts_nothing_on_anything(written, base):
+    reference = ModelReference.model_validate(written)
+
+    assert (str(reference.on) if reference.on else None) == base
+    assert str(reference) == written
 
 
 def test_relative_paths_are_looked_up_beside_the_recipe_first(tmp_path, monkeypatch):

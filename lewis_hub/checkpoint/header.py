@@ -42,7 +42,10 @@ COPIED = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where a tensor lies; `start` counts from the first byte of the file `shard`."""
+    """Where a tensor lies; `start` counts from the first byte of the file `shard`.
+
+    A tensor that an adapter changes lies nowhere: `adapted` says what its bytes are made of.
+    """
 
     name: str
     dtype: str  # as safetensors writes it: BF16, F16, F32, I64, ...
@@ -50,11 +53,52 @@ class TensorHeader:
     shard: str
     start: int
     n_bytes: int
+    adapted: Adapted | None = None
 
     @property
     def n_elements(self) -> int:
         """The number of elements: 1 for a 0-d tensor."""
         return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What a LoRA adds to a matrix: `scale` times b @ a.
+
+    Attributes:
+        a: (rank, in), in the adapter's file; of an embedding (rank, vocabulary).
+        b: (out, rank), there too.
+        transposed: whether the matrix lies as (in, out), as in embeddings and GPT-2's Conv1D.
+        magnitude: (out,) lengths that DoRA gives to the result; None: it keeps its own.
+    """
+
+    a: TensorHeader
+    b: TensorHeader
+    scale: float
+    transposed: bool
+    magnitude: TensorHeader | None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """How an adapter changes one tensor of its base.
+
+    Attributes:
+        base: the tensor in the base.
+        saved: the tensor in the adapter's file that takes its place; None: the base's stays.
+        update: what is added then; None: nothing.
+    """
+
+    base: TensorHeader
+    saved: TensorHeader | None
+    update: LowRank | None
+
+    @property
+    def own(self) -> tuple[TensorHeader, ...]:
+        """What of it lies in the adapter's file."""
+        update = self.update
+        parts = (update.a, update.b, update.magnitude) if update else ()
+        return tuple(part for part in (self.saved, *parts) if part)
 
 
 @dataclass(frozen=True)

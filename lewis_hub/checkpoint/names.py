@@ -6,6 +6,7 @@ Pure string functions, for every architecture: the first number in a name counts
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
@@ -43,3 +44,17 @@ def component(name: str) -> str:
 def is_input_side(name: str) -> bool:
     """Whether a tensor outside the blocks comes before them: an embedding, not norm or head."""
     return block(name) is None and INPUT_SIDE.search(name) is not None
+
+
+def find(name: str, tensors: Collection[str]) -> list[str]:
+    """The checkpoint's tensors that a loaded model may mean by `name`: one where it is clear.
+
+    A loaded model may carry a prefix that its file leaves out (`transformer.h.0` for `h.0`), or
+    the file one that the model leaves out; the rest of the name must agree.
+    """
+    parts = name.split(".")
+    for start in range(len(parts) - 1):
+        shorter = ".".join(parts[start:])
+        if shorter in tensors and block(shorter) == block(name):
+            return [shorter]
+    return [tensor for tensor in tensors if tensor.endswith(f".{name}")]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lewis_hub.checkpoint.header import ReadRange, ShardHeader, TensorHeader, read_header
 from lewis_hub.errors import BrokenCheckpointError
@@ -20,7 +20,15 @@ from lewis_hub.errors import BrokenCheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "ReadRange", "TensorHeader", "TensorReader", "read_headers"]
+__all__ = [
+    "Checkpoint",
+    "ReadRange",
+    "Reader",
+    "TensorHeader",
+    "TensorReader",
+    "read_headers",
+    "whole_tensor",
+]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -34,6 +42,7 @@ class Checkpoint:
     label: str  # the source, for messages
     tensors: Mapping[str, TensorHeader]
     metadata: Mapping[str, str]
+    base: str | None = None  # of an adapter: label of the checkpoint that all else lies in
 
 
 def read_headers(
@@ -122,6 +131,20 @@ def _is_plain(shard: str) -> bool:
     return plain and not shard.startswith(".") and shard.endswith(".safetensors")
 
 
+class Reader(Protocol):
+    """The tensors of a checkpoint, wherever they come from. Threads may share it; close it."""
+
+    def __enter__(self) -> Reader: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `first_byte` on."""
+
+    def tensor(self, tensor: TensorHeader) -> Tensor:
+        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
+
+
 class TensorReader:
     """The tensors of a checkpoint in a local folder. Threads may share it; close it.
 
@@ -159,14 +182,7 @@ class TensorReader:
 
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
-        import torch
-
-        held = bytearray(tensor.n_bytes)
-        self.read(tensor, 0, memoryview(held))
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.dtype]
-        if not held:
-            return torch.zeros(tensor.shape)
-        return torch.frombuffer(held, dtype=dtype).reshape(tensor.shape).float()
+        return whole_tensor(self, tensor)
 
     def _open(self, shard: str) -> int:
         with self._opening:
@@ -180,3 +196,15 @@ class TensorReader:
     def _broken(self, shard: str, problem: str) -> BrokenCheckpointError:
         remedy = "It changed since it was checked: restore it, then run again."
         return BrokenCheckpointError(f"{self._label}: {shard}", problem, remedy)
+
+
+def whole_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:
+    """What `Reader.tensor` says, by its `read`."""
+    import torch
+
+    held = bytearray(tensor.n_bytes)
+    reader.read(tensor, 0, memoryview(held))
+    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.dtype]
+    if not held:
+        return torch.zeros(tensor.shape)
+    return torch.frombuffer(held, dtype=dtype).reshape(tensor.shape).float()

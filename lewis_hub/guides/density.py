@@ -192,23 +192,15 @@ def _on_tensors(
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
     """The checkpoint's name for a module's weight.
 
-    A loaded model may carry a prefix that its file leaves out (`transformer.h.0` for `h.0`), or
-    the file one that the model leaves out; the rest of the name must agree, and with one tensor.
-
     Raises:
         GuideError: no tensor, or more than one, has the name.
     """
     name = f"{module}.weight"
-    parts = name.split(".")
-    for start in range(len(parts) - 1):
-        shorter = ".".join(parts[start:])
-        if shorter in tensors and names.block(shorter) == names.block(name):
-            return shorter
-    longer = [tensor for tensor in tensors if tensor.endswith(f".{name}")]
-    if len(longer) == 1:
-        return longer[0]
+    found = names.find(name, tensors)
+    if len(found) == 1:
+        return found[0]
     near = difflib.get_close_matches(name, tensors, n=1)
     hint = f"The nearest is {near[0]}. " if near else ""
-    problem = f"a density is given to {name}, which {'several' if longer else 'no'} tensors match"
+    problem = f"a density is given to {name}, which {'several' if found else 'no'} tensors match"
     remedy = hint + "The checkpoint stores this architecture otherwise: use guide `uniform`."
     raise GuideError("schedule", problem, remedy)

@@ -41,6 +41,8 @@ SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 
 def weight_files(source: Source) -> tuple[str, ...]:
     """The safetensors that are the model: some repos carry the same weights a second time."""
+    if source.is_adapter:
+        return ADAPTERS[1:]
     found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
     return tuple(path for path in found if path.startswith("model")) or tuple(found)
 

@@ -29,7 +29,7 @@ LOOKUP_TIMEOUT_S = 30.0
 
 
 def resolve_model(api: HfApi, name: str, revision: str | None = None) -> Source:
-    """Pin a model with safetensors weights.
+    """Pin a model with safetensors weights, or a LoRA adapter.
 
     Args:
         api: whose endpoint and token are used.
@@ -173,16 +173,15 @@ def _cached_digest(path: Path) -> str:
 def _require_weights(api: HfApi, source: Source) -> None:
     names = [file.path for file in source.files if "/" not in file.path]
     weights = [name for name in names if name.endswith(".safetensors")]
-    if [name for name in weights if name not in ADAPTERS]:
+    if source.is_adapter or [name for name in weights if name not in ADAPTERS]:
         return
     if is_offline_mode() and source.folder is None:
         with hub_failures(Asked(api, source.name, "model", source.revision)):
             raise OfflineModeIsEnabled
     here = "folder" if source.folder else "repo"
     if any(name in ADAPTERS for name in names):
-        problem = "this is a LoRA adapter, not a whole model"
-        remedy = "Adapters are not in this version: merge it into its base (peft's"
-        remedy += " `merge_and_unload`), save that, and use the result."
+        problem = f"this is a LoRA adapter without {' and '.join(sorted({*ADAPTERS} - {*names}))}"
+        remedy = "Save it again with peft: `save_pretrained(FOLDER)` writes both files."
     elif any(name.endswith(PICKLES) for name in names):
         problem = f"this {here} has pickled weights only, and reading those can run code"
         remedy = "Only safetensors are read. Convert it: load it in transformers, then"

@@ -36,6 +36,12 @@ class Source:
     folder: Path | None  # a local folder, or a local dataset's one file; None: a repo on the Hub
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether its weights are a LoRA adapter's and nothing else."""
+        weights = tuple(file.path for file in self.matching(("*.safetensors",)))
+        return weights == ADAPTERS[1:] and self.file(ADAPTERS[0]) is not None
+
+    @property
     def pinned(self) -> str:
         """How to name exactly this: `repo@<commit sha>`, or the folder as written."""
         return self.name if self.folder else f"{self.name}@{self.commit_sha}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.methods import registry
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def merge_by_definition(
-    plan: ShardPlan, tensor: TensorPlan, readers: Sequence[TensorReader]
+    plan: ShardPlan, tensor: TensorPlan, readers: Sequence[Reader]
 ) -> bytearray:
     """Merge one tensor with the method's own function.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.layout import index_document
-from lewis_hub.checkpoint.reader import INDEX, TensorReader
+from lewis_hub.checkpoint.reader import INDEX, Reader, TensorReader
 from lewis_hub.checkpoint.writer import ShardWriter, require_room
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of, write_whole
@@ -50,7 +50,7 @@ def run(
 
     Args:
         plan: what goes into which file.
-        folders: label of a source -> folder with its shards.
+        folders: label of a source, or of the base of one, -> folder with its shards.
         output: exists; finished shards of the same plan in it are kept.
         runner: the bytes are the same whichever it is.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
@@ -97,7 +97,8 @@ def merge_shard(
     note.unlink(missing_ok=True)
     with ExitStack() as opened:
         readers = [
-            opened.enter_context(TensorReader(folders[label], label)) for label in plan.labels
+            opened.enter_context(_open(label, base, folders))
+            for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
         writer = opened.enter_context(ShardWriter(output, layout))
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
@@ -118,6 +119,15 @@ def merge_shard(
         problem = f"it cannot be written ({error.strerror})."
         raise OutputError(str(note), problem, "Free some space, then run again.") from None
     return result
+
+
+def _open(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:
+    own = TensorReader(folders[label], label)
+    if base is None:
+        return own
+    from lewis_hub.merge.adapted import AdapterReader  # imports numba
+
+    return AdapterReader(TensorReader(folders[base], base), own)
 
 
 def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.merge.fused import block_of
 from lewis_hub.merge.operands import BLOCK, FORMATS, Piece
@@ -75,7 +75,7 @@ class Site:
     """
 
     plan: ShardPlan
-    readers: Sequence[TensorReader]
+    readers: Sequence[Reader]
     writer: ShardWriter
     desks: Desks
 

@@ -32,7 +32,7 @@ class MergeSource:
     """A checkpoint that goes into a merge."""
 
     checkpoint: Checkpoint
-    digest: str  # of its content: a commit sha, or a digest over a folder's files
+    digest: str  # of its content: a commit sha, or a digest over a folder's files; and the base's
     parameters: Settings = field(default_factory=dict)  # its own; the recipe's hold otherwise
 
     @property
@@ -100,6 +100,7 @@ class ShardPlan:
 
     method: str
     labels: tuple[str, ...]  # of the sources, as `TensorPlan.inputs` counts them
+    bases: tuple[str | None, ...]  # of an adapter: label of the checkpoint that it changes
     source_digests: tuple[str, ...]
     layout: ShardLayout
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
@@ -177,6 +178,7 @@ def make_plan(
             ShardPlan(
                 method.name,
                 tuple(source.label for source in sources),
+                tuple(source.checkpoint.base for source in sources),
                 tuple(source.digest for source in sources),
                 layout,
                 tuple(made[tensor.name] for tensor in layout.tensors),
@@ -235,6 +237,7 @@ def _setting(
 
 
 def _output_dtype(tensor: TensorHeader, dtype: str | None) -> str:
+    tensor = tensor.adapted.base if tensor.adapted else tensor
     return DTYPES[dtype] if dtype and tensor.dtype in MERGEABLE else tensor.dtype
 
 

@@ -39,6 +39,7 @@ class MergekitMerge:
         dtype: of the output; None where each tensor keeps its own.
         schedule: densities that a guide gave; None where the settings have them.
         tensors: names of all tensors of the checkpoint.
+        adapters: those of the models that are LoRA adapters of the base.
     """
 
     method: str
@@ -48,6 +49,7 @@ class MergekitMerge:
     dtype: str | None
     schedule: DensitySchedule | None
     tensors: Collection[str]
+    adapters: Collection[str] = ()
 
 
 def mergekit_config(merge: MergekitMerge) -> str:
@@ -61,7 +63,8 @@ def mergekit_config(merge: MergekitMerge) -> str:
         parameters = {name: _plain(setting) for name, setting in settings.items()}
         if source in scheduled:
             parameters["density"] = conditions(scheduled[source], merge.tensors)
-        models.append({"model": source} | ({"parameters": parameters} if parameters else {}))
+        model = f"{merge.base}+{source}" if source in merge.adapters else source
+        models.append({"model": model} | ({"parameters": parameters} if parameters else {}))
     document: dict[str, Any] = {"merge_method": merge.method}
     # a base that is not listed would count there as one more model
     if merge.base and (registry.find(merge.method).takes_base or merge.base in merge.models):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lewis_hub.errors import ProfileError
@@ -19,6 +19,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.recipe import Calibration
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Folders, Step
+from lewis_hub.stages.merging import loadable
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
@@ -74,8 +75,8 @@ def guide(
     step: Step,
     sets: Sets,
     folders: Folders,
-    store: Path,
-    earlier: Sequence[Path] = (),
+    scratch: Path,
+    stores: Sequence[Path],
 ) -> Guidance:
     """Measure what is not known yet, and let the recipe's guide decide.
 
@@ -83,9 +84,9 @@ def guide(
         step: of a recipe with a guide.
         sets: from `calibration_sets`.
         folders: of all sources.
-        store: `importance.json` that is written after every source.
-        earlier: other such files to take measurements from; those that are not there, or cannot
-            be read, are passed over.
+        scratch: for what measuring needs and nobody keeps.
+        stores: files `importance.json`: the first is written after every source, from all of them
+            measurements are taken. Those that are not there, or cannot be read, are passed over.
 
     Raises:
         CalibrationError: a source cannot be measured, or the guide cannot decide.
@@ -93,7 +94,7 @@ def guide(
     asked, inputs = step.recipe.guide, step.inputs
     assert asked
     assert inputs.base
-    profile = _measure(step, _subjects(inputs, sets, folders), store, earlier) if sets else None
+    profile = _measure(step, sets, folders, scratch, stores) if sets else None
     tensors = step.examined.checkpoints[inputs.base.pinned].tensors
     decided = schedule(
         registry.find(asked.name),
@@ -116,30 +117,39 @@ def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ..
     ]
     measured += [(e, "expert", (one,)) for e, one in zip(inputs.experts, sets, strict=True)]
     return tuple(
-        Subject(source.pinned, source.commit_sha, role, folders[source.pinned], own)
+        Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own)
         for source, role, own in measured
     )
 
 
 def _measure(
-    step: Step, subjects: Sequence[Subject], store: Path, earlier: Sequence[Path]
+    step: Step, sets: Sets, folders: Folders, scratch: Path, stores: Sequence[Path]
 ) -> ImportanceProfile:
     asked = step.recipe.guide
     assert asked
-    found = [profile for path in (store, *earlier) if (profile := _read(path))]
+    found = [profile for path in stores if (profile := _read(path))]
     known = ImportanceProfile(
         asked.name,
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
         tuple(entry for profile in found for entry in profile.sources),
     )
-    n_tokens = sum(subject.n_tokens for subject in missing(subjects, known))
+    subjects = _subjects(step.inputs, sets, folders)
+    unknown = missing(subjects, known)
+    for expert in step.inputs.adapters:
+        if any(subject.source == expert.pinned for subject in unknown):
+            whole = loadable(step, expert, folders, scratch)
+            subjects = tuple(
+                replace(subject, folder=whole) if subject.source == expert.pinned else subject
+                for subject in subjects
+            )
+    n_tokens = sum(subject.n_tokens for subject in unknown)
     with step.progress.stage("Calibrating", n_tokens, "tokens") as advance:
         return calibrate(
             subjects,
             known,
             step.execution.device,
             advance,
-            lambda now: write_whole(store, now.to_json()),
+            lambda now: write_whole(stores[0], now.to_json()),
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.checkpoint.adapter import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.tasks import check_tasks
@@ -18,6 +19,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
+from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.sources import Inputs
@@ -53,7 +55,8 @@ class CheckReport:
         problems: what keeps it from being done; none means that it can.
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
-        disk_bytes: beside the download: the merged model, and its uniform twin while it is scored.
+        disk_bytes: beside the download: the merged model, and for as long as they are measured or
+            scored its uniform twin and each adapter's expert.
         memory_bytes: at most, of the largest step.
     """
 
@@ -92,24 +95,31 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         SourceError: a file cannot be read.
         CheckpointError: a header is broken.
     """
-    checkpoints = {source.pinned: open_headers(api, source) for source in inputs.models}
+    whole = [source for source in inputs.models if not source.is_adapter]
+    checkpoints = {source.pinned: open_headers(api, source) for source in whole}
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
-    configs = {source.pinned: _config(api, source) for source in inputs.models}
-    problems = _misfits(inputs, checkpoints)
-    problems += [text for source in inputs.models if (text := _quantised(source, configs))]
+    configs = {source.pinned: _config(api, source) for source in whole}
+    problems = [text for source in whole if (text := _quantised(source, configs))]
+    if problems and inputs.adapters:
+        raise CheckFailedError(tuple(problems))  # nothing can be put on what cannot be read
+    donor = inputs.donor.pinned
+    adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
+    checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
+    configs |= {pinned: configs[donor] for pinned in adapters}
+    problems += _misfits(inputs, checkpoints)
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
-    output_bytes = _output_bytes(checkpoints[inputs.donor.pinned], recipe.output_dtype)
+    output_bytes = _output_bytes(checkpoints[donor], recipe.output_dtype)
     report = CheckReport(
         sources=tuple(
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
         ),
         problems=tuple(problems),
-        notes=tuple(_notes(recipe, inputs, configs)),
+        notes=tuple(_notes(recipe, inputs, configs, adapters)),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
-        disk_bytes=output_bytes * (2 if has_twin(recipe) else 1),
+        disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
         memory_bytes=_memory_bytes(recipe, tuple(checkpoints.values())),
     )
     return Examined(report, checkpoints, facts)
@@ -206,14 +216,16 @@ def _report(
     configs: Mapping[str, Mapping[str, Any]],
     facts: Mapping[str, ModelFacts],
 ) -> SourceReport:
-    tensors = checkpoints[source.pinned].tensors.values()
+    checkpoint = checkpoints[source.pinned]
+    tensors = own_tensors(checkpoint) if source.is_adapter else tuple(checkpoint.tensors.values())
+    role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
         by_dtype[tensor.dtype] += tensor.n_elements
     config = configs[source.pinned]
     text_config = config.get("text_config") or config
     return SourceReport(
-        role="base" if source is inputs.base else "expert",
+        role="base" if source is inputs.base else role,
         name=source.name + (f"@{source.revision}" if source.revision else ""),
         commit_sha=source.commit_sha,
         size_bytes=source.size_bytes(weight_files(source)),
@@ -221,11 +233,21 @@ def _report(
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
         licence=facts[source.pinned].licence,
-        tied=bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))),
+        tied=_is_tied(config),
     )
 
 
-def _notes(recipe: Recipe, inputs: Inputs, configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    text_config = config.get("text_config") or config
+    return bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings")))
+
+
+def _notes(
+    recipe: Recipe,
+    inputs: Inputs,
+    configs: Mapping[str, Mapping[str, Any]],
+    adapters: Mapping[str, Adapter],
+) -> list[str]:
     notes = []
     donor = inputs.donor
     if "auto_map" in configs[donor.pinned] and donor.name not in recipe.allow_code:
@@ -237,7 +259,8 @@ def _notes(recipe: Recipe, inputs: Inputs, configs: Mapping[str, Mapping[str, An
     told = asked is not None and "compare" in asked.model_fields_set and "uniform" in asked.compare
     if told and recipe.guide is None:
         notes.append("without a guide the merge is its own uniform twin: it is scored once.")
-    return notes
+    tied = _is_tied(configs[donor.pinned])
+    return notes + adapter_notes(recipe, inputs, adapters, tied=tied)
 
 
 def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
@@ -247,9 +270,22 @@ def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
     return sum(tensor.n_elements * width[dtype] for tensor in checkpoint.tensors.values())
 
 
+def _disk_bytes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], output_bytes: int) -> int:
+    """The merge, its twin, and each adapter's expert where that is written out to be loaded."""
+    bases = [checkpoints[one.base] for one in checkpoints.values() if one.base]
+    experts_bytes = sum(_output_bytes(base, None) for base in bases) if are_loaded(recipe) else 0
+    return output_bytes * (2 if has_twin(recipe) else 1) + experts_bytes
+
+
 def _memory_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
-    """Calibration and evaluation hold one model in float32 on a CPU; merging holds none."""
+    """Calibration and evaluation hold one model in float32 on a CPU; merging holds none.
+
+    Of an adapter merging holds the two narrow matrices of each module.
+    """
+    adapted = [t.adapted for one in checkpoints for t in one.tensors.values() if t.adapted]
+    updates = [one.update for one in adapted if one.update]
+    narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)
     if recipe.guide is None and recipe.evaluate is None:
-        return ENGINE_BYTES
+        return ENGINE_BYTES + narrow_bytes
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
-    return TORCH_BYTES + 4 * largest
+    return TORCH_BYTES + max(4 * largest, narrow_bytes)

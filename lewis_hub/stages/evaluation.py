@@ -22,7 +22,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.stages.downloading import download
-from lewis_hub.stages.merging import MergedModel, make, uniform_twin
+from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -87,7 +87,10 @@ def score_merge(
     others = [(f"expert:{e.pinned}", e) for e in inputs.experts if "experts" in asked.compare]
     if inputs.base and "base" in asked.compare:
         others.insert(0, ("base", inputs.base))
-    named = [Candidate(label, s.commit_sha, folders[s.pinned]) for label, s in others]
+    named = [
+        Candidate(label, inputs.content(source), loadable(step, source, folders, scratch))
+        for label, source in others
+    ]
     selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     settings = EvaluationSettings(device=step.execution.device)
     run = Run(selected, asked.limit, settings, scratch / "scored")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.engine import run
+from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.runners import parse_runner
 from lewis_hub.merge.sidecars import write_sidecars
@@ -58,7 +58,8 @@ def plan(
     """
 
     def source(pinned: Source, parameters: Settings) -> MergeSource:
-        return MergeSource(checkpoints[pinned.pinned], pinned.commit_sha, parameters)
+        content = inputs.content(pinned)
+        return MergeSource(checkpoints[pinned.pinned], content, parameters)
 
     entries = merged_entries(recipe)
     settings = MergeSettings(
@@ -95,15 +96,42 @@ def make(
     planned = plan(
         recipe, step.inputs, step.examined.checkpoints, schedule, execution.max_shard_bytes
     )
-    output.mkdir(parents=True, exist_ok=True)
-    with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, folders, output, parse_runner(execution.runner), advance)
+    found = _write(step, planned, folders, output, title)
     donor = step.inputs.donor
     sidecars = write_sidecars(
         folders[donor.pinned], output, recipe.output_dtype, code=donor.name in recipe.allow_code
     )
     shards = {name: result.sha256 for name, result in found.items()}
     return MergedModel(planned.digest, output, shards, sidecars)
+
+
+def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Path:
+    """A folder of a source that transformers can load.
+
+    A whole model's is its own. An adapter's expert is written out in `scratch`, in the dtypes of
+    its base; what an earlier call or run wrote there is kept.
+
+    Raises:
+        CheckpointError: a source is broken, or holds NaN or infinity.
+        OutputError: there is not enough room.
+    """
+    if not source.is_adapter:
+        return folders[source.pinned]
+    assert step.inputs.base  # an adapter without one does not resolve
+    expert = MergeSource(step.examined.checkpoints[source.pinned], step.inputs.content(source))
+    alone = make_plan(MergeSettings("linear", None, (expert,)), step.execution.max_shard_bytes)
+    output = scratch / "adapters" / str(step.inputs.experts.index(source))
+    _write(step, alone, folders, output, f"Writing out {source.name} on its base")
+    write_sidecars(folders[step.inputs.base.pinned], output, None, code=False)
+    return output
+
+
+def _write(
+    step: Step, planned: MergePlan, folders: Folders, output: Path, title: str
+) -> dict[str, ShardResult]:
+    output.mkdir(parents=True, exist_ok=True)
+    with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
+        return run(planned, folders, output, parse_runner(step.execution.runner), advance)
 
 
 def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:

@@ -147,6 +147,7 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
         dtype=recipe.output_dtype,
         schedule=guidance.schedule if guidance else None,
         tensors=tuple(step.examined.checkpoints[inputs.donor.pinned].tensors),
+        adapters=tuple(adapter.pinned for adapter in inputs.adapters),
     )
     return mergekit_config(merge)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lewis_hub.errors import SourceError
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
@@ -35,6 +36,17 @@ class Inputs:
         return (self.base, *self.experts) if self.base else self.experts
 
     @property
+    def adapters(self) -> tuple[Source, ...]:
+        """The experts that are LoRA adapters of the base."""
+        return tuple(expert for expert in self.experts if expert.is_adapter)
+
+    def content(self, source: Source) -> str:
+        """What fixes the weights of a source: an adapter's are those of its base, changed."""
+        if source.is_adapter and self.base:
+            return f"{self.base.commit_sha}+{source.commit_sha}"
+        return source.commit_sha
+
+    @property
     def donor(self) -> Source:
         """Whose configuration and tokenizer the merge carries."""
         return self.models[0]
@@ -55,9 +67,15 @@ def resolve_inputs(recipe: Recipe, api: HfApi) -> Inputs:
     Raises:
         SourceError: one cannot be found or may not be read.
     """
-    base = _model(recipe, api, recipe.base_model) if recipe.base_model else None
+    base = _whole(_model(recipe, api, recipe.base_model)) if recipe.base_model else None
     entries = merged_entries(recipe)
     experts = tuple(_model(recipe, api, entry.model) for entry in entries)
+    for entry, expert in zip(entries, experts, strict=True):
+        if entry.model.on and not expert.is_adapter:
+            problem = "this is a whole model, and `+` puts a LoRA adapter on one"
+            raise SourceError(expert.pinned, problem, "List it without what is before the `+`.")
+        if base is None:
+            _whole(expert)
     wanted = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
     names = dict.fromkeys(calibration.dataset for calibration in wanted if calibration)
     return Inputs(base, experts, {name: _dataset(recipe, api, name) for name in names})
@@ -69,8 +87,24 @@ def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
 
 
 def resolve_one(reference: ModelReference, api: HfApi) -> Source:
-    """Pin one model that is named on its own."""
-    return resolve_model(api, reference.name, reference.revision)
+    """Pin one model that is named on its own.
+
+    Raises:
+        SourceError: it cannot be found or read, or is an adapter.
+    """
+    if reference.on:
+        problem = "this puts a LoRA adapter on a model, which only a merge does"
+        remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
+        raise SourceError(str(reference), problem, remedy)
+    return _whole(resolve_model(api, reference.name, reference.revision))
+
+
+def _whole(source: Source) -> Source:
+    if source.is_adapter:
+        problem = "this is a LoRA adapter, and there is no whole model to put it on"
+        remedy = "Name its base as the recipe's `base_model`, and list the adapter under `models`."
+        raise SourceError(source.pinned, problem, remedy)
+    return source
 
 
 def _model(recipe: Recipe, api: HfApi, reference: ModelReference) -> Source:

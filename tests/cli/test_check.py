@@ -43,7 +43,19 @@ BROKEN = {
     "gated": (RECIPE.replace("expert-reverse", "gated"), "gated"),
     "private": (RECIPE.replace("zoo/expert-reverse", "other/private"), "other/private"),
     "pickles only": (RECIPE.replace("zoo/expert-reverse", "TMP/pickles"), "pickled weights only"),
-    "adapter": (RECIPE.replace("zoo/expert-reverse", "TMP/adapter"), "LoRA adapter"),
+    "adapter is broken": (
+        RECIPE.replace("zoo/expert-reverse", "TMP/adapter"),
+        "adapter_model.safetensors: it has 1 bytes",
+    ),
+    "adapter of another kind": (
+        RECIPE.replace("zoo/expert-reverse", "TMP/ia3"),
+        "adapter_config.json: it is an adapter of type 'IA3'",
+    ),
+    "adapter as base": (RECIPE.replace("zoo/base", "TMP/ia3"), "no whole model to put it on"),
+    "adapter on another base": (
+        RECIPE.replace("zoo/expert-reverse", "zoo/other+TMP/ia3"),
+        "an adapter is put on `zoo/other`, and the base is `zoo/base`",
+    ),
     "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (gptq)"),
     "no configuration": (RECIPE.replace("zoo/expert-reverse", "TMP/bare"), "no config.json"),
     "broken header": (RECIPE.replace("zoo/expert-reverse", "TMP/broken"), "model.safetensors"),
@@ -99,9 +111,10 @@ def folders(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "pickles").mkdir()
     (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(b"x")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"x")
+    for name, kind in (("adapter", "LORA"), ("ia3", "IA3")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"x")
     model("quantised", quantization_config={"quant_method": "gptq"})
     (model("bare") / "config.json").unlink()
     (model("broken") / "model.safetensors").write_bytes(b"\xff" * 64)

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import Asked
-from lewis_hub.hub.fetch import fetch, read_small
+from lewis_hub.hub.fetch import fetch, read_small, weight_files
 from lewis_hub.hub.remote import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 
@@ -85,9 +85,14 @@ def test_hidden_files_and_caches_are_no_part_of_a_folder(tmp_path, api):
             "Use the safetensors model that they were quantised from.",
         ),
         (
-            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
-            "this is a LoRA adapter, not a whole model.\nAdapters are not in this version: merge "
-            "it into its base (peft's `merge_and_unload`), save that, and use the result.",
+            {"adapter_config.json": b"{}", "adapter_model.bin": b"x"},
+            "this is a LoRA adapter without adapter_model.safetensors.\n"
+            "Save it again with peft: `save_pretrained(FOLDER)` writes both files.",
+        ),
+        (
+            {"adapter_model.safetensors": b"x"},
+            "this is a LoRA adapter without adapter_config.json.\n"
+            "Save it again with peft: `save_pretrained(FOLDER)` writes both files.",
         ),
         (
             {"nested/model.safetensors": b"x"},
@@ -101,6 +106,16 @@ def test_folders_that_are_no_models_are_refused(tmp_path, api, files, expected):
     folder.mkdir()
 
     assert refusal(api, write(folder, files)) == f"{folder}: {expected}"
+
+
+def test_an_adapter_is_told_by_its_files_and_a_model_beside_one_is_a_model(tmp_path, api):
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS}
+    adapter = resolve_model(api, str(write(tmp_path / "adapter", files)))
+    both = resolve_model(api, str(write(tmp_path / "both", files | MODEL)))
+
+    assert (adapter.is_adapter, both.is_adapter) == (True, False)
+    assert weight_files(adapter) == ("adapter_model.safetensors",)
+    assert weight_files(both) == ("model.safetensors",)
 
 
 def test_a_missing_folder_and_a_file_are_refused(tmp_path, api):

@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lewis_hub.checkpoint.adapter import adapt
+from lewis_hub.checkpoint.adapter_config import AdapterConfig
+from lewis_hub.checkpoint.header import read_header
 from lewis_hub.checkpoint.reader import read_headers
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
@@ -76,6 +79,17 @@ class Zoo:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         self.folders[label], self.tensors[label] = folder, tensors
         return MergeSource(open_folder(folder, label), f"digest of {label}", parameters or {})
+
+    def adapter(self, label, base, tensors, parameters=None, **config):
+        folder = self.root / label
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "adapter_model.safetensors"
+        save_file(tensors, path)
+        stored = read_header(label, path.name, path.stat().st_size, read_range(folder))
+        told = AdapterConfig(peft_type="LORA", **config)
+        self.folders[label] = folder
+        checkpoint = adapt(label, base.checkpoint, stored, told)
+        return MergeSource(checkpoint, f"digest of {label}", parameters or {})
 
     def merge(self, settings, output="out", *, shard=10**9, runner=None, schedule=None):
         folder = self.root / output

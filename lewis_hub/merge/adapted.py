@@ -1,0 +1,149 @@
+"""An adapter's tensors, computed piece by piece as they are read: none is ever held whole."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
+from lewis_hub.checkpoint.reader import TensorReader, whole_tensor
+from lewis_hub.merge import low_rank
+from lewis_hub.merge.operands import FORMATS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDTH = 4  # bytes of a float32, which every adapted tensor is read as
+BLOCK = 1 << 16  # elements computed at a time
+N_HELD = 32  # tensors whose factors are kept: more than there are threads at work
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank update in float32, as the kernels take it.
+
+    Attributes:
+        left: (rows, rank).
+        right: (rank, columns).
+        lengths: DoRA's factor of each row, or of each column; None: there is none.
+    """
+
+    left: Floats
+    right: Floats
+    lengths: Floats | None
+
+
+class AdapterReader:
+    """The tensors of a base, changed by an adapter as they are read. Threads may share it.
+
+    What an element is depends on nothing but its place: not on the pieces that are read, nor on
+    the number of threads.
+
+    Args:
+        base: of the base's folder; closed with this reader.
+        own: of the adapter's folder; likewise.
+    """
+
+    def __init__(self, base: TensorReader, own: TensorReader) -> None:
+        self._base, self._own = base, own
+        self._held: dict[str, Factors] = {}
+        self._holding = threading.Lock()
+
+    def __enter__(self) -> AdapterReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base.__exit__()
+        self._own.__exit__()
+
+    def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `first_byte` on: float32 where it is adapted.
+
+        Raises:
+            BrokenCheckpointError: a file is missing, or ends before that.
+        """
+        if tensor.adapted is None:
+            self._base.read(tensor, first_byte, into)
+            return
+        into, stop = into.cast("B"), first_byte + into.nbytes
+        for first in range(first_byte // WIDTH, -(-stop // WIDTH), BLOCK):
+            n = min(BLOCK, -(-stop // WIDTH) - first)
+            found = self._piece(tensor.name, tensor.adapted, first, n).view(np.uint8).data
+            begin, end = max(first_byte, first * WIDTH), min(stop, (first + n) * WIDTH)
+            piece = found[begin - first * WIDTH : end - first * WIDTH]
+            into[begin - first_byte : end - first_byte] = piece
+
+    def tensor(self, tensor: TensorHeader) -> Tensor:
+        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
+        return whole_tensor(self, tensor)
+
+    def _piece(self, name: str, adapted: Adapted, first: int, n: int) -> Floats:
+        """Elements [first, first + n)."""
+        values = self._start(adapted, first, n)
+        if adapted.update:
+            factors = self._factors(name, adapted, adapted.update)
+            self._update(adapted.update, factors, first, values)
+            if factors.lengths is not None:
+                n_columns, axis = factors.right.shape[1], int(adapted.update.transposed)
+                low_rank.multiply(values, first, n_columns, axis, factors.lengths)
+        return values
+
+    def _start(self, adapted: Adapted, first: int, n: int) -> Floats:
+        """What an update starts from: the base's elements, or those that were saved instead."""
+        if adapted.saved:
+            return _floats(self._own, adapted.saved, first, n)
+        return _floats(self._base, adapted.base, first, n)
+
+    def _update(self, update: LowRank, factors: Factors, first: int, values: Floats) -> None:
+        scale = np.float32(update.scale)
+        low_rank.add_low_rank(values, first, factors.left, factors.right, scale)
+
+    def _factors(self, name: str, adapted: Adapted, update: LowRank) -> Factors:
+        """From the file, or as they were left there; two threads may both compute the same."""
+        held = self._held.get(name)
+        if held is None:
+            held = self._read_factors(adapted, update)
+            with self._holding:
+                self._held[name] = held
+                while len(self._held) > N_HELD:
+                    del self._held[next(iter(self._held))]
+        return held
+
+    def _read_factors(self, adapted: Adapted, update: LowRank) -> Factors:
+        left, right = (
+            _floats(self._own, t, 0, t.n_elements).reshape(t.shape) for t in (update.b, update.a)
+        )
+        if update.transposed:
+            left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+        factors = Factors(left, right, None)
+        if update.magnitude is None:
+            return factors
+        magnitude = _floats(self._own, update.magnitude, 0, update.magnitude.n_elements)
+        norms = self._norms(adapted, update, factors)
+        with np.errstate(divide="ignore", invalid="ignore"):  # told as what is not finite
+            return replace(factors, lengths=magnitude / norms)
+
+    def _norms(self, adapted: Adapted, update: LowRank, factors: Factors) -> Floats:
+        """Per output of the module the length of its weights, after the update."""
+        n_rows, n_columns = len(factors.left), factors.right.shape[1]
+        axis = int(update.transposed)
+        squares = np.zeros(n_columns if axis else n_rows, np.float64)
+        for first in range(0, n_rows * n_columns, BLOCK):
+            values = self._start(adapted, first, min(BLOCK, n_rows * n_columns - first))
+            self._update(update, factors, first, values)
+            low_rank.add_squares(values, first, n_columns, axis, squares)
+        return np.sqrt(squares).astype(np.float32)
+
+
+def _floats(reader: TensorReader, tensor: TensorHeader, first: int, n: int) -> Floats:
+    width = WIDTHS[tensor.dtype]
+    raw, values = np.empty(n * width, np.uint8), np.empty(n, np.float32)
+    reader.read(tensor, first * width, raw.data)
+    low_rank.widened(raw, FORMATS[tensor.dtype], values)
+    return values
