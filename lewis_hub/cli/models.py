@@ -1,4 +1,4 @@
-"""Commands about one finished model: score it, publish it."""
+"""Commands about one finished model: score it, publish it, extract an adapter from it."""
 
 from __future__ import annotations
 
@@ -78,3 +78,46 @@ def push(
     target = pipeline.open_target(publishing)
     published = pipeline.publish(folder, target, terminal.progress)
     terminal.finish(published.to_json(), *publication(published))
+
+
+@click.command(
+    "extract-lora",
+    epilog="\b\nExamples:\n  lewis-hub extract-lora me/code --base org/base --rank 64\n"
+    "  lewis-hub extract-lora me/code --base org/base --error 0.1",
+)
+@click.argument("model")
+@click.option("--base", required=True, help="What MODEL was fine-tuned from.")
+@click.option("--rank", type=click.IntRange(min=1), default=32, help="Highest rank [32].")
+@click.option(
+    "--error",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Per module the lowest rank that misses no more than this share [the highest rank].",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="adapter",
+    help="Folder to make [adapter/].",
+)
+@terminal_options
+def extract_lora(
+    terminal: Terminal, model: str, base: str, rank: int, error: float, output: Path
+) -> None:
+    """Make a LoRA adapter (PEFT's format) of how MODEL differs from its base."""
+    from lewis_hub.cli.tables import extraction
+    from lewis_hub.recipe import ModelReference
+    from lewis_hub.stages.extraction import extract_adapter
+    from lewis_hub.stages.sources import hub_api
+
+    expert, start = (ModelReference.model_validate(name) for name in (model, base))
+    found = extract_adapter(expert, start, rank, error, output, hub_api(), terminal.progress)
+    document = {
+        "status": "extracted",
+        "output": str(output),
+        "n_bytes": found.n_bytes,
+        "modules": {m: {"rank": f.rank, "error": f.error} for m, f in found.fits.items()},
+        "whole": list(found.whole),
+    }
+    terminal.finish(document, *extraction(found, output))

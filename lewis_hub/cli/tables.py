@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 from lewis_hub.cli.terminal import size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import RenderableType
     from rich.table import Table
 
     from lewis_hub.evaluate.scores import MetricScore, Scores
     from lewis_hub.hub.publish import Published
+    from lewis_hub.merge.extract import Extracted
     from lewis_hub.pipeline import Calibrated, Merged
     from lewis_hub.stages.checking import CheckReport
 
@@ -65,9 +68,10 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
 
 def scores_table(scores: Scores) -> RenderableType:
     """A row per task and metric, a column per model."""
+    from lewis_hub.report.findings import model_name
+
     labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
-    names = [label.removeprefix("expert:").partition("@")[0] for label in labels]
-    table = _table("task", "metric", "n", *names)
+    table = _table("task", "metric", "n", *map(model_name, labels))
     for name, task in scores.tasks.items():
         for metric in dict.fromkeys(key for found in task.models.values() for key in found):
             cells = [_score(task.models.get(label, {}).get(metric)) for label in labels]
@@ -83,6 +87,8 @@ def _score(score: MetricScore | None) -> str:
 
 def density_table(calibrated: Calibrated) -> RenderableType:
     """Mean, lowest and highest density of each expert, and where they lie."""
+    from lewis_hub.report.plots import short_name
+
     table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
     for expert in calibrated.schedule.experts:
         densities = expert.tensors
@@ -91,7 +97,7 @@ def density_table(calibrated: Calibrated) -> RenderableType:
         mean = sum(values) / len(values) if values else 0.0
         numbers = (mean, min(values, default=0.0), max(values, default=0.0))
         cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
-        table.add_row(*_plain(expert.source.partition("@")[0], top.removesuffix(".weight"), *cells))
+        table.add_row(*_plain(short_name(expert.source), top.removesuffix(".weight"), *cells))
     return table
 
 
@@ -111,3 +117,18 @@ def publication(published: Published) -> Iterator[RenderableType]:
         yield from _plain(f"Published {published.url} ({published.commit_url})")
     else:
         yield from _plain(f"Nothing to publish: {published.url} holds this merge already")
+
+
+def extraction(found: Extracted, output: Path) -> tuple[RenderableType, ...]:
+    """How thin the updates are, and what they miss."""
+    ranks = [fit.rank for fit in found.fits.values()]
+    errors = [fit.error for fit in found.fits.values()]
+    told = [f"{len(found.whole)} tensors kept whole"] if found.whole else []
+    if ranks:
+        told.insert(
+            0,
+            f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, which miss "
+            f"{sum(errors) / len(errors):.2%} of their task vector on average, "
+            f"{max(errors):.2%} at most",
+        )
+    return _plain("; ".join(told), f"{size(found.n_bytes)} in {output}")

@@ -1,0 +1,163 @@
+"""A fine-tuned model and its base to a LoRA adapter, in the form that PEFT reads.
+
+Matrices of the blocks become low-rank updates; what else differs (norms, biases, embeddings, head)
+is kept whole, so that nothing of the expert is lost but the rank that was left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.adapter import PREFIX
+from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint, Reader
+from lewis_hub.errors import MergeError, NonFiniteError
+from lewis_hub.hub.source import ADAPTERS
+from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHT, BIAS = ".weight", ".bias"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How thin the update of a module became, and what it misses of the task vector."""
+
+    rank: int
+    error: float  # Frobenius norm of what is missed, as a share of the task vector's
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An adapter on disk.
+
+    Attributes:
+        fits: module -> its low-rank update.
+        whole: tensors that are kept whole, because they differ and are no matrix of a block.
+        n_bytes: of the adapter's weights.
+        files: their names.
+    """
+
+    fits: Mapping[str, Fit]
+    whole: tuple[str, ...]
+    n_bytes: int
+    files: tuple[str, ...] = ADAPTERS
+
+
+def extract(
+    base: tuple[Checkpoint, Reader],
+    expert: tuple[Checkpoint, Reader],
+    most: int,
+    error: float,
+    output: Path,
+    advance: Advance,
+) -> Extracted:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into a folder.
+
+    Args:
+        base: headers and reader.
+        expert: the same of the fine-tuned model; its tensors fit the base's.
+        most: highest rank of an update.
+        error: per module, the lowest rank within this error is taken; 0 takes the highest rank.
+        output: exists.
+        advance: called with the number of elements that were looked at.
+
+    Raises:
+        MergeError: the models are equal, or differ in what no adapter can say.
+        NonFiniteError: a task vector holds NaN or infinity.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    held: dict[str, Tensor] = {}
+    fits: dict[str, Fit] = {}
+    whole: list[str] = []
+    for name, header in base[0].tensors.items():
+        if header.dtype in MERGEABLE:
+            ours, theirs = base[1].tensor(header), expert[1].tensor(expert[0].tensors[name])
+            change = theirs - ours
+            if not change.isfinite().all():
+                remedy = "That model is broken: use another revision of it."
+                raise NonFiniteError(name, expert[0].label, remedy)
+            if change.any():
+                dtype = torch.float32 if expert[0].tensors[name].dtype == "F32" else torch.bfloat16
+                if _is_update(header, base[0]):
+                    fits[names.module(name)] = _put_update(held, name, change, most, error, dtype)
+                else:
+                    held[f"{PREFIX}{name}"] = theirs.to(dtype)
+                    whole.append(name)
+            advance(header.n_elements)
+    if not held:
+        problem = "it is equal to the base, so there is nothing to extract"
+        raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
+    settings, weights = ADAPTERS
+    save_file(held, output / weights, {"format": "pt"})
+    config = json.dumps(_config(base[0].label, fits, whole, most), indent=2) + "\n"
+    (output / settings).write_text(config, encoding="utf-8")
+    return Extracted(fits, tuple(whole), (output / weights).stat().st_size)
+
+
+def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
+    """Whether a tensor can be a low-rank update: a matrix of a block, (out, in) as Linear has it.
+
+    Raises:
+        MergeError: it is a stack of matrices, which PEFT's adapters of modules cannot change.
+    """
+    if names.block(tensor.name) is None or not tensor.name.endswith(WEIGHT):
+        if names.block(tensor.name) is not None and len(tensor.shape) > 1:
+            problem = f"{tensor.name} of shape {list(tensor.shape)} is no module's weight"
+            raise MergeError(base.label, problem, "Publish the whole model instead.")
+        return False
+    if len(tensor.shape) > 2:
+        problem = (
+            f"{tensor.name} of shape {list(tensor.shape)} is no matrix, and an adapter changes"
+        )
+        raise MergeError(base.label, f"{problem} matrices", "Publish the whole model instead.")
+    bias = base.tensors.get(f"{names.module(tensor.name)}{BIAS}")
+    if len(tensor.shape) == 2 and bias and bias.shape != tensor.shape[:1]:
+        problem = f"{tensor.name} lies as (in, out), as GPT-2's do"
+        raise MergeError(base.label, problem, "Only models of Linear modules can be extracted.")
+    return len(tensor.shape) == 2
+
+
+def _put_update(
+    held: dict[str, Tensor], name: str, change: Tensor, most: int, error: float, dtype: Any
+) -> Fit:
+    from lewis_hub.merge.low_rank_fit import fit
+
+    module = names.module(name)
+    found = fit(change, most, error, dtype)
+    held[f"{PREFIX}{module}.lora_A.weight"] = found.right.to(dtype).contiguous()
+    held[f"{PREFIX}{module}.lora_B.weight"] = found.left.to(dtype).contiguous()
+    return Fit(found.rank, found.error)
+
+
+def _config(base: str, fits: Mapping[str, Fit], whole: list[str], most: int) -> dict[str, Any]:
+    """In PEFT's words; alpha equals the rank everywhere, so that the factors count as they are."""
+    highest = max((fit.rank for fit in fits.values()), default=most)
+    thinner = {module: fit.rank for module, fit in fits.items() if fit.rank != highest}
+    kept = [name for name in whole if not name.endswith(BIAS)]
+    name, _, revision = base.partition("@")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision or None,
+        "r": highest,
+        "lora_alpha": highest,
+        "rank_pattern": thinner,
+        "alpha_pattern": thinner,
+        "target_modules": sorted({module.rpartition(".")[2] for module in fits}),
+        "modules_to_save": sorted({names.module(name) for name in kept}) or None,
+        "bias": "all" if len(kept) < len(whole) else "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }

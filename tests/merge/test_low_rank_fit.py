@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from lewis_hub.merge.low_rank_fit import fit
+
+
+def spectrum(rows, columns, values, seed=0):
+    """A matrix with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(values)
+    left = torch.linalg.qr(torch.randn(rows, n, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(columns, n, generator=generator)).Q
+    return left @ torch.diag(torch.tensor(values)) @ right.T
+
+
+def best(values, rank):
+    squares = [value**2 for value in values]
+    return (sum(squares[rank:]) / sum(squares)) ** 0.5
+
+
+FALLING = [0.8**i for i in range(60)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(200, 90), (90, 200), (60, 60)])
+@pytest.mark.parametrize("rank", [1, 5, 24])
+def test_the_fit_of_a_rank_misses_no_more_than_the_best(rows, columns, rank):
+    matrix = spectrum(rows, columns, FALLING)
+
+    found = fit(matrix, rank, 0.0, torch.float32)
+
+    assert found.rank == rank
+    assert found.error == pytest.approx(best(FALLING, rank), rel=1e-3)
+    rest = matrix - found.left @ found.right
+    assert found.error == pytest.approx(float(rest.norm() / matrix.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("error", [0.5, 0.1, 0.03])
+def test_an_error_takes_the_lowest_rank_within_it(error):
+    found = fit(spectrum(200, 90, FALLING), 60, error, torch.float32)
+
+    assert best(FALLING, found.rank) <= error < best(FALLING, found.rank - 1)
+
+
+def test_the_highest_rank_is_not_exceeded_for_an_error():
+    found = fit(spectrum(200, 90, FALLING), 3, 0.01, torch.float32)
+
+    assert found.rank == 3
+    assert found.error > 0.01
+
+
+def test_a_matrix_of_low_rank_is_found_exactly_and_the_same_each_time():
+    matrix = spectrum(300, 150, [3.0, 2.0, 1.0])
+
+    first, again = (fit(matrix, 3, 0.0, torch.float32) for _ in range(2))
+
+    assert first.error < 1e-5
+    assert torch.equal(first.left, again.left)
+    assert torch.equal(first.right, again.right)
+
+
+def test_the_error_counts_the_rounding_of_the_factors():
+    found = fit(spectrum(300, 150, [3.0, 2.0, 1.0]), 3, 0.0, torch.bfloat16)
+
+    assert 1e-4 < found.error < 1e-2
+    assert torch.equal(found.left, found.left.bfloat16().float())
