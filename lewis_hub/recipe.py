@@ -32,7 +32,7 @@ def _number(value: bool | int | float | str) -> bool | int | float | str:  # noq
 
 Scalar = Annotated[bool | int | float | str, AfterValidator(_number)]
 Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
-Guided = Literal["lewis", "uniform"]
+Guided = Literal["lewis", "lewis_reference", "uniform"]
 DType = Literal["float32", "float16", "bfloat16"]
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

@@ -174,7 +174,11 @@ def _complaint(where: Place, details: Sequence[ErrorDetails]) -> Complaint:
     if "parameters" in where:
         return where, f"found {_kind(found)}.", f"Expected {SETTING}."
     if where == ("guide", "name") and found in GUIDES_NOT_YET:
-        return where, f"the guide `{found}` is not in this version.", "Use `lewis` or `uniform`."
+        return (
+            where,
+            f"the guide `{found}` is not in this version.",
+            "Use one of `lewis-hub guides`.",
+        )
     return where, _in_words(details[0]), "`lewis-hub schema` describes every field."
 
 

@@ -77,7 +77,8 @@ BROKEN = {
         "(a column).\n`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {name: owl}\n": (
-        "r.yaml:6: `guide.name`: the guide `owl` is not in this version.\nUse `lewis` or `uniform`."
+        "r.yaml:6: `guide.name`: the guide `owl` is not in this version.\n"
+        "Use one of `lewis-hub guides`."
     ),
     GOOD + "guide: {calibration: {task: gsm8k}}\n": (
         "r.yaml:6: `guide.calibration.task`: `task` is not understood by this version.\n"

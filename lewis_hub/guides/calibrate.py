@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance, reusable
+from lewis_hub.guides.registry import Measure
 from lewis_hub.guides.tokens import CalibrationTokens
 from lewis_hub.progress import Advance
 
@@ -54,6 +55,7 @@ def calibrate(
     device: str,
     advance: Advance,
     keep: Callable[[ImportanceProfile], None],
+    how: Measure = "lewis",
 ) -> ImportanceProfile:
     """Measure what is not known yet.
 
@@ -63,6 +65,7 @@ def calibrate(
         device: as torch names it.
         advance: called with the number of tokens done.
         keep: called with all that is known after each source, so that it is never lost.
+        how: importance is measured.
 
     Returns:
         The profile of exactly the subjects, in their order.
@@ -71,10 +74,8 @@ def calibrate(
         CalibrationModelError: a source cannot be loaded or measured.
     """
     for subject in missing(subjects, known):
-        from lewis_hub.guides.activations import measure  # torch: only where it is needed
-
         tokens = [one.tokens for one in subject.sets]
-        found = measure(subject.folder, subject.source, tokens, device, advance)
+        found = _measured(how, subject, tokens, device, advance)
         added = (
             _measurement(subject, one, modules)
             for one, modules in zip(subject.sets, found, strict=True)
@@ -82,6 +83,19 @@ def calibrate(
         known = ImportanceProfile(known.guide, known.calibration, (*known.sources, *added))
         keep(known)
     return ImportanceProfile(known.guide, known.calibration, tuple(_in_order(subjects, known)))
+
+
+def _measured(
+    how: Measure,
+    subject: Subject,
+    tokens: Sequence[CalibrationTokens],
+    device: str,
+    advance: Advance,
+) -> list[dict[str, float]]:
+    from lewis_hub.guides import activations, reference  # torch: only where it is needed
+
+    measure = reference.measure if how == "lewis_reference" else activations.measure
+    return measure(subject.folder, subject.source, tokens, device, advance)
 
 
 def _measurement(

@@ -132,8 +132,13 @@ def _source(read: Any, file: str) -> SourceImportance:
     )
 
 
-def calibration_facts(
-    calibration: Calibration, dataset: str, dataset_sha: str, seed: int, tokenizer: str
+def calibration_facts(  # noqa: PLR0913
+    calibration: Calibration,
+    dataset: str,
+    dataset_sha: str,
+    seed: int,
+    tokenizer: str,
+    measure: str = "lewis",
 ) -> dict[str, Any]:
     """All that fixes a measurement besides the source: known before any row is read.
 
@@ -143,10 +148,11 @@ def calibration_facts(
         dataset_sha: which content that is.
         seed: the recipe's.
         tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
+        measure: how importance is measured.
     """
     template = "text" if calibration.text is not None else "messages"
     return {
-        "measure": "lewis",
+        "measure": measure,
         "dataset": dataset,
         "dataset_sha": dataset_sha,
         "config": calibration.config,

@@ -11,6 +11,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides.registry import Statistics, register
 
+SHARE_DECIMALS = 5  # of a share, as the published code rounds it
 DECIMALS = 4  # of a density: another CPU's rounding, far below, then changes no merged byte
 SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from each other
 
@@ -43,6 +44,23 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
         has measured and rounds the shares to 5 decimals; none of that is done here.
     """
     return spread(importance_shifts(statistics), gamma, epsilon)
+
+
+@register(
+    "lewis_reference",
+    needs=("importance",),
+    paper="https://arxiv.org/abs/2503.03874",
+    measure="lewis_reference",
+)
+def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+    """LEWIS as its authors published it: padding counts, and measured blocks are pruned.
+
+    Shares of the change of importance are rounded to 5 decimals before the min-max. How importance
+    is measured is told in `reference`.
+    """
+    shares = importance_shifts(statistics)
+    rounded = {module: round(share, SHARE_DECIMALS) for module, share in shares.items()}
+    return spread(rounded, gamma, epsilon)
 
 
 def importance_shifts(statistics: Statistics) -> dict[str, float]:

@@ -16,6 +16,7 @@ from lewis_hub.registry import Registry
 GROUP = "lewis_hub.guides"
 
 Need = Literal["importance"]
+Measure = Literal["lewis", "lewis_reference"]  # how importance is measured
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ GuideFunction = Callable[[Statistics, float, float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Guide:
-    """A registered guide; `needs` says what has to be measured before it is called."""
+    """A registered guide; `needs` says what has to be measured before it is called, and how."""
 
     name: str
     decide: GuideFunction
     needs: tuple[Need, ...] = ()
     paper: str | None = None
+    measure: Measure = "lewis"
 
     @property
     def summary(self) -> str:
@@ -51,7 +53,11 @@ find, guides = _registry.find, _registry.all
 
 
 def register(
-    name: str, *, needs: tuple[Need, ...] = (), paper: str | None = None
+    name: str,
+    *,
+    needs: tuple[Need, ...] = (),
+    paper: str | None = None,
+    measure: Measure = "lewis",
 ) -> Callable[[GuideFunction], GuideFunction]:
     """Add the decorated function to the guides.
 
@@ -60,7 +66,7 @@ def register(
     """
 
     def add(decide: GuideFunction) -> GuideFunction:
-        _registry.add(name, Guide(name, decide, needs, paper), decide)
+        _registry.add(name, Guide(name, decide, needs, paper, measure), decide)
         return decide
 
     return add

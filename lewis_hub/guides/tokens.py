@@ -46,6 +46,8 @@ class CalibrationTokens:
     n_truncated: int
     n_empty: int
     tokenizer: str  # where it came from, for messages
+    limit: int = 0  # tokens that a text may have
+    end: int | None = None  # the tokenizer's end-of-sequence token
 
     @property
     def n_tokens(self) -> int:
@@ -152,6 +154,8 @@ def calibration_tokens(
         n_truncated=sum(len(tokens) > limit for _, tokens in sequences),
         n_empty=len(texts) - len(sequences),
         tokenizer=tokenizer.name_or_path,
+        limit=limit,
+        end=tokenizer.eos_token_id,
     )
 
 

@@ -113,7 +113,7 @@ def _summary(facts: CardFacts) -> str:
 
 def _guidance(guided: Guided) -> str:
     paper = GUIDES.get(guided.guide)
-    name = guided.guide.upper() if paper else guided.guide
+    name = guided.guide.upper().replace("_", " ") if paper else guided.guide
     guide = markdown.link(markdown.text(name), paper.url if paper else None)
     scheduled = [d for expert in guided.schedule.experts for d in expert.tensors.values()]
     low, high = min(scheduled, default=1.0), max(scheduled, default=1.0)

@@ -181,7 +181,7 @@ METHODS = {
     "nearswap": KnownMethod("NearSwap", ()),
     "passthrough": KnownMethod("passing it through", ()),
 }
-GUIDES = {"lewis": LEWIS}
+GUIDES = {"lewis": LEWIS, "lewis_reference": LEWIS}
 
 
 def papers(method: str, guide: str | None) -> Sequence[Paper]:

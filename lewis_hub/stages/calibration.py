@@ -66,6 +66,7 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
             dataset.commit_sha,
             recipe.seed,
             _tokenizer_digest(inputs.donor),
+            registry.find(recipe.guide.name).measure,
         )
         sets.append(CalibrationSet(facts | tokens.facts, tokens))
     return tuple(sets)
@@ -150,6 +151,7 @@ def _measure(
             step.execution.device,
             advance,
             lambda now: write_whole(stores[0], now.to_json()),
+            registry.find(asked.name).measure,
         )
 
 

@@ -1,0 +1,184 @@
+"""LEWIS as the authors' code computes it, quirk by quirk, so that anyone can check us against it.
+
+What differs from `lewis`: every text is padded to `max_tokens` with end-of-sequence tokens, which
+the model sees and the sums count, as no mask is handed on; activations are summed within a text
+and averaged over texts; and a block that was measured is pruned to half before its output feeds
+the next one.
+
+Source:
+    https://arxiv.org/abs/2503.03874 and the code that was published with it, after Wanda,
+    arXiv:2306.11695.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lewis_hub.errors import CalibrationModelError
+from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
+from lewis_hub.guides.importance import module_importance, sum_of_squares
+from lewis_hub.guides.loading import load_model
+from lewis_hub.guides.threads import threads, whole_shares
+from lewis_hub.guides.tokens import CalibrationTokens
+from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PRUNED = 0.5  # of every row of a measured block
+
+Hidden = Any  # what a block returns: a tensor, or a tuple that begins with one
+
+
+def measure(
+    folder: Path, name: str, sets: Sequence[CalibrationTokens], device: str, advance: Advance
+) -> list[dict[str, float]]:
+    """Measure one source on each calibration set, as `activations.measure` does for `lewis`.
+
+    The model is loaded anew for each set, as measuring prunes it.
+
+    Raises:
+        CalibrationModelError: it cannot be loaded or has no blocks, or there is no
+            end-of-sequence token to pad with.
+    """
+    found = []
+    for tokens in sets:
+        loaded: Any = load_model(folder, device, name)
+        model = loaded.float()
+        path, blocks = _blocks(model, name)
+        widths = {matrix(module).shape[1] for _, module in linears(path, blocks)}
+        importance: dict[str, float] = {}
+        with threads(whole_shares(widths, torch.get_num_threads())):
+            for b, measured in enumerate(block_importance(model, name, padded(tokens, name))):
+                importance |= measured
+                told = [tokens.n_tokens * n // len(blocks) for n in (b, b + 1)]
+                advance(told[1] - told[0])
+        found.append(importance)
+    return found
+
+
+def padded(tokens: CalibrationTokens, name: str) -> Tensor:
+    """(n_texts, max_tokens) int64: what there is of each text, then end-of-sequence tokens.
+
+    Raises:
+        CalibrationModelError: the tokenizer has no such token.
+    """
+    if tokens.end is None:
+        problem = f"the tokenizer of {tokens.tokenizer} has no end-of-sequence token to pad with"
+        raise CalibrationModelError(name, problem, "Use guide `lewis`, which pads nothing.")
+    rows = [[*ids, *[tokens.end] * (tokens.limit - len(ids))] for ids in tokens.ids]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def block_importance(
+    model: PreTrainedModel, name: str, texts: Tensor
+) -> Iterator[dict[str, float]]:
+    """Measure block by block; a block is pruned once it was measured.
+
+    Args:
+        model: causal language model in float32 and eval mode.
+        name: the source as the user knows it, for messages.
+        texts: (n_texts, n_tokens) int64, every token counts.
+
+    Yields:
+        Of each block: module -> importance, in the model's order.
+    """
+    path, blocks = _blocks(model, name)
+    outputs: list[Hidden] = [None] * len(texts)
+    for b, block in enumerate(blocks):
+        inside = dict(linears(f"{path}.{b}", block))
+        squares = _measured(model, blocks, b, texts, outputs, inside)
+        norms = {at: (total / len(texts)).sqrt() for at, total in squares.items()}
+        yield {at: module_importance(matrix(inside[at]), norm) for at, norm in norms.items()}
+        for at, norm in norms.items():
+            _prune(inside[at], norm)
+        outputs = [_run(model, blocks, b, text, outputs[i]) for i, text in enumerate(texts)]
+
+
+def _blocks(model: PreTrainedModel, name: str) -> tuple[str, nn.ModuleList]:
+    found = decoder_blocks(model)
+    if found is None:
+        problem = "no Linear module in a list of blocks was found"
+        raise CalibrationModelError(name, problem, "Use guide `uniform` for this architecture.")
+    return found
+
+
+def _measured(
+    model: PreTrainedModel,
+    modules: nn.ModuleList,
+    b: int,
+    texts: Tensor,
+    outputs: Sequence[Hidden],
+    inside: dict[str, Linear],
+) -> dict[str, Tensor]:
+    """Squares of the inputs of each Linear of block b, summed over all tokens of all texts."""
+    squares: defaultdict[str, Tensor | float] = defaultdict(float)
+
+    def observing(at: str) -> Callable[..., None]:
+        def observe(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = args[0] if args else next(iter(named.values()))
+            squares[at] = squares[at] + sum_of_squares(x.reshape(-1, x.shape[-1]))
+
+        return observe
+
+    with ExitStack() as hooks:
+        for at, module in inside.items():
+            handle = module.register_forward_pre_hook(observing(at), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for i, text in enumerate(texts):
+            _run(model, modules, b, text, outputs[i])
+    return {at: torch.as_tensor(squares[at]) for at in inside if at in squares}
+
+
+class _Reached(Exception):  # noqa: N818 - no error: the way out of a forward pass
+    """The block whose output is asked for has returned."""
+
+
+def _run(
+    model: PreTrainedModel, modules: nn.ModuleList, b: int, text: Tensor, before: Hidden
+) -> Hidden:
+    """What block b returns for a text, when the blocks before it return `before`."""
+    reached: list[Hidden] = []
+
+    def leave(_: nn.Module, _args: Any, output: Hidden) -> None:
+        reached.append(output)
+        raise _Reached
+
+    with _standing_in(modules, b, before), torch.no_grad():
+        handle = modules[b].register_forward_hook(leave)
+        try:
+            model.base_model(input_ids=text[None].to(model.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+    return reached[0]
+
+
+@contextmanager
+def _standing_in(modules: nn.ModuleList, b: int, output: Hidden) -> Iterator[None]:
+    """Let the blocks before b return at once what the last of them returned."""
+    originals = [module.forward for module in modules[:b]]
+    try:
+        for module in modules[:b]:
+            module.forward = lambda *_args, **_named: output
+        yield
+    finally:
+        for module, original in zip(modules[:b], originals, strict=True):
+            module.forward = original
+
+
+def _prune(module: Linear, norm: Tensor) -> None:
+    """Set the entries of each row that matter least to zero: half of them, ties by index."""
+    weight = matrix(module)
+    metric = weight.abs() * norm.to(weight)
+    n_pruned = int(weight.shape[1] * PRUNED)
+    least = metric.sort(dim=1, stable=True).indices[:, :n_pruned]
+    weight.scatter_(1, least, 0.0)
