@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
-.PHONY: demo test test-all check fix clean
+.PHONY: demo test test-all bench check fix clean
 
 demo: .venv/demo
 	$(BIN)/lewis-hub demo
@@ -20,6 +20,10 @@ test: .venv/dev
 test-all: .venv/dev test
 	$(BIN)/pytest -m slow
 
+bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/merge.py --mergekit .venv/mergekit/bin/mergekit-yaml
+
 check: test
 
 fix: .venv/dev
@@ -31,6 +35,10 @@ clean:
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv/mergekit/bin/mergekit-yaml: | .venv/bin/python
+	$(PYTHON) -m venv .venv/mergekit
+	.venv/mergekit/bin/pip install --quiet mergekit==0.1.5
 
 .venv/demo: pyproject.toml | .venv/bin/python
 	$(INSTALL) '.[demo]'
