@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         merge_models,
         open_target,
         publish,
+        verify,
     )
     from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
     from lewis_hub.recipe_file import read_recipe
@@ -38,6 +39,7 @@ __all__ = [
     "open_target",
     "publish",
     "read_recipe",
+    "verify",
     "zoo_folder",
 ]
 
@@ -55,6 +57,7 @@ _HOME = {
     "open_target": "pipeline",
     "publish": "pipeline",
     "read_recipe": "recipe_file",
+    "verify": "pipeline",
     "zoo_folder": "demo.zoo",
 }
 

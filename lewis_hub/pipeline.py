@@ -7,7 +7,7 @@ Each step lives in its own file of `stages/`, which puts the recipe's words in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -29,12 +29,14 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    verification,
 )
 from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.checking import CheckReport
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
+from lewis_hub.stages.verification import Verdict
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,46 @@ def evaluate_model(
     api = hub_api()
     source = resolve_one(model, api)
     return evaluation.score_one(source, asked, execution, api, progress)
+
+
+def verify(
+    model: ModelReference,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+    *,
+    rebuild: bool = False,
+) -> Verdict:
+    """Hold a merged model against its lock; nothing of it is run or loaded.
+
+    Args:
+        model: a repo, repo@revision or folder that a merge made.
+        execution: how to make it again.
+        progress: told how far it is; None: nobody is.
+        rebuild: also make the merge again from the lock alone, and compare the weights.
+
+    Raises:
+        LewisHubError: there is no lock, it was changed, or a source is no longer there.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> plain = recipe.model_copy(update={"evaluate": None, "guide": None})
+        >>> merged = lewis_hub.merge_models(plain, tmp_path / "merged")
+        >>> lewis_hub.verify(lewis_hub.ModelReference(name=str(merged.output))).problems
+        ()
+    """
+    progress, api = progress or Silent(), hub_api()
+    source = resolve_one(model, api)
+    lock = verification.read_lock(source, api)
+    verdict = verification.verify_files(source, lock, api, progress)
+    if not rebuild:
+        return verdict
+    with TemporaryDirectory() as folder:
+        recipe = verification.recipe_of(lock, source)
+        same = replace(execution or Execution(), max_shard_bytes=lock.max_shard_bytes)
+        made = merge_models(recipe, Path(folder) / "merged", same, progress)
+        again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
+    differing = verification.compare_weights(lock, again)
+    return replace(verdict, problems=(*verdict.problems, *differing))
 
 
 def published_at(recipe: Recipe, repo: str) -> Recipe:

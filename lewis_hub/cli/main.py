@@ -40,6 +40,7 @@ for command in (
     merging.importance,
     models.evaluate,
     models.push,
+    models.verify,
     models.extract_lora,
     recipes.init,
     recipes.schema,

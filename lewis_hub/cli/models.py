@@ -1,4 +1,4 @@
-"""Commands about one finished model: score it, publish it, extract an adapter from it."""
+"""Commands about one finished model: score, publish or verify it, extract an adapter from it."""
 
 from __future__ import annotations
 
@@ -78,6 +78,38 @@ def push(
     target = pipeline.open_target(publishing)
     published = pipeline.publish(folder, target, terminal.progress)
     terminal.finish(published.to_json(), *publication(published))
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub verify merged\n  lewis-hub verify me/my-merge --rebuild"
+)
+@click.argument("model")
+@click.option("--rebuild", is_flag=True, help="Make the merge again and compare the weights.")
+@device_option
+@terminal_options
+def verify(terminal: Terminal, model: str, rebuild: bool, device: str) -> None:
+    """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import verdict_lines
+    from lewis_hub.recipe import ModelReference
+    from lewis_hub.stages.execution import Execution
+
+    verdict = pipeline.verify(
+        ModelReference.model_validate(model),
+        Execution(device=device),
+        terminal.progress,
+        rebuild=rebuild,
+    )
+    document = {
+        "status": "failed" if verdict.problems else "verified",
+        "digest": verdict.lock.digest,
+        "n_files": verdict.n_files,
+        "rebuilt": rebuild,
+        "problems": list(verdict.problems),
+    }
+    terminal.finish(document, *verdict_lines(verdict, rebuilt=rebuild))
+    if verdict.problems:
+        raise click.exceptions.Exit(1)
 
 
 @click.command(

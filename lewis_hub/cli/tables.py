@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lewis_hub.merge.extract import Extracted
     from lewis_hub.pipeline import Calibrated, Merged
     from lewis_hub.stages.checking import CheckReport
+    from lewis_hub.stages.verification import Verdict
 
 
 def _table(*columns: str) -> Table:
@@ -117,6 +118,16 @@ def publication(published: Published) -> Iterator[RenderableType]:
         yield from _plain(f"Published {published.url} ({published.commit_url})")
     else:
         yield from _plain(f"Nothing to publish: {published.url} holds this merge already")
+
+
+def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, ...]:
+    """What does not hold; or that everything does."""
+    if verdict.problems:
+        return _plain(*(f"problem: {problem}" for problem in verdict.problems))
+    again = ", and the weights came out the same when they were made again" if rebuilt else ""
+    return _plain(
+        f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
+    )
 
 
 def extraction(found: Extracted, output: Path) -> tuple[RenderableType, ...]:
