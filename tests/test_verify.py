@@ -133,3 +133,14 @@ def test_a_published_merge_is_verified_without_its_weights(hub, merged, monkeypa
     assert verdict.problems == ()
     blobs = [path for path in cache_root().rglob("*") if path.is_file()]
     assert max(path.stat().st_size for path in blobs) < 100_000
+
+
+def test_diff_tells_what_two_merges_do_not_share(made, tmp_path):
+    recipe = lewis_hub.read_recipe(made.parent / "recipe.yaml")
+    other = lewis_hub.merge_models(recipe.model_copy(update={"seed": 7}), tmp_path / "other")
+
+    told = CliRunner().invoke(cli, ["diff", str(made), str(other.output)])
+    same = CliRunner().invoke(cli, ["diff", str(made), str(made), "--json"])
+
+    assert told.stdout == "seed: 42 → 7\nweights: 1 of 1 files differ\n"
+    assert json.loads(same.stdout) == {"status": "same", "differences": []}

@@ -41,6 +41,7 @@ for command in (
     models.evaluate,
     models.push,
     models.verify,
+    models.diff,
     models.extract_lora,
     recipes.init,
     recipes.schema,

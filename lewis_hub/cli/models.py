@@ -1,4 +1,4 @@
-"""Commands about one finished model: score, publish or verify it, extract an adapter from it."""
+"""Commands about finished models: score, publish, verify and compare, extract an adapter."""
 
 from __future__ import annotations
 
@@ -110,6 +110,31 @@ def verify(terminal: Terminal, model: str, rebuild: bool, device: str) -> None:
     terminal.finish(document, *verdict_lines(verdict, rebuilt=rebuild))
     if verdict.problems:
         raise click.exceptions.Exit(1)
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub diff merged me/my-merge\n"
+    "  lewis-hub diff me/my-merge@v1 me/my-merge@v2"
+)
+@click.argument("before")
+@click.argument("after")
+@terminal_options
+def diff(terminal: Terminal, before: str, after: str) -> None:
+    """Tell what differs between two merges (folders or repos): inputs, recipes, weights."""
+    from lewis_hub.cli.tables import plain
+    from lewis_hub.recipe import ModelReference
+    from lewis_hub.report.difference import differences
+    from lewis_hub.stages.sources import hub_api, resolve_one
+    from lewis_hub.stages.verification import read_lock
+
+    api = hub_api()
+    locks = [
+        read_lock(resolve_one(ModelReference.model_validate(name), api), api)
+        for name in (before, after)
+    ]
+    found = differences(*locks)
+    document = {"status": "differs" if found else "same", "differences": list(found)}
+    terminal.finish(document, *plain(*found or ("Nothing differs.",)))
 
 
 @click.command(

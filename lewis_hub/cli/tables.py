@@ -30,10 +30,11 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _plain(*cells: str) -> tuple[RenderableType, ...]:
+def plain(*cells: str) -> tuple[RenderableType, ...]:
+    """Texts as they are: names from repos are never read as markup."""
     from rich.text import Text
 
-    return tuple(map(Text, cells))  # names from repos are never read as markup
+    return tuple(map(Text, cells))
 
 
 def check_tables(report: CheckReport) -> Iterator[RenderableType]:
@@ -43,7 +44,7 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
     )
     for source in report.sources:
         table.add_row(
-            *_plain(
+            *plain(
                 source.role,
                 source.name,
                 source.commit_sha.removeprefix("sha256:")[:8],
@@ -56,7 +57,7 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
             )
         )
     yield table
-    yield from _plain(
+    yield from plain(
         f"\ndownload {size(report.download_bytes)}, disk {size(report.disk_bytes)}, "
         f"memory up to {size(report.memory_bytes)}; the merged model has "
         f"{size(report.output_bytes)}",
@@ -64,7 +65,7 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
         *(f"problem: {problem}" for problem in report.problems),
     )
     if not report.problems:
-        yield from _plain("Nothing stands in the way.")
+        yield from plain("Nothing stands in the way.")
 
 
 def scores_table(scores: Scores) -> RenderableType:
@@ -76,7 +77,7 @@ def scores_table(scores: Scores) -> RenderableType:
     for name, task in scores.tasks.items():
         for metric in dict.fromkeys(key for found in task.models.values() for key in found):
             cells = [_score(task.models.get(label, {}).get(metric)) for label in labels]
-            table.add_row(*_plain(name, metric, str(task.n), *cells))
+            table.add_row(*plain(name, metric, str(task.n), *cells))
     return table
 
 
@@ -98,7 +99,7 @@ def density_table(calibrated: Calibrated) -> RenderableType:
         mean = sum(values) / len(values) if values else 0.0
         numbers = (mean, min(values, default=0.0), max(values, default=0.0))
         cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
-        table.add_row(*_plain(short_name(expert.source), top.removesuffix(".weight"), *cells))
+        table.add_row(*plain(short_name(expert.source), top.removesuffix(".weight"), *cells))
     return table
 
 
@@ -107,7 +108,7 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
     if merged.scores:
         yield scores_table(merged.scores)
     done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
-    yield from _plain(f"{done} {merged.output}")
+    yield from plain(f"{done} {merged.output}")
     if published:
         yield from publication(published)
 
@@ -115,17 +116,17 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
 def publication(published: Published) -> Iterator[RenderableType]:
     """The address of what was pushed."""
     if published.changed:
-        yield from _plain(f"Published {published.url} ({published.commit_url})")
+        yield from plain(f"Published {published.url} ({published.commit_url})")
     else:
-        yield from _plain(f"Nothing to publish: {published.url} holds this merge already")
+        yield from plain(f"Nothing to publish: {published.url} holds this merge already")
 
 
 def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, ...]:
     """What does not hold; or that everything does."""
     if verdict.problems:
-        return _plain(*(f"problem: {problem}" for problem in verdict.problems))
+        return plain(*(f"problem: {problem}" for problem in verdict.problems))
     again = ", and the weights came out the same when they were made again" if rebuilt else ""
-    return _plain(
+    return plain(
         f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
     )
 
@@ -142,4 +143,4 @@ def extraction(found: Extracted, output: Path) -> tuple[RenderableType, ...]:
             f"{sum(errors) / len(errors):.2%} of their task vector on average, "
             f"{max(errors):.2%} at most",
         )
-    return _plain("; ".join(told), f"{size(found.n_bytes)} in {output}")
+    return plain("; ".join(told), f"{size(found.n_bytes)} in {output}")

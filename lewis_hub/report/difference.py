@@ -1,0 +1,94 @@
+"""What differs between two merges, in words: their inputs, their recipes, their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lewis_hub.report.lock import Lock, LockedInput
+
+SHORT = 12  # of a commit sha; of a folder's digest too
+NAMING = {"model", "base_model", "dataset"}  # told as inputs
+ABSENT = "absent"
+
+
+def differences(before: Lock, after: Lock) -> tuple[str, ...]:
+    """One sentence a difference; none where the two are the same merge with the same bytes."""
+    told = [*_inputs(before.inputs, after.inputs)]
+    told += _inputs(before.calibration, after.calibration)
+    told += recipe_differences(before.recipe, after.recipe)
+    if before.max_shard_bytes != after.max_shard_bytes:
+        told.append(
+            f"largest file of weights: {before.max_shard_bytes:,} → {after.max_shard_bytes:,} bytes"
+        )
+    told += _weights(before, after)
+    if before.digest == after.digest and told:
+        told.append("what fixes the weights is the same in both")
+    return tuple(told)
+
+
+def recipe_differences(before: Any, after: Any) -> Iterator[str]:
+    """One sentence a field that differs; the names of inputs are left out."""
+    old, new = dict(_fields(before)), dict(_fields(after))
+    for field in dict.fromkeys((*old, *new)):
+        ours, theirs = old.get(field, ABSENT), new.get(field, ABSENT)
+        if ours != theirs:
+            yield f"{field}: {ours} → {theirs}"
+
+
+def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in NAMING and item is not None:
+                yield from _fields(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            yield from _fields(item, f"{path}[{index}]")
+    else:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    return str(value)
+
+
+def _inputs(before: Sequence[LockedInput], after: Sequence[LockedInput]) -> Iterator[str]:
+    old, new = ({(one.role, one.name): one for one in side} for side in (before, after))
+    for place in dict.fromkeys((*old, *new)):
+        role, name = place
+        if place not in new:
+            yield f"{role} {name}: no longer used"
+        elif place not in old:
+            yield f"{role} {name}: new, at {_commit(new[place])}"
+        elif old[place].commit_sha != new[place].commit_sha:
+            moved = f"{_commit(old[place])} → {_commit(new[place])}"
+            yield f"{role} {name}: {moved}{_changed(old[place].files, new[place].files)}"
+
+
+def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    changed = [path for path in dict.fromkeys((*old, *new)) if old.get(path) != new.get(path)]
+    if not changed:
+        return ", which changed no file that counts"
+    rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f" ({', '.join(changed[:3])}{rest})"
+
+
+def _weights(before: Lock, after: Lock) -> Iterator[str]:
+    old, new = (
+        {path: file.sha256 for path, file in lock.outputs.items() if path.endswith(".safetensors")}
+        for lock in (before, after)
+    )
+    changed = [path for path in dict.fromkeys((*old, *new)) if old.get(path) != new.get(path)]
+    if changed:
+        total = len(dict.fromkeys((*old, *new)))
+        yield f"weights: {len(changed)} of {total} files differ"
+
+
+def _commit(one: LockedInput) -> str:
+    return one.commit_sha.removeprefix("sha256:")[:SHORT]

@@ -1,0 +1,85 @@
+from dataclasses import replace
+
+import pytest
+
+from lewis_hub.report.difference import differences
+from lewis_hub.report.lock import Lock, LockedInput, OutputFile
+
+
+def locked(name, role, sha, **files):
+    return LockedInput(name, role, None, sha * 40, {f"{path}.json": d for path, d in files.items()})
+
+
+LOCK = Lock(
+    inputs=(locked("a/base", "base", "1", config="x"), locked("a/code", "expert", "2", config="y")),
+    calibration=(locked("a/data", "calibration", "3", train="z"),),
+    recipe={
+        "models": [{"model": "a/code", "parameters": {"weight": 1.0, "density": [0.1, 0.5]}}],
+        "parameters": {"normalize": True},
+    },
+    method="ties",
+    guide=None,
+    seed=42,
+    max_shard_bytes=5_000_000_000,
+    outputs={"model.safetensors": OutputFile("a" * 64, 10), "config.json": OutputFile("b" * 64, 2)},
+    software={},
+)
+
+
+def test_the_same_lock_differs_in_nothing():
+    assert differences(LOCK, LOCK) == ()
+
+
+def test_an_input_that_moved_is_told_with_what_changed_in_it():
+    inputs = (LOCK.inputs[0], locked("a/code", "expert", "4", config="other", extra="new"))
+    outputs = LOCK.outputs | {"model.safetensors": OutputFile("c" * 64, 10)}
+
+    assert differences(LOCK, replace(LOCK, inputs=inputs, outputs=outputs)) == (
+        "expert a/code: 222222222222 → 444444444444 (config.json, extra.json)",
+        "weights: 1 of 1 files differ",
+    )
+
+
+def test_a_commit_that_changed_only_a_readme_says_so():
+    moved = replace(LOCK, inputs=(LOCK.inputs[0], locked("a/code", "expert", "4", config="y")))
+
+    assert differences(LOCK, moved) == (
+        "expert a/code: 222222222222 → 444444444444, which changed no file that counts",
+        "what fixes the weights is the same in both",
+    )
+
+
+def test_inputs_come_and_go():
+    other = replace(LOCK, inputs=(LOCK.inputs[0], locked("a/maths", "expert", "5")), calibration=())
+
+    assert differences(LOCK, other)[:3] == (
+        "expert a/code: no longer used",
+        "expert a/maths: new, at 555555555555",
+        "calibration a/data: no longer used",
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"parameters": {"normalize": False}}, "parameters.normalize: true → false"),
+        ({"merge_method": "ties"}, "merge_method: absent → ties"),
+        ({"seed": 7}, "seed: absent → 7"),
+        (
+            {"models": [{"model": "b/code", "parameters": {"weight": 0.5, "density": [0.1, 0.5]}}]},
+            "models[0].parameters.weight: 1 → 0.5",
+        ),
+        (
+            {"models": [{"model": "a/code", "parameters": {"weight": 1.0, "density": [0.2, 0.5]}}]},
+            "models[0].parameters.density: [0.1, 0.5] → [0.2, 0.5]",
+        ),
+    ],
+)
+def test_a_field_of_the_recipe_is_told_by_its_path(recipe, told):
+    assert differences(LOCK, replace(LOCK, recipe=LOCK.recipe | recipe)) == (told,)
+
+
+def test_another_size_of_files_is_told():
+    smaller = replace(LOCK, max_shard_bytes=1_000)
+
+    assert differences(LOCK, smaller) == ("largest file of weights: 5,000,000,000 → 1,000 bytes",)
