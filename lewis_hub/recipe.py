@@ -34,6 +34,7 @@ Scalar = Annotated[bool | int | float | str, AfterValidator(_number)]
 Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
 Guided = Literal["lewis", "lewis_reference", "uniform"]
 DType = Literal["float32", "float16", "bfloat16"]
+Missing = Literal["error", "base"]
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -214,6 +215,11 @@ class Recipe(_Part):
     parameters: Settings = Field(default_factory=dict, description="For all models.")
     dtype: DType | None = Field(None, description="Of the output; absent: as in the base.")
     out_dtype: DType | None = Field(None, description="mergekit's name for `dtype`; wins over it.")
+    missing: Missing = Field(
+        "error",
+        description="An expert without some of the base's tensors: refused, or the base's stand in."
+        " Tensors that only an expert has are then left out.",
+    )
     tokenizer_source: str = Field("base", description="Whose tokenizer the merge carries.")
     allow_code: tuple[str, ...] = Field(
         (), description="Models whose *.py files are carried into the merge; never run here."

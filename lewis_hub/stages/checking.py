@@ -21,6 +21,7 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
+from lewis_hub.stages.fitting import left_alone, settle
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.sources import Inputs
 
@@ -106,7 +107,8 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
     configs |= {pinned: configs[donor] for pinned in adapters}
-    problems += _misfits(inputs, checkpoints)
+    checkpoints = settle(inputs, checkpoints, configs)
+    problems += _misfits(recipe, inputs, checkpoints)
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
@@ -116,7 +118,10 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
         ),
         problems=tuple(problems),
-        notes=tuple(_notes(recipe, inputs, configs, adapters)),
+        notes=(
+            *_notes(recipe, inputs, configs, adapters),
+            *left_alone(recipe, inputs, checkpoints),
+        ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
         disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
@@ -159,9 +164,9 @@ def require_fine(report: CheckReport) -> None:
         raise CheckFailedError(report.problems)
 
 
-def _misfits(inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+def _misfits(recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     first, *others = (checkpoints[source.pinned] for source in inputs.models)
-    return [str(mismatch) for mismatch in compare(first, others)]
+    return [str(mismatch) for mismatch in compare(first, others, recipe.missing)]
 
 
 def _quantised(source: Source, configs: Mapping[str, Mapping[str, Any]]) -> str | None:

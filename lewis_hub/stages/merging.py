@@ -72,6 +72,7 @@ def plan(
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         seed=recipe.seed,
+        missing=recipe.missing,
     )
     return make_plan(settings, max_shard_bytes, _densities(schedule, checkpoints))
 
