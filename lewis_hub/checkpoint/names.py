@@ -48,9 +48,14 @@ def is_head(name: str) -> bool:
     return block(name) is None and HEAD.search(module(name)) is not None
 
 
+def may_have_tokens(name: str) -> bool:
+    """Whether a tensor may have a row a token: outside the blocks, and not called otherwise."""
+    return block(name) is None and NO_TOKENS.search(name) is None
+
+
 def is_token_embedding(name: str) -> bool:
-    """Whether a tensor may hold one vector a token, judged by its name alone."""
-    return is_input_side(name) and not NO_TOKENS.search(name)
+    """Whether a tensor is called an embedding of tokens, and not of positions or types."""
+    return is_input_side(name) and may_have_tokens(name)
 
 
 def is_input_side(name: str) -> bool:

@@ -40,7 +40,7 @@ class Alignment:
         n_rows: of the merge.
         ids: label of a source -> (n_rows,) int32, its row for each row of the merge, or -1.
         base: label of the source whose rows stand in; None: there is none.
-        overrides: by row of the merge.
+        overrides: by row of the merge; one whose model lacks the tensor does not count.
     """
 
     tensors: frozenset[str]
@@ -61,9 +61,14 @@ class Alignment:
         ids = np.stack([self.ids[label] for label in labels])
         n_there = np.array([part.shape[0] if part else 0 for part in parts])
         has = (ids >= 0) & (ids < n_there[:, None])
-        sources, rows, means = self._stand_ins(labels, ids, has)
+        overrides = {
+            row: override
+            for row, override in self.overrides.items()
+            if override.source is None or override.row < n_there[labels.index(override.source)]
+        }
+        sources, rows, means = self._stand_ins(labels, ids, has, overrides)
         forced = np.zeros(self.n_rows, bool)
-        forced[[row for row, override in self.overrides.items() if override.is_forced]] = True
+        forced[[row for row, override in overrides.items() if override.is_forced]] = True
         made: list[Assembled | None] = []
         for s, part in enumerate(parts):
             own = has[s] & ~forced
@@ -75,7 +80,11 @@ class Alignment:
         return tuple(made)
 
     def _stand_ins(
-        self, labels: Sequence[str], ids: Ints, has: npt.NDArray[np.bool_]
+        self,
+        labels: Sequence[str],
+        ids: Ints,
+        has: npt.NDArray[np.bool_],
+        overrides: Mapping[int, Override],
     ) -> tuple[Ints, Ints, tuple[Ints, ...]]:
         """Per row what a source gets that lacks it: a source (or MEAN), and the row (or mean)."""
         count = has.sum(axis=0)
@@ -92,7 +101,7 @@ class Alignment:
             having = np.flatnonzero(has[:, row])
             sources[row], rows[row] = MEAN, len(means)
             means.append(np.stack([having, ids[having, row]], axis=1))
-        for row, override in self.overrides.items():
+        for row, override in overrides.items():
             if override.source is None:
                 sources[row], rows[row] = MEAN, len(means)
                 means.append(np.zeros((0, 2)))

@@ -7,10 +7,11 @@ from typing import Any
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.merge.compare import passed_over
+from lewis_hub.merge.compare import compare, passed_over
 from lewis_hub.merge.heads import settle_heads
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.tokenizers import Tokens
 
 Configs = Mapping[str, Mapping[str, Any]]  # pinned source -> its config.json
 
@@ -34,6 +35,16 @@ def settle(
         pinned: settle_heads(base, one) if tied[pinned] and tied[inputs.donor.pinned] else one
         for pinned, one in checkpoints.items()
     }
+
+
+def misfits(
+    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], tokens: Tokens
+) -> list[str]:
+    """What keeps the sources from being merged tensor by tensor; what tokenizers say goes first."""
+    first, *others = (checkpoints[source.pinned] for source in inputs.models)
+    tensors = tokens.alignment.tensors if tokens.alignment else ()
+    found = compare(first, others, recipe.missing, tensors)
+    return [str(one) for one in found if not (tokens.problems and one.kind == "vocabulary")]
 
 
 def left_alone(
