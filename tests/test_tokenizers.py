@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -403,6 +403,28 @@ def test_a_model_without_a_tokenizer_cannot_give_one(zoo):
     (problem,) = lewis_hub.check(zoo.recipe("tokenizer_source: ROOT/p\n", names=["p"])).problems
 
     assert "p: it has no tokenizer.json.\nName a model that has one" in problem
+
+
+def test_an_adapter_has_the_vocabulary_of_its_base(zoo):
+    folder, shapes = zoo.root / "lora", {"lora_A": (2, 16), "lora_B": (16, 2)}
+    folder.mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    parts = {f"{module}.{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    save_file(parts, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    asked = f"{ARITHMETIC}tokenizer_source: union\n"
+
+    merged = load_file(
+        zoo.merge(zoo.recipe(asked, "task_arithmetic", ["lora", "x"])) / "model.safetensors"
+    )
+    alone = load_file(
+        zoo.merge(zoo.recipe(asked, "task_arithmetic", ["x"]), "alone") / "model.safetensors"
+    )
+
+    changed = [name for name in merged if not torch.equal(merged[name], alone[name])]
+    assert changed == ["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.allclose(merged[changed[0]], alone[changed[0]] + 0.5 * 2, rtol=0, atol=1e-5)
 
 
 def test_a_model_that_is_not_listed_is_refused_on_reading(zoo):

@@ -121,7 +121,8 @@ def arrange(
     alignment: Alignment | None,
     name: str,
     made: Sequence[int],
-    parts: Mapping[str, TensorHeader | None],
+    labels: Sequence[str],
+    parts: Sequence[TensorHeader | None],
 ) -> tuple[tuple[TensorHeader, ...], tuple[Assembled | None, ...]]:
     """What is read of each source for one tensor, and how it is put together.
 
@@ -129,20 +130,21 @@ def arrange(
         alignment: None where row i means the same in all sources.
         name: of the tensor.
         made: its shape in the merge.
-        parts: label of a source -> its tensor, in the plan's order; None where it has none: then
-            the first source's stands in.
+        labels: of the sources, in the plan's order.
+        parts: the tensor as each source has it; None where it has none: then the first source's
+            stands in.
 
     Returns:
         One header a source; and as many of what is put together, or none where nothing is.
     """
     assembled: tuple[Assembled | None, ...]
     if alignment and name in alignment.tensors:
-        assembled = alignment.assemble(tuple(parts), tuple(parts.values()))
+        assembled = alignment.assemble(labels, parts)
     else:
-        whole = Assembled(RowMap.whole(0, made[0] if made else 1), tuple(parts.values()))
-        assembled = tuple(None if part else whole for part in parts.values())
+        whole = Assembled(RowMap.whole(0, made[0] if made else 1), tuple(parts))
+        assembled = tuple(None if part else whole for part in parts)
     inputs = []
-    for one, part in zip(assembled, parts.values(), strict=True):
+    for one, part in zip(assembled, parts, strict=True):
         header = one.header(name, made) if one else part
         assert header  # what a source lacks is put together
         inputs.append(header)

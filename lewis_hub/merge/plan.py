@@ -207,8 +207,9 @@ def _plan_tensor(
     settings: MergeSettings, schedule: Schedule, output: OutputTensor, depth: float
 ) -> TensorPlan:
     method, name = registry.find(settings.method), output.name
-    parts = {s.label: s.checkpoint.tensors.get(name) for s in settings.sources}
-    inputs, assembled = arrange(settings.alignment, name, output.shape, parts)
+    parts = [source.checkpoint.tensors.get(name) for source in settings.sources]
+    labels = [source.label for source in settings.sources]
+    inputs, assembled = arrange(settings.alignment, name, output.shape, labels, parts)
     if inputs[0].dtype not in MERGEABLE:
         return TensorPlan(output, inputs[:1])
     options = parameters.options_of(method, settings.parameters, name, depth)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,6 @@ from lewis_hub.vocabulary import files
 from lewis_hub.vocabulary.tokens import Vocabulary, disagreement
 from lewis_hub.vocabulary.union import unite
 
-GENERATION = "generation_config.json"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -53,8 +51,8 @@ def assembled(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Tokens:
         if (override := _override(recipe, sources, vocabularies, token, one))
     }
     if merged is not start:
-        told = sources.read(named, "tokenizer_config.json").get("tokenizer_config.json")
-        carried = replace(carried, written=files.extended(merged, told), dropped=files.STALE)
+        written = files.extended(merged, sources.read_json(named, files.CONFIG))
+        carried = replace(carried, written=written, dropped=files.STALE)
     ours = vocabularies[base.pinned]
     strangers = [
         source.pinned
@@ -127,9 +125,7 @@ def _with_ids(carried: Carried, sources: Sources, named: Source, n_rows: int) ->
     if named is sources.base:
         return replace(carried, config=config)
     told = sources.configs[named.pinned]
-    generation = json.loads(
-        sources.read(named, "generation_config.json").get("generation_config.json", b"{}")
-    )
+    generation = sources.read_json(named, "generation_config.json")
     own = {key: told.get(key) for key in SPECIAL}
     return replace(
         carried,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.alignment import Alignment
+from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.runners import parse_runner
@@ -161,10 +162,16 @@ def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFile
     )
 
 
+def sizes(step: Step) -> dict[str, int]:
+    """The number of elements of each tensor of the merge."""
+    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
+    alignment = step.examined.tokens.alignment
+    return {name: prod(shape(alignment, tensor)) for name, tensor in tensors.items()}
+
+
 def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:
     """The same schedule with every density replaced by its mean: what guidance must beat."""
-    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
-    return schedule.uniform_twin({name: t.n_elements for name, t in tensors.items()})
+    return schedule.uniform_twin(sizes(step))
 
 
 def _densities(

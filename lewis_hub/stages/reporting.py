@@ -26,7 +26,7 @@ from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.execution import Step
-from lewis_hub.stages.merging import MergedModel
+from lewis_hub.stages.merging import MergedModel, sizes
 from lewis_hub.stages.sources import Inputs, merged_entries, source_of
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
@@ -190,7 +190,6 @@ def _facts(
 ) -> CardFacts:
     recipe, inputs, examined = step.recipe, step.inputs, step.examined
     repo = recipe.publish.repo if recipe.publish else None
-    tensors = examined.checkpoints[inputs.donor.pinned].tensors
     chosen = recipe.publish.license if recipe.publish else None
     return CardFacts(
         title=repo.partition("/")[2] if repo else "Merged model",
@@ -200,7 +199,7 @@ def _facts(
         experts=inputs.experts,
         models=examined.facts,
         datasets=tuple(inputs.datasets.values()),
-        parameters={name: tensor.n_elements for name, tensor in tensors.items()},
+        parameters=sizes(step),
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,

@@ -12,7 +12,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.vocabularies import rows_of
 from lewis_hub.stages.sources import Inputs
-from lewis_hub.vocabulary.tokens import FILES, Vocabulary, read_vocabulary
+from lewis_hub.vocabulary.tokens import FILES, Vocabulary, json_object, read_vocabulary
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -77,6 +77,10 @@ class Sources:
         """Those of some small files that a source has."""
         found = {name: read_small(self.api, source, name) for name in names}
         return {name: content for name, content in found.items() if content is not None}
+
+    def read_json(self, source: Source, name: str) -> dict[str, Any]:
+        """A small JSON file; empty where a source has none."""
+        return json_object(source.name, self.read(source, name), name)
 
     def vocabulary(self, source: Source) -> Vocabulary | None:
         """A source's own; None where nothing tells it without running code."""

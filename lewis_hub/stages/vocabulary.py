@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -97,19 +98,15 @@ def _with_template(recipe: Recipe, found: Tokens, sources: Sources) -> Tokens:
     text: str | None = asked
     if recipe.reference(asked):
         source = source_of(recipe, sources.inputs, asked)
-        text = files.template_of(
-            sources.read(source, files.TEMPLATE, "tokenizer_config.json", "chat_template.json")
-        )
+        text = files.template_of(source.name, sources.read(source, *files.KEEPERS))
         if text is None:
             remedy = "Name a model that has one, or give its text."
             raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)
     assert text is not None  # a text, or refused above
     carried = found.carried or Carried(sources.base.pinned)
     donor = next(s for s in sources.inputs.models if s.pinned == carried.donor)
-    config = carried.written.get("tokenizer_config.json")
-    if config is None:
-        told = sources.read(donor, "tokenizer_config.json").get("tokenizer_config.json")
-        config = told.decode() if told else None
+    changed = carried.written.get(files.CONFIG)
+    config = json.loads(changed) if changed else sources.read_json(donor, files.CONFIG)
     written = {**carried.written, **files.with_template(text, config)}
     dropped = (*carried.dropped, *files.TEMPLATES)
     return replace(found, carried=replace(carried, written=written, dropped=dropped))

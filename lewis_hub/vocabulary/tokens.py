@@ -64,11 +64,13 @@ def read_vocabulary(label: str, files: Mapping[str, bytes]) -> Vocabulary | None
     Raises:
         TokenizerError: a file is broken.
     """
-    config = _object(label, files, "tokenizer_config.json")
+    config = json_object(label, files, "tokenizer_config.json")
     if "tokenizer.json" in files:
         return _fast(label, files, config)
     if "vocab.json" in files:
-        ids = _object(label, files, "vocab.json") | _object(label, files, "added_tokens.json")
+        ids = json_object(label, files, "vocab.json") | json_object(
+            label, files, "added_tokens.json"
+        )
         if all(type(i) is int for i in ids.values()):
             return Vocabulary(label, ids, {}, None)
     return None
@@ -78,7 +80,7 @@ def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabular
     """As the library reads it, which numbers added tokens itself, whatever the file says."""
     from tokenizers import AddedToken
 
-    document = _object(label, files, "tokenizer.json")
+    document = json_object(label, files, "tokenizer.json")
     tokenizer = load(label, document)
     later = config.get("added_tokens_decoder")
     for _, told in sorted(later.items(), key=_by_id) if isinstance(later, dict) else ():
@@ -112,7 +114,12 @@ def load(label: str, document: Document) -> Any:
         raise TokenizerError(f"{label}: tokenizer.json", f"{error}", remedy) from None
 
 
-def _object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The content of a JSON file; empty where a source has none.
+
+    Raises:
+        TokenizerError: it is something else.
+    """
     try:
         found = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError):

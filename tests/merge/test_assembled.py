@@ -104,7 +104,7 @@ def test_without_a_base_the_mean_stands_in(zoo):
     assert torch.allclose(merged, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "sce"])
 def test_the_bytes_are_the_same_on_every_runner_and_shard_size(zoo, method):
     base, *experts = (
         zoo.source(label, model(i, ROWS[label], width=5000), {"density": 0.4} if i else {})
