@@ -93,6 +93,10 @@ class MergeError(LocatedError):
     """A merge that cannot be done as asked: method, parameter or schedule."""
 
 
+class TokenizerError(LocatedError):
+    """A tokenizer that cannot be read, or not be united with the others."""
+
+
 @dataclass(eq=False)
 class CheckFailedError(LewisHubError):
     """The sources do not fit together, or cannot be merged as asked."""

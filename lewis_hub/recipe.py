@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe_tokenizer import Tokenizer
+
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
 
 
@@ -34,6 +36,7 @@ Scalar = Annotated[bool | int | float | str, AfterValidator(_number)]
 Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
 Guided = Literal["lewis", "lewis_reference", "uniform"]
 DType = Literal["float32", "float16", "bfloat16"]
+Missing = Literal["error", "base"]
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -214,7 +217,20 @@ class Recipe(_Part):
     parameters: Settings = Field(default_factory=dict, description="For all models.")
     dtype: DType | None = Field(None, description="Of the output; absent: as in the base.")
     out_dtype: DType | None = Field(None, description="mergekit's name for `dtype`; wins over it.")
-    tokenizer_source: str = Field("base", description="Whose tokenizer the merge carries.")
+    missing: Missing = Field(
+        "error",
+        description="An expert without some of the base's tensors: refused, or the base's stand in."
+        " Tensors that only an expert has are then left out.",
+    )
+    tokenizer_source: str | None = Field(
+        None,
+        description="base, union, or one of the models: embeddings are put together token by token."
+        " Absent: the base's tokenizer, which those of the others must agree with.",
+    )
+    tokenizer: Tokenizer | None = Field(None, description="The same, with settings for tokens.")
+    chat_template: str | None = Field(
+        None, description="auto (that of the tokenizer), one of the models, or a template's text."
+    )
     allow_code: tuple[str, ...] = Field(
         (), description="Models whose *.py files are carried into the merge; never run here."
     )
@@ -250,6 +266,19 @@ class Recipe(_Part):
     def experts(self) -> tuple[ModelEntry, ...]:
         """The models other than the base; mergekit's configs often list the base among them."""
         return tuple(entry for entry in self.models if entry.model != self.base_model)
+
+    @property
+    def asked_tokenizer(self) -> Tokenizer | None:
+        """What is asked of the tokenizer, in whichever form; None: nothing."""
+        source = self.tokenizer_source
+        return self.tokenizer if source is None else Tokenizer(source=source)
+
+    def reference(self, name: str) -> ModelReference | None:
+        """The base or the model that is written so, with or without its revision."""
+        listed = [entry.model for entry in self.models]
+        known = [self.base_model, *listed] if self.base_model else listed
+        exact = [model for model in known if str(model) == name]
+        return next(iter(exact or [model for model in known if model.name == name]), None)
 
     @property
     def output_dtype(self) -> DType | None:

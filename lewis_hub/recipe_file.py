@@ -24,8 +24,6 @@ from lewis_hub.recipe_rules import SETTING, Complaint, Place, contradictions
 NOT_YET = {
     "slices": "Layer stacking is not in this version: list whole models under `models`.",
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
-    "tokenizer": "Rebuilding a tokenizer is not in this version: the base's is carried over.",
-    "chat_template": "Choosing a chat template is not in this version: the base's is carried over.",
     "guide.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
     "models.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
     "guide.trim": "Choosing how to trim is not in this version: magnitude is used.",

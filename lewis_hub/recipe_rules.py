@@ -21,10 +21,8 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
             "the quality gate is not in this version.",
             "Read the scores, then publish.",
         )
+    yield from _tokenizer_contradictions(recipe)
     base = recipe.base_model
-    if recipe.tokenizer_source not in {"base", *([base.name, str(base)] if base else [])}:
-        problem = f"only the base's tokenizer is carried over, found `{recipe.tokenizer_source}`."
-        yield ("tokenizer_source",), problem, "Write `tokenizer_source: base`, or leave it out."
     if base and base.on:
         remedy = "Name the whole model, and list the adapter under `models`."
         yield ("base_model",), "a base is a whole model, and this puts an adapter on one.", remedy
@@ -42,6 +40,32 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.guide:
         yield from _guide_contradictions(recipe)
     yield from _bad_numbers(recipe)
+
+
+def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    known = [recipe.base_model, *(entry.model for entry in recipe.models)]
+    models = ", ".join(dict.fromkeys(f"`{model}`" for model in known if model))
+    if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
+        remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
+        yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
+    asked = recipe.asked_tokenizer
+    place: Place = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
+    if asked and asked.source not in ("base", "union") and not recipe.reference(asked.source):
+        problem = f"`{asked.source}` is none of the models."
+        yield place, problem, f"Write `base`, `union` or one of {models}."
+    for token, embedding in (asked.tokens if asked else {}).items():
+        model = embedding.model
+        if embedding.source is None and embedding.force:
+            remedy = "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
+            yield ("tokenizer", "tokens", token), "it is forced to nothing.", remedy
+        if model and not recipe.reference(model):
+            problem = f"`{model}` is none of the models."
+            yield ("tokenizer", "tokens", token, "source"), problem, f"Write one of {models}."
+    template = recipe.chat_template
+    if template and template != "auto" and "{" not in template and not recipe.reference(template):
+        problem = f"`{template}` is none of the models, and no template either."
+        remedy = f"Write `auto`, one of {models}, or the template's text (Jinja)."
+        yield ("chat_template",), problem, remedy
 
 
 def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:

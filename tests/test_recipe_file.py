@@ -37,9 +37,32 @@ BROKEN = {
         "r.yaml:6: `slices`: `slices` is not understood by this version.\n"
         "Layer stacking is not in this version: list whole models under `models`."
     ),
-    GOOD + "tokenizer_source: union\n": (
-        "r.yaml:6: `tokenizer_source`: only the base's tokenizer is carried over, found `union`.\n"
-        "Write `tokenizer_source: base`, or leave it out."
+    GOOD + "tokenizer_source: a/x\n": (
+        "r.yaml:6: `tokenizer_source`: `a/x` is none of the models.\n"
+        "Write `base`, `union` or one of `a/b`, `a/c@main`."
+    ),
+    GOOD + "tokenizer_source: base\ntokenizer: {}\n": (
+        "r.yaml:7: `tokenizer`: both `tokenizer_source` and `tokenizer` are given.\n"
+        "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
+    ),
+    GOOD + "tokenizer: {tokens: {<x>: {source: a/x}}}\n": (
+        "r.yaml:6: `tokenizer.tokens.<x>.source`: `a/x` is none of the models.\n"
+        "Write one of `a/b`, `a/c@main`."
+    ),
+    GOOD + "tokenizer: {tokens: {<x>: {force: true}}}\n": (
+        "r.yaml:6: `tokenizer.tokens.<x>`: it is forced to nothing.\n"
+        "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
+    ),
+    GOOD + "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: a/b}}}}\n": (
+        "r.yaml:6: `tokenizer.tokens.<x>.source`: give `token` (its text) or `token_id`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "tokenizer: {pad_to: 8}\n": (
+        "r.yaml:6: `tokenizer.pad_to`: unknown key `pad_to`.\nDid you mean `pad_to_multiple_of`?"
+    ),
+    GOOD + "chat_template: llama3\n": (
+        "r.yaml:6: `chat_template`: `llama3` is none of the models, and no template either.\n"
+        "Write `auto`, one of `a/b`, `a/c@main`, or the template's text (Jinja)."
     ),
     GOOD + "dtype: bf16\n": (
         "r.yaml:6: `dtype`: expected 'float32', 'float16' or 'bfloat16', found 'bf16'.\n"

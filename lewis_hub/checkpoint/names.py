@@ -10,6 +10,8 @@ from collections.abc import Collection
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
+NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")
+HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
 
 
 def module(name: str) -> str:
@@ -39,6 +41,21 @@ def component(name: str) -> str:
     """What a tensor is, in whichever block: `self_attn.q_proj`; outside blocks the module."""
     found = BLOCK.search(name)
     return module(name[found.end() :] if found else name)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor turns hidden states into one number a token: `lm_head.weight`, its bias."""
+    return block(name) is None and HEAD.search(module(name)) is not None
+
+
+def may_have_tokens(name: str) -> bool:
+    """Whether a tensor may have a row a token: outside the blocks, and not called otherwise."""
+    return block(name) is None and NO_TOKENS.search(name) is None
+
+
+def is_token_embedding(name: str) -> bool:
+    """Whether a tensor is called an embedding of tokens, and not of positions or types."""
+    return is_input_side(name) and may_have_tokens(name)
 
 
 def is_input_side(name: str) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import COPIED, MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.recipe import Missing
 
-HEAD = "lm_head"
 N_SHOWN = 3
 
 Kind = Literal["missing", "extra", "shape", "vocabulary", "dtype", "tied"]
@@ -30,67 +30,112 @@ class Mismatch:
         return f"{self.source} {self.problem}. {self.remedy}"
 
 
-def compare(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[Mismatch, ...]:
+def compare(
+    base: Checkpoint,
+    experts: Sequence[Checkpoint],
+    missing: Missing = "error",
+    assembled: Collection[str] = (),
+) -> tuple[Mismatch, ...]:
     """Hold every expert against the base, tensor by tensor.
 
     Args:
         base: whose tensors the merge will have; for a method without a base the first source.
         experts: all other sources.
+        missing: "base": where an expert lacks a tensor the base's stands in, and what only an
+            expert has is left out.
+        assembled: tensors that are put together row by row, so that their numbers of rows may
+            differ.
 
     Returns:
         What keeps them from being merged; nothing where they fit.
     """
     found = list(_dtypes(base))
     for expert in experts:
-        found += _names(base, expert)
-        found += _shapes(base, expert)
+        named = tuple(_names(base, expert))
+        found += named if missing == "error" else _strangers(base, expert)
+        found += _shapes(base, expert, assembled)
         found += _dtypes(expert)
         found += _kinds(base, expert)
     return tuple(found)
 
 
-def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+def passed_over(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """What `missing: base` does to sources that `compare` lets through, a sentence each."""
+    notes = []
+    for expert in experts:
+        missing, extra = _differing(base, expert)
+        if missing:
+            notes.append(f"{expert.label} lacks {_listed(missing)}: the base's stand in.")
+        if extra:
+            notes.append(f"{_listed(extra)} of {expert.label} are left out: the base has none.")
+    return tuple(notes)
+
+
+def _differing(base: Checkpoint, expert: Checkpoint) -> tuple[list[str], list[str]]:
+    """What the expert lacks, and what only the expert has."""
     missing = [name for name in base.tensors if name not in expert.tensors]
-    extra = [name for name in expert.tensors if name not in base.tensors]
-    if heads := [name for name in missing if _is_head(name)]:
+    return missing, [name for name in expert.tensors if name not in base.tensors]
+
+
+def _strangers(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+    missing, _ = _differing(base, expert)
+    if len(missing) == len(base.tensors):
+        yield Mismatch(
+            "missing",
+            expert.label,
+            tuple(missing),
+            f"has no tensor of the base {base.label}",
+            "Nothing of it would be merged: use models of one architecture.",
+        )
+
+
+def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+    missing, extra = _differing(base, expert)
+    if heads := [name for name in missing if names.is_head(name)]:
         yield Mismatch(
             "tied",
             expert.label,
             tuple(heads),
             f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} has",
-            "Use an expert that was trained from this base.",
+            "Use an expert that was trained from this base, or set `missing: base` to keep the "
+            "base's head.",
         )
-    if heads := [name for name in extra if _is_head(name)]:
+    if heads := [name for name in extra if names.is_head(name)]:
         yield Mismatch(
             "tied",
             expert.label,
             tuple(heads),
             f"has a {heads[0]} of its own, the base {base.label} ties its head to the embeddings",
-            "Save the expert again with tied embeddings, or use the base that it was trained from.",
+            "Use the base that it was trained from, or set `missing: base` to leave its head out.",
         )
-    if rest := [name for name in missing if not _is_head(name)]:
+    if rest := [name for name in missing if not names.is_head(name)]:
         yield Mismatch(
             "missing",
             expert.label,
             tuple(rest),
             f"lacks {_listed(rest)} of the base {base.label}",
-            "Only models of one architecture and depth can be merged.",
+            "Use models of one architecture and depth, or set `missing: base` to keep the base's.",
         )
-    if rest := [name for name in extra if not _is_head(name)]:
+    if rest := [name for name in extra if not names.is_head(name)]:
         yield Mismatch(
             "extra",
             expert.label,
             tuple(rest),
             f"has {_listed(rest)}, which the base {base.label} lacks",
-            "Only models of one architecture and depth can be merged.",
+            "Use models of one architecture and depth, or set `missing: base` to leave them out.",
         )
 
 
-def _shapes(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
+def _shapes(base: Checkpoint, expert: Checkpoint, assembled: Collection[str]) -> Iterator[Mismatch]:
     differing = [
         (tensor, expert.tensors[name])
         for name, tensor in base.tensors.items()
         if name in expert.tensors and expert.tensors[name].shape != tensor.shape
+    ]
+    differing = [
+        (ours, theirs)
+        for ours, theirs in differing
+        if ours.name not in assembled or ours.shape[1:] != theirs.shape[1:]
     ]
     rows = [(ours, theirs) for ours, theirs in differing if _only_rows_differ(ours, theirs)]
     if rows:
@@ -101,8 +146,8 @@ def _shapes(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
             tuple(tensor.name for tensor, _ in rows),
             f"has a vocabulary of {theirs.shape[0]} rows in {ours.name}, "
             f"the base {base.label} has {ours.shape[0]}",
-            "Bring the expert to the base's vocabulary with transformers' "
-            "`model.resize_token_embeddings`.",
+            "No tokenizer.json of theirs says which token a row is for: bring the expert to the "
+            "base's vocabulary with transformers' `model.resize_token_embeddings`.",
         )
     for ours, theirs in differing:
         if not _only_rows_differ(ours, theirs):
@@ -144,12 +189,8 @@ def _kinds(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
 
 def _only_rows_differ(ours: TensorHeader, theirs: TensorHeader) -> bool:
     """Whether two tensors are embeddings or heads over vocabularies of different size."""
-    is_vocabulary = names.is_input_side(ours.name) or _is_head(ours.name)
+    is_vocabulary = names.is_token_embedding(ours.name) or names.is_head(ours.name)
     return is_vocabulary and len(ours.shape) == 2 and ours.shape[1:] == theirs.shape[1:]
-
-
-def _is_head(name: str) -> bool:
-    return HEAD in names.module(name).split(".") or names.module(name).endswith("embed_out")
 
 
 def _listed(found: Sequence[str]) -> str:

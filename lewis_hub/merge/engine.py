@@ -89,6 +89,7 @@ def merge_shard(
     advance: Advance,
 ) -> ShardResult:
     """Make one shard from the beginning; the arguments are those of `run`."""
+    from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports numba
     from lewis_hub.merge.pieces import Desks, Job, Site
 
@@ -103,7 +104,7 @@ def merge_shard(
         writer = opened.enter_context(ShardWriter(output, layout))
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
         desks = Desks(len(readers), max(b for b in blocks if b <= LONGEST_ROW))
-        site = Site(plan, readers, writer, desks)
+        site = Site(plan, assembling(plan, readers), writer, desks)
         jobs = [
             Job(site, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)

@@ -192,3 +192,15 @@ def options_of(method: Method, common: Settings, name: str, depth: float) -> Map
         kind = float if default is None else type(default)
         found[option] = default if value is None else kind(value)
     return found
+
+
+def require_divisor(
+    method: Method, options: Mapping[str, Any], weights: Sequence[float], name: str
+) -> None:
+    """Refuse weights that the models would be divided by and that add up to zero."""
+    models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
+    for option in models:
+        if options.get(option) and not sum(weights):
+            problem = f"the weights of {name} add up to zero"
+            remedy = f"Change one, or set `{option}: false`."
+            raise MergeError("parameter `weight`", problem, remedy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
@@ -17,10 +17,12 @@ from lewis_hub.checkpoint.layout import DTYPES, OutputTensor, ShardLayout, lay_o
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
 from lewis_hub.merge import parameters
+from lewis_hub.merge.alignment import Alignment, arrange, shape
 from lewis_hub.merge.compare import compare
+from lewis_hub.merge.rows import Assembled
 from lewis_hub.methods import random_bits, registry
 from lewis_hub.methods.registry import PER_SOURCE, Method
-from lewis_hub.recipe import Settings
+from lewis_hub.recipe import Missing, Settings
 
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
 
@@ -51,6 +53,8 @@ class MergeSettings:
         parameters: the recipe's own, for all models and tensors.
         dtype: of the output: float32, float16 or bfloat16; None keeps the base's, tensor by tensor.
         seed: of random methods.
+        missing: "base": the base's tensors stand in for those that an expert lacks.
+        alignment: of vocabularies that differ; None where row i means the same in all sources.
     """
 
     method: str
@@ -59,6 +63,8 @@ class MergeSettings:
     parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 42
+    missing: Missing = "error"
+    alignment: Alignment | None = None
 
     @property
     def sources(self) -> tuple[MergeSource, ...]:
@@ -78,6 +84,8 @@ class TensorPlan:
         streams: of random bits, one an expert; none where the method draws none.
         own: what else an expert has of its own, by the function's keyword: one value an expert.
         options: the method's, by the recipe's names.
+        assembled: one a source, where its tensor is put together from rows of several; none where
+            all lie as they are needed.
     """
 
     output: OutputTensor
@@ -87,6 +95,13 @@ class TensorPlan:
     streams: tuple[int, ...] = ()
     own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    assembled: tuple[Assembled | None, ...] = ()
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """All that fixes its bytes, as plain JSON."""
+        rows = [made and made.digest() for made in self.assembled]
+        return asdict(replace(self, assembled=())) | {"assembled": rows}
 
     @property
     def is_copied(self) -> bool:
@@ -112,7 +127,7 @@ class ShardPlan:
             "version": VERSION,
             "method": self.method,
             "sources": self.source_digests,
-            "tensors": [asdict(tensor) for tensor in self.tensors],
+            "tensors": [tensor.told for tensor in self.tensors],
         }
         text = json.dumps(told, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -165,7 +180,7 @@ def make_plan(
     parameters.require_filters_fit(settings.parameters, own, tensors)
     _require_schedule_fits(method, settings, schedule or {})
     outputs = [
-        OutputTensor(name, _output_dtype(tensor, settings.dtype), tensor.shape)
+        OutputTensor(name, _output_dtype(tensor, settings.dtype), shape(settings.alignment, tensor))
         for name, tensor in tensors.items()
     ]
     depths = parameters.depths(tensors)
@@ -192,7 +207,9 @@ def _plan_tensor(
     settings: MergeSettings, schedule: Schedule, output: OutputTensor, depth: float
 ) -> TensorPlan:
     method, name = registry.find(settings.method), output.name
-    inputs = tuple(source.checkpoint.tensors[name] for source in settings.sources)
+    parts = [source.checkpoint.tensors.get(name) for source in settings.sources]
+    labels = [source.label for source in settings.sources]
+    inputs, assembled = arrange(settings.alignment, name, output.shape, labels, parts)
     if inputs[0].dtype not in MERGEABLE:
         return TensorPlan(output, inputs[:1])
     options = parameters.options_of(method, settings.parameters, name, depth)
@@ -202,7 +219,7 @@ def _plan_tensor(
         if keyword == "weights" or method.takes(keyword)
     }
     weights = own.pop("weights")
-    _require_divisor(method, options, weights, name)
+    parameters.require_divisor(method, options, weights, name)
     densities: tuple[float, ...] = ()
     if method.takes_density:
         densities = tuple(
@@ -214,19 +231,7 @@ def _plan_tensor(
         streams = tuple(
             random_bits.stream(settings.seed, name, i) for i in range(len(settings.experts))
         )
-    return TensorPlan(output, inputs, weights, densities, streams, own, options)
-
-
-def _require_divisor(
-    method: Method, options: Mapping[str, Any], weights: tuple[float, ...], name: str
-) -> None:
-    """Refuse weights that the models would be divided by and that add up to zero."""
-    models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
-    for option in models:
-        if options.get(option) and not sum(weights):
-            problem = f"the weights of {name} add up to zero"
-            remedy = f"Change one, or set `{option}: false`."
-            raise MergeError("parameter `weight`", problem, remedy)
+    return TensorPlan(output, inputs, weights, densities, streams, own, options, assembled)
 
 
 def _setting(
@@ -249,7 +254,8 @@ def _require_sources(method: Method, settings: MergeSettings) -> None:
         raise MergeError(where, "there is nothing to merge", "List at least one expert.")
     _require_number_of_experts(method, settings)
     first, *others = (source.checkpoint for source in settings.sources)
-    mismatches = compare(first, others)
+    assembled = settings.alignment.tensors if settings.alignment else frozenset()
+    mismatches = compare(first, others, settings.missing, assembled)
     if mismatches:
         problem = f"the sources do not fit together: {mismatches[0].source} {mismatches[0].problem}"
         raise MergeError(where, problem, mismatches[0].remedy)

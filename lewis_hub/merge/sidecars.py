@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +16,41 @@ NOT_CARRIED = frozenset(
 NOT_CARRIED_SUFFIXES = frozenset({".safetensors", ".png", ".jpg", ".svg"})
 
 
-def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -> tuple[str, ...]:
+TOKENIZER = frozenset(
+    {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+    | {"vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"}
+    | {"sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"}
+)
+TEMPLATES = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """How the tokenizer of a merge differs from the base's.
+
+    Attributes:
+        folder: of the source whose tokenizer files are carried.
+        written: content of files that are written anew.
+        dropped: names of files, or of folders, that are not carried.
+        config: what is put in `config.json`; None takes a key out of it.
+        generation: likewise in `generation_config.json`.
+    """
+
+    folder: Path
+    written: Mapping[str, str] = field(default_factory=dict)
+    dropped: Collection[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_sidecars(
+    base: Path,
+    output: Path,
+    dtype: str | None,
+    *,
+    code: bool,
+    tokenizer: TokenizerFiles | None = None,
+) -> tuple[str, ...]:
     """Carry over what a merged model needs beside its weights.
 
     Args:
@@ -24,27 +59,52 @@ def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -
         dtype: of the merged weights, such as ``bfloat16``; None where each tensor kept its own.
         code: whether the base's ``*.py`` files come along. They are never run here. Without
             them, ``auto_map`` leaves the configuration, which would name files that are not there.
+        tokenizer: None where the merge has the base's.
 
     Returns:
         Paths of the written files, relative to `output`, sorted.
     """
-    written = []
-    for source in sorted(base.rglob("*")):
-        relative = PurePosixPath(source.relative_to(base))
-        if not source.is_file() or not _carried(relative, code=code):
+    tokenizer = tokenizer or TokenizerFiles(base)
+    written = set()
+    for relative, source in _sources(base, tokenizer):
+        if not _carried(relative, code=code):
             continue
         target = output / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        if relative.name.endswith("config.json") and relative.name != "generation_config.json":
+        if relative.name.endswith("config.json") and (
+            relative.name != "generation_config.json" or tokenizer.generation
+        ):
             config = json.loads(source.read_text(encoding="utf-8"))
             config = config if code else _without_code(config)
-            if relative == PurePosixPath("config.json") and dtype:
-                config = _with_dtype(config, dtype)
+            if relative == PurePosixPath("config.json"):
+                config = _with(_with_dtype(config, dtype) if dtype else config, tokenizer.config)
+            elif relative == PurePosixPath("generation_config.json"):
+                config = _with(config, tokenizer.generation)
             target.write_text(_json(config), encoding="utf-8")
         else:
             shutil.copyfile(source, target)
-        written.append(str(relative))
-    return tuple(written)
+        written.add(str(relative))
+    for name, text in tokenizer.written.items():
+        (output / name).write_text(text, encoding="utf-8")
+        written.add(name)
+    return tuple(sorted(written))
+
+
+def _sources(base: Path, tokenizer: TokenizerFiles) -> Iterator[tuple[PurePosixPath, Path]]:
+    """What may be carried: the tokenizer's files from its source, the others from the base."""
+    for folder in dict.fromkeys((base, tokenizer.folder)):
+        for path in sorted(folder.rglob("*")):
+            relative = PurePosixPath(path.relative_to(folder))
+            wanted = tokenizer.folder if _is_tokenizer(relative) else base
+            dropped = relative.parts[0] in tokenizer.dropped or str(relative) in tokenizer.written
+            if path.is_file() and folder == wanted and not dropped:
+                yield relative, path
+
+
+def _is_tokenizer(path: PurePosixPath) -> bool:
+    if path.parts[0] == TEMPLATES:
+        return True
+    return len(path.parts) == 1 and (path.name in TOKENIZER or path.suffix == ".tiktoken")
 
 
 def _carried(path: PurePosixPath, *, code: bool) -> bool:
@@ -65,6 +125,17 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return told | dict.fromkeys(keys, dtype)
+
+
+def _with(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put values where the configuration has their keys, in its text part too, else at the top."""
+    inner = config.get("text_config")
+    told: dict[str, Any] = dict(config)
+    if isinstance(inner, dict):
+        told["text_config"] = _with(inner, {k: v for k, v in values.items() if k in inner})
+        values = {k: v for k, v in values.items() if k in config or k not in inner}
+    told |= values
+    return {key: value for key, value in told.items() if value is not None or key not in values}
 
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ part of the tensor's name counts, and an entry without a filter always does.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -40,6 +40,7 @@ class MergekitMerge:
         schedule: densities that a guide gave; None where the settings have them.
         tensors: names of all tensors of the checkpoint.
         adapters: those of the models that are LoRA adapters of the base.
+        tokenizer: what the recipe asks of it; empty where it is the base's.
     """
 
     method: str
@@ -50,6 +51,7 @@ class MergekitMerge:
     schedule: DensitySchedule | None
     tensors: Collection[str]
     adapters: Collection[str] = ()
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 def mergekit_config(merge: MergekitMerge) -> str:
@@ -67,8 +69,14 @@ def mergekit_config(merge: MergekitMerge) -> str:
         models.append({"model": model} | ({"parameters": parameters} if parameters else {}))
     document: dict[str, Any] = {"merge_method": merge.method}
     # a base that is not listed would count there as one more model
-    if merge.base and (registry.find(merge.method).takes_base or merge.base in merge.models):
+    is_told = bool(merge.base and registry.find(merge.method).takes_base) or (
+        merge.base in merge.models
+    )
+    if is_told:
         document |= {"base_model": merge.base, "tokenizer_source": "base"}
+    if merge.tokenizer and (is_told or not merge.base):
+        document.pop("tokenizer_source", None)
+        document |= merge.tokenizer
     document["models"] = models
     if merge.parameters:
         document["parameters"] = {k: _plain(v) for k, v in merge.parameters.items()}

@@ -16,13 +16,15 @@ from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
 from lewis_hub.hub.remote import read_range
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.compare import compare
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
+from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.tokenizers import Tokens
+from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -80,6 +82,7 @@ class Examined:
     report: CheckReport
     checkpoints: Mapping[str, Checkpoint]  # by pinned source
     facts: Mapping[str, ModelFacts]  # by pinned source
+    tokens: Tokens
 
 
 def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> Examined:
@@ -106,9 +109,11 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
     configs |= {pinned: configs[donor] for pinned in adapters}
-    problems += _misfits(inputs, checkpoints)
+    checkpoints = settle(inputs, checkpoints, configs)
+    tokens = examine_tokens(recipe, inputs, api, checkpoints, configs)
+    problems += [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
     if not problems:
-        problems = _refusals(recipe, inputs, checkpoints, facts)
+        problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
     output_bytes = _output_bytes(checkpoints[donor], recipe.output_dtype)
     report = CheckReport(
@@ -116,13 +121,17 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
         ),
         problems=tuple(problems),
-        notes=tuple(_notes(recipe, inputs, configs, adapters)),
+        notes=(
+            *_notes(recipe, inputs, configs, adapters),
+            *left_alone(recipe, inputs, checkpoints),
+            *tokens.notes,
+        ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
         disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
         memory_bytes=_memory_bytes(recipe, tuple(checkpoints.values())),
     )
-    return Examined(report, checkpoints, facts)
+    return Examined(report, checkpoints, facts, tokens)
 
 
 def open_headers(api: HfApi, source: Source) -> Checkpoint:
@@ -159,11 +168,6 @@ def require_fine(report: CheckReport) -> None:
         raise CheckFailedError(report.problems)
 
 
-def _misfits(inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    first, *others = (checkpoints[source.pinned] for source in inputs.models)
-    return [str(mismatch) for mismatch in compare(first, others)]
-
-
 def _quantised(source: Source, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     found = configs[source.pinned].get("quantization_config")
     if not found:
@@ -179,12 +183,13 @@ def _refusals(
     recipe: Recipe,
     inputs: Inputs,
     checkpoints: Mapping[str, Checkpoint],
+    tokens: Tokens,
     facts: Mapping[str, ModelFacts],
 ) -> list[str]:
     """What the rooms would refuse later: settings, guide, licence."""
-    found = []
+    found = not_calibrated(recipe, inputs, tokens)
     try:
-        plan(recipe, inputs, checkpoints, None, max_shard_bytes=1 << 40)
+        plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
         if recipe.guide and not registry.find(recipe.merge_method).takes_density:
             found.append(
                 f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.runners import parse_runner
-from lewis_hub.merge.sidecars import write_sidecars
+from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.recipe import Recipe, Settings
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 if TYPE_CHECKING:
     from lewis_hub.stages.execution import Folders, Step
+    from lewis_hub.stages.tokenizers import Carried
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def plan(
     recipe: Recipe,
     inputs: Inputs,
     checkpoints: Mapping[str, Checkpoint],
+    alignment: Alignment | None,
     schedule: DensitySchedule | None,
     max_shard_bytes: int,
 ) -> MergePlan:
@@ -50,6 +54,7 @@ def plan(
         recipe: names method and settings.
         inputs: pinned.
         checkpoints: pinned source -> its headers.
+        alignment: of vocabularies that differ.
         schedule: None where the settings alone decide.
         max_shard_bytes: largest file.
 
@@ -72,6 +77,8 @@ def plan(
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         seed=recipe.seed,
+        missing=recipe.missing,
+        alignment=alignment,
     )
     return make_plan(settings, max_shard_bytes, _densities(schedule, checkpoints))
 
@@ -92,14 +99,23 @@ def make(
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
-    recipe, execution = step.recipe, step.execution
+    recipe, execution, examined = step.recipe, step.execution, step.examined
     planned = plan(
-        recipe, step.inputs, step.examined.checkpoints, schedule, execution.max_shard_bytes
+        recipe,
+        step.inputs,
+        examined.checkpoints,
+        examined.tokens.alignment,
+        schedule,
+        execution.max_shard_bytes,
     )
     found = _write(step, planned, folders, output, title)
     donor = step.inputs.donor
     sidecars = write_sidecars(
-        folders[donor.pinned], output, recipe.output_dtype, code=donor.name in recipe.allow_code
+        folders[donor.pinned],
+        output,
+        recipe.output_dtype,
+        code=donor.name in recipe.allow_code,
+        tokenizer=_tokenizer_files(examined.tokens.carried, folders),
     )
     shards = {name: result.sha256 for name, result in found.items()}
     return MergedModel(planned.digest, output, shards, sidecars)
@@ -134,10 +150,28 @@ def _write(
         return run(planned, folders, output, parse_runner(step.execution.runner), advance)
 
 
+def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFiles | None:
+    if carried is None:
+        return None
+    return TokenizerFiles(
+        folders[carried.donor],
+        carried.written,
+        carried.dropped,
+        carried.config,
+        carried.generation,
+    )
+
+
+def sizes(step: Step) -> dict[str, int]:
+    """The number of elements of each tensor of the merge."""
+    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
+    alignment = step.examined.tokens.alignment
+    return {name: prod(shape(alignment, tensor)) for name, tensor in tensors.items()}
+
+
 def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:
     """The same schedule with every density replaced by its mean: what guidance must beat."""
-    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
-    return schedule.uniform_twin({name: t.n_elements for name, t in tensors.items()})
+    return schedule.uniform_twin(sizes(step))
 
 
 def _densities(

@@ -26,8 +26,8 @@ from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.execution import Step
-from lewis_hub.stages.merging import MergedModel
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.merging import MergedModel, sizes
+from lewis_hub.stages.sources import Inputs, merged_entries, source_of
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
@@ -53,6 +53,7 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         told["base_model"] = inputs.base.pinned
     for model in told["models"]:
         model["model"] = names[model["model"]]
+    _pin_tokenizer(told, recipe, inputs)
     places = [told.get("guide", {}), *told["models"]]
     for calibration in (place["calibration"] for place in places if "calibration" in place):
         dataset = inputs.datasets.get(calibration["dataset"])
@@ -60,6 +61,24 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     if recipe.evaluate and recipe.evaluate.include:
         told["evaluate"]["include"] = TASKS
     return told
+
+
+def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, inputs: Inputs) -> None:
+    """Models that are named for their tokenizer, a token or their chat template."""
+
+    def pin(place: dict[str, Any], key: str) -> None:
+        name = place.get(key)
+        if isinstance(name, str) and name not in ("base", "union") and recipe.reference(name):
+            place[key] = source_of(recipe, inputs, name).pinned
+
+    pin(told, "tokenizer_source")
+    pin(told, "chat_template")
+    asked = told.get("tokenizer", {})
+    pin(asked, "source")
+    for token in asked.get("tokens", {}).values():
+        pin(token, "source")
+        if isinstance(token.get("source"), dict):
+            pin(token["source"], "model")
 
 
 def lock(
@@ -139,6 +158,7 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
     if recipe.merge_method not in METHODS:
         return None
     entries = zip(merged_entries(recipe), inputs.experts, strict=True)
+    told = pinned(recipe, inputs)
     merge = MergekitMerge(
         method=recipe.merge_method,
         base=inputs.base.pinned if inputs.base else None,
@@ -148,6 +168,7 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
         schedule=guidance.schedule if guidance else None,
         tensors=tuple(step.examined.checkpoints[inputs.donor.pinned].tensors),
         adapters=tuple(adapter.pinned for adapter in inputs.adapters),
+        tokenizer={key: told[key] for key in ("tokenizer_source", "tokenizer") if key in told},
     )
     return mergekit_config(merge)
 
@@ -169,7 +190,6 @@ def _facts(
 ) -> CardFacts:
     recipe, inputs, examined = step.recipe, step.inputs, step.examined
     repo = recipe.publish.repo if recipe.publish else None
-    tensors = examined.checkpoints[inputs.donor.pinned].tensors
     chosen = recipe.publish.license if recipe.publish else None
     return CardFacts(
         title=repo.partition("/")[2] if repo else "Merged model",
@@ -179,7 +199,7 @@ def _facts(
         experts=inputs.experts,
         models=examined.facts,
         datasets=tuple(inputs.datasets.values()),
-        parameters={name: tensor.n_elements for name, tensor in tensors.items()},
+        parameters=sizes(step),
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,

@@ -86,6 +86,15 @@ def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
     return recipe.experts if registry.find(recipe.merge_method).takes_base else recipe.models
 
 
+def source_of(recipe: Recipe, inputs: Inputs, name: str) -> Source:
+    """The source of a model that the recipe names a second time, such as for its tokenizer."""
+    reference = recipe.reference(name)
+    if inputs.base and reference == recipe.base_model:
+        return inputs.base
+    entries = zip(merged_entries(recipe), inputs.experts, strict=True)
+    return next(expert for entry, expert in entries if entry.model == reference)
+
+
 def resolve_one(reference: ModelReference, api: HfApi) -> Source:
     """Pin one model that is named on its own.
 

@@ -40,3 +40,31 @@ def test_towers_are_stacks_of_their_own():
     assert names.stack("vision.layers.3.a") == "vision.layers"
     assert names.stack("text.layers.3.a") == "text.layers"
     assert names.stack("norm.weight") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "lm_head.bias", "model.lm_head.weight", "embed_out.weight"]
+)
+def test_heads_are_told_by_their_names(name):
+    assert names.is_head(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.lm_head.weight", "model.embed_tokens.weight", "lm_headless.w"]
+)
+def test_other_tensors_are_no_heads(name):
+    assert not names.is_head(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["wpe.weight", "bert.embeddings.position_embeddings.weight", "pos_embed"]
+)
+def test_positions_are_no_tokens(name):
+    assert not names.may_have_tokens(name)
+    assert not names.is_token_embedding(name)
+
+
+def test_token_embeddings_are_told_by_their_names():
+    assert names.is_token_embedding("transformer.wte.weight")
+    assert names.may_have_tokens("shared.weight")
+    assert not names.is_token_embedding("shared.weight")

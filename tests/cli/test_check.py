@@ -62,6 +62,15 @@ BROKEN = {
     "other shape": (RECIPE.replace("zoo/expert-reverse", "TMP/wide"), "of shape [2, 2]"),
     "other depth": (RECIPE.replace("zoo/expert-reverse", "TMP/shallow"), "lacks"),
     "other vocabulary": (RECIPE.replace("zoo/expert-reverse", "TMP/words"), "a vocabulary of"),
+    "other tokens": (
+        RECIPE.replace("zoo/expert-reverse", "TMP/renamed"),
+        "id 4 is '<|renamed|>' in TMP/renamed and '<|assistant|>' in zoo/base, so rows of their",
+    ),
+    "tokenizer that cannot be united": (
+        RECIPE.replace("zoo/expert-reverse", "TMP/slow") + "tokenizer_source: union\n",
+        "TMP/slow: it has no tokenizer.json, which a tokenizer that gets new tokens needs",
+    ),
+    "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "none of the models"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
     "method of a later version": (RECIPE.replace("ties", "ram"), "there is none in this version"),
     "parameter is unknown": (
@@ -120,6 +129,10 @@ def folders(tmp_path):
     (model("broken") / "model.safetensors").write_bytes(b"\xff" * 64)
     model("wide", {norm: torch.zeros(2, 2)})
     n_rows, width = tensors[embedding].shape
+    told = (zoo_folder() / "base" / "tokenizer.json").read_text(encoding="utf-8")
+    renamed = told.replace("<|assistant|>", "<|renamed|>")
+    (model("renamed") / "tokenizer.json").write_text(renamed, encoding="utf-8")
+    (model("slow") / "vocab.json").write_text('{"neverseen": 0}')
     model("words", {embedding: torch.zeros(n_rows + 8, width)})
     save_file(
         {name: tensor for name, tensor in tensors.items() if ".5." not in name},
@@ -152,6 +165,7 @@ def test_each_broken_recipe_gets_the_right_message(seeded, folders, monkeypatch)
             said = "\n".join(pipeline.check(parse_recipe(text, "recipe.yaml")).problems)
         except LewisHubError as error:
             said = str(error)
+        message = message.replace("TMP", str(folders))
         if not (re.search(message, said) or message in said):
             wrong[kind] = said
         assert "hf_reader" not in said

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lewis_hub.merge.compare import compare
+from lewis_hub.merge.compare import compare, passed_over
+from lewis_hub.merge.heads import settle_heads
 
 WIDE = torch.zeros(10, 4)
 BASE = {
@@ -39,14 +40,14 @@ def test_sources_that_fit_have_no_mismatch_whatever_their_float_dtypes(zoo, dtyp
         (
             changed(model__layers__1__q__weight=None),
             "missing",
-            "expert lacks model.layers.1.q.weight of the base base. Only models of one "
-            "architecture and depth can be merged.",
+            "expert lacks model.layers.1.q.weight of the base base. Use models of one architecture "
+            "and depth, or set `missing: base` to keep the base's.",
         ),
         (
             changed(model__layers__2__q__weight=torch.zeros(4)),
             "extra",
-            "expert has model.layers.2.q.weight, which the base base lacks. Only models of one "
-            "architecture and depth can be merged.",
+            "expert has model.layers.2.q.weight, which the base base lacks. Use models of one "
+            "architecture and depth, or set `missing: base` to leave them out.",
         ),
         (
             changed(model__layers__0__q__weight=torch.zeros(4, 5)),
@@ -58,15 +59,15 @@ def test_sources_that_fit_have_no_mismatch_whatever_their_float_dtypes(zoo, dtyp
             changed(model__embed_tokens__weight=torch.zeros(12, 4)),
             "vocabulary",
             "expert has a vocabulary of 12 rows in model.embed_tokens.weight, the base base has "
-            "10. Bring the expert to the base's vocabulary with transformers' "
-            "`model.resize_token_embeddings`.",
+            "10. No tokenizer.json of theirs says which token a row is for: bring the expert to "
+            "the base's vocabulary with transformers' `model.resize_token_embeddings`.",
         ),
         (
             changed(lm_head__weight=WIDE),
             "tied",
             "expert has a lm_head.weight of its own, the base base ties its head to the "
-            "embeddings. Save the expert again with tied embeddings, or use the base that it was "
-            "trained from.",
+            "embeddings. Use the base that it was trained from, or set `missing: base` to leave "
+            "its head out.",
         ),
         (
             changed(steps=torch.zeros(2)),
@@ -112,3 +113,55 @@ def test_a_base_that_cannot_be_read_is_told(zoo):
         ("base", "dtype"),
         ("expert", "dtype"),
     }
+
+
+def opened(zoo, **tensors):
+    return [zoo.source(label, one).checkpoint for label, one in tensors.items()]
+
+
+def test_with_missing_base_names_may_differ_and_a_note_says_what_happens(zoo):
+    expert = changed(model__layers__1__q__weight=None, lm_head__weight=WIDE.clone())
+    base, other = opened(zoo, base=dict(BASE), expert=expert)
+
+    assert compare(base, [other], "base") == ()
+    assert passed_over(base, [other]) == (
+        "expert lacks model.layers.1.q.weight: the base's stand in.",
+        "lm_head.weight of expert are left out: the base has none.",
+    )
+    assert passed_over(base, [base]) == ()
+
+
+def test_a_model_without_any_tensor_of_the_base_is_never_merged(zoo):
+    base, other = opened(zoo, base=dict(BASE), expert={"h.0.w": torch.zeros(2)})
+
+    (found,) = compare(base, [other], "base")
+
+    assert str(found).startswith("expert has no tensor of the base base. Nothing of it would be")
+
+
+def test_rows_of_tensors_that_are_put_together_may_differ_and_their_width_may_not(zoo):
+    name = "model.embed_tokens.weight"
+    base, longer, wider = opened(
+        zoo,
+        base=dict(BASE),
+        longer={**BASE, name: torch.zeros(12, 4)},
+        wider={**BASE, name: torch.zeros(12, 5)},
+    )
+
+    assert compare(base, [longer], assembled=[name]) == ()
+    assert [found.kind for found in compare(base, [wider], assembled=[name])] == ["shape"]
+
+
+def test_a_tied_expert_gets_a_head_exactly_where_the_tied_base_stores_one(zoo):
+    stored = changed(lm_head__weight=WIDE.clone())
+    with_head, without = opened(zoo, stored=stored, plain=dict(BASE))
+
+    given = settle_heads(with_head, without).tensors["lm_head.weight"]
+    embedding = without.tensors["model.embed_tokens.weight"]
+    assert (given.name, given.start, given.shape) == (
+        "lm_head.weight",
+        embedding.start,
+        embedding.shape,
+    )
+    assert set(settle_heads(without, with_head).tensors) == set(BASE)
+    assert settle_heads(with_head, with_head) == with_head

@@ -1,0 +1,119 @@
+"""Vocabulary: which token each row stands for, in the sources and in the merge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.errors import TokenizerError
+from lewis_hub.guides import registry
+from lewis_hub.merge.vocabularies import by_row, token_tensors
+from lewis_hub.recipe import Recipe
+from lewis_hub.stages.embeddings import assembled
+from lewis_hub.stages.sources import Inputs, source_of
+from lewis_hub.stages.tokenizers import Carried, Sources, Tokens
+from lewis_hub.vocabulary import files
+from lewis_hub.vocabulary.tokens import disagreement
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+N_SHOWN = 3
+
+
+def examine_tokens(
+    recipe: Recipe,
+    inputs: Inputs,
+    api: HfApi,
+    checkpoints: Mapping[str, Checkpoint],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> Tokens:
+    """Hold the tokenizers against each other, and decide on that of the merge."""
+    config = configs[inputs.donor.pinned]
+    n_tokens = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
+    tensors = token_tensors(checkpoints[inputs.donor.pinned], n_tokens)
+    sources = Sources(inputs, api, checkpoints, configs, tensors)
+    asked = recipe.asked_tokenizer
+    try:
+        found = assembled(recipe, asked, sources) if asked else _agreeing(sources)
+        return _with_template(recipe, found, sources)
+    except TokenizerError as error:
+        return Tokens(problems=(str(error),))
+
+
+def not_calibrated(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
+    """Calibration texts become ids once, by the base's tokenizer, and run through all sources."""
+    guide = recipe.guide
+    if guide is None or "importance" not in registry.find(guide.name).needs:
+        return []
+    return [
+        f"guide: {source.name} does not understand the ids of {inputs.donor.name}'s tokenizer, "
+        "which calibration texts are given in. Use guide `uniform`, give densities in "
+        "`parameters`, or leave this model out."
+        for source in inputs.models
+        if source.pinned in tokens.strangers
+    ]
+
+
+def _agreeing(sources: Sources) -> Tokens:
+    """Nothing was asked: tokenizers must agree, and what one has beyond the others is padding."""
+    others = [s for s in sources.inputs.models if not sources.is_alike(s)]
+    base = sources.vocabulary(sources.base) if others else None
+    if base is None:
+        return Tokens()
+    problems, notes, strangers = [], [], []
+    for source in others:
+        own = sources.vocabulary(source)
+        if own is None:
+            if sources.rows(source) != sources.rows(sources.base):
+                return Tokens()  # the check tells the shapes: nobody knows what the rows mean
+            continue
+        clash = disagreement(base, own)
+        if clash:
+            problems.append(
+                f"{clash}, so rows of their embeddings do not belong together. Set "
+                "`tokenizer_source`: with `base` the merge has the base's tokens, with `union` "
+                "those of all models."
+            )
+        elif extra := sorted(own.ids.keys() - base.ids.keys(), key=own.ids.__getitem__):
+            notes.append(
+                f"{source.name} has {_listed(extra)}, which the base's tokenizer lacks; "
+                "`tokenizer_source: union` would keep them."
+            )
+        if clash or sources.rows(source) < base.n_rows:
+            strangers.append(source.pinned)
+    every = [sources.checkpoints[source.pinned] for source in sources.inputs.models]
+    differ = len({sources.rows(source) for source in sources.inputs.models}) > 1
+    alignment = by_row(every[0], every, sources.tensors) if differ and not problems else None
+    return Tokens(None, alignment, tuple(strangers), tuple(problems), tuple(notes))
+
+
+def _with_template(recipe: Recipe, found: Tokens, sources: Sources) -> Tokens:
+    asked = recipe.chat_template
+    if asked is None or asked == "auto":
+        return found
+    text: str | None = asked
+    if recipe.reference(asked):
+        source = source_of(recipe, sources.inputs, asked)
+        text = files.template_of(source.name, sources.read(source, *files.KEEPERS))
+        if text is None:
+            remedy = "Name a model that has one, or give its text."
+            raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)
+    assert text is not None  # a text, or refused above
+    carried = found.carried or Carried(sources.base.pinned)
+    donor = next(s for s in sources.inputs.models if s.pinned == carried.donor)
+    changed = carried.written.get(files.CONFIG)
+    config = json.loads(changed) if changed else sources.read_json(donor, files.CONFIG)
+    written = {**carried.written, **files.with_template(text, config)}
+    dropped = (*carried.dropped, *files.TEMPLATES)
+    return replace(found, carried=replace(carried, written=written, dropped=dropped))
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:N_SHOWN]))
+    if len(tokens) > N_SHOWN:
+        return f"{len(tokens)} tokens ({shown}, ...)"
+    return f"the token{'s' * (len(tokens) > 1)} {shown}"
