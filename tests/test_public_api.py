@@ -1,5 +1,7 @@
 import doctest
 import os
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ EXAMPLES = {
         pipeline.merge_models,
         pipeline.evaluate_model,
         pipeline.publish,
+        pipeline.verify,
     )
 }
 
@@ -46,3 +49,12 @@ def test_everything_public_is_there_and_documented():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'lewis_hub' has no attribute 'mrege'"):
         lewis_hub.mrege  # noqa: B018
+
+
+def test_every_room_is_in_the_wheel():
+    root = Path(lewis_hub.__file__).parent
+    rooms = {path.parent.relative_to(root.parent) for path in root.rglob("__init__.py")}
+    told = tomllib.loads((root.parent / "pyproject.toml").read_text())
+
+    packages = set(told["tool"]["setuptools"]["packages"]) - {"lewis_hub.templates"}
+    assert packages == {".".join(room.parts) for room in rooms}
