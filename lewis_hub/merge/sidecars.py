@@ -15,7 +15,14 @@ NOT_CARRIED = frozenset(
 NOT_CARRIED_SUFFIXES = frozenset({".safetensors", ".png", ".jpg", ".svg"})
 
 
-def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -> tuple[str, ...]:
+def write_sidecars(
+    base: Path,
+    output: Path,
+    dtype: str | None,
+    *,
+    code: bool,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[str, ...]:
     """Carry over what a merged model needs beside its weights.
 
     Args:
@@ -24,6 +31,7 @@ def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -
         dtype: of the merged weights, such as ``bfloat16``; None where each tensor kept its own.
         code: whether the base's ``*.py`` files come along. They are never run here. Without
             them, ``auto_map`` leaves the configuration, which would name files that are not there.
+        config: takes the place of the base's own ``config.json``; None: that stays.
 
     Returns:
         Paths of the written files, relative to `output`, sorted.
@@ -36,11 +44,13 @@ def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -
         target = output / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         if relative.name.endswith("config.json") and relative.name != "generation_config.json":
-            config = json.loads(source.read_text(encoding="utf-8"))
-            config = config if code else _without_code(config)
-            if relative == PurePosixPath("config.json") and dtype:
-                config = _with_dtype(config, dtype)
-            target.write_text(_json(config), encoding="utf-8")
+            told = json.loads(source.read_text(encoding="utf-8"))
+            is_models = relative == PurePosixPath("config.json")
+            told = config if config is not None and is_models else told
+            told = told if code else _without_code(told)
+            if is_models and dtype:
+                told = _with_dtype(told, dtype)
+            target.write_text(_json(told), encoding="utf-8")
         else:
             shutil.copyfile(source, target)
         written.append(str(relative))

@@ -22,6 +22,7 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
 from lewis_hub.stages.merging import plan
+from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs
 
 if TYPE_CHECKING:
@@ -106,11 +107,18 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
     configs |= {pinned: configs[donor] for pinned in adapters}
-    problems += _misfits(inputs, checkpoints)
+    if not recipe.slices:  # of which the parts that are taken are compared, when they are planned
+        problems += _misfits(inputs, checkpoints)
+    output = checkpoints[donor]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
-    output_bytes = _output_bytes(checkpoints[donor], recipe.output_dtype)
+    if recipe.slices and not problems:
+        try:
+            output = outline(recipe, inputs, checkpoints, configs)
+        except MergeError as error:
+            problems.append(str(error))
+    output_bytes = _output_bytes(output, recipe.output_dtype)
     report = CheckReport(
         sources=tuple(
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
@@ -120,7 +128,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
         disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
-        memory_bytes=_memory_bytes(recipe, tuple(checkpoints.values())),
+        memory_bytes=_memory_bytes(recipe, (output, *checkpoints.values())),
     )
     return Examined(report, checkpoints, facts)
 

@@ -27,7 +27,7 @@ from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import Inputs, by_reference, merged_entries
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
@@ -43,17 +43,16 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     It reads back as a recipe beside `lewis/tasks`, where own task files are carried.
     """
     told = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    entries = merged_entries(recipe)
-    names = {
-        str(entry.model): expert.pinned
-        for entry, expert in zip(entries, inputs.experts, strict=True)
-    }
-    if recipe.base_model and inputs.base:
-        names[str(recipe.base_model)] = inputs.base.pinned
-        told["base_model"] = inputs.base.pinned
-    for model in told["models"]:
+    names = {str(model): source.pinned for model, source in by_reference(recipe, inputs).items()}
+    del told["models" if recipe.slices else "slices"]
+    models = told.get("models", [])
+    slices = told.get("slices", [])
+    for place in (told, *slices):
+        if "base_model" in place:
+            place["base_model"] = names[place["base_model"]]
+    for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
-    places = [told.get("guide", {}), *told["models"]]
+    places = [told.get("guide", {}), *models]
     for calibration in (place["calibration"] for place in places if "calibration" in place):
         dataset = inputs.datasets.get(calibration["dataset"])
         calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
@@ -169,7 +168,6 @@ def _facts(
 ) -> CardFacts:
     recipe, inputs, examined = step.recipe, step.inputs, step.examined
     repo = recipe.publish.repo if recipe.publish else None
-    tensors = examined.checkpoints[inputs.donor.pinned].tensors
     chosen = recipe.publish.license if recipe.publish else None
     return CardFacts(
         title=repo.partition("/")[2] if repo else "Merged model",
@@ -179,7 +177,7 @@ def _facts(
         experts=inputs.experts,
         models=examined.facts,
         datasets=tuple(inputs.datasets.values()),
-        parameters={name: tensor.n_elements for name, tensor in tensors.items()},
+        parameters=merged.parameters,
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,
