@@ -27,6 +27,7 @@ from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
+from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
@@ -142,6 +143,7 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
         method=recipe.merge_method,
         base=inputs.base.pinned if inputs.base else None,
         models={expert.pinned: entry.parameters for entry, expert in entries},
+        slices=pinned_slices(recipe, inputs),
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         schedule=guidance.schedule if guidance else None,
@@ -190,6 +192,7 @@ def _facts(
         mergekit=MERGEKIT in locked.outputs,
         digest=locked.digest,
         software=locked.software,
+        stack=stacked_blocks(recipe, inputs),
     )
 
 

@@ -13,7 +13,8 @@ from lewis_hub.merge.cutting import count_blocks
 from lewis_hub.merge.plan import MergeSource
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 from lewis_hub.methods import registry
-from lewis_hub.recipe import Recipe, Slice, SliceSource
+from lewis_hub.recipe import ModelReference, Recipe, Slice, SliceSource
+from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.stages.sources import Inputs, by_reference
 
 
@@ -52,6 +53,40 @@ def stack(recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint])
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         seed=recipe.seed,
+    )
+
+
+def stacked_blocks(recipe: Recipe, inputs: Inputs) -> tuple[StackedBlocks, ...]:
+    """Which blocks became which, for the card; none where whole models were merged."""
+    sources = by_reference(recipe, inputs)
+    rows, first = [], 0
+    for index, one in enumerate(recipe.slices):
+        base, _ = _divided(recipe, index, one)
+        blocks = range(first, first + len(one.sources[0].blocks))
+        made_from = tuple((sources[source.model], source.blocks) for source in one.sources)
+        rows.append(StackedBlocks(blocks, made_from, sources[base.model] if base else None))
+        first = blocks.stop
+    return tuple(rows)
+
+
+def pinned_slices(recipe: Recipe, inputs: Inputs) -> tuple[Slice, ...]:
+    """The slices with every model named by what it is pinned to."""
+    sources = by_reference(recipe, inputs)
+
+    def pinned(model: ModelReference) -> ModelReference:
+        return ModelReference(name=sources[model].pinned)
+
+    return tuple(
+        one.model_copy(
+            update={
+                "base_model": pinned(one.base_model) if one.base_model else None,
+                "sources": tuple(
+                    source.model_copy(update={"model": pinned(source.model)})
+                    for source in one.sources
+                ),
+            }
+        )
+        for one in recipe.slices
     )
 
 
