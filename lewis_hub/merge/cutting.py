@@ -42,7 +42,7 @@ def count_blocks(checkpoint: Checkpoint) -> int:
         if stack is not None and number is not None:
             last[stack] = max(number, last.get(stack, 0))
     if len(last) != 1:
-        found = f"several stacks of blocks ({', '.join(last)})" if last else "no blocks"
+        found = f"several stacks of blocks ({', '.join(sorted(last))})" if last else "no blocks"
         problem = f"{checkpoint.label} has {found}, and slices cut one stack"
         raise MergeError("slices", problem, "List whole models under `models`.")
     return next(iter(last.values())) + 1

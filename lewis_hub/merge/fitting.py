@@ -24,9 +24,9 @@ def require_number_of_experts(method: Method, settings: MergeSettings) -> None:
     models = "1 model" if least == 1 else f"{least} models"
     beside = " beside the base" if method.takes_base and settings.base else ""
     problem = f"it takes {'at least' if most is None else 'exactly'} {models}{beside}, found {n}"
-    remedy = f"List {least - n} more under `models`."
+    remedy = f"List {least - n} more."
     if most is not None and n > most:
-        remedy = f"Remove {n - most} from `models`, or merge in several steps."
+        remedy = f"Remove {n - most} of them, or merge in several steps."
     raise MergeError(f"method `{method.name}`", problem, remedy)
 
 
