@@ -119,7 +119,7 @@ def test_what_cannot_be_merged_is_refused(zoo, sources, method, change, schedule
 @pytest.mark.parametrize(
     ("method", "n", "says"),
     [
-        ("slerp", 2, "it takes exactly 1 model beside the base, found 2.\nRemove 1 from `models`"),
+        ("slerp", 2, "it takes exactly 1 model beside the base, found 2.\nRemove 1 of them"),
         ("nearswap", 2, "it takes exactly 1 model beside the base, found 2."),
         ("arcee_fusion", 2, "it takes exactly 1 model beside the base, found 2."),
         ("nuslerp", 1, "exactly 2 models beside the base, found 1.\nList 1 more."),
