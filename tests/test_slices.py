@@ -304,3 +304,50 @@ merge_method: passthrough
         written, by_hand.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
     )
     assert written.shape == (1, 13)
+
+
+SMALL = {"vocab_size": 96, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
+NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16}
+TYPES = ["sliding_attention", "full_attention"]
+ARCHITECTURES = {
+    "gpt2": {"n_layer": 4, "n_embd": 32, "n_head": 2},
+    "gemma3_text": {
+        **NARROW,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 4,
+        "layer_types": TYPES * 2,
+        "sliding_window": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_load_with_each_block_as_it_was(tmp_path, architecture):
+    transformers = pytest.importorskip("transformers")
+    told = SMALL | ARCHITECTURES[architecture]
+    config = transformers.AutoConfig.for_model(architecture, **told)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "a")
+    text = f"""slices:
+  - sources: [{{model: {tmp_path}/a, layer_range: [0, 3]}}]
+  - sources: [{{model: {tmp_path}/a, layer_range: [2, 4]}}]
+merge_method: passthrough
+"""
+
+    folder = pipeline.merge_models(recipe(text), tmp_path / "out").output
+    stacked, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert stacked.config.num_hidden_layers == 5
+    if "layer_types" in told:
+        sliding, full = TYPES
+        assert stacked.config.layer_types == [sliding, full, sliding, sliding, full]
+    find = "transformer.h" if architecture == "gpt2" else "model.layers"
+    ours, theirs = stacked.get_submodule(find), model.get_submodule(find)
+    for block, origin in zip(ours, (0, 1, 2, 2, 3), strict=True):
+        for name, tensor in theirs[origin].state_dict().items():
+            assert torch.equal(block.state_dict()[name], tensor)
+    assert stacked.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3).shape == (1, 6)
