@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -135,17 +136,54 @@ class Calibration(_Part):
         return self
 
 
+def _present(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Parameters = Annotated[Settings, BeforeValidator(_present)]  # a key without a value is allowed
+
+
 class ModelEntry(_Part):
     """An expert, or any source of a method without a base."""
 
     model: ModelReference
-    parameters: Settings = Field(default_factory=dict, description="weight, density, ...")
+    parameters: Parameters = Field(default_factory=dict, description="weight, density, ...")
     calibration: Calibration | None = Field(None, description="Own texts for this expert.")
 
-    @field_validator("parameters", mode="before")
+
+class SliceSource(_Part):
+    """Consecutive blocks of one model."""
+
+    model: ModelReference
+    layer_range: tuple[int, int] = Field(
+        description="The first block and the one after the last: [0, 16] are blocks 0 to 15."
+    )
+    parameters: Parameters = Field(default_factory=dict, description="weight, density, scale, ...")
+
+    @field_validator("layer_range", mode="before")
     @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return {} if value is None else value
+    def _is_range(cls, value: Any) -> Any:
+        pair = list(value) if isinstance(value, list | tuple) else []
+        if len(pair) != 2 or any(type(number) is not int for number in pair):
+            raise ValueError(f"expected [first block, one after the last], found {value}")
+        if not 0 <= pair[0] < pair[1]:
+            raise ValueError(f"{pair} is no range of blocks: they count from 0, the end exclusive")
+        return value
+
+    @property
+    def blocks(self) -> range:
+        """Their numbers in the model."""
+        return range(*self.layer_range)
+
+
+class Slice(_Part):
+    """The next blocks of the output: the same number from each source, merged one by one."""
+
+    sources: tuple[SliceSource, ...] = Field(min_length=1)
+    base_model: ModelReference | None = Field(
+        None, description="One of `sources`: what task vectors start from in this slice."
+    )
+    parameters: Parameters = Field(default_factory=dict, description="For this slice alone.")
 
 
 class Guide(_Part):
@@ -212,9 +250,12 @@ class Recipe(_Part):
     base_model: ModelReference | None = Field(
         None, description="What task vectors start from: repo, repo@revision or folder."
     )
-    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    models: tuple[ModelEntry, ...] = Field((), min_length=1, description="Or else `slices`.")
+    slices: tuple[Slice, ...] = Field(
+        (), min_length=1, description="Ranges of blocks, stacked in this order; or else `models`."
+    )
     merge_method: str = Field(description="`lewis-hub methods` lists them.")
-    parameters: Settings = Field(default_factory=dict, description="For all models.")
+    parameters: Parameters = Field(default_factory=dict, description="For all models.")
     dtype: DType | None = Field(None, description="Of the output; absent: as in the base.")
     out_dtype: DType | None = Field(None, description="mergekit's name for `dtype`; wins over it.")
     missing: Missing = Field(
@@ -241,11 +282,6 @@ class Recipe(_Part):
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return {} if value is None else value
-
     def placed_in(self, folder: Path) -> Recipe:
         """The same recipe, its relative paths looked up in `folder` first."""
         placed = self.model_copy()
@@ -264,8 +300,13 @@ class Recipe(_Part):
 
     @property
     def experts(self) -> tuple[ModelEntry, ...]:
-        """The models other than the base; mergekit's configs often list the base among them."""
-        return tuple(entry for entry in self.models if entry.model != self.base_model)
+        """The models other than the base; mergekit's configs often list the base among them.
+
+        Of `slices` each model stands once, in the order in which they name it.
+        """
+        named = dict.fromkeys(source.model for one in self.slices for source in one.sources)
+        listed = self.models or tuple(ModelEntry(model=model) for model in named)
+        return tuple(entry for entry in listed if entry.model != self.base_model)
 
     @property
     def asked_tokenizer(self) -> Tokenizer | None:

@@ -22,7 +22,7 @@ from lewis_hub.recipe_rules import SETTING, Complaint, Place, contradictions
 
 # What mergekit or a later version knows and this one does not: refused by name, never ignored.
 NOT_YET = {
-    "slices": "Layer stacking is not in this version: list whole models under `models`.",
+    "slices.residual_weight": "mergekit reads it and does nothing with it: remove it.",
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
     "guide.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
     "models.calibration.task": "Calibrating on a task is not in this version: name its dataset.",

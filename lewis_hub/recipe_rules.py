@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.recipe import Recipe
+from lewis_hub.recipe import ModelReference, Recipe
+from lewis_hub.recipe_tokenizer import Tokenizer
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
+
+LEAVE_OUT = "Leave it out."
 
 Place = tuple[str | int, ...]  # a path in the document, such as ("models", 0, "parameters")
 Complaint = tuple[Place, str, str]  # where, the problem, what to do
@@ -26,17 +29,7 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if base and base.on:
         remedy = "Name the whole model, and list the adapter under `models`."
         yield ("base_model",), "a base is a whole model, and this puts an adapter on one.", remedy
-    if not recipe.experts:
-        yield ("models",), "only the base is listed.", "Add at least one expert."
-    for index, entry in enumerate(recipe.models):
-        if entry.model.on and entry.model.on != base:
-            problem = f"an adapter is put on `{entry.model.on}`, and the base is `{base}`."
-            remedy = "It is merged as a task vector of `base_model`: name its base there, or merge "
-            remedy += "it into its base with peft (`merge_and_unload`) and list the result."
-            yield ("models", index, "model"), problem, remedy
-    names = [str(entry.model.model_copy(update={"on": None})) for entry in recipe.experts]
-    for twice in sorted({name for name in names if names.count(name) > 1}):
-        yield ("models",), f"`{twice}` is listed twice.", "List each expert once, with its weight."
+    yield from _slice_contradictions(recipe) if recipe.slices else _model_contradictions(recipe)
     if recipe.guide:
         yield from _guide_contradictions(recipe)
     yield from _bad_numbers(recipe)
@@ -49,6 +42,13 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
         yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
     asked = recipe.asked_tokenizer
+    if recipe.slices:
+        problem = "a stack has the tokenizer of its base, or else of its first model."
+        if asked and asked != Tokenizer(source="base"):
+            yield ("tokenizer" if recipe.tokenizer else "tokenizer_source",), problem, LEAVE_OUT
+        if recipe.chat_template not in (None, "auto"):
+            yield ("chat_template",), problem, LEAVE_OUT
+        return
     place: Place = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
     if asked and asked.source not in ("base", "union") and not recipe.reference(asked.source):
         problem = f"`{asked.source}` is none of the models."
@@ -68,8 +68,67 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield ("chat_template",), problem, remedy
 
 
+def _model_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    if not recipe.models:
+        remedy = "Add `models:`, or `slices:` to stack blocks; `lewis-hub schema` describes both."
+        yield ("models",), "`models` is missing.", remedy
+    elif not recipe.experts:
+        yield ("models",), "only the base is listed.", "Add at least one expert."
+    for index, entry in enumerate(recipe.models):
+        yield from _adapter_contradictions(recipe, ("models", index, "model"), entry.model)
+    names = [str(entry.model.model_copy(update={"on": None})) for entry in recipe.experts]
+    for twice in sorted({name for name in names if names.count(name) > 1}):
+        yield ("models",), f"`{twice}` is listed twice.", "List each expert once, with its weight."
+
+
+def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.models:
+        remedy = "List whole models under `models`, or ranges of their blocks under `slices`."
+        yield ("slices",), "both `models` and `slices` are given.", remedy
+    if recipe.missing != "error":
+        yield ("missing",), "slices take tensors as they are.", LEAVE_OUT
+    for index, one in enumerate(recipe.slices):
+        where: Place = ("slices", index)
+        if one.base_model and one.base_model.on:
+            remedy = "Name the whole model, and list the adapter under `sources`."
+            problem = "a base is a whole model, and this puts an adapter on one."
+            yield (*where, "base_model"), problem, remedy
+        elif one.base_model and one.base_model not in [source.model for source in one.sources]:
+            remedy = "Which of its blocks are meant has to be said: add it with its `layer_range`."
+            problem = f"the base `{one.base_model}` is not among the slice's sources."
+            yield (*where, "base_model"), problem, remedy
+        lengths = [len(source.blocks) for source in one.sources]
+        if len(set(lengths)) > 1:
+            problem = f"its sources have {_listed(lengths)} blocks."
+            remedy = "Block by block they become one: give ranges of equal length."
+            yield (*where, "sources"), problem, remedy
+        names = [str(source.model.model_copy(update={"on": None})) for source in one.sources]
+        for twice in sorted({name for name in names if names.count(name) > 1}):
+            remedy = "List each model once in a slice; another slice may have it again."
+            yield (*where, "sources"), f"`{twice}` is listed twice.", remedy
+        for place, source in enumerate(one.sources):
+            inner = (*where, "sources", place, "model")
+            yield from _adapter_contradictions(recipe, inner, source.model)
+
+
+def _adapter_contradictions(
+    recipe: Recipe, where: Place, model: ModelReference
+) -> Iterator[Complaint]:
+    if model.on and model.on != recipe.base_model:
+        problem = f"an adapter is put on `{model.on}`, and the base is `{recipe.base_model}`."
+        remedy = "It is merged as a task vector of `base_model`: name its base there, or merge "
+        remedy += "it into its base with peft (`merge_and_unload`) and list the result."
+        yield where, problem, remedy
+
+
 def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     assert recipe.guide
+    if recipe.slices:
+        problem = "a guide works with `models` only: it gives no densities to stacked blocks."
+        remedy = "Set `density` in `parameters`, or list whole models under `models`; a schedule "
+        remedy += "over stacked blocks comes with a later version."
+        yield ("guide",), problem, remedy
+        return
     if recipe.base_model is None:
         yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
     needs_texts = recipe.guide.name != "uniform"
@@ -89,10 +148,13 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:
     places: list[tuple[Place, Mapping[str, Any]]] = [(("parameters",), recipe.parameters)]
-    places += [
-        (("models", index, "parameters"), entry.parameters)
-        for index, entry in enumerate(recipe.models)
-    ]
+    for index, entry in enumerate(recipe.models):
+        places.append((("models", index, "parameters"), entry.parameters))
+    for index, one in enumerate(recipe.slices):
+        places.append((("slices", index, "parameters"), one.parameters))
+        for place, source in enumerate(one.sources):
+            inner = ("slices", index, "sources", place, "parameters")
+            places.append((inner, source.parameters))
     for where, settings in places:
         for name in ("weight", "density"):
             for value in _values(settings.get(name, ())):
@@ -107,3 +169,8 @@ def _values(setting: Any) -> list[Any]:
     if isinstance(setting, tuple):
         return [value for item in setting for value in _values(getattr(item, "value", item))]
     return [setting]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}"

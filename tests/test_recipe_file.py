@@ -33,9 +33,9 @@ BROKEN = {
         "r.yaml: expected a mapping with `models` and `merge_method`, found nothing.\n"
         "`lewis-hub init` writes a recipe to start from."
     ),
-    GOOD + "slices: []\n": (
-        "r.yaml:6: `slices`: `slices` is not understood by this version.\n"
-        "Layer stacking is not in this version: list whole models under `models`."
+    GOOD + "modules: {}\n": (
+        "r.yaml:6: `modules`: `modules` is not understood by this version.\n"
+        "Per-module merges are not in this version: list whole models under `models`."
     ),
     GOOD + "tokenizer_source: a/x\n": (
         "r.yaml:6: `tokenizer_source`: `a/x` is none of the models.\n"
@@ -165,6 +165,102 @@ BROKEN = {
 }
 
 
+SLICES = """base_model: a/b
+slices:
+  - sources:
+      - {model: a/b, layer_range: [0, 4]}
+      - {model: a/c, layer_range: [1, 5]}
+    parameters: {t: 0.5}
+merge_method: slerp
+"""
+SCHEMA = "`lewis-hub schema` describes every field."
+BROKEN |= {
+    "merge_method: ties\n": (
+        "r.yaml:1: `models`: `models` is missing.\n"
+        "Add `models:`, or `slices:` to stack blocks; `lewis-hub schema` describes both."
+    ),
+    "merge_method: ties\nslices: []\n": (
+        f"r.yaml:2: `slices`: expected at least one item, found a list.\n{SCHEMA}"
+    ),
+    SLICES + "tokenizer_source: union\n": (
+        "r.yaml:8: `tokenizer_source`: a stack has the tokenizer of its base, or else of its first "
+        "model.\nLeave it out."
+    ),
+    SLICES + "chat_template: a/c\n": (
+        "r.yaml:8: `chat_template`: a stack has the tokenizer of its base, or else of its first "
+        "model.\nLeave it out."
+    ),
+    SLICES + "missing: base\n": (
+        "r.yaml:8: `missing`: slices take tensors as they are.\nLeave it out."
+    ),
+    SLICES + "models: [{model: a/d}]\n": (
+        "r.yaml:2: `slices`: both `models` and `slices` are given.\n"
+        "List whole models under `models`, or ranges of their blocks under `slices`."
+    ),
+    SLICES.replace("[1, 5]", "[1, 6]"): (
+        "r.yaml:3: `slices[0].sources`: its sources have 4 and 5 blocks.\n"
+        "Block by block they become one: give ranges of equal length."
+    ),
+    SLICES.replace("[1, 5]", "[5, 5]"): (
+        "r.yaml:5: `slices[0].sources[1].layer_range`: [5, 5] is no range of blocks: they count "
+        f"from 0, the end exclusive.\n{SCHEMA}"
+    ),
+    SLICES.replace("[1, 5]", "[-4, 0]"): (
+        "r.yaml:5: `slices[0].sources[1].layer_range`: [-4, 0] is no range of blocks: they count "
+        f"from 0, the end exclusive.\n{SCHEMA}"
+    ),
+    SLICES.replace("[1, 5]", "[1, 3, 5]"): (
+        "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, one after the last], "
+        f"found [1, 3, 5].\n{SCHEMA}"
+    ),
+    SLICES.replace("[1, 5]", "4"): (
+        "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, one after the last], "
+        f"found 4.\n{SCHEMA}"
+    ),
+    SLICES.replace(", layer_range: [1, 5]", ""): (
+        "r.yaml:5: `slices[0].sources[1].layer_range`: `layer_range` is missing.\n"
+        "Add `layer_range:`; `lewis-hub schema` describes it."
+    ),
+    SLICES.replace("layer_range: [1, 5]", "layer_range: [1, 5], parametres: {}"): (
+        "r.yaml:5: `slices[0].sources[1].parametres`: unknown key `parametres`.\n"
+        "Did you mean `parameters`?"
+    ),
+    SLICES.replace("    parameters", "    residual_weight: 0.1\n    parameters"): (
+        "r.yaml:6: `slices[0].residual_weight`: `residual_weight` is not understood by this "
+        "version.\nmergekit reads it and does nothing with it: remove it."
+    ),
+    SLICES.replace("{t: 0.5}", "{t: 0.5, density: 2}"): (
+        "r.yaml:6: `slices[0].parameters.density`: a density lies between 0 and 1, found 2.\n"
+        "It is the fraction of entries kept."
+    ),
+    SLICES.replace("[1, 5]", "[1, 5], parameters: {weight: [a]}"): (
+        f"r.yaml:5: `slices[0].sources[1].parameters.weight`: found a list.\nExpected {SETTING}"
+    ),
+    SLICES.replace("a/c", "a/b"): (
+        "r.yaml:3: `slices[0].sources`: `a/b` is listed twice.\n"
+        "List each model once in a slice; another slice may have it again."
+    ),
+    SLICES.replace("    parameters", "    base_model: a/d\n    parameters"): (
+        "r.yaml:6: `slices[0].base_model`: the base `a/d` is not among the slice's sources.\n"
+        "Which of its blocks are meant has to be said: add it with its `layer_range`."
+    ),
+    SLICES.replace("    parameters", "    base_model: a/b+d/e\n    parameters"): (
+        "r.yaml:6: `slices[0].base_model`: a base is a whole model, and this puts an adapter on "
+        "one.\nName the whole model, and list the adapter under `sources`."
+    ),
+    SLICES.replace("a/c", "a/c+d/e"): (
+        "r.yaml:5: `slices[0].sources[1].model`: an adapter is put on `a/c`, and the base is "
+        "`a/b`.\nIt is merged as a task vector of `base_model`: name its base there, or merge it "
+        "into its base with peft (`merge_and_unload`) and list the result."
+    ),
+    SLICES + f"guide: {{calibration: {CALIBRATION}}}\n": (
+        "r.yaml:8: `guide`: a guide works with `models` only: it gives no densities to stacked "
+        "blocks.\nSet `density` in `parameters`, or list whole models under `models`; a schedule "
+        "over stacked blocks comes with a later version."
+    ),
+}
+
+
 @pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_recipe_gets_one_message_that_says_where_and_what_to_do(text):
     with pytest.raises(RecipeError) as caught:
@@ -253,6 +349,88 @@ def test_a_mergekit_configuration_is_a_recipe(name):
     assert [str(entry.model) for entry in recipe.experts][:2] == ["org/one", "org/two"]
 
 
+# mergekit's example configurations with slices, in our words
+STACKED = {
+    "slerp with a gradient": """
+slices:
+  - sources:
+      - model: org/one
+        layer_range: [0, 40]
+      - model: org/two
+        layer_range: [0, 40]
+merge_method: slerp
+base_model: org/one
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: float16
+""",
+    "passthrough with overlap": """
+slices:
+  - sources:
+    - model: org/one
+      layer_range: [0, 24]
+  - sources:
+    - model: org/two
+      layer_range: [20, 40]
+merge_method: passthrough
+dtype: float16
+""",
+    "one model, scaled": """
+slices:
+  - sources:
+    - model: org/one
+      layer_range: [0, 8]
+      parameters:
+  - parameters:
+    sources:
+    - model: org/one
+      layer_range: [4, 12]
+      parameters:
+        scale:
+          - filter: o_proj
+            value: 0.0
+          - filter: down_proj
+            value: 0.0
+          - value: 1.0
+merge_method: passthrough
+dtype: bfloat16
+""",
+    "ties slice by slice": """
+slices:
+  - sources: [{model: org/base, layer_range: [0, 4]}, {model: org/one, layer_range: [0, 4]}]
+    base_model: org/base
+    parameters: {weight: 0.5}
+  - sources: [{model: org/two, layer_range: [4, 8], parameters: {density: [0.2, 1]}},
+              {model: org/base, layer_range: [0, 4]}]
+merge_method: ties
+base_model: org/base
+""",
+}
+
+
+def test_mergekits_slices_are_recipes():
+    recipes = {name: parse_recipe(text, "r.yaml") for name, text in STACKED.items()}
+
+    experts = {name: [str(e.model) for e in recipe.experts] for name, recipe in recipes.items()}
+    assert experts == {
+        "slerp with a gradient": ["org/two"],
+        "passthrough with overlap": ["org/one", "org/two"],
+        "one model, scaled": ["org/one"],
+        "ties slice by slice": ["org/one", "org/two"],
+    }
+    second = recipes["passthrough with overlap"].slices[1].sources[0]
+    assert (str(second.model), second.blocks) == ("org/two", range(20, 40))
+    assert recipes["one model, scaled"].slices[1].sources[0].parameters["scale"][1] == (
+        Conditional(filter="down_proj", value=0.0)
+    )
+    assert recipes["ties slice by slice"].slices[0].parameters == {"weight": 0.5}
+
+
 def test_settings_keep_what_was_written():
     recipe = parse_recipe(MERGEKIT["ties with gradients and filters"], "r.yaml")
 
@@ -337,9 +515,19 @@ def test_relative_paths_are_looked_up_beside_the_recipe_first(tmp_path, monkeypa
 def test_the_schema_describes_every_top_level_key():
     properties = json.loads(schema())["properties"]
 
-    assert {"base_model", "models", "merge_method", "guide", "evaluate", "publish"} <= set(
-        properties
-    )
+    assert {
+        "base_model",
+        "models",
+        "slices",
+        "merge_method",
+        "guide",
+        "evaluate",
+        "publish",
+    } <= set(properties)
+    parts = json.loads(schema())["$defs"]
+    assert set(parts["Slice"]["properties"]) == {"sources", "base_model", "parameters"}
+    assert parts["SliceSource"]["required"] == ["model", "layer_range"]
+    assert "description" in parts["SliceSource"]["properties"]["layer_range"]
     assert json.loads(schema())["additionalProperties"] is False
 
 

@@ -37,6 +37,12 @@ def stack(name: str) -> str | None:
     return name[: found.start()] if found else None
 
 
+def renumbered(name: str, number: int) -> str:
+    """The same tensor of another block; the name as it is outside the blocks."""
+    found = BLOCK.search(name)
+    return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}" if found else name
+
+
 def component(name: str) -> str:
     """What a tensor is, in whichever block: `self_attn.q_proj`; outside blocks the module."""
     found = BLOCK.search(name)

@@ -155,7 +155,7 @@ def _shapes(base: Checkpoint, expert: Checkpoint, assembled: Collection[str]) ->
                 "shape",
                 expert.label,
                 (ours.name,),
-                f"has {ours.name} of shape {list(theirs.shape)}, "
+                f"has {theirs.name} of shape {list(theirs.shape)}, "
                 f"the base {base.label} has {list(ours.shape)}",
                 "A task vector needs equal shapes: use experts of the same size as the base.",
             )

@@ -23,7 +23,7 @@ def merge_by_definition(
     Args:
         plan: of the shard that the tensor is in.
         tensor: of it.
-        readers: one a source, in the order of the plan.
+        readers: one an input of the tensor.
 
     Returns:
         The bytes of the result in the output's dtype.
@@ -35,10 +35,10 @@ def merge_by_definition(
 
     method = registry.find(plan.method)
     sources = [reader.tensor(header) for reader, header in zip(readers, tensor.inputs, strict=True)]
-    for label, source in zip(plan.labels, sources, strict=True):
+    for number, source in zip(tensor.sources, sources, strict=True):
         if not source.isfinite().all():
             remedy = "That model is broken: use another revision of it, or leave it out."
-            raise NonFiniteError(tensor.output.name, label, remedy)
+            raise NonFiniteError(tensor.output.name, plan.labels[number], remedy)
     given: dict[str, Any] = {
         "weights": torch.tensor(tensor.weights, dtype=torch.float32),
         "densities": tensor.densities,

@@ -103,7 +103,8 @@ def merge_shard(
         ]
         writer = opened.enter_context(ShardWriter(output, layout))
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
-        desks = Desks(len(readers), max(b for b in blocks if b <= LONGEST_ROW))
+        n_together = max(len(tensor.inputs) for tensor in plan.tensors)
+        desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
         site = Site(plan, assembling(plan, readers), writer, desks)
         jobs = [
             Job(site, tensor, start)

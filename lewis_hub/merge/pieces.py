@@ -71,7 +71,7 @@ class Site:
     """Where a shard is made.
 
     Attributes:
-        readers: one a source, in the order of the plan.
+        readers: one a source, as the plan's `labels` count them.
     """
 
     plan: ShardPlan
@@ -87,6 +87,11 @@ class Job:
     site: Site
     tensor: TensorPlan
     start: int
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """One an input."""
+        return tuple(self.site.readers[source] for source in self.tensor.sources)
 
     @property
     def kinds(self) -> npt.NDArray[np.int64]:
@@ -113,7 +118,7 @@ class Job:
             for first in range(span.start, span.stop, most):
                 n = min(most, span.stop - first)
                 self._read(desk, first, n, 0)
-                yield Piece(desk.raw, self.kinds, n, first, self.block, desk.out, kind)
+                yield Piece(self._rows(desk), self.kinds, n, first, self.block, desk.out, kind)
 
     def samples(self, starts: Sequence[int], length: int) -> Iterator[Piece]:
         """Runs of `length` entries from each of `starts`, as many to a piece as it holds."""
@@ -125,7 +130,7 @@ class Job:
                 for place, first in enumerate(taken):
                     self._read(desk, first, length, place * length)
                 n = len(taken) * length
-                yield Piece(desk.raw, self.kinds, n, 0, BLOCK, desk.out, kind)
+                yield Piece(self._rows(desk), self.kinds, n, 0, BLOCK, desk.out, kind)
 
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""
@@ -134,21 +139,25 @@ class Job:
         self.site.writer.write(self.start + piece.first * width, written)
 
     def copy(self) -> None:
-        """Take the tensor from the first source as it is."""
-        source = self.tensor.inputs[0]
+        """Take the tensor from its first source as it is."""
+        source, reader = self.tensor.inputs[0], self.readers[0]
         with self.site.desks.one() as desk:
             for first in range(0, source.n_bytes, desk.out.size):
                 held = desk.out.data[: source.n_bytes - first]
-                self.site.readers[0].read(source, first, held)
+                reader.read(source, first, held)
                 self.site.writer.write(self.start + first, held)
 
     def finish(self) -> None:
         """Say that its bytes are final."""
         self.site.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
 
+    def _rows(self, desk: Desk) -> npt.NDArray[np.uint8]:
+        """As many as there are inputs."""
+        return desk.raw[: len(self.tensor.inputs)]
+
     def _read(self, desk: Desk, first: int, n: int, place: int) -> None:
         for reader, tensor, row in zip(
-            self.site.readers, self.tensor.inputs, desk.raw, strict=True
+            self.readers, self.tensor.inputs, self._rows(desk), strict=True
         ):
             width = WIDTHS[tensor.dtype]
             reader.read(tensor, first * width, row.data[place * width : (place + n) * width])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lewis_hub.errors import MergeError
 from lewis_hub.merge import parameters
 from lewis_hub.merge.alignment import Alignment, arrange, shape
 from lewis_hub.merge.compare import compare
+from lewis_hub.merge.fitting import require_number_of_experts, require_schedule_fits
 from lewis_hub.merge.rows import Assembled
 from lewis_hub.methods import random_bits, registry
 from lewis_hub.methods.registry import PER_SOURCE, Method
@@ -78,7 +79,9 @@ class TensorPlan:
     """How one tensor is made.
 
     Attributes:
-        inputs: one a source; the base's alone for a tensor that is copied.
+        inputs: one a source, the base's first; that one alone for a tensor that is copied. Of a
+            slice they may be of other blocks than the output.
+        sources: of the inputs, as `ShardPlan.labels` counts them.
         weights: one an expert; none for a tensor that is copied.
         densities: one an expert; none where the method takes none.
         streams: of random bits, one an expert; none where the method draws none.
@@ -90,6 +93,7 @@ class TensorPlan:
 
     output: OutputTensor
     inputs: tuple[TensorHeader, ...]
+    sources: tuple[int, ...]
     weights: tuple[float, ...] = ()
     densities: tuple[float, ...] = ()
     streams: tuple[int, ...] = ()
@@ -114,7 +118,7 @@ class ShardPlan:
     """One output file; complete in itself."""
 
     method: str
-    labels: tuple[str, ...]  # of the sources, as `TensorPlan.inputs` counts them
+    labels: tuple[str, ...]  # of the sources, as `TensorPlan.sources` counts them
     bases: tuple[str | None, ...]  # of an adapter: label of the checkpoint that it changes
     source_digests: tuple[str, ...]
     layout: ShardLayout
@@ -171,27 +175,59 @@ def make_plan(
         MergeError: unknown method or parameter, a filter or schedule that fits no tensor, or
             sources that do not fit together.
     """
+    require_mergeable(settings)
+    tensors = settings.sources[0].checkpoint.tensors
+    own = [expert.parameters for expert in settings.experts]
+    parameters.require_filters_fit(settings.parameters, own, tensors)
+    require_schedule_fits(registry.find(settings.method), settings, schedule or {})
+    made = plan_tensors(settings, parameters.depths(tensors), schedule or {})
+    return plan_shards(settings.method, settings.sources, made, max_shard_bytes)
+
+
+def require_mergeable(settings: MergeSettings) -> None:
+    """Refuse sources that do not fit the method or each other, and settings that it has not.
+
+    Raises:
+        MergeError: as for `make_plan`.
+    """
     method = registry.find(settings.method)
-    sources = settings.sources
     _require_sources(method, settings)
     own = [expert.parameters for expert in settings.experts]
     parameters.require_valid(method, settings.parameters, own)
-    tensors = sources[0].checkpoint.tensors
-    parameters.require_filters_fit(settings.parameters, own, tensors)
-    _require_schedule_fits(method, settings, schedule or {})
-    outputs = [
-        OutputTensor(name, _output_dtype(tensor, settings.dtype), shape(settings.alignment, tensor))
-        for name, tensor in tensors.items()
-    ]
-    depths = parameters.depths(tensors)
-    made = {
-        output.name: _plan_tensor(settings, schedule or {}, output, depths[output.name])
-        for output in outputs
+
+
+def plan_tensors(
+    settings: MergeSettings, depths: Mapping[str, float], schedule: Schedule
+) -> dict[str, TensorPlan]:
+    """Plan every tensor of `depths`, in its order; `sources` count those of the settings."""
+    tensors = settings.sources[0].checkpoint.tensors
+    return {
+        name: _plan_tensor(
+            settings,
+            schedule,
+            OutputTensor(
+                name,
+                _output_dtype(tensors[name], settings.dtype),
+                shape(settings.alignment, tensors[name]),
+            ),
+            depth,
+        )
+        for name, depth in depths.items()
     }
+
+
+def plan_shards(
+    method: str,
+    sources: Sequence[MergeSource],
+    made: Mapping[str, TensorPlan],
+    max_shard_bytes: int,
+) -> MergePlan:
+    """Put tensors into files, in their order; `sources` are those that they count."""
+    outputs = [tensor.output for tensor in made.values()]
     return MergePlan(
         tuple(
             ShardPlan(
-                method.name,
+                method,
                 tuple(source.label for source in sources),
                 tuple(source.checkpoint.base for source in sources),
                 tuple(source.digest for source in sources),
@@ -211,10 +247,12 @@ def _plan_tensor(
     labels = [source.label for source in settings.sources]
     inputs, assembled = arrange(settings.alignment, name, output.shape, labels, parts)
     if inputs[0].dtype not in MERGEABLE:
-        return TensorPlan(output, inputs[:1])
+        return TensorPlan(output, inputs[:1], (0,))
     options = parameters.options_of(method, settings.parameters, name, depth)
     own = {
-        keyword: tuple(_setting(setting, settings, e, name, depth) for e in settings.experts)
+        keyword: tuple(
+            _setting(setting, settings, e, _own_name(e, name), depth) for e in settings.experts
+        )
         for keyword, setting in PER_SOURCE.items()
         if keyword == "weights" or method.takes(keyword)
     }
@@ -231,7 +269,14 @@ def _plan_tensor(
         streams = tuple(
             random_bits.stream(settings.seed, name, i) for i in range(len(settings.experts))
         )
-    return TensorPlan(output, inputs, weights, densities, streams, own, options, assembled)
+    used = tuple(range(len(inputs)))
+    return TensorPlan(output, inputs, used, weights, densities, streams, own, options, assembled)
+
+
+def _own_name(source: MergeSource, name: str) -> str:
+    """What the tensor is called in the source itself, whose block may have another number."""
+    tensor = source.checkpoint.tensors.get(name)
+    return tensor.name if tensor else name
 
 
 def _setting(
@@ -252,42 +297,10 @@ def _require_sources(method: Method, settings: MergeSettings) -> None:
         raise MergeError(where, "it needs a base to start from", "Name a `base_model`.")
     if not settings.experts:
         raise MergeError(where, "there is nothing to merge", "List at least one expert.")
-    _require_number_of_experts(method, settings)
+    require_number_of_experts(method, settings)
     first, *others = (source.checkpoint for source in settings.sources)
     assembled = settings.alignment.tensors if settings.alignment else frozenset()
     mismatches = compare(first, others, settings.missing, assembled)
     if mismatches:
         problem = f"the sources do not fit together: {mismatches[0].source} {mismatches[0].problem}"
         raise MergeError(where, problem, mismatches[0].remedy)
-
-
-def _require_number_of_experts(method: Method, settings: MergeSettings) -> None:
-    least, most = method.n_experts
-    n = len(settings.experts)
-    if n >= least and (most is None or n <= most):
-        return
-    models = "1 model" if least == 1 else f"{least} models"
-    beside = " beside the base" if method.takes_base and settings.base else ""
-    problem = f"it takes {'at least' if most is None else 'exactly'} {models}{beside}, found {n}"
-    remedy = f"List {least - n} more under `models`."
-    if most is not None and n > most:
-        remedy = f"Remove {n - most} from `models`, or merge in several steps."
-    raise MergeError(f"method `{method.name}`", problem, remedy)
-
-
-def _require_schedule_fits(method: Method, settings: MergeSettings, schedule: Schedule) -> None:
-    if schedule and not method.takes_density:
-        problem = f"`{method.name}` keeps every entry, so a guide's densities would do nothing"
-        raise MergeError("guide", problem, "Use `ties`, `dare_ties` or `dare_linear`.")
-    labels = {expert.label: expert.checkpoint.tensors for expert in settings.experts}
-    for label, densities in schedule.items():
-        if label not in labels:
-            problem = f"it schedules {label}, which is not merged"
-            raise MergeError("guide", problem, f"Experts: {', '.join(labels)}.")
-        for name, density in densities.items():
-            if name not in labels[label]:
-                problem = f"it schedules {name}, which no source has"
-                raise MergeError("guide", problem, "Measure the importance of these sources anew.")
-            if not 0 <= density <= 1:
-                problem = f"it gives {name} the density {density:g}"
-                raise MergeError("guide", problem, "A density lies between 0 and 1.")

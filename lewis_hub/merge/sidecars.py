@@ -50,6 +50,7 @@ def write_sidecars(
     *,
     code: bool,
     tokenizer: TokenizerFiles | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[str, ...]:
     """Carry over what a merged model needs beside its weights.
 
@@ -60,6 +61,7 @@ def write_sidecars(
         code: whether the base's ``*.py`` files come along. They are never run here. Without
             them, ``auto_map`` leaves the configuration, which would name files that are not there.
         tokenizer: None where the merge has the base's.
+        config: takes the place of the base's own ``config.json``; None: that stays.
 
     Returns:
         Paths of the written files, relative to `output`, sorted.
@@ -74,13 +76,13 @@ def write_sidecars(
         if relative.name.endswith("config.json") and (
             relative.name != "generation_config.json" or tokenizer.generation
         ):
-            config = json.loads(source.read_text(encoding="utf-8"))
-            config = config if code else _without_code(config)
+            told = json.loads(source.read_text(encoding="utf-8"))
             if relative == PurePosixPath("config.json"):
-                config = _with(_with_dtype(config, dtype) if dtype else config, tokenizer.config)
+                told = config if config is not None else told
+                told = _with(_with_dtype(told, dtype) if dtype else told, tokenizer.config)
             elif relative == PurePosixPath("generation_config.json"):
-                config = _with(config, tokenizer.generation)
-            target.write_text(_json(config), encoding="utf-8")
+                told = _with(told, tokenizer.generation)
+            target.write_text(_json(told if code else _without_code(told)), encoding="utf-8")
         else:
             shutil.copyfile(source, target)
         written.add(str(relative))

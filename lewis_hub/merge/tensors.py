@@ -40,7 +40,7 @@ def make_tensor(job: Job, runner: Runner) -> int:
             views = trimmed(job, experts, spans, runner)
         list(runner.map(lambda part: _merge(job, *part), zip(spans, views, strict=True)))
     else:
-        merged = merge_by_definition(job.site.plan, job.tensor, job.site.readers)
+        merged = merge_by_definition(job.site.plan, job.tensor, job.readers)
         job.site.writer.write(job.start, memoryview(merged))
     job.finish()
     return job.tensor.output.n_bytes
@@ -66,7 +66,8 @@ def _make(job: Job, span: Span, kernel: Callable[[Piece], int]) -> None:
 
 
 def _not_finite(job: Job, source: int) -> NonFiniteError:
-    labels, name = job.site.plan.labels, job.tensor.output.name
+    name = job.tensor.output.name
+    labels = [job.site.plan.labels[number] for number in job.tensor.sources]
     if source < len(labels):
         remedy = "That model is broken: use another revision of it, or leave it out."
         return NonFiniteError(name, labels[source], remedy)

@@ -45,6 +45,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         gains=found.gains if found else (),
         limits=[*(found.limits if found else ()), *_limits(facts)],
         inputs=tables.inputs(facts),
+        stack=tables.stack(facts),
         licence=_licence(facts),
         calibration=tables.calibration(facts),
         recipe=markdown.fenced(facts.recipe, "yaml"),
@@ -99,16 +100,29 @@ def _summary(facts: CardFacts) -> str:
     known = METHODS.get(facts.method.name)
     method = known.title if known else f"the method {markdown.code(facts.method.name)}"
     method = markdown.link(method, facts.method.paper)
-    experts = _listed([tables.model(facts, one) for one in facts.experts])
-    base = (
-        f" into {tables.model(facts, facts.base)}" if facts.base and facts.method.takes_base else ""
-    )
     n_parameters, dtype = sum(facts.parameters.values()), facts.dtype or "its parents' precision"
-    told = [f"This model merges {experts}{base} by {method}; nothing was trained."]
+    told = [_stacked(facts, method) if facts.stack else _merged(facts, method)]
     if facts.guided:
         told.append(_guidance(facts.guided))
     told.append(f"It has {n_parameters:,} parameters in {markdown.text(dtype)}.")
     return " ".join(told)
+
+
+def _merged(facts: CardFacts, method: str) -> str:
+    experts = _listed([tables.model(facts, one) for one in facts.experts])
+    base = (
+        f" into {tables.model(facts, facts.base)}" if facts.base and facts.method.takes_base else ""
+    )
+    return f"This model merges {experts}{base} by {method}; nothing was trained."
+
+
+def _stacked(facts: CardFacts, method: str) -> str:
+    sources = {source.pinned: source for one in facts.stack for source, _ in one.sources}
+    parents = _listed([tables.model(facts, source) for source in sources.values()])
+    return (
+        f"This model stacks {facts.stack[-1].blocks.stop} blocks, made from blocks of {parents} by "
+        f"{method}, slice by slice; nothing was trained."
+    )
 
 
 def _guidance(guided: Guided) -> str:

@@ -34,6 +34,19 @@ class Guided:
 
 
 @dataclass(frozen=True)
+class StackedBlocks:
+    """Blocks of the output, and the sources' blocks that they were made from, one by one.
+
+    Attributes:
+        base: which of the sources task vectors start from; None for a method that takes none.
+    """
+
+    blocks: range
+    sources: tuple[tuple[Source, range], ...]
+    base: Source | None
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All that a card states. Strings are as they were found; the card escapes them.
 
@@ -58,6 +71,7 @@ class CardFacts:
         mergekit: whether `mergekit_config.yml` lies beside the card.
         digest: the lock's.
         software: name -> version, lewis_hub among them.
+        stack: the slices, where blocks were stacked.
     """
 
     title: str
@@ -80,6 +94,7 @@ class CardFacts:
     mergekit: bool
     digest: str
     software: Mapping[str, str]
+    stack: tuple[StackedBlocks, ...] = ()
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -93,6 +93,8 @@ class Lock:
             "seed": self.seed,
             "max_shard_bytes": self.max_shard_bytes,
         }
+        if "slices" in self.recipe:
+            fixed["slices"] = _numbered(self.recipe)
         return "sha256:" + hashlib.sha256(canonical(fixed)).hexdigest()
 
     def to_json(self) -> str:
@@ -178,6 +180,23 @@ def _fixing(recipe: Any) -> Any:
     if isinstance(recipe, (list, tuple)):
         return [_fixing(item) for item in recipe]
     return recipe
+
+
+def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Which input each slice has where: numbers in the order of `inputs`, for names fix nothing."""
+    numbers: dict[str, int] = {}
+
+    def number(name: str | None) -> int | None:
+        return None if name is None else numbers.setdefault(name, len(numbers))
+
+    number(recipe.get("base_model"))
+    return [
+        {
+            "sources": [number(source["model"]) for source in one["sources"]],
+            "base": number(one.get("base_model")),
+        }
+        for one in recipe["slices"]
+    ]
 
 
 def _lock(document: Mapping[str, Any]) -> Lock:

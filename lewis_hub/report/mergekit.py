@@ -6,7 +6,7 @@ part of the tensor's name counts, and an entry without a filter always does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.methods import registry
-from lewis_hub.recipe import Conditional, Setting, Settings
+from lewis_hub.recipe import Conditional, Setting, Settings, Slice
 
 METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
@@ -34,13 +34,14 @@ class MergekitMerge:
     Attributes:
         method: one of METHODS.
         base: pinned; None for a method that takes none.
-        models: pinned source -> its own settings, in the recipe's order.
+        models: pinned source -> its own settings, in the recipe's order; none of a stack.
         parameters: settings of all models.
         dtype: of the output; None where each tensor keeps its own.
         schedule: densities that a guide gave; None where the settings have them.
         tensors: names of all tensors of the checkpoint.
         adapters: those of the models that are LoRA adapters of the base.
         tokenizer: what the recipe asks of it; empty where it is the base's.
+        slices: of a stack, in its order, sources by their pinned names.
     """
 
     method: str
@@ -52,6 +53,7 @@ class MergekitMerge:
     tensors: Collection[str]
     adapters: Collection[str] = ()
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    slices: Sequence[Slice] = ()
 
 
 def mergekit_config(merge: MergekitMerge) -> str:
@@ -62,28 +64,49 @@ def mergekit_config(merge: MergekitMerge) -> str:
     scheduled = {one.source: one for one in merge.schedule.experts} if merge.schedule else {}
     models = []
     for source, settings in merge.models.items():
-        parameters = {name: _plain(setting) for name, setting in settings.items()}
+        parameters = _plain_settings(settings)
         if source in scheduled:
             parameters["density"] = conditions(scheduled[source], merge.tensors)
-        model = f"{merge.base}+{source}" if source in merge.adapters else source
-        models.append({"model": model} | ({"parameters": parameters} if parameters else {}))
+        models.append({"model": _model(merge, source)} | _given(parameters))
     document: dict[str, Any] = {"merge_method": merge.method}
-    # a base that is not listed would count there as one more model
-    is_told = bool(merge.base and registry.find(merge.method).takes_base) or (
-        merge.base in merge.models
-    )
-    if is_told:
+    # a base that is not listed would count there as one more model; in a slice it would not
+    is_told = registry.find(merge.method).takes_base or merge.base in merge.models
+    if merge.base and (is_told or merge.slices):
         document |= {"base_model": merge.base, "tokenizer_source": "base"}
     if merge.tokenizer and (is_told or not merge.base):
         document.pop("tokenizer_source", None)
         document |= merge.tokenizer
-    document["models"] = models
-    if merge.parameters:
-        document["parameters"] = {k: _plain(v) for k, v in merge.parameters.items()}
+    if merge.slices:
+        document["slices"] = [_slice(merge, one) for one in merge.slices]
+    else:
+        document["models"] = models
+    document |= _given(_plain_settings(merge.parameters))
     if merge.dtype:
         document |= {"dtype": "float32", "out_dtype": merge.dtype}
     told = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return HEADER + str(told)
+
+
+def _model(merge: MergekitMerge, source: str) -> str:
+    return f"{merge.base}+{source}" if source in merge.adapters else source
+
+
+def _slice(merge: MergekitMerge, one: Slice) -> dict[str, Any]:
+    sources = [
+        {"model": _model(merge, str(source.model)), "layer_range": _Flow(source.layer_range)}
+        | _given(_plain_settings(source.parameters))
+        for source in one.sources
+    ]
+    base = {"base_model": str(one.base_model)} if one.base_model else {}
+    return base | {"sources": sources} | _given(_plain_settings(one.parameters))
+
+
+def _given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {"parameters": parameters} if parameters else {}
+
+
+def _plain_settings(settings: Settings) -> dict[str, Any]:
+    return {name: _plain(setting) for name, setting in settings.items()}
 
 
 def conditions(expert: ExpertSchedule, tensors: Collection[str]) -> list[dict[str, Any]]:
@@ -112,6 +135,10 @@ class _Row(dict[str, Any]):
     """Written on one line."""
 
 
+class _Flow(list[Any]):
+    """Written on one line too."""
+
+
 class _Dumper(yaml.SafeDumper):
     pass
 
@@ -120,4 +147,9 @@ def _on_one_line(dumper: yaml.SafeDumper, row: _Row) -> yaml.Node:
     return dumper.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True)
 
 
+def _list_on_one_line(dumper: yaml.SafeDumper, items: _Flow) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+
 _Dumper.add_representer(_Row, _on_one_line)
+_Dumper.add_representer(_Flow, _list_on_one_line)

@@ -32,6 +32,25 @@ def inputs(facts: CardFacts) -> str:
     return markdown.table(["role", "model", "revision asked", "pinned to", "licence"], rows)
 
 
+def stack(facts: CardFacts) -> str | None:
+    """Which blocks of which source became which of the output; the base of a slice first."""
+    if not facts.stack:
+        return None
+    rows = []
+    for one in facts.stack:
+        ordered = sorted(one.sources, key=lambda pair: pair[0] != one.base)
+        named = [f"{model(facts, source)} {_blocks(blocks)}" for source, blocks in ordered]
+        if one.base:
+            named[0] = f"base {named[0]}"
+        rows.append([_blocks(one.blocks), ", ".join(named)])
+    return markdown.table(["blocks", "made from blocks of"], rows)
+
+
+def _blocks(blocks: range) -> str:
+    first, last = blocks[0], blocks[-1]
+    return str(first) if first == last else f"{first}–{last}"
+
+
 def densities(facts: CardFacts) -> str | None:
     """Each expert's densities in short; the mean is weighted by parameters."""
     if facts.guided is None:

@@ -22,6 +22,7 @@ from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_a
 from lewis_hub.stages.evaluation import has_twin, selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
+from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
 from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
@@ -109,13 +110,21 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
     configs |= {pinned: configs[donor] for pinned in adapters}
-    checkpoints = settle(inputs, checkpoints, configs)
-    tokens = examine_tokens(recipe, inputs, api, checkpoints, configs)
-    problems += [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
+    tokens = Tokens()
+    if not recipe.slices:  # of which the parts that are taken are compared, when they are planned
+        checkpoints = settle(inputs, checkpoints, configs)
+        tokens = examine_tokens(recipe, inputs, api, checkpoints, configs)
+        problems += [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
+    output = checkpoints[donor]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
-    output_bytes = _output_bytes(checkpoints[donor], recipe.output_dtype)
+    if recipe.slices and not problems:
+        try:
+            output = outline(recipe, inputs, checkpoints, configs)
+        except MergeError as error:
+            problems.append(str(error))
+    output_bytes = _output_bytes(output, recipe.output_dtype)
     report = CheckReport(
         sources=tuple(
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
@@ -129,7 +138,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
         disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
-        memory_bytes=_memory_bytes(recipe, tuple(checkpoints.values())),
+        memory_bytes=_memory_bytes(recipe, (output, *checkpoints.values())),
     )
     return Examined(report, checkpoints, facts, tokens)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.density import DensitySchedule
@@ -16,7 +17,9 @@ from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.runners import parse_runner
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
+from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.recipe import Recipe, Settings
+from lewis_hub.stages.slicing import configuration, stack
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 if TYPE_CHECKING:
@@ -32,12 +35,14 @@ class MergedModel:
         identity: digest of its plan: equal ones hold equal weights.
         shards: file of weights -> SHA-256 in hexadecimal; the index is among them.
         sidecars: paths of the files beside the weights, relative to `folder`.
+        parameters: tensor -> number of parameters.
     """
 
     identity: str
     folder: Path
     shards: Mapping[str, str]
     sidecars: tuple[str, ...]
+    parameters: Mapping[str, int]
 
 
 def plan(
@@ -61,6 +66,8 @@ def plan(
     Raises:
         MergeError: the settings do not fit the method or the sources.
     """
+    if recipe.slices:
+        return make_stacked_plan(stack(recipe, inputs, checkpoints), max_shard_bytes)
 
     def source(pinned: Source, parameters: Settings) -> MergeSource:
         content = inputs.content(pinned)
@@ -116,9 +123,22 @@ def make(
         recipe.output_dtype,
         code=donor.name in recipe.allow_code,
         tokenizer=_tokenizer_files(examined.tokens.carried, folders),
+        config=_stacked_config(step, folders) if recipe.slices else None,
     )
     shards = {name: result.sha256 for name, result in found.items()}
-    return MergedModel(planned.digest, output, shards, sidecars)
+    tensors = [tensor for shard in planned.shards for tensor in shard.tensors]
+    parameters = {tensor.output.name: tensor.output.n_elements for tensor in tensors}
+    return MergedModel(planned.digest, output, shards, sidecars, parameters)
+
+
+def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
+    inputs = step.inputs
+    configs = {}
+    for source in inputs.models:
+        owner = inputs.donor if source.is_adapter else source
+        text = (folders[owner.pinned] / "config.json").read_text(encoding="utf-8")
+        configs[source.pinned] = json.loads(text)
+    return configuration(step.recipe, inputs, step.examined.checkpoints, configs)
 
 
 def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Path:

@@ -26,8 +26,9 @@ from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.execution import Step
-from lewis_hub.stages.merging import MergedModel, sizes
-from lewis_hub.stages.sources import Inputs, merged_entries, source_of
+from lewis_hub.stages.merging import MergedModel
+from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
+from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
@@ -43,18 +44,17 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     It reads back as a recipe beside `lewis/tasks`, where own task files are carried.
     """
     told = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    entries = merged_entries(recipe)
-    names = {
-        str(entry.model): expert.pinned
-        for entry, expert in zip(entries, inputs.experts, strict=True)
-    }
-    if recipe.base_model and inputs.base:
-        names[str(recipe.base_model)] = inputs.base.pinned
-        told["base_model"] = inputs.base.pinned
-    for model in told["models"]:
+    names = {str(model): source.pinned for model, source in by_reference(recipe, inputs).items()}
+    del told["models" if recipe.slices else "slices"]
+    models = told.get("models", [])
+    slices = told.get("slices", [])
+    for place in (told, *slices):
+        if "base_model" in place:
+            place["base_model"] = names[place["base_model"]]
+    for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
-    places = [told.get("guide", {}), *told["models"]]
+    places = [told.get("guide", {}), *models]
     for calibration in (place["calibration"] for place in places if "calibration" in place):
         dataset = inputs.datasets.get(calibration["dataset"])
         calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
@@ -163,6 +163,7 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
         method=recipe.merge_method,
         base=inputs.base.pinned if inputs.base else None,
         models={expert.pinned: entry.parameters for entry, expert in entries},
+        slices=pinned_slices(recipe, inputs),
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         schedule=guidance.schedule if guidance else None,
@@ -199,7 +200,7 @@ def _facts(
         experts=inputs.experts,
         models=examined.facts,
         datasets=tuple(inputs.datasets.values()),
-        parameters=sizes(step),
+        parameters=merged.parameters,
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,
@@ -212,6 +213,7 @@ def _facts(
         mergekit=MERGEKIT in locked.outputs,
         digest=locked.digest,
         software=locked.software,
+        stack=stacked_blocks(recipe, inputs),
     )
 
 

@@ -82,8 +82,21 @@ def resolve_inputs(recipe: Recipe, api: HfApi) -> Inputs:
 
 
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
-    """What is merged: the experts, or all that is listed where the method takes no base."""
-    return recipe.experts if registry.find(recipe.merge_method).takes_base else recipe.models
+    """What is merged: the experts, or all that is listed where the method takes no base.
+
+    Of slices the experts: which of them the base goes into, the slices say.
+    """
+    takes_base = registry.find(recipe.merge_method).takes_base
+    return recipe.experts if takes_base or recipe.slices else recipe.models
+
+
+def by_reference(recipe: Recipe, inputs: Inputs) -> dict[ModelReference, Source]:
+    """What each model of a recipe is pinned to."""
+    models = [entry.model for entry in merged_entries(recipe)]
+    found = dict(zip(models, inputs.experts, strict=True))
+    if recipe.base_model and inputs.base:
+        found[recipe.base_model] = inputs.base
+    return found
 
 
 def source_of(recipe: Recipe, inputs: Inputs, name: str) -> Source:

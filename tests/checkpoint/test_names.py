@@ -21,6 +21,18 @@ def test_a_name_says_block_component_and_module(name, block, component, module):
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.mlp.experts.5.w1", "model.layers.12.mlp.experts.5.w1"),
+        ("h.0.ln_1.weight", "h.12.ln_1.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_a_tensor_of_another_block_differs_in_the_first_number(name, expected):
+    assert names.renumbered(name, 12) == expected
+
+
+@pytest.mark.parametrize(
     "name",
     ["model.embed_tokens.weight", "transformer.wte.weight", "tok_embeddings.weight", "wpe.weight"],
 )

@@ -17,6 +17,7 @@ from lewis_hub.checkpoint.reader import read_headers
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import inline
+from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.methods import registry
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -95,6 +96,13 @@ class Zoo:
         folder = self.root / output
         folder.mkdir(exist_ok=True)
         plan = make_plan(settings, shard, schedule)
+        results = run(plan, self.folders, folder, runner or inline(), lambda _: None)
+        return Outcome(folder, plan, results)
+
+    def stack(self, settings, output="out", *, shard=10**9, runner=None):
+        folder = self.root / output
+        folder.mkdir(exist_ok=True)
+        plan = make_stacked_plan(settings, shard)
         results = run(plan, self.folders, folder, runner or inline(), lambda _: None)
         return Outcome(folder, plan, results)
 

@@ -119,13 +119,13 @@ def test_what_cannot_be_merged_is_refused(zoo, sources, method, change, schedule
 @pytest.mark.parametrize(
     ("method", "n", "says"),
     [
-        ("slerp", 2, "it takes exactly 1 model beside the base, found 2.\nRemove 1 from `models`"),
+        ("slerp", 2, "it takes exactly 1 model beside the base, found 2.\nRemove 1 of them"),
         ("nearswap", 2, "it takes exactly 1 model beside the base, found 2."),
         ("arcee_fusion", 2, "it takes exactly 1 model beside the base, found 2."),
-        ("nuslerp", 1, "exactly 2 models beside the base, found 1.\nList 1 more under `models`."),
+        ("nuslerp", 1, "exactly 2 models beside the base, found 1.\nList 1 more."),
         ("model_stock", 1, "it takes at least 2 models beside the base, found 1."),
         ("sce", 1, "it takes at least 2 models beside the base, found 1."),
-        ("passthrough", 2, "it takes exactly 1 model, found 2.\nRemove 1 from `models`, or merge"),
+        ("passthrough", 2, "it takes exactly 1 model, found 2.\nRemove 1 of them, or merge"),
     ],
 )
 def test_another_number_of_models_than_a_method_takes_is_refused(zoo, sources, method, n, says):

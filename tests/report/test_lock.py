@@ -154,6 +154,23 @@ def test_the_digest_is_the_documented_one():
     assert lock.digest == "sha256:" + hashlib.sha256(document.encode()).hexdigest()
 
 
+def stacked(*models, base=None, names=("a/b", "c/d")):
+    slices = [
+        {"sources": [{"model": names[i], "layer_range": [0, 2]} for i in one], "base_model": base}
+        for one in models
+    ]
+    return replace(LOCK, recipe={"base_model": names[0], "slices": slices}).digest
+
+
+def test_of_slices_the_digest_says_which_input_goes_where_and_not_what_it_is_called():
+    digest = stacked([0], [1], [0])
+
+    assert stacked([0], [1], [0], names=("e/f", "g/h")) == digest
+    assert stacked([0], [1], [1]) != digest
+    assert stacked([0, 1]) != stacked([1, 0])
+    assert stacked([0, 1], base="a/b") != stacked([0, 1], base="c/d")
+
+
 def test_canonical_json_writes_equal_values_alike():
     assert canonical({"b": 1.0, "a": (True, 2, 0.1)}) == b'{"a":[true,2,0.1],"b":1}'
     assert canonical({"a": [True, 2.0, 0.1], "b": 1}) == b'{"a":[true,2,0.1],"b":1}'
