@@ -6,8 +6,10 @@ import importlib.util
 import logging
 import os
 import re
+import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from lewis_hub.errors import ExtraMissingError, LewisHubError, MergeError
 
 ADDRESS = re.compile(r"auto|([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")
 N_RETRIES = 3  # of an item whose worker was lost
+CONNECT_S = 10.0
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray's processes listen on no other address
 
 Item = TypeVar("Item")
@@ -91,26 +94,40 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
     """The module `ray`, connected for as long as the block lasts."""
-    own = address is None
-    if own:
+    if address is None:
         os.environ.setdefault(LOOPBACK_ONLY, "0")  # read when ray is imported
     import ray
 
     if ray.is_initialized():
         yield ray
         return
-    options = {"include_dashboard": False} if own else {}
     try:
-        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        if address is None:
+            ray.init(
+                "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+        else:
+            _require_answer(address)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         remedy = "See `ray status` on this machine, or work without Ray: `--runner threads`."
-        if own:
-            remedy = "Work without Ray: `--runner threads`."
         raise MergeError(f"ray at {address or 'this machine'}", _line(error), remedy) from error
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # there Ray tells of lost workers
+            yield ray
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 def _result(ray: Any, finished: Any) -> Any:

@@ -2,13 +2,12 @@
 
 import os
 import pickle
-import re
 
 import pytest
 import torch
 from safetensors.torch import load
 
-from lewis_hub.errors import BrokenCheckpointError, DeviceError, MergeError, NonFiniteError
+from lewis_hub.errors import BrokenCheckpointError, DeviceError, NonFiniteError
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import make_plan
 from lewis_hub.merge.runners import inline, threads
@@ -114,17 +113,3 @@ def test_a_gpu_that_is_not_there_is_told_before_any_work(device):
         f"device `{device}`: torch {torch.__version__} finds none.\n"
         "Use `--device cpu`, or install a driver and a torch that was built for CUDA."
     )
-
-
-def test_a_device_that_torch_does_not_know_is_told():
-    with pytest.raises(DeviceError) as caught:
-        Execution(device="gpu").require_usable()
-
-    assert str(caught.value) == (
-        "device `gpu`: torch knows no such device.\nWrite cpu, cuda or cuda:1."
-    )
-
-
-def test_a_runner_is_refused_before_any_work():
-    with pytest.raises(MergeError, match=re.escape("there is no runner `thread`")):
-        Execution(runner="thread").require_usable()
