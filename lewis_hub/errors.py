@@ -108,6 +108,10 @@ class CheckFailedError(LewisHubError):
         return f"this recipe cannot be merged:\n{found}\n`lewis-hub check` shows the sources."
 
 
+class DeviceError(LocatedError):
+    """A device that this machine does not have, or that is too small; `where` is the device."""
+
+
 # -- calibration
 
 

@@ -96,6 +96,8 @@ def calibrate(
         (0.3, 0.8)
     """
     output, progress = Path(output), progress or Silent()
+    execution = Execution(device=device)
+    execution.require_usable()
     if recipe.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
@@ -105,7 +107,7 @@ def calibrate(
         recipe.model_copy(update={"evaluate": None, "publish": None}), inputs, api, allow_code=False
     )
     checking.require_fine(examined.report)
-    step = Step(recipe, inputs, examined, Execution(device=device), api, progress)
+    step = Step(recipe, inputs, examined, execution, api, progress)
     sets = calibration.calibration_sets(step)
     output.mkdir(parents=True, exist_ok=True)
     folders = downloading.everything(step)
@@ -141,6 +143,7 @@ def merge_models(
     """
     output = Path(output)
     execution, progress = execution or Execution(), progress or Silent()
+    execution.require_usable()
     api = hub_api()
     inputs = resolve_inputs(recipe, api)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
@@ -182,6 +185,7 @@ def evaluate_model(
         5
     """
     execution, progress = execution or Execution(), progress or Silent()
+    execution.require_usable()
     api = hub_api()
     source = resolve_one(model, api)
     return evaluation.score_one(source, asked, execution, api, progress)

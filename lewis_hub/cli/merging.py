@@ -36,7 +36,9 @@ recipe_argument = click.argument(
     default="recipe.yaml",
     type=click.Path(dir_okay=False, path_type=Path),
 )
-device_option = click.option("--device", default="cpu", help="Where models run: cpu, cuda, cuda:1.")
+device_option = click.option(
+    "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
+)
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
@@ -102,7 +104,12 @@ def importance(terminal: Terminal, recipe_file: Path, output: Path | None, devic
 )
 @click.option("--no-eval", is_flag=True, help="Do not score, whatever the recipe says.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it is there.")
-@click.option("--runner", default="threads", help="inline, threads or threads:N.")
+@click.option("--runner", default="threads", help="inline, threads, threads:N or ray.")
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="auto or HOST:PORT of the Ray cluster this machine is part of [a Ray of its own].",
+)
 @device_option
 @click.option("--max-shard-size", default="5GB", help="Largest output file [5GB].")
 @click.option(
@@ -120,6 +127,7 @@ def merge(
     no_eval: bool,
     force: bool,
     runner: str,
+    ray_address: str | None,
     device: str,
     max_shard_size: str,
     allow_code_execution: bool,
@@ -138,6 +146,7 @@ def merge(
         recipe = recipe.model_copy(update={"evaluate": None})
     execution = Execution(
         runner=runner,
+        ray_address=ray_address,
         device=device,
         max_shard_bytes=parse_size(max_shard_size),
         replace=force,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.methods import registry
@@ -15,18 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge_by_definition(
-    plan: ShardPlan, tensor: TensorPlan, readers: Sequence[Reader]
-) -> bytearray:
-    """Merge one tensor with the method's own function.
+def merge_by_definition(plan: ShardPlan, tensor: TensorPlan, sources: Sequence[Tensor]) -> Tensor:
+    """Merge one tensor with the method's own function, on the device that its sources are on.
 
     Args:
         plan: of the shard that the tensor is in.
         tensor: of it.
-        readers: one an input of the tensor.
+        sources: in float32, one an input of the tensor.
 
     Returns:
-        The bytes of the result in the output's dtype.
+        The result in the output's dtype, contiguous, on the same device.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
@@ -34,13 +31,12 @@ def merge_by_definition(
     import torch
 
     method = registry.find(plan.method)
-    sources = [reader.tensor(header) for reader, header in zip(readers, tensor.inputs, strict=True)]
     for number, source in zip(tensor.sources, sources, strict=True):
         if not source.isfinite().all():
             remedy = "That model is broken: use another revision of it, or leave it out."
             raise NonFiniteError(tensor.output.name, plan.labels[number], remedy)
     given: dict[str, Any] = {
-        "weights": torch.tensor(tensor.weights, dtype=torch.float32),
+        "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),
         "densities": tensor.densities,
         "streams": tensor.streams,
         **tensor.own,
@@ -53,7 +49,14 @@ def merge_by_definition(
     if not rounded.isfinite().all():
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
         raise NonFiniteError(tensor.output.name, "the merged model", remedy)
-    return bytearray(rounded.flatten().view(torch.uint8).numpy())
+    return rounded
+
+
+def bytes_of(merged: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in the host's memory, as a file has them."""
+    import torch
+
+    return merged.flatten().view(torch.uint8).numpy().data
 
 
 def _arguments(method: Method, sources: Sequence[Tensor], n_experts: int) -> tuple[Tensor, ...]:

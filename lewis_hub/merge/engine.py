@@ -7,9 +7,11 @@ folder gets its name. A shard without a fitting note is made anew.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint.layout import index_document
 from lewis_hub.checkpoint.reader import INDEX, Reader, TensorReader
 from lewis_hub.checkpoint.writer import ShardWriter, require_room
-from lewis_hub.errors import OutputError
+from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.merge.cluster import Ray, cpus_of_this_task
 from lewis_hub.merge.plan import MergePlan, ShardPlan
-from lewis_hub.merge.runners import Inline, Runner
+from lewis_hub.merge.runners import Inline, Runner, threads
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -43,8 +46,9 @@ def run(
     plan: MergePlan,
     folders: Mapping[str, Path],
     output: Path,
-    runner: Runner,
+    runner: Runner | Ray,
     advance: Advance,
+    device: str | None = None,
 ) -> dict[str, ShardResult]:
     """Write all shards and their index into a folder.
 
@@ -54,6 +58,8 @@ def run(
         output: exists; finished shards of the same plan in it are kept.
         runner: the bytes are the same whichever it is.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
+        device: where the methods' definitions run, as torch names it; None: the kernels run.
+            Ray's workers run the kernels.
 
     Returns:
         File name -> digest and size; the index among them where there is one.
@@ -62,23 +68,25 @@ def run(
         NonFiniteError: a source or the result holds NaN or infinity.
         BrokenCheckpointError: a source's file is missing or ends too early.
         OutputError: there is not enough room, or the folder cannot be written.
+        MergeError: a Ray cluster or one of its workers failed.
+        DeviceError: a tensor does not fit on the device.
     """
-    kept = {shard.layout.name: _kept(shard, output) for shard in plan.shards}
-    remaining = [shard.layout for shard in plan.shards if not kept[shard.layout.name]]
-    there = sum(_size(output / layout.name) for layout in remaining)
-    require_room(output, sum(layout.n_bytes for layout in remaining) - there)
-    results: dict[str, ShardResult] = {}
-    for shard in plan.shards:
-        found = kept[shard.layout.name]
-        if found:
-            advance(found.n_bytes)
-        results[shard.layout.name] = found or merge_shard(shard, folders, output, runner, advance)
+    results = {shard.layout.name: _kept(shard, output) for shard in plan.shards}
+    remaining = [shard for shard in plan.shards if not results[shard.layout.name]]
+    there = sum(_size(output / shard.layout.name) for shard in remaining)
+    require_room(output, sum(shard.layout.n_bytes for shard in remaining) - there)
+    advance(sum(result.n_bytes for result in results.values() if result))
+    if isinstance(runner, Ray):
+        made = _elsewhere(remaining, folders, output, runner, advance)
+    else:
+        made = (merge_shard(s, folders, output, runner, advance, device) for s in remaining)
+    results |= {result.name: result for result in made}
     index = index_document(plan.layouts)
     if index:
         path = output / INDEX
         path.write_text(index, encoding="utf-8")
         results[INDEX] = ShardResult(INDEX, sha256_of(path), path.stat().st_size)
-    return results
+    return {name: result for name, result in results.items() if result}
 
 
 def merge_shard(
@@ -87,9 +95,11 @@ def merge_shard(
     output: Path,
     runner: Runner,
     advance: Advance,
+    device: str | None = None,
 ) -> ShardResult:
     """Make one shard from the beginning; the arguments are those of `run`."""
     from lewis_hub.merge.assembled import assembling
+    from lewis_hub.merge.devices import make_on_device
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports numba
     from lewis_hub.merge.pieces import Desks, Job, Site
 
@@ -111,7 +121,8 @@ def merge_shard(
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)
         ]
         advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
-        for n_bytes in _make_all(jobs, runner):
+        made = make_on_device(jobs, device) if device else _make_all(jobs, runner)
+        for n_bytes in made:
             advance(n_bytes)
         result = ShardResult(layout.name, writer.finish(), layout.n_bytes)
     told = {"plan": plan.digest, "sha256": result.sha256, "n_bytes": result.n_bytes}
@@ -121,6 +132,31 @@ def merge_shard(
         problem = f"it cannot be written ({error.strerror})."
         raise OutputError(str(note), problem, "Free some space, then run again.") from None
     return result
+
+
+def _elsewhere(
+    shards: Sequence[ShardPlan],
+    folders: Mapping[str, Path],
+    output: Path,
+    runner: Ray,
+    advance: Advance,
+) -> Iterator[ShardResult]:
+    """Have each shard made by a worker that opens the folders itself."""
+    if not shards:
+        return
+    shared = {label: folder.absolute() for label, folder in folders.items()}
+    for result in runner.map(partial(_on_worker, shared, output.absolute()), shards):
+        advance(result.n_bytes)
+        yield result
+
+
+def _on_worker(folders: Mapping[str, Path], output: Path, plan: ShardPlan) -> ShardResult:
+    for folder in (*folders.values(), output):
+        if not folder.is_dir():
+            problem = f"the worker on {socket.gethostname()} does not see {folder}"
+            remedy = "Keep sources and output where all machines mount them under the same path."
+            raise MergeError("runner `ray`", problem, remedy)
+    return merge_shard(plan, folders, output, threads(cpus_of_this_task()), lambda _: None)
 
 
 def _open(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from lewis_hub.errors import MergeError
+from lewis_hub.merge.cluster import Ray, require_address
 
 LARGE_ELEMENTS = 8 << 20
 
@@ -17,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class Runner(Protocol):
-    """Applies a function to items, several at a time."""
+    """Applies a function to items of this process, several at a time."""
 
     @property
     def n_workers(self) -> int:
@@ -69,18 +70,25 @@ def threads(n_workers: int | None = None) -> Runner:
     return Threads(n_workers or len(os.sched_getaffinity(0)))
 
 
-def parse_runner(name: str) -> Runner:
-    """`inline`, `threads` or `threads:N`.
+def parse_runner(name: str, ray_address: str | None = None) -> Runner | Ray:
+    """`inline`, `threads`, `threads:N` or `ray`; an address goes with `ray` alone.
 
     Raises:
-        MergeError: it is none of them.
+        MergeError: it is none of them, or the address is none.
     """
     kind, _, count = name.partition(":")
+    if name == "ray":
+        if ray_address is not None:
+            require_address(ray_address)
+        return Ray(ray_address)
+    if ray_address is not None:
+        problem = f"`{ray_address}` was given for the runner `{name}`"
+        raise MergeError("ray address", problem, "Choose the runner `ray`, or give no address.")
     if name == "inline":
         return inline()
     if name == "threads":
         return threads()
     if kind == "threads" and count.isascii() and count.isdigit() and int(count) > 0:
         return threads(int(count))
-    problem = f"there is no runner `{name}` in this version"
-    raise MergeError("runner", problem, "Write `inline`, `threads` or `threads:N`.")
+    problem = f"there is no runner `{name}`"
+    raise MergeError("runner", problem, "Write `inline`, `threads`, `threads:N` or `ray`.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge import arithmetic, fused
-from lewis_hub.merge.definition import merge_by_definition
+from lewis_hub.merge.definition import bytes_of, merge_by_definition
 from lewis_hub.merge.operands import TRIM, Experts, Piece
 from lewis_hub.merge.pieces import Job, Span
 from lewis_hub.merge.runners import Runner
@@ -40,8 +40,7 @@ def make_tensor(job: Job, runner: Runner) -> int:
             views = trimmed(job, experts, spans, runner)
         list(runner.map(lambda part: _merge(job, *part), zip(spans, views, strict=True)))
     else:
-        merged = merge_by_definition(job.site.plan, job.tensor, job.readers)
-        job.site.writer.write(job.start, memoryview(merged))
+        _define(job)
     job.finish()
     return job.tensor.output.n_bytes
 
@@ -55,6 +54,13 @@ def _average(job: Job, span: Span) -> None:
     weights = np.array(job.tensor.weights, np.float32)
     divisor = fused.divisor_of(job.tensor)
     _make(job, span, lambda piece: arithmetic.average(piece, weights, divisor))
+
+
+def _define(job: Job) -> None:
+    pairs = zip(job.readers, job.tensor.inputs, strict=True)
+    sources = [reader.tensor(header) for reader, header in pairs]
+    merged = merge_by_definition(job.site.plan, job.tensor, sources)
+    job.site.writer.write(job.start, bytes_of(merged))
 
 
 def _make(job: Job, span: Span, kernel: Callable[[Piece], int]) -> None:

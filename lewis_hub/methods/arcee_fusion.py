@@ -56,7 +56,7 @@ def _divergences(first: Tensor, second: Tensor) -> Floats:
 
 
 def _divergence(rows: Tensor, others: Tensor) -> Floats:
-    p, q = (_softmax(x.double().numpy()) + FLOOR for x in (rows, others))
+    p, q = (_softmax(x.double().cpu().numpy()) + FLOOR for x in (rows, others))
     return np.asarray((p * np.log(p / q)).sum(axis=1))
 
 

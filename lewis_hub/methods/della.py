@@ -10,6 +10,7 @@ import numpy as np
 from lewis_hub.methods import random_bits
 from lewis_hub.methods.combine import all_votes, elected_votes
 from lewis_hub.methods.registry import register
+from lewis_hub.methods.sparsify import mask
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -102,8 +103,8 @@ def drop_by_rank(
         return task_vector
     rows = task_vector.reshape(-1, task_vector.shape[-1] if task_vector.dim() else 1)
     below, factors = allowances(rows.shape[1], density, spread, rescale=rescale)
-    ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().numpy()
+    ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().cpu().numpy()
     drawn = random_bits.halves(stream, task_vector.numel()) < below[ranks]
-    kept = rows.new_tensor(drawn).bool().view(rows.shape)
+    kept = mask(drawn, rows)
     scaled = rows * rows.new_tensor(factors[ranks]).view(rows.shape)
     return scaled.where(kept, 0.0).reshape(task_vector.shape)

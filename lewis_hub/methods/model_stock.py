@@ -36,9 +36,9 @@ def model_stock(
     vectors = tensors - base
     pairs = list(combinations(range(n), 2))
     if filter_wise:
-        squares = [row_dots(vector, vector).numpy() for vector in vectors]
+        squares = [row_dots(vector, vector).cpu().numpy() for vector in vectors]
         cosines = [
-            _row_cosines(row_dots(vectors[i], vectors[j]).numpy(), squares[i], squares[j])
+            _row_cosines(row_dots(vectors[i], vectors[j]).cpu().numpy(), squares[i], squares[j])
             for i, j in pairs
         ]
     else:
@@ -49,7 +49,8 @@ def model_stock(
     mean = sum(cosines, np.zeros_like(cosines[0])) / len(pairs)
     divisor = 1 + (n - 1) * mean
     share = np.divide(n * mean, divisor, out=np.zeros_like(mean), where=abs(divisor) >= SINGULAR)
-    average = summed(tensors, base) / n
+    # A GPU divides by a plain number inexactly: it multiplies by the reciprocal.
+    average = summed(tensors, base) / base.new_tensor(n)
     return base.new_tensor(share) * average + base.new_tensor(1 - share) * base
 
 

@@ -58,5 +58,6 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def _softmax(values: Tensor) -> Tensor:
-    powers = values.new_tensor(np.exp((values - values.max()).numpy()))
-    return powers / total(powers)
+    powers = values.new_tensor(np.exp((values - values.max()).cpu().numpy()))
+    # A GPU divides by a plain number inexactly: it multiplies by the reciprocal.
+    return powers / values.new_tensor(total(powers))

@@ -51,7 +51,8 @@ def _selected(task_vectors: Tensor, fractions: Sequence[float]) -> list[Tensor]:
     if min(fractions) >= 1:
         return list(task_vectors)
     vectors = task_vectors.double()
-    mean = summed(vectors, vectors[0]) / len(vectors)
+    # A GPU divides by a plain number inexactly: it multiplies by the reciprocal.
+    mean = summed(vectors, vectors[0]) / vectors.new_tensor(len(vectors))
     variance = summed(((v - mean).square() for v in vectors), mean).flatten()
     n_varying = int((variance > 0).sum())
     return [

@@ -86,8 +86,8 @@ def arc(t: float, cosines: Floats, straight: npt.NDArray[np.bool_]) -> tuple[Flo
 
 
 def _turned_by_row(first: Tensor, second: Tensor, t: float) -> Tensor:
-    lengths = (row_dots(first, first).sqrt() * row_dots(second, second).sqrt()).numpy()
-    products = row_dots(first, second).numpy()
+    lengths = (row_dots(first, first).sqrt() * row_dots(second, second).sqrt()).cpu().numpy()
+    products = row_dots(first, second).cpu().numpy()
     angles = np.divide(products, lengths, out=np.zeros_like(lengths), where=lengths > 0)
     angles = angles.clip(-1.0, 1.0)
     start, end = arc(t, angles, _parallel(angles))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from lewis_hub.methods import random_bits
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
 
@@ -48,5 +50,11 @@ def drop(task_vector: Tensor, density: float, stream: int) -> Tensor:
     if density >= 1:
         return task_vector
     drawn = random_bits.halves(stream, task_vector.numel()) < random_bits.below(density)
-    kept = task_vector.new_tensor(drawn).bool()
-    return task_vector.where(kept.reshape(task_vector.shape), 0.0)
+    return task_vector.where(mask(drawn, task_vector), 0.0)
+
+
+def mask(drawn: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
+    """What was drawn on the host, in the shape of another tensor and on its device."""
+    import torch
+
+    return torch.from_numpy(drawn).to(like.device).reshape(like.shape)

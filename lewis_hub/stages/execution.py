@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.errors import DeviceError
+from lewis_hub.merge.cluster import Ray
+from lewis_hub.merge.runners import Runner, parse_runner
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.checking import Examined
@@ -23,18 +26,39 @@ class Execution:
     """Where and how the work is done; the merged weights are the same whatever is chosen here.
 
     Attributes:
-        runner: `inline`, `threads` (one a core) or `threads:N`.
-        device: where models run to be measured and scored, as torch names it.
+        runner: `inline`, `threads` (one a core), `threads:N` or `ray`.
+        ray_address: of the cluster; None: a Ray of our own on this machine.
+        device: where models run to be measured and scored, as torch names it. On `cuda` the weights
+            are merged there too, unless Ray's workers do it.
         max_shard_bytes: largest file of weights.
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
     """
 
     runner: str = "threads"
+    ray_address: str | None = None
     device: str = "cpu"
     max_shard_bytes: int = 5_000_000_000
     replace: bool = False
     allow_code: bool = False
+
+    @property
+    def workers(self) -> Runner | Ray:
+        """The runner by its name."""
+        return parse_runner(self.runner, self.ray_address)
+
+    def require_usable(self) -> None:
+        """Refuse what this machine does not have, before any work.
+
+        Raises:
+            MergeError: there is no such runner, or the address is none.
+            ExtraMissingError: Ray is not installed.
+            DeviceError: torch does not find the device.
+        """
+        workers = self.workers
+        if isinstance(workers, Ray):
+            workers.require_installed()
+        _require_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -47,3 +71,21 @@ class Step:
     execution: Execution
     api: HfApi
     progress: Progress
+
+
+def _require_device(name: str) -> None:
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        problem = "torch knows no such device"
+        raise DeviceError(f"device `{name}`", problem, "Write cpu, cuda or cuda:1.") from None
+    n_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= n_found:
+        found = f"only {n_found}, counted from cuda:0" if n_found else "none"
+        problem = f"torch {torch.__version__} finds {found}"
+        remedy = "Use `--device cpu`, or install a driver and a torch that was built for CUDA."
+        raise DeviceError(f"device `{name}`", problem, remedy)

@@ -15,7 +15,6 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
-from lewis_hub.merge.runners import parse_runner
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.recipe import Recipe, Settings
@@ -166,8 +165,10 @@ def _write(
     step: Step, planned: MergePlan, folders: Folders, output: Path, title: str
 ) -> dict[str, ShardResult]:
     output.mkdir(parents=True, exist_ok=True)
+    execution = step.execution
+    device = execution.device if execution.device.startswith("cuda") else None
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        return run(planned, folders, output, parse_runner(step.execution.runner), advance)
+        return run(planned, folders, output, execution.workers, advance, device)
 
 
 def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFiles | None:

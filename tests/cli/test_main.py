@@ -1,8 +1,12 @@
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+
+from lewis_hub.cli.main import cli
+from lewis_hub.errors import LewisHubError
 
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "numba", "numpy", "pydantic"}
 
@@ -62,6 +66,27 @@ def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):
         "lewis-hub: recipe.yaml: there is no such file.\n"
         "Name a recipe, or write one with `lewis-hub init`.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "gpu"], "device `gpu`: torch knows no such device"),
+        (["--runner", "thread"], "there is no runner `thread`"),
+        (["--ray-address", "auto"], "`auto` was given for the runner `threads`"),
+        (["--runner", "ray", "--ray-address", "head"], "`head` is none"),
+    ],
+)
+def test_how_to_run_is_refused_before_any_work(words, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "base_model: no/base\nmodels: [{model: no/expert}]\nmerge_method: task_arithmetic\n"
+    )
+
+    with pytest.raises(LewisHubError, match=re.escape(message)) as caught:
+        cli(["merge", str(tmp_path / "recipe.yaml"), *words], standalone_mode=False)
+
+    assert caught.value.exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
+from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import make_plan
 from lewis_hub.merge.runners import Threads, inline, parse_runner, threads
@@ -219,16 +220,16 @@ def test_a_runner_is_named():
     assert parse_runner("inline") == inline()
     assert parse_runner("threads:3") == threads(3)
     assert parse_runner("threads").n_workers == len(os.sched_getaffinity(0))
+    assert parse_runner("ray") == Ray(None)
 
 
-@pytest.mark.parametrize("name", ["ray", "threads:", "threads:0", "threads:x", "inline:2", ""])
+@pytest.mark.parametrize("name", ["ray:2", "threads:", "threads:0", "threads:x", "inline:2", ""])
 def test_an_unknown_runner_is_refused(name):
     with pytest.raises(MergeError) as caught:
         parse_runner(name)
 
     assert str(caught.value) == (
-        f"runner: there is no runner `{name}` in this version.\n"
-        "Write `inline`, `threads` or `threads:N`."
+        f"runner: there is no runner `{name}`.\nWrite `inline`, `threads`, `threads:N` or `ray`."
     )
 
 
