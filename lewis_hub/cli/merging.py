@@ -117,6 +117,11 @@ def importance(terminal: Terminal, recipe_file: Path, output: Path | None, devic
     is_flag=True,
     help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
 )
+@click.option(
+    "--allow-nan",
+    is_flag=True,
+    help="Carry on where a source holds NaN or infinity: it counts as the base's there.",
+)
 @terminal_options
 def merge(
     terminal: Terminal,
@@ -131,6 +136,7 @@ def merge(
     device: str,
     max_shard_size: str,
     allow_code_execution: bool,
+    allow_nan: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
     from lewis_hub.recipe_file import read_recipe
@@ -151,6 +157,7 @@ def merge(
         max_shard_bytes=parse_size(max_shard_size),
         replace=force,
         allow_code=allow_code_execution,
+        allow_nan=allow_nan,
     )
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
     merged = pipeline.merge_models(

@@ -33,7 +33,9 @@ def merge_by_definition(plan: ShardPlan, tensor: TensorPlan, sources: Sequence[T
     method = registry.find(plan.method)
     for number, source in zip(tensor.sources, sources, strict=True):
         if not source.isfinite().all():
-            remedy = "That model is broken: use another revision of it, or leave it out."
+            remedy = (
+                "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
+            )
             raise NonFiniteError(tensor.output.name, plan.labels[number], remedy)
     given: dict[str, Any] = {
         "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),

@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -40,6 +40,7 @@ class ShardResult:
     sha256: str  # 64 hex digits
     n_bytes: int
     is_kept: bool = False  # an earlier run made it
+    mended: Mapping[str, int] = field(default_factory=dict)  # source -> tensors with NaN, infinity
 
 
 def run(
@@ -101,6 +102,7 @@ def merge_shard(
     from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.devices import make_on_device
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports numba
+    from lewis_hub.merge.mending import MendingReader, mending
     from lewis_hub.merge.pieces import Desks, Job, Site
 
     layout = plan.layout
@@ -115,7 +117,8 @@ def merge_shard(
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
         n_together = max(len(tensor.inputs) for tensor in plan.tensors)
         desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
-        site = Site(plan, assembling(plan, readers), writer, desks)
+        read = mending(plan, assembling(plan, readers))
+        site = Site(plan, read, writer, desks)
         jobs = [
             Job(site, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)
@@ -124,7 +127,12 @@ def merge_shard(
         made = make_on_device(jobs, device) if device else _make_all(jobs, runner)
         for n_bytes in made:
             advance(n_bytes)
-        result = ShardResult(layout.name, writer.finish(), layout.n_bytes)
+        mended = {
+            label: len(reader.mended)
+            for label, reader in zip(plan.labels, read, strict=True)
+            if isinstance(reader, MendingReader) and reader.mended
+        }
+        result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
     told = {"plan": plan.digest, "sha256": result.sha256, "n_bytes": result.n_bytes}
     try:
         write_whole(note, json.dumps(told, indent=2) + "\n")

@@ -123,6 +123,7 @@ class ShardPlan:
     source_digests: tuple[str, ...]
     layout: ShardLayout
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
+    allow_nan: bool = False  # whether sources may hold NaN and infinity; see `mending`
 
     @property
     def digest(self) -> str:
@@ -132,7 +133,7 @@ class ShardPlan:
             "method": self.method,
             "sources": self.source_digests,
             "tensors": [tensor.told for tensor in self.tensors],
-        }
+        } | ({"allow_nan": True} if self.allow_nan else {})
         text = json.dumps(told, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,6 +143,11 @@ class MergePlan:
     """All output shards."""
 
     shards: tuple[ShardPlan, ...]
+
+    @property
+    def allowing_nan(self) -> MergePlan:
+        """The same plan, whatever the sources hold."""
+        return MergePlan(tuple(replace(shard, allow_nan=True) for shard in self.shards))
 
     @property
     def layouts(self) -> tuple[ShardLayout, ...]:

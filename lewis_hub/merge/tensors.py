@@ -75,7 +75,7 @@ def _not_finite(job: Job, source: int) -> NonFiniteError:
     name = job.tensor.output.name
     labels = [job.site.plan.labels[number] for number in job.tensor.sources]
     if source < len(labels):
-        remedy = "That model is broken: use another revision of it, or leave it out."
+        remedy = "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
         return NonFiniteError(name, labels[source], remedy)
     remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights, or choose"
     return NonFiniteError(name, "the merged model", f"{remedy} `dtype: bfloat16`.")

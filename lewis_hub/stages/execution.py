@@ -33,6 +33,7 @@ class Execution:
         max_shard_bytes: largest file of weights.
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
+        allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
     """
 
     runner: str = "threads"
@@ -41,6 +42,7 @@ class Execution:
     max_shard_bytes: int = 5_000_000_000
     replace: bool = False
     allow_code: bool = False
+    allow_nan: bool = False
 
     @property
     def workers(self) -> Runner | Ray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -167,8 +168,17 @@ def _write(
     output.mkdir(parents=True, exist_ok=True)
     execution = step.execution
     device = execution.device if execution.device.startswith("cuda") else None
+    planned = planned.allowing_nan if execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        return run(planned, folders, output, execution.workers, advance, device)
+        found = run(planned, folders, output, execution.workers, advance, device)
+    mended = Counter[str]()
+    for result in found.values():
+        mended.update(result.mended)
+    for label, n_tensors in mended.items():
+        step.progress.say(
+            f"{n_tensors} tensors of {label} hold NaN or infinity, which counts as the base's."
+        )
+    return found
 
 
 def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFiles | None:

@@ -171,7 +171,7 @@ def test_nan_and_infinity_name_tensor_and_source(zoo, dtype, bad, place, method)
 
     assert str(caught.value) == (
         f"a.weight holds NaN or infinity in {place}.\n"
-        "That model is broken: use another revision of it, or leave it out."
+        "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
     )
 
 
