@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lewis_hub.merge.bits import compiled, inner, narrow, widen
+from lewis_hub.merge.bits import as_bits, as_float, compiled, inner, narrow, widen
 from lewis_hub.merge.operands import BLOCK, DRAW, KEEP_ALL, RANK, TRIM, Experts, Mix, Piece
-from lewis_hub.merge.ranking import N_VALUES, Sorting, rank
+from lewis_hub.merge.ranking import N_DIGITS, N_VALUES, Sorting, rank
 from lewis_hub.methods.random_bits import GOLDEN, MIX_1, MIX_2
 
 HALF = np.uint64(0xFFFFFFFF)
@@ -83,10 +83,18 @@ def vote_ranked(  # noqa: PLR0913
     below, factors = experts.table.below[e], experts.table.factors[e]
     rank(delta, n, room)
     for i in range(n):
-        word = random_word(stream, (first + i) // 2)
-        drawn = word >> np.uint64(32) if (first + i) % 2 else word & HALF
-        ranked = room.ranks[i]
-        votes[i] = weight * (delta[i] * factors[ranked] if drawn < below[ranked] else ZERO)
+        room.drawn[i] = delta[i] * factors[room.ranks[i]]
+    odd = first % 2  # a row may begin with the high half of a word
+    for w in range((odd + n + 1) // 2):
+        word = random_word(stream, first // 2 + w)
+        room.halves[2 * w] = np.uint32(word & HALF)
+        room.halves[2 * w + 1] = np.uint32(word >> np.uint64(32))
+    for i in range(n):
+        kept = np.uint32(room.halves[odd + i] < below[room.ranks[i]])
+        mask = (
+            np.uint32(0) - kept
+        )  # all bits or none: a branch would be guessed wrong half the time
+        votes[i] = weight * as_float(as_bits(room.drawn[i]) & mask)
 
 
 @inner
@@ -159,8 +167,9 @@ def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:
     n_experts, block = experts.weights.size, piece.block
     votes = np.zeros((n_experts, block), np.float32)
     room = np.zeros((5, block), np.float32)
-    order, ranks = np.empty((2, block), np.int32), np.empty(block, np.int32)
-    sorting = Sorting(order, np.empty((3, N_VALUES), np.int32), ranks)
+    keys, ranks = np.empty((2, block), np.uint64), np.empty(block, np.int32)
+    counts, halves = np.empty((N_DIGITS, N_VALUES), np.int32), np.empty(block + 2, np.uint32)
+    sorting = Sorting(keys, counts, ranks, halves, np.empty(block, np.float32))
     base, delta, mixed = room[3], room[4], room[0]
     for first in range(0, piece.n, block):
         n = min(block, piece.n - first)

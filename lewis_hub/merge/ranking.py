@@ -12,47 +12,43 @@ import numpy as np
 
 from lewis_hub.merge.bits import ABSOLUTE, as_bits, inner
 
-LOW, MIDDLE = np.uint32(10), np.uint32(20)  # where the second and the third digit begin
-N_VALUES = 1 << 11  # of the third digit; the others have half as many
-DIGIT = np.uint32((1 << 10) - 1)
+DIGIT_BITS, N_DIGITS = 10, 3  # the last one has a bit more
+N_VALUES = 1 << 11  # of the last digit; the others have half as many
+LAST = N_DIGITS - 1
 ONE = np.int32(1)
 
 
 class Sorting(NamedTuple):
-    """Room to sort one row in; nothing in it is kept."""
+    """Room to rank one row in and to draw from it; nothing in it is kept."""
 
-    order: Any  # (2, row) int32
-    counts: Any  # (3, N_VALUES) int32
+    keys: Any  # (2, row) uint64: a magnitude above, the place it was found at below
+    counts: Any  # (N_DIGITS, N_VALUES) int32
     ranks: Any  # (row,) int32: the result
+    halves: Any  # (row + 2,) uint32: random bits
+    drawn: Any  # (row,) float32: entries times their factors
 
 
 @inner
-def digit(bits: Any, which: int) -> Any:
-    """One of the three digits of a magnitude."""
-    if which == 0:
-        return np.int64(bits & DIGIT)
-    if which == 1:
-        return np.int64((bits >> LOW) & DIGIT)
-    return np.int64(bits >> MIDDLE)
+def digit(key: Any, which: int) -> Any:
+    """One of the digits of a key's magnitude."""
+    bits = np.int64(key >> np.uint64(32 + DIGIT_BITS * which))
+    return bits if which == LAST else bits & np.int64((1 << DIGIT_BITS) - 1)
 
 
 @inner
 def rank(delta: Any, n: int, room: Sorting) -> None:
     """Rank a row by magnitude, the smallest 0; of equal ones the smaller index comes first."""
-    counts = room.counts
-    for which in range(3):
+    counts, source, target = room.counts, room.keys[0], room.keys[1]
+    for which in range(N_DIGITS):
         for value in range(N_VALUES):
             counts[which, value] = 0
     for i in range(n):
-        bits = as_bits(delta[i]) & ABSOLUTE
-        counts[0, digit(bits, 0)] += ONE
-        counts[1, digit(bits, 1)] += ONE
-        counts[2, digit(bits, 2)] += ONE
-    source, target = room.order[0], room.order[1]
-    for i in range(n):
-        source[i] = i
-    first = as_bits(delta[0]) & ABSOLUTE
-    for which in range(3):
+        key = (np.uint64(as_bits(delta[i]) & ABSOLUTE) << np.uint64(32)) | np.uint64(i)
+        source[i] = key
+        for which in range(N_DIGITS):
+            counts[which, digit(key, which)] += ONE
+    first = source[0]
+    for which in range(N_DIGITS):
         if counts[which, digit(first, which)] == n:
             continue  # all alike: nothing to sort by
         begin = np.int32(0)
@@ -61,10 +57,9 @@ def rank(delta: Any, n: int, room: Sorting) -> None:
             counts[which, value] = begin
             begin += here
         for j in range(n):
-            i = source[j]
-            place = digit(as_bits(delta[i]) & ABSOLUTE, which)
-            target[counts[which, place]] = i
+            place = digit(source[j], which)
+            target[counts[which, place]] = source[j]
             counts[which, place] += ONE
         source, target = target, source
     for j in range(n):
-        room.ranks[source[j]] = j
+        room.ranks[np.int64(source[j] & np.uint64(0xFFFFFFFF))] = j
