@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ class ModelFacts:
     tags: tuple[str, ...]
     gated: bool
     url: str | None  # its page; None for a local folder
+    quantised_from: str | None = None  # what a quantised model was made from
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
         tags=_words(card.get("tags")),
         gated=source.folder is None and _gated(asked),
         url=None if source.folder else asked.url,
+        quantised_from=_quantised_from(card),
     )
 
 
@@ -102,6 +104,12 @@ def _metadata(readme: bytes) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return card if isinstance(card, dict) else {}
+
+
+def _quantised_from(card: Mapping[str, Any]) -> str | None:
+    if card.get("base_model_relation") not in (None, "quantized"):
+        return None
+    return next(iter(_words(card.get("base_model"))), None)
 
 
 def _gated(asked: Asked) -> bool:

@@ -8,15 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lewis_hub.checkpoint.quantisation import KEYS
+
 # Weights are merged, not carried; the card is our own; the rest is for tools that made the base.
 NOT_CARRIED = frozenset(
     {".gitattributes", "README.md", "model.safetensors.index.json", "mergekit_config.yml"}
+    | {"hf_quant_config.json"}
 )
 NOT_CARRIED_SUFFIXES = frozenset({".safetensors", ".png", ".jpg", ".svg"})
 
 
 def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -> tuple[str, ...]:
     """Carry over what a merged model needs beside its weights.
+
+    What ``config.json`` says of quantisation is left out: what is merged is plain floats.
 
     Args:
         base: folder of the source whose configuration and tokenizer the merge carries.
@@ -38,8 +43,9 @@ def write_sidecars(base: Path, output: Path, dtype: str | None, *, code: bool) -
         if relative.name.endswith("config.json") and relative.name != "generation_config.json":
             config = json.loads(source.read_text(encoding="utf-8"))
             config = config if code else _without_code(config)
-            if relative == PurePosixPath("config.json") and dtype:
-                config = _with_dtype(config, dtype)
+            if relative == PurePosixPath("config.json"):
+                config = _plain(config)
+                config = _with_dtype(config, dtype) if dtype else config
             target.write_text(_json(config), encoding="utf-8")
         else:
             shutil.copyfile(source, target)
@@ -65,6 +71,15 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     return told | dict.fromkeys(keys, dtype)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantisation: merged weights are plain floats."""
+    return {
+        key: _plain(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
 
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:

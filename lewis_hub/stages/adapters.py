@@ -12,7 +12,6 @@ from lewis_hub.checkpoint.adapter import adapt, own_tensors
 from lewis_hub.checkpoint.adapter_config import AdapterConfig, read_config
 from lewis_hub.checkpoint.header import TensorHeader, read_header
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.guides import registry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.remote import read_range
 from lewis_hub.hub.source import ADAPTERS, Source
@@ -60,13 +59,6 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
         lambda path, start, stop: read_range(api, source, path, start, stop),
     )
     return Adapter(config, adapt(source.pinned, base, stored, config))
-
-
-def are_loaded(recipe: Recipe) -> bool:
-    """Whether experts are measured or scored, which takes whole models on disk."""
-    measures = recipe.guide and "importance" in registry.find(recipe.guide.name).needs
-    scores = recipe.evaluate and "experts" in recipe.evaluate.compare
-    return bool(measures or scores)
 
 
 def adapter_notes(

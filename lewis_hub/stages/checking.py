@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.adapter import own_tensors
-from lewis_hub.checkpoint.reader import Checkpoint, read_headers
+from lewis_hub.checkpoint.header import WIDTHS
+from lewis_hub.checkpoint.layout import DTYPES
+from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
-from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
-from lewis_hub.hub.remote import read_range
+from lewis_hub.hub.fetch import bytes_to_download, weight_files
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_adapter
+from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
-from lewis_hub.stages.merging import plan
+from lewis_hub.stages.merging import loaded, plan
+from lewis_hub.stages.opening import eight_bit_notes, open_model
 from lewis_hub.stages.sources import Inputs
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-INDEX = "model.safetensors.index.json"
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
 
@@ -56,7 +56,7 @@ class CheckReport:
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
         disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its uniform twin and each adapter's expert.
+            scored its uniform twin and each source that is written out for that.
         memory_bytes: at most, of the largest step.
     """
 
@@ -96,17 +96,18 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         CheckpointError: a header is broken.
     """
     whole = [source for source in inputs.models if not source.is_adapter]
-    checkpoints = {source.pinned: open_headers(api, source) for source in whole}
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
-    configs = {source.pinned: _config(api, source) for source in whole}
-    problems = [text for source in whole if (text := _quantised(source, configs))]
+    opened = {s.pinned: open_model(api, s, facts[s.pinned]) for s in whole}
+    checkpoints = {pinned: one.checkpoint for pinned, one in opened.items()}
+    configs = {pinned: one.config for pinned, one in opened.items()}
+    problems = [one.problem for one in opened.values() if one.problem]
     if problems and inputs.adapters:
         raise CheckFailedError(tuple(problems))  # nothing can be put on what cannot be read
     donor = inputs.donor.pinned
     adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
     configs |= {pinned: configs[donor] for pinned in adapters}
-    problems += _misfits(inputs, checkpoints)
+    problems = problems or _misfits(inputs, checkpoints)  # what is quantised fits nothing else
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
@@ -116,37 +117,15 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
         ),
         problems=tuple(problems),
-        notes=tuple(_notes(recipe, inputs, configs, adapters)),
+        notes=tuple(
+            [*_notes(recipe, inputs, configs, adapters), *eight_bit_notes(recipe, inputs, opened)]
+        ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
-        disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
+        disk_bytes=_disk_bytes(recipe, inputs, checkpoints, output_bytes),
         memory_bytes=_memory_bytes(recipe, tuple(checkpoints.values())),
     )
     return Examined(report, checkpoints, facts)
-
-
-def open_headers(api: HfApi, source: Source) -> Checkpoint:
-    """Read a source's tensor names, shapes and dtypes: by byte ranges where it is a repo."""
-    weights = set(weight_files(source))
-    sizes = {file.path: file.size_bytes for file in source.files if file.path in weights}
-    index = read_small(api, source, INDEX)
-    return read_headers(
-        source.pinned,
-        sizes,
-        lambda path, start, stop: read_range(api, source, path, start, stop),
-        index,
-    )
-
-
-def _config(api: HfApi, source: Source) -> dict[str, Any]:
-    text = read_small(api, source, "config.json")
-    if text is None:
-        raise CheckFailedError((f"{source.name} has no config.json, so nothing can load it.",))
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckFailedError((f"{source.name}: config.json is not JSON: {error}.",)) from None
-    return config if isinstance(config, dict) else {}
 
 
 def require_fine(report: CheckReport) -> None:
@@ -162,17 +141,6 @@ def require_fine(report: CheckReport) -> None:
 def _misfits(inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     first, *others = (checkpoints[source.pinned] for source in inputs.models)
     return [str(mismatch) for mismatch in compare(first, others)]
-
-
-def _quantised(source: Source, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
-    found = configs[source.pinned].get("quantization_config")
-    if not found:
-        return None
-    method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-    return (
-        f"{source.name} is quantised ({method}), which this version does not read. Use the model "
-        "that it was quantised from."
-    )
 
 
 def _refusals(
@@ -221,7 +189,8 @@ def _report(
     role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
-        by_dtype[tensor.dtype] += tensor.n_elements
+        stored = tensor.scaled.stored if tensor.scaled else tensor
+        by_dtype[stored.dtype] += tensor.n_elements
     config = configs[source.pinned]
     text_config = config.get("text_config") or config
     return SourceReport(
@@ -264,17 +233,18 @@ def _notes(
 
 
 def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}
-    if dtype is None:
-        return sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
-    return sum(tensor.n_elements * width[dtype] for tensor in checkpoint.tensors.values())
+    asked = DTYPES[dtype] if dtype else None
+    tensors = checkpoint.tensors.values()
+    return sum(t.n_elements * WIDTHS[asked or t.kept_dtype] for t in tensors)
 
 
-def _disk_bytes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], output_bytes: int) -> int:
-    """The merge, its twin, and each adapter's expert where that is written out to be loaded."""
-    bases = [checkpoints[one.base] for one in checkpoints.values() if one.base]
-    experts_bytes = sum(_output_bytes(base, None) for base in bases) if are_loaded(recipe) else 0
-    return output_bytes * (2 if has_twin(recipe) else 1) + experts_bytes
+def _disk_bytes(
+    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], output_bytes: int
+) -> int:
+    """The merge, its twin, and each source that is written out to be loaded."""
+    asked = [checkpoints[source.pinned] for source in loaded(recipe, inputs)]
+    written_bytes = sum(_output_bytes(one, None) for one in asked if one.is_computed)
+    return output_bytes * (2 if has_twin(recipe) else 1) + written_bytes
 
 
 def _memory_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
