@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ class ModelFacts:
     tags: tuple[str, ...]
     gated: bool
     url: str | None  # its page; None for a local folder
-    quantised_from: str | None = None  # what a quantised model was made from
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,15 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
         tags=_words(card.get("tags")),
         gated=source.folder is None and _gated(asked),
         url=None if source.folder else asked.url,
-        quantised_from=_quantised_from(card),
     )
+
+
+def quantised_from(api: HfApi, source: Source) -> str | None:
+    """What a quantised model was made from, where its card says it."""
+    card = _metadata(read_small(api, source, "README.md") or b"")
+    if card.get("base_model_relation") not in (None, "quantized"):
+        return None
+    return next(iter(_words(card.get("base_model"))), None)
 
 
 def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
@@ -104,12 +110,6 @@ def _metadata(readme: bytes) -> dict[str, Any]:
     except yaml.YAMLError:
         return {}
     return card if isinstance(card, dict) else {}
-
-
-def _quantised_from(card: Mapping[str, Any]) -> str | None:
-    if card.get("base_model_relation") not in (None, "quantized"):
-        return None
-    return next(iter(_words(card.get("base_model"))), None)
 
 
 def _gated(asked: Asked) -> bool:

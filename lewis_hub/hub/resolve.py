@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
 from lewis_hub.hub.digests import content_sha, digests_of
+from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
 from lewis_hub.hub.source import ADAPTERS, RepoType, Source, SourceFile
@@ -188,7 +189,9 @@ def _require_weights(api: HfApi, source: Source) -> None:
         remedy += " `save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors."
     elif any(file.path.endswith(".gguf") for file in source.files):
         problem = f"this {here} has GGUF weights only"
-        remedy = "Use the safetensors model that they were quantised from."
+        remedy = "Use the safetensors model that they were quantised from"
+        parent = quantised_from(api, source)
+        remedy += f": its card names {parent}." if parent else "."
     else:
         problem = f"this {here} has no .safetensors file"
         remedy = "A model needs model.safetensors, or shards and their index, beside config.json."

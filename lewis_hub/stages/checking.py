@@ -97,7 +97,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     """
     whole = [source for source in inputs.models if not source.is_adapter]
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
-    opened = {s.pinned: open_model(api, s, facts[s.pinned]) for s in whole}
+    opened = {source.pinned: open_model(api, source) for source in whole}
     checkpoints = {pinned: one.checkpoint for pinned, one in opened.items()}
     configs = {pinned: one.config for pinned, one in opened.items()}
     problems = [one.problem for one in opened.values() if one.problem]

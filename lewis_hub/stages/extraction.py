@@ -55,7 +55,7 @@ def extract_adapter(  # noqa: PLR0913
     from lewis_hub.merge.scaled import ScaledReader
 
     sources = [resolve_one(base, api), resolve_one(expert, api)]
-    models = [open_model(api, source, model_facts(api, source)) for source in sources]
+    models = [open_model(api, source) for source in sources]
     if refused := [model.problem for model in models if model.problem]:
         raise CheckFailedError(tuple(refused))
     headers = [model.checkpoint for model in models]

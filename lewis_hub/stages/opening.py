@@ -11,7 +11,7 @@ from lewis_hub.checkpoint.eight_bit import scaled
 from lewis_hub.checkpoint.quantisation import read_quantisation, signs
 from lewis_hub.checkpoint.reader import Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
-from lewis_hub.hub.facts import ModelFacts
+from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.fetch import read_small, weight_files
 from lewis_hub.hub.remote import read_range
 from lewis_hub.hub.source import Source
@@ -39,13 +39,12 @@ class Opened:
     problem: str | None
 
 
-def open_model(api: HfApi, source: Source, facts: ModelFacts) -> Opened:
+def open_model(api: HfApi, source: Source) -> Opened:
     """Read configuration and headers of a whole model: by byte ranges where it is a repo.
 
     Args:
         api: the Hub.
         source: no adapter.
-        facts: what its card says.
 
     Raises:
         CheckFailedError: it has no configuration that can be read.
@@ -60,7 +59,7 @@ def open_model(api: HfApi, source: Source, facts: ModelFacts) -> Opened:
     how = found.method if found and not found.is_read else None
     if how is None and (sign := signs(checkpoint)):
         how = f"it holds {sign}"
-    return Opened(config, checkpoint, _refusal(source, how, config, facts) if how else None)
+    return Opened(config, checkpoint, _refusal(api, source, how, config) if how else None)
 
 
 def eight_bit_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]) -> list[str]:
@@ -78,9 +77,12 @@ def eight_bit_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]
     return notes
 
 
-def _refusal(source: Source, how: str, config: Mapping[str, Any], facts: ModelFacts) -> str:
+def _refusal(api: HfApi, source: Source, how: str, config: Mapping[str, Any]) -> str:
     text = f"{source.name} is quantised ({how}), which this version does not read. "
-    named = [(facts.quantised_from, "its card"), (config.get("base_model"), "its config.json")]
+    named = [
+        (quantised_from(api, source), "its card"),
+        (config.get("base_model"), "its config.json"),
+    ]
     named.append((config.get("_name_or_path"), "its config.json"))
     for name, where in named:
         if isinstance(name, str) and REPO.fullmatch(name) and name != source.name:
