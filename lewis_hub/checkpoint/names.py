@@ -46,6 +46,11 @@ def is_input_side(name: str) -> bool:
     return block(name) is None and INPUT_SIDE.search(name) is not None
 
 
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to the output embeddings."""
+    return "lm_head" in module(name).split(".") or module(name).endswith("embed_out")
+
+
 def find(name: str, tensors: Collection[str]) -> list[str]:
     """The checkpoint's tensors that a loaded model may mean by `name`: one where it is clear.
 

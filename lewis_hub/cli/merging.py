@@ -36,13 +36,19 @@ recipe_argument = click.argument(
     default="recipe.yaml",
     type=click.Path(dir_okay=False, path_type=Path),
 )
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read models that have pytorch_model.bin alone: for authors that you trust.",
+)
 device_option = click.option("--device", default="cpu", help="Where models run: cpu, cuda, cuda:1.")
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
 @recipe_argument
+@pickle_option
 @terminal_options
-def check(terminal: Terminal, recipe_file: Path) -> None:
+def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     """Tell all that can be known before a download: reads headers, never weights."""
     from lewis_hub.recipe_file import read_recipe
 
@@ -50,7 +56,7 @@ def check(terminal: Terminal, recipe_file: Path) -> None:
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import check_tables
 
-    report = pipeline.check(recipe)
+    report = pipeline.check(recipe, allow_pickle=allow_pickle)
     terminal.finish(report.to_json(), *check_tables(report))
     if report.problems:
         raise click.exceptions.Exit(1)
@@ -65,8 +71,11 @@ def check(terminal: Terminal, recipe_file: Path) -> None:
     help="Folder for the profile [importance/ beside the recipe].",
 )
 @device_option
+@pickle_option
 @terminal_options
-def importance(terminal: Terminal, recipe_file: Path, output: Path | None, device: str) -> None:
+def importance(
+    terminal: Terminal, recipe_file: Path, output: Path | None, device: str, allow_pickle: bool
+) -> None:
     """Calibrate only: writes importance.json, density.json and their plots."""
     from lewis_hub.recipe_file import read_recipe
 
@@ -79,6 +88,7 @@ def importance(terminal: Terminal, recipe_file: Path, output: Path | None, devic
         output or recipe_file.parent / "importance",
         device=device,
         progress=terminal.progress,
+        allow_pickle=allow_pickle,
     )
     schedule = json.loads(calibrated.schedule.to_json())
     document = {"status": "calibrated", "output": str(calibrated.output), "density": schedule}
@@ -110,6 +120,7 @@ def importance(terminal: Terminal, recipe_file: Path, output: Path | None, devic
     is_flag=True,
     help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
 )
+@pickle_option
 @terminal_options
 def merge(
     terminal: Terminal,
@@ -123,6 +134,7 @@ def merge(
     device: str,
     max_shard_size: str,
     allow_code_execution: bool,
+    allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
     from lewis_hub.recipe_file import read_recipe
@@ -142,6 +154,7 @@ def merge(
         max_shard_bytes=parse_size(max_shard_size),
         replace=force,
         allow_code=allow_code_execution,
+        allow_pickle=allow_pickle,
     )
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
     merged = pipeline.merge_models(

@@ -10,7 +10,6 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import COPIED, MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 
-HEAD = "lm_head"
 N_SHOWN = 3
 
 Kind = Literal["missing", "extra", "shape", "vocabulary", "dtype", "tied"]
@@ -52,7 +51,7 @@ def compare(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[Mismatch, 
 def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     missing = [name for name in base.tensors if name not in expert.tensors]
     extra = [name for name in expert.tensors if name not in base.tensors]
-    if heads := [name for name in missing if _is_head(name)]:
+    if heads := [name for name in missing if names.is_head(name)]:
         yield Mismatch(
             "tied",
             expert.label,
@@ -60,7 +59,7 @@ def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
             f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} has",
             "Use an expert that was trained from this base.",
         )
-    if heads := [name for name in extra if _is_head(name)]:
+    if heads := [name for name in extra if names.is_head(name)]:
         yield Mismatch(
             "tied",
             expert.label,
@@ -68,7 +67,7 @@ def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
             f"has a {heads[0]} of its own, the base {base.label} ties its head to the embeddings",
             "Save the expert again with tied embeddings, or use the base that it was trained from.",
         )
-    if rest := [name for name in missing if not _is_head(name)]:
+    if rest := [name for name in missing if not names.is_head(name)]:
         yield Mismatch(
             "missing",
             expert.label,
@@ -76,7 +75,7 @@ def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
             f"lacks {_listed(rest)} of the base {base.label}",
             "Only models of one architecture and depth can be merged.",
         )
-    if rest := [name for name in extra if not _is_head(name)]:
+    if rest := [name for name in extra if not names.is_head(name)]:
         yield Mismatch(
             "extra",
             expert.label,
@@ -144,12 +143,8 @@ def _kinds(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
 
 def _only_rows_differ(ours: TensorHeader, theirs: TensorHeader) -> bool:
     """Whether two tensors are embeddings or heads over vocabularies of different size."""
-    is_vocabulary = names.is_input_side(ours.name) or _is_head(ours.name)
+    is_vocabulary = names.is_input_side(ours.name) or names.is_head(ours.name)
     return is_vocabulary and len(ours.shape) == 2 and ours.shape[1:] == theirs.shape[1:]
-
-
-def _is_head(name: str) -> bool:
-    return HEAD in names.module(name).split(".") or names.module(name).endswith("embed_out")
 
 
 def _listed(found: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from lewis_hub.checkpoint.quantisation import KEYS
 # Weights are merged, not carried; the card is our own; the rest is for tools that made the base.
 NOT_CARRIED = frozenset(
     {".gitattributes", "README.md", "model.safetensors.index.json", "mergekit_config.yml"}
-    | {"hf_quant_config.json"}
+    | {"hf_quant_config.json", "pytorch_model.bin.index.json", "converted.json"}
 )
 NOT_CARRIED_SUFFIXES = frozenset({".safetensors", ".png", ".jpg", ".svg"})
 

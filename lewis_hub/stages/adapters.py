@@ -69,11 +69,13 @@ def adapter_notes(
     Args:
         recipe: knows where local folders lie.
         inputs: pinned.
-        adapters: by pinned source.
+        adapters: by pinned source; those that are not there say nothing yet.
         tied: whether the base's embeddings are its head as well.
     """
     notes = []
     for source in inputs.adapters:
+        if source.pinned not in adapters:
+            continue
         adapter, base = adapters[source.pinned], inputs.base
         assert base  # an adapter without one does not resolve
         trained_on = adapter.config.base_model_name_or_path

@@ -22,7 +22,7 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
 from lewis_hub.stages.merging import loaded, plan
-from lewis_hub.stages.opening import eight_bit_notes, open_model
+from lewis_hub.stages.opening import eight_bit_notes, open_model, pickle_notes
 from lewis_hub.stages.sources import Inputs
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class SourceReport:
     name: str
     commit_sha: str
     size_bytes: int
-    dtype: str  # the dtype that most parameters have
-    n_parameters: int
+    dtype: str  # the dtype that most parameters have; `?` of pickles, where nobody knows yet
+    n_parameters: int  # 0 there
     n_vocabulary: int | None
     licence: str | None
     tied: bool  # input and output embeddings share one tensor
@@ -56,7 +56,8 @@ class CheckReport:
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
         disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its uniform twin and each source that is written out for that.
+            scored its uniform twin and each source that is written out for that; pickles as
+            safetensors.
         memory_bytes: at most, of the largest step.
     """
 
@@ -104,26 +105,35 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     if problems and inputs.adapters:
         raise CheckFailedError(tuple(problems))  # nothing can be put on what cannot be read
     donor = inputs.donor.pinned
-    adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
+    put_on = inputs.adapters if checkpoints[donor].tensors else ()  # not on what is not read yet
+    adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in put_on}
+    checkpoints |= {s.pinned: Checkpoint(s.pinned, {}, {}) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
-    configs |= {pinned: configs[donor] for pinned in adapters}
+    configs |= {source.pinned: configs[donor] for source in inputs.adapters}
     problems = problems or _misfits(inputs, checkpoints)  # what is quantised fits nothing else
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
+    pickle_bytes = {s.pinned: s.size_bytes(weight_files(s)) for s in whole if s.is_pickled}
     output_bytes = _output_bytes(checkpoints[donor], recipe.output_dtype)
+    output_bytes = pickle_bytes.get(donor, output_bytes)
     report = CheckReport(
         sources=tuple(
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
         ),
         problems=tuple(problems),
         notes=tuple(
-            [*_notes(recipe, inputs, configs, adapters), *eight_bit_notes(recipe, inputs, opened)]
+            _notes(recipe, inputs, configs, adapters)
+            + eight_bit_notes(recipe, inputs, opened)
+            + pickle_notes(inputs)
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
-        disk_bytes=_disk_bytes(recipe, inputs, checkpoints, output_bytes),
-        memory_bytes=_memory_bytes(recipe, tuple(checkpoints.values())),
+        disk_bytes=_disk_bytes(recipe, inputs, checkpoints, output_bytes)
+        + sum(pickle_bytes.values()),
+        memory_bytes=_memory_bytes(
+            recipe, tuple(checkpoints.values()), max(pickle_bytes.values(), default=0)
+        ),
     )
     return Examined(report, checkpoints, facts)
 
@@ -140,7 +150,10 @@ def require_fine(report: CheckReport) -> None:
 
 def _misfits(inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     first, *others = (checkpoints[source.pinned] for source in inputs.models)
-    return [str(mismatch) for mismatch in compare(first, others)]
+    if not first.tensors:
+        return []
+    known = [other for other in others if other.tensors]
+    return [str(mismatch) for mismatch in compare(first, known)]
 
 
 def _refusals(
@@ -152,7 +165,8 @@ def _refusals(
     """What the rooms would refuse later: settings, guide, licence."""
     found = []
     try:
-        plan(recipe, inputs, checkpoints, None, max_shard_bytes=1 << 40)
+        if all(checkpoint.tensors for checkpoint in checkpoints.values()):
+            plan(recipe, inputs, checkpoints, None, max_shard_bytes=1 << 40)
         if recipe.guide and not registry.find(recipe.merge_method).takes_density:
             found.append(
                 f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "
@@ -198,7 +212,7 @@ def _report(
         name=source.name + (f"@{source.revision}" if source.revision else ""),
         commit_sha=source.commit_sha,
         size_bytes=source.size_bytes(weight_files(source)),
-        dtype=by_dtype.most_common(1)[0][0],
+        dtype=next((dtype for dtype, _ in by_dtype.most_common(1)), "?"),
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
         licence=facts[source.pinned].licence,
@@ -247,10 +261,13 @@ def _disk_bytes(
     return output_bytes * (2 if has_twin(recipe) else 1) + written_bytes
 
 
-def _memory_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
+def _memory_bytes(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int
+) -> int:
     """Calibration and evaluation hold one model in float32 on a CPU; merging holds none.
 
-    Of an adapter merging holds the two narrow matrices of each module.
+    Of an adapter merging holds the two narrow matrices of each module. A pickle is taken to hold
+    numbers of two bytes, the smallest that are merged.
     """
     adapted = [t.adapted for one in checkpoints for t in one.tensors.values() if t.adapted]
     updates = [one.update for one in adapted if one.update]
@@ -258,4 +275,5 @@ def _memory_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
     if recipe.guide is None and recipe.evaluate is None:
         return ENGINE_BYTES + narrow_bytes
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
+    largest = max(largest, largest_pickle_bytes // 2)
     return TORCH_BYTES + max(4 * largest, narrow_bytes)

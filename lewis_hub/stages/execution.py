@@ -28,6 +28,7 @@ class Execution:
         max_shard_bytes: largest file of weights.
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
+        allow_pickle: whether sources may have pickled weights alone.
     """
 
     runner: str = "threads"
@@ -35,6 +36,7 @@ class Execution:
     max_shard_bytes: int = 5_000_000_000
     replace: bool = False
     allow_code: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)

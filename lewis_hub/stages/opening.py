@@ -30,7 +30,8 @@ class Opened:
     """What is known of a whole model before its weights are read.
 
     Attributes:
-        checkpoint: as it is merged: 8-bit floats in float32, without their scales.
+        checkpoint: as it is merged: 8-bit floats in float32, without their scales. It has no
+            tensors where the weights are pickles, which nobody has looked into yet.
         problem: why it cannot be merged; None: it can.
     """
 
@@ -51,7 +52,8 @@ def open_model(api: HfApi, source: Source) -> Opened:
         CheckpointError: a header is broken, or a scale does not fit its tensor.
     """
     config = _config(api, source)
-    checkpoint = _headers(api, source)
+    pickled = Checkpoint(source.pinned, {}, {})
+    checkpoint = pickled if source.is_pickled else _headers(api, source)
     beside = read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
     if found is None or found.is_read:
@@ -75,6 +77,17 @@ def eight_bit_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]
                 text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
             notes.append(f"{text}.")
     return notes
+
+
+def pickle_notes(inputs: Inputs) -> list[str]:
+    """What cannot be told of pickles before they are downloaded and converted."""
+    return [
+        f"{source.name} has pickled weights alone: what they hold shows only once they are "
+        "downloaded and converted to safetensors, so nothing here says whether it fits; its sizes "
+        "are those of its files."
+        for source in dict.fromkeys(inputs.models)
+        if source.is_pickled
+    ]
 
 
 def _refusal(api: HfApi, source: Source, how: str, config: Mapping[str, Any]) -> str:
