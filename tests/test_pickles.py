@@ -200,6 +200,20 @@ def test_check_says_what_it_cannot_know_of_pickles_until_they_are_here(api, tmp_
     assert known.sources[1].n_parameters == plain.sources[1].n_parameters
 
 
+def test_the_commands_take_the_flag(api, tmp_path):
+    folder = write_pickles(tmp_path / "pickles")
+    for command, more in (("merge", DENSITY), ("importance", GUIDE)):
+        file = tmp_path / f"{command}.yaml"
+        text = RECIPE.replace("BASE", "zoo/base").replace("EXPERT", str(folder))
+        file.write_text(text + more)
+        output = tmp_path / command
+
+        done = CliRunner().invoke(cli, [command, "--allow-pickle", "-o", str(output), str(file)])
+
+        assert done.exit_code == 0
+        assert output.is_dir()
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path

@@ -95,17 +95,13 @@ def average(piece: Piece, weights: Any, divisor: Any) -> int:  # noqa: D103
     return -1 if _narrow(_added(tensors) / divisor, piece) else len(weights)
 
 
-def multiply_blocks(  # noqa: D103, PLR0913
-    values: Any,
-    first: int,
-    n_columns: int,
-    n_rows_a_block: int,
-    n_columns_a_block: int,
-    scales: Any,
+def scale_up(  # noqa: D103
+    raw: Any, table: Any, first: int, lengths: Any, scales: Any, values: Any
 ) -> None:
-    places = first + np.arange(values.size)
+    n_columns, n_rows_a_block, n_columns_a_block = lengths
+    places = first + np.arange(raw.size)
     rows, columns = places // n_columns // n_rows_a_block, places % n_columns // n_columns_a_block
-    values *= scales[rows, columns]
+    values[:] = table[raw] * scales[rows, columns]
 
 
 def _task_vectors(raw: Any, kinds: Any, n: int) -> Any:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import Scaled, TensorHeader
 from lewis_hub.checkpoint.reader import TensorReader, whole_tensor
-from lewis_hub.merge.arithmetic import multiply_blocks
+from lewis_hub.merge.arithmetic import scale_up
 from lewis_hub.merge.operands import FORMATS
 from lewis_hub.merge.plain import widened
 
@@ -77,11 +77,10 @@ class ScaledReader:
 
     def _piece(self, scaled: Scaled, first: int, n: int) -> Floats:
         """Elements [first, first + n)."""
-        raw = np.empty(n, np.uint8)
+        raw, values = np.empty(n, np.uint8), np.empty(n, np.float32)
         self._files.read(scaled.stored, first, raw.data)
-        values: Floats = VALUES[raw]
-        n_columns = scaled.stored.shape[-1] if scaled.stored.shape else 1
-        multiply_blocks(values, first, n_columns, *scaled.block, self._scales(scaled))
+        lengths = (_n_columns(scaled), *scaled.block)
+        scale_up(raw, VALUES, first, lengths, self._scales(scaled), values)
         return values
 
     def _scales(self, scaled: Scaled) -> Floats:
@@ -100,9 +99,12 @@ class ScaledReader:
         raw = np.empty(scale.n_bytes, np.uint8)
         self._files.read(scale, 0, raw.data)
         values = widened(raw, FORMATS[scale.dtype], scale.n_elements)
-        columns = scaled.stored.shape[-1] if scaled.stored.shape else 1
-        n_across = -(-columns // scaled.block[1])
+        n_across = -(-_n_columns(scaled) // scaled.block[1])
         return np.ascontiguousarray(values.reshape(-1, n_across))
+
+
+def _n_columns(scaled: Scaled) -> int:
+    return scaled.stored.shape[-1] if scaled.stored.shape else 1
 
 
 def fill(into: memoryview, first_byte: int, piece: Callable[[int, int], Floats]) -> None:

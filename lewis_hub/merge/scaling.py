@@ -1,4 +1,4 @@
-"""The hot loop of 8-bit floats: a piece of a matrix times the scales of its blocks.
+"""The hot loop of 8-bit floats: a piece of a matrix, each value times the scale of its block.
 
 Every element is one product, by itself, so that its bits depend on nothing but its place.
 """
@@ -11,31 +11,26 @@ from lewis_hub.merge.bits import compiled
 
 
 @compiled
-def multiply_blocks(  # noqa: PLR0913
-    values: Any,
-    first: int,
-    n_columns: int,
-    n_rows_a_block: int,
-    n_columns_a_block: int,
-    scales: Any,
-) -> None:
-    """Multiply a piece of a matrix by the scales of the blocks that it lies in.
+def scale_up(raw: Any, table: Any, first: int, lengths: Any, scales: Any, values: Any) -> None:
+    """Read a piece of a matrix of 8-bit floats as float32.
 
     Args:
-        values: (n,) float32: elements [first, first + n) of the matrix, row by row; changed.
+        raw: (n,) uint8: elements [first, first + n) of the matrix, row by row.
+        table: (256,) float32: what each pattern stands for.
         first: the piece's first element.
-        n_columns: of the matrix.
-        n_rows_a_block: the last block may have fewer.
-        n_columns_a_block: likewise.
+        lengths: columns of the matrix, rows of a block, columns of a block; the last blocks may
+            be smaller.
         scales: (blocks down, blocks across) float32.
+        values: (n,) float32, written.
     """
+    n_columns, n_rows_a_block, n_columns_a_block = lengths
     done = 0
-    while done < values.size:
+    while done < raw.size:
         row, column = (first + done) // n_columns, (first + done) % n_columns
         across = column // n_columns_a_block
         stop = min((across + 1) * n_columns_a_block, n_columns)
         scale = scales[row // n_rows_a_block, across]
-        end = min(done + stop - column, values.size)
+        end = min(done + stop - column, raw.size)
         for i in range(done, end):
-            values[i] = values[i] * scale
+            values[i] = table[raw[i]] * scale
         done = end
