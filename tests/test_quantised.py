@@ -298,10 +298,10 @@ def test_every_other_method_is_one_problem_and_nothing_is_downloaded(api, tmp_pa
 
 
 WITHOUT = {  # tensors beside the model's -> how they are told
-    "GPTQ": ({"model.layers.0.mlp.up_proj.qweight": torch.int32}, ", as GPTQ and AWQ writes it"),
+    "GPTQ": ({"model.layers.0.mlp.up_proj.qweight": torch.int32}, ", as in GPTQ and AWQ"),
     "bitsandbytes": (
         {"model.layers.0.mlp.up_proj.weight.absmax": torch.float32},
-        ", as bitsandbytes writes it",
+        ", as in bitsandbytes",
     ),
     "int8": ({"model.layers.0.mlp.up_proj.weight": torch.int8}, " as I8"),
 }

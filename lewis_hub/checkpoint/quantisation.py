@@ -79,7 +79,7 @@ def signs(checkpoint: Checkpoint) -> str | None:
     for name, tensor in checkpoint.tensors.items():
         writer = next((who for ending, who in ENDINGS.items() if name.endswith(ending)), None)
         if writer:
-            return f"{name}, as {writer} writes it"
+            return f"{name}, as in {writer}"
         is_matrix = name.endswith(".weight") and len(tensor.shape) > 1
         if is_matrix and tensor.dtype in COPIED:
             return f"{name} as {tensor.dtype}"

@@ -114,16 +114,16 @@ def checkpoint(**tensors):
 @pytest.mark.parametrize(
     ("name", "dtype", "said"),
     [
-        ("a.q_proj.qweight", "I32", "a.q_proj.qweight, as GPTQ and AWQ writes it"),
-        ("a.q_proj.qzeros", "I32", "a.q_proj.qzeros, as GPTQ and AWQ writes it"),
-        ("a.q_proj.weight.absmax", "F32", "a.q_proj.weight.absmax, as bitsandbytes writes it"),
-        ("a.q_proj.SCB", "F32", "a.q_proj.SCB, as bitsandbytes writes it"),
+        ("a.q_proj.qweight", "I32", "a.q_proj.qweight, as in GPTQ and AWQ"),
+        ("a.q_proj.qzeros", "I32", "a.q_proj.qzeros, as in GPTQ and AWQ"),
+        ("a.q_proj.weight.absmax", "F32", "a.q_proj.weight.absmax, as in bitsandbytes"),
+        ("a.q_proj.SCB", "F32", "a.q_proj.SCB, as in bitsandbytes"),
         (
             "a.q_proj.weight_packed",
             "I32",
-            "a.q_proj.weight_packed, as compressed-tensors writes it",
+            "a.q_proj.weight_packed, as in compressed-tensors",
         ),
-        ("a.down_proj_blocks", "U8", "a.down_proj_blocks, as gpt-oss (MXFP4) writes it"),
+        ("a.down_proj_blocks", "U8", "a.down_proj_blocks, as in gpt-oss (MXFP4)"),
         ("a.q_proj.weight", "I8", "a.q_proj.weight as I8"),
         ("a.q_proj.weight", "U8", "a.q_proj.weight as U8"),
     ],
