@@ -70,6 +70,10 @@ class BrokenCheckpointError(CheckpointError, LocatedError):
     """A weight file or its index is not what it should be; `where` is the source and the file."""
 
 
+class PickleError(CheckpointError, LocatedError):
+    """A pickle that holds more than tensors, or is damaged; `where` is the source and the file."""
+
+
 class AdapterError(CheckpointError, LocatedError):
     """A LoRA adapter that cannot be put on the base; `where` is the adapter, or its file."""
 

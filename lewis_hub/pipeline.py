@@ -24,6 +24,7 @@ from lewis_hub.report.cost import Costs
 from lewis_hub.stages import (
     calibration,
     checking,
+    converting,
     downloading,
     evaluation,
     merging,
@@ -57,8 +58,12 @@ class Calibrated:
     schedule: DensitySchedule
 
 
-def check(recipe: Recipe) -> CheckReport:
+def check(recipe: Recipe, *, allow_pickle: bool = False) -> CheckReport:
     """Tell all that can be known before a download: headers and JSON files are read, no weights.
+
+    Args:
+        recipe: what to merge.
+        allow_pickle: whether sources may have pickled weights alone.
 
     Raises:
         LewisHubError: a source cannot be found or read. Sources that are there and do not fit
@@ -70,11 +75,17 @@ def check(recipe: Recipe) -> CheckReport:
         ()
     """
     api = hub_api()
-    return checking.examine(recipe, resolve_inputs(recipe, api), api, allow_code=True).report
+    inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
+    return checking.examine(recipe, inputs, api, allow_code=True).report
 
 
 def calibrate(
-    recipe: Recipe, output: Path | str, device: str = "cpu", progress: Progress | None = None
+    recipe: Recipe,
+    output: Path | str,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    *,
+    allow_pickle: bool = False,
 ) -> Calibrated:
     """Measure, decide and draw, without merging.
 
@@ -84,6 +95,7 @@ def calibrate(
             already is reused where source, data and settings are the same.
         device: where models run, as torch names it.
         progress: told how far it is; None: nobody is.
+        allow_pickle: whether sources may have pickled weights alone.
 
     Raises:
         LewisHubError: a source cannot be used, or the calibration data does not fit.
@@ -102,10 +114,10 @@ def calibrate(
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
     api = hub_api()
-    inputs = resolve_inputs(recipe, api)
-    examined = checking.examine(
-        recipe.model_copy(update={"evaluate": None, "publish": None}), inputs, api, allow_code=False
-    )
+    measured = recipe.model_copy(update={"evaluate": None, "publish": None})
+    inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
+    inputs = converting.without_pickles(measured, inputs, api, progress)
+    examined = checking.examine(measured, inputs, api, allow_code=False)
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     sets = calibration.calibration_sets(step)
@@ -145,7 +157,8 @@ def merge_models(
     execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
     api = hub_api()
-    inputs = resolve_inputs(recipe, api)
+    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
+    inputs = converting.without_pickles(recipe, inputs, api, progress)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
     if reporting.is_this_merge(output, planned):
         return Merged("unchanged", output, reporting.read_scores(output))

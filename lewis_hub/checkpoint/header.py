@@ -44,7 +44,8 @@ COPIED = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 class TensorHeader:
     """Where a tensor lies; `start` counts from the first byte of the file `shard`.
 
-    A tensor that an adapter changes lies nowhere: `adapted` says what its bytes are made of.
+    A tensor that an adapter changes lies nowhere: `adapted` says what its bytes are made of. Nor
+    does one whose 8-bit floats have scales: there `scaled` says it.
     """
 
     name: str
@@ -54,11 +55,39 @@ class TensorHeader:
     start: int
     n_bytes: int
     adapted: Adapted | None = None
+    scaled: Scaled | None = None
 
     @property
     def n_elements(self) -> int:
         """The number of elements: 1 for a 0-d tensor."""
         return prod(self.shape)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is made as it is read, and lies in no file as it is."""
+        return bool(self.adapted or self.scaled)
+
+    @property
+    def kept_dtype(self) -> str:
+        """What it is written as where nobody asks for another dtype."""
+        if self.adapted:
+            return self.adapted.base.kept_dtype
+        return "BF16" if self.scaled else self.dtype
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How a tensor of 8-bit floats is stored: each block of its rows and columns has a scale.
+
+    Attributes:
+        stored: the 8-bit floats, of the same shape; F8_E4M3.
+        scale: what they are multiplied by: one number a block, row by row.
+        block: rows and columns of a block; the last ones may be smaller.
+    """
+
+    stored: TensorHeader
+    scale: TensorHeader
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True)

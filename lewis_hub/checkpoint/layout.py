@@ -94,7 +94,7 @@ def lay_out(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> tuple[Shar
         groups.append(current)
     return tuple(
         ShardLayout(
-            _file_name(i, len(groups)), tuple(sorted(group, key=lambda t: -WIDTHS[t.dtype]))
+            shard_name(i, len(groups)), tuple(sorted(group, key=lambda t: -WIDTHS[t.dtype]))
         )
         for i, group in enumerate(groups)
     )
@@ -122,5 +122,6 @@ def weight_file_names(shards: Sequence[ShardLayout]) -> tuple[str, ...]:
     return tuple(shard.name for shard in shards) + ((INDEX,) if len(shards) > 1 else ())
 
 
-def _file_name(i: int, n_shards: int) -> str:
+def shard_name(i: int, n_shards: int) -> str:
+    """The file of the i-th of so many shards, as transformers calls it."""
     return SINGLE if n_shards == 1 else f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"

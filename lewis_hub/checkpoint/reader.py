@@ -44,6 +44,11 @@ class Checkpoint:
     metadata: Mapping[str, str]
     base: str | None = None  # of an adapter: label of the checkpoint that all else lies in
 
+    @property
+    def is_computed(self) -> bool:
+        """Whether a tensor of it lies in no file as it is."""
+        return any(tensor.is_computed for tensor in self.tensors.values())
+
 
 def read_headers(
     label: str, sizes: Mapping[str, int], read: ReadRange, index: bytes | None

@@ -36,6 +36,11 @@ recipe_argument = click.argument(
     default="recipe.yaml",
     type=click.Path(dir_okay=False, path_type=Path),
 )
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read models that have pytorch_model.bin alone: for authors that you trust.",
+)
 device_option = click.option(
     "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
 )
@@ -43,8 +48,9 @@ device_option = click.option(
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
 @recipe_argument
+@pickle_option
 @terminal_options
-def check(terminal: Terminal, recipe_file: Path) -> None:
+def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     """Tell all that can be known before a download: reads headers, never weights."""
     from lewis_hub.recipe_file import read_recipe
 
@@ -52,7 +58,7 @@ def check(terminal: Terminal, recipe_file: Path) -> None:
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import check_tables
 
-    report = pipeline.check(recipe)
+    report = pipeline.check(recipe, allow_pickle=allow_pickle)
     terminal.finish(report.to_json(), *check_tables(report))
     if report.problems:
         raise click.exceptions.Exit(1)
@@ -67,8 +73,11 @@ def check(terminal: Terminal, recipe_file: Path) -> None:
     help="Folder for the profile [importance/ beside the recipe].",
 )
 @device_option
+@pickle_option
 @terminal_options
-def importance(terminal: Terminal, recipe_file: Path, output: Path | None, device: str) -> None:
+def importance(
+    terminal: Terminal, recipe_file: Path, output: Path | None, device: str, allow_pickle: bool
+) -> None:
     """Calibrate only: writes importance.json, density.json and their plots."""
     from lewis_hub.recipe_file import read_recipe
 
@@ -81,6 +90,7 @@ def importance(terminal: Terminal, recipe_file: Path, output: Path | None, devic
         output or recipe_file.parent / "importance",
         device=device,
         progress=terminal.progress,
+        allow_pickle=allow_pickle,
     )
     schedule = json.loads(calibrated.schedule.to_json())
     document = {"status": "calibrated", "output": str(calibrated.output), "density": schedule}
@@ -122,6 +132,7 @@ def importance(terminal: Terminal, recipe_file: Path, output: Path | None, devic
     is_flag=True,
     help="Carry on where a source holds NaN or infinity: it counts as the base's there.",
 )
+@pickle_option
 @terminal_options
 def merge(
     terminal: Terminal,
@@ -137,6 +148,7 @@ def merge(
     max_shard_size: str,
     allow_code_execution: bool,
     allow_nan: bool,
+    allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
     from lewis_hub.recipe_file import read_recipe
@@ -158,6 +170,7 @@ def merge(
         replace=force,
         allow_code=allow_code_execution,
         allow_nan=allow_nan,
+        allow_pickle=allow_pickle,
     )
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
     merged = pipeline.merge_models(

@@ -50,7 +50,7 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
                 source.commit_sha.removeprefix("sha256:")[:8],
                 size(source.size_bytes),
                 source.dtype,
-                f"{source.n_parameters:,}",
+                f"{source.n_parameters:,}" if source.n_parameters else "?",
                 f"{source.n_vocabulary:,}" if source.n_vocabulary else "?",
                 "yes" if source.tied else "no",
                 source.licence or "none given",

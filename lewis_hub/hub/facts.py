@@ -66,6 +66,14 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
     )
 
 
+def quantised_from(api: HfApi, source: Source) -> str | None:
+    """What a quantised model was made from, where its card says it."""
+    card = _metadata(read_small(api, source, "README.md") or b"")
+    if card.get("base_model_relation") not in (None, "quantized"):
+        return None
+    return next(iter(_words(card.get("base_model"))), None)
+
+
 def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
     """The licence of a merge: what was chosen, or what all parents agree on.
 

@@ -18,7 +18,7 @@ from lewis_hub.hub.cache import cache_folder, cache_root, snapshot_folder
 from lewis_hub.hub.download import download_blob, partial_file
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
-from lewis_hub.hub.source import ADAPTERS, Source, SourceFile
+from lewis_hub.hub.source import ADAPTERS, PICKLED, Source, SourceFile
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -40,9 +40,12 @@ SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 
 
 def weight_files(source: Source) -> tuple[str, ...]:
-    """The safetensors that are the model: some repos carry the same weights a second time."""
+    """The files that are the model: some repos carry the same weights a second time."""
     if source.is_adapter:
         return ADAPTERS[1:]
+    if source.is_pickled:
+        whole, shards = (source.matching((pattern,)) for pattern in PICKLED)
+        return tuple(file.path for file in whole or shards)
     found = [file.path for file in source.matching(("*.safetensors",)) if file.path not in ADAPTERS]
     return tuple(path for path in found if path.startswith("model")) or tuple(found)
 
@@ -55,7 +58,8 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         source: what to fetch; a local folder is handed back as it is.
         advance: called with the bytes that arrived, in all `bytes_to_download`.
         only: shell patterns (`*` stays within a folder); None: weights, configuration and
-            tokenizer. Pickled weights are never fetched, whatever the patterns say.
+            tokenizer. Pickled weights are fetched only where a source has no others, which
+            does not resolve unless the user allowed it.
 
     Returns:
         A folder that holds the files at this commit. It is a cache: never write into it.
@@ -64,8 +68,8 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         SourceError: the disk is too full, the files cannot be had, or they are not what the
             Hub says they are. A later call goes on from the bytes that arrived.
     """
-    if source.folder:
-        return source.folder
+    if source.here:
+        return source.here
     arrived = _Arrived(advance, bytes_to_download(api, source, only))
     _require_space(source, arrived.total)
     folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
@@ -86,7 +90,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
 
 def bytes_to_download(api: HfApi, source: Source, only: Sequence[str] | None = None) -> int:  # noqa: ARG001
     """What `fetch` would download: neither cached files nor the part of one that arrived count."""
-    if source.folder:
+    if source.here:
         return 0
     folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
     blobs = {_blob(source.name, source.repo_type, file): file for file in _wanted(source, only)}
@@ -101,8 +105,9 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
     """The content of a JSON, card or template file; None if the source has no such file."""
     if source.file(path) is None:
         return None
-    if source.folder:
-        return (source.folder / path).read_bytes()
+    for folder in (source.converted, source.folder):
+        if folder and (folder / path).exists():
+            return (folder / path).read_bytes()
     asked = Asked(api, source.name, source.repo_type, source.commit_sha)
     with hub_failures(asked):
         return persist(lambda: _through_cache(asked, path)).read_bytes()
@@ -111,7 +116,8 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
 def _wanted(source: Source, only: Sequence[str] | None) -> tuple[SourceFile, ...]:
     if only is None:
         only = (*map(glob.escape, weight_files(source)), *SIDECAR_FILES)
-    return tuple(file for file in source.matching(only) if not file.path.endswith(NEVER))
+    found, weights = source.matching(only), weight_files(source)
+    return tuple(f for f in found if f.path in weights or not f.path.endswith(NEVER))
 
 
 def _fetch_file(asked: Asked, file: SourceFile, arrived: _Arrived, stop: threading.Event) -> None:

@@ -37,7 +37,7 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
         )
     if start == stop:
         return b""
-    local = source.folder or snapshot_folder(source.name, source.repo_type, source.commit_sha)
+    local = source.here or snapshot_folder(source.name, source.repo_type, source.commit_sha)
     if (local / path).exists():
         return _pread(local / path, start, stop)
     url = hf_hub_url(

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
 from lewis_hub.hub.digests import content_sha, digests_of
+from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
 from lewis_hub.hub.source import ADAPTERS, RepoType, Source, SourceFile
@@ -25,23 +26,31 @@ if TYPE_CHECKING:
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+ALLOW = (
+    "\nWith `--allow-pickle` torch reads it without running what it asks for, but a flaw in that "
+    "reader would let its author run code here: allow it for authors that you trust."
+)
 LOOKUP_TIMEOUT_S = 30.0
 
 
-def resolve_model(api: HfApi, name: str, revision: str | None = None) -> Source:
+def resolve_model(
+    api: HfApi, name: str, revision: str | None = None, *, allow_pickle: bool = False
+) -> Source:
     """Pin a model with safetensors weights, or a LoRA adapter.
 
     Args:
         api: whose endpoint and token are used.
         name: `owner/name` on the Hub, or a folder: whatever exists here or starts like a path.
         revision: branch, tag or commit sha; folders have none.
+        allow_pickle: whether a model of pickled weights alone will do.
 
     Raises:
         SourceError: it cannot be found, may not be read, or has no safetensors weights.
     """
     path = _local(name)
     source = _folder(name, path) if path else _repo(Asked(api, name, "model", revision))
-    _require_weights(api, source)
+    if not (allow_pickle and source.is_pickled):
+        _require_weights(api, source)
     return source
 
 
@@ -186,9 +195,12 @@ def _require_weights(api: HfApi, source: Source) -> None:
         problem = f"this {here} has pickled weights only, and reading those can run code"
         remedy = "Only safetensors are read. Convert it: load it in transformers, then"
         remedy += " `save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors."
+        remedy += ALLOW if source.is_pickled else ""
     elif any(file.path.endswith(".gguf") for file in source.files):
         problem = f"this {here} has GGUF weights only"
-        remedy = "Use the safetensors model that they were quantised from."
+        remedy = "Use the safetensors model that they were quantised from"
+        parent = quantised_from(api, source)
+        remedy += f": its card names {parent}." if parent else "."
     else:
         problem = f"this {here} has no .safetensors file"
         remedy = "A model needs model.safetensors, or shards and their index, beside config.json."

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 RepoType = Literal["model", "dataset"]
+PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
 
 
@@ -34,6 +36,17 @@ class Source:
     commit_sha: str  # 40 hex digits on the Hub; `sha256:<hex>` over a folder's names and contents
     files: tuple[SourceFile, ...]
     folder: Path | None  # a local folder, or a local dataset's one file; None: a repo on the Hub
+    converted: Path | None = None  # the model with its pickled weights as safetensors
+
+    @property
+    def here(self) -> Path | None:
+        """A folder with all that a model needs, outside of huggingface_hub's cache."""
+        return self.converted or self.folder
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether its weights are pickles and nothing else."""
+        return bool(self.matching(PICKLED)) and not self.matching(("*.safetensors",))
 
     @property
     def is_adapter(self) -> bool:

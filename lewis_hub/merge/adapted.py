@@ -10,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
-from lewis_hub.checkpoint.reader import TensorReader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader, TensorReader, whole_tensor
 from lewis_hub.merge import low_rank
 from lewis_hub.merge.operands import FORMATS
+from lewis_hub.merge.scaled import BLOCK, fill
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTH = 4  # bytes of a float32, which every adapted tensor is read as
-BLOCK = 1 << 16  # elements computed at a time
 N_HELD = 32  # tensors whose factors are kept: more than there are threads at work
 
 Floats = npt.NDArray[np.float32]
@@ -50,7 +49,7 @@ class AdapterReader:
         own: of the adapter's folder; likewise.
     """
 
-    def __init__(self, base: TensorReader, own: TensorReader) -> None:
+    def __init__(self, base: Reader, own: TensorReader) -> None:
         self._base, self._own = base, own
         self._held: dict[str, Factors] = {}
         self._holding = threading.Lock()
@@ -68,16 +67,11 @@ class AdapterReader:
         Raises:
             BrokenCheckpointError: a file is missing, or ends before that.
         """
-        if tensor.adapted is None:
+        adapted = tensor.adapted
+        if adapted is None:
             self._base.read(tensor, first_byte, into)
             return
-        into, stop = into.cast("B"), first_byte + into.nbytes
-        for first in range(first_byte // WIDTH, -(-stop // WIDTH), BLOCK):
-            n = min(BLOCK, -(-stop // WIDTH) - first)
-            found = self._piece(tensor.name, tensor.adapted, first, n).view(np.uint8).data
-            begin, end = max(first_byte, first * WIDTH), min(stop, (first + n) * WIDTH)
-            piece = found[begin - first * WIDTH : end - first * WIDTH]
-            into[begin - first_byte : end - first_byte] = piece
+        fill(into, first_byte, lambda first, n: self._piece(tensor.name, adapted, first, n))
 
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
@@ -141,7 +135,7 @@ class AdapterReader:
         return np.sqrt(squares).astype(np.float32)
 
 
-def _floats(reader: TensorReader, tensor: TensorHeader, first: int, n: int) -> Floats:
+def _floats(reader: Reader, tensor: TensorHeader, first: int, n: int) -> Floats:
     width = WIDTHS[tensor.dtype]
     raw, values = np.empty(n * width, np.uint8), np.empty(n, np.float32)
     reader.read(tensor, first * width, raw.data)

@@ -168,12 +168,14 @@ def _on_worker(folders: Mapping[str, Path], output: Path, plan: ShardPlan) -> Sh
 
 
 def _open(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:
+    from lewis_hub.merge.scaled import ScaledReader  # imports numba
+
     own = TensorReader(folders[label], label)
     if base is None:
-        return own
-    from lewis_hub.merge.adapted import AdapterReader  # imports numba
+        return ScaledReader(own)
+    from lewis_hub.merge.adapted import AdapterReader
 
-    return AdapterReader(TensorReader(folders[base], base), own)
+    return AdapterReader(ScaledReader(TensorReader(folders[base], base)), own)
 
 
 def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """What the kernels do, in numpy: where numba cannot compile. The bytes are the same.
 
-Every function stands for the one of its name in `kernels` or `counting`, and is documented there.
+Every function stands for the one of its name in `kernels`, `counting` or `scaling`, and is
+documented there.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ def count_low(raw: Any, kinds: Any, n: int, chosen: Any, counts: Any) -> None:  
 
 
 def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:  # noqa: D103
-    base = _widened(piece.raw[0], piece.kinds[0], piece.n)
+    base = widened(piece.raw[0], piece.kinds[0], piece.n)
     if not np.isfinite(base).all():
         return 0
     votes = []
     for e in range(len(experts.weights)):
-        expert = _widened(piece.raw[e + 1], piece.kinds[e + 1], piece.n)
+        expert = widened(piece.raw[e + 1], piece.kinds[e + 1], piece.n)
         if not np.isfinite(expert).all():
             return e + 1
         votes.append(experts.weights[e] * _thinned(expert - base, experts, e, piece))
@@ -87,19 +88,29 @@ def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:  # noqa
 def average(piece: Piece, weights: Any, divisor: Any) -> int:  # noqa: D103
     tensors = []
     for s, weight in enumerate(weights):
-        tensor = _widened(piece.raw[s], piece.kinds[s], piece.n)
+        tensor = widened(piece.raw[s], piece.kinds[s], piece.n)
         if not np.isfinite(tensor).all():
             return s
         tensors.append(weight * tensor)
     return -1 if _narrow(_added(tensors) / divisor, piece) else len(weights)
 
 
+def scale_up(  # noqa: D103
+    raw: Any, table: Any, first: int, lengths: Any, scales: Any, values: Any
+) -> None:
+    n_columns, n_rows_a_block, n_columns_a_block = lengths
+    places = first + np.arange(raw.size)
+    rows, columns = places // n_columns // n_rows_a_block, places % n_columns // n_columns_a_block
+    values[:] = table[raw] * scales[rows, columns]
+
+
 def _task_vectors(raw: Any, kinds: Any, n: int) -> Any:
-    base = _widened(raw[0], kinds[0], n)
-    return (_widened(row, kind, n) - base for row, kind in zip(raw[1:], kinds[1:], strict=True))
+    base = widened(raw[0], kinds[0], n)
+    return (widened(row, kind, n) - base for row, kind in zip(raw[1:], kinds[1:], strict=True))
 
 
-def _widened(raw: Any, kind: int, n: int) -> Any:
+def widened(raw: Any, kind: int, n: int) -> Any:
+    """The first n elements of raw bytes as float32; of a format of `operands`."""
     if kind == BF16:
         return (raw[: 2 * n].view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
     if kind == F16:

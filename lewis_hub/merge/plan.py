@@ -52,7 +52,8 @@ class MergeSettings:
         base: None for a method that takes no base.
         experts: in the recipe's order. For a method without a base: all models that are listed.
         parameters: the recipe's own, for all models and tensors.
-        dtype: of the output: float32, float16 or bfloat16; None keeps the base's, tensor by tensor.
+        dtype: of the output: float32, float16 or bfloat16; None keeps the base's, tensor by tensor;
+            that of 8-bit floats is bfloat16.
         seed: of random methods.
         missing: "base": the base's tensors stand in for those that an expert lacks.
         alignment: of vocabularies that differ; None where row i means the same in all sources.
@@ -293,8 +294,7 @@ def _setting(
 
 
 def _output_dtype(tensor: TensorHeader, dtype: str | None) -> str:
-    tensor = tensor.adapted.base if tensor.adapted else tensor
-    return DTYPES[dtype] if dtype and tensor.dtype in MERGEABLE else tensor.dtype
+    return DTYPES[dtype] if dtype and tensor.kept_dtype in MERGEABLE else tensor.kept_dtype
 
 
 def _require_sources(method: Method, settings: MergeSettings) -> None:

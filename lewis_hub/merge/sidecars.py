@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lewis_hub.checkpoint.quantisation import KEYS
+
 # Weights are merged, not carried; the card is our own; the rest is for tools that made the base.
 NOT_CARRIED = frozenset(
     {".gitattributes", "README.md", "model.safetensors.index.json", "mergekit_config.yml"}
+    | {"hf_quant_config.json", "pytorch_model.bin.index.json", "converted.json"}
 )
 NOT_CARRIED_SUFFIXES = frozenset({".safetensors", ".png", ".jpg", ".svg"})
 
@@ -54,6 +57,8 @@ def write_sidecars(
 ) -> tuple[str, ...]:
     """Carry over what a merged model needs beside its weights.
 
+    What ``config.json`` says of quantisation is left out: what is merged is plain floats.
+
     Args:
         base: folder of the source whose configuration and tokenizer the merge carries.
         output: folder to write into.
@@ -78,7 +83,7 @@ def write_sidecars(
         ):
             told = json.loads(source.read_text(encoding="utf-8"))
             if relative == PurePosixPath("config.json"):
-                told = config if config is not None else told
+                told = _plain(config if config is not None else told)
                 told = _with(_with_dtype(told, dtype) if dtype else told, tokenizer.config)
             elif relative == PurePosixPath("generation_config.json"):
                 told = _with(told, tokenizer.generation)
@@ -138,6 +143,15 @@ def _with(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
         values = {k: v for k, v in values.items() if k in config or k not in inner}
     told |= values
     return {key: value for key, value in told.items() if value is not None or key not in values}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantisation: merged weights are plain floats."""
+    return {
+        key: _plain(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
 
 
 def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from lewis_hub.checkpoint.adapter import adapt, own_tensors
 from lewis_hub.checkpoint.adapter_config import AdapterConfig, read_config
 from lewis_hub.checkpoint.header import TensorHeader, read_header
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.guides import registry
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.remote import read_range
 from lewis_hub.hub.source import ADAPTERS, Source
@@ -62,13 +61,6 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
     return Adapter(config, adapt(source.pinned, base, stored, config))
 
 
-def are_loaded(recipe: Recipe) -> bool:
-    """Whether experts are measured or scored, which takes whole models on disk."""
-    measures = recipe.guide and "importance" in registry.find(recipe.guide.name).needs
-    scores = recipe.evaluate and "experts" in recipe.evaluate.compare
-    return bool(measures or scores)
-
-
 def adapter_notes(
     recipe: Recipe, inputs: Inputs, adapters: Mapping[str, Adapter], *, tied: bool
 ) -> list[str]:
@@ -77,11 +69,13 @@ def adapter_notes(
     Args:
         recipe: knows where local folders lie.
         inputs: pinned.
-        adapters: by pinned source.
+        adapters: by pinned source; those that are not there say nothing yet.
         tied: whether the base's embeddings are its head as well.
     """
     notes = []
     for source in inputs.adapters:
+        if source.pinned not in adapters:
+            continue
         adapter, base = adapters[source.pinned], inputs.base
         assert base  # an adapter without one does not resolve
         trained_on = adapter.config.base_model_name_or_path

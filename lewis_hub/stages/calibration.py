@@ -136,11 +136,11 @@ def _measure(
     )
     subjects = _subjects(step.inputs, sets, folders)
     unknown = missing(subjects, known)
-    for expert in step.inputs.adapters:
-        if any(subject.source == expert.pinned for subject in unknown):
-            whole = loadable(step, expert, folders, scratch)
+    for source in step.inputs.models:
+        if any(subject.source == source.pinned for subject in unknown):
+            whole = loadable(step, source, folders, scratch)
             subjects = tuple(
-                replace(subject, folder=whole) if subject.source == expert.pinned else subject
+                replace(subject, folder=whole) if subject.source == source.pinned else subject
                 for subject in subjects
             )
     n_tokens = sum(subject.n_tokens for subject in unknown)

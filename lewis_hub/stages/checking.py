@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.adapter import own_tensors
-from lewis_hub.checkpoint.reader import Checkpoint, read_headers
+from lewis_hub.checkpoint.header import WIDTHS
+from lewis_hub.checkpoint.layout import DTYPES
+from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
-from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
-from lewis_hub.hub.remote import read_range
+from lewis_hub.hub.fetch import bytes_to_download, weight_files
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages.adapters import Adapter, adapter_notes, are_loaded, open_adapter
+from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
 from lewis_hub.stages.evaluation import has_twin, selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
-from lewis_hub.stages.merging import plan
+from lewis_hub.stages.merging import loaded, plan
+from lewis_hub.stages.opening import eight_bit_notes, open_model, pickle_notes
 from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
@@ -30,7 +31,6 @@ from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-INDEX = "model.safetensors.index.json"
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
 
@@ -43,8 +43,8 @@ class SourceReport:
     name: str
     commit_sha: str
     size_bytes: int
-    dtype: str  # the dtype that most parameters have
-    n_parameters: int
+    dtype: str  # the dtype that most parameters have; `?` of pickles, where nobody knows yet
+    n_parameters: int  # 0 there
     n_vocabulary: int | None
     licence: str | None
     tied: bool  # input and output embeddings share one tensor
@@ -59,7 +59,8 @@ class CheckReport:
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
         disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its uniform twin and each adapter's expert.
+            scored its uniform twin and each source that is written out for that; pickles as
+            safetensors.
         memory_bytes: at most, of the largest step.
     """
 
@@ -100,31 +101,37 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         CheckpointError: a header is broken.
     """
     whole = [source for source in inputs.models if not source.is_adapter]
-    checkpoints = {source.pinned: open_headers(api, source) for source in whole}
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
-    configs = {source.pinned: _config(api, source) for source in whole}
-    problems = [text for source in whole if (text := _quantised(source, configs))]
+    opened = {source.pinned: open_model(api, source) for source in whole}
+    checkpoints = {pinned: one.checkpoint for pinned, one in opened.items()}
+    configs = {pinned: one.config for pinned, one in opened.items()}
+    problems = [one.problem for one in opened.values() if one.problem]
     if problems and inputs.adapters:
         raise CheckFailedError(tuple(problems))  # nothing can be put on what cannot be read
     donor = inputs.donor.pinned
-    adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in inputs.adapters}
+    put_on = inputs.adapters if checkpoints[donor].tensors else ()  # not on what is not read yet
+    adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in put_on}
+    checkpoints |= {s.pinned: Checkpoint(s.pinned, {}, {}) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
-    configs |= {pinned: configs[donor] for pinned in adapters}
+    configs |= {source.pinned: configs[donor] for source in inputs.adapters}
     tokens = Tokens()
-    if not recipe.slices:  # of which the parts that are taken are compared, when they are planned
+    is_read = all(checkpoint.tensors for checkpoint in checkpoints.values())  # pickles are not
+    if is_read and not problems and not recipe.slices:  # a stack is compared when it is planned
         checkpoints = settle(inputs, checkpoints, configs)
         tokens = examine_tokens(recipe, inputs, api, checkpoints, configs)
-        problems += [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
+        problems = [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
     output = checkpoints[donor]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
-    if recipe.slices and not problems:
+    if recipe.slices and is_read and not problems:
         try:
             output = outline(recipe, inputs, checkpoints, configs)
         except MergeError as error:
             problems.append(str(error))
+    pickle_bytes = {s.pinned: s.size_bytes(weight_files(s)) for s in whole if s.is_pickled}
     output_bytes = _output_bytes(output, recipe.output_dtype)
+    output_bytes = pickle_bytes.get(donor, output_bytes)
     report = CheckReport(
         sources=tuple(
             _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
@@ -132,39 +139,20 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         problems=tuple(problems),
         notes=(
             *_notes(recipe, inputs, configs, adapters),
-            *left_alone(recipe, inputs, checkpoints),
+            *eight_bit_notes(recipe, inputs, opened),
+            *pickle_notes(inputs),
+            *(left_alone(recipe, inputs, checkpoints) if is_read else ()),
             *tokens.notes,
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=output_bytes,
-        disk_bytes=_disk_bytes(recipe, checkpoints, output_bytes),
-        memory_bytes=_memory_bytes(recipe, (output, *checkpoints.values())),
+        disk_bytes=_disk_bytes(recipe, inputs, checkpoints, output_bytes)
+        + sum(pickle_bytes.values()),
+        memory_bytes=_memory_bytes(
+            recipe, (output, *checkpoints.values()), max(pickle_bytes.values(), default=0)
+        ),
     )
     return Examined(report, checkpoints, facts, tokens)
-
-
-def open_headers(api: HfApi, source: Source) -> Checkpoint:
-    """Read a source's tensor names, shapes and dtypes: by byte ranges where it is a repo."""
-    weights = set(weight_files(source))
-    sizes = {file.path: file.size_bytes for file in source.files if file.path in weights}
-    index = read_small(api, source, INDEX)
-    return read_headers(
-        source.pinned,
-        sizes,
-        lambda path, start, stop: read_range(api, source, path, start, stop),
-        index,
-    )
-
-
-def _config(api: HfApi, source: Source) -> dict[str, Any]:
-    text = read_small(api, source, "config.json")
-    if text is None:
-        raise CheckFailedError((f"{source.name} has no config.json, so nothing can load it.",))
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckFailedError((f"{source.name}: config.json is not JSON: {error}.",)) from None
-    return config if isinstance(config, dict) else {}
 
 
 def require_fine(report: CheckReport) -> None:
@@ -177,17 +165,6 @@ def require_fine(report: CheckReport) -> None:
         raise CheckFailedError(report.problems)
 
 
-def _quantised(source: Source, configs: Mapping[str, Mapping[str, Any]]) -> str | None:
-    found = configs[source.pinned].get("quantization_config")
-    if not found:
-        return None
-    method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-    return (
-        f"{source.name} is quantised ({method}), which this version does not read. Use the model "
-        "that it was quantised from."
-    )
-
-
 def _refusals(
     recipe: Recipe,
     inputs: Inputs,
@@ -198,7 +175,8 @@ def _refusals(
     """What the rooms would refuse later: settings, guide, licence."""
     found = not_calibrated(recipe, inputs, tokens)
     try:
-        plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
+        if all(checkpoint.tensors for checkpoint in checkpoints.values()):
+            plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
         if recipe.guide and not registry.find(recipe.merge_method).takes_density:
             found.append(
                 f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "
@@ -235,7 +213,8 @@ def _report(
     role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
-        by_dtype[tensor.dtype] += tensor.n_elements
+        stored = tensor.scaled.stored if tensor.scaled else tensor
+        by_dtype[stored.dtype] += tensor.n_elements
     config = configs[source.pinned]
     text_config = config.get("text_config") or config
     return SourceReport(
@@ -243,7 +222,7 @@ def _report(
         name=source.name + (f"@{source.revision}" if source.revision else ""),
         commit_sha=source.commit_sha,
         size_bytes=source.size_bytes(weight_files(source)),
-        dtype=by_dtype.most_common(1)[0][0],
+        dtype=next((dtype for dtype, _ in by_dtype.most_common(1)), "?"),
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
         licence=facts[source.pinned].licence,
@@ -278,23 +257,27 @@ def _notes(
 
 
 def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}
-    if dtype is None:
-        return sum(tensor.n_bytes for tensor in checkpoint.tensors.values())
-    return sum(tensor.n_elements * width[dtype] for tensor in checkpoint.tensors.values())
+    asked = DTYPES[dtype] if dtype else None
+    tensors = checkpoint.tensors.values()
+    return sum(t.n_elements * WIDTHS[asked or t.kept_dtype] for t in tensors)
 
 
-def _disk_bytes(recipe: Recipe, checkpoints: Mapping[str, Checkpoint], output_bytes: int) -> int:
-    """The merge, its twin, and each adapter's expert where that is written out to be loaded."""
-    bases = [checkpoints[one.base] for one in checkpoints.values() if one.base]
-    experts_bytes = sum(_output_bytes(base, None) for base in bases) if are_loaded(recipe) else 0
-    return output_bytes * (2 if has_twin(recipe) else 1) + experts_bytes
+def _disk_bytes(
+    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], output_bytes: int
+) -> int:
+    """The merge, its twin, and each source that is written out to be loaded."""
+    asked = [checkpoints[source.pinned] for source in loaded(recipe, inputs)]
+    written_bytes = sum(_output_bytes(one, None) for one in asked if one.is_computed)
+    return output_bytes * (2 if has_twin(recipe) else 1) + written_bytes
 
 
-def _memory_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
+def _memory_bytes(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int
+) -> int:
     """Calibration and evaluation hold one model in float32 on a CPU; merging holds none.
 
-    Of an adapter merging holds the two narrow matrices of each module.
+    Of an adapter merging holds the two narrow matrices of each module. A pickle is taken to hold
+    numbers of two bytes, the smallest that are merged.
     """
     adapted = [t.adapted for one in checkpoints for t in one.tensors.values() if t.adapted]
     updates = [one.update for one in adapted if one.update]
@@ -302,4 +285,5 @@ def _memory_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
     if recipe.guide is None and recipe.evaluate is None:
         return ENGINE_BYTES + narrow_bytes
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
+    largest = max(largest, largest_pickle_bytes // 2)
     return TORCH_BYTES + max(4 * largest, narrow_bytes)

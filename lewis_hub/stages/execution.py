@@ -34,6 +34,7 @@ class Execution:
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
         allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
+        allow_pickle: whether sources may have pickled weights alone.
     """
 
     runner: str = "threads"
@@ -43,6 +44,7 @@ class Execution:
     replace: bool = False
     allow_code: bool = False
     allow_nan: bool = False
+    allow_pickle: bool = False
 
     @property
     def workers(self) -> Runner | Ray:

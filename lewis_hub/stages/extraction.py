@@ -15,8 +15,8 @@ from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import ModelReference
 from lewis_hub.report.adapter_card import adapter_card
-from lewis_hub.stages.checking import open_headers
 from lewis_hub.stages.downloading import download
+from lewis_hub.stages.opening import open_model
 from lewis_hub.stages.sources import resolve_one
 
 if TYPE_CHECKING:
@@ -52,15 +52,19 @@ def extract_adapter(  # noqa: PLR0913
         LewisHubError: a model cannot be used, they do not fit, or are equal.
     """
     from lewis_hub.merge.extract import extract
+    from lewis_hub.merge.scaled import ScaledReader
 
     sources = [resolve_one(base, api), resolve_one(expert, api)]
-    headers = [open_headers(api, source) for source in sources]
+    models = [open_model(api, source) for source in sources]
+    if refused := [model.problem for model in models if model.problem]:
+        raise CheckFailedError(tuple(refused))
+    headers = [model.checkpoint for model in models]
     if misfits := compare(headers[0], headers[1:]):
         raise CheckFailedError(tuple(map(str, misfits)))
     with open_workspace(output, replace=False) as work, ExitStack() as opened:
         folders = download(api, sources, progress)
         readers = [
-            opened.enter_context(TensorReader(folders[source.pinned], source.pinned))
+            opened.enter_context(ScaledReader(TensorReader(folders[source.pinned], source.pinned)))
             for source in sources
         ]
         tensors = headers[0].tensors.values()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.guides import registry
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
@@ -117,10 +118,11 @@ def make(
     )
     found = _write(step, planned, folders, output, title)
     donor = step.inputs.donor
+    dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
     sidecars = write_sidecars(
         folders[donor.pinned],
         output,
-        recipe.output_dtype,
+        dtype,
         code=donor.name in recipe.allow_code,
         tokenizer=_tokenizer_files(examined.tokens.carried, folders),
         config=_stacked_config(step, folders) if recipe.slices else None,
@@ -144,22 +146,44 @@ def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
 def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Path:
     """A folder of a source that transformers can load.
 
-    A whole model's is its own. An adapter's expert is written out in `scratch`, in the dtypes of
-    its base; what an earlier call or run wrote there is kept.
+    Its own, where its files hold it as it is merged. An adapter's expert is written out in
+    `scratch`, in the dtypes of its base, and so is a model of 8-bit floats, in bfloat16: what
+    transformers runs 8-bit floats with needs a GPU, and what measures looks at plain weights.
+    What an earlier call or run wrote there is kept.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
-    if not source.is_adapter:
+    checkpoint = step.examined.checkpoints[source.pinned]
+    if not checkpoint.is_computed:
         return folders[source.pinned]
-    assert step.inputs.base  # an adapter without one does not resolve
-    expert = MergeSource(step.examined.checkpoints[source.pinned], step.inputs.content(source))
+    expert = MergeSource(checkpoint, step.inputs.content(source))
     alone = make_plan(MergeSettings("linear", None, (expert,)), step.execution.max_shard_bytes)
-    output = scratch / "adapters" / str(step.inputs.experts.index(source))
-    _write(step, alone, folders, output, f"Writing out {source.name} on its base")
-    write_sidecars(folders[step.inputs.base.pinned], output, None, code=False)
+    output = scratch / "written out" / str(step.inputs.models.index(source))
+    as_what = "on its base" if source.is_adapter else "in bfloat16"
+    _write(step, alone, folders, output, f"Writing out {source.name} {as_what}")
+    beside = folders[checkpoint.base or source.pinned]
+    write_sidecars(beside, output, _new_dtype(checkpoint), code=False)
     return output
+
+
+def loaded(recipe: Recipe, inputs: Inputs) -> tuple[Source, ...]:
+    """The sources that are measured or scored, for which each must be loaded as a whole."""
+    if recipe.guide and "importance" in registry.find(recipe.guide.name).needs:
+        return inputs.models
+    compared = recipe.evaluate.compare if recipe.evaluate else ()
+    base = (inputs.base,) if inputs.base and "base" in compared else ()
+    return (*base, *inputs.experts) if "experts" in compared else base
+
+
+def _new_dtype(checkpoint: Checkpoint) -> str | None:
+    """What a configuration has to say of a model that keeps its dtypes; None: what it said."""
+    holds_eight_bit = any(
+        (tensor.adapted.base if tensor.adapted else tensor).scaled
+        for tensor in checkpoint.tensors.values()
+    )
+    return "bfloat16" if holds_eight_bit else None
 
 
 def _write(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lewis_hub.errors import SourceError
+from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
@@ -61,15 +62,24 @@ def hub_api() -> HfApi:
     return HfApi(library_name="lewis-hub", library_version=__version__)
 
 
-def resolve_inputs(recipe: Recipe, api: HfApi) -> Inputs:
+def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:
     """Pin every source of a recipe.
+
+    Args:
+        recipe: what is asked.
+        api: the Hub.
+        allow_pickle: whether models of pickled weights alone will do.
 
     Raises:
         SourceError: one cannot be found or may not be read.
     """
-    base = _whole(_model(recipe, api, recipe.base_model)) if recipe.base_model else None
+
+    def model(reference: ModelReference) -> Source:
+        return _model(recipe, api, reference, allow_pickle=allow_pickle)
+
+    base = _whole(model(recipe.base_model)) if recipe.base_model else None
     entries = merged_entries(recipe)
-    experts = tuple(_model(recipe, api, entry.model) for entry in entries)
+    experts = tuple(model(entry.model) for entry in entries)
     for entry, expert in zip(entries, experts, strict=True):
         if entry.model.on and not expert.is_adapter:
             problem = "this is a whole model, and `+` puts a LoRA adapter on one"
@@ -129,9 +139,11 @@ def _whole(source: Source) -> Source:
     return source
 
 
-def _model(recipe: Recipe, api: HfApi, reference: ModelReference) -> Source:
-    source = resolve_model(api, recipe.locate(reference.name), reference.revision)
-    return replace(source, name=reference.name)
+def _model(recipe: Recipe, api: HfApi, reference: ModelReference, *, allow_pickle: bool) -> Source:
+    located = recipe.locate(reference.name)
+    source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
+    source = replace(source, name=reference.name)
+    return with_converted(source, code=reference.name in recipe.allow_code)
 
 
 def _dataset(recipe: Recipe, api: HfApi, written: str) -> Source:

@@ -77,7 +77,9 @@ def test_hidden_files_and_caches_are_no_part_of_a_folder(tmp_path, api):
             {"config.json": b"{}", "pytorch_model.bin": b"x"},
             "this folder has pickled weights only, and reading those can run code.\n"
             "Only safetensors are read. Convert it: load it in transformers, then "
-            "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.",
+            "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
+            "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+            "that reader would let its author run code here: allow it for authors that you trust.",
         ),
         (
             {"model-q4.gguf": b"x"},
@@ -297,8 +299,20 @@ def test_a_repo_with_pickled_weights_only_is_refused(api, push):
     assert refusal(api, "tests/model") == (
         f"tests/model@{sha}: this repo has pickled weights only, and reading those can run code.\n"
         "Only safetensors are read. Convert it: load it in transformers, then "
-        "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors."
+        "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
+        "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+        "that reader would let its author run code here: allow it for authors that you trust."
     )
+    assert resolve_model(api, "tests/model", allow_pickle=True).commit_sha == sha
+
+
+def test_weights_of_another_kind_are_refused_whatever_is_allowed(api, push):
+    push("tests/model", {"consolidated.00.pth": b"x"})
+
+    with pytest.raises(SourceError, match="pickled weights only") as caught:
+        resolve_model(api, "tests/model", allow_pickle=True)
+
+    assert "--allow-pickle" not in str(caught.value)
 
 
 # -- trouble on the way

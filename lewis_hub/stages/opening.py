@@ -1,0 +1,130 @@
+"""Open: a source's configuration and headers. 8-bit floats become float32, others are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.checkpoint.eight_bit import scaled
+from lewis_hub.checkpoint.quantisation import read_quantisation, signs
+from lewis_hub.checkpoint.reader import Checkpoint, read_headers
+from lewis_hub.errors import CheckFailedError
+from lewis_hub.hub.facts import quantised_from
+from lewis_hub.hub.fetch import read_small, weight_files
+from lewis_hub.hub.remote import read_range
+from lewis_hub.hub.source import Source
+from lewis_hub.recipe import REPO, Recipe
+from lewis_hub.stages.sources import Inputs
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+INDEX = "model.safetensors.index.json"
+MODELOPT = "hf_quant_config.json"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known of a whole model before its weights are read.
+
+    Attributes:
+        checkpoint: as it is merged: 8-bit floats in float32, without their scales. It has no
+            tensors where the weights are pickles, which nobody has looked into yet.
+        problem: why it cannot be merged; None: it can.
+    """
+
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+    problem: str | None
+
+
+def open_model(api: HfApi, source: Source) -> Opened:
+    """Read configuration and headers of a whole model: by byte ranges where it is a repo.
+
+    Args:
+        api: the Hub.
+        source: no adapter.
+
+    Raises:
+        CheckFailedError: it has no configuration that can be read.
+        CheckpointError: a header is broken, or a scale does not fit its tensor.
+    """
+    config = _config(api, source)
+    pickled = Checkpoint(source.pinned, {}, {})
+    checkpoint = pickled if source.is_pickled else _headers(api, source)
+    beside = read_small(api, source, MODELOPT)
+    found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
+    if found is None or found.is_read:
+        checkpoint = scaled(checkpoint, found.block) if found else scaled(checkpoint)
+    how = found.method if found and not found.is_read else None
+    if how is None and (sign := signs(checkpoint)):
+        how = f"it holds {sign}"
+    return Opened(config, checkpoint, _refusal(api, source, how, config) if how else None)
+
+
+def eight_bit_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]) -> list[str]:
+    """What becomes of 8-bit floats; `opened` is by pinned source."""
+    notes = []
+    for source in dict.fromkeys(inputs.models):
+        model = opened.get(source.pinned)
+        tensors = model.checkpoint.tensors.values() if model and not model.problem else ()
+        if n := sum(tensor.scaled is not None for tensor in tensors):
+            text = f"{source.name} holds {n} tensors as 8-bit floats with scales: they are read as "
+            text += "float32, each value times its scale"
+            if source is inputs.donor and recipe.output_dtype is None:
+                text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
+            notes.append(f"{text}.")
+    return notes
+
+
+def pickle_notes(inputs: Inputs) -> list[str]:
+    """What cannot be told of pickles before they are downloaded and converted."""
+    return [
+        f"{source.name} has pickled weights alone: what they hold shows only once they are "
+        "downloaded and converted to safetensors, so nothing here says whether it fits; its sizes "
+        "are those of its files."
+        for source in dict.fromkeys(inputs.models)
+        if source.is_pickled
+    ]
+
+
+def _refusal(api: HfApi, source: Source, how: str, config: Mapping[str, Any]) -> str:
+    text = f"{source.name} is quantised ({how}), which this version does not read. "
+    named = [
+        (quantised_from(api, source), "its card"),
+        (config.get("base_model"), "its config.json"),
+    ]
+    named.append((config.get("_name_or_path"), "its config.json"))
+    for name, where in named:
+        if isinstance(name, str) and REPO.fullmatch(name) and name != source.name:
+            return f"{text}Use the model that it was quantised from: {where} names {name}."
+    return f"{text}Use the model that it was quantised from."
+
+
+def _headers(api: HfApi, source: Source) -> Checkpoint:
+    weights = set(weight_files(source))
+    sizes = {file.path: file.size_bytes for file in source.files if file.path in weights}
+    index = read_small(api, source, INDEX)
+    return read_headers(
+        source.pinned,
+        sizes,
+        lambda path, start, stop: read_range(api, source, path, start, stop),
+        index,
+    )
+
+
+def _config(api: HfApi, source: Source) -> Mapping[str, Any]:
+    text = read_small(api, source, "config.json")
+    if text is None:
+        raise CheckFailedError((f"{source.name} has no config.json, so nothing can load it.",))
+    return _document(source, "config.json", text)
+
+
+def _document(source: Source, path: str, text: bytes) -> Mapping[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise CheckFailedError((f"{source.name}: {path} is not JSON: {error}.",)) from None
+    return found if isinstance(found, dict) else {}
