@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.adapter import own_tensors
-from lewis_hub.checkpoint.header import WIDTHS
-from lewis_hub.checkpoint.layout import DTYPES
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.tasks import check_tasks
@@ -19,10 +17,11 @@ from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
-from lewis_hub.stages.evaluation import has_twin, selection
+from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
-from lewis_hub.stages.merging import loaded, plan
-from lewis_hub.stages.opening import eight_bit_notes, open_model, pickle_notes
+from lewis_hub.stages.merging import plan
+from lewis_hub.stages.needs import needs
+from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes
 from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
@@ -30,9 +29,6 @@ from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
-TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
 
 
 @dataclass(frozen=True)
@@ -100,59 +96,75 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         SourceError: a file cannot be read.
         CheckpointError: a header is broken.
     """
-    whole = [source for source in inputs.models if not source.is_adapter]
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
-    opened = {source.pinned: open_model(api, source) for source in whole}
-    checkpoints = {pinned: one.checkpoint for pinned, one in opened.items()}
-    configs = {pinned: one.config for pinned, one in opened.items()}
-    problems = [one.problem for one in opened.values() if one.problem]
-    if problems and inputs.adapters:
-        raise CheckFailedError(tuple(problems))  # nothing can be put on what cannot be read
-    donor = inputs.donor.pinned
-    put_on = inputs.adapters if checkpoints[donor].tensors else ()  # not on what is not read yet
-    adapters = {s.pinned: open_adapter(api, s, checkpoints[donor]) for s in put_on}
-    checkpoints |= {s.pinned: Checkpoint(s.pinned, {}, {}) for s in inputs.adapters}
-    checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
-    configs |= {source.pinned: configs[donor] for source in inputs.adapters}
-    tokens = Tokens()
-    is_read = all(checkpoint.tensors for checkpoint in checkpoints.values())  # pickles are not
-    if is_read and not problems and not recipe.slices:  # a stack is compared when it is planned
-        checkpoints = settle(inputs, checkpoints, configs)
-        tokens = examine_tokens(recipe, inputs, api, checkpoints, configs)
+    found = _open(inputs, api)
+    checkpoints, tokens, problems = found.checkpoints, Tokens(), list(found.problems)
+    if found.is_read and not problems and not recipe.slices:  # a stack is compared when planned
+        checkpoints = settle(inputs, checkpoints, found.configs)
+        tokens = examine_tokens(recipe, inputs, api, checkpoints, found.configs)
         problems = [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
-    output = checkpoints[donor]
+    output = checkpoints[inputs.donor.pinned]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
-    if recipe.slices and is_read and not problems:
+    if recipe.slices and found.is_read and not problems:
         try:
-            output = outline(recipe, inputs, checkpoints, configs)
+            output = outline(recipe, inputs, checkpoints, found.configs)
         except MergeError as error:
             problems.append(str(error))
-    pickle_bytes = {s.pinned: s.size_bytes(weight_files(s)) for s in whole if s.is_pickled}
-    output_bytes = _output_bytes(output, recipe.output_dtype)
-    output_bytes = pickle_bytes.get(donor, output_bytes)
+    needed = needs(recipe, inputs, checkpoints, output)
     report = CheckReport(
         sources=tuple(
-            _report(source, inputs, checkpoints, configs, facts) for source in inputs.models
+            _report(source, inputs, checkpoints, found.configs, facts) for source in inputs.models
         ),
         problems=tuple(problems),
         notes=(
-            *_notes(recipe, inputs, configs, adapters),
-            *eight_bit_notes(recipe, inputs, opened),
+            *_notes(recipe, inputs, found.configs, found.adapters),
+            *eight_bit_notes(recipe, inputs, found.models),
             *pickle_notes(inputs),
-            *(left_alone(recipe, inputs, checkpoints) if is_read else ()),
+            *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
-        output_bytes=output_bytes,
-        disk_bytes=_disk_bytes(recipe, inputs, checkpoints, output_bytes)
-        + sum(pickle_bytes.values()),
-        memory_bytes=_memory_bytes(
-            recipe, (output, *checkpoints.values()), max(pickle_bytes.values(), default=0)
-        ),
+        output_bytes=needed.output_bytes,
+        disk_bytes=needed.disk_bytes,
+        memory_bytes=needed.memory_bytes,
     )
     return Examined(report, checkpoints, facts, tokens)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What headers and configurations say; `models` are the sources that are no adapters."""
+
+    models: Mapping[str, Opened]
+    adapters: Mapping[str, Adapter]
+    checkpoints: Mapping[str, Checkpoint]  # empty ones of pickles that were not converted yet
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return tuple(one.problem for one in self.models.values() if one.problem)
+
+    @property
+    def is_read(self) -> bool:
+        return all(checkpoint.tensors for checkpoint in self.checkpoints.values())
+
+
+def _open(inputs: Inputs, api: HfApi) -> _Read:
+    models = {s.pinned: open_model(api, s) for s in inputs.models if not s.is_adapter}
+    base = models[inputs.donor.pinned]
+    unread = _Read(models, {}, {}, {})
+    if unread.problems and inputs.adapters:
+        raise CheckFailedError(unread.problems)  # nothing can be put on what cannot be read
+    put_on = inputs.adapters if base.checkpoint.tensors else ()
+    adapters = {s.pinned: open_adapter(api, s, base.checkpoint) for s in put_on}
+    checkpoints = {pinned: one.checkpoint for pinned, one in models.items()}
+    checkpoints |= {s.pinned: Checkpoint(s.pinned, {}, {}) for s in inputs.adapters}
+    checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
+    configs = {pinned: one.config for pinned, one in models.items()}
+    configs |= {source.pinned: base.config for source in inputs.adapters}
+    return _Read(models, adapters, checkpoints, configs)
 
 
 def require_fine(report: CheckReport) -> None:
@@ -254,36 +266,3 @@ def _notes(
         notes.append("without a guide the merge is its own uniform twin: it is scored once.")
     tied = _is_tied(configs[donor.pinned])
     return notes + adapter_notes(recipe, inputs, adapters, tied=tied)
-
-
-def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
-    asked = DTYPES[dtype] if dtype else None
-    tensors = checkpoint.tensors.values()
-    return sum(t.n_elements * WIDTHS[asked or t.kept_dtype] for t in tensors)
-
-
-def _disk_bytes(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], output_bytes: int
-) -> int:
-    """The merge, its twin, and each source that is written out to be loaded."""
-    asked = [checkpoints[source.pinned] for source in loaded(recipe, inputs)]
-    written_bytes = sum(_output_bytes(one, None) for one in asked if one.is_computed)
-    return output_bytes * (2 if has_twin(recipe) else 1) + written_bytes
-
-
-def _memory_bytes(
-    recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int
-) -> int:
-    """Calibration and evaluation hold one model in float32 on a CPU; merging holds none.
-
-    Of an adapter merging holds the two narrow matrices of each module. A pickle is taken to hold
-    numbers of two bytes, the smallest that are merged.
-    """
-    adapted = [t.adapted for one in checkpoints for t in one.tensors.values() if t.adapted]
-    updates = [one.update for one in adapted if one.update]
-    narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)
-    if recipe.guide is None and recipe.evaluate is None:
-        return ENGINE_BYTES + narrow_bytes
-    largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
-    largest = max(largest, largest_pickle_bytes // 2)
-    return TORCH_BYTES + max(4 * largest, narrow_bytes)
