@@ -55,7 +55,7 @@ def needs(
         disk_bytes + sum(pickles.values()),
         max(
             _merging_bytes(recipe, output, tuple(checkpoints.values())),
-            _loading_bytes(recipe, tuple(checkpoints.values()), largest_pickle_bytes),
+            _loading_bytes(recipe, (output, *checkpoints.values()), largest_pickle_bytes),
         ),
     )
 
