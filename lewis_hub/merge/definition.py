@@ -33,10 +33,7 @@ def merge_by_definition(plan: ShardPlan, tensor: TensorPlan, sources: Sequence[T
     method = registry.find(plan.method)
     for number, source in zip(tensor.sources, sources, strict=True):
         if not source.isfinite().all():
-            remedy = (
-                "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
-            )
-            raise NonFiniteError(tensor.output.name, plan.labels[number], remedy)
+            raise broken_source(tensor.output.name, plan.labels[number])
     given: dict[str, Any] = {
         "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),
         "densities": tensor.densities,
@@ -52,6 +49,12 @@ def merge_by_definition(plan: ShardPlan, tensor: TensorPlan, sources: Sequence[T
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
         raise NonFiniteError(tensor.output.name, "the merged model", remedy)
     return rounded
+
+
+def broken_source(tensor: str, source: str) -> NonFiniteError:
+    """What is said of a source that holds NaN or infinity."""
+    remedy = "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
+    return NonFiniteError(tensor, source, remedy)
 
 
 def bytes_of(merged: Tensor) -> memoryview:

@@ -15,14 +15,14 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Reader, whole_tensor
+from lewis_hub.merge.operands import FORMATS
+from lewis_hub.merge.plain import narrowed, odd, widened
 from lewis_hub.methods import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lewis_hub.merge.plan import ShardPlan
-
-EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 Bits = npt.NDArray[np.unsignedinteger]
 
@@ -53,13 +53,13 @@ class MendingReader:
             BrokenCheckpointError: a file is missing, or ends before that.
         """
         self._own.read(tensor, first_byte, into)
-        if tensor.dtype not in EXPONENTS:
+        if tensor.dtype not in FORMATS:
             return
         found = _bits(tensor.dtype, into)
-        odd = _odd(tensor.dtype, found)
-        if odd.any():
+        broken = odd(found, FORMATS[tensor.dtype])
+        if broken.any():
             self.mended.add(tensor.name)
-            found[odd] = self._stand_ins(tensor, first_byte, len(found))[odd]
+            found[broken] = self._stand_ins(tensor, first_byte, len(found))[broken]
 
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
@@ -73,8 +73,12 @@ class MendingReader:
         held = bytearray(n * WIDTHS[header.dtype])
         self._base.read(header, first_byte // width * WIDTHS[header.dtype], memoryview(held))
         found = _bits(header.dtype, memoryview(held))
-        found[_odd(header.dtype, found)] = 0
-        return _as(tensor.dtype, header.dtype, found)
+        found[odd(found, FORMATS[header.dtype])] = 0
+        kind = FORMATS[tensor.dtype]
+        given = widened(found.view(np.uint8), FORMATS[header.dtype], n)
+        made: Bits = narrowed(given, kind)
+        made[odd(made, kind)] = 0  # it does not fit
+        return made
 
 
 def mending(plan: ShardPlan, readers: Sequence[Reader]) -> Sequence[Reader]:
@@ -96,28 +100,3 @@ def mending(plan: ShardPlan, readers: Sequence[Reader]) -> Sequence[Reader]:
 
 def _bits(dtype: str, raw: memoryview) -> Bits:
     return np.frombuffer(raw, np.dtype(f"<u{WIDTHS[dtype]}"))
-
-
-def _odd(dtype: str, bits: Bits) -> npt.NDArray[np.bool_]:
-    exponent = bits.dtype.type(EXPONENTS[dtype])
-    return np.asarray((bits & exponent) == exponent)
-
-
-def _as(dtype: str, given: str, bits: Bits) -> Bits:
-    """Finite numbers of one format as those of another, zero where they do not fit."""
-    if dtype == given:
-        return bits
-    if given == "BF16":
-        values = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        values = bits.view("<f2" if given == "F16" else "<f4").astype(np.float32)
-    if dtype == "BF16":
-        whole = values.view(np.uint32)
-        even = np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))
-        found: Bits = ((whole + even) >> np.uint32(16)).astype(np.uint16)
-    else:
-        with np.errstate(over="ignore"):
-            kind = "<f2" if dtype == "F16" else "<f4"
-            found = values.astype(kind).view(f"<u{WIDTHS[dtype]}")
-    found[_odd(dtype, found)] = 0
-    return found

@@ -9,6 +9,7 @@ import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -88,17 +89,17 @@ class Job:
     tensor: TensorPlan
     start: int
 
-    @property
+    @cached_property
     def readers(self) -> tuple[Reader, ...]:
         """One an input."""
         return tuple(self.site.readers[source] for source in self.tensor.sources)
 
-    @property
+    @cached_property
     def kinds(self) -> npt.NDArray[np.int64]:
         """The sources' formats, as kernels take them."""
         return np.array([FORMATS[tensor.dtype] for tensor in self.tensor.inputs], np.int64)
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Entries that have to be worked on together."""
         return block_of(self.site.plan.method, self.tensor)

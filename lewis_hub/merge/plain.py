@@ -32,6 +32,7 @@ from lewis_hub.merge.operands import (
 from lewis_hub.methods import random_bits
 
 ABSOLUTE = np.uint32(0x7FFFFFFF)
+EXPONENTS = {BF16: 0x7F80, F16: 0x7C00, F32: 0x7F800000}
 ZERO = np.float32(0)
 
 
@@ -118,21 +119,28 @@ def widened(raw: Any, kind: int, n: int) -> Any:
     return raw[: 4 * n].view("<f4")
 
 
-def _narrow(values: Any, piece: Piece) -> bool:
-    """Round to nearest even and write; whether all are finite."""
-    n, out = piece.n, piece.out
+def narrowed(values: Any, kind: int) -> Any:
+    """Float32 values as the bits of a format of `operands`, rounded to nearest even."""
+    if kind == BF16:
+        bits = values.view(np.uint32)
+        even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        return ((bits + even) >> np.uint32(16)).astype("<u2")
     with np.errstate(over="ignore"):
-        if piece.out_kind == BF16:
-            bits = values.view(np.uint32)
-            even = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            rounded = (bits + even) >> np.uint32(16)
-            out[: 2 * n].view("<u2")[:] = rounded
-            finite = (rounded & np.uint32(0x7F80)) != np.uint32(0x7F80)
-            return bool((finite & np.isfinite(values)).all())
-        kind = {F16: "<f2", F32: "<f4"}[piece.out_kind]
-        written = out[: n * (2 if piece.out_kind == F16 else 4)].view(kind)
-        written[:] = values
-    return bool(np.isfinite(written).all())
+        return values.astype("<f2").view("<u2") if kind == F16 else values.view("<u4")
+
+
+def odd(bits: Any, kind: int) -> Any:
+    """Which of the bits of a format stand for NaN or infinity."""
+    exponent = bits.dtype.type(EXPONENTS[kind])
+    return (bits & exponent) == exponent
+
+
+def _narrow(values: Any, piece: Piece) -> bool:
+    """Round and write; whether all are finite."""
+    bits = narrowed(values, piece.out_kind)
+    piece.out[: bits.nbytes] = bits.view(np.uint8)
+    # a NaN may be rounded to a number
+    return not odd(bits, piece.out_kind).any() and bool(np.isfinite(values).all())
 
 
 def _bits(delta: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge import arithmetic, fused
-from lewis_hub.merge.definition import bytes_of, merge_by_definition
+from lewis_hub.merge.definition import broken_source, bytes_of, merge_by_definition
 from lewis_hub.merge.operands import TRIM, Experts, Piece
 from lewis_hub.merge.pieces import Job, Span
 from lewis_hub.merge.runners import Runner
@@ -75,7 +75,6 @@ def _not_finite(job: Job, source: int) -> NonFiniteError:
     name = job.tensor.output.name
     labels = [job.site.plan.labels[number] for number in job.tensor.sources]
     if source < len(labels):
-        remedy = "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
-        return NonFiniteError(name, labels[source], remedy)
+        return broken_source(name, labels[source])
     remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights, or choose"
     return NonFiniteError(name, "the merged model", f"{remedy} `dtype: bfloat16`.")

@@ -21,7 +21,7 @@ from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
-from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes
+from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes, ties
 from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
@@ -238,13 +238,8 @@ def _report(
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
         licence=facts[source.pinned].licence,
-        tied=_is_tied(config),
+        tied=bool(ties(config)),
     )
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    text_config = config.get("text_config") or config
-    return bool(config.get("tie_word_embeddings", text_config.get("tie_word_embeddings")))
 
 
 def _notes(
@@ -264,5 +259,5 @@ def _notes(
     told = asked is not None and "compare" in asked.model_fields_set and "uniform" in asked.compare
     if told and recipe.guide is None:
         notes.append("without a guide the merge is its own uniform twin: it is scored once.")
-    tied = _is_tied(configs[donor.pinned])
+    tied = bool(ties(configs[donor.pinned]))
     return notes + adapter_notes(recipe, inputs, adapters, tied=tied)

@@ -15,6 +15,7 @@ from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.checking import examine, require_fine
 from lewis_hub.stages.downloading import download
+from lewis_hub.stages.opening import ties
 from lewis_hub.stages.sources import Inputs
 
 if TYPE_CHECKING:
@@ -53,14 +54,12 @@ def _converted(
     if code:
         fetch(api, source, lambda _: None, only=CODE_FILES)
     config = json.loads(read_small(api, source, "config.json") or b"{}")
-    text_config = config.get("text_config") or config
-    ties = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
     files = {path: folder / path for path in converted.pickles_of(source)}
     work = converted.begin(source, folder, code=code)
     try:
         total = source.size_bytes(weight_files(source))
         with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
-            written = convert(source.pinned, files, work, advance, ties=ties)
+            written = convert(source.pinned, files, work, advance, ties=ties(config))
         told = [SourceFile(one.name, one.n_bytes, f"sha256:{one.sha256}") for one in written]
         converted.finish(source, work, told, code=code)
     finally:

@@ -10,6 +10,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.merge.compare import compare, passed_over
 from lewis_hub.merge.heads import settle_heads
 from lewis_hub.recipe import Recipe
+from lewis_hub.stages.opening import ties
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
 
@@ -24,7 +25,7 @@ def settle(
     A configuration that is silent means what its architecture means by that: to tie, where a
     source with a silent one stores no head.
     """
-    stated = {pinned: _ties(configs[pinned]) for pinned in checkpoints}
+    stated = {pinned: ties(configs[pinned]) for pinned in checkpoints}
     silent = any(
         stated[pinned] is None and not any(map(names.is_head, checkpoint.tensors))
         for pinned, checkpoint in checkpoints.items()
@@ -53,9 +54,3 @@ def left_alone(
     """What `missing: base` keeps out of the merge, a sentence each."""
     first, *others = (checkpoints[source.pinned] for source in inputs.models)
     return passed_over(first, others) if recipe.missing == "base" else ()
-
-
-def _ties(config: Mapping[str, Any]) -> bool | None:
-    inner = config.get("text_config") or config
-    found = config.get("tie_word_embeddings", inner.get("tie_word_embeddings"))
-    return None if found is None else bool(found)

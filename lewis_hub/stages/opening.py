@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.eight_bit import scaled
 from lewis_hub.checkpoint.quantisation import read_quantisation, signs
-from lewis_hub.checkpoint.reader import Checkpoint, read_headers
+from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.fetch import read_small, weight_files
@@ -21,7 +21,6 @@ from lewis_hub.stages.sources import Inputs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-INDEX = "model.safetensors.index.json"
 MODELOPT = "hf_quant_config.json"
 
 
@@ -62,6 +61,13 @@ def open_model(api: HfApi, source: Source) -> Opened:
     if how is None and (sign := signs(checkpoint)):
         how = f"it holds {sign}"
     return Opened(config, checkpoint, _refusal(api, source, how, config) if how else None)
+
+
+def ties(config: Mapping[str, Any]) -> bool | None:
+    """Whether a model's head is its embeddings; None where its configuration is silent."""
+    text_config = config.get("text_config") or config
+    found = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
+    return None if found is None else bool(found)
 
 
 def eight_bit_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]) -> list[str]:
