@@ -11,13 +11,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from lewis_hub.hub.server import Hub, serve
+from lewis_hub.progress import Advance
 
 SESSION = ExitStack()
 LEAKS = (
@@ -84,3 +85,23 @@ def hub() -> Iterator[Hub]:
     yield RUNNING
     RUNNING.clear()
     RUNNING.grants, RUNNING.part_bytes = grants, part_bytes
+
+
+class Said:
+    """A progress that keeps the titles of stages."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def stage(self, title: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        self.titles.append(title)
+        return nullcontext(lambda _: None)
+
+    def say(self, text: str) -> None:
+        pass
+
+
+@pytest.fixture
+def said_titles() -> type[Said]:
+    """Makes a progress that keeps the titles of stages."""
+    return Said

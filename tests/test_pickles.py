@@ -79,22 +79,6 @@ def cached(pattern):
     return sorted(path.name for path in Path(os.environ["HF_HOME"]).rglob(pattern))
 
 
-class Said:
-    """A progress that keeps the titles of stages."""
-
-    def __init__(self):
-        self.titles = []
-
-    def stage(self, title, total, unit):
-        from contextlib import nullcontext
-
-        self.titles.append(title)
-        return nullcontext(lambda _: None)
-
-    def say(self, text):
-        pass
-
-
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_pickles_merge_as_their_safetensors_twin_does_from_the_hub_too(api, tmp_path, n_shards):
     folder = write_pickles(tmp_path / "pickles", n_shards=n_shards)
@@ -130,9 +114,9 @@ def test_a_base_of_pickles_gives_a_merge_that_loads(api, tmp_path):
     assert lock.inputs[0].commit_sha == api.repo_info("zoo/pickles").sha
 
 
-def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path):
+def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, said_titles):
     pushed(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
-    first, again, other = Said(), Said(), Said()
+    first, again, other = said_titles(), said_titles(), said_titles()
     asked = recipe(expert="zoo/pickles")
 
     pipeline.merge_models(asked, tmp_path / "out", ALLOWED, first)

@@ -178,23 +178,7 @@ def test_check_shows_the_8_bit_floats_and_counts_no_scales(api, tmp_path):
     assert "F8_E4M3" in done.stdout
 
 
-class Said:
-    """A progress that keeps the titles of stages."""
-
-    def __init__(self):
-        self.titles = []
-
-    def stage(self, title, total, unit):
-        from contextlib import nullcontext
-
-        self.titles.append(title)
-        return nullcontext(lambda _: None)
-
-    def say(self, text):
-        pass
-
-
-def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path):
+def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path, said_titles):
     fp8, _ = write_model(tmp_path / "fp8", "expert-reverse", "blocks")
     base, _ = write_model(tmp_path / "base", "base", "rows")
     plain = {}
@@ -207,7 +191,7 @@ def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path)
         plain[name] = tmp_path / f"{name}-plain"
         pipeline.merge_models(parse_recipe(alone, "recipe.yaml"), plain[name])
         shutil.rmtree(plain[name] / "lewis")
-    said = Said()
+    said = said_titles()
 
     measured = pipeline.calibrate(recipe(base, fp8, GUIDE), tmp_path / "one", progress=said)
     whole = pipeline.calibrate(recipe(plain["base"], plain["fp8"], GUIDE), tmp_path / "two")
@@ -227,11 +211,11 @@ def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path)
 
 
 @pytest.mark.slow  # scores three models
-def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path):
+def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path, said_titles):
     fp8, _ = write_model(tmp_path / "fp8", "expert-reverse", "blocks")
     tasks = zoo_folder() / "tasks"
     more = f"{DENSITY}evaluate: {{tasks: [zoo_reverse], include: {tasks}, limit: 3}}\n"
-    said = Said()
+    said = said_titles()
 
     merged = pipeline.merge_models(recipe(expert=fp8, more=more), tmp_path / "out", None, said)
 
