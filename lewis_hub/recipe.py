@@ -9,13 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     field_validator,
@@ -23,18 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe_settings import Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
-
-
-def _number(value: bool | int | float | str) -> bool | int | float | str:  # noqa: FBT001
-    """YAML reads 1e-5, which has no point, as text."""
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
-Scalar = Annotated[bool | int | float | str, AfterValidator(_number)]
-Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
 Guided = Literal["lewis", "lewis_reference", "uniform"]
 DType = Literal["float32", "float16", "bfloat16"]
 Missing = Literal["error", "base"]
@@ -42,22 +29,7 @@ Missing = Literal["error", "base"]
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class Conditional(_Part):
-    """A value for the tensors whose names contain `filter`; the first that matches counts."""
-
-    filter: str | None = Field(None, description="Part of a tensor's name; absent or `*`: any.")
-    value: Scalar | Gradient
-
-
-Setting = Scalar | Gradient | Annotated[tuple[Conditional, ...], Field(min_length=1)]
-Settings = Mapping[str, Setting]
-
-
-class ModelReference(_Part):
+class ModelReference(Part):
     """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder.
 
     `BASE+ADAPTER` is an adapter, `on` a base: which must be the recipe's own.
@@ -118,7 +90,7 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists()
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """Texts to run through base and expert. They pay when they resemble the benchmark."""
 
     dataset: str = Field(description="Repo, repo@revision, or a local .jsonl or .parquet file.")
@@ -136,14 +108,7 @@ class Calibration(_Part):
         return self
 
 
-def _present(value: Any) -> Any:
-    return {} if value is None else value
-
-
-Parameters = Annotated[Settings, BeforeValidator(_present)]  # a key without a value is allowed
-
-
-class ModelEntry(_Part):
+class ModelEntry(Part):
     """An expert, or any source of a method without a base."""
 
     model: ModelReference
@@ -151,7 +116,7 @@ class ModelEntry(_Part):
     calibration: Calibration | None = Field(None, description="Own texts for this expert.")
 
 
-class SliceSource(_Part):
+class SliceSource(Part):
     """Consecutive blocks of one model."""
 
     model: ModelReference
@@ -176,7 +141,7 @@ class SliceSource(_Part):
         return range(*self.layer_range)
 
 
-class Slice(_Part):
+class Slice(Part):
     """The next blocks of the output: the same number from each source, merged one by one."""
 
     sources: tuple[SliceSource, ...] = Field(min_length=1)
@@ -186,7 +151,7 @@ class Slice(_Part):
     parameters: Parameters = Field(default_factory=dict, description="For this slice alone.")
 
 
-class Guide(_Part):
+class Guide(Part):
     """How calibration becomes densities."""
 
     name: Guided = "lewis"
@@ -206,7 +171,7 @@ class Guide(_Part):
         return self
 
 
-class Gate(_Part):
+class Gate(Part):
     """When a merge is not good enough to be published."""
 
     task: str
@@ -215,7 +180,7 @@ class Gate(_Part):
     tolerance: float = Field(0.0, ge=0)
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """Which lm-eval tasks score the merge, and beside what."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval task names.")
@@ -227,7 +192,7 @@ class Evaluation(_Part):
     gate: Gate | None = None
 
 
-class Publishing(_Part):
+class Publishing(Part):
     """Where the merge goes, and under which licence."""
 
     repo: str = Field(description="owner/name on the Hub.")
@@ -244,7 +209,7 @@ class Publishing(_Part):
         return value
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """A whole merge, from sources to a published model."""
 
     base_model: ModelReference | None = Field(

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -15,12 +13,10 @@ from pydantic import (
     model_validator,
 )
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from lewis_hub.recipe_settings import Part
 
 
-class ModelToken(_Part):
+class ModelToken(Part):
     """A token of one of the models, by its text or its id."""
 
     kind: Literal["model_token"]
@@ -35,7 +31,7 @@ class ModelToken(_Part):
         return self
 
 
-class Zero(_Part):
+class Zero(Part):
     """No token at all: zeros."""
 
     kind: Literal["zero"]
@@ -54,7 +50,7 @@ Origin = Annotated[
 ]
 
 
-class TokenEmbedding(_Part):
+class TokenEmbedding(Part):
     """Whose row a token gets, instead of the usual rule."""
 
     source: Origin | None = Field(
@@ -70,7 +66,7 @@ class TokenEmbedding(_Part):
         return self.source.model if isinstance(self.source, ModelToken) else None
 
 
-class Tokenizer(_Part):
+class Tokenizer(Part):
     """The tokenizer of the merge, and how its embeddings are put together."""
 
     source: str = Field("union", description="base, union, or one of the models.")

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.errors import RecipeError
-from lewis_hub.recipe import Conditional, ModelReference
+from lewis_hub.recipe import ModelReference
 from lewis_hub.recipe_file import parse_recipe, read_recipe, schema
+from lewis_hub.recipe_settings import Conditional
 
 GOOD = """base_model: a/b
 models:

@@ -17,7 +17,7 @@ from typing import Any
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import MergeError
 from lewis_hub.methods.registry import Method
-from lewis_hub.recipe import Conditional, Scalar, Setting, Settings
+from lewis_hub.recipe_settings import Conditional, Scalar, Setting, Settings
 
 DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0}
 RANGES = {  # of a source's settings: lowest, highest, what it is

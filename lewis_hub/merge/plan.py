@@ -23,7 +23,8 @@ from lewis_hub.merge.fitting import require_number_of_experts, require_schedule_
 from lewis_hub.merge.rows import Assembled
 from lewis_hub.methods import random_bits, registry
 from lewis_hub.methods.registry import PER_SOURCE, Method
-from lewis_hub.recipe import Missing, Settings
+from lewis_hub.recipe import Missing
+from lewis_hub.recipe_settings import Settings
 
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
 

@@ -22,7 +22,7 @@ from lewis_hub.merge.plan import (
     plan_tensors,
     require_mergeable,
 )
-from lewis_hub.recipe import Conditional, Setting, Settings
+from lewis_hub.recipe_settings import Conditional, Setting, Settings
 
 STAND_IN = "`missing: base`"  # what can be asked for whole models
 UNLIKE = "Stack blocks that hold the same tensors, as models of one architecture do."

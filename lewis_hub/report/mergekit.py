@@ -14,7 +14,8 @@ import yaml
 
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.methods import registry
-from lewis_hub.recipe import Conditional, Setting, Settings, Slice
+from lewis_hub.recipe import Slice
+from lewis_hub.recipe_settings import Conditional, Setting, Settings
 
 METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}

@@ -19,7 +19,8 @@ from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
-from lewis_hub.recipe import Recipe, Settings
+from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.slicing import configuration, stack
 from lewis_hub.stages.sources import Inputs, merged_entries
 

@@ -10,8 +10,8 @@ from lewis_hub.merge.parameters import (
     require_valid,
 )
 from lewis_hub.methods.registry import find
-from lewis_hub.recipe import Conditional
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.recipe_settings import Conditional
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 NAMES = [
