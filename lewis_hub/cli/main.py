@@ -76,7 +76,7 @@ def _run() -> int:
         error.show()
         return error.exit_code
     except LewisHubError as error:
-        return _failed(type(error).__name__, str(error), error.exit_code)
+        return _failed(type(error).__name__, str(error), error.exit_code, error.status)
     except (click.Abort, KeyboardInterrupt):
         return _failed("Interrupted", INTERRUPTED, 130)
     except BrokenPipeError:
@@ -106,9 +106,9 @@ def _leave_within_a_second_of_ctrl_c() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _failed(kind: str, message: str, code: int) -> int:
+def _failed(kind: str, message: str, code: int, status: str = "failed") -> int:
     click.echo(f"lewis-hub: {message}", err=True)
     if "--json" in sys.argv:
-        document = {"status": "failed", "error": {"kind": kind, "message": message}}
+        document = {"status": status, "error": {"kind": kind, "message": message}}
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     return code

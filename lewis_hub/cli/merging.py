@@ -157,10 +157,16 @@ def merge(
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import outcome
     from lewis_hub.stages.execution import Execution
+    from lewis_hub.stages.publishing import refused
 
     if repo:
         recipe = pipeline.published_at(recipe, repo)
     if no_eval:
+        if push and recipe.evaluate and recipe.evaluate.gate:
+            told = "the recipe has a quality gate, which needs scores before anything is pushed."
+            raise click.BadParameter(
+                f"{told} Leave out --push, or the gate.", param_hint="--no-eval"
+            )
         recipe = recipe.model_copy(update={"evaluate": None})
     execution = Execution(
         runner=runner,
@@ -176,16 +182,27 @@ def merge(
     merged = pipeline.merge_models(
         recipe, output or recipe_file.parent / "merged", execution, terminal.progress
     )
-    published = pipeline.publish(merged.output, target, terminal.progress) if target else None
+    stays = merged.gate is not None and merged.gate.stops
+    published = None
+    if target and not stays:
+        published = pipeline.publish(merged.output, target, terminal.progress)
     terminal.finish(_document(merged, published), *outcome(merged, published))
+    if merged.gate and merged.gate.missed:
+        refusal = refused(merged.output, merged.gate, published.url if published else None)
+        click.echo(f"lewis-hub: {refusal}", err=True)
+        raise click.exceptions.Exit(refusal.exit_code)
 
 
 def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
     scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
     document = {"status": merged.status, "output": str(merged.output), "scores": scores}
+    if merged.gate:
+        document["gate"] = json.loads(merged.gate.to_json())
     if published:
         document |= published.to_json()
         document["status"] = "merged" if published.changed else "unchanged"
+    if merged.gate and merged.gate.missed:
+        document["status"] = "refused"
     return document
 
 

@@ -58,6 +58,7 @@ def evaluate(
 @click.option("--as", "landing", type=click.Choice(["commit", "pull-request"]), default="commit")
 @click.option("--tag", help="Tag to put on the new commit.")
 @click.option("--private", is_flag=True, help="Make the repo private if it is created.")
+@click.option("--force", is_flag=True, help="Push what the quality gate refused, marked as such.")
 @terminal_options
 def push(
     terminal: Terminal,
@@ -66,6 +67,7 @@ def push(
     landing: str,
     tag: str | None,
     private: bool,
+    force: bool,
 ) -> None:
     """Publish the merged model in FOLDER to REPO in one commit; prints its address."""
     from lewis_hub import pipeline
@@ -76,7 +78,7 @@ def push(
         {"repo": repo, "as": landing, "tag": tag, "private": private}
     )
     target = pipeline.open_target(publishing)
-    published = pipeline.publish(folder, target, terminal.progress)
+    published = pipeline.publish(folder, target, terminal.progress, force=force)
     terminal.finish(published.to_json(), *publication(published))
 
 

@@ -67,7 +67,8 @@ class ModelResult:
             for name, task in self.tasks.items()
         }
         document = {"version": VERSION, "tasks": tasks}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        compact = (",", ":")  # a number a line would be most of the file
+        return json.dumps(document, separators=compact, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelResult:
