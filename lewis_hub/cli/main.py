@@ -69,9 +69,8 @@ def main() -> None:
 def _run() -> int:
     warnings.simplefilter("ignore")  # of libraries: what a user must know is a message of ours
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
+        left_with = cli(standalone_mode=False)  # click hands back the code of an `Exit`
+        return left_with if isinstance(left_with, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -87,7 +86,6 @@ def _run() -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         remedy = "Free some space, then run the same command: finished work is kept."
         return _failed("DiskFull", f"the disk is full{where}.\n{remedy}", 1)
-    return 0
 
 
 def _leave_within_a_second_of_ctrl_c() -> None:
