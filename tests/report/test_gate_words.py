@@ -4,7 +4,18 @@ from lewis_hub.evaluate.gate import Check, GateVerdict
 from lewis_hub.report.gate import card_section, refusal, sentences
 
 PASSED = Check("gsm8k", "exact_match,strict", "uniform", 0.0, "stop", True, 0.5, 0.4, 0.1, (0, 0.2))
-MISSED = Check("wiki", "ppl,none", "expert:me/x@abc", 0.5, "stop", False, 9.0, 7.0, 2.0, (1.0, 3.0))
+MISSED = Check(
+    "wiki",
+    "ppl,none",
+    "expert:me/x@c0ffee0123456789c0ffee0123456789c0ffee01",
+    0.5,
+    "stop",
+    False,
+    9.0,
+    7.0,
+    2.0,
+    (1.0, 3.0),
+)
 UNKNOWN = Check(
     "gsm8k", "acc,none", "me/y", 0.0, "stop", True, 0.5, why="there is no such repo yet"
 )
