@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lewis_hub.cli.terminal import size
@@ -134,6 +134,15 @@ def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, .
     return plain(
         f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
     )
+
+
+def schedules_table(schedules: Sequence[Mapping[str, str | None]]) -> RenderableType:
+    """A row per schedule."""
+    table = _table("id", "schedule", "flavor", "command")
+    for one in schedules:
+        cells = (one["id"], one["schedule"], one["flavor"], one["command"])
+        table.add_row(*plain(*(cell or "-" for cell in cells)))
+    return table
 
 
 def extraction(found: Extracted, output: Path) -> tuple[RenderableType, ...]:
