@@ -16,11 +16,12 @@ from lewis_hub.recipe_gate import Gate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^(lewis-hub .+?)(?:\s+#.*)?$", README, re.MULTILINE)))
+DOCUMENTS = "\n".join([README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))])
+COMMANDS = sorted(set(re.findall(r"^(lewis-hub .+?)(?:\s+#.*)?$", DOCUMENTS, re.MULTILINE)))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_in_the_readme_parses(line, tmp_path, monkeypatch):
+def test_every_command_in_the_documents_parses(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, *words = shlex.split(line)[1:]
     command = cli.commands[name]
