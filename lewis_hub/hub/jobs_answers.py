@@ -29,7 +29,9 @@ def run(call: Call) -> Response:
 def listing(call: Call) -> Response:
     """GET /api/jobs/NAMESPACE, newest first."""
     _writer(call)
-    own = [job for job in _jobs(call).jobs.values() if job.namespace == call.parts["namespace"]]
+    own = [
+        job for job in list(_jobs(call).jobs.values()) if job.namespace == call.parts["namespace"]
+    ]
     return JSONResponse([_job(job) for job in reversed(own)])
 
 
@@ -77,7 +79,7 @@ def schedule(call: Call) -> Response:
 def schedules(call: Call) -> Response:
     """GET /api/scheduled-jobs/NAMESPACE."""
     _writer(call)
-    known = _jobs(call).schedules.values()
+    known = list(_jobs(call).schedules.values())
     own = [one for one in known if one.namespace == call.parts["namespace"]]
     return JSONResponse([_schedule(one) for one in own])
 
@@ -134,7 +136,7 @@ def fill_bucket(call: Call) -> Response:
 
 def _jobs(call: Call) -> Jobs:
     if call.hub.jobs is None:
-        raise Refusal(403, "This Hub runs no Jobs: start it with `lewis-hub hub --jobs`")
+        raise Refusal(400, "This Hub runs no Jobs: start it with `lewis-hub hub --jobs`")
     return call.hub.jobs
 
 

@@ -132,7 +132,7 @@ class Jobs:
 
     def close(self) -> None:
         """End whatever runs."""
-        for job in self.jobs.values():
+        for job in list(self.jobs.values()):
             self.cancel(job)
 
     def _mounted(self, folder: Path, volumes: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
@@ -200,6 +200,8 @@ def _run(job: Job, words: list[str], folder: Path, environment: Mapping[str, str
         return
     job.process = process
     job.move("RUNNING")
+    if job.stage != "RUNNING":  # it was cancelled while it started
+        _kill(job)
     limit_s = job.spec.get("timeoutSeconds", DEFAULT_TIMEOUT_S)
     timer = threading.Timer(limit_s, _stop, (job, "ERROR", "Job timeout"))
     timer.daemon = True

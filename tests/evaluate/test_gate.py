@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.compare import compare
@@ -49,6 +51,21 @@ def test_a_merge_is_refused_only_where_the_whole_interval_lies_below(merged, pas
 
     assert [check.missed for check in found.checks] == [not passes]
     assert found.stops is not passes
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), min_size=1, max_size=40),
+    st.booleans(),
+)
+def test_what_is_nowhere_worse_is_never_refused(pairs, higher):
+    lower, upper = zip(*pairs, strict=True)
+    merged, base = (upper, lower) if higher else (lower, upper)
+    models = {
+        "base": result(list(base), higher=higher),
+        "merged": result(list(merged), higher=higher),
+    }
+
+    assert not verdict(demand("base"), **models).missed
 
 
 def test_a_check_keeps_the_numbers_that_decide():
