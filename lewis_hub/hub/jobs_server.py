@@ -201,7 +201,7 @@ def _run(job: Job, words: list[str], folder: Path, environment: Mapping[str, str
     job.process = process
     job.move("RUNNING")
     if job.stage != "RUNNING":  # it was cancelled while it started
-        _kill(job)
+        _stop(job, job.stage, job.message)
     limit_s = job.spec.get("timeoutSeconds", DEFAULT_TIMEOUT_S)
     timer = threading.Timer(limit_s, _stop, (job, "ERROR", "Job timeout"))
     timer.daemon = True
