@@ -12,7 +12,6 @@ import yaml
 
 from lewis_hub import __version__
 from lewis_hub.errors import LewisHubError, PublishError
-from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
@@ -25,6 +24,7 @@ from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
+from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
@@ -33,7 +33,7 @@ from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, sourc
 SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
-COST = "cost.json"
+COST, GATE = UNLOCKED = ("cost.json", "gate.json")
 MERGEKIT = "mergekit_config.yml"
 TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
@@ -117,7 +117,7 @@ def write(
     step: Step,
     merged: MergedModel,
     guidance: Guidance | None,
-    scores: Scores | None,
+    scored: Scored | None,
     costs: Costs,
 ) -> tuple[str, ...]:
     """Write all that a merge leaves behind beside the model itself.
@@ -131,11 +131,13 @@ def write(
     plots = write_guidance(own, guidance) if guidance else ()
     recipe = _yaml(pinned(step.recipe, step.inputs))
     texts = {"recipe.yaml": recipe, COST: costs.to_json()}
-    if scores:
-        texts["scores.json"] = scores.to_json()
+    if scored:
+        texts |= {"scores.json": scored.scores.to_json(), "items.json": scored.items.to_json()}
+    if scored and scored.gate:
+        texts[GATE] = scored.gate.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    names = [name for name in (*texts, *(DOCUMENTS if guidance else ())) if name != COST]
+    names = [name for name in (*texts, *(DOCUMENTS if guidance else ())) if name not in UNLOCKED]
     names += [file for plot in plots for file in plot.files]
     names += _own_tasks(step, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
@@ -147,10 +149,12 @@ def write(
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scores, costs, locked))
+    card = model_card(_facts(step, merged, guided, scored, costs, locked))
     write_whole(folder / "README.md", str(card))
-    # what a run cost is no part of what was merged: the same merge has the same lock
-    return (*outputs, f"lewis/{COST}", "lewis/lock.json", "README.md")
+    # what a run cost, and what its result was held against, is no part of what was merged: the
+    # same merge has the same lock
+    beside = [f"lewis/{name}" for name in texts if name in UNLOCKED]
+    return (*outputs, *beside, "lewis/lock.json", "README.md")
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -185,7 +189,7 @@ def _facts(
     step: Step,
     merged: MergedModel,
     guided: Guided | None,
-    scores: Scores | None,
+    scored: Scored | None,
     costs: Costs,
     locked: Lock,
 ) -> CardFacts:
@@ -204,7 +208,8 @@ def _facts(
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,
-        scores=scores,
+        scores=scored.scores if scored else None,
+        gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
         recipe=_yaml(locked.recipe),
         licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
@@ -267,12 +272,6 @@ def is_this_merge(output: Path, planned: Lock) -> bool:
     return same and all(
         found.recipe.get(k) == planned.recipe.get(k) for k in ("evaluate", "publish")
     )
-
-
-def read_scores(output: Path) -> Scores | None:
-    """The scores of a finished merge, where it was scored."""
-    file = output / "lewis" / "scores.json"
-    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
