@@ -86,17 +86,22 @@ def _single_file(source: Source, config: str | None, split: str) -> dict[str, An
 def _named(source: Source, config: str | None) -> dict[str, Any]:
     if source.folder:
         return {"path": str(source.folder.resolve()), "name": config}
-    from datasets.config import HF_DATASETS_CACHE
-
-    # Where a repo cannot be read, `datasets` takes whatever commit of it lies in its cache: so each
-    # commit has a cache of its own.
-    cache = Path(HF_DATASETS_CACHE) / "lewis-hub" / str(source.commit_sha)
     return {
         "path": source.name,
         "name": config,
         "revision": source.commit_sha,
-        "cache_dir": str(cache),
+        "cache_dir": commit_cache(source.commit_sha),
     }
+
+
+def commit_cache(commit_sha: str) -> str:
+    """A cache of its own for each commit.
+
+    Where a repo cannot be read, `datasets` takes whatever commit of it lies in its cache.
+    """
+    from datasets.config import HF_DATASETS_CACHE
+
+    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / commit_sha)
 
 
 @contextmanager

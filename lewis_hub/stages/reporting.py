@@ -18,6 +18,7 @@ from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import CardFacts, Guided
@@ -29,6 +30,7 @@ from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
+from lewis_hub.stages.task_data import PinnedTask
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
@@ -55,12 +57,34 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
     places = [told.get("guide", {}), *models]
+    carried = _carried(recipe)
     for calibration in (place["calibration"] for place in places if "calibration" in place):
-        dataset = inputs.datasets.get(calibration["dataset"])
-        calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
-    if recipe.evaluate and recipe.evaluate.include:
-        told["evaluate"]["include"] = TASKS
+        _pin_calibration(calibration, inputs)
+    places += [told.get("evaluate", {})]
+    for place in (place.get("calibration", place) for place in places):
+        if "include" in place:
+            place["include"] = carried[recipe.locate(place["include"])]
     return told
+
+
+def _pin_calibration(told: dict[str, Any], inputs: Inputs) -> None:
+    """A dataset at its commit, or the one that a task reads; as it was where nothing is drawn."""
+    if "task" not in told:
+        dataset = inputs.datasets.get(told["dataset"])
+        told["dataset"] = dataset.pinned if dataset else told["dataset"]
+        return
+    task = inputs.tasks.get(Calibration.model_validate(told))
+    commits = set(task.commits.values()) if task else set()
+    if len(commits) == 1:
+        told["revision"] = commits.pop()
+
+
+def _carried(recipe: Recipe) -> dict[str, str]:
+    """Folders with own task files -> where their files lie beside lewis/recipe.yaml."""
+    places = [recipe.evaluate, *(recipe.calibration_of(entry) for entry in recipe.experts)]
+    named = [place.include for place in places if place and place.include]
+    folders = dict.fromkeys(map(recipe.locate, named))
+    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
 
 
 def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, inputs: Inputs) -> None:
@@ -91,9 +115,10 @@ def lock(
     return Lock(
         inputs=tuple(inputs_locked),
         calibration=tuple(
-            _locked_data(inputs.datasets[calibration.dataset])
+            locked
             for calibration in calibrated
             if calibration
+            for locked in _locked_data(inputs.data_of(calibration))
         ),
         recipe=pinned(recipe, inputs),
         method=recipe.merge_method,
@@ -199,7 +224,7 @@ def _facts(
         base=inputs.base,
         experts=inputs.experts,
         models=examined.facts,
-        datasets=tuple(inputs.datasets.values()),
+        datasets=inputs.calibration_data,
         parameters=merged.parameters,
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
@@ -234,17 +259,15 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
 
 def _own_tasks(step: Step, own: Path) -> list[str]:
     """Carry own task files, so that the recipe beside them can be run again."""
-    asked = step.recipe.evaluate
-    if asked is None or asked.include is None:
-        return []
-    source, target = Path(step.recipe.locate(asked.include)), own / TASKS
     carried = []
-    for file in sorted(source.rglob("*")):
-        part = file.relative_to(source)
-        if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
-            (target / part).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / part)
-            carried.append(f"{TASKS}/{part.as_posix()}")
+    for folder, name in _carried(step.recipe).items():
+        source, target = Path(folder), own / name
+        for file in sorted(source.rglob("*")):
+            part = file.relative_to(source)
+            if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
+                (target / part).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target / part)
+                carried.append(f"{name}/{part.as_posix()}")
     return carried
 
 
@@ -281,9 +304,14 @@ def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 
 
-def _locked_data(source: Source) -> LockedInput:
-    files = {file.path: file.digest for file in source.files}  # a card says which make up a split
-    return LockedInput(source.name, "calibration", source.revision, source.commit_sha, files)
+def _locked_data(data: Source | PinnedTask) -> list[LockedInput]:
+    """A dataset's files (a card says which make up a split), or a task's and those of its data."""
+    if isinstance(data, Source):
+        files = {file.path: file.digest for file in data.files}
+        return [LockedInput(data.name, "calibration", data.revision, data.commit_sha, files)]
+    name, digest = data.selection.names[0], data.digest
+    task = LockedInput(f"task {name}", "calibration", None, digest, {"task files": digest})
+    return [task, *(locked for source in data.datasets for locked in _locked_data(source))]
 
 
 def _software() -> dict[str, str]:

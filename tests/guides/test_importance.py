@@ -16,7 +16,7 @@ from lewis_hub.guides.importance import (
     module_importance,
     reusable,
 )
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 
 def test_importance_is_the_frobenius_norm_of_weight_times_activation():

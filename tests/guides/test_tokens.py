@@ -7,7 +7,7 @@ import pytest
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.tokens import batches, calibration_tokens, draw_rows, load_tokenizer
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 from .conftest import tokens_of
 
