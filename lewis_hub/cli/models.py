@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import RepoName, device_option
+from lewis_hub.cli.merging import RepoName, code_option, device_option
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 
@@ -21,11 +21,7 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
 @device_option
-@click.option(
-    "--allow-code-execution",
-    is_flag=True,
-    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
-)
+@code_option
 @terminal_options
 def evaluate(
     terminal: Terminal,

@@ -101,11 +101,16 @@ def _yaml_string(value: object) -> str:
 
 
 @click.command()
-def schema() -> None:
-    """Print the recipe's JSON Schema."""
+@click.argument("what", default="recipe", type=click.Choice(["recipe", "importance"]))
+def schema(what: str) -> None:
+    """Print the JSON Schema of a recipe, or of importance.json."""
     from lewis_hub.recipe_file import schema as recipe_schema
 
-    click.echo(recipe_schema(), nl=False)
+    if what == "recipe":
+        click.echo(recipe_schema(), nl=False)
+    else:
+        file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
+        click.echo(file.read_text("utf-8"), nl=False)
 
 
 @click.command()

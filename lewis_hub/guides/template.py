@@ -135,6 +135,26 @@ class Rendered:
 Template = Text | Messages | Rendered
 
 
+def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
+    """Refuse a template that cannot be read or names columns which the data does not have.
+
+    Args:
+        calibration: on a dataset.
+        columns: of its rows; none where they are not known, and then nothing is asked of them.
+
+    Raises:
+        CalibrationError: see above.
+    """
+    if calibration.messages is None:
+        template = Text(calibration)
+        if columns:
+            template.check(columns)
+    elif columns:
+        _check_column(
+            f"calibration on {calibration.data}, `messages`", calibration.messages, columns
+        )
+
+
 def template_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Template:
     """How rows become texts.
 

@@ -115,7 +115,7 @@ def _measure(
 ) -> ImportanceProfile:
     asked = step.recipe.guide
     assert asked
-    found = [profile for path in stores if (profile := _read(path))]
+    found = [profile for path in stores if (profile := known_profile(path))]
     known = ImportanceProfile(
         asked.name,
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
@@ -142,7 +142,8 @@ def _measure(
         )
 
 
-def _read(path: Path) -> ImportanceProfile | None:
+def known_profile(path: Path) -> ImportanceProfile | None:
+    """What an earlier run measured; None where there is nothing that can be read."""
     try:
         return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ProfileError):

@@ -178,5 +178,14 @@ def _dataset(recipe: Recipe, api: HfApi, written: str) -> Source:
     located = recipe.locate(written)
     if located != written:
         return replace(resolve_dataset(api, located), name=written)
+    return named_dataset(api, written)
+
+
+def named_dataset(api: HfApi, written: str) -> Source:
+    """Pin a dataset that is written owner/name or owner/name@revision.
+
+    Raises:
+        SourceError: it cannot be found or may not be read.
+    """
     name, _, revision = written.partition("@")
     return resolve_dataset(api, name, revision or None)
