@@ -55,10 +55,22 @@ def read_lock(source: Source, api: HfApi) -> Lock:
 
 
 def recipe_of(lock: Lock, source: Source) -> Recipe:
-    """The recipe that a lock holds, every source at its commit, without scoring or publishing."""
+    """The recipe that a lock holds, every source at its commit, without scoring or publishing.
+
+    Raises:
+        OutputError: it calibrates on task files of its own, which are code, and lies on the Hub.
+    """
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-    return parse_recipe(text, f"{source.pinned}: {LOCK}")
+    recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
+    if source.folder:
+        return recipe.placed_in(source.folder / "lewis")
+    used = [recipe.calibration_of(entry) for entry in recipe.experts]
+    if any(one and one.include for one in used):
+        problem = "it was calibrated on task files that came with it, and those are code."
+        remedy = "Read lewis/tasks, then download the repo and verify the folder."
+        raise OutputError(source.pinned, problem, remedy)
+    return recipe
 
 
 def verify_files(source: Source, lock: Lock, api: HfApi, progress: Progress) -> Verdict:
