@@ -59,6 +59,17 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+def free_split(located: LocatedTasks) -> str | None:
+    """A split that all tasks of a selection give examples from and none of them scores."""
+    free: list[set[str]] = []
+    for config in (file.config for file in located.files if not file.is_group):
+        scored = config.get("test_split") or config.get("validation_split")
+        shown = {config.get("training_split"), config.get("fewshot_split")}
+        free.append({split for split in shown if isinstance(split, str) and split != scored})
+    common = sorted(set.intersection(*free)) if free else []
+    return common[0] if common else None
+
+
 def files_digest(located: LocatedTasks) -> str:
     """Over all that task files say, what they include and the Python that they name."""
     told: dict[str, Any] = {}
