@@ -131,6 +131,32 @@ def test_an_overlap_may_be_allowed_and_the_train_split_has_none(seeded, tmp_path
     assert measured(clean, tmp_path / "two").calibration["split"] == "train"
 
 
+def test_each_expert_may_have_a_task_or_a_dataset_of_its_own(seeded, tmp_path):
+    asked = parse_recipe(
+        "base_model: zoo/base\nmerge_method: ties\nmodels:\n"
+        f"- {{model: zoo/expert-reverse, calibration: {{{TASK}, samples: 6}}}}\n"
+        "- model: zoo/expert-cipher\n"
+        f"  calibration: {{dataset: zoo/cipher, {TEMPLATE}, samples: 5, max_tokens: 9}}\n"
+        "guide: {name: lewis}\n" + EVALUATE,
+        "recipe.yaml",
+    )
+
+    sources = pipeline.calibrate(asked, tmp_path).profile.sources
+
+    found = [
+        (s.source.partition("@")[0], s.calibration["dataset"].partition("@")[0]) for s in sources
+    ]
+    assert found == [
+        ("zoo/base", "zoo/reverse"),
+        ("zoo/base", "zoo/cipher"),
+        ("zoo/expert-reverse", "zoo/reverse"),
+        ("zoo/expert-cipher", "zoo/cipher"),
+    ]
+    told = [(s.calibration["n_texts"], s.calibration["n_truncated"]) for s in sources[2:]]
+    assert told == [(6, 0), (5, 5)]
+    assert sources[3].n_tokens == 5 * 9
+
+
 def test_a_task_at_an_earlier_revision_of_its_data_is_drawn_from_that(seeded, tmp_path):
     api = seeded.api()
     before = api.dataset_info("zoo/reverse").sha

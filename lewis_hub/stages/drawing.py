@@ -61,8 +61,8 @@ def draw(
     tokenizer = load_tokenizer(str(small_files(how.api, how.donor)), how.donor.name)
     rows = _rows(how, calibration, data)
     tokens = calibration_tokens(rows, calibration, tokenizer, how.seed)
-    for note in tokens.notes:
-        progress.say(f"{calibration.data}: {note}.")
+    drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
+    progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
     facts = calibration_facts(
         calibration, _facts(data), how.seed, _tokenizer_digest(how.donor), how.measure
     )

@@ -50,6 +50,77 @@ def test_what_is_rendered_is_what_lm_eval_sends(own_tasks):
     assert chosen == [text for text in sent if text.endswith("say zero one")]
 
 
+KINDS = {
+    "which text is right": (
+        """
+output_type: multiple_choice
+doc_to_text: "{{['zero', 'one', 'two', 'three'].index(word)}}"
+doc_to_choice: ["in zero", "in one", "in two", "in three"]
+doc_to_target: "is {{next}}"
+""",
+        "in two is three",
+    ),
+    "an answer by its number": (
+        """
+output_type: multiple_choice
+doc_to_text: "{{word}}?"
+doc_to_choice: ["no", "yes"]
+doc_to_target: "{{1 if word == 'two' else 0}}"
+""",
+        "two? yes",
+    ),
+    "no such choice": (
+        """
+output_type: multiple_choice
+doc_to_text: "{{word}}?"
+doc_to_choice: ["no", "yes"]
+doc_to_target: "maybe"
+""",
+        "",
+    ),
+    "a likelihood": (
+        """
+output_type: loglikelihood
+doc_to_text: "after {{word}} comes"
+doc_to_target: " {{next}}"
+""",
+        "after two comes three",
+    ),
+    "a whole text": (
+        """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{word}} {{next}}"
+""",
+        "two three",
+    ),
+    "an answer with its beginning, after a description": (
+        """
+output_type: generate_until
+description: "Count.\\n\\n"
+doc_to_text: "{{word}}"
+doc_to_target: "['{{next}}', 'other']"
+gen_prefix: "It is"
+target_delimiter: "\\n"
+""",
+        "Count.\n\ntwo\nIt is three",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_task_is_rendered_with_its_right_answer(own_tasks, tmp_path, kind):
+    text, expected = KINDS[kind]
+    lines = (own_tasks / "after.yaml").read_text().splitlines()
+    data = "\n".join(lines[lines.index("metadata: {version: 3.0}") :])
+    metrics = "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    (tmp_path / "kind.yaml").write_text(f"task: kind{text}{metrics}{data}\n")
+
+    rows = load_rows(TaskSelection(("kind",), tmp_path), "train", {})
+
+    assert texts(rows, 2) == [expected]
+
+
 def test_a_text_depends_on_its_own_row_alone(own_tasks):
     rows = load_rows(selected(own_tasks, "choose"), "train", {})
 
