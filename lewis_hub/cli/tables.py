@@ -119,10 +119,13 @@ def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType
 
 def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
     """The modules that differ most, and how alike the ranks of all are."""
-    table = _table("module", "", "A", "B", "change")
+    from lewis_hub.report.plots import short_name
+
+    table = _table("source", "module", "A", "B", "change")
     for row in one.rows[:n_shown]:
         change = "-" if row.change is None else f"{row.change:+.1%}"
-        table.add_row(*plain(row.module, "", f"{row.before:,.4g}", f"{row.after:,.4g}", change))
+        numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
+        table.add_row(*plain(short_name(one.after), row.module, *numbers))
     yield table
     yield from plain(*one.sentences)
 
