@@ -227,14 +227,15 @@ def verify(
         ()
     """
     progress, api = progress or Silent(), hub_api()
+    execution = execution or Execution()
     source = resolve_one(model, api)
     lock = verification.read_lock(source, api)
     verdict = verification.verify_files(source, lock, api, progress)
     if not rebuild:
         return verdict
     with TemporaryDirectory() as folder:
-        recipe = verification.recipe_of(lock, source)
-        same = replace(execution or Execution(), max_shard_bytes=lock.max_shard_bytes)
+        recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
+        same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
     differing = verification.compare_weights(lock, again)

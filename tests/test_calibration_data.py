@@ -9,11 +9,18 @@ from huggingface_hub import CommitOperationAdd
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.errors import CalibrationError, CheckFailedError, EvaluationError, LewisHubError
+from lewis_hub.errors import (
+    CalibrationError,
+    CheckFailedError,
+    EvaluationError,
+    LewisHubError,
+    OutputError,
+)
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.recipe import ModelReference
 from lewis_hub.recipe_file import parse_recipe, read_recipe
+from lewis_hub.stages.execution import Execution
 from lewis_hub.stages.task_data import pin_task, scored_commits
 
 TASKS = zoo_folder() / "tasks"
@@ -267,5 +274,7 @@ def test_a_merge_on_a_task_is_verified_by_making_it_again(seeded, tmp_path):
     card = (merged / "README.md").read_text()
     assert "zoo_reverse" in card
     _overwrite(seeded.api(), "train.jsonl")
-    verdict = pipeline.verify(ModelReference(name=str(merged)), rebuild=True)
-    assert verdict.problems == ()
+    model, allowed = ModelReference(name=str(merged)), Execution(allow_code=True)
+    assert pipeline.verify(model, allowed, rebuild=True).problems == ()
+    with pytest.raises(OutputError, match="task files that came with it, and those are code"):
+        pipeline.verify(model, rebuild=True)

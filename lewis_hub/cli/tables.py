@@ -122,7 +122,7 @@ def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
     from lewis_hub.report.plots import short_name
 
     table = _table("source", "module", "A", "B", "change")
-    for row in one.rows[:n_shown]:
+    for row in one.by_change[:n_shown]:
         change = "-" if row.change is None else f"{row.change:+.1%}"
         numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
         table.add_row(*plain(short_name(one.after), row.module, *numbers))

@@ -31,7 +31,7 @@ class Comparison:
     """One measurement of A beside one of B.
 
     Attributes:
-        rows: modules that both have, the largest relative change first.
+        rows: modules that both have, in the model's order.
         spearman: rank correlation over them; None where it is not defined.
         only_before: modules that A alone has.
         only_after: modules that B alone has.
@@ -45,6 +45,15 @@ class Comparison:
     only_after: tuple[str, ...]
 
     @property
+    def by_change(self) -> tuple[Row, ...]:
+        """The largest relative change first."""
+
+        def key(row: Row) -> float:
+            return -np.inf if row.change is None else -abs(row.change)
+
+        return tuple(sorted(self.rows, key=key))
+
+    @property
     def sentences(self) -> tuple[str, ...]:
         """What a reader should know, in words."""
         told = [f"A {self.before}, B {self.after}: {len(self.rows)} modules in both"]
@@ -56,8 +65,9 @@ class Comparison:
         return tuple(told)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, `n` being the number of modules that both have."""
-        return {**asdict(self), "n": len(self.rows)}
+        """As plain data, largest change first; `n` is the number of modules that both have."""
+        rows = [asdict(row) for row in self.by_change]
+        return {**asdict(self), "rows": rows, "n": len(rows)}
 
 
 def compare_profiles(before: ImportanceProfile, after: ImportanceProfile) -> tuple[Comparison, ...]:
@@ -99,7 +109,6 @@ def _compared(one: SourceImportance, other: SourceImportance) -> Comparison:
         for module in a
         if module in b
     ]
-    rows.sort(key=lambda row: -abs(row.change) if row.change is not None else -np.inf)
     return Comparison(
         one.source,
         other.source,
@@ -144,9 +153,9 @@ def _map(one: Comparison) -> HeatMap | None:
     grid = arrange(relative_change(after, {row.module: row.before for row in one.rows}))
     if grid is None:
         return None
-    clipped = clip(grid)
+    clipped, a, b = clip(grid), short_name(one.before), short_name(one.after)
     return HeatMap(
-        title=f"Change of importance, {short_name(one.before)} to {short_name(one.after)}",
+        title=f"Change of importance, {f'{a} to {b}' if a != b else f'{a}, A to B'}",
         scale="% of A's",
         percent=True,
         bottom=0.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,6 @@ from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import CardFacts, Guided
@@ -26,6 +24,7 @@ from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
+from lewis_hub.stages.carrying import carry_tasks, pin_calibration, task_folders
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
@@ -34,10 +33,8 @@ from lewis_hub.stages.task_data import PinnedTask
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
-TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 COST = "cost.json"
 MERGEKIT = "mergekit_config.yml"
-TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
 
 def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -57,34 +54,14 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
     places = [told.get("guide", {}), *models]
-    carried = _carried(recipe)
-    for calibration in (place["calibration"] for place in places if "calibration" in place):
-        _pin_calibration(calibration, inputs)
-    places += [told.get("evaluate", {})]
-    for place in (place.get("calibration", place) for place in places):
+    calibrations = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in calibrations:
+        pin_calibration(calibration, inputs)
+    carried = task_folders(recipe)
+    for place in (told.get("evaluate", {}), *calibrations):
         if "include" in place:
             place["include"] = carried[recipe.locate(place["include"])]
     return told
-
-
-def _pin_calibration(told: dict[str, Any], inputs: Inputs) -> None:
-    """A dataset at its commit, or the one that a task reads; as it was where nothing is drawn."""
-    if "task" not in told:
-        dataset = inputs.datasets.get(told["dataset"])
-        told["dataset"] = dataset.pinned if dataset else told["dataset"]
-        return
-    task = inputs.tasks.get(Calibration.model_validate(told))
-    commits = set(task.commits.values()) if task else set()
-    if len(commits) == 1:
-        told["revision"] = commits.pop()
-
-
-def _carried(recipe: Recipe) -> dict[str, str]:
-    """Folders with own task files -> where their files lie beside lewis/recipe.yaml."""
-    places = [recipe.evaluate, *(recipe.calibration_of(entry) for entry in recipe.experts)]
-    named = [place.include for place in places if place and place.include]
-    folders = dict.fromkeys(map(recipe.locate, named))
-    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
 
 
 def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, inputs: Inputs) -> None:
@@ -162,7 +139,7 @@ def write(
         write_whole(own / name, text)
     names = [name for name in (*texts, *(DOCUMENTS if guidance else ())) if name != COST]
     names += [file for plot in plots for file in plot.files]
-    names += _own_tasks(step, own)
+    names += carry_tasks(step.recipe, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
     outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
     told = _mergekit(step, guidance)
@@ -255,20 +232,6 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
         return combined_licence(facts, chosen)
     except PublishError:
         return None
-
-
-def _own_tasks(step: Step, own: Path) -> list[str]:
-    """Carry own task files, so that the recipe beside them can be run again."""
-    carried = []
-    for folder, name in _carried(step.recipe).items():
-        source, target = Path(folder), own / name
-        for file in sorted(source.rglob("*")):
-            part = file.relative_to(source)
-            if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
-                (target / part).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target / part)
-                carried.append(f"{name}/{part.as_posix()}")
-    return carried
 
 
 def _output(path: Path, sha256: str | None) -> OutputFile:

@@ -29,7 +29,7 @@ def test_modules_are_listed_by_how_much_they_changed():
 
     (one,) = compare_profiles(profile(before), profile(after))
 
-    assert one.rows == (
+    assert one.by_change == (
         Row("l.1.q", 1.0, 0.25, -0.75),
         Row("l.0.q", 2.0, 3.0, 0.5),
         Row("l.0.k", 4.0, 4.0, 0.0),
@@ -49,7 +49,7 @@ def test_a_module_that_starts_from_nothing_comes_first_and_has_no_change():
 
     (one,) = compare_profiles(profile(before), profile(after))
 
-    assert one.rows == (Row("y", 0.0, 1.0, None), Row("x", 1.0, 9.0, 8.0))
+    assert one.by_change == (Row("y", 0.0, 1.0, None), Row("x", 1.0, 9.0, 8.0))
 
 
 def test_sources_are_paired_by_name_whatever_their_commits():
