@@ -176,6 +176,10 @@ class PublishError(LocatedError):
     """A push that was refused; `where` is the repo, or the folder that was to be pushed."""
 
 
+class SignatureError(LocatedError):
+    """A key that cannot be used; `where` is its file."""
+
+
 # -- the embedded Hub, optional extras
 
 

@@ -30,6 +30,7 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    standing,
     verification,
 )
 from lewis_hub.stages.calibration import Sets
@@ -37,16 +38,23 @@ from lewis_hub.stages.checking import CheckReport
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
+from lewis_hub.stages.standing import Former
 from lewis_hub.stages.verification import Verdict
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: a folder on disk, and its scores where it was scored."""
+    """A finished merge.
+
+    Attributes:
+        output: its folder; not there where the target repo holds the merge already.
+        published: what the target repo holds, where that is this very merge.
+    """
 
     status: Literal["merged", "unchanged"]
     output: Path
     scores: Scores | None
+    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ def merge_models(
     output: Path | str,
     execution: Execution | None = None,
     progress: Progress | None = None,
+    target: Destination | None = None,
 ) -> Merged:
     """Pull, check, calibrate, merge, score and report; the folder appears whole or not at all.
 
@@ -143,6 +152,8 @@ def merge_models(
         output: folder to make; an interrupted run's work in ``OUTPUT.partial`` is taken up.
         execution: how to run; None: on all cores of this machine.
         progress: told how far it is; None: nobody is.
+        target: from `open_target`: a repo that holds this very merge already ends the work before
+            any weight is downloaded, and what its merge measured is not measured again.
 
     Raises:
         LewisHubError: see the subclasses in `errors`; nothing half-done carries the name `output`.
@@ -160,15 +171,19 @@ def merge_models(
     inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     inputs = converting.without_pickles(recipe, inputs, api, progress)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
-    if reporting.is_this_merge(output, planned):
-        return Merged("unchanged", output, reporting.read_scores(output))
+    if not execution.replace:
+        if target and (held := publishing.published_already(target, planned, api)):
+            return Merged("unchanged", output, standing.published_scores(target.former, api), held)
+        if standing.is_this_merge(output, planned):
+            return Merged("unchanged", output, standing.read_scores(output))
     examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     with open_workspace(output, replace=execution.replace) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
-        scores, files = _merge(step, sets, work)
+        former = target.former if target else None
+        scores, files = _merge(step, sets, work, former)
         return Merged("merged", work.finish(files), scores)
 
 
@@ -210,6 +225,7 @@ def verify(
     progress: Progress | None = None,
     *,
     rebuild: bool = False,
+    public_key: Path | None = None,
 ) -> Verdict:
     """Hold a merged model against its lock; nothing of it is run or loaded.
 
@@ -218,6 +234,7 @@ def verify(
         execution: how to make it again.
         progress: told how far it is; None: nobody is.
         rebuild: also make the merge again from the lock alone, and compare the weights.
+        public_key: PEM file of the key that it must be signed with; None: any signature will do.
 
     Raises:
         LewisHubError: there is no lock, it was changed, or a source is no longer there.
@@ -232,7 +249,7 @@ def verify(
     progress, api = progress or Silent(), hub_api()
     source = resolve_one(model, api)
     lock = verification.read_lock(source, api)
-    verdict = verification.verify_files(source, lock, api, progress)
+    verdict = verification.verify_files(source, lock, api, progress, public_key)
     if not rebuild:
         return verdict
     with TemporaryDirectory() as folder:
@@ -297,7 +314,9 @@ def publish(folder: Path, target: Destination, progress: Progress | None = None)
     return publishing.push(folder, target, hub_api(), progress or Silent())
 
 
-def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tuple[str, ...]]:
+def _merge(
+    step: Step, sets: Sets, work: Workspace, former: Former | None
+) -> tuple[Scores | None, tuple[str, ...]]:
     """From the sources' files to all files of the result."""
     costs = Costs()
     with costs.measure("download"):
@@ -308,6 +327,7 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tupl
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
             known_in = (work.scratch, work.output / "lewis", beside)
             stores = [folder / "importance.json" for folder in known_in]
+            stores += standing.published_importance(former, step.api, work.scratch)
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
     schedule = guidance.schedule if guidance else None
     with costs.measure("merge"):

@@ -100,12 +100,14 @@ def _yaml_string(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@click.command()
-def schema() -> None:
-    """Print the recipe's JSON Schema."""
+@click.command(epilog="\b\nExamples:\n  lewis-hub schema\n  lewis-hub schema lock")
+@click.argument("document", type=click.Choice(["recipe", "lock"]), default="recipe")
+def schema(document: str) -> None:
+    """Print the JSON Schema of the recipe, or of lewis/lock.json."""
     from lewis_hub.recipe_file import schema as recipe_schema
+    from lewis_hub.report.lock import schema as lock_schema
 
-    click.echo(recipe_schema(), nl=False)
+    click.echo(recipe_schema() if document == "recipe" else lock_schema(), nl=False)
 
 
 @click.command()

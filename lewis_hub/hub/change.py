@@ -16,6 +16,7 @@ from lewis_hub.hub.retries import persist
 from lewis_hub.hub.target import Target, look
 
 LOCK = "lewis/lock.json"
+SIGNATURE = "model.sig"  # of a former merge: it says nothing of this one
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -51,7 +52,7 @@ def compare(asked: Asked, target: Target, files: Mapping[str, Path]) -> Change:
     others = [path for path in files if path not in in_git]
     digests = dict(zip(others, digests_of([files[path] for path in others]), strict=True))
     digests |= {path: git_sha1_of(files[path]) for path in in_git}
-    ours = {path for path in target.digests if WEIGHTS.fullmatch(path)}
+    ours = {path for path in target.digests if WEIGHTS.fullmatch(path) or path == SIGNATURE}
     ours |= _left_by_former_merge(asked, target) & set(target.digests)
     return Change(target, files, digests, sorted(ours - set(files)))
 

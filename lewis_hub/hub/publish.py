@@ -104,6 +104,16 @@ def publish(
     return _published(asked, landed, publication.tag, changed=True)
 
 
+def keep(api: HfApi, repo_id: str, commit_sha: str, tag: str | None) -> Published:
+    """What a push leaves that finds all of it there: no commit, but the tag if it is missing.
+
+    Raises:
+        PublishError: the tag could not be made.
+    """
+    asked = Asked(api, repo_id, kind=PublishError)
+    return _published(asked, Landed(commit_sha), tag, changed=False)
+
+
 def folder_bytes(folder: Path) -> int:
     """The size of what `publish` would push."""
     return sum(path.stat().st_size for path in _files(folder).values())

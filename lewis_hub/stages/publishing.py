@@ -1,26 +1,43 @@
-"""Publish: where a merge goes is looked at first and written to last."""
+"""Publish: where a merge goes is looked at first and written to last, and says what it changes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.hub.publish import Publication, Published, folder_bytes, publish
+from lewis_hub.files import write_whole
+from lewis_hub.hub.publish import Publication, Published, folder_bytes, keep, publish
 from lewis_hub.hub.target import Target, open_target
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Publishing
+from lewis_hub.report import changelog
+from lewis_hub.report.difference import differences
+from lewis_hub.report.lock import Lock
+from lewis_hub.stages.standing import Former, former_merge, lock_in, same_merge
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
+CARD = "README.md"
+TITLE = "Merge with lewis-hub"
+LONGEST_TITLE = 100
+
+
 @dataclass(frozen=True)
 class Destination:
-    """A repo as it was before the work began, and how the result is to land in it."""
+    """A repo as it was before the work began, and how the result is to land in it.
+
+    Attributes:
+        former: the merge that lies there; None: another model, or none.
+    """
 
     asked: Publishing
     target: Target
+    former: Former | None
 
 
 def open_destination(asked: Publishing, api: HfApi) -> Destination:
@@ -29,18 +46,34 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
     Raises:
         PublishError: no token, one that may not write there, or no such namespace.
     """
-    return Destination(asked, open_target(api, asked.repo, asked.landing))
+    target = open_target(api, asked.repo, asked.landing)
+    return Destination(asked, target, former_merge(target, api))
+
+
+def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
+    """The merge in the repo, where it is whole and just the planned one: nothing is pushed then."""
+    asked, former = destination.asked, destination.former
+    if former is None or not former.is_whole or not same_merge(former.lock, planned):
+        return None
+    return keep(api, asked.repo, former.source.commit_sha, asked.tag)
 
 
 def push(folder: Path, destination: Destination, api: HfApi, progress: Progress) -> Published:
     """Push a folder in one commit, unless somebody pushed to the repo since it was looked at.
 
+    What it changes against the merge that lies there goes into the commit's message, and into the
+    folder's changelog and card.
+
     Raises:
         PublishError: the repo is as it was before.
     """
     asked = destination.asked
+    changes = _changes(folder, destination.former)
+    if destination.former:
+        _write_changelog(folder, destination.former, changes)
     publication = Publication(
-        message="Merge with lewis-hub",
+        message=_title(changes),
+        description="\n".join(f"- {change}" for change in changes),
         landing=asked.landing,
         tag=asked.tag,
         private=asked.private,
@@ -48,3 +81,33 @@ def push(folder: Path, destination: Destination, api: HfApi, progress: Progress)
     )
     with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
         return publish(api, folder, asked.repo, publication, advance)
+
+
+def _changes(folder: Path, former: Former | None) -> tuple[str, ...]:
+    """What a folder changes against the merge in the repo, in words."""
+    lock = lock_in(folder)
+    return differences(former.lock, lock) if former and lock else ()
+
+
+def _title(changes: Sequence[str]) -> str:
+    if not changes:
+        return TITLE
+    more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+    first = " ".join(changes[0].split())
+    room = LONGEST_TITLE - len(TITLE) - len(more) - 2
+    return f"{TITLE}: {first if len(first) <= room else first[: room - 1] + '…'}{more}"
+
+
+def _write_changelog(folder: Path, former: Former, changes: tuple[str, ...]) -> None:
+    """Put what the folder changes, and what its forerunners did, into changelog and card."""
+    entries, lock = former.changes, lock_in(folder)
+    if changes and lock:
+        today = datetime.now(UTC).date().isoformat()
+        new = changelog.Entry(today, former.source.commit_sha, lock.digest, changes)
+        entries = (new, *entries)
+    card = folder / CARD
+    if not entries or not card.exists():
+        return
+    (folder / changelog.FILE).parent.mkdir(exist_ok=True)
+    write_whole(folder / changelog.FILE, changelog.to_json(entries))
+    write_whole(card, changelog.in_card(card.read_text(encoding="utf-8"), entries))
