@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import date
 
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -31,13 +32,13 @@ class Entry:
     """One published merge.
 
     Attributes:
-        date: of the push, in UTC, as YYYY-MM-DD.
+        day: of the push, in UTC.
         replaced: commit sha of the repo's main, as it was.
         digest: the new lock's.
         changes: one sentence each, as `difference` writes them.
     """
 
-    date: str
+    day: date
     replaced: str
     digest: str
     changes: tuple[str, ...]
@@ -46,7 +47,7 @@ class Entry:
 def to_json(entries: Sequence[Entry]) -> str:
     """The text of `changelog.json`, newest first."""
     document = {"version": VERSION, "entries": [asdict(one) for one in entries[:N_KEPT]]}
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(document, indent=2, ensure_ascii=False, default=date.isoformat) + "\n"
 
 
 def from_json(text: str, file: str = FILE) -> tuple[Entry, ...]:
@@ -75,7 +76,7 @@ def _section(entries: Sequence[Entry]) -> str:
     told = ["## Changelog"]
     for entry in entries[:N_SHOWN]:
         replaced = markdown.code(entry.replaced[:12])
-        told.append(f"**{markdown.text(entry.date[:10])}**, in the place of {replaced}:\n")
+        told.append(f"**{entry.day}**, in the place of {replaced}:\n")
         told[-1] += "".join(f"\n- {markdown.text(change[:LONGEST])}" for change in entry.changes)
     if len(entries) > N_SHOWN:
         told.append(f"All {len(entries)} are in [{FILE}]({FILE}).")

@@ -93,7 +93,7 @@ def _title(changes: Sequence[str]) -> str:
     if not changes:
         return TITLE
     more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-    first = " ".join(changes[0].split())
+    first = " ".join(changes[0].partition(" (")[0].split())  # without the names of files
     room = LONGEST_TITLE - len(TITLE) - len(more) - 2
     return f"{TITLE}: {first if len(first) <= room else first[: room - 1] + '…'}{more}"
 
@@ -102,7 +102,7 @@ def _write_changelog(folder: Path, former: Former, changes: tuple[str, ...]) -> 
     """Put what the folder changes, and what its forerunners did, into changelog and card."""
     entries, lock = former.changes, lock_in(folder)
     if changes and lock:
-        today = datetime.now(UTC).date().isoformat()
+        today = datetime.now(UTC).date()
         new = changelog.Entry(today, former.source.commit_sha, lock.digest, changes)
         entries = (new, *entries)
     card = folder / CARD
