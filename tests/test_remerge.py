@@ -25,7 +25,7 @@ def zoo(hub, tmp_path, monkeypatch):
     repo = f"{hub.user}/again"
     (tmp_path / "recipe.yaml").write_text(
         "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\nparameters: {lambda: 1.0}\n"
-        f"models: [{{model: {EXPERT}}}, {{model: zoo/expert-cipher, parameters: {{weight: 0.5}}}}]\n"
+        f"models: [{{model: {EXPERT}}}, {{model: zoo/expert-cipher, parameters: {{weight: 2}}}}]\n"
         f"publish: {{repo: {repo}, license: apache-2.0}}\n"
     )
     return repo
