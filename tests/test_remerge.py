@@ -221,3 +221,18 @@ def test_another_recipe_is_another_merge_though_the_weights_are_the_same(hub, zo
     assert hub.api().list_repo_commits(zoo)[0].title == (
         "Merge with lewis-hub: publish.license: apache-2.0 → mit and 1 more"
     )
+
+
+def test_a_pull_request_that_holds_the_merge_is_not_opened_again(hub, zoo):
+    merge()
+    move(hub)
+    recipe = Path("recipe.yaml").read_text()
+    Path("recipe.yaml").write_text(recipe.replace("license:", "as: pull-request, license:"))
+    first, _ = merge()
+
+    second, said = merge()
+
+    assert (first["status"], second["status"]) == ("merged", "unchanged")
+    assert second["pull_request"] == first["pull_request"] == f"{hub.url}/{zoo}/discussions/1"
+    assert second["commit"] == first["commit"]
+    assert "Downloading" not in said

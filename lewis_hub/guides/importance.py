@@ -16,6 +16,7 @@ from lewis_hub.recipe import Calibration
 if TYPE_CHECKING:
     from torch import Tensor
 
+MEASURING = 1  # raised when the same source and texts come out as other numbers
 ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
 
 Role = Literal["base", "expert"]
@@ -153,6 +154,7 @@ def calibration_facts(  # noqa: PLR0913
     template = "text" if calibration.text is not None else "messages"
     return {
         "measure": measure,
+        "measuring": MEASURING,
         "dataset": dataset,
         "dataset_sha": dataset_sha,
         "config": calibration.config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,14 @@ def compare(asked: Asked, target: Target, files: Mapping[str, Path]) -> Change:
 
 def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
     """The address and commit sha of an open pull request that makes just this change."""
+    for url, proposed in open_pull_requests(asked):
+        if change.done_in(proposed):
+            return url, str(proposed.head)
+    return None
+
+
+def open_pull_requests(asked: Asked) -> Iterator[tuple[str, Target]]:
+    """The address of each open pull request, and what the repo would hold with it."""
     with hub_failures(asked):
         pull_requests = persist(
             lambda: list(
@@ -68,10 +76,7 @@ def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
             )
         )
     for one in pull_requests:
-        proposed = look(asked, f"refs/pr/{one.num}")
-        if change.done_in(proposed):
-            return one.url, str(proposed.head)
-    return None
+        yield one.url, look(asked, f"refs/pr/{one.num}")
 
 
 def _left_by_former_merge(asked: Asked, target: Target) -> set[str]:

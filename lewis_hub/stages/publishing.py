@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.files import write_whole
-from lewis_hub.hub.publish import Publication, Published, folder_bytes, keep, publish
+from lewis_hub.hub.commit import Landed
+from lewis_hub.hub.publish import (
+    Publication,
+    Published,
+    folder_bytes,
+    keep,
+    proposals,
+    publish,
+)
 from lewis_hub.hub.target import Target, open_target
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Publishing
 from lewis_hub.report import changelog
 from lewis_hub.report.difference import differences
 from lewis_hub.report.lock import Lock
-from lewis_hub.stages.standing import Former, former_merge, lock_in, same_merge
+from lewis_hub.stages.standing import Former, former_merge, lock_in
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -51,11 +59,19 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
 
 
 def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
-    """The merge in the repo, where it is whole and just the planned one: nothing is pushed then."""
+    """Main, or an open pull request, where it holds just the planned merge: nothing is pushed then.
+
+    Pull requests are looked into only where the merge would land as one.
+    """
     asked, former = destination.asked, destination.former
-    if former is None or not former.is_whole or not same_merge(former.lock, planned):
-        return None
-    return keep(api, asked.repo, former.source.commit_sha, asked.tag)
+    if former and former.holds(planned):
+        return keep(api, asked.repo, Landed(former.source.commit_sha), asked.tag)
+    if asked.landing == "pull-request":
+        for url, target in proposals(api, asked.repo):
+            proposed = former_merge(target, api)
+            if proposed and proposed.holds(planned):
+                return keep(api, asked.repo, Landed(proposed.source.commit_sha, url), None)
+    return None
 
 
 def push(folder: Path, destination: Destination, api: HfApi, progress: Progress) -> Published:

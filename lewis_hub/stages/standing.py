@@ -38,11 +38,10 @@ class Former:
     lock: Lock
     changes: tuple[changelog.Entry, ...]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every file of the lock is there, with its digest where the Hub tells that."""
+    def holds(self, planned: Lock) -> bool:
+        """Whether it is the planned merge, and every file is there as far as the Hub tells."""
         found = {file.path: file.digest for file in self.source.files}
-        return all(
+        return same_merge(self.lock, planned) and all(
             path in found and found[path].startswith(("git-sha1:", f"sha256:{file.sha256}"))
             for path, file in self.lock.outputs.items()
         )

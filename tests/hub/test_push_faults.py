@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -53,13 +52,13 @@ def folders(tmp_path):
     return tmp_path / "before", tmp_path / "after"
 
 
-def content(api, repo):
+def content(hub, repo):
     """What main holds: nothing where there is no repo, or one that was only made."""
-    if not api.repo_exists(repo):
+    found = hub.store.find("models", *repo.split("/"))
+    if found is None:
         return {}
-    info = api.model_info(repo)
-    paths = [file.rfilename for file in info.siblings if file.rfilename != ".gitattributes"]
-    return {p: Path(api.hf_hub_download(repo, p, revision=info.sha)).read_bytes() for p in paths}
+    files = hub.store.resolve(found, "main").files
+    return {p: hub.store.blobs.read(f.sha256) for p, f in files.items() if p != ".gitattributes"}
 
 
 def n_calls(hub, api, folder, repo):
@@ -73,12 +72,12 @@ def n_calls(hub, api, folder, repo):
 def assert_as_before_or_complete(hub, api, folder, repo, before):
     """After a push with faults; and that a rerun completes, with one commit in all."""
     hub.faults.clear()
-    found = content(api, repo)
+    found = content(hub, repo)
     assert found in (before, AFTER)
 
     published = publish(api, folder, repo, PUSH, lambda _: None)
 
-    assert content(api, repo) == AFTER
+    assert content(hub, repo) == AFTER
     titles = [commit.title for commit in api.list_repo_commits(repo)]
     assert titles.count("Second") == 1
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
@@ -136,7 +135,7 @@ def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, api, folder
         with suppress(PublishError):
             publish(api, folder, repo, PUSH, lambda _: None)
         hub.faults.take = strike
-        found = content(api, repo)
+        found = content(hub, repo)
         assert found in (BEFORE | {"theirs": b"x"}, AFTER | {"theirs": b"x"})
 
 
@@ -170,6 +169,6 @@ def test_two_processes_that_push_at_once_end_as_whole_commits_or_a_clear_refusal
     commits = [c.title for c in hub.api().list_repo_commits(repo)].count("Merge with lewis-hub")
     winners = [name for name, process in running.items() if process.returncode == 0]
     assert len(winners) == commits >= 1
-    assert content(hub.api(), repo) in [wholes[name] for name in winners]
+    assert content(hub, repo) in [wholes[name] for name in winners]
     for name in wholes.keys() - set(winners):
         assert f"{repo}: somebody pushed " in told[name][1]
