@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.report.lock import Lock
+from lewis_hub.stages.standing import same_merge
 
 EXPERT = "zoo/expert-reverse"
 
@@ -197,6 +198,16 @@ def test_measurements_that_are_not_those_of_the_lock_are_not_taken(hub, guided):
     assert "Calibrating: 0 tokens" not in said
     modules = json.loads(published(hub, guided, "lewis/importance.json"))["sources"][0]["modules"]
     assert set(modules.values()) != {1.0}
+
+
+def test_scores_that_are_not_asked_for_are_not_missed():
+    scored = {"evaluate": {"tasks": ["a"]}, "publish": {"repo": "me/x"}}
+    asked = [scored, {"publish": {"repo": "me/x"}}, {**scored, "evaluate": {"tasks": ["a", "b"]}}]
+    found, *planned = (
+        Lock((), (), recipe, "ties", 1, None, None, 1, 1000, {}, {}) for recipe in (scored, *asked)
+    )
+
+    assert [same_merge(found, one) for one in planned] == [True, True, False]
 
 
 def test_force_merges_and_publishes_again(hub, zoo):
