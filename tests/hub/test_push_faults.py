@@ -11,11 +11,14 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from lewis_hub.errors import PublishError
+from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.publish import Publication, publish
+from lewis_hub.hub.store import File
 
 ANY = "."
 NEVER = 1_000_000
@@ -44,12 +47,30 @@ FAULTS = {
 
 
 @pytest.fixture
-def folders(tmp_path):
-    for name, files in (("before", BEFORE), ("after", AFTER)):
-        for path, content in files.items():
-            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / path).write_bytes(content)
-    return tmp_path / "before", tmp_path / "after"
+def prepare(api, tmp_path):
+    """Makes a repo that holds a merge, or a name for one, and a folder that is to be pushed there.
+
+    The weights are new each time: the Hub asks nobody for what it has already.
+    """
+    numbers = itertools.count()
+
+    def prepared(new=False):
+        number = next(numbers)
+        after = AFTER | {"model.safetensors": b"%08d" % number * 400}
+        repo = f"tests/merged-{number}"
+        if not new:
+            former = write(tmp_path / "before", BEFORE)
+            publish(api, former, repo, Publication("First"), lambda _: None)
+        return repo, write(tmp_path / "after", after), after
+
+    return prepared
+
+
+def write(folder, files):
+    for path, told in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(told)
+    return folder
 
 
 def content(hub, repo):
@@ -61,23 +82,23 @@ def content(hub, repo):
     return {p: hub.store.blobs.read(f.sha256) for p, f in files.items() if p != ".gitattributes"}
 
 
-def n_calls(hub, api, folder, repo):
+def n_calls(hub, api, repo, folder, after):
     """How many requests a push makes that goes well."""
     counter = hub.fail(ANY, 500, skip=NEVER)
     publish(api, folder, repo, PUSH, lambda _: None)
     hub.faults.clear()
+    assert content(hub, repo) == after
     return NEVER - counter.skip
 
 
-def assert_as_before_or_complete(hub, api, folder, repo, before):
+def assert_as_before_or_complete(hub, api, repo, folder, before, after):
     """After a push with faults; and that a rerun completes, with one commit in all."""
     hub.faults.clear()
-    found = content(hub, repo)
-    assert found in (before, AFTER)
+    assert content(hub, repo) in (before, after)
 
     published = publish(api, folder, repo, PUSH, lambda _: None)
 
-    assert content(hub, repo) == AFTER
+    assert content(hub, repo) == after
     titles = [commit.title for commit in api.list_repo_commits(repo)]
     assert titles.count("Second") == 1
     tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
@@ -89,80 +110,64 @@ def assert_as_before_or_complete(hub, api, folder, repo, before):
 @pytest.mark.parametrize("times", [1, NEVER], ids=["once", "from then on"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_any_call_of_a_push_leaves_the_repo_as_before_or_complete(
-    hub, api, folders, no_pauses, fault, times, new
+    hub, api, prepare, no_pauses, fault, times, new
 ):
-    former, folder = folders
-    repos = (f"tests/merged-{number}" for number in itertools.count())
-
-    def prepared():
-        repo = next(repos)
-        if not new:
-            publish(api, former, repo, Publication("First"), lambda _: None)
-        return repo
-
-    for call in range(n_calls(hub, api, folder, prepared())):
-        repo = prepared()
+    for call in range(n_calls(hub, api, *prepare(new))):
+        repo, folder, after = prepare(new)
         FAULTS[fault](hub, call, times)
         with suppress(PublishError):
             publish(api, folder, repo, PUSH, lambda _: None)
-        assert_as_before_or_complete(hub, api, folder, repo, {} if new else BEFORE)
+        assert times == NEVER or not hub.faults.pending  # it did strike
+        assert_as_before_or_complete(hub, api, repo, folder, {} if new else BEFORE, after)
+
+
+def push_meanwhile(hub, repo):
+    """Somebody else's commit; not over HTTP, for the server is in the midst of a request."""
+    found = hub.store.find("models", *repo.split("/"))
+    head = hub.store.resolve(found, "main")
+    file = File(hub.store.blobs.add(b"x"), 1, git_oid(b"x"), lfs=False)
+    files = {**head.files, "theirs": file}
+    theirs = replace(head, parents=(head.sha,), title="Theirs", files=files)
+    hub.store.add_commit(found, theirs, "refs/heads/main")
 
 
 @pytest.mark.slow
-def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, api, folders, no_pauses):
+def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, api, prepare, no_pauses):
     """A stale parent for real: the repo moves while the push waits for the answer to one call."""
-    former, folder = folders
-    repos = (f"tests/merged-{number}" for number in itertools.count())
-
-    def prepared():
-        repo = next(repos)
-        publish(api, former, repo, Publication("First"), lambda _: None)
-        return repo
-
-    for call in range(n_calls(hub, api, folder, prepared())):
-        repo = prepared()
-        strike = hub.faults.take
+    strike = hub.faults.take
+    for call in range(n_calls(hub, api, *prepare())):
+        repo, folder, after = prepare()
         seen = itertools.count()
 
-        def take(method, target, strike=strike, seen=seen, call=call, repo=repo):
+        def take(method, target, seen=seen, call=call, repo=repo):
             if next(seen) == call:
-                hub.faults.take = strike
-                theirs = hub.api()
-                theirs.upload_file(path_or_fileobj=b"x", path_in_repo="theirs", repo_id=repo)
+                push_meanwhile(hub, repo)
             return strike(method, target)
 
         hub.faults.take = take
         with suppress(PublishError):
             publish(api, folder, repo, PUSH, lambda _: None)
         hub.faults.take = strike
-        found = content(hub, repo)
-        assert found in (BEFORE | {"theirs": b"x"}, AFTER | {"theirs": b"x"})
+        assert content(hub, repo) in [side | {"theirs": b"x"} for side in (BEFORE, after)]
 
 
-def test_two_processes_that_push_at_once_end_as_whole_commits_or_a_clear_refusal(hub, folders):
-    former, folder = folders
+def test_two_processes_that_push_at_once_end_as_whole_commits_or_a_clear_refusal(hub, tmp_path):
     repo = f"{hub.user}/merged"
-    publish(hub.api(), former, repo, Publication("First"), lambda _: None)
+    publish(hub.api(), write(tmp_path / "before", BEFORE), repo, PUSH, lambda _: None)
+    wholes = {name: AFTER | {"config.json": f'["{name}"]'.encode()} for name in ("one", "two")}
     hub.faults.delay_s = 0.15  # so that they are in the midst of it together
-    wholes = {}
-    for name in ("one", "two"):
-        for path, told in (AFTER | {"config.json": f'["{name}"]'.encode()}).items():
-            (folder.parent / name / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder.parent / name / path).write_bytes(told)
-        wholes[name] = AFTER | {"config.json": f'["{name}"]'.encode()}
-    environment = os.environ | {"HF_TOKEN": hub.write_token}
     command = [sys.executable, "-m", "lewis_hub", "push"]
-
     running = {
         name: subprocess.Popen(
-            [*command, str(folder.parent / name), repo, "--json", "-q"],
-            env=environment,
+            [*command, str(write(tmp_path / name, files)), repo, "--json", "-q"],
+            env=os.environ | {"HF_TOKEN": hub.write_token},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for name in wholes
+        for name, files in wholes.items()
     }
+
     told = {name: process.communicate(timeout=60) for name, process in running.items()}
 
     hub.faults.clear()
