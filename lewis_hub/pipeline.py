@@ -173,7 +173,8 @@ def merge_models(
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
     if not execution.replace:
         if target and (held := publishing.published_already(target, planned, api)):
-            return Merged("unchanged", output, standing.published_scores(target.former, api), held)
+            told = None if held.pull_request_url else target.former
+            return Merged("unchanged", output, standing.published_scores(told, api), held)
         if standing.is_this_merge(output, planned):
             return Merged("unchanged", output, standing.read_scores(output))
     examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
@@ -234,7 +235,8 @@ def verify(
         execution: how to make it again.
         progress: told how far it is; None: nobody is.
         rebuild: also make the merge again from the lock alone, and compare the weights.
-        public_key: PEM file of the key that it must be signed with; None: any signature will do.
+        public_key: PEM file of the key that it must be signed with; None: no signature is looked
+            into.
 
     Raises:
         LewisHubError: there is no lock, it was changed, or a source is no longer there.

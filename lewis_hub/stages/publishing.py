@@ -83,10 +83,11 @@ def push(folder: Path, destination: Destination, api: HfApi, progress: Progress)
     Raises:
         PublishError: the repo is as it was before.
     """
-    asked = destination.asked
-    changes = _changes(folder, destination.former)
-    if destination.former:
-        _write_changelog(folder, destination.former, changes)
+    asked, former, lock = destination.asked, destination.former, lock_in(folder)
+    changes: tuple[str, ...] = ()
+    if former and lock:
+        changes = differences(former.lock, lock)
+        _write_changelog(folder, former, lock, changes)
     publication = Publication(
         message=_title(changes),
         description="\n".join(f"- {change}" for change in changes),
@@ -99,12 +100,6 @@ def push(folder: Path, destination: Destination, api: HfApi, progress: Progress)
         return publish(api, folder, asked.repo, publication, advance)
 
 
-def _changes(folder: Path, former: Former | None) -> tuple[str, ...]:
-    """What a folder changes against the merge in the repo, in words."""
-    lock = lock_in(folder)
-    return differences(former.lock, lock) if former and lock else ()
-
-
 def _title(changes: Sequence[str]) -> str:
     if not changes:
         return TITLE
@@ -114,16 +109,14 @@ def _title(changes: Sequence[str]) -> str:
     return f"{TITLE}: {first if len(first) <= room else first[: room - 1] + '…'}{more}"
 
 
-def _write_changelog(folder: Path, former: Former, changes: tuple[str, ...]) -> None:
+def _write_changelog(folder: Path, former: Former, lock: Lock, changes: tuple[str, ...]) -> None:
     """Put what the folder changes, and what its forerunners did, into changelog and card."""
-    entries, lock = former.changes, lock_in(folder)
-    if changes and lock:
+    entries, card = former.changes, folder / CARD
+    if changes:
         today = datetime.now(UTC).date()
         new = changelog.Entry(today, former.source.commit_sha, lock.digest, changes)
         entries = (new, *entries)
-    card = folder / CARD
     if not entries or not card.exists():
         return
-    (folder / changelog.FILE).parent.mkdir(exist_ok=True)
     write_whole(folder / changelog.FILE, changelog.to_json(entries))
     write_whole(card, changelog.in_card(card.read_text(encoding="utf-8"), entries))

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from model_signing.hashing import Config
 
 UNSIGNED = ("README.md", CHANGELOG, SIGNATURE)
+MAKE = (
+    "Make a pair: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, then"
+    " `openssl ec -in key.pem -pubout -out key.pub`."
+)
 
 
 def sign(folder: Path, private_key: Path) -> None:
@@ -36,17 +40,17 @@ def sign(folder: Path, private_key: Path) -> None:
         SignatureError: the key cannot be used.
         ExtraMissingError: model-signing is not installed.
     """
-    signing, keys = _signer(private_key)
+    signer, public_half = _signer(private_key)
     found = {path: sha256_of(folder / path) for path in _files(folder)}
     if (folder / SIGNATURE).exists():
         with TemporaryDirectory() as scratch:
             public = Path(scratch) / "public.pem"
-            public.write_bytes(keys)
+            public.write_bytes(public_half)
             if problem_with((folder / SIGNATURE).read_bytes(), found, public) is None:
                 return
-    signing.set_hashing_config(_known(found))
+    signer.set_hashing_config(_known(found))
     new = folder / f".{SIGNATURE}.new"
-    signing.sign(folder, new)
+    signer.sign(folder, new)
     new.replace(folder / SIGNATURE)
 
 
@@ -156,9 +160,3 @@ def _unusable(key: Path, half: str, error: Exception) -> SignatureError:
         plain = "`openssl ec -in KEY -out PLAIN` writes one without."
         return SignatureError(str(key), "the key has a password", plain)
     return SignatureError(str(key), f"it holds no {half} key on P-256, P-384 or P-521", MAKE)
-
-
-MAKE = (
-    "Make a pair: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, then"
-    " `openssl ec -in key.pem -pubout -out key.pub`."
-)
