@@ -21,7 +21,7 @@ from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
-from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes, ties
+from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
 from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
@@ -120,7 +120,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         problems=tuple(problems),
         notes=(
             *_notes(recipe, inputs, found.configs, found.adapters),
-            *eight_bit_notes(recipe, inputs, found.models),
+            *quantised_notes(recipe, inputs, found.models),
             *pickle_notes(inputs),
             *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
@@ -225,8 +225,8 @@ def _report(
     role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
-        stored = tensor.scaled.stored if tensor.scaled else tensor
-        by_dtype[stored.dtype] += tensor.n_elements
+        dtype = tensor.scaled.codes if tensor.scaled else tensor.dtype
+        by_dtype[dtype] += tensor.n_elements
     config = configs[source.pinned]
     text_config = config.get("text_config") or config
     return SourceReport(
