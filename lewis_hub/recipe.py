@@ -281,7 +281,7 @@ class Recipe(Part):
 
     def reference(self, name: str) -> ModelReference | None:
         """The base or the model that is written so, with or without its revision."""
-        listed = [entry.model for entry in self.models]
+        listed = [entry.model for entry in self.models or self.experts]
         known = [self.base_model, *listed] if self.base_model else listed
         exact = [model for model in known if str(model) == name]
         return next(iter(exact or [model for model in known if model.name == name]), None)

@@ -85,6 +85,17 @@ class Models:
         text = f"base_model: {self.root}/base\nmodels:\n{listed}merge_method: {method}\n"
         return parse_recipe(text + more.replace("ROOT", str(self.root)), "recipe.yaml")
 
+    def stack(self, more="", method="ties", names=("base", "x", "y")):
+        """The same merge as `recipe`, each block a slice of its own."""
+        sources = "".join(
+            f"      - {{model: {self.root}/{name}, layer_range: [RANGE]}}\n" for name in names
+        )
+        slices = "".join(
+            "  - sources:\n" + sources.replace("RANGE", one) for one in ("0, 1", "1, 2")
+        )
+        text = f"base_model: {self.root}/base\nslices:\n{slices}merge_method: {method}\n"
+        return parse_recipe(text + more.replace("ROOT", str(self.root)), "recipe.yaml")
+
     def merge(self, recipe, output="out", **more):
         lewis_hub.merge_models(recipe, self.root / output, Execution(**more) if more else None)
         return self.root / output
@@ -325,6 +336,78 @@ def test_a_guide_that_measures_is_refused_where_ids_mean_something_else(zoo):
     assert "Use guide `uniform`" in problems[0]
     uniform = guide.replace("{calibration", "{name: uniform, calibration")
     assert lewis_hub.check(zoo.recipe(asked + uniform)).problems == ()
+
+
+@pytest.mark.parametrize("source", ["base", "union", "ROOT/x"])
+def test_a_stack_of_all_blocks_is_the_merge_of_whole_models(zoo, source):
+    more = f"{ARITHMETIC}tokenizer_source: {source}\nchat_template: ROOT/y\n"
+
+    whole = zoo.merge(zoo.recipe(more, "task_arithmetic"), "whole")
+    stacked = zoo.merge(zoo.stack(more, "task_arithmetic"), "stacked")
+
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, stacked))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (whole / file).read_text() == (stacked / file).read_text()
+
+
+def test_rows_of_a_stack_are_those_of_its_first_and_its_last_slice(zoo):
+    text = f"""base_model: {zoo.root}/base
+slices:
+  - sources: [{{model: {zoo.root}/x, layer_range: [0, 1]}}]
+  - sources: [{{model: {zoo.root}/y, layer_range: [0, 2]}}]
+merge_method: passthrough
+dtype: float32
+tokenizer_source: union
+"""
+    output = zoo.merge(parse_recipe(text, "recipe.yaml"))
+
+    found = load_file(output / "model.safetensors")
+    vocabulary = AutoTokenizer.from_pretrained(output).get_vocab()
+    for tensor, source in ((EMBEDDING, "x"), (HEAD, "y")):
+        own, rows = zoo.tokenizers[source].get_vocab(), zoo.tensors[source][tensor].float()
+        known = [rows[i] for i in own.values()]
+        mean = torch.stack(known).double().mean(dim=0).float()
+        for token, row in vocabulary.items():
+            wanted = rows[own[token]] if token in own else mean
+            torch.testing.assert_close(found[tensor][row], wanted, rtol=0, atol=1e-6)
+    _, report = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not report["missing_keys"]
+
+
+def test_models_in_the_middle_of_a_stack_may_have_any_tokenizer_those_at_its_ends_may_not(zoo):
+    def stack(*names):
+        listed = "".join(
+            f"  - sources: [{{model: {zoo.root}/{name}, layer_range: [0, 2]}}]\n" for name in names
+        )
+        text = f"slices:\n{listed}merge_method: passthrough\n"
+        return lewis_hub.check(parse_recipe(text, "recipe.yaml")).problems
+
+    (problem,) = stack("base", "x", "y")
+
+    assert stack("base", "y", "base") == ()
+    assert "rows of their embeddings do not belong together" in problem
+
+
+def test_a_token_s_row_comes_from_a_source_of_the_slice(zoo):
+    text = f"""base_model: {zoo.root}/base
+slices:
+  - sources: [{{model: {zoo.root}/x, layer_range: [0, 1]}}]
+  - sources: [{{model: {zoo.root}/y, layer_range: [1, 2]}}]
+merge_method: passthrough
+tokenizer:
+  source: base
+  tokens:
+    <new>: {{source: {{kind: model_token, model: {zoo.root}/y, token: "<s>"}}}}
+"""
+    (problem,) = lewis_hub.check(parse_recipe(text, "recipe.yaml")).problems
+
+    assert problem == (
+        f"slices[0]: a token is to have a row of {zoo.root}/y, which is none of its sources.\n"
+        "Rows of tokens come from the first slice's sources, of the head from the last's: name one "
+        "of them."
+    )
 
 
 @pytest.mark.parametrize(

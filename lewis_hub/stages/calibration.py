@@ -19,7 +19,8 @@ from lewis_hub.hub.source import Source
 from lewis_hub.recipe import Calibration
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.merging import loadable, planned
+from lewis_hub.stages.slicing import restacked
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
@@ -106,7 +107,10 @@ def guide(
     )
     for note in decided.notes:
         step.progress.say(note)
-    return Guidance(profile, decided.schedule, decided.notes)
+    found = decided.schedule
+    if step.recipe.slices:
+        found = restacked(found, planned(step, None))
+    return Guidance(profile, found, decided.notes)
 
 
 def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ...]:

@@ -22,10 +22,10 @@ from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
 from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
-from lewis_hub.stages.slicing import outline
+from lewis_hub.stages.slicing import outline, uncompared
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
-from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
+from lewis_hub.stages.vocabulary import examine_tokens, measures, not_calibrated
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -99,17 +99,20 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
     found = _open(inputs, api)
     checkpoints, tokens, problems = found.checkpoints, Tokens(), list(found.problems)
-    if found.is_read and not problems and not recipe.slices:  # a stack is compared when planned
-        checkpoints = settle(inputs, checkpoints, found.configs)
+    if found.is_read and not problems:
+        if not recipe.slices:
+            checkpoints = settle(inputs, checkpoints, found.configs)
         tokens = examine_tokens(recipe, inputs, api, checkpoints, found.configs)
-        problems = [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
+        problems = [*tokens.problems]
+        if not recipe.slices:  # a stack is compared when planned
+            problems += misfits(recipe, inputs, checkpoints, tokens)
     output = checkpoints[inputs.donor.pinned]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
     if recipe.slices and found.is_read and not problems:
         try:
-            output = outline(recipe, inputs, checkpoints, found.configs)
+            output = outline(recipe, inputs, checkpoints, found.configs, tokens.alignment)
         except MergeError as error:
             problems.append(str(error))
     needed = needs(recipe, inputs, checkpoints, output)
@@ -194,6 +197,8 @@ def _refusals(
                 f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "
                 "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
             )
+        elif recipe.guide and recipe.slices and measures(recipe):
+            found += uncompared(inputs, checkpoints)
     except MergeError as error:
         found.append(str(error))
     try:

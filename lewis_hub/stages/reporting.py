@@ -31,7 +31,6 @@ from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
-DOCUMENTS = ("importance.json", "density.json")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 COST = "cost.json"
 MERGEKIT = "mergekit_config.yml"
@@ -135,7 +134,7 @@ def write(
         texts["scores.json"] = scores.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    names = [name for name in (*texts, *(DOCUMENTS if guidance else ())) if name != COST]
+    names = [name for name in (*texts, *_documents(guidance)) if name != COST]
     names += [file for plot in plots for file in plot.files]
     names += _own_tasks(step, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
@@ -151,6 +150,13 @@ def write(
     write_whole(folder / "README.md", str(card))
     # what a run cost is no part of what was merged: the same merge has the same lock
     return (*outputs, f"lewis/{COST}", "lewis/lock.json", "README.md")
+
+
+def _documents(guidance: Guidance | None) -> tuple[str, ...]:
+    """What `write_guidance` writes beside the plots."""
+    if guidance is None:
+        return ()
+    return ("importance.json", "density.json") if guidance.profile else ("density.json",)
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:

@@ -13,6 +13,7 @@ from lewis_hub.guides import registry
 from lewis_hub.merge.vocabularies import by_row, token_tensors
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.embeddings import assembled
+from lewis_hub.stages.slicing import at_the_ends
 from lewis_hub.stages.sources import Inputs, source_of
 from lewis_hub.stages.tokenizers import Carried, Sources, Tokens
 from lewis_hub.vocabulary import files
@@ -37,6 +38,8 @@ def examine_tokens(
     tensors = token_tensors(checkpoints[inputs.donor.pinned], n_tokens)
     sources = Sources(inputs, api, checkpoints, configs, tensors)
     asked = recipe.asked_tokenizer
+    if recipe.slices and not asked and not measures(recipe):
+        sources = replace(sources, inputs=at_the_ends(recipe, inputs))
     try:
         found = assembled(recipe, asked, sources) if asked else _agreeing(sources)
         return _with_template(recipe, found, sources)
@@ -44,10 +47,15 @@ def examine_tokens(
         return Tokens(problems=(str(error),))
 
 
+def measures(recipe: Recipe) -> bool:
+    """Whether calibration texts run through all sources."""
+    guide = recipe.guide
+    return guide is not None and "importance" in registry.find(guide.name).needs
+
+
 def not_calibrated(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
     """Calibration texts become ids once, by the base's tokenizer, and run through all sources."""
-    guide = recipe.guide
-    if guide is None or "importance" not in registry.find(guide.name).needs:
+    if not measures(recipe):
         return []
     return [
         f"guide: {source.name} does not understand the ids of {inputs.donor.name}'s tokenizer, "
