@@ -323,91 +323,62 @@ def test_a_token_without_a_row_is_refused(zoo, embedding, says):
     assert problem.startswith("tokenizer.tokens.<new>: ")
 
 
-def test_a_guide_that_measures_is_refused_where_ids_mean_something_else(zoo):
-    data = zoo.root / "data.jsonl"
-    data.write_text('{"text": "hello"}\n')
-    guide = 'guide: {calibration: {dataset: ROOT/data.jsonl, text: "{text}"}}\n'
-    asked = "tokenizer_source: union\n"
-
-    problems = lewis_hub.check(zoo.recipe(asked + guide)).problems
-
-    assert len(problems) == 2
-    assert "does not understand the ids of" in problems[0]
-    assert "Use guide `uniform`" in problems[0]
-    uniform = guide.replace("{calibration", "{name: uniform, calibration")
-    assert lewis_hub.check(zoo.recipe(asked + uniform)).problems == ()
+def calibrated(zoo, text):
+    (zoo.root / "data.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    guide = 'guide: {name: GUIDE, calibration: {dataset: ROOT/data.jsonl, text: "{text}"}}\n'
+    return f"tokenizer_source: union\n{guide}"
 
 
-@pytest.mark.parametrize("source", ["base", "union", "ROOT/x"])
-def test_a_stack_of_all_blocks_is_the_merge_of_whole_models(zoo, source):
-    more = f"{ARITHMETIC}tokenizer_source: {source}\nchat_template: ROOT/y\n"
+@pytest.mark.parametrize("guide", ["lewis", "lewis_reference"])
+def test_a_guide_gives_each_model_its_own_id_of_every_token(zoo, guide):
+    """y has the bytes in another order: with its rows in the base's order it is the same model."""
+    from lewis_hub.vocabulary.tokens import read_vocabulary
 
-    whole = zoo.merge(zoo.recipe(more, "task_arithmetic"), "whole")
-    stacked = zoo.merge(zoo.stack(more, "task_arithmetic"), "stacked")
+    ids = [
+        read_vocabulary(name, {"tokenizer.json": (zoo.root / name / "tokenizer.json").read_bytes()})
+        for name in ("base", "y")
+    ]
+    sorted_y = dict(zoo.tensors["y"])
+    for name in (EMBEDDING, HEAD):
+        rows = torch.zeros_like(zoo.tensors["base"][name])
+        for token, row in ids[0].ids.items():
+            if token in ids[1].ids:
+                rows[row] = zoo.tensors["y"][name][ids[1].ids[token]]
+        sorted_y[name] = rows
+    zoo.write("twin", zoo.tokenizers["base"], 300)
+    save_file(sorted_y, zoo.root / "twin" / "model.safetensors", {"format": "pt"})
+    more = calibrated(zoo, "say: hey, world <|end|> 42").replace("GUIDE", guide)
 
-    one, two = (load_file(folder / "model.safetensors") for folder in (whole, stacked))
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
-    for file in ("config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (whole / file).read_text() == (stacked / file).read_text()
+    found = [
+        lewis_hub.calibrate(zoo.recipe(more, names=(name,)), zoo.root / f"out-{name}").profile
+        for name in ("y", "twin")
+    ]
 
-
-def test_rows_of_a_stack_are_those_of_its_first_and_its_last_slice(zoo):
-    text = f"""base_model: {zoo.root}/base
-slices:
-  - sources: [{{model: {zoo.root}/x, layer_range: [0, 1]}}]
-  - sources: [{{model: {zoo.root}/y, layer_range: [0, 2]}}]
-merge_method: passthrough
-dtype: float32
-tokenizer_source: union
-"""
-    output = zoo.merge(parse_recipe(text, "recipe.yaml"))
-
-    found = load_file(output / "model.safetensors")
-    vocabulary = AutoTokenizer.from_pretrained(output).get_vocab()
-    for tensor, source in ((EMBEDDING, "x"), (HEAD, "y")):
-        own, rows = zoo.tokenizers[source].get_vocab(), zoo.tensors[source][tensor].float()
-        known = [rows[i] for i in own.values()]
-        mean = torch.stack(known).double().mean(dim=0).float()
-        for token, row in vocabulary.items():
-            wanted = rows[own[token]] if token in own else mean
-            torch.testing.assert_close(found[tensor][row], wanted, rtol=0, atol=1e-6)
-    _, report = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
-    assert not report["missing_keys"]
+    one, two = (profile.sources for profile in found)
+    assert one[1].modules == pytest.approx(two[1].modules, rel=1e-6)
+    assert one[0].modules == two[0].modules
+    assert one[1].n_tokens == one[0].n_tokens
 
 
-def test_models_in_the_middle_of_a_stack_may_have_any_tokenizer_those_at_its_ends_may_not(zoo):
-    def stack(*names):
-        listed = "".join(
-            f"  - sources: [{{model: {zoo.root}/{name}, layer_range: [0, 2]}}]\n" for name in names
-        )
-        text = f"slices:\n{listed}merge_method: passthrough\n"
-        return lewis_hub.check(parse_recipe(text, "recipe.yaml")).problems
+def test_a_text_with_a_token_that_a_model_lacks_is_refused_before_weights_are_read(zoo):
+    more = calibrated(zoo, "hello<|pad|>").replace("GUIDE", "lewis")
 
-    (problem,) = stack("base", "x", "y")
+    notes = lewis_hub.check(zoo.recipe(more)).notes
+    with pytest.raises(lewis_hub.LewisHubError) as caught:
+        zoo.merge(zoo.recipe(more))
 
-    assert stack("base", "y", "base") == ()
-    assert "rows of their embeddings do not belong together" in problem
-
-
-def test_a_token_s_row_comes_from_a_source_of_the_slice(zoo):
-    text = f"""base_model: {zoo.root}/base
-slices:
-  - sources: [{{model: {zoo.root}/x, layer_range: [0, 1]}}]
-  - sources: [{{model: {zoo.root}/y, layer_range: [1, 2]}}]
-merge_method: passthrough
-tokenizer:
-  source: base
-  tokens:
-    <new>: {{source: {{kind: model_token, model: {zoo.root}/y, token: "<s>"}}}}
-"""
-    (problem,) = lewis_hub.check(parse_recipe(text, "recipe.yaml")).problems
-
-    assert problem == (
-        f"slices[0]: a token is to have a row of {zoo.root}/y, which is none of its sources.\n"
-        "Rows of tokens come from the first slice's sources, of the head from the last's: name one "
-        "of them."
+    root = zoo.root
+    assert notes[-1] == (
+        f"{root}/y lacks the tokens 'hell', '<|pad|>' of {root}/base, whose tokenizer cuts the "
+        "calibration texts: a text that has one is refused."
     )
+    assert str(caught.value) == (
+        f"calibration texts, cut by the tokenizer of {root}/base: {root}/x has no token 'hell' and "
+        "1 more.\nBoth have to see the same tokens: choose other texts, use guide `uniform`, or "
+        "leave this model out."
+    )
+    uniform = more.replace("lewis", "uniform")
+    assert lewis_hub.check(zoo.recipe(uniform)).problems == ()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable, planned
 from lewis_hub.stages.slicing import restacked
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import merged_entries
+from lewis_hub.stages.translating import require_understood, translated
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
@@ -70,6 +71,7 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
             registry.find(recipe.guide.name).measure,
         )
         sets.append(CalibrationSet(facts | tokens.facts, tokens))
+    require_understood(step, sets)
     return tuple(sets)
 
 
@@ -113,14 +115,16 @@ def guide(
     return Guidance(profile, found, decided.notes)
 
 
-def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
-    """The base with every distinct set, then each expert with its own."""
+def _subjects(step: Step, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
+    """The base with every distinct set, then each expert with its own, in its own ids."""
+    inputs = step.inputs
     assert inputs.base
     distinct = tuple({id(one.tokens): one for one in sets}.values())
     measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = [
         (inputs.base, "base", distinct)
     ]
-    measured += [(e, "expert", (one,)) for e, one in zip(inputs.experts, sets, strict=True)]
+    for expert, one in zip(inputs.experts, sets, strict=True):
+        measured.append((expert, "expert", (translated(step, expert, one),)))
     return tuple(
         Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own)
         for source, role, own in measured
@@ -138,7 +142,7 @@ def _measure(
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
         tuple(entry for profile in found for entry in profile.sources),
     )
-    subjects = _subjects(step.inputs, sets, folders)
+    subjects = _subjects(step, sets, folders)
     unknown = missing(subjects, known)
     for source in step.inputs.models:
         if any(subject.source == source.pinned for subject in unknown):

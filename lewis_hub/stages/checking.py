@@ -25,7 +25,7 @@ from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised
 from lewis_hub.stages.slicing import outline, uncompared
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
-from lewis_hub.stages.vocabulary import examine_tokens, measures, not_calibrated
+from lewis_hub.stages.vocabulary import calibration_notes, examine_tokens, measures
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -127,6 +127,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
             *pickle_notes(inputs),
             *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
+            *calibration_notes(recipe, inputs, tokens),
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=needed.output_bytes,
@@ -188,7 +189,7 @@ def _refusals(
     facts: Mapping[str, ModelFacts],
 ) -> list[str]:
     """What the rooms would refuse later: settings, guide, licence."""
-    found = not_calibrated(recipe, inputs, tokens)
+    found = []
     try:
         if all(checkpoint.tensors for checkpoint in checkpoints.values()):
             plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
