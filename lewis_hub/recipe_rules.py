@@ -64,8 +64,6 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if not recipe.models:
         remedy = "Add `models:`, or `slices:` to stack blocks; `lewis-hub schema` describes both."
         yield ("models",), "`models` is missing.", remedy
-    elif not recipe.experts:
-        yield ("models",), "only the base is listed.", "Add at least one expert."
     for index, entry in enumerate(recipe.models):
         yield from _adapter_contradictions(recipe, ("models", index, "model"), entry.model)
     names = [str(entry.model.model_copy(update={"on": None})) for entry in recipe.experts]

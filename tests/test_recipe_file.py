@@ -156,9 +156,6 @@ BROKEN = {
     GOOD.replace("merge_method", "  - model: a/c@main\nmerge_method"): (
         "r.yaml:2: `models`: `a/c@main` is listed twice.\nList each expert once, with its weight."
     ),
-    GOOD.replace("a/c@main", "a/b"): (
-        "r.yaml:2: `models`: only the base is listed.\nAdd at least one expert."
-    ),
     GOOD.replace("weight", "density") + f"guide: {{calibration: {CALIBRATION}}}\n": (
         "r.yaml:4: `models[0].parameters.density`: both a guide and a density are given.\n"
         "Remove one of the two."

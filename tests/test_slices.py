@@ -167,6 +167,19 @@ def test_a_model_stacked_on_itself_has_no_expert_and_a_card_all_the_same(api, tm
     assert "made from blocks of [`zoo/base`]" in (folder / "README.md").read_text()
 
 
+def test_the_base_alone_may_be_passed_through_and_is_nothing_to_merge_otherwise(api, tmp_path):
+    text = "base_model: zoo/base\nmodels: [{model: zoo/base}]\nmerge_method: passthrough\n"
+
+    merged = pipeline.merge_models(recipe(text), tmp_path / "out")
+
+    found, base = load_file(merged.output / "model.safetensors"), zoo("base")
+    assert found.keys() == base.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    assert one_problem(text.replace("passthrough", "ties")) == (
+        "method `ties`: there is nothing to merge.\nList at least one expert."
+    )
+
+
 def test_an_adapter_may_be_a_source_of_a_slice(api, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
