@@ -30,6 +30,7 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    scoring,
     verification,
 )
 from lewis_hub.stages.calibration import Sets
@@ -200,8 +201,8 @@ def evaluate_model(
     execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
     api = hub_api()
-    source = resolve_one(model, api)
-    return evaluation.score_one(source, asked, execution, api, progress)
+    source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
+    return scoring.score_one(source, asked, execution, api, progress)
 
 
 def verify(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from served import pushed, weights
 
 import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, SourceError
 from lewis_hub.recipe_file import parse_recipe
 
@@ -158,26 +159,9 @@ def configure(folder, **more):
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
 
 
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
-
-
-def pushed(api, folder, repo):
-    api.create_repo(repo)
-    api.upload_folder(repo_id=repo, folder_path=folder)
-    return repo
-
-
 def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
     text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
     return parse_recipe(text + more, "recipe.yaml")
-
-
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("layout", ["integers", "4 bits"])
@@ -330,6 +314,32 @@ def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path, said_
 
     assert list(merged.scores.tasks["zoo_reverse"].models)[1:] == [f"expert:{fp8}", "merged"]
     assert f"Writing out {fp8} in bfloat16" in said.titles
+
+
+@pytest.mark.slow  # scores two models
+@pytest.mark.parametrize("layout", ["blocks", "integers"])
+def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layout, said_titles):
+    write = write_integers if layout == "integers" else write_model
+    few, twin = write(tmp_path / "few", "expert-reverse", layout)
+    asked = lewis_hub.Evaluation(
+        tasks=("zoo_reverse",), include=str(zoo_folder() / "tasks"), limit=8, compare=()
+    )
+    plain = pipeline.merge_models(
+        parse_recipe(
+            f"models: [{{model: {twin}}}]\nmerge_method: linear\ndtype: bfloat16\n", "recipe.yaml"
+        ),
+        tmp_path / "plain",
+    ).output
+    said = said_titles()
+
+    one, two = (
+        pipeline.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
+        for folder in (few, plain)
+    )
+
+    assert said.titles[1] == f"Writing out {few} in bfloat16"
+    scores = [next(iter(s.tasks["zoo_reverse"].models.values())) for s in (one, two)]
+    assert scores[0] == scores[1]
 
 
 def test_an_adapter_is_extracted_from_fp8_as_from_its_float32_twin(api, tmp_path):

@@ -7,10 +7,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from served import weights
 
 import lewis_hub
 from lewis_hub import pipeline
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.report.lock import Lock
 from lewis_hub.stages.execution import Execution
@@ -40,19 +41,8 @@ parameters: {density: 0.6}
 SCORED = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}, limit: 3}}\n"
 
 
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
-
-
 def recipe(text):
     return parse_recipe(text, "recipe.yaml")
-
-
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def zoo(name):

@@ -67,7 +67,8 @@ def main() -> None:
 
 
 def _run() -> int:
-    warnings.simplefilter("ignore")  # of libraries: what a user must know is a message of ours
+    # of libraries: what a user must know is a message of ours
+    warnings.filterwarnings("ignore", module=r"(?!lewis_hub\b)")
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as leave:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import RepoName, device_option
+from lewis_hub.cli.merging import RepoName, device_option, pickle_option
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 
@@ -21,6 +21,7 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
 @device_option
+@pickle_option
 @click.option(
     "--allow-code-execution",
     is_flag=True,
@@ -34,6 +35,7 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     device: str,
+    allow_pickle: bool,
     allow_code_execution: bool,
 ) -> None:
     """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
@@ -45,7 +47,7 @@ def evaluate(
     evaluation = Evaluation(
         tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
     )
-    execution = Execution(device=device, allow_code=allow_code_execution)
+    execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     scores = pipeline.evaluate_model(
         ModelReference.model_validate(model), evaluation, execution, terminal.progress
     )

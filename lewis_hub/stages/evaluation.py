@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
@@ -16,19 +15,15 @@ from lewis_hub.evaluate.compare import compare
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.evaluate.tasks import TaskSelection, check_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
-from lewis_hub.stages.downloading import download
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from lewis_hub.stages.calibration import Guidance
-    from lewis_hub.stages.execution import Execution, Folders, Step
+    from lewis_hub.stages.execution import Folders, Step
 
 
 @dataclass(frozen=True)
@@ -95,19 +90,6 @@ def score_merge(
     settings = EvaluationSettings(device=step.execution.device)
     run = Run(selected, asked.limit, settings, scratch / "scored")
     return score([*named, *candidates], run, step.progress)
-
-
-def score_one(
-    source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
-) -> Scores:
-    """Score one model that no recipe speaks of."""
-    selected = selection(None, asked, allow_code=execution.allow_code)
-    check_tasks(selected)
-    folder = download(api, [source], progress)[source.pinned]
-    candidate = Candidate(source.pinned, source.commit_sha, folder)
-    settings = EvaluationSettings(device=execution.device)
-    with TemporaryDirectory() as kept:
-        return score([candidate], Run(selected, asked.limit, settings, Path(kept)), progress)
 
 
 def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scores:
