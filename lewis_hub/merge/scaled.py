@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import Scaled, TensorHeader
-from lewis_hub.checkpoint.reader import TensorReader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader, whole_tensor
 from lewis_hub.merge.arithmetic import scale_up
 from lewis_hub.merge.operands import FORMATS
 from lewis_hub.merge.plain import widened
@@ -48,7 +48,7 @@ class ScaledReader:
         files: of the source's folder; closed with this reader.
     """
 
-    def __init__(self, files: TensorReader) -> None:
+    def __init__(self, files: Reader) -> None:
         self._files = files
         self._held: dict[str, Floats] = {}
         self._holding = threading.Lock()
