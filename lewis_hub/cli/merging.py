@@ -99,7 +99,7 @@ def importance(
 
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
-    "  lewis-hub merge --push --repo me/my-merge"
+    "  lewis-hub merge --push --repo me/my-merge\n  lewis-hub merge --stream --push --no-eval"
 )
 @recipe_argument
 @click.option(
@@ -109,6 +109,11 @@ def importance(
     help="Folder for the merged model [merged/ beside the recipe].",
 )
 @click.option("--push", is_flag=True, help="Publish the result in one commit.")
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="With --push: from Hub to Hub by byte ranges. No model is ever whole on this disk.",
+)
 @click.option(
     "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
 )
@@ -139,6 +144,7 @@ def merge(
     recipe_file: Path,
     output: Path | None,
     push: bool,
+    stream: bool,
     repo: str | None,
     no_eval: bool,
     force: bool,
@@ -151,11 +157,15 @@ def merge(
     allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
+    if stream and not push:
+        raise click.UsageError("--stream leaves nothing on this disk: give --push with it.")
+    if stream and allow_pickle:
+        raise click.UsageError("--stream reads byte ranges, which pickles do not have.")
     from lewis_hub.recipe_file import read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import outcome
+    from lewis_hub.cli.tables import outcome, publication
     from lewis_hub.stages.execution import Execution
 
     if repo:
@@ -173,16 +183,22 @@ def merge(
         allow_pickle=allow_pickle,
     )
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
-    merged = pipeline.merge_models(
-        recipe, output or recipe_file.parent / "merged", execution, terminal.progress
-    )
+    output = output or recipe_file.parent / "merged"
+    if stream and target:
+        streamed = pipeline.stream(recipe, target, output, execution, terminal.progress)
+        terminal.finish(_document(None, streamed), *publication(streamed))
+        return
+    merged = pipeline.merge_models(recipe, output, execution, terminal.progress)
     published = pipeline.publish(merged.output, target, terminal.progress) if target else None
     terminal.finish(_document(merged, published), *outcome(merged, published))
 
 
-def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
-    scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
-    document = {"status": merged.status, "output": str(merged.output), "scores": scores}
+def _document(merged: Merged | None, published: Published | None) -> dict[str, Any]:
+    """`merged` is None where nothing lies on this disk."""
+    document: dict[str, Any] = {"output": None, "scores": None}
+    if merged:
+        scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
+        document = {"status": merged.status, "output": str(merged.output), "scores": scores}
     if published:
         document |= published.to_json()
         document["status"] = "merged" if published.changed else "unchanged"

@@ -231,16 +231,22 @@ def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
             yield from runner.map(lambda job: make_tensor(job, Inline()), list(run_of_jobs))
 
 
-def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
-    """The shard if an earlier run finished it and its bytes are still what they were."""
-    path = output / plan.layout.name
+def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
+    """What the note beside a shard says of it, where it fits the plan; the shard may be gone."""
     try:
         note: Any = json.loads(_note(output, plan.layout.name).read_text(encoding="utf-8"))
-        fits = note["plan"] == plan.digest and path.stat().st_size == note["n_bytes"]
-        if fits and sha256_of(path) == note["sha256"]:
+        if note["plan"] == plan.digest:
             return ShardResult(plan.layout.name, note["sha256"], note["n_bytes"], is_kept=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return None
+
+
+def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
+    """The shard if an earlier run finished it and its bytes are still what they were."""
+    path, told = output / plan.layout.name, noted(plan, output)
+    if told and _size(path) == told.n_bytes and sha256_of(path) == told.sha256:
+        return told
     return None
 
 

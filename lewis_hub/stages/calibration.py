@@ -126,14 +126,8 @@ def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ..
 def _measure(
     step: Step, sets: Sets, folders: Folders, scratch: Path, stores: Sequence[Path]
 ) -> ImportanceProfile:
-    asked = step.recipe.guide
+    asked, known = step.recipe.guide, _known(step, stores)
     assert asked
-    found = [profile for path in stores if (profile := _read(path))]
-    known = ImportanceProfile(
-        asked.name,
-        asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
-        tuple(entry for profile in found for entry in profile.sources),
-    )
     subjects = _subjects(step.inputs, sets, folders)
     unknown = missing(subjects, known)
     for source in step.inputs.models:
@@ -153,6 +147,23 @@ def _measure(
             lambda now: write_whole(stores[0], now.to_json()),
             registry.find(asked.name).measure,
         )
+
+
+def unmeasured(step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]) -> tuple[str, ...]:
+    """The pinned sources that `guide` would have to load; of `folders` nothing is read."""
+    subjects = _subjects(step.inputs, sets, folders) if sets else ()
+    return tuple(subject.source for subject in missing(subjects, _known(step, stores)))
+
+
+def _known(step: Step, stores: Sequence[Path]) -> ImportanceProfile:
+    asked = step.recipe.guide
+    assert asked
+    found = [profile for path in stores if (profile := _read(path))]
+    return ImportanceProfile(
+        asked.name,
+        asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
+        tuple(entry for profile in found for entry in profile.sources),
+    )
 
 
 def _read(path: Path) -> ImportanceProfile | None:

@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A model on disk.
+    """A model that was made.
 
     Attributes:
         identity: digest of its plan: equal ones hold equal weights.
-        shards: file of weights -> SHA-256 in hexadecimal; the index is among them.
+        shards: by the names of their files; the index is among them. Of a stream they are on the
+            Hub and not in `folder`.
         sidecars: paths of the files beside the weights, relative to `folder`.
         parameters: tensor -> number of parameters.
     """
 
     identity: str
     folder: Path
-    shards: Mapping[str, str]
+    shards: Mapping[str, ShardResult]
     sidecars: tuple[str, ...]
     parameters: Mapping[str, int]
 
@@ -108,16 +109,39 @@ def make(
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
-    recipe, execution, examined = step.recipe, step.execution, step.examined
-    planned = plan(
-        recipe,
+    planned = plan_of(step, schedule)
+    return beside(step, planned, _write(step, planned, folders, output, title), folders, output)
+
+
+def plan_of(step: Step, schedule: DensitySchedule | None) -> MergePlan:
+    """The plan of a merge that was examined; None where the settings alone decide."""
+    return plan(
+        step.recipe,
         step.inputs,
-        examined.checkpoints,
-        examined.tokens.alignment,
+        step.examined.checkpoints,
+        step.examined.tokens.alignment,
         schedule,
-        execution.max_shard_bytes,
+        step.execution.max_shard_bytes,
     )
-    found = _write(step, planned, folders, output, title)
+
+
+def beside(
+    step: Step,
+    planned: MergePlan,
+    found: Mapping[str, ShardResult],
+    folders: Folders,
+    output: Path,
+) -> MergedModel:
+    """Write the files beside the weights.
+
+    Args:
+        step: what is merged.
+        planned: what was made.
+        found: of its shards and their index.
+        folders: of all sources; of these only small files are read.
+        output: the model's folder.
+    """
+    recipe, examined = step.recipe, step.examined
     donor = step.inputs.donor
     dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
     sidecars = write_sidecars(
@@ -128,10 +152,9 @@ def make(
         tokenizer=_tokenizer_files(examined.tokens.carried, folders),
         config=_stacked_config(step, folders) if recipe.slices else None,
     )
-    shards = {name: result.sha256 for name, result in found.items()}
     tensors = [tensor for shard in planned.shards for tensor in shard.tensors]
     parameters = {tensor.output.name: tensor.output.n_elements for tensor in tensors}
-    return MergedModel(planned.digest, output, shards, sidecars, parameters)
+    return MergedModel(planned.digest, output, found, sidecars, parameters)
 
 
 def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
@@ -192,10 +215,15 @@ def _write(
 ) -> dict[str, ShardResult]:
     output.mkdir(parents=True, exist_ok=True)
     execution = step.execution
-    device = execution.device if execution.device.startswith("cuda") else None
     planned = planned.allowing_nan if execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, folders, output, execution.workers, advance, device)
+        found = run(planned, folders, output, execution.workers, advance, execution.merge_device)
+    say_mended(step, found)
+    return found
+
+
+def say_mended(step: Step, found: Mapping[str, ShardResult]) -> None:
+    """Tell which sources hold NaN or infinity, where that is allowed."""
     mended = Counter[str]()
     for result in found.values():
         mended.update(result.mended)
@@ -203,7 +231,6 @@ def _write(
         step.progress.say(
             f"{n_tensors} tensors of {label} hold NaN or infinity, which counts as the base's."
         )
-    return found
 
 
 def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFiles | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.hub.change import Additions
 from lewis_hub.hub.publish import Publication, Published, folder_bytes, publish
 from lewis_hub.hub.target import Target, open_target
 from lewis_hub.progress import Progress
@@ -32,19 +33,37 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
     return Destination(asked, open_target(api, asked.repo, asked.landing))
 
 
-def push(folder: Path, destination: Destination, api: HfApi, progress: Progress) -> Published:
+def push(
+    folder: Path,
+    destination: Destination,
+    api: HfApi,
+    progress: Progress,
+    sent: Additions | None = None,
+) -> Published:
     """Push a folder in one commit, unless somebody pushed to the repo since it was looked at.
+
+    Args:
+        folder: the model.
+        destination: where it goes.
+        api: the Hub.
+        progress: told the bytes.
+        sent: files of the model that were sent ahead.
 
     Raises:
         PublishError: the repo is as it was before.
     """
+    asked, publication = destination.asked, publication_of(destination)
+    with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
+        return publish(api, folder, asked.repo, publication, advance, sent)
+
+
+def publication_of(destination: Destination) -> Publication:
+    """How a merge is to land there."""
     asked = destination.asked
-    publication = Publication(
+    return Publication(
         message="Merge with lewis-hub",
         landing=asked.landing,
         tag=asked.tag,
         private=asked.private,
         expected_parent=destination.target.head,
     )
-    with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
-        return publish(api, folder, asked.repo, publication, advance)

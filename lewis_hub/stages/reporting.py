@@ -16,6 +16,7 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
+from lewis_hub.merge.engine import ShardResult
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.card import model_card
@@ -248,9 +249,10 @@ def _own_tasks(step: Step, own: Path) -> list[str]:
     return carried
 
 
-def _output(path: Path, sha256: str | None) -> OutputFile:
-    known = sha256 or sha256_of(path)
-    return OutputFile(known, path.stat().st_size)
+def _output(path: Path, made: ShardResult | None) -> OutputFile:
+    if made:
+        return OutputFile(made.sha256, made.n_bytes)
+    return OutputFile(sha256_of(path), path.stat().st_size)
 
 
 def _yaml(document: Mapping[str, Any]) -> str:
