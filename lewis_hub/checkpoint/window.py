@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,7 +120,8 @@ class Window:
             self._send()
             self._changed.notify_all()
         for one in gone:
-            one.path.unlink(missing_ok=True)
+            assert one.arrival  # the current step's are always sent
+            one.arrival.add_done_callback(partial(_drop, one))
 
     def read(self, source: str, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of a file from `start` on, waiting until they are here.
@@ -208,6 +210,10 @@ class RangeReader:
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
         return whole_tensor(self, tensor)
+
+
+def _drop(one: _Request, _: Future[None]) -> None:
+    one.path.unlink(missing_ok=True)
 
 
 def most_held(steps: Sequence[Sequence[Need]]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub.change import Additions, Change, open_pull_request
@@ -59,6 +60,7 @@ def upload(asked: Asked, change: Change, landing: Landing, advance: Advance) -> 
 
 def preupload(asked: Asked, batch: Sequence[CommitOperationAdd], landing: Landing) -> None:
     """Bring the contents of files to the Hub, where it keeps them as large ones."""
+    disable_progress_bars()  # only the command line prints
     with hub_failures(asked):
         persist(
             lambda: asked.api.preupload_lfs_files(

@@ -11,6 +11,8 @@ from typing import Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+BUFFERED_S = 0.05  # a link's buffers bridge pauses of the sender, and so do those of this one
+
 
 @dataclass
 class Fault:
@@ -60,7 +62,8 @@ class Faults:
         """Wait until so many bytes more have passed, behind those that others wait for."""
         if self.bytes_per_s and n_bytes:
             now = asyncio.get_running_loop().time()
-            self.busy_until = max(self.busy_until, now) + n_bytes / self.bytes_per_s
+            begins = max(self.busy_until, now - BUFFERED_S)
+            self.busy_until = begins + n_bytes / self.bytes_per_s
             await asyncio.sleep(self.busy_until - now)
 
     def clear(self) -> None:

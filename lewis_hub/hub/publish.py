@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import disable_progress_bars
-
 from lewis_hub.errors import PublishError
 from lewis_hub.hub.change import Additions, Change, compare, open_pull_request
 from lewis_hub.hub.commit import Landed, Message, commit, overtaken, upload
@@ -83,7 +81,6 @@ def publish(
     asked = Asked(api, repo_id, kind=PublishError)
     files, sent = _files(folder), sent or {}
     _require_model(folder, [*files, *sent])
-    disable_progress_bars()  # only the command line prints
     if publication.tag and publication.landing == "pull-request":
         remedy = "Tag it once it is merged, or push it as a commit."
         raise asked.failed("a pull request has no commit on main to tag yet", remedy)
