@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import secrets
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -366,3 +370,75 @@ def test_the_command_tells_where_the_merge_is(api, tmp_path):
     assert document["output"] is None
     assert document["url"] == f"{api.endpoint}/{REPO}"
     assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+# -- other sources, other machines
+
+
+def test_an_adapter_and_8_bit_floats_come_by_ranges_too(api, tmp_path):
+    push(api, "tests/adapter", write_adapter(tmp_path / "adapter"))
+    push(api, "tests/eight", in_eight_bit(zoo_folder() / "expert-cipher", tmp_path / "eight"))
+    text = RECIPE.replace("tests/reverse", "tests/adapter").replace(
+        "zoo/expert-cipher", "tests/eight"
+    )
+    recipe = parse_recipe(text, "recipe.yaml")
+
+    stream(recipe, tmp_path / "work")
+
+    streamed = published(api)
+    lewis_hub.merge_models(recipe, tmp_path / "merged", SMALL)
+    same_apart_from_costs(streamed, on_disk(tmp_path / "merged"))
+
+
+def write_adapter(folder):
+    """A LoRA with DoRA's magnitudes, for which the base is read twice."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in load_file(zoo_folder() / "base" / "model.safetensors").items():
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (torch.randn(4, n, generator=generator) / 8 for n in reversed(weight.shape))
+            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b.T.contiguous()}
+            tensors[f"{key}.lora_magnitude_vector"] = weight.float().norm(dim=1)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return folder
+
+
+def in_eight_bit(model, folder):
+    """Its projections as 8-bit floats with a scale a tensor."""
+    shutil.copytree(model, folder)
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = weight.float().abs().max().reshape(1) / 448
+            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            tensors[name + "_scale"] = scale
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_workers_on_other_machines_read_the_hub_themselves(api, tmp_path, monkeypatch, expected):
+    folder = tempfile.mkdtemp(prefix="ray-")  # pytest's is too long for the names of sockets
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for repo in ("tests/base", "tests/reverse", "zoo/expert-cipher"):
+        api.update_repo_settings(repo, private=True)  # they have the token of their environment
+    recipe = parse_recipe(RECIPE, "recipe.yaml")
+
+    stream(recipe, tmp_path / "work", Execution(runner="ray", max_shard_bytes=700_000))
+
+    complete(api, recipe, tmp_path, expected)
+    shutil.rmtree(folder)
