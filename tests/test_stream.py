@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +111,25 @@ def test_the_bytes_are_those_of_a_local_merge(api, tmp_path, more):
     assert found.changed
     assert len([path for path in merged if path.endswith(".safetensors")]) > 3
     same_apart_from_costs(streamed, merged)
+
+
+STACK = """slices:
+  - sources: [{model: tests/base, layer_range: [0, 2]}]
+  - sources: [{model: tests/reverse, layer_range: [1, 3]}]
+  - sources: [{model: tests/base, layer_range: [0, 3]}]
+merge_method: passthrough
+publish: {repo: tests/streamed}
+"""
+
+
+def test_blocks_that_are_stacked_twice_come_twice(api, tmp_path):
+    recipe = parse_recipe(STACK, "recipe.yaml")
+
+    stream(recipe, tmp_path / "work")
+
+    streamed = published(api)
+    lewis_hub.merge_models(recipe, tmp_path / "merged", SMALL)
+    same_apart_from_costs(streamed, on_disk(tmp_path / "merged"))
 
 
 def test_no_weight_is_kept_and_the_work_leaves_nothing(api, tmp_path):
@@ -442,3 +464,20 @@ def test_workers_on_other_machines_read_the_hub_themselves(api, tmp_path, monkey
 
     complete(api, recipe, tmp_path, expected)
     shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_shards_go_by_xet_where_it_is_installed_and_a_rerun_completes(api, hub, tmp_path, expected):
+    pytest.importorskip("hf_xet")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "lewis_hub", "merge", "--stream", "--push"]
+    command += ["--max-shard-size", "700KB", "--json", "-q"]
+    environment = os.environ | {"HF_HUB_DISABLE_XET": "0"}
+    hub.fail("/commit/main", 403, times=1)
+
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+
+    assert refused.returncode == 1
+    assert done.returncode == 0, done.stderr.decode()
+    complete(api, parse_recipe(RECIPE, "recipe.yaml"), tmp_path, expected)

@@ -207,6 +207,10 @@ class RangeReader:
         """
         self._window.read(self._label, tensor.shard, tensor.start + first_byte, into)
 
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
+        """None: what came may lie in several files."""
+        return None
+
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
         return whole_tensor(self, tensor)

@@ -84,7 +84,7 @@ def publish(
     if publication.tag and publication.landing == "pull-request":
         remedy = "Tag it once it is merged, or push it as a commit."
         raise asked.failed("a pull request has no commit on main to tag yet", remedy)
-    target = open_repo(asked, publication)
+    target = open_repo(asked, publication.landing, private=publication.private)
     change = compare(asked, target, files, sent)
     _require_free_tag(asked, change, publication.tag)
     if change.done_in(target):
@@ -102,15 +102,19 @@ def publish(
     return _published(asked, landed, publication.tag, changed=True)
 
 
-def open_repo(asked: Asked, publication: Publication) -> Target:
+def open_repo(asked: Asked, landing: Landing, *, private: bool) -> Target:
     """The repo to push to as it is now; created if it is not there.
+
+    Args:
+        asked: of the repo.
+        landing: what the right to write is needed for.
+        private: of a repo that is created.
 
     Raises:
         PublishError: no right to write.
     """
-    target = open_target(asked.api, asked.repo, publication.landing)
+    target = open_target(asked.api, asked.repo, landing)
     if target.head is None:
-        private = publication.private
         with hub_failures(asked):
             persist(lambda: asked.api.create_repo(asked.repo, private=private, exist_ok=True))
         target = look(asked)

@@ -129,7 +129,7 @@ def merge_shard(
     """Make one shard from the beginning; the sources are read through the window."""
     from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.devices import make_on_device
-    from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports numba
+    from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
     from lewis_hub.merge.mending import MendingReader, mending
     from lewis_hub.merge.pieces import Desks, Job, Site
 
@@ -204,7 +204,7 @@ def _window(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Windo
 
 
 def _open(label: str, base: str | None, window: Window) -> Reader:
-    from lewis_hub.merge.scaled import ScaledReader  # imports numba
+    from lewis_hub.merge.scaled import ScaledReader  # imports llvmlite
 
     own = window.reader(label)
     if base is None:
@@ -219,7 +219,7 @@ def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
 
     A large tensor is made by all workers together, of small ones each by one worker.
     """
-    from lewis_hub.merge.tensors import make_tensor  # imports numba
+    from lewis_hub.merge.tensors import make_tensor  # imports llvmlite
 
     def is_large(job: Job) -> bool:
         return job.tensor.output.n_elements > runner.large_elements

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import fields, is_dataclass
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.window import Need
@@ -39,9 +40,15 @@ def _stored(label: str, base: str | None, tensor: TensorHeader) -> Iterator[Need
         yield from _stored(base or label, None, tensor.adapted.base)
         for part in tensor.adapted.own:
             yield from _stored(label, None, part)
-    elif tensor.scaled:
-        yield from _stored(base or label, None, tensor.scaled.stored)
-        yield from _stored(base or label, None, tensor.scaled.scale)
-    else:
-        stop = tensor.start + tensor.n_bytes
-        yield Need(base or label, tensor.shard, tensor.start, stop)
+        return
+    for part in _headers_in(tensor.scaled or tensor):
+        yield Need(base or label, part.shard, part.start, part.start + part.n_bytes)
+
+
+def _headers_in(parts: object) -> Iterator[TensorHeader]:
+    """All that a quantised tensor is stored as, however it is."""
+    if isinstance(parts, TensorHeader):
+        yield parts
+    elif is_dataclass(parts):
+        for field in fields(parts):
+            yield from _headers_in(getattr(parts, field.name))

@@ -52,18 +52,13 @@ def push(
     Raises:
         PublishError: the repo is as it was before.
     """
-    asked, publication = destination.asked, publication_of(destination)
-    with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
-        return publish(api, folder, asked.repo, publication, advance, sent)
-
-
-def publication_of(destination: Destination) -> Publication:
-    """How a merge is to land there."""
     asked = destination.asked
-    return Publication(
+    publication = Publication(
         message="Merge with lewis-hub",
         landing=asked.landing,
         tag=asked.tag,
         private=asked.private,
         expected_parent=destination.target.head,
     )
+    with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
+        return publish(api, folder, asked.repo, publication, advance, sent)

@@ -31,7 +31,7 @@ from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 
-SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
+SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 COST = "cost.json"
 MERGEKIT = "mergekit_config.yml"

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 N_ON_DISK = 2  # shards: one is made while the one before is sent
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sent:
     """Shards that are on the Hub and no longer here, by name."""
 
@@ -120,7 +120,7 @@ def _make(
     model: Path,
 ) -> tuple[MergedModel, Mapping[str, CommitOperationAdd]]:
     asked = Asked(step.api, destination.asked.repo, kind=PublishError)
-    open_repo(asked, publishing.publication_of(destination))
+    open_repo(asked, destination.asked.landing, private=destination.asked.private)
     planned = merging.plan_of(step, schedule)
     shards = model.with_name("shards")
     shards.mkdir(exist_ok=True)

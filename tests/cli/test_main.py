@@ -8,7 +8,16 @@ import pytest
 from lewis_hub.cli.main import cli
 from lewis_hub.errors import LewisHubError
 
-HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "numba", "numpy", "pydantic"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "llvmlite",
+    "numpy",
+    "pydantic",
+}
 
 
 def run(*words, cwd, **environment):
