@@ -98,7 +98,9 @@ def same_apart_from_costs(streamed, merged):
     }
 
 
-@pytest.mark.parametrize("more", ["", GUIDE, "tokenizer_source: union\n"])
+@pytest.mark.parametrize(
+    "more", ["", "tokenizer_source: union\n", pytest.param(GUIDE, marks=pytest.mark.slow)]
+)
 def test_the_bytes_are_those_of_a_local_merge(api, tmp_path, more):
     text = RECIPE.replace("parameters: {density: 0.4}\n", "") if more == GUIDE else RECIPE
     recipe = parse_recipe(text + more, "recipe.yaml")
@@ -173,8 +175,8 @@ def test_two_shards_lie_on_the_disk_at_most(api, hub, tmp_path):
 
 
 def test_a_tensor_larger_than_the_window_comes_all_the_same(api, tmp_path, monkeypatch):
-    monkeypatch.setattr(window, "WINDOW_BYTES", 20_000)
-    monkeypatch.setattr(window, "REQUEST_BYTES", 5_000)
+    monkeypatch.setattr(window, "WINDOW_BYTES", 60_000)
+    monkeypatch.setattr(window, "REQUEST_BYTES", 20_000)
     recipe = parse_recipe(RECIPE, "recipe.yaml")
 
     stream(recipe, tmp_path / "work")
@@ -339,6 +341,7 @@ def test_a_recipe_that_asks_for_scores_is_refused_before_anything_is_read(hub, t
     )
 
 
+@pytest.mark.slow  # it calibrates
 def test_a_guide_that_has_to_measure_is_refused_and_a_profile_beside_the_recipe_will_do(
     api, tmp_path, monkeypatch
 ):

@@ -147,21 +147,20 @@ def _send_all(
         sent.additions[result.name] = send(asked, landing, file, result.sha256)
         file.unlink()
 
-    pool = ThreadPoolExecutor(1)
     under_way: Future[None] | None = None
-    try:
-        with step.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance:
-            advance(sum(result.n_bytes for result in sent.results.values()))
-            device = execution.merge_device
-            for result in make_shards(left, places, folder, execution.workers, advance, device):
-                sent.results[result.name] = result
-                if under_way:
-                    under_way.result()
-                under_way = pool.submit(deliver, result)
+    with (
+        step.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance,
+        ThreadPoolExecutor(1) as pool,  # after an error too, what is being sent is sent
+    ):
+        advance(sum(result.n_bytes for result in sent.results.values()))
+        device = execution.merge_device
+        for result in make_shards(left, places, folder, execution.workers, advance, device):
+            sent.results[result.name] = result
             if under_way:
                 under_way.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+            under_way = pool.submit(deliver, result)
+        if under_way:
+            under_way.result()
     return sent
 
 
