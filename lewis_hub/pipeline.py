@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lewis_hub.errors import RecipeError
+from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.guides.importance import ImportanceProfile
@@ -27,6 +28,7 @@ from lewis_hub.stages import (
     converting,
     downloading,
     evaluation,
+    gating,
     merging,
     publishing,
     reporting,
@@ -35,6 +37,7 @@ from lewis_hub.stages import (
 )
 from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.checking import CheckReport
+from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
@@ -43,11 +46,12 @@ from lewis_hub.stages.verification import Verdict
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: a folder on disk, and its scores where it was scored."""
+    """A finished merge: a folder on disk, its scores, and the quality gate's verdict on them."""
 
     status: Literal["merged", "unchanged"]
     output: Path
     scores: Scores | None
+    gate: GateVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -162,15 +166,17 @@ def merge_models(
     inputs = converting.without_pickles(recipe, inputs, api, progress)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
     if reporting.is_this_merge(output, planned):
-        return Merged("unchanged", output, reporting.read_scores(output))
+        gate = gating.judged_again(recipe, output, api)
+        return Merged("unchanged", output, gating.read_scores(output), gate)
     examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     with open_workspace(output, replace=execution.replace) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
-        scores, files = _merge(step, sets, work)
-        return Merged("merged", work.finish(files), scores)
+        scored, files = _merge(step, sets, work)
+        scores, gate = (scored.scores, scored.gate) if scored else (None, None)
+        return Merged("merged", work.finish(files), scores, gate)
 
 
 def stream(
@@ -317,17 +323,23 @@ def open_target(asked: Publishing) -> Destination:
     return publishing.open_destination(asked, hub_api())
 
 
-def publish(folder: Path, target: Destination, progress: Progress | None = None) -> Published:
+def publish(
+    folder: Path, target: Destination, progress: Progress | None = None, *, force: bool = False
+) -> Published:
     """Push a merged model in one commit, or in none where nothing changed.
+
+    What the quality gate refused becomes a pull request where the gate says so.
 
     Args:
         folder: what `merge` made.
         target: from `open_target`, before the work began: what somebody pushed to the repo since
             then is never overwritten.
         progress: told how far it is; None: nobody is.
+        force: push what the quality gate refused, as if it had passed.
 
     Raises:
         PublishError: the repo is as it was before.
+        GateRefusedError: so it is here.
 
     Example:
         >>> target = lewis_hub.open_target(lewis_hub.Publishing(repo=f"{user}/my-merge"))
@@ -336,10 +348,10 @@ def publish(folder: Path, target: Destination, progress: Progress | None = None)
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(folder, target, hub_api(), progress or Silent())
+    return publishing.push(folder, target, hub_api(), progress or Silent(), force=force)
 
 
-def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tuple[str, ...]]:
+def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scored | None, tuple[str, ...]]:
     """From the sources' files to all files of the result."""
     costs = Costs()
     with costs.measure("download"):
@@ -355,5 +367,6 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tupl
     with costs.measure("merge"):
         merged = merging.make(step, schedule, folders, work.folder, "Merging")
     with costs.measure("evaluate"):
-        scores = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
-    return scores, reporting.write(step, merged, guidance, scores, costs)
+        scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
+    scored = gating.judged(step.recipe, scored, step.api)
+    return scored, reporting.write(step, merged, guidance, scored, costs)

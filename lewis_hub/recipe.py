@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
@@ -171,15 +172,6 @@ class Guide(Part):
         return self
 
 
-class Gate(Part):
-    """When a merge is not good enough to be published."""
-
-    task: str
-    metric: str
-    not_worse_than: tuple[Literal["base", "experts", "uniform", "previous"], ...] = ("uniform",)
-    tolerance: float = Field(0.0, ge=0)
-
-
 class Evaluation(Part):
     """Which lm-eval tasks score the merge, and beside what."""
 
@@ -189,7 +181,7 @@ class Evaluation(Part):
     compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
         ("base", "experts", "uniform"), description="Scored on the same items as the merge."
     )
-    gate: Gate | None = None
+    gate: Gates | None = Field(None, description="One or several; missed: not published.")
 
 
 class Publishing(Part):

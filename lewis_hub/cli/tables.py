@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lewis_hub.cli.terminal import size
@@ -107,6 +107,10 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
     """Where the merge lies, how it scored, and where it was published."""
     if merged.scores:
         yield scores_table(merged.scores)
+    if merged.gate:
+        from lewis_hub.report.gate import sentences
+
+        yield from plain(*sentences(merged.gate))
     done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
     yield from plain(f"{done} {merged.output}")
     if published:
@@ -116,7 +120,8 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
 def publication(published: Published) -> Iterator[RenderableType]:
     """The address of what was pushed."""
     if published.changed:
-        yield from plain(f"Published {published.url} ({published.commit_url})")
+        done = "Proposed" if published.pull_request_url else "Published"
+        yield from plain(f"{done} {published.url} ({published.commit_url})")
     else:
         yield from plain(f"Nothing to publish: {published.url} holds this merge already")
 
@@ -129,6 +134,15 @@ def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, .
     return plain(
         f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
     )
+
+
+def schedules_table(schedules: Sequence[Mapping[str, str | None]]) -> RenderableType:
+    """A row per schedule."""
+    table = _table("id", "schedule", "flavor", "command")
+    for one in schedules:
+        cells = (one["id"], one["schedule"], one["flavor"], one["command"])
+        table.add_row(*plain(*(cell or "-" for cell in cells)))
+    return table
 
 
 def extraction(found: Extracted, output: Path) -> tuple[RenderableType, ...]:

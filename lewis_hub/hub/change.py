@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, hf_hub_download
+from huggingface_hub import CommitOperationAdd
 
 from lewis_hub.hub.digests import digests_of, git_sha1_of
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
-from lewis_hub.hub.target import Target, look
+from lewis_hub.hub.target import Target, look, read_text
 
 Additions = Mapping[str, CommitOperationAdd]
 
@@ -80,20 +80,8 @@ def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
 
 def _left_by_former_merge(asked: Asked, target: Target) -> set[str]:
     """The files that the merge now on the Hub says it left there."""
-    if LOCK not in target.digests:
-        return set()
-    with hub_failures(asked):
-        path = persist(
-            lambda: hf_hub_download(
-                asked.repo,
-                LOCK,
-                revision=target.head,
-                endpoint=asked.api.endpoint,
-                token=asked.api.token,
-            )
-        )
     try:
-        lock = json.loads(Path(path).read_text(encoding="utf-8"))
+        lock = json.loads(read_text(asked, target, LOCK) or "")
     except ValueError:
         return set()
     outputs = lock.get("outputs") if isinstance(lock, dict) else None

@@ -149,6 +149,20 @@ class Value:
         zeros = ir.Constant(lanes(U32, n), [0] * n)
         return self._made(self._builder.shuffle_vector(first, empty, zeros))
 
+    def moved_up(self, distance: int) -> Value:
+        """Each number so many lanes further up; zeros follow it."""
+        zeros = ir.Constant(self.raw.type, [0] * LANES)
+        return self._shuffled([*range(LANES, LANES + distance), *range(LANES - distance)], zeros)
+
+    @property
+    def last_everywhere(self) -> Value:
+        """The number of the last lane in all lanes."""
+        return self._shuffled([LANES - 1] * LANES, ir.Constant(self.raw.type, ir.Undefined))
+
+    def _shuffled(self, places: list[int], beside: Any) -> Value:
+        order = ir.Constant(lanes(U32), places)
+        return self._made(self._builder.shuffle_vector(self.raw, beside, order))
+
     def _either(self, of_floats: str, of_integers: str, other: Any) -> Value:
         name = of_floats if self.kind == F32 else of_integers
         return self._made(getattr(self._builder, name)(self.raw, self._like(other)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint.adapter import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
+from lewis_hub.evaluate.declared import require_metric
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download, weight_files
@@ -205,9 +206,14 @@ def _refusals(
 
 
 def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
+    asked = recipe.evaluate
+    if asked is None:
+        return []
     try:
-        if recipe.evaluate:
-            check_tasks(selection(recipe, recipe.evaluate, allow_code=allow_code))
+        selected = selection(recipe, asked, allow_code=allow_code)
+        check_tasks(selected)
+        for gate in asked.gate or ():
+            require_metric(selected, gate.task, gate.metric)
     except EvaluationError as error:
         return [str(error)]
     return []

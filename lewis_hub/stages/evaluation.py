@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.compare import compare
+from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
@@ -55,6 +56,15 @@ class Run:
     kept: Path
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A merge beside its rivals, what it did item by item, and what the gate says of that."""
+
+    scores: Scores
+    items: ModelResult
+    gate: GateVerdict | None = None
+
+
 def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
     """The tasks that are asked for, own task files found beside the recipe where there is one."""
     include = None
@@ -71,7 +81,7 @@ def has_twin(recipe: Recipe) -> bool:
 
 def score_merge(
     step: Step, merged: MergedModel, guidance: Guidance | None, folders: Folders, scratch: Path
-) -> Scores | None:
+) -> Scored | None:
     """Score the merge beside what the recipe compares it with; None where it asks for nothing.
 
     The uniform twin is made for this and stays in `scratch`.
@@ -94,7 +104,8 @@ def score_merge(
     selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     settings = EvaluationSettings(device=step.execution.device)
     run = Run(selected, asked.limit, settings, scratch / "scored")
-    return score([*named, *candidates], run, step.progress)
+    results = score([*named, *candidates], run, step.progress)
+    return Scored(compare(results), results["merged"])
 
 
 def score_one(
@@ -107,14 +118,17 @@ def score_one(
     candidate = Candidate(source.pinned, source.commit_sha, folder)
     settings = EvaluationSettings(device=execution.device)
     with TemporaryDirectory() as kept:
-        return score([candidate], Run(selected, asked.limit, settings, Path(kept)), progress)
+        run = Run(selected, asked.limit, settings, Path(kept))
+        return compare(score([candidate], run, progress))
 
 
-def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scores:
-    """Score the candidates on the same items.
+def score(
+    candidates: Sequence[Candidate], run: Run, progress: Progress
+) -> Mapping[str, ModelResult]:
+    """Score the candidates on the same items; label -> what it did.
 
     Args:
-        candidates: one labelled `merged` is tested against each other one.
+        candidates: in the order in which they are scored.
         run: tasks, settings, and where results are kept as they come.
         progress: told the requests of all candidates together.
 
@@ -134,7 +148,7 @@ def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scor
                 result = evaluate_model(candidate.folder, benchmarks, run.settings, advance)
                 write_whole(file, result.to_json())
             results[candidate.label] = ModelResult.from_json(file.read_text(encoding="utf-8"))
-    return compare(results)
+    return results
 
 
 def _file_name(candidate: Candidate, run: Run) -> str:

@@ -12,11 +12,9 @@ import yaml
 
 from lewis_hub import __version__
 from lewis_hub.errors import LewisHubError, PublishError
-from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.engine import ShardResult
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.card import model_card
@@ -26,6 +24,7 @@ from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
+from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
@@ -33,7 +32,7 @@ from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, sourc
 
 SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
-COST = "cost.json"
+COST, GATE = UNLOCKED = ("cost.json", "gate.json")
 MERGEKIT = "mergekit_config.yml"
 TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
@@ -122,7 +121,7 @@ def write(
     step: Step,
     merged: MergedModel,
     guidance: Guidance | None,
-    scores: Scores | None,
+    scored: Scored | None,
     costs: Costs,
 ) -> tuple[str, ...]:
     """Write all that a merge leaves behind beside the model itself.
@@ -136,27 +135,32 @@ def write(
     plots = write_guidance(own, guidance) if guidance else ()
     recipe = _yaml(pinned(step.recipe, step.inputs))
     texts = {"recipe.yaml": recipe, COST: costs.to_json()}
-    if scores:
-        texts["scores.json"] = scores.to_json()
+    if scored:
+        texts |= {"scores.json": scored.scores.to_json(), "items.json": scored.items.to_json()}
+    if scored and scored.gate:
+        texts[GATE] = scored.gate.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
     documents = _documents(guidance) if guidance else ()
-    names = [name for name in (*texts, *documents) if name != COST]
+    names = [name for name in (*texts, *documents) if name not in UNLOCKED]
     names += [file for plot in plots for file in plot.files]
     names += _own_tasks(step, own)
-    written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
-    outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
+    written = [*merged.sidecars, *(f"lewis/{name}" for name in names)]
+    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
+    outputs |= {name: _output(folder / name) for name in written}
     told = _mergekit(step, guidance)
     if told:
         write_whole(folder / MERGEKIT, told)
-        outputs[MERGEKIT] = _output(folder / MERGEKIT, None)
+        outputs[MERGEKIT] = _output(folder / MERGEKIT)
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scores, costs, locked))
+    card = model_card(_facts(step, merged, guided, scored, costs, locked))
     write_whole(folder / "README.md", str(card))
-    # what a run cost is no part of what was merged: the same merge has the same lock
-    return (*outputs, f"lewis/{COST}", "lewis/lock.json", "README.md")
+    # what a run cost, and what its result was held against, is no part of what was merged: the
+    # same merge has the same lock
+    beside = [f"lewis/{name}" for name in texts if name in UNLOCKED]
+    return (*outputs, *beside, "lewis/lock.json", "README.md")
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -191,7 +195,7 @@ def _facts(
     step: Step,
     merged: MergedModel,
     guided: Guided | None,
-    scores: Scores | None,
+    scored: Scored | None,
     costs: Costs,
     locked: Lock,
 ) -> CardFacts:
@@ -210,7 +214,8 @@ def _facts(
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,
-        scores=scores,
+        scores=scored.scores if scored else None,
+        gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
         recipe=_yaml(locked.recipe),
         licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
@@ -254,9 +259,7 @@ def _own_tasks(step: Step, own: Path) -> list[str]:
     return carried
 
 
-def _output(path: Path, made: ShardResult | None) -> OutputFile:
-    if made:
-        return OutputFile(made.sha256, made.n_bytes)
+def _output(path: Path) -> OutputFile:
     return OutputFile(sha256_of(path), path.stat().st_size)
 
 
@@ -274,12 +277,6 @@ def is_this_merge(output: Path, planned: Lock) -> bool:
     return same and all(
         found.recipe.get(k) == planned.recipe.get(k) for k in ("evaluate", "publish")
     )
-
-
-def read_scores(output: Path) -> Scores | None:
-    """The scores of a finished merge, where it was scored."""
-    file = output / "lewis" / "scores.json"
-    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001

@@ -94,7 +94,7 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
         schedule = guidance.schedule if guidance else None
         merged, sent = _make(step, schedule, folders, destination, model)
     reporting.write(step, merged, guidance, None, costs)
-    return publishing.push(model, destination, step.api, step.progress, sent)
+    return publishing.push(model, destination, step.api, step.progress, sent, force=False)
 
 
 def _guidance(step: Step, sets: Sets, folders: Folders, work: Workspace) -> Guidance:
