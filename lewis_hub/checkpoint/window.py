@@ -135,6 +135,8 @@ class Window:
             try:
                 descriptor = os.open(one.path, os.O_RDONLY)
             except FileNotFoundError:
+                if one.last >= self._step:
+                    raise
                 continue  # dropped meanwhile: a later step has it again
             try:
                 n_read = os.preadv(descriptor, [into[: one.stop - start]], start - one.start)
