@@ -87,10 +87,8 @@ def check(recipe: Recipe, *, allow_pickle: bool = False) -> CheckReport:
 def calibrate(
     recipe: Recipe,
     output: Path | str,
-    device: str = "cpu",
+    execution: Execution | None = None,
     progress: Progress | None = None,
-    *,
-    allow_pickle: bool = False,
 ) -> Calibrated:
     """Measure, decide and draw, without merging.
 
@@ -98,9 +96,8 @@ def calibrate(
         recipe: has a `guide`.
         output: folder for `importance.json`, `density.json` and their plots; what it holds
             already is reused where source, data and settings are the same.
-        device: where models run, as torch names it.
+        execution: device, and what is allowed; None: on this machine's CPU.
         progress: told how far it is; None: nobody is.
-        allow_pickle: whether sources may have pickled weights alone.
 
     Raises:
         LewisHubError: a source cannot be used, or the calibration data does not fit.
@@ -112,17 +109,17 @@ def calibrate(
         >>> min(densities), max(densities)
         (0.3, 0.8)
     """
-    output, progress = Path(output), progress or Silent()
-    execution = Execution(device=device)
+    output = Path(output)
+    execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
     if recipe.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
     api = hub_api()
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
-    inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
+    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     inputs = converting.without_pickles(measured, inputs, api, progress)
-    examined = checking.examine(measured, inputs, api, allow_code=False)
+    examined = checking.examine(measured, inputs, api, allow_code=execution.allow_code)
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     sets = calibration.calibration_sets(step)
@@ -278,14 +275,15 @@ def verify(
         ()
     """
     progress, api = progress or Silent(), hub_api()
+    execution = execution or Execution()
     source = resolve_one(model, api)
     lock = verification.read_lock(source, api)
     verdict = verification.verify_files(source, lock, api, progress)
     if not rebuild:
         return verdict
     with TemporaryDirectory() as folder:
-        recipe = verification.recipe_of(lock, source)
-        same = replace(execution or Execution(), max_shard_bytes=lock.max_shard_bytes)
+        recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
+        same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
     differing = verification.compare_weights(lock, again)

@@ -68,6 +68,11 @@ code_option = click.option(
 device_option = click.option(
     "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
 )
+code_option = click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
+)
 
 
 def hardware_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -99,39 +104,6 @@ def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     terminal.finish(report.to_json(), *check_tables(report))
     if report.problems:
         raise click.exceptions.Exit(1)
-
-
-@click.command(epilog="\b\nExample:\n  lewis-hub importance recipe.yaml -o profile")
-@recipe_argument
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the profile [importance/ beside the recipe].",
-)
-@device_option
-@pickle_option
-@terminal_options
-def importance(
-    terminal: Terminal, recipe_file: Path, output: Path | None, device: str, allow_pickle: bool
-) -> None:
-    """Calibrate only: writes importance.json, density.json and their plots."""
-    from lewis_hub.recipe_file import read_recipe
-
-    recipe = read_recipe(recipe_file)
-    from lewis_hub import pipeline
-    from lewis_hub.cli.tables import density_table
-
-    calibrated = pipeline.calibrate(
-        recipe,
-        output or recipe_file.parent / "importance",
-        device=device,
-        progress=terminal.progress,
-        allow_pickle=allow_pickle,
-    )
-    schedule = json.loads(calibrated.schedule.to_json())
-    document = {"status": "calibrated", "output": str(calibrated.output), "density": schedule}
-    terminal.finish(document, density_table(calibrated), f"In {calibrated.output}")
 
 
 @click.command(

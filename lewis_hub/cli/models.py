@@ -84,8 +84,11 @@ def push(
 @click.argument("model")
 @click.option("--rebuild", is_flag=True, help="Make the merge again and compare the weights.")
 @device_option
+@code_option
 @terminal_options
-def verify(terminal: Terminal, model: str, rebuild: bool, device: str) -> None:
+def verify(
+    terminal: Terminal, model: str, rebuild: bool, device: str, allow_code_execution: bool
+) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
@@ -94,7 +97,7 @@ def verify(terminal: Terminal, model: str, rebuild: bool, device: str) -> None:
 
     verdict = pipeline.verify(
         ModelReference.model_validate(model),
-        Execution(device=device),
+        Execution(device=device, allow_code=allow_code_execution),
         terminal.progress,
         rebuild=rebuild,
     )

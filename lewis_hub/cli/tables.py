@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lewis_hub.evaluate.scores import MetricScore, Scores
+    from lewis_hub.guides.importance import ImportanceProfile
     from lewis_hub.hub.publish import Published
     from lewis_hub.merge.extract import Extracted
     from lewis_hub.pipeline import Calibrated, Merged
+    from lewis_hub.report.comparison import Comparison
     from lewis_hub.stages.checking import CheckReport
     from lewis_hub.stages.verification import Verdict
 
@@ -101,6 +103,31 @@ def density_table(calibrated: Calibrated) -> RenderableType:
         cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
         table.add_row(*plain(short_name(expert.source), top.removesuffix(".weight"), *cells))
     return table
+
+
+def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType:
+    """The modules of highest importance."""
+    from lewis_hub.report.plots import short_name
+
+    table = _table("source", "module", "importance")
+    for entry in profile.sources:
+        ranked = sorted(entry.modules.items(), key=lambda one: -one[1])
+        for module, value in ranked[:n_shown]:
+            table.add_row(*plain(short_name(entry.source), module, f"{value:,.4g}"))
+    return table
+
+
+def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
+    """The modules that differ most, and how alike the ranks of all are."""
+    from lewis_hub.report.plots import short_name
+
+    table = _table("source", "module", "A", "B", "change")
+    for row in one.by_change[:n_shown]:
+        change = "-" if row.change is None else f"{row.change:+.1%}"
+        numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
+        table.add_row(*plain(short_name(one.after), row.module, *numbers))
+    yield table
+    yield from plain(*one.sentences)
 
 
 def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableType]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,17 +23,17 @@ from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
+from lewis_hub.stages.carrying import carry_tasks, pin_calibration, task_folders
 from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
+from lewis_hub.stages.task_data import PinnedTask
 
 SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
-TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 COST, GATE = UNLOCKED = ("cost.json", "gate.json")
 MERGEKIT = "mergekit_config.yml"
-TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
 
 def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -54,11 +53,13 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
     places = [told.get("guide", {}), *models]
-    for calibration in (place["calibration"] for place in places if "calibration" in place):
-        dataset = inputs.datasets.get(calibration["dataset"])
-        calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
-    if recipe.evaluate and recipe.evaluate.include:
-        told["evaluate"]["include"] = TASKS
+    calibrations = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in calibrations:
+        pin_calibration(calibration, inputs)
+    carried = task_folders(recipe)
+    for place in (told.get("evaluate", {}), *calibrations):
+        if "include" in place:
+            place["include"] = carried[recipe.locate(place["include"])]
     return told
 
 
@@ -90,9 +91,10 @@ def lock(
     return Lock(
         inputs=tuple(inputs_locked),
         calibration=tuple(
-            _locked_data(inputs.datasets[calibration.dataset])
+            locked
             for calibration in calibrated
             if calibration
+            for locked in _locked_data(inputs.data_of(calibration))
         ),
         recipe=pinned(recipe, inputs),
         method=recipe.merge_method,
@@ -144,7 +146,7 @@ def write(
     documents = _documents(guidance) if guidance else ()
     names = [name for name in (*texts, *documents) if name not in UNLOCKED]
     names += [file for plot in plots for file in plot.files]
-    names += _own_tasks(step, own)
+    names += carry_tasks(step.recipe, own)
     written = [*merged.sidecars, *(f"lewis/{name}" for name in names)]
     outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
     outputs |= {name: _output(folder / name) for name in written}
@@ -209,7 +211,7 @@ def _facts(
         base=inputs.base,
         experts=inputs.experts,
         models=examined.facts,
-        datasets=tuple(inputs.datasets.values()),
+        datasets=inputs.calibration_data,
         parameters=merged.parameters,
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
@@ -243,22 +245,6 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
         return None
 
 
-def _own_tasks(step: Step, own: Path) -> list[str]:
-    """Carry own task files, so that the recipe beside them can be run again."""
-    asked = step.recipe.evaluate
-    if asked is None or asked.include is None:
-        return []
-    source, target = Path(step.recipe.locate(asked.include)), own / TASKS
-    carried = []
-    for file in sorted(source.rglob("*")):
-        part = file.relative_to(source)
-        if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
-            (target / part).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / part)
-            carried.append(f"{TASKS}/{part.as_posix()}")
-    return carried
-
-
 def _output(path: Path) -> OutputFile:
     return OutputFile(sha256_of(path), path.stat().st_size)
 
@@ -285,9 +271,14 @@ def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 
 
-def _locked_data(source: Source) -> LockedInput:
-    files = {file.path: file.digest for file in source.files}  # a card says which make up a split
-    return LockedInput(source.name, "calibration", source.revision, source.commit_sha, files)
+def _locked_data(data: Source | PinnedTask) -> list[LockedInput]:
+    """A dataset's files (a card says which make up a split), or a task's and those of its data."""
+    if isinstance(data, Source):
+        files = {file.path: file.digest for file in data.files}
+        return [LockedInput(data.name, "calibration", data.revision, data.commit_sha, files)]
+    name, digest = data.selection.names[0], data.digest
+    task = LockedInput(f"task {name}", "calibration", None, digest, {"task files": digest})
+    return [task, *(locked for source in data.datasets for locked in _locked_data(source))]
 
 
 def _software() -> dict[str, str]:
