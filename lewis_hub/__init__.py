@@ -56,7 +56,7 @@ _HOME = {
     "merge_models": "pipeline",
     "open_target": "pipeline",
     "publish": "pipeline",
-    "read_recipe": "recipe_file",
+    "read_recipe": "stages.reading",
     "verify": "pipeline",
     "zoo_folder": "demo.zoo",
 }

@@ -19,10 +19,9 @@ from pydantic import (
     model_validator,
 )
 
-from lewis_hub.recipe_settings import Parameters, Part
+from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
-Guided = Literal["lewis", "lewis_reference", "uniform"]
 DType = Literal["float32", "float16", "bfloat16"]
 Missing = Literal["error", "base"]
 
@@ -154,12 +153,14 @@ class Slice(Part):
 class Guide(Part):
     """How calibration becomes densities."""
 
-    name: Guided = "lewis"
+    name: str = Field("lewis", description="`lewis-hub guides` lists them.")
     gamma: float = Field(0.3, gt=0, le=1, description="Lowest density of the schedule.")
     epsilon: float = Field(0.8, gt=0, le=1, description="Highest density of the schedule.")
     default_density: float = Field(
         1.0, gt=0, le=1, description="Of embeddings, norms, biases and head."
     )
+    mean_density: float | None = Field(None, gt=0, le=1, description="Shifts the schedule to it.")
+    apply_to: ApplyTo = Field("density", description="What the schedule sets.")
     calibration: Calibration | None = Field(
         None, description="For experts that carry no calibration of their own."
     )
@@ -168,6 +169,8 @@ class Guide(Part):
     def _ordered(self) -> Guide:
         if self.gamma > self.epsilon:
             raise ValueError(f"gamma ({self.gamma:g}) is above epsilon ({self.epsilon:g})")
+        if self.apply_to == "weight" and self.mean_density is not None:
+            raise ValueError("`mean_density` is given, and `apply_to: weight` sets no densities")
         return self
 
 

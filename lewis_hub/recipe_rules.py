@@ -131,14 +131,10 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         return
     if recipe.base_model is None:
         yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
-    needs_texts = recipe.guide.name != "uniform"
+    if recipe.guide.apply_to == "weight":
+        return  # the densities are the recipe's own
     for index, entry in enumerate(recipe.models):
-        if entry.model == recipe.base_model:
-            continue
-        if needs_texts and recipe.calibration_of(entry) is None:
-            problem = f"no calibration data for `{entry.model}`."
-            yield ("guide",), problem, "Add `guide.calibration`, or `calibration` to this model."
-        if "density" in entry.parameters:
+        if entry.model != recipe.base_model and "density" in entry.parameters:
             place = ("models", index, "parameters", "density")
             yield place, "both a guide and a density are given.", "Remove one of the two."
     if "density" in recipe.parameters:

@@ -52,7 +52,7 @@ device_option = click.option(
 @terminal_options
 def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     """Tell all that can be known before a download: reads headers, never weights."""
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)  # before the heavy imports: a typo is told at once
     from lewis_hub import pipeline
@@ -79,7 +79,7 @@ def importance(
     terminal: Terminal, recipe_file: Path, output: Path | None, device: str, allow_pickle: bool
 ) -> None:
     """Calibrate only: writes importance.json, density.json and their plots."""
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline
@@ -151,7 +151,7 @@ def merge(
     allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
-from lewis_hub.guides.importance import module_importance, sum_of_squares
+from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
@@ -24,6 +24,9 @@ from lewis_hub.progress import Advance
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# (module -> matrix, module -> activation norms) -> module -> its number
+Summary = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, float]]
+
 
 def measure(
     folder: Path,
@@ -31,6 +34,7 @@ def measure(
     sets: Sequence[CalibrationTokens],
     device: str,
     advance: Advance,
+    summarise: Summary = importances,
 ) -> list[dict[str, float]]:
     """Measure one source on each calibration set; its model is gone on return.
 
@@ -40,24 +44,24 @@ def measure(
         sets: one or more; the model is loaded once for all.
         device: as torch names it.
         advance: called with the number of tokens done.
+        summarise: makes one number a module of weights and activation norms.
 
     Returns:
-        For each set, module -> importance, in the model's order.
+        For each set, module -> its number, in the model's order.
 
     Raises:
         CalibrationModelError: it cannot be loaded, the tokens do not fit it, or its activations
             are not finite.
     """
     model = load_model(folder, device, name)
-    weights = {path: matrix(module) for path, module in _block_linears(model, name).items()}
+    weights = {path: matrix(module) for path, module in block_linears(model, name).items()}
     widths = {weight.shape[1] for weight in weights.values()}
     measured = []
     with threads(whole_shares(widths, torch.get_num_threads())):
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
             norms = activation_norms(model, name, batches(tokens), advance)
-            found = {path: module_importance(weights[path], norm) for path, norm in norms.items()}
-            measured.append(found)
+            measured.append(summarise(weights, norms))
     return measured
 
 
@@ -104,7 +108,7 @@ def activation_norms(
         LEWIS code and does not here.
     """
     recorder = _Recorder()
-    with _hooked(_block_linears(model, name), recorder), _evaluating(model), torch.no_grad():
+    with _hooked(block_linears(model, name), recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
             _observe(model, batch, recorder)
             advance(int(batch.attention_mask.sum()))
@@ -120,7 +124,7 @@ def activation_norms(
     return norms
 
 
-def _block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
+def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
     """Every Linear of a block by its path; a module under two paths goes by the first."""
     blocks = decoder_blocks(model)
     if blocks is None:
@@ -199,12 +203,12 @@ def _observe(model: PreTrainedModel, batch: Batch, recorder: _Recorder) -> None:
     """Run one batch; again without padding where a module regroups the tokens."""
     try:
         recorder.start(batch)
-        _forward(model, batch)
+        forward(model, batch)
         recorder.finish()
     except _OutOfStepError:
         for part in _unpadded(batch):
             recorder.start(part)
-            _forward(model, part)
+            forward(model, part)
             recorder.finish()
 
 
@@ -216,7 +220,7 @@ def _unpadded(batch: Batch) -> Iterator[Batch]:
         yield Batch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
 
 
-def _forward(model: PreTrainedModel, batch: Batch) -> None:
+def forward(model: PreTrainedModel, batch: Batch) -> None:
     """Run the decoder alone where it can be: the vocabulary projection costs and is not asked."""
     decoder = model.base_model
     accepted = inspect.signature(type(decoder).forward).parameters
@@ -249,7 +253,7 @@ def _input_hook(path: str, recorder: _Recorder) -> Callable[..., None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the time being; each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

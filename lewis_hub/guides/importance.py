@@ -6,7 +6,7 @@ A profile is read and written without torch, so that plots and merges can use on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lewis_hub.errors import ProfileError
@@ -32,6 +32,11 @@ def module_importance(weight: Tensor, norm: Tensor) -> float:
     return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
 
 
+def importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """`module_importance` of each module that was seen, in the order of `norms`."""
+    return {module: module_importance(weights[module], norm) for module, norm in norms.items()}
+
+
 def sum_of_squares(rows: Tensor) -> Tensor:
     """Sum squares over the first of two dimensions: float32 in a piece, float64 over the pieces.
 
@@ -48,14 +53,19 @@ def sum_of_squares(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SourceImportance:
-    """One source, measured on one calibration set."""
+    """One source, measured on one calibration set: one number a module, importance or another."""
 
     source: str  # repo@sha, or the folder as written
     commit_sha: str  # which content it was: 40 hex digits, or a folder's digest
     role: Role
     n_tokens: int
-    modules: Mapping[str, float]  # module -> importance, in the model's order
+    modules: Mapping[str, float]  # module -> its number, in the model's order
     calibration: Mapping[str, Any]  # what fixes the tokens, and what was found
+
+    @property
+    def measure(self) -> str:
+        """Which number of a module it is."""
+        return str(self.calibration.get("measure", "lewis"))
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,16 @@ class ImportanceProfile:
                 return entry
         problem = f"the base was not measured on the calibration set of {expert.source}"
         raise ProfileError("importance.json", problem, "Measure again: delete the file.")
+
+    def by(self, measure: str) -> ImportanceProfile:
+        """What was measured so, alone."""
+        chosen = tuple(entry for entry in self.sources if entry.measure == measure)
+        return replace(self, sources=chosen)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What was measured, each once."""
+        return tuple(dict.fromkeys(entry.measure for entry in self.sources))
 
     @property
     def experts(self) -> tuple[SourceImportance, ...]:

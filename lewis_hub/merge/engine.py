@@ -110,7 +110,7 @@ def merge_shard(
     note.unlink(missing_ok=True)
     with ExitStack() as opened:
         readers = [
-            opened.enter_context(_open(label, base, folders))
+            opened.enter_context(open_source(label, base, folders))
             for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
         writer = opened.enter_context(ShardWriter(output, layout))
@@ -167,7 +167,8 @@ def _on_worker(folders: Mapping[str, Path], output: Path, plan: ShardPlan) -> Sh
     return merge_shard(plan, folders, output, threads(cpus_of_this_task()), lambda _: None)
 
 
-def _open(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:
+def open_source(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:
+    """Open a source, or an adapter on its `base`; `folders` are those of `run`. Close it."""
     from lewis_hub.merge.scaled import ScaledReader  # imports numba
 
     own = TensorReader(folders[label], label)

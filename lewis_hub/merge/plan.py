@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -38,6 +39,7 @@ class MergeSource:
     checkpoint: Checkpoint
     digest: str  # of its content: a commit sha, or a digest over a folder's files; and the base's
     parameters: Settings = field(default_factory=dict)  # its own; the recipe's hold otherwise
+    weights: Mapping[str, float] = field(default_factory=dict)  # a guide's: tensor -> factor on it
 
     @property
     def label(self) -> str:
@@ -264,7 +266,8 @@ def _plan_tensor(
         for keyword, setting in PER_SOURCE.items()
         if keyword == "weights" or method.takes(keyword)
     }
-    weights = own.pop("weights")
+    factors = [expert.weights.get(name, 1.0) for expert in settings.experts]
+    weights = tuple(map(operator.mul, own.pop("weights"), factors))
     parameters.require_divisor(method, options, weights, name)
     densities: tuple[float, ...] = ()
     if method.takes_density:

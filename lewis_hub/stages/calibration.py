@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lewis_hub.errors import ProfileError
 from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
-from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
-from lewis_hub.guides.density import Bounds, DensitySchedule, schedule
-from lewis_hub.guides.importance import ImportanceProfile, Role, calibration_facts
+from lewis_hub.guides.calibrate import CalibrationSet, Place, Subject, calibrate, missing
+from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
+from lewis_hub.guides.importance import (
+    ImportanceProfile,
+    Role,
+    SourceImportance,
+    calibration_facts,
+)
+from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.guides.tokens import CalibrationTokens, calibration_tokens, load_tokenizer
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe import Calibration
+from lewis_hub.stages.changes import measure_task_vectors
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
@@ -45,7 +52,7 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         CalibrationError: the template does not fit, or no text is left.
     """
     recipe, inputs = step.recipe, step.inputs
-    if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
+    if recipe.guide is None or not registry.find(recipe.guide.name).needs_texts:
         return ()
     tokenizer = load_tokenizer(str(small_files(step.api, inputs.donor)), inputs.donor.name)
     drawn: dict[Calibration, CalibrationTokens] = {}
@@ -66,7 +73,6 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
             dataset.commit_sha,
             recipe.seed,
             _tokenizer_digest(inputs.donor),
-            registry.find(recipe.guide.name).measure,
         )
         sets.append(CalibrationSet(facts | tokens.facts, tokens))
     return tuple(sets)
@@ -95,37 +101,54 @@ def guide(
     asked, inputs = step.recipe.guide, step.inputs
     assert asked
     assert inputs.base
-    profile = _measure(step, sets, folders, scratch, stores) if sets else None
+    chosen = registry.find(asked.name)
+    profile = _measure(step, chosen, sets, folders, scratch, stores) if chosen.needs else None
     tensors = step.examined.checkpoints[inputs.base.pinned].tensors
     decided = schedule(
-        registry.find(asked.name),
-        Bounds(asked.gamma, asked.epsilon, asked.default_density),
+        chosen,
+        Bounds(asked.gamma, asked.epsilon, asked.default_density, asked.mean_density),
         [expert.pinned for expert in inputs.experts],
         {name: tensor.shape for name, tensor in tensors.items()},
         profile,
+        Use(asked.apply_to, step.recipe.seed),
     )
     for note in decided.notes:
         step.progress.say(note)
     return Guidance(profile, decided.schedule, decided.notes)
 
 
-def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
-    """The base with every distinct set, then each expert with its own."""
-    assert inputs.base
-    distinct = tuple({id(one.tokens): one for one in sets}.values())
-    measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = [
-        (inputs.base, "base", distinct)
-    ]
+def _subjects(
+    inputs: Inputs, sets: Sets, folders: Folders, measure: Measure
+) -> tuple[Subject, ...]:
+    """The base with every distinct set, then each expert with its own.
+
+    For a measure of pairs the experts alone, each against the base.
+    """
+    base = inputs.base
+    assert base
+    named = {"measure": measure} | ({"base": inputs.content(base)} if measure in OF_PAIRS else {})
+    sets = [replace(one, facts={**one.facts, **named}) for one in sets]
+    measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = []
+    if measure not in OF_PAIRS:
+        distinct = tuple({id(one.tokens): one for one in sets}.values())
+        measured.append((base, "base", distinct))
     measured += [(e, "expert", (one,)) for e, one in zip(inputs.experts, sets, strict=True)]
+    against = Place(base.pinned, folders[base.pinned]) if measure in OF_PAIRS else None
     return tuple(
-        Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own)
+        Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own, against)
         for source, role, own in measured
     )
 
 
-def _measure(
-    step: Step, sets: Sets, folders: Folders, scratch: Path, stores: Sequence[Path]
+def _measure(  # noqa: PLR0913
+    step: Step,
+    chosen: Guide,
+    sets: Sets,
+    folders: Folders,
+    scratch: Path,
+    stores: Sequence[Path],
 ) -> ImportanceProfile:
+    """Everything that the guide needs, one measure after the other."""
     asked = step.recipe.guide
     assert asked
     found = [profile for path in stores if (profile := _read(path))]
@@ -134,25 +157,51 @@ def _measure(
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
         tuple(entry for profile in found for entry in profile.sources),
     )
-    subjects = _subjects(step.inputs, sets, folders)
+    entries: list[SourceImportance] = []
+
+    def keep(now: ImportanceProfile) -> None:
+        write_whole(stores[0], replace(now, sources=(*entries, *now.sources)).to_json())
+
+    for measure in chosen.needs:
+        if measure in WITHOUT_TEXTS:
+            measured = measure_task_vectors(step, folders, known)
+        else:
+            subjects = _subjects(step.inputs, sets, folders, measure)
+            measured = _on_texts(step, measure, subjects, known, folders, scratch, keep).sources
+        entries += measured
+    return replace(known, sources=tuple(entries))
+
+
+def _on_texts(  # noqa: PLR0913
+    step: Step,
+    measure: Measure,
+    subjects: tuple[Subject, ...],
+    known: ImportanceProfile,
+    folders: Folders,
+    scratch: Path,
+    keep: Callable[[ImportanceProfile], None],
+) -> ImportanceProfile:
     unknown = missing(subjects, known)
-    for source in step.inputs.models:
-        if any(subject.source == source.pinned for subject in unknown):
-            whole = loadable(step, source, folders, scratch)
-            subjects = tuple(
-                replace(subject, folder=whole) if subject.source == source.pinned else subject
-                for subject in subjects
-            )
+    loaded = {one.source for one in unknown} | {o.against.name for o in unknown if o.against}
+    whole = {
+        source.pinned: loadable(step, source, folders, scratch)
+        for source in step.inputs.models
+        if source.pinned in loaded
+    }
+    subjects = tuple(_in(whole, subject) for subject in subjects)
     n_tokens = sum(subject.n_tokens for subject in unknown)
     with step.progress.stage("Calibrating", n_tokens, "tokens") as advance:
-        return calibrate(
-            subjects,
-            known,
-            step.execution.device,
-            advance,
-            lambda now: write_whole(stores[0], now.to_json()),
-            registry.find(asked.name).measure,
-        )
+        return calibrate(subjects, known, step.execution.device, advance, keep, measure)
+
+
+def _in(folders: Mapping[str, Path], subject: Subject) -> Subject:
+    """The same subject, in the folder that can be loaded."""
+    against = subject.against
+    return replace(
+        subject,
+        folder=folders.get(subject.source, subject.folder),
+        against=against and replace(against, folder=folders.get(against.name, against.folder)),
+    )
 
 
 def _read(path: Path) -> ImportanceProfile | None:

@@ -189,11 +189,7 @@ def _refusals(
     try:
         if all(checkpoint.tensors for checkpoint in checkpoints.values()):
             plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
-        if recipe.guide and not registry.find(recipe.merge_method).takes_density:
-            found.append(
-                f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "
-                "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
-            )
+        found += _guide_refusals(recipe)
     except MergeError as error:
         found.append(str(error))
     try:
@@ -202,6 +198,21 @@ def _refusals(
     except PublishError as error:
         found.append(str(error))
     return found
+
+
+def _guide_refusals(recipe: Recipe) -> list[str]:
+    method = registry.find(recipe.merge_method)
+    if recipe.guide is None:
+        return []
+    if recipe.guide.apply_to != "density" and not method.takes("weights"):
+        remedy = "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
+        return [f"guide: `{method.name}` has no weights for `apply_to` to scale. {remedy}"]
+    if recipe.guide.apply_to != "weight" and not method.takes_density:
+        return [
+            f"guide: `{method.name}` keeps every entry, so densities would do nothing. "
+            "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
+        ]
+    return []
 
 
 def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides import registry
-from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
@@ -76,11 +76,12 @@ def plan(
         return MergeSource(checkpoints[pinned.pinned], content, parameters)
 
     entries = merged_entries(recipe)
+    scheduled = {one.source: one for one in schedule.experts} if schedule else {}
     settings = MergeSettings(
         method=recipe.merge_method,
         base=source(inputs.base, {}) if inputs.base else None,
         experts=tuple(
-            source(expert, entry.parameters)
+            _weighted(source(expert, entry.parameters), scheduled.get(expert.pinned))
             for expert, entry in zip(inputs.experts, entries, strict=True)
         ),
         parameters=recipe.parameters,
@@ -90,6 +91,10 @@ def plan(
         alignment=alignment,
     )
     return make_plan(settings, max_shard_bytes, _densities(schedule, checkpoints))
+
+
+def _weighted(expert: MergeSource, scheduled: ExpertSchedule | None) -> MergeSource:
+    return replace(expert, weights=scheduled.weights) if scheduled else expert
 
 
 def make(
@@ -171,7 +176,7 @@ def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Pat
 
 def loaded(recipe: Recipe, inputs: Inputs) -> tuple[Source, ...]:
     """The sources that are measured or scored, for which each must be loaded as a whole."""
-    if recipe.guide and "importance" in registry.find(recipe.guide.name).needs:
+    if recipe.guide and registry.find(recipe.guide.name).needs_texts:
         return inputs.models
     compared = recipe.evaluate.compare if recipe.evaluate else ()
     base = (inputs.base,) if inputs.base and "base" in compared else ()
@@ -233,10 +238,11 @@ def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:
 def _densities(
     schedule: DensitySchedule | None, checkpoints: Mapping[str, Checkpoint]
 ) -> Schedule | None:
-    """Every tensor's density, those that the guide leaves alone included."""
+    """Every tensor's density, those that the guide leaves alone included; none of weights alone."""
     if schedule is None:
         return None
     return {
         expert.source: {name: expert.density(name) for name in checkpoints[expert.source].tensors}
         for expert in schedule.experts
+        if expert.tensors
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.layout import DTYPES
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.guides import registry
 from lewis_hub.hub.fetch import weight_files
 from lewis_hub.merge.fused import AVERAGED, FUSED
 from lewis_hub.recipe import Recipe
@@ -93,11 +94,13 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
 def _loading_bytes(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int
 ) -> int:
-    """Calibration and evaluation hold one model, in float32 on a CPU.
+    """Calibration and evaluation hold one model, in float32 on a CPU; two where they are compared.
 
     A pickle is taken to hold numbers of two bytes, the smallest that are merged.
     """
     if recipe.guide is None and recipe.evaluate is None:
         return 0
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
-    return TORCH_BYTES + 4 * max(largest, largest_pickle_bytes // 2)
+    needed = registry.find(recipe.guide.name).needs if recipe.guide else ()
+    n_models = 2 if "output_shift" in needed else 1
+    return TORCH_BYTES + 4 * n_models * max(largest, largest_pickle_bytes // 2)

@@ -12,6 +12,7 @@ from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
+from lewis_hub.stages.reading import require_guide
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -71,8 +72,10 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         allow_pickle: whether models of pickled weights alone will do.
 
     Raises:
+        RecipeError: its guide is unknown, or lacks calibration data.
         SourceError: one cannot be found or may not be read.
     """
+    require_guide(recipe)
 
     def model(reference: ModelReference) -> Source:
         return _model(recipe, api, reference, allow_pickle=allow_pickle)

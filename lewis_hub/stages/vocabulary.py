@@ -47,7 +47,7 @@ def examine_tokens(
 def not_calibrated(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
     """Calibration texts become ids once, by the base's tokenizer, and run through all sources."""
     guide = recipe.guide
-    if guide is None or "importance" not in registry.find(guide.name).needs:
+    if guide is None or not registry.find(guide.name).needs_texts:
         return []
     return [
         f"guide: {source.name} does not understand the ids of {inputs.donor.name}'s tokenizer, "
