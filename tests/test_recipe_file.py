@@ -92,17 +92,17 @@ BROKEN = {
         "r.yaml:6: `guide.gamma`: expected less than or equal to 1, found 2.\n"
         "`lewis-hub schema` describes every field."
     ),
-    GOOD + "guide: {name: lewis}\n": (
-        "r.yaml:6: `guide`: no calibration data for `a/c@main`.\n"
-        "Add `guide.calibration`, or `calibration` to this model."
-    ),
     GOOD + "guide: {calibration: {dataset: x/y}}\n": (
         "r.yaml:6: `guide.calibration`: give `text` (a template over columns) or `messages` "
         "(a column).\n`lewis-hub schema` describes every field."
     ),
-    GOOD + "guide: {name: owl}\n": (
-        "r.yaml:6: `guide.name`: the guide `owl` is not in this version.\n"
-        "Use one of `lewis-hub guides`."
+    GOOD + "guide: {name: magnitude, mean_density: 0}\n": (
+        "r.yaml:6: `guide.mean_density`: expected greater than 0, found 0.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: magnitude, mean_density: 0.5, apply_to: weight}\n": (
+        "r.yaml:6: `guide`: `mean_density` is given, and `apply_to: weight` sets no densities.\n"
+        "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k}}\n": (
         "r.yaml:6: `guide.calibration.task`: `task` is not understood by this version.\n"

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from lewis_hub.errors import GuideError
 
-
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -149,6 +149,32 @@ CABS = Paper(
   archivePrefix = {arXiv}
 }""",
 )
+AIM = Paper(
+    "2502.02421",
+    """@inproceedings{nobari2025activation,
+  title = {Activation-Informed Merging of Large Language Models},
+  author = {Nobari, Amin Heyrani and Alimohammadi, Kaveh and ArjomandBigdeli, Ali and
+            Srivastava, Akash and Ahmed, Faez and Azizan, Navid},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+  eprint = {2502.02421},
+  archivePrefix = {arXiv}
+}""",
+)
+OWL = Paper(
+    "2310.05175",
+    """@inproceedings{yin2024outlier,
+  title = {Outlier Weighed Layerwise Sparsity ({OWL}): A Missing Secret Sauce for Pruning {LLMs} to
+           High Sparsity},
+  author = {Yin, Lu and Wu, You and Zhang, Zhenyu and Hsieh, Cheng-Yu and Wang, Yaqing and
+            Jia, Yiling and Li, Gen and Jaiswal, Ajay and Pechenizkiy, Mykola and Liang, Yi and
+            Bendersky, Michael and Wang, Zhangyang and Liu, Shiwei},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  eprint = {2310.05175},
+  archivePrefix = {arXiv}
+}""",
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +207,7 @@ METHODS = {
     "nearswap": KnownMethod("NearSwap", ()),
     "passthrough": KnownMethod("passing it through", ()),
 }
-GUIDES = {"lewis": LEWIS, "lewis_reference": LEWIS}
+GUIDES = {"lewis": LEWIS, "lewis_reference": LEWIS, "aim": AIM, "owl": OWL}
 
 
 def papers(method: str, guide: str | None) -> Sequence[Paper]:

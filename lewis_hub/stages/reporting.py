@@ -31,7 +31,6 @@ from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
-DOCUMENTS = ("importance.json", "density.json")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 COST = "cost.json"
 MERGEKIT = "mergekit_config.yml"
@@ -107,10 +106,15 @@ def lock(
 
 def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
     """Write profile, schedule and their plots into a folder; returns the plots."""
-    if guidance.profile:
-        write_whole(folder / "importance.json", guidance.profile.to_json())
-    write_whole(folder / "density.json", guidance.schedule.to_json())
+    for name, text in _documents(guidance).items():
+        write_whole(folder / name, text)
     return draw(guidance.profile, guidance.schedule, folder)
+
+
+def _documents(guidance: Guidance) -> dict[str, str]:
+    """The profile, of a guide that measures anything, and the schedule."""
+    measured = {"importance.json": guidance.profile.to_json()} if guidance.profile else {}
+    return measured | {"density.json": guidance.schedule.to_json()}
 
 
 def write(
@@ -135,7 +139,8 @@ def write(
         texts["scores.json"] = scores.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    names = [name for name in (*texts, *(DOCUMENTS if guidance else ())) if name != COST]
+    documents = _documents(guidance) if guidance else ()
+    names = [name for name in (*texts, *documents) if name != COST]
     names += [file for plot in plots for file in plot.files]
     names += _own_tasks(step, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]

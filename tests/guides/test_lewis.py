@@ -16,7 +16,7 @@ def named(component: str, values: list[float]) -> dict[str, float]:
 
 
 def statistics(base: dict[str, float], expert: dict[str, float]) -> Statistics:
-    return Statistics(matrices=(), base=base, expert=expert)
+    return Statistics(matrices=(), base={"lewis": base}, expert={"lewis": expert})
 
 
 def shifted(shifts: dict[str, float]) -> Statistics:
@@ -180,5 +180,5 @@ def test_a_schedule_that_several_blocks_span_has_no_warning():
 def test_the_registered_guide_needs_importance():
     guide = find("lewis")
 
-    assert guide.needs == ("importance",)
+    assert guide.needs == ("lewis",)
     assert guide.decide(WORKED, 0.3, 0.8) == lewis(WORKED, 0.3, 0.8)

@@ -115,7 +115,8 @@ def test_shares_are_rounded_before_the_span():
     base = dict.fromkeys(names, 10.0)
     expert = dict(zip(names, [11.0, 12.0, 14.0, 10.0, 10.000004, 11.0], strict=True))
 
-    found = lewis_reference(Statistics(tuple(names), base, expert), 0.3, 0.8)
+    measured = ({"lewis_reference": values} for values in (base, expert))
+    found = lewis_reference(Statistics(tuple(names), *measured), 0.3, 0.8)
 
     # q: 1/7, 2/7, 4/7 to 5 decimals; down: 0, .000004 (rounds to 0), .999996 (rounds to 1)
     wanted = [0.3 + 0.5 * s for s in (0.14286, 0.28571, 0.57143, 0.0, 0.0, 1.0)]
