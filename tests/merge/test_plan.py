@@ -54,6 +54,23 @@ def test_without_a_dtype_each_tensor_keeps_that_of_the_base(zoo, sources):
     )
 
 
+def test_a_guides_weights_multiply_those_of_the_settings(zoo, sources):
+    base, x, y = sources
+    x = replace(x, parameters={"weight": (0.5, 1.0)}, weights={Q: 0.4})
+    settings = zoo.settings("task_arithmetic", base, [x, y], parameters={"weight": 2.0})
+
+    found = plans(make_plan(settings, 10**9))
+
+    assert found[Q].weights == (0.2, 2.0)
+    assert found["model.layers.1.q.weight"].weights == (1.0, 2.0)
+
+    unknown = replace(settings, experts=(x, replace(y, weights={"model.layers.9.q.weight": 1.0})))
+    assert message(lambda: make_plan(unknown, 10**9)) == (
+        "guide: it weighs model.layers.9.q.weight of y, which no source has.\n"
+        "Measure the importance of these sources anew."
+    )
+
+
 def test_a_schedule_goes_before_the_settings(zoo, sources):
     base, x, y = sources
     settings = zoo.settings("ties", base, [x, y], parameters={"density": 0.9})
