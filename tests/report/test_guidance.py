@@ -40,8 +40,8 @@ def test_every_guide_of_ours_that_measures_says_from_what():
         (
             "magnitude",
             "Of each task vector (expert minus base) the guide magnitude kept a fraction of its "
-            "own in every weight matrix of the blocks: between 0.30 and 0.80, from how far the weights "
-            "moved, relative to the base's.",
+            "own in every weight matrix of the blocks: between 0.30 and 0.80, from how far the "
+            "weights moved, relative to the base's.",
         ),
         (
             "some_package's",
