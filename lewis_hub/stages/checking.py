@@ -204,9 +204,12 @@ def _guide_refusals(recipe: Recipe) -> list[str]:
     method = registry.find(recipe.merge_method)
     if recipe.guide is None:
         return []
-    if recipe.guide.apply_to != "density" and not method.takes("weights"):
-        remedy = "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
-        return [f"guide: `{method.name}` has no weights for `apply_to` to scale. {remedy}"]
+    weighs = method.takes_task_vectors and method.takes("weights")
+    if recipe.guide.apply_to != "density" and not weighs:
+        return [
+            f"guide: `{method.name}` has no weights of task vectors for `apply_to` to scale. "
+            "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
+        ]
     if recipe.guide.apply_to != "weight" and not method.takes_density:
         return [
             f"guide: `{method.name}` keeps every entry, so densities would do nothing. "

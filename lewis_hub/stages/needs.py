@@ -98,9 +98,9 @@ def _loading_bytes(
 
     A pickle is taken to hold numbers of two bytes, the smallest that are merged.
     """
-    if recipe.guide is None and recipe.evaluate is None:
+    guide = registry.find(recipe.guide.name) if recipe.guide else None
+    if recipe.evaluate is None and not (guide and guide.needs_texts):
         return 0
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
-    needed = registry.find(recipe.guide.name).needs if recipe.guide else ()
-    n_models = 2 if "output_shift" in needed else 1
+    n_models = 2 if guide and "output_shift" in guide.needs else 1
     return TORCH_BYTES + 4 * n_models * max(largest, largest_pickle_bytes // 2)

@@ -74,9 +74,9 @@ def folder(tmp_path_factory):
 def asked(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
-    def recipe(guide, method="ties", more=""):
+    def recipe(guide, method="ties"):
         text = RECIPE.replace("METHOD", method).replace("GUIDE", guide)
-        return parse_recipe(text + more, "recipe.yaml", rules).placed_in(folder / guide)
+        return parse_recipe(text, "recipe.yaml", rules).placed_in(folder / guide)
 
     return recipe
 
@@ -225,8 +225,9 @@ def test_both_sets_densities_and_weights_by_the_same_values(calibrated):
     ("guide", "method", "says"),
     [
         ("magnitude", "task_arithmetic", "`task_arithmetic` keeps every entry, so densities would"),
-        ("magnitude, apply_to: weight", "model_stock", "`model_stock` has no weights for"),
-        ("magnitude, apply_to: both", "sce", "`sce` has no weights for `apply_to` to scale"),
+        ("magnitude, apply_to: weight", "model_stock", "`model_stock` has no weights of"),
+        ("magnitude, apply_to: weight", "linear", "`linear` has no weights of task vectors"),
+        ("magnitude, apply_to: both", "sce", "`sce` has no weights of task vectors for `apply_to`"),
     ],
 )
 def test_what_a_method_cannot_use_is_refused_by_the_check(asked, guide, method, says, tmp_path):
@@ -251,6 +252,19 @@ def test_magnitude_loads_no_model_and_takes_its_measurements_over(asked, tmp_pat
 
     again = pipeline.calibrate(recipe, tmp_path / "out")
     assert again.profile.sources[0].modules == {**first.profile.sources[0].modules, q: 9.5}
+
+
+def test_the_check_counts_the_models_that_a_guide_holds_at_once(asked):
+    n_parameters = sum(prod(shape) for shape in shapes().values())
+
+    memory_bytes = {
+        guide: pipeline.check(asked(guide)).memory_bytes
+        for guide in ("uniform", "magnitude", "lewis", "activation_shift")
+    }
+
+    assert memory_bytes["magnitude"] == memory_bytes["uniform"] == 300_000_000
+    assert memory_bytes["lewis"] == 900_000_000 + 4 * n_parameters
+    assert memory_bytes["activation_shift"] == 900_000_000 + 2 * 4 * n_parameters
 
 
 PLUGIN = '''
