@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lewis_hub.checkpoint import names
-from lewis_hub.guides.density import block_matrices
+from lewis_hub.guides.density import block_matrices, checkpoint_tensor
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance, reusable
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.cluster import Ray
@@ -45,7 +44,8 @@ def _measured(
         return SourceImportance(expert.pinned, content, "expert", 0, entry.modules, facts)
     first, second = (step.examined.checkpoints[one.pinned] for one in (base, expert))
     shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
-    tensors = [f"{module}.weight" for module in block_matrices(shapes)]
+    modules = {checkpoint_tensor(module, shapes): module for module in block_matrices(shapes)}
+    tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
     workers = step.execution.workers
     with (
@@ -60,5 +60,5 @@ def _measured(
             threads() if isinstance(workers, Ray) else workers,
             advance,
         )
-    modules = {names.module(name): change for name, change in changes.items()}
-    return SourceImportance(expert.pinned, content, "expert", 0, modules, facts)
+    values = {modules[name]: change for name, change in changes.items()}
+    return SourceImportance(expert.pinned, content, "expert", 0, values, facts)

@@ -139,8 +139,7 @@ def write(
         texts["scores.json"] = scores.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    documents = _documents(guidance) if guidance else ()
-    names = [name for name in (*texts, *documents) if name != COST]
+    names = [n for n in (*texts, *(_documents(guidance) if guidance else ())) if n != COST]
     names += [file for plot in plots for file in plot.files]
     names += _own_tasks(step, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
