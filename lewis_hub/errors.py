@@ -16,6 +16,7 @@ class LewisHubError(Exception):
     """The root: catch this to catch all that a user can act on."""
 
     exit_code: ClassVar[int] = 1
+    status: ClassVar[str] = "failed"  # in the document of --json
 
     def __reduce__(self) -> tuple[type[LewisHubError], tuple[Any, ...]]:
         """Pickle by fields, whether they were given by position or by name."""
@@ -174,6 +175,13 @@ class EvaluationError(LewisHubError):
 
 class PublishError(LocatedError):
     """A push that was refused; `where` is the repo, or the folder that was to be pushed."""
+
+
+class GateRefusedError(LocatedError):
+    """The quality gate was missed, and nothing was pushed; `where` is the merged model's folder."""
+
+    exit_code = 3
+    status = "refused"
 
 
 # -- the embedded Hub, optional extras

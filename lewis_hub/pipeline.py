@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lewis_hub.errors import RecipeError
+from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.guides.importance import ImportanceProfile
@@ -27,6 +28,7 @@ from lewis_hub.stages import (
     converting,
     downloading,
     evaluation,
+    gating,
     merging,
     publishing,
     reporting,
@@ -34,6 +36,7 @@ from lewis_hub.stages import (
 )
 from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.checking import CheckReport
+from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
@@ -42,11 +45,12 @@ from lewis_hub.stages.verification import Verdict
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: a folder on disk, and its scores where it was scored."""
+    """A finished merge: a folder on disk, its scores, and the quality gate's verdict on them."""
 
     status: Literal["merged", "unchanged"]
     output: Path
     scores: Scores | None
+    gate: GateVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,8 @@ def check(recipe: Recipe, *, allow_pickle: bool = False) -> CheckReport:
 def calibrate(
     recipe: Recipe,
     output: Path | str,
-    device: str = "cpu",
+    execution: Execution | None = None,
     progress: Progress | None = None,
-    *,
-    allow_pickle: bool = False,
 ) -> Calibrated:
     """Measure, decide and draw, without merging.
 
@@ -93,9 +95,8 @@ def calibrate(
         recipe: has a `guide`.
         output: folder for `importance.json`, `density.json` and their plots; what it holds
             already is reused where source, data and settings are the same.
-        device: where models run, as torch names it.
+        execution: device, and what is allowed; None: on this machine's CPU.
         progress: told how far it is; None: nobody is.
-        allow_pickle: whether sources may have pickled weights alone.
 
     Raises:
         LewisHubError: a source cannot be used, or the calibration data does not fit.
@@ -107,17 +108,17 @@ def calibrate(
         >>> min(densities), max(densities)
         (0.3, 0.8)
     """
-    output, progress = Path(output), progress or Silent()
-    execution = Execution(device=device)
+    output = Path(output)
+    execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
     if recipe.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
     api = hub_api()
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
-    inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
+    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     inputs = converting.without_pickles(measured, inputs, api, progress)
-    examined = checking.examine(measured, inputs, api, allow_code=False)
+    examined = checking.examine(measured, inputs, api, allow_code=execution.allow_code)
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     sets = calibration.calibration_sets(step)
@@ -161,15 +162,17 @@ def merge_models(
     inputs = converting.without_pickles(recipe, inputs, api, progress)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
     if reporting.is_this_merge(output, planned):
-        return Merged("unchanged", output, reporting.read_scores(output))
+        gate = gating.judged_again(recipe, output, api)
+        return Merged("unchanged", output, gating.read_scores(output), gate)
     examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     with open_workspace(output, replace=execution.replace) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
-        scores, files = _merge(step, sets, work)
-        return Merged("merged", work.finish(files), scores)
+        scored, files = _merge(step, sets, work)
+        scores, gate = (scored.scores, scored.gate) if scored else (None, None)
+        return Merged("merged", work.finish(files), scores, gate)
 
 
 def evaluate_model(
@@ -230,14 +233,15 @@ def verify(
         ()
     """
     progress, api = progress or Silent(), hub_api()
+    execution = execution or Execution()
     source = resolve_one(model, api)
     lock = verification.read_lock(source, api)
     verdict = verification.verify_files(source, lock, api, progress)
     if not rebuild:
         return verdict
     with TemporaryDirectory() as folder:
-        recipe = verification.recipe_of(lock, source)
-        same = replace(execution or Execution(), max_shard_bytes=lock.max_shard_bytes)
+        recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
+        same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
     differing = verification.compare_weights(lock, again)
@@ -275,17 +279,23 @@ def open_target(asked: Publishing) -> Destination:
     return publishing.open_destination(asked, hub_api())
 
 
-def publish(folder: Path, target: Destination, progress: Progress | None = None) -> Published:
+def publish(
+    folder: Path, target: Destination, progress: Progress | None = None, *, force: bool = False
+) -> Published:
     """Push a merged model in one commit, or in none where nothing changed.
+
+    What the quality gate refused becomes a pull request where the gate says so.
 
     Args:
         folder: what `merge` made.
         target: from `open_target`, before the work began: what somebody pushed to the repo since
             then is never overwritten.
         progress: told how far it is; None: nobody is.
+        force: push what the quality gate refused, as if it had passed.
 
     Raises:
         PublishError: the repo is as it was before.
+        GateRefusedError: so it is here.
 
     Example:
         >>> target = lewis_hub.open_target(lewis_hub.Publishing(repo=f"{user}/my-merge"))
@@ -294,10 +304,10 @@ def publish(folder: Path, target: Destination, progress: Progress | None = None)
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(folder, target, hub_api(), progress or Silent())
+    return publishing.push(folder, target, hub_api(), progress or Silent(), force=force)
 
 
-def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tuple[str, ...]]:
+def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scored | None, tuple[str, ...]]:
     """From the sources' files to all files of the result."""
     costs = Costs()
     with costs.measure("download"):
@@ -313,5 +323,6 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tupl
     with costs.measure("merge"):
         merged = merging.make(step, schedule, folders, work.folder, "Merging")
     with costs.measure("evaluate"):
-        scores = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
-    return scores, reporting.write(step, merged, guidance, scores, costs)
+        scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
+    scored = gating.judged(step.recipe, scored, step.api)
+    return scored, reporting.write(step, merged, guidance, scored, costs)

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
@@ -89,24 +91,6 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists()
 
 
-class Calibration(Part):
-    """Texts to run through base and expert. They pay when they resemble the benchmark."""
-
-    dataset: str = Field(description="Repo, repo@revision, or a local .jsonl or .parquet file.")
-    config: str | None = Field(None, description="Configuration (subset) of the dataset.")
-    split: str = Field("train", description="Split to draw from; never one that is scored.")
-    text: str | None = Field(None, description="Template over columns: `{question} {answer}`.")
-    messages: str | None = Field(None, description="Column of chat messages instead of `text`.")
-    samples: int = Field(15, ge=1, description="Rows drawn by `seed`.")
-    max_tokens: int = Field(512, ge=1, description="Longer texts are cut here.")
-
-    @model_validator(mode="after")
-    def _one_template(self) -> Calibration:
-        if (self.text is None) == (self.messages is None):
-            raise ValueError("give `text` (a template over columns) or `messages` (a column)")
-        return self
-
-
 class ModelEntry(Part):
     """An expert, or any source of a method without a base."""
 
@@ -174,15 +158,6 @@ class Guide(Part):
         return self
 
 
-class Gate(Part):
-    """When a merge is not good enough to be published."""
-
-    task: str
-    metric: str
-    not_worse_than: tuple[Literal["base", "experts", "uniform", "previous"], ...] = ("uniform",)
-    tolerance: float = Field(0.0, ge=0)
-
-
 class Evaluation(Part):
     """Which lm-eval tasks score the merge, and beside what."""
 
@@ -192,7 +167,7 @@ class Evaluation(Part):
     compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
         ("base", "experts", "uniform"), description="Scored on the same items as the merge."
     )
-    gate: Gate | None = None
+    gate: Gates | None = Field(None, description="One or several; missed: not published.")
 
 
 class Publishing(Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.recipe import ModelReference, Recipe
+from lewis_hub.recipe import Evaluation, ModelReference, Recipe
 from lewis_hub.recipe_tokenizer import Tokenizer
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
@@ -18,12 +18,6 @@ Complaint = tuple[Place, str, str]  # where, the problem, what to do
 
 def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     """What each field allows and the whole does not."""
-    if recipe.evaluate and recipe.evaluate.gate:
-        yield (
-            ("evaluate", "gate"),
-            "the quality gate is not in this version.",
-            "Read the scores, then publish.",
-        )
     yield from _tokenizer_contradictions(recipe)
     base = recipe.base_model
     if base and base.on:
@@ -32,6 +26,8 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     yield from _slice_contradictions(recipe) if recipe.slices else _model_contradictions(recipe)
     if recipe.guide:
         yield from _guide_contradictions(recipe)
+    if recipe.evaluate:
+        yield from _gate_contradictions(recipe, recipe.evaluate)
     yield from _bad_numbers(recipe)
 
 
@@ -140,6 +136,25 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if "density" in recipe.parameters:
         place_all = ("parameters", "density")
         yield place_all, "both a guide and a density are given.", "Remove one of the two."
+
+
+def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complaint]:
+    gates = asked.gate or ()
+    for index, gate in enumerate(gates):
+        where: Place = ("evaluate", "gate", *([index] if len(gates) > 1 else []))
+        if gate.task not in asked.tasks:
+            problem = f"`{gate.task}` is none of `evaluate.tasks`."
+            yield (*where, "task"), problem, f"Write one of {', '.join(asked.tasks)}, or add it."
+        place = (*where, "not_worse_than")
+        for rival in gate.not_worse_than:
+            if rival != "previous" and rival not in asked.compare:
+                problem = f"`{rival}` is not scored: it is none of `evaluate.compare`."
+                yield place, problem, f"Add `{rival}` to `evaluate.compare`."
+            elif rival == "uniform" and recipe.guide is None:
+                problem = "without a guide the merge is its own uniform twin."
+                yield place, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
+            elif rival == "base" and recipe.base_model is None:
+                yield place, "there is no `base_model`.", "Write `experts` or `previous`."
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:

@@ -104,14 +104,39 @@ BROKEN = {
         "r.yaml:6: `guide`: `mean_density` is given, and `apply_to: weight` sets no densities.\n"
         "`lewis-hub schema` describes every field."
     ),
-    GOOD + "guide: {calibration: {task: gsm8k}}\n": (
-        "r.yaml:6: `guide.calibration.task`: `task` is not understood by this version.\n"
-        "Calibrating on a task is not in this version: name its dataset.\n"
-        "r.yaml:6: `guide.calibration.dataset`: `dataset` is missing."
+    GOOD + "guide: {calibration: {task: gsm8k, dataset: x/y, text: '{q}'}}\n": (
+        "r.yaml:6: `guide.calibration`: give `dataset` (with a template) or `task` (an lm-eval "
+        "task).\n`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {task: gsm8k, text: '{q}'}}\n": (
+        "r.yaml:6: `guide.calibration`: `text` does not go with `task`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {dataset: x/y, text: '{q}', include: tasks}}\n": (
+        "r.yaml:6: `guide.calibration`: `include` does not go with `dataset`.\n"
+        "`lewis-hub schema` describes every field."
     ),
     GOOD + "evaluate: {tasks: [a], gate: {task: a, metric: m}}\n": (
-        "r.yaml:6: `evaluate.gate`: the quality gate is not in this version.\n"
-        "Read the scores, then publish."
+        "r.yaml:6: `evaluate.gate.not_worse_than`: without a guide the merge is its own uniform "
+        "twin.\nWrite `base`, `experts` or `previous`, or add a `guide`."
+    ),
+    GOOD + "evaluate: {tasks: [a, b], gate: {task: c, metric: m, not_worse_than: [base]}}\n": (
+        "r.yaml:6: `evaluate.gate.task`: `c` is none of `evaluate.tasks`.\n"
+        "Write one of a, b, or add it."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  compare: [base]\n  gate:\n"
+    "    - {task: a, metric: m, not_worse_than: [base]}\n"
+    "    - {task: a, metric: m, not_worse_than: [experts]}\n": (
+        "r.yaml:11: `evaluate.gate[1].not_worse_than`: `experts` is not scored: it is none of "
+        "`evaluate.compare`.\nAdd `experts` to `evaluate.compare`."
+    ),
+    GOOD + "evaluate: {tasks: [a], gate: {task: a, metric: m, on_refusal: pr}}\n": (
+        "r.yaml:6: `evaluate.gate.on_refusal`: expected 'stop' or 'pull-request', found 'pr'.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "evaluate: {tasks: [a], gate: {task: a, metrik: m}}\n": (
+        "r.yaml:6: `evaluate.gate.metrik`: unknown key `metrik`.\nDid you mean `metric`?\n"
+        "r.yaml:6: `evaluate.gate.metric`: `metric` is missing."
     ),
     GOOD.replace("a/c@main", "a/c+d/e"): (
         "r.yaml:3: `models[0].model`: an adapter is put on `a/c`, and the base is `a/b`.\n"

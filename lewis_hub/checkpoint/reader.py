@@ -6,6 +6,7 @@ Memory maps are not used: the pages that they touch count as this process's memo
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import threading
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ __all__ = [
     "whole_tensor",
 ]
 
+LEAST_MAPPED = 1 << 16  # bytes: fewer are read sooner than they are mapped
+POPULATE_READ = 22  # of madvise, since Linux 5.14; `mmap` does not name it
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at once
@@ -146,6 +149,12 @@ class Reader(Protocol):
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `first_byte` on."""
 
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
+        """The bytes that `read` copies, in the place where they lie; None: they have to be read.
+
+        They begin at an even address, and stay for as long as the view does.
+        """
+
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
 
@@ -184,6 +193,26 @@ class TensorReader:
             if n_read == 0:
                 raise self._broken(tensor.shard, f"it ends within `{tensor.name}`")
             into, position = into[n_read:], position + n_read
+
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
+        """A map of the file, of these bytes alone: a page that is mapped counts as memory.
+
+        All pages are brought in here, where what cannot be read is an error. A page that fails
+        when the memory is touched would kill the process.
+        """
+        position = tensor.start + first_byte
+        if n_bytes < LEAST_MAPPED or position % 2:
+            return None
+        descriptor = self._descriptors.get(tensor.shard) or self._open(tensor.shard)
+        before = position % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(
+                descriptor, before + n_bytes, prot=mmap.PROT_READ, offset=position - before
+            )
+            mapped.madvise(POPULATE_READ)
+        except (OSError, ValueError):  # not by this kernel or file system, or the file is too short
+            return None
+        return memoryview(mapped)[before:]
 
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""

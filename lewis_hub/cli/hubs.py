@@ -32,12 +32,13 @@ With your own models, the same three commands:
 )
 @click.option("--host", default="127.0.0.1", help="A loopback address [127.0.0.1].")
 @click.option("--port", default=5564, help="0 takes a free one [5564].")
+@click.option("--jobs", is_flag=True, help="Run the commands of Jobs, as processes of yours.")
 @terminal_options
-def hub(terminal: Terminal, root: Path, host: str, port: int) -> None:
+def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> None:
     """Serve a Hub of your own on this machine, to rehearse a publish. No production server."""
     from lewis_hub.hub.server import serve
 
-    with serve(root, host=host, port=port) as running:
+    with serve(root, host=host, port=port, jobs=jobs) as running:
         terminal.finish(
             {"status": "serving", "url": running.url, "token": running.write_token},
             f"Serving {root} at {running.url} until Ctrl-C. In another shell:\n\n"

@@ -14,7 +14,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import hubs, merging, models, recipes
+from lewis_hub.cli import hubs, jobs, merging, models, profiles, recipes
 from lewis_hub.errors import LewisHubError
 
 INTERRUPTED = "interrupted; the same command goes on from here."
@@ -37,7 +37,9 @@ def cli() -> None:
 for command in (
     merging.merge,
     merging.check,
-    merging.importance,
+    profiles.importance,
+    profiles.compare,
+    jobs.schedule,
     models.evaluate,
     models.push,
     models.verify,
@@ -69,14 +71,13 @@ def main() -> None:
 def _run() -> int:
     warnings.simplefilter("ignore")  # of libraries: what a user must know is a message of ours
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as leave:
-        return leave.exit_code
+        left_with = cli(standalone_mode=False)  # click hands back the code of an `Exit`
+        return left_with if isinstance(left_with, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except LewisHubError as error:
-        return _failed(type(error).__name__, str(error), error.exit_code)
+        return _failed(type(error).__name__, str(error), error.exit_code, error.status)
     except (click.Abort, KeyboardInterrupt):
         return _failed("Interrupted", INTERRUPTED, 130)
     except BrokenPipeError:
@@ -87,7 +88,6 @@ def _run() -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         remedy = "Free some space, then run the same command: finished work is kept."
         return _failed("DiskFull", f"the disk is full{where}.\n{remedy}", 1)
-    return 0
 
 
 def _leave_within_a_second_of_ctrl_c() -> None:
@@ -106,9 +106,9 @@ def _leave_within_a_second_of_ctrl_c() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _failed(kind: str, message: str, code: int) -> int:
+def _failed(kind: str, message: str, code: int, status: str = "failed") -> int:
     click.echo(f"lewis-hub: {message}", err=True)
     if "--json" in sys.argv:
-        document = {"status": "failed", "error": {"kind": kind, "message": message}}
+        document = {"status": status, "error": {"kind": kind, "message": message}}
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
     return code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,29 @@ class RepoName(click.ParamType[str]):
         return value
 
 
+class Duration(click.ParamType[str]):
+    """A number and a unit, as the Hub reads it."""
+
+    name = "duration"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse what is no time before anything is sent."""
+        if not re.fullmatch(r"\d+(\.\d+)?[smhd]", value):
+            self.fail(f"expected a time such as 90m or 2h, found {value!r}", param, ctx)
+        return value
+
+
+class RecipePath(click.Path):
+    """A recipe's file; a folder stands for the `recipe.yaml` in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Name the file."""
+        path = Path(str(super().convert(value, param, ctx)))
+        return path / "recipe.yaml" if path.is_dir() else path
+
+
 recipe_argument = click.argument(
-    "recipe_file",
-    metavar="[RECIPE]",
-    default="recipe.yaml",
-    type=click.Path(dir_okay=False, path_type=Path),
+    "recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=RecipePath()
 )
 pickle_option = click.option(
     "--allow-pickle",
@@ -44,6 +63,24 @@ pickle_option = click.option(
 device_option = click.option(
     "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
 )
+code_option = click.option(
+    "--allow-code-execution",
+    is_flag=True,
+    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
+)
+
+
+def hardware_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which of the Hub's machines a Job gets."""
+    for option in (
+        click.option("--namespace", help="Who runs and pays the Job [the token's user]."),
+        click.option(
+            "--timeout", type=Duration(), help="Of the Job, such as 90m or 2h [the Hub's: 30m]."
+        ),
+        click.option("--flavor", help="Of the Job's machine: cpu-upgrade, a100-large, ..."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
@@ -64,42 +101,10 @@ def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command(epilog="\b\nExample:\n  lewis-hub importance recipe.yaml -o profile")
-@recipe_argument
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the profile [importance/ beside the recipe].",
-)
-@device_option
-@pickle_option
-@terminal_options
-def importance(
-    terminal: Terminal, recipe_file: Path, output: Path | None, device: str, allow_pickle: bool
-) -> None:
-    """Calibrate only: writes importance.json, density.json and their plots."""
-    from lewis_hub.stages.reading import read_recipe
-
-    recipe = read_recipe(recipe_file)
-    from lewis_hub import pipeline
-    from lewis_hub.cli.tables import density_table
-
-    calibrated = pipeline.calibrate(
-        recipe,
-        output or recipe_file.parent / "importance",
-        device=device,
-        progress=terminal.progress,
-        allow_pickle=allow_pickle,
-    )
-    schedule = json.loads(calibrated.schedule.to_json())
-    document = {"status": "calibrated", "output": str(calibrated.output), "density": schedule}
-    terminal.finish(document, density_table(calibrated), f"In {calibrated.output}")
-
-
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
-    "  lewis-hub merge --push --repo me/my-merge"
+    "  lewis-hub merge --push --repo me/my-merge\n"
+    "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda"
 )
 @recipe_argument
 @click.option(
@@ -122,11 +127,9 @@ def importance(
 )
 @device_option
 @click.option("--max-shard-size", default="5GB", help="Largest output file [5GB].")
-@click.option(
-    "--allow-code-execution",
-    is_flag=True,
-    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
-)
+@click.option("--on", type=click.Choice(["jobs"]), help="Run it as a Hugging Face Job.")
+@hardware_options
+@code_option
 @click.option(
     "--allow-nan",
     is_flag=True,
@@ -146,6 +149,10 @@ def merge(
     ray_address: str | None,
     device: str,
     max_shard_size: str,
+    on: str | None,
+    flavor: str | None,
+    timeout: str | None,
+    namespace: str | None,
     allow_code_execution: bool,
     allow_nan: bool,
     allow_pickle: bool,
@@ -157,11 +164,29 @@ def merge(
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import outcome
     from lewis_hub.stages.execution import Execution
+    from lewis_hub.stages.publishing import refused
 
     if repo:
         recipe = pipeline.published_at(recipe, repo)
     if no_eval:
+        if push and recipe.evaluate and recipe.evaluate.gate:
+            told = "the recipe has a quality gate, which needs scores before anything is pushed."
+            raise click.BadParameter(
+                f"{told} Leave out --push, or the gate.", param_hint="--no-eval"
+            )
         recipe = recipe.model_copy(update={"evaluate": None})
+    if on:
+        from lewis_hub.cli.jobs import merge_on_jobs
+        from lewis_hub.stages.jobs import Hardware
+
+        if not push:
+            raise click.BadParameter("a Job's disk goes with it: add --push.", param_hint="--on")
+        if output:
+            raise click.BadParameter("a Job's disk goes with it.", param_hint="--output")
+        merge_on_jobs(terminal, recipe_file, recipe, Hardware(flavor, timeout, namespace))
+    if flavor or timeout or namespace:
+        told = "they say where a Job runs: add --on jobs."
+        raise click.BadParameter(told, param_hint="--flavor, --timeout, --namespace")
     execution = Execution(
         runner=runner,
         ray_address=ray_address,
@@ -176,16 +201,27 @@ def merge(
     merged = pipeline.merge_models(
         recipe, output or recipe_file.parent / "merged", execution, terminal.progress
     )
-    published = pipeline.publish(merged.output, target, terminal.progress) if target else None
+    stays = merged.gate is not None and merged.gate.stops
+    published = None
+    if target and not stays:
+        published = pipeline.publish(merged.output, target, terminal.progress)
     terminal.finish(_document(merged, published), *outcome(merged, published))
+    if merged.gate and merged.gate.missed:
+        refusal = refused(merged.output, merged.gate, published.url if published else None)
+        click.echo(f"lewis-hub: {refusal}", err=True)
+        raise click.exceptions.Exit(refusal.exit_code)
 
 
 def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
     scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
     document = {"status": merged.status, "output": str(merged.output), "scores": scores}
+    if merged.gate:
+        document["gate"] = json.loads(merged.gate.to_json())
     if published:
         document |= published.to_json()
         document["status"] = "merged" if published.changed else "unchanged"
+    if merged.gate and merged.gate.missed:
+        document["status"] = "refused"
     return document
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import RepoName, device_option
+from lewis_hub.cli.merging import RepoName, code_option, device_option
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 
@@ -21,11 +21,7 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
 @device_option
-@click.option(
-    "--allow-code-execution",
-    is_flag=True,
-    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
-)
+@code_option
 @terminal_options
 def evaluate(
     terminal: Terminal,
@@ -58,6 +54,7 @@ def evaluate(
 @click.option("--as", "landing", type=click.Choice(["commit", "pull-request"]), default="commit")
 @click.option("--tag", help="Tag to put on the new commit.")
 @click.option("--private", is_flag=True, help="Make the repo private if it is created.")
+@click.option("--force", is_flag=True, help="Push what the quality gate refused, marked as such.")
 @terminal_options
 def push(
     terminal: Terminal,
@@ -66,6 +63,7 @@ def push(
     landing: str,
     tag: str | None,
     private: bool,
+    force: bool,
 ) -> None:
     """Publish the merged model in FOLDER to REPO in one commit; prints its address."""
     from lewis_hub import pipeline
@@ -76,7 +74,7 @@ def push(
         {"repo": repo, "as": landing, "tag": tag, "private": private}
     )
     target = pipeline.open_target(publishing)
-    published = pipeline.publish(folder, target, terminal.progress)
+    published = pipeline.publish(folder, target, terminal.progress, force=force)
     terminal.finish(published.to_json(), *publication(published))
 
 
@@ -86,8 +84,11 @@ def push(
 @click.argument("model")
 @click.option("--rebuild", is_flag=True, help="Make the merge again and compare the weights.")
 @device_option
+@code_option
 @terminal_options
-def verify(terminal: Terminal, model: str, rebuild: bool, device: str) -> None:
+def verify(
+    terminal: Terminal, model: str, rebuild: bool, device: str, allow_code_execution: bool
+) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
@@ -96,7 +97,7 @@ def verify(terminal: Terminal, model: str, rebuild: bool, device: str) -> None:
 
     verdict = pipeline.verify(
         ModelReference.model_validate(model),
-        Execution(device=device),
+        Execution(device=device, allow_code=allow_code_execution),
         terminal.progress,
         rebuild=rebuild,
     )

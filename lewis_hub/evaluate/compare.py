@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.paired import compare_items, holm
-from lewis_hub.evaluate.results import ModelResult, TaskResult
+from lewis_hub.evaluate.paired import Comparison, compare_items, holm
+from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
 from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
 
 SEED = 42  # of the paired bootstrap: the same items give the same interval
@@ -78,20 +78,30 @@ def _paired_tests(results: Mapping[str, ModelResult]) -> Iterator[tuple[str, Pai
         for name, task in merged.tasks.items():
             for key, metric in task.metrics.items():
                 rival = other.tasks[name].metrics.get(key)
-                if metric.values is None or rival is None or rival.values is None:
-                    continue
-                pairs = [
-                    (mine, theirs)
-                    for mine, theirs in zip(metric.values, rival.values, strict=True)
-                    if mine is not None and theirs is not None
-                ]
-                if not pairs:
-                    continue
-                found = compare_items([a for a, _ in pairs], [b for _, b in pairs], SEED)
-                yield (
-                    name,
-                    PairedTest(key, label, found.difference, found.ci95, p=found.p, p_holm=found.p),
-                )
+                found = paired(metric, rival) if rival else None
+                if found:
+                    yield (
+                        name,
+                        PairedTest(
+                            key, label, found.difference, found.ci95, p=found.p, p_holm=found.p
+                        ),
+                    )
+
+
+def paired(mine: MetricResult, theirs: MetricResult) -> Comparison | None:
+    """Test two results over the items that both have a number for.
+
+    Returns:
+        None where there is no such item, or the metric is no mean over items.
+    """
+    if mine.values is None or theirs.values is None:
+        return None
+    pairs = [
+        (first, second)
+        for first, second in zip(mine.values, theirs.values, strict=True)
+        if first is not None and second is not None
+    ]
+    return compare_items([a for a, _ in pairs], [b for _, b in pairs], SEED) if pairs else None
 
 
 def _adjusted(tests: list[tuple[str, PairedTest]]) -> list[tuple[str, PairedTest]]:

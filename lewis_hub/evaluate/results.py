@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.scores import finite, number, read_document
 
 VERSION = 1
@@ -67,7 +68,8 @@ class ModelResult:
             for name, task in self.tasks.items()
         }
         document = {"version": VERSION, "tasks": tasks}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        compact = (",", ":")  # a number a line would be most of the file
+        return json.dumps(document, separators=compact, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelResult:
@@ -76,18 +78,13 @@ class ModelResult:
         Raises:
             EvaluationError: the text is of another version, or no such document.
         """
-        document = read_document(text, "evaluation result", VERSION)
-        return cls(
-            {
-                name: TaskResult(
-                    version=task["version"],
-                    documents=tuple(task["documents"]),
-                    prompts=tuple(task["prompts"]),
-                    metrics={key: _metric(m) for key, m in task["metrics"].items()},
-                )
-                for name, task in document["tasks"].items()
-            }
-        )
+        name = "evaluation result"
+        document = read_document(text, name, VERSION)
+        try:
+            return cls({name: _task(task) for name, task in document["tasks"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"is damaged ({type(error).__name__}: {error})."
+            raise EvaluationError(name, problem, "Evaluate again.") from None
 
 
 def pooled(parts: Sequence[TaskResult], metric: str, value: float) -> MetricResult:
@@ -115,10 +112,16 @@ def _metric_document(metric: MetricResult) -> dict[str, Any]:
     }
 
 
+def _task(document: Mapping[str, Any]) -> TaskResult:
+    documents, prompts = tuple(document["documents"]), tuple(document["prompts"])
+    metrics = {key: _metric(metric) for key, metric in document["metrics"].items()}
+    lengths = {len(metric.values) for metric in metrics.values() if metric.values is not None}
+    if {len(prompts), *lengths} != {len(documents)}:
+        raise ValueError(f"{len(documents)} items, but other numbers of prompts or values")
+    return TaskResult(document["version"], documents, prompts, metrics)
+
+
 def _metric(document: Mapping[str, Any]) -> MetricResult:
     values = document["values"]
-    return MetricResult(
-        value=number(document["value"]),
-        values=None if values is None else tuple(values),
-        higher_is_better=document["higher_is_better"],
-    )
+    items = None if values is None else tuple(None if v is None else float(v) for v in values)
+    return MetricResult(number(document["value"]), items, document["higher_is_better"])

@@ -38,6 +38,10 @@ class CalibrationSet:
     facts: Mapping[str, Any]
     tokens: CalibrationTokens
 
+    def measured(self, how: Measure, **against: str) -> CalibrationSet:
+        """The same tokens, for one measure; `against` says which base a measure of pairs takes."""
+        return replace(self, facts={"measure": how, **self.facts, **against})
+
 
 @dataclass(frozen=True)
 class Place:

@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from lewis_hub.hub.digests import digests_of, git_sha1_of
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
-from lewis_hub.hub.target import Target, look
+from lewis_hub.hub.target import Target, look, read_text
 
 LOCK = "lewis/lock.json"
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -75,20 +73,8 @@ def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
 
 def _left_by_former_merge(asked: Asked, target: Target) -> set[str]:
     """The files that the merge now on the Hub says it left there."""
-    if LOCK not in target.digests:
-        return set()
-    with hub_failures(asked):
-        path = persist(
-            lambda: hf_hub_download(
-                asked.repo,
-                LOCK,
-                revision=target.head,
-                endpoint=asked.api.endpoint,
-                token=asked.api.token,
-            )
-        )
     try:
-        lock = json.loads(Path(path).read_text(encoding="utf-8"))
+        lock = json.loads(read_text(asked, target, LOCK) or "")
     except ValueError:
         return set()
     outputs = lock.get("outputs") if isinstance(lock, dict) else None

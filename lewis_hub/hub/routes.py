@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lewis_hub.hub import contents, discussions, lfs, pages, repositories
+from lewis_hub.hub import contents, discussions, jobs_answers, lfs, pages, repositories
 from lewis_hub.hub.access import Refusal, not_found
 from lewis_hub.hub.call import Call, answering, refused_json
 from lewis_hub.hub.faults import FaultInjector
@@ -31,6 +31,18 @@ API: tuple[tuple[str, str, Answer], ...] = (
     ("POST", "/api/validate-yaml", repositories.validate_yaml),
     ("POST", "/api/repos/create", repositories.create),
     ("DELETE", "/api/repos/delete", repositories.delete),
+    ("POST", "/api/jobs/{namespace}", jobs_answers.run),
+    ("GET", "/api/jobs/{namespace}", jobs_answers.listing),
+    ("GET", "/api/jobs/{namespace}/{id}", jobs_answers.details),
+    ("GET", "/api/jobs/{namespace}/{id}/logs", jobs_answers.logs),
+    ("POST", "/api/jobs/{namespace}/{id}/cancel", jobs_answers.cancel),
+    ("POST", "/api/scheduled-jobs/{namespace}", jobs_answers.schedule),
+    ("GET", "/api/scheduled-jobs/{namespace}", jobs_answers.schedules),
+    ("DELETE", "/api/scheduled-jobs/{namespace}/{id}", jobs_answers.unschedule),
+    ("POST", "/api/scheduled-jobs/{namespace}/{id}/run", jobs_answers.trigger),
+    ("POST", "/api/buckets/{namespace}/{name}", jobs_answers.create_bucket),
+    ("GET", "/api/buckets/{namespace}/{name}/xet-write-token", jobs_answers.bucket_token),
+    ("POST", "/api/buckets/{namespace}/{name}/batch", jobs_answers.fill_bucket),
     ("GET", "/api/{kind}", repositories.listing),
     ("GET", REPO, repositories.info),
     ("GET", REPO + "/revision/{revision}", repositories.info),

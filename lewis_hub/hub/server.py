@@ -26,6 +26,7 @@ from urllib.parse import quote
 
 from lewis_hub.errors import ExtraMissingError, HubServerError
 from lewis_hub.hub.access import Grant, Role, load_grants, save_grants
+from lewis_hub.hub.jobs_server import Jobs
 from lewis_hub.hub.store import Store
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Hub:
         url: for ``HF_ENDPOINT``.
         storage_url: the other origin, from which large files are read.
         part_bytes: larger files are uploaded in parts of this size.
+        jobs: what runs Jobs, as processes of this machine; None: nothing does.
         faults: what goes wrong; `fail`, `drop` and `faults.delay_s` set it.
     """
 
@@ -56,6 +58,7 @@ class Hub:
         self.grants = load_grants(root / "users.json")
         self.faults = Faults()
         self.part_bytes = PART_BYTES
+        self.jobs: Jobs | None = None
         self.host, self.port = "127.0.0.1", 0
         self.storage_url = ""
         self._secret = secrets.token_bytes(32)
@@ -154,7 +157,9 @@ class Hub:
 
 
 @contextmanager
-def serve(root: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
+def serve(
+    root: Path, host: str = "127.0.0.1", port: int = 0, *, jobs: bool = False
+) -> Iterator[Hub]:
     """Serve a Hub from a folder, in a thread, until the context is left.
 
     Args:
@@ -162,6 +167,7 @@ def serve(root: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             token and a read token (`Hub.write_token`, `Hub.read_token`), kept in ``users.json``.
         host: an address of 127.0.0.0/8.
         port: 0 takes a free one.
+        jobs: run the commands of Jobs that clients with a write token send, on this machine.
 
     Raises:
         ExtraMissingError: the extra ``demo`` is not installed.
@@ -176,6 +182,8 @@ def serve(root: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
         hub.host, hub.port = sockets[0].getsockname()[:2]
         other = sockets[1].getsockname()[0] if sockets[1:] else "localhost"
         hub.storage_url = f"http://{other}:{hub.port}"
+        if jobs:
+            hub.jobs = Jobs(root, hub.url)
         server = _server(hub)
         thread = threading.Thread(target=server.run, args=(sockets,), name="lewis-hub", daemon=True)
         thread.start()
@@ -183,6 +191,8 @@ def serve(root: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
             _await_start(server, thread)
             yield hub
         finally:
+            if hub.jobs:
+                hub.jobs.close()
             server.should_exit = True
             thread.join()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -60,6 +62,26 @@ def look(asked: Asked, revision: str = MAIN) -> Target:
         for file in info.siblings or ()
     }
     return Target(asked.repo, info.sha, digests)
+
+
+def read_text(asked: Asked, target: Target, path: str) -> str | None:
+    """A small text file of the repo as it was seen; None where it has none, or no text."""
+    if path not in target.digests:
+        return None
+    with hub_failures(asked):
+        file = persist(
+            lambda: hf_hub_download(
+                asked.repo,
+                path,
+                revision=target.head,
+                endpoint=asked.api.endpoint,
+                token=asked.api.token,
+            )
+        )
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _require_name(asked: Asked) -> None:

@@ -10,7 +10,6 @@ Shard format: https://huggingface.co/docs/xet/shard
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import secrets
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lewis_hub.files import sha256_of
 from lewis_hub.hub.access import Refusal
 from lewis_hub.hub.blobs import Blobs
 
@@ -36,7 +36,7 @@ TOKEN_S = 3600
 class UploadedFile:
     """A file that a shard describes, by its Xet hash."""
 
-    sha256: str
+    sha256: str | None  # where the client told it
     xet_hash: str
     size_bytes: int
 
@@ -55,9 +55,22 @@ def take_in(root: Path, blobs: Blobs, sha256: str) -> int | None:
     for shard in (root / "xet").glob(f"*/{STAGE}/shards/*.mdb"):
         for file in _files(shard.read_bytes()):
             if file.sha256 == sha256:
-                _rebuild(shard.parent.parent, blobs, file)
+                target = blobs.path(sha256)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _rebuild(shard.parent.parent, file, target)
                 return file.size_bytes
     return None
+
+
+def join(root: Path, xet_hash: str, target: Path) -> bool:
+    """Put a file together that is named by its Xet hash; False if nobody uploaded it."""
+    for shard in (root / "xet").glob(f"*/{STAGE}/shards/*.mdb"):
+        for file in _files(shard.read_bytes()):
+            if file.xet_hash == xet_hash:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _rebuild(shard.parent.parent, file, target)
+                return True
+    return False
 
 
 def sweep(root: Path, blobs: Blobs) -> None:
@@ -65,7 +78,8 @@ def sweep(root: Path, blobs: Blobs) -> None:
     for folder in (root / "xet").glob("*"):
         shards = list(folder.glob(f"{STAGE}/shards/*.mdb"))
         files = [file for shard in shards for file in _files(shard.read_bytes())]
-        if files and all(blobs.size_bytes(file.sha256) is not None for file in files):
+        digests = [file.sha256 for file in files if file.sha256]
+        if digests and all(blobs.size_bytes(digest) is not None for digest in digests):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -81,9 +95,11 @@ def _files(shard: bytes) -> Iterator[UploadedFile]:
             for n in range(n_segments)
         ]
         offset += n_segments * ENTRY_BYTES * (2 if flags & HAS_VERIFICATION else 1)
+        sha256 = None
         if flags & HAS_SHA256:
-            yield UploadedFile(_hexadecimal(shard[offset : offset + 32]), xet_hash, sum(sizes))
+            sha256 = _hexadecimal(shard[offset : offset + 32])
             offset += ENTRY_BYTES
+        yield UploadedFile(sha256, xet_hash, sum(sizes))
 
 
 def _hexadecimal(digest: bytes) -> str:
@@ -91,7 +107,7 @@ def _hexadecimal(digest: bytes) -> str:
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", digest))
 
 
-def _rebuild(stage: Path, blobs: Blobs, file: UploadedFile) -> None:
+def _rebuild(stage: Path, file: UploadedFile, target: Path) -> None:
     """Let hf_xet join a file's chunks.
 
     The client may still hold the lock of its folder's index, so hf_xet works on a copy of that, and
@@ -99,7 +115,7 @@ def _rebuild(stage: Path, blobs: Blobs, file: UploadedFile) -> None:
     """
     import hf_xet  # type: ignore[import-untyped]
 
-    with tempfile.TemporaryDirectory(dir=blobs.folder.parent, prefix=".xet-") as name:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".xet-") as name:
         shutil.copytree(stage, Path(name) / STAGE, ignore=lambda *_: ("shards", "xorbs"))
         for kind in ("shards", "xorbs"):
             (Path(name) / STAGE / kind).mkdir(parents=True)
@@ -114,9 +130,6 @@ def _rebuild(stage: Path, blobs: Blobs, file: UploadedFile) -> None:
         with group:
             wanted = hf_xet.XetFileInfo(file.xet_hash, file.size_bytes)
             group.start_download_file(wanted, str(joined))
-        with joined.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != file.sha256:
-                raise Refusal(400, "The uploaded chunks do not give the file that was promised")
-        target = blobs.path(file.sha256)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.sha256 and sha256_of(joined) != file.sha256:
+            raise Refusal(400, "The uploaded chunks do not give the file that was promised")
         joined.replace(target)

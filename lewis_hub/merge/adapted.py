@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Reader, TensorReader, whole_tensor
-from lewis_hub.merge import low_rank
+from lewis_hub.merge import arithmetic
 from lewis_hub.merge.operands import FORMATS
+from lewis_hub.merge.plain import widened
 from lewis_hub.merge.scaled import BLOCK, fill
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ class AdapterReader:
             return
         fill(into, first_byte, lambda first, n: self._piece(tensor.name, adapted, first, n))
 
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
+        """Bytes in their place, where nothing is adapted."""
+        if tensor.adapted:
+            return None
+        return self._base.view(tensor, first_byte, n_bytes)
+
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
         return whole_tensor(self, tensor)
@@ -85,7 +92,8 @@ class AdapterReader:
             self._update(adapted.update, factors, first, values)
             if factors.lengths is not None:
                 n_columns, axis = factors.right.shape[1], int(adapted.update.transposed)
-                low_rank.multiply(values, first, n_columns, axis, factors.lengths)
+                with np.errstate(invalid="ignore"):  # told as what is not finite
+                    values *= factors.lengths[_lines(first, n, n_columns, axis)]
         return values
 
     def _start(self, adapted: Adapted, first: int, n: int) -> Floats:
@@ -96,7 +104,7 @@ class AdapterReader:
 
     def _update(self, update: LowRank, factors: Factors, first: int, values: Floats) -> None:
         scale = np.float32(update.scale)
-        low_rank.add_low_rank(values, first, factors.left, factors.right, scale)
+        arithmetic.add_low_rank(values, first, factors.left, factors.right, scale)
 
     def _factors(self, name: str, adapted: Adapted, update: LowRank) -> Factors:
         """From the file, or as they were left there; two threads may both compute the same."""
@@ -131,14 +139,21 @@ class AdapterReader:
         for first in range(0, n_rows * n_columns, BLOCK):
             values = self._start(adapted, first, min(BLOCK, n_rows * n_columns - first))
             self._update(update, factors, first, values)
-            low_rank.add_squares(values, first, n_columns, axis, squares)
+            lines = _lines(first, len(values), n_columns, axis)
+            np.add.at(squares, lines, np.square(values, dtype=np.float64))  # in their order
         return np.sqrt(squares).astype(np.float32)
 
 
 def floats(reader: Reader, tensor: TensorHeader, first: int, n: int) -> Floats:
     """Elements [first, first + n) of a tensor, as float32."""
     width = WIDTHS[tensor.dtype]
-    raw, values = np.empty(n * width, np.uint8), np.empty(n, np.float32)
+    raw = np.empty(n * width, np.uint8)
     reader.read(tensor, first * width, raw.data)
-    low_rank.widened(raw, FORMATS[tensor.dtype], values)
+    values: Floats = widened(raw, FORMATS[tensor.dtype], n)
     return values
+
+
+def _lines(first: int, n: int, n_columns: int, axis: int) -> npt.NDArray[np.int64]:
+    """The row, or for axis 1 the column, of each of n elements of a matrix."""
+    places = np.arange(first, first + n)
+    return places % n_columns if axis else places // n_columns

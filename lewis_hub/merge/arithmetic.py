@@ -1,13 +1,15 @@
-"""The arithmetic on pieces: compiled by numba, or in numpy where numba cannot be had."""
+"""The arithmetic on pieces: compiled by LLVM, or in numpy where that cannot be had."""
 
 from __future__ import annotations
 
 try:
     from lewis_hub.merge.counting import count_high, count_low, magnitudes, sort_out
     from lewis_hub.merge.kernels import average, merge_task_vectors
+    from lewis_hub.merge.low_rank import add_low_rank
     from lewis_hub.merge.scaling import scale_up
-except ImportError:  # no numba for this machine; slower, and the same bytes
+except ImportError:  # no llvmlite for this machine; slower, and the same bytes
     from lewis_hub.merge.plain import (
+        add_low_rank,
         average,
         count_high,
         count_low,
@@ -18,6 +20,7 @@ except ImportError:  # no numba for this machine; slower, and the same bytes
     )
 
 __all__ = [
+    "add_low_rank",
     "average",
     "count_high",
     "count_low",

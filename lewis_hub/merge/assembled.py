@@ -99,6 +99,12 @@ class AssemblingReader:
                 found = _floats(self._readers[source], part, start, end - begin)
                 piece[:] = found.view(np.uint8).data
 
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
+        """Bytes in their place, where nothing is assembled."""
+        if tensor.name in self._assembled:
+            return None
+        return self._own.view(tensor, first_byte, n_bytes)
+
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
         return whole_tensor(self, tensor)

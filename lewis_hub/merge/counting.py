@@ -1,157 +1,222 @@
-"""The kernels that look for a threshold: what the magnitudes of task vectors are.
+"""The loops that look for a threshold: what the magnitudes of task vectors are.
 
 A magnitude is the 31 bits of a float32 without its sign; their order is that of the numbers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-import numpy as np
-
-from lewis_hub.merge.bits import ABSOLUTE, as_bits, compiled, inner, widen
-from lewis_hub.merge.kernels import subtract
+from lewis_hub.merge.bits import magnitude
+from lewis_hub.merge.lanes import U32, U64, Code, Value
+from lewis_hub.merge.native import Native, address_of, addresses_of, compiled
 from lewis_hub.merge.operands import (
     ABOVE,
     AT_HIGH,
     AT_LOW,
-    BLOCK,
     INSIDE,
+    LANES,
     LOW_BITS,
     LOW_MASK,
-    TRIM,
+    Piece,
 )
+from lewis_hub.merge.strips import Strip, sources_at, strips
 
-STRIP = 16  # elements that are looked at together, to pass over what is rare
-ONE = np.uint32(1)
+TALLY_BYTES = 4 * 8
 
 
-@compiled
-def magnitudes(raw: Any, kinds: Any, n: int, found: Any) -> None:
+def magnitudes(piece: Piece, found: Any) -> None:
     """Write the magnitudes of each expert's task vector.
 
     Args:
-        raw: (n_sources, bytes) uint8: a piece of each source, the base first.
-        kinds: (n_sources,) int64: formats of `bits`.
-        n: elements in the piece.
-        found: (n_experts, >= n) uint32, written.
+        piece: of all sources.
+        found: one an expert: (>= n + LANES,) uint32, written; what lies behind n is rubbish.
     """
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for first in range(0, n, BLOCK):
-        length = min(BLOCK, n - first)
-        widen(raw[0], kinds[0], first, length, base)
-        for e in range(found.shape[0]):
-            subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
-            for i in range(length):
-                found[e, first + i] = as_bits(delta[i]) & ABSOLUTE
+    run = _magnitudes(tuple(piece.kinds.tolist()))
+    arrays = addresses_of(piece.raw), addresses_of(found)
+    run(piece.n, *(address_of(array) for array in arrays))
 
 
-@compiled
-def sort_out(  # noqa: PLR0913
-    raw: Any, kinds: Any, n: int, modes: Any, low: Any, high: Any, tally: Any, inside: Any
-) -> None:
+def sort_out(piece: Piece, chosen: tuple[int, ...], ends: Any, tally: Any, inside: Any) -> None:
     """Count the magnitudes above a bracket and on its ends, and collect those inside it.
 
     Args:
-        raw: as for `magnitudes`.
-        kinds: as for `magnitudes`.
-        n: elements in the piece.
-        modes: (n_experts,) int64: only those that are trimmed are looked at.
-        low: (n_experts,) uint32: the lower end of the bracket.
-        high: (n_experts,) uint32: its upper end.
+        piece: of all sources.
+        chosen: numbers of the experts that are looked at.
+        ends: (2, n_experts) uint32: the lower and the upper end of each bracket.
         tally: (n_experts, 4) int64, added to: above, at high, at low, inside.
-        inside: (n_experts, room + BLOCK) uint32, filled as far as the tally's last column says;
+        inside: (n_experts, room + LANES) uint32, filled as far as the tally's last column says;
             where that reaches `room`, some found none.
     """
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    found = np.empty(BLOCK, np.uint32)
-    for first in range(0, n, BLOCK):
-        length = min(BLOCK, n - first)
-        widen(raw[0], kinds[0], first, length, base)
-        for e in range(modes.size):
-            if modes[e] != TRIM:
-                continue
-            subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
-            above, at_high, at_low = np.uint32(0), np.uint32(0), np.uint32(0)
-            bottom, top = low[e], high[e]
-            for i in range(length):
-                magnitude = as_bits(delta[i]) & ABSOLUTE
-                found[i] = magnitude
-                above += np.uint32(magnitude > top)
-                at_high += np.uint32(magnitude == top)
-                at_low += np.uint32(magnitude == bottom)
-            tally[e, ABOVE] += above
-            tally[e, AT_HIGH] += at_high
-            tally[e, AT_LOW] += at_low
-            tally[e, INSIDE] = collect(found, length, bottom, top, inside[e], tally[e, INSIDE])
+    run = _sort_out(tuple(piece.kinds.tolist()), chosen)
+    arrays = addresses_of(piece.raw), ends[0], ends[1], tally, addresses_of(inside)
+    run(piece.n, inside.shape[1] - LANES, *(address_of(array) for array in arrays))
 
 
-@inner
-def collect(found: Any, n: int, low: Any, high: Any, inside: Any, n_inside: Any) -> Any:
-    """Put down what lies between low and high, strip by strip: most strips hold none of it.
-
-    Returns:
-        How many lie in `inside` now, at most its room.
-    """
-    begin = low + ONE
-    # one comparison for two: below `begin`, the difference wraps around
-    width = high - begin if high > low else np.uint32(0)
-    for start in range(0, n, STRIP):
-        stop = min(start + STRIP, n)
-        hits = np.uint32(stop - start < STRIP)
-        if not hits:
-            for i in range(STRIP):
-                hits |= np.uint32((found[start + i] - begin) < width)
-        if hits:
-            for i in range(start, stop):  # the next one goes on top of an unwanted one
-                inside[n_inside] = found[i]
-                n_inside += np.int64((found[i] - begin) < width)
-    return min(n_inside, inside.size - BLOCK)
-
-
-@compiled
-def count_high(raw: Any, kinds: Any, n: int, modes: Any, counts: Any) -> None:
+def count_high(piece: Piece, chosen: tuple[int, ...], counts: Any) -> None:
     """Count the magnitudes of task vectors by their high 16 bits.
 
     Args:
-        raw: as for `magnitudes`.
-        kinds: as for `magnitudes`.
-        n: elements in the piece.
-        modes: (n_experts,) int64: only those that are trimmed are counted.
+        piece: of all sources.
+        chosen: numbers of the experts that are looked at.
         counts: (n_experts, HIGH_BINS) uint32, added to.
     """
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for first in range(0, n, BLOCK):
-        length = min(BLOCK, n - first)
-        widen(raw[0], kinds[0], first, length, base)
-        for e in range(modes.size):
-            if modes[e] == TRIM:
-                subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
-                for i in range(length):
-                    magnitude = as_bits(delta[i]) & ABSOLUTE
-                    counts[e, magnitude >> LOW_BITS] += ONE
+    run = _count_high(tuple(piece.kinds.tolist()), chosen)
+    arrays = addresses_of(piece.raw), addresses_of(counts)
+    run(piece.n, *(address_of(array) for array in arrays))
 
 
-@compiled
-def count_low(raw: Any, kinds: Any, n: int, chosen: Any, counts: Any) -> None:
-    """Count, among magnitudes with the chosen high bits, by the low 15 bits.
+def count_low(piece: Piece, chosen: tuple[int, ...], high: Any, counts: Any) -> None:
+    """Count, among magnitudes with certain high bits, by the low 15 bits.
 
     Args:
-        raw: as for `magnitudes`.
-        kinds: as for `magnitudes`.
-        n: elements in the piece.
-        chosen: (n_experts,) int64: the high bits; -1 where an expert is not trimmed.
+        piece: of all sources.
+        chosen: numbers of the experts that are looked at.
+        high: (n_experts,) uint32: the high bits.
         counts: (n_experts, LOW_BINS) uint32, added to.
     """
-    base, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for first in range(0, n, BLOCK):
-        length = min(BLOCK, n - first)
-        widen(raw[0], kinds[0], first, length, base)
-        for e in range(chosen.size):
-            if chosen[e] >= 0:
-                high = np.uint32(chosen[e])
-                subtract(raw[e + 1], kinds[e + 1], first, length, base, delta)
-                for i in range(length):
-                    magnitude = as_bits(delta[i]) & ABSOLUTE
-                    if magnitude >> LOW_BITS == high:
-                        counts[e, magnitude & LOW_MASK] += ONE
+    run = _count_low(tuple(piece.kinds.tolist()), chosen)
+    arrays = addresses_of(piece.raw), high, addresses_of(counts)
+    run(piece.n, *(address_of(array) for array in arrays))
+
+
+@cache
+def _magnitudes(kinds: tuple[int, ...]) -> Native:
+    def write(code: Code) -> None:
+        experts = tuple(range(len(kinds) - 1))
+        found = [_address(code, "found", e) for e in experts]
+        with _sizes(code, kinds, experts) as (strip, sizes):
+            for size, place in zip(sizes, found, strict=True):
+                code.store(size, place + strip.first * 4)
+        code.give_back(code.number(0))
+
+    return compiled("magnitudes", ("n", "raw", "found"), write)
+
+
+@cache
+def _sort_out(kinds: tuple[int, ...], chosen: tuple[int, ...]) -> Native:
+    def write(code: Code) -> None:
+        brackets = [_Bracket(code, e) for e in chosen]
+        with _sizes(code, kinds, chosen) as (strip, sizes):
+            for size, bracket in zip(sizes, brackets, strict=True):
+                bracket.look_at(size, strip)
+        for bracket in brackets:
+            bracket.tell()
+        code.give_back(code.number(0))
+
+    return compiled("sort_out", ("n", "room", "raw", "low", "high", "tally", "inside"), write)
+
+
+@cache
+def _count_high(kinds: tuple[int, ...], chosen: tuple[int, ...]) -> Native:
+    def write(code: Code) -> None:
+        bins = [_address(code, "counts", e) for e in chosen]
+        _each(code, kinds, chosen, lambda size, place: _count(code, bins[place], size >> LOW_BITS))
+        code.give_back(code.number(0))
+
+    return compiled("count_high", ("n", "raw", "counts"), write)
+
+
+@cache
+def _count_low(kinds: tuple[int, ...], chosen: tuple[int, ...]) -> Native:
+    def write(code: Code) -> None:
+        bins = [_address(code, "counts", e) for e in chosen]
+        high = [code.load(code.arguments["high"] + 4 * e, U32) for e in chosen]
+
+        def look_at(size: Value, place: int) -> None:
+            with code.when((size >> LOW_BITS).equals(high[place])):
+                _count(code, bins[place], size & LOW_MASK)
+
+        _each(code, kinds, chosen, look_at)
+        code.give_back(code.number(0))
+
+    return compiled("count_low", ("n", "raw", "high", "counts"), write)
+
+
+class _Bracket:
+    """What is found of one expert."""
+
+    def __init__(self, code: Code, e: int) -> None:
+        self._code = code
+        self._low = code.load(code.arguments["low"] + 4 * e, U32).everywhere()
+        self._high = code.load(code.arguments["high"] + 4 * e, U32).everywhere()
+        self._tally = code.arguments["tally"] + TALLY_BYTES * e
+        self._inside = _address(code, "inside", e)
+        self._n_inside = code.variable(code.load(self._tally + 8 * INSIDE, U64))
+        self._counts = {at: code.variable(code.many(0, U32)) for at in (ABOVE, AT_HIGH, AT_LOW)}
+        self._held = code.room(4 * LANES)
+
+    def look_at(self, size: Value, strip: Strip) -> None:
+        """Sort out a strip."""
+        self._add(ABOVE, size > self._high)
+        self._add(AT_HIGH, size.equals(self._high) & strip.valid)
+        self._add(AT_LOW, size.equals(self._low) & strip.valid)
+        self._collect(size, (size > self._low) & (size < self._high))
+
+    def tell(self) -> None:
+        """Add what was counted to the tally."""
+        code = self._code
+        for at, count in self._counts.items():
+            code.store(count.value, self._held)
+            with code.counting(code.number(0), code.number(4 * LANES), 4) as i:
+                found = code.load(self._held + i, U32).widened(U64)
+                place = self._tally + 8 * at
+                code.store(code.load(place, U64) + found, place)
+        code.store(self._n_inside.value, self._tally + 8 * INSIDE)
+
+    def _add(self, at: int, hits: Value) -> None:
+        count = self._counts[at]
+        count.set(count.value + hits.widened(U32))
+
+    def _collect(self, size: Value, hits: Value) -> None:
+        code, n_inside, room = self._code, self._n_inside, self._code.arguments["room"]
+        left = code.variable(hits.packed)
+        with code.when(left.value.differs(0)):
+            code.store(size, self._held)
+            with code.repeating() as leave:
+                leave(left.value.equals(0))
+                lane = left.value.lowest_bit.widened(U64)
+                found = code.load(self._held + lane * 4, U32)
+                code.store(found, self._inside + n_inside.value * 4)
+                n_inside.set(n_inside.value + 1)
+                left.set(left.value & (left.value - 1))
+            n_inside.set(n_inside.value.where(n_inside.value < room, room))
+
+
+@contextmanager
+def _sizes(
+    code: Code, kinds: tuple[int, ...], chosen: tuple[int, ...]
+) -> Iterator[tuple[Strip, list[Value]]]:
+    """Run for each strip, with the magnitudes of the chosen experts' task vectors."""
+    with strips(sources_at(code, kinds)) as strip:
+        base = strip.read(0)
+        yield strip, [magnitude(strip.read(e + 1) - base) for e in chosen]
+
+
+def _each(
+    code: Code,
+    kinds: tuple[int, ...],
+    chosen: tuple[int, ...],
+    look_at: Callable[[Value, int], None],
+) -> None:
+    """Look at the magnitudes one by one; beside each, the place of its expert in `chosen`."""
+    held = code.room(4 * LANES)
+    with _sizes(code, kinds, chosen) as (strip, sizes):
+        for place, size in enumerate(sizes):
+            code.store(size, held)
+            left = code.arguments["n"] - strip.first
+            n = left.where(left < LANES, code.number(LANES))
+            with code.counting(code.number(0), n) as i:
+                look_at(code.load(held + i * 4, U32), place)
+
+
+def _count(code: Code, bins: Value, which: Value) -> None:
+    place = bins + which.widened(U64) * 4
+    code.store(code.load(place, U32) + 1, place)
+
+
+def _address(code: Code, name: str, place: int) -> Value:
+    return code.load(code.arguments[name] + 8 * place, U64)

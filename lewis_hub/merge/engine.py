@@ -101,7 +101,7 @@ def merge_shard(
     """Make one shard from the beginning; the arguments are those of `run`."""
     from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.devices import make_on_device
-    from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports numba
+    from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
     from lewis_hub.merge.mending import MendingReader, mending
     from lewis_hub.merge.pieces import Desks, Job, Site
 
@@ -169,7 +169,7 @@ def _on_worker(folders: Mapping[str, Path], output: Path, plan: ShardPlan) -> Sh
 
 def open_source(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:
     """Open a source, or an adapter on its `base`; `folders` are those of `run`. Close it."""
-    from lewis_hub.merge.scaled import ScaledReader  # imports numba
+    from lewis_hub.merge.scaled import ScaledReader  # imports llvmlite
 
     own = TensorReader(folders[label], label)
     if base is None:
@@ -184,7 +184,7 @@ def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
 
     A large tensor is made by all workers together, of small ones each by one worker.
     """
-    from lewis_hub.merge.tensors import make_tensor  # imports numba
+    from lewis_hub.merge.tensors import make_tensor  # imports llvmlite
 
     def is_large(job: Job) -> bool:
         return job.tensor.output.n_elements > runner.large_elements

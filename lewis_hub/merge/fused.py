@@ -113,8 +113,10 @@ def _mode(fused: Fused, density: float, n_elements: int) -> int:
     if fused.thins == TRIM:
         k = n_kept(n_elements, density)
         return KEEP_ALL if k == n_elements else TRIM if k else KEEP_NONE
-    if fused.thins in (DRAW, RANK):
-        return KEEP_ALL if density >= 1 else fused.thins
+    if fused.thins == RANK:
+        return KEEP_ALL if density >= 1 else RANK
+    if fused.thins == DRAW:
+        return KEEP_ALL if density >= 1 else DRAW if random_bits.below(density) else KEEP_NONE
     return KEEP_ALL
 
 

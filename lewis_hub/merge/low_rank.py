@@ -1,29 +1,24 @@
-"""The hot loops of LoRA adapters: a piece of W + scale · left @ right, from raw bytes.
+"""The loop of LoRA adapters: a piece of W + scale · left @ right.
 
 Every element is summed over the rank in order, by itself: however a tensor is cut into pieces, and
 on whichever machine, the bits are the same. A BLAS promises neither.
-
-numba's cache on disk notices a change of this file only, not of `bits.py`.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from lewis_hub.merge.bits import compiled, widen
+from lewis_hub.merge.lanes import F32, Code, Value
+from lewis_hub.merge.native import Native, address_of, compiled
+from lewis_hub.merge.operands import LANES
 
-CHUNK = 2048  # elements of a row whose sums stay in the first-level cache
-
-
-@compiled
-def widened(raw: Any, kind: int, out: Any) -> None:
-    """Read raw bytes of a format of `bits` as float32; `out` says how many elements."""
-    widen(raw, kind, 0, out.size, out)
+TOGETHER = 4  # strips of a row whose sums stay in registers
+ADD = ("n", "first", "columns", "rank", "values", "left", "right", "scale")
 
 
-@compiled
 def add_low_rank(values: Any, first: int, left: Any, right: Any, scale: Any) -> None:
     """Add scale · left @ right to a piece of a matrix.
 
@@ -35,48 +30,53 @@ def add_low_rank(values: Any, first: int, left: Any, right: Any, scale: Any) -> 
         scale: float32.
     """
     rank, n_columns = right.shape
-    sums = np.empty(CHUNK, np.float32)
-    done = 0
-    while done < values.size:
-        row, column = (first + done) // n_columns, (first + done) % n_columns
-        n = min(CHUNK, n_columns - column, values.size - done)
-        sums[:n] = 0
-        whole = rank - rank % 4
-        for k in range(0, whole, 4):  # four at a time halve the traffic; the order is the same
-            b0, b1, b2, b3 = left[row, k], left[row, k + 1], left[row, k + 2], left[row, k + 3]
-            a0, a1 = right[k, column : column + n], right[k + 1, column : column + n]
-            a2, a3 = right[k + 2, column : column + n], right[k + 3, column : column + n]
-            for j in range(n):
-                sums[j] = (((sums[j] + b0 * a0[j]) + b1 * a1[j]) + b2 * a2[j]) + b3 * a3[j]
-        for k in range(whole, rank):
-            b, a = left[row, k], right[k, column : column + n]
-            for j in range(n):
-                sums[j] = sums[j] + b * a[j]
-        for j in range(n):
-            values[done + j] = values[done + j] + scale * sums[j]
-        done += n
+    arrays = (values, left, right, np.array([scale], np.float32))
+    numbers = (values.size, first, n_columns, rank)
+    _adding()(*numbers, *(address_of(array) for array in arrays))
 
 
-@compiled
-def add_squares(values: Any, first: int, n_columns: int, axis: int, sums: Any) -> None:
-    """Add the squares of a piece to those of its rows, or of its columns.
+@cache
+def _adding() -> Native:
+    def write(code: Code) -> None:
+        given = code.arguments
+        n, columns = given["n"], given["columns"]
+        scale = code.load(given["scale"], F32)
+        done = code.variable(code.number(0))
+        with code.repeating() as leave:  # row by row, or what of it belongs to the piece
+            leave(done.value >= n)
+            place = given["first"] + done.value
+            row, column = place / columns, code.variable(place % columns)
+            left = given["left"] + row * given["rank"] * 4
+            stop = columns.smallest(column.value + (n - done.value))
+            values = given["values"] + (done.value - column.value) * 4
+            done.set(done.value + stop - column.value)
+            for n_strips in (TOGETHER, 1, 0):
+                step = max(n_strips * LANES, 1)
+                with code.repeating() as end:
+                    end(column.value + step > stop)
+                    _add_strips(code, n_strips, column.value, left, values, scale)
+                    column.set(column.value + step)
+        code.give_back(code.number(0))
 
-    Args:
-        values: (n,) float32: elements [first, first + n) of a matrix.
-        first: the piece's first element.
-        n_columns: of the matrix.
-        axis: 0 for rows, 1 for columns.
-        sums: (rows,) or (columns,) float64, added to.
-    """
-    for i in range(values.size):
-        place = (first + i) % n_columns if axis else (first + i) // n_columns
-        wide = np.float64(values[i])
-        sums[place] += wide * wide
+    return compiled("add_low_rank", ADD, write)
 
 
-@compiled
-def multiply(values: Any, first: int, n_columns: int, axis: int, factors: Any) -> None:
-    """Multiply a piece by a factor a row, or a column; the other arguments as above."""
-    for i in range(values.size):
-        place = (first + i) % n_columns if axis else (first + i) // n_columns
-        values[i] = values[i] * factors[place]
+def _add_strips(  # noqa: PLR0913
+    code: Code, n_strips: int, column: Value, left: Value, values: Value, scale: Value
+) -> None:
+    """Work on neighbouring strips of a row; n_strips is 0: on one element."""
+    given, n = code.arguments, LANES if n_strips else 0
+    at = [column * 4 + i * 4 * LANES for i in range(max(n_strips, 1))]
+
+    def spread(value: Value) -> Value:
+        return value.everywhere() if n else value
+
+    sums = [code.variable(code.many(0.0, F32) if n else code.number(0, F32)) for _ in at]
+    with code.counting(code.number(0), given["rank"]) as k:
+        factor = spread(code.load(left + k * 4, F32))
+        right = given["right"] + k * given["columns"] * 4
+        for total, place in zip(sums, at, strict=True):
+            total.set(total.value + factor * code.load(right + place, F32, n))
+    for total, place in zip(sums, at, strict=True):
+        before = code.load(values + place, F32, n)
+        code.store(before + spread(scale) * total.value, values + place)

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 BLOCK = 2048  # elements; even, because one random word serves two
+LANES = 16  # elements worked on at once: one register of AVX-512, two of AVX, four of NEON
 KEEP_ALL, KEEP_NONE, TRIM, DRAW, RANK = 0, 1, 2, 3, 4  # what becomes of an expert's task vector
 
 BF16, F16, F32 = 0, 1, 2
 FORMATS = {"BF16": BF16, "F16": F16, "F32": F32}  # safetensors' names
 
 HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # the 31 bits of a magnitude, in two steps
-LOW_BITS, LOW_MASK = np.uint32(15), np.uint32(LOW_BINS - 1)
+LOW_BITS, LOW_MASK = 15, LOW_BINS - 1
 ABOVE, AT_HIGH, AT_LOW, INSIDE = 0, 1, 2, 3  # columns of a tally
 
 
 class Piece(NamedTuple):
     """A piece of a tensor: raw bytes of all sources, and room for the result."""
 
-    raw: Any  # (n_sources, bytes) uint8, the base first
+    raw: Any  # one a source, the base first: (bytes,) uint8
     kinds: Any  # (n_sources,) int64: values of FORMATS
     n: int  # elements
     first: int  # the piece's first element within the tensor; a multiple of `block`
     block: int  # elements that are worked on together: BLOCK, or a row where ranks are asked for
-    out: Any  # (bytes,) uint8, written
+    out: Any  # (bytes,) uint8, written: with room for LANES more elements
     out_kind: int
 
 

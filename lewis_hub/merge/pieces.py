@@ -18,11 +18,11 @@ from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.merge.fused import block_of
-from lewis_hub.merge.operands import BLOCK, FORMATS, Piece
+from lewis_hub.merge.operands import BLOCK, FORMATS, LANES, Piece
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
 
-RAW_BYTES = 768 * 1024  # of all sources in one piece: what the second-level cache holds
+RAW_BYTES = 6 << 20  # of all sources in one piece: to map so much costs little beside the work
 
 Span = range  # of elements; begins at a multiple of the job's block
 
@@ -59,7 +59,8 @@ class Desks:
         try:
             desk = self._free.get_nowait()
         except queue.Empty:
-            raw, out = np.empty(self._shape, np.uint8), np.empty(self._shape[1], np.uint8)
+            raw = np.empty(self._shape, np.uint8)
+            out = np.empty(self._shape[1] + 4 * LANES, np.uint8)
             desk = Desk(raw, out)
         try:
             yield desk
@@ -118,8 +119,8 @@ class Job:
             most = desk.n_elements // self.block * self.block
             for first in range(span.start, span.stop, most):
                 n = min(most, span.stop - first)
-                self._read(desk, first, n, 0)
-                yield Piece(self._rows(desk), self.kinds, n, first, self.block, desk.out, kind)
+                raw = self._look(desk, first, n)
+                yield Piece(raw, self.kinds, n, first, self.block, desk.out, kind)
 
     def samples(self, starts: Sequence[int], length: int) -> Iterator[Piece]:
         """Runs of `length` entries from each of `starts`, as many to a piece as it holds."""
@@ -131,7 +132,8 @@ class Job:
                 for place, first in enumerate(taken):
                     self._read(desk, first, length, place * length)
                 n = len(taken) * length
-                yield Piece(self._rows(desk), self.kinds, n, 0, BLOCK, desk.out, kind)
+                raw = desk.raw[: len(self.tensor.inputs)]
+                yield Piece(raw, self.kinds, n, 0, BLOCK, desk.out, kind)
 
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""
@@ -152,13 +154,19 @@ class Job:
         """Say that its bytes are final."""
         self.site.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
 
-    def _rows(self, desk: Desk) -> npt.NDArray[np.uint8]:
-        """As many as there are inputs."""
-        return desk.raw[: len(self.tensor.inputs)]
+    def _look(self, desk: Desk, first: int, n: int) -> tuple[npt.NDArray[np.uint8], ...]:
+        """Elements [first, first + n) of every input: where they lie, else on the desk."""
+        found = []
+        for reader, tensor, row in zip(self.readers, self.tensor.inputs, desk.raw, strict=False):
+            width = WIDTHS[tensor.dtype]
+            view = reader.view(tensor, first * width, n * width)
+            if view is None:
+                view = row.data[: n * width]
+                reader.read(tensor, first * width, view)
+            found.append(np.frombuffer(view, np.uint8))
+        return tuple(found)
 
     def _read(self, desk: Desk, first: int, n: int, place: int) -> None:
-        for reader, tensor, row in zip(
-            self.readers, self.tensor.inputs, self._rows(desk), strict=True
-        ):
+        for reader, tensor, row in zip(self.readers, self.tensor.inputs, desk.raw, strict=False):
             width = WIDTHS[tensor.dtype]
             reader.read(tensor, first * width, row.data[place * width : (place + n) * width])

@@ -1,7 +1,7 @@
-"""What the kernels do, in numpy: where numba cannot compile. The bytes are the same.
+"""What the kernels do, in numpy: where there is no compiler. The bytes are the same.
 
-Every function stands for the one of its name in `kernels`, `counting` or `scaling`, and is
-documented there.
+Every function stands for the one of its name in `kernels`, `counting`, `scaling` or `low_rank`,
+and is documented there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lewis_hub.merge.operands import (
     F32,
     INSIDE,
     KEEP_ALL,
+    LANES,
     LOW_BITS,
     LOW_MASK,
     RANK,
@@ -36,16 +37,17 @@ EXPONENTS = {BF16: 0x7F80, F16: 0x7C00, F32: 0x7F800000}
 ZERO = np.float32(0)
 
 
-def magnitudes(raw: Any, kinds: Any, n: int, found: Any) -> None:  # noqa: D103
-    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
-        found[e, :n] = _bits(delta)
+def magnitudes(piece: Piece, found: Any) -> None:  # noqa: D103
+    for e, delta in enumerate(_task_vectors(piece)):
+        found[e, : piece.n] = _bits(delta)
 
 
-def sort_out(  # noqa: D103, PLR0913
-    raw: Any, kinds: Any, n: int, modes: Any, low: Any, high: Any, tally: Any, inside: Any
+def sort_out(  # noqa: D103
+    piece: Piece, chosen: tuple[int, ...], ends: Any, tally: Any, inside: Any
 ) -> None:
-    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
-        if modes[e] != TRIM:
+    low, high = ends
+    for e, delta in enumerate(_task_vectors(piece)):
+        if e not in chosen:
             continue
         bits = _bits(delta)
         tally[e, ABOVE] += np.count_nonzero(bits > high[e])
@@ -53,22 +55,25 @@ def sort_out(  # noqa: D103, PLR0913
         tally[e, AT_LOW] += np.count_nonzero(bits == low[e])
         between = bits[(bits > low[e]) & (bits < high[e])]
         place = tally[e, INSIDE]
-        fitting = between[: inside.shape[1] - place]
+        fitting = between[: inside.shape[1] - LANES - place]
         inside[e, place : place + len(fitting)] = fitting
         tally[e, INSIDE] += len(fitting)
 
 
-def count_high(raw: Any, kinds: Any, n: int, modes: Any, counts: Any) -> None:  # noqa: D103
-    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
-        if modes[e] == TRIM:
-            counts[e] += _counted(_bits(delta) >> LOW_BITS, counts)
+def count_high(piece: Piece, chosen: tuple[int, ...], counts: Any) -> None:  # noqa: D103
+    for e, delta in enumerate(_task_vectors(piece)):
+        if e in chosen:
+            counts[e] += _counted(_bits(delta) >> np.uint32(LOW_BITS), counts)
 
 
-def count_low(raw: Any, kinds: Any, n: int, chosen: Any, counts: Any) -> None:  # noqa: D103
-    for e, delta in enumerate(_task_vectors(raw, kinds, n)):
-        if chosen[e] >= 0:
+def count_low(  # noqa: D103
+    piece: Piece, chosen: tuple[int, ...], high: Any, counts: Any
+) -> None:
+    for e, delta in enumerate(_task_vectors(piece)):
+        if e in chosen:
             bits = _bits(delta)
-            counts[e] += _counted(bits[bits >> LOW_BITS == chosen[e]] & LOW_MASK, counts)
+            found = bits[bits >> np.uint32(LOW_BITS) == high[e]]
+            counts[e] += _counted(found & np.uint32(LOW_MASK), counts)
 
 
 def merge_task_vectors(piece: Piece, experts: Experts, mix: Mix) -> int:  # noqa: D103
@@ -105,9 +110,22 @@ def scale_up(  # noqa: D103
     values[:] = table[raw] * scales[rows, columns]
 
 
-def _task_vectors(raw: Any, kinds: Any, n: int) -> Any:
-    base = widened(raw[0], kinds[0], n)
-    return (widened(row, kind, n) - base for row, kind in zip(raw[1:], kinds[1:], strict=True))
+def add_low_rank(values: Any, first: int, left: Any, right: Any, scale: Any) -> None:  # noqa: D103
+    n_columns, done = right.shape[1], 0
+    while done < values.size:
+        row, column = divmod(first + done, n_columns)
+        n = min(n_columns - column, values.size - done)
+        sums = np.zeros(n, np.float32)
+        for factor, numbers in zip(left[row], right[:, column : column + n], strict=True):
+            sums += factor * numbers
+        values[done : done + n] += scale * sums
+        done += n
+
+
+def _task_vectors(piece: Piece) -> Any:
+    pairs = zip(piece.raw, piece.kinds, strict=True)
+    base, *experts = (widened(raw, kind, piece.n) for raw, kind in pairs)
+    return (expert - base for expert in experts)
 
 
 def widened(raw: Any, kind: int, n: int) -> Any:

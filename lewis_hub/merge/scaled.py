@@ -71,6 +71,12 @@ class ScaledReader:
             return
         fill(into, first_byte, lambda first, n: self._piece(scaled, first, n))
 
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
+        """Bytes in their place, where nothing is scaled."""
+        if tensor.scaled:
+            return None
+        return self._files.view(tensor, first_byte, n_bytes)
+
     def tensor(self, tensor: TensorHeader) -> Tensor:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
         return whole_tensor(self, tensor)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.merge import arithmetic, selection
-from lewis_hub.merge.operands import BLOCK, HIGH_BINS, INSIDE, LOW_BINS, TRIM, Experts
+from lewis_hub.merge.operands import HIGH_BINS, INSIDE, LANES, LOW_BINS, TRIM, Experts
 from lewis_hub.merge.pieces import Job, Span
 from lewis_hub.merge.runners import Runner
 from lewis_hub.merge.selection import Bracket, Tally, Threshold, Words
@@ -67,26 +67,25 @@ def _sample(job: Job, n_experts: int) -> npt.NDArray[np.uint32]:
     """(n_experts, N_CHUNKS, CHUNK) magnitudes, one chunk somewhere in each part of the tensor."""
     part = job.tensor.output.n_elements // N_CHUNKS
     starts = [i * part + int(i * GOLDEN % 1 * (part - CHUNK)) for i in range(N_CHUNKS)]
-    found = np.empty((n_experts, N_CHUNKS * CHUNK), np.uint32)
+    found = np.empty((n_experts, N_CHUNKS * CHUNK + LANES), np.uint32)
     done = 0
     for piece in job.samples(starts, CHUNK):
-        arithmetic.magnitudes(piece.raw, piece.kinds, piece.n, found[:, done:])
+        arithmetic.magnitudes(piece, found[:, done:])
         done += piece.n
-    return found.reshape(n_experts, N_CHUNKS, CHUNK)
+    return found[:, :done].reshape(n_experts, N_CHUNKS, CHUNK)
 
 
 def _sort_out(
     job: Job, n_experts: int, brackets: dict[int, Bracket], span: Span
 ) -> dict[int, Tally]:
-    modes = np.array([TRIM if e in brackets else -1 for e in range(n_experts)], np.int64)
     ends = np.zeros((2, n_experts), np.uint32)
     for e, found in brackets.items():
         ends[:, e] = found.low, found.high
-    room = int(ROOM * max(found.share for found in brackets.values()) * len(span)) + BLOCK
+    room = int(ROOM * max(found.share for found in brackets.values()) * len(span)) + LANES
     counts = np.zeros((n_experts, 4), np.int64)
-    inside = np.empty((n_experts, room + BLOCK), np.uint32)
+    inside = np.empty((n_experts, room + LANES), np.uint32)
     for piece in job.pieces(span):
-        arithmetic.sort_out(piece.raw, piece.kinds, piece.n, modes, *ends, counts, inside)
+        arithmetic.sort_out(piece, tuple(brackets), ends, counts, inside)
     return {
         e: Tally(counts[e], inside[e, : counts[e, INSIDE]], bool(counts[e, INSIDE] >= room))
         for e in brackets
@@ -95,26 +94,26 @@ def _sort_out(
 
 def _by_bits(job: Job, kept: dict[int, int], spans: Sequence[Span], runner: Runner) -> Trimmed:
     """Two passes: by the high 16 bits, then by the low 15 of those with the right high ones."""
-    n_experts = len(job.tensor.weights)
-    modes = np.array([TRIM if e in kept else -1 for e in range(n_experts)], np.int64)
-    high = list(runner.map(partial(_count_high, job, modes), spans))
+    n_experts, chosen = len(job.tensor.weights), tuple(kept)
+    high = list(runner.map(partial(_count_high, job, n_experts, chosen), spans))
     cuts = {e: selection.cut_high([count[e] for count in high], k) for e, k in kept.items()}
-    chosen = np.array([cuts[e].high if e in cuts else -1 for e in range(n_experts)], np.int64)
-    low = list(runner.map(partial(_count_low, job, chosen), spans))
+    found = np.zeros(n_experts, np.uint32)
+    found[list(cuts)] = [cut.high for cut in cuts.values()]
+    low = list(runner.map(partial(_count_low, job, chosen, found), spans))
     return {e: selection.cut_low([c[e] for c in low], cuts[e], k) for e, k in kept.items()}
 
 
-def _count_high(job: Job, modes: npt.NDArray[np.int64], span: Span) -> Words:
-    counts = np.zeros((len(modes), HIGH_BINS), np.uint32)
+def _count_high(job: Job, n_experts: int, chosen: tuple[int, ...], span: Span) -> Words:
+    counts = np.zeros((n_experts, HIGH_BINS), np.uint32)
     for piece in job.pieces(span):
-        arithmetic.count_high(piece.raw, piece.kinds, piece.n, modes, counts)
+        arithmetic.count_high(piece, chosen, counts)
     return counts
 
 
-def _count_low(job: Job, chosen: npt.NDArray[np.int64], span: Span) -> Words:
-    counts = np.zeros((len(chosen), LOW_BINS), np.uint32)
+def _count_low(job: Job, chosen: tuple[int, ...], high: Words, span: Span) -> Words:
+    counts = np.zeros((len(high), LOW_BINS), np.uint32)
     for piece in job.pieces(span):
-        arithmetic.count_low(piece.raw, piece.kinds, piece.n, chosen, counts)
+        arithmetic.count_low(piece, chosen, high, counts)
     return counts
 
 

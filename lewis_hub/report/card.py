@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lewis_hub.report import findings, guidance, markdown, tables
 from lewis_hub.report.citations import METHODS, papers
 from lewis_hub.report.facts import CardFacts
+from lewis_hub.report.gate import card_section
 from lewis_hub.report.metadata import card_data
 from lewis_hub.report.plots import Plot, short_name
 
@@ -43,6 +44,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         scores=findings.scores_table(scores) if scores else None,
         paired=findings.paired_table(scores) if scores else None,
         twin=findings.has_twin(scores) if scores else False,
+        gate=card_section(facts.gate) if facts.gate else None,
         gains=found.gains if found else (),
         limits=[*(found.limits if found else ()), *_limits(facts)],
         inputs=tables.inputs(facts),

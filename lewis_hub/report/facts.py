@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.guides.importance import ImportanceProfile
@@ -72,6 +73,7 @@ class CardFacts:
         digest: the lock's.
         software: name -> version, lewis_hub among them.
         stack: the slices, where blocks were stacked.
+        gate: what the quality gate says; None where there is none.
     """
 
     title: str
@@ -95,6 +97,7 @@ class CardFacts:
     digest: str
     software: Mapping[str, str]
     stack: tuple[StackedBlocks, ...] = ()
+    gate: GateVerdict | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:

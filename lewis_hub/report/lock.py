@@ -27,8 +27,10 @@ UNREAD_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".gif", ".h5", ".jpeg", ".jpg", ".msgpack", ".onnx"}
     | {".pdf", ".png", ".pt", ".pth", ".svg", ".webp"}
 )
-NAMING = frozenset({"model", "base_model", "dataset", "include"})  # inputs by name, not content
-LATER = frozenset({"evaluate", "publish"})  # happens after the bytes are fixed
+NAMING = frozenset(
+    {"model", "base_model", "dataset", "include", "revision"}
+)  # inputs by name, not content
+LATER = frozenset({"evaluate", "publish", "allow_overlap"})  # about scores, not about the bytes
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,21 +11,14 @@ from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
 from lewis_hub.guides.calibrate import CalibrationSet, Place, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
-from lewis_hub.guides.importance import (
-    ImportanceProfile,
-    Role,
-    SourceImportance,
-    calibration_facts,
-)
+from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
 from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
-from lewis_hub.guides.tokens import CalibrationTokens, calibration_tokens, load_tokenizer
-from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.recipe import Calibration
 from lewis_hub.stages.changes import measure_task_vectors
-from lewis_hub.stages.downloading import small_files
+from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.overlap import refuse_overlap
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
@@ -48,34 +40,19 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
     A guide that measures nothing needs no set.
 
     Raises:
-        SourceError: a configuration or split is not there.
-        CalibrationError: the template does not fit, or no text is left.
+        SourceError, EvaluationError: a configuration or split is not there.
+        CalibrationError: the template does not fit, no text is left, or items are scored.
     """
     recipe, inputs = step.recipe, step.inputs
     if recipe.guide is None or not registry.find(recipe.guide.name).needs_texts:
         return ()
-    tokenizer = load_tokenizer(str(small_files(step.api, inputs.donor)), inputs.donor.name)
-    drawn: dict[Calibration, CalibrationTokens] = {}
-    sets = []
-    for entry in merged_entries(recipe):
-        calibration = recipe.calibration_of(entry)
-        assert calibration  # a recipe without one does not read
-        dataset = inputs.datasets[calibration.dataset]
-        if calibration not in drawn:
-            rows = load_rows(step.api, dataset, calibration.config, calibration.split)
-            drawn[calibration] = calibration_tokens(rows, calibration, tokenizer, recipe.seed)
-            for note in drawn[calibration].notes:
-                step.progress.say(f"{calibration.dataset}: {note}.")
-        tokens = drawn[calibration]
-        facts = calibration_facts(
-            calibration,
-            dataset.pinned,
-            dataset.commit_sha,
-            recipe.seed,
-            _tokenizer_digest(inputs.donor),
-        )
-        sets.append(CalibrationSet(facts | tokens.facts, tokens))
-    return tuple(sets)
+    how = Drawing(step.api, inputs.donor, recipe.seed, step.execution.allow_code)
+    asked = [one for entry in merged_entries(recipe) if (one := recipe.calibration_of(entry))]
+    drawn = {
+        one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
+    }
+    refuse_overlap(step, {one: found.values for one, found in drawn.items()})
+    return tuple(drawn[one].tokens for one in asked)
 
 
 def guide(
@@ -126,8 +103,8 @@ def _subjects(
     """
     base = inputs.base
     assert base
-    named = {"measure": measure} | ({"base": inputs.content(base)} if measure in OF_PAIRS else {})
-    sets = [replace(one, facts={**one.facts, **named}) for one in sets]
+    against_base = {"base": inputs.content(base)} if measure in OF_PAIRS else {}
+    sets = [one.measured(measure, **against_base) for one in sets]
     measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = []
     if measure not in OF_PAIRS:
         distinct = tuple({id(one.tokens): one for one in sets}.values())
@@ -151,7 +128,7 @@ def _measure(  # noqa: PLR0913
     """Everything that the guide needs, one measure after the other."""
     asked = step.recipe.guide
     assert asked
-    found = [profile for path in stores if (profile := _read(path))]
+    found = [profile for path in stores if (profile := known_profile(path))]
     known = ImportanceProfile(
         asked.name,
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
@@ -204,15 +181,9 @@ def _in(folders: Mapping[str, Path], subject: Subject) -> Subject:
     )
 
 
-def _read(path: Path) -> ImportanceProfile | None:
+def known_profile(path: Path) -> ImportanceProfile | None:
+    """What an earlier run measured; None where there is nothing that can be read."""
     try:
         return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ProfileError):
         return None
-
-
-def _tokenizer_digest(source: Source) -> str:
-    """Over the tokenizer's files: what fixes token ids, wherever the files lie."""
-    files = [file for file in source.files if "token" in file.path or "vocab" in file.path]
-    told = "\n".join(f"{file.path} {file.digest}" for file in files)
-    return "sha256:" + hashlib.sha256(told.encode()).hexdigest()

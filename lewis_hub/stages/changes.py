@@ -34,7 +34,7 @@ def measure_task_vectors(
 def _measured(
     step: Step, expert: Source, folders: Folders, known: ImportanceProfile
 ) -> SourceImportance:
-    from lewis_hub.merge.change import relative_changes  # imports numba
+    from lewis_hub.merge.change import relative_changes  # imports llvmlite
 
     base, content = step.inputs.base, step.inputs.content(expert)
     assert base

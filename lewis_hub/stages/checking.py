@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint.adapter import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
+from lewis_hub.evaluate.declared import require_metric
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download, weight_files
@@ -17,6 +18,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
+from lewis_hub.stages.data_checking import data_problems
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
@@ -107,6 +109,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
+        problems += data_problems(recipe, inputs, api, allow_code=allow_code)
     if recipe.slices and found.is_read and not problems:
         try:
             output = outline(recipe, inputs, checkpoints, found.configs)
@@ -219,9 +222,14 @@ def _guide_refusals(recipe: Recipe) -> list[str]:
 
 
 def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
+    asked = recipe.evaluate
+    if asked is None:
+        return []
     try:
-        if recipe.evaluate:
-            check_tasks(selection(recipe, recipe.evaluate, allow_code=allow_code))
+        selected = selection(recipe, asked, allow_code=allow_code)
+        check_tasks(selected)
+        for gate in asked.gate or ():
+            require_metric(selected, gate.task, gate.metric)
     except EvaluationError as error:
         return [str(error)]
     return []

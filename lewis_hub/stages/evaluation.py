@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.compare import compare
+from lewis_hub.evaluate.data import Commits
+from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
@@ -23,6 +25,7 @@ from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.stages.downloading import download
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
+from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,12 +50,23 @@ class Run:
     Attributes:
         limit: only so many first items of each task.
         kept: folder with the results of models that were scored before.
+        commits: what the tasks' datasets are pinned to.
     """
 
     selected: TaskSelection
     limit: int | None
     settings: EvaluationSettings
     kept: Path
+    commits: Commits
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A merge beside its rivals, what it did item by item, and what the gate says of that."""
+
+    scores: Scores
+    items: ModelResult
+    gate: GateVerdict | None = None
 
 
 def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
@@ -71,7 +85,7 @@ def has_twin(recipe: Recipe) -> bool:
 
 def score_merge(
     step: Step, merged: MergedModel, guidance: Guidance | None, folders: Folders, scratch: Path
-) -> Scores | None:
+) -> Scored | None:
     """Score the merge beside what the recipe compares it with; None where it asks for nothing.
 
     The uniform twin is made for this and stays in `scratch`.
@@ -93,8 +107,10 @@ def score_merge(
     ]
     selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     settings = EvaluationSettings(device=step.execution.device)
-    run = Run(selected, asked.limit, settings, scratch / "scored")
-    return score([*named, *candidates], run, step.progress)
+    commits = scored_commits(step.api, selected)
+    run = Run(selected, asked.limit, settings, scratch / "scored", commits)
+    results = score([*named, *candidates], run, step.progress)
+    return Scored(compare(results), results["merged"])
 
 
 def score_one(
@@ -107,14 +123,17 @@ def score_one(
     candidate = Candidate(source.pinned, source.commit_sha, folder)
     settings = EvaluationSettings(device=execution.device)
     with TemporaryDirectory() as kept:
-        return score([candidate], Run(selected, asked.limit, settings, Path(kept)), progress)
+        run = Run(selected, asked.limit, settings, Path(kept), scored_commits(api, selected))
+        return compare(score([candidate], run, progress))
 
 
-def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scores:
-    """Score the candidates on the same items.
+def score(
+    candidates: Sequence[Candidate], run: Run, progress: Progress
+) -> Mapping[str, ModelResult]:
+    """Score the candidates on the same items; label -> what it did.
 
     Args:
-        candidates: one labelled `merged` is tested against each other one.
+        candidates: in the order in which they are scored.
         run: tasks, settings, and where results are kept as they come.
         progress: told the requests of all candidates together.
 
@@ -123,7 +142,7 @@ def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scor
     """
     run.kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    benchmarks = load_tasks(run.selected, run.limit)
+    benchmarks = load_tasks(run.selected, run.limit, run.commits)
     files = {candidate.label: run.kept / _file_name(candidate, run) for candidate in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
@@ -134,15 +153,15 @@ def score(candidates: Sequence[Candidate], run: Run, progress: Progress) -> Scor
                 result = evaluate_model(candidate.folder, benchmarks, run.settings, advance)
                 write_whole(file, result.to_json())
             results[candidate.label] = ModelResult.from_json(file.read_text(encoding="utf-8"))
-    return compare(results)
+    return results
 
 
 def _file_name(candidate: Candidate, run: Run) -> str:
-    """Changes with the model, the tasks, their own files, the settings and lm-eval."""
+    """Changes with the model, the tasks, their own files and data, the settings and lm-eval."""
     own = run.selected.include
     texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
     asked = [candidate.identity, run.selected.names, texts, run.limit, vars(run.settings)]
-    told = json.dumps([*asked, version("lm_eval")])
+    told = json.dumps([*asked, sorted(run.commits.values()), version("lm_eval")])
     digest = hashlib.sha256(told.encode()).hexdigest()
     return f"{digest[:32]}.json"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +11,6 @@ import yaml
 
 from lewis_hub import __version__
 from lewis_hub.errors import LewisHubError, PublishError
-from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
@@ -25,16 +23,17 @@ from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.stages.calibration import Guidance
+from lewis_hub.stages.carrying import carry_tasks, pin_calibration, task_folders
+from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
+from lewis_hub.stages.task_data import PinnedTask
 
-SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
-TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
-COST = "cost.json"
+SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
+COST, GATE = UNLOCKED = ("cost.json", "gate.json")
 MERGEKIT = "mergekit_config.yml"
-TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
 
 def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -54,11 +53,13 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
     places = [told.get("guide", {}), *models]
-    for calibration in (place["calibration"] for place in places if "calibration" in place):
-        dataset = inputs.datasets.get(calibration["dataset"])
-        calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
-    if recipe.evaluate and recipe.evaluate.include:
-        told["evaluate"]["include"] = TASKS
+    calibrations = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in calibrations:
+        pin_calibration(calibration, inputs)
+    carried = task_folders(recipe)
+    for place in (told.get("evaluate", {}), *calibrations):
+        if "include" in place:
+            place["include"] = carried[recipe.locate(place["include"])]
     return told
 
 
@@ -90,9 +91,10 @@ def lock(
     return Lock(
         inputs=tuple(inputs_locked),
         calibration=tuple(
-            _locked_data(inputs.datasets[calibration.dataset])
+            locked
             for calibration in calibrated
             if calibration
+            for locked in _locked_data(inputs.data_of(calibration))
         ),
         recipe=pinned(recipe, inputs),
         method=recipe.merge_method,
@@ -121,7 +123,7 @@ def write(
     step: Step,
     merged: MergedModel,
     guidance: Guidance | None,
-    scores: Scores | None,
+    scored: Scored | None,
     costs: Costs,
 ) -> tuple[str, ...]:
     """Write all that a merge leaves behind beside the model itself.
@@ -135,13 +137,16 @@ def write(
     plots = write_guidance(own, guidance) if guidance else ()
     recipe = _yaml(pinned(step.recipe, step.inputs))
     texts = {"recipe.yaml": recipe, COST: costs.to_json()}
-    if scores:
-        texts["scores.json"] = scores.to_json()
+    if scored:
+        texts |= {"scores.json": scored.scores.to_json(), "items.json": scored.items.to_json()}
+    if scored and scored.gate:
+        texts[GATE] = scored.gate.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    names = [n for n in (*texts, *(_documents(guidance) if guidance else ())) if n != COST]
+    documents = _documents(guidance) if guidance else ()
+    names = [name for name in (*texts, *documents) if name not in UNLOCKED]
     names += [file for plot in plots for file in plot.files]
-    names += _own_tasks(step, own)
+    names += carry_tasks(step.recipe, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
     outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
     told = _mergekit(step, guidance)
@@ -151,10 +156,12 @@ def write(
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scores, costs, locked))
+    card = model_card(_facts(step, merged, guided, scored, costs, locked))
     write_whole(folder / "README.md", str(card))
-    # what a run cost is no part of what was merged: the same merge has the same lock
-    return (*outputs, f"lewis/{COST}", "lewis/lock.json", "README.md")
+    # what a run cost, and what its result was held against, is no part of what was merged: the
+    # same merge has the same lock
+    beside = [f"lewis/{name}" for name in texts if name in UNLOCKED]
+    return (*outputs, *beside, "lewis/lock.json", "README.md")
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -189,7 +196,7 @@ def _facts(
     step: Step,
     merged: MergedModel,
     guided: Guided | None,
-    scores: Scores | None,
+    scored: Scored | None,
     costs: Costs,
     locked: Lock,
 ) -> CardFacts:
@@ -203,12 +210,13 @@ def _facts(
         base=inputs.base,
         experts=inputs.experts,
         models=examined.facts,
-        datasets=tuple(inputs.datasets.values()),
+        datasets=inputs.calibration_data,
         parameters=merged.parameters,
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         guided=guided,
-        scores=scores,
+        scores=scored.scores if scored else None,
+        gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
         recipe=_yaml(locked.recipe),
         licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
@@ -236,22 +244,6 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
         return None
 
 
-def _own_tasks(step: Step, own: Path) -> list[str]:
-    """Carry own task files, so that the recipe beside them can be run again."""
-    asked = step.recipe.evaluate
-    if asked is None or asked.include is None:
-        return []
-    source, target = Path(step.recipe.locate(asked.include)), own / TASKS
-    carried = []
-    for file in sorted(source.rglob("*")):
-        part = file.relative_to(source)
-        if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
-            (target / part).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / part)
-            carried.append(f"{TASKS}/{part.as_posix()}")
-    return carried
-
-
 def _output(path: Path, sha256: str | None) -> OutputFile:
     known = sha256 or sha256_of(path)
     return OutputFile(known, path.stat().st_size)
@@ -273,21 +265,20 @@ def is_this_merge(output: Path, planned: Lock) -> bool:
     )
 
 
-def read_scores(output: Path) -> Scores | None:
-    """The scores of a finished merge, where it was scored."""
-    file = output / "lewis" / "scores.json"
-    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
 def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
     files = {f.path: f.digest for f in source.files if can_change_the_result(f.path)}
     role: Literal["base", "expert"] = "base" if is_base else "expert"
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 
 
-def _locked_data(source: Source) -> LockedInput:
-    files = {file.path: file.digest for file in source.files}  # a card says which make up a split
-    return LockedInput(source.name, "calibration", source.revision, source.commit_sha, files)
+def _locked_data(data: Source | PinnedTask) -> list[LockedInput]:
+    """A dataset's files (a card says which make up a split), or a task's and those of its data."""
+    if isinstance(data, Source):
+        files = {file.path: file.digest for file in data.files}
+        return [LockedInput(data.name, "calibration", data.revision, data.commit_sha, files)]
+    name, digest = data.selection.names[0], data.digest
+    task = LockedInput(f"task {name}", "calibration", None, digest, {"task files": digest})
+    return [task, *(locked for source in data.datasets for locked in _locked_data(source))]
 
 
 def _software() -> dict[str, str]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 LOCK = "lewis/lock.json"
 NOTHING = OutputFile("no such file", 0)
-UNLOCKED = frozenset({LOCK, "lewis/cost.json", "README.md", ".gitattributes"})  # they tell, only
+TOLD = ("lewis/cost.json", "lewis/gate.json", "README.md")  # of one run, not of the merge
+UNLOCKED = frozenset({LOCK, *TOLD, ".gitattributes"})
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,26 @@ def read_lock(source: Source, api: HfApi) -> Lock:
     return Lock.from_json(found.decode("utf-8", errors="replace"), f"{source.pinned}: {LOCK}")
 
 
-def recipe_of(lock: Lock, source: Source) -> Recipe:
-    """The recipe that a lock holds, every source at its commit, without scoring or publishing."""
+def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
+    """The recipe that a lock holds, every source at its commit, without scoring or publishing.
+
+    Args:
+        lock: of the merge.
+        source: the merge.
+        allow_code: whether task files that came with it may be used: they are code.
+
+    Raises:
+        OutputError: it calibrates on such files, and they may not be used or are not here.
+    """
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-    return parse_recipe(text, f"{source.pinned}: {LOCK}")
+    recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
+    used = [recipe.calibration_of(entry) for entry in recipe.experts] if recipe.guide else []
+    if any(one and one.include for one in used) and not (source.folder and allow_code):
+        problem = "it was calibrated on task files that came with it, and those are code."
+        remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
+        raise OutputError(source.pinned, problem, remedy)
+    return recipe.placed_in(source.folder / "lewis") if source.folder else recipe
 
 
 def verify_files(source: Source, lock: Lock, api: HfApi, progress: Progress) -> Verdict:

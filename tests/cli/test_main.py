@@ -6,9 +6,19 @@ import sys
 import pytest
 
 from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 
-HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "numba", "numpy", "pydantic"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "lm_eval",
+    "matplotlib",
+    "llvmlite",
+    "numpy",
+    "pydantic",
+}
 
 
 def run(*words, cwd, **environment):
@@ -38,6 +48,7 @@ def test_the_command_starts_without_any_heavy_library():
     "command",
     [
         "check",
+        "compare",
         "demo",
         "evaluate",
         "guides",
@@ -87,6 +98,19 @@ def test_how_to_run_is_refused_before_any_work(words, message, tmp_path):
 
     assert caught.value.exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_that_cannot_be_merged_is_exit_code_1(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        f"base_model: {zoo_folder() / 'base'}\nmodels: [{{model: {zoo_folder() / 'base'}/.}}]\n"
+        "merge_method: task_arithmetic\nguide: {name: uniform}\n"
+    )
+
+    done = run("check", "--json", cwd=tmp_path)
+
+    assert done.returncode == 1
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert problem.startswith("guide: `task_arithmetic` keeps every entry")
 
 
 def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):

@@ -134,3 +134,20 @@ def test_a_group_that_averages_its_tasks_has_no_items_to_pair():
     parts = [group_part(1.0, 0.0, 0.0, 0.0), group_part(1.0)]
 
     assert pooled(parts, "acc,none", 0.625) == MetricResult(0.625, None, True)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "3",
+        "{}",
+        '{"version": "1", "documents": ["a"], "prompts": ["p", "q"], "metrics": {}}',
+        '{"version": "1", "documents": ["a"], "prompts": ["p"], "metrics": {"m": {"value": 1,'
+        ' "values": [1, 0], "higher_is_better": true}}}',
+        '{"version": "1", "documents": ["a"], "prompts": ["p"], "metrics": {"m": {"value": 1,'
+        ' "values": ["x"], "higher_is_better": true}}}',
+    ],
+)
+def test_a_damaged_result_is_one_message(task):
+    with pytest.raises(EvaluationError, match=r"evaluation result: is damaged \("):
+        ModelResult.from_json(f'{{"version": 1, "tasks": {{"t": {task}}}}}')

@@ -16,7 +16,7 @@ from lewis_hub.guides.importance import (
     module_importance,
     reusable,
 )
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 
 def test_importance_is_the_frobenius_norm_of_weight_times_activation():
@@ -35,8 +35,11 @@ def test_importance_of_bfloat16_weights_is_that_of_their_float32_values():
     assert module_importance(weight.T.contiguous().T, norm) == pytest.approx(exact, rel=1e-6)
 
 
-FACTS = calibration_facts(
-    Calibration(dataset="me/data@v1", text="{q} {a}", samples=4), "me/data@abc", "abc", 42, "me/t@f"
+FACTS = {"measure": "lewis"} | calibration_facts(
+    Calibration(dataset="me/data@v1", text="{q} {a}", samples=4),
+    {"dataset": "me/data@abc", "dataset_sha": "abc"},
+    42,
+    "me/t@f",
 )
 FOUND = {"rows_digest": "sha256:0", "n_truncated": 1}
 BASE = SourceImportance("me/base@1", "1", "base", 7, {"l.0.q": 1.5}, FACTS | FOUND)

@@ -38,7 +38,7 @@ def bits(tensor):
 
 @contextmanager
 def in_numpy():
-    """As on a machine for which there is no numba."""
+    """As on a machine for which there is no llvmlite."""
     with pytest.MonkeyPatch.context() as patch:
         for name in arithmetic.__all__:
             patch.setattr(arithmetic, name, getattr(plain, name))
@@ -184,9 +184,9 @@ def test_the_kernel_draws_the_documented_bits(zoo):
     assert np.array_equal(kept, halves(stream(7, "a", 0), n) < round(0.3 * 2**32))
 
 
-def test_without_numba_the_same_arithmetic_runs_in_numpy():
+def test_without_llvmlite_the_same_arithmetic_runs_in_numpy():
     told = (
-        "import sys; sys.modules['numba'] = None\n"
+        "import sys; sys.modules['llvmlite'] = None\n"
         "from lewis_hub.merge import arithmetic, tensors\n"
         "print({getattr(arithmetic, name).__module__ for name in arithmetic.__all__})"
     )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.merge import counting, plain, trimming
-from lewis_hub.merge.operands import AT_LOW, BLOCK, F32, INSIDE, TRIM
+from lewis_hub.merge.operands import AT_LOW, BF16, BLOCK, F32, INSIDE, LANES, Piece
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.merge.selection import Bracket, Tally, bracket, pick
 
@@ -52,10 +52,11 @@ def test_the_kernel_sorts_out_as_the_tally_says(room, low, high):
     values = np.random.default_rng(1).integers(0, 10, n).astype(np.uint32)
     raw = np.zeros((2, n * 4), np.uint8)
     raw[1] = values.view(np.float32).view(np.uint8)  # denormals whose bits are the values
-    counts, inside = np.zeros((1, 4), np.int64), np.empty((1, n + BLOCK), np.uint32)
+    piece = Piece(tuple(raw), np.full(2, F32), n, 0, BLOCK, raw[0], BF16)
+    counts, inside = np.zeros((1, 4), np.int64), np.empty((1, n + LANES), np.uint32)
     ends = np.array([[low], [high]], np.uint32)
 
-    room.sort_out(raw, np.full(2, F32), n, np.array([TRIM]), *ends, counts, inside)
+    room.sort_out(piece, (0,), ends, counts, inside)
 
     expected = tally_of(values, Bracket(low, high, 1.0))
     if low == high:

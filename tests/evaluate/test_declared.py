@@ -1,0 +1,85 @@
+"""A gate on a metric that a task cannot have is refused from the task's file alone."""
+
+import pytest
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.declared import require_metric
+from lewis_hub.evaluate.tasks import TaskSelection
+
+FILES = {
+    "sums": "task: sums\ntag: numbers\noutput_type: generate_until\n"
+    "metric_list: [{metric: exact_match}, {metric: acc}]\n"
+    "filter_list: [{name: strict, filter: []}, {name: flexible, filter: []}]\n",
+    "plain": "task: plain\noutput_type: multiple_choice\n",
+    "coded": "task: coded\nprocess_results: !function own.results\nmetric_list: [{metric: a}]\n",
+    "group": "group: all\ntask: [sums]\n",
+    "mean": "group: mean\ntask: [sums]\n"
+    "aggregate_metric_list: [{metric: acc, filter_list: [none]}]\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ("sums", "exact_match,flexible"),
+        ("plain", "acc_norm,none"),
+        ("coded", "whatever,none"),  # only running it tells
+        ("mean", "acc,none"),
+    ],
+)
+def test_a_metric_that_the_task_has_or_may_have_is_fine(folder, task, metric):
+    require_metric(TaskSelection((task,), folder), task, metric)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "message"),
+    [
+        (
+            "sums",
+            "exact_match,none",
+            "sums: it has no metric `exact_match,none`, which the gate names.\n"
+            "Did you mean `exact_match,flexible`? It has `exact_match,strict`, "
+            "`exact_match,flexible`, `acc,strict`, `acc,flexible`.",
+        ),
+        (
+            "plain",
+            "bleu",
+            "plain: it has no metric `bleu`, which the gate names.\n"
+            "It has `acc,none`, `acc_norm,none`.",
+        ),
+        (
+            "mean",
+            "acc,flexible",
+            "mean: it has no metric `acc,flexible`, which the gate names.\nDid you mean "
+            "`acc,none`? It has `acc,none`.",
+        ),
+        (
+            "numbers",
+            "acc,strict",
+            "numbers: it is a tag, which has no scores of its own.\n"
+            "Name one of its tasks, here and in `evaluate.tasks`.",
+        ),
+        (
+            "all",
+            "acc,strict",
+            "all: it is a group without `aggregate_metric_list`, so it has no scores of its own.\n"
+            "Name one of its tasks, here and in `evaluate.tasks`.",
+        ),
+    ],
+)
+def test_a_metric_that_the_task_cannot_have_is_refused(folder, task, metric, message):
+    with pytest.raises(EvaluationError) as caught:
+        require_metric(TaskSelection((task,), folder), task, metric)
+
+    assert str(caught.value) == message
+
+
+def test_gsm8k_has_the_metric_that_the_documents_show():
+    require_metric(TaskSelection(("gsm8k",)), "gsm8k", "exact_match,flexible-extract")

@@ -1,0 +1,202 @@
+"""The gate's decision, on results that are written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.compare import compare
+from lewis_hub.evaluate.gate import Demand, GateVerdict, Previous, Rival, judge
+from lewis_hub.evaluate.paired import newcombe_interval
+from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
+
+BETTER, WORSE = [1.0] * 30, [0.0] * 30
+MIXED = [1.0, 0.0] * 15
+
+
+def result(values: Sequence[float], *, higher: bool = True, version: str = "1", items: str = ""):
+    n = len(values)
+    documents = tuple(f"{items}{i}" for i in range(n))
+    metrics = {"m,none": MetricResult(sum(values) / n, tuple(values), higher)}
+    metrics["f1,none"] = MetricResult(0.5, None, higher_is_better=True)
+    return ModelResult({"t": TaskResult(version, documents, documents, metrics)})
+
+
+def demand(*rivals: Rival, tolerance: float = 0.0, metric: str = "m,none"):
+    return Demand("t", metric, rivals, tolerance, "stop")
+
+
+def verdict(demands, previous=None, **models):
+    results = {label.replace("expert_", "expert:"): one for label, one in models.items()}
+    before = previous or Previous("me/x", why="there is no such repo yet")
+    return judge([demands], compare(results), results["merged"], before)
+
+
+@pytest.mark.parametrize(
+    ("merged", "passes"),
+    [
+        (BETTER, True),  # all better
+        (MIXED, True),  # equal
+        ([*MIXED[:28], 0.0, 0.0], True),  # worse on one item: the interval straddles zero
+        (WORSE, False),  # worse on fifteen, better on none
+    ],
+)
+def test_a_merge_is_refused_only_where_the_whole_interval_lies_below(merged, passes):
+    found = verdict(demand("base"), base=result(MIXED), merged=result(merged))
+
+    assert [check.missed for check in found.checks] == [not passes]
+    assert found.stops is not passes
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), min_size=1, max_size=40),
+    st.booleans(),
+)
+def test_what_is_nowhere_worse_is_never_refused(pairs, higher):
+    lower, upper = zip(*pairs, strict=True)
+    merged, base = (upper, lower) if higher else (lower, upper)
+    models = {
+        "base": result(list(base), higher=higher),
+        "merged": result(list(merged), higher=higher),
+    }
+
+    assert not verdict(demand("base"), **models).missed
+
+
+def test_a_check_keeps_the_numbers_that_decide():
+    (check,) = verdict(demand("base"), base=result(MIXED), merged=result(WORSE)).checks
+
+    assert (check.value, check.other, check.difference) == (0.0, 0.5, -0.5)
+    assert check.ci95 == newcombe_interval(0, 0, 15, 15)
+    assert check.against == "base"
+
+
+def test_tolerance_is_taken_from_the_interval_s_better_end():
+    (check,) = verdict(demand("base"), base=result(MIXED), merged=result(WORSE)).checks
+    assert check.ci95
+    high = check.ci95[1]  # about -0.31
+
+    assert replace(check, tolerance=-high - 1e-9).missed
+    assert not replace(check, tolerance=-high).missed
+
+
+def test_where_lower_is_better_the_higher_model_is_refused():
+    low, high = result([1.0, 2.0] * 15, higher=False), result([3.0, 4.0] * 15, higher=False)
+
+    assert verdict(demand("base"), base=low, merged=high).missed
+    assert not verdict(demand("base"), base=high, merged=low).missed
+    assert not verdict(demand("base", tolerance=2.5), base=low, merged=high).missed
+
+
+def test_every_expert_is_a_rival_of_its_own():
+    found = verdict(
+        demand("experts", "uniform"),
+        expert_a=result(WORSE),
+        expert_b=result(BETTER),
+        uniform=result(MIXED),
+        merged=result(MIXED),
+    )
+
+    assert [(c.against, c.missed) for c in found.checks] == [
+        ("expert:a", False),
+        ("expert:b", True),
+        ("uniform", False),
+    ]
+
+
+def test_what_was_published_before_is_compared_item_by_item():
+    better = Previous("me/x@abc", result(BETTER))
+    found = verdict(demand("previous"), better, merged=result(MIXED))
+
+    (check,) = found.missed
+    assert (check.against, check.difference, check.other) == ("me/x@abc", -0.5, 1.0)
+    assert check.ci95 == newcombe_interval(15, 0, 15, 0)
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        (Previous("me/x", why="there is no such repo yet"), "there is no such repo yet"),
+        (
+            Previous("me/x@abc", result(BETTER, version="2")),
+            "it was scored by version 2 of the task, this by 1",
+        ),
+        (
+            Previous("me/x@abc", result(BETTER, items="other ")),
+            "it was scored on other items or prompts",
+        ),
+        (Previous("me/x@abc", result(BETTER[:20])), "it was scored on other items or prompts"),
+        (Previous("me/x@abc", ModelResult({})), "it was not scored by this task and metric"),
+    ],
+)
+def test_what_was_published_before_counts_only_on_the_same_items(before, why):
+    (check,) = verdict(demand("previous"), before, merged=result(WORSE)).checks
+
+    assert (check.missed, check.ci95, check.why) == (False, None, why)
+
+
+def test_other_prompts_for_the_same_items_are_another_test():
+    task = result(BETTER).tasks["t"]
+    asked_otherwise = replace(task, prompts=tuple(f"now {p}" for p in task.prompts))
+    before = Previous("me/x@abc", ModelResult({"t": asked_otherwise}))
+
+    (check,) = verdict(demand("previous"), before, merged=result(WORSE)).checks
+
+    assert check.why == "it was scored on other items or prompts"
+
+
+@pytest.mark.parametrize("rival", ["base", "previous"])
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (
+            "n,none",
+            "t: it has no metric `n,none`, which the gate names.\n"
+            "Did you mean `m,none`? It has `m,none`, `f1,none`.",
+        ),
+        (
+            "f1,none",
+            "t: `f1,none` is no mean over items, so the gate cannot test its differences.\n"
+            "Gate on `m,none` instead.",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_be_tested_is_told(rival, metric, message):
+    with pytest.raises(EvaluationError) as caught:
+        verdict(demand(rival, metric=metric), base=result(MIXED), merged=result(MIXED))
+
+    assert str(caught.value) == message
+
+
+def test_a_verdict_is_read_back_without_loss():
+    before = Previous("me/x", why="there is no such repo yet")
+    found = verdict(demand("base", "previous"), before, base=result(MIXED), merged=result(WORSE))
+
+    assert GateVerdict.from_json(found.to_json()) == found
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "checks": [{}]}'])
+def test_a_damaged_verdict_is_one_message(text):
+    with pytest.raises(EvaluationError, match=r"lewis/gate\.json: is no verdict of a gate"):
+        GateVerdict.from_json(text)
+
+
+def test_a_pull_request_is_opened_only_where_all_that_missed_ask_for_it():
+    found = verdict(demand("base"), base=result(BETTER), merged=result(WORSE))
+    (stops,) = found.checks
+    proposes = replace(stops, on_refusal="pull-request")
+    passed = replace(stops, ci95=(0.0, 0.1))
+
+    told = [
+        (v.stops, v.proposes)
+        for v in map(GateVerdict, [(stops,), (proposes,), (proposes, stops), (proposes, passed)])
+    ]
+
+    assert told == [(True, False), (False, True), (True, False), (False, True)]
+    assert not GateVerdict((passed,)).stops
+    assert not GateVerdict((passed,)).proposes

@@ -1,0 +1,209 @@
+"""Jobs on the embedded Hub, through huggingface_hub: commands as processes of this machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import pytest
+from huggingface_hub import HfApi, Volume
+from huggingface_hub.errors import HfHubHTTPError
+
+from lewis_hub.errors import PublishError
+from lewis_hub.hub import jobs
+from lewis_hub.hub.jobs import JobRequest, Submitted
+from lewis_hub.hub.jobs_server import without_uv
+from lewis_hub.hub.server import serve
+
+ME = "lewis"
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("jobs") / "hub", jobs=True) as hub:
+        yield hub
+
+
+@pytest.fixture
+def api(running) -> HfApi:
+    return running.api()
+
+
+def run(api: HfApi, code: str, **options: object) -> Submitted:
+    command = ["python", "-c", code]
+    job = api.run_job(image="python:3.12", command=command, namespace=ME, **options)
+    return Submitted(job.id, ME, job.url)
+
+
+def followed(api: HfApi, job: Submitted) -> tuple[int, list[str]]:
+    said: list[str] = []
+    return jobs.follow(api, job, said.append), said
+
+
+def test_a_job_s_lines_are_handed_on_in_order_until_it_ends(api):
+    job = run(api, "import sys; print('one'); print('two', file=sys.stderr, flush=True)")
+
+    code, said = followed(api, job)
+
+    assert code == 0
+    assert sorted(said) == ["one", "two"]
+    assert api.inspect_job(job_id=job.id, namespace=ME).status.stage == "COMPLETED"
+
+
+@pytest.mark.parametrize("code", [1, 3, 130])
+def test_a_job_ends_with_its_command_s_exit_code(api, code):
+    found, said = followed(api, run(api, f"raise SystemExit({code})"))
+
+    assert found == code
+    assert said == [f"Job ERROR: Job failed with exit code: {code}. Reason: Error"]
+
+
+def test_lines_come_while_the_job_still_runs(api):
+    job = run(api, "import time; print('now', flush=True); time.sleep(60)")
+
+    lines = api.fetch_job_logs(job_id=job.id, follow=True, namespace=ME)
+
+    assert next(iter(lines)) == "now"
+    assert api.inspect_job(job_id=job.id, namespace=ME).status.stage == "RUNNING"
+    api.cancel_job(job_id=job.id, namespace=ME)
+
+
+def test_a_cancelled_job_ends_with_its_children(api, tmp_path):
+    sign = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(sign)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    job = run(api, code)
+    time.sleep(0.3)
+
+    api.cancel_job(job_id=job.id, namespace=ME)
+
+    assert followed(api, job) == (1, ["Job CANCELED: the Hub does not say why"])
+    time.sleep(2)
+    assert not sign.exists()
+
+
+def test_a_job_that_takes_too_long_is_ended(api):
+    code, said = followed(api, run(api, "import time; time.sleep(60)", timeout="1s"))
+
+    assert (code, said) == (1, ["Job ERROR: Job timeout"])
+
+
+def test_a_command_that_is_not_there_fails_the_job(api):
+    job = api.run_job(image="x", command=["no-such-command"], namespace=ME)
+
+    code, said = followed(api, Submitted(job.id, ME, job.url))
+
+    assert code == 127
+    assert said == ["Job ERROR: Job failed with exit code: 127. Reason: No such file or directory"]
+
+
+def test_a_process_is_told_of_its_job_and_of_nothing_else_here(api, running, monkeypatch):
+    monkeypatch.setenv("MY_OWN_SECRET", "hunter2")
+    code = "import os; print(sorted(os.environ)); print(os.environ['HF_TOKEN'][:6])"
+    job = run(api, code, env={"COLOUR": "blue"}, secrets={"HF_TOKEN": "hf_abc123"})
+
+    (names, start) = followed(api, job)[1]
+
+    assert start == "hf_abc"
+    assert "MY_OWN_SECRET" not in names
+    assert set(eval(names)) - {"LC_CTYPE"} == {  # noqa: S307 - a list that this test printed
+        *("COLOUR", "HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET"),
+        *("HF_TOKEN", "HOME", "JOB_ID", "LANG", "PATH", "TMPDIR"),
+    }
+
+
+def test_secrets_are_in_no_answer_and_on_no_disk(api, running):
+    hidden = {"HF_TOKEN": "hf_not_to_be_seen"}
+    job = run(api, "print('done')", secrets=hidden)
+    made = api.create_scheduled_job(
+        image="x", command=["true"], schedule="@daily", secrets=hidden, namespace=ME
+    )
+    followed(api, job)
+
+    told = [
+        api.inspect_job(job_id=job.id, namespace=ME),
+        *api.list_jobs(namespace=ME),
+        *api.list_scheduled_jobs(namespace=ME),
+        *api.fetch_job_logs(job_id=job.id, namespace=ME),
+        made,
+    ]
+
+    assert all("hf_not_to_be_seen" not in repr(one) for one in told)
+    kept = [path for path in running.root.rglob("*") if path.is_file()]
+    assert all(b"hf_not_to_be_seen" not in path.read_bytes() for path in kept)
+
+
+def test_files_travel_to_a_job_and_its_token_as_a_secret_only(api, running, tmp_path):
+    pytest.importorskip("hf_xet")
+    (tmp_path / "recipe.yaml").write_text("merge_method: ties\n")
+    (tmp_path / "task.yaml").write_text("task: mine\n")
+    files = {"recipe.yaml": tmp_path / "recipe.yaml", "tasks/a.yaml": tmp_path / "task.yaml"}
+
+    job = jobs.submit(api, JobRequest(["check", "/recipe"], files, "lewis-hub", None, None, None))
+
+    code, said = followed(api, job)
+    assert (code, said[-2]) == (1, "Add `models:`, or `slices:` to stack blocks; "
+                                   "`lewis-hub schema` describes both.")  # fmt: skip
+    info = api.inspect_job(job_id=job.id, namespace=ME)
+    assert info.command == [
+        *("uv", "run", "--with", "lewis-hub", "--python", "3.12"),
+        *("lewis-hub", "check", "/recipe"),
+    ]
+    assert info.environment == {}
+    assert api.token not in repr(info)
+    (volume,) = info.volumes
+    assert (volume.mount_path, volume.read_only) == ("/recipe", True)
+    folder = running.root / "buckets" / ME / "jobs-artifacts" / volume.path
+    there = {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*.yaml")}
+    assert there == {"recipe.yaml": "merge_method: ties\n", "tasks/a.yaml": "task: mine\n"}
+
+
+def test_a_schedule_is_made_listed_triggered_and_deleted(api, tmp_path):
+    pytest.importorskip("hf_xet")
+    (tmp_path / "recipe.yaml").write_text("")
+    files = {"recipe.yaml": tmp_path / "recipe.yaml"}
+    asked = JobRequest(["merge", "/recipe"], files, "lewis-hub", "cpu-basic", "1h", ME)
+
+    made = jobs.schedule(api, asked, "17 4 * * 1")
+
+    (found,) = [one for one in jobs.scheduled(api, ME) if one["id"] == made.id]
+    assert (found["schedule"], found["flavor"]) == ("17 4 * * 1", "cpu-basic")
+    started = api.trigger_scheduled_job(scheduled_job_id=made.id, namespace=ME)
+    assert followed(api, Submitted(started.id, ME, ""))[0] == 1  # an empty recipe
+    jobs.unschedule(api, made.id, ME)
+    assert made.id not in [one["id"] for one in jobs.scheduled(api, ME)]
+    with pytest.raises(PublishError, match="Scheduled Job not found"):
+        jobs.unschedule(api, made.id, ME)
+
+
+def test_only_whoever_may_write_in_a_namespace_runs_jobs_there(running):
+    running.add_token("hf_reader", "rita", "read")
+    running.add_token("hf_writer", "wim", "write")
+    for token, namespace in (("hf_reader", "rita"), ("hf_writer", ME), (False, ME)):
+        with pytest.raises(HfHubHTTPError) as caught:
+            HfApi(endpoint=running.url, token=token).run_job(
+                image="x", command=["true"], namespace=namespace
+            )
+        assert caught.value.response.status_code in (401, 403)
+
+
+def test_a_hub_that_was_not_told_to_runs_nothing(hub):
+    with pytest.raises(HfHubHTTPError, match=r"This Hub runs no Jobs: start it with `lewis-hub "):
+        hub.api().run_job(image="x", command=["true"], namespace=hub.user)
+
+
+@pytest.mark.parametrize("source", ["lewis/..", "../users", "lewis/none", "lewis"])
+def test_a_volume_is_a_bucket_and_no_other_folder(api, source):
+    volume = Volume(type="bucket", source=source, mount_path="/m")
+
+    with pytest.raises(HfHubHTTPError) as caught:
+        run(api, "pass", volumes=[volume])
+
+    assert caught.value.response.status_code in (400, 404)
+
+
+def test_of_uv_the_command_alone_is_run():
+    command = ["uv", "run", "--with", "a", "--python", "3.12", "--with", "b", "tool", "--with", "x"]
+
+    assert without_uv(command) == ["tool", "--with", "x"]
+    assert without_uv([sys.executable, "run"]) == [sys.executable, "run"]

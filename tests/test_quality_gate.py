@@ -1,0 +1,175 @@
+"""The quality gate from a recipe to the Hub: what is worse than before is not published."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+
+pytestmark = pytest.mark.slow  # each scores models
+
+RECIPE = """
+base_model: zoo/base
+models: [{{model: zoo/expert-reverse, parameters: {{weight: {weight}}}}}]
+merge_method: task_arithmetic
+dtype: bfloat16
+evaluate:
+  tasks: [zoo_reverse]
+  include: {tasks}
+  limit: 20
+  compare: [base]
+  gate: {gate}
+publish: {{repo: {user}/reverse, license: apache-2.0}}
+"""
+GATE = "{task: zoo_reverse, metric: 'exact_match,none', not_worse_than: [base, previous]}"
+PROPOSES = GATE.replace("previous]", "previous], on_refusal: pull-request")
+FOUND = (
+    "on zoo_reverse (exact_match) worse than lewis/reverse at {sha}: 0.000 against 0.850 "
+    "(difference −0.850, 95 % interval −0.948 to −0.585)"
+)
+
+
+@pytest.fixture
+def place(hub, tmp_path, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words):
+    done = CliRunner().invoke(cli, [*words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def typed(*words):
+    """In a process of its own, which `main` ends."""
+    command = [sys.executable, "-m", "lewis_hub", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def merge(hub, *words, weight=1.0, gate=GATE):
+    """Merge into `merged`, or elsewhere by -o; weight 1 gives the expert, 0 the base."""
+    tasks = zoo_folder() / "tasks"
+    text = RECIPE.format(weight=weight, gate=gate, tasks=tasks, user=hub.user)
+    Path("recipe.yaml").write_text(text)
+    done = run("merge", "-q", "--json", *words)
+    return done.exit_code, json.loads(done.stdout), done.stderr
+
+
+def commits(hub):
+    return [one.commit_id for one in hub.api().list_repo_commits(f"{hub.user}/reverse")]
+
+
+def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
+    code, told, _ = merge(hub, "--push")
+
+    assert (code, told["status"], told["gate"]["passed"]) == (0, "merged", True)
+    assert [check["why"] for check in told["gate"]["checks"]] == ["", "there is no such repo yet"]
+    assert "The gate let this merge pass." in (place / "merged/README.md").read_text()
+    published = commits(hub)
+
+    code, again, _ = merge(hub, "--push")
+
+    assert (code, again["status"], again["gate"]) == (0, "unchanged", told["gate"])
+    assert commits(hub) == published
+
+    code, told, message = merge(hub, "--push", "-o", "bad", weight=0.0)
+
+    assert (code, told["status"], told["gate"]["passed"]) == (3, "refused", False)
+    assert "repo" not in told
+    found = FOUND.format(sha=published[0][:8])
+    assert message == (
+        f"lewis-hub: {place / 'bad'}: below the quality gate: {found}.\n"
+        f"Nothing was pushed. The merge is kept: `lewis-hub push {place / 'bad'} OWNER/NAME "
+        "--force` publishes it all the same.\n"
+    )
+    assert commits(hub) == published
+    assert list(hub.api().get_repo_discussions(f"{hub.user}/reverse")) == []
+    card = (place / "bad/README.md").read_text()
+    assert "The gate refused this merge." in card
+    assert f"- {found}.".replace("@", "&#64;") in card
+
+    assert run("verify", "bad").exit_code == 0  # a verdict is no part of what was merged
+    pushed = typed("push", "bad", f"{hub.user}/reverse", "--json")
+    assert (pushed.returncode, json.loads(pushed.stdout)["status"]) == (3, "refused")
+    assert f"lewis-hub: bad: below the quality gate: {found}." in pushed.stderr
+    assert commits(hub) == published
+
+    assert typed("merge", "-q", "--push", "-o", "bad").returncode == 3
+    assert commits(hub) == published
+
+    assert run("push", "bad", f"{hub.user}/reverse", "--force").exit_code == 0
+    newest = hub.api().list_repo_commits(f"{hub.user}/reverse")[0]
+    assert newest.title == "Merge with lewis-hub, below the quality gate"
+
+
+def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
+    merge(hub, "--push")
+    published = commits(hub)
+
+    code, told, message = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
+
+    assert (code, told["status"]) == (3, "refused")
+    assert told["url"] == told["pull_request"] == f"{hub.url}/{hub.user}/reverse/discussions/1"
+    assert message.endswith(f"Main is as it was; the merge is proposed at {told['url']}.\n")
+    assert commits(hub) == published
+    (proposed,) = hub.api().get_repo_discussions(f"{hub.user}/reverse")
+    assert proposed.title == "Merge with lewis-hub, below the quality gate"
+    details = hub.api().get_discussion_details(f"{hub.user}/reverse", proposed.num)
+    description = details.events[0].content
+    assert description.startswith("This merge missed its quality gate.\n\n- on zoo_reverse")
+    assert "| `zoo_reverse` | exact_match | 20 |" in description
+
+    again = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
+
+    assert (again[0], again[1]["pull_request"]) == (3, told["pull_request"])
+    assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
+
+
+def test_without_push_a_missed_gate_leaves_the_folder_and_exits_3(hub, place):
+    merge(hub, "--push")
+
+    code, told, _ = merge(hub, "-o", "bad", weight=0.0)
+
+    assert (code, told["status"], told["output"]) == (3, "refused", str(place / "bad"))
+    assert (place / "bad/model.safetensors").exists()
+
+
+def test_a_folder_that_passed_is_judged_again_by_what_was_pushed_meanwhile(hub, place):
+    code, told, _ = merge(hub, "-o", "bad", weight=0.0)
+    assert (code, told["gate"]["passed"]) == (0, True)  # nothing was there yet
+    merge(hub, "--push")
+    published = commits(hub)
+
+    code, told, _ = merge(hub, "--push", "-o", "bad", weight=0.0)
+
+    assert (code, told["status"]) == (3, "refused")
+    assert commits(hub) == published
+    assert FOUND.format(sha=published[0][:8]) in (place / "bad/README.md").read_text()
+    assert not json.loads((place / "bad/lewis/gate.json").read_text())["passed"]
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused_before_any_download(hub, place):
+    with pytest.raises(Exception, match="it has no metric `acc,none`, which the gate names"):
+        merge(hub, gate=GATE.replace("exact_match", "acc"))
+
+    assert not (place / "merged.partial").exists()
+
+
+def test_a_gate_cannot_be_passed_by_not_scoring(hub, place):
+    tasks = zoo_folder() / "tasks"
+    (place / "recipe.yaml").write_text(
+        RECIPE.format(weight=1, gate=GATE, tasks=tasks, user=hub.user)
+    )
+    done = run("merge", "--push", "--no-eval")
+
+    assert done.exit_code == 2
+    assert "the recipe has a quality gate" in done.stderr
