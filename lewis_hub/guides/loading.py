@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
-    """Load a causal language model for measuring, in eval mode.
+    """Load a language model for measuring, in eval mode.
+
+    Its class is the one that its configuration names, as the files hold the tensors of that one;
+    where none is named that transformers has, it is loaded as a causal language model.
 
     On a CPU the arithmetic is float32, whatever the file's dtype: it is the definition, and half
     precision is slow there. Elsewhere the file's own dtype is kept.
@@ -32,19 +35,28 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
             architecture needs are not in the files.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with refusals(name, "model"), _quiet():
-        automatic: Any = AutoModelForCausalLM
-        model, report = automatic.from_pretrained(
+        model, report = _model_class(folder).from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            experts_implementation="eager",
         )
         _check_complete(name, report)
         return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _model_class(folder: Path) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 
 def _check_complete(name: str, report: Any) -> None:
