@@ -49,6 +49,11 @@ def component(name: str) -> str:
     return module(name[found.end() :] if found else name)
 
 
+def kind(name: str) -> str:
+    """A component with `*` for each number in it: routed experts of a model are of one kind."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", component(name))
+
+
 def is_head(name: str) -> bool:
     """Whether a tensor turns hidden states into one number a token: `lm_head.weight`, its bias."""
     return block(name) is None and HEAD.search(module(name)) is not None

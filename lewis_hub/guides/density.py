@@ -11,6 +11,7 @@ from typing import Any
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides import document
+from lewis_hub.guides.experts import seen_by_both, unseen
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.lewis import dominance
 from lewis_hub.guides.registry import Guide, Statistics
@@ -148,7 +149,13 @@ def schedule(
     for i, source in enumerate(experts):
         statistics = _statistics(guide, matrices, profile, i)
         densities = guide.decide(statistics, bounds.gamma, bounds.epsilon)
-        schedules.append(_on_tensors(source, guide, bounds, densities, tensors))
+        rest = unseen(matrices, densities)
+        schedules.append(_on_tensors(source, guide, bounds, {**densities, **rest}, tensors))
+        if rest:
+            notes.append(
+                f"{source}: no calibration token reached {len(rest)} of the matrices of routed "
+                "experts, in it or in the base: they get the mean density of their component."
+            )
         if "importance" in guide.needs and (found := dominance(statistics)):
             notes.append(f"{source}: {found}")
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(notes))
@@ -163,13 +170,15 @@ def _statistics(
         problem = f"expert {i + 1} was not measured, and guide `{guide.name}` needs it"
         raise document.broken("importance.json", problem)
     expert = profile.experts[i]
-    return Statistics(matrices, profile.base_of(expert).modules, expert.modules)
+    return Statistics(matrices, *seen_by_both(profile.base_of(expert).modules, expert.modules))
 
 
 def _block_matrices(tensors: Mapping[str, Sequence[int]]) -> Iterable[str]:
     """Modules whose weight is a matrix, or a stack of them, inside a block."""
     for name, shape in tensors.items():
-        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None:
+        is_stack = len(shape) >= 3 and names.module(name) == name  # of experts, under a bare name
+        is_weight = len(shape) >= 2 and name.endswith(".weight")
+        if (is_stack or is_weight) and names.block(name) is not None:
             yield names.module(name)
 
 
@@ -190,12 +199,14 @@ def _on_tensors(
 
 
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
-    """The checkpoint's name for a module's weight.
+    """The checkpoint's name for a module's weight; the module's own for a stack of experts.
 
     Raises:
         GuideError: no tensor, or more than one, has the name.
     """
     name = f"{module}.weight"
+    if module in tensors and name not in tensors:
+        return module
     found = names.find(name, tensors)
     if len(found) == 1:
         return found[0]
