@@ -12,6 +12,7 @@ TIES with that, as far as it gets: its own transformers does not know every arch
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -30,7 +31,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import torch
 import transformers
 import yaml
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import LEFT_OUT, fine_tuned, tiny_model
 
 import lewis_hub
@@ -111,27 +112,27 @@ def run(folder: Path) -> None:
     if report["missing_keys"] or report["unexpected_keys"]:
         raise ValueError(f"loading: {report['missing_keys']} missing, {report['unexpected_keys']}")
     ids = torch.tensor([[1, 5, 6, 7]])
-    decoder = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    if config.is_encoder_decoder:
+        options["decoder_input_ids"] = ids
+    accepted = inspect.signature(model_class.forward).parameters
     with torch.no_grad():
-        logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder).logits
+        logits = model.eval()(**{k: v for k, v in options.items() if k in accepted}).logits
     if not torch.isfinite(logits).all():
         raise ValueError("the merged model's logits are not finite")
 
 
 def n_changed(folder: Path, merged: Path) -> int:
     """How many tensors of a merge differ from the base's."""
-    with safe_open(folder / "base" / "model.safetensors", "pt") as base:
-        with safe_open(merged / "model.safetensors", "pt") as made:
-            return sum(
-                not torch.equal(base.get_tensor(name), made.get_tensor(name))
-                for name in base.keys()  # noqa: SIM118 - no mapping
-            )
+    base, made = (load_file(path / "model.safetensors") for path in (folder / "base", merged))
+    return sum(not torch.equal(tensor, made[name]) for name, tensor in base.items())
 
 
 def examine(case: Case, mergekit: str | None = None) -> Row:
     """Run one case; whatever goes wrong is the row's reason."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = Path(made)

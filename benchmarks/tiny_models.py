@@ -28,13 +28,15 @@ for size, names in {
         num_local_experts n_routed_experts num_decoder_attention_heads attention_heads
         num_encoder_attention_heads linear_num_key_heads linear_num_value_heads num_blocks
         encoder_num_hidden_layers decoder_num_hidden_layers linear_num_heads""",
-    16: "head_dim hidden_size_per_layer_input d_kv linear_key_head_dim linear_value_head_dim linear_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank index_head_dim",
+    16: """head_dim hidden_size_per_layer_input d_kv linear_key_head_dim linear_value_head_dim
+        linear_head_dim qk_nope_head_dim v_head_dim q_lora_rank kv_lora_rank index_head_dim""",
     8: "qk_rope_head_dim state_size mamba_d_state index_n_heads ssm_state_size",
     64: """hidden_size n_embd d_model dim n_embed emb_dim embed_dim embedding_size lru_width
         mm_tokens_per_image projection_dim hidden_dim""",
     96: """intermediate_size n_inner ffn_dim d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size
         moe_intermediate_size shared_expert_intermediate_size dff intermediate_dim
-        mamba_intermediate_size shared_intermediate_size expert_ffn_hidden_size intermediate_size_mlp moe_shared_expert_intermediate_size""",
+        mamba_intermediate_size shared_intermediate_size expert_ffn_hidden_size
+        intermediate_size_mlp moe_shared_expert_intermediate_size""",
     128: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx",
 }.items():
     SIZES |= dict.fromkeys(names.split(), size)
@@ -42,6 +44,8 @@ for size, names in {
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
     "codegen": {"rotary_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},

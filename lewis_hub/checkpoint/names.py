@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
 NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")
 HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
@@ -50,8 +51,13 @@ def component(name: str) -> str:
 
 
 def kind(name: str) -> str:
-    """A component with `*` for each number in it: routed experts of a model are of one kind."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", component(name))
+    """A component that is the same for all routed experts: `mlp.experts.*.up_proj`."""
+    return EXPERT.sub(r"\1*", component(name))
+
+
+def is_routed(name: str) -> bool:
+    """Whether a tensor belongs to one of the routed experts of a block."""
+    return EXPERT.search(component(name)) is not None
 
 
 def is_head(name: str) -> bool:

@@ -9,11 +9,6 @@ from math import fsum
 from lewis_hub.checkpoint import names
 
 
-def is_routed(module: str) -> bool:
-    """Whether a module is one of several of a kind in its block: it has a number there."""
-    return names.kind(module) != names.component(module)
-
-
 def seen_by_both(
     base: Mapping[str, float], expert: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -23,7 +18,7 @@ def seen_by_both(
         base: module -> importance.
         expert: likewise.
     """
-    alone = {module for module in base.keys() ^ expert.keys() if is_routed(module)}
+    alone = {module for module in base.keys() ^ expert.keys() if names.is_routed(module)}
     return (
         {module: value for module, value in base.items() if module not in alone},
         {module: value for module, value in expert.items() if module not in alone},
@@ -47,6 +42,6 @@ def unseen(matrices: Collection[str], densities: Mapping[str, float]) -> dict[st
     found = {}
     for module in matrices:
         same = known.get((names.stack(module), names.kind(module)))
-        if same and module not in densities and is_routed(module):
+        if same and module not in densities and names.is_routed(module):
             found[module] = min(max(fsum(same) / len(same), min(same)), max(same))
     return found

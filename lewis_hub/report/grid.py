@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def arrange(values: Mapping[str, float]) -> Grid | None:
     for module, value in values.items():
         block = names.block(module)
         if block is not None and not isnan(value):
-            cells[names.kind(module), block][module] = value
+            cells[_folded(names.component(module)), block][module] = value
     if not cells:
         return None
     means = {place: _mean(modules.values()) for place, modules in cells.items()}
@@ -107,6 +108,10 @@ def clip(grid: Grid) -> Clip | None:
         return None
     percentile = 100 * len(shown) / len(known)
     return Clip(shown[-1], percentile, len(known) - len(shown), grid.top, known[-1])
+
+
+def _folded(component: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", component)
 
 
 def _mean(values: Collection[float]) -> float:
