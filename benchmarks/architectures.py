@@ -22,11 +22,11 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
 import transformers
@@ -36,6 +36,7 @@ from tiny_models import LEFT_OUT, fine_tuned, tiny_model
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.stages import reporting
 
 CAUSAL = "AutoModelForCausalLM"
 SEQ2SEQ = ("bart", "led", "longt5", "m2m_100", "marian", "mt5", "pegasus", "switch_transformers")
@@ -133,7 +134,7 @@ def examine(case: Case, mergekit: str | None = None) -> Row:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as made, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as made, warnings.catch_warnings(), _undrawn():
         warnings.simplefilter("ignore")
         folder = Path(made)
         try:
@@ -153,6 +154,17 @@ def examine(case: Case, mergekit: str | None = None) -> Row:
             return Row(case, n_measured, n_scheduled, n_changed(folder, merged), "", theirs)
         except Exception as error:  # noqa: BLE001 - a table of what goes wrong
             return Row(case, n_measured, n_scheduled, 0, _line(error), theirs)
+
+
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """Figures would take most of the time, and show nothing here."""
+    draw = reporting.draw
+    reporting.draw = lambda *_: ()
+    try:
+        yield
+    finally:
+        reporting.draw = draw
 
 
 def _mergekit(folder: Path, program: str) -> str:
@@ -205,7 +217,7 @@ def main() -> None:
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.types or case.model_type in asked.types]
     rows = []
-    with ProcessPoolExecutor(asked.jobs, max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(asked.jobs, get_context("spawn"), max_tasks_per_child=40) as pool:
         for row in pool.map(examine, chosen, [asked.mergekit] * len(chosen)):
             rows.append(row)
             print(
