@@ -5,8 +5,9 @@ and vision-language models, makes a tiny random base and two fine-tuned experts,
 path on them: calibrate by `lewis`, give densities, merge by TIES, load the result, run it. Prints a
 table, and with `--write FILE` puts it into a Markdown file between its markers.
 
-`--mergekit BIN` (`mergekit-yaml` 0.1.5, in an environment of its own) also merges each of them by
-TIES with that, as far as it gets: its own transformers does not know every architecture.
+`--mergekit PYTHON` (of an environment with mergekit 0.1.5) has each of them merged by that as well,
+by TIES at density 0.5, in one process; what comes out is loaded and run in the same way. Its own
+transformers is an older one, which it asks for, and does not know every architecture.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import torch
 import transformers
 import yaml
 from safetensors.torch import load_file
-from tiny_models import LEFT_OUT, fine_tuned, tiny_model
+from tiny_models import fine_tuned, tiny_model
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
@@ -45,6 +46,23 @@ VISION = ("aya_vision", "gemma3", "idefics3", "internvl", "llava", "llava_next",
 VISION += ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 TEXTS = ("The quick brown fox", "jumps over", "the lazy dog, twice", "and sleeps 12 hours.")
 START, END = "<!-- table: start -->", "<!-- table: end -->"
+
+
+MERGEKIT = """
+import sys, yaml
+from pathlib import Path
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for path in sys.argv[1:]:
+    try:
+        config = MergeConfiguration.model_validate(yaml.safe_load(Path(path).read_text()))
+        run_merge(config, str(Path(path).parent / "theirs"), MergeOptions(quiet=True))
+        told = "yes"
+    except BaseException as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+    print(path, told, sep=chr(9), flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ class Row:
 
 def cases() -> list[Case]:
     known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    found = [Case(name, CAUSAL) for name in sorted(known) if name not in LEFT_OUT]
+    found = [Case(name, CAUSAL) for name in sorted(known)]
     found += [Case(name, "AutoModelForSeq2SeqLM") for name in SEQ2SEQ]
     return found + [Case(name, "AutoModelForImageTextToText") for name in VISION]
 
@@ -129,19 +147,17 @@ def n_changed(folder: Path, merged: Path) -> int:
     return sum(not torch.equal(tensor, made[name]) for name, tensor in base.items())
 
 
-def examine(case: Case, mergekit: str | None = None) -> Row:
-    """Run one case; whatever goes wrong is the row's reason."""
+def examine(case: Case, folder: Path) -> Row:
+    """Run one case in an empty folder; whatever goes wrong is the row's reason."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as made, warnings.catch_warnings(), _undrawn():
+    with warnings.catch_warnings(), _undrawn():
         warnings.simplefilter("ignore")
-        folder = Path(made)
         try:
             build(case, folder)
         except Exception as error:  # noqa: BLE001 - a table of what goes wrong
             return Row(case, reason=f"not made: {_line(error)}")
-        theirs = _mergekit(folder, mergekit) if mergekit else ""
         n_measured = n_scheduled = 0
         try:
             asked = lewis_hub.read_recipe(recipe(folder, guided=True))
@@ -151,9 +167,9 @@ def examine(case: Case, mergekit: str | None = None) -> Row:
             n_measured = len(profile["sources"][0]["modules"])
             n_scheduled = len(density["experts"][0]["tensors"])
             run(merged)
-            return Row(case, n_measured, n_scheduled, n_changed(folder, merged), "", theirs)
+            return Row(case, n_measured, n_scheduled, n_changed(folder, merged))
         except Exception as error:  # noqa: BLE001 - a table of what goes wrong
-            return Row(case, n_measured, n_scheduled, 0, _line(error), theirs)
+            return Row(case, n_measured, n_scheduled, 0, _line(error))
 
 
 @contextmanager
@@ -167,20 +183,27 @@ def _undrawn() -> Iterator[None]:
         reporting.draw = draw
 
 
-def _mergekit(folder: Path, program: str) -> str:
-    command = [program, str(recipe(folder, guided=False)), str(folder / "theirs")]
-    home = {"HF_HOME": str(folder / "hf-home"), "HF_HUB_OFFLINE": "1"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=os.environ | home
-        )
-        if done.returncode:
-            told = [line for line in done.stderr.strip().splitlines() if line.strip()]
-            return _short(told[-1] if told else f"exit code {done.returncode}")
-        run(folder / "theirs")
-        return "yes"
-    except Exception as error:  # noqa: BLE001 - a table of what goes wrong
-        return _line(error)
+def by_mergekit(python: str, folders: list[Path]) -> dict[Path, str]:
+    """Folder -> "yes", or why mergekit makes no model of it that loads and runs."""
+    configs = [str(recipe(folder, guided=False)) for folder in folders]
+    home = {"HF_HOME": str(folders[0].parent / "hf-home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [python, "-c", MERGEKIT, *configs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | home,
+    )
+    told = dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
+    found = {}
+    for folder, config in zip(folders, configs, strict=True):
+        found[folder] = _short(told.get(config, "the process ended before it"))
+        if found[folder] == "yes":
+            try:
+                run(folder / "theirs")
+            except Exception as error:  # noqa: BLE001 - a table of what goes wrong
+                found[folder] = _line(error)
+    return found
 
 
 def _line(error: Exception) -> str:
@@ -212,17 +235,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", nargs="+", help="only these model types")
     parser.add_argument("--jobs", type=int, default=2, help="processes [2]")
-    parser.add_argument("--mergekit", help="path of mergekit-yaml")
+    parser.add_argument("--mergekit", help="path of the python of its environment")
     parser.add_argument("--write", type=Path, help="put the table into this Markdown file")
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.types or case.model_type in asked.types]
     rows = []
-    with ProcessPoolExecutor(asked.jobs, get_context("spawn"), max_tasks_per_child=40) as pool:
-        for row in pool.map(examine, chosen, [asked.mergekit] * len(chosen)):
-            rows.append(row)
-            print(
-                row.case.model_type, row.n_measured, row.reason or "yes", row.mergekit, flush=True
-            )
+    with tempfile.TemporaryDirectory() as made:
+        folders = [Path(made) / f"{i}-{case.model_type}" for i, case in enumerate(chosen)]
+        context = get_context("spawn")
+        with ProcessPoolExecutor(asked.jobs, context, max_tasks_per_child=40) as pool:
+            for row in pool.map(examine, chosen, folders):
+                rows.append(row)
+                print(row.case.model_type, row.reason or "yes", sep=": ", flush=True)
+        if asked.mergekit:
+            built = [folder for folder in folders if (folder / "texts.jsonl").exists()]
+            told = by_mergekit(asked.mergekit, built)
+            rows = [
+                replace(row, mergekit=told.get(folder, "-"))
+                for row, folder in zip(rows, folders, strict=True)
+            ]
     text = "\n".join(table(rows, mergekit=bool(asked.mergekit)))
     print(text)
     if asked.write:

@@ -42,11 +42,17 @@ for size, names in {
     SIZES |= dict.fromkeys(names.split(), size)
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+ROPE_BY_TYPE = {"full_attention": ROPE, "sliding_attention": ROPE}
+MROPE = {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}
 OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2},
+    "blt": {"vocab_size": N_TOKENS},
+    "cohere_compass_text": {"rope_parameters": ROPE_BY_TYPE},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "codegen": {"rotary_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -64,9 +70,6 @@ OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
     "zamba": {"num_hidden_layers": 12},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
 }
-
-
-LEFT_OUT: dict[str, str] = {}
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:

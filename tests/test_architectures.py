@@ -23,8 +23,8 @@ QUICK = {  # matrices in the blocks that calibration reaches: per block, times b
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.model_type)
-def test_an_architecture_is_calibrated_merged_loaded_and_run(case):
-    row = examine(case)
+def test_an_architecture_is_calibrated_merged_loaded_and_run(case, tmp_path):
+    row = examine(case, tmp_path)
 
     assert row.reason == ""
     assert row.n_measured == row.n_scheduled == QUICK[case]
@@ -32,8 +32,8 @@ def test_an_architecture_is_calibrated_merged_loaded_and_run(case):
 
 
 @pytest.mark.slow
-def test_nearly_all_architectures_that_transformers_knows_can_be_merged():
-    rows = [examine(case) for case in cases()]
+def test_nearly_all_architectures_that_transformers_knows_can_be_merged(tmp_path):
+    rows = [examine(case, tmp_path / str(i)) for i, case in enumerate(cases())]
 
     failed = {row.case.model_type: row.reason for row in rows if row.reason}
     assert len(rows) >= 60 + 4 + 4

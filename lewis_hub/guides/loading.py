@@ -5,6 +5,7 @@ Nothing here runs a repo's own code or opens a connection.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,8 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
             experts_implementation="eager",
         )
         _check_complete(name, report)
+        _check_reads_tokens(name, model)
+        model.config.get_text_config().use_cache = False  # some keep one unless this says so
         return cast("PreTrainedModel", model.to(device).eval())
 
 
@@ -66,6 +69,13 @@ def _check_complete(name: str, report: Any) -> None:
         others = f"{len(absent) - 1} more of the weights that its architecture needs"
         problem = f"its files lack {absent[0]} (and {others})"
         remedy = "The config does not describe these files: check the source, or take another."
+        raise CalibrationModelError(name, problem, remedy)
+
+
+def _check_reads_tokens(name: str, model: PreTrainedModel) -> None:
+    if "input_ids" not in inspect.signature(model.base_model.forward).parameters:
+        problem = f"{type(model).__name__} reads no tokens"
+        remedy = "Calibration measures language models; merge it with guide `uniform` instead."
         raise CalibrationModelError(name, problem, remedy)
 
 

@@ -123,6 +123,32 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it(architecture, texts, t
     assert len(experts) == 3 * len(routed)
 
 
+def test_both_stacks_of_an_encoder_decoder_are_measured(texts, tmp_path):
+    sizes = {"d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 4, "d_kv": 4}
+    config = transformers.T5Config(**sizes, vocab_size=97, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path)
+    place = "decoder.block.1.layer.1.EncDecAttention"
+    seen: dict[str, list[Tensor]] = {"q": [], "k": []}  # of the decoder's text, of the encoder's
+    for name, tokens in seen.items():
+        model.get_submodule(f"{place}.{name}").register_forward_pre_hook(
+            lambda _, args, tokens=tokens: tokens.extend(args[0][0])
+        )
+    with torch.no_grad():
+        for ids in texts.ids:
+            shifted = torch.tensor([[0, *ids[:-1]]])
+            model(input_ids=torch.tensor([ids]), decoder_input_ids=shifted)
+
+    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None)
+
+    assert sum(module.startswith("encoder.") for module in found) == 2 * 6
+    assert sum(module.startswith("decoder.") for module in found) == 2 * 10
+    for name, tokens in seen.items():
+        weight = model.get_submodule(f"{place}.{name}").weight.detach()
+        expected = naive(weight, tokens, texts.n_tokens)
+        assert found[f"{place}.{name}"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_what_a_router_multiplies_is_measured(texts, tmp_path):
     config_class, settings, *_ = MIXTURES["mixtral"]
     model = mixture(config_class, settings, tmp_path)
