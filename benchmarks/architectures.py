@@ -185,7 +185,9 @@ def _undrawn() -> Iterator[None]:
 
 def by_mergekit(python: str, folders: list[Path]) -> dict[Path, str]:
     """Folder -> "yes", or why mergekit makes no model of it that loads and runs."""
-    configs = [str(recipe(folder, guided=False)) for folder in folders]
+    warnings.simplefilter("ignore")
+    made = [folder for folder in folders if (folder / "texts.jsonl").exists()]
+    configs = [str(recipe(folder, guided=False)) for folder in made]
     home = {"HF_HOME": str(folders[0].parent / "hf-home"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [python, "-c", MERGEKIT, *configs],
@@ -195,8 +197,8 @@ def by_mergekit(python: str, folders: list[Path]) -> dict[Path, str]:
         env=os.environ | home,
     )
     told = dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
-    found = {}
-    for folder, config in zip(folders, configs, strict=True):
+    found = dict.fromkeys(folders, "not made")
+    for folder, config in zip(made, configs, strict=True):
         found[folder] = _short(told.get(config, "the process ended before it"))
         if found[folder] == "yes":
             try:
@@ -226,9 +228,17 @@ def table(rows: list[Row], *, mergekit: bool) -> Iterator[str]:
     last = " mergekit 0.1.5 |" if mergekit else ""
     yield f"| model type | matrices measured | with a density | tensors merged | result |{last}"
     yield "|---|---:|---:|---:|---|" + ("---|" if mergekit else "")
-    for row in rows:
-        shown = f"| {row.case.model_type} | {row.n_measured} | {row.n_scheduled} | {row.n_merged} |"
-        yield f"{shown} {row.reason or 'yes'} |" + (f" {row.mergekit} |" if mergekit else "")
+    yield from map(line, rows)
+
+
+def line(row: Row) -> str:
+    numbers = f"{row.n_measured} | {row.n_scheduled} | {row.n_merged}"
+    shown = f"| {row.case.model_type} | {numbers} | {row.reason or 'yes'} |"
+    return f"{shown} {row.mergekit} |" if row.mergekit else shown
+
+
+def _workers(n_workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(n_workers, get_context("spawn"), max_tasks_per_child=120)
 
 
 def main() -> None:
@@ -239,21 +249,17 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table into this Markdown file")
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.types or case.model_type in asked.types]
-    rows = []
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as made, _workers(asked.jobs) as pool:
         folders = [Path(made) / f"{i}-{case.model_type}" for i, case in enumerate(chosen)]
-        context = get_context("spawn")
-        with ProcessPoolExecutor(asked.jobs, context, max_tasks_per_child=40) as pool:
-            for row in pool.map(examine, chosen, folders):
-                rows.append(row)
-                print(row.case.model_type, row.reason or "yes", sep=": ", flush=True)
+        rows = []
+        for row in pool.map(examine, chosen, folders):
+            rows.append(row)
+            print(line(row), flush=True)
         if asked.mergekit:
-            built = [folder for folder in folders if (folder / "texts.jsonl").exists()]
-            told = by_mergekit(asked.mergekit, built)
-            rows = [
-                replace(row, mergekit=told.get(folder, "-"))
-                for row, folder in zip(rows, folders, strict=True)
-            ]
+            parts = [folders[i :: asked.jobs] for i in range(asked.jobs)]
+            found = pool.map(by_mergekit, [asked.mergekit] * asked.jobs, parts)
+            told = {folder: text for part in found for folder, text in part.items()}
+            rows = [replace(r, mergekit=told[f]) for r, f in zip(rows, folders, strict=True)]
     text = "\n".join(table(rows, mergekit=bool(asked.mergekit)))
     print(text)
     if asked.write:
