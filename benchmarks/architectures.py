@@ -6,8 +6,7 @@ path on them: calibrate by `lewis`, give densities, merge by TIES, load the resu
 table, and with `--write FILE` puts it into a Markdown file between its markers.
 
 `--mergekit PYTHON` (of an environment with mergekit 0.1.5) has each of them merged by that as well,
-by TIES at density 0.5, in one process; what comes out is loaded and run in the same way. Its own
-transformers is an older one, which it asks for, and does not know every architecture.
+by TIES at density 0.5; what comes out is loaded and run in the same way.
 """
 
 from __future__ import annotations

@@ -48,7 +48,6 @@ MROPE = {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}
 OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
     "bailing_hybrid": {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1, 3]},
-    "blt": {"vocab_size": N_TOKENS},
     "cohere_compass_text": {"rope_parameters": ROPE_BY_TYPE},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},

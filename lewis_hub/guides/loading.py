@@ -73,7 +73,7 @@ def _check_complete(name: str, report: Any) -> None:
 
 
 def _check_reads_tokens(name: str, model: PreTrainedModel) -> None:
-    if "input_ids" not in inspect.signature(model.base_model.forward).parameters:
+    if "input_ids" not in inspect.signature(model.forward).parameters:
         problem = f"{type(model).__name__} reads no tokens"
         remedy = "Calibration measures language models; merge it with guide `uniform` instead."
         raise CalibrationModelError(name, problem, remedy)
