@@ -18,7 +18,7 @@ N_TOKENS = 400  # of the vocabulary: the zoo's tokenizer has 390
 SIZES: dict[str, int] = {}
 for size, names in {
     N_TOKENS: """vocab_size text_vocab_size src_vocab_size tgt_vocab_size
-        vocab_size_per_layer_input encoder_hash_byte_group_vocab""",
+        vocab_size_per_layer_input encoder_hash_byte_group_vocab unpadded_vocab_size""",
     2: """num_key_value_heads n_kv_heads kv_n_heads num_experts_per_tok moe_top_k moe_k n_group
         num_kv_heads multi_query_kv_heads top_k_experts num_experts_per_token moe_topk topk_group
         num_expert_group""",
@@ -55,6 +55,7 @@ OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
     "codegen": {"rotary_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "gptj": {"rotary_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
@@ -64,7 +65,7 @@ OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "qwen2_5_vl": {"text_config": MROPE},
     "qwen2_vl": {"text_config": MROPE},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "vocab_size": N_TOKENS},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 12},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
@@ -79,8 +80,11 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
     """What is smaller than the default; lists of one entry a block follow by themselves."""
+    told = config.to_dict()
     found: dict[str, Any] = dict(TOKENS)
-    for name, value in config.to_dict().items():
+    if told.get("decoder_start_token_id") is not None:
+        found["decoder_start_token_id"] = 0
+    for name, value in told.items():
         part = vars(config).get(name)
         if isinstance(part, PretrainedConfig):
             found[name] = _shrunk(part) | {"model_type": part.model_type}

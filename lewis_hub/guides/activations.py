@@ -78,7 +78,7 @@ def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationToken
         raise CalibrationModelError(name, problem, remedy)
     n_positions = config_value(model, "max_position_embeddings")
     longest = max(map(len, tokens.ids))
-    if n_positions and longest > n_positions:
+    if longest > (n_positions or 0) > 0:  # some say -1, and mean that there is no end
         problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
         remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
         raise CalibrationModelError(name, problem, remedy)
