@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
-from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
+from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
+from lewis_hub.guides.products import Products, watched
+from lewis_hub.guides.stored import stored_blocks
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.progress import Advance
@@ -24,8 +27,11 @@ from lewis_hub.progress import Advance
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# (module -> matrix, module -> activation norms) -> module -> its number
+# (module -> weight, module -> activation norms), of whole blocks -> module -> its number. Norms are
+# (in_features,) for a weight (out_features, in_features), or one for each entry of the weight.
 Summary = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, float]]
+
+N_TRIED = 8  # tokens that show what a model multiplies
 
 
 def measure(
@@ -47,21 +53,27 @@ def measure(
         summarise: makes one number a module of weights and activation norms.
 
     Returns:
-        For each set, module -> its number, in the model's order.
+        For each set, module -> its number, in the model's order: modules as the checkpoint stores
+        them. One that saw no token, such as an expert that none was routed to, is not in it.
 
     Raises:
         CalibrationModelError: it cannot be loaded, the tokens do not fit it, or its activations
             are not finite.
     """
     model = load_model(folder, device, name)
-    weights = {path: matrix(module) for path, module in block_linears(model, name).items()}
-    widths = {weight.shape[1] for weight in weights.values()}
+    modules = block_linears(model, name)
+    widths = {matrix(module).shape[1] for module in modules.values()}
     measured = []
     with threads(whole_shares(widths, torch.get_num_threads())):
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
-            norms = activation_norms(model, name, batches(tokens), advance)
-            measured.append(summarise(weights, norms))
+            ids = torch.tensor([tokens.ids[0][:N_TRIED]])
+            products = watched(model, partial(forward, model, Batch(ids, torch.ones_like(ids))))
+            norms = activation_norms(model, name, batches(tokens), advance, products)
+            found: dict[str, float] = {}
+            for block in stored_blocks(model, modules, norms, products, tokens.n_tokens):
+                found |= summarise(block.weights, block.norms)
+            measured.append(found)
     return measured
 
 
@@ -75,25 +87,31 @@ def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationToken
         raise CalibrationModelError(name, problem, remedy)
     n_positions = config_value(model, "max_position_embeddings")
     longest = max(map(len, tokens.ids))
-    if n_positions and longest > n_positions:
+    if longest > (n_positions or 0) > 0:  # some say -1, and mean that there is no end
         problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
         remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
         raise CalibrationModelError(name, problem, remedy)
 
 
 def activation_norms(
-    model: PreTrainedModel, name: str, calibration: Iterable[Batch], advance: Advance
+    model: PreTrainedModel,
+    name: str,
+    calibration: Iterable[Batch],
+    advance: Advance,
+    products: Products | None = None,
 ) -> dict[str, Tensor]:
     """Measure how strongly calibration tokens drive each input feature of each Linear of a block.
 
     The root of the mean square over the tokens that the mask keeps: a_j = sqrt(mean_t x_tj²). A
-    module that sees only some tokens, such as a routed expert, takes the mean over those.
+    token that a module does not see counts as zero there, so that a routed expert has weight
+    according to the tokens that are routed to it.
 
     Args:
         model: causal language model; its mode, gradients and hooks are left as they were.
         name: the source as the user knows it, for messages.
         calibration: batches of texts, padded on the right.
         advance: called with the number of kept tokens after each batch.
+        products: sees the same tokens where parameters that no Linear owns are multiplied.
 
     Returns:
         Module -> (in_features,) float32 on the module's device, in the model's order. A module
@@ -108,14 +126,16 @@ def activation_norms(
         LEWIS code and does not here.
     """
     recorder = _Recorder()
+    n_tokens = 0
     with _hooked(block_linears(model, name), recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
-            _observe(model, batch, recorder)
-            advance(int(batch.attention_mask.sum()))
+            _observe(model, batch, recorder, products)
+            advance(n_kept := int(batch.attention_mask.sum()))
+            n_tokens += n_kept
     if not recorder.totals:
         remedy = "Choose calibration data with texts in it."
         raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
-    norms = {path: total.root_mean() for path, total in recorder.totals.items()}
+    norms = {path: total.root_mean(n_tokens) for path, total in recorder.totals.items()}
     for path, norm in norms.items():
         if not torch.isfinite(norm).all():
             problem = f"the activations before {path} are not finite"
@@ -126,12 +146,14 @@ def activation_norms(
 
 def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
     """Every Linear of a block by its path; a module under two paths goes by the first."""
-    blocks = decoder_blocks(model)
-    if blocks is None:
+    found: dict[str, Linear] = {}
+    for path, blocks in block_lists(model).items():
+        found |= linears(path, blocks)
+    if not found:
         problem = "no Linear module in a list of blocks was found"
         remedy = "Importance is measured on those; use guide `uniform` for this architecture."
         raise CalibrationModelError(name, problem, remedy)
-    return dict(linears(*blocks))
+    return found
 
 
 @dataclass(frozen=True)
@@ -144,8 +166,9 @@ class _SquareSum:
     def __add__(self, other: _SquareSum) -> _SquareSum:
         return _SquareSum(self.squares + other.squares, self.n_tokens + other.n_tokens)
 
-    def root_mean(self) -> Tensor:
-        return (self.squares / self.n_tokens).sqrt().float()
+    def root_mean(self, n_tokens: int) -> Tensor:
+        """Over `n_tokens`; those that the module did not see are zeros."""
+        return (self.squares / n_tokens).sqrt().float()
 
 
 class _OutOfStepError(Exception):
@@ -199,17 +222,23 @@ class _Recorder:
         return self._last_sum
 
 
-def _observe(model: PreTrainedModel, batch: Batch, recorder: _Recorder) -> None:
-    """Run one batch; again without padding where a module regroups the tokens."""
-    try:
-        recorder.start(batch)
-        forward(model, batch)
-        recorder.finish()
-    except _OutOfStepError:
-        for part in _unpadded(batch):
-            recorder.start(part)
-            forward(model, part)
+def _observe(
+    model: PreTrainedModel, batch: Batch, recorder: _Recorder, products: Products | None
+) -> None:
+    """Run one batch; without padding where there are products, or a module regroups the tokens."""
+    if products is None:
+        try:
+            recorder.start(batch)
+            forward(model, batch)
             recorder.finish()
+            return
+        except _OutOfStepError:
+            pass
+    for part in _unpadded(batch):
+        recorder.start(part)
+        with products or nullcontext():
+            forward(model, part)
+        recorder.finish()
 
 
 def _unpadded(batch: Batch) -> Iterator[Batch]:
@@ -221,15 +250,21 @@ def _unpadded(batch: Batch) -> Iterator[Batch]:
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> None:
-    """Run the decoder alone where it can be: the vocabulary projection costs and is not asked."""
-    decoder = model.base_model
-    accepted = inspect.signature(type(decoder).forward).parameters
-    options = {"use_cache": False, "logits_to_keep": 1}
-    decoder(
-        input_ids=batch.input_ids.to(model.device),
-        attention_mask=batch.attention_mask.to(model.device),
-        **{key: value for key, value in options.items() if key in accepted},
-    )
+    """Run the blocks, without the head where that can be: it costs, and is not asked.
+
+    A decoder that stands after an encoder gets the same text, one place to the right.
+    """
+    body = model.base_model
+    accepted = inspect.signature(type(body).forward).parameters
+    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    if "decoder_input_ids" in accepted:
+        start = config_value(model, "decoder_start_token_id") or 0
+        shifted = ids.roll(1, dims=1)
+        shifted[:, 0] = start
+        options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+    options = {key: value for key, value in options.items() if key in accepted}
+    body(input_ids=ids, attention_mask=mask, **options)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def evenness(_: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, 
     """The mean activation norm of a module's input channels, relative to the largest.
 
     Args:
-        norms: module -> (in_features,) activation norms.
+        norms: module -> (in_features,) activation norms; or one for each entry of a weight, of
+            which all channels have equally many.
 
     Returns:
         Module -> in (0, 1]: 1 where all channels are alike, or none is active.

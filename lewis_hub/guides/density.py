@@ -13,6 +13,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides import document
 from lewis_hub.guides.budget import shifted, weighted_mean
+from lewis_hub.guides.experts import seen_by_both, unseen
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.lewis import Dominance, dominance
 from lewis_hub.guides.registry import OF_PAIRS, Decision, Guide, Measure, Statistics, Values
@@ -194,7 +195,15 @@ def schedule(  # noqa: PLR0913
         decided = guide.decide(statistics, bounds.gamma, bounds.epsilon)
         if not isinstance(decided, Decision):
             decided = Decision(decided, decided)
+        rest = unseen(matrices, decided.densities)
+        weights = {**decided.weights, **unseen(matrices, decided.weights)}
+        decided = Decision({**decided.densities, **rest}, weights)
         schedules.append(_on_tensors(source, guide, bounds, decided, tensors, use))
+        if rest:
+            notes.append(
+                f"{source}: no calibration token reached {len(rest)} of the matrices of routed "
+                "experts, in it or in the base: they get the mean density of their component."
+            )
         notes += [f"{source}: {found}" for found in map(str, _dominances(guide, statistics))]
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(notes))
 
@@ -218,7 +227,8 @@ def _statistics(
         entry = measured.experts[i]
         expert[measure] = entry.modules
         if measure not in OF_PAIRS:
-            base[measure] = measured.base_of(entry).modules
+            of_base = measured.base_of(entry).modules
+            base[measure], expert[measure] = seen_by_both(of_base, entry.modules)
     drawn = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
     return Statistics(matrices, base, expert, int.from_bytes(drawn, "big"))
 
@@ -226,7 +236,9 @@ def _statistics(
 def block_matrices(tensors: Mapping[str, Sequence[int]]) -> Iterable[str]:
     """Modules whose weight is a matrix, or a stack of them, inside a block."""
     for name, shape in tensors.items():
-        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None:
+        is_stack = len(shape) >= 3 and names.module(name) == name  # of experts, under a bare name
+        is_weight = len(shape) >= 2 and name.endswith(".weight")
+        if (is_stack or is_weight) and names.block(name) is not None:
             yield names.module(name)
 
 
@@ -255,12 +267,14 @@ def _on_tensors(  # noqa: PLR0913
 
 
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
-    """The checkpoint's name for a module's weight.
+    """The checkpoint's name for a module's weight; the module's own for a stack of experts.
 
     Raises:
         GuideError: no tensor, or more than one, has the name.
     """
     name = f"{module}.weight"
+    if module in tensors and name not in tensors:
+        return module
     found = names.find(name, tensors)
     if len(found) == 1:
         return found[0]

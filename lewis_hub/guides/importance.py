@@ -26,8 +26,11 @@ def module_importance(weight: Tensor, norm: Tensor) -> float:
 
     Args:
         weight: (out_features, in_features), any floating dtype.
-        norm: (in_features,) activation norms a, on the weight's device.
+        norm: (in_features,) activation norms a, on the weight's device; or one for each entry of a
+            weight of any shape.
     """
+    if norm.dim() > 1:
+        return float((weight.float() * norm).norm())
     columns = sum_of_squares(weight)
     return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
 

@@ -61,6 +61,9 @@ def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Map
 def importance_shifts(statistics: Statistics, measure: Measure = "lewis") -> dict[str, float]:
     """|importance(expert) - importance(base)| per module, as a share of its component's sum.
 
+    The experts of a block are of one component. One that not every block has, or that a block has
+    several of, has its shares scaled so that its mean is that of the others.
+
     Raises:
         GuideError: base and expert were not measured on the same modules.
     """
@@ -72,17 +75,22 @@ def importance_shifts(statistics: Statistics, measure: Measure = "lewis") -> dic
         raise GuideError("guide `lewis`", problem, "Base and expert must be of one architecture.")
     shifts = {module: abs(expert[module] - base[module]) for module in base}
     of_component: defaultdict[tuple[str | None, str], list[float]] = defaultdict(list)
+    blocks: defaultdict[str | None, set[int | None]] = defaultdict(set)
     for module, shift in shifts.items():
         of_component[_component(module)].append(shift)
+        blocks[names.stack(module)].add(names.block(module))
     sums = {component: fsum(parts) for component, parts in of_component.items()}
+    a_block = {(s, c): len(parts) / len(blocks[s]) for (s, c), parts in of_component.items()}
     return {
-        module: shift / total if (total := sums[_component(module)]) else 0.0
+        module: shift / total * a_block[_component(module)]
+        if (total := sums[_component(module)])
+        else 0.0
         for module, shift in shifts.items()
     }
 
 
 def _component(module: str) -> tuple[str | None, str]:
-    return names.stack(module), names.component(module)
+    return names.stack(module), names.kind(module)
 
 
 def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[str, float]:

@@ -36,7 +36,8 @@ def outlier_ratios(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -
 
     Args:
         weights: module -> (out_features, in_features), any floating dtype.
-        norms: module -> (in_features,) activation norms a, on the weight's device.
+        norms: module -> (in_features,) activation norms a, on the weight's device; or one for each
+            entry of a weight of any shape.
 
     Returns:
         Module -> the share of its block, in [0, 1]: one value for all of a block.
@@ -64,5 +65,7 @@ def outlier_ratios(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -
 
 def _scores(weight: Tensor, norm: Tensor) -> Iterable[Tensor]:
     """|W_ij| · a_j in float32, some rows at a time."""
+    norm = norm.expand(weight.shape)
     for start in range(0, len(weight), ROWS_AT_ONCE):
-        yield weight[start : start + ROWS_AT_ONCE].float().abs() * norm.float()
+        rows = slice(start, start + ROWS_AT_ONCE)
+        yield weight[rows].float().abs() * norm[rows].float()

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lewis_hub.checkpoint import names
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.activations import block_linears, check_tokens_fit, evaluating, forward
 from lewis_hub.guides.blocks import Linear, matrix
 from lewis_hub.guides.calibrate import Place
 from lewis_hub.guides.loading import load_model
+from lewis_hub.guides.stored import stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens
 from lewis_hub.progress import Advance
@@ -75,7 +77,8 @@ def output_shifts(
     """What `measure` returns, for one set and models that are loaded.
 
     A module that does not see every token of a text in both models, such as a routed expert, does
-    not count for that text: its rows belong to other tokens. One that never counts is left out.
+    not count for that text: its rows belong to other tokens. One that never counts is left out, and
+    so is one that the checkpoint does not hold as it is. Modules have the checkpoint's names.
 
     Raises:
         CalibrationModelError: an output is not finite.
@@ -92,7 +95,12 @@ def output_shifts(
                 forward(expert, batch)
             sums.held.clear()
             advance(len(ids))
-    return {path: sums.shift(name, path) for path in of_base if path in sums.differences}
+    kept = stored_names(base)
+    return {
+        names.module(kept[f"{path}.weight"]): sums.shift(name, path)
+        for path in of_base
+        if path in sums.differences and f"{path}.weight" in kept
+    }
 
 
 class _Sums:

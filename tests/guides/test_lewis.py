@@ -41,6 +41,23 @@ def test_a_worked_example():
     )
 
 
+def test_a_components_mean_share_is_one_in_the_number_of_blocks_however_many_it_has_of_it():
+    shifts = named(Q, [1, 3]) | {
+        "model.layers.0.mlp.experts.0.up_proj": 1.0,
+        "model.layers.0.mlp.experts.1.up_proj": 2.0,
+        "model.layers.1.mlp.experts.0.up_proj": 5.0,
+        "model.layers.1.mixer.in_proj": 7.0,  # not in every block
+    }
+
+    # experts: |Δ| = 1 2 5, sum 8, one and a half a block; in_proj: half a one a block
+    assert importance_shifts(shifted(shifts)) == named(Q, [0.25, 0.75]) | {
+        "model.layers.0.mlp.experts.0.up_proj": 1 / 8 * 1.5,
+        "model.layers.0.mlp.experts.1.up_proj": 2 / 8 * 1.5,
+        "model.layers.1.mlp.experts.0.up_proj": 5 / 8 * 1.5,
+        "model.layers.1.mixer.in_proj": 0.5,
+    }
+
+
 def test_blocks_that_differ_equally_get_the_midpoint():
     same = shifted(named(Q, [3, 3, 3]) | named(DOWN, [7, 7, 7]))
 
