@@ -30,13 +30,14 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    statistics,
     verification,
 )
 from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.checking import CheckReport
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
-from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
+from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs, resolve_one
 from lewis_hub.stages.verification import Verdict
 
 
@@ -302,16 +303,20 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scores | None, tupl
     costs = Costs()
     with costs.measure("download"):
         folders = downloading.everything(step)
-    guidance = None
+    guidance, gathered = None, statistics.Gathered()
     if step.recipe.guide:
         with costs.measure("calibrate"):
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
             known_in = (work.scratch, work.output / "lewis", beside)
             stores = [folder / "importance.json" for folder in known_in]
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+    if needs_grams(step.recipe):
+        with costs.measure("gather"):
+            gathered = statistics.gather(step, sets, folders, work.scratch)
+    folders, known = {**folders, **gathered.folders}, gathered.statistics
     schedule = guidance.schedule if guidance else None
     with costs.measure("merge"):
-        merged = merging.make(step, schedule, folders, work.folder, "Merging")
+        merged = merging.make(step, schedule, folders, work.folder, "Merging", known)
     with costs.measure("evaluate"):
-        scores = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
-    return scores, reporting.write(step, merged, guidance, scores, costs)
+        scores = evaluation.score_merge(step, merged, guidance, folders, work.scratch, known)
+    return scores, reporting.write(step, merged, guidance, gathered, scores, costs)

@@ -26,7 +26,8 @@ NOT_YET = {
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
     "guide.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
     "models.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
-    "guide.trim": "Choosing how to trim is not in this version: magnitude is used.",
+    "calibration.task": "Calibrating on a task is not in this version: name its dataset.",
+    "guide.trim": "How to trim is a setting of the method: `parameters: {trim: activation}`.",
     "guide.mean_density": "Budgets are not in this version: set gamma and epsilon.",
     "guide.apply_to": "LEWIS weights are not in this version: the schedule sets densities.",
 }

@@ -104,6 +104,8 @@ def _summary(facts: CardFacts) -> str:
     told = [_stacked(facts, method) if facts.stack else _merged(facts, method)]
     if facts.guided:
         told.append(_guidance(facts.guided))
+    if facts.measured:
+        told.append(_statistics(facts))
     told.append(f"It has {n_parameters:,} parameters in {markdown.text(dtype)}.")
     return " ".join(told)
 
@@ -137,6 +139,14 @@ def _guidance(guided: Guided) -> str:
         f"Of each task vector (expert minus base) the guide {guide} kept a fraction of its own in "
         f"every weight matrix of the blocks: {spread}{why if guided.profile else ''}."
     )
+
+
+def _statistics(facts: CardFacts) -> str:
+    if facts.method.needs_grams:
+        how = "Each expert's weight matrices in the blocks count by second moments of the inputs"
+    else:
+        how = "Entries were ranked by magnitude times the activation norm of the inputs"
+    return f"{how} that calibration texts of the expert's own drive through them."
 
 
 def _pictures(facts: CardFacts) -> Iterator[tuple[str, list[str]]]:
@@ -177,6 +187,12 @@ def _limits(facts: CardFacts) -> Iterator[str]:
                 "The densities suit tasks that resemble the calibration texts; elsewhere they may "
                 "help nothing."
             )
+    yield from (markdown.text(note) for note in facts.notes)
+    if facts.measured:
+        yield (
+            "The statistics suit tasks whose prompts resemble the calibration texts; with other "
+            "texts the merge may be no better than without them."
+        )
     if facts.custom_code:
         yield "It runs Python code of its base to load: read it before you trust it."
     yield (

@@ -72,11 +72,12 @@ def densities(facts: CardFacts) -> str | None:
 def calibration(facts: CardFacts) -> str | None:
     """What each expert was measured on."""
     profile = facts.guided.profile if facts.guided else None
-    if profile is None:
+    experts = profile.experts if profile else facts.measured
+    if not experts:
         return None
     datasets = {source.pinned: source for source in facts.datasets}
     rows = []
-    for expert in profile.experts:
+    for expert in experts:
         told = expert.calibration
         source = datasets.get(str(told.get("dataset")))
         split = "/".join(str(part) for part in (told.get("config"), told.get("split")) if part)

@@ -20,7 +20,7 @@ from lewis_hub.recipe import Calibration
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import Inputs, merged_entries, needs_grams
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
@@ -38,14 +38,16 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
     """Draw and tokenise each expert's calibration texts: one set per expert, equal ones shared.
 
     Nothing here needs a weight, so what is wrong with the data shows before a large download.
-    A guide that measures nothing needs no set.
+    Where neither guide nor method measures, no set is needed.
 
     Raises:
         SourceError: a configuration or split is not there.
         CalibrationError: the template does not fit, or no text is left.
     """
     recipe, inputs = step.recipe, step.inputs
-    if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
+    guide = registry.find(recipe.guide.name) if recipe.guide else None
+    measures = guide is not None and "importance" in guide.needs
+    if not measures and not needs_grams(recipe):
         return ()
     tokenizer = load_tokenizer(str(small_files(step.api, inputs.donor)), inputs.donor.name)
     drawn: dict[Calibration, CalibrationTokens] = {}
@@ -66,7 +68,7 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
             dataset.commit_sha,
             recipe.seed,
             _tokenizer_digest(inputs.donor),
-            registry.find(recipe.guide.name).measure,
+            guide.measure if guide else "lewis",
         )
         sets.append(CalibrationSet(facts | tokens.facts, tokens))
     return tuple(sets)
@@ -95,7 +97,8 @@ def guide(
     asked, inputs = step.recipe.guide, step.inputs
     assert asked
     assert inputs.base
-    profile = _measure(step, sets, folders, scratch, stores) if sets else None
+    measures = "importance" in registry.find(asked.name).needs
+    profile = _measure(step, sets, folders, scratch, stores) if measures else None
     tensors = step.examined.checkpoints[inputs.base.pinned].tensors
     decided = schedule(
         registry.find(asked.name),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,15 @@ from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
-from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
+from lewis_hub.stages.sources import (
+    Inputs,
+    by_reference,
+    calibrations,
+    merged_entries,
+    needs_grams,
+    source_of,
+)
+from lewis_hub.stages.statistics import Gathered
 
 SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
@@ -54,7 +63,7 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
-    places = [told.get("guide", {}), *models]
+    places = [told, told.get("guide", {}), *models]
     for calibration in (place["calibration"] for place in places if "calibration" in place):
         dataset = inputs.datasets.get(calibration["dataset"])
         calibration["dataset"] = dataset.pinned if dataset else calibration["dataset"]
@@ -85,15 +94,12 @@ def lock(
     recipe: Recipe, inputs: Inputs, max_shard_bytes: int, outputs: Mapping[str, OutputFile]
 ) -> Lock:
     """What is merged, and what came out; without outputs, what will be merged."""
-    entries = merged_entries(recipe)
-    calibrated = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
     inputs_locked = [_locked(source, source is inputs.base) for source in inputs.models]
     return Lock(
         inputs=tuple(inputs_locked),
         calibration=tuple(
             _locked_data(inputs.datasets[calibration.dataset])
-            for calibration in calibrated
-            if calibration
+            for calibration in calibrations(recipe)
         ),
         recipe=pinned(recipe, inputs),
         method=recipe.merge_method,
@@ -117,6 +123,7 @@ def write(
     step: Step,
     merged: MergedModel,
     guidance: Guidance | None,
+    gathered: Gathered,
     scores: Scores | None,
     costs: Costs,
 ) -> tuple[str, ...]:
@@ -147,7 +154,8 @@ def write(
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scores, costs, locked))
+    facts = _facts(step, merged, guided, scores, costs, locked)
+    card = model_card(replace(facts, measured=gathered.measured, notes=gathered.notes))
     write_whole(folder / "README.md", str(card))
     # what a run cost is no part of what was merged: the same merge has the same lock
     return (*outputs, f"lewis/{COST}", "lewis/lock.json", "README.md")
@@ -155,7 +163,7 @@ def write(
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
     recipe, inputs = step.recipe, step.inputs
-    if recipe.merge_method not in METHODS:
+    if recipe.merge_method not in METHODS or needs_grams(recipe):
         return None
     entries = zip(merged_entries(recipe), inputs.experts, strict=True)
     told = pinned(recipe, inputs)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lewis_hub.errors import SourceError
+from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
-from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
+from lewis_hub.recipe import Calibration, ModelEntry, ModelReference, Recipe
+from lewis_hub.recipe_rules import asks_for_statistics
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -86,9 +88,26 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
             raise SourceError(expert.pinned, problem, "List it without what is before the `+`.")
         if base is None:
             _whole(expert)
-    wanted = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
-    names = dict.fromkeys(calibration.dataset for calibration in wanted if calibration)
+    names = dict.fromkeys(calibration.dataset for calibration in calibrations(recipe))
     return Inputs(base, experts, {name: _dataset(recipe, api, name) for name in names})
+
+
+def needs_grams(recipe: Recipe) -> bool:
+    """Whether the method merges by second moments of its experts' inputs, or trims by them."""
+    return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
+
+
+def widest_input(recipe: Recipe) -> int:
+    """How many inputs one matrix of second moments covers: a trim needs the diagonal alone."""
+    return WIDEST if registry.find(recipe.merge_method).needs_grams else DIAGONAL
+
+
+def calibrations(recipe: Recipe) -> tuple[Calibration, ...]:
+    """What each expert's texts are, in order; none where neither guide nor method wants any."""
+    if recipe.guide is None and not needs_grams(recipe):
+        return ()
+    wanted = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
+    return tuple(calibration for calibration in wanted if calibration)
 
 
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
