@@ -30,7 +30,7 @@ VERSION = 1
 INDEX = "grams.json"
 WIDEST = 8192  # inputs of one matrix: longer ones are cut into parts that are taken by themselves
 DIAGONAL = 1  # the same where squares alone are asked
-HELD_BYTES = 4 << 30  # of matrices in memory: a model that has more takes several passes
+HELD_BYTES = 8 << 30  # of matrices in memory: a model that has more takes several passes
 STEP = 128  # tokens multiplied at a time: then threads split among inputs only, never a sum
 
 
