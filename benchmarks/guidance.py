@@ -5,7 +5,7 @@
 MODELS holds `base`, `expert-math` and `expert-strings`; DATA holds `math_train.jsonl`,
 `math_test.jsonl` and so on, of questions and answers. Each expert is calibrated on 64 of its own
 training items in the prompt format of the test. The answer loss of an item is the mean negative
-log-likelihood of its answer's tokens. Every merge is made by `lewis_hub.merge_models`.
+log-likelihood of its answer's tokens and of the end after them. Every merge is made by `lewis_hub.merge_models`.
 
 A row's t is that of the paired difference to its twin, the merge in its column `against`: negative
 where the row is better.
@@ -70,22 +70,22 @@ class Variant:
 LEWIS = {"name": "lewis", "gamma": 0.3, "epsilon": 0.8}
 UNIFORM = {"name": "uniform", "gamma": 0.3, "epsilon": 0.8}
 VARIANTS = (
-    Variant("task arithmetic 1.0", "task_arithmetic", {"weight": 1.0}),
     Variant("task arithmetic 0.7", "task_arithmetic", {"weight": 0.7}),
-    Variant("average", "task_arithmetic", {"weight": 0.5}),
+    Variant("regmean 0.5", "regmean", {}, against="task arithmetic 0.7"),
     Variant("ties 0.5", "ties", {"density": 0.5}),
     Variant("ties 0.05", "ties", {"density": 0.05}),
     Variant(
-        "ties 0.05 activation",
+        "ties 0.05 by activation",
         "ties",
         {"density": 0.05, "trim": "activation"},
         against="ties 0.05",
     ),
+    Variant("task arithmetic 1.0", "task_arithmetic", {"weight": 1.0}),
+    Variant("task arithmetic 0.5", "task_arithmetic", {"weight": 0.5}),
     Variant("regmean 0", "regmean", {"off_diagonal": 0.0}, against="task arithmetic 0.7"),
-    Variant("regmean 0.5", "regmean", {}, against="task arithmetic 0.7"),
     Variant("regmean 0.9", "regmean", {"off_diagonal": 0.9}, against="task arithmetic 0.7"),
-    Variant("regmean uniform", "regmean", {}, UNIFORM, against="task arithmetic 0.7"),
-    Variant("regmean lewis", "regmean", {}, LEWIS, against="regmean uniform"),
+    Variant("regmean 0.5 uniform", "regmean", {}, UNIFORM, against="task arithmetic 0.7"),
+    Variant("regmean 0.5 lewis", "regmean", {}, LEWIS, against="regmean 0.5 uniform"),
 )
 
 
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def answer_losses(folder: Path, items: Mapping[str, Sequence[Mapping[str, str]]]) -> Losses:
-    """The mean negative log-likelihood of each item's answer, its tokens given the prompt."""
+    """The mean negative log-likelihood of each item's answer and end, given the prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     losses = {}
@@ -126,7 +126,8 @@ def answer_losses(folder: Path, items: Mapping[str, Sequence[Mapping[str, str]]]
 
 def _of_batch(model, tokenizer, items) -> list[float]:  # type: ignore[no-untyped-def]
     prompts = [len(tokenizer(PROMPT.format(**item))["input_ids"]) for item in items]
-    ids = [tokenizer(TEXT.format(**item))["input_ids"] for item in items]
+    texts = [TEXT.format(**item) + tokenizer.eos_token for item in items]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
     longest = max(map(len, ids))
     rows = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
     mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in ids])
