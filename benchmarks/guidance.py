@@ -5,7 +5,8 @@
 MODELS holds `base`, `expert-math` and `expert-strings`; DATA holds `math_train.jsonl`,
 `math_test.jsonl` and so on, of questions and answers. Each expert is calibrated on 64 of its own
 training items in the prompt format of the test. The answer loss of an item is the mean negative
-log-likelihood of its answer's tokens and of the end after them. Every merge is made by `lewis_hub.merge_models`.
+log-likelihood of its answer's tokens and of the end after them. Every merge is made by
+`lewis_hub.merge_models`. Where many share a machine, OMP_NUM_THREADS=1 is quicker.
 
 A row's t is that of the paired difference to its twin, the merge in its column `against`: negative
 where the row is better.

@@ -243,9 +243,7 @@ class Recipe(Part):
     seed: int = Field(42, ge=0, lt=2**63, description="Of random masks and of row sampling.")
     guide: Guide | None = None
     calibration: Calibration | None = Field(
-        None,
-        description="For a method that merges by statistics, without a guide: for experts"
-        " that carry no calibration of their own.",
+        None, description="Without a guide: for experts without calibration of their own."
     )
     evaluate: Evaluation | None = None
     publish: Publishing | None = None

@@ -79,6 +79,15 @@ def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_p
     assert [one["name"] for one in lock["calibration"]] == ["zoo/reverse", "zoo/cipher"]
 
 
+def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
+    output = merge(tmp_path / "out")
+
+    verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
+
+    assert verdict.problems == ()
+    assert lewis_hub.merge_models(recipe(), output).status == "unchanged"
+
+
 def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
     card = (merge(tmp_path / "out") / "README.md").read_text()
 
