@@ -32,6 +32,7 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    statistics,
     verification,
 )
 from lewis_hub.stages.calibration import Sets
@@ -39,7 +40,7 @@ from lewis_hub.stages.checking import CheckReport
 from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
-from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
+from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs, resolve_one
 from lewis_hub.stages.verification import Verdict
 
 
@@ -312,17 +313,21 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scored | None, tupl
     costs = Costs()
     with costs.measure("download"):
         folders = downloading.everything(step)
-    guidance = None
+    guidance, gathered = None, statistics.Gathered()
     if step.recipe.guide:
         with costs.measure("calibrate"):
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
             known_in = (work.scratch, work.output / "lewis", beside)
             stores = [folder / "importance.json" for folder in known_in]
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+    if needs_grams(step.recipe):
+        with costs.measure("gather"):
+            gathered = statistics.gather(step, sets, folders, work.scratch)
+    folders, known = {**folders, **gathered.folders}, gathered.statistics
     schedule = guidance.schedule if guidance else None
     with costs.measure("merge"):
-        merged = merging.make(step, schedule, folders, work.folder, "Merging")
+        merged = merging.make(step, schedule, folders, work.folder, "Merging", known)
     with costs.measure("evaluate"):
-        scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
+        scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch, known)
     scored = gating.judged(step.recipe, scored, step.api)
-    return scored, reporting.write(step, merged, guidance, scored, costs)
+    return scored, reporting.write(step, merged, guidance, gathered, scored, costs)

@@ -220,6 +220,9 @@ class Recipe(Part):
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Of random masks and of row sampling.")
     guide: Guide | None = None
+    calibration: Calibration | None = Field(
+        None, description="Without a guide: for experts without calibration of their own."
+    )
     evaluate: Evaluation | None = None
     publish: Publishing | None = None
 
@@ -270,5 +273,6 @@ class Recipe(Part):
         return self.out_dtype or self.dtype
 
     def calibration_of(self, entry: ModelEntry) -> Calibration | None:
-        """The expert's own calibration, or else the guide's."""
-        return entry.calibration or (self.guide.calibration if self.guide else None)
+        """The expert's own calibration, or else the guide's or the recipe's."""
+        common = self.guide.calibration if self.guide else None
+        return entry.calibration or common or self.calibration

@@ -24,7 +24,7 @@ from lewis_hub.recipe_rules import SETTING, Complaint, Place, contradictions
 NOT_YET = {
     "slices.residual_weight": "mergekit reads it and does nothing with it: remove it.",
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
-    "guide.trim": "Choosing how to trim is not in this version: magnitude is used.",
+    "guide.trim": "How to trim is a setting of the method: `parameters: {trim: activation}`.",
 }
 
 Rules = Callable[[Recipe], Iterable[Complaint]]

@@ -125,23 +125,55 @@ def activation_norms(
         Wanda, arXiv:2306.11695, measures the same up to a factor; padding counts in the published
         LEWIS code and does not here.
     """
-    recorder = _Recorder()
-    n_tokens = 0
-    with _hooked(block_linears(model, name), recorder), evaluating(model), torch.no_grad():
+    calibration = list(calibration)
+    n_tokens = sum(int(batch.attention_mask.sum()) for batch in calibration)
+    modules = block_linears(model, name)
+    totals = input_sums(model, name, modules, calibration, sum_of_squares, advance, products)
+    return {path: (one.total / n_tokens).sqrt().float() for path, one in totals.items()}
+
+
+def input_sums(  # noqa: PLR0913
+    model: PreTrainedModel,
+    name: str,
+    modules: Mapping[str, Linear],
+    calibration: Iterable[Batch],
+    summed: Callable[[Tensor], Tensor],
+    advance: Advance,
+    products: Products | None = None,
+) -> dict[str, InputSum]:
+    """Sum a statistic over the inputs of modules, of the tokens that the mask keeps.
+
+    Args:
+        model: its mode, gradients and hooks are left as they were.
+        name: the source as the user knows it, for messages.
+        modules: path -> module of the model.
+        calibration: batches of texts, padded on the right.
+        summed: (n_tokens, in_features) -> the sum over the tokens.
+        advance: called with the number of kept tokens after each batch.
+        products: sees the same tokens where parameters that no Linear owns are multiplied.
+
+    Returns:
+        In the model's order, for the modules that saw a token. Those that were handed the very same
+        inputs share one sum.
+
+    Raises:
+        EmptyCalibrationError: no batch, or no token is kept.
+        CalibrationModelError: a sum that is not finite.
+    """
+    recorder = _Recorder(summed)
+    with _hooked(modules, recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
             _observe(model, batch, recorder, products)
-            advance(n_kept := int(batch.attention_mask.sum()))
-            n_tokens += n_kept
+            advance(int(batch.attention_mask.sum()))
     if not recorder.totals:
         remedy = "Choose calibration data with texts in it."
         raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
-    norms = {path: total.root_mean(n_tokens) for path, total in recorder.totals.items()}
-    for path, norm in norms.items():
-        if not torch.isfinite(norm).all():
+    for path, one in recorder.totals.items():
+        if not torch.isfinite(one.total).all():
             problem = f"the activations before {path} are not finite"
             remedy = "Its weights may be broken, or overflow in float16: try `--device cpu`."
             raise CalibrationModelError(name, problem, remedy)
-    return norms
+    return recorder.totals
 
 
 def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
@@ -157,18 +189,18 @@ def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
 
 
 @dataclass(frozen=True)
-class _SquareSum:
-    """Squares of a module's inputs, summed over `n_tokens` tokens: (in_features,)."""
+class InputSum:
+    """A statistic of a module's inputs, summed over `n_tokens` tokens."""
 
-    squares: Tensor
+    total: Tensor
     n_tokens: int
 
-    def __add__(self, other: _SquareSum) -> _SquareSum:
-        return _SquareSum(self.squares + other.squares, self.n_tokens + other.n_tokens)
+    def __add__(self, other: InputSum) -> InputSum:
+        return InputSum(self.total + other.total, self.n_tokens + other.n_tokens)
 
-    def root_mean(self, n_tokens: int) -> Tensor:
-        """Over `n_tokens`; those that the module did not see are zeros."""
-        return (self.squares / n_tokens).sqrt().float()
+    def mean(self) -> Tensor:
+        """Over the tokens, in the sum's dtype."""
+        return self.total / self.n_tokens
 
 
 class _OutOfStepError(Exception):
@@ -176,21 +208,22 @@ class _OutOfStepError(Exception):
 
 
 class _Recorder:
-    """Sums squares over the kept tokens of each module's input.
+    """Sums a statistic over the kept tokens of each module's input.
 
     q, k and v are handed the same tensor, and so are gate and up: summing once is most of what
     keeps the pass near the price of a plain forward. What is remembered is a weak reference and
-    one vector, void once the tensor was written to; never an activation.
+    one sum, void once the tensor was written to; never an activation.
     """
 
-    def __init__(self) -> None:
-        self.totals: dict[str, _SquareSum] = {}
-        self._of_batch: dict[str, _SquareSum] = {}
+    def __init__(self, summed: Callable[[Tensor], Tensor]) -> None:
+        self.totals: dict[str, InputSum] = {}
+        self._summed = summed
+        self._of_batch: dict[str, InputSum] = {}
         self._n_rows = 0
         self._kept: Tensor | None = None  # flat indices of the kept tokens; None: all of them
         self._last: weakref.ref[Tensor] | None = None
         self._last_version = -1
-        self._last_sum: _SquareSum | None = None
+        self._last_sum: InputSum | None = None
 
     def start(self, batch: Batch) -> None:
         mask = batch.attention_mask.flatten()
@@ -200,8 +233,13 @@ class _Recorder:
 
     def finish(self) -> None:
         """Count the batch; one that was not finished counts for nothing."""
+        made: dict[tuple[int, int], InputSum] = {}  # modules that share a sum share the next one
         for path, added in self._of_batch.items():
-            self.totals[path] = self.totals[path] + added if path in self.totals else added
+            before = self.totals.get(path)
+            both = id(before), id(added)
+            if both not in made:
+                made[both] = before + added if before else added
+            self.totals[path] = made[both]
 
     def see(self, path: str, x: Tensor) -> None:
         seen = self._sum(x)
@@ -209,7 +247,7 @@ class _Recorder:
             before = self._of_batch.get(path)
             self._of_batch[path] = before + seen if before else seen
 
-    def _sum(self, x: Tensor) -> _SquareSum:
+    def _sum(self, x: Tensor) -> InputSum:
         same = self._last is not None and self._last() is x and self._last_version == x._version
         if self._last_sum is None or not same:
             rows = x.detach().reshape(-1, x.shape[-1])
@@ -217,7 +255,7 @@ class _Recorder:
                 if len(rows) != self._n_rows:
                     raise _OutOfStepError
                 rows = rows.index_select(0, self._kept.to(rows.device))
-            self._last_sum = _SquareSum(sum_of_squares(rows), len(rows))
+            self._last_sum = InputSum(self._summed(rows), len(rows))
             self._last, self._last_version = weakref.ref(x), x._version
         return self._last_sum
 
@@ -268,7 +306,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 @contextmanager
-def _hooked(modules: dict[str, Linear], recorder: _Recorder) -> Iterator[None]:
+def _hooked(modules: Mapping[str, Linear], recorder: _Recorder) -> Iterator[None]:
     handles = []
     try:
         for path, module in modules.items():

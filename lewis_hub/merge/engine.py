@@ -55,7 +55,7 @@ def run(
 
     Args:
         plan: what goes into which file.
-        folders: label of a source, or of the base of one, -> folder with its shards.
+        folders: label of a source, of the base of one or of statistics -> folder with its files.
         output: exists; finished shards of the same plan in it are kept.
         runner: the bytes are the same whichever it is.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
@@ -118,7 +118,10 @@ def merge_shard(
         n_together = max(len(tensor.inputs) for tensor in plan.tensors)
         desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
         read = mending(plan, assembling(plan, readers))
-        site = Site(plan, read, writer, desks)
+        statistics = [
+            opened.enter_context(TensorReader(folders[label], label)) for label in plan.statistics
+        ]
+        site = Site(plan, read, writer, desks, statistics)
         jobs = [
             Job(site, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)

@@ -58,8 +58,9 @@ def row_of(tensor: TensorPlan) -> int:
 
 
 def is_fused(method: str, tensor: TensorPlan) -> bool:
-    """Whether a kernel can make the tensor."""
-    return method in FUSED and block_of(method, tensor) <= LONGEST_ROW
+    """Whether a kernel can make the tensor: it knows magnitudes, and no activations."""
+    plain = tensor.options.get("trim", "magnitude") == "magnitude"
+    return method in FUSED and plain and block_of(method, tensor) <= LONGEST_ROW
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:

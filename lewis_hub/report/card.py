@@ -107,6 +107,8 @@ def _summary(facts: CardFacts) -> str:
     told = [_stacked(facts, method) if facts.stack else _merged(facts, method)]
     if facts.guided:
         told.append(guidance.sentence(facts.guided))
+    if facts.measured:
+        told.append(_statistics(facts))
     told.append(f"It has {n_parameters:,} parameters in {markdown.text(dtype)}.")
     return " ".join(told)
 
@@ -126,6 +128,14 @@ def _stacked(facts: CardFacts, method: str) -> str:
         f"This model stacks {facts.stack[-1].blocks.stop} blocks, made from blocks of {parents} by "
         f"{method}, slice by slice; nothing was trained."
     )
+
+
+def _statistics(facts: CardFacts) -> str:
+    if facts.method.needs_grams:
+        how = "Each expert's weight matrices in the blocks count by second moments of the inputs"
+    else:
+        how = "Entries were ranked by magnitude times the activation norm of the inputs"
+    return f"{how} that calibration texts of the expert's own drive through them."
 
 
 def _pictures(facts: CardFacts) -> Iterator[tuple[str, list[str]]]:
@@ -150,6 +160,12 @@ def _picture(facts: CardFacts, plot: Plot) -> str:
 def _limits(facts: CardFacts) -> Iterator[str]:
     if facts.guided:
         yield from guidance.limits(facts.guided)
+    yield from (markdown.text(note) for note in facts.notes)
+    if facts.measured:
+        yield (
+            "The statistics suit tasks whose prompts resemble the calibration texts; with other "
+            "texts the merge may be no better than without them."
+        )
     if facts.custom_code:
         yield "It runs Python code of its base to load: read it before you trust it."
     yield (

@@ -113,6 +113,17 @@ FUSECHAT = Paper(
   archivePrefix = {arXiv}
 }""",
 )
+REGMEAN = Paper(
+    "2212.09849",
+    """@inproceedings{jin2023dataless,
+  title = {Dataless Knowledge Fusion by Merging Weights of Language Models},
+  author = {Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  eprint = {2212.09849},
+  archivePrefix = {arXiv}
+}""",
+)
 MODEL_STOCK = Paper(
     "2403.19522",
     """@inproceedings{jang2024model,
@@ -198,6 +209,7 @@ METHODS = {
     "sce": KnownMethod("SCE", (FUSECHAT,)),
     "cabs": KnownMethod("CABS", (CABS,)),
     "pcb": KnownMethod("PCB-Merging", (PCB,)),
+    "regmean": KnownMethod("RegMean on task vectors", (REGMEAN, TASK_ARITHMETIC)),
     "model_stock": KnownMethod("Model Stock", (MODEL_STOCK,)),
     "slerp": KnownMethod("spherical interpolation (SLERP)", ()),
     "nuslerp": KnownMethod("spherical interpolation (NuSLERP)", ()),

@@ -88,14 +88,12 @@ def _in_short(
 def calibration(facts: CardFacts) -> str | None:
     """What each expert was measured on."""
     profile = facts.guided.profile if facts.guided else None
-    if profile is None:
-        return None
+    guided = profile.by(profile.measures[0]).experts if profile and profile.measures else ()
+    on_texts = [expert for expert in guided if "dataset" in expert.calibration]
     datasets = {source.pinned: source for source in facts.datasets}
     rows = []
-    for expert in profile.by(profile.measures[0]).experts if profile.measures else ():
+    for expert in on_texts or facts.measured:
         told = expert.calibration
-        if "dataset" not in told:
-            continue  # measured without texts
         source = datasets.get(str(told.get("dataset")))
         split = "/".join(str(part) for part in (told.get("config"), told.get("split")) if part)
         rows.append(

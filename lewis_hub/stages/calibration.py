@@ -19,7 +19,7 @@ from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
 from lewis_hub.stages.overlap import refuse_overlap
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import Inputs, calibrations, measures_on_texts
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
@@ -37,17 +37,17 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
     """Draw and tokenise each expert's calibration texts: one set per expert, equal ones shared.
 
     Nothing here needs a weight, so what is wrong with the data shows before a large download.
-    A guide that measures nothing needs no set.
+    Where neither guide nor method measures, no set is needed.
 
     Raises:
         SourceError, EvaluationError: a configuration or split is not there.
         CalibrationError: the template does not fit, no text is left, or items are scored.
     """
     recipe, inputs = step.recipe, step.inputs
-    if recipe.guide is None or not registry.find(recipe.guide.name).needs_texts:
+    if not measures_on_texts(recipe):
         return ()
     how = Drawing(step.api, inputs.donor, recipe.seed, step.execution.allow_code)
-    asked = [one for entry in merged_entries(recipe) if (one := recipe.calibration_of(entry))]
+    asked = calibrations(recipe)
     drawn = {
         one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
     }

@@ -25,7 +25,7 @@ from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
 from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes, ties
 from lewis_hub.stages.slicing import outline
-from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.sources import Inputs, needs_grams
 from lewis_hub.stages.tokenizers import Tokens
 from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
 
@@ -57,7 +57,7 @@ class CheckReport:
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
         disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its uniform twin and each source that is written out for that; pickles as
+            scored its twins, statistics and each source that is written out for that; pickles as
             safetensors.
         memory_bytes: at most, of the largest step.
     """
@@ -279,7 +279,7 @@ def _notes(
         )
     asked = recipe.evaluate
     told = asked is not None and "compare" in asked.model_fields_set and "uniform" in asked.compare
-    if told and recipe.guide is None:
+    if told and recipe.guide is None and not needs_grams(recipe):
         notes.append("without a guide the merge is its own uniform twin: it is scored once.")
     tied = bool(ties(configs[donor.pinned]))
     return notes + adapter_notes(recipe, inputs, adapters, tied=tied)

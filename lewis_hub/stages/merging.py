@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,10 +19,11 @@ from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
+from lewis_hub.merge.statistics import Statistics, informed
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.slicing import configuration, stack
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import Inputs, merged_entries, needs_grams
 
 if TYPE_CHECKING:
     from lewis_hub.stages.execution import Folders, Step
@@ -98,16 +99,22 @@ def _weighted(expert: MergeSource, scheduled: ExpertSchedule | None) -> MergeSou
 
 
 def make(
-    step: Step, schedule: DensitySchedule | None, folders: Folders, output: Path, title: str
+    step: Step,
+    schedule: DensitySchedule | None,
+    folders: Folders,
+    output: Path,
+    title: str,
+    statistics: Sequence[Statistics] = (),
 ) -> MergedModel:
     """Merge into a folder; shards that an earlier run finished are kept.
 
     Args:
         step: what is merged, and how it runs.
         schedule: None where the settings alone decide.
-        folders: of all sources.
+        folders: of all sources, and of the statistics.
         output: made if it is not there.
         title: what the stage is called.
+        statistics: one an expert, where the method merges by them.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.
@@ -122,6 +129,7 @@ def make(
         schedule,
         execution.max_shard_bytes,
     )
+    planned = informed(planned, statistics)
     found = _write(step, planned, folders, output, title)
     donor = step.inputs.donor
     dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
@@ -178,9 +186,10 @@ def loaded(recipe: Recipe, inputs: Inputs) -> tuple[Source, ...]:
     """The sources that are measured or scored, for which each must be loaded as a whole."""
     if recipe.guide and registry.find(recipe.guide.name).needs_texts:
         return inputs.models
+    gathered = inputs.experts if needs_grams(recipe) else ()
     compared = recipe.evaluate.compare if recipe.evaluate else ()
     base = (inputs.base,) if inputs.base and "base" in compared else ()
-    return (*base, *inputs.experts) if "experts" in compared else base
+    return (*base, *(inputs.experts if "experts" in compared else gathered))
 
 
 def _new_dtype(checkpoint: Checkpoint) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,15 @@ from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
-from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
+from lewis_hub.stages.sources import (
+    Inputs,
+    by_reference,
+    calibrations,
+    merged_entries,
+    needs_grams,
+    source_of,
+)
+from lewis_hub.stages.statistics import Gathered
 from lewis_hub.stages.task_data import PinnedTask
 
 SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
@@ -52,12 +61,12 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
-    places = [told.get("guide", {}), *models]
-    calibrations = [place["calibration"] for place in places if "calibration" in place]
-    for calibration in calibrations:
+    places = [told, told.get("guide", {}), *models]
+    drawn = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in drawn:
         pin_calibration(calibration, inputs)
     carried = task_folders(recipe)
-    for place in (told.get("evaluate", {}), *calibrations):
+    for place in (told.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = carried[recipe.locate(place["include"])]
     return told
@@ -85,15 +94,12 @@ def lock(
     recipe: Recipe, inputs: Inputs, max_shard_bytes: int, outputs: Mapping[str, OutputFile]
 ) -> Lock:
     """What is merged, and what came out; without outputs, what will be merged."""
-    entries = merged_entries(recipe)
-    calibrated = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
     inputs_locked = [_locked(source, source is inputs.base) for source in inputs.models]
     return Lock(
         inputs=tuple(inputs_locked),
         calibration=tuple(
             locked
-            for calibration in calibrated
-            if calibration
+            for calibration in calibrations(recipe)
             for locked in _locked_data(inputs.data_of(calibration))
         ),
         recipe=pinned(recipe, inputs),
@@ -123,6 +129,7 @@ def write(
     step: Step,
     merged: MergedModel,
     guidance: Guidance | None,
+    gathered: Gathered,
     scored: Scored | None,
     costs: Costs,
 ) -> tuple[str, ...]:
@@ -156,7 +163,8 @@ def write(
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scored, costs, locked))
+    facts = _facts(step, merged, guided, scored, costs, locked)
+    card = model_card(replace(facts, measured=gathered.measured, notes=gathered.notes))
     write_whole(folder / "README.md", str(card))
     # what a run cost, and what its result was held against, is no part of what was merged: the
     # same merge has the same lock
@@ -166,7 +174,7 @@ def write(
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
     recipe, inputs = step.recipe, step.inputs
-    if recipe.merge_method not in METHODS:
+    if recipe.merge_method not in METHODS or needs_grams(recipe):
         return None
     entries = zip(merged_entries(recipe), inputs.experts, strict=True)
     told = pinned(recipe, inputs)

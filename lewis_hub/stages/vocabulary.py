@@ -13,7 +13,7 @@ from lewis_hub.guides import registry
 from lewis_hub.merge.vocabularies import by_row, token_tensors
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.embeddings import assembled
-from lewis_hub.stages.sources import Inputs, source_of
+from lewis_hub.stages.sources import Inputs, needs_grams, source_of
 from lewis_hub.stages.tokenizers import Carried, Sources, Tokens
 from lewis_hub.vocabulary import files
 from lewis_hub.vocabulary.tokens import disagreement
@@ -47,13 +47,15 @@ def examine_tokens(
 def not_calibrated(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
     """Calibration texts become ids once, by the base's tokenizer, and run through all sources."""
     guide = recipe.guide
-    if guide is None or not registry.find(guide.name).needs_texts:
-        return []
+    if guide and registry.find(guide.name).needs_texts:
+        measured = inputs.models
+    else:
+        measured = inputs.experts if needs_grams(recipe) else ()
     return [
-        f"guide: {source.name} does not understand the ids of {inputs.donor.name}'s tokenizer, "
-        "which calibration texts are given in. Use guide `uniform`, give densities in "
-        "`parameters`, or leave this model out."
-        for source in inputs.models
+        f"calibration: {source.name} does not understand the ids of {inputs.donor.name}'s "
+        "tokenizer, which calibration texts are given in. Use guide `uniform` or none, a method "
+        "without statistics, or leave this model out."
+        for source in measured
         if source.pinned in tokens.strangers
     ]
 
