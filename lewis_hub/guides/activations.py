@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +17,7 @@ from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
 from lewis_hub.guides.products import Products, watched
+from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
 from lewis_hub.guides.stored import stored_blocks
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
@@ -160,7 +159,7 @@ def input_sums(  # noqa: PLR0913
         EmptyCalibrationError: no batch, or no token is kept.
         CalibrationModelError: a sum that is not finite.
     """
-    recorder = _Recorder(summed)
+    recorder = Recorder(summed)
     with _hooked(modules, recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
             _observe(model, batch, recorder, products)
@@ -188,80 +187,8 @@ def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
     return found
 
 
-@dataclass(frozen=True)
-class InputSum:
-    """A statistic of a module's inputs, summed over `n_tokens` tokens."""
-
-    total: Tensor
-    n_tokens: int
-
-    def __add__(self, other: InputSum) -> InputSum:
-        return InputSum(self.total + other.total, self.n_tokens + other.n_tokens)
-
-    def mean(self) -> Tensor:
-        """Over the tokens, in the sum's dtype."""
-        return self.total / self.n_tokens
-
-
-class _OutOfStepError(Exception):
-    """A module's input has not one row per token, so the mask cannot say which rows count."""
-
-
-class _Recorder:
-    """Sums a statistic over the kept tokens of each module's input.
-
-    q, k and v are handed the same tensor, and so are gate and up: summing once is most of what
-    keeps the pass near the price of a plain forward. What is remembered is a weak reference and
-    one sum, void once the tensor was written to; never an activation.
-    """
-
-    def __init__(self, summed: Callable[[Tensor], Tensor]) -> None:
-        self.totals: dict[str, InputSum] = {}
-        self._summed = summed
-        self._of_batch: dict[str, InputSum] = {}
-        self._n_rows = 0
-        self._kept: Tensor | None = None  # flat indices of the kept tokens; None: all of them
-        self._last: weakref.ref[Tensor] | None = None
-        self._last_version = -1
-        self._last_sum: InputSum | None = None
-
-    def start(self, batch: Batch) -> None:
-        mask = batch.attention_mask.flatten()
-        self._n_rows = len(mask)
-        self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
-        self._of_batch = {}
-
-    def finish(self) -> None:
-        """Count the batch; one that was not finished counts for nothing."""
-        made: dict[tuple[int, int], InputSum] = {}  # modules that share a sum share the next one
-        for path, added in self._of_batch.items():
-            before = self.totals.get(path)
-            both = id(before), id(added)
-            if both not in made:
-                made[both] = before + added if before else added
-            self.totals[path] = made[both]
-
-    def see(self, path: str, x: Tensor) -> None:
-        seen = self._sum(x)
-        if seen.n_tokens:
-            before = self._of_batch.get(path)
-            self._of_batch[path] = before + seen if before else seen
-
-    def _sum(self, x: Tensor) -> InputSum:
-        same = self._last is not None and self._last() is x and self._last_version == x._version
-        if self._last_sum is None or not same:
-            rows = x.detach().reshape(-1, x.shape[-1])
-            if self._kept is not None:
-                if len(rows) != self._n_rows:
-                    raise _OutOfStepError
-                rows = rows.index_select(0, self._kept.to(rows.device))
-            self._last_sum = InputSum(self._summed(rows), len(rows))
-            self._last, self._last_version = weakref.ref(x), x._version
-        return self._last_sum
-
-
 def _observe(
-    model: PreTrainedModel, batch: Batch, recorder: _Recorder, products: Products | None
+    model: PreTrainedModel, batch: Batch, recorder: Recorder, products: Products | None
 ) -> None:
     """Run one batch; without padding where there are products, or a module regroups the tokens."""
     if products is None:
@@ -270,7 +197,7 @@ def _observe(
             forward(model, batch)
             recorder.finish()
             return
-        except _OutOfStepError:
+        except OutOfStepError:
             pass
     for part in _unpadded(batch):
         recorder.start(part)
@@ -306,7 +233,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 @contextmanager
-def _hooked(modules: Mapping[str, Linear], recorder: _Recorder) -> Iterator[None]:
+def _hooked(modules: Mapping[str, Linear], recorder: Recorder) -> Iterator[None]:
     handles = []
     try:
         for path, module in modules.items():
@@ -318,7 +245,7 @@ def _hooked(modules: Mapping[str, Linear], recorder: _Recorder) -> Iterator[None
             handle.remove()
 
 
-def _input_hook(path: str, recorder: _Recorder) -> Callable[..., None]:
+def _input_hook(path: str, recorder: Recorder) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         recorder.see(path, args[0] if args else next(iter(named.values())))
 

@@ -23,8 +23,8 @@ from lewis_hub.progress import Advance
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lewis_hub.guides.activations import InputSum
     from lewis_hub.guides.blocks import Linear
+    from lewis_hub.guides.recording import InputSum
 
 VERSION = 1
 INDEX = "grams.json"

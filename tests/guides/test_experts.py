@@ -14,10 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
+from lewis_hub.guides import shifts
 from lewis_hub.guides.activations import measure
+from lewis_hub.guides.aim import evenness
+from lewis_hub.guides.calibrate import Place
 from lewis_hub.guides.density import Bounds, schedule
 from lewis_hub.guides.experts import seen_by_both, unseen
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.guides.owl import outlier_ratios
 from lewis_hub.guides.registry import find
 from lewis_hub.guides.tokens import CalibrationTokens
 
@@ -230,3 +234,50 @@ def test_only_routed_experts_of_measured_components_get_a_mean():
     densities = {"l.0.q": 0.4, "l.0.experts.0.up": 0.6}
 
     assert unseen(matrices, densities) == {"l.1.experts.0.up": 0.6}
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+def test_a_summary_is_handed_the_files_own_matrices_and_the_norms_of_their_inputs(
+    architecture, texts, tmp_path
+):
+    config_class, settings, place, (gate, _, _) = MIXTURES[architecture]
+    model = mixture(config_class, settings, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    routed = routed_tokens(model, texts)
+    handed: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def summarise(weights: Any, norms: Any) -> dict[str, float]:
+        handed.append((weights, norms))
+        return outlier_ratios(weights, norms)
+
+    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None, summarise)
+
+    assert len(handed) == len(model.model.layers)
+    for weights, norms in handed:
+        assert weights.keys() == norms.keys()
+        assert all(torch.equal(weight, stored[f"{m}.weight"]) for m, weight in weights.items())
+        scores = [weight.abs() * norms[module] for module, weight in weights.items()]
+        entries = torch.cat([score.flatten() for score in scores])
+        far = float((entries > 5 * entries.mean()).float().mean())
+        assert [found[module] for module in weights] == pytest.approx([far] * len(weights))
+    for (block, expert), tokens in routed.items():
+        module = f"model.layers.{block}.{place}.{expert}.{gate}"
+        expected = (torch.stack(tokens).square().sum(dim=0) / texts.n_tokens).sqrt()
+        norm = handed[block][1][module]
+        torch.testing.assert_close(norm, expected.expand(norm.shape))
+        assert evenness({}, {module: norm})[module] == pytest.approx(
+            float(expected.mean() / expected.max())
+        )
+
+
+def test_outputs_are_told_by_the_files_names(texts, tmp_path):
+    config_class, settings, *_ = MIXTURES["mixtral"]
+    mixture(config_class, settings, tmp_path)
+    place = Place("tiny", tmp_path)
+
+    [found] = shifts.measure(place, place, [texts], "cpu", lambda _: None)
+
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {f"{module}.weight" for module in found} <= stored.keys()
+    assert "model.layers.0.self_attn.o_proj" in found
+    assert set(found.values()) == {0.0}
