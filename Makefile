@@ -24,6 +24,7 @@ bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/merge.py --mergekit .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/architectures.py --mergekit .venv/mergekit/bin/python
 
 check: test
 

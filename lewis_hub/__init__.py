@@ -58,7 +58,7 @@ _HOME = {
     "merge_models": "pipeline",
     "open_target": "pipeline",
     "publish": "pipeline",
-    "read_recipe": "recipe_file",
+    "read_recipe": "stages.reading",
     "stream": "pipeline",
     "verify": "pipeline",
     "zoo_folder": "demo.zoo",

@@ -34,6 +34,7 @@ from lewis_hub.stages import (
     reporting,
     scoring,
     standing,
+    statistics,
     streaming,
     verification,
 )
@@ -42,7 +43,7 @@ from lewis_hub.stages.checking import CheckReport
 from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.publishing import Destination
-from lewis_hub.stages.sources import hub_api, resolve_inputs, resolve_one
+from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs, resolve_one
 from lewis_hub.stages.standing import Former
 from lewis_hub.stages.verification import Verdict
 
@@ -379,7 +380,7 @@ def _merge(
     costs = Costs()
     with costs.measure("download"):
         folders = downloading.everything(step)
-    guidance = None
+    guidance, gathered = None, statistics.Gathered()
     if step.recipe.guide:
         with costs.measure("calibrate"):
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
@@ -387,10 +388,14 @@ def _merge(
             stores = [folder / "importance.json" for folder in known_in]
             stores += standing.published_importance(former, step.api, work.scratch)
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+    if needs_grams(step.recipe):
+        with costs.measure("gather"):
+            gathered = statistics.gather(step, sets, folders, work.scratch)
+    folders, known = {**folders, **gathered.folders}, gathered.statistics
     schedule = guidance.schedule if guidance else None
     with costs.measure("merge"):
-        merged = merging.make(step, schedule, folders, work.folder, "Merging")
+        merged = merging.make(step, schedule, folders, work.folder, "Merging", known)
     with costs.measure("evaluate"):
-        scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch)
+        scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch, known)
     scored = gating.judged(step.recipe, scored, step.api)
-    return scored, reporting.write(step, merged, guidance, scored, costs)
+    return scored, reporting.write(step, merged, guidance, gathered, scored, costs)

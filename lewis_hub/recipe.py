@@ -22,10 +22,9 @@ from pydantic import (
 
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.recipe_gate import Gates
-from lewis_hub.recipe_settings import Parameters, Part
+from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
-Guided = Literal["lewis", "lewis_reference", "uniform"]
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"],
     BeforeValidator(lambda name: name.removeprefix("torch.") if isinstance(name, str) else name),
@@ -144,12 +143,14 @@ class Slice(Part):
 class Guide(Part):
     """How calibration becomes densities."""
 
-    name: Guided = "lewis"
+    name: str = Field("lewis", description="`lewis-hub guides` lists them.")
     gamma: float = Field(0.3, gt=0, le=1, description="Lowest density of the schedule.")
     epsilon: float = Field(0.8, gt=0, le=1, description="Highest density of the schedule.")
     default_density: float = Field(
         1.0, gt=0, le=1, description="Of embeddings, norms, biases and head."
     )
+    mean_density: float | None = Field(None, gt=0, le=1, description="Shifts the schedule to it.")
+    apply_to: ApplyTo = Field("density", description="What the schedule sets.")
     calibration: Calibration | None = Field(
         None, description="For experts that carry no calibration of their own."
     )
@@ -158,6 +159,8 @@ class Guide(Part):
     def _ordered(self) -> Guide:
         if self.gamma > self.epsilon:
             raise ValueError(f"gamma ({self.gamma:g}) is above epsilon ({self.epsilon:g})")
+        if self.apply_to == "weight" and self.mean_density is not None:
+            raise ValueError("`mean_density` is given, and `apply_to: weight` sets no densities")
         return self
 
 
@@ -223,6 +226,9 @@ class Recipe(Part):
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Of random masks and of row sampling.")
     guide: Guide | None = None
+    calibration: Calibration | None = Field(
+        None, description="Without a guide: for experts without calibration of their own."
+    )
     evaluate: Evaluation | None = None
     publish: Publishing | None = None
 
@@ -273,5 +279,6 @@ class Recipe(Part):
         return self.out_dtype or self.dtype
 
     def calibration_of(self, entry: ModelEntry) -> Calibration | None:
-        """The expert's own calibration, or else the guide's."""
-        return entry.calibration or (self.guide.calibration if self.guide else None)
+        """The expert's own calibration, or else the guide's or the recipe's."""
+        common = self.guide.calibration if self.guide else None
+        return entry.calibration or common or self.calibration

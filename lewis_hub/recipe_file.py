@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from lewis_hub.recipe_rules import SETTING, Complaint, Place, contradictions
 NOT_YET = {
     "slices.residual_weight": "mergekit reads it and does nothing with it: remove it.",
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
-    "guide.trim": "Choosing how to trim is not in this version: magnitude is used.",
-    "guide.mean_density": "Budgets are not in this version: set gamma and epsilon.",
-    "guide.apply_to": "LEWIS weights are not in this version: the schedule sets densities.",
+    "guide.trim": "How to trim is a setting of the method: `parameters: {trim: activation}`.",
 }
-GUIDES_NOT_YET = ("lewis_reference", "magnitude", "activation_shift", "aim", "owl")
+
+Rules = Callable[[Recipe], Iterable[Complaint]]
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,21 +46,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: Path | str) -> Recipe:
+def read_recipe(path: Path | str, rules: Rules = contradictions) -> Recipe:
     """Read and validate a recipe file.
 
     Args:
         path: a YAML file; relative paths inside it are looked up beside it, then in the
             working folder.
+        rules: what the whole must obey.
 
     Raises:
         RecipeError: the file is missing, is not YAML, or asks for something that cannot be done.
-
-    Example:
-        >>> import lewis_hub
-        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
-        >>> recipe.merge_method
-        'ties'
     """
     path = Path(path)
     try:
@@ -77,10 +71,10 @@ def read_recipe(path: Path | str) -> Recipe:
         raise RecipeError(
             str(path), "", f"it cannot be read: {error}", "A recipe is a YAML file in UTF-8."
         ) from None
-    return parse_recipe(text, str(path)).placed_in(path.parent)
+    return parse_recipe(text, str(path), rules).placed_in(path.parent)
 
 
-def parse_recipe(text: str, file: str) -> Recipe:
+def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
     """Validate a recipe's text; `file` is what messages call it.
 
     Raises:
@@ -97,15 +91,15 @@ def parse_recipe(text: str, file: str) -> Recipe:
             f"expected a mapping with `models` and `merge_method`, found {_kind(document)}.",
             "`lewis-hub init` writes a recipe to start from.",
         )
-    complaints = _complaints(document)
+    complaints = _complaints(document, rules)
     if complaints:
         (where, problem, remedy), *others = complaints
         raise RecipeError(
             f"{file}:{_line(node, where)}",
-            _dotted(where),
+            dotted(where),
             problem,
             remedy,
-            tuple(f"{file}:{_line(node, w)}: `{_dotted(w)}`: {p}" for w, p, _ in others),
+            tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in others),
         )
     return Recipe.model_validate(document)
 
@@ -137,7 +131,7 @@ def _not_yaml(error: Exception, file: str) -> RecipeError:
     return RecipeError(where, "", f"not valid YAML: {problem}.", "Mend the line, then run again.")
 
 
-def _complaints(document: Mapping[str, Any]) -> list[Complaint]:
+def _complaints(document: Mapping[str, Any], rules: Rules) -> list[Complaint]:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
@@ -147,7 +141,7 @@ def _complaints(document: Mapping[str, Any]) -> list[Complaint]:
         places = [where for where in by_place if not _only_follows(where, by_place)]
         places.sort(key=lambda where: by_place[where][0]["type"] != "extra_forbidden")
         return [_complaint(where, by_place[where]) for where in places]
-    return list(contradictions(recipe))
+    return list(rules(recipe))
 
 
 def _only_follows(where: Place, by_place: Mapping[Place, Sequence[ErrorDetails]]) -> bool:
@@ -169,12 +163,6 @@ def _complaint(where: Place, details: Sequence[ErrorDetails]) -> Complaint:
         return where, f"`{key}` is missing.", f"Add `{key}:`; `lewis-hub schema` describes it."
     if "parameters" in where:
         return where, f"found {_kind(found)}.", f"Expected {SETTING}."
-    if where == ("guide", "name") and found in GUIDES_NOT_YET:
-        return (
-            where,
-            f"the guide `{found}` is not in this version.",
-            "Use one of `lewis-hub guides`.",
-        )
     return where, _in_words(details[0]), "`lewis-hub schema` describes every field."
 
 
@@ -241,7 +229,8 @@ def _line(node: yaml.Node | None, where: Place) -> int:
     return line + 1
 
 
-def _dotted(where: Place) -> str:
+def dotted(where: Place) -> str:
+    """A place as messages write it: `models[0].parameters.density`."""
     text = ""
     for step in where:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step

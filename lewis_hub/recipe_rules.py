@@ -10,6 +10,7 @@ from lewis_hub.recipe import Evaluation, ModelReference, Recipe, Slice
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
 LEAVE_OUT = "Leave it out."
+STATISTICAL = frozenset({"regmean"})  # methods that merge by statistics of their experts' inputs
 
 Place = tuple[str | int, ...]  # a path in the document, such as ("models", 0, "parameters")
 Complaint = tuple[Place, str, str]  # where, the problem, what to do
@@ -27,7 +28,14 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield from _guide_contradictions(recipe)
     if recipe.evaluate:
         yield from _gate_contradictions(recipe, recipe.evaluate)
+    yield from _statistical_contradictions(recipe)
     yield from _bad_numbers(recipe)
+
+
+def asks_for_statistics(recipe: Recipe) -> bool:
+    """Whether a method of ours has to know what its experts' inputs are like."""
+    by_activation = "activation" in _values(recipe.parameters.get("trim", ()))
+    return recipe.merge_method in STATISTICAL or by_activation
 
 
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -111,20 +119,17 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     assert recipe.guide
     if recipe.base_model is None:
         yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
-    needs_texts = recipe.guide.name != "uniform"
     places: list[tuple[Place, Mapping[str, Any]]] = [((), recipe.parameters)]
-    for index, entry in enumerate(recipe.models or recipe.experts):
-        if entry.model == recipe.base_model:
-            continue
-        if needs_texts and recipe.calibration_of(entry) is None:
-            problem = f"no calibration data for `{entry.model}`."
-            yield ("guide",), problem, "Add `guide.calibration`, or `calibration` to this model."
-        places.append((("models", index), entry.parameters))
+    for index, entry in enumerate(recipe.models):
+        if entry.model != recipe.base_model:
+            places.append((("models", index), entry.parameters))
     for index, one in enumerate(recipe.slices):
         places.append((("slices", index), one.parameters))
         for number, source in enumerate(one.sources):
             places.append((("slices", index, "sources", number), source.parameters))
         yield from _guided_slice(recipe, ("slices", index), one)
+    if recipe.guide.apply_to == "weight":
+        return  # the densities are the recipe's own
     for where, parameters in places:
         if "density" in parameters:
             place = (*where, "parameters", "density")
@@ -162,6 +167,31 @@ def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complain
                 yield place, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
             elif rival == "base" and recipe.base_model is None:
                 yield place, "there is no `base_model`.", "Write `experts` or `previous`."
+
+
+def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.calibration and recipe.guide and recipe.guide.calibration:
+        problem = "both `calibration` and `guide.calibration` are given."
+        yield ("calibration",), problem, "Keep one: guide and method measure on the same texts."
+    asks = asks_for_statistics(recipe)
+    if recipe.calibration and not asks and recipe.guide is None:
+        problem = f"`{recipe.merge_method}` measures nothing, and there is no guide."
+        yield ("calibration",), problem, LEAVE_OUT
+    if not asks:
+        return
+    what = (
+        f"`{recipe.merge_method}`" if recipe.merge_method in STATISTICAL else "`trim: activation`"
+    )
+    if recipe.slices:
+        remedy = "List whole models under `models`, or take another method."
+        yield ("slices",), f"{what} works with `models` only.", remedy
+        return
+    for entry in recipe.experts:
+        if recipe.calibration_of(entry) is None:
+            problem = f"{what} needs calibration data, and there is none for `{entry.model}`."
+            remedy = "Add `calibration` to this model, or to the recipe for all that have none: "
+            remedy += "some of the expert's own training texts, in the benchmark's prompt format."
+            yield ("models",), problem, remedy
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:

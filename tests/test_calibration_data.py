@@ -75,7 +75,10 @@ def test_a_tasks_own_items_give_the_tokens_of_its_prompt_written_out(seeded, tmp
 
 def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
     pipeline.calibrate(recipe(TASK), tmp_path / "task")
-    pipeline.calibrate(recipe(f"dataset: zoo/reverse, {TEMPLATE}"), tmp_path / "dataset")
+    asked = recipe(f"dataset: zoo/reverse, {TEMPLATE}")
+    pipeline.calibrate(asked, tmp_path / "dataset")
+    of_files = asked.guide.model_copy(update={"name": "magnitude"})
+    pipeline.calibrate(asked.model_copy(update={"guide": of_files}), tmp_path / "files")
 
     file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
     validator = jsonschema.Draft202012Validator(json.loads(file.read_text("utf-8")))
@@ -86,6 +89,9 @@ def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
         del document["sources"][0]["calibration"]["dataset_sha"]
         (error,) = validator.iter_errors(document)
         assert error.message == "'dataset_sha' is a required property"
+    document = json.loads((tmp_path / "files" / "importance.json").read_text())
+    assert list(validator.iter_errors(document)) == []
+    assert document["sources"][0]["calibration"].keys() == {"measure", "base"}
 
 
 def test_another_prompt_is_measured_anew_and_the_same_one_is_not(seeded, tmp_path, said_titles):

@@ -8,12 +8,13 @@ import pytest
 import lewis_hub
 from lewis_hub import pipeline, recipe_file
 from lewis_hub.demo.zoo import seed_hub
+from lewis_hub.stages import reading
 
 SLOW = {"calibrate"}  # `merge_models` calibrates as well
 EXAMPLES = {
     function.__name__: function
     for function in (
-        recipe_file.read_recipe,
+        reading.read_recipe,
         recipe_file.schema,
         pipeline.check,
         pipeline.calibrate,

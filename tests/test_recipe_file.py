@@ -92,17 +92,17 @@ BROKEN = {
         "r.yaml:6: `guide.gamma`: expected less than or equal to 1, found 2.\n"
         "`lewis-hub schema` describes every field."
     ),
-    GOOD + "guide: {name: lewis}\n": (
-        "r.yaml:6: `guide`: no calibration data for `a/c@main`.\n"
-        "Add `guide.calibration`, or `calibration` to this model."
-    ),
     GOOD + "guide: {calibration: {dataset: x/y}}\n": (
         "r.yaml:6: `guide.calibration`: give `text` (a template over columns) or `messages` "
         "(a column).\n`lewis-hub schema` describes every field."
     ),
-    GOOD + "guide: {name: owl}\n": (
-        "r.yaml:6: `guide.name`: the guide `owl` is not in this version.\n"
-        "Use one of `lewis-hub guides`."
+    GOOD + "guide: {name: magnitude, mean_density: 0}\n": (
+        "r.yaml:6: `guide.mean_density`: expected greater than 0, found 0.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: magnitude, mean_density: 0.5, apply_to: weight}\n": (
+        "r.yaml:6: `guide`: `mean_density` is given, and `apply_to: weight` sets no densities.\n"
+        "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k, dataset: x/y, text: '{q}'}}\n": (
         "r.yaml:6: `guide.calibration`: give `dataset` (with a template) or `task` (an lm-eval "
@@ -275,10 +275,6 @@ BROKEN |= {
     SLICES + f"guide: {{calibration: {CALIBRATION}}}\n": (
         "r.yaml:5: `slices[0].sources[1].layer_range`: a guide compares blocks of equal number, "
         "and the base has [0, 4] here.\nGive the same range, or densities without a guide."
-    ),
-    SLICES.replace("[1, 5]", "[0, 4]") + "guide: {name: lewis}\n": (
-        "r.yaml:8: `guide`: no calibration data for `a/c`.\n"
-        "Add `guide.calibration`, or `calibration` to this model."
     ),
     SLICES.replace("[1, 5]", "[0, 4]").replace("{t: 0.5}", "{density: 0.5}")
     + "guide: {name: uniform}\n": (

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+EXPERT = re.compile(r"(experts?[._])\d+(?=\.|$)")  # `experts.3`, `experts.expert_3`
 INPUT_SIDE = re.compile(r"(?:^|[._])(?:embed(?!_out)|embedding|wte|wpe|tok_emb|pos_emb)")
 NO_TOKENS = re.compile(r"(?:^|[._])(?:wpe|pos_emb|position|patch|class_emb|token_type)")
 HEAD = re.compile(r"(?:^|\.)lm_head(?:\.|$)|embed_out$")
@@ -47,6 +48,16 @@ def component(name: str) -> str:
     """What a tensor is, in whichever block: `self_attn.q_proj`; outside blocks the module."""
     found = BLOCK.search(name)
     return module(name[found.end() :] if found else name)
+
+
+def kind(name: str) -> str:
+    """A component that is the same for all routed experts: `mlp.experts.*.up_proj`."""
+    return EXPERT.sub(r"\1*", component(name))
+
+
+def is_routed(name: str) -> bool:
+    """Whether a tensor belongs to one of the routed experts of a block."""
+    return EXPERT.search(component(name)) is not None
 
 
 def is_head(name: str) -> bool:

@@ -82,6 +82,21 @@ def read_headers(
     return Checkpoint(label, _together(label, by_shard, located), _metadata(by_shard))
 
 
+def local_header(label: str, file: Path) -> ShardHeader:
+    """Read the header of one local file, whose name is its shard's.
+
+    Raises:
+        BrokenCheckpointError: it is broken.
+    """
+    with file.open("rb") as opened:
+        return read_header(
+            label,
+            file.name,
+            file.stat().st_size,
+            lambda _, start, stop: os.pread(opened.fileno(), stop - start, start),
+        )
+
+
 def _together(
     label: str, by_shard: Mapping[str, ShardHeader], located: Mapping[str, str]
 ) -> dict[str, TensorHeader]:

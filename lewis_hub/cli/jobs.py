@@ -112,7 +112,7 @@ def create(
     **_: Any,
 ) -> None:
     """Merge RECIPE as it is now, with all that it names, whenever --cron says."""
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline

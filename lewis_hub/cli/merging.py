@@ -61,11 +61,6 @@ pickle_option = click.option(
     is_flag=True,
     help="Read models that have pytorch_model.bin alone: for authors that you trust.",
 )
-code_option = click.option(
-    "--allow-code-execution",
-    is_flag=True,
-    help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
-)
 device_option = click.option(
     "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
 )
@@ -104,7 +99,7 @@ sign_option = click.option(
 @terminal_options
 def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     """Tell all that can be known before a download: reads headers, never weights."""
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)  # before the heavy imports: a typo is told at once
     from lewis_hub import pipeline
@@ -241,7 +236,7 @@ def merge(
 
 def _recipe(file: Path, repo: str | None, *, push: bool, no_eval: bool) -> Recipe:
     """The recipe of a file, with what the command line says otherwise."""
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(file)
     if repo:

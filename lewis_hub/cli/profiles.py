@@ -74,7 +74,7 @@ def importance(
 
 
 def _of_recipe(terminal: Terminal, path: Path, execution: Any, output: Path) -> None:
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(path)
     from lewis_hub import pipeline

@@ -149,31 +149,32 @@ def methods(terminal: Terminal) -> None:
     for m in all_methods():
         options = [*m.settings, *m.options]
         entries.append({"name": m.name, "summary": m.summary, "options": options, "paper": m.paper})
-    _listed(terminal, "methods", entries)
+    _listed(terminal, "methods", entries, "options")
 
 
 @click.command()
 @terminal_options
 def guides(terminal: Terminal) -> None:
-    """List the guides: how calibration becomes densities."""
+    """List the guides: what they decide densities by, what they need, and their papers."""
     from lewis_hub.guides.registry import guides as all_guides
 
     found = all_guides()
     _listed(
         terminal,
         "guides",
-        [{"name": g.name, "summary": g.summary, "options": [], "paper": g.paper} for g in found],
+        [{"name": g.name, "summary": g.summary, "needs": g.needs, "paper": g.paper} for g in found],
+        "needs",
     )
 
 
-def _listed(terminal: Terminal, what: str, entries: list[dict[str, Any]]) -> None:
+def _listed(terminal: Terminal, what: str, entries: list[dict[str, Any]], third: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("name", "what it does", "options", "paper"):
+    for column in ("name", "what it does", third, "paper"):
         table.add_column(column, no_wrap=column in {"name", "paper"})
     for entry in entries:
-        options = ", ".join(entry["options"])
-        table.add_row(*map(Text, (entry["name"], entry["summary"], options, entry["paper"] or "")))
+        listed = ", ".join(entry[third])
+        table.add_row(*map(Text, (entry["name"], entry["summary"], listed, entry["paper"] or "")))
     terminal.finish({what: entries}, table)

@@ -90,12 +90,12 @@ def _score(score: MetricScore | None) -> str:
 
 
 def density_table(calibrated: Calibrated) -> RenderableType:
-    """Mean, lowest and highest density of each expert, and where they lie."""
+    """Mean, lowest and highest density of each expert, or weight where only those are set."""
     from lewis_hub.report.plots import short_name
 
-    table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
+    table = _table("expert", "highest at", "scheduled", "mean of tensors", "lowest", "highest")
     for expert in calibrated.schedule.experts:
-        densities = expert.tensors
+        densities = expert.tensors or expert.weights
         top = max(densities, key=lambda name: densities[name], default="-")
         values = densities.values()
         mean = sum(values) / len(values) if values else 0.0

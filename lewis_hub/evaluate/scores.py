@@ -55,7 +55,11 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """Task -> scores. Labels are `base`, `expert:<source>`, `uniform` and `merged`."""
+    """Task -> scores.
+
+    Labels are `base`, `expert:<source>`, `merged`, and of the same merge without guidance `uniform`
+    (densities), `task_arithmetic` or `by_magnitude` (statistics).
+    """
 
     tasks: Mapping[str, TaskScores]
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lewis_hub.guides import lewis, uniform
+from lewis_hub.guides import activation_shift, aim, controls, lewis, magnitude, owl, uniform
 
-__all__ = ["lewis", "uniform"]
+__all__ = ["activation_shift", "aim", "controls", "lewis", "magnitude", "owl", "uniform"]

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
-from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
-from lewis_hub.guides.importance import module_importance, sum_of_squares
+from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
+from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
+from lewis_hub.guides.products import Products, watched
+from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
+from lewis_hub.guides.stored import stored_blocks
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# (module -> weight, module -> activation norms), of whole blocks -> module -> its number. Norms are
+# (in_features,) for a weight (out_features, in_features), or one for each entry of the weight.
+Summary = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, float]]
+
+N_TRIED = 8  # tokens that show what a model multiplies
 
 
 def measure(
@@ -31,6 +39,7 @@ def measure(
     sets: Sequence[CalibrationTokens],
     device: str,
     advance: Advance,
+    summarise: Summary = importances,
 ) -> list[dict[str, float]]:
     """Measure one source on each calibration set; its model is gone on return.
 
@@ -40,23 +49,29 @@ def measure(
         sets: one or more; the model is loaded once for all.
         device: as torch names it.
         advance: called with the number of tokens done.
+        summarise: makes one number a module of weights and activation norms.
 
     Returns:
-        For each set, module -> importance, in the model's order.
+        For each set, module -> its number, in the model's order: modules as the checkpoint stores
+        them. One that saw no token, such as an expert that none was routed to, is not in it.
 
     Raises:
         CalibrationModelError: it cannot be loaded, the tokens do not fit it, or its activations
             are not finite.
     """
     model = load_model(folder, device, name)
-    weights = {path: matrix(module) for path, module in _block_linears(model, name).items()}
-    widths = {weight.shape[1] for weight in weights.values()}
+    modules = block_linears(model, name)
+    widths = {matrix(module).shape[1] for module in modules.values()}
     measured = []
     with threads(whole_shares(widths, torch.get_num_threads())):
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
-            norms = activation_norms(model, name, batches(tokens), advance)
-            found = {path: module_importance(weights[path], norm) for path, norm in norms.items()}
+            ids = torch.tensor([tokens.ids[0][:N_TRIED]])
+            products = watched(model, partial(forward, model, Batch(ids, torch.ones_like(ids))))
+            norms = activation_norms(model, name, batches(tokens), advance, products)
+            found: dict[str, float] = {}
+            for block in stored_blocks(model, modules, norms, products, tokens.n_tokens):
+                found |= summarise(block.weights, block.norms)
             measured.append(found)
     return measured
 
@@ -71,25 +86,31 @@ def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationToken
         raise CalibrationModelError(name, problem, remedy)
     n_positions = config_value(model, "max_position_embeddings")
     longest = max(map(len, tokens.ids))
-    if n_positions and longest > n_positions:
+    if longest > (n_positions or 0) > 0:  # some say -1, and mean that there is no end
         problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
         remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
         raise CalibrationModelError(name, problem, remedy)
 
 
 def activation_norms(
-    model: PreTrainedModel, name: str, calibration: Iterable[Batch], advance: Advance
+    model: PreTrainedModel,
+    name: str,
+    calibration: Iterable[Batch],
+    advance: Advance,
+    products: Products | None = None,
 ) -> dict[str, Tensor]:
     """Measure how strongly calibration tokens drive each input feature of each Linear of a block.
 
     The root of the mean square over the tokens that the mask keeps: a_j = sqrt(mean_t x_tj²). A
-    module that sees only some tokens, such as a routed expert, takes the mean over those.
+    token that a module does not see counts as zero there, so that a routed expert has weight
+    according to the tokens that are routed to it.
 
     Args:
         model: causal language model; its mode, gradients and hooks are left as they were.
         name: the source as the user knows it, for messages.
         calibration: batches of texts, padded on the right.
         advance: called with the number of kept tokens after each batch.
+        products: sees the same tokens where parameters that no Linear owns are multiplied.
 
     Returns:
         Module -> (in_features,) float32 on the module's device, in the model's order. A module
@@ -103,109 +124,86 @@ def activation_norms(
         Wanda, arXiv:2306.11695, measures the same up to a factor; padding counts in the published
         LEWIS code and does not here.
     """
-    recorder = _Recorder()
-    with _hooked(_block_linears(model, name), recorder), _evaluating(model), torch.no_grad():
+    calibration = list(calibration)
+    n_tokens = sum(int(batch.attention_mask.sum()) for batch in calibration)
+    modules = block_linears(model, name)
+    totals = input_sums(model, name, modules, calibration, sum_of_squares, advance, products)
+    return {path: (one.total / n_tokens).sqrt().float() for path, one in totals.items()}
+
+
+def input_sums(  # noqa: PLR0913
+    model: PreTrainedModel,
+    name: str,
+    modules: Mapping[str, Linear],
+    calibration: Iterable[Batch],
+    summed: Callable[[Tensor], Tensor],
+    advance: Advance,
+    products: Products | None = None,
+) -> dict[str, InputSum]:
+    """Sum a statistic over the inputs of modules, of the tokens that the mask keeps.
+
+    Args:
+        model: its mode, gradients and hooks are left as they were.
+        name: the source as the user knows it, for messages.
+        modules: path -> module of the model.
+        calibration: batches of texts, padded on the right.
+        summed: (n_tokens, in_features) -> the sum over the tokens.
+        advance: called with the number of kept tokens after each batch.
+        products: sees the same tokens where parameters that no Linear owns are multiplied.
+
+    Returns:
+        In the model's order, for the modules that saw a token. Those that were handed the very same
+        inputs share one sum.
+
+    Raises:
+        EmptyCalibrationError: no batch, or no token is kept.
+        CalibrationModelError: a sum that is not finite.
+    """
+    recorder = Recorder(summed)
+    with _hooked(modules, recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
-            _observe(model, batch, recorder)
+            _observe(model, batch, recorder, products)
             advance(int(batch.attention_mask.sum()))
     if not recorder.totals:
         remedy = "Choose calibration data with texts in it."
         raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
-    norms = {path: total.root_mean() for path, total in recorder.totals.items()}
-    for path, norm in norms.items():
-        if not torch.isfinite(norm).all():
+    for path, one in recorder.totals.items():
+        if not torch.isfinite(one.total).all():
             problem = f"the activations before {path} are not finite"
             remedy = "Its weights may be broken, or overflow in float16: try `--device cpu`."
             raise CalibrationModelError(name, problem, remedy)
-    return norms
+    return recorder.totals
 
 
-def _block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
+def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
     """Every Linear of a block by its path; a module under two paths goes by the first."""
-    blocks = decoder_blocks(model)
-    if blocks is None:
+    found: dict[str, Linear] = {}
+    for path, blocks in block_lists(model).items():
+        found |= linears(path, blocks)
+    if not found:
         problem = "no Linear module in a list of blocks was found"
         remedy = "Importance is measured on those; use guide `uniform` for this architecture."
         raise CalibrationModelError(name, problem, remedy)
-    return dict(linears(*blocks))
+    return found
 
 
-@dataclass(frozen=True)
-class _SquareSum:
-    """Squares of a module's inputs, summed over `n_tokens` tokens: (in_features,)."""
-
-    squares: Tensor
-    n_tokens: int
-
-    def __add__(self, other: _SquareSum) -> _SquareSum:
-        return _SquareSum(self.squares + other.squares, self.n_tokens + other.n_tokens)
-
-    def root_mean(self) -> Tensor:
-        return (self.squares / self.n_tokens).sqrt().float()
-
-
-class _OutOfStepError(Exception):
-    """A module's input has not one row per token, so the mask cannot say which rows count."""
-
-
-class _Recorder:
-    """Sums squares over the kept tokens of each module's input.
-
-    q, k and v are handed the same tensor, and so are gate and up: summing once is most of what
-    keeps the pass near the price of a plain forward. What is remembered is a weak reference and
-    one vector, void once the tensor was written to; never an activation.
-    """
-
-    def __init__(self) -> None:
-        self.totals: dict[str, _SquareSum] = {}
-        self._of_batch: dict[str, _SquareSum] = {}
-        self._n_rows = 0
-        self._kept: Tensor | None = None  # flat indices of the kept tokens; None: all of them
-        self._last: weakref.ref[Tensor] | None = None
-        self._last_version = -1
-        self._last_sum: _SquareSum | None = None
-
-    def start(self, batch: Batch) -> None:
-        mask = batch.attention_mask.flatten()
-        self._n_rows = len(mask)
-        self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
-        self._of_batch = {}
-
-    def finish(self) -> None:
-        """Count the batch; one that was not finished counts for nothing."""
-        for path, added in self._of_batch.items():
-            self.totals[path] = self.totals[path] + added if path in self.totals else added
-
-    def see(self, path: str, x: Tensor) -> None:
-        seen = self._sum(x)
-        if seen.n_tokens:
-            before = self._of_batch.get(path)
-            self._of_batch[path] = before + seen if before else seen
-
-    def _sum(self, x: Tensor) -> _SquareSum:
-        same = self._last is not None and self._last() is x and self._last_version == x._version
-        if self._last_sum is None or not same:
-            rows = x.detach().reshape(-1, x.shape[-1])
-            if self._kept is not None:
-                if len(rows) != self._n_rows:
-                    raise _OutOfStepError
-                rows = rows.index_select(0, self._kept.to(rows.device))
-            self._last_sum = _SquareSum(sum_of_squares(rows), len(rows))
-            self._last, self._last_version = weakref.ref(x), x._version
-        return self._last_sum
-
-
-def _observe(model: PreTrainedModel, batch: Batch, recorder: _Recorder) -> None:
-    """Run one batch; again without padding where a module regroups the tokens."""
-    try:
-        recorder.start(batch)
-        _forward(model, batch)
-        recorder.finish()
-    except _OutOfStepError:
-        for part in _unpadded(batch):
-            recorder.start(part)
-            _forward(model, part)
+def _observe(
+    model: PreTrainedModel, batch: Batch, recorder: Recorder, products: Products | None
+) -> None:
+    """Run one batch; without padding where there are products, or a module regroups the tokens."""
+    if products is None:
+        try:
+            recorder.start(batch)
+            forward(model, batch)
             recorder.finish()
+            return
+        except OutOfStepError:
+            pass
+    for part in _unpadded(batch):
+        recorder.start(part)
+        with products or nullcontext():
+            forward(model, part)
+        recorder.finish()
 
 
 def _unpadded(batch: Batch) -> Iterator[Batch]:
@@ -216,20 +214,26 @@ def _unpadded(batch: Batch) -> Iterator[Batch]:
         yield Batch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
 
 
-def _forward(model: PreTrainedModel, batch: Batch) -> None:
-    """Run the decoder alone where it can be: the vocabulary projection costs and is not asked."""
-    decoder = model.base_model
-    accepted = inspect.signature(type(decoder).forward).parameters
-    options = {"use_cache": False, "logits_to_keep": 1}
-    decoder(
-        input_ids=batch.input_ids.to(model.device),
-        attention_mask=batch.attention_mask.to(model.device),
-        **{key: value for key, value in options.items() if key in accepted},
-    )
+def forward(model: PreTrainedModel, batch: Batch) -> None:
+    """Run the blocks, without the head where that can be: it costs, and is not asked.
+
+    A decoder that stands after an encoder gets the same text, one place to the right.
+    """
+    body = model.base_model
+    accepted = inspect.signature(type(body).forward).parameters
+    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    if "decoder_input_ids" in accepted:
+        start = config_value(model, "decoder_start_token_id") or 0
+        shifted = ids.roll(1, dims=1)
+        shifted[:, 0] = start
+        options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+    options = {key: value for key, value in options.items() if key in accepted}
+    body(input_ids=ids, attention_mask=mask, **options)
 
 
 @contextmanager
-def _hooked(modules: dict[str, Linear], recorder: _Recorder) -> Iterator[None]:
+def _hooked(modules: Mapping[str, Linear], recorder: Recorder) -> Iterator[None]:
     handles = []
     try:
         for path, module in modules.items():
@@ -241,7 +245,7 @@ def _hooked(modules: dict[str, Linear], recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _input_hook(path: str, recorder: _Recorder) -> Callable[..., None]:
+def _input_hook(path: str, recorder: Recorder) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         recorder.see(path, args[0] if args else next(iter(named.values())))
 
@@ -249,7 +253,7 @@ def _input_hook(path: str, recorder: _Recorder) -> Callable[..., None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for the time being; each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

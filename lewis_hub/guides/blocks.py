@@ -1,4 +1,4 @@
-"""Where a model's decoder blocks are, and the matrices in them. No list of architectures."""
+"""Where a model's blocks are, and the matrices in them. No list of architectures."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from transformers.pytorch_utils import Conv1D
 Linear = nn.Linear | Conv1D
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The path and the list of the decoder's blocks: the largest outermost ModuleList.
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Every list of blocks by its path: the outermost ModuleLists whose items hold a Linear.
 
-    "Outermost" leaves out lists inside a block, such as its experts; "largest", by parameters,
-    leaves out vision towers and extra heads.
+    A decoder has one, an encoder-decoder two; others are a vision tower's or an extra head's, which
+    calibration texts do not reach. "Outermost" leaves out lists inside a block, such as its
+    experts. An item that is itself a Linear is no block.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inner = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inner and any(linears(name, module)):
+        if isinstance(module, nn.ModuleList) and not inner and any(map(_is_block, module)):
             lists[name] = module
+    return lists
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The path and the list of the decoder's blocks: of all lists, the one of most parameters."""
+    lists = block_lists(model)
     if not lists:
         return None
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -31,6 +38,21 @@ def linears(path: str, root: nn.Module) -> Iterator[tuple[str, Linear]]:
     for name, module in root.named_modules(prefix=path):
         if isinstance(module, (nn.Linear, Conv1D)):
             yield name, module
+
+
+def _is_block(item: nn.Module) -> bool:
+    return not isinstance(item, (nn.Linear, Conv1D)) and any(linears("", item))
+
+
+def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Matrices in the blocks, and stacks of them, that no Linear owns."""
+    found: dict[str, Tensor] = {}
+    for path, blocks in block_lists(model).items():
+        owned = {id(module.weight) for _, module in linears(path, blocks)}
+        for name, parameter in blocks.named_parameters(prefix=path):
+            if parameter.dim() > 1 and id(parameter) not in owned:
+                found[name] = parameter
+    return found
 
 
 def matrix(module: Linear) -> Tensor:

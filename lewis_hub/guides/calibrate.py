@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance, reusable
+from lewis_hub.guides.aim import evenness
+from lewis_hub.guides.importance import (
+    ImportanceProfile,
+    Role,
+    SourceImportance,
+    importances,
+    reusable,
+)
+from lewis_hub.guides.owl import outlier_ratios
 from lewis_hub.guides.registry import Measure
 from lewis_hub.guides.tokens import CalibrationTokens
 from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from lewis_hub.guides.activations import Summary
+
+
+SUMMARIES: Mapping[Measure, Summary] = {  # what is made of one pass's activation norms
+    "lewis": importances,
+    "outliers": outlier_ratios,
+    "evenness": evenness,
+}
 
 
 @dataclass(frozen=True)
@@ -20,16 +38,29 @@ class CalibrationSet:
     facts: Mapping[str, Any]
     tokens: CalibrationTokens
 
+    def measured(self, how: Measure, **against: str) -> CalibrationSet:
+        """The same tokens, for one measure; `against` says which base a measure of pairs takes."""
+        return replace(self, facts={"measure": how, **self.facts, **against})
+
+
+@dataclass(frozen=True)
+class Place:
+    """A source on disk: what messages call it, and a complete local snapshot."""
+
+    name: str
+    folder: Path
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A source to be measured on some sets."""
+    """A source to be measured on some sets; against its base, for a measure of pairs."""
 
     source: str  # repo@sha, or the folder as written
     commit_sha: str
     role: Role
     folder: Path  # a complete local snapshot
     sets: tuple[CalibrationSet, ...]
+    against: Place | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -43,9 +74,7 @@ def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subje
     for subject in subjects:
         sets = tuple(s for s in subject.sets if not reusable(known, subject.commit_sha, s.facts))
         if sets:
-            left.append(
-                Subject(subject.source, subject.commit_sha, subject.role, subject.folder, sets)
-            )
+            left.append(replace(subject, sets=sets))
     return left
 
 
@@ -60,12 +89,13 @@ def calibrate(
     """Measure what is not known yet.
 
     Args:
-        subjects: the base with every distinct set, then each expert with its own.
+        subjects: the base with every distinct set, then each expert with its own. For a measure of
+            pairs: each expert with its own, against the base, which the facts of its sets name.
         known: earlier measurements; those of the same source, data and settings are taken over.
         device: as torch names it.
         advance: called with the number of tokens done.
         keep: called with all that is known after each source, so that it is never lost.
-        how: importance is measured.
+        how: what is measured of each module.
 
     Returns:
         The profile of exactly the subjects, in their order.
@@ -92,10 +122,15 @@ def _measured(
     device: str,
     advance: Advance,
 ) -> list[dict[str, float]]:
-    from lewis_hub.guides import activations, reference  # torch: only where it is needed
+    from lewis_hub.guides import activations, reference, shifts  # torch: only where it is needed
 
-    measure = reference.measure if how == "lewis_reference" else activations.measure
-    return measure(subject.folder, subject.source, tokens, device, advance)
+    if how == "lewis_reference":
+        return reference.measure(subject.folder, subject.source, tokens, device, advance)
+    if subject.against:
+        expert = Place(subject.source, subject.folder)
+        return shifts.measure(subject.against, expert, tokens, device, advance)
+    summarise = SUMMARIES[how]
+    return activations.measure(subject.folder, subject.source, tokens, device, advance, summarise)
 
 
 def _measurement(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import fsum
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides import document
+from lewis_hub.guides.budget import shifted, weighted_mean
+from lewis_hub.guides.experts import seen_by_both, unseen
 from lewis_hub.guides.importance import ImportanceProfile
-from lewis_hub.guides.lewis import dominance
-from lewis_hub.guides.registry import Guide, Statistics
+from lewis_hub.guides.lewis import Dominance, dominance
+from lewis_hub.guides.registry import OF_PAIRS, Decision, Guide, Measure, Statistics, Values
+from lewis_hub.recipe_settings import ApplyTo
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Bounds:
     gamma: float
     epsilon: float
     default_density: float = 1.0  # of tensors that the guide leaves alone
+    mean: float | None = None  # of each expert's densities, over parameters; None: as they come
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= self.epsilon <= 1:
@@ -38,12 +43,37 @@ class Bounds:
 
 
 @dataclass(frozen=True)
+class Use:
+    """What a guide's values are used for, and the recipe's seed for those that draw."""
+
+    apply_to: ApplyTo = "density"
+    seed: int = 42
+
+    @property
+    def sets_densities(self) -> bool:
+        """Whether they say which fraction is kept."""
+        return self.apply_to != "weight"
+
+    @property
+    def sets_weights(self) -> bool:
+        """Whether an expert's weight is multiplied by them."""
+        return self.apply_to != "density"
+
+
+@dataclass(frozen=True)
 class ExpertSchedule:
-    """Which fraction of each tensor's task vector one expert keeps."""
+    """Which fraction of each tensor's task vector one expert keeps, and how much it weighs there.
+
+    Attributes:
+        tensors: scheduled tensor -> density, in the checkpoint's names and the guide's order. With
+            none the recipe's own densities stand.
+        weights: tensor -> what the expert's weight is multiplied by; 1 where it is not named.
+    """
 
     source: str
     default_density: float
-    tensors: Mapping[str, float]  # the scheduled ones, in the checkpoint's names and guide's order
+    tensors: Mapping[str, float]
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def density(self, tensor: str) -> float:
         """The tensor's density, in (0, 1]."""
@@ -65,29 +95,36 @@ class DensitySchedule:
         Raises:
             GuideError: no tensor is scheduled.
         """
-        scheduled = [(sizes[t], d) for e in self.experts for t, d in e.tensors.items()]
+        scheduled = {(e.source, t): d for e in self.experts for t, d in e.tensors.items()}
         if not scheduled:
             problem = "no tensor is scheduled, so there is no mean density"
             raise GuideError("schedule", problem, "Check that the guide applies to this model.")
-        mean = fsum(n * d for n, d in scheduled) / sum(n for n, _ in scheduled)
-        densities = [d for _, d in scheduled]
-        return min(max(mean, min(densities)), max(densities))  # rounding may step just outside
+        return weighted_mean(scheduled, {key: sizes[key[1]] for key in scheduled})
 
     def uniform_twin(self, sizes: Mapping[str, int]) -> DensitySchedule:
-        """The same schedule with every scheduled density replaced by the mean: the control."""
-        mean = self.mean(sizes)
+        """The same schedule with every scheduled density replaced by the mean: the control.
+
+        So is every weight, by the mean of its expert's.
+        """
+        mean = self.mean(sizes) if any(e.tensors for e in self.experts) else 1.0
         return DensitySchedule(
-            tuple(replace(e, tensors=dict.fromkeys(e.tensors, mean)) for e in self.experts)
+            tuple(
+                replace(
+                    e, tensors=dict.fromkeys(e.tensors, mean), weights=_levelled(e.weights, sizes)
+                )
+                for e in self.experts
+            )
         )
 
     def to_json(self) -> str:
-        """Write it as `lewis/density.json`."""
+        """Write it as `lewis/density.json`; an expert without `weights` has its own everywhere."""
         experts = [
             {
                 "source": e.source,
                 "default_density": e.default_density,
                 "tensors": dict(e.tensors),
             }
+            | ({"weights": dict(e.weights)} if e.weights else {})
             for e in self.experts
         ]
         return document.write({"version": document.VERSION, "experts": experts})
@@ -103,11 +140,16 @@ class DensitySchedule:
         return cls(tuple(_expert(expert, file) for expert in experts))
 
 
+def _levelled(weights: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
+    return dict.fromkeys(weights, weighted_mean(weights, sizes)) if weights else {}
+
+
 def _expert(read: Any, file: str) -> ExpertSchedule:
     expert = ExpertSchedule(
         source=document.take(read, "source", str, file),
         default_density=document.take_number(read, "default_density", file),
         tensors=document.take_numbers(read, "tensors", file),
+        weights=document.take_numbers(read, "weights", file) if "weights" in read else {},
     )
     for name, density in (("default_density", expert.default_density), *expert.tensors.items()):
         if not 0 < density <= 1:
@@ -123,79 +165,116 @@ class GuidedSchedule:
     notes: tuple[str, ...] = ()
 
 
-def schedule(
+def schedule(  # noqa: PLR0913
     guide: Guide,
     bounds: Bounds,
     experts: Sequence[str],
     tensors: Mapping[str, Sequence[int]],
     profile: ImportanceProfile | None = None,
+    use: Use = Use(),
 ) -> GuidedSchedule:
-    """Ask a guide for every expert and put its densities on the checkpoint's tensors.
+    """Ask a guide for every expert and put what it says on the checkpoint's tensors.
 
     Args:
         guide: from the registry.
         bounds: the recipe's.
         experts: their pinned sources, in the recipe's order.
         tensors: name -> shape of the base checkpoint.
-        profile: needed by a guide that needs importance; its experts in the same order.
+        profile: with all that the guide needs; its experts in the same order.
+        use: the recipe's.
 
     Raises:
-        GuideError: the guide names a module that no tensor belongs to, or leaves the bounds.
+        GuideError: the guide names a module that no tensor belongs to, or leaves the bounds, or a
+            mean density is out of reach.
         ProfileError: the profile lacks an expert, or the base on its calibration set.
     """
-    matrices = tuple(_block_matrices(tensors))
+    matrices = tuple(block_matrices(tensors))
     schedules, notes = [], []
     for i, source in enumerate(experts):
-        statistics = _statistics(guide, matrices, profile, i)
-        densities = guide.decide(statistics, bounds.gamma, bounds.epsilon)
-        schedules.append(_on_tensors(source, guide, bounds, densities, tensors))
-        if "importance" in guide.needs and (found := dominance(statistics)):
-            notes.append(f"{source}: {found}")
+        statistics = _statistics(guide, matrices, profile, i, use.seed)
+        decided = guide.decide(statistics, bounds.gamma, bounds.epsilon)
+        if not isinstance(decided, Decision):
+            decided = Decision(decided, decided)
+        rest = unseen(matrices, decided.densities)
+        weights = {**decided.weights, **unseen(matrices, decided.weights)}
+        decided = Decision({**decided.densities, **rest}, weights)
+        schedules.append(_on_tensors(source, guide, bounds, decided, tensors, use))
+        if rest:
+            notes.append(
+                f"{source}: no calibration token reached {len(rest)} of the matrices of routed "
+                "experts, in it or in the base: they get the mean density of their component."
+            )
+        notes += [f"{source}: {found}" for found in map(str, _dominances(guide, statistics))]
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(notes))
 
 
+def _dominances(guide: Guide, statistics: Statistics) -> Iterable[Dominance]:
+    for measure in guide.needs:
+        if measure in ("lewis", "lewis_reference") and (found := dominance(statistics, measure)):
+            yield found
+
+
 def _statistics(
-    guide: Guide, matrices: tuple[str, ...], profile: ImportanceProfile | None, i: int
+    guide: Guide, matrices: tuple[str, ...], profile: ImportanceProfile | None, i: int, seed: int
 ) -> Statistics:
-    if "importance" not in guide.needs:
-        return Statistics(matrices, {}, {})
-    if profile is None or i >= len(profile.experts):
-        problem = f"expert {i + 1} was not measured, and guide `{guide.name}` needs it"
-        raise document.broken("importance.json", problem)
-    expert = profile.experts[i]
-    return Statistics(matrices, profile.base_of(expert).modules, expert.modules)
+    base: dict[Measure, Values] = {}
+    expert: dict[Measure, Values] = {}
+    for measure in guide.needs:
+        measured = profile.by(measure) if profile else None
+        if measured is None or i >= len(measured.experts):
+            problem = f"expert {i + 1} was not measured, and guide `{guide.name}` needs it"
+            raise document.broken("importance.json", problem)
+        entry = measured.experts[i]
+        expert[measure] = entry.modules
+        if measure not in OF_PAIRS:
+            of_base = measured.base_of(entry).modules
+            base[measure], expert[measure] = seen_by_both(of_base, entry.modules)
+    drawn = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
+    return Statistics(matrices, base, expert, int.from_bytes(drawn, "big"))
 
 
-def _block_matrices(tensors: Mapping[str, Sequence[int]]) -> Iterable[str]:
+def block_matrices(tensors: Mapping[str, Sequence[int]]) -> Iterable[str]:
     """Modules whose weight is a matrix, or a stack of them, inside a block."""
     for name, shape in tensors.items():
-        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None:
+        is_stack = len(shape) >= 3 and names.module(name) == name  # of experts, under a bare name
+        is_weight = len(shape) >= 2 and name.endswith(".weight")
+        if (is_stack or is_weight) and names.block(name) is not None:
             yield names.module(name)
 
 
-def _on_tensors(
+def _on_tensors(  # noqa: PLR0913
     source: str,
     guide: Guide,
     bounds: Bounds,
-    densities: Mapping[str, float],
+    decided: Decision,
     tensors: Mapping[str, Sequence[int]],
+    use: Use,
 ) -> ExpertSchedule:
-    scheduled: dict[str, float] = {}
-    for module, density in densities.items():
+    for module, density in decided.densities.items():
         if not bounds.gamma <= density <= bounds.epsilon:
             problem = f"it gives {module} the density {density:g}, outside gamma and epsilon"
             raise GuideError(f"guide `{guide.name}`", problem, "This is a fault of the guide.")
-        scheduled[checkpoint_tensor(module, tensors)] = density
-    return ExpertSchedule(source, bounds.default_density, scheduled)
+
+    def named(values: Values) -> dict[str, float]:
+        return {checkpoint_tensor(module, tensors): value for module, value in values.items()}
+
+    densities = named(decided.densities) if use.sets_densities else {}
+    if bounds.mean is not None:
+        sizes = {tensor: prod(tensors[tensor]) for tensor in densities}
+        densities = shifted(densities, sizes, bounds.mean)
+    weights = named(decided.weights) if use.sets_weights else {}
+    return ExpertSchedule(source, bounds.default_density, densities, weights)
 
 
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
-    """The checkpoint's name for a module's weight.
+    """The checkpoint's name for a module's weight; the module's own for a stack of experts.
 
     Raises:
         GuideError: no tensor, or more than one, has the name.
     """
     name = f"{module}.weight"
+    if module in tensors and name not in tensors:
+        return module
     found = names.find(name, tensors)
     if len(found) == 1:
         return found[0]

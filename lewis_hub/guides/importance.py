@@ -6,7 +6,7 @@ A profile is read and written without torch, so that plots and merges can use on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lewis_hub.errors import ProfileError
@@ -27,10 +27,18 @@ def module_importance(weight: Tensor, norm: Tensor) -> float:
 
     Args:
         weight: (out_features, in_features), any floating dtype.
-        norm: (in_features,) activation norms a, on the weight's device.
+        norm: (in_features,) activation norms a, on the weight's device; or one for each entry of a
+            weight of any shape.
     """
+    if norm.dim() > 1:
+        return float((weight.float() * norm).norm())
     columns = sum_of_squares(weight)
     return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
+
+
+def importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """`module_importance` of each module that was seen, in the order of `norms`."""
+    return {module: module_importance(weights[module], norm) for module, norm in norms.items()}
 
 
 def sum_of_squares(rows: Tensor) -> Tensor:
@@ -49,14 +57,19 @@ def sum_of_squares(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SourceImportance:
-    """One source, measured on one calibration set."""
+    """One source, measured on one calibration set: one number a module, importance or another."""
 
     source: str  # repo@sha, or the folder as written
     commit_sha: str  # which content it was: 40 hex digits, or a folder's digest
     role: Role
     n_tokens: int
-    modules: Mapping[str, float]  # module -> importance, in the model's order
+    modules: Mapping[str, float]  # module -> its number, in the model's order
     calibration: Mapping[str, Any]  # what fixes the tokens, and what was found
+
+    @property
+    def measure(self) -> str:
+        """Which number of a module it is."""
+        return str(self.calibration.get("measure", "lewis"))
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,16 @@ class ImportanceProfile:
                 return entry
         problem = f"the base was not measured on the calibration set of {expert.source}"
         raise ProfileError("importance.json", problem, "Measure again: delete the file.")
+
+    def by(self, measure: str) -> ImportanceProfile:
+        """What was measured so, alone."""
+        chosen = tuple(entry for entry in self.sources if entry.measure == measure)
+        return replace(self, sources=chosen)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What was measured, each once."""
+        return tuple(dict.fromkeys(entry.measure for entry in self.sources))
 
     @property
     def experts(self) -> tuple[SourceImportance, ...]:
@@ -134,9 +157,9 @@ def _source(read: Any, file: str) -> SourceImportance:
 
 
 def calibration_facts(
-    calibration: Calibration, data: Mapping[str, str], seed: int, tokenizer: str, measure: str
+    calibration: Calibration, data: Mapping[str, str], seed: int, tokenizer: str
 ) -> dict[str, Any]:
-    """All that fixes a measurement besides the source: known before any row is read.
+    """All that fixes the tokens: known before any row is read.
 
     Args:
         calibration: as the recipe asks.
@@ -144,11 +167,9 @@ def calibration_facts(
             which content that is, and of a task `task_digest`, over its files.
         seed: the recipe's.
         tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
-        measure: how importance is measured.
     """
     asked = {"text": calibration.text, "messages": calibration.messages, "task": calibration.task}
     return {
-        "measure": measure,
         "measuring": MEASURING,
         **data,
         "config": calibration.config,

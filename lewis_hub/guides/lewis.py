@@ -9,7 +9,7 @@ from math import fsum
 
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
-from lewis_hub.guides.registry import Statistics, register
+from lewis_hub.guides.registry import Measure, Statistics, register
 
 SHARE_DECIMALS = 5  # of a share, as the published code rounds it
 DECIMALS = 4  # of a density: another CPU's rounding, far below, then changes no merged byte
@@ -31,7 +31,7 @@ class Dominance:
         )
 
 
-@register("lewis", needs=("importance",), paper="https://arxiv.org/abs/2503.03874")
+@register("lewis", needs=("lewis",), paper="https://arxiv.org/abs/2503.03874")
 def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the change of importance from base to expert on calibration data.
 
@@ -46,30 +46,28 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
     return spread(importance_shifts(statistics), gamma, epsilon)
 
 
-@register(
-    "lewis_reference",
-    needs=("importance",),
-    paper="https://arxiv.org/abs/2503.03874",
-    measure="lewis_reference",
-)
+@register("lewis_reference", needs=("lewis_reference",), paper="https://arxiv.org/abs/2503.03874")
 def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """LEWIS as its authors published it: padding counts, and measured blocks are pruned.
 
     Shares of the change of importance are rounded to 5 decimals before the min-max. How importance
     is measured is told in `reference`.
     """
-    shares = importance_shifts(statistics)
+    shares = importance_shifts(statistics, "lewis_reference")
     rounded = {module: round(share, SHARE_DECIMALS) for module, share in shares.items()}
     return spread(rounded, gamma, epsilon)
 
 
-def importance_shifts(statistics: Statistics) -> dict[str, float]:
+def importance_shifts(statistics: Statistics, measure: Measure = "lewis") -> dict[str, float]:
     """|importance(expert) - importance(base)| per module, as a share of its component's sum.
+
+    The experts of a block are of one component. One that not every block has, or that a block has
+    several of, has its shares scaled so that its mean is that of the others.
 
     Raises:
         GuideError: base and expert were not measured on the same modules.
     """
-    base, expert = statistics.base, statistics.expert
+    base, expert = statistics.base[measure], statistics.expert[measure]
     if base.keys() != expert.keys():
         odd = min(base.keys() ^ expert.keys())
         side = "base" if odd in base else "expert"
@@ -77,17 +75,22 @@ def importance_shifts(statistics: Statistics) -> dict[str, float]:
         raise GuideError("guide `lewis`", problem, "Base and expert must be of one architecture.")
     shifts = {module: abs(expert[module] - base[module]) for module in base}
     of_component: defaultdict[tuple[str | None, str], list[float]] = defaultdict(list)
+    blocks: defaultdict[str | None, set[int | None]] = defaultdict(set)
     for module, shift in shifts.items():
         of_component[_component(module)].append(shift)
+        blocks[names.stack(module)].add(names.block(module))
     sums = {component: fsum(parts) for component, parts in of_component.items()}
+    a_block = {(s, c): len(parts) / len(blocks[s]) for (s, c), parts in of_component.items()}
     return {
-        module: shift / total if (total := sums[_component(module)]) else 0.0
+        module: shift / total * a_block[_component(module)]
+        if (total := sums[_component(module)])
+        else 0.0
         for module, shift in shifts.items()
     }
 
 
 def _component(module: str) -> tuple[str | None, str]:
-    return names.stack(module), names.component(module)
+    return names.stack(module), names.kind(module)
 
 
 def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[str, float]:
@@ -106,9 +109,9 @@ def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[st
     return densities
 
 
-def dominance(statistics: Statistics) -> Dominance | None:
+def dominance(statistics: Statistics, measure: Measure = "lewis") -> Dominance | None:
     """Tell whether one block alone sets the range of the schedule, and by which module."""
-    shares = importance_shifts(statistics)
+    shares = importance_shifts(statistics, measure)
     low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
     if low == high:
         return None

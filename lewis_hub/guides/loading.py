@@ -5,6 +5,7 @@ Nothing here runs a repo's own code or opens a connection.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
-    """Load a causal language model for measuring, in eval mode.
+    """Load a language model for measuring, in eval mode.
+
+    Its class is the one that its configuration names, as the files hold the tensors of that one;
+    where none is named that transformers has, it is loaded as a causal language model.
 
     On a CPU the arithmetic is float32, whatever the file's dtype: it is the definition, and half
     precision is slow there. Elsewhere the file's own dtype is kept.
@@ -32,19 +36,30 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
             architecture needs are not in the files.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with refusals(name, "model"), _quiet():
-        automatic: Any = AutoModelForCausalLM
-        model, report = automatic.from_pretrained(
+        model, report = _model_class(folder).from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            experts_implementation="eager",
         )
         _check_complete(name, report)
+        _check_reads_tokens(name, model)
+        model.config.get_text_config().use_cache = False  # some keep one unless this says so
         return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _model_class(folder: Path) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 
 def _check_complete(name: str, report: Any) -> None:
@@ -54,6 +69,13 @@ def _check_complete(name: str, report: Any) -> None:
         others = f"{len(absent) - 1} more of the weights that its architecture needs"
         problem = f"its files lack {absent[0]} (and {others})"
         remedy = "The config does not describe these files: check the source, or take another."
+        raise CalibrationModelError(name, problem, remedy)
+
+
+def _check_reads_tokens(name: str, model: PreTrainedModel) -> None:
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        problem = f"{type(model).__name__} reads no tokens"
+        remedy = "Calibration measures language models; merge it with guide `uniform` instead."
         raise CalibrationModelError(name, problem, remedy)
 
 

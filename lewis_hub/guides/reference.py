@@ -104,6 +104,9 @@ def block_importance(
 
 def _blocks(model: PreTrainedModel, name: str) -> tuple[str, nn.ModuleList]:
     found = decoder_blocks(model)
+    if model.config.is_encoder_decoder:
+        problem = "it has an encoder, and the published procedure knows decoders alone"
+        raise CalibrationModelError(name, problem, "Use guide `lewis`.")
     if found is None:
         problem = "no Linear module in a list of blocks was found"
         raise CalibrationModelError(name, problem, "Use guide `uniform` for this architecture.")

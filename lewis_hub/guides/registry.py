@@ -1,4 +1,4 @@
-"""Name to guide. A guide is a function from what is known about an expert to densities.
+"""Name to guide. A guide is a function from what was measured of an expert to densities.
 
 A package adds its own by an entry point in the group `lewis_hub.guides`, named as the guide, that
 loads a function under `@register`.
@@ -15,41 +15,77 @@ from lewis_hub.registry import Registry
 
 GROUP = "lewis_hub.guides"
 
-Need = Literal["importance"]
-Measure = Literal["lewis", "lewis_reference"]  # how importance is measured
+Measure = Literal[  # a number for each module; where it is defined
+    "lewis",  # importance: `importance.module_importance`
+    "lewis_reference",  # importance, by the published code's arithmetic: `reference`
+    "outliers",  # the share of a block's entries far above their mean: `owl.outlier_ratios`
+    "evenness",  # of a module's input channels: `aim.evenness`
+    "output_shift",  # of a module's outputs, base to expert: `shifts`
+    "task_vector",  # its size, relative to the base's weight: `merge.change`
+]
+WITHOUT_TEXTS: frozenset[Measure] = frozenset({"task_vector"})  # weights alone are read
+OF_PAIRS: frozenset[Measure] = frozenset({"output_shift", "task_vector"})  # base and expert at once
+
+Values = Mapping[str, float]  # module -> value
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a guide decides from, for one expert. What it does not need is empty."""
+    """What a guide decides from, for one expert: only the measures that it needs are there.
 
-    matrices: tuple[str, ...]  # modules of all weight matrices in the blocks of the checkpoint
-    base: Mapping[str, float]  # module -> importance, on the expert's calibration set
-    expert: Mapping[str, float]
+    Attributes:
+        matrices: modules of all weight matrices in the blocks of the checkpoint.
+        base: measure -> module -> value, on the expert's calibration texts; none of OF_PAIRS.
+        expert: likewise, of the expert; those of OF_PAIRS hold it against the base.
+        seed: from the recipe's; another one for each expert.
+    """
+
+    matrices: tuple[str, ...]
+    base: Mapping[Measure, Values]
+    expert: Mapping[Measure, Values]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a guide hands on that has weights of its own, beside densities.
+
+    Attributes:
+        densities: module -> density, each in [gamma, epsilon].
+        weights: module -> what the expert's weight is multiplied by there, where the recipe
+            applies the guide to weights. A guide without any has its densities taken for them.
+    """
+
+    densities: Values
+    weights: Values
 
 
 # (statistics, gamma, epsilon) -> module -> density, each in [gamma, epsilon]
-GuideFunction = Callable[[Statistics, float, float], Mapping[str, float]]
+GuideFunction = Callable[[Statistics, float, float], "Values | Decision"]
 
 
 @dataclass(frozen=True)
 class Guide:
-    """A registered guide; `needs` says what has to be measured before it is called, and how.
+    """A registered guide; `needs` says what has to be measured before it is called.
 
     `version` is raised when the same measurements give other densities, so that locks differ.
     """
 
     name: str
     decide: GuideFunction
-    needs: tuple[Need, ...] = ()
+    needs: tuple[Measure, ...] = ()
     paper: str | None = None
-    measure: Measure = "lewis"
     version: int = 1
 
     @property
     def summary(self) -> str:
         """One sentence for a list of guides."""
         return (self.decide.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether models are loaded, and calibration texts run through them."""
+        return not WITHOUT_TEXTS.issuperset(self.needs)
 
 
 _registry: Registry[Guide] = Registry("guide", GROUP, GuideError)
@@ -59,9 +95,8 @@ find, guides = _registry.find, _registry.all
 def register(
     name: str,
     *,
-    needs: tuple[Need, ...] = (),
+    needs: tuple[Measure, ...] = (),
     paper: str | None = None,
-    measure: Measure = "lewis",
     version: int = 1,
 ) -> Callable[[GuideFunction], GuideFunction]:
     """Add the decorated function to the guides.
@@ -71,7 +106,7 @@ def register(
     """
 
     def add(decide: GuideFunction) -> GuideFunction:
-        _registry.add(name, Guide(name, decide, needs, paper, measure, version), decide)
+        _registry.add(name, Guide(name, decide, needs, paper, version), decide)
         return decide
 
     return add

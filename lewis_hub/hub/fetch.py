@@ -28,6 +28,7 @@ SIDECAR_FILES = (
     "*.jinja",
     "*.txt",
     "*.model",
+    "*.spm",
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*.jinja",

@@ -99,8 +99,8 @@ class AdapterReader:
     def _start(self, adapted: Adapted, first: int, n: int) -> Floats:
         """What an update starts from: the base's elements, or those that were saved instead."""
         if adapted.saved:
-            return _floats(self._own, adapted.saved, first, n)
-        return _floats(self._base, adapted.base, first, n)
+            return floats(self._own, adapted.saved, first, n)
+        return floats(self._base, adapted.base, first, n)
 
     def _update(self, update: LowRank, factors: Factors, first: int, values: Floats) -> None:
         scale = np.float32(update.scale)
@@ -119,14 +119,14 @@ class AdapterReader:
 
     def _read_factors(self, adapted: Adapted, update: LowRank) -> Factors:
         left, right = (
-            _floats(self._own, t, 0, t.n_elements).reshape(t.shape) for t in (update.b, update.a)
+            floats(self._own, t, 0, t.n_elements).reshape(t.shape) for t in (update.b, update.a)
         )
         if update.transposed:
             left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
         factors = Factors(left, right, None)
         if update.magnitude is None:
             return factors
-        magnitude = _floats(self._own, update.magnitude, 0, update.magnitude.n_elements)
+        magnitude = floats(self._own, update.magnitude, 0, update.magnitude.n_elements)
         norms = self._norms(adapted, update, factors)
         with np.errstate(divide="ignore", invalid="ignore"):  # told as what is not finite
             return replace(factors, lengths=magnitude / norms)
@@ -144,7 +144,8 @@ class AdapterReader:
         return np.sqrt(squares).astype(np.float32)
 
 
-def _floats(reader: Reader, tensor: TensorHeader, first: int, n: int) -> Floats:
+def floats(reader: Reader, tensor: TensorHeader, first: int, n: int) -> Floats:
+    """Elements [first, first + n) of a tensor, as float32."""
     width = WIDTHS[tensor.dtype]
     raw = np.empty(n * width, np.uint8)
     reader.read(tensor, first * width, raw.data)

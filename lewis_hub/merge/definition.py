@@ -14,13 +14,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def merge_by_definition(plan: ShardPlan, tensor: TensorPlan, sources: Sequence[Tensor]) -> Tensor:
+def merge_by_definition(
+    plan: ShardPlan,
+    tensor: TensorPlan,
+    sources: Sequence[Tensor],
+    grams: Sequence[Tensor | None],
+) -> Tensor:
     """Merge one tensor with the method's own function, on the device that its sources are on.
 
     Args:
         plan: of the shard that the tensor is in.
         tensor: of it.
         sources: in float32, one an input of the tensor.
+        grams: second moments of its inputs, one an expert, on the same device; None where there are
+            none.
 
     Returns:
         The result in the output's dtype, contiguous, on the same device.
@@ -38,6 +45,8 @@ def merge_by_definition(plan: ShardPlan, tensor: TensorPlan, sources: Sequence[T
         "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),
         "densities": tensor.densities,
         "streams": tensor.streams,
+        "grams": grams,
+        "transposed": tensor.is_transposed,
         **tensor.own,
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}

@@ -29,6 +29,7 @@ class Moved(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     done: torch.cuda.Event | None  # None: they are there
+    grams: tuple[Tensor | None, ...] = ()
 
 
 def make_on_device(jobs: Sequence[Job], device: str) -> Iterator[int]:
@@ -83,7 +84,8 @@ class Lane:
         with self._aside():
             pairs = zip(job.readers, job.tensor.inputs, strict=True)
             sources = tuple(self._read(reader, header) for reader, header in pairs)
-            return Moved(sources, self._inward.record_event() if self._inward else None)
+            grams = tuple(self._there(gram) for gram in job.grams())
+            return Moved(sources, self._inward.record_event() if self._inward else None, grams)
 
     def compute(self, job: Job, fetched: Moved) -> Moved:
         """The merged tensor on its way back to the host; none of one that is only copied."""
@@ -93,16 +95,17 @@ class Lane:
             return Moved((), None)
         if fetched.done is None:
             sources = [source.float() for source in fetched.tensors]
-            return Moved((merge_by_definition(job.site.plan, job.tensor, sources),), None)
+            merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.grams)
+            return Moved((merged,), None)
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(fetched.done)
-        for source in fetched.tensors:
-            source.record_stream(stream)  # its memory is not given away before it was read
+        for held in (*fetched.tensors, *(gram for gram in fetched.grams if gram is not None)):
+            held.record_stream(stream)  # its memory is not given away before it was read
         sources = [source.float() for source in fetched.tensors]
-        merged = merge_by_definition(job.site.plan, job.tensor, sources)
-        held = torch.empty(merged.shape, dtype=merged.dtype, pin_memory=True)
-        held.copy_(merged, non_blocking=True)
-        return Moved((held,), stream.record_event())
+        merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.grams)
+        back = torch.empty(merged.shape, dtype=merged.dtype, pin_memory=True)
+        back.copy_(merged, non_blocking=True)
+        return Moved((back,), stream.record_event())
 
     def _read(self, reader: Reader, header: TensorHeader) -> Tensor:
         import torch
@@ -111,6 +114,12 @@ class Lane:
         held = torch.empty(header.n_bytes, dtype=torch.uint8, pin_memory=self._inward is not None)
         reader.read(header, 0, held.numpy().data)
         return held.to(self._device, non_blocking=True).view(dtype).reshape(header.shape)
+
+    def _there(self, gram: Tensor | None) -> Tensor | None:
+        if gram is None:
+            return None
+        held = gram.pin_memory() if self._inward else gram
+        return held.to(self._device, non_blocking=True)
 
     def _aside(self) -> AbstractContextManager[Any]:
         import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +60,7 @@ def run(
 
     Args:
         plan: what goes into which file.
-        places: of all sources.
+        places: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
         runner: the bytes are the same whichever it is.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
@@ -140,7 +140,7 @@ def merge_shard(
     note.unlink(missing_ok=True)
     with ExitStack() as opened:
         readers = [
-            opened.enter_context(_open(label, base, window))
+            opened.enter_context(open_source(label, base, window.reader))
             for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
         writer = opened.enter_context(ShardWriter(output, layout))
@@ -148,7 +148,8 @@ def merge_shard(
         n_together = max(len(tensor.inputs) for tensor in plan.tensors)
         desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
         read = mending(plan, assembling(plan, readers))
-        site = Site(plan, read, writer, desks)
+        statistics = [opened.enter_context(window.reader(label)) for label in plan.statistics]
+        site = Site(plan, read, writer, desks, statistics)
         jobs = [
             Job(site, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)
@@ -205,15 +206,16 @@ def _window(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Windo
     return Window(places, steps, scratch)
 
 
-def _open(label: str, base: str | None, window: Window) -> Reader:
+def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:
+    """Open a source, or an adapter on its `base`; `reader` opens the files of a label. Close it."""
     from lewis_hub.merge.scaled import ScaledReader  # imports llvmlite
 
-    own = window.reader(label)
+    own = reader(label)
     if base is None:
         return ScaledReader(own)
     from lewis_hub.merge.adapted import AdapterReader
 
-    return AdapterReader(ScaledReader(window.reader(base)), own)
+    return AdapterReader(ScaledReader(reader(base)), own)
 
 
 def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:

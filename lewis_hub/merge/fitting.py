@@ -40,6 +40,10 @@ def require_schedule_fits(method: Method, settings: MergeSettings, schedule: Sch
         problem = f"`{method.name}` keeps every entry, so a guide's densities would do nothing"
         raise MergeError("guide", problem, "Use `ties`, `dare_ties` or `dare_linear`.")
     labels = {expert.label: expert.checkpoint.tensors for expert in settings.experts}
+    for expert in settings.experts:
+        if unknown := expert.weights.keys() - expert.checkpoint.tensors.keys():
+            problem = f"it weighs {min(unknown)} of {expert.label}, which no source has"
+            raise MergeError("guide", problem, "Measure the importance of these sources anew.")
     for label, densities in schedule.items():
         if label not in labels:
             problem = f"it schedules {label}, which is not merged"

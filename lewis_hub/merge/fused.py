@@ -58,10 +58,12 @@ def row_of(tensor: TensorPlan) -> int:
 
 
 def is_fused(method: str, tensor: TensorPlan) -> bool:
-    """Whether a kernel can make the tensor."""
+    """Whether a kernel can make the tensor: it knows magnitudes, and no activations."""
     if method not in FUSED or block_of(method, tensor) > LONGEST_ROW:
         return False
-    return FUSED[method].thins != TRIM or not tensor.options.get("rescale")
+    options = tensor.options
+    plain = options.get("trim", "magnitude") == "magnitude" and not options.get("rescale")
+    return plain or FUSED[method].thins != TRIM
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:

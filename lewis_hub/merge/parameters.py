@@ -23,6 +23,8 @@ DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scal
 RANGES = {  # of a source's settings: lowest, highest, what it is
     "density": (0, 1, "It is the fraction of entries kept."),
     "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
+    "off_diagonal": (0, 1, "It is how much the entries of second moments off the diagonal count."),
+    "trim_exponent": (0, math.inf, "It is the power of the activation norm."),
     "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
 }
 ANY = (None, "*")
@@ -174,7 +176,9 @@ def _require_among(name: str, setting: Setting, method: Method) -> None:
     for value in _values(setting):
         if value not in allowed:
             problem = f"`{method.name}` does not do `{name}: {str(value).lower()}` in this version"
-            raise MergeError(f"parameter `{name}`", problem, "Remove it.")
+            words = " or ".join(f"`{word}`" for word in allowed)
+            remedy = f"Write {words}." if name in method.options else "Remove it."
+            raise MergeError(f"parameter `{name}`", problem, remedy)
 
 
 def options_of(method: Method, common: Settings, name: str, depth: float) -> Mapping[str, Any]:
@@ -197,7 +201,13 @@ def options_of(method: Method, common: Settings, name: str, depth: float) -> Map
 def require_divisor(
     method: Method, options: Mapping[str, Any], weights: Sequence[float], name: str
 ) -> None:
-    """Refuse weights that the models would be divided by and that add up to zero."""
+    """Refuse weights that the models would be divided by and that add up to zero, or are negative.
+
+    Second moments that count for less than nothing make no system that can be solved.
+    """
+    if method.needs_grams and (min(weights) < 0 or not sum(weights)):
+        problem = f"`{method.name}` shares {name} out by {', '.join(f'{w:g}' for w in weights)}"
+        raise MergeError("parameter `weight`", problem, "Give none below zero, and one above.")
     models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
     for option in models:
         if options.get(option) and not sum(weights):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from lewis_hub.merge.fused import block_of
 from lewis_hub.merge.operands import BLOCK, FORMATS, LANES, Piece
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RAW_BYTES = 6 << 20  # of all sources in one piece: to map so much costs little beside the work
 
@@ -74,12 +78,14 @@ class Site:
 
     Attributes:
         readers: one a source, as the plan's `labels` count them.
+        statistics: one an expert, where the method merges by them.
     """
 
     plan: ShardPlan
     readers: Sequence[Reader]
     writer: ShardWriter
     desks: Desks
+    statistics: Sequence[Reader] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,13 @@ class Job:
     def readers(self) -> tuple[Reader, ...]:
         """One an input."""
         return tuple(self.site.readers[source] for source in self.tensor.sources)
+
+    def grams(self) -> list[Tensor | None]:
+        """Second moments of its inputs, one an expert; read anew. Imports torch."""
+        if not self.tensor.grams:
+            return [None] * len(self.tensor.weights)
+        pairs = zip(self.site.statistics, self.tensor.grams, strict=True)
+        return [reader.tensor(gram.stored) if gram else None for reader, gram in pairs]
 
     @cached_property
     def kinds(self) -> npt.NDArray[np.int64]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.layout import DTYPES, OutputTensor, ShardLayout, lay_out
@@ -26,6 +27,9 @@ from lewis_hub.methods.registry import PER_SOURCE, Method
 from lewis_hub.recipe import Missing
 from lewis_hub.recipe_settings import Settings
 
+if TYPE_CHECKING:
+    from lewis_hub.merge.statistics import Gram
+
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
 
 Schedule = Mapping[str, Mapping[str, float]]  # label of an expert -> tensor -> density
@@ -38,6 +42,7 @@ class MergeSource:
     checkpoint: Checkpoint
     digest: str  # of its content: a commit sha, or a digest over a folder's files; and the base's
     parameters: Settings = field(default_factory=dict)  # its own; the recipe's hold otherwise
+    weights: Mapping[str, float] = field(default_factory=dict)  # a guide's: tensor -> factor on it
 
     @property
     def label(self) -> str:
@@ -91,6 +96,8 @@ class TensorPlan:
         options: the method's, by the recipe's names.
         assembled: one a source, where its tensor is put together from rows of several; none where
             all lie as they are needed.
+        grams: of its inputs, one an expert, None where there are none; none at all where the method
+            asks for none.
     """
 
     output: OutputTensor
@@ -102,12 +109,18 @@ class TensorPlan:
     own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     assembled: tuple[Assembled | None, ...] = ()
+    grams: tuple[Gram | None, ...] = ()
 
     @property
     def told(self) -> Mapping[str, Any]:
         """All that fixes its bytes, as plain JSON."""
         rows = [made and made.digest() for made in self.assembled]
         return asdict(replace(self, assembled=())) | {"assembled": rows}
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether it is a matrix that lies as (in, out); known of those with second moments."""
+        return any(gram.transposed for gram in self.grams if gram)
 
     @property
     def is_copied(self) -> bool:
@@ -117,7 +130,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file; complete in itself."""
+    """One output file; complete in itself.
+
+    Attributes:
+        statistics: label of each expert's -> digest; none where the method asks for none.
+    """
 
     method: str
     labels: tuple[str, ...]  # of the sources, as `TensorPlan.sources` counts them
@@ -126,16 +143,19 @@ class ShardPlan:
     layout: ShardLayout
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
     allow_nan: bool = False  # whether sources may hold NaN and infinity; see `mending`
+    statistics: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """Over all that fixes the bytes of the shard: equal digests, equal bytes."""
-        told = {
+        told: dict[str, Any] = {
             "version": VERSION,
             "method": self.method,
             "sources": self.source_digests,
             "tensors": [tensor.told for tensor in self.tensors],
-        } | ({"allow_nan": True} if self.allow_nan else {})
+        }
+        told |= {"allow_nan": True} if self.allow_nan else {}
+        told |= {"statistics": list(self.statistics.values())} if self.statistics else {}
         text = json.dumps(told, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -264,7 +284,8 @@ def _plan_tensor(
         for keyword, setting in PER_SOURCE.items()
         if keyword == "weights" or method.takes(keyword)
     }
-    weights = own.pop("weights")
+    factors = [expert.weights.get(name, 1.0) for expert in settings.experts]
+    weights = tuple(map(operator.mul, own.pop("weights"), factors))
     parameters.require_divisor(method, options, weights, name)
     densities: tuple[float, ...] = ()
     if method.takes_density:

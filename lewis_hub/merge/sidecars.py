@@ -24,6 +24,7 @@ TOKENIZER = frozenset(
     | {"vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"}
     | {"sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json"}
 )
+TOKENS = frozenset({".tiktoken", ".spm"})
 TEMPLATES = "additional_chat_templates"
 
 
@@ -111,7 +112,7 @@ def _sources(base: Path, tokenizer: TokenizerFiles) -> Iterator[tuple[PurePosixP
 def _is_tokenizer(path: PurePosixPath) -> bool:
     if path.parts[0] == TEMPLATES:
         return True
-    return len(path.parts) == 1 and (path.name in TOKENIZER or path.suffix == ".tiktoken")
+    return len(path.parts) == 1 and (path.name in TOKENIZER or path.suffix in TOKENS)
 
 
 def _carried(path: PurePosixPath, *, code: bool) -> bool:

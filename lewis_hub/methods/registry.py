@@ -1,9 +1,12 @@
 """Name to method. A method is one function over float tensors.
 
 It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, or `tensors` alone;
-then keywords. Some are given by the merge, one value per source: those of PER_SOURCE, and `streams`
-(of random bits). All others are options of the recipe, by the same name; a trailing underscore, as
-in `lambda_`, is dropped. An option without a default is a number that the recipe must give.
+then keywords. Some are given by the merge, one value per source: those of PER_SOURCE, `streams` (of
+random bits) and `grams` (second moments E[x x^T] of a Linear's inputs on the source's calibration
+texts, None where there are none; with them `transposed` says that its weight lies as (in, out)). A
+method whose `grams` have a default needs them for `trim: activation` alone. All other keywords are
+options of the recipe, by the same name; a trailing underscore, as in `lambda_`, is dropped. An
+option without a default is a number that the recipe must give.
 
 A package adds its own by an entry point in the group `lewis_hub.methods`, named as the method,
 that loads a function under `@register`.
@@ -30,7 +33,7 @@ PER_SOURCE = {  # keyword -> the recipe's name
     "spreads": "epsilon",  # of della: how far an entry's probability lies from the density
     "scales": "scale",
 }
-GIVEN = {"base", "task_vectors", "tensors", "streams", *PER_SOURCE}
+GIVEN = {"base", "task_vectors", "tensors", "streams", "grams", "transposed", *PER_SOURCE}
 ANY_NUMBER = (1, None)
 
 MethodFunction = Callable[..., "Tensor"]
@@ -42,7 +45,8 @@ class Method:
 
     Attributes:
         parameters: of the function, as `inspect` tells them.
-        accepted: mergekit's options that change nothing here -> the values that may be given.
+        accepted: option -> the values that may be given; mergekit's that change nothing here, and
+            words.
         n_experts: least and most sources beside the base; None for no limit.
         base_is_optional: without a base its `base` is zero, so that task vectors are the models.
         version: raised when the same inputs come out as other numbers, so that locks differ.
@@ -88,6 +92,11 @@ class Method:
         return self.takes("streams")
 
     @property
+    def needs_grams(self) -> bool:
+        """Whether it cannot do without second moments of its sources' activations."""
+        return self.takes("grams") and self.parameters["grams"].default is inspect.Parameter.empty
+
+    @property
     def options(self) -> Mapping[str, Any]:
         """The recipe's name of each option -> its default; None for one that must be given."""
         return {
@@ -126,7 +135,7 @@ class Method:
                 not per_source and name in {*self.options, *self.accepted}
             ):
                 continue
-            known = [*self.settings, *self.options, *self.accepted]
+            known = list(dict.fromkeys([*self.settings, *self.options, *self.accepted]))
             where = f"parameter `{name}`"
             if name in known:
                 problem = f"`{self.name}` has it once for all models, not for each"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.methods import random_bits
 from lewis_hub.methods.products import total
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
+
+Trim = Literal["magnitude", "activation"]
+TRIMS = ("magnitude", "activation")
 
 
 def n_kept(n: int, density: float) -> int:
@@ -37,12 +41,13 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
     return above | (tied & chosen)
 
 
-def trim(task_vector: Tensor, density: float) -> Tensor:
+def trim(task_vector: Tensor, density: float, scale: Tensor | None = None) -> Tensor:
     """Keep exactly the `n_kept` entries of largest magnitude, and set the others to zero.
 
-    mergekit rounds their number down.
+    `scale` says for how much a magnitude counts. mergekit rounds the number down.
     """
-    kept = largest(task_vector.abs().flatten(), n_kept(task_vector.numel(), density))
+    magnitudes = task_vector.abs() if scale is None else task_vector.abs() * scale
+    kept = largest(magnitudes.flatten(), n_kept(task_vector.numel(), density))
     return task_vector.where(kept.reshape(task_vector.shape), 0.0)
 
 
@@ -50,6 +55,38 @@ def rescaled(kept: Tensor, whole: Tensor) -> Tensor:
     """What is kept of a task vector, at the L1 norm that the whole has; of nothing it stays so."""
     length = total(kept.abs())
     return kept * (total(whole.abs()) / length) if length else kept
+
+
+def trimmed(
+    task_vectors: Tensor, densities: Sequence[float], scales: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Trim each of the task vectors: (n_sources, *shape)."""
+    triples = zip(task_vectors, densities, scales, strict=True)
+    return [trim(vector, density, scale) for vector, density, scale in triples]
+
+
+def channel_scales(
+    grams: Sequence[Tensor | None], trim: Trim, exponent: float, *, transposed: bool
+) -> list[Tensor | None]:
+    """For how much the entries of each task vector count when it is trimmed.
+
+    Args:
+        grams: second moments of the inputs of each source, (n_parts, width, width).
+        trim: by magnitude alone, or by magnitude times the activation norm of the input that an
+            entry is multiplied by: a_j = sqrt(E[x_j^2]).
+        exponent: of the activation norm.
+        transposed: whether matrices lie as (in, out).
+
+    Returns:
+        (in,), or (in, 1) of what is transposed; None where magnitudes count as they are.
+    """
+    if trim == "magnitude":
+        return [None] * len(grams)
+    norms = [
+        None if gram is None else gram.diagonal(dim1=-2, dim2=-1).flatten() ** (exponent / 2)
+        for gram in grams
+    ]
+    return [norm if norm is None or not transposed else norm.unsqueeze(1) for norm in norms]
 
 
 def drop(task_vector: Tensor, density: float, stream: int) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from lewis_hub.report import findings, markdown, tables
-from lewis_hub.report.citations import GUIDES, METHODS, papers
-from lewis_hub.report.facts import CardFacts, Guided
+from lewis_hub.report import findings, guidance, markdown, tables
+from lewis_hub.report.citations import METHODS, papers
+from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.gate import card_section
 from lewis_hub.report.metadata import card_data
 from lewis_hub.report.plots import Plot, short_name
@@ -39,7 +39,8 @@ def model_card(facts: CardFacts) -> ModelCard:
         snippet=markdown.fenced(usage(facts), "python"),
         pictures=list(_pictures(facts)),
         densities=tables.densities(facts),
-        picture_note=_picture_note(facts.guided) if facts.guided else "",
+        weights=tables.weights(facts),
+        picture_note=guidance.picture_note(facts.guided) if facts.guided else "",
         scores=findings.scores_table(scores) if scores else None,
         paired=findings.paired_table(scores) if scores else None,
         twin=findings.has_twin(scores) if scores else False,
@@ -105,7 +106,9 @@ def _summary(facts: CardFacts) -> str:
     n_parameters, dtype = sum(facts.parameters.values()), facts.dtype or "its parents' precision"
     told = [_stacked(facts, method) if facts.stack else _merged(facts, method)]
     if facts.guided:
-        told.append(_guidance(facts.guided))
+        told.append(guidance.sentence(facts.guided))
+    if facts.measured:
+        told.append(_statistics(facts))
     told.append(f"It has {n_parameters:,} parameters in {markdown.text(dtype)}.")
     return " ".join(told)
 
@@ -127,18 +130,12 @@ def _stacked(facts: CardFacts, method: str) -> str:
     )
 
 
-def _guidance(guided: Guided) -> str:
-    paper = GUIDES.get(guided.guide)
-    name = guided.guide.upper().replace("_", " ") if paper else guided.guide
-    guide = markdown.link(markdown.text(name), paper.url if paper else None)
-    scheduled = [d for expert in guided.schedule.experts for d in expert.tensors.values()]
-    low, high = min(scheduled, default=1.0), max(scheduled, default=1.0)
-    spread = f"{low:.2f}" if low == high else f"between {low:.2f} and {high:.2f}"
-    why = ", from how importance on calibration texts changed from base to expert"
-    return (
-        f"Of each task vector (expert minus base) the guide {guide} kept a fraction of its own in "
-        f"every weight matrix of the blocks: {spread}{why if guided.profile else ''}."
-    )
+def _statistics(facts: CardFacts) -> str:
+    if facts.method.needs_grams:
+        how = "Each expert's weight matrices in the blocks count by second moments of the inputs"
+    else:
+        how = "Entries were ranked by magnitude times the activation norm of the inputs"
+    return f"{how} that calibration texts of the expert's own drive through them."
 
 
 def _pictures(facts: CardFacts) -> Iterator[tuple[str, list[str]]]:
@@ -160,25 +157,15 @@ def _picture(facts: CardFacts, plot: Plot) -> str:
     )
 
 
-def _picture_note(guided: Guided) -> str:
-    told = "Density is the fraction of an expert's task vector that was kept."
-    if guided.profile:
-        told = (
-            "The maps of importance show, per module, how much the calibration texts' weighted "
-            "activations changed from base to expert, relative to the base. The guide shares each "
-            "component's change out over the blocks; the maps of density show what it kept. "
-        ) + told
-    return told
-
-
 def _limits(facts: CardFacts) -> Iterator[str]:
     if facts.guided:
-        yield from (markdown.text(note) for note in facts.guided.notes)
-        if facts.guided.profile:
-            yield (
-                "The densities suit tasks that resemble the calibration texts; elsewhere they may "
-                "help nothing."
-            )
+        yield from guidance.limits(facts.guided)
+    yield from (markdown.text(note) for note in facts.notes)
+    if facts.measured:
+        yield (
+            "The statistics suit tasks whose prompts resemble the calibration texts; with other "
+            "texts the merge may be no better than without them."
+        )
     if facts.custom_code:
         yield "It runs Python code of its base to load: read it before you trust it."
     yield (

@@ -115,6 +115,17 @@ FUSECHAT = Paper(
   archivePrefix = {arXiv}
 }""",
 )
+REGMEAN = Paper(
+    "2212.09849",
+    """@inproceedings{jin2023dataless,
+  title = {Dataless Knowledge Fusion by Merging Weights of Language Models},
+  author = {Jin, Xisen and Ren, Xiang and Preotiuc-Pietro, Daniel and Cheng, Pengxiang},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  eprint = {2212.09849},
+  archivePrefix = {arXiv}
+}""",
+)
 MODEL_STOCK = Paper(
     "2403.19522",
     """@inproceedings{jang2024model,
@@ -151,6 +162,32 @@ CABS = Paper(
   archivePrefix = {arXiv}
 }""",
 )
+AIM = Paper(
+    "2502.02421",
+    """@inproceedings{nobari2025activation,
+  title = {Activation-Informed Merging of Large Language Models},
+  author = {Nobari, Amin Heyrani and Alimohammadi, Kaveh and ArjomandBigdeli, Ali and
+            Srivastava, Akash and Ahmed, Faez and Azizan, Navid},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2025},
+  eprint = {2502.02421},
+  archivePrefix = {arXiv}
+}""",
+)
+OWL = Paper(
+    "2310.05175",
+    """@inproceedings{yin2024outlier,
+  title = {Outlier Weighed Layerwise Sparsity ({OWL}): A Missing Secret Sauce for Pruning {LLMs} to
+           High Sparsity},
+  author = {Yin, Lu and Wu, You and Zhang, Zhenyu and Hsieh, Cheng-Yu and Wang, Yaqing and
+            Jia, Yiling and Li, Gen and Jaiswal, Ajay and Pechenizkiy, Mykola and Liang, Yi and
+            Bendersky, Michael and Wang, Zhangyang and Liu, Shiwei},
+  booktitle = {International Conference on Machine Learning},
+  year = {2024},
+  eprint = {2310.05175},
+  archivePrefix = {arXiv}
+}""",
+)
 
 
 @dataclass(frozen=True)
@@ -174,6 +211,7 @@ METHODS = {
     "sce": KnownMethod("SCE", (FUSECHAT,)),
     "cabs": KnownMethod("CABS", (CABS,)),
     "pcb": KnownMethod("PCB-Merging", (PCB,)),
+    "regmean": KnownMethod("RegMean on task vectors", (REGMEAN, TASK_ARITHMETIC)),
     "model_stock": KnownMethod("Model Stock", (MODEL_STOCK,)),
     "slerp": KnownMethod("spherical interpolation (SLERP)", ()),
     "nuslerp": KnownMethod("spherical interpolation (NuSLERP)", ()),
@@ -183,7 +221,7 @@ METHODS = {
     "nearswap": KnownMethod("NearSwap", ()),
     "passthrough": KnownMethod("passing it through", ()),
 }
-GUIDES = {"lewis": LEWIS, "lewis_reference": LEWIS}
+GUIDES = {"lewis": LEWIS, "lewis_reference": LEWIS, "aim": AIM, "owl": OWL}
 
 
 def papers(method: str, guide: str | None) -> Sequence[Paper]:

@@ -95,7 +95,8 @@ def _pairs(
     left, pairs = list(after), []
     for one in before:
         name = short_name(one.source)
-        other = next((other for other in left if short_name(other.source) == name), None)
+        named = [other for other in left if short_name(other.source) == name]
+        other = max(named, key=lambda other: other.measure == one.measure, default=None)
         if other:
             left.remove(other)
             pairs.append((one, other))

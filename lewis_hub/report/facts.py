@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
@@ -35,6 +36,14 @@ class Guided:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A source, and what fixes the calibration set that it was measured on."""
+
+    source: str  # pinned
+    calibration: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StackedBlocks:
     """Blocks of the output, and the sources' blocks that they were made from, one by one.
 
@@ -63,6 +72,8 @@ class CardFacts:
         dtype: of the merge; None where each tensor kept its own.
         method: from the registry.
         guided: None where the recipe's own settings gave the densities.
+        measured: what statistics were gathered on, one an expert, where the method merges by them.
+        notes: on those statistics, in plain words.
         scores: None where nothing was scored.
         costs: of the run that finished the merge.
         recipe: as run, revisions pinned, as YAML.
@@ -98,6 +109,8 @@ class CardFacts:
     software: Mapping[str, str]
     stack: tuple[StackedBlocks, ...] = ()
     gate: GateVerdict | None = None
+    measured: tuple[Measured, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -12,6 +12,15 @@ from lewis_hub.report.plots import short_name
 
 SIGNIFICANT = 0.05  # of the p-value after Holm's adjustment
 MERGED, UNIFORM, BASE, EXPERT = "merged", "uniform", "base", "expert:"
+NAMES = {  # of the same merge without guidance
+    UNIFORM: "uniform twin",
+    "task_arithmetic": "task arithmetic",
+    "by_magnitude": "trimmed by magnitude",
+}
+PLAIN = {  # without statistics
+    "task_arithmetic": "task arithmetic with the same weights",
+    "by_magnitude": "the same merge trimmed by magnitude",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def model_name(label: str) -> str:
     """A label of the scores as a reader knows the model."""
     if label.startswith(EXPERT):
         return short_name(label.removeprefix(EXPERT))
-    return "uniform twin" if label == UNIFORM else label
+    return NAMES.get(label, label)
 
 
 def number(value: float) -> str:
@@ -115,6 +124,9 @@ def _sentences(name: str, task: TaskScores, metric: str) -> Iterator[tuple[bool,
         yield from _against(where, task, metric, best, rival)
     if metric in task.models.get(UNIFORM, {}):
         yield _guidance(where, task, metric)
+    for twin, rival in PLAIN.items():
+        if metric in task.models.get(twin, {}):
+            yield from _against(where, task, metric, twin, rival)
     base = task.models.get(BASE, {}).get(metric)
     if base and merged.merit < base.merit:
         yield from _against(where, task, metric, BASE, "the base")

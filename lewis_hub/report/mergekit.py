@@ -15,6 +15,7 @@ import yaml
 
 from lewis_hub.checkpoint import names
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
+from lewis_hub.merge import parameters
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Slice, SliceSource
 from lewis_hub.recipe_settings import Conditional, Setting, Settings
@@ -67,10 +68,13 @@ def mergekit_config(merge: MergekitMerge) -> str:
     scheduled = {one.source: one for one in merge.schedule.experts} if merge.schedule else {}
     models = []
     for source, settings in merge.models.items():
-        parameters = _plain_settings(settings)
-        if source in scheduled:
-            parameters["density"] = conditions(scheduled[source], merge.tensors)
-        models.append({"model": _model(merge, source)} | _given(parameters))
+        own = _plain_settings(settings)
+        if source in scheduled and scheduled[source].tensors:
+            own["density"] = conditions(scheduled[source], merge.tensors)
+        if source in scheduled and scheduled[source].weights:
+            weighed = _weighed(scheduled[source], settings, merge)
+            own["weight"] = conditions(weighed, merge.tensors)
+        models.append({"model": _model(merge, source)} | _given(own))
     document: dict[str, Any] = {"merge_method": merge.method}
     # a base that is not listed would count there as one more model; in a slice it would not
     is_told = registry.find(merge.method).takes_base or merge.base in merge.models
@@ -144,6 +148,16 @@ def conditions(expert: ExpertSchedule, tensors: Collection[str]) -> list[dict[st
     filters = sorted([*scheduled, *shadowed], key=len, reverse=True)  # equal lengths: model order
     listed: list[dict[str, Any]] = [_Row(filter=n, value=expert.density(n)) for n in filters]
     return [*listed, _Row(value=expert.default_density)]
+
+
+def _weighed(expert: ExpertSchedule, settings: Settings, merge: MergekitMerge) -> ExpertSchedule:
+    """The expert's weight in every tensor, multiplied by the guide's factor, as `tensors`."""
+    places = (settings, merge.parameters, parameters.DEFAULTS)
+    weights = {
+        name: parameters.look_up("weight", places, name, depth) * expert.weights.get(name, 1.0)
+        for name, depth in parameters.depths(merge.tensors).items()
+    }
+    return ExpertSchedule(expert.source, 1.0, weights)
 
 
 def _plain(setting: Setting | Conditional) -> Any:

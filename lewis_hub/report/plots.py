@@ -14,7 +14,17 @@ from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
 from lewis_hub.report.grid import arrange, clip, relative_change
 from lewis_hub.report.heatmap import THEMES, HeatMap, note_on, save
 
-Kind = Literal["importance", "density"]
+Kind = Literal["importance", "density", "weight"]
+
+WORDS = {  # measure -> what a map of it shows
+    "lewis": "importance",
+    "lewis_reference": "importance",
+    "outliers": "share of outliers",
+    "evenness": "evenness of input channels",
+    "output_shift": "change of outputs",
+    "task_vector": "size of the task vector",
+}
+PAIRED = ("output_shift", "task_vector")  # relative to the base's already
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Plot:
 def draw(
     profile: ImportanceProfile | None, schedule: DensitySchedule | None, folder: Path
 ) -> tuple[Plot, ...]:
-    """Draw an importance map and a density map per expert into `folder`.
+    """Draw a map of what was measured and one of what was decided per expert into `folder`.
 
     The same data gives the same bytes under one version of matplotlib.
 
@@ -56,6 +66,7 @@ def draw(
         The plots, importance before density, experts in the recipe's order.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    profile = profile.by(profile.measures[0]) if profile and profile.measures else None
     measured = profile.experts if profile else ()
     scheduled = schedule.experts if schedule else ()
     sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
@@ -64,6 +75,7 @@ def draw(
     if profile:
         maps += [("importance", one.source, _importance(profile, one)) for one in measured]
     maps += [("density", one.source, _density(one)) for one in scheduled]
+    maps += [("weight", one.source, _weight(one)) for one in scheduled if one.weights]
     return tuple(
         _draw(kind, source, heat, f"{kind}-{slugs[source]}", folder)
         for kind, source, heat in maps
@@ -80,12 +92,19 @@ def _draw(kind: Kind, source: str, heat: HeatMap, stem: str, folder: Path) -> Pl
 
 
 def _density(expert: ExpertSchedule) -> HeatMap | None:
-    grid = arrange(expert.tensors)
+    return _plain(f"Density of {short_name(expert.source)}", "fraction kept", expert.tensors)
+
+
+def _weight(expert: ExpertSchedule) -> HeatMap | None:
+    return _plain(f"Weight of {short_name(expert.source)}", "times its own", expert.weights)
+
+
+def _plain(title: str, scale: str, values: Mapping[str, float]) -> HeatMap | None:
+    grid = arrange(values)
     if grid is None:
         return None
-    title = f"Density of {short_name(expert.source)}"
     low, high = grid.known[0], grid.known[-1]
-    return HeatMap(title, "fraction kept", percent=False, bottom=low, top=high, grid=grid)
+    return HeatMap(title, scale, percent=False, bottom=low, top=high, grid=grid)
 
 
 def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap | None:
@@ -93,13 +112,16 @@ def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap
         base: Mapping[str, float] | None = profile.base_of(expert).modules
     except ProfileError:
         base = None
-    grid = arrange(relative_change(expert.modules, base))
+    paired = expert.measure in PAIRED
+    percents = {module: 100 * value for module, value in expert.modules.items()}
+    grid = arrange(percents if paired else relative_change(expert.modules, base))
     if grid is None:
         return None
     clipped, name = clip(grid), short_name(expert.source)
+    word = WORDS.get(expert.measure, expert.measure)
     return HeatMap(
-        title=f"Change of importance, base to {name}" if base else f"Importance in {name}",
-        scale="% of the base's" if base else "% of the component's mean",
+        title=f"Change of {word}, base to {name}" if base else f"{word.capitalize()} in {name}",
+        scale="% of the base's" if base or paired else "% of the component's mean",
         percent=True,
         bottom=0.0,
         top=clipped.limit if clipped else grid.known[-1],

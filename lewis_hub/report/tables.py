@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.budget import weighted_mean
 from lewis_hub.hub.source import Source
 from lewis_hub.report import markdown
 from lewis_hub.report.cost import StageCost
@@ -56,28 +56,43 @@ def densities(facts: CardFacts) -> str | None:
     """Each expert's densities in short; the mean is weighted by parameters."""
     if facts.guided is None:
         return None
+    experts = facts.guided.schedule.experts
+    densities = [(e.source, e.tensors, e.default_density) for e in experts]
+    return _in_short("density", densities, facts.parameters)
+
+
+def weights(facts: CardFacts) -> str | None:
+    """Likewise, what each expert's weight was multiplied by."""
+    experts = facts.guided.schedule.experts if facts.guided else ()
+    factors = [(e.source, e.weights, 1.0) for e in experts]
+    return _in_short("factor of the weight", factors, facts.parameters)
+
+
+def _in_short(
+    what: str,
+    experts: Iterable[tuple[str, Mapping[str, float], float]],
+    sizes: Mapping[str, int],
+) -> str | None:
+    """A row for each (source, tensor -> value, value of all others) that has any."""
     rows = []
-    for expert in facts.guided.schedule.experts:
-        scheduled = expert.tensors.values()
-        if scheduled:
-            mean = DensitySchedule((expert,)).mean(facts.parameters)
-            numbers = [f"{value:.3f}" for value in (mean, min(scheduled), max(scheduled))]
-            others = f"{expert.default_density:.3f}"
-            rows.append(
-                [markdown.code(short_name(expert.source)), *numbers, f"{len(scheduled):,}", others]
-            )
-    header = ["expert", "mean density", "lowest", "highest", "tensors", "all other tensors"]
+    for source, values, others in experts:
+        if values:
+            told = (weighted_mean(values, sizes), min(values.values()), max(values.values()))
+            numbers = [f"{value:.3f}" for value in told]
+            name = markdown.code(short_name(source))
+            rows.append([name, *numbers, f"{len(values):,}", f"{others:.3f}"])
+    header = ["expert", f"mean {what}", "lowest", "highest", "tensors", "all other tensors"]
     return markdown.table(header, rows, right=range(1, 6)) if rows else None
 
 
 def calibration(facts: CardFacts) -> str | None:
     """What each expert was measured on."""
     profile = facts.guided.profile if facts.guided else None
-    if profile is None:
-        return None
+    guided = profile.by(profile.measures[0]).experts if profile and profile.measures else ()
+    on_texts = [expert for expert in guided if "dataset" in expert.calibration]
     datasets = {source.pinned: source for source in facts.datasets}
     rows = []
-    for expert in profile.experts:
+    for expert in on_texts or facts.measured:
         told = expert.calibration
         source = datasets.get(str(told.get("dataset")))
         split = "/".join(str(part) for part in (told.get("config"), told.get("split")) if part)
@@ -91,7 +106,7 @@ def calibration(facts: CardFacts) -> str | None:
             ]
         )
     header = ["expert", "dataset", "split", "template", "texts", "tokens", "texts cut"]
-    return markdown.table(header, rows, right=range(4, 7))
+    return markdown.table(header, rows, right=range(4, 7)) if rows else None
 
 
 def _template(told: Mapping[str, Any]) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lewis_hub.errors import ProfileError
 from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
-from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
-from lewis_hub.guides.density import Bounds, DensitySchedule, schedule
-from lewis_hub.guides.importance import ImportanceProfile, Role
+from lewis_hub.guides.calibrate import CalibrationSet, Place, Subject, calibrate, missing
+from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
+from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
+from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.hub.source import Source
+from lewis_hub.stages.changes import measure_task_vectors, unmeasured_task_vectors
 from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable, plan_of
 from lewis_hub.stages.overlap import refuse_overlap
 from lewis_hub.stages.slicing import restacked
-from lewis_hub.stages.sources import merged_entries
+from lewis_hub.stages.sources import calibrations, measures_on_texts
 from lewis_hub.stages.translating import require_understood, translated
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
@@ -43,23 +45,17 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
     """Draw and tokenise each expert's calibration texts: one set per expert, equal ones shared.
 
     Nothing here needs a weight, so what is wrong with the data shows before a large download.
-    A guide that measures nothing needs no set.
+    Where neither guide nor method measures, no set is needed.
 
     Raises:
         SourceError, EvaluationError: a configuration or split is not there.
         CalibrationError: the template does not fit, no text is left, or items are scored.
     """
     recipe, inputs = step.recipe, step.inputs
-    if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
+    if not measures_on_texts(recipe):
         return ()
-    how = Drawing(
-        step.api,
-        inputs.donor,
-        recipe.seed,
-        registry.find(recipe.guide.name).measure,
-        step.execution.allow_code,
-    )
-    asked = [one for entry in merged_entries(recipe) if (one := recipe.calibration_of(entry))]
+    how = Drawing(step.api, inputs.donor, recipe.seed, step.execution.allow_code)
+    asked = calibrations(recipe)
     drawn = {
         one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
     }
@@ -92,14 +88,16 @@ def guide(
     asked, inputs = step.recipe.guide, step.inputs
     assert asked
     assert inputs.base
-    profile = _measure(step, sets, folders, scratch, stores) if sets else None
+    chosen = registry.find(asked.name)
+    profile = _measure(step, chosen, sets, folders, scratch, stores) if chosen.needs else None
     tensors = step.examined.checkpoints[inputs.base.pinned].tensors
     decided = schedule(
-        registry.find(asked.name),
-        Bounds(asked.gamma, asked.epsilon, asked.default_density),
+        chosen,
+        Bounds(asked.gamma, asked.epsilon, asked.default_density, asked.mean_density),
         [expert.pinned for expert in inputs.experts],
         {name: tensor.shape for name, tensor in tensors.items()},
         profile,
+        Use(asked.apply_to, step.recipe.seed),
     )
     for note in decided.notes:
         step.progress.say(note)
@@ -110,52 +108,97 @@ def guide(
     return Guidance(profile, found, decided.notes, rows)
 
 
-def _subjects(step: Step, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
-    """The base with every distinct set, then each expert with its own, in its own ids."""
-    inputs = step.inputs
-    assert inputs.base
-    distinct = tuple({id(one.tokens): one for one in sets}.values())
-    measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = [
-        (inputs.base, "base", distinct)
-    ]
+def _subjects(step: Step, sets: Sets, folders: Folders, measure: Measure) -> tuple[Subject, ...]:
+    """The base with every distinct set, then each expert with its own, in its own ids.
+
+    For a measure of pairs the experts alone, each against the base.
+    """
+    inputs, base = step.inputs, step.inputs.base
+    assert base
+    against_base = {"base": inputs.content(base)} if measure in OF_PAIRS else {}
+    sets = [one.measured(measure, **against_base) for one in sets]
+    measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = []
+    if measure not in OF_PAIRS:
+        distinct = tuple({id(one.tokens): one for one in sets}.values())
+        measured.append((base, "base", distinct))
     for expert, one in zip(inputs.experts, sets, strict=True):
         measured.append((expert, "expert", (translated(step, expert, one),)))
+    against = Place(base.pinned, folders[base.pinned]) if measure in OF_PAIRS else None
     return tuple(
-        Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own)
+        Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own, against)
         for source, role, own in measured
     )
 
 
-def _measure(
-    step: Step, sets: Sets, folders: Folders, scratch: Path, stores: Sequence[Path]
+def _measure(  # noqa: PLR0913
+    step: Step,
+    chosen: Guide,
+    sets: Sets,
+    folders: Folders,
+    scratch: Path,
+    stores: Sequence[Path],
 ) -> ImportanceProfile:
-    asked, known = step.recipe.guide, _known(step, stores)
-    assert asked
-    subjects = _subjects(step, sets, folders)
+    """Everything that the guide needs, one measure after the other."""
+    known = _known(step, stores)
+    entries: list[SourceImportance] = []
+
+    def keep(now: ImportanceProfile) -> None:
+        write_whole(stores[0], replace(now, sources=(*entries, *now.sources)).to_json())
+
+    for measure in chosen.needs:
+        if measure in WITHOUT_TEXTS:
+            measured = measure_task_vectors(step, folders, known)
+        else:
+            subjects = _subjects(step, sets, folders, measure)
+            measured = _on_texts(step, measure, subjects, known, folders, scratch, keep).sources
+        entries += measured
+    return replace(known, sources=tuple(entries))
+
+
+def _on_texts(  # noqa: PLR0913
+    step: Step,
+    measure: Measure,
+    subjects: tuple[Subject, ...],
+    known: ImportanceProfile,
+    folders: Folders,
+    scratch: Path,
+    keep: Callable[[ImportanceProfile], None],
+) -> ImportanceProfile:
     unknown = missing(subjects, known)
-    for source in step.inputs.models:
-        if any(subject.source == source.pinned for subject in unknown):
-            whole = loadable(step, source, folders, scratch)
-            subjects = tuple(
-                replace(subject, folder=whole) if subject.source == source.pinned else subject
-                for subject in subjects
-            )
+    loaded = {one.source for one in unknown} | {o.against.name for o in unknown if o.against}
+    whole = {
+        source.pinned: loadable(step, source, folders, scratch)
+        for source in step.inputs.models
+        if source.pinned in loaded
+    }
+    subjects = tuple(_in(whole, subject) for subject in subjects)
     n_tokens = sum(subject.n_tokens for subject in unknown)
     with step.progress.stage("Calibrating", n_tokens, "tokens") as advance:
-        return calibrate(
-            subjects,
-            known,
-            step.execution.device,
-            advance,
-            lambda now: write_whole(stores[0], now.to_json()),
-            registry.find(asked.name).measure,
-        )
+        return calibrate(subjects, known, step.execution.device, advance, keep, measure)
+
+
+def _in(folders: Mapping[str, Path], subject: Subject) -> Subject:
+    """The same subject, in the folder that can be loaded."""
+    against = subject.against
+    return replace(
+        subject,
+        folder=folders.get(subject.source, subject.folder),
+        against=against and replace(against, folder=folders.get(against.name, against.folder)),
+    )
 
 
 def unmeasured(step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]) -> tuple[str, ...]:
-    """The pinned sources that `guide` would have to load; of `folders` nothing is read."""
-    subjects = _subjects(step, sets, folders) if sets else ()
-    return tuple(subject.source for subject in missing(subjects, _known(step, stores)))
+    """The pinned sources that `guide` would have to read whole; of `folders` nothing is read."""
+    asked, known = step.recipe.guide, _known(step, stores)
+    assert asked
+    found: list[str] = []
+    for measure in registry.find(asked.name).needs:
+        if measure in WITHOUT_TEXTS:
+            found += [source.pinned for source in unmeasured_task_vectors(step, known)]
+        else:
+            subjects = _subjects(step, sets, folders, measure)
+            found += [subject.source for subject in missing(subjects, known)]
+    return tuple(found)
 
 
 def _known(step: Step, stores: Sequence[Path]) -> ImportanceProfile:

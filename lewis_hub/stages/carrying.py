@@ -32,7 +32,12 @@ def pin_calibration(told: dict[str, Any], inputs: Inputs) -> None:
 def task_folders(recipe: Recipe) -> dict[str, str]:
     """Folders with own task files -> where their files are carried beside lewis/recipe.yaml."""
     guide = recipe.guide.calibration if recipe.guide else None
-    places = [recipe.evaluate, guide, *(entry.calibration for entry in recipe.models)]
+    places = [
+        recipe.evaluate,
+        recipe.calibration,
+        guide,
+        *(entry.calibration for entry in recipe.models),
+    ]
     named = [place.include for place in places if place and place.include]
     folders = dict.fromkeys(map(recipe.locate, named))
     return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}

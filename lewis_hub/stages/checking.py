@@ -12,6 +12,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.declared import require_metric
 from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download, weight_files
 from lewis_hub.hub.source import Source
@@ -25,9 +26,9 @@ from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
 from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
 from lewis_hub.stages.slicing import outline, uncompared
-from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.sources import Inputs, needs_grams
 from lewis_hub.stages.tokenizers import Tokens
-from lewis_hub.stages.vocabulary import calibration_notes, examine_tokens, measures
+from lewis_hub.stages.vocabulary import calibration_notes, examine_tokens
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -57,7 +58,7 @@ class CheckReport:
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
         disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its uniform twin and each source that is written out for that; pickles as
+            scored its twins, statistics and each source that is written out for that; pickles as
             safetensors.
         memory_bytes: at most, of the largest step.
     """
@@ -196,12 +197,8 @@ def _refusals(
     try:
         if all(checkpoint.tensors for checkpoint in checkpoints.values()):
             plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
-        if recipe.guide and not registry.find(recipe.merge_method).takes_density:
-            found.append(
-                f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "
-                "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
-            )
-        elif recipe.guide and recipe.slices and measures(recipe):
+        found += _guide_refusals(recipe)
+        if recipe.guide and recipe.slices and guides.find(recipe.guide.name).needs:
             found += uncompared(inputs, checkpoints)
     except MergeError as error:
         found.append(str(error))
@@ -211,6 +208,26 @@ def _refusals(
     except PublishError as error:
         found.append(str(error))
     return found
+
+
+def _guide_refusals(recipe: Recipe) -> list[str]:
+    method = registry.find(recipe.merge_method)
+    if recipe.guide is None:
+        return []
+    if recipe.slices and recipe.guide.apply_to != "density":
+        return ["guide: a stack takes densities alone. Set `apply_to: density`."]
+    weighs = method.takes_task_vectors and method.takes("weights")
+    if recipe.guide.apply_to != "density" and not weighs:
+        return [
+            f"guide: `{method.name}` has no weights of task vectors for `apply_to` to scale. "
+            "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
+        ]
+    if recipe.guide.apply_to != "weight" and not method.takes_density:
+        return [
+            f"guide: `{method.name}` keeps every entry, so densities would do nothing. "
+            "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
+        ]
+    return []
 
 
 def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
@@ -271,7 +288,7 @@ def _notes(
         )
     asked = recipe.evaluate
     told = asked is not None and "compare" in asked.model_fields_set and "uniform" in asked.compare
-    if told and recipe.guide is None:
+    if told and recipe.guide is None and not needs_grams(recipe):
         notes.append("without a guide the merge is its own uniform twin: it is scored once.")
     tied = bool(ties(configs[donor.pinned]))
     return notes + adapter_notes(recipe, inputs, adapters, tied=tied)

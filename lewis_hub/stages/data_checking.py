@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.errors import CalibrationError, EvaluationError, SourceError
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
-from lewis_hub.guides import registry
 from lewis_hub.guides.template import check_columns
 from lewis_hub.hub.rows import describe, load_rows
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_calibration import Calibration
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import Inputs, calibrations, measures_on_texts
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -23,13 +22,12 @@ SMALL_BYTES = 20_000_000  # of a dataset: then its rows are read to see their co
 
 
 def data_problems(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> list[str]:
-    """What is known to be wrong with the calibration data; nothing where no guide measures."""
-    if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
+    """What is known to be wrong with the calibration data; nothing where none is used."""
+    if not measures_on_texts(recipe):
         return []
-    asked = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
     return [
         problem
-        for calibration in dict.fromkeys(one for one in asked if one)
+        for calibration in dict.fromkeys(calibrations(recipe))
         for problem in _problems(api, calibration, inputs, allow_code=allow_code)
     ]
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from lewis_hub.evaluate import items
 from lewis_hub.guides.calibrate import CalibrationSet
 from lewis_hub.guides.importance import calibration_facts
-from lewis_hub.guides.registry import Measure
 from lewis_hub.guides.template import template_of
 from lewis_hub.guides.tokens import Rows, calibration_tokens, load_tokenizer
 from lewis_hub.hub.rows import load_rows
@@ -36,7 +35,6 @@ class Drawing:
     api: HfApi
     donor: Source
     seed: int
-    measure: Measure
     allow_code: bool
 
 
@@ -63,9 +61,7 @@ def draw(
     tokens = calibration_tokens(rows, calibration, tokenizer, how.seed)
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
-    facts = calibration_facts(
-        calibration, _facts(data), how.seed, _tokenizer_digest(how.donor), how.measure
-    )
+    facts = calibration_facts(calibration, _facts(data), how.seed, _tokenizer_digest(how.donor))
     values = drawn_values(rows, template_of(calibration, tokenizer), tokens)
     return Drawn(CalibrationSet(facts | tokens.facts, tokens), values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,13 @@ from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.merge.statistics import Statistics
+from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
+from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
+from lewis_hub.stages.sources import needs_grams
 from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
@@ -72,26 +76,68 @@ def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool
     return TaskSelection(evaluation.tasks, include, allow_code=allow_code)
 
 
-def has_twin(recipe: Recipe) -> bool:
-    """Whether the merge is made a second time, with uniform densities, to be scored beside it."""
+def has_uniform_twin(recipe: Recipe) -> bool:
+    """Whether the merge is made again, with uniform densities, to be scored beside it."""
     asked = recipe.evaluate
     return recipe.guide is not None and asked is not None and "uniform" in asked.compare
 
 
+def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
+    """The label and the recipe of the same merge without statistics, to be scored beside it.
+
+    Of a method that cannot do without it is task arithmetic with the same weights; else entries
+    are trimmed by their magnitude.
+    """
+    asked = recipe.evaluate
+    if asked is None or "uniform" not in asked.compare or not needs_grams(recipe):
+        return None
+    if not registry.find(recipe.merge_method).needs_grams:
+        kept = {k: v for k, v in recipe.parameters.items() if k not in ("trim", "trim_exponent")}
+        return "by_magnitude", recipe.model_copy(update={"parameters": kept})
+    plain = registry.find("task_arithmetic")
+
+    def known(settings: Settings) -> Settings:
+        names = (*plain.settings, *plain.options)
+        return {name: value for name, value in settings.items() if name in names}
+
+    models = tuple(
+        entry.model_copy(update={"parameters": known(entry.parameters)}) for entry in recipe.models
+    )
+    changed = {"merge_method": plain.name, "parameters": known(recipe.parameters)}
+    return plain.name, recipe.model_copy(update={**changed, "models": models})
+
+
+def n_twins(recipe: Recipe) -> int:
+    """How many times more the merge is made, to be scored beside it."""
+    return has_uniform_twin(recipe) + (plain_twin(recipe) is not None)
+
+
 def score_merge(
-    step: Step, merged: MergedModel, guidance: Guidance | None, folders: Folders, scratch: Path
+    step: Step,
+    merged: MergedModel,
+    guidance: Guidance | None,
+    folders: Folders,
+    scratch: Path,
+    statistics: Sequence[Statistics] = (),
 ) -> Scored | None:
     """Score the merge beside what the recipe compares it with; None where it asks for nothing.
 
-    The uniform twin is made for this and stays in `scratch`.
+    Its twins are made for this and stay in `scratch`.
     """
     asked = step.recipe.evaluate
     if asked is None:
         return None
     inputs, candidates = step.inputs, [Candidate("merged", merged.identity, merged.folder)]
-    if has_twin(step.recipe) and guidance:
+    if plain := plain_twin(step.recipe):
+        label, recipe = plain
+        schedule = guidance.schedule if guidance and label == "by_magnitude" else None
+        title = f"Merging {label.replace('_', ' ')}"
+        twin = make(replace(step, recipe=recipe), schedule, folders, scratch / label, title)
+        candidates.insert(0, Candidate(label, twin.identity, twin.folder))
+    if has_uniform_twin(step.recipe) and guidance:
         uniform = uniform_twin(step, guidance.schedule)
-        twin = make(step, uniform, folders, scratch / "uniform", "Merging the uniform twin")
+        title, output = "Merging the uniform twin", scratch / "uniform"
+        twin = make(step, uniform, folders, output, title, statistics)
         candidates.insert(0, Candidate("uniform", twin.identity, twin.folder))
     others = [(f"expert:{e.pinned}", e) for e in inputs.experts if "experts" in asked.compare]
     if inputs.base and "base" in asked.compare:

@@ -54,10 +54,11 @@ def measure_model(
     execution.require_usable()
     api = hub_api()
     source = resolve_one(model, api)
-    how = Drawing(api, source, seed, GUIDE, execution.allow_code)
+    how = Drawing(api, source, seed, execution.allow_code)
     drawn = draw(how, calibration, _data(api, calibration), progress)
     folder = download(api, [source], progress)[source.pinned]
-    subject = Subject(source.pinned, source.commit_sha, "expert", folder, (drawn.tokens,))
+    tokens = drawn.tokens.measured(GUIDE)
+    subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     told = calibration.model_dump(mode="json", exclude_none=True)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides import registry
-from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
+from lewis_hub.merge.statistics import Statistics, informed
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.slicing import configuration, stack
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.sources import Inputs, merged_entries, needs_grams
 
 if TYPE_CHECKING:
     from lewis_hub.stages.execution import Folders, Step
@@ -79,11 +80,12 @@ def plan(
         return MergeSource(checkpoints[pinned.pinned], content, parameters)
 
     entries = merged_entries(recipe)
+    guided = {one.source: one for one in schedule.experts} if schedule else {}
     settings = MergeSettings(
         method=recipe.merge_method,
         base=source(inputs.base, {}) if inputs.base else None,
         experts=tuple(
-            source(expert, entry.parameters)
+            _weighted(source(expert, entry.parameters), guided.get(expert.pinned))
             for expert, entry in zip(inputs.experts, entries, strict=True)
         ),
         parameters=recipe.parameters,
@@ -96,23 +98,33 @@ def plan(
     return make_plan(settings, max_shard_bytes, scheduled)
 
 
+def _weighted(expert: MergeSource, scheduled: ExpertSchedule | None) -> MergeSource:
+    return replace(expert, weights=scheduled.weights) if scheduled else expert
+
+
 def make(
-    step: Step, schedule: DensitySchedule | None, folders: Folders, output: Path, title: str
+    step: Step,
+    schedule: DensitySchedule | None,
+    folders: Folders,
+    output: Path,
+    title: str,
+    statistics: Sequence[Statistics] = (),
 ) -> MergedModel:
     """Merge into a folder; shards that an earlier run finished are kept.
 
     Args:
         step: what is merged, and how it runs.
         schedule: None where the settings alone decide.
-        folders: of all sources.
+        folders: of all sources, and of the statistics.
         output: made if it is not there.
         title: what the stage is called.
+        statistics: one an expert, where the method merges by them.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
-    planned = plan_of(step, schedule)
+    planned = informed(plan_of(step, schedule), statistics)
     return beside(step, planned, _write(step, planned, folders, output, title), folders, output)
 
 
@@ -190,11 +202,12 @@ def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Pat
 
 def loaded(recipe: Recipe, inputs: Inputs) -> tuple[Source, ...]:
     """The sources that are measured or scored, for which each must be loaded as a whole."""
-    if recipe.guide and "importance" in registry.find(recipe.guide.name).needs:
+    if recipe.guide and registry.find(recipe.guide.name).needs_texts:
         return inputs.models
+    gathered = inputs.experts if needs_grams(recipe) else ()
     compared = recipe.evaluate.compare if recipe.evaluate else ()
     base = (inputs.base,) if inputs.base and "base" in compared else ()
-    return (*base, *inputs.experts) if "experts" in compared else base
+    return (*base, *(inputs.experts if "experts" in compared else gathered))
 
 
 def _new_dtype(checkpoint: Checkpoint) -> str | None:
@@ -263,10 +276,11 @@ def _output_sizes(planned: MergePlan) -> dict[str, int]:
 def _densities(
     schedule: DensitySchedule | None, names: Callable[[str], Iterable[str]]
 ) -> Schedule | None:
-    """Every tensor's density, those that the guide leaves alone included; `names` by expert."""
+    """Every tensor's density, those that the guide leaves alone included; none of weights alone."""
     if schedule is None:
         return None
     return {
         expert.source: {name: expert.density(name) for name in names(expert.source)}
         for expert in schedule.experts
+        if expert.tensors
     }

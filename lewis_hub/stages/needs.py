@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.layout import DTYPES
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.guides import registry as guides
+from lewis_hub.guides.grams import HELD_BYTES, WIDEST, n_entries
 from lewis_hub.hub.fetch import weight_files
 from lewis_hub.merge.fused import AVERAGED, FUSED
+from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages.evaluation import has_twin
+from lewis_hub.stages.evaluation import n_twins
 from lewis_hub.stages.merging import loaded
-from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.sources import Inputs, measures_on_texts, needs_grams, widest_input
 
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
+GRAM_COPIES = 3  # of a matrix, beside each expert's own and its shrunk one, while it is factored
 DEFINED_COPIES = 4  # of a tensor in float64, beside its sources, while a definition is at work
 
 
@@ -49,7 +54,7 @@ def needs(
     largest_pickle_bytes = max(pickles.values(), default=0)
     output_bytes = _output_bytes(output, recipe.output_dtype)
     output_bytes = pickles.get(inputs.donor.pinned, output_bytes)
-    disk_bytes = _disk_bytes(recipe, inputs, checkpoints, output_bytes)
+    disk_bytes = _disk_bytes(recipe, inputs, checkpoints, output, output_bytes)
     return Needs(
         output_bytes,
         disk_bytes + sum(pickles.values()),
@@ -67,12 +72,29 @@ def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
 
 
 def _disk_bytes(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], output_bytes: int
+    recipe: Recipe,
+    inputs: Inputs,
+    checkpoints: Mapping[str, Checkpoint],
+    output: Checkpoint,
+    output_bytes: int,
 ) -> int:
-    """The merge, its twin, and each source that is written out to be loaded."""
+    """The merge, its twins, statistics, and each source that is written out to be loaded."""
     asked = [checkpoints[source.pinned] for source in loaded(recipe, inputs)]
     written_bytes = sum(_output_bytes(one, None) for one in asked if one.is_computed)
-    return output_bytes * (2 if has_twin(recipe) else 1) + written_bytes
+    grams_bytes = len(inputs.experts) * _grams_bytes(recipe, output)
+    return output_bytes * (1 + n_twins(recipe)) + written_bytes + grams_bytes
+
+
+def _grams_bytes(recipe: Recipe, output: Checkpoint) -> int:
+    """Second moments of one expert, at most: modules that share inputs share them."""
+    if not needs_grams(recipe):
+        return 0
+    matrices = [
+        tensor.shape
+        for name, tensor in output.tensors.items()
+        if len(tensor.shape) == 2 and names.block(name) is not None
+    ]
+    return sum(4 * n_entries(shape[1], widest_input(recipe)) for shape in matrices)
 
 
 def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Checkpoint]) -> int:
@@ -86,21 +108,32 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
     rescales = (
         recipe.merge_method == "ties" and recipe.parameters.get("rescale", False) is not False
     )
-    if recipe.merge_method in (AVERAGED, *FUSED) and not rescales:
+    by_definition = rescales or needs_grams(recipe)
+    if recipe.merge_method in (AVERAGED, *FUSED) and not by_definition:
         return ENGINE_BYTES + narrow_bytes
     largest = max((t.n_elements for t in output.tensors.values()), default=0)
     held_bytes = (4 * len(checkpoints) + 8 * DEFINED_COPIES) * largest
+    if registry.find(recipe.merge_method).needs_grams:
+        widths = [tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape]
+        widest = min(max(widths, default=0), WIDEST)
+        held_bytes += 4 * (2 * len(checkpoints) + GRAM_COPIES) * widest**2
     return TORCH_BYTES + held_bytes + narrow_bytes
 
 
 def _loading_bytes(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int
 ) -> int:
-    """Calibration and evaluation hold one model, in float32 on a CPU.
+    """Calibration and evaluation hold one model, in float32 on a CPU; two where they are compared.
+
+    Statistics are held beside the one that they are gathered of.
 
     A pickle is taken to hold numbers of two bytes, the smallest that are merged.
     """
-    if recipe.guide is None and recipe.evaluate is None:
+    if recipe.evaluate is None and not measures_on_texts(recipe):
         return 0
+    grams_bytes = min(HELD_BYTES, 2 * max(_grams_bytes(recipe, one) for one in checkpoints))
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
-    return TORCH_BYTES + 4 * max(largest, largest_pickle_bytes // 2)
+    guide = guides.find(recipe.guide.name) if recipe.guide else None
+    n_models = 2 if guide and "output_shift" in guide.needs else 1
+    model_bytes = 4 * max(largest, largest_pickle_bytes // 2)
+    return TORCH_BYTES + max(n_models * model_bytes, model_bytes + grams_bytes)

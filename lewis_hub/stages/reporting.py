@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,15 @@ from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step, software
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
-from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
+from lewis_hub.stages.sources import (
+    Inputs,
+    by_reference,
+    calibrations,
+    merged_entries,
+    needs_grams,
+    source_of,
+)
+from lewis_hub.stages.statistics import Gathered
 from lewis_hub.stages.task_data import PinnedTask
 
 MERGEKIT = "mergekit_config.yml"
@@ -62,12 +71,12 @@ def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
     _pin_tokenizer(told, recipe, inputs)
-    places = [told.get("guide", {}), *models]
-    calibrations = [place["calibration"] for place in places if "calibration" in place]
-    for calibration in calibrations:
+    places = [told, told.get("guide", {}), *models]
+    drawn = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in drawn:
         pin_calibration(calibration, inputs)
     carried = task_folders(recipe)
-    for place in (told.get("evaluate", {}), *calibrations):
+    for place in (told.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = carried[recipe.locate(place["include"])]
     return told
@@ -99,9 +108,7 @@ def lock(
     rows: Sequence[tuple[int, ...]] = (),
 ) -> Lock:
     """What is merged, and what came out; without outputs and rows, what will be merged."""
-    entries = merged_entries(recipe)
-    wanted = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
-    calibrated = [calibration for calibration in wanted if calibration]
+    calibrated = calibrations(recipe)
     drawn: Sequence[tuple[int, ...] | None] = rows or [None] * len(calibrated)
     inputs_locked = [_locked(source, source is inputs.base) for source in inputs.models]
     return Lock(
@@ -139,6 +146,7 @@ def write(
     step: Step,
     merged: MergedModel,
     guidance: Guidance | None,
+    gathered: Gathered,
     scored: Scored | None,
     costs: Costs,
 ) -> tuple[str, ...]:
@@ -172,13 +180,14 @@ def write(
     if told:
         write_whole(folder / MERGEKIT, told)
         outputs[MERGEKIT] = _output(folder / MERGEKIT)
-    rows = guidance.rows if guidance else ()
+    rows = guidance.rows if guidance and guidance.rows else gathered.rows
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
     write_whole(folder / LOCK, locked.to_json())
     run = Run(costs.began, datetime.now(UTC))
     write_whole(folder / PROVENANCE, provenance(locked, run))
     guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scored, costs, locked))
+    facts = _facts(step, merged, guided, scored, costs, locked)
+    card = model_card(replace(facts, measured=gathered.measured, notes=gathered.notes))
     write_whole(folder / "README.md", str(card))
     # what a run cost, when it ran and what its result was held against is no part of what was
     # merged: equal merges have equal locks
@@ -187,7 +196,7 @@ def write(
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
     recipe, inputs = step.recipe, step.inputs
-    if recipe.merge_method not in METHODS:
+    if recipe.merge_method not in METHODS or needs_grams(recipe):
         return None
     entries = zip(merged_entries(recipe), inputs.experts, strict=True)
     told = pinned(recipe, inputs)

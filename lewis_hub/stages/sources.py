@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.errors import SourceError
+from lewis_hub.guides import registry as guides
+from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
 from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.recipe_rules import asks_for_statistics
+from lewis_hub.stages.reading import require_guide
 from lewis_hub.stages.task_data import PinnedTask, pin_task
 
 if TYPE_CHECKING:
@@ -89,8 +93,10 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         allow_pickle: whether models of pickled weights alone will do.
 
     Raises:
+        RecipeError: its guide is unknown, or lacks calibration data.
         SourceError: one cannot be found or may not be read.
     """
+    require_guide(recipe)
 
     def model(reference: ModelReference) -> Source:
         return _model(recipe, api, reference, allow_pickle=allow_pickle)
@@ -104,8 +110,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
             raise SourceError(expert.pinned, problem, "List it without what is before the `+`.")
         if base is None:
             _whole(expert)
-    wanted = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
-    asked = dict.fromkeys(calibration for calibration in wanted if calibration)
+    asked = dict.fromkeys(calibrations(recipe))
     names = dict.fromkeys(one.dataset for one in asked if one.dataset)
     return Inputs(
         base,
@@ -113,6 +118,30 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         {name: _dataset(recipe, api, name) for name in names},
         {one: pin_task(api, one, _include(recipe, one)) for one in asked if one.task},
     )
+
+
+def needs_grams(recipe: Recipe) -> bool:
+    """Whether the method merges by second moments of its experts' inputs, or trims by them."""
+    return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
+
+
+def measures_on_texts(recipe: Recipe) -> bool:
+    """Whether calibration texts run through any model: for the guide, or for the method."""
+    guide = guides.find(recipe.guide.name) if recipe.guide else None
+    return (guide is not None and guide.needs_texts) or needs_grams(recipe)
+
+
+def widest_input(recipe: Recipe) -> int:
+    """How many inputs one matrix of second moments covers: a trim needs the diagonal alone."""
+    return WIDEST if registry.find(recipe.merge_method).needs_grams else DIAGONAL
+
+
+def calibrations(recipe: Recipe) -> tuple[Calibration, ...]:
+    """What each expert's texts are, in order; none where neither guide nor method wants any."""
+    if recipe.guide is None and not needs_grams(recipe):
+        return ()
+    wanted = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
+    return tuple(calibration for calibration in wanted if calibration)
 
 
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:

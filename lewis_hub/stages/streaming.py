@@ -28,7 +28,9 @@ from lewis_hub.report.cost import Costs
 from lewis_hub.stages import calibration, merging, publishing, reporting
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.publishing import Destination
+from lewis_hub.stages.sources import needs_grams
 from lewis_hub.stages.standing import published_importance
+from lewis_hub.stages.statistics import Gathered
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -53,8 +55,12 @@ def require_streamable(recipe: Recipe) -> None:
     """Refuse what needs whole models on the disk.
 
     Raises:
-        RecipeError: the recipe asks for scores.
+        RecipeError: the recipe asks for scores, or for statistics.
     """
+    if needs_grams(recipe):
+        problem = "statistics are gathered by whole models, and --stream keeps none."
+        remedy = "Merge without --stream, or by a method and a trim that need no statistics."
+        raise RecipeError("recipe", "merge_method", problem, remedy)
     if recipe.evaluate:
         problem = "scoring needs whole models on the disk, and --stream keeps none."
         remedy = "Add --no-eval, and score the result where it fits: `lewis-hub evaluate REPO`."
@@ -95,7 +101,7 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
     with costs.measure("merge"):
         schedule = guidance.schedule if guidance else None
         merged, sent = _make(step, schedule, folders, destination, model)
-    reporting.write(step, merged, guidance, None, costs)
+    reporting.write(step, merged, guidance, Gathered(), None, costs)
     return publishing.push(model, destination, step.api, step.progress, sent, force=False)
 
 

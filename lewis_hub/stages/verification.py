@@ -27,6 +27,7 @@ from lewis_hub.report.lock import Lock, OutputFile
 from lewis_hub.report.provenance import FILE as PROVENANCE
 from lewis_hub.report.provenance import is_provenance_of
 from lewis_hub.stages.signing import problem_with
+from lewis_hub.stages.sources import calibrations
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -80,8 +81,7 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
-    used = [recipe.calibration_of(entry) for entry in recipe.experts] if recipe.guide else []
-    if any(one and one.include for one in used) and not (source.folder and allow_code):
+    if any(one.include for one in calibrations(recipe)) and not (source.folder and allow_code):
         problem = "it was calibrated on task files that came with it, and those are code."
         remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
         raise OutputError(source.pinned, problem, remedy)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import TokenizerError
-from lewis_hub.guides import registry
 from lewis_hub.merge.vocabularies import by_row, token_tensors
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.embeddings import assembled
 from lewis_hub.stages.slicing import at_the_ends
-from lewis_hub.stages.sources import Inputs, source_of
+from lewis_hub.stages.sources import Inputs, measures_on_texts, source_of
 from lewis_hub.stages.tokenizers import Carried, Sources, Tokens
 from lewis_hub.vocabulary import files
 from lewis_hub.vocabulary.tokens import disagreement
@@ -39,7 +38,7 @@ def examine_tokens(
     tensors = token_tensors(checkpoints[inputs.donor.pinned], n_tokens)
     sources = Sources(inputs, api, checkpoints, configs, tensors)
     asked = recipe.asked_tokenizer
-    if recipe.slices and not asked and not measures(recipe):
+    if recipe.slices and not asked and not measures_on_texts(recipe):
         sources = replace(sources, inputs=at_the_ends(recipe, inputs))
     try:
         found = assembled(recipe, asked, sources) if asked else _agreeing(sources)
@@ -48,15 +47,9 @@ def examine_tokens(
         return Tokens(problems=(str(error),))
 
 
-def measures(recipe: Recipe) -> bool:
-    """Whether calibration texts run through all sources."""
-    guide = recipe.guide
-    return guide is not None and "importance" in registry.find(guide.name).needs
-
-
 def calibration_notes(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
     """Sources that may lack tokens of the calibration texts, which are not drawn yet."""
-    found = tokens.translations if measures(recipe) else {}
+    found = tokens.translations if measures_on_texts(recipe) else {}
     return [
         f"{source.name} lacks {_listed([*found[source.pinned].lacking.values()])} of "
         f"{inputs.donor.name}, whose tokenizer cuts the calibration texts: a text that has one is "

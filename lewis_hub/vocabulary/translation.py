@@ -24,7 +24,7 @@ class Translation:
 def translation(ours: Vocabulary, theirs: Vocabulary, n_rows: int) -> Translation:
     """Find each token of a vocabulary in another, whose embeddings have so many rows."""
     ids, lacking = {}, {}
-    for token, row in ours.ids.items():
+    for token, row in sorted(ours.ids.items(), key=lambda item: item[1]):  # told in this order
         own = theirs.ids.get(token, n_rows)
         if own < n_rows:
             ids[row] = own

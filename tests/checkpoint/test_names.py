@@ -80,3 +80,17 @@ def test_token_embeddings_are_told_by_their_names():
     assert names.is_token_embedding("transformer.wte.weight")
     assert names.may_have_tokens("shared.weight")
     assert not names.is_token_embedding("shared.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.3.mlp.experts.12.up_proj.weight", "mlp.experts.*.up_proj"),
+        ("decoder.block.1.layer.2.mlp.experts.expert_0.wi", "layer.2.mlp.experts.expert_*.wi"),
+        ("model.layers.0.mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj"),
+        ("h.0.mlp.2.weight", "mlp.2"),
+    ],
+)
+def test_routed_experts_of_a_model_are_of_one_kind(name, kind):
+    assert names.kind(name) == kind
+    assert names.is_routed(name) == ("*" in kind)

@@ -136,11 +136,22 @@ def test_methods_and_guides_are_listed_with_their_papers():
 
     papers = {entry["name"]: entry["paper"] for entry in listed}
     options = {entry["name"]: entry["options"] for entry in listed}
-    assert len(listed) == 20
+    assert len(listed) == 21
     assert options["della"] == [*("weight", "density", "epsilon", "normalize", "rescale", "lambda")]
     assert options["slerp"] == ["t"]
     assert papers["ties"] == "https://arxiv.org/abs/2306.01708"
-    assert {"lewis", "uniform"} <= {entry["name"] for entry in guides}
+    told = {entry["name"]: (entry["needs"], entry["paper"]) for entry in guides}
+    assert told == {
+        "activation_shift": (["output_shift"], None),
+        "aim": (["evenness"], "https://arxiv.org/abs/2502.02421"),
+        "inverse": (["lewis"], None),
+        "lewis": (["lewis"], "https://arxiv.org/abs/2503.03874"),
+        "lewis_reference": (["lewis_reference"], "https://arxiv.org/abs/2503.03874"),
+        "magnitude": (["task_vector"], None),
+        "owl": (["outliers"], "https://arxiv.org/abs/2310.05175"),
+        "random": (["lewis"], None),
+        "uniform": ([], None),
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from lewis_hub.guides.density import (
     Bounds,
     DensitySchedule,
     ExpertSchedule,
+    Use,
     checkpoint_tensor,
     schedule,
 )
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
-from lewis_hub.guides.registry import Guide, find
+from lewis_hub.guides.registry import Decision, Guide, find
 
 SHAPES = {
     "model.embed_tokens.weight": (10, 4),
@@ -265,3 +266,97 @@ def test_a_broken_schedule_is_an_error_naming_the_field(old, new, problem):
     assert str(caught.value) == (
         f"lewis/density.json: {problem}.\nDelete the file to have it made again."
     )
+
+
+def test_weights_are_written_beside_the_densities_and_read_back():
+    weights = {"a": 0.5}
+    written = DensitySchedule(
+        (ExpertSchedule("me/é@0a", 1.0, {"b": 0.1, "a": 0.1 + 0.2}, weights),)
+    )
+
+    text = written.to_json()
+
+    assert text == JSON.replace(
+        "0.30000000000000004\n      }\n",
+        '0.30000000000000004\n      },\n      "weights": {\n        "a": 0.5\n      }\n',
+    )
+    assert DensitySchedule.from_json(text) == written
+
+
+def test_the_uniform_twin_has_each_experts_mean_weight():
+    sizes = {"a": 30, "b": 10}
+    guided = DensitySchedule(
+        (
+            ExpertSchedule("one", 1.0, {}, {"a": 0.2, "b": 0.8}),
+            ExpertSchedule("two", 1.0, {}, {"a": 1.0, "b": 2.0}),
+        )
+    )
+
+    assert [expert.weights for expert in guided.uniform_twin(sizes).experts] == [
+        {"a": 0.35, "b": 0.35},
+        {"a": 1.25, "b": 1.25},
+    ]
+
+
+WEIGHING = Guide(
+    "weighing",
+    lambda statistics, gamma, epsilon: Decision(dict.fromkeys(DOWN, gamma), {DOWN[0]: 3.0}),
+)
+
+
+@pytest.mark.parametrize(
+    ("guide", "apply_to", "densities", "weights"),
+    [
+        ("uniform", "density", [0.55, 0.55], {}),
+        ("uniform", "weight", [], {f"{name}.weight": 0.55 for name in DOWN}),
+        ("uniform", "both", [0.55, 0.55], {f"{name}.weight": 0.55 for name in DOWN}),
+        (WEIGHING, "density", [0.3, 0.3], {}),
+        (WEIGHING, "weight", [], {f"{DOWN[0]}.weight": 3.0}),
+        (WEIGHING, "both", [0.3, 0.3], {f"{DOWN[0]}.weight": 3.0}),
+    ],
+)
+def test_a_guide_is_applied_to_densities_or_weights_or_both(guide, apply_to, densities, weights):
+    guide = find(guide) if isinstance(guide, str) else guide
+
+    [expert] = schedule(guide, BOUNDS, ["one"], SHAPES, use=Use(apply_to)).schedule.experts
+
+    assert list(expert.tensors.values()) == densities
+    assert expert.weights == weights
+
+
+def test_a_mean_density_moves_the_bounds_of_each_expert():
+    bounds = Bounds(0.3, 0.5, mean=0.2)
+
+    guided = schedule(find("lewis"), bounds, ["one", "two"], SHAPES, PROFILE)
+
+    down = [f"{name}.weight" for name in DOWN]  # of one size: the middle is the mean
+    assert [expert.tensors for expert in guided.schedule.experts] == [
+        {down[0]: pytest.approx(0.1), down[1]: pytest.approx(0.3)},
+        {down[0]: pytest.approx(0.3), down[1]: pytest.approx(0.1)},
+    ]
+
+
+def test_a_guide_is_given_every_measure_that_it_needs_and_a_seed_of_the_expert():
+    told = []
+    needy = Guide("needy", lambda s, gamma, epsilon: told.append(s) or {}, ("lewis", "task_vector"))
+    moved = [
+        SourceImportance(
+            name, f"{name}-sha", "expert", 0, {DOWN[0]: size}, {"measure": "task_vector"}
+        )
+        for name, size in (("one", 0.1), ("two", 0.2))
+    ]
+    profile = ImportanceProfile("needy", {}, (*PROFILE.sources, *moved))
+
+    for seed in (1, 1, 2):
+        schedule(needy, BOUNDS, ["one", "two"], SHAPES, profile, Use(seed=seed))
+
+    first, second, *_ = told
+    assert (first.expert["task_vector"], second.expert["task_vector"]) == (
+        {DOWN[0]: 0.1},
+        {DOWN[0]: 0.2},
+    )
+    assert second.base == {"lewis": dict.fromkeys(DOWN, 5.0)}
+    assert first.matrices == DOWN
+    seeds = [statistics.seed for statistics in told]
+    assert seeds[:2] == seeds[2:4]
+    assert len(set(seeds)) == 4

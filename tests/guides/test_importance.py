@@ -35,12 +35,11 @@ def test_importance_of_bfloat16_weights_is_that_of_their_float32_values():
     assert module_importance(weight.T.contiguous().T, norm) == pytest.approx(exact, rel=1e-6)
 
 
-FACTS = calibration_facts(
+FACTS = {"measure": "lewis"} | calibration_facts(
     Calibration(dataset="me/data@v1", text="{q} {a}", samples=4),
     {"dataset": "me/data@abc", "dataset_sha": "abc"},
     42,
     "me/t@f",
-    "lewis",
 )
 FOUND = {"rows_digest": "sha256:0", "n_truncated": 1}
 BASE = SourceImportance("me/base@1", "1", "base", 7, {"l.0.q": 1.5}, FACTS | FOUND)

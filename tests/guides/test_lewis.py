@@ -16,7 +16,7 @@ def named(component: str, values: list[float]) -> dict[str, float]:
 
 
 def statistics(base: dict[str, float], expert: dict[str, float]) -> Statistics:
-    return Statistics(matrices=(), base=base, expert=expert)
+    return Statistics(matrices=(), base={"lewis": base}, expert={"lewis": expert})
 
 
 def shifted(shifts: dict[str, float]) -> Statistics:
@@ -39,6 +39,23 @@ def test_a_worked_example():
     assert lewis(WORKED, 0.3, 0.8) == (
         named(Q, [0.3833, 0.55, 0.8]) | named(DOWN, [0.7167, 0.3, 0.7167])
     )
+
+
+def test_a_components_mean_share_is_one_in_the_number_of_blocks_however_many_it_has_of_it():
+    shifts = named(Q, [1, 3]) | {
+        "model.layers.0.mlp.experts.0.up_proj": 1.0,
+        "model.layers.0.mlp.experts.1.up_proj": 2.0,
+        "model.layers.1.mlp.experts.0.up_proj": 5.0,
+        "model.layers.1.mixer.in_proj": 7.0,  # not in every block
+    }
+
+    # experts: |Δ| = 1 2 5, sum 8, one and a half a block; in_proj: half a one a block
+    assert importance_shifts(shifted(shifts)) == named(Q, [0.25, 0.75]) | {
+        "model.layers.0.mlp.experts.0.up_proj": 1 / 8 * 1.5,
+        "model.layers.0.mlp.experts.1.up_proj": 2 / 8 * 1.5,
+        "model.layers.1.mlp.experts.0.up_proj": 5 / 8 * 1.5,
+        "model.layers.1.mixer.in_proj": 0.5,
+    }
 
 
 def test_blocks_that_differ_equally_get_the_midpoint():
@@ -180,5 +197,5 @@ def test_a_schedule_that_several_blocks_span_has_no_warning():
 def test_the_registered_guide_needs_importance():
     guide = find("lewis")
 
-    assert guide.needs == ("importance",)
+    assert guide.needs == ("lewis",)
     assert guide.decide(WORKED, 0.3, 0.8) == lewis(WORKED, 0.3, 0.8)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.loading import load_model
@@ -64,6 +65,17 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path):
     assert refused(tmp_path) == (
         "me/tiny: its architecture is no causal language model.\n"
         "Calibration measures decoders; merge it with guide `uniform` instead."
+    )
+
+
+def test_a_model_that_reads_no_tokens_is_refused(tmp_path):
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = ViTConfig(**small, num_hidden_layers=1, image_size=8, patch_size=4)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+
+    assert refused(tmp_path) == (
+        "me/tiny: ViTForImageClassification reads no tokens.\n"
+        "Calibration measures language models; merge it with guide `uniform` instead."
     )
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.blocks import decoder_blocks, linears, matrix
@@ -115,9 +116,23 @@ def test_shares_are_rounded_before_the_span():
     base = dict.fromkeys(names, 10.0)
     expert = dict(zip(names, [11.0, 12.0, 14.0, 10.0, 10.000004, 11.0], strict=True))
 
-    found = lewis_reference(Statistics(tuple(names), base, expert), 0.3, 0.8)
+    measured = ({"lewis_reference": values} for values in (base, expert))
+    found = lewis_reference(Statistics(tuple(names), *measured), 0.3, 0.8)
 
     # q: 1/7, 2/7, 4/7 to 5 decimals; down: 0, .000004 (rounds to 0), .999996 (rounds to 1)
     wanted = [0.3 + 0.5 * s for s in (0.14286, 0.28571, 0.57143, 0.0, 0.0, 1.0)]
     assert list(found.values()) == pytest.approx(wanted, abs=5e-5)
     assert found[down.format(1)] == found[down.format(0)] == 0.3
+
+
+def test_an_encoder_decoder_is_refused(texts):
+    sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=N_TOKENS, **sizes))
+
+    with pytest.raises(CalibrationModelError) as caught:
+        list(block_importance(model, "me/t5", texts))
+
+    assert str(caught.value) == (
+        "me/t5: it has an encoder, and the published procedure knows decoders alone.\n"
+        "Use guide `lewis`."
+    )

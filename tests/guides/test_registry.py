@@ -78,7 +78,8 @@ def test_an_unknown_guide_names_the_nearest(site):
 
     assert str(caught.value) == (
         "guide `unifrom`: there is none in this version.\n"
-        "Guides: lewis, lewis_reference, thirds, uniform. Did you mean `uniform`?"
+        "Guides: activation_shift, aim, inverse, lewis, lewis_reference, magnitude, owl, random, "
+        "thirds, uniform. Did you mean `uniform`?"
     )
 
 

@@ -18,6 +18,7 @@ from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import inline
 from lewis_hub.merge.slices import make_stacked_plan
+from lewis_hub.merge.statistics import Gram, Statistics, informed
 from lewis_hub.methods import registry
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -92,10 +93,21 @@ class Zoo:
         checkpoint = adapt(label, base.checkpoint, stored, told)
         return MergeSource(checkpoint, f"digest of {label}", parameters or {})
 
-    def merge(self, settings, output="out", *, shard=10**9, runner=None, schedule=None):
+    def statistics(self, label, grams, transposed=()):
+        folder = self.root / label
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(grams, folder / "model.safetensors")
+        found = open_folder(folder, label).tensors
+        self.folders[label], self.tensors[label] = folder, grams
+        known = {name: Gram(stored, name in transposed) for name, stored in found.items()}
+        return Statistics(label, f"digest of {label}", known)
+
+    def merge(
+        self, settings, output="out", *, shard=10**9, runner=None, schedule=None, statistics=()
+    ):
         folder = self.root / output
         folder.mkdir(exist_ok=True)
-        plan = make_plan(settings, shard, schedule)
+        plan = informed(make_plan(settings, shard, schedule), statistics)
         results = run(plan, self.folders, folder, runner or inline(), lambda _: None)
         return Outcome(folder, plan, results)
 
@@ -122,6 +134,13 @@ class Zoo:
             "weights": torch.tensor(plan.weights),
             "densities": plan.densities,
             "streams": plan.streams,
+            "grams": [
+                self.tensors[label][name] if gram else None
+                for label, gram in zip(shard.statistics, plan.grams, strict=True)
+            ]
+            if plan.grams
+            else [None] * len(plan.weights),
+            "transposed": plan.is_transposed,
             **plan.own,
         }
         keywords = {key: value for key, value in given.items() if method.takes(key)}

@@ -82,11 +82,11 @@ def test_what_a_source_leaves_open_is_looked_up_in_the_recipe():
 
 
 def test_options_are_settings_too_and_have_defaults():
-    common = {"normalize": (Conditional(filter="mlp", value=False),), "lambda": 1}
+    common = {"normalize": (Conditional(filter="mlp", value=True),), "lambda": 1}
+    others = {"rescale": True, "lambda": 1.0}
 
-    others = {"rescale": False, "lambda": 1.0}
-    assert options_of(find("ties"), common, Q, 0.0) == {"normalize": True} | others
-    assert options_of(find("ties"), common, "x.mlp.y", 0.0) == {"normalize": False} | others
+    assert options_of(find("dare_ties"), common, Q, 0.0) == {"normalize": False, **others}
+    assert options_of(find("dare_ties"), common, "x.mlp.y", 0.0) == {"normalize": True, **others}
 
 
 def test_a_filter_that_is_part_of_no_name_is_refused_with_the_nearest_component():

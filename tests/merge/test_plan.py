@@ -43,7 +43,8 @@ def test_a_plan_says_per_tensor_dtype_weights_densities_and_options(zoo, sources
     assert found["model.layers.1.q.weight"].densities == (0.6, 0.9)
     assert found[Q].weights == (0.5, 1.0)
     assert found[Q].output.dtype == "F32"
-    assert found[Q].options == {"normalize": True, "rescale": False, "lambda": 1.0}
+    trim = {"trim": "magnitude", "trim_exponent": 1.0}
+    assert found[Q].options == {"normalize": True, "rescale": False, "lambda": 1.0, **trim}
     assert found[Q].streams == ()
     assert (found["steps"].is_copied, found["steps"].output.dtype) == (True, "I64")
 
@@ -51,6 +52,23 @@ def test_a_plan_says_per_tensor_dtype_weights_densities_and_options(zoo, sources
 def test_without_a_dtype_each_tensor_keeps_that_of_the_base(zoo, sources):
     assert plans(make_plan(zoo.settings("ties", sources[0], sources[1:]), 1))[Q].output.dtype == (
         "BF16"
+    )
+
+
+def test_a_guides_weights_multiply_those_of_the_settings(zoo, sources):
+    base, x, y = sources
+    x = replace(x, parameters={"weight": (0.5, 1.0)}, weights={Q: 0.4})
+    settings = zoo.settings("task_arithmetic", base, [x, y], parameters={"weight": 2.0})
+
+    found = plans(make_plan(settings, 10**9))
+
+    assert found[Q].weights == (0.2, 2.0)
+    assert found["model.layers.1.q.weight"].weights == (1.0, 2.0)
+
+    unknown = replace(settings, experts=(x, replace(y, weights={"model.layers.9.q.weight": 1.0})))
+    assert message(lambda: make_plan(unknown, 10**9)) == (
+        "guide: it weighs model.layers.9.q.weight of y, which no source has.\n"
+        "Measure the importance of these sources anew."
     )
 
 

@@ -15,6 +15,16 @@ def numbers_of_experts(method):
     return [n for n in (1, 2, 3, 8) if n >= least and (most is None or n <= most)]
 
 
+def grams(base, n):
+    """Of a matrix second moments of more inputs than it has columns."""
+    if base.dim() != 2 or not base.numel():
+        return [None] * n
+    generator = torch.Generator().manual_seed(2)
+    width = base.shape[1]
+    x = torch.randn(n, width + 3, width, generator=generator, dtype=base.dtype)
+    return list((x.mT @ x)[:, None])
+
+
 def merge(method, base, models, density=0.4):
     n = len(models)
     given = {
@@ -24,6 +34,7 @@ def merge(method, base, models, density=0.4):
         "outliers": [0.1] * n,
         "spreads": [0.15] * n,
         "scales": [1.0] * n,
+        "grams": grams(base, n),
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}
     keywords |= {key: 0.5 for key, default in method.options.items() if default is None}

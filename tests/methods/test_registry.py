@@ -21,10 +21,11 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(registry._registry, "_entries", dict(registry._registry._entries))
 
 
+TRIM = {"trim": "magnitude", "trim_exponent": 1.0}  # not in mergekit
 ALL = [
     *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "cabs", "dare_linear", "dare_ties"),
     *("della", "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
-    *("nuslerp", "passthrough", "pcb", "sce", "slerp", "task_arithmetic", "ties"),
+    *("nuslerp", "passthrough", "pcb", "regmean", "sce", "slerp", "task_arithmetic", "ties"),
 ]
 
 
@@ -44,7 +45,7 @@ def test_options_and_their_defaults_are_mergekits():
     assert options == {
         "linear": {"normalize": True},
         "task_arithmetic": {"normalize": False, "lambda": 1.0},
-        "ties": {"normalize": True, "rescale": False, "lambda": 1.0},
+        "ties": {"normalize": True, "rescale": False, "lambda": 1.0, **TRIM},
         "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
         "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0},
         "della": {"normalize": True, "rescale": True, "lambda": 1.0},
@@ -62,6 +63,7 @@ def test_options_and_their_defaults_are_mergekits():
         "passthrough": {},
         "cabs": {"group": 256, "lambda": 1.0},  # not in mergekit
         "pcb": {"lambda": 1.0},  # not in mergekit
+        "regmean": {"off_diagonal": 0.5, "lambda": 1.0, **TRIM},  # not in mergekit
     }
 
 
@@ -79,6 +81,8 @@ def test_a_method_says_what_it_takes():
         *("arcee_fusion", "nearswap", "passthrough", "slerp"),
     ]
     assert find("ties").settings == ("weight", "density")
+    assert [m.name for m in methods() if m.takes("grams")] == ["regmean", "ties"]
+    assert [m.name for m in methods() if m.needs_grams] == ["regmean"]
     assert find("della").settings == ("weight", "density", "epsilon")
     assert find("breadcrumbs_ties").settings == ("weight", "density", "gamma")
     assert find("passthrough").settings == ("scale",)

@@ -145,3 +145,21 @@ def test_a_text_setting_stays_text(name):
     document = yaml.safe_load(mergekit_config(merge(parameters={"mode": name})))
 
     assert document["parameters"] == {"mode": name}
+
+
+def test_a_guides_weights_multiply_those_of_each_model_tensor_by_tensor():
+    math = replace(MATH, weights={TENSORS[1]: 0.5})
+    text = ExpertSchedule("./text", 1.0, {}, {TENSORS[1]: 3.0, TENSORS[3]: 4.0})
+
+    document = yaml.safe_load(mergekit_config(merge(schedule=DensitySchedule((math, text)))))
+
+    first, second = (model["parameters"] for model in document["models"])
+    assert [as_mergekit_reads(first["weight"], name) for name in TENSORS] == [1, 0.5, 1, 1, 1]
+    assert [as_mergekit_reads(first["density"], name) for name in TENSORS] == [
+        MATH.density(name) for name in TENSORS
+    ]
+    # a gradient from 0 to .5 over 12 blocks
+    assert [as_mergekit_reads(second["weight"], name) for name in TENSORS] == pytest.approx(
+        [0, 3 * 0.5 / 11, 0.5 / 11, 4 * 0.5, 0.5]
+    )
+    assert "density" not in second

@@ -132,3 +132,21 @@ def test_readers_see_a_repo_without_its_commit_and_a_folder_without_its_path():
     assert short_name("a/b@main") == "a/b@main"
     assert short_name("/home/somebody/models/x@y") == "x@y"
     assert short_name("./math/") == "math"
+
+
+def test_a_map_says_what_its_guide_measured_and_weights_have_one_too(make_fake, tmp_path):
+    fake = make_fake(2, experts=("zoo/math",))
+    [_, measured] = fake.profile.sources
+    moved = replace(measured, calibration={"measure": "task_vector"})
+    profile = replace(fake.profile, sources=(moved,))
+    [expert] = fake.schedule.experts
+    schedule = replace(
+        fake.schedule, experts=(replace(expert, tensors={}, weights=expert.tensors),)
+    )
+
+    plots = draw(profile, schedule, tmp_path)
+
+    assert [(plot.kind, plot.caption) for plot in plots] == [
+        ("importance", "Size of the task vector in zoo/math, % of the base's."),
+        ("weight", "Weight of zoo/math, times its own."),
+    ]

@@ -1,0 +1,231 @@
+"""Second moments of the inputs of a model's Linears, on disk: what some methods merge by.
+
+G = E[x x^T] over the tokens that count, a file of safetensors a block. Modules that are handed the
+same inputs (q, k and v; gate and up) share one matrix. An index beside the files says which module
+has which; it is written last, so that what is there is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.checkpoint import names
+from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.guides.calibrate import Subject
+from lewis_hub.progress import Advance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lewis_hub.guides.blocks import Linear
+    from lewis_hub.guides.recording import InputSum
+
+VERSION = 1
+INDEX = "grams.json"
+WIDEST = 8192  # inputs of one matrix: longer ones are cut into parts that are taken by themselves
+DIAGONAL = 1  # the same where squares alone are asked
+HELD_BYTES = 8 << 30  # of matrices in memory: a model that has more takes several passes
+STEP = 128  # tokens multiplied at a time: then threads split among inputs only, never a sum
+
+
+@dataclass(frozen=True)
+class ModuleGram:
+    """Where the second moments of one module's inputs are.
+
+    Attributes:
+        file: in the index's folder.
+        tensor: in the file: (n_parts, width, width) float32.
+        transposed: whether the module's weight lies as (in, out), as in GPT-2's Conv1D.
+        n_tokens: that it saw.
+    """
+
+    file: str
+    tensor: str
+    transposed: bool
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class GramFiles:
+    """Second moments of one source.
+
+    Attributes:
+        facts: all that fixes them: source, calibration set, width.
+        modules: module, as the checkpoint names it -> its matrix, in the model's order. One that
+            saw no token is not in it, nor is one that the checkpoint does not hold as it is.
+        files: file -> SHA-256 in hexadecimal.
+    """
+
+    facts: Mapping[str, Any]
+    modules: Mapping[str, ModuleGram]
+    files: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Over the matrices: equal digests, equal bytes."""
+        told = json.dumps([dict(self.files), {m: asdict(g) for m, g in self.modules.items()}])
+        return "sha256:" + hashlib.sha256(told.encode()).hexdigest()
+
+
+def facts_of(subject: Subject, widest: int) -> dict[str, Any]:
+    """All that fixes the second moments of a source on its one calibration set."""
+    (own,) = subject.sets
+    content = subject.commit_sha
+    return {"version": VERSION, "source": content, "calibration": {**own.facts}, "widest": widest}
+
+
+def read_grams(folder: Path, facts: Mapping[str, Any]) -> GramFiles | None:
+    """What an earlier run left in a folder; None where it is not whole, or of other facts."""
+    try:
+        told: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        modules = {module: ModuleGram(**gram) for module, gram in told["modules"].items()}
+        found = GramFiles(told["facts"], modules, told["files"])
+        whole = all((folder / file).exists() for file in found.files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return found if whole and dict(found.facts) == dict(facts) else None
+
+
+def gather_grams(
+    subject: Subject, folder: Path, widest: int, device: str, advance: Advance
+) -> GramFiles:
+    """Run a source's calibration texts through it, and keep the second moments of its Linears.
+
+    Args:
+        subject: with one calibration set; its model is gone on return.
+        folder: for the files; what was there is written over.
+        widest: inputs of one matrix; DIAGONAL keeps squares alone.
+        device: as torch names it.
+        advance: called with the number of tokens done, once for all passes.
+
+    Raises:
+        CalibrationModelError: the source cannot be loaded or measured.
+        EmptyCalibrationError: no token counts.
+    """
+    import torch
+
+    from lewis_hub.guides.activations import block_linears, check_tokens_fit, input_sums
+    from lewis_hub.guides.loading import load_model
+    from lewis_hub.guides.stored import stored_names
+    from lewis_hub.guides.threads import threads, whole_shares
+    from lewis_hub.guides.tokens import batches
+
+    name, tokens = subject.source, subject.sets[0].tokens
+    model = load_model(subject.folder, device, name)
+    check_tokens_fit(model, name, tokens)
+    kept = stored_names(model)
+    modules = {
+        path: module
+        for path, module in block_linears(model, name).items()
+        if f"{path}.weight" in kept
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    shares = list(_shares(modules, widest))
+    advance = _shared(advance, len(shares))
+    summed = partial(second_moments, widest=widest)
+    found: dict[str, ModuleGram] = {}
+    widths = {n_inputs(module) for module in modules.values()}
+    with threads(whole_shares(widths, torch.get_num_threads())):
+        for share in shares:
+            sums = input_sums(model, name, share, batches(tokens), summed, advance)
+            found |= {
+                names.module(kept[f"{path}.weight"]): gram
+                for path, gram in _write(sums, modules, folder).items()
+            }
+    files = {
+        file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in found.values())
+    }
+    grams = GramFiles(facts_of(subject, widest), found, files)
+    write_whole(folder / INDEX, json.dumps(asdict(grams), indent=1) + "\n")
+    return grams
+
+
+def n_inputs(module: Linear) -> int:
+    """The number of input features."""
+    from lewis_hub.guides.blocks import matrix
+
+    return matrix(module).shape[1]
+
+
+def part_width(n: int, widest: int) -> int:
+    """The longest of the equal parts, at most `widest` long, that n inputs can be cut into."""
+    return next(n // parts for parts in range(1, n + 1) if n % parts == 0 and n // parts <= widest)
+
+
+def second_moments(rows: Tensor, widest: int) -> Tensor:
+    """Sum x x^T over tokens: (n_tokens, in_features) -> (n_parts, width, width) float32."""
+    from lewis_hub.guides.importance import sum_of_squares
+
+    n = rows.shape[1]
+    if widest == DIAGONAL:
+        return sum_of_squares(rows).float().view(n, 1, 1)
+    width = part_width(n, widest)
+    x = rows.float()
+    total = x.new_zeros(n // width, width, width)
+    for start in range(0, len(x), STEP):
+        piece = x[start : start + STEP]
+        for number, sums in enumerate(total):
+            part = piece[:, number * width : (number + 1) * width]
+            sums.addmm_(part.T, part)
+    return total
+
+
+def _shares(modules: Mapping[str, Linear], widest: int) -> Iterator[dict[str, Linear]]:
+    """Whole blocks, as many at a time as their matrices fit; twice, for a batch has its own."""
+    blocks: dict[tuple[str | None, int | None], dict[str, Linear]] = {}
+    for path, module in modules.items():
+        blocks.setdefault((names.stack(path), names.block(path)), {})[path] = module
+    share: dict[str, Linear] = {}
+    held_bytes = 0
+    for block in blocks.values():
+        block_bytes = sum(2 * 4 * n_entries(n_inputs(m), widest) for m in block.values())
+        if share and held_bytes + block_bytes > HELD_BYTES:
+            yield share
+            share, held_bytes = {}, 0
+        share, held_bytes = share | block, held_bytes + block_bytes
+    yield share
+
+
+def n_entries(n: int, widest: int) -> int:
+    """How many numbers the second moments of n inputs are."""
+    return n * part_width(n, widest)
+
+
+def _write(
+    sums: Mapping[str, InputSum], modules: Mapping[str, Linear], folder: Path
+) -> dict[str, ModuleGram]:
+    """A file for each block."""
+    from safetensors.torch import save_file
+    from transformers.pytorch_utils import Conv1D
+
+    found: dict[str, ModuleGram] = {}
+    held: dict[str, dict[str, Tensor]] = {}
+    owners: dict[int, str] = {}
+    for path, one in sums.items():
+        owner = owners.setdefault(id(one), path)
+        file = f"{names.stack(owner)}.{names.block(owner)}.safetensors"
+        if owner == path:
+            held.setdefault(file, {})[path] = one.mean().cpu()
+        found[path] = ModuleGram(file, owner, isinstance(modules[path], Conv1D), one.n_tokens)
+    for file, tensors in held.items():
+        save_file(tensors, folder / file)
+    return found
+
+
+def _shared(advance: Advance, n_passes: int) -> Advance:
+    """Tell the tokens of all passes as if there were one."""
+    done, told = 0, 0
+
+    def advance_share(n_tokens: int) -> None:
+        nonlocal done, told
+        done += n_tokens
+        advance(done // n_passes - told)
+        told = done // n_passes
+
+    return advance_share

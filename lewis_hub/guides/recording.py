@@ -1,0 +1,89 @@
+"""Sums over the inputs that a model's modules are handed, batch by batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lewis_hub.guides.tokens import Batch
+
+
+@dataclass(frozen=True)
+class InputSum:
+    """A statistic of a module's inputs, summed over `n_tokens` tokens."""
+
+    total: Tensor
+    n_tokens: int
+
+    def __add__(self, other: InputSum) -> InputSum:
+        return InputSum(self.total + other.total, self.n_tokens + other.n_tokens)
+
+    def mean(self) -> Tensor:
+        """Over the tokens, in the sum's dtype."""
+        return self.total / self.n_tokens
+
+
+class OutOfStepError(Exception):
+    """A module's input has not one row per token, so the mask cannot say which rows count."""
+
+
+class Recorder:
+    """Sums a statistic over the kept tokens of each module's input.
+
+    q, k and v are handed the same tensor, and so are gate and up: summing once is most of what
+    keeps the pass near the price of a plain forward. What is remembered is a weak reference and
+    one sum, void once the tensor was written to; never an activation.
+    """
+
+    def __init__(self, summed: Callable[[Tensor], Tensor]) -> None:
+        self.totals: dict[str, InputSum] = {}
+        self._summed = summed
+        self._of_batch: dict[str, InputSum] = {}
+        self._n_rows = 0
+        self._kept: Tensor | None = None  # flat indices of the kept tokens; None: all of them
+        self._last: weakref.ref[Tensor] | None = None
+        self._last_version = -1
+        self._last_sum: InputSum | None = None
+
+    def start(self, batch: Batch) -> None:
+        """Expect the inputs of a batch."""
+        mask = batch.attention_mask.flatten()
+        self._n_rows = len(mask)
+        self._kept = None if bool(mask.all()) else mask.nonzero().flatten()
+        self._of_batch = {}
+
+    def finish(self) -> None:
+        """Count the batch; one that was not finished counts for nothing."""
+        made: dict[tuple[int, int], InputSum] = {}  # modules that share a sum share the next one
+        for path, added in self._of_batch.items():
+            before = self.totals.get(path)
+            both = id(before), id(added)
+            if both not in made:
+                made[both] = before + added if before else added
+            self.totals[path] = made[both]
+
+    def see(self, path: str, x: Tensor) -> None:
+        """Take a module's input: (..., in_features), a row for each token of the batch.
+
+        Raises:
+            OutOfStepError: it has not one row per token, and some are padding.
+        """
+        seen = self._sum(x)
+        if seen.n_tokens:
+            before = self._of_batch.get(path)
+            self._of_batch[path] = before + seen if before else seen
+
+    def _sum(self, x: Tensor) -> InputSum:
+        same = self._last is not None and self._last() is x and self._last_version == x._version
+        if self._last_sum is None or not same:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            if self._kept is not None:
+                if len(rows) != self._n_rows:
+                    raise OutOfStepError
+                rows = rows.index_select(0, self._kept.to(rows.device))
+            self._last_sum = InputSum(self._summed(rows), len(rows))
+            self._last, self._last_version = weakref.ref(x), x._version
+        return self._last_sum

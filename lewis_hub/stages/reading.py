@@ -1,0 +1,61 @@
+"""Reading: what a recipe says of its guide, held against the guides that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lewis_hub import recipe_file
+from lewis_hub.errors import GuideError, RecipeError
+from lewis_hub.guides import registry
+from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_rules import Complaint, contradictions
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: a YAML file; relative paths inside it are looked up beside it, then in the
+            working folder.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or asks for something that cannot be done.
+
+    Example:
+        >>> import lewis_hub
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> recipe.merge_method
+        'ties'
+    """
+    return recipe_file.read_recipe(path, rules)
+
+
+def rules(recipe: Recipe) -> Iterator[Complaint]:
+    """What the whole must obey, its guide among it."""
+    yield from contradictions(recipe)
+    yield from _guide_complaints(recipe)
+
+
+def require_guide(recipe: Recipe) -> None:
+    """Refuse a recipe from elsewhere than a file by the same rules.
+
+    Raises:
+        RecipeError: its guide is unknown, or lacks calibration data.
+    """
+    for where, problem, remedy in _guide_complaints(recipe):
+        raise RecipeError("recipe", recipe_file.dotted(where), problem, remedy)
+
+
+def _guide_complaints(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.guide is None:
+        return
+    try:
+        guide = registry.find(recipe.guide.name)
+    except GuideError as error:
+        yield ("guide", "name"), f"{error.where}: {error.problem}.", error.remedy
+        return
+    for entry in recipe.experts:
+        if guide.needs_texts and recipe.calibration_of(entry) is None:
+            problem = f"no calibration data for `{entry.model}`."
+            yield ("guide",), problem, "Add `guide.calibration`, or `calibration` to this model."

@@ -1,0 +1,138 @@
+"""Gather: what a method that merges by statistics has to know of its experts' inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.reader import local_header
+from lewis_hub.guides.calibrate import CalibrationSet, Subject
+from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
+from lewis_hub.merge.statistics import Gram, Statistics
+from lewis_hub.methods import registry
+from lewis_hub.report.facts import Measured
+from lewis_hub.stages.execution import Folders, Step
+from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.sources import widest_input
+from lewis_hub.stages.translating import translated
+
+N_SHOWN = 3  # tensors that a note names
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was gathered of each expert, in the recipe's order; nothing where nothing is needed.
+
+    Attributes:
+        folders: label of the statistics -> folder with their files.
+        measured: what they were gathered on.
+        rows: of each expert, the rows of its data.
+        notes: what a user should know about them.
+    """
+
+    statistics: tuple[Statistics, ...] = ()
+    folders: Folders = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch: Path) -> Gathered:
+    """Run each expert's calibration texts through it, unless an earlier run did.
+
+    Args:
+        step: of a merge that was examined, by a method that needs them.
+        sets: one an expert.
+        folders: of all sources.
+        scratch: the files stay there until the merge is done.
+
+    Raises:
+        CalibrationError: an expert cannot be loaded or measured.
+    """
+    widest, inputs = widest_input(step.recipe), step.inputs
+    subjects = [
+        Subject(
+            *(e.pinned, inputs.content(e), "expert", folders[e.pinned]),
+            (translated(step, e, own),),
+        )
+        for e, own in zip(inputs.experts, sets, strict=True)
+    ]
+    places = [_place(scratch, subject, widest) for subject in subjects]
+    found = [
+        read_grams(place, facts_of(subject, widest))
+        for subject, place in zip(subjects, places, strict=True)
+    ]
+    whole = [  # before the stage begins, for writing out is one of its own
+        subject if files else replace(subject, folder=loadable(step, expert, folders, scratch))
+        for subject, expert, files in zip(subjects, inputs.experts, found, strict=True)
+    ]
+    n_tokens = sum(s.n_tokens for s, files in zip(whole, found, strict=True) if not files)
+    with step.progress.stage("Gathering statistics", n_tokens, "tokens") as advance:
+        gathered = [
+            files or gather_grams(subject, place, widest, step.execution.device, advance)
+            for subject, place, files in zip(whole, places, found, strict=True)
+        ]
+    known = tuple(
+        _statistics(step, subject.source, place, files)
+        for subject, place, files in zip(subjects, places, gathered, strict=True)
+    )
+    notes = _notes(step, known)
+    for note in notes:
+        step.progress.say(note)
+    return Gathered(
+        known,
+        {one.label: place for one, place in zip(known, places, strict=True)},
+        tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects),
+        tuple(one.tokens.rows for one in sets),
+        notes,
+    )
+
+
+def _place(scratch: Path, subject: Subject, widest: int) -> Path:
+    """A folder that changes with all that fixes its files."""
+    told = json.dumps(facts_of(subject, widest), sort_keys=True)
+    return scratch / "statistics" / hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _statistics(step: Step, source: str, place: Path, files: GramFiles) -> Statistics:
+    """The files in the words of the checkpoint."""
+    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
+    label = f"statistics of {source}"
+    headers: dict[str, TensorHeader] = {
+        f"{file}/{tensor.name}": tensor
+        for file in files.files
+        for tensor in local_header(label, place / file).tensors
+    }
+    grams: dict[str, Gram] = {}
+    for module, gram in files.modules.items():
+        named = names.find(f"{module}.weight", tensors)
+        if len(named) == 1:
+            grams[named[0]] = Gram(headers[f"{gram.file}/{gram.tensor}"], gram.transposed)
+    return Statistics(label, files.digest, grams)
+
+
+def _notes(step: Step, known: Sequence[Statistics]) -> tuple[str, ...]:
+    """Which matrices of the blocks the method has to do without statistics of."""
+    tensors: Mapping[str, TensorHeader] = step.examined.checkpoints[
+        step.inputs.donor.pinned
+    ].tensors
+    lacking = [
+        name
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) >= 2 and names.block(name) is not None
+        if not all(name in one.grams for one in known)
+    ]
+    if not lacking:
+        return ()
+    shown = ", ".join(lacking[:N_SHOWN]) + (", ..." if len(lacking) > N_SHOWN else "")
+    regmean = registry.find(step.recipe.merge_method).needs_grams
+    then = "their task vectors are averaged" if regmean else "they are trimmed by magnitude"
+    return (
+        f"{len(lacking)} weight matrices of the blocks have no statistics ({shown}): no token "
+        f"reached them, or they are stored otherwise than they are run. So {then}.",
+    )

@@ -1,0 +1,181 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lewis_hub.methods.regmean import RIDGE, regmean
+from lewis_hub.methods.sparsify import trim
+from lewis_hub.methods.ties import ties
+
+
+def moments(n_sources, width, seed, *, n_parts=1, samples=40):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_sources, n_parts, samples, width, generator=generator, dtype=torch.float64)
+    return list(x.mT @ x / samples)
+
+
+def naive(vectors, grams, weights, off_diagonal):
+    """The normal equations row by row, as the paper has them, solved by numpy."""
+    n_rows, width = vectors[0].shape
+    total, shrunk = np.zeros((width, width)), []
+    for w, gram in zip(weights, grams, strict=True):
+        g = gram.numpy().copy()
+        for i in range(width):
+            for j in range(width):
+                if i != j:
+                    g[i, j] *= off_diagonal
+        g += RIDGE * np.trace(g) / width * np.eye(width)
+        shrunk.append(w * g)
+        total += w * g
+    found = np.zeros((n_rows, width))
+    for i in range(n_rows):
+        right = sum(g @ v[i].numpy() for g, v in zip(shrunk, vectors, strict=True))
+        found[i] = np.linalg.solve(total, right)
+    return torch.from_numpy(found)
+
+
+def test_each_expert_decides_for_the_inputs_that_it_sees():
+    base = torch.tensor([[10.0, 10.0]])
+    vectors = torch.tensor([[[3.0, 5.0]], [[7.0, 1.0]]])
+    grams = [torch.tensor([[[3.0, 0.0], [0.0, 1.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])]
+
+    merged = regmean(base, vectors, weights=torch.ones(2), densities=[1, 1], grams=grams)
+
+    # (3 * 3 + 1 * 7) / 4 | (1 * 5 + 3 * 1) / 4
+    torch.testing.assert_close(merged, torch.tensor([[14.0, 12.0]]), rtol=1e-5, atol=0)
+
+
+def test_inputs_that_come_together_decide_together():
+    vectors = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])
+    grams = [torch.tensor([[[1.0, 0.8], [0.8, 1.0]]]), torch.eye(2)[None]]
+    given = {"weights": torch.ones(2), "densities": [1, 1], "grams": grams}
+
+    merged = regmean(torch.zeros(1, 2), vectors, off_diagonal=0.5, **given)
+
+    # x (2 0.4; 0.4 2) = (2 0.8): 0.4 of 0.8 lies off the diagonal
+    expected = torch.tensor([[(2 * 2 - 0.4 * 0.8) / 3.84, (2 * 0.8 - 0.4 * 2) / 3.84]])
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 4),
+    rows=st.integers(1, 5),
+    width=st.integers(1, 9),
+    alpha=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_it_is_what_the_normal_equations_say(n, rows, width, alpha, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(n, rows, width, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+    grams = moments(n, width, seed)
+    given = {"weights": weights, "densities": [1.0] * n, "off_diagonal": alpha, "lambda_": 0.7}
+
+    found = regmean(base, vectors, grams=grams, **given)
+
+    expected = naive(list(vectors), [g[0] for g in grams], weights.tolist(), alpha)
+    torch.testing.assert_close(found, base + 0.7 * expected, rtol=1e-6, atol=1e-8)
+    turned = regmean(base.T, vectors.mT, grams=grams, transposed=True, **given)
+    assert torch.equal(turned, found.T)
+
+
+def test_float32_is_near_float64_though_few_tokens_were_seen():
+    generator = torch.Generator().manual_seed(3)
+    base, *vectors = torch.randn(3, 20, 200, generator=generator, dtype=torch.float64)
+    grams = moments(2, 200, 3, samples=50)  # of rank 50
+    grams[0] *= torch.logspace(-3, 3, 200, dtype=torch.float64).sqrt()
+    grams[0] *= torch.logspace(-3, 3, 200, dtype=torch.float64).sqrt().unsqueeze(1)
+    given = {"weights": torch.ones(2, dtype=torch.float64), "densities": [1, 1]}
+
+    exact = regmean(base, torch.stack(vectors), grams=grams, **given)
+    floats = [g.float() for g in grams]
+    given["weights"] = torch.ones(2)
+    found = regmean(base.float(), torch.stack(vectors).float(), grams=floats, **given)
+
+    assert exact.dtype == torch.float64
+    assert (found - exact).norm() / (exact - base).norm() < 1e-5
+
+
+def test_one_expert_comes_back_whatever_it_saw():
+    vectors = torch.randn(1, 6, 10, generator=torch.Generator().manual_seed(1))
+    grams = [g.float() for g in moments(1, 10, 1)]
+
+    merged = regmean(torch.zeros(6, 10), vectors, weights=torch.ones(1), densities=[1], grams=grams)
+
+    torch.testing.assert_close(merged, vectors[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seen", ["the same", "nothing"])
+def test_without_a_difference_in_what_they_see_it_is_the_weighted_average(seen):
+    vectors = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(1))
+    gram = moments(1, 10, 1)[0].float()
+    grams = [gram, gram] if seen == "the same" else [torch.zeros(1, 10, 10)] * 2
+    weights = torch.tensor([3.0, 1.0])
+
+    merged = regmean(torch.zeros(6, 10), vectors, weights=weights, densities=[1, 1], grams=grams)
+
+    expected = (3 * vectors[0] + vectors[1]) / 4
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_second_moments_is_averaged():
+    vectors = torch.tensor([[4.0, 8.0], [0.0, 4.0]])
+    given = {"weights": torch.tensor([3.0, 1.0]), "densities": [1, 0.5]}
+
+    for grams in ([None, None], [None, torch.eye(2)[None]]):
+        merged = regmean(torch.ones(2), vectors, grams=grams, lambda_=0.5, **given)
+
+        assert merged.tolist() == [1 + 0.5 * 3, 1 + 0.5 * 7]
+
+
+def test_an_input_that_no_token_drove_is_averaged():
+    vectors = torch.tensor([[[4.0, 4.0]], [[0.0, 0.0]]])
+    grams = [torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])] * 2
+
+    merged = regmean(
+        torch.zeros(1, 2), vectors, weights=torch.ones(2), densities=[1, 1], grams=grams
+    )
+
+    torch.testing.assert_close(merged, torch.tensor([[2.0, 2.0]]))
+
+
+def test_task_vectors_are_trimmed_as_by_ties_before():
+    vectors = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+    kept = torch.stack([trim(v, d) for v, d in zip(vectors, (0.3, 0.8), strict=True)])
+    given = {"weights": torch.ones(2), "grams": [g.float() for g in moments(2, 6, 1)]}
+
+    found = regmean(torch.zeros(5, 6), vectors, densities=[0.3, 0.8], **given)
+
+    assert torch.equal(found, regmean(torch.zeros(5, 6), kept, densities=[1, 1], **given))
+
+
+def test_long_inputs_go_part_by_part():
+    vectors = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1))
+    grams = [g.float() for g in moments(2, 4, 1, n_parts=3)]
+    given = {"weights": torch.ones(2), "densities": [1, 1]}
+
+    found = regmean(torch.zeros(5, 12), vectors, grams=grams, **given)
+
+    for number, part in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
+        own = [gram[number : number + 1] for gram in grams]
+        alone = regmean(torch.zeros(5, 4), vectors[:, :, part], grams=own, **given)
+        assert torch.equal(found[:, part], alone)
+
+
+@pytest.mark.parametrize("method", [ties, regmean])
+def test_trimming_by_activation_ranks_by_magnitude_times_norm(method):
+    vector = torch.tensor([[1.0, 3.0], [-2.5, 2.0]])
+    grams = [torch.diag(torch.tensor([25.0, 1.0]))[None]]
+    given = {"weights": torch.ones(1), "densities": [0.5], "trim": "activation"}
+
+    found = method(torch.zeros(2, 2), vector[None], grams=grams, **given)
+    turned = method(torch.zeros(2, 2), vector.T[None], grams=grams, transposed=True, **given)
+    plain = method(torch.zeros(2, 2), vector[None], grams=grams, trim_exponent=0.0, **given)
+
+    # 1 * 5, 3 * 1 | 2.5 * 5, 2 * 1
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [-2.5, 0.0]]))
+    assert torch.equal(turned, found.T)
+    torch.testing.assert_close(plain, torch.tensor([[0.0, 3.0], [-2.5, 0.0]]))

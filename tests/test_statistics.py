@@ -1,0 +1,264 @@
+"""Methods that merge by statistics, from the recipe to the card, on the zoo."""
+
+import importlib.util
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lewis_hub
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.errors import RecipeError
+from lewis_hub.methods.registry import methods
+from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.recipe_rules import STATISTICAL
+from lewis_hub.stages.execution import Execution
+
+TEXT = '"Question: {question}\\nAnswer: {answer}"'
+RECIPE = f"""base_model: zoo/base
+models:
+  - model: zoo/expert-reverse
+    calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}
+  - model: zoo/expert-cipher
+    calibration: {{dataset: zoo/cipher, text: {TEXT}, samples: 32}}
+merge_method: regmean
+"""
+PLAIN = RECIPE.replace("regmean", "ties")
+GUIDE = "guide: {name: lewis}\n"
+TRIM = "parameters: {density: 0.2, trim: activation}\n"
+LAYER = "model.layers.1."
+Q, NORM = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}input_layernorm.weight"
+
+
+@pytest.fixture
+def api(hub, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    return hub.api()
+
+
+def recipe(text=RECIPE):
+    return parse_recipe(text, "recipe.yaml")
+
+
+def merge(folder, text=RECIPE, execution=None, progress=None):
+    return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
+
+
+def weights(folder):
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def zoo_weights(name):
+    return {n: t.float() for n, t in load_file(zoo_folder() / name / "model.safetensors").items()}
+
+
+def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_path):
+    found = {n: t.float() for n, t in weights(merge(tmp_path / "out")).items()}
+
+    base, *experts = (zoo_weights(n) for n in ("base", "expert-reverse", "expert-cipher"))
+    mean = {n: sum(expert[n] for expert in experts) / 2 for n in base}
+    torch.testing.assert_close(found[NORM], mean[NORM], rtol=1e-2, atol=1e-2)
+    assert (found[Q] - mean[Q]).norm() > 0.05 * (mean[Q] - base[Q]).norm()
+    assert not (tmp_path / "out" / ".scratch").exists()
+    assert sorted(path.name for path in (tmp_path / "out" / "lewis").iterdir()) == [
+        *("cost.json", "lock.json", "provenance.json", "recipe.yaml"),
+    ]
+    assert not (tmp_path / "out" / "mergekit_config.yml").exists()
+    lock = json.loads((tmp_path / "out" / "lewis" / "lock.json").read_text())
+    assert [one["name"] for one in lock["calibration"]] == ["zoo/reverse", "zoo/cipher"]
+
+
+def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
+    output = merge(tmp_path / "out")
+
+    verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
+
+    assert verdict.problems == ()
+    assert lewis_hub.merge_models(recipe(), output).status == "unchanged"
+
+
+def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
+    card = (merge(tmp_path / "out") / "README.md").read_text()
+
+    card = " ".join(card.split())
+    assert "[RegMean on task vectors](<https://arxiv.org/abs/2212.09849>)" in card
+    assert "second moments of the inputs that calibration texts of the expert's own drive" in card
+    assert "zoo/cipher" in card
+    assert "jin2023dataless" in card
+    assert "with other texts the merge may be no better than without them" in card.replace(
+        "\n", " "
+    )
+
+
+@pytest.mark.parametrize("text", [RECIPE, RECIPE + GUIDE, PLAIN + TRIM])
+def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
+    api, tmp_path, text
+):
+    whole = merge(tmp_path / "whole", text, Execution(runner="inline"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        shards = Execution(runner="threads:3", max_shard_bytes=500_000)
+        parts = merge(tmp_path / "parts", text, shards)
+    finally:
+        torch.set_num_threads(before)
+
+    assert len(bytes_of(parts)) > 2
+    found = weights(parts)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
+@pytest.mark.filterwarnings("default")  # Ray's own
+def test_ray_makes_the_same_bytes(api, tmp_path):
+    whole = merge(tmp_path / "whole", RECIPE, Execution(runner="inline"))
+
+    assert bytes_of(merge(tmp_path / "ray", RECIPE, Execution(runner="ray"))) == bytes_of(whole)
+
+
+class Told:
+    """Keeps what stages say of their size; stops where it is told to."""
+
+    def __init__(self, stop_at=None) -> None:
+        self.totals, self.said, self._stop_at = {}, [], stop_at
+
+    def stage(self, title, total, unit):
+        if title == self._stop_at:
+            raise KeyboardInterrupt
+        self.totals[title] = total
+        return nullcontext(lambda _: None)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_an_interrupted_merge_takes_up_its_statistics(api, tmp_path):
+    whole, first, second = merge(tmp_path / "whole"), Told("Merging"), Told()
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", progress=first)
+
+    found = merge(tmp_path / "out", progress=second)
+
+    assert first.totals["Gathering statistics"] > 1000
+    assert second.totals["Gathering statistics"] == 0
+    assert bytes_of(found) == bytes_of(whole)
+
+
+def test_other_texts_are_gathered_anew_and_give_other_weights(api, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", progress=Told("Merging"))
+    fewer, told = RECIPE.replace("samples: 32", "samples: 16"), Told()
+
+    found = merge(tmp_path / "out", fewer, progress=told)
+
+    assert told.totals["Gathering statistics"] > 500
+    assert bytes_of(found) == bytes_of(merge(tmp_path / "fewer", fewer))
+    assert bytes_of(found) != bytes_of(merge(tmp_path / "whole"))
+
+
+def test_a_guides_densities_are_heard_and_calibration_may_be_the_recipes(api, tmp_path):
+    common = f"calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 8}}\n"
+    text = "\n".join(line for line in RECIPE.splitlines() if "calibration" not in line)
+
+    plain = weights(merge(tmp_path / "plain", f"{text}\n{common}"))
+    guided = weights(merge(tmp_path / "guided", f"{text}\n{common}{GUIDE}"))
+
+    assert torch.equal(plain[NORM], guided[NORM])  # density 1
+    assert not torch.equal(plain[Q], guided[Q])
+
+
+def test_trimming_by_activation_changes_the_matrices_of_the_blocks_alone(api, tmp_path):
+    by_activation = merge(tmp_path / "activation", PLAIN + TRIM)
+    found = weights(by_activation)
+    plain = weights(merge(tmp_path / "plain", PLAIN + "parameters: {density: 0.2}\n"))
+
+    differing = {name for name in plain if not torch.equal(found[name], plain[name])}
+    assert differing == {n for n in plain if ".layers." in n and plain[n].dim() == 2}
+    assert (
+        "ranked by magnitude times the activation norm" in (by_activation / "README.md").read_text()
+    )
+    assert not (by_activation / "mergekit_config.yml").exists()
+
+
+def test_an_adapter_counts_as_the_expert_that_it_makes(api, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    generator, name = torch.Generator().manual_seed(1), f"base_model.model.{LAYER}mlp.down_proj"
+    n_out, n_in = zoo_weights("base")[f"{LAYER}mlp.down_proj.weight"].shape
+    lora = {"lora_A": torch.randn(4, n_in, generator=generator) / 8}
+    lora["lora_B"] = torch.randn(n_out, 4, generator=generator) / 8
+    save_file(
+        {f"{name}.{k}.weight": t for k, t in lora.items()}, folder / "adapter_model.safetensors"
+    )
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "zoo/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+
+    found = weights(merge(tmp_path / "out", RECIPE.replace("zoo/expert-reverse", str(folder))))
+
+    base, cipher = zoo_weights("base"), zoo_weights("expert-cipher")
+    whole = {
+        **base,
+        f"{LAYER}mlp.down_proj.weight": base[f"{LAYER}mlp.down_proj.weight"]
+        + 2 * lora["lora_B"] @ lora["lora_A"],
+    }
+    torch.testing.assert_close(
+        found[NORM].float(), (whole[NORM] + cipher[NORM]) / 2, rtol=1e-2, atol=1e-2
+    )
+    down = f"{LAYER}mlp.down_proj.weight"
+    assert (found[down].float() - base[down]).norm() > 0.1 * (whole[down] - base[down]).norm()
+
+
+def test_check_counts_the_disk_and_the_memory_of_statistics(api):
+    plain, by_activation, regmean = (
+        lewis_hub.check(recipe(text)) for text in (PLAIN, PLAIN + TRIM, RECIPE)
+    )
+
+    assert plain.problems == by_activation.problems == regmean.problems == ()
+    assert plain.disk_bytes < by_activation.disk_bytes < regmean.disk_bytes
+    assert plain.memory_bytes < regmean.memory_bytes
+
+
+def test_methods_that_need_statistics_are_known_when_a_recipe_is_read():
+    assert {method.name for method in methods() if method.needs_grams} == STATISTICAL
+
+
+WITHOUT = "\n".join(line for line in RECIPE.splitlines() if "calibration" not in line) + "\n"
+COMMON = f"calibration: {{dataset: zoo/reverse, text: {TEXT}}}\n"
+SLICES = """base_model: b
+slices: [{sources: [{model: b, layer_range: [0, 1]}, {model: e, layer_range: [0, 1]}]}]
+merge_method: regmean
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (WITHOUT, "`regmean` needs calibration data, and there is none for `zoo/expert-reverse`."),
+        (WITHOUT.replace("regmean", "ties") + TRIM, "`trim: activation` needs calibration data"),
+        (PLAIN + COMMON, "`ties` measures nothing, and there is no guide."),
+        (
+            RECIPE + COMMON + f"guide: {{{COMMON.strip()}}}\n",
+            "both `calibration` and `guide.calibration` are given.",
+        ),
+        (SLICES, "`regmean` works with `models` only."),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_on_reading(text, says):
+    with pytest.raises(RecipeError) as caught:
+        recipe(text)
+
+    assert says in str(caught.value)
