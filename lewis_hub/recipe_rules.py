@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.recipe import Evaluation, ModelReference, Recipe
+from lewis_hub.recipe import REPO, Evaluation, ModelReference, Recipe
 from lewis_hub.recipe_tokenizer import Tokenizer
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
@@ -28,6 +28,7 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield from _guide_contradictions(recipe)
     if recipe.evaluate:
         yield from _gate_contradictions(recipe, recipe.evaluate)
+        yield from _benchmark_contradictions(recipe.evaluate)
     yield from _bad_numbers(recipe)
 
 
@@ -159,6 +160,20 @@ def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complain
                 yield place, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
             elif rival == "base" and recipe.base_model is None:
                 yield place, "there is no `base_model`.", "Write `experts` or `previous`."
+
+
+def _benchmark_contradictions(asked: Evaluation) -> Iterator[Complaint]:
+    for task, benchmark in (asked.benchmarks or {}).items():
+        where: Place = ("evaluate", "benchmarks", task)
+        if task not in asked.tasks:
+            problem = f"`{task}` is none of `evaluate.tasks`."
+            yield where, problem, f"Write one of {', '.join(asked.tasks)}, or add it."
+        if asked.limit is not None:
+            problem = "with `limit` only a part of the items is scored: no result of a benchmark."
+            yield where, problem, "Remove `limit`, or `benchmarks`."
+        if not REPO.fullmatch(benchmark.dataset):
+            problem = f"{benchmark.dataset!r} is not owner/name (letters, digits, `-`, `_`, `.`)."
+            yield (*where, "dataset"), problem, "Name the benchmark's dataset on the Hub."
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:

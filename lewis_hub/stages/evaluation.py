@@ -58,11 +58,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Scored:
-    """A merge beside its rivals, what it did item by item, and what the gate says of that."""
+    """A merge beside its rivals, what all did item by item, and what the gate says of that."""
 
     scores: Scores
-    items: ModelResult
+    results: Mapping[str, ModelResult]  # by label
     gate: GateVerdict | None = None
+
+    @property
+    def items(self) -> ModelResult:
+        """What the merge itself did."""
+        return self.results["merged"]
 
 
 def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
@@ -105,7 +110,7 @@ def score_merge(
     settings = EvaluationSettings(device=step.execution.device)
     run = Run(selected, asked.limit, settings, scratch / "scored")
     results = score([*named, *candidates], run, step.progress)
-    return Scored(compare(results), results["merged"])
+    return Scored(compare(results), results)
 
 
 def score_one(

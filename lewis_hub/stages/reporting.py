@@ -1,9 +1,9 @@
-"""Report: plots, card, lock and costs of a finished merge."""
+"""Report: plots, lock and costs of a finished merge, and what tells of them."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,30 +11,27 @@ from typing import Any, Literal
 import yaml
 
 from lewis_hub import __version__
-from lewis_hub.errors import LewisHubError, PublishError
+from lewis_hub.errors import LewisHubError
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
-from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import Costs
-from lewis_hub.report.facts import CardFacts, Guided
 from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_result
+from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
+from lewis_hub.stages import describing
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
-from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
+from lewis_hub.stages.slicing import pinned_slices
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 
 SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 DOCUMENTS = ("importance.json", "density.json")
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 COST, GATE = UNLOCKED = ("cost.json", "gate.json")
-MERGEKIT = "mergekit_config.yml"
 TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml
 
 
@@ -148,13 +145,13 @@ def write(
         outputs[MERGEKIT] = _output(folder / MERGEKIT, None)
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
     write_whole(own / "lock.json", locked.to_json())
-    guided = _guided(step, guidance, plots)
-    card = model_card(_facts(step, merged, guided, scored, costs, locked))
-    write_whole(folder / "README.md", str(card))
+    guided = describing.guided(step, guidance, plots)
+    facts = describing.card_facts(step, merged, guided, scored, costs, locked)
+    described = describing.describe(step, folder, facts, scored)
     # what a run cost, and what its result was held against, is no part of what was merged: the
     # same merge has the same lock
     beside = [f"lewis/{name}" for name in texts if name in UNLOCKED]
-    return (*outputs, *beside, "lewis/lock.json", "README.md")
+    return (*outputs, *beside, "lewis/lock.json", *described)
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -176,65 +173,6 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
         tokenizer={key: told[key] for key in ("tokenizer_source", "tokenizer") if key in told},
     )
     return mergekit_config(merge)
-
-
-def _guided(step: Step, guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
-    if guidance is None or step.recipe.guide is None:
-        return None
-    name = step.recipe.guide.name
-    return Guided(name, guidance.profile, guidance.schedule, guidance.notes, plots)
-
-
-def _facts(
-    step: Step,
-    merged: MergedModel,
-    guided: Guided | None,
-    scored: Scored | None,
-    costs: Costs,
-    locked: Lock,
-) -> CardFacts:
-    recipe, inputs, examined = step.recipe, step.inputs, step.examined
-    repo = recipe.publish.repo if recipe.publish else None
-    chosen = recipe.publish.license if recipe.publish else None
-    return CardFacts(
-        title=repo.partition("/")[2] if repo else "Merged model",
-        repo=repo,
-        endpoint=step.api.endpoint,
-        base=inputs.base,
-        experts=inputs.experts,
-        models=examined.facts,
-        datasets=tuple(inputs.datasets.values()),
-        parameters=merged.parameters,
-        dtype=recipe.output_dtype,
-        method=registry.find(recipe.merge_method),
-        guided=guided,
-        scores=scored.scores if scored else None,
-        gate=scored.gate if scored else None,
-        costs=tuple(costs.stages),
-        recipe=_yaml(locked.recipe),
-        licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
-        chat=_chats(merged.folder),
-        custom_code=inputs.donor.name in recipe.allow_code,
-        mergekit=MERGEKIT in locked.outputs,
-        digest=locked.digest,
-        software=locked.software,
-        stack=stacked_blocks(recipe, inputs),
-    )
-
-
-def _chats(folder: Path) -> bool:
-    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
-    config = folder / "tokenizer_config.json"
-    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return inside or (folder / "chat_template.jinja").exists()
-
-
-def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """What follows from the parents; nothing where they differ and nobody decided."""
-    try:
-        return combined_licence(facts, chosen)
-    except PublishError:
-        return None
 
 
 def _own_tasks(step: Step, own: Path) -> list[str]:

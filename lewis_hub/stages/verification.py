@@ -17,14 +17,16 @@ from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.report.leaderboards import FOLDER as RESULTS
 from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.page import FILE as REPORT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LOCK = "lewis/lock.json"
 NOTHING = OutputFile("no such file", 0)
-TOLD = ("lewis/cost.json", "lewis/gate.json", "README.md")  # of one run, not of the merge
+TOLD = ("lewis/cost.json", "lewis/gate.json", REPORT, "README.md")  # of one run, not of the merge
 UNLOCKED = frozenset({LOCK, *TOLD, ".gitattributes"})
 
 
@@ -73,7 +75,7 @@ def verify_files(source: Source, lock: Lock, api: HfApi, progress: Progress) -> 
     problems += [
         f"{file.path}: it is no part of the merge."
         for file in source.files
-        if file.path not in lock.outputs and file.path not in UNLOCKED
+        if file.path not in (*lock.outputs, *UNLOCKED) and not file.path.startswith(f"{RESULTS}/")
     ]
     return Verdict(lock, tuple(problems), len(lock.outputs))
 
