@@ -105,22 +105,19 @@ def _score_charts(scores: Scores) -> Iterator[Chart]:
 
 
 def _cost_charts(facts: CardFacts) -> Iterator[Chart]:
-    told = {
-        "Time": [(cost.seconds, tables.duration(cost.seconds)) for cost in facts.costs],
-        "Peak memory": [
-            (cost.peak_rss_bytes, tables.size(cost.peak_rss_bytes)) for cost in facts.costs
-        ],
-        "Read": [(cost.read_bytes or 0, tables.size(cost.read_bytes)) for cost in facts.costs],
-        "Written": [
-            (cost.written_bytes or 0, tables.size(cost.written_bytes)) for cost in facts.costs
-        ],
+    costs = facts.costs
+    amounts: dict[str, list[tuple[float | None, str]]] = {
+        "Time": [(one.seconds, tables.duration(one.seconds)) for one in costs],
+        "Peak memory": [(one.peak_rss_bytes, tables.size(one.peak_rss_bytes)) for one in costs],
+        "Read": [(one.read_bytes, tables.size(one.read_bytes)) for one in costs],
+        "Written": [(one.written_bytes, tables.size(one.written_bytes)) for one in costs],
     }
-    for title, amounts in told.items():
-        top = max((amount for amount, _ in amounts), default=0)
+    for title, found in amounts.items():
+        top = max((amount or 0.0 for amount, _ in found), default=0.0)
         if top:
             bars = [
-                Bar(markdown.visible(cost.stage), shown, _share(amount, top))
-                for cost, (amount, shown) in zip(facts.costs, amounts, strict=True)
+                Bar(markdown.visible(cost.stage), told, _share(amount or 0.0, top))
+                for cost, (amount, told) in zip(costs, found, strict=True)
             ]
             yield Chart(title, tuple(bars))
 

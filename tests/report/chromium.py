@@ -45,10 +45,12 @@ class Page:
 
     def open(self, address: str, *, dark: bool = False, width: int = 1100) -> None:
         """Load a page and wait until its pictures are there."""
+        self._ask("Page.navigate", url="about:blank")  # or the last page would load pictures anew
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self._ask("Emulation.setDeviceMetricsOverride", **size)
+        self.value("0")  # what the last page had to say is heard now
         self.requests.clear()
         self.complaints.clear()
         self._ask("Page.navigate", url=address)
