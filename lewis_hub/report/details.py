@@ -33,6 +33,10 @@ def details(facts: CardFacts) -> Iterator[str]:
     spoken = ", ".join(markdown.text(language) for language in languages(facts))
     told = f"{spoken}, as its parents' cards say" if spoken else "its parents' cards say none"
     yield f"**Languages:** {told}"
+    if facts.repo:
+        owner = facts.repo.partition("/")[0]
+        place = f"{facts.endpoint}/{owner}"
+        yield f"**Published by:** {markdown.link(markdown.text(owner), place)}"
     stated = markdown.text(facts.licence) if facts.licence else "none stated"
     yield f"**Licence:** {stated} ([why](#made-from))"
 

@@ -345,7 +345,9 @@ def test_the_licence_is_reasoned_from_the_parents(make_facts, stated, licence, c
 
 def test_what_the_model_is_stands_in_a_list(make_facts):
     config = {"text_config": {"num_hidden_layers": 6, "max_position_embeddings": 2048}}
-    facts = make_facts(config=config | {"architectures": ["Gemma3"]}, chat=False, licence=None)
+    facts = make_facts(
+        config=config | {"architectures": ["Gemma3"]}, chat=False, licence=None, repo=None
+    )
     silent = {key: replace(told, languages=()) for key, told in facts.models.items()}
 
     for told, lines in (
@@ -358,6 +360,7 @@ def test_what_the_model_is_stands_in_a_list(make_facts):
                 "**Vocabulary:** 49,152 tokens",
                 "**Chat template:** yes",
                 "**Languages:** en, as its parents' cards say",
+                f"**Published by:** [me](<{HUB}/me>)",
                 "**Licence:** apache-2.0 ([why](#made-from))",
             ],
         ),
