@@ -26,8 +26,8 @@ OPTIONS = (
 class Page:
     """One tab; `requests` and `complaints` are of all that it loaded so far."""
 
-    def __init__(self, reads: int, writes: int) -> None:
-        self._answers, self._writes = os.fdopen(reads, "rb"), writes
+    def __init__(self, answers: int, writes: int) -> None:
+        self._answers, self._writes = answers, writes
         self._buffer, self._asked = b"", 0
         self.requests: list[str] = []
         self.complaints: list[str] = []
@@ -114,7 +114,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            part = self._answers.read1(1 << 16)
+            part = os.read(self._answers, 1 << 16)
             assert part, "Chromium ended"
             self._buffer += part
         message, _, self._buffer = self._buffer.partition(b"\0")
@@ -140,6 +140,7 @@ def browser() -> Iterator[Page]:
             yield Page(theirs, ours)
         finally:
             os.close(ours)
+            os.close(theirs)
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
