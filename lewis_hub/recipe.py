@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from lewis_hub.recipe_benchmark import Benchmark
+from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
@@ -90,24 +91,6 @@ def _is_path_with_plus(value: str, after: str) -> bool:
 
 def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).exists()
-
-
-class Calibration(Part):
-    """Texts to run through base and expert. They pay when they resemble the benchmark."""
-
-    dataset: str = Field(description="Repo, repo@revision, or a local .jsonl or .parquet file.")
-    config: str | None = Field(None, description="Configuration (subset) of the dataset.")
-    split: str = Field("train", description="Split to draw from; never one that is scored.")
-    text: str | None = Field(None, description="Template over columns: `{question} {answer}`.")
-    messages: str | None = Field(None, description="Column of chat messages instead of `text`.")
-    samples: int = Field(15, ge=1, description="Rows drawn by `seed`.")
-    max_tokens: int = Field(512, ge=1, description="Longer texts are cut here.")
-
-    @model_validator(mode="after")
-    def _one_template(self) -> Calibration:
-        if (self.text is None) == (self.messages is None):
-            raise ValueError("give `text` (a template over columns) or `messages` (a column)")
-        return self
 
 
 class ModelEntry(Part):

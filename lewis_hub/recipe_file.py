@@ -24,8 +24,6 @@ from lewis_hub.recipe_rules import SETTING, Complaint, Place, contradictions
 NOT_YET = {
     "slices.residual_weight": "mergekit reads it and does nothing with it: remove it.",
     "modules": "Per-module merges are not in this version: list whole models under `models`.",
-    "guide.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
-    "models.calibration.task": "Calibrating on a task is not in this version: name its dataset.",
     "guide.trim": "Choosing how to trim is not in this version: magnitude is used.",
     "guide.mean_density": "Budgets are not in this version: set gamma and epsilon.",
     "guide.apply_to": "LEWIS weights are not in this version: the schedule sets densities.",

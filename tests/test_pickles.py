@@ -215,7 +215,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(api, tmp_path, command):
     asked = recipe(expert="zoo/pickles", more=more)
     runs = {
         "merge": lambda: pipeline.merge_models(asked, tmp_path / "out", ALLOWED),
-        "importance": lambda: pipeline.calibrate(asked, tmp_path / "out", allow_pickle=True),
+        "importance": lambda: pipeline.calibrate(asked, tmp_path / "out", ALLOWED),
     }
 
     with pytest.raises(PickleError) as caught:
@@ -233,9 +233,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(api, tmp_path, command):
 def test_a_guide_measures_pickles_as_their_safetensors_twin(api, tmp_path):
     folder = write_pickles(tmp_path / "pickles", n_shards=2)
 
-    measured = pipeline.calibrate(
-        recipe(expert=folder, more=GUIDE), tmp_path / "one", allow_pickle=True
-    )
+    measured = pipeline.calibrate(recipe(expert=folder, more=GUIDE), tmp_path / "one", ALLOWED)
     twin = pipeline.calibrate(recipe(more=GUIDE), tmp_path / "two")
 
     assert [s.modules for s in measured.profile.sources] == [

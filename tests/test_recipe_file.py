@@ -104,10 +104,17 @@ BROKEN = {
         "r.yaml:6: `guide.name`: the guide `owl` is not in this version.\n"
         "Use one of `lewis-hub guides`."
     ),
-    GOOD + "guide: {calibration: {task: gsm8k}}\n": (
-        "r.yaml:6: `guide.calibration.task`: `task` is not understood by this version.\n"
-        "Calibrating on a task is not in this version: name its dataset.\n"
-        "r.yaml:6: `guide.calibration.dataset`: `dataset` is missing."
+    GOOD + "guide: {calibration: {task: gsm8k, dataset: x/y, text: '{q}'}}\n": (
+        "r.yaml:6: `guide.calibration`: give `dataset` (with a template) or `task` (an lm-eval "
+        "task).\n`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {task: gsm8k, text: '{q}'}}\n": (
+        "r.yaml:6: `guide.calibration`: `text` does not go with `task`.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {calibration: {dataset: x/y, text: '{q}', include: tasks}}\n": (
+        "r.yaml:6: `guide.calibration`: `include` does not go with `dataset`.\n"
+        "`lewis-hub schema` describes every field."
     ),
     GOOD + "evaluate: {tasks: [a], gate: {task: a, metric: m}}\n": (
         "r.yaml:6: `evaluate.gate.not_worse_than`: without a guide the merge is its own uniform "

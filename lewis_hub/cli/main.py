@@ -14,7 +14,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import hubs, jobs, merging, models, recipes
+from lewis_hub.cli import hubs, jobs, merging, models, profiles, recipes
 from lewis_hub.errors import LewisHubError
 
 INTERRUPTED = "interrupted; the same command goes on from here."
@@ -37,7 +37,8 @@ def cli() -> None:
 for command in (
     merging.merge,
     merging.check,
-    merging.importance,
+    profiles.importance,
+    profiles.compare,
     jobs.schedule,
     models.evaluate,
     models.push,

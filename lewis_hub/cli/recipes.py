@@ -16,12 +16,18 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--base", prompt="Base model", help="What the experts were fine-tuned from.")
 @click.option("--expert", "experts", multiple=True, help="A fine-tuned model; repeat it.")
-@click.option("--task", "tasks", multiple=True, help="An lm-eval task to score; repeat it.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="An lm-eval task to score; repeat it, in the experts' order if each has its own.",
+)
 @click.option(
     "--calibration",
     "calibrations",
     multiple=True,
-    help="A dataset like the benchmark: one for all experts, or one for each in order.",
+    help="A dataset like the benchmark: one for all experts, or one for each in order [the "
+    "training items of --task].",
 )
 @click.option("--text", default="{question} {answer}", help="Template over the dataset's columns.")
 @click.option("--repo", help="Where to publish: owner/name.")
@@ -59,7 +65,8 @@ def init(
         )
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; name another with -o, or replace it with --force")
-    written = _render(base, experts, tasks, calibrations, text, repo)
+    drawn = [{"dataset": name, "split": "train", "text": text} for name in calibrations]
+    written = _render(base, experts, tasks, drawn or _of_tasks(tasks, len(experts)), repo)
     parse_recipe(written, str(output))  # what we write is what we read
     schema_file = output.with_name("recipe.schema.json")
     output.write_text(written, encoding="utf-8")
@@ -70,12 +77,31 @@ def init(
     )
 
 
+def _of_tasks(tasks: tuple[str, ...], n_experts: int) -> list[dict[str, str]]:
+    """The tasks' own items, where one task stands for all experts or each expert has its own."""
+    if len(tasks) not in {1, n_experts}:
+        return []
+    from lewis_hub.errors import EvaluationError
+    from lewis_hub.evaluate.data import free_split
+    from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+
+    drawn = []
+    for task in tasks:
+        try:
+            split = free_split(locate_tasks(TaskSelection((task,), allow_code=True)))
+        except EvaluationError:  # `check` tells what is wrong with it
+            return []
+        if split is None:
+            return []
+        drawn.append({"task": task, "split": split})
+    return drawn
+
+
 def _render(
     base: str,
     experts: tuple[str, ...],
     tasks: tuple[str, ...],
-    calibrations: tuple[str, ...],
-    text: str,
+    calibrations: list[dict[str, str]],
     repo: str | None,
 ) -> str:
     import jinja2
@@ -89,7 +115,6 @@ def _render(
         tasks=list(tasks),
         calibrations=calibrations,
         experts_calibrate=len(calibrations) == len(experts) > 1,
-        text=text,
         repo=repo,
     )
 
@@ -100,12 +125,18 @@ def _yaml_string(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@click.command()
-def schema() -> None:
-    """Print the recipe's JSON Schema."""
+@click.command(epilog="\b\nExamples:\n  lewis-hub schema\n  lewis-hub schema lock")
+@click.argument("what", default="recipe", type=click.Choice(["recipe", "importance", "lock"]))
+def schema(what: str) -> None:
+    """Print the JSON Schema of a recipe, of importance.json or of lewis/lock.json."""
     from lewis_hub.recipe_file import schema as recipe_schema
+    from lewis_hub.report.lock import schema as lock_schema
 
-    click.echo(recipe_schema(), nl=False)
+    if what == "importance":
+        file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
+        click.echo(file.read_text("utf-8"), nl=False)
+    else:
+        click.echo(recipe_schema() if what == "recipe" else lock_schema(), nl=False)
 
 
 @click.command()

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lewis_hub.evaluate.scores import MetricScore, Scores
+    from lewis_hub.guides.importance import ImportanceProfile
     from lewis_hub.hub.publish import Published
     from lewis_hub.merge.extract import Extracted
     from lewis_hub.pipeline import Calibrated, Merged
+    from lewis_hub.report.comparison import Comparison
     from lewis_hub.stages.checking import CheckReport
     from lewis_hub.stages.verification import Verdict
 
@@ -103,6 +105,31 @@ def density_table(calibrated: Calibrated) -> RenderableType:
     return table
 
 
+def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType:
+    """The modules of highest importance."""
+    from lewis_hub.report.plots import short_name
+
+    table = _table("source", "module", "importance")
+    for entry in profile.sources:
+        ranked = sorted(entry.modules.items(), key=lambda one: -one[1])
+        for module, value in ranked[:n_shown]:
+            table.add_row(*plain(short_name(entry.source), module, f"{value:,.4g}"))
+    return table
+
+
+def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
+    """The modules that differ most, and how alike the ranks of all are."""
+    from lewis_hub.report.plots import short_name
+
+    table = _table("source", "module", "A", "B", "change")
+    for row in one.by_change[:n_shown]:
+        change = "-" if row.change is None else f"{row.change:+.1%}"
+        numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
+        table.add_row(*plain(short_name(one.after), row.module, *numbers))
+    yield table
+    yield from plain(*one.sentences)
+
+
 def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableType]:
     """Where the merge lies, how it scored, and where it was published."""
     if merged.scores:
@@ -112,7 +139,8 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
 
         yield from plain(*sentences(merged.gate))
     done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
-    yield from plain(f"{done} {merged.output}")
+    if not merged.published:
+        yield from plain(f"{done} {merged.output}")
     if published:
         yield from publication(published)
 
@@ -131,8 +159,14 @@ def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, .
     if verdict.problems:
         return plain(*(f"problem: {problem}" for problem in verdict.problems))
     again = ", and the weights came out the same when they were made again" if rebuilt else ""
+    signature = {
+        "none": "It is not signed.",
+        "unchecked": "It is signed: --public-key looks by whom.",
+        "holds": "The signature holds.",
+    }
     return plain(
         f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
+        signature[verdict.signature],
     )
 
 

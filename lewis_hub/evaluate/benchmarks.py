@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.data import Commits, at_commits
 from lewis_hub.evaluate.quiet import quiet_libraries
 from lewis_hub.evaluate.tasks import LocatedTasks, TaskSelection, locate_tasks
 from lewis_hub.evaluate.templates import compiled_once
@@ -35,17 +36,32 @@ class Benchmarks:
     allow_code: bool
 
 
-def load_tasks(selection: TaskSelection, limit: int | None = None) -> Benchmarks:
+def load_tasks(
+    selection: TaskSelection, limit: int | None = None, commits: Commits | None = None
+) -> Benchmarks:
     """Build the tasks: fetch their data and make the prompts of the first `limit` items.
+
+    Args:
+        selection: which tasks.
+        limit: only so many first items of each; None: all.
+        commits: what datasets are pinned to; others are loaded at their newest.
 
     Raises:
         EvaluationError: as `check_tasks`; or data that are missing, empty or do not fit the task.
     """
     located = locate_tasks(selection)
-    with quiet_libraries(), code_allowed(allowed=selection.allow_code), compiled_once():
-        tasks, groups = _built(located)
+    with prepared(selection, commits or {}):
+        tasks, groups = build(located)
         n_requests = sum(_count_requests(name, task, limit) for name, task in tasks.items())
     return Benchmarks(tasks, groups, n_requests, limit, selection.allow_code)
+
+
+@contextmanager
+def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
+    """All that lm-eval needs around it while tasks are built or their items rendered."""
+    code = code_allowed(allowed=selection.allow_code)
+    with quiet_libraries(), code, compiled_once(), at_commits(commits):
+        yield
 
 
 @contextmanager
@@ -68,7 +84,8 @@ def reset_fewshot(task: Any) -> None:
     task.set_fewshot_seed(FEWSHOT_SEED)
 
 
-def _built(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
+def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
+    """lm-eval's task and group objects by their names, with their data."""
     from lm_eval.tasks import TaskManager
 
     include = located.selection.include
@@ -79,7 +96,7 @@ def _built(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for name in located.selected:
-        with _told_of(name, located):
+        with told_of(name, located):
             loaded = manager.load([name])
         tasks.update(loaded["tasks"])
         groups.update(loaded["groups"])
@@ -91,14 +108,14 @@ def _count_requests(name: str, task: Any, limit: int | None) -> int:
     if getattr(task, "MULTIMODAL", False):
         problem = "asks about pictures or sound, and a merged language model reads text."
         raise EvaluationError(name, problem, "Choose a text task.")
-    with _told_of(name):
+    with told_of(name):
         reset_fewshot(task)
         task.build_all_requests(limit=limit)
     return sum(request.repeats for request in task.instances)
 
 
 @contextmanager
-def _told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
+def told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
     """Turn what lm-eval and datasets raise over a task into one message about that task."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lewis_hub.errors import ProfileError
 from lewis_hub.guides import document
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MEASURING = 1  # raised when the same source and texts come out as other numbers
 ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
 
 Role = Literal["base", "expert"]
@@ -132,32 +133,27 @@ def _source(read: Any, file: str) -> SourceImportance:
     )
 
 
-def calibration_facts(  # noqa: PLR0913
-    calibration: Calibration,
-    dataset: str,
-    dataset_sha: str,
-    seed: int,
-    tokenizer: str,
-    measure: str = "lewis",
+def calibration_facts(
+    calibration: Calibration, data: Mapping[str, str], seed: int, tokenizer: str, measure: str
 ) -> dict[str, Any]:
     """All that fixes a measurement besides the source: known before any row is read.
 
     Args:
         calibration: as the recipe asks.
-        dataset: pinned: repo@sha, or the path as written.
-        dataset_sha: which content that is.
+        data: what is read: `dataset`, pinned (repo@sha, or the path as written), `dataset_sha`,
+            which content that is, and of a task `task_digest`, over its files.
         seed: the recipe's.
         tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
         measure: how importance is measured.
     """
-    template = "text" if calibration.text is not None else "messages"
+    asked = {"text": calibration.text, "messages": calibration.messages, "task": calibration.task}
     return {
         "measure": measure,
-        "dataset": dataset,
-        "dataset_sha": dataset_sha,
+        "measuring": MEASURING,
+        **data,
         "config": calibration.config,
         "split": calibration.split,
-        template: getattr(calibration, template),
+        **{kind: told for kind, told in asked.items() if told is not None},
         "samples": calibration.samples,
         "max_tokens": calibration.max_tokens,
         "seed": seed,

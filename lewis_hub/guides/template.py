@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lewis_hub.errors import CalibrationError
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+RENDERED = "text"  # the column of rows that are texts already
 
 
 class Text:
@@ -27,7 +29,7 @@ class Text:
     adds_special_tokens: ClassVar[bool] = True
 
     def __init__(self, calibration: Calibration) -> None:
-        self._where = f"calibration on {calibration.dataset}, `text`"
+        self._where = f"calibration on {calibration.data}, `text`"
         self._parts = self._parse(calibration.text or "")
 
     def _parse(self, template: str) -> list[tuple[str, str | None]]:
@@ -52,6 +54,10 @@ class Text:
             if field is not None:
                 _check_column(self._where, field, columns)
 
+    def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What of a row goes into the text: the columns that the template names."""
+        return tuple(row[field] for _, field in self._parts if field is not None)
+
     def render(self, index: int, row: Mapping[str, Any]) -> str:
         """Fill in one row; `index` is its place in the data, for messages."""
         return "".join(
@@ -73,7 +79,7 @@ class Messages:
     adds_special_tokens: ClassVar[bool] = False  # the chat template writes them itself
 
     def __init__(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._where = f"calibration on {calibration.dataset}, `messages`"
+        self._where = f"calibration on {calibration.data}, `messages`"
         self._column = calibration.messages or ""
         self._tokenizer = tokenizer
         if not tokenizer.chat_template:
@@ -84,6 +90,10 @@ class Messages:
     def check(self, columns: Sequence[str]) -> None:
         """Refuse a column which the data does not have."""
         _check_column(self._where, self._column, columns)
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What of a row goes into the text: what is said in the messages."""
+        return tuple(message["content"] for message in row[self._column] or ())
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
         """Write one row's conversation out; a null or an empty list is an empty text."""
@@ -103,6 +113,57 @@ class Messages:
             problem = f"the chat template refuses row {index}: {error}"
             remedy = "The roles or their order do not suit this tokenizer; use `text`."
             raise CalibrationError(self._where, problem, remedy) from error
+
+
+class Rendered:
+    """`task: NAME`: the rows are texts already, as the task's prompt makes them."""
+
+    adds_special_tokens: ClassVar[bool] = True  # as lm-eval has the tokenizer do
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Nothing is asked of the columns."""
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The whole text."""
+        return (row[RENDERED],)
+
+    def render(self, index: int, row: Mapping[str, Any]) -> str:  # noqa: ARG002 - the templates' shape
+        """The text as it is."""
+        return str(row[RENDERED])
+
+
+Template = Text | Messages | Rendered
+
+
+def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
+    """Refuse a template that cannot be read or names columns which the data does not have.
+
+    Args:
+        calibration: on a dataset.
+        columns: of its rows; none where they are not known, and then nothing is asked of them.
+
+    Raises:
+        CalibrationError: see above.
+    """
+    if calibration.messages is None:
+        template = Text(calibration)
+        if columns:
+            template.check(columns)
+    elif columns:
+        _check_column(
+            f"calibration on {calibration.data}, `messages`", calibration.messages, columns
+        )
+
+
+def template_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """How rows become texts.
+
+    Raises:
+        CalibrationError: the template cannot be read, or the tokenizer has no chat template.
+    """
+    if calibration.task:
+        return Rendered()
+    return Messages(calibration, tokenizer) if calibration.messages else Text(calibration)
 
 
 def _are_messages(value: Any) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lewis_hub.errors import EmptyCalibrationError
-from lewis_hub.guides.template import Messages, Text
-from lewis_hub.recipe import Calibration
+from lewis_hub.guides.template import template_of
+from lewis_hub.recipe_calibration import Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +56,11 @@ class CalibrationTokens:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was drawn and kept, for the profile; `rows_digest` is over the row indices."""
-        indices = ",".join(map(str, self.rows))
+        """What was drawn and kept, for the profile: digests over row indices and token ids."""
+        texts = "\n".join(_joined(ids) for ids in self.ids)
         return {
-            "rows_digest": "sha256:" + hashlib.sha256(indices.encode()).hexdigest(),
+            "rows_digest": _digest(_joined(self.rows)),
+            "tokens_digest": _digest(texts),
             "n_texts": len(self.ids),
             "n_empty": self.n_empty,
             "n_tokens": self.n_tokens,
@@ -87,6 +88,14 @@ class Batch:
 
     input_ids: Tensor
     attention_mask: Tensor
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
@@ -134,7 +143,7 @@ def calibration_tokens(
         CalibrationError: the template does not fit the columns, a row or the tokenizer.
         EmptyCalibrationError: no text has a token.
     """
-    template = Messages(calibration, tokenizer) if calibration.messages else Text(calibration)
+    template = template_of(calibration, tokenizer)
     template.check(rows.columns)
     drawn = draw_rows(len(rows), calibration.samples, seed)
     texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
@@ -142,7 +151,7 @@ def calibration_tokens(
     ids = _token_ids(tokenizer, [text for _, text in kept], special=template.adds_special_tokens)
     sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
     if not sequences:
-        where = f"calibration on {calibration.dataset}, split {calibration.split}"
+        where = f"calibration on {calibration.data}, split {calibration.split}"
         found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
         remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
         raise EmptyCalibrationError(where, found, remedy)

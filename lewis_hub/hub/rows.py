@@ -68,6 +68,36 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     return Rows(source.pinned, tuple(table.column_names), table)
 
 
+@dataclass(frozen=True)
+class Described:
+    """What a dataset says of one configuration; empty where it says nothing."""
+
+    splits: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+def describe(api: HfApi, source: Source, config: str | None, split: str) -> Described:
+    """Splits and columns of a dataset by its card and the names of its files; no row is read.
+
+    Raises:
+        SourceError: no such configuration or split, or no data files.
+    """
+    import datasets
+
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    if _is_file(source):
+        _single_file(source, config, split)
+        return Described((ONLY_SPLIT,), ())
+    with _dataset_failures(api, source, config, split):
+        call = _named(source, config)
+        builder = persist(lambda: datasets.load_dataset_builder(**call, token=api.token))
+        splits = tuple(builder.info.splits or builder.config.data_files or ())
+        columns = tuple(builder.info.features or ())
+        if splits and re.split(r"\W", split)[0] not in splits:
+            raise ValueError(f"Unknown split {split!r}. Should be one of {list(splits)}.")
+    return Described(splits, columns)
+
+
 def _is_file(source: Source) -> bool:
     return source.folder is not None and source.folder.is_file()
 
@@ -86,17 +116,22 @@ def _single_file(source: Source, config: str | None, split: str) -> dict[str, An
 def _named(source: Source, config: str | None) -> dict[str, Any]:
     if source.folder:
         return {"path": str(source.folder.resolve()), "name": config}
-    from datasets.config import HF_DATASETS_CACHE
-
-    # Where a repo cannot be read, `datasets` takes whatever commit of it lies in its cache: so each
-    # commit has a cache of its own.
-    cache = Path(HF_DATASETS_CACHE) / "lewis-hub" / str(source.commit_sha)
     return {
         "path": source.name,
         "name": config,
         "revision": source.commit_sha,
-        "cache_dir": str(cache),
+        "cache_dir": commit_cache(source.commit_sha),
     }
+
+
+def commit_cache(commit_sha: str) -> str:
+    """A cache of its own for each commit.
+
+    Where a repo cannot be read, `datasets` takes whatever commit of it lies in its cache.
+    """
+    from datasets.config import HF_DATASETS_CACHE
+
+    return str(Path(HF_DATASETS_CACHE) / "lewis-hub" / commit_sha)
 
 
 @contextmanager

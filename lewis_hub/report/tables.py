@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.hub.source import Source
@@ -85,12 +86,18 @@ def calibration(facts: CardFacts) -> str | None:
                 markdown.code(short_name(expert.source)),
                 _dataset(facts, source) if source else markdown.text(told.get("dataset")),
                 markdown.code(split),
-                markdown.code(told.get("text") or told.get("messages")),
+                markdown.code(_template(told)),
                 *(_count(told.get(key)) for key in ("n_texts", "n_tokens", "n_truncated")),
             ]
         )
     header = ["expert", "dataset", "split", "template", "texts", "tokens", "texts cut"]
     return markdown.table(header, rows, right=range(4, 7))
+
+
+def _template(told: Mapping[str, Any]) -> str:
+    """How rows became texts."""
+    task = told.get("task")
+    return f"task {task}" if task else str(told.get("text") or told.get("messages"))
 
 
 def cost(costs: Sequence[StageCost]) -> str | None:

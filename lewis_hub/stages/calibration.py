@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +11,12 @@ from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
 from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, DensitySchedule, schedule
-from lewis_hub.guides.importance import ImportanceProfile, Role, calibration_facts
-from lewis_hub.guides.tokens import CalibrationTokens, calibration_tokens, load_tokenizer
-from lewis_hub.hub.rows import load_rows
+from lewis_hub.guides.importance import ImportanceProfile, Role
 from lewis_hub.hub.source import Source
-from lewis_hub.recipe import Calibration
-from lewis_hub.stages.downloading import small_files
+from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.overlap import refuse_overlap
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
@@ -27,11 +24,17 @@ Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
 @dataclass(frozen=True)
 class Guidance:
-    """What was measured, what the guide made of it, and what a user should know about it."""
+    """What was measured, what the guide made of it, and what a user should know about it.
 
-    profile: ImportanceProfile | None  # None: the guide measures nothing
+    Attributes:
+        profile: None where the guide measures nothing.
+        rows: of each expert, the rows that it was measured on; none where nothing is measured.
+    """
+
+    profile: ImportanceProfile | None
     schedule: DensitySchedule
     notes: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
 
 
 def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
@@ -41,35 +44,25 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
     A guide that measures nothing needs no set.
 
     Raises:
-        SourceError: a configuration or split is not there.
-        CalibrationError: the template does not fit, or no text is left.
+        SourceError, EvaluationError: a configuration or split is not there.
+        CalibrationError: the template does not fit, no text is left, or items are scored.
     """
     recipe, inputs = step.recipe, step.inputs
     if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
         return ()
-    tokenizer = load_tokenizer(str(small_files(step.api, inputs.donor)), inputs.donor.name)
-    drawn: dict[Calibration, CalibrationTokens] = {}
-    sets = []
-    for entry in merged_entries(recipe):
-        calibration = recipe.calibration_of(entry)
-        assert calibration  # a recipe without one does not read
-        dataset = inputs.datasets[calibration.dataset]
-        if calibration not in drawn:
-            rows = load_rows(step.api, dataset, calibration.config, calibration.split)
-            drawn[calibration] = calibration_tokens(rows, calibration, tokenizer, recipe.seed)
-            for note in drawn[calibration].notes:
-                step.progress.say(f"{calibration.dataset}: {note}.")
-        tokens = drawn[calibration]
-        facts = calibration_facts(
-            calibration,
-            dataset.pinned,
-            dataset.commit_sha,
-            recipe.seed,
-            _tokenizer_digest(inputs.donor),
-            registry.find(recipe.guide.name).measure,
-        )
-        sets.append(CalibrationSet(facts | tokens.facts, tokens))
-    return tuple(sets)
+    how = Drawing(
+        step.api,
+        inputs.donor,
+        recipe.seed,
+        registry.find(recipe.guide.name).measure,
+        step.execution.allow_code,
+    )
+    asked = [one for entry in merged_entries(recipe) if (one := recipe.calibration_of(entry))]
+    drawn = {
+        one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
+    }
+    refuse_overlap(step, {one: found.values for one, found in drawn.items()})
+    return tuple(drawn[one].tokens for one in asked)
 
 
 def guide(
@@ -106,7 +99,8 @@ def guide(
     )
     for note in decided.notes:
         step.progress.say(note)
-    return Guidance(profile, decided.schedule, decided.notes)
+    rows = tuple(one.tokens.rows for one in sets)
+    return Guidance(profile, decided.schedule, decided.notes, rows)
 
 
 def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
@@ -128,7 +122,7 @@ def _measure(
 ) -> ImportanceProfile:
     asked = step.recipe.guide
     assert asked
-    found = [profile for path in stores if (profile := _read(path))]
+    found = [profile for path in stores if (profile := known_profile(path))]
     known = ImportanceProfile(
         asked.name,
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
@@ -155,15 +149,9 @@ def _measure(
         )
 
 
-def _read(path: Path) -> ImportanceProfile | None:
+def known_profile(path: Path) -> ImportanceProfile | None:
+    """What an earlier run measured; None where there is nothing that can be read."""
     try:
         return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ProfileError):
         return None
-
-
-def _tokenizer_digest(source: Source) -> str:
-    """Over the tokenizer's files: what fixes token ids, wherever the files lie."""
-    files = [file for file in source.files if "token" in file.path or "vocab" in file.path]
-    told = "\n".join(f"{file.path} {file.digest}" for file in files)
-    return "sha256:" + hashlib.sha256(told.encode()).hexdigest()

@@ -18,6 +18,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
+from lewis_hub.stages.data_checking import data_problems
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
@@ -108,6 +109,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
+        problems += data_problems(recipe, inputs, api, allow_code=allow_code)
     if recipe.slices and found.is_read and not problems:
         try:
             output = outline(recipe, inputs, checkpoints, found.configs)

@@ -69,7 +69,7 @@ def card_facts(
         base=inputs.base,
         experts=inputs.experts,
         models=examined.facts,
-        datasets=tuple(inputs.datasets.values()),
+        datasets=inputs.calibration_data,
         parameters=merged.parameters,
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),

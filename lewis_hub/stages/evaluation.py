@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.compare import compare
+from lewis_hub.evaluate.data import Commits
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
@@ -24,6 +25,7 @@ from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.stages.downloading import download
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
+from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -48,12 +50,14 @@ class Run:
     Attributes:
         limit: only so many first items of each task.
         kept: folder with the results of models that were scored before.
+        commits: what the tasks' datasets are pinned to.
     """
 
     selected: TaskSelection
     limit: int | None
     settings: EvaluationSettings
     kept: Path
+    commits: Commits
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,8 @@ def score_merge(
     ]
     selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     settings = EvaluationSettings(device=step.execution.device)
-    run = Run(selected, asked.limit, settings, scratch / "scored")
+    commits = scored_commits(step.api, selected)
+    run = Run(selected, asked.limit, settings, scratch / "scored", commits)
     results = score([*named, *candidates], run, step.progress)
     return Scored(compare(results), results)
 
@@ -123,7 +128,7 @@ def score_one(
     candidate = Candidate(source.pinned, source.commit_sha, folder)
     settings = EvaluationSettings(device=execution.device)
     with TemporaryDirectory() as kept:
-        run = Run(selected, asked.limit, settings, Path(kept))
+        run = Run(selected, asked.limit, settings, Path(kept), scored_commits(api, selected))
         return compare(score([candidate], run, progress))
 
 
@@ -142,7 +147,7 @@ def score(
     """
     run.kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    benchmarks = load_tasks(run.selected, run.limit)
+    benchmarks = load_tasks(run.selected, run.limit, run.commits)
     files = {candidate.label: run.kept / _file_name(candidate, run) for candidate in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
@@ -157,11 +162,11 @@ def score(
 
 
 def _file_name(candidate: Candidate, run: Run) -> str:
-    """Changes with the model, the tasks, their own files, the settings and lm-eval."""
+    """Changes with the model, the tasks, their own files and data, the settings and lm-eval."""
     own = run.selected.include
     texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
     asked = [candidate.identity, run.selected.names, texts, run.limit, vars(run.settings)]
-    told = json.dumps([*asked, version("lm_eval")])
+    told = json.dumps([*asked, sorted(run.commits.values()), version("lm_eval")])
     digest = hashlib.sha256(told.encode()).hexdigest()
     return f"{digest[:32]}.json"
 

@@ -90,5 +90,5 @@ def _data(recipe: Recipe) -> Iterator[str]:
         yield recipe.evaluate.include
     for entry in recipe.experts:
         calibration = recipe.calibration_of(entry)
-        if calibration:
-            yield calibration.dataset
+        told = calibration and (calibration.dataset, calibration.include)
+        yield from filter(None, told or ())

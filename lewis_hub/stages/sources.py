@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.errors import SourceError
@@ -12,6 +13,8 @@ from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
+from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.stages.task_data import PinnedTask, pin_task
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,11 +28,26 @@ class Inputs:
         base: what task vectors start from; None for a method that takes none.
         experts: the sources that are merged, in the recipe's order.
         datasets: a calibration dataset as the recipe writes it -> what it is pinned to.
+        tasks: a calibration on a task -> the task, with the data that it reads.
     """
 
     base: Source | None
     experts: tuple[Source, ...]
     datasets: Mapping[str, Source]
+    tasks: Mapping[Calibration, PinnedTask] = field(default_factory=dict)
+
+    def data_of(self, calibration: Calibration) -> Source | PinnedTask:
+        """What a calibration draws from."""
+        return (
+            self.datasets[calibration.dataset] if calibration.dataset else self.tasks[calibration]
+        )
+
+    @property
+    def calibration_data(self) -> tuple[Source, ...]:
+        """Every dataset that calibration reads, each once."""
+        of_tasks = (source for task in self.tasks.values() for source in task.datasets)
+        every = (*self.datasets.values(), *of_tasks)
+        return tuple({source.pinned: source for source in every}.values())
 
     @property
     def models(self) -> tuple[Source, ...]:
@@ -87,8 +105,14 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         if base is None:
             _whole(expert)
     wanted = [recipe.calibration_of(entry) for entry in entries] if recipe.guide else []
-    names = dict.fromkeys(calibration.dataset for calibration in wanted if calibration)
-    return Inputs(base, experts, {name: _dataset(recipe, api, name) for name in names})
+    asked = dict.fromkeys(calibration for calibration in wanted if calibration)
+    names = dict.fromkeys(one.dataset for one in asked if one.dataset)
+    return Inputs(
+        base,
+        experts,
+        {name: _dataset(recipe, api, name) for name in names},
+        {one: pin_task(api, one, _include(recipe, one)) for one in asked if one.task},
+    )
 
 
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
@@ -146,9 +170,22 @@ def _model(recipe: Recipe, api: HfApi, reference: ModelReference, *, allow_pickl
     return with_converted(source, code=reference.name in recipe.allow_code)
 
 
+def _include(recipe: Recipe, calibration: Calibration) -> Path | None:
+    return Path(recipe.locate(calibration.include)) if calibration.include else None
+
+
 def _dataset(recipe: Recipe, api: HfApi, written: str) -> Source:
     located = recipe.locate(written)
     if located != written:
         return replace(resolve_dataset(api, located), name=written)
+    return named_dataset(api, written)
+
+
+def named_dataset(api: HfApi, written: str) -> Source:
+    """Pin a dataset that is written owner/name or owner/name@revision.
+
+    Raises:
+        SourceError: it cannot be found or may not be read.
+    """
     name, _, revision = written.partition("@")
     return resolve_dataset(api, name, revision or None)

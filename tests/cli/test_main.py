@@ -48,6 +48,7 @@ def test_the_command_starts_without_any_heavy_library():
     "command",
     [
         "check",
+        "compare",
         "demo",
         "evaluate",
         "guides",

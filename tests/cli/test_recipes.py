@@ -53,6 +53,42 @@ def test_init_gives_each_expert_its_own_calibration_when_there_is_one_for_each(t
     ]
 
 
+@pytest.mark.parametrize(
+    ("tasks", "of_guide", "of_experts"),
+    [
+        (["gsm8k"], ("gsm8k", "train"), []),
+        (["gsm8k", "arc_easy"], None, [("gsm8k", "train"), ("arc_easy", "train")]),
+        (["mmlu_anatomy"], ("mmlu_anatomy", "dev"), []),
+    ],
+)
+def test_init_calibrates_on_the_training_items_of_known_tasks(
+    tmp_path, tasks, of_guide, of_experts
+):
+    output = tmp_path / "recipe.yaml"
+    words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2", "-o", str(output)]
+
+    CliRunner().invoke(cli, words + [w for t in tasks for w in ("--task", t)])
+
+    recipe = read_recipe(output)
+    shared = recipe.guide.calibration
+    assert (shared and (shared.task, shared.split)) == of_guide
+    own = [entry.calibration for entry in recipe.models if entry.calibration]
+    assert [(one.task, one.split) for one in own] == of_experts
+    assert {one.samples for one in (*own, shared) if one} == {64}
+
+
+@pytest.mark.parametrize("task", ["no_such_task", "mbpp"])
+def test_init_writes_no_guide_where_a_task_has_nothing_to_calibrate_on(tmp_path, task):
+    output = tmp_path / "recipe.yaml"
+    words = ["init", "--base", "b", "--expert", "e", "--task", task, "-o", str(output)]
+
+    CliRunner().invoke(cli, words)
+
+    recipe = read_recipe(output)
+    assert recipe.guide is None
+    assert recipe.evaluate.tasks == (task,)
+
+
 def test_init_asks_for_what_is_missing(tmp_path):
     output = tmp_path / "recipe.yaml"
 

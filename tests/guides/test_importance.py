@@ -16,7 +16,7 @@ from lewis_hub.guides.importance import (
     module_importance,
     reusable,
 )
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 
 def test_importance_is_the_frobenius_norm_of_weight_times_activation():
@@ -36,7 +36,11 @@ def test_importance_of_bfloat16_weights_is_that_of_their_float32_values():
 
 
 FACTS = calibration_facts(
-    Calibration(dataset="me/data@v1", text="{q} {a}", samples=4), "me/data@abc", "abc", 42, "me/t@f"
+    Calibration(dataset="me/data@v1", text="{q} {a}", samples=4),
+    {"dataset": "me/data@abc", "dataset_sha": "abc"},
+    42,
+    "me/t@f",
+    "lewis",
 )
 FOUND = {"rows_digest": "sha256:0", "n_truncated": 1}
 BASE = SourceImportance("me/base@1", "1", "base", 7, {"l.0.q": 1.5}, FACTS | FOUND)
@@ -47,6 +51,7 @@ PROFILE = ImportanceProfile("lewis", {"samples": 4}, (BASE, EXPERT))
 def test_the_facts_hold_all_that_fixes_a_measurement():
     assert FACTS == {
         "measure": "lewis",
+        "measuring": 1,
         "dataset": "me/data@abc",
         "dataset_sha": "abc",
         "config": None,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lewis_hub.errors import CalibrationError
 from lewis_hub.guides.template import Messages, Text
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 COLUMNS = ("question", "answer", "Full Text", "a.b")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.tokens import batches, calibration_tokens, draw_rows, load_tokenizer
-from lewis_hub.recipe import Calibration
+from lewis_hub.recipe_calibration import Calibration
 
 from .conftest import tokens_of
 
@@ -74,9 +75,11 @@ def test_rows_without_text_count_for_nothing_and_are_reported(byte_tokenizer):
 
     tokens = calibration_tokens(table, asking(samples=9), byte_tokenizer, seed=0)
 
+    ids = ",".join(map(str, byte_tokenizer("abc")["input_ids"]))
     assert tokens.rows == (2,)
     assert tokens.facts == {
         "rows_digest": "sha256:d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+        "tokens_digest": "sha256:" + hashlib.sha256(ids.encode()).hexdigest(),
         "n_texts": 1,
         "n_empty": 2,
         "n_tokens": 4,

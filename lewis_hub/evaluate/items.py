@@ -1,0 +1,204 @@
+"""A task's items as texts: one split through the task's own prompt, with the right answer.
+
+What is rendered is what `evaluate` would send to the model, to the letter, followed by the answer:
+few-shot examples, delimiters and choices are those of lm-eval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.benchmarks import FEWSHOT_SEED, build, prepared, reset_fewshot, told_of
+from lewis_hub.evaluate.data import Commits
+from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+
+TEXT = "text"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A document of a task, and what is made of it."""
+
+    task: str
+    prompt: str  # without few-shot examples; empty where the answer is all
+    answer: str
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """One split of a task, or of all tasks of a group, one after the other.
+
+    Attributes:
+        parts: lm-eval's task object and its documents, of each task.
+    """
+
+    selection: TaskSelection
+    parts: tuple[tuple[Any, Any], ...]
+    columns: tuple[str, ...] = (TEXT,)
+
+    def __len__(self) -> int:
+        return sum(len(documents) for _, documents in self.parts)
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The items at `indices`, each with its prompt, few-shot examples and answer as text.
+
+        An item's few-shot examples depend on its index alone, and it is never among them. One
+        without a right answer, as in hidden test sets, is an empty text.
+        """
+        with prepared(self.selection, {}):
+            return [{TEXT: _text(*self._at(index), index)} for index in indices]
+
+    def items(self, indices: Sequence[int]) -> list[Item]:
+        """The same items, taken apart."""
+        with prepared(self.selection, {}):
+            return [_item(*self._at(index)) for index in indices]
+
+    def _at(self, index: int) -> tuple[Any, Any]:
+        ends = accumulate(len(documents) for _, documents in self.parts)
+        part, end = next((part, end) for part, end in enumerate(ends) if index < end)
+        task, documents = self.parts[part]
+        return task, documents[index - end + len(documents)]
+
+
+def load_rows(
+    selection: TaskSelection, split: str, commits: Commits, *, allow_scored: bool = False
+) -> TaskRows:
+    """Build a task and take one split of its data.
+
+    Args:
+        selection: one task or group.
+        split: of its data, as the dataset calls it.
+        commits: what datasets are pinned to.
+        allow_scored: whether the split that the task scores will do.
+
+    Raises:
+        EvaluationError: no such split, one that is scored, or a task that is no text.
+    """
+    located = locate_tasks(selection)
+    with prepared(selection, commits):
+        tasks, _ = build(located)
+        parts = []
+        for name, task in tasks.items():
+            _require_text(name, task)
+            with told_of(name):
+                reset_fewshot(task)
+                parts.append((task, _documents(name, task, split, allow_scored=allow_scored)))
+    return TaskRows(selection, tuple(parts))
+
+
+def scored_items(selection: TaskSelection, commits: Commits) -> Iterator[Item]:
+    """Every item of every split that the selected tasks score, whatever the limit.
+
+    Raises:
+        EvaluationError: a task cannot be built.
+    """
+    located = locate_tasks(selection)
+    with prepared(selection, commits):
+        tasks, _ = build(located)
+        for name, task in tasks.items():
+            with told_of(name):
+                yield from [_item(task, document) for document in task.eval_docs]
+
+
+def _require_text(name: str, task: Any) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    remedy = "Calibrate on another task, or on its `dataset` with a template."
+    if not isinstance(task, ConfigurableTask):
+        raise EvaluationError(name, "is a Python class, whose prompts cannot be told.", remedy)
+    if getattr(task, "MULTIMODAL", False):
+        raise EvaluationError(name, "asks about pictures or sound.", remedy)
+
+
+def _documents(name: str, task: Any, split: str, *, allow_scored: bool) -> Any:
+    config, fewshot = task.config, task.fewshot_cfg
+    scored = config.test_split or config.validation_split
+    others = [found for found in task.dataset if found != scored]
+    listed = ", ".join(f"`{found}`" for found in others)
+    has = f"It has: {listed}." if others else "It has no other split: name a `dataset` instead."
+    if split not in task.dataset:
+        raise EvaluationError(name, f"its data have no split `{split}`.", has)
+    if split == scored and not allow_scored:
+        problem = f"`{split}` is the split that it scores, and calibration must not see its items."
+        raise EvaluationError(name, problem, has)
+    declared = (config.training_split, config.validation_split, config.test_split)
+    process = fewshot.process_docs if split not in declared else config.process_docs
+    documents = task.dataset[split]
+    return documents if process is None else process(documents)
+
+
+class _Others:
+    """A few-shot sampler that never shows an item its own answer."""
+
+    def __init__(self, sampler: Any, document: Any) -> None:
+        self.sampler, self.document = sampler, document
+
+    def sample(self, n: int, eval_doc: Any = None) -> Any:  # noqa: ARG002 - lm-eval's signature
+        among = self.document in self.sampler.df
+        return self.sampler.sample(n=n, eval_doc=self.document if among else None)
+
+
+def _text(task: Any, document: Any, index: int) -> str:
+    """The request that scores the right answer, or whose answer is generated, and the answer."""
+    sampler = getattr(task, "sampler", None)
+    with told_of(task.task_name):
+        answer = _answer(task, document)
+        if not answer:
+            return ""
+        task.set_fewshot_seed(FEWSHOT_SEED + index)
+        task.sampler = _Others(sampler, document)
+        try:
+            context = task.fewshot_context(
+                document, task.config.num_fewshot, gen_prefix=task.doc_to_prefix(document)
+            )
+        finally:
+            task.sampler = sampler
+        requests = task.construct_requests(document, context, metadata=(task.task_name, index, 1))
+        if task.OUTPUT_TYPE == "generate_until":
+            return str(requests.args[0]) + _delimiter(task, document, answer) + answer
+        asked = requests[_gold(task, document)] if isinstance(requests, list) else requests
+        return "".join(str(argument) for argument in asked.args)
+
+
+def _item(task: Any, document: Any) -> Item:
+    from lm_eval.api.task import ConfigurableTask
+
+    if not isinstance(task, ConfigurableTask):  # a Python class, known by its documents alone
+        return Item(task.task_name, "", "", dict(document))
+    prompt = task.doc_to_text(document)
+    if isinstance(prompt, int):  # winogrande and its like: the answer is which text it is
+        prompt = task.doc_to_choice(document)[prompt]
+    return Item(task.task_name, str(prompt), _answer(task, document), dict(document))
+
+
+def _answer(task: Any, document: Any) -> str:
+    """The right answer; empty where there is none."""
+    target = task.doc_to_target(document)
+    if getattr(task, "multiple_input", 0) or task.OUTPUT_TYPE != "multiple_choice":
+        target = target[0] if isinstance(target, list) and target else target
+        return "" if target is None or target == [] else str(target)
+    choices, gold = task.doc_to_choice(document), _gold(task, document)
+    return str(choices[gold]) if 0 <= gold < len(choices) else ""
+
+
+def _gold(task: Any, document: Any) -> int:
+    """Which of the choices is right; -1 where that is not told."""
+    told = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    told = told[0] if isinstance(told, list) and told else told
+    if isinstance(told, str):
+        choices = task.doc_to_choice(document)
+        return choices.index(told) if told in choices else -1
+    return told if isinstance(told, int) else -1
+
+
+def _delimiter(task: Any, document: Any, answer: str) -> str:
+    """Between a prompt and its answer, as lm-eval puts it in few-shot examples."""
+    prefix = task.doc_to_prefix(document)
+    if not prefix:
+        return str(task.config.target_delimiter)
+    return "" if prefix[-1].isspace() or answer[0].isspace() else " "

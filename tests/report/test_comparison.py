@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lewis_hub.errors import ProfileError
+from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.report.comparison import Row, compare_profiles, draw_comparisons, spearman
+
+SHA = "a" * 40
+
+
+def measured(source, modules, role="expert"):
+    return SourceImportance(source, "1", role, 7, modules, {})
+
+
+def profile(*sources):
+    return ImportanceProfile("lewis", {}, sources)
+
+
+def test_modules_are_listed_by_how_much_they_changed():
+    before = measured(f"me/one@{SHA}", {"l.0.q": 2.0, "l.0.k": 4.0, "l.1.q": 1.0, "gone": 1.0})
+    after = measured("other/two", {"l.0.q": 3.0, "l.0.k": 4.0, "l.1.q": 0.25, "new": 5.0})
+
+    (one,) = compare_profiles(profile(before), profile(after))
+
+    assert one.by_change == (
+        Row("l.1.q", 1.0, 0.25, -0.75),
+        Row("l.0.q", 2.0, 3.0, 0.5),
+        Row("l.0.k", 4.0, 4.0, 0.0),
+    )
+    assert one.spearman == 1.0  # 1 < 2 < 4 and .25 < 3 < 4
+    assert one.sentences == (
+        f"A me/one@{SHA}, B other/two: 3 modules in both, Spearman's rank correlation 1.0000 "
+        "(n = 3)",
+        "1 modules in A alone, such as gone",
+        "1 modules in B alone, such as new",
+    )
+    assert one.to_json()["n"] == 3
+
+
+def test_a_module_that_starts_from_nothing_comes_first_and_has_no_change():
+    before, after = measured("a/a", {"x": 1.0, "y": 0.0}), measured("a/a", {"x": 9.0, "y": 1.0})
+
+    (one,) = compare_profiles(profile(before), profile(after))
+
+    assert one.by_change == (Row("y", 0.0, 1.0, None), Row("x", 1.0, 9.0, 8.0))
+
+
+def test_sources_are_paired_by_name_whatever_their_commits():
+    names = ("me/base", "me/base", "me/math")
+    before = profile(*(measured(f"{name}@{SHA}", {"x": n}) for n, name in enumerate(names, 1)))
+    after = profile(*(measured(name, {"x": n}) for n, name in enumerate((*names, "me/code"), 5)))
+
+    pairs = [(one.before, one.after, one.rows[0]) for one in compare_profiles(before, after)]
+
+    assert pairs == [
+        (f"me/base@{SHA}", "me/base", Row("x", 1, 5, 4.0)),
+        (f"me/base@{SHA}", "me/base", Row("x", 2, 6, 2.0)),
+        (f"me/math@{SHA}", "me/math", Row("x", 3, 7, 7 / 3 - 1)),
+    ]
+
+
+def test_profiles_without_a_source_in_common_are_refused():
+    two = profile(measured("me/one", {"x": 1.0}), measured("me/two", {"x": 1.0}))
+
+    with pytest.raises(ProfileError) as caught:
+        compare_profiles(two, profile(measured("me/three", {"x": 1.0})))
+
+    assert str(caught.value) == (
+        "compare: no source is in both: A holds me/one, me/two; B me/three.\n"
+        "Measure one model each: `lewis-hub importance MODEL --task TASK -o FOLDER`."
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=40))
+def test_rank_correlation_is_scipys_with_ties_and_without(pairs):
+    first, second = (list(map(float, side)) for side in zip(*pairs, strict=True))
+    ours = spearman(first, second)
+
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        assert ours is None
+    else:
+        assert ours == pytest.approx(scipy.stats.spearmanr(first, second).statistic, abs=1e-12)
+
+
+def test_rank_correlation_of_nothing_is_not_defined():
+    assert spearman([], []) is None
+    assert spearman([1.0], [2.0]) is None
+
+
+def test_a_comparison_is_drawn_light_and_dark(tmp_path):
+    modules = {f"model.layers.{i}.mlp.up_proj": 1.0 + i for i in range(4)}
+    twice = {module: 2 * value for module, value in modules.items()}
+    compared = compare_profiles(profile(measured("a/a", modules)), profile(measured("a/b", twice)))
+
+    names = draw_comparisons(compared, tmp_path / "plots")
+
+    assert names == ("change-b-light.png", "change-b-dark.png")
+    assert all((tmp_path / "plots" / name).read_bytes()[1:4] == b"PNG" for name in names)
+
+
+def test_compare_and_reading_a_profile_need_no_torch(tmp_path):
+    file = tmp_path / "importance.json"
+    file.write_text(profile(measured("a/a", {"model.layers.0.q": 1.0})).to_json())
+    code = (
+        "import sys\n"
+        "from lewis_hub.cli.main import cli\n"
+        f"cli(['compare', {str(file)!r}, {str(file)!r}, '-o', {str(tmp_path / 'out')!r}], "
+        "standalone_mode=False)\n"
+        "print({'torch', 'transformers', 'datasets', 'lm_eval', 'scipy'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "set()"

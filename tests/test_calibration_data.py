@@ -1,0 +1,280 @@
+"""Calibration on a task's own items, and never on those that are scored, over the embedded Hub."""
+
+import json
+from importlib import resources
+
+import jsonschema
+import pytest
+from huggingface_hub import CommitOperationAdd
+
+from lewis_hub import pipeline
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.errors import (
+    CalibrationError,
+    CheckFailedError,
+    EvaluationError,
+    LewisHubError,
+    OutputError,
+)
+from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.recipe import ModelReference
+from lewis_hub.recipe_file import parse_recipe, read_recipe
+from lewis_hub.stages.execution import Execution
+from lewis_hub.stages.task_data import pin_task, scored_commits
+
+TASKS = zoo_folder() / "tasks"
+TEMPLATE = 'text: "Question: {question}\\nAnswer: {answer}"'
+TASK = f"task: zoo_reverse, include: {TASKS}"
+EVALUATE = f"evaluate: {{tasks: [zoo_reverse, zoo_cipher], include: {TASKS}}}\n"
+
+
+def recipe(calibration, more=""):
+    text = (
+        f"base_model: {zoo_folder() / 'base'}\nmerge_method: ties\ndtype: bfloat16\n"
+        f"models: [{{model: {zoo_folder() / 'expert-reverse'}}}]\n"
+        f"guide: {{calibration: {{{calibration}, samples: 12}}}}\n"
+    )
+    return parse_recipe(text + more, "recipe.yaml")
+
+
+@pytest.fixture
+def seeded(hub, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    return hub
+
+
+def measured(asked, folder):
+    (base, *_) = pipeline.calibrate(asked, folder).profile.sources
+    return base
+
+
+def rows_of(split):
+    text = (zoo_folder() / "data" / "reverse" / f"{split}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def told(asked, folder):
+    with pytest.raises(LewisHubError) as caught:
+        pipeline.calibrate(asked, folder)
+    return caught.type, str(caught.value)
+
+
+def test_a_tasks_own_items_give_the_tokens_of_its_prompt_written_out(seeded, tmp_path):
+    by_task = measured(recipe(TASK), tmp_path / "task")
+    by_hand = measured(recipe(f"dataset: zoo/reverse, {TEMPLATE}"), tmp_path / "dataset")
+
+    assert by_task.calibration["tokens_digest"] == by_hand.calibration["tokens_digest"]
+    assert by_task.modules == by_hand.modules
+    commit = seeded.api().dataset_info("zoo/reverse").sha
+    assert by_task.calibration["dataset"] == f"zoo/reverse@{commit}"
+    assert by_task.calibration["task"] == "zoo_reverse"
+    assert (by_task.n_tokens, by_task.calibration["n_truncated"]) == (by_hand.n_tokens, 0)
+
+
+def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
+    pipeline.calibrate(recipe(TASK), tmp_path / "task")
+    pipeline.calibrate(recipe(f"dataset: zoo/reverse, {TEMPLATE}"), tmp_path / "dataset")
+
+    file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
+    validator = jsonschema.Draft202012Validator(json.loads(file.read_text("utf-8")))
+    validator.check_schema(validator.schema)
+    for name in ("task", "dataset"):
+        document = json.loads((tmp_path / name / "importance.json").read_text())
+        assert list(validator.iter_errors(document)) == []
+        del document["sources"][0]["calibration"]["dataset_sha"]
+        (error,) = validator.iter_errors(document)
+        assert error.message == "'dataset_sha' is a required property"
+
+
+def test_another_prompt_is_measured_anew_and_the_same_one_is_not(seeded, tmp_path, said_titles):
+    for name in ("zoo_reverse.yaml", "zoo_cipher.yaml"):
+        (tmp_path / name).write_text((TASKS / name).read_text())
+    asked = recipe(f"task: zoo_reverse, include: {tmp_path}")
+    first = measured(asked, tmp_path / "out").calibration
+    again = measured(asked, tmp_path / "out").calibration
+    changed = (TASKS / "zoo_reverse.yaml").read_text().replace("Question:", "Q:")
+    (tmp_path / "zoo_reverse.yaml").write_text(changed)
+    other = measured(asked, tmp_path / "out").calibration
+
+    assert again == first
+    assert other["task_digest"] != first["task_digest"]
+    assert other["tokens_digest"] != first["tokens_digest"]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, 'text: "{answer}, so {question}"'])
+def test_calibration_on_scored_items_is_refused_with_their_number(seeded, tmp_path, template):
+    asked = recipe(f"dataset: zoo/reverse, split: test, {template}", EVALUATE)
+
+    assert told(asked, tmp_path) == (
+        CalibrationError,
+        "calibration on zoo/reverse, split test: of 12 texts, `evaluate` scores 12 of zoo_reverse."
+        "\nA score on what a merge was fitted to says nothing: name another split, or another "
+        "`seed`.\n`allow_overlap: true` in this calibration carries on all the same.",
+    )
+
+
+def test_a_few_scored_items_among_others_are_found_in_a_copy_of_the_data(seeded, tmp_path):
+    rows = [*rows_of("test")[:2], *rows_of("train")[:10]]
+    copy = [
+        {"source": n, "full": f"Question:  {row['question']} Answer: {row['answer']}"}
+        for n, row in enumerate(rows)
+    ]
+    (tmp_path / "copy.jsonl").write_text("\n".join(map(json.dumps, copy)))
+
+    kind, message = told(recipe(f"dataset: {tmp_path}/copy.jsonl, text: '{{full}}'", EVALUATE),
+                        tmp_path / "out")  # fmt: skip
+
+    assert kind is CalibrationError
+    assert "of 12 texts, `evaluate` scores 2 of zoo_reverse." in message
+
+
+def test_an_overlap_may_be_allowed_and_the_train_split_has_none(seeded, tmp_path):
+    allowed = recipe(f"{TASK}, split: test, allow_overlap: true", EVALUATE)
+    clean = recipe(TASK, EVALUATE)
+
+    assert measured(allowed, tmp_path / "one").calibration["split"] == "test"
+    assert measured(clean, tmp_path / "two").calibration["split"] == "train"
+
+
+def test_each_expert_may_have_a_task_or_a_dataset_of_its_own(seeded, tmp_path):
+    asked = parse_recipe(
+        "base_model: zoo/base\nmerge_method: ties\nmodels:\n"
+        f"- {{model: zoo/expert-reverse, calibration: {{{TASK}, samples: 6}}}}\n"
+        "- model: zoo/expert-cipher\n"
+        f"  calibration: {{dataset: zoo/cipher, {TEMPLATE}, samples: 5, max_tokens: 9}}\n"
+        "guide: {name: lewis}\n" + EVALUATE,
+        "recipe.yaml",
+    )
+
+    sources = pipeline.calibrate(asked, tmp_path).profile.sources
+
+    found = [
+        (s.source.partition("@")[0], s.calibration["dataset"].partition("@")[0]) for s in sources
+    ]
+    assert found == [
+        ("zoo/base", "zoo/reverse"),
+        ("zoo/base", "zoo/cipher"),
+        ("zoo/expert-reverse", "zoo/reverse"),
+        ("zoo/expert-cipher", "zoo/cipher"),
+    ]
+    told = [(s.calibration["n_texts"], s.calibration["n_truncated"]) for s in sources[2:]]
+    assert told == [(6, 0), (5, 5)]
+    assert sources[3].n_tokens == 5 * 9
+
+
+def test_a_task_at_an_earlier_revision_of_its_data_is_drawn_from_that(seeded, tmp_path):
+    api = seeded.api()
+    before = api.dataset_info("zoo/reverse").sha
+    first = measured(recipe(TASK), tmp_path / "one").calibration
+    _overwrite(api, "train.jsonl")
+
+    asked = recipe(f"{TASK}, revision: {before}")
+
+    assert measured(asked, tmp_path / "two").calibration == first
+    newest = measured(recipe(TASK), tmp_path / "three").calibration
+    assert newest["tokens_digest"] != first["tokens_digest"]
+
+
+def test_scored_data_stay_at_the_commit_that_they_were_pinned_to(seeded):
+    api = seeded.api()
+    selected = TaskSelection(("zoo_reverse",), TASKS)
+    commits = scored_commits(api, selected)
+    _overwrite(api, "test.jsonl")
+
+    pinned = load_tasks(selected, 1, commits).tasks["zoo_reverse"]
+    newest = load_tasks(selected, 1, scored_commits(api, selected)).tasks["zoo_reverse"]
+
+    assert pinned.eval_docs[0] == rows_of("test")[0]
+    assert newest.eval_docs[0] == {"question": "reverse AB", "answer": "BA"}
+
+
+def _overwrite(api, path):
+    row = json.dumps({"question": "reverse AB", "answer": "BA"}) + "\n"
+    change = [CommitOperationAdd(path, row.encode())]
+    api.create_commit("zoo/reverse", change, repo_type="dataset", commit_message="Other rows")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (f"dataset: zoo/reverse, split: trian, {TEMPLATE}", "it has no split `trian`.\nIt has: "),
+        (f"dataset: zoo/reverse, config: hard, {TEMPLATE}", "it has no configuration `hard`."),
+        (
+            "dataset: zoo/reverse, text: '{Question} {answer}'",
+            "there is no column `Question`.\nColumns: `question`, `answer`. Did you mean",
+        ),
+        ("dataset: zoo/reverse, messages: chat", "`messages`: there is no column `chat`."),
+        ("dataset: zoo/reverse, text: '{question'", "is not a template"),
+        (f"{TASK}, split: test", "`test` is the split that it scores"),
+    ],
+)
+def test_check_tells_what_is_wrong_with_calibration_data(seeded, calibration, message):
+    (problem,) = pipeline.check(recipe(calibration)).problems
+
+    assert message in problem
+
+
+def test_a_task_without_the_split_names_those_that_there_are(seeded, tmp_path):
+    kind, message = told(recipe(f"{TASK}, split: dev"), tmp_path)
+
+    assert kind is EvaluationError
+    assert message == "zoo_reverse: its data have no split `dev`.\nIt has: `train`."
+
+
+def test_a_task_that_runs_code_needs_leave_to_calibrate_on_it(seeded, tmp_path):
+    unsafe = (TASKS / "zoo_reverse.yaml").read_text() + "unsafe_code: true\n"
+    (tmp_path / "unsafe.yaml").write_text(unsafe)
+
+    kind, message = told(recipe(f"task: zoo_reverse, include: {tmp_path}"), tmp_path / "out")
+
+    assert kind is CheckFailedError
+    assert "zoo_reverse: runs code that the model writes." in message
+
+
+def test_data_made_by_python_cannot_be_pinned(seeded, tmp_path):
+    made = (TASKS / "zoo_reverse.yaml").read_text() + "custom_dataset: !function own.make\n"
+    (tmp_path / "made.yaml").write_text(made)
+
+    kind, message = told(recipe(f"task: zoo_reverse, include: {tmp_path}"), tmp_path / "out")
+
+    assert kind is EvaluationError
+    assert message.startswith("zoo_reverse: makes its items by Python")
+
+
+def test_local_data_files_of_a_task_are_pinned_by_their_content(seeded, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((zoo_folder() / "data/reverse/train.jsonl").read_text())
+    local = (TASKS / "zoo_reverse.yaml").read_text().replace(
+        "dataset_path: zoo/reverse",
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}",
+    )  # fmt: skip
+    (tmp_path / "local.yaml").write_text(local)
+    calibration = recipe(f"task: zoo_reverse, include: {tmp_path}").guide.calibration
+
+    before = pin_task(seeded.api(), calibration, tmp_path)
+    rows.write_text('{"question": "reverse AB", "answer": "BA"}\n')
+    after = pin_task(seeded.api(), calibration, tmp_path)
+
+    assert before.digest == after.digest
+    assert before.facts["dataset_sha"] != after.facts["dataset_sha"]
+    assert before.facts["dataset"] == after.facts["dataset"] == str(rows)
+
+
+def test_a_merge_on_a_task_is_verified_by_making_it_again(seeded, tmp_path):
+    merged = pipeline.merge_models(recipe(TASK), tmp_path / "merged").output
+    commit = seeded.api().dataset_info("zoo/reverse").sha
+
+    again = read_recipe(merged / "lewis" / "recipe.yaml").guide.calibration
+    assert (again.task, again.include, again.revision) == ("zoo_reverse", "tasks", commit)
+    assert (merged / "lewis/tasks/zoo_reverse.yaml").read_text() == (
+        TASKS / "zoo_reverse.yaml"
+    ).read_text()
+    card = (merged / "README.md").read_text()
+    assert "zoo_reverse" in card
+    _overwrite(seeded.api(), "train.jsonl")
+    model, allowed = ModelReference(name=str(merged)), Execution(allow_code=True)
+    assert pipeline.verify(model, allowed, rebuild=True).problems == ()
+    with pytest.raises(OutputError, match="task files that came with it, and those are code"):
+        pipeline.verify(model, rebuild=True)
