@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lewis_hub.hub.facts import ModelFacts
+from lewis_hub.hub.facts import Licence, stated_licence
 from lewis_hub.report import markdown, tables
 from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.metadata import languages
@@ -60,35 +60,34 @@ def intended(facts: CardFacts) -> Iterator[str]:
 
 def licence(facts: CardFacts) -> str:
     """What each parent says, what follows from it, and who decided."""
-    parents = [(tables.model(facts, one), facts.models[one.pinned]) for one in facts.sources]
-    said = list(dict.fromkeys(_stated(told) for _, told in parents))
-    if len(said) > 1:
-        reasons = "; ".join(f"{name} {_says(told)}" for name, told in parents)
+    parents = [(one, stated_licence(facts.models[one.pinned])) for one in facts.sources]
+    stated = list(dict.fromkeys(said for _, said in parents))
+    if len(stated) > 1:
+        reasons = "; ".join(f"{tables.model(facts, one)} {_says(said)}" for one, said in parents)
         reason = f"The parents do not agree: {reasons}."
-    elif said[0]:
-        reason = f"The cards of all its parents say {markdown.text(said[0])}."
+    elif stated[0]:
+        reason = f"The cards of all its parents say {_named(stated[0])}."
     else:
         reason = "None of the parents' cards states a licence."
     if facts.licence is None:
-        follows = "No licence is stated here. Ask their owners before you use or share it."
-        return f"{reason} {follows}"
-    name = markdown.link(markdown.text(facts.licence), facts.licence.link)
+        return f"{reason} No licence is stated here. Ask their owners before you use or share it."
+    name = _named(facts.licence)
     if not facts.licence_chosen:
         return f"{reason} So this model is under the same: {name}."
-    if said == [str(facts.licence)]:
+    if stated == [facts.licence]:
         return f"{reason} Its publisher states the same for this model: {name}."
     judged = f"{reason} Its publisher states {name} for this model, which is their own judgement"
-    return f"{judged}: without it lewis-hub refuses to publish." if len(said) > 1 else f"{judged}."
+    return (
+        f"{judged}: without it lewis-hub refuses to publish." if len(stated) > 1 else f"{judged}."
+    )
 
 
-def _stated(told: ModelFacts) -> str | None:
-    named = f" ({told.license_name})" if told.license_name else ""
-    return f"{told.licence}{named}" if told.licence else None
+def _says(stated: Licence | None) -> str:
+    return f"says {_named(stated)}" if stated else "says nothing"
 
 
-def _says(told: ModelFacts) -> str:
-    stated = _stated(told)
-    return f"says {markdown.text(stated)}" if stated else "says nothing"
+def _named(stated: Licence) -> str:
+    return markdown.link(markdown.text(stated), stated.link)
 
 
 def _count(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from math import isfinite
 
 from lewis_hub.evaluate.results import ModelResult
-from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.scores import MetricScore, Scores
 from lewis_hub.report import markdown, tables
 from lewis_hub.report.explorer import Document, explored
 from lewis_hub.report.facts import CardFacts
@@ -91,17 +91,19 @@ def _score_charts(scores: Scores) -> Iterator[Chart]:
             found = {label: m[key] for label, m in task.models.items() if key in m}
             known = {label: one for label, one in found.items() if isfinite(one.value)}
             top = max([1.0, *(abs(one.value) for one in known.values())])
-            bars = []
-            for label, one in known.items():
-                spread = INTERVAL * (one.stderr or 0.0)
-                ends = (_share(one.value - spread, top), _share(one.value + spread, top))
-                low, high = ends if one.stderr else (None, None)
-                told = number(one.value) + (f" ± {number(one.stderr)}" if one.stderr else "")
-                shown = markdown.visible(model_name(label))
-                share = _share(one.value, top)
-                bars.append(Bar(shown, told, share, low, high, strong=label == MERGED))
+            bars = [_score_bar(label, one, top) for label, one in known.items()]
             title = f"{name} ({metric_name(key)}), {task.n:,} items"
             yield Chart(markdown.visible(title), tuple(bars))
+
+
+def _score_bar(label: str, score: MetricScore, top: float) -> Bar:
+    shown, share = markdown.visible(model_name(label)), _share(score.value, top)
+    strong = label == MERGED
+    if not score.stderr:
+        return Bar(shown, number(score.value), share, strong=strong)
+    spread = INTERVAL * score.stderr
+    low, high = (_share(end, top) for end in (score.value - spread, score.value + spread))
+    return Bar(shown, f"{number(score.value)} ± {number(score.stderr)}", share, low, high, strong)
 
 
 def _cost_charts(facts: CardFacts) -> Iterator[Chart]:

@@ -6,7 +6,7 @@ const tip = document.getElementById("tip");
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
 
 function make(tag, attributes = {}, ...children) {
-  const drawn = ["svg", "rect", "text", "linearGradient", "stop", "defs"].includes(tag);
+  const drawn = ["svg", "rect", "text"].includes(tag);
   const element = drawn ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);

@@ -343,6 +343,17 @@ def test_the_licence_is_reasoned_from_the_parents(make_facts, stated, licence, c
     assert f"\n{reasoning}\n" in section(model_card(facts), "Made from")
 
 
+def test_parents_that_mean_other_texts_by_one_name_do_not_agree(make_facts):
+    facts = stating(make_facts(licence=None), "other", "other", "other")
+    (base, told), *others = facts.models.items()
+    linked = replace(told, license_link="https://x.org/licence")
+
+    part = section(model_card(replace(facts, models={base: linked, **dict(others)})), "Made from")
+
+    assert "The parents do not agree: [`zoo/base`]" in part
+    assert "says [other](<https://x.org/licence>); " in part
+
+
 def test_what_the_model_is_stands_in_a_list(make_facts):
     config = {"text_config": {"num_hidden_layers": 6, "max_position_embeddings": 2048}}
     facts = make_facts(
