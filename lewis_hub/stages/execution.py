@@ -20,7 +20,7 @@ from lewis_hub.stages.sources import Inputs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
+SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
 
 
@@ -53,6 +53,11 @@ class Execution:
     def workers(self) -> Runner | Ray:
         """The runner by its name."""
         return parse_runner(self.runner, self.ray_address)
+
+    @property
+    def merge_device(self) -> str | None:
+        """Where the weights are merged by the methods' definitions; None: by kernels."""
+        return self.device if self.device.startswith("cuda") else None
 
     def require_usable(self) -> None:
         """Refuse what this machine does not have, before any work.

@@ -41,8 +41,6 @@ from lewis_hub.stages.slicing import pinned_slices
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 from lewis_hub.stages.task_data import PinnedTask
 
-DOCUMENTS = ("importance.json", "density.json")
-
 
 def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """The recipe as plain data, defaults spelt out and every revision pinned.
@@ -122,10 +120,15 @@ def lock(
 
 def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
     """Write profile, schedule and their plots into a folder; returns the plots."""
-    if guidance.profile:
-        write_whole(folder / "importance.json", guidance.profile.to_json())
-    write_whole(folder / "density.json", guidance.schedule.to_json())
+    for name, text in _documents(guidance).items():
+        write_whole(folder / name, text)
     return draw(guidance.profile, guidance.schedule, folder)
+
+
+def _documents(guidance: Guidance) -> dict[str, str]:
+    """The profile, of a guide that measures anything, and the schedule."""
+    measured = {"importance.json": guidance.profile.to_json()} if guidance.profile else {}
+    return measured | {"density.json": guidance.schedule.to_json()}
 
 
 def write(
@@ -155,15 +158,16 @@ def write(
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
         write_whole(folder / name, text)
-    names = [*texts, *(DOCUMENTS if guidance else ())]
+    names = [*texts, *(_documents(guidance) if guidance else ())]
     names += [file for plot in plots for file in plot.files]
     names += carry_tasks(step.recipe, own)
-    written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
-    outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
+    written = [*merged.sidecars, *(f"lewis/{name}" for name in names)]
+    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
+    outputs |= {name: _output(folder / name) for name in written}
     told = _mergekit(step, guidance)
     if told:
         write_whole(folder / MERGEKIT, told)
-        outputs[MERGEKIT] = _output(folder / MERGEKIT, None)
+        outputs[MERGEKIT] = _output(folder / MERGEKIT)
     rows = guidance.rows if guidance else ()
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
     write_whole(folder / LOCK, locked.to_json())
@@ -198,9 +202,8 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
     return mergekit_config(merge)
 
 
-def _output(path: Path, sha256: str | None) -> OutputFile:
-    known = sha256 or sha256_of(path)
-    return OutputFile(known, path.stat().st_size)
+def _output(path: Path) -> OutputFile:
+    return OutputFile(sha256_of(path), path.stat().st_size)
 
 
 def _yaml(document: Mapping[str, Any]) -> str:
