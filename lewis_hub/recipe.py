@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe_benchmark import Benchmark
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
@@ -174,6 +175,9 @@ class Evaluation(Part):
         ("base", "experts", "uniform"), description="Scored on the same items as the merge."
     )
     gate: Gates | None = Field(None, description="One or several; missed: not published.")
+    benchmarks: Mapping[str, Benchmark] | None = Field(
+        None, min_length=1, description="Task -> the Hub's benchmark whose leaderboard is told."
+    )
 
 
 class Publishing(Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.recipe import Evaluation, ModelReference, Recipe, Slice
+from lewis_hub.recipe import REPO, Evaluation, ModelReference, Recipe, Slice
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
@@ -28,6 +28,7 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield from _guide_contradictions(recipe)
     if recipe.evaluate:
         yield from _gate_contradictions(recipe, recipe.evaluate)
+        yield from _benchmark_contradictions(recipe.evaluate)
     yield from _statistical_contradictions(recipe)
     yield from _bad_numbers(recipe)
 
@@ -192,6 +193,20 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             remedy = "Add `calibration` to this model, or to the recipe for all that have none: "
             remedy += "some of the expert's own training texts, in the benchmark's prompt format."
             yield ("models",), problem, remedy
+
+
+def _benchmark_contradictions(asked: Evaluation) -> Iterator[Complaint]:
+    for task, benchmark in (asked.benchmarks or {}).items():
+        where: Place = ("evaluate", "benchmarks", task)
+        if task not in asked.tasks:
+            problem = f"`{task}` is none of `evaluate.tasks`."
+            yield where, problem, f"Write one of {', '.join(asked.tasks)}, or add it."
+        if asked.limit is not None:
+            problem = "with `limit` only a part of the items is scored: no result of a benchmark."
+            yield where, problem, "Remove `limit`, or `benchmarks`."
+        if not REPO.fullmatch(benchmark.dataset):
+            problem = f"{benchmark.dataset!r} is not owner/name (letters, digits, `-`, `_`, `.`)."
+            yield (*where, "dataset"), problem, "Name the benchmark's dataset on the Hub."
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:

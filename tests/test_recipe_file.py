@@ -138,6 +138,26 @@ BROKEN = {
         "r.yaml:6: `evaluate.gate.metrik`: unknown key `metrik`.\nDid you mean `metric`?\n"
         "r.yaml:6: `evaluate.gate.metric`: `metric` is missing."
     ),
+    GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
+    "    a: {dataset: gsm8k, task_id: x, metric: m}\n": (
+        "r.yaml:9: `evaluate.benchmarks.a.dataset`: 'gsm8k' is not owner/name (letters, digits, "
+        "`-`, `_`, `.`).\nName the benchmark's dataset on the Hub."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
+    "    b: {dataset: o/b, task_id: x, metric: m}\n": (
+        "r.yaml:9: `evaluate.benchmarks.b`: `b` is none of `evaluate.tasks`.\n"
+        "Write one of a, or add it."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  limit: 5\n  benchmarks:\n"
+    "    a: {dataset: o/b, task_id: x, metric: m}\n": (
+        "r.yaml:10: `evaluate.benchmarks.a`: with `limit` only a part of the items is scored: no "
+        "result of a benchmark.\nRemove `limit`, or `benchmarks`."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
+    "    a: {dataset: o/b, task_id: x, metric: m, scale: 0}\n": (
+        "r.yaml:9: `evaluate.benchmarks.a.scale`: expected greater than 0, found 0.\n"
+        "`lewis-hub schema` describes every field."
+    ),
     GOOD.replace("a/c@main", "a/c+d/e"): (
         "r.yaml:3: `models[0].model`: an adapter is put on `a/c`, and the base is `a/b`.\n"
         "It is merged as a task vector of `base_model`: name its base there, or merge it into its "

@@ -72,7 +72,7 @@ def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_p
     assert (found[Q] - mean[Q]).norm() > 0.05 * (mean[Q] - base[Q]).norm()
     assert not (tmp_path / "out" / ".scratch").exists()
     assert sorted(path.name for path in (tmp_path / "out" / "lewis").iterdir()) == [
-        *("cost.json", "lock.json", "provenance.json", "recipe.yaml"),
+        *("cost.json", "lock.json", "provenance.json", "recipe.yaml", "report.html"),
     ]
     assert not (tmp_path / "out" / "mergekit_config.yml").exists()
     lock = json.loads((tmp_path / "out" / "lewis" / "lock.json").read_text())

@@ -121,6 +121,24 @@ def test_missing_shortened_and_added_files_are_named(merged):
     ]
 
 
+def test_what_only_tells_of_a_merge_may_be_changed_and_added(hub, merged, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    for name in ("README.md", "lewis/report.html", "lewis/cost.json"):
+        (merged / name).write_text("---\nlicense: mit\n---\nchanged")
+    (merged / ".eval_results").mkdir()
+    (merged / ".eval_results" / "gsm8k.yaml").write_text("[]")
+    assert verify(merged)[1]["problems"] == []
+    api, repo = hub.api(), f"{hub.user}/merge"
+    api.create_repo(repo)
+    api.upload_folder(repo_id=repo, folder_path=merged)
+
+    verdict = lewis_hub.verify(ModelReference(name=repo))
+
+    assert "lewis/report.html" not in verdict.lock.outputs
+    assert api.file_exists(repo, ".eval_results/gsm8k.yaml")
+    assert verdict.problems == ()
+
+
 def test_the_card_is_its_owner_s_to_change_and_pictures_may_be_added(merged):
     (merged / "README.md").write_text("# Mine\n")
     (merged / "images").mkdir()

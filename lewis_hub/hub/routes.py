@@ -90,6 +90,7 @@ def application(hub: Hub) -> ASGIApp:
     routes: list[BaseRoute] = [
         Route("/", answering(hub, pages.front), methods=["GET"]),
         Route("/style.css", answering(hub, pages.style), methods=["GET"]),
+        Route("/icon.svg", answering(hub, pages.icon), methods=["GET"]),
         Route("/lfs/{oid}/{filename}", lfs.stored, methods=["GET"]),
         Route("/lfs-upload/{oid}", lfs.put, methods=["PUT"]),
         Route("/lfs-upload/{oid}", lfs.complete, methods=["POST"]),

@@ -188,6 +188,18 @@ OWL = Paper(
   archivePrefix = {arXiv}
 }""",
 )
+HARNESS = """@misc{eval-harness,
+  title = {The Language Model Evaluation Harness},
+  author = {Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and Black, Sid and
+            DiPofi, Anthony and Foster, Charles and Golding, Laurence and Hsu, Jeffrey and
+            Le Noac'h, Alain and Li, Haonan and McDonell, Kyle and Muennighoff, Niklas and
+            Ociepa, Chris and Phang, Jason and Reynolds, Laria and Schoelkopf, Hailey and
+            Skowron, Aviya and Sutawika, Lintang and Tang, Eric and Thite, Anish and Wang, Ben and
+            Wang, Kevin and Zou, Andy},
+  year = {2024},
+  publisher = {Zenodo},
+  doi = {10.5281/zenodo.12608602}
+}"""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe import Slice, SliceSource
 from lewis_hub.recipe_settings import Conditional, Setting, Settings
 
+FILE = "mergekit_config.yml"
 METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
     | {"della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp"}

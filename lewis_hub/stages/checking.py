@@ -239,6 +239,8 @@ def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
         check_tasks(selected)
         for gate in asked.gate or ():
             require_metric(selected, gate.task, gate.metric)
+        for task, benchmark in (asked.benchmarks or {}).items():
+            require_metric(selected, task, benchmark.metric)
     except EvaluationError as error:
         return [str(error)]
     return []

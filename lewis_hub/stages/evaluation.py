@@ -61,11 +61,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Scored:
-    """A merge beside its rivals, what it did item by item, and what the gate says of that."""
+    """A merge beside its rivals, what all did item by item, and what the gate says of that."""
 
     scores: Scores
-    items: ModelResult
+    results: Mapping[str, ModelResult]  # by label
     gate: GateVerdict | None = None
+
+    @property
+    def items(self) -> ModelResult:
+        """What the merge itself did."""
+        return self.results["merged"]
 
 
 def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
@@ -151,7 +156,7 @@ def score_merge(
     commits = scored_commits(step.api, selected)
     run = Run(selected, asked.limit, settings, scratch / "scored", commits)
     results = score([*named, *candidates], run, step.progress)
-    return Scored(compare(results), results["merged"])
+    return Scored(compare(results), results)
 
 
 def score(

@@ -1,4 +1,4 @@
-"""Report: plots, card, lock and costs of a finished merge."""
+"""Report: plots, lock and costs of a finished merge, and what tells of them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ from typing import Any, Literal
 
 import yaml
 
-from lewis_hub.errors import PublishError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides import registry as guides
-from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_calibration import Calibration
-from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.cost import Costs
-from lewis_hub.report.facts import CardFacts, Guided
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import (
     Lock,
@@ -31,16 +27,18 @@ from lewis_hub.report.lock import (
     OutputFile,
     can_change_the_result,
 )
+from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.report.provenance import FILE as PROVENANCE
 from lewis_hub.report.provenance import Run, provenance
+from lewis_hub.stages import describing
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.carrying import carry_tasks, pin_calibration, task_folders
 from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Step, software
 from lewis_hub.stages.merging import MergedModel
-from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
+from lewis_hub.stages.slicing import pinned_slices
 from lewis_hub.stages.sources import (
     Inputs,
     by_reference,
@@ -51,8 +49,6 @@ from lewis_hub.stages.sources import (
 )
 from lewis_hub.stages.statistics import Gathered
 from lewis_hub.stages.task_data import PinnedTask
-
-MERGEKIT = "mergekit_config.yml"
 
 
 def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -185,13 +181,13 @@ def write(
     write_whole(folder / LOCK, locked.to_json())
     run = Run(costs.began, datetime.now(UTC))
     write_whole(folder / PROVENANCE, provenance(locked, run))
-    guided = _guided(step, guidance, plots)
-    facts = _facts(step, merged, guided, scored, costs, locked)
-    card = model_card(replace(facts, measured=gathered.measured, notes=gathered.notes))
-    write_whole(folder / "README.md", str(card))
+    guided = describing.guided(step, guidance, plots)
+    facts = describing.card_facts(step, merged, guided, scored, costs, locked)
+    facts = replace(facts, measured=gathered.measured, notes=gathered.notes)
+    described = describing.describe(step, folder, facts, scored)
     # what a run cost, when it ran and what its result was held against is no part of what was
     # merged: equal merges have equal locks
-    return (*outputs, *beside, LOCK, PROVENANCE, "README.md")
+    return (*outputs, *beside, LOCK, PROVENANCE, *described)
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -213,65 +209,6 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
         tokenizer={key: told[key] for key in ("tokenizer_source", "tokenizer") if key in told},
     )
     return mergekit_config(merge)
-
-
-def _guided(step: Step, guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
-    if guidance is None or step.recipe.guide is None:
-        return None
-    name = step.recipe.guide.name
-    return Guided(name, guidance.profile, guidance.schedule, guidance.notes, plots)
-
-
-def _facts(
-    step: Step,
-    merged: MergedModel,
-    guided: Guided | None,
-    scored: Scored | None,
-    costs: Costs,
-    locked: Lock,
-) -> CardFacts:
-    recipe, inputs, examined = step.recipe, step.inputs, step.examined
-    repo = recipe.publish.repo if recipe.publish else None
-    chosen = recipe.publish.license if recipe.publish else None
-    return CardFacts(
-        title=repo.partition("/")[2] if repo else "Merged model",
-        repo=repo,
-        endpoint=step.api.endpoint,
-        base=inputs.base,
-        experts=inputs.experts,
-        models=examined.facts,
-        datasets=inputs.calibration_data,
-        parameters=merged.parameters,
-        dtype=recipe.output_dtype,
-        method=registry.find(recipe.merge_method),
-        guided=guided,
-        scores=scored.scores if scored else None,
-        gate=scored.gate if scored else None,
-        costs=tuple(costs.stages),
-        recipe=_yaml(locked.recipe),
-        licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
-        chat=_chats(merged.folder),
-        custom_code=inputs.donor.name in recipe.allow_code,
-        mergekit=MERGEKIT in locked.outputs,
-        digest=locked.digest,
-        software=locked.software,
-        stack=stacked_blocks(recipe, inputs),
-    )
-
-
-def _chats(folder: Path) -> bool:
-    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
-    config = folder / "tokenizer_config.json"
-    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return inside or (folder / "chat_template.jinja").exists()
-
-
-def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """What follows from the parents; nothing where they differ and nobody decided."""
-    try:
-        return combined_licence(facts, chosen)
-    except PublishError:
-        return None
 
 
 def _output(path: Path) -> OutputFile:

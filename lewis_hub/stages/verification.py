@@ -24,6 +24,7 @@ from lewis_hub.report.changelog import FILE as CHANGELOG
 from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.page import FILE as REPORT
 from lewis_hub.report.provenance import FILE as PROVENANCE
 from lewis_hub.report.provenance import is_provenance_of
 from lewis_hub.stages.signing import problem_with
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 NOTHING = OutputFile("no such file", 0)
 # What only tells of a merge, and pictures: their owner may change them, and nothing loads them.
-UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, SIGNATURE, "README.md"})
+UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, REPORT, SIGNATURE, "README.md"})
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
