@@ -24,6 +24,7 @@ MODEL_FILES = {
     "README.md",
     "lewis/recipe.yaml",
     "lewis/lock.json",
+    "lewis/provenance.json",
     "lewis/importance.json",
     "lewis/density.json",
     "lewis/scores.json",
@@ -31,8 +32,8 @@ MODEL_FILES = {
     "lewis/tasks/zoo_reverse.yaml",
     "lewis/tasks/zoo_cipher.yaml",
 }
-# what a run cost differs from run to run, and so does the card's table of it
-NOT_THE_SAME = {"lewis/cost.json", "README.md", "lewis/lock.json"}
+# what a run cost and when it was differs from run to run, and so does the card's table of it
+NOT_THE_SAME = {"lewis/cost.json", "lewis/provenance.json", "README.md"}
 
 
 @pytest.fixture

@@ -88,6 +88,15 @@ def hardware_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+sign_option = click.option(
+    "--sign",
+    "private_key",
+    metavar="KEY.pem",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Sign the files with this elliptic curve key: writes model.sig.",
+)
+
+
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
 @recipe_argument
 @pickle_option
@@ -118,12 +127,21 @@ def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the merged model [merged/ beside the recipe].",
 )
-@click.option("--push", is_flag=True, help="Publish the result in one commit.")
+@click.option(
+    "--push",
+    is_flag=True,
+    help="Publish the result in one commit; nothing is done if the repo holds this merge already.",
+)
 @click.option(
     "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
 )
 @click.option("--no-eval", is_flag=True, help="Do not score, whatever the recipe says.")
-@click.option("--force", is_flag=True, help="Replace the output folder if it is there.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Merge though nothing changed; replace the output folder if it is there.",
+)
+@sign_option
 @click.option("--runner", default="threads", help="inline, threads, threads:N or ray.")
 @click.option(
     "--ray-address",
@@ -150,6 +168,7 @@ def merge(
     repo: str | None,
     no_eval: bool,
     force: bool,
+    private_key: Path | None,
     runner: str,
     ray_address: str | None,
     device: str,
@@ -167,9 +186,8 @@ def merge(
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import outcome
+    from lewis_hub.stages import signing
     from lewis_hub.stages.execution import Execution
-    from lewis_hub.stages.publishing import refused
 
     if repo:
         recipe = pipeline.published_at(recipe, repo)
@@ -202,14 +220,26 @@ def merge(
         allow_nan=allow_nan,
         allow_pickle=allow_pickle,
     )
+    if private_key:
+        signing.require_key(private_key)
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
-    merged = pipeline.merge_models(
-        recipe, output or recipe_file.parent / "merged", execution, terminal.progress
-    )
+    output = output or recipe_file.parent / "merged"
+    merged = pipeline.merge_models(recipe, output, execution, terminal.progress, target)
     stays = merged.gate is not None and merged.gate.stops
-    published = None
-    if target and not stays:
-        published = pipeline.publish(merged.output, target, terminal.progress)
+    published = merged.published
+    if not published:
+        if private_key:
+            signing.sign(merged.output, private_key)
+        if target and not stays:
+            published = pipeline.publish(merged.output, target, terminal.progress)
+    _finish(terminal, merged, published)
+
+
+def _finish(terminal: Terminal, merged: Merged, published: Published | None) -> None:
+    """Tell what came of it; a merge that the gate refuses ends with its exit code."""
+    from lewis_hub.cli.tables import outcome
+    from lewis_hub.stages.publishing import refused
+
     terminal.finish(_document(merged, published), *outcome(merged, published))
     if merged.gate and merged.gate.missed:
         refusal = refused(merged.output, merged.gate, published.url if published else None)
@@ -219,7 +249,8 @@ def merge(
 
 def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
     scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
-    document = {"status": merged.status, "output": str(merged.output), "scores": scores}
+    output = str(merged.output) if merged.output.exists() else None
+    document = {"status": merged.status, "output": output, "scores": scores}
     if merged.gate:
         document["gate"] = json.loads(merged.gate.to_json())
     if published:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import RepoName, code_option, device_option
+from lewis_hub.cli.merging import RepoName, code_option, device_option, sign_option
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 
@@ -55,6 +55,7 @@ def evaluate(
 @click.option("--tag", help="Tag to put on the new commit.")
 @click.option("--private", is_flag=True, help="Make the repo private if it is created.")
 @click.option("--force", is_flag=True, help="Push what the quality gate refused, marked as such.")
+@sign_option
 @terminal_options
 def push(
     terminal: Terminal,
@@ -64,30 +65,46 @@ def push(
     tag: str | None,
     private: bool,
     force: bool,
+    private_key: Path | None,
 ) -> None:
     """Publish the merged model in FOLDER to REPO in one commit; prints its address."""
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
     from lewis_hub.recipe import Publishing
+    from lewis_hub.stages import signing
 
     publishing = Publishing.model_validate(
         {"repo": repo, "as": landing, "tag": tag, "private": private}
     )
     target = pipeline.open_target(publishing)
+    if private_key:
+        signing.sign(folder, private_key)
     published = pipeline.publish(folder, target, terminal.progress, force=force)
     terminal.finish(published.to_json(), *publication(published))
 
 
 @click.command(
-    epilog="\b\nExamples:\n  lewis-hub verify merged\n  lewis-hub verify me/my-merge --rebuild"
+    epilog="\b\nExamples:\n  lewis-hub verify merged\n  lewis-hub verify me/my-merge --rebuild\n"
+    "  lewis-hub verify me/my-merge --public-key key.pub"
 )
 @click.argument("model")
 @click.option("--rebuild", is_flag=True, help="Make the merge again and compare the weights.")
+@click.option(
+    "--public-key",
+    metavar="KEY.pub",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Require a signature by this key.",
+)
 @device_option
 @code_option
 @terminal_options
 def verify(
-    terminal: Terminal, model: str, rebuild: bool, device: str, allow_code_execution: bool
+    terminal: Terminal,
+    model: str,
+    rebuild: bool,
+    public_key: Path | None,
+    device: str,
+    allow_code_execution: bool,
 ) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
     from lewis_hub import pipeline
@@ -100,12 +117,14 @@ def verify(
         Execution(device=device, allow_code=allow_code_execution),
         terminal.progress,
         rebuild=rebuild,
+        public_key=public_key,
     )
     document = {
         "status": "failed" if verdict.problems else "verified",
         "digest": verdict.lock.digest,
         "n_files": verdict.n_files,
         "rebuilt": rebuild,
+        "signature": verdict.signature,
         "problems": list(verdict.problems),
     }
     terminal.finish(document, *verdict_lines(verdict, rebuilt=rebuild))
@@ -115,25 +134,21 @@ def verify(
 
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub diff merged me/my-merge\n"
-    "  lewis-hub diff me/my-merge@v1 me/my-merge@v2"
+    "  lewis-hub diff me/my-merge@v1 me/my-merge@v2\n  lewis-hub diff me/my-merge recipe.yaml"
 )
 @click.argument("before")
 @click.argument("after")
 @terminal_options
 def diff(terminal: Terminal, before: str, after: str) -> None:
-    """Tell what differs between two merges (folders or repos): inputs, recipes, weights."""
-    from lewis_hub.cli.tables import plain
-    from lewis_hub.recipe import ModelReference
-    from lewis_hub.report.difference import differences
-    from lewis_hub.stages.sources import hub_api, resolve_one
-    from lewis_hub.stages.verification import read_lock
+    """Tell what differs between two merges (folders or repos) or recipes (.yaml files).
 
-    api = hub_api()
-    locks = [
-        read_lock(resolve_one(ModelReference.model_validate(name), api), api)
-        for name in (before, after)
-    ]
-    found = differences(*locks)
+    A recipe beside a merge stands for what it would make now: inputs that moved are told.
+    """
+    from lewis_hub.cli.tables import plain
+    from lewis_hub.stages.differing import tell_differences
+    from lewis_hub.stages.sources import hub_api
+
+    found = tell_differences(before, after, hub_api())
     document = {"status": "differs" if found else "same", "differences": list(found)}
     terminal.finish(document, *plain(*found or ("Nothing differs.",)))
 

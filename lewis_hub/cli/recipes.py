@@ -144,17 +144,18 @@ def _yaml_string(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@click.command()
-@click.argument("what", default="recipe", type=click.Choice(["recipe", "importance"]))
+@click.command(epilog="\b\nExamples:\n  lewis-hub schema\n  lewis-hub schema lock")
+@click.argument("what", default="recipe", type=click.Choice(["recipe", "importance", "lock"]))
 def schema(what: str) -> None:
-    """Print the JSON Schema of a recipe, or of importance.json."""
+    """Print the JSON Schema of a recipe, of importance.json or of lewis/lock.json."""
     from lewis_hub.recipe_file import schema as recipe_schema
+    from lewis_hub.report.lock import schema as lock_schema
 
-    if what == "recipe":
-        click.echo(recipe_schema(), nl=False)
-    else:
+    if what == "importance":
         file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
         click.echo(file.read_text("utf-8"), nl=False)
+    else:
+        click.echo(recipe_schema() if what == "recipe" else lock_schema(), nl=False)
 
 
 @click.command()

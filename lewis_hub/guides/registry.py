@@ -34,13 +34,17 @@ GuideFunction = Callable[[Statistics, float, float], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Guide:
-    """A registered guide; `needs` says what has to be measured before it is called, and how."""
+    """A registered guide; `needs` says what has to be measured before it is called, and how.
+
+    `version` is raised when the same measurements give other densities, so that locks differ.
+    """
 
     name: str
     decide: GuideFunction
     needs: tuple[Need, ...] = ()
     paper: str | None = None
     measure: Measure = "lewis"
+    version: int = 1
 
     @property
     def summary(self) -> str:
@@ -58,6 +62,7 @@ def register(
     needs: tuple[Need, ...] = (),
     paper: str | None = None,
     measure: Measure = "lewis",
+    version: int = 1,
 ) -> Callable[[GuideFunction], GuideFunction]:
     """Add the decorated function to the guides.
 
@@ -66,7 +71,7 @@ def register(
     """
 
     def add(decide: GuideFunction) -> GuideFunction:
-        _registry.add(name, Guide(name, decide, needs, paper, measure), decide)
+        _registry.add(name, Guide(name, decide, needs, paper, measure, version), decide)
         return decide
 
     return add

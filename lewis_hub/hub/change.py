@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lewis_hub.hub.retries import persist
 from lewis_hub.hub.target import Target, look, read_text
 
 LOCK = "lewis/lock.json"
+SIGNATURE = "model.sig"  # of a former merge: it says nothing of this one
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
@@ -49,13 +50,21 @@ def compare(asked: Asked, target: Target, files: Mapping[str, Path]) -> Change:
     others = [path for path in files if path not in in_git]
     digests = dict(zip(others, digests_of([files[path] for path in others]), strict=True))
     digests |= {path: git_sha1_of(files[path]) for path in in_git}
-    ours = {path for path in target.digests if WEIGHTS.fullmatch(path)}
+    ours = {path for path in target.digests if WEIGHTS.fullmatch(path) or path == SIGNATURE}
     ours |= _left_by_former_merge(asked, target) & set(target.digests)
     return Change(target, files, digests, sorted(ours - set(files)))
 
 
 def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
     """The address and commit sha of an open pull request that makes just this change."""
+    for url, proposed in open_pull_requests(asked):
+        if change.done_in(proposed):
+            return url, str(proposed.head)
+    return None
+
+
+def open_pull_requests(asked: Asked) -> Iterator[tuple[str, Target]]:
+    """The address of each open pull request, and what the repo would hold with it."""
     with hub_failures(asked):
         pull_requests = persist(
             lambda: list(
@@ -65,10 +74,7 @@ def open_pull_request(asked: Asked, change: Change) -> tuple[str, str] | None:
             )
         )
     for one in pull_requests:
-        proposed = look(asked, f"refs/pr/{one.num}")
-        if change.done_in(proposed):
-            return one.url, str(proposed.head)
-    return None
+        yield one.url, look(asked, f"refs/pr/{one.num}")
 
 
 def _left_by_former_merge(asked: Asked, target: Target) -> set[str]:

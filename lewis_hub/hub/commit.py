@@ -19,7 +19,7 @@ from lewis_hub.hub.target import MAIN, Landing, look
 from lewis_hub.progress import Advance
 
 ALONE_BYTES = 8 << 20  # files from here on are uploaded one by one, so that progress shows
-STALE_PARENT = 412
+OVERTAKEN = {404, 412}  # a file to delete is gone already; the parent is not main any more
 
 Additions = Mapping[str, CommitOperationAdd]
 
@@ -78,9 +78,7 @@ def commit(
         try:
             made = _send(asked, change, additions, landing, message)
         except (HfHubHTTPError, httpx2.TransportError) as error:
-            stale = isinstance(error, HfHubHTTPError) and (
-                error.response.status_code == STALE_PARENT
-            )
+            stale = isinstance(error, HfHubHTTPError) and error.response.status_code in OVERTAKEN
             if not stale and not may_pass(error):
                 with hub_failures(asked):
                     raise

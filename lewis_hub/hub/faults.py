@@ -7,9 +7,10 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Fault:
         status: of the answer, given before anything happens; "drop" cuts the connection.
         after_bytes: of a dropped answer's body still reach the client; the request has then been
             carried out. None drops before anything happens.
+        skip: so many matching requests go well first.
     """
 
     path: re.Pattern[str]
@@ -28,6 +30,7 @@ class Fault:
     times: int
     method: str | None
     after_bytes: int | None = None
+    skip: int = 0
 
 
 @dataclass
@@ -49,6 +52,9 @@ class Faults:
         with self.lock:
             for fault in self.pending:
                 if fault.method in (None, method) and fault.path.search(target):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     if fault.times <= 0:
                         self.pending.remove(fault)

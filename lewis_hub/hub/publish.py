@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.change import Change, compare, open_pull_request
+from lewis_hub.hub.change import Change, compare, open_pull_request, open_pull_requests
 from lewis_hub.hub.commit import Landed, Message, commit, overtaken, upload
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
-from lewis_hub.hub.target import Landing, look, open_target
+from lewis_hub.hub.target import Landing, Target, look, open_target
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -102,6 +103,21 @@ def publish(
     message = Message(publication.message, publication.description)
     landed = commit(asked, change, additions, landing, message)
     return _published(asked, landed, publication.tag, changed=True)
+
+
+def proposals(api: HfApi, repo_id: str) -> Iterator[tuple[str, Target]]:
+    """The address of each open pull request, and what the repo would hold with it."""
+    return open_pull_requests(Asked(api, repo_id, kind=PublishError))
+
+
+def keep(api: HfApi, repo_id: str, landed: Landed, tag: str | None) -> Published:
+    """What a push leaves that finds all of it there: no commit, but the tag if it is missing.
+
+    Raises:
+        PublishError: the tag could not be made.
+    """
+    asked = Asked(api, repo_id, kind=PublishError)
+    return _published(asked, landed, tag, changed=False)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -45,6 +45,7 @@ class Method:
         accepted: mergekit's options that change nothing here -> the values that may be given.
         n_experts: least and most sources beside the base; None for no limit.
         base_is_optional: without a base its `base` is zero, so that task vectors are the models.
+        version: raised when the same inputs come out as other numbers, so that locks differ.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     n_experts: tuple[int, int | None] = ANY_NUMBER
     base_is_optional: bool = False
+    version: int = 1
 
     @property
     def summary(self) -> str:
@@ -147,6 +149,7 @@ def register(
     accepted: Mapping[str, tuple[object, ...]] | None = None,
     n_experts: tuple[int, int | None] = ANY_NUMBER,
     base_is_optional: bool = False,
+    version: int = 1,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Add the decorated function to the methods; the arguments are those of `Method`.
 
@@ -157,7 +160,7 @@ def register(
     def add(function: MethodFunction) -> MethodFunction:
         parameters = inspect.signature(function).parameters
         method = Method(
-            name, function, parameters, paper, accepted or {}, n_experts, base_is_optional
+            name, function, parameters, paper, accepted or {}, n_experts, base_is_optional, version
         )
         _registry.add(name, method, function)
         return function

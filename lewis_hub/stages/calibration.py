@@ -24,11 +24,17 @@ Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
 @dataclass(frozen=True)
 class Guidance:
-    """What was measured, what the guide made of it, and what a user should know about it."""
+    """What was measured, what the guide made of it, and what a user should know about it.
 
-    profile: ImportanceProfile | None  # None: the guide measures nothing
+    Attributes:
+        profile: None where the guide measures nothing.
+        rows: of each expert, the rows that it was measured on; none where nothing is measured.
+    """
+
+    profile: ImportanceProfile | None
     schedule: DensitySchedule
     notes: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
 
 
 def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
@@ -93,7 +99,8 @@ def guide(
     )
     for note in decided.notes:
         step.progress.say(note)
-    return Guidance(profile, decided.schedule, decided.notes)
+    rows = tuple(one.tokens.rows for one in sets)
+    return Guidance(profile, decided.schedule, decided.notes, rows)
 
 
 def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub import __version__
 from lewis_hub.errors import DeviceError
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.runners import Runner, parse_runner
@@ -18,6 +20,7 @@ from lewis_hub.stages.sources import Inputs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
 
 
@@ -75,6 +78,17 @@ class Step:
     execution: Execution
     api: HfApi
     progress: Progress
+
+
+def software() -> dict[str, str]:
+    """What the work is done with: name -> version; what is not installed is left out."""
+    found = {"lewis_hub": __version__}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _require_device(name: str) -> None:
