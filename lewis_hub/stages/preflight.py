@@ -69,7 +69,7 @@ def look_ahead(
     except OutputError as shortage:
         _require_streamable(recipe, shortage)
         recipe = recipe.model_copy(update={"evaluate": None})  # scores need whole models
-        found = Preflight("stream", f"{shortage.where}: {shortage.problem}")
+        found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
     if force:
         return found
     planned = reporting.lock(recipe, inputs, step.execution.max_shard_bytes, {})
@@ -87,7 +87,7 @@ def _require_streamable(recipe: Recipe, shortage: OutputError) -> None:
             "A quality gate scores whole models, so the merge cannot be streamed past this disk: "
             "take a larger machine, such as by `lewis-hub merge --push --on jobs`."
         )
-        raise OutputError(shortage.where, shortage.problem, remedy)
+        raise OutputError(shortage.path, shortage.problem, remedy)
 
 
 def _held(asked: Publishing, planned: Lock, api: HfApi) -> Former | None:

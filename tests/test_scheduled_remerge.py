@@ -1,0 +1,148 @@
+"""The workflow that `init --github` writes, run for real by act on this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from huggingface_hub import CommitOperationAdd
+
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+
+pytestmark = pytest.mark.slow  # each run scores models
+
+BIN = Path(sys.executable).parent
+WORKFLOW = Path(".github") / "workflows" / "remerge.yml"
+EXPERT = "zoo/expert-reverse"
+RECIPE = """
+base_model: zoo/base
+models: [{model: zoo/expert-reverse, parameters: {weight: 1.0}}]
+merge_method: task_arithmetic
+dtype: bfloat16
+evaluate:
+  tasks: [zoo_reverse]
+  include: tasks
+  limit: 20
+  compare: [base]
+  gate: {task: zoo_reverse, metric: "exact_match,none", not_worse_than: [base, previous]}
+publish: {repo: lewis/reverse, license: apache-2.0}
+"""
+SETUP_PYTHON = """
+name: setup-python
+description: The Python that runs the tests
+inputs:
+  python-version: {description: not heeded, required: true}
+runs:
+  using: composite
+  steps:
+    - shell: bash
+      run: echo "$BIN" >> "$GITHUB_PATH"
+"""
+KEPT = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "OMP_NUM_THREADS")
+
+
+@pytest.fixture
+def publisher(hub, tmp_path, monkeypatch):
+    """A publisher's repository with a recipe and its workflow; the zoo is on the Hub."""
+    seed_hub(hub.api())
+    folder = tmp_path / "publisher"
+    folder.mkdir()
+    git(folder, "init", "--quiet")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    shutil.copytree(zoo_folder() / "tasks", folder / "tasks")
+    monkeypatch.chdir(folder)
+    assert CliRunner().invoke(cli, ["init", "--github"]).exit_code == 0
+    commit(folder)
+    (tmp_path / "setup-python").mkdir()
+    (tmp_path / "setup-python" / "action.yml").write_text(SETUP_PYTHON)
+    return folder
+
+
+def git(folder, *words):
+    who = ("-c", "user.name=Tester", "-c", "user.email=tester@example.org")
+    subprocess.run(["git", *who, *words], cwd=folder, check=True)
+
+
+def commit(folder):
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "Change")
+
+
+def act(hub, folder, event, *words):
+    """Run the workflow; returns act's exit code and all that it shows."""
+    (job,) = yaml.safe_load((folder / WORKFLOW).read_text())["jobs"].values()
+    uses = next(s["uses"] for s in job["steps"] if s.get("uses", "").startswith("actions/setup-py"))
+    home = folder.parent / "home"
+    home.mkdir(exist_ok=True)
+    given = {name: os.environ[name] for name in KEPT}
+    given |= {"BIN": str(BIN), "HF_HOME": str(home / "hf"), "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
+    environment = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
+    command = [BIN / "act", event, *words, *environment]
+    command += ["-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "-s", "HF_TOKEN"]
+    command += ["--local-repository", f"{uses}={folder.parent / 'setup-python'}"]
+    own = {**os.environ, "HOME": str(home), "HF_TOKEN": hub.write_token}
+    done = subprocess.run(
+        command, cwd=folder, env=own, capture_output=True, text=True, timeout=300, check=False
+    )
+    shutil.rmtree(home / "hf", ignore_errors=True)  # the next runner is a new machine
+    return done.returncode, done.stdout + done.stderr
+
+
+def put(hub, weights):
+    change = CommitOperationAdd("model.safetensors", weights)
+    return hub.api().create_commit(EXPERT, [change], commit_message="Train on").oid
+
+
+def commits(hub):
+    return [one.commit_id for one in hub.api().list_repo_commits("lewis/reverse")]
+
+
+def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher):
+    code, said = act(hub, publisher, "schedule")
+    assert code == 0, said
+    first, *_ = commits(hub)
+    assert f"[`lewis/reverse`](<{hub.url}/lewis/reverse>) at [`{first[:12]}`]" in said
+    assert "| `zoo_reverse` | exact_match | 20 |" in said
+    assert "The gate let this merge pass." in said
+    assert hub.write_token not in said
+
+    code, said = act(hub, publisher, "schedule")
+    assert code == 0, said
+    assert "Summary - ## Nothing changed" in said
+    assert "holds this merge already" in said
+    assert "Run Main Merge and score" not in said
+    assert commits(hub)[0] == first
+
+    weights = bytearray((zoo_folder() / "expert-reverse/model.safetensors").read_bytes())
+    weights[-2] ^= 0x40  # one weight, a little
+    moved = put(hub, bytes(weights))
+    code, said = act(hub, publisher, "schedule")
+    assert code == 0, said
+    assert "Summary - ## Published" in said
+    second = commits(hub)[0]
+    assert second != first
+    title = hub.api().list_repo_commits("lewis/reverse")[0].title
+    assert moved[:8] in title
+
+    put(hub, (zoo_folder() / "base/model.safetensors").read_bytes())
+    code, said = act(hub, publisher, "schedule")
+    assert code == 1
+    assert "exit status 3" in said
+    assert "Summary - ## Refused by the quality gate" in said
+    assert f"worse than lewis/reverse at {second[:8]}: 0.000 against" in said
+    assert commits(hub)[0] == second
+
+
+def test_a_dispatched_repo_never_reaches_a_shell(hub, publisher, tmp_path):
+    proof = tmp_path / "proof"
+
+    code, said = act(hub, publisher, "workflow_dispatch", "--input", f"repo=me/$(touch {proof})")
+
+    assert code == 1
+    assert "expected owner/name such as me/my-merge, found 'me/$(touch" in said
+    assert not proof.exists()
