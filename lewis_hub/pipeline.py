@@ -32,6 +32,7 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    scoring,
     standing,
     verification,
 )
@@ -219,8 +220,8 @@ def evaluate_model(
     execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
     api = hub_api()
-    source = resolve_one(model, api)
-    return evaluation.score_one(source, asked, execution, api, progress)
+    source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
+    return scoring.score_one(source, asked, execution, api, progress)
 
 
 def verify(

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PrivateAttr,
     field_validator,
@@ -25,7 +26,10 @@ from lewis_hub.recipe_settings import Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
 Guided = Literal["lewis", "lewis_reference", "uniform"]
-DType = Literal["float32", "float16", "bfloat16"]
+DType = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    BeforeValidator(lambda name: name.removeprefix("torch.") if isinstance(name, str) else name),
+]
 Missing = Literal["error", "base"]
 
 REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -45,6 +49,8 @@ class ModelReference(Part):
     @classmethod
     def _parse(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "model" in value:  # mergekit's long form
+            if odd := value.keys() - {"model", "revision", "lora"}:
+                raise ValueError(f"`{min(odd)}` of a model is not understood")
             whole = _long_form(value["model"], value.get("revision"))
             lora = value.get("lora")
             return {**_long_form(lora, None), "on": whole} if lora else whole
@@ -256,7 +262,7 @@ class Recipe(Part):
 
     def reference(self, name: str) -> ModelReference | None:
         """The base or the model that is written so, with or without its revision."""
-        listed = [entry.model for entry in self.models]
+        listed = [entry.model for entry in self.models or self.experts]
         known = [self.base_model, *listed] if self.base_model else listed
         exact = [model for model in known if str(model) == name]
         return next(iter(exact or [model for model in known if model.name == name]), None)

@@ -70,7 +70,8 @@ def main() -> None:
 
 
 def _run() -> int:
-    warnings.simplefilter("ignore")  # of libraries: what a user must know is a message of ours
+    # of libraries: what a user must know is a message of ours
+    warnings.filterwarnings("ignore", module=r"(?!lewis_hub\b)")
     try:
         left_with = cli(standalone_mode=False)  # click hands back the code of an `Exit`
         return left_with if isinstance(left_with, int) else 0

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import RepoName, code_option, device_option, sign_option
+from lewis_hub.cli.merging import (
+    RepoName,
+    code_option,
+    device_option,
+    pickle_option,
+    sign_option,
+)
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 
@@ -21,6 +27,7 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
 @device_option
+@pickle_option
 @code_option
 @terminal_options
 def evaluate(
@@ -30,6 +37,7 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     device: str,
+    allow_pickle: bool,
     allow_code_execution: bool,
 ) -> None:
     """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
@@ -41,7 +49,7 @@ def evaluate(
     evaluation = Evaluation(
         tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
     )
-    execution = Execution(device=device, allow_code=allow_code_execution)
+    execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     scores = pipeline.evaluate_model(
         ModelReference.model_validate(model), evaluation, execution, terminal.progress
     )

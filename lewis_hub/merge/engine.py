@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.layout import index_document
 from lewis_hub.checkpoint.reader import INDEX, Reader, TensorReader
-from lewis_hub.checkpoint.writer import ShardWriter, require_room
+from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.errors import MergeError, OutputError
-from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.files import require_room, sha256_of, write_whole
 from lewis_hub.merge.cluster import Ray, cpus_of_this_task
 from lewis_hub.merge.plan import MergePlan, ShardPlan
 from lewis_hub.merge.runners import Inline, Runner, threads
@@ -75,7 +75,9 @@ def run(
     results = {shard.layout.name: _kept(shard, output) for shard in plan.shards}
     remaining = [shard for shard in plan.shards if not results[shard.layout.name]]
     there = sum(_size(output / shard.layout.name) for shard in remaining)
-    require_room(output, sum(shard.layout.n_bytes for shard in remaining) - there)
+    n_bytes = sum(shard.layout.n_bytes for shard in remaining) - there
+    remedy = "name a folder on another disk with -o"
+    require_room(output, n_bytes, "the merged weights", remedy)
     advance(sum(result.n_bytes for result in results.values() if result))
     if isinstance(runner, Ray):
         made = _elsewhere(remaining, folders, output, runner, advance)

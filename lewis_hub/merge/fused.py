@@ -59,7 +59,9 @@ def row_of(tensor: TensorPlan) -> int:
 
 def is_fused(method: str, tensor: TensorPlan) -> bool:
     """Whether a kernel can make the tensor."""
-    return method in FUSED and block_of(method, tensor) <= LONGEST_ROW
+    if method not in FUSED or block_of(method, tensor) > LONGEST_ROW:
+        return False
+    return FUSED[method].thins != TRIM or not tensor.options.get("rescale")
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lewis_hub.methods import random_bits
+from lewis_hub.methods.products import total
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,12 @@ def trim(task_vector: Tensor, density: float) -> Tensor:
     """
     kept = largest(task_vector.abs().flatten(), n_kept(task_vector.numel(), density))
     return task_vector.where(kept.reshape(task_vector.shape), 0.0)
+
+
+def rescaled(kept: Tensor, whole: Tensor) -> Tensor:
+    """What is kept of a task vector, at the L1 norm that the whole has; of nothing it stays so."""
+    length = total(kept.abs())
+    return kept * (total(whole.abs()) / length) if length else kept
 
 
 def drop(task_vector: Tensor, density: float, stream: int) -> Tensor:

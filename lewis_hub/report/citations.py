@@ -105,10 +105,12 @@ BREADCRUMBS = Paper(
 )
 FUSECHAT = Paper(
     "2408.07990",
-    """@misc{wan2024fusechat,
+    """@inproceedings{wan2025fusechat,
   title = {{FuseChat}: Knowledge Fusion of Chat Models},
   author = {Wan, Fanqi and Zhong, Longguang and Yang, Ziyi and Chen, Ruijun and Quan, Xiaojun},
-  year = {2024},
+  booktitle = {Conference on Empirical Methods in Natural Language Processing},
+  pages = {21629--21653},
+  year = {2025},
   eprint = {2408.07990},
   archivePrefix = {arXiv}
 }""",

@@ -15,9 +15,11 @@ from lewis_hub.guides.importance import ImportanceProfile, Role
 from lewis_hub.hub.source import Source
 from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.merging import loadable, planned
 from lewis_hub.stages.overlap import refuse_overlap
-from lewis_hub.stages.sources import Inputs, merged_entries
+from lewis_hub.stages.slicing import restacked
+from lewis_hub.stages.sources import merged_entries
+from lewis_hub.stages.translating import require_understood, translated
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
@@ -62,7 +64,9 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
     }
     refuse_overlap(step, {one: found.values for one, found in drawn.items()})
-    return tuple(drawn[one].tokens for one in asked)
+    sets = tuple(drawn[one].tokens for one in asked)
+    require_understood(step, sets)
+    return sets
 
 
 def guide(
@@ -99,18 +103,23 @@ def guide(
     )
     for note in decided.notes:
         step.progress.say(note)
+    found = decided.schedule
+    if step.recipe.slices:
+        found = restacked(found, planned(step, None))
     rows = tuple(one.tokens.rows for one in sets)
-    return Guidance(profile, decided.schedule, decided.notes, rows)
+    return Guidance(profile, found, decided.notes, rows)
 
 
-def _subjects(inputs: Inputs, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
-    """The base with every distinct set, then each expert with its own."""
+def _subjects(step: Step, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
+    """The base with every distinct set, then each expert with its own, in its own ids."""
+    inputs = step.inputs
     assert inputs.base
     distinct = tuple({id(one.tokens): one for one in sets}.values())
     measured: list[tuple[Source, Role, tuple[CalibrationSet, ...]]] = [
         (inputs.base, "base", distinct)
     ]
-    measured += [(e, "expert", (one,)) for e, one in zip(inputs.experts, sets, strict=True)]
+    for expert, one in zip(inputs.experts, sets, strict=True):
+        measured.append((expert, "expert", (translated(step, expert, one),)))
     return tuple(
         Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own)
         for source, role, own in measured
@@ -128,7 +137,7 @@ def _measure(
         asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
         tuple(entry for profile in found for entry in profile.sources),
     )
-    subjects = _subjects(step.inputs, sets, folders)
+    subjects = _subjects(step, sets, folders)
     unknown = missing(subjects, known)
     for source in step.inputs.models:
         if any(subject.source == source.pinned for subject in unknown):

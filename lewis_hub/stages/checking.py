@@ -23,11 +23,11 @@ from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
-from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes, ties
-from lewis_hub.stages.slicing import outline
+from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
+from lewis_hub.stages.slicing import outline, uncompared
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
-from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
+from lewis_hub.stages.vocabulary import calibration_notes, examine_tokens, measures
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -101,10 +101,13 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
     found = _open(inputs, api)
     checkpoints, tokens, problems = found.checkpoints, Tokens(), list(found.problems)
-    if found.is_read and not problems and not recipe.slices:  # a stack is compared when planned
-        checkpoints = settle(inputs, checkpoints, found.configs)
+    if found.is_read and not problems:
+        if not recipe.slices:
+            checkpoints = settle(inputs, checkpoints, found.configs)
         tokens = examine_tokens(recipe, inputs, api, checkpoints, found.configs)
-        problems = [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
+        problems = [*tokens.problems]
+        if not recipe.slices:  # a stack is compared when planned
+            problems += misfits(recipe, inputs, checkpoints, tokens)
     output = checkpoints[inputs.donor.pinned]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
@@ -112,7 +115,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         problems += data_problems(recipe, inputs, api, allow_code=allow_code)
     if recipe.slices and found.is_read and not problems:
         try:
-            output = outline(recipe, inputs, checkpoints, found.configs)
+            output = outline(recipe, inputs, checkpoints, found.configs, tokens.alignment)
         except MergeError as error:
             problems.append(str(error))
     needed = needs(recipe, inputs, checkpoints, output)
@@ -123,10 +126,11 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         problems=tuple(problems),
         notes=(
             *_notes(recipe, inputs, found.configs, found.adapters),
-            *eight_bit_notes(recipe, inputs, found.models),
+            *quantised_notes(recipe, inputs, found.models),
             *pickle_notes(inputs),
             *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
+            *calibration_notes(recipe, inputs, tokens),
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=needed.output_bytes,
@@ -188,7 +192,7 @@ def _refusals(
     facts: Mapping[str, ModelFacts],
 ) -> list[str]:
     """What the rooms would refuse later: settings, guide, licence."""
-    found = not_calibrated(recipe, inputs, tokens)
+    found = []
     try:
         if all(checkpoint.tensors for checkpoint in checkpoints.values()):
             plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
@@ -197,6 +201,8 @@ def _refusals(
                 f"guide: `{recipe.merge_method}` keeps every entry, so densities would do nothing. "
                 "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
             )
+        elif recipe.guide and recipe.slices and measures(recipe):
+            found += uncompared(inputs, checkpoints)
     except MergeError as error:
         found.append(str(error))
     try:
@@ -233,8 +239,8 @@ def _report(
     role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
-        stored = tensor.scaled.stored if tensor.scaled else tensor
-        by_dtype[stored.dtype] += tensor.n_elements
+        dtype = tensor.scaled.codes if tensor.scaled else tensor.dtype
+        by_dtype[dtype] += tensor.n_elements
     config = configs[source.pinned]
     text_config = config.get("text_config") or config
     return SourceReport(

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
@@ -18,20 +17,16 @@ from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.evaluate.tasks import TaskSelection, check_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
-from lewis_hub.stages.downloading import download
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
 from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from lewis_hub.stages.calibration import Guidance
-    from lewis_hub.stages.execution import Execution, Folders, Step
+    from lewis_hub.stages.execution import Folders, Step
 
 
 @dataclass(frozen=True)
@@ -111,20 +106,6 @@ def score_merge(
     run = Run(selected, asked.limit, settings, scratch / "scored", commits)
     results = score([*named, *candidates], run, step.progress)
     return Scored(compare(results), results["merged"])
-
-
-def score_one(
-    source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
-) -> Scores:
-    """Score one model that no recipe speaks of."""
-    selected = selection(None, asked, allow_code=execution.allow_code)
-    check_tasks(selected)
-    folder = download(api, [source], progress)[source.pinned]
-    candidate = Candidate(source.pinned, source.commit_sha, folder)
-    settings = EvaluationSettings(device=execution.device)
-    with TemporaryDirectory() as kept:
-        run = Run(selected, asked.limit, settings, Path(kept), scored_commits(api, selected))
-        return compare(score([candidate], run, progress))
 
 
 def score(

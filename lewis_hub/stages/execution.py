@@ -20,7 +20,7 @@ from lewis_hub.stages.sources import Inputs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SOFTWARE = ("torch", "transformers", "numpy", "numba", "safetensors", "datasets", "lm_eval")
+SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -69,7 +69,9 @@ def plan(
         MergeError: the settings do not fit the method or the sources.
     """
     if recipe.slices:
-        return make_stacked_plan(stack(recipe, inputs, checkpoints), max_shard_bytes)
+        stacked = stack(recipe, inputs, checkpoints, alignment)
+        names = _output_sizes(make_stacked_plan(stacked, max_shard_bytes)) if schedule else {}
+        return make_stacked_plan(stacked, max_shard_bytes, _densities(schedule, lambda _: names))
 
     def source(pinned: Source, parameters: Settings) -> MergeSource:
         content = inputs.content(pinned)
@@ -89,7 +91,15 @@ def plan(
         missing=recipe.missing,
         alignment=alignment,
     )
-    return make_plan(settings, max_shard_bytes, _densities(schedule, checkpoints))
+    scheduled = _densities(schedule, lambda label: checkpoints[label].tensors)
+    return make_plan(settings, max_shard_bytes, scheduled)
+
+
+def planned(step: Step, schedule: DensitySchedule | None) -> MergePlan:
+    """The plan of a step's merge."""
+    examined = step.examined
+    alignment, n_bytes = examined.tokens.alignment, step.execution.max_shard_bytes
+    return plan(step.recipe, step.inputs, examined.checkpoints, alignment, schedule, n_bytes)
 
 
 def make(
@@ -108,16 +118,9 @@ def make(
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
-    recipe, execution, examined = step.recipe, step.execution, step.examined
-    planned = plan(
-        recipe,
-        step.inputs,
-        examined.checkpoints,
-        examined.tokens.alignment,
-        schedule,
-        execution.max_shard_bytes,
-    )
-    found = _write(step, planned, folders, output, title)
+    recipe, examined = step.recipe, step.examined
+    laid_out = planned(step, schedule)
+    found = _write(step, laid_out, folders, output, title)
     donor = step.inputs.donor
     dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
     sidecars = write_sidecars(
@@ -129,9 +132,8 @@ def make(
         config=_stacked_config(step, folders) if recipe.slices else None,
     )
     shards = {name: result.sha256 for name, result in found.items()}
-    tensors = [tensor for shard in planned.shards for tensor in shard.tensors]
-    parameters = {tensor.output.name: tensor.output.n_elements for tensor in tensors}
-    return MergedModel(planned.digest, output, shards, sidecars, parameters)
+    parameters = _output_sizes(laid_out)
+    return MergedModel(laid_out.digest, output, shards, sidecars, parameters)
 
 
 def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
@@ -220,6 +222,8 @@ def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFile
 
 def sizes(step: Step) -> dict[str, int]:
     """The number of elements of each tensor of the merge."""
+    if step.recipe.slices:
+        return _output_sizes(planned(step, None))
     tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
     alignment = step.examined.tokens.alignment
     return {name: prod(shape(alignment, tensor)) for name, tensor in tensors.items()}
@@ -230,13 +234,18 @@ def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:
     return schedule.uniform_twin(sizes(step))
 
 
+def _output_sizes(planned: MergePlan) -> dict[str, int]:
+    outputs = [tensor.output for shard in planned.shards for tensor in shard.tensors]
+    return {output.name: output.n_elements for output in outputs}
+
+
 def _densities(
-    schedule: DensitySchedule | None, checkpoints: Mapping[str, Checkpoint]
+    schedule: DensitySchedule | None, names: Callable[[str], Iterable[str]]
 ) -> Schedule | None:
-    """Every tensor's density, those that the guide leaves alone included."""
+    """Every tensor's density, those that the guide leaves alone included; `names` by expert."""
     if schedule is None:
         return None
     return {
-        expert.source: {name: expert.density(name) for name in checkpoints[expert.source].tensors}
+        expert.source: {name: expert.density(name) for name in names(expert.source)}
         for expert in schedule.experts
     }

@@ -83,7 +83,10 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
     adapted = [t.adapted for one in checkpoints for t in one.tensors.values() if t.adapted]
     updates = [one.update for one in adapted if one.update]
     narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)
-    if recipe.merge_method in (AVERAGED, *FUSED):
+    rescales = (
+        recipe.merge_method == "ties" and recipe.parameters.get("rescale", False) is not False
+    )
+    if recipe.merge_method in (AVERAGED, *FUSED) and not rescales:
         return ENGINE_BYTES + narrow_bytes
     largest = max((t.n_elements for t in output.tensors.values()), default=0)
     held_bytes = (4 * len(checkpoints) + 8 * DEFINED_COPIES) * largest

@@ -43,7 +43,6 @@ from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
 from lewis_hub.stages.sources import Inputs, by_reference, merged_entries, source_of
 from lewis_hub.stages.task_data import PinnedTask
 
-DOCUMENTS = ("importance.json", "density.json")
 MERGEKIT = "mergekit_config.yml"
 
 
@@ -158,7 +157,7 @@ def write(
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
         write_whole(folder / name, text)
-    names = [*texts, *(DOCUMENTS if guidance else ())]
+    names = [*texts, *_documents(guidance)]
     names += [file for plot in plots for file in plot.files]
     names += carry_tasks(step.recipe, own)
     written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
@@ -178,6 +177,13 @@ def write(
     # what a run cost, when it ran and what its result was held against is no part of what was
     # merged: equal merges have equal locks
     return (*outputs, *beside, LOCK, PROVENANCE, "README.md")
+
+
+def _documents(guidance: Guidance | None) -> tuple[str, ...]:
+    """What `write_guidance` writes beside the plots."""
+    if guidance is None:
+        return ()
+    return ("importance.json", "density.json") if guidance.profile else ("density.json",)
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:

@@ -43,7 +43,7 @@ def test_a_plan_says_per_tensor_dtype_weights_densities_and_options(zoo, sources
     assert found["model.layers.1.q.weight"].densities == (0.6, 0.9)
     assert found[Q].weights == (0.5, 1.0)
     assert found[Q].output.dtype == "F32"
-    assert found[Q].options == {"normalize": True, "lambda": 1.0}
+    assert found[Q].options == {"normalize": True, "rescale": False, "lambda": 1.0}
     assert found[Q].streams == ()
     assert (found["steps"].is_copied, found["steps"].output.dtype) == (True, "I64")
 
