@@ -1,6 +1,7 @@
 """The workflow that `init --github` writes, run for real by act on this machine."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import yaml
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
 
+from lewis_hub import __version__
+from lewis_hub.cli.actions import render_workflow
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 pytestmark = pytest.mark.slow  # each run scores models
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[1]
 WORKFLOW = Path(".github") / "workflows" / "remerge.yml"
 EXPERT = "zoo/expert-reverse"
 RECIPE = """
@@ -73,24 +77,29 @@ def commit(folder):
     git(folder, "commit", "--quiet", "--message", "Change")
 
 
-def act(hub, folder, event, *words):
+def act(folder, event, *words):
     """Run the workflow; returns act's exit code and all that it shows."""
-    (job,) = yaml.safe_load((folder / WORKFLOW).read_text())["jobs"].values()
-    uses = next(s["uses"] for s in job["steps"] if s.get("uses", "").startswith("actions/setup-py"))
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     given = {name: os.environ[name] for name in KEPT}
     given |= {"BIN": str(BIN), "HF_HOME": str(home / "hf"), "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
     environment = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
     command = [BIN / "act", event, *words, *environment]
-    command += ["-P", "ubuntu-latest=-self-hosted", "--no-cache-server", "-s", "HF_TOKEN"]
-    command += ["--local-repository", f"{uses}={folder.parent / 'setup-python'}"]
-    own = {**os.environ, "HOME": str(home), "HF_TOKEN": hub.write_token}
+    command += ["-P", "ubuntu-latest=-self-hosted", "--no-cache-server"]
+    command += ["--local-repository", f"{setup_python()}={folder.parent / 'setup-python'}"]
+    own = {**os.environ, "HOME": str(home)}
     done = subprocess.run(
         command, cwd=folder, env=own, capture_output=True, text=True, timeout=300, check=False
     )
     shutil.rmtree(home / "hf", ignore_errors=True)  # the next runner is a new machine
     return done.returncode, done.stdout + done.stderr
+
+
+def setup_python():
+    """The action as the workflows pin it."""
+    (job,) = yaml.safe_load(render_workflow("recipe.yaml"))["jobs"].values()
+    used = (step.get("uses", "") for step in job["steps"])
+    return next(name for name in used if name.startswith("actions/setup-python"))
 
 
 def put(hub, weights):
@@ -103,15 +112,22 @@ def commits(hub):
 
 
 def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher):
-    code, said = act(hub, publisher, "schedule")
+    """Keyless: the secret may only read, and what GitHub says of the workflow is trusted."""
+    hub.api().create_repo("lewis/reverse")
+    hub.publishers["signed by GitHub"] = "lewis/reverse"
+    keyless = ["-s", f"HF_TOKEN={hub.read_token}", "--var", "HF_OIDC_RESOURCE=lewis/reverse"]
+    keyless += ["--env", "HF_OIDC_ID_TOKEN=signed by GitHub"]
+
+    code, said = act(publisher, "schedule", *keyless)
     assert code == 0, said
     first, *_ = commits(hub)
     assert f"[`lewis/reverse`](<{hub.url}/lewis/reverse>) at [`{first[:12]}`]" in said
     assert "| `zoo_reverse` | exact_match | 20 |" in said
     assert "The gate let this merge pass." in said
-    assert hub.write_token not in said
+    assert hub.read_token not in said
+    assert "hf_jwt_" not in said
 
-    code, said = act(hub, publisher, "schedule")
+    code, said = act(publisher, "schedule", *keyless)
     assert code == 0, said
     assert "Summary - ## Nothing changed" in said
     assert "holds this merge already" in said
@@ -121,7 +137,7 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     weights = bytearray((zoo_folder() / "expert-reverse/model.safetensors").read_bytes())
     weights[-2] ^= 0x40  # one weight, a little
     moved = put(hub, bytes(weights))
-    code, said = act(hub, publisher, "schedule")
+    code, said = act(publisher, "schedule", *keyless)
     assert code == 0, said
     assert "Summary - ## Published" in said
     second = commits(hub)[0]
@@ -130,7 +146,7 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     assert moved[:8] in title
 
     put(hub, (zoo_folder() / "base/model.safetensors").read_bytes())
-    code, said = act(hub, publisher, "schedule")
+    code, said = act(publisher, "schedule", *keyless)
     assert code == 1
     assert "exit status 3" in said
     assert "Summary - ## Refused by the quality gate" in said
@@ -141,8 +157,31 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
 def test_a_dispatched_repo_never_reaches_a_shell(hub, publisher, tmp_path):
     proof = tmp_path / "proof"
 
-    code, said = act(hub, publisher, "workflow_dispatch", "--input", f"repo=me/$(touch {proof})")
+    code, said = act(publisher, "workflow_dispatch", "--input", f"repo=me/$(touch {proof})")
 
     assert code == 1
     assert "expected owner/name such as me/my-merge, found 'me/$(touch" in said
     assert not proof.exists()
+
+
+def test_the_action_in_the_documents_runs_as_it_stands_there(hub, publisher):
+    """With a stored token, and with the release that is installed here."""
+    text = (ROOT / "docs" / "automation.md").read_text()
+    ten_lines = re.search(r"```yaml\n(on:.+?)```", text, re.DOTALL)[1]
+    pinned = f"me/lewis-hub/.github/actions/lewis-hub@{'a' * 40}"
+    used = ten_lines.replace("OWNER/REPO/.github/actions/lewis-hub@SHA", pinned)
+    used = used.replace("with: {recipe:", f"with: {{version: {__version__}, recipe:")
+    (publisher / WORKFLOW).write_text(used)
+    commit(publisher)
+
+    code, said = act(
+        publisher,
+        "schedule",
+        *("-s", f"HF_TOKEN={hub.write_token}"),
+        *("--local-repository", f"me/lewis-hub@{'a' * 40}={ROOT}"),
+    )
+
+    assert code == 0, said
+    assert f"::set-output:: commit-url={hub.url}/lewis/reverse/commit/{commits(hub)[0]}" in said
+    assert "::set-output:: status=published" in said
+    assert hub.write_token not in said
