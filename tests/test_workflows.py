@@ -22,12 +22,19 @@ RECIPE = "merge_method: linear\nmodels: [{model: a/b, parameters: {weight: 1.0}}
 
 @pytest.fixture(scope="module")
 def publisher(tmp_path_factory):
-    """A publisher's repository, as `init --github` leaves it."""
+    """A publisher's repository: what `init --github` writes, and the action as documented."""
     folder = tmp_path_factory.mktemp("publisher")
     workflow = folder / ".github" / "workflows" / "remerge.yml"
     workflow.parent.mkdir(parents=True)
     workflow.write_text(render_workflow("merges/recipe.yaml"))
+    workflow.with_name("action.yml").write_text(documented()[0].replace("SHA", "a" * 40))
     return folder
+
+
+def documented():
+    """The two workflows in the documents: by the action, and by the reusable workflow."""
+    text = (ROOT / "docs" / "automation.md").read_text()
+    return re.findall(r"```yaml\n(.+?)```", text, re.DOTALL)
 
 
 def workflows(publisher):
@@ -84,7 +91,7 @@ def test_every_action_is_pinned_by_commit_and_the_same_everywhere(publisher):
                 name, _, commit = step["uses"].partition("@")
                 assert re.fullmatch(r"[0-9a-f]{40}", commit), step["uses"]
                 assert pins.setdefault(name, commit) == commit
-    assert len(pins) == 5
+    assert len(pins) == 6
 
 
 def test_the_action_runs_the_scripts_of_the_workflow_that_init_writes(publisher):
@@ -189,13 +196,12 @@ def test_init_refuses_a_recipe_of_another_place(repository, tmp_path_factory):
 
 
 def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():
-    text = (ROOT / "docs" / "automation.md").read_text()
-    written, job = re.findall(r"```yaml\n(.+?)```", text, re.DOTALL)
+    written, job = documented()
     action = yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text())
     called = yaml.safe_load((OURS / "workflows/remerge.yml").read_text())[True]["workflow_call"]
 
     assert len(written.splitlines()) == 10
-    (step,) = (step for step in steps_of(yaml.safe_load(written)) if "with" in step)
+    *_, step = steps_of(yaml.safe_load(written))
     assert set(step["with"]) <= set(action["inputs"])
     (told,) = yaml.safe_load(job)["jobs"].values()
     assert set(told["with"]) <= set(called["inputs"])
