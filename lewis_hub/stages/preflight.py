@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.errors import OutputError, PublishError
+from lewis_hub.files import write_whole
 from lewis_hub.hub.failures import Asked
 from lewis_hub.hub.publish import proposals
 from lewis_hub.hub.target import look
@@ -15,7 +16,7 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.stages import checking, downloading, reporting
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.sources import resolve_inputs
-from lewis_hub.stages.standing import Former, former_merge
+from lewis_hub.stages.standing import IMPORTANCE, Former, former_merge
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,6 +48,9 @@ def look_ahead(
 ) -> Preflight:
     """Look at sources, disk and target; only headers and small files are read.
 
+    What the target's merge measured is left in `importance/`, beside the recipe or in the working
+    folder, unless there is a file already: `merge` need not measure it again then.
+
     Args:
         recipe: what to merge.
         asked: where it goes. The target is only read, so a token that may read is enough; one that
@@ -70,15 +74,16 @@ def look_ahead(
         _require_streamable(recipe, shortage)
         recipe = recipe.model_copy(update={"evaluate": None})  # scores need whole models
         found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
-    if force:
-        return found
+    former = former_merge(look(Asked(api, asked.repo, kind=PublishError)), api)
     planned = reporting.lock(recipe, inputs, step.execution.max_shard_bytes, {})
-    held = _held(asked, planned, api)
-    if held is None:
-        return found
-    name, sha = asked.repo, held.source.commit_sha
-    why = f"{name}@{sha[:8]} holds this merge already."
-    return Preflight("unchanged", why, f"{api.endpoint}/{name}/commit/{sha}")
+    held = None if force else _held(asked, former, planned, api)
+    if held:
+        name, sha = asked.repo, held.source.commit_sha
+        why = f"{name}@{sha[:8]} holds this merge already."
+        return Preflight("unchanged", why, f"{api.endpoint}/{name}/commit/{sha}")
+    if former and recipe.guide:
+        _keep_importance(recipe, former, api)
+    return found
 
 
 def _require_streamable(recipe: Recipe, shortage: OutputError) -> None:
@@ -90,10 +95,17 @@ def _require_streamable(recipe: Recipe, shortage: OutputError) -> None:
         raise OutputError(shortage.path, shortage.problem, remedy)
 
 
-def _held(asked: Publishing, planned: Lock, api: HfApi) -> Former | None:
+def _held(asked: Publishing, main: Former | None, planned: Lock, api: HfApi) -> Former | None:
     """The planned merge where it lies on main, or in an open pull request if it would be one."""
-    heads = [look(Asked(api, asked.repo, kind=PublishError))]
+    formers = [main]
     if asked.landing == "pull-request":
-        heads += [target for _, target in proposals(api, asked.repo)]
-    formers = (former_merge(target, api) for target in heads)
+        formers += [former_merge(target, api) for _, target in proposals(api, asked.repo)]
     return next((former for former in formers if former and former.holds(planned)), None)
+
+
+def _keep_importance(recipe: Recipe, former: Former, api: HfApi) -> None:
+    place = Path(recipe.locate("importance")) / "importance.json"
+    told = former.read(IMPORTANCE, api)
+    if told and not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        write_whole(place, told)

@@ -91,6 +91,25 @@ def test_an_open_pull_request_that_holds_the_merge_is_enough_where_it_would_be_o
     assert preflight()[1] == "way=unchanged\n"
 
 
+def test_what_the_target_s_merge_measured_need_not_be_measured_again(hub, place):
+    calibration = "{dataset: zoo/reverse, split: train, text: '{question}', samples: 2}"
+    guide = f"guide: {{name: lewis, gamma: 0.3, epsilon: 0.8, calibration: {calibration}}}"
+    write(hub, guide)
+    text = Path("recipe.yaml").read_text().replace("task_arithmetic", "ties")
+    Path("recipe.yaml").write_text(text)
+    assert run("merge", "--push", "-q", "-o", "elsewhere").exit_code == 0
+    Path("recipe.yaml").write_text(text.replace("gamma: 0.3", "gamma: 0.4"))
+
+    assert preflight()[1] == "way=merge\n"
+
+    kept = Path("importance/importance.json")
+    assert kept.read_text() == Path("elsewhere/lewis/importance.json").read_text()
+    assert "Calibrating: 0 tokens" in run("merge", "--no-eval").stderr
+    kept.write_text("own")
+    assert preflight()[1] == "way=merge\n"
+    assert kept.read_text() == "own"
+
+
 def full(monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(14 * 10**9, 14 * 10**9, 1000))
