@@ -34,6 +34,7 @@ from lewis_hub.stages import (
     reporting,
     scoring,
     standing,
+    streaming,
     verification,
 )
 from lewis_hub.stages.calibration import Sets
@@ -190,6 +191,50 @@ def merge_models(
         scored, files = _merge(step, sets, work, target.former if target else None)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
         return Merged("merged", work.finish(files), scores, gate)
+
+
+def stream(
+    recipe: Recipe,
+    target: Destination,
+    output: Path | str,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Merge from Hub to Hub: no model is ever whole on this disk, and one commit comes last.
+
+    Args:
+        recipe: what to merge; it asks for no scores, and its guide loads no model.
+        target: from `open_target`.
+        output: work lies beside it until all is on the Hub; then nothing is left here.
+        execution: how to run; None: on all cores of this machine.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        LewisHubError: see the subclasses in `errors`; the repo is as it was, and a rerun goes on
+            from the shards that were sent.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> unscored = recipe.model_copy(update={"evaluate": None, "guide": None})
+        >>> target = lewis_hub.open_target(lewis_hub.Publishing(repo=f"{user}/streamed"))
+        >>> lewis_hub.stream(unscored, target, tmp_path / "work").changed
+        True
+    """
+    execution, progress = execution or Execution(), progress or Silent()
+    execution.require_usable()
+    streaming.require_streamable(recipe)
+    api = hub_api()
+    inputs = resolve_inputs(recipe, api)
+    planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
+    if not execution.replace and (held := publishing.published_already(target, planned, api)):
+        return held
+    examined = checking.examine(recipe, inputs, api, allow_code=False)
+    checking.require_fine(examined.report)
+    step = Step(recipe, inputs, examined, execution, api, progress)
+    with open_workspace(streaming.work_folder(Path(output)), replace=False) as work:
+        published = streaming.run(step, calibration.calibration_sets(step), target, work)
+        work.discard()
+    return published
 
 
 def evaluate_model(

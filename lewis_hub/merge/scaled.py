@@ -10,7 +10,7 @@ import numpy as np
 
 from lewis_hub.checkpoint.codes import FourBit, Scaled
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.reader import TensorReader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader, whole_tensor
 from lewis_hub.merge.arithmetic import scale_up
 from lewis_hub.merge.decoding import Floats, codes_of, decode
 from lewis_hub.merge.operands import Decoding
@@ -34,7 +34,7 @@ class ScaledReader:
         files: of the source's folder; closed with this reader.
     """
 
-    def __init__(self, files: TensorReader) -> None:
+    def __init__(self, files: Reader) -> None:
         self._files = files
         self._held: dict[str, Decoding] = {}
         self._holding = threading.Lock()

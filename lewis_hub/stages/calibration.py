@@ -15,7 +15,7 @@ from lewis_hub.guides.importance import ImportanceProfile, Role
 from lewis_hub.hub.source import Source
 from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable, planned
+from lewis_hub.stages.merging import loadable, plan_of
 from lewis_hub.stages.overlap import refuse_overlap
 from lewis_hub.stages.slicing import restacked
 from lewis_hub.stages.sources import merged_entries
@@ -105,7 +105,7 @@ def guide(
         step.progress.say(note)
     found = decided.schedule
     if step.recipe.slices:
-        found = restacked(found, planned(step, None))
+        found = restacked(found, plan_of(step, None))
     rows = tuple(one.tokens.rows for one in sets)
     return Guidance(profile, found, decided.notes, rows)
 
@@ -129,14 +129,8 @@ def _subjects(step: Step, sets: Sets, folders: Folders) -> tuple[Subject, ...]:
 def _measure(
     step: Step, sets: Sets, folders: Folders, scratch: Path, stores: Sequence[Path]
 ) -> ImportanceProfile:
-    asked = step.recipe.guide
+    asked, known = step.recipe.guide, _known(step, stores)
     assert asked
-    found = [profile for path in stores if (profile := known_profile(path))]
-    known = ImportanceProfile(
-        asked.name,
-        asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
-        tuple(entry for profile in found for entry in profile.sources),
-    )
     subjects = _subjects(step, sets, folders)
     unknown = missing(subjects, known)
     for source in step.inputs.models:
@@ -156,6 +150,23 @@ def _measure(
             lambda now: write_whole(stores[0], now.to_json()),
             registry.find(asked.name).measure,
         )
+
+
+def unmeasured(step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]) -> tuple[str, ...]:
+    """The pinned sources that `guide` would have to load; of `folders` nothing is read."""
+    subjects = _subjects(step, sets, folders) if sets else ()
+    return tuple(subject.source for subject in missing(subjects, _known(step, stores)))
+
+
+def _known(step: Step, stores: Sequence[Path]) -> ImportanceProfile:
+    asked = step.recipe.guide
+    assert asked
+    found = [profile for path in stores if (profile := known_profile(path))]
+    return ImportanceProfile(
+        asked.name,
+        asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
+        tuple(entry for profile in found for entry in profile.sources),
+    )
 
 
 def known_profile(path: Path) -> ImportanceProfile | None:

@@ -54,6 +54,11 @@ class Execution:
         """The runner by its name."""
         return parse_runner(self.runner, self.ray_address)
 
+    @property
+    def merge_device(self) -> str | None:
+        """Where the weights are merged by the methods' definitions; None: by kernels."""
+        return self.device if self.device.startswith("cuda") else None
+
     def require_usable(self) -> None:
         """Refuse what this machine does not have, before any work.
 

@@ -31,18 +31,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A model on disk.
+    """A model that was made.
 
     Attributes:
         identity: digest of its plan: equal ones hold equal weights.
-        shards: file of weights -> SHA-256 in hexadecimal; the index is among them.
+        shards: by the names of their files; the index is among them. Of a stream they are on the
+            Hub and not in `folder`.
         sidecars: paths of the files beside the weights, relative to `folder`.
         parameters: tensor -> number of parameters.
     """
 
     identity: str
     folder: Path
-    shards: Mapping[str, str]
+    shards: Mapping[str, ShardResult]
     sidecars: tuple[str, ...]
     parameters: Mapping[str, int]
 
@@ -95,13 +96,6 @@ def plan(
     return make_plan(settings, max_shard_bytes, scheduled)
 
 
-def planned(step: Step, schedule: DensitySchedule | None) -> MergePlan:
-    """The plan of a step's merge."""
-    examined = step.examined
-    alignment, n_bytes = examined.tokens.alignment, step.execution.max_shard_bytes
-    return plan(step.recipe, step.inputs, examined.checkpoints, alignment, schedule, n_bytes)
-
-
 def make(
     step: Step, schedule: DensitySchedule | None, folders: Folders, output: Path, title: str
 ) -> MergedModel:
@@ -118,9 +112,34 @@ def make(
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
+    planned = plan_of(step, schedule)
+    return beside(step, planned, _write(step, planned, folders, output, title), folders, output)
+
+
+def plan_of(step: Step, schedule: DensitySchedule | None) -> MergePlan:
+    """The plan of a merge that was examined; None where the settings alone decide."""
+    examined = step.examined
+    alignment, n_bytes = examined.tokens.alignment, step.execution.max_shard_bytes
+    return plan(step.recipe, step.inputs, examined.checkpoints, alignment, schedule, n_bytes)
+
+
+def beside(
+    step: Step,
+    planned: MergePlan,
+    found: Mapping[str, ShardResult],
+    folders: Folders,
+    output: Path,
+) -> MergedModel:
+    """Write the files beside the weights.
+
+    Args:
+        step: what is merged.
+        planned: what was made.
+        found: of its shards and their index.
+        folders: of all sources; of these only small files are read.
+        output: the model's folder.
+    """
     recipe, examined = step.recipe, step.examined
-    laid_out = planned(step, schedule)
-    found = _write(step, laid_out, folders, output, title)
     donor = step.inputs.donor
     dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
     sidecars = write_sidecars(
@@ -131,9 +150,7 @@ def make(
         tokenizer=_tokenizer_files(examined.tokens.carried, folders),
         config=_stacked_config(step, folders) if recipe.slices else None,
     )
-    shards = {name: result.sha256 for name, result in found.items()}
-    parameters = _output_sizes(laid_out)
-    return MergedModel(laid_out.digest, output, shards, sidecars, parameters)
+    return MergedModel(planned.digest, output, found, sidecars, _output_sizes(planned))
 
 
 def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
@@ -194,10 +211,15 @@ def _write(
 ) -> dict[str, ShardResult]:
     output.mkdir(parents=True, exist_ok=True)
     execution = step.execution
-    device = execution.device if execution.device.startswith("cuda") else None
     planned = planned.allowing_nan if execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, folders, output, execution.workers, advance, device)
+        found = run(planned, folders, output, execution.workers, advance, execution.merge_device)
+    say_mended(step, found)
+    return found
+
+
+def say_mended(step: Step, found: Mapping[str, ShardResult]) -> None:
+    """Tell which sources hold NaN or infinity, where that is allowed."""
     mended = Counter[str]()
     for result in found.values():
         mended.update(result.mended)
@@ -205,7 +227,6 @@ def _write(
         step.progress.say(
             f"{n_tensors} tensors of {label} hold NaN or infinity, which counts as the base's."
         )
-    return found
 
 
 def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFiles | None:
@@ -223,7 +244,7 @@ def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFile
 def sizes(step: Step) -> dict[str, int]:
     """The number of elements of each tensor of the merge."""
     if step.recipe.slices:
-        return _output_sizes(planned(step, None))
+        return _output_sizes(plan_of(step, None))
     tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
     alignment = step.examined.tokens.alignment
     return {name: prod(shape(alignment, tensor)) for name, tensor in tensors.items()}

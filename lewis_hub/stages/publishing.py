@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lewis_hub.errors import GateRefusedError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.files import write_whole
+from lewis_hub.hub.change import Additions
 from lewis_hub.hub.commit import Landed
 from lewis_hub.hub.publish import (
     Publication,
@@ -82,7 +83,13 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
 
 
 def push(
-    folder: Path, destination: Destination, api: HfApi, progress: Progress, *, force: bool
+    folder: Path,
+    destination: Destination,
+    api: HfApi,
+    progress: Progress,
+    sent: Additions | None = None,
+    *,
+    force: bool,
 ) -> Published:
     """Push a folder in one commit, unless somebody pushed to the repo since it was looked at.
 
@@ -90,6 +97,14 @@ def push(
     folder's changelog and card. What the quality gate refused goes nowhere, or into a pull request
     that says so, as the gate asks; with `force` it goes where everything goes, and the commit says
     so.
+
+    Args:
+        folder: the model.
+        destination: where it goes.
+        api: the Hub.
+        progress: told the bytes.
+        sent: files of the model that were sent ahead.
+        force: whether what the gate refused is pushed all the same.
 
     Raises:
         PublishError: the repo is as it was before.
@@ -111,7 +126,7 @@ def push(
         expected_parent=destination.target.head,
     )
     with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
-        return publish(api, folder, asked.repo, publication, advance)
+        return publish(api, folder, asked.repo, publication, advance, sent)
 
 
 def refused(folder: Path, verdict: GateVerdict, proposed_at: str | None) -> GateRefusedError:

@@ -124,10 +124,15 @@ def lock(
 
 def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
     """Write profile, schedule and their plots into a folder; returns the plots."""
-    if guidance.profile:
-        write_whole(folder / "importance.json", guidance.profile.to_json())
-    write_whole(folder / "density.json", guidance.schedule.to_json())
+    for name, text in _documents(guidance).items():
+        write_whole(folder / name, text)
     return draw(guidance.profile, guidance.schedule, folder)
+
+
+def _documents(guidance: Guidance) -> dict[str, str]:
+    """The profile, of a guide that measures anything, and the schedule."""
+    measured = {"importance.json": guidance.profile.to_json()} if guidance.profile else {}
+    return measured | {"density.json": guidance.schedule.to_json()}
 
 
 def write(
@@ -157,15 +162,16 @@ def write(
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
         write_whole(folder / name, text)
-    names = [*texts, *_documents(guidance)]
+    names = [*texts, *(_documents(guidance) if guidance else ())]
     names += [file for plot in plots for file in plot.files]
     names += carry_tasks(step.recipe, own)
-    written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
-    outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
+    written = [*merged.sidecars, *(f"lewis/{name}" for name in names)]
+    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
+    outputs |= {name: _output(folder / name) for name in written}
     told = _mergekit(step, guidance)
     if told:
         write_whole(folder / MERGEKIT, told)
-        outputs[MERGEKIT] = _output(folder / MERGEKIT, None)
+        outputs[MERGEKIT] = _output(folder / MERGEKIT)
     rows = guidance.rows if guidance else ()
     locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
     write_whole(folder / LOCK, locked.to_json())
@@ -177,13 +183,6 @@ def write(
     # what a run cost, when it ran and what its result was held against is no part of what was
     # merged: equal merges have equal locks
     return (*outputs, *beside, LOCK, PROVENANCE, "README.md")
-
-
-def _documents(guidance: Guidance | None) -> tuple[str, ...]:
-    """What `write_guidance` writes beside the plots."""
-    if guidance is None:
-        return ()
-    return ("importance.json", "density.json") if guidance.profile else ("density.json",)
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -266,9 +265,8 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
         return None
 
 
-def _output(path: Path, sha256: str | None) -> OutputFile:
-    known = sha256 or sha256_of(path)
-    return OutputFile(known, path.stat().st_size)
+def _output(path: Path) -> OutputFile:
+    return OutputFile(sha256_of(path), path.stat().st_size)
 
 
 def _yaml(document: Mapping[str, Any]) -> str:
