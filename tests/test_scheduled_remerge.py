@@ -34,7 +34,21 @@ evaluate:
   limit: 20
   compare: [base]
   gate: {task: zoo_reverse, metric: "exact_match,none", not_worse_than: [base, previous]}
-publish: {repo: lewis/reverse, license: apache-2.0}
+"""
+PUBLISHED = "publish: {repo: lewis/reverse, license: apache-2.0}\n"
+FIVE_MB = """
+import shutil, sys
+from collections import namedtuple
+usage = namedtuple("usage", "total used free")(14_000_000_000, 13_995_000_000, 5_000_000)
+if "preflight" in sys.orig_argv:  # what follows keeps a reserve that is larger than these models
+    shutil.disk_usage = lambda path: usage
+"""
+CALLER = """
+on: push
+jobs:
+  remerge:
+    uses: ./.github/workflows/remerge.yml
+    with: {repo: REPO}
 """
 SETUP_PYTHON = """
 name: setup-python
@@ -57,7 +71,7 @@ def publisher(hub, tmp_path, monkeypatch):
     folder = tmp_path / "publisher"
     folder.mkdir()
     git(folder, "init", "--quiet")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "recipe.yaml").write_text(RECIPE + PUBLISHED)
     shutil.copytree(zoo_folder() / "tasks", folder / "tasks")
     monkeypatch.chdir(folder)
     assert CliRunner().invoke(cli, ["init", "--github"]).exit_code == 0
@@ -161,6 +175,48 @@ def test_a_dispatched_repo_never_reaches_a_shell(hub, publisher, tmp_path):
 
     assert code == 1
     assert "expected owner/name such as me/my-merge, found 'me/$(touch" in said
+    assert not proof.exists()
+
+
+def test_what_the_disk_cannot_hold_goes_from_hub_to_hub(hub, publisher, tmp_path):
+    (publisher / "recipe.yaml").write_text(RECIPE.partition("  gate:")[0] + PUBLISHED)
+    commit(publisher)
+    (tmp_path / "sitecustomize.py").write_text(FIVE_MB)
+    small = ["-s", f"HF_TOKEN={hub.write_token}", "--env", f"PYTHONPATH={tmp_path}"]
+
+    code, said = act(publisher, "schedule", *small)
+
+    assert code == 0, said
+    assert "Run Main Merge from Hub to Hub" in said
+    assert "Run Main Merge and score" not in said
+    assert "Summary - ## Published" in said
+    (first, *_) = commits(hub)
+    assert "model.safetensors" in hub.api().list_repo_files("lewis/reverse")
+
+    code, said = act(publisher, "schedule", *small)
+
+    assert code == 0, said
+    assert "Summary - ## Nothing changed" in said
+    assert commits(hub)[0] == first
+
+
+def test_a_caller_hands_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
+    """Nearly as it is: act does not know `$/`, GitHub's way to name what lies beside a workflow."""
+    version = f"with:\n          version: {__version__}\n          recipe:"
+    used = (ROOT / WORKFLOW).read_text().replace("uses: $/", "uses: ./")
+    used = used.replace("with:\n          recipe:", version)
+    (publisher / WORKFLOW).write_text(used)
+    shutil.copytree(ROOT / ".github" / "actions", publisher / ".github" / "actions")
+    proof = tmp_path / "proof"
+    caller = CALLER.replace("REPO", f"me/$(touch {proof})")
+    (publisher / WORKFLOW).with_name("caller.yml").write_text(caller)
+    commit(publisher)
+
+    code, said = act(publisher, "push", "-W", ".github/workflows/caller.yml")
+
+    assert code == 1
+    assert "expected owner/name such as me/my-merge, found 'me/$(touch" in said
+    assert "Summary - ## Failed" in said
     assert not proof.exists()
 
 

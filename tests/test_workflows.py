@@ -1,10 +1,12 @@
 """The workflows, the composite action and the workflow that `init --github` writes."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -104,6 +106,30 @@ def test_the_action_runs_the_scripts_of_the_workflow_that_init_writes(publisher)
     )
 
     assert written == action
+
+
+def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").mkdir()
+    Path("recipe.yaml").write_text(RECIPE)
+    given = {
+        '${REPO:+--repo="$REPO"}': "--repo=me/mine",
+        "${FORCE:+--force}": "--force",
+        '"$RUNNER_TEMP"/{preflight,merge,push}.json': "preflight.json merge.json push.json",
+        "$RUNNER_TEMP": str(tmp_path),
+        "$RECIPE": "recipe.yaml",
+    }
+    scripts = [step.get("run", "") for step in steps_of(yaml.safe_load(render_workflow("r.yaml")))]
+    commands = [script for script in scripts if script.startswith("lewis-hub ")]
+
+    assert len(commands) == 5
+    for script in commands:
+        for shell, value in given.items():
+            script = script.replace(shell, value)
+        command, words = cli, shlex.split(script.partition(" > ")[0])[1:]
+        while isinstance(command, click.Group):
+            command, words = command.commands[words[0]], words[1:]
+        assert isinstance(command.make_context("step", words), click.Context)
 
 
 def test_the_written_workflow_asks_for_little_and_ends_no_push():
