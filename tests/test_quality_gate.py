@@ -131,6 +131,11 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     again = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
 
     assert (again[0], again[1]["pull_request"]) == (3, told["pull_request"])
+    pushed = typed("push", "bad", "-q", "--json")  # in a step of its own, as a workflow does
+    step = json.loads(pushed.stdout)
+    assert (pushed.returncode, step["status"]) == (3, "refused")
+    assert step["pull_request"] == told["pull_request"]
+    assert pushed.stderr.endswith(f"Main is as it was; the merge is proposed at {told['url']}.\n")
     assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
 
 
