@@ -32,7 +32,7 @@ DType = Annotated[
 ]
 Missing = Literal["error", "base"]
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 class ModelReference(Part):
@@ -192,7 +192,7 @@ class Publishing(Part):
     @field_validator("repo")
     @classmethod
     def _is_repo(cls, value: str) -> str:
-        if not REPO.fullmatch(value) or "--" in value or ".." in value:
+        if not REPO.fullmatch(value):
             raise ValueError(f"{value!r} is not owner/name (letters, digits, `-`, `_`, `.`)")
         return value
 

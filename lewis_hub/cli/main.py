@@ -14,7 +14,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import hubs, jobs, merging, models, profiles, recipes
+from lewis_hub.cli import actions, hubs, jobs, merging, models, profiles, recipes
 from lewis_hub.errors import LewisHubError
 
 INTERRUPTED = "interrupted; the same command goes on from here."
@@ -49,6 +49,7 @@ for command in (
     recipes.schema,
     recipes.methods,
     recipes.guides,
+    actions.actions,
     hubs.hub,
     hubs.demo,
 ):

@@ -56,10 +56,18 @@ def evaluate(
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))
 
 
-@click.command(epilog="\b\nExample:\n  lewis-hub push merged me/my-merge --as pull-request")
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub push merged\n"
+    "  lewis-hub push merged me/my-merge --as pull-request"
+)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("repo", type=RepoName())
-@click.option("--as", "landing", type=click.Choice(["commit", "pull-request"]), default="commit")
+@click.argument("repo", type=RepoName(), required=False)
+@click.option(
+    "--as",
+    "landing",
+    type=click.Choice(["commit", "pull-request"]),
+    help="How it lands [commit, or as the recipe says].",
+)
 @click.option("--tag", help="Tag to put on the new commit.")
 @click.option("--private", is_flag=True, help="Make the repo private if it is created.")
 @click.option("--force", is_flag=True, help="Push what the quality gate refused, marked as such.")
@@ -68,27 +76,41 @@ def evaluate(
 def push(
     terminal: Terminal,
     folder: Path,
-    repo: str,
-    landing: str,
+    repo: str | None,
+    landing: str | None,
     tag: str | None,
     private: bool,
     force: bool,
     private_key: Path | None,
 ) -> None:
-    """Publish the merged model in FOLDER to REPO in one commit; prints its address."""
+    """Publish the merged model in FOLDER in one commit; prints its address.
+
+    Without REPO it goes where, and as, the recipe says that made the folder.
+    """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
     from lewis_hub.recipe import Publishing
-    from lewis_hub.stages import signing
+    from lewis_hub.stages import gating, signing, standing
+    from lewis_hub.stages.publishing import refused
 
-    publishing = Publishing.model_validate(
-        {"repo": repo, "as": landing, "tag": tag, "private": private}
-    )
-    target = pipeline.open_target(publishing)
+    made = None if repo else standing.lock_in(folder)
+    asked = {**(made.recipe.get("publish") or {})} if made else {}
+    given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
+    asked |= {key: value for key, value in given.items() if value is not None}
+    if "repo" not in asked:
+        raise click.UsageError(f"{folder} does not say where it goes: name the repo, owner/name.")
+    target = pipeline.open_target(Publishing.model_validate(asked))
     if private_key:
         signing.sign(folder, private_key)
     published = pipeline.publish(folder, target, terminal.progress, force=force)
-    terminal.finish(published.to_json(), *publication(published))
+    verdict = gating.read_verdict(folder)
+    proposed = verdict is not None and bool(verdict.missed) and not force
+    document = published.to_json() | ({"status": "refused"} if proposed else {})
+    terminal.finish(document, *publication(published))
+    if verdict and proposed:
+        refusal = refused(folder, verdict, published.url)
+        click.echo(f"lewis-hub: {refusal}", err=True)
+        raise click.exceptions.Exit(refusal.exit_code)
 
 
 @click.command(

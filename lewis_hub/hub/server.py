@@ -47,6 +47,7 @@ class Hub:
         url: for ``HF_ENDPOINT``.
         storage_url: the other origin, from which large files are read.
         part_bytes: larger files are uploaded in parts of this size.
+        publishers: a CI's identity -> the repo that trusts it, to publish without a stored token.
         jobs: what runs Jobs, as processes of this machine; None: nothing does.
         faults: what goes wrong; `fail`, `drop` and `faults.delay_s` set it.
     """
@@ -55,6 +56,7 @@ class Hub:
         self.root = root
         self.store = Store(root)
         self.grants = load_grants(root / "users.json")
+        self.publishers: dict[str, str] = {}
         self.faults = Faults()
         self.part_bytes = PART_BYTES
         self.jobs: Jobs | None = None
@@ -131,8 +133,9 @@ class Hub:
         return fault
 
     def clear(self) -> None:
-        """Forget all repositories, contents and faults; tokens stay."""
+        """Forget all repositories, publishers, contents and faults; tokens stay."""
         self.faults.clear()
+        self.publishers.clear()
         self.store.clear()
 
     def stored_url(self, sha256: str, name: str) -> str:

@@ -134,7 +134,7 @@ def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
         (("mrege",), "No such command 'mrege'"),
         (
             ("push", ".", "my model"),
-            "Invalid value for 'REPO': expected owner/name such as me/my-merge, found 'my model'",
+            "Invalid value for '[REPO]': expected owner/name such as me/my-merge, found 'my model'",
         ),
         (
             ("merge", "--repo", "$(id)/x"),
