@@ -13,9 +13,9 @@ sum of losses on the tune split, after a run with `--split tune`. RESULTS keeps 
 variant, so that a run goes on where another ended; the table is of all that it holds of the split,
 of so many items.
 
-A row's t is that of the paired difference in loss to its twin, the merge in the column `against`:
-negative where the row is better. p is two-sided, by the normal distribution (items are many), after
-Holm over both skills of all rows. Scores of several seeds are averaged item by item before.
+The second table is of paired differences in loss between a merge and its twin: t is negative where
+the merge is better. p is two-sided, by the normal distribution (items are many), after Holm over
+both skills of all rows. Scores of several seeds are averaged item by item before.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from guidance_variants import ALONE, SKILLS, Variant, variants
 N_TUNED, N_TESTED = 250, 1000  # items of each skill
 
 Scores = Mapping[str, Scored]  # skill -> item by item
+Test = tuple[str, str, str]  # a merge, its twin, and a skill
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read(file: Path, n_items: int) -> dict[str, Scored] | None:
 
 
 def main() -> None:
-    """Make and score what is missing, then print the table."""
+    """Make and score what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("models", "data", "results"):
         parser.add_argument(name, type=Path)
@@ -106,7 +107,7 @@ def main() -> None:
     with ProcessPoolExecutor(told.processes, get_context("spawn")) as pool:
         for line in pool.map(partial(run, asked), *zip(*runs, strict=True) if runs else ((), ())):
             print(line, flush=True)
-    print_table(asked, known)
+    print_tables(asked, known)
 
 
 def run(asked: Asked, variant: Variant, seed: int) -> str:
@@ -147,46 +148,42 @@ def best_on_tune(asked: Asked, known: Mapping[str, Variant], family: str) -> str
     return min(tuned, key=tuned.__getitem__)
 
 
-def print_table(asked: Asked, known: Mapping[str, Variant]) -> None:
-    """All that is kept of the split."""
+def print_tables(asked: Asked, known: Mapping[str, Variant]) -> None:
+    """All that is kept of the split, and every merge against its twins."""
     found = {
         v.name: scores
         for v in known.values()
         if (scores := asked.kept(v, asked.split, asked.n_items))
     }
-    twins = {name: _twin(asked, known, name, found) for name in found}
-    t = {
-        (name, skill): paired_t(found[name][skill].losses, found[twin][skill].losses)
-        for name, twin in twins.items()
-        if twin
-        for skill in SKILLS
-    }
-    p = holm({key: math.erfc(abs(value) / math.sqrt(2)) for key, value in t.items()})
     columns = [f"{what}, {skill}" for what in ("loss", "exact") for skill in SKILLS]
-    print(f"\n| merge | {' | '.join(columns)} | against | t | p |")
-    print("|---|" + "---:|" * len(columns) + "---|---:|---:|")
+    print(f"\n| merge | {' | '.join(columns)} |")
+    print("|---|" + "---:|" * len(columns))
     for name, scores in found.items():
         losses = [f"{statistics.fmean(scores[skill].losses):.3f}" for skill in SKILLS]
         right = [f"{statistics.fmean(scores[skill].right):.3f}" for skill in SKILLS]
-        twin = twins[name]
-        tested = [f"{t[name, skill]:+.1f}" for skill in SKILLS] if twin else []
-        likely = [_probability(p[name, skill]) for skill in SKILLS] if twin else []
-        cells = [name, *losses, *right, twin or "", " / ".join(tested), " / ".join(likely)]
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {' | '.join([name, *losses, *right])} |")
+    pairs = [
+        (name, twin)
+        for name in found
+        for against in known[name].against
+        if (twin := against if against in known else best_on_tune(asked, known, against)) in found
+    ]
+    t = {
+        (*pair, skill): paired_t(*(found[name][skill].losses for name in pair))
+        for pair in pairs
+        for skill in SKILLS
+    }
+    p = holm({key: math.erfc(abs(value) / math.sqrt(2)) for key, value in t.items()})
+    print("\n| merge | against | t | p |\n|---|---|---:|---:|")
+    for pair in pairs:
+        tested = " / ".join(f"{t[*pair, skill]:+.1f}" for skill in SKILLS)
+        likely = " / ".join(_probability(p[*pair, skill]) for skill in SKILLS)
+        print(f"| {' | '.join([*pair, tested, likely])} |")
 
 
-def _twin(
-    asked: Asked, known: Mapping[str, Variant], name: str, found: Mapping[str, Scores]
-) -> str | None:
-    against = known[name].against
-    if against and against not in known:
-        against = best_on_tune(asked, known, against)
-    return against if against in found else None
-
-
-def holm(p: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+def holm(p: Mapping[Test, float]) -> dict[Test, float]:
     """Holm's correction: the k-th smallest of n times n - k + 1, never falling."""
-    corrected: dict[tuple[str, str], float] = {}
+    corrected: dict[Test, float] = {}
     highest = 0.0
     for rank, key in enumerate(sorted(p, key=p.__getitem__)):
         highest = max(highest, min(1.0, p[key] * (len(p) - rank)))

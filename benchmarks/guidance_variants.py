@@ -27,7 +27,7 @@ class Variant:
 
     Attributes:
         family: variants that differ in hyperparameters alone, of which the tune split picks one.
-        against: the variant, or the family, that it has to beat.
+        against: the variants, or families, that it has to beat.
         seeds: more than one where the merge is random.
         own: whether experts are calibrated on training items of their own, or on generic texts.
     """
@@ -37,7 +37,7 @@ class Variant:
     parameters: Mapping[str, object] = field(default_factory=dict)
     guide: Mapping[str, object] | None = None
     family: str | None = None
-    against: str | None = None
+    against: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS[:1]
     samples: int = 64
     own: bool = True
@@ -100,7 +100,7 @@ def _regmean(  # noqa: PLR0913 (what differs between variants)
         "regmean",
         settings,
         family=family,
-        against="task_arithmetic",
+        against=("task_arithmetic", "ties"),
         samples=samples,
         own=own,
     )
@@ -122,7 +122,7 @@ def _under(method: str, density: float, guide: str, trim: str, seeds: tuple[int,
     parameters = {} if trim == "magnitude" else {"trim": trim}
     name = f"{method} {density} {guide}{by}"
     more = SEEDS if guide == "random" else seeds
-    against = None if name == twin else twin
+    against = () if name == twin else (twin,)
     return Variant(name, method, parameters, _guide(guide, density), None, against, more)
 
 
@@ -139,10 +139,10 @@ def _combined() -> Iterator[Variant]:
     for density in (0.2, 0.35, 0.5):
         for guide in GUIDES:
             name = f"regmean 0.5 density {density} {guide}"
-            against = twin if guide == "uniform" else f"regmean 0.5 density {density} uniform"
+            against = (twin if guide == "uniform" else f"regmean 0.5 density {density} uniform",)
             yield Variant(name, "regmean", {}, _guide(guide, density), None, against)
         name, settings = (
             f"regmean 0.5 density {density} uniform by activation",
             {"trim": "activation"},
         )
-        yield Variant(name, "regmean", settings, _guide("uniform", density), None, twin)
+        yield Variant(name, "regmean", settings, _guide("uniform", density), None, (twin,))
