@@ -30,6 +30,15 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Question:
+    """All that a model is sent, few-shot examples included, and the right answer; empty if none."""
+
+    task: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class TaskRows:
     """One split of a task, or of all tasks of a group, one after the other.
 
@@ -50,8 +59,13 @@ class TaskRows:
         An item's few-shot examples depend on its index alone, and it is never among them. One
         without a right answer, as in hidden test sets, is an empty text.
         """
+        asked = self.questions(indices)
+        return [{TEXT: one.prompt + one.answer} for one in asked]
+
+    def questions(self, indices: Sequence[int]) -> list[Question]:
+        """The same texts, cut where the answer begins."""
         with prepared(self.selection, {}):
-            return [{TEXT: _text(*self._at(index), index)} for index in indices]
+            return [_question(*self._at(index), index) for index in indices]
 
     def items(self, indices: Sequence[int]) -> list[Item]:
         """The same items, taken apart."""
@@ -143,13 +157,13 @@ class _Others:
         return self.sampler.sample(n=n, eval_doc=self.document if among else None)
 
 
-def _text(task: Any, document: Any, index: int) -> str:
+def _question(task: Any, document: Any, index: int) -> Question:
     """The request that scores the right answer, or whose answer is generated, and the answer."""
     sampler = getattr(task, "sampler", None)
     with told_of(task.task_name):
         answer = _answer(task, document)
         if not answer:
-            return ""
+            return Question(task.task_name, "", "")
         task.set_fewshot_seed(FEWSHOT_SEED + index)
         task.sampler = _Others(sampler, document)
         try:
@@ -160,9 +174,11 @@ def _text(task: Any, document: Any, index: int) -> str:
             task.sampler = sampler
         requests = task.construct_requests(document, context, metadata=(task.task_name, index, 1))
         if task.OUTPUT_TYPE == "generate_until":
-            return str(requests.args[0]) + _delimiter(task, document, answer) + answer
+            delimiter = _delimiter(task, document, answer)
+            return Question(task.task_name, str(requests.args[0]), delimiter + answer)
         asked = requests[_gold(task, document)] if isinstance(requests, list) else requests
-        return "".join(str(argument) for argument in asked.args)
+        *prompt, answer = map(str, asked.args)  # of a text as a whole the answer is all
+        return Question(task.task_name, "".join(prompt), answer)
 
 
 def _item(task: Any, document: Any) -> Item:

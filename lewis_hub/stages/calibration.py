@@ -13,7 +13,8 @@ from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missi
 from lewis_hub.guides.density import Bounds, DensitySchedule, schedule
 from lewis_hub.guides.importance import ImportanceProfile, Role
 from lewis_hub.hub.source import Source
-from lewis_hub.stages.drawing import Drawing, draw
+from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.stages.drawing import Drawing, Drawn, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
 from lewis_hub.stages.overlap import refuse_overlap
@@ -47,9 +48,17 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         SourceError, EvaluationError: a configuration or split is not there.
         CalibrationError: the template does not fit, no text is left, or items are scored.
     """
+    drawn = drawn_sets(step)
+    refuse_overlap(step, {one: found.values for one, found in drawn.items()})
+    asked = (step.recipe.calibration_of(entry) for entry in merged_entries(step.recipe))
+    return tuple(drawn[one].tokens for one in asked if one in drawn)
+
+
+def drawn_sets(step: Step) -> dict[Calibration, Drawn]:
+    """The same texts, whether or not they are scored, by what asks for them."""
     recipe, inputs = step.recipe, step.inputs
     if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
-        return ()
+        return {}
     how = Drawing(
         step.api,
         inputs.donor,
@@ -58,11 +67,7 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         step.execution.allow_code,
     )
     asked = [one for entry in merged_entries(recipe) if (one := recipe.calibration_of(entry))]
-    drawn = {
-        one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
-    }
-    refuse_overlap(step, {one: found.values for one, found in drawn.items()})
-    return tuple(drawn[one].tokens for one in asked)
+    return {one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)}
 
 
 def guide(
