@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
@@ -72,6 +72,14 @@ class TaskRows:
         with prepared(self.selection, {}):
             return [_item(*self._at(index)) for index in indices]
 
+    def part_of(self, indices: Sequence[int]) -> dict[str, tuple[Any, list[Any]]]:
+        """Name of each task -> lm-eval's object of it and those of its documents."""
+        chosen: dict[str, tuple[Any, list[Any]]] = {}
+        for index in indices:
+            task, document = self._at(index)
+            chosen.setdefault(task.task_name, (task, []))[1].append(document)
+        return chosen
+
     def _at(self, index: int) -> tuple[Any, Any]:
         ends = accumulate(len(documents) for _, documents in self.parts)
         part, end = next((part, end) for part, end in enumerate(ends) if index < end)
@@ -117,6 +125,28 @@ def scored_items(selection: TaskSelection, commits: Commits) -> Iterator[Item]:
         for name, task in tasks.items():
             with told_of(name):
                 yield from [_item(task, document) for document in task.eval_docs]
+
+
+def scored_questions(
+    selection: TaskSelection, commits: Commits, limit: int | None
+) -> dict[str, list[Question]]:
+    """Task -> its first `limit` scored items; tasks that are Python classes are left out.
+
+    Raises:
+        EvaluationError: a task cannot be built.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    located, found = locate_tasks(selection), {}
+    with prepared(selection, commits):
+        tasks, _ = build(located)
+        for name, task in tasks.items():
+            if isinstance(task, ConfigurableTask):
+                with told_of(name):
+                    reset_fewshot(task)
+                    first = islice(task.eval_docs, limit)
+                    found[name] = [_question(task, one, i) for i, one in enumerate(first)]
+    return found
 
 
 def _require_text(name: str, task: Any) -> None:

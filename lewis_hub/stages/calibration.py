@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missi
 from lewis_hub.guides.density import Bounds, DensitySchedule, schedule
 from lewis_hub.guides.importance import ImportanceProfile, Role
 from lewis_hub.hub.source import Source
+from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.stages.drawing import Drawing, Drawn, draw
 from lewis_hub.stages.execution import Folders, Step
@@ -48,14 +49,17 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         SourceError, EvaluationError: a configuration or split is not there.
         CalibrationError: the template does not fit, no text is left, or items are scored.
     """
-    drawn = drawn_sets(step)
-    refuse_overlap(step, {one: found.values for one, found in drawn.items()})
-    asked = (step.recipe.calibration_of(entry) for entry in merged_entries(step.recipe))
-    return tuple(drawn[one].tokens for one in asked if one in drawn)
+    return in_order(step.recipe, drawn_sets(step))
+
+
+def in_order(recipe: Recipe, drawn: Mapping[Calibration, Drawn]) -> tuple[CalibrationSet, ...]:
+    """One set per expert, of what was drawn."""
+    asked = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
+    return tuple(drawn[one].tokens for one in asked if one and one in drawn)
 
 
 def drawn_sets(step: Step) -> dict[Calibration, Drawn]:
-    """The same texts, whether or not they are scored, by what asks for them."""
+    """The same texts by what asks for them, each with what tells it from others."""
     recipe, inputs = step.recipe, step.inputs
     if recipe.guide is None or "importance" not in registry.find(recipe.guide.name).needs:
         return {}
@@ -67,7 +71,11 @@ def drawn_sets(step: Step) -> dict[Calibration, Drawn]:
         step.execution.allow_code,
     )
     asked = [one for entry in merged_entries(recipe) if (one := recipe.calibration_of(entry))]
-    return {one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)}
+    drawn = {
+        one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
+    }
+    refuse_overlap(step, {one: found.values for one, found in drawn.items()})
+    return drawn
 
 
 def guide(
