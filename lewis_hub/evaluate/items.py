@@ -168,7 +168,7 @@ def _documents(name: str, task: Any, split: str, *, allow_scored: bool) -> Any:
     if split not in task.dataset:
         raise EvaluationError(name, f"its data have no split `{split}`.", has)
     if split == scored and not allow_scored:
-        problem = f"`{split}` is the split that it scores, and calibration must not see its items."
+        problem = f"`{split}` is the split that it scores, and no merge may be fitted to its items."
         raise EvaluationError(name, problem, has)
     declared = (config.training_split, config.validation_split, config.test_split)
     process = fewshot.process_docs if split not in declared else config.process_docs

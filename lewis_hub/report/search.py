@@ -78,7 +78,9 @@ def _save(picture: Picture, complete: Sequence[Tried], theme: Theme, path: Path)
 
     names = list(dict.fromkeys(name for trial in complete for name in trial.values))
     values = [trial.value for trial in complete if trial.value is not None]
-    scale = colormaps["viridis_r" if picture.lower_is_better else "viridis"]
+    # the better a trial, the more it stands out from the paper
+    low_is_dark = picture.lower_is_better == (theme.name == "light")
+    scale = colormaps["viridis" if low_is_dark else "viridis_r"]
     colours: Any = ScalarMappable(Normalize(min(values), max(values)), scale)
     with own_style(theme):
         width = max(5.0, 1.25 * len(names) + 1.6)

@@ -53,7 +53,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few."""
+    """One of a few; the same ones in the same order by whichever method."""
 
     name: str
     options: tuple[str | bool, ...]
@@ -249,7 +249,7 @@ def _of_parameters(recipe: Recipe, method: Method, *, guided: bool) -> Iterator[
     for name, default in asked.items():
         value = recipe.parameters.get(name, default)
         if isinstance(value, bool):
-            yield Choice(f"parameters.{name}", (value, not value), value)
+            yield Choice(f"parameters.{name}", (False, True), value)
         elif name in RANGES:
             low, high = RANGES[name]
             start = (low + high) / 2 if value is None else value

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from lewis_hub.errors import ExtraMissingError, TuningError
 from lewis_hub.stages.search_space import Axis, Choice, Space, Values, axes
 
+N_AT_RANDOM = 6  # trials before the sampler looks at what they gave, warm starts among them
 N_BEFORE_PRUNING = 5  # trials that are scored to the end before any is compared with a median
 SECONDS, ERROR = "seconds", "error"
 
@@ -79,7 +80,9 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     # a run that goes on must not draw again what the one before it drew
-    study.sampler = optuna.samplers.TPESampler(seed=(seed + len(study.trials)) % 2**32)
+    study.sampler = optuna.samplers.TPESampler(
+        n_startup_trials=N_AT_RANDOM, seed=(seed + len(study.trials)) % 2**32
+    )
     return study
 
 
