@@ -26,7 +26,7 @@ class Trial:
         value: the objective over all items; None where it was left before the last of them.
         reached: the objective over the items that were scored.
         seconds: step -> how long it took.
-        error: why these values cannot be merged.
+        error: why these values cannot be merged or scored.
     """
 
     number: int

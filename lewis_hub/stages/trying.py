@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,7 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
     try:
         merged = merge(tuner, values, "trial")
     except MergeError as error:
-        trial.set_user_attr(ERROR, str(error))
-        opened.tell(trial, state=TrialState.FAIL)
-        tuner.step.progress.say(f"Trial {trial.number} cannot be merged: {error}")
+        _failed(tuner, opened, trial, str(error))
         advance(n_items)
         return
     clock.split("merge")
@@ -60,17 +59,29 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
     clock.split("load")
     value, is_left = float("nan"), False
     for number, value in enumerate(tuner.objective.values(lm, done), start=1):
+        if not isfinite(value):
+            break
         trial.report(value, number)
         is_left = number < len(tuner.objective.parts) and trial.should_prune()
         if is_left:
             break
     clock.split("score")
     trial.set_user_attr(SECONDS, clock.seconds)
-    if is_left:
+    if not isfinite(value):
+        _failed(tuner, opened, trial, f"its {tuner.objective.metric} is {value}")
+    elif is_left:
         opened.tell(trial, state=TrialState.PRUNED)
     else:
         opened.tell(trial, value)
     advance(n_items - n_done)
+
+
+def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:
+    from optuna.trial import TrialState
+
+    trial.set_user_attr(ERROR, why)
+    opened.tell(trial, state=TrialState.FAIL)
+    tuner.step.progress.say(f"Trial {trial.number} failed: {why}")
 
 
 class _Clock:

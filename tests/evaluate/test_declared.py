@@ -51,14 +51,12 @@ def test_a_metric_that_the_task_has_or_may_have_is_fine(folder, task, metric):
         (
             "plain",
             "bleu",
-            "plain: it has no metric `bleu`.\n"
-            "It has `acc,none`, `acc_norm,none`.",
+            "plain: it has no metric `bleu`.\nIt has `acc,none`, `acc_norm,none`.",
         ),
         (
             "mean",
             "acc,flexible",
-            "mean: it has no metric `acc,flexible`.\nDid you mean "
-            "`acc,none`? It has `acc,none`.",
+            "mean: it has no metric `acc,flexible`.\nDid you mean `acc,none`? It has `acc,none`.",
         ),
         (
             "numbers",

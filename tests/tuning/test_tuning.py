@@ -61,9 +61,7 @@ def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_f
     assert "16 items of zoo_reverse, split train; 16 items of zoo_cipher, split train." in comment
     assert f"There: {told['best']['value']:.4f}, {told['start']['value']:.4f} with" in comment
     (test,) = [
-        one
-        for one in told["final"]["zoo_reverse"]["paired"]
-        if one["metric"] == "answer_loss,none"
+        one for one in told["final"]["zoo_reverse"]["paired"] if one["metric"] == "answer_loss,none"
     ]
     assert test["against"] == "start"
     assert f"zoo_reverse answer loss (n = 8): {test['difference']:+.4f}, 95 %" in comment
@@ -196,8 +194,6 @@ def test_a_killed_search_goes_on_and_beats_the_recipe_on_items_that_it_never_saw
     assert told["trials"][0]["values"] == START
     assert 0 < told["n_begun"] < 14
     assert told["best"]["value"] < told["start"]["value"] - 0.5
-    tests = {
-        one["metric"]: one for task in told["final"].values() for one in task["paired"]
-    }
+    tests = {one["metric"]: one for task in told["final"].values() for one in task["paired"]}
     assert tests["answer_loss,none"]["p_holm"] < 0.01
     assert tests["answer_loss,none"]["difference"] < 0
