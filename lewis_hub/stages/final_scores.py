@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,7 @@ def score_both(step: Step, models: Mapping[str, MergedModel], scratch: Path) -> 
             losses = {task: answer_losses(lm, some, advance) for task, some in questions.items()}
             results[label] = _with_losses(results[label], losses)
             del lm
+            gc.collect()  # one model in memory at a time
     return compare(results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -65,6 +66,8 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
         is_left = number < len(tuner.objective.parts) and trial.should_prune()
         if is_left:
             break
+    del lm
+    gc.collect()  # one model in memory at a time
     clock.split("score")
     trial.set_user_attr(SECONDS, clock.seconds)
     if not isfinite(value):

@@ -113,55 +113,44 @@ def tune(
     if recipe.evaluate is None:
         problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
         raise RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
-    step = _examined(search_space.candidate(space, search_space.warm_starts(space)[0]), execution)
-    step = replace(step, progress=progress)
+    begun = search_space.candidate(space, search_space.warm_starts(space)[0])
+    step = _examined(begun, execution, progress)
     _require_plans(step, space)
     drawn, sets = _draw(step, space, asked)
     settings = EvaluationSettings(device=execution.device)
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
     output.mkdir(parents=True, exist_ok=True)
-    store = output / "importance.json"
     with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         folders = downloading.everything(step)
+        store = output / "importance.json"
         tuner = Tuner(step, space, objective, folders, sets, store, Path(scratch))
         for guide in sets:  # measured here, where it is told how far it is
-            guided = step.recipe.guide
-            assert guided
-            changed = guided.model_copy(update={"name": guide})
-            trying.guidance(tuner, step.recipe.model_copy(update={"guide": changed}), progress)
-        opened = study.open_study(
-            output / STUDY,
-            _name(tuner),
-            lower_is_better=objective.lower_is_better,
-            seed=recipe.seed,
-        )
-        study.enqueue(opened, search_space.warm_starts(space))
-        n_begun = _search(tuner, opened, asked)
-        tried = _tried(space, opened)
+            trying.guidance(tuner, _guided(step, guide).recipe, progress)
+        tried, n_begun = _search(tuner, output / STUDY, asked)
         best = study.best_of(tried, lower_is_better=objective.lower_is_better)
         first = search_space.warm_starts(space)[0]
         start = next((t for t in tried if t.values == first and t.value is not None), None)
-        final = None
-        if best is not start:
-            final = _final(tuner, {"merged": best.values, "start": first})
+        compared = {"merged": best.values, "start": first}
+        final = None if best is start else _final(tuner, compared)
     tuned = search_space.candidate(space, best.values)
     return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, final)
 
 
-def _examined(recipe: Recipe, execution: Execution) -> Step:
-    api, silent = hub_api(), Silent()
+def _examined(recipe: Recipe, execution: Execution, progress: Progress) -> Step:
+    api = hub_api()
     inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
-    inputs = converting.without_pickles(recipe, inputs, api, silent)
+    inputs = converting.without_pickles(recipe, inputs, api, progress)
     examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
     checking.require_fine(examined.report)
-    return Step(recipe, inputs, examined, execution, api, silent)
+    return Step(recipe, inputs, examined, execution, api, progress)
 
 
 def _require_plans(step: Step, space: Space) -> None:
     """Refuse a method that cannot merge these sources, from their headers."""
-    for values in search_space.corners(space):
+    tried = [search_space.candidate(space, values) for values in search_space.corners(space)]
+    for recipe in {one.merge_method: one for one in tried}.values():
         merging.plan(
-            search_space.candidate(space, values),
+            recipe,
             step.inputs,
             step.examined.checkpoints,
             step.examined.tokens.alignment,
@@ -183,9 +172,7 @@ def _draw(
     sets: dict[str, Sets] = {}
     calibrated = []
     for guide in space.guides:
-        assert step.recipe.guide
-        changed = step.recipe.guide.model_copy(update={"name": guide})
-        guided = replace(step, recipe=step.recipe.model_copy(update={"guide": changed}))
+        guided = _guided(step, guide)
         drawn = calibration.drawn_sets(guided)
         sets[guide] = calibration.in_order(guided.recipe, drawn)
         calibrated += [values for one in drawn.values() for values in one.values]
@@ -195,6 +182,13 @@ def _draw(
         told = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
         step.progress.say(f"{told}{passed if one.n_calibrated else ''}.")
     return items, sets
+
+
+def _guided(step: Step, guide: str) -> Step:
+    """The same step with another guide."""
+    assert step.recipe.guide
+    changed = step.recipe.guide.model_copy(update={"name": guide})
+    return replace(step, recipe=step.recipe.model_copy(update={"guide": changed}))
 
 
 def _name(tuner: Tuner) -> str:
@@ -214,19 +208,21 @@ def _name(tuner: Tuner) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def _search(tuner: Tuner, opened: Any, asked: Search) -> int:
-    """Try until there are enough trials or the time is over; returns how many were begun."""
+def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...], int]:
+    """Try until there are enough trials or the time is over; all of them, and how many are new."""
+    lower, seed = tuner.objective.lower_is_better, tuner.step.recipe.seed
+    opened = study.open_study(file, _name(tuner), lower_is_better=lower, seed=seed)
+    study.enqueue(opened, search_space.warm_starts(tuner.space))
     began, n_begun = time.monotonic(), 0
     n_left = max(0, asked.n_trials - len(_tried(tuner.space, opened)))
-    n_items = tuner.objective.n_items
-    with tuner.step.progress.stage("Tuning", n_left * n_items, "items") as advance:
-        while len(_tried(tuner.space, opened)) < asked.n_trials:
+    with tuner.step.progress.stage("Tuning", n_left * tuner.objective.n_items, "items") as advance:
+        while n_begun < n_left:
             if asked.budget_s is not None and time.monotonic() - began >= asked.budget_s:
                 tuner.step.progress.say("The budget is spent; the same command goes on.")
                 break
             n_begun += 1
             trying.attempt(tuner, opened, advance)
-    return n_begun
+    return _tried(tuner.space, opened), n_begun
 
 
 def _tried(space: Space, opened: Any) -> tuple[Trial, ...]:
