@@ -15,6 +15,7 @@ from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.merge.workspace import alone_in
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages import (
@@ -120,7 +121,7 @@ def tune(
     settings = EvaluationSettings(device=execution.device)
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
     output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+    with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         folders = downloading.everything(step)
         store = output / "importance.json"
         tuner = Tuner(step, space, objective, folders, sets, store, Path(scratch))

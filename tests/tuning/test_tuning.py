@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError, RecipeError, TuningError
+from lewis_hub.errors import EvaluationError, OutputError, RecipeError, TuningError
+from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe_file import read_recipe
 from lewis_hub.stages.tuning import Search, tune
 
@@ -69,6 +70,7 @@ def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_f
     losses = [models[label]["answer_loss,none"]["value"] for label in ("merged", "start")]
     assert test["difference"] == pytest.approx(losses[0] - losses[1])
     assert sorted(path.name for path in (folder / "tuning").iterdir()) == [
+        ".lock",
         "importance.json",
         "search-dark.png",
         "search-light.png",
@@ -138,6 +140,17 @@ def test_items_that_are_scored_are_refused_whatever_the_task_is_called(recipe_fi
         "items.\nIt has: `train`."
     )
     assert not output.exists()
+
+
+def test_two_searches_in_one_folder_do_not_meet(recipe_file):
+    output = recipe_file.parent / "tuning"
+    output.mkdir()
+
+    with (
+        alone_in(output, output),
+        pytest.raises(OutputError, match="tuning: another run is working on it"),
+    ):
+        tune(read_recipe(recipe_file), Search(samples=4), output)
 
 
 def test_nothing_is_left_where_calibration_draws_all_items(recipe_file):
