@@ -170,6 +170,10 @@ class EvaluationError(LewisHubError):
         return f"{self.subject}: {self.problem}\n{self.remedy}"
 
 
+class TuningError(LocatedError):
+    """A search that cannot be done as asked; `where` is the study, a task or a method."""
+
+
 # -- publishing
 
 

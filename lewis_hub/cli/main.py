@@ -14,7 +14,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import actions, hubs, jobs, merging, models, profiles, recipes
+from lewis_hub.cli import actions, hubs, jobs, merging, models, profiles, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
 INTERRUPTED = "interrupted; the same command goes on from here."
@@ -39,6 +39,7 @@ for command in (
     merging.check,
     profiles.importance,
     profiles.compare,
+    tuning.tune,
     jobs.schedule,
     models.evaluate,
     models.push,

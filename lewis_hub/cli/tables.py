@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lewis_hub.pipeline import Calibrated, Merged
     from lewis_hub.report.comparison import Comparison
     from lewis_hub.stages.checking import CheckReport
+    from lewis_hub.stages.tuning import Tuned
     from lewis_hub.stages.verification import Verdict
 
 
@@ -128,6 +129,27 @@ def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
         table.add_row(*plain(short_name(one.after), row.module, *numbers))
     yield table
     yield from plain(*one.sentences)
+
+
+def trials_table(tuned: Tuned, n_shown: int) -> RenderableType:
+    """The best trials first; the recipe's own settings in any case."""
+    from lewis_hub.stages.search_space import short_name, shown_value
+
+    lower = tuned.objective.lower_is_better
+    complete = [(trial.value, trial) for trial in tuned.trials if trial.value is not None]
+    ranked = [t for _, t in sorted(complete, key=lambda one: one[0] if lower else -one[0])]
+    shown = ranked[:n_shown]
+    if tuned.start and tuned.start not in shown:
+        shown.append(tuned.start)
+    names = list(dict.fromkeys(name for trial in shown for name in trial.values))
+    table = _table(
+        "trial", "", tuned.objective.metric.removesuffix(",none"), *map(short_name, names)
+    )
+    for trial in shown:
+        part = "best" if trial is tuned.best else "recipe" if trial is tuned.start else ""
+        values = (shown_value(trial.values.get(name)) for name in names)
+        table.add_row(*plain(str(trial.number), part, f"{trial.value:.4f}", *values))
+    return table
 
 
 def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableType]:

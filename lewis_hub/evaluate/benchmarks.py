@@ -52,7 +52,7 @@ def load_tasks(
     located = locate_tasks(selection)
     with prepared(selection, commits or {}):
         tasks, groups = build(located)
-        n_requests = sum(_count_requests(name, task, limit) for name, task in tasks.items())
+        n_requests = sum(count_requests(name, task, limit) for name, task in tasks.items())
     return Benchmarks(tasks, groups, n_requests, limit, selection.allow_code)
 
 
@@ -103,7 +103,7 @@ def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
     return tasks, groups
 
 
-def _count_requests(name: str, task: Any, limit: int | None) -> int:
+def count_requests(name: str, task: Any, limit: int | None) -> int:
     """Requests of the task's items, by building them once as every model's run will."""
     if getattr(task, "MULTIMODAL", False):
         problem = "asks about pictures or sound, and a merged language model reads text."

@@ -52,20 +52,37 @@ def evaluate_model(
     Raises:
         EvaluationError: the model cannot be loaded, or is too short for a task's answers.
     """
+    lm = load(folder, settings)
+    result = evaluate_loaded(lm, benchmarks, settings, advance)
+    del lm
+    gc.collect()  # one model in memory at a time
+    return result
+
+
+def load(folder: Path, settings: EvaluationSettings) -> Any:
+    """lm-eval's wrapper round the model in a folder, as every model is run here.
+
+    Raises:
+        EvaluationError: it cannot be loaded.
+    """
+    with quiet_libraries():
+        return _load(folder, settings)
+
+
+def evaluate_loaded(
+    lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings, advance: Advance
+) -> ModelResult:
+    """Score a model from `load`, as `evaluate_model` does."""
     code = code_allowed(allowed=benchmarks.allow_code)
     with quiet_libraries(), code, compiled_once(), _seeded(settings.seed):
-        lm = _load(folder, settings)
         if settings.batch_size is None:
             lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
-        with _fitting_threads(lm):
-            result = _result(_answered(lm, benchmarks, settings), benchmarks)
-    del lm
-    gc.collect()  # one model in memory at a time
-    return result
+        with fitting_threads(lm):
+            return _result(_answered(lm, benchmarks, settings), benchmarks)
 
 
 def _answered(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:
@@ -118,7 +135,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _fitting_threads(lm: Any) -> Iterator[None]:
+def fitting_threads(lm: Any) -> Iterator[None]:
     """One thread for a tiny model: several wait for each other longer than they work."""
     import torch
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
@@ -27,6 +27,15 @@ class Item:
     prompt: str  # without few-shot examples; empty where the answer is all
     answer: str
     document: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that a model is sent, few-shot examples included, and the right answer; empty if none."""
+
+    task: str
+    prompt: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,26 @@ class TaskRows:
         An item's few-shot examples depend on its index alone, and it is never among them. One
         without a right answer, as in hidden test sets, is an empty text.
         """
+        asked = self.questions(indices)
+        return [{TEXT: one.prompt + one.answer} for one in asked]
+
+    def questions(self, indices: Sequence[int]) -> list[Question]:
+        """The same texts, cut where the answer begins."""
         with prepared(self.selection, {}):
-            return [{TEXT: _text(*self._at(index), index)} for index in indices]
+            return [_question(*self._at(index), index) for index in indices]
 
     def items(self, indices: Sequence[int]) -> list[Item]:
         """The same items, taken apart."""
         with prepared(self.selection, {}):
             return [_item(*self._at(index)) for index in indices]
+
+    def part_of(self, indices: Sequence[int]) -> dict[str, tuple[Any, list[Any]]]:
+        """Name of each task -> lm-eval's object of it and those of its documents."""
+        chosen: dict[str, tuple[Any, list[Any]]] = {}
+        for index in indices:
+            task, document = self._at(index)
+            chosen.setdefault(task.task_name, (task, []))[1].append(document)
+        return chosen
 
     def _at(self, index: int) -> tuple[Any, Any]:
         ends = accumulate(len(documents) for _, documents in self.parts)
@@ -105,6 +127,28 @@ def scored_items(selection: TaskSelection, commits: Commits) -> Iterator[Item]:
                 yield from [_item(task, document) for document in task.eval_docs]
 
 
+def scored_questions(
+    selection: TaskSelection, commits: Commits, limit: int | None
+) -> dict[str, list[Question]]:
+    """Task -> its first `limit` scored items; tasks that are Python classes are left out.
+
+    Raises:
+        EvaluationError: a task cannot be built.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    located, found = locate_tasks(selection), {}
+    with prepared(selection, commits):
+        tasks, _ = build(located)
+        for name, task in tasks.items():
+            if isinstance(task, ConfigurableTask):
+                with told_of(name):
+                    reset_fewshot(task)
+                    first = islice(task.eval_docs, limit)
+                    found[name] = [_question(task, one, i) for i, one in enumerate(first)]
+    return found
+
+
 def _require_text(name: str, task: Any) -> None:
     from lm_eval.api.task import ConfigurableTask
 
@@ -124,7 +168,7 @@ def _documents(name: str, task: Any, split: str, *, allow_scored: bool) -> Any:
     if split not in task.dataset:
         raise EvaluationError(name, f"its data have no split `{split}`.", has)
     if split == scored and not allow_scored:
-        problem = f"`{split}` is the split that it scores, and calibration must not see its items."
+        problem = f"`{split}` is the split that it scores, and no merge may be fitted to its items."
         raise EvaluationError(name, problem, has)
     declared = (config.training_split, config.validation_split, config.test_split)
     process = fewshot.process_docs if split not in declared else config.process_docs
@@ -143,13 +187,13 @@ class _Others:
         return self.sampler.sample(n=n, eval_doc=self.document if among else None)
 
 
-def _text(task: Any, document: Any, index: int) -> str:
+def _question(task: Any, document: Any, index: int) -> Question:
     """The request that scores the right answer, or whose answer is generated, and the answer."""
     sampler = getattr(task, "sampler", None)
     with told_of(task.task_name):
         answer = _answer(task, document)
         if not answer:
-            return ""
+            return Question(task.task_name, "", "")
         task.set_fewshot_seed(FEWSHOT_SEED + index)
         task.sampler = _Others(sampler, document)
         try:
@@ -160,9 +204,11 @@ def _text(task: Any, document: Any, index: int) -> str:
             task.sampler = sampler
         requests = task.construct_requests(document, context, metadata=(task.task_name, index, 1))
         if task.OUTPUT_TYPE == "generate_until":
-            return str(requests.args[0]) + _delimiter(task, document, answer) + answer
+            delimiter = _delimiter(task, document, answer)
+            return Question(task.task_name, str(requests.args[0]), delimiter + answer)
         asked = requests[_gold(task, document)] if isinstance(requests, list) else requests
-        return "".join(str(argument) for argument in asked.args)
+        *prompt, answer = map(str, asked.args)  # of a text as a whole the answer is all
+        return Question(task.task_name, "".join(prompt), answer)
 
 
 def _item(task: Any, document: Any) -> Item:

@@ -74,13 +74,25 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
     folder = output.with_name(output.name + ".partial")
     try:
         (folder / ".scratch").mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        (folder / LOCK).touch()
     except OSError as error:
         raise OutputError(
             str(output),
             f"it cannot be written ({error.strerror}).",
             "Name a folder that you may write to with -o.",
         ) from None
+    with alone_in(folder, output):
+        yield Workspace(output, folder, folder / ".scratch")
+
+
+@contextmanager
+def alone_in(folder: Path, output: Path) -> Iterator[None]:
+    """Hold the lock of a folder that is there; `output` is what messages call it.
+
+    Raises:
+        OutputError: another run works on it.
+    """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,7 +102,7 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
                 "another run is working on it.",
                 "Wait until it ends, or name another folder with -o.",
             ) from None
-        yield Workspace(output, folder, folder / ".scratch")
+        yield
     finally:
         os.close(lock)
 

@@ -107,7 +107,7 @@ def save(heat: HeatMap, theme: Theme, path: Path) -> None:
     note = "\n".join(textwrap.wrap(_drawable(note), room, break_on_hyphens=False))
     layout = _layout(heat.grid, note)
     across, up = layout.size
-    with _own_style(theme):
+    with own_style(theme):
         figure = Figure(figsize=layout.size, dpi=DPI, facecolor=theme.paper)
         image = _heat_map(figure.add_axes(layout.box(layout.left, layout.width)), heat, theme)
         bar = figure.colorbar(
@@ -178,7 +178,7 @@ def _drawable(text: str) -> str:
 
 
 @contextmanager
-def _own_style(theme: Theme) -> Iterator[None]:
+def own_style(theme: Theme) -> Iterator[None]:
     """Drawn the same whatever a user's matplotlibrc says."""
     import matplotlib
 

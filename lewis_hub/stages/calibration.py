@@ -14,8 +14,10 @@ from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
 from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.hub.source import Source
+from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.stages.changes import measure_task_vectors, unmeasured_task_vectors
-from lewis_hub.stages.drawing import Drawing, draw
+from lewis_hub.stages.drawing import Drawing, Drawn, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable, plan_of
 from lewis_hub.stages.overlap import refuse_overlap
@@ -51,18 +53,27 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         SourceError, EvaluationError: a configuration or split is not there.
         CalibrationError: the template does not fit, no text is left, or items are scored.
     """
+    sets = in_order(step.recipe, drawn_sets(step))
+    if sets:
+        require_understood(step, sets)
+    return sets
+
+
+def in_order(recipe: Recipe, drawn: Mapping[Calibration, Drawn]) -> tuple[CalibrationSet, ...]:
+    """One set per expert, of what was drawn."""
+    return tuple(drawn[one].tokens for one in calibrations(recipe) if one in drawn)
+
+
+def drawn_sets(step: Step) -> dict[Calibration, Drawn]:
+    """The same texts by what asks for them, each with what tells it from others."""
     recipe, inputs = step.recipe, step.inputs
     if not measures_on_texts(recipe):
-        return ()
+        return {}
     how = Drawing(step.api, inputs.donor, recipe.seed, step.execution.allow_code)
-    asked = calibrations(recipe)
-    drawn = {
-        one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
-    }
+    asked = dict.fromkeys(calibrations(recipe))
+    drawn = {one: draw(how, one, inputs.data_of(one), step.progress) for one in asked}
     refuse_overlap(step, {one: found.values for one, found in drawn.items()})
-    sets = tuple(drawn[one].tokens for one in asked)
-    require_understood(step, sets)
-    return sets
+    return drawn
 
 
 def guide(

@@ -26,9 +26,13 @@ def drawn_values(
     Of a task's item its document, and its prompt with its answer: either will do.
     """
     if isinstance(rows, TaskRows):
-        items = rows.items(tokens.rows)
-        return [(values(item.document), values((item.prompt, item.answer))) for item in items]
+        return item_values(rows.items(tokens.rows))
     return [(values(template.parts(row)),) for row in rows.rows(tokens.rows)]
+
+
+def item_values(items: Iterable[Item]) -> list[tuple[Values, ...]]:
+    """Of each item its document, and its prompt with its answer."""
+    return [(values(item.document), values((item.prompt, item.answer))) for item in items]
 
 
 def values(told: Any) -> Values:
@@ -47,7 +51,15 @@ def _texts(told: Any) -> Iterator[str]:
 
 
 def count_overlap(drawn: Sequence[tuple[Values, ...]], scored: Iterable[Item]) -> Counter[str]:
-    """Task -> number of drawn items that it scores.
+    """Task -> number of drawn items that it scores."""
+    found = {(item.task, index) for index, item in overlaps(drawn, scored)}
+    return Counter(task for task, _ in found)
+
+
+def overlaps(
+    drawn: Sequence[tuple[Values, ...]], scored: Iterable[Item]
+) -> Iterator[tuple[int, Item]]:
+    """The place of each drawn item that is scored, with the item that it is.
 
     An item is scored where all that fixes it stands in one scored document, its prompt or answer.
     """
@@ -55,13 +67,11 @@ def count_overlap(drawn: Sequence[tuple[Values, ...]], scored: Iterable[Item]) -
     for index, alternatives in enumerate(drawn):
         for one in filter(None, alternatives):
             by_longest[max(one, key=lambda text: (len(text), text))].append((index, one))
-    found: set[tuple[str, int]] = set()
     for item in scored:
         whole = item.prompt + item.answer, f"{item.prompt} {item.answer}"
         there = values((item.document, item.prompt, item.answer, whole))
         for text in by_longest.keys() & there:
-            found |= {(item.task, index) for index, one in by_longest[text] if one <= there}
-    return Counter(task for task, _ in found)
+            yield from ((index, item) for index, one in by_longest[text] if one <= there)
 
 
 def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[tuple[Values, ...]]]) -> None:

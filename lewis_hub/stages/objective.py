@@ -1,0 +1,177 @@
+"""What a search makes better: the loss on right answers, or a task's own metric."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.answer_loss import NAME, answer_losses
+from lewis_hub.evaluate.benchmarks import Benchmarks, count_requests, prepared
+from lewis_hub.evaluate.declared import require_metric
+from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_loaded
+from lewis_hub.evaluate.items import Question
+from lewis_hub.progress import Advance
+from lewis_hub.stages.tuning_items import TuningItems
+
+N_PARTS = 8  # after each of them a trial can be left
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of one task's mean: a sum, and over how much."""
+
+    total: float
+    n: float
+
+
+Part = Callable[[Any, Advance], Mapping[str, Share]]  # (loaded model, advance) -> task -> share
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A number for a model: the mean over tasks of each task's mean.
+
+    Attributes:
+        metric: `metric,filter`.
+        parts: the items, in the order in which they are scored.
+        n_items: of all parts.
+        digest: over all that fixes the items and how they are scored.
+    """
+
+    metric: str
+    lower_is_better: bool
+    parts: tuple[Part, ...]
+    n_items: int
+    digest: str
+
+    def values(self, lm: Any, advance: Advance) -> Iterator[float]:
+        """The objective over the items so far, after each part; `advance` counts items."""
+        totals: defaultdict[str, list[Share]] = defaultdict(list)
+        for part in self.parts:
+            for task, share in part(lm, advance).items():
+                totals[task].append(share)
+            means = [_mean(shares) for shares in totals.values()]
+            yield sum(means) / len(means)
+
+
+def by_answer_loss(drawn: Sequence[TuningItems]) -> Objective:
+    """The mean negative log-likelihood of an answer's token, in nats."""
+    questions = [one.rows.questions(one.indices) for one in drawn]
+    mixed = _in_turn(questions)
+
+    def part(some: Sequence[Question]) -> Part:
+        def measure(lm: Any, advance: Advance) -> Mapping[str, Share]:
+            found: defaultdict[str, list[Share]] = defaultdict(list)
+            for asked, loss in zip(some, answer_losses(lm, some, advance), strict=True):
+                if loss.n_tokens:
+                    found[asked.task].append(Share(loss.nats, loss.n_tokens))
+            return {task: _sum(shares) for task, shares in found.items()}
+
+        return measure
+
+    parts = tuple(part(some) for some in _parts(mixed))
+    return Objective(NAME, True, parts, len(mixed), _digest(NAME, mixed))  # noqa: FBT003
+
+
+def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSettings) -> Objective:
+    """A task's metric, `name,filter` as lm-eval writes it; it has to be a mean over items.
+
+    Raises:
+        EvaluationError: a task has no such metric.
+    """
+    for one in drawn:
+        require_metric(one.rows.selection, one.task, metric)
+    places = [[(one, index) for index in one.indices] for one in drawn]
+    mixed = _in_turn(places)
+    directions = {_lower_is_better(one, metric) for one in drawn}
+    if len(directions) > 1:
+        problem = f"of `{metric}` one task wants the higher value and another the lower."
+        raise EvaluationError("tune", problem, "Tune on one of them, or on the answer loss.")
+    parts = tuple(_metric_part(some, metric, settings) for some in _parts(mixed))
+    told = [one.rows.questions(one.indices) for one in drawn]
+    return Objective(metric, directions.pop(), parts, len(mixed), _digest(metric, _in_turn(told)))
+
+
+def _metric_part(
+    some: Sequence[tuple[TuningItems, int]], metric: str, settings: EvaluationSettings
+) -> Part:
+    by_task: defaultdict[str, list[int]] = defaultdict(list)
+    drawn = {one.task: one for one, _ in some}
+    for one, index in some:
+        by_task[one.task].append(index)
+    ready = [_benchmarks(drawn[task], indices) for task, indices in by_task.items()]
+
+    def measure(lm: Any, advance: Advance) -> Mapping[str, Share]:
+        shares = {}
+        for benchmarks, (task, indices) in zip(ready, by_task.items(), strict=True):
+            found = evaluate_loaded(lm, benchmarks, settings, lambda _: None)
+            shares[task] = _sum([_share(t.metrics, task, metric) for t in found.tasks.values()])
+            advance(len(indices))
+        return shares
+
+    return measure
+
+
+def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
+    """The task with these items in place of those that it scores."""
+    tasks, n_requests = {}, 0
+    with prepared(one.rows.selection, {}):
+        for name, (task, documents) in one.rows.part_of(indices).items():
+            again = copy.copy(task)
+            again._config = copy.copy(task.config)
+            # few-shot examples of the same split then leave the item itself out
+            again._config.test_split = one.split
+            again.has_test_docs = lambda: True
+            again.test_docs = lambda chosen=documents: chosen
+            n_requests += count_requests(name, again, None)
+            tasks[name] = again
+    return Benchmarks(tasks, {}, n_requests, None, one.rows.selection.allow_code)
+
+
+def _share(metrics: Mapping[str, Any], task: str, metric: str) -> Share:
+    found = metrics.get(metric)
+    if found is None or found.values is None:
+        problem = (
+            f"its `{metric}` is no mean over items, so that parts of it cannot be put together."
+        )
+        raise EvaluationError(task, problem, "Tune on another --metric, or on the answer loss.")
+    known = [value for value in found.values if value is not None]
+    return Share(sum(known), len(known))
+
+
+def _lower_is_better(one: TuningItems, metric: str) -> bool:
+    name = metric.partition(",")[0]
+    return any(task.higher_is_better().get(name) is False for task, _ in one.rows.parts)
+
+
+def _in_turn(lists: Sequence[Sequence[Any]]) -> list[Any]:
+    """One of each list, then the next of each, so that every part has its share of every task."""
+    nothing = object()
+    rounds = zip_longest(*lists, fillvalue=nothing)
+    return [one for together in rounds for one in together if one is not nothing]
+
+
+def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+    n_parts = min(N_PARTS, len(items))
+    ends = [len(items) * i // n_parts for i in range(n_parts + 1)]
+    return [items[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _sum(shares: Sequence[Share]) -> Share:
+    return Share(sum(s.total for s in shares), sum(s.n for s in shares))
+
+
+def _mean(shares: Sequence[Share]) -> float:
+    whole = _sum(shares)
+    return whole.total / whole.n if whole.n else float("nan")
+
+
+def _digest(metric: str, questions: Sequence[Question]) -> str:
+    told = "\n".join([metric, *(repr((q.task, q.prompt, q.answer)) for q in questions)])
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -1,0 +1,115 @@
+"""One trial of a search: settings are merged, loaded and scored, part by part."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.errors import MergeError
+from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.progress import Advance, Progress, Silent
+from lewis_hub.recipe import Recipe
+from lewis_hub.stages import calibration, merging, search_space, study
+from lewis_hub.stages.calibration import Guidance, Sets
+from lewis_hub.stages.execution import Folders, Step
+from lewis_hub.stages.merging import MergedModel
+from lewis_hub.stages.objective import Objective
+from lewis_hub.stages.search_space import Space, Values
+from lewis_hub.stages.study import ERROR, SECONDS
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """What every trial needs; nothing of it is measured or loaded twice."""
+
+    step: Step
+    space: Space
+    objective: Objective
+    folders: Folders
+    sets: Mapping[str, Sets]  # guide -> calibration texts
+    store: Path  # importance.json
+    scratch: Path
+
+
+def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
+    """One trial; `advance` counts all of its items, those that are left out as well."""
+    from optuna.trial import TrialState
+
+    trial = opened.ask()
+    values = study.propose(trial, tuner.space)
+    clock, n_items, n_done = _Clock(), tuner.objective.n_items, 0
+
+    def done(n: int) -> None:
+        nonlocal n_done
+        n_done += n
+        advance(n)
+
+    try:
+        merged = merge(tuner, values, "trial")
+    except MergeError as error:
+        _failed(tuner, opened, trial, str(error))
+        advance(n_items)
+        return
+    clock.split("merge")
+    lm = load(merged.folder, EvaluationSettings(device=tuner.step.execution.device))
+    clock.split("load")
+    value, is_left = float("nan"), False
+    for number, value in enumerate(tuner.objective.values(lm, done), start=1):
+        if not isfinite(value):
+            break
+        trial.report(value, number)
+        is_left = number < len(tuner.objective.parts) and trial.should_prune()
+        if is_left:
+            break
+    del lm
+    gc.collect()  # one model in memory at a time
+    clock.split("score")
+    trial.set_user_attr(SECONDS, clock.seconds)
+    if not isfinite(value):
+        _failed(tuner, opened, trial, f"its {tuner.objective.metric} is {value}")
+    elif is_left:
+        opened.tell(trial, state=TrialState.PRUNED)
+    else:
+        opened.tell(trial, value)
+    advance(n_items - n_done)
+
+
+def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:
+    from optuna.trial import TrialState
+
+    trial.set_user_attr(ERROR, why)
+    opened.tell(trial, state=TrialState.FAIL)
+    tuner.step.progress.say(f"Trial {trial.number} failed: {why}")
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.last, self.seconds = time.monotonic(), dict[str, float]()
+
+    def split(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self.last = round(now - self.last, 3), now
+
+
+def merge(tuner: Tuner, values: Values, folder: str) -> MergedModel:
+    """The merge of some values, in a folder that the next one takes over."""
+    recipe = search_space.candidate(tuner.space, values)
+    guided = guidance(tuner, recipe, Silent()) if recipe.guide else None
+    step = replace(tuner.step, recipe=recipe, progress=Silent())
+    schedule = guided.schedule if guided else None
+    return merging.make(step, schedule, tuner.folders, tuner.scratch / folder, "Merging")
+
+
+def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:
+    """What a recipe's guide decides, from what was measured before."""
+    assert recipe.guide
+    step = replace(tuner.step, recipe=recipe, progress=progress)
+    beside = Path(recipe.locate("importance")) / "importance.json"
+    return calibration.guide(
+        step, tuner.sets[recipe.guide.name], tuner.folders, tuner.scratch, [tuner.store, beside]
+    )

@@ -1,0 +1,239 @@
+"""Tune: try settings of a recipe on items that are neither calibrated on nor scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lewis_hub.errors import RecipeError
+from lewis_hub.evaluate.harness import EvaluationSettings
+from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.merge.workspace import alone_in
+from lewis_hub.progress import Progress, Silent
+from lewis_hub.recipe import Recipe
+from lewis_hub.stages import (
+    calibration,
+    checking,
+    converting,
+    downloading,
+    final_scores,
+    merging,
+    search_space,
+    study,
+    trying,
+)
+from lewis_hub.stages.calibration import Sets
+from lewis_hub.stages.evaluation import selection
+from lewis_hub.stages.execution import Execution, Step
+from lewis_hub.stages.objective import Objective, by_answer_loss, by_metric
+from lewis_hub.stages.search_space import Space, Values
+from lewis_hub.stages.sources import hub_api, resolve_inputs
+from lewis_hub.stages.study import Trial
+from lewis_hub.stages.trying import Tuner
+from lewis_hub.stages.tuning_items import TuningItems, draw_items, free_split_of
+
+STUDY = "study.journal"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is asked of a search.
+
+    Attributes:
+        n_trials: in all, those of earlier runs included.
+        budget_s: no trial is begun after so many seconds of this run; None: all are.
+        tasks: to tune on; none: those that the recipe scores.
+        split: of their data; None: one that they give examples from and do not score.
+        samples: items of each task.
+        metric: `metric,filter`; None: the loss on right answers.
+        methods: to try besides the recipe's.
+        guides: to try besides the recipe's; none: `uniform` where it has one.
+    """
+
+    n_trials: int = 30
+    budget_s: float | None = None
+    tasks: tuple[str, ...] = ()
+    split: str | None = None
+    samples: int = 200
+    metric: str | None = None
+    methods: tuple[str, ...] = ()
+    guides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        n_begun: trials of this run; the others are of earlier ones.
+        start: the recipe's own settings; None where they could not be scored.
+        final: best and start on the items that `evaluate` scores; None where they are the same.
+    """
+
+    recipe: Recipe
+    space: Space
+    objective: Objective
+    items: tuple[TuningItems, ...]
+    trials: tuple[Trial, ...]
+    n_begun: int
+    best: Trial
+    start: Trial | None
+    final: Scores | None
+
+
+def tune(
+    recipe: Recipe,
+    asked: Search,
+    output: Path,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Search, going on where an earlier run of the same search ended.
+
+    Args:
+        recipe: has `evaluate`, whose items the search never sees.
+        asked: how long, and on what.
+        output: folder for the study and `importance.json`.
+        execution: device and runner; None: this machine's CPU.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        LewisHubError: a source, task or setting cannot be used.
+    """
+    execution, progress = execution or Execution(), progress or Silent()
+    study.require_optuna()
+    execution.require_usable()
+    space = search_space.space_of(recipe, asked.methods, asked.guides)
+    if recipe.evaluate is None:
+        problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
+        raise RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
+    begun = search_space.candidate(space, search_space.warm_starts(space)[0])
+    step = _examined(begun, execution, progress)
+    _require_plans(step, space)
+    drawn, sets = _draw(step, space, asked)
+    settings = EvaluationSettings(device=execution.device)
+    objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
+    output.mkdir(parents=True, exist_ok=True)
+    with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+        folders = downloading.everything(step)
+        store = output / "importance.json"
+        tuner = Tuner(step, space, objective, folders, sets, store, Path(scratch))
+        for guide in sets:  # measured here, where it is told how far it is
+            trying.guidance(tuner, _guided(step, guide).recipe, progress)
+        tried, n_begun = _search(tuner, output / STUDY, asked)
+        best = study.best_of(tried, lower_is_better=objective.lower_is_better)
+        first = search_space.warm_starts(space)[0]
+        start = next((t for t in tried if t.values == first and t.value is not None), None)
+        compared = {"merged": best.values, "start": first}
+        final = None if best is start else _final(tuner, compared)
+    tuned = search_space.candidate(space, best.values)
+    return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, final)
+
+
+def _examined(recipe: Recipe, execution: Execution, progress: Progress) -> Step:
+    api = hub_api()
+    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
+    inputs = converting.without_pickles(recipe, inputs, api, progress)
+    examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
+    checking.require_fine(examined.report)
+    return Step(recipe, inputs, examined, execution, api, progress)
+
+
+def _require_plans(step: Step, space: Space) -> None:
+    """Refuse a method that cannot merge these sources, from their headers."""
+    tried = [search_space.candidate(space, values) for values in search_space.corners(space)]
+    for recipe in {one.merge_method: one for one in tried}.values():
+        merging.plan(
+            recipe,
+            step.inputs,
+            step.examined.checkpoints,
+            step.examined.tokens.alignment,
+            None,
+            step.execution.max_shard_bytes,
+        )
+
+
+def _draw(
+    step: Step, space: Space, asked: Search
+) -> tuple[tuple[TuningItems, ...], dict[str, Sets]]:
+    """The items to tune on, and the texts that each guide measures on."""
+    scoring = step.recipe.evaluate
+    assert scoring
+    on = scoring.model_copy(update={"tasks": asked.tasks or scoring.tasks})
+    selected = selection(step.recipe, on, allow_code=step.execution.allow_code)
+    check_tasks(selected)
+    split = asked.split or free_split_of(selected)
+    sets: dict[str, Sets] = {}
+    calibrated = []
+    for guide in space.guides:
+        guided = _guided(step, guide)
+        drawn = calibration.drawn_sets(guided)
+        sets[guide] = calibration.in_order(guided.recipe, drawn)
+        calibrated += [values for one in drawn.values() for values in one.values]
+    items = draw_items(step, selected, split, asked.samples, calibrated)
+    for one in items:
+        passed = f"; {one.n_calibrated} that calibration draws are passed over"
+        told = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
+        step.progress.say(f"{told}{passed if one.n_calibrated else ''}.")
+    return items, sets
+
+
+def _guided(step: Step, guide: str) -> Step:
+    """The same step with another guide."""
+    assert step.recipe.guide
+    changed = step.recipe.guide.model_copy(update={"name": guide})
+    return replace(step, recipe=step.recipe.model_copy(update={"guide": changed}))
+
+
+def _name(tuner: Tuner) -> str:
+    """Of the study: another recipe, other items or other sources begin another one."""
+    told = [
+        search_space.written(tuner.step.recipe),
+        tuner.space.methods,
+        tuner.space.guides,
+        tuner.objective.digest,
+        [tuner.step.inputs.content(source) for source in tuner.step.inputs.models],
+        [
+            sorted(axis.__dict__.items())
+            for method in tuner.space.methods
+            for axis in search_space.axes(tuner.space, method)
+        ],
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...], int]:
+    """Try until there are enough trials or the time is over; all of them, and how many are new."""
+    lower, seed = tuner.objective.lower_is_better, tuner.step.recipe.seed
+    opened = study.open_study(file, _name(tuner), lower_is_better=lower, seed=seed)
+    study.enqueue(opened, search_space.warm_starts(tuner.space))
+    began, n_begun = time.monotonic(), 0
+    n_left = max(0, asked.n_trials - len(_tried(tuner.space, opened)))
+    with tuner.step.progress.stage("Tuning", n_left * tuner.objective.n_items, "items") as advance:
+        while n_begun < n_left:
+            if asked.budget_s is not None and time.monotonic() - began >= asked.budget_s:
+                tuner.step.progress.say("The budget is spent; the same command goes on.")
+                break
+            n_begun += 1
+            trying.attempt(tuner, opened, advance)
+    return _tried(tuner.space, opened), n_begun
+
+
+def _tried(space: Space, opened: Any) -> tuple[Trial, ...]:
+    """What tells something, with the values that were merged."""
+    found = (trial for trial in study.trials(opened) if trial.tells)
+    return tuple(
+        replace(trial, values=search_space.settled(space, trial.values)) for trial in found
+    )
+
+
+def _final(tuner: Tuner, chosen: Mapping[str, Values]) -> Scores:
+    models = {label: trying.merge(tuner, values, label) for label, values in chosen.items()}
+    return final_scores.score_both(tuner.step, models, tuner.scratch)

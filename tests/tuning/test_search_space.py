@@ -1,0 +1,150 @@
+import pytest
+import yaml
+
+from lewis_hub.errors import GuideError, MergeError, RecipeError, TuningError
+from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.stages.search_space import (
+    Choice,
+    Number,
+    axes,
+    candidate,
+    corners,
+    settled,
+    short_name,
+    space_of,
+    warm_starts,
+    written,
+)
+
+CALIBRATION = "{dataset: a/b, text: '{q}'}"
+
+
+def recipe(method="ties", parameters="{}", first="{}", guide="{name: lewis, gamma: 0.2}"):
+    guided = f"guide: {guide[:-1]}, calibration: {CALIBRATION}}}\n" if guide else ""
+    return parse_recipe(
+        f"base_model: o/base\nmodels:\n- {{model: o/one, parameters: {first}}}\n- model: o/two\n"
+        f"merge_method: {method}\nparameters: {parameters}\n{guided}",
+        "recipe.yaml",
+    )
+
+
+def told(space, method):
+    return {axis.name: axis for axis in axes(space, method)}
+
+
+def test_a_space_holds_what_the_method_takes_and_starts_at_the_recipes_own_settings():
+    asked = recipe(parameters="{normalize: false, lambda: 3.0}", first="{weight: 0.3333333}")
+
+    assert axes(space_of(asked), "ties") == (
+        Choice("guide.name", ("lewis", "uniform"), "lewis"),
+        Number("guide.gamma", 0.05, 1.0, 0.2),
+        Number("guide.epsilon", 0.05, 1.0, 0.8),
+        Number("models[0].weight", 0.1, 1.5, 0.3333333),
+        Number("models[1].weight", 0.1, 1.5, 1.0),
+        Choice("parameters.normalize", (False, True), False),
+        Number("parameters.lambda", 0.3, 3.0, 3.0),  # widened to what the recipe says
+    )
+
+
+def test_without_a_guide_one_density_is_searched_for_all_models():
+    found = told(space_of(recipe(guide="", parameters="{density: 0.02}")), "ties")
+
+    assert found["parameters.density"] == Number("parameters.density", 0.02, 1.0, 0.02)
+    assert not [name for name in found if name.startswith("guide.")]
+
+
+def test_gradients_conditions_and_settings_of_one_model_stay_as_they_are():
+    asked = recipe("breadcrumbs", "{lambda: [0.5, 1.0]}", "{weight: [0, 1], gamma: 0.02}")
+    values = warm_starts(space_of(asked))[0]
+
+    assert {"guide.name", "guide.gamma", "guide.epsilon"} < values.keys()
+    assert values.keys() - {"guide.name", "guide.gamma", "guide.epsilon"} == {
+        "models[1].weight",
+        "parameters.normalize",
+    }
+    tried = candidate(space_of(asked), values)
+    assert tried.parameters["lambda"] == (0.5, 1.0)
+    assert tried.models[0].parameters == {"weight": (0.0, 1.0), "gamma": 0.02}
+
+
+def test_each_method_is_given_its_own_settings_and_no_others():
+    space = space_of(recipe(parameters="{lambda: 0.7}"), ["task_arithmetic", "della"])
+    by_method = {method: set(told(space, method)) for method in space.methods}
+
+    assert by_method["ties"] - by_method["task_arithmetic"] == {
+        "guide.name",
+        "guide.gamma",
+        "guide.epsilon",
+    }
+    assert by_method["della"] - by_method["ties"] == {"parameters.epsilon", "parameters.rescale"}
+    starts = list(corners(space))  # the guide does nothing for task arithmetic
+    assert [start["merge_method"] for start in starts] == [
+        *("ties", "ties"),
+        *("task_arithmetic", "task_arithmetic"),
+        *("della", "della"),
+    ]
+    unguided = candidate(space, starts[2])
+    assert (unguided.guide, unguided.parameters["lambda"]) == (None, 0.7)
+
+
+def test_the_first_start_is_the_recipe_and_the_second_has_the_usual_densities():
+    first, second = warm_starts(space_of(recipe()))
+
+    assert (first["guide.gamma"], first["guide.epsilon"]) == (0.2, 0.8)
+    assert second == first | {"guide.gamma": 0.3, "guide.epsilon": 0.8}
+    assert len(warm_starts(space_of(recipe(guide="{name: lewis}")))) == 1
+
+
+def test_the_lower_density_is_gamma_and_numbers_are_rounded_but_for_the_recipes_own():
+    space = space_of(recipe(first="{weight: 0.3333333}"))
+    values = warm_starts(space)[0] | {"guide.gamma": 0.87654321, "guide.epsilon": 0.1}
+
+    found = settled(space, values)
+
+    assert (found["guide.gamma"], found["guide.epsilon"]) == (0.1, 0.8765)
+    assert found["models[0].weight"] == 0.3333333
+
+
+def test_what_is_written_reads_back_as_what_was_tried():
+    space = space_of(recipe(), ["della"])
+    values = {a.name: a.start for a in axes(space, "della")}
+    values |= {"merge_method": "della", "parameters.epsilon": 0.05, "models[1].weight": 0.4}
+
+    tried = candidate(space, values)
+    again = parse_recipe(written(tried), "recipe.tuned.yaml")
+
+    assert again == parse_recipe(yaml.safe_dump(yaml.safe_load(written(tried))), "x")
+    assert again.merge_method == "della"
+    assert again.parameters["epsilon"] == 0.05
+    assert again.models[1].parameters == {"weight": 0.4}
+    assert again.guide == tried.guide
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "methods", "guides"),
+    [
+        (MergeError, "method `tise`", ["tise"], []),
+        (GuideError, "guide `leewis`", [], ["leewis"]),
+        (TuningError, "`ties` takes a base, and `linear` none", ["linear"], []),
+    ],
+)
+def test_what_is_not_there_or_does_not_go_together_is_refused(error, message, methods, guides):
+    with pytest.raises(error) as caught:
+        space_of(recipe(), methods, guides)
+
+    assert message in str(caught.value)
+
+
+def test_a_guide_that_needs_texts_is_refused_where_the_recipe_has_none():
+    asked = parse_recipe(
+        "base_model: o/base\nmodels: [{model: o/one}]\nmerge_method: ties\n", "recipe.yaml"
+    )
+
+    with pytest.raises(RecipeError, match="no calibration data for `o/one`"):
+        space_of(asked, guides=["lewis"])
+
+
+def test_an_axis_has_a_short_name_for_columns():
+    names = ["models[1].weight", "parameters.lambda", "guide.gamma", "merge_method"]
+
+    assert list(map(short_name, names)) == ["weight[1]", "lambda", "guide.gamma", "merge_method"]

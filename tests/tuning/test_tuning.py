@@ -1,0 +1,218 @@
+"""The whole search over the embedded Hub: what it looks at, what it leaves, how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import EvaluationError, OutputError, RecipeError, TuningError
+from lewis_hub.merge.workspace import alone_in
+from lewis_hub.recipe_file import read_recipe
+from lewis_hub.stages.tuning import Search, tune
+
+START = {
+    "guide.name": "lewis",
+    "guide.gamma": 0.05,
+    "guide.epsilon": 0.1,
+    "models[0].weight": 1.0,
+    "models[1].weight": 1.0,
+    "parameters.normalize": True,
+    "parameters.lambda": 1.0,
+}
+
+
+def run(*words):
+    done = CliRunner().invoke(cli, list(map(str, words)))
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return json.loads(done.stdout)
+
+
+def rows(skill, split):
+    text = (zoo_folder() / "data" / skill / f"{split}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_found(recipe_file):
+    told = run("tune", recipe_file, "--trials", 3, "--samples", 16, "--json", "-q")
+
+    folder = recipe_file.parent
+    assert told["status"] == "tuned"
+    assert [trial["values"] for trial in told["trials"][:2]] == [
+        START,
+        START | {"guide.gamma": 0.3, "guide.epsilon": 0.8},
+    ]
+    assert len(told["trials"]) == 3
+    assert told["start"] == told["trials"][0]
+    assert told["best"]["value"] == min(trial["value"] for trial in told["trials"])
+    assert told["best"]["value"] < told["start"]["value"]
+    best = read_recipe(folder / "recipe.tuned.yaml")
+    assert best.guide.gamma == told["best"]["values"]["guide.gamma"]
+    assert best.models[1].parameters["weight"] == told["best"]["values"]["models[1].weight"]
+    assert best.evaluate == read_recipe(recipe_file).evaluate
+    comment = (folder / "recipe.tuned.yaml").read_text().partition("\nbase_model")[0]
+    assert "from recipe.yaml: the best of 3 trials" in comment
+    assert "16 items of zoo_reverse, split train; 16 items of zoo_cipher, split train." in comment
+    assert f"There: {told['best']['value']:.4f}, {told['start']['value']:.4f} with" in comment
+    (test,) = [
+        one for one in told["final"]["zoo_reverse"]["paired"] if one["metric"] == "answer_loss,none"
+    ]
+    assert test["against"] == "start"
+    assert f"zoo_reverse answer loss (n = 8): {test['difference']:+.4f}, 95 %" in comment
+    models = told["final"]["zoo_reverse"]["models"]
+    losses = [models[label]["answer_loss,none"]["value"] for label in ("merged", "start")]
+    assert test["difference"] == pytest.approx(losses[0] - losses[1])
+    assert sorted(path.name for path in (folder / "tuning").iterdir()) == [
+        ".lock",
+        "importance.json",
+        "search-dark.png",
+        "search-light.png",
+        "study.journal",
+        "trials.json",
+    ]
+    assert json.loads((folder / "tuning" / "trials.json").read_text()) == told
+
+
+def test_a_second_run_goes_on_with_the_study_and_measures_nothing(recipe_file, said_titles):
+    recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
+    first = tune(recipe, Search(n_trials=1, samples=8), output)
+    profile = (output / "importance.json").stat().st_mtime_ns
+
+    more = tune(recipe, Search(n_trials=2, samples=8), output, progress=said_titles())
+    none = tune(recipe, Search(n_trials=2, samples=8), output)
+
+    assert [len(tuned.trials) for tuned in (first, more, none)] == [1, 2, 2]
+    assert [tuned.n_begun for tuned in (first, more, none)] == [1, 1, 0]
+    assert more.trials[0] == first.trials[0]
+    assert none.trials == more.trials
+    assert (output / "importance.json").stat().st_mtime_ns == profile
+
+
+def test_no_item_is_calibrated_on_or_scored(recipe_file):
+    text = recipe_file.read_text().replace("samples: 8", "samples: 200")
+    recipe_file.write_text(text.replace("{question} {answer}", "{question}"))
+
+    tuned = tune(
+        read_recipe(recipe_file), Search(n_trials=1, samples=10**6), recipe_file.parent / "tuning"
+    )
+
+    for one, skill in zip(tuned.items, ("reverse", "cipher"), strict=True):
+        train = rows(skill, "train")
+        questions = [item.document["question"] for item in one.rows.items(one.indices)]
+        assert one.n_calibrated == 200
+        assert len(questions) == len(train) - 200
+        assert not {*questions} & {row["question"] for row in rows(skill, "test")}
+
+
+def test_a_budget_that_is_spent_begins_no_trial(recipe_file):
+    with pytest.raises(TuningError, match="no trial was scored to the end"):
+        tune(
+            read_recipe(recipe_file),
+            Search(budget_s=0.0, samples=4),
+            recipe_file.parent / "tuning",
+        )
+
+
+def test_items_that_are_scored_are_refused_whatever_the_task_is_called(recipe_file):
+    tasks = recipe_file.parent / "tasks"
+    again = (tasks / "zoo_reverse.yaml").read_text().replace("task: zoo_reverse", "task: copied")
+    (tasks / "copied.yaml").write_text(again)
+    recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
+
+    with pytest.raises(TuningError) as caught:
+        tune(recipe, Search(tasks=("copied",), split="test", samples=20), output)
+    assert str(caught.value) == (
+        "copied, split `test`: of 20 items to tune on, `evaluate` scores 20 of zoo_reverse.\n"
+        "A score on what a merge was tuned on says nothing: name another split with\n"
+        "--split, or another task with --task."
+    )
+    with pytest.raises(EvaluationError) as refused:
+        tune(recipe, Search(split="test"), output)
+    assert str(refused.value) == (
+        "zoo_reverse: `test` is the split that it scores, and no merge may be fitted to its "
+        "items.\nIt has: `train`."
+    )
+    assert not output.exists()
+
+
+def test_two_searches_in_one_folder_do_not_meet(recipe_file):
+    output = recipe_file.parent / "tuning"
+    output.mkdir()
+
+    with (
+        alone_in(output, output),
+        pytest.raises(OutputError, match="tuning: another run is working on it"),
+    ):
+        tune(read_recipe(recipe_file), Search(samples=4), output)
+
+
+def test_nothing_is_left_where_calibration_draws_all_items(recipe_file):
+    n_rows = len(rows("reverse", "train"))
+    recipe_file.write_text(recipe_file.read_text().replace("samples: 8", f"samples: {n_rows}"))
+
+    with pytest.raises(TuningError, match="no item of split `train` is left that calibration"):
+        tune(read_recipe(recipe_file), Search(), recipe_file.parent / "tuning")
+
+
+def test_a_recipe_that_scores_nothing_is_refused(recipe_file):
+    unscored = read_recipe(recipe_file).model_copy(update={"evaluate": None})
+
+    with pytest.raises(RecipeError, match="`evaluate`: the recipe scores nothing"):
+        tune(unscored, Search(), recipe_file.parent / "tuning")
+
+
+def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
+    asked = Search(n_trials=2, samples=8, metric="exact_match,none", methods=("task_arithmetic",))
+
+    tuned = tune(read_recipe(recipe_file), asked, recipe_file.parent / "tuning")
+
+    assert tuned.objective.lower_is_better is False
+    assert tuned.best.value == max(trial.value for trial in tuned.trials)
+    assert all(trial.value * 16 == int(trial.value * 16) for trial in tuned.trials)  # of 8 and 8
+    assert tuned.trials[0].values == {"merge_method": "ties", **START}
+
+
+def test_a_metric_that_no_task_has_is_refused(recipe_file):
+    with pytest.raises(EvaluationError, match="zoo_reverse: it has no metric `acc,none`"):
+        tune(read_recipe(recipe_file), Search(metric="acc,none"), recipe_file.parent / "tuning")
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_what_it_finds_is_better_on_items_that_it_never_saw(
+    recipe_file, seeded
+):
+    text = recipe_file.read_text().replace("limit: 8", "limit: 200")
+    recipe_file.write_text(text + "parameters: {lambda: 0.4}\n")  # far too little of both experts
+    words = [sys.executable, "-m", "lewis_hub", "tune", str(recipe_file), "--trials", "12"]
+    words += ["--samples", "60", "--json"]
+    study = recipe_file.parent / "tuning" / "study.journal"
+    environment = os.environ | {"HF_TOKEN": seeded.write_token}
+    first = subprocess.Popen(
+        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not study.exists() or study.read_text().count('"values":[') < 2:
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+
+    second = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+
+    told = json.loads(second.stdout)
+    assert len(told["trials"]) == 12
+    assert told["trials"][0]["values"] == START | {"parameters.lambda": 0.4}
+    assert 0 < told["n_begun"] < 12
+    assert told["best"]["value"] < told["start"]["value"] - 0.1
+    models = [task["models"] for task in told["final"].values()]
+    merged, start = (
+        sum(of[label]["answer_loss,none"]["value"] for of in models) / len(models)
+        for label in ("merged", "start")
+    )
+    assert merged < start - 0.1
