@@ -218,7 +218,9 @@ def unknown_metric(task: str, metric: str, known: Sequence[str]) -> EvaluationEr
     near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
     remedy = f"Did you mean `{near[0]}`? " if near else ""
     listed = ", ".join(f"`{key}`" for key in known)
-    return EvaluationError(task, f"it has no metric `{metric}`.", f"{remedy}It has {listed}.")
+    return EvaluationError(
+        task, f"it has no metric `{metric}`, which the gate names.", f"{remedy}It has {listed}."
+    )
 
 
 def _no_mean(demand: Demand, means: Sequence[str]) -> EvaluationError:
