@@ -19,6 +19,8 @@ from lewis_hub.methods import registry
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe import Guide, ModelEntry, Recipe
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.stages.reading import rules
+from lewis_hub.stages.sources import needs_grams
 
 # Numbers are searched by name; one that is not here stays as the recipe has it.
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -29,8 +31,6 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "lambda": (0.3, 2.0),
     "t": (0.0, 1.0),
     "select_topk": (0.05, 1.0),
-    "off_diagonal": (0.0, 1.0),
-    "trim_exponent": (0.0, 2.0),
 }
 DENSITIES = (0.05, 1.0)  # of a guide's gamma and epsilon
 ENDS = ("guide.gamma", "guide.epsilon")
@@ -93,6 +93,10 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
     if recipe.slices:
         problem = "only whole models under `models` can be tuned."
         raise RecipeError("recipe", "slices", problem, "List whole models, or tune by hand.")
+    for name in (recipe.merge_method, *methods):
+        if registry.find(name).needs_grams or needs_grams(recipe):
+            problem = "a search gathers no statistics, which this merge needs."
+            raise RecipeError("recipe", "merge_method", problem, "Tune it by hand, or another one.")
     own = [recipe.guide.name] if recipe.guide else []
     if own and not guides:
         guides = ["uniform"]
@@ -108,7 +112,7 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
             problem = f"`{recipe.merge_method}` takes {first}, and `{name}` {second}"
             raise TuningError("tune", problem, "Tune the two apart: what they merge differs.")
     for values in corners(space):
-        parse_recipe(written(candidate(space, values)), "the recipe to be tried")
+        parse_recipe(written(candidate(space, values)), "the recipe to be tried", rules)
     return space
 
 

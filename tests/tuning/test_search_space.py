@@ -42,6 +42,7 @@ def test_a_space_holds_what_the_method_takes_and_starts_at_the_recipes_own_setti
         Number("models[0].weight", 0.1, 1.5, 0.3333333),
         Number("models[1].weight", 0.1, 1.5, 1.0),
         Choice("parameters.normalize", (False, True), False),
+        Choice("parameters.rescale", (False, True), False),
         Number("parameters.lambda", 0.3, 3.0, 3.0),  # widened to what the recipe says
     )
 
@@ -61,6 +62,7 @@ def test_gradients_conditions_and_settings_of_one_model_stay_as_they_are():
     assert values.keys() - {"guide.name", "guide.gamma", "guide.epsilon"} == {
         "models[1].weight",
         "parameters.normalize",
+        "parameters.rescale",
     }
     tried = candidate(space_of(asked), values)
     assert tried.parameters["lambda"] == (0.5, 1.0)
@@ -72,11 +74,12 @@ def test_each_method_is_given_its_own_settings_and_no_others():
     by_method = {method: set(told(space, method)) for method in space.methods}
 
     assert by_method["ties"] - by_method["task_arithmetic"] == {
+        "parameters.rescale",
         "guide.name",
         "guide.gamma",
         "guide.epsilon",
     }
-    assert by_method["della"] - by_method["ties"] == {"parameters.epsilon", "parameters.rescale"}
+    assert by_method["della"] - by_method["ties"] == {"parameters.epsilon"}
     starts = list(corners(space))  # the guide does nothing for task arithmetic
     assert [start["merge_method"] for start in starts] == [
         *("ties", "ties"),
@@ -142,6 +145,18 @@ def test_a_guide_that_needs_texts_is_refused_where_the_recipe_has_none():
 
     with pytest.raises(RecipeError, match="no calibration data for `o/one`"):
         space_of(asked, guides=["lewis"])
+
+
+def test_a_merge_by_statistics_is_refused():
+    texts = f"calibration: {CALIBRATION}\n"
+    asked = parse_recipe(
+        f"base_model: o/base\nmodels: [{{model: o/one}}]\nmerge_method: regmean\n{texts}", "r.yaml"
+    )
+
+    with pytest.raises(RecipeError, match="a search gathers no statistics"):
+        space_of(asked)
+    with pytest.raises(RecipeError, match="a search gathers no statistics"):
+        space_of(recipe(), ["regmean"])
 
 
 def test_an_axis_has_a_short_name_for_columns():

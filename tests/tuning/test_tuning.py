@@ -24,6 +24,7 @@ START = {
     "models[0].weight": 1.0,
     "models[1].weight": 1.0,
     "parameters.normalize": True,
+    "parameters.rescale": False,
     "parameters.lambda": 1.0,
 }
 
