@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint import names
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.calibrate import Subject
-from lewis_hub.progress import Advance
+from lewis_hub.progress import Advance, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +127,7 @@ def gather_grams(
     }
     folder.mkdir(parents=True, exist_ok=True)
     shares = list(_shares(modules, widest))
-    advance = _shared(advance, len(shares))
+    advance = shared(advance, len(shares))
     summed = partial(second_moments, widest=widest)
     found: dict[str, ModuleGram] = {}
     widths = {n_inputs(module) for module in modules.values()}
@@ -216,16 +216,3 @@ def _write(
     for file, tensors in held.items():
         save_file(tensors, folder / file)
     return found
-
-
-def _shared(advance: Advance, n_passes: int) -> Advance:
-    """Tell the tokens of all passes as if there were one."""
-    done, told = 0, 0
-
-    def advance_share(n_tokens: int) -> None:
-        nonlocal done, told
-        done += n_tokens
-        advance(done // n_passes - told)
-        told = done // n_passes
-
-    return advance_share
