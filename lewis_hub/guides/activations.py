@@ -236,7 +236,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
     """
     body = model.base_model
     accepted = inspect.signature(type(body).forward).parameters
-    device = model.get_input_embeddings().weight.device
+    device = next(one.device for one in model.parameters() if not one.is_meta)
     ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
     if "decoder_input_ids" in accepted:

@@ -90,7 +90,7 @@ def measure(
         return found
 
     with skeleton(folder, device, name) as made:
-        return visited(made, sets, sum_of_squares, advance, measured)
+        return visited(made, sets, sum_of_squares, advance, measured, products=True)
 
 
 def visited(
@@ -99,6 +99,8 @@ def visited(
     summed: Summed,
     advance: Advance,
     take: Callable[[Iterator[Visit]], Found],
+    *,
+    products: bool,
 ) -> Found:
     """Hand every block on once all texts went through it.
 
@@ -109,15 +111,16 @@ def visited(
         advance: called with the number of tokens done, as if there were one block.
         take: what to do with the blocks. It is called anew where it shows on the way that texts
             have to run without padding, as `activations.input_sums` decides it for a batch.
+        products: whether to look at what parameters that no Linear owns are multiplied with.
     """
     for tokens in sets:
         check_tokens_fit(made.model, made.name, tokens)
     widths = {matrix(module).shape[1] for module in block_linears(made.model, made.name).values()}
     with threads(whole_shares(widths, torch.get_num_threads())):
         try:
-            return take(_visits(made, sets, batches, summed, advance))
+            return take(_visits(made, sets, batches, summed, advance, products=products))
         except OutOfStepError:
-            return take(_visits(made, sets, _unpadded, summed, advance))
+            return take(_visits(made, sets, _unpadded, summed, advance, products=products))
 
 
 def _unpadded(tokens: CalibrationTokens) -> Iterator[Batch]:
@@ -131,6 +134,8 @@ def _visits(
     grouped: Grouped,
     summed: Summed,
     advance: Advance,
+    *,
+    products: bool,
 ) -> Iterator[Visit]:
     advance = shared(advance, len(made.blocks))
     ids = torch.tensor([sets[0].ids[0][:N_TRIED]])
@@ -142,10 +147,10 @@ def _visits(
                 [trial], *flows = _entered(made, groups)
             modules = dict(linears(f"{made.path}.{number}", block))
             step = partial(_step, made, number)
-            used = _used(made, number, partial(step, trial))
+            used = _used(made, number, partial(step, trial)) if products else {}
             if used and grouped is not _unpadded:
                 raise OutOfStepError
-            sums, products = [], []
+            sums, watched = [], []
             for texts in flows:
                 recorder = Recorder(summed)
                 seen = Products(used) if used else None
@@ -158,16 +163,16 @@ def _visits(
                         advance(int(flow.batch.attention_mask.sum()))
                 require_finite(recorder.totals, made.name)
                 sums.append(recorder.totals)
-                products.append(seen)
-            yield Visit(modules, sums, products)
+                watched.append(seen)
+            yield Visit(modules, sums, watched)
 
 
 def _entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:
     """All texts before the first block, which has its weights."""
-    run = partial(forward, made.model)
+    run, blocks = partial(forward, made.model), list(made.blocks)
     with made.surroundings(), torch.no_grad(), _chain(made.name):
-        rest = beside(made.blocks, groups[0][0], run)
-        return [[enter(made.blocks, batch, run, rest) for batch in group] for group in groups]
+        rest = beside(blocks, groups[0][0], run)
+        return [[enter(blocks, batch, run, rest) for batch in group] for group in groups]
 
 
 def _step(made: Skeleton, number: int, flow: Flow) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -140,7 +140,7 @@ def _empty(folder: Path, device: str, name: str) -> tuple[PreTrainedModel, LoadS
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         device_map={"": device},
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=cast("Any", get_model_conversion_mapping(model)),
     )
 
 
@@ -204,8 +204,8 @@ def _refuse_shared(name: str, model: PreTrainedModel, path: str, blocks: nn.Modu
         raise CalibrationModelError(name, problem, REMEDY)
     seen: set[int] = set()
     for block in blocks:
-        own = {id(module) for module in block.modules()}
+        own = {id(parameter) for parameter in block.parameters()}
         if own & seen or any(tied.startswith(f"{path}.") for tied in model.all_tied_weights_keys):
-            problem = "its blocks share weights, so that it cannot be calibrated block by block"
+            problem = "its blocks share weights, so it cannot be calibrated block by block"
             raise CalibrationModelError(name, problem, REMEDY)
         seen |= own
