@@ -73,7 +73,7 @@ def beside(blocks: Sequence[nn.Module], batch: Batch, run: Run) -> tuple[Any, ..
         run(batch)
     except _SeenError:
         _hidden(seen[0])
-        return tuple(seen[0][1:]) if isinstance(seen[0], tuple) else None
+        return seen[0][1:] if type(seen[0]) is tuple else None
     finally:
         handle.remove()
     raise NotAChainError
@@ -140,7 +140,7 @@ def _split(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Call, Tenso
 
 
 def _hidden(returned: Any) -> Tensor:
-    hidden = returned[0] if isinstance(returned, tuple) and returned else returned
+    hidden = returned[0] if type(returned) is tuple and returned else returned
     if not isinstance(hidden, Tensor):
         raise NotAChainError
     return hidden

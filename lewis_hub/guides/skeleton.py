@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.blocks import block_lists, decoder_blocks
+from lewis_hub.guides.blocks import block_lists
 from lewis_hub.guides.loading import (
     check_complete,
     check_reads_tokens,
@@ -114,13 +114,11 @@ def skeleton(folder: Path, device: str, name: str) -> Iterator[Skeleton]:
     checkpoint = local_checkpoint(name, folder)
     with refusals(name, "model"), quiet():
         model, loading = _empty(folder, device, name)
+    path, blocks = _decoder(name, model)
+    _refuse_shared(name, model, path, blocks)
+    with refusals(name, "model"), quiet():
         targets = _targets(model, checkpoint, loading)
         _check(name, model, checkpoint, loading)
-    found = decoder_blocks(model)
-    if found is None:
-        raise CalibrationModelError(name, "no list of blocks with a Linear was found", REMEDY)
-    path, blocks = found
-    _refuse_shared(name, model, path, blocks)
     with TensorReader(folder, name) as reader:
         yield Skeleton(name, model, path, blocks, checkpoint, reader, targets, loading)
 
@@ -142,6 +140,16 @@ def _empty(folder: Path, device: str, name: str) -> tuple[PreTrainedModel, LoadS
         device_map={"": device},
         weight_mapping=cast("Any", get_model_conversion_mapping(model)),
     )
+
+
+def _decoder(name: str, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of blocks that texts run through: the largest, and of no other tower."""
+    text = cast("Any", model).get_decoder()
+    inside = next((path for path, module in model.named_modules() if module is text), "")
+    lists = {p: blocks for p, blocks in block_lists(model).items() if p.startswith(inside)}
+    if not lists:
+        raise CalibrationModelError(name, "no list of blocks with a Linear was found", REMEDY)
+    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def _targets(
