@@ -15,9 +15,9 @@ TEXT = "Question: {question}\\nAnswer: {answer}"
 RECIPE = f"""base_model: zoo/base
 models:
   - model: zoo/expert-reverse
-    calibration: {{dataset: zoo/reverse, text: "{TEXT}"}}
+    calibration: {{dataset: zoo/reverse, text: "{TEXT}", samples: 4}}
   - model: zoo/expert-cipher
-    calibration: {{dataset: zoo/cipher, text: "{TEXT}"}}
+    calibration: {{dataset: zoo/cipher, text: "{TEXT}", samples: 4}}
 merge_method: regmean
 guide: {{name: lewis}}
 """
@@ -63,7 +63,7 @@ def test_check_tells_what_is_in_memory_at_once(tmp_path):
 
     elements, width = 1_157_504, 128
     block, rows = 184_576, 390 * 128 + 128  # embeddings and the last norm
-    texts = 2 * 15 * 512 * width
+    texts = 2 * 4 * 512 * width
     assert whole["memory_bytes"] == 900_000_000 + 4 * elements
     assert blocks["memory_bytes"] == 900_000_000 + 4 * (rows + 2 * block + texts)
     size = f"{4 * elements:,}"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from lewis_hub.guides.tokens import Batch
 
+SEVERAL = (tuple, list)  # that a block may return, the hidden states first; no class of its own
+
 Run = Callable[[Batch], None]  # puts texts through the whole model
 
 
@@ -57,7 +59,7 @@ class Flow:
 
 
 def beside(blocks: Sequence[nn.Module], batch: Batch, run: Run) -> tuple[Any, ...] | None:
-    """What blocks return after the hidden states, as the first one does; None: no tuple.
+    """What blocks return after the hidden states, as the first one does; None: they are alone.
 
     Raises:
         NotAChainError: it is never called, or returns something else.
@@ -73,7 +75,7 @@ def beside(blocks: Sequence[nn.Module], batch: Batch, run: Run) -> tuple[Any, ..
         run(batch)
     except _SeenError:
         _hidden(seen[0])
-        return seen[0][1:] if type(seen[0]) is tuple else None
+        return tuple(seen[0][1:]) if type(seen[0]) in SEVERAL else None
     finally:
         handle.remove()
     raise NotAChainError
@@ -140,7 +142,7 @@ def _split(args: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Call, Tenso
 
 
 def _hidden(returned: Any) -> Tensor:
-    hidden = returned[0] if type(returned) is tuple and returned else returned
+    hidden = returned[0] if type(returned) in SEVERAL and returned else returned
     if not isinstance(hidden, Tensor):
         raise NotAChainError
     return hidden

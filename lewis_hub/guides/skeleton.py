@@ -146,9 +146,10 @@ def _decoder(name: str, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of blocks that texts run through: the largest, and of no other tower."""
     text = cast("Any", model).get_decoder()
     inside = next((path for path, module in model.named_modules() if module is text), "")
-    lists = {p: blocks for p, blocks in block_lists(model).items() if p.startswith(inside)}
-    if not lists:
+    every = block_lists(model)
+    if not every:
         raise CalibrationModelError(name, "no list of blocks with a Linear was found", REMEDY)
+    lists = {path: blocks for path, blocks in every.items() if path.startswith(inside)} or every
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
