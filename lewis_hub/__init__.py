@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         merge_models,
         open_target,
         publish,
+        stream,
         verify,
     )
     from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
@@ -39,6 +40,7 @@ __all__ = [
     "open_target",
     "publish",
     "read_recipe",
+    "stream",
     "verify",
     "zoo_folder",
 ]
@@ -57,6 +59,7 @@ _HOME = {
     "open_target": "pipeline",
     "publish": "pipeline",
     "read_recipe": "stages.reading",
+    "stream": "pipeline",
     "verify": "pipeline",
     "zoo_folder": "demo.zoo",
 }

@@ -184,6 +184,10 @@ class GateRefusedError(LocatedError):
     status = "refused"
 
 
+class SignatureError(LocatedError):
+    """A key that cannot be used; `where` is its file."""
+
+
 # -- the embedded Hub, optional extras
 
 

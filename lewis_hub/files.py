@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
+
+from lewis_hub.errors import OutputError
 
 
 def sha256_of(path: Path) -> str:
@@ -17,3 +20,27 @@ def write_whole(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str = "") -> None:
+    """Refuse to begin what a disk cannot hold.
+
+    Args:
+        folder: on the disk; it need not be there yet.
+        n_bytes: that will be written.
+        what: needs them, for the message; in the plural.
+        remedy: beside freeing space.
+        where: in the message; the folder unless it is given.
+
+    Raises:
+        OutputError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(existing(folder)).free
+    if n_bytes > free:
+        problem = f"{what} need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free."
+        raise OutputError(where or str(folder), problem, f"Free some space, or {remedy}.")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -32,7 +32,10 @@ from lewis_hub.stages import (
     merging,
     publishing,
     reporting,
+    scoring,
+    standing,
     statistics,
+    streaming,
     verification,
 )
 from lewis_hub.stages.calibration import Sets
@@ -42,17 +45,25 @@ from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.loading import Loading
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs, resolve_one
+from lewis_hub.stages.standing import Former
 from lewis_hub.stages.verification import Verdict
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge: a folder on disk, its scores, and the quality gate's verdict on them."""
+    """A finished merge.
+
+    Attributes:
+        output: its folder; not there where the target repo holds the merge already.
+        gate: the quality gate's verdict on the scores.
+        published: what the target repo holds, where that is this very merge.
+    """
 
     status: Literal["merged", "unchanged"]
     output: Path
     scores: Scores | None
     gate: GateVerdict | None = None
+    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,7 @@ def merge_models(
     output: Path | str,
     execution: Execution | None = None,
     progress: Progress | None = None,
+    target: Destination | None = None,
 ) -> Merged:
     """Pull, check, calibrate, merge, score and report; the folder appears whole or not at all.
 
@@ -152,6 +164,8 @@ def merge_models(
         output: folder to make; an interrupted run's work in ``OUTPUT.partial`` is taken up.
         execution: how to run; None: on all cores of this machine.
         progress: told how far it is; None: nobody is.
+        target: from `open_target`: a repo that holds this very merge already ends the work before
+            any weight is downloaded, and what its merge measured is not measured again.
 
     Raises:
         LewisHubError: see the subclasses in `errors`; nothing half-done carries the name `output`.
@@ -169,9 +183,13 @@ def merge_models(
     inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     inputs = converting.without_pickles(recipe, inputs, api, progress)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
-    if reporting.is_this_merge(output, planned):
-        gate = gating.judged_again(recipe, output, api)
-        return Merged("unchanged", output, gating.read_scores(output), gate)
+    if not execution.replace:
+        if target and (held := publishing.published_already(target, planned, api)):
+            told = None if held.pull_request_url else target.former
+            return Merged("unchanged", output, standing.published_scores(told, api), None, held)
+        if standing.is_this_merge(output, planned):
+            gate = gating.judged_again(recipe, output, api)
+            return Merged("unchanged", output, standing.read_scores(output), gate)
     examined = checking.examine(
         recipe, inputs, api, allow_code=execution.allow_code, loading=execution.loading
     )
@@ -180,9 +198,53 @@ def merge_models(
     with open_workspace(output, replace=execution.replace) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
-        scored, files = _merge(step, sets, work)
+        scored, files = _merge(step, sets, work, target.former if target else None)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
         return Merged("merged", work.finish(files), scores, gate)
+
+
+def stream(
+    recipe: Recipe,
+    target: Destination,
+    output: Path | str,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Merge from Hub to Hub: no model is ever whole on this disk, and one commit comes last.
+
+    Args:
+        recipe: what to merge; it asks for no scores, and its guide loads no model.
+        target: from `open_target`.
+        output: work lies beside it until all is on the Hub; then nothing is left here.
+        execution: how to run; None: on all cores of this machine.
+        progress: told how far it is; None: nobody is.
+
+    Raises:
+        LewisHubError: see the subclasses in `errors`; the repo is as it was, and a rerun goes on
+            from the shards that were sent.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> unscored = recipe.model_copy(update={"evaluate": None, "guide": None})
+        >>> target = lewis_hub.open_target(lewis_hub.Publishing(repo=f"{user}/streamed"))
+        >>> lewis_hub.stream(unscored, target, tmp_path / "work").changed
+        True
+    """
+    execution, progress = execution or Execution(), progress or Silent()
+    execution.require_usable()
+    streaming.require_streamable(recipe)
+    api = hub_api()
+    inputs = resolve_inputs(recipe, api)
+    planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
+    if not execution.replace and (held := publishing.published_already(target, planned, api)):
+        return held
+    examined = checking.examine(recipe, inputs, api, allow_code=False)
+    checking.require_fine(examined.report)
+    step = Step(recipe, inputs, examined, execution, api, progress)
+    with open_workspace(streaming.work_folder(Path(output)), replace=False) as work:
+        published = streaming.run(step, calibration.calibration_sets(step), target, work)
+        work.discard()
+    return published
 
 
 def evaluate_model(
@@ -213,8 +275,8 @@ def evaluate_model(
     execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
     api = hub_api()
-    source = resolve_one(model, api)
-    return evaluation.score_one(source, asked, execution, api, progress)
+    source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
+    return scoring.score_one(source, asked, execution, api, progress)
 
 
 def verify(
@@ -223,6 +285,7 @@ def verify(
     progress: Progress | None = None,
     *,
     rebuild: bool = False,
+    public_key: Path | None = None,
 ) -> Verdict:
     """Hold a merged model against its lock; nothing of it is run or loaded.
 
@@ -231,6 +294,8 @@ def verify(
         execution: how to make it again.
         progress: told how far it is; None: nobody is.
         rebuild: also make the merge again from the lock alone, and compare the weights.
+        public_key: PEM file of the key that it must be signed with; None: no signature is looked
+            into.
 
     Raises:
         LewisHubError: there is no lock, it was changed, or a source is no longer there.
@@ -246,7 +311,7 @@ def verify(
     execution = execution or Execution()
     source = resolve_one(model, api)
     lock = verification.read_lock(source, api)
-    verdict = verification.verify_files(source, lock, api, progress)
+    verdict = verification.verify_files(source, lock, api, progress, public_key)
     if not rebuild:
         return verdict
     with TemporaryDirectory() as folder:
@@ -317,7 +382,9 @@ def publish(
     return publishing.push(folder, target, hub_api(), progress or Silent(), force=force)
 
 
-def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scored | None, tuple[str, ...]]:
+def _merge(
+    step: Step, sets: Sets, work: Workspace, former: Former | None
+) -> tuple[Scored | None, tuple[str, ...]]:
     """From the sources' files to all files of the result."""
     costs = Costs()
     with costs.measure("download"):
@@ -328,6 +395,7 @@ def _merge(step: Step, sets: Sets, work: Workspace) -> tuple[Scored | None, tupl
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
             known_in = (work.scratch, work.output / "lewis", beside)
             stores = [folder / "importance.json" for folder in known_in]
+            stores += standing.published_importance(former, step.api, work.scratch)
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
     if needs_grams(step.recipe):
         with costs.measure("gather"):

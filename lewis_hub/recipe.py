@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     PrivateAttr,
     field_validator,
@@ -19,15 +20,19 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe_benchmark import Benchmark
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
 from lewis_hub.recipe_tokenizer import Tokenizer
 
-DType = Literal["float32", "float16", "bfloat16"]
+DType = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    BeforeValidator(lambda name: name.removeprefix("torch.") if isinstance(name, str) else name),
+]
 Missing = Literal["error", "base"]
 
-REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 class ModelReference(Part):
@@ -44,6 +49,8 @@ class ModelReference(Part):
     @classmethod
     def _parse(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "model" in value:  # mergekit's long form
+            if odd := value.keys() - {"model", "revision", "lora"}:
+                raise ValueError(f"`{min(odd)}` of a model is not understood")
             whole = _long_form(value["model"], value.get("revision"))
             lora = value.get("lora")
             return {**_long_form(lora, None), "on": whole} if lora else whole
@@ -168,6 +175,9 @@ class Evaluation(Part):
         ("base", "experts", "uniform"), description="Scored on the same items as the merge."
     )
     gate: Gates | None = Field(None, description="One or several; missed: not published.")
+    benchmarks: Mapping[str, Benchmark] | None = Field(
+        None, min_length=1, description="Task -> the Hub's benchmark whose leaderboard is told."
+    )
 
 
 class Publishing(Part):
@@ -182,7 +192,7 @@ class Publishing(Part):
     @field_validator("repo")
     @classmethod
     def _is_repo(cls, value: str) -> str:
-        if not REPO.fullmatch(value) or "--" in value or ".." in value:
+        if not REPO.fullmatch(value):
             raise ValueError(f"{value!r} is not owner/name (letters, digits, `-`, `_`, `.`)")
         return value
 
@@ -262,7 +272,7 @@ class Recipe(Part):
 
     def reference(self, name: str) -> ModelReference | None:
         """The base or the model that is written so, with or without its revision."""
-        listed = [entry.model for entry in self.models]
+        listed = [entry.model for entry in self.models or self.experts]
         known = [self.base_model, *listed] if self.base_model else listed
         exact = [model for model in known if str(model) == name]
         return next(iter(exact or [model for model in known if model.name == name]), None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.recipe import Evaluation, ModelReference, Recipe
-from lewis_hub.recipe_tokenizer import Tokenizer
+from lewis_hub.recipe import REPO, Evaluation, ModelReference, Recipe, Slice
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
@@ -29,6 +28,7 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield from _guide_contradictions(recipe)
     if recipe.evaluate:
         yield from _gate_contradictions(recipe, recipe.evaluate)
+        yield from _benchmark_contradictions(recipe.evaluate)
     yield from _statistical_contradictions(recipe)
     yield from _bad_numbers(recipe)
 
@@ -40,19 +40,12 @@ def asks_for_statistics(recipe: Recipe) -> bool:
 
 
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
-    known = [recipe.base_model, *(entry.model for entry in recipe.models)]
+    known = [recipe.base_model, *(entry.model for entry in recipe.models or recipe.experts)]
     models = ", ".join(dict.fromkeys(f"`{model}`" for model in known if model))
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
         yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
     asked = recipe.asked_tokenizer
-    if recipe.slices:
-        problem = "a stack has the tokenizer of its base, or else of its first model."
-        if asked and asked != Tokenizer(source="base"):
-            yield ("tokenizer" if recipe.tokenizer else "tokenizer_source",), problem, LEAVE_OUT
-        if recipe.chat_template not in (None, "auto"):
-            yield ("chat_template",), problem, LEAVE_OUT
-        return
     place: Place = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
     if asked and asked.source not in ("base", "union") and not recipe.reference(asked.source):
         problem = f"`{asked.source}` is none of the models."
@@ -76,8 +69,6 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if not recipe.models:
         remedy = "Add `models:`, or `slices:` to stack blocks; `lewis-hub schema` describes both."
         yield ("models",), "`models` is missing.", remedy
-    elif not recipe.experts:
-        yield ("models",), "only the base is listed.", "Add at least one expert."
     for index, entry in enumerate(recipe.models):
         yield from _adapter_contradictions(recipe, ("models", index, "model"), entry.model)
     names = [str(entry.model.model_copy(update={"on": None})) for entry in recipe.experts]
@@ -127,23 +118,37 @@ def _adapter_contradictions(
 
 def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     assert recipe.guide
-    if recipe.slices:
-        problem = "a guide works with `models` only: it gives no densities to stacked blocks."
-        remedy = "Set `density` in `parameters`, or list whole models under `models`; a schedule "
-        remedy += "over stacked blocks comes with a later version."
-        yield ("guide",), problem, remedy
-        return
     if recipe.base_model is None:
         yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
+    places: list[tuple[Place, Mapping[str, Any]]] = [((), recipe.parameters)]
+    for index, entry in enumerate(recipe.models):
+        if entry.model != recipe.base_model:
+            places.append((("models", index), entry.parameters))
+    for index, one in enumerate(recipe.slices):
+        places.append((("slices", index), one.parameters))
+        for number, source in enumerate(one.sources):
+            places.append((("slices", index, "sources", number), source.parameters))
+        yield from _guided_slice(recipe, ("slices", index), one)
     if recipe.guide.apply_to == "weight":
         return  # the densities are the recipe's own
-    for index, entry in enumerate(recipe.models):
-        if entry.model != recipe.base_model and "density" in entry.parameters:
-            place = ("models", index, "parameters", "density")
+    for where, parameters in places:
+        if "density" in parameters:
+            place = (*where, "parameters", "density")
             yield place, "both a guide and a density are given.", "Remove one of the two."
-    if "density" in recipe.parameters:
-        place_all = ("parameters", "density")
-        yield place_all, "both a guide and a density are given.", "Remove one of the two."
+
+
+def _guided_slice(recipe: Recipe, where: Place, one: Slice) -> Iterator[Complaint]:
+    """A guide tells how a block of an expert differs from that block of the base."""
+    if one.base_model and one.base_model != recipe.base_model:
+        problem = f"a guide compares with `{recipe.base_model}`, and this slice has another base."
+        yield (*where, "base_model"), problem, "Leave it out, or give densities without a guide."
+    ranges = {source.model: source.layer_range for source in one.sources}
+    own = ranges.get(recipe.base_model) if recipe.base_model else None
+    for number, source in enumerate(one.sources):
+        if own and source.layer_range != own:
+            problem = f"a guide compares blocks of equal number, and the base has {[*own]} here."
+            remedy = "Give the same range, or densities without a guide."
+            yield (*where, "sources", number, "layer_range"), problem, remedy
 
 
 def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complaint]:
@@ -188,6 +193,20 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             remedy = "Add `calibration` to this model, or to the recipe for all that have none: "
             remedy += "some of the expert's own training texts, in the benchmark's prompt format."
             yield ("models",), problem, remedy
+
+
+def _benchmark_contradictions(asked: Evaluation) -> Iterator[Complaint]:
+    for task, benchmark in (asked.benchmarks or {}).items():
+        where: Place = ("evaluate", "benchmarks", task)
+        if task not in asked.tasks:
+            problem = f"`{task}` is none of `evaluate.tasks`."
+            yield where, problem, f"Write one of {', '.join(asked.tasks)}, or add it."
+        if asked.limit is not None:
+            problem = "with `limit` only a part of the items is scored: no result of a benchmark."
+            yield where, problem, "Remove `limit`, or `benchmarks`."
+        if not REPO.fullmatch(benchmark.dataset):
+            problem = f"{benchmark.dataset!r} is not owner/name (letters, digits, `-`, `_`, `.`)."
+            yield (*where, "dataset"), problem, "Name the benchmark's dataset on the Hub."
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:

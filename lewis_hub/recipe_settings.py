@@ -35,7 +35,17 @@ class Conditional(Part):
     value: Scalar | Gradient
 
 
-Setting = Scalar | Gradient | Annotated[tuple[Conditional, ...], Field(min_length=1)]
+def _listed(value: Any) -> Any:
+    """Mergekit takes a single condition without a list."""
+    return [value] if isinstance(value, Mapping) else value
+
+
+Conditions = Annotated[
+    tuple[Conditional, ...],
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=Conditional | tuple[Conditional, ...]),
+]
+Setting = Scalar | Gradient | Conditions
 Settings = Mapping[str, Setting]
 
 

@@ -105,3 +105,13 @@ class Said:
 def said_titles() -> type[Said]:
     """Makes a progress that keeps the titles of stages."""
     return Said
+
+
+@pytest.fixture
+def api(hub, monkeypatch):
+    """The embedded Hub with the zoo's models on it, and a token that may write."""
+    from lewis_hub.demo.zoo import seed_hub
+
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    return hub.api()

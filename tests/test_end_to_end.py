@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
@@ -24,15 +26,17 @@ MODEL_FILES = {
     "README.md",
     "lewis/recipe.yaml",
     "lewis/lock.json",
+    "lewis/provenance.json",
     "lewis/importance.json",
     "lewis/density.json",
     "lewis/scores.json",
     "lewis/cost.json",
+    "lewis/report.html",
     "lewis/tasks/zoo_reverse.yaml",
     "lewis/tasks/zoo_cipher.yaml",
 }
-# what a run cost differs from run to run, and so does the card's table of it
-NOT_THE_SAME = {"lewis/cost.json", "README.md", "lewis/lock.json"}
+# what a run cost and when it was differs from run to run, and so do card and report, which tell it
+NOT_THE_SAME = {"lewis/cost.json", "lewis/provenance.json", "lewis/report.html", "README.md"}
 
 
 @pytest.fixture
@@ -148,6 +152,35 @@ def test_check_reads_a_few_kilobytes_and_no_weight(hub, zoo):
     assert document["download_bytes"] > sum(s["size_bytes"] for s in document["sources"])
     blobs = [p for p in (zoo / "cache" / "hub").rglob("*") if p.is_file() and not p.is_symlink()]
     assert max(path.stat().st_size for path in blobs) < 100_000
+
+
+def test_a_benchmark_that_the_recipe_names_gets_an_entry_for_its_leaderboard(hub, zoo):
+    recipe = (
+        (zoo / "recipe.yaml")
+        .read_text()
+        .replace("\n  limit: 6", "")
+        .replace("[zoo_reverse, zoo_cipher]", "[zoo_reverse]")
+    )
+    named = "{dataset: zoo/reverse, task_id: default, metric: 'exact_match,none'}"
+    compared = f"compare: [base]\n  benchmarks: {{zoo_reverse: {named}}}"
+    recipe = recipe.replace("compare: [base, experts, uniform]", compared)
+    (zoo / "recipe.yaml").write_text(recipe)
+
+    repo = json.loads(run(hub, zoo, "merge", "--push", "--json").stdout)["repo"]
+
+    path = hub.api().hf_hub_download(repo, ".eval_results/reverse.yaml")
+    (entry,) = yaml.safe_load(Path(path).read_text())
+    scores = json.loads((zoo / "merged" / "lewis" / "scores.json").read_text())
+    merged = scores["tasks"]["zoo_reverse"]["models"]["merged"]["exact_match,none"]
+    assert entry["dataset"] == {"id": "zoo/reverse", "task_id": "default"}
+    assert entry["value"] == pytest.approx(100 * merged["value"])
+    assert entry["source"] == {"url": f"{hub.url}/{repo}", "name": "Model card"}
+    assert json.loads(run(hub, zoo, "verify", repo, "--json").stdout)["problems"] == []
+    assert json.loads(run(hub, zoo, "verify", "merged", "--json").stdout)["problems"] == []
+
+    (zoo / "recipe.yaml").write_text(recipe.replace("exact_match,none", "acc,none"))
+    told = run(hub, zoo, "check", check=False).stdout
+    assert "zoo_reverse: it has no metric `acc,none`, which the recipe names." in told
 
 
 def test_importance_stops_after_calibration_and_merge_reuses_it(hub, zoo):

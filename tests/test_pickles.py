@@ -9,10 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from served import pushed, weights
 
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, PickleError, SourceError
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.report.lock import Lock
@@ -53,26 +54,9 @@ def write_pickles(folder, source="expert-reverse", n_shards=1, change=None):
     return folder
 
 
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
-
-
-def pushed(api, folder, repo):
-    api.create_repo(repo)
-    api.upload_folder(repo_id=repo, folder_path=folder)
-    return repo
-
-
 def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
     text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
     return parse_recipe(text + more, "recipe.yaml")
-
-
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def cached(pattern):
@@ -239,6 +223,22 @@ def test_a_guide_measures_pickles_as_their_safetensors_twin(api, tmp_path):
     assert [s.modules for s in measured.profile.sources] == [
         s.modules for s in twin.profile.sources
     ]
+
+
+@pytest.mark.slow  # scores two models
+def test_pickles_alone_are_scored_when_that_is_allowed(api, tmp_path):
+    folder = write_pickles(tmp_path / "pickles")
+    asked = ["--task", "zoo_reverse", "--include", str(zoo_folder() / "tasks"), "--limit", "4"]
+
+    refused = CliRunner().invoke(cli, ["evaluate", str(folder), *asked, "--json"])
+    done, twin = (
+        CliRunner().invoke(cli, ["evaluate", str(model), *asked, "--json", "-q", *more])
+        for model, more in ((folder, ["--allow-pickle"]), ("zoo/expert-reverse", []))
+    )
+
+    assert "pickled weights only" in str(refused.exception)
+    found = [json.loads(one.stdout)["tasks"]["zoo_reverse"]["models"] for one in (done, twin)]
+    assert [*found[0].values()] == [*found[1].values()]
 
 
 def test_what_else_is_wrong_is_told_before_pickles_are_downloaded(api, tmp_path):

@@ -19,6 +19,7 @@ EXAMPLES = {
         pipeline.check,
         pipeline.calibrate,
         pipeline.merge_models,
+        pipeline.stream,
         pipeline.evaluate_model,
         pipeline.publish,
         pipeline.verify,

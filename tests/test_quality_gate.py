@@ -108,7 +108,7 @@ def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
 
     assert run("push", "bad", f"{hub.user}/reverse", "--force").exit_code == 0
     newest = hub.api().list_repo_commits(f"{hub.user}/reverse")[0]
-    assert newest.title == "Merge with lewis-hub, below the quality gate"
+    assert newest.title.startswith("Merge with lewis-hub, below the quality gate: ")
 
 
 def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
@@ -122,7 +122,7 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     assert message.endswith(f"Main is as it was; the merge is proposed at {told['url']}.\n")
     assert commits(hub) == published
     (proposed,) = hub.api().get_repo_discussions(f"{hub.user}/reverse")
-    assert proposed.title == "Merge with lewis-hub, below the quality gate"
+    assert proposed.title.startswith("Merge with lewis-hub, below the quality gate: ")
     details = hub.api().get_discussion_details(f"{hub.user}/reverse", proposed.num)
     description = details.events[0].content
     assert description.startswith("This merge missed its quality gate.\n\n- on zoo_reverse")
@@ -131,6 +131,11 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     again = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
 
     assert (again[0], again[1]["pull_request"]) == (3, told["pull_request"])
+    pushed = typed("push", "bad", "-q", "--json")  # in a step of its own, as a workflow does
+    step = json.loads(pushed.stdout)
+    assert (pushed.returncode, step["status"]) == (3, "refused")
+    assert step["pull_request"] == told["pull_request"]
+    assert pushed.stderr.endswith(f"Main is as it was; the merge is proposed at {told['url']}.\n")
     assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
 
 
@@ -158,7 +163,7 @@ def test_a_folder_that_passed_is_judged_again_by_what_was_pushed_meanwhile(hub, 
 
 
 def test_a_metric_that_the_task_does_not_have_is_refused_before_any_download(hub, place):
-    with pytest.raises(Exception, match="it has no metric `acc,none`, which the gate names"):
+    with pytest.raises(Exception, match="it has no metric `acc,none`, which the recipe names"):
         merge(hub, gate=GATE.replace("exact_match", "acc"))
 
     assert not (place / "merged.partial").exists()

@@ -1,4 +1,4 @@
-"""Quantised models of the zoo, over HTTP: fp8 is merged, everything else refused by name."""
+"""Quantised models of the zoo, over HTTP: merged where they can be, otherwise refused by name."""
 
 import json
 import os
@@ -9,11 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from served import pushed, weights
 
 import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, SourceError
 from lewis_hub.recipe_file import parse_recipe
 
@@ -33,12 +34,24 @@ COMPRESSED = {
     "format": "float-quantized",
     "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
 }
-FP8 = {  # layout -> its configuration
+INTEGERS = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {"weights": {"num_bits": 4, "type": "int", "strategy": "group"}},
+        "group_1": {"weights": {"num_bits": 8, "type": "int"}, "format": "int-quantized"},
+    },
+}
+NORMAL = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+CONFIGURED = {  # layout -> its configuration
     "blocks": DEEPSEEK,
     "rows": COMPRESSED,
     "tensor": COMPRESSED,
     "fp8 tensor": {"quant_method": "fp8", "activation_scheme": "static"},
+    "integers": INTEGERS,
+    "4 bits": NORMAL,
 }
+FP8 = ["blocks", "rows", "tensor", "fp8 tensor"]
 
 
 def eight_bit(weight, layout):
@@ -62,6 +75,66 @@ def eight_bit(weight, layout):
     return {"": values} | parts, values.float() * spread
 
 
+def grouped(weight):
+    """The weight as packed integers of 4 bits, and what they stand for."""
+    groups = weight.float().unflatten(1, (-1, 32))
+    scale = groups.abs().amax(dim=2) / 7
+    codes = (groups / scale[..., None]).round().clamp(-8, 7)
+    shifts = torch.arange(0, 32, 4)
+    words = ((codes.flatten(1).long() + 8).unflatten(1, (-1, 8)) << shifts).sum(dim=2)
+    parts = {
+        "weight_packed": words.to(torch.uint32).view(torch.int32),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return parts, (codes * scale[..., None]).flatten(1)
+
+
+def by_rows(weight):
+    """The weight as integers of 8 bits, and what they stand for."""
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    codes = (weight.float() / scale).round()
+    return {"weight": codes.to(torch.int8), "weight_scale": scale}, codes * scale
+
+
+def by_table(weight):
+    """The weight as bitsandbytes' 4 bits in blocks of 64, and what they stand for."""
+    table = torch.linspace(-1, 1, 16)
+    blocks = weight.float().reshape(-1, 64)
+    scale = blocks.abs().amax(dim=1)
+    codes = ((blocks / scale[:, None])[..., None] - table).abs().argmin(dim=-1)
+    pairs = codes.view(-1, 2)
+    state = json.dumps({"blocksize": 64, "shape": list(weight.shape)}).encode()
+    parts = {
+        "weight": (pairs[:, 0] * 16 + pairs[:, 1]).to(torch.uint8)[:, None],
+        "weight.absmax": scale,
+        "weight.quant_map": table,
+        "weight.quant_state.bitsandbytes__nf4": torch.frombuffer(
+            bytearray(state), dtype=torch.uint8
+        ),
+    }
+    return parts, (table[codes] * scale[:, None]).view(weight.shape)
+
+
+def write_integers(folder, source, layout):
+    """A model of the zoo in integers or 4 bits, and beside it what it stands for."""
+    twin = folder.with_name(folder.name + "-float32")
+    for copy in (folder, twin):
+        shutil.copytree(zoo_folder() / source, copy)
+    stored, plain = {}, {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored[name] = plain[name] = weight
+        if name.endswith("_proj.weight"):
+            loose = by_rows if "down_proj" in name else grouped
+            parts, plain[name] = (by_table if layout == "4 bits" else loose)(weight)
+            del stored[name]
+            stored |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    save_file(plain, twin / "model.safetensors", {"format": "pt"})
+    configure(folder, quantization_config=CONFIGURED[layout])
+    return folder, twin
+
+
 def write_model(folder, source, layout):
     """A model of the zoo in fp8, and beside it the float32 model that it stands for."""
     twin = folder.with_name(folder.name + "-float32")
@@ -77,7 +150,7 @@ def write_model(folder, source, layout):
                 stored[name.replace("weight", "input_scale")] = torch.ones(1)
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     save_file(plain, twin / "model.safetensors", {"format": "pt"})
-    configure(folder, quantization_config=FP8[layout])
+    configure(folder, quantization_config=CONFIGURED[layout])
     return folder, twin
 
 
@@ -86,26 +159,46 @@ def configure(folder, **more):
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
 
 
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
-
-
-def pushed(api, folder, repo):
-    api.create_repo(repo)
-    api.upload_folder(repo_id=repo, folder_path=folder)
-    return repo
-
-
 def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
     text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
     return parse_recipe(text + more, "recipe.yaml")
 
 
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+@pytest.mark.parametrize("layout", ["integers", "4 bits"])
+def test_integers_and_4_bits_merge_as_their_float32_twin_does_from_the_hub_too(
+    api, tmp_path, layout
+):
+    few, twin = write_integers(tmp_path / "few", "expert-reverse", layout)
+    pushed(api, few, "zoo/few")
+
+    for name, expert in {"few": few, "hub": "zoo/few", "twin": twin}.items():
+        pipeline.merge_models(recipe(expert=expert), tmp_path / "out" / name)
+
+    found = weights(tmp_path / "out" / "few")
+    assert found == weights(tmp_path / "out" / "hub") == weights(tmp_path / "out" / "twin")
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("integers", {"4-bit integers": "I4", "8-bit integers": "I8"}),
+        ("4 bits", {"4-bit normal floats": "NF4"}),
+    ],
+)
+def test_check_shows_integers_and_4_bits_and_a_guide_measures_them(api, tmp_path, layout, said):
+    few, _ = write_integers(tmp_path / "few", "expert-reverse", layout)
+    plain = pipeline.check(recipe())
+
+    report = pipeline.check(recipe(expert=pushed(api, few, "zoo/few")))
+    measured = pipeline.calibrate(recipe(expert=few, more=GUIDE), tmp_path / "measured")
+
+    assert report.problems == ()
+    told = [note.partition(" tensors as ")[2] for note in report.notes]
+    ending = " with scales: they are read as float32, each value times its scale."
+    assert sorted(told) == [what + ending for what in sorted(said)]
+    assert report.sources[1].dtype in said.values()
+    assert report.sources[1].n_parameters == plain.sources[1].n_parameters
+    assert set(measured.profile.sources[1].modules) == set(measured.profile.sources[0].modules)
 
 
 @pytest.mark.parametrize("layout", FP8)
@@ -223,6 +316,32 @@ def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path, said_
     assert f"Writing out {fp8} in bfloat16" in said.titles
 
 
+@pytest.mark.slow  # scores two models
+@pytest.mark.parametrize("layout", ["blocks", "integers"])
+def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layout, said_titles):
+    write = write_integers if layout == "integers" else write_model
+    few, twin = write(tmp_path / "few", "expert-reverse", layout)
+    asked = lewis_hub.Evaluation(
+        tasks=("zoo_reverse",), include=str(zoo_folder() / "tasks"), limit=8, compare=()
+    )
+    plain = pipeline.merge_models(
+        parse_recipe(
+            f"models: [{{model: {twin}}}]\nmerge_method: linear\ndtype: bfloat16\n", "recipe.yaml"
+        ),
+        tmp_path / "plain",
+    ).output
+    said = said_titles()
+
+    one, two = (
+        pipeline.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
+        for folder in (few, plain)
+    )
+
+    assert said.titles[1] == f"Writing out {few} in bfloat16"
+    scores = [next(iter(s.tasks["zoo_reverse"].models.values())) for s in (one, two)]
+    assert scores[0] == scores[1]
+
+
 def test_an_adapter_is_extracted_from_fp8_as_from_its_float32_twin(api, tmp_path):
     from lewis_hub.progress import Silent
     from lewis_hub.stages.extraction import extract_adapter
@@ -247,16 +366,16 @@ def test_a_scale_that_does_not_fit_is_told_before_any_download(api, tmp_path):
         pipeline.check(recipe(expert="zoo/fp8"))
 
     assert str(caught.value).startswith(f"zoo/fp8@{sha}: model.safetensors: `model.layers.0.")
-    assert "neither by tensor, by row, nor by blocks of [64, 64].\n" in str(caught.value)
+    assert "neither by tensor, by row, by group, nor by blocks of [64, 64].\n" in str(caught.value)
 
 
 REFUSED = "which this version does not read. Use the model that it was quantised from"
-INT8 = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
 METHODS = {  # quantization_config -> how it is told
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
     "awq": ({"quant_method": "awq"}, "awq"),
-    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-    "compressed-tensors": (INT8, "compressed-tensors"),
+    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4"),
+    "compressed-tensors": (NVFP4, "compressed-tensors, nvfp4-pack-quantized"),
     "another": ({"bits": 3}, "unknown"),
 }
 

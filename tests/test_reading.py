@@ -47,6 +47,18 @@ def test_a_guide_that_measures_on_texts_needs_them(read, name, tmp_path):
     assert read(f"{{name: {name}, {CALIBRATION}}}").guide.name == name
 
 
+def test_blocks_that_are_stacked_need_texts_too(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "base_model: a/b\nslices:\n  - sources:\n      - {model: a/b, layer_range: [0, 4]}\n"
+        "      - {model: a/c, layer_range: [0, 4]}\nmerge_method: ties\nguide: {name: lewis}\n"
+    )
+
+    assert message(lambda: read_recipe(tmp_path / "r.yaml")) == (
+        f"{tmp_path}/r.yaml:7: `guide`: no calibration data for `a/c`.\n"
+        "Add `guide.calibration`, or `calibration` to this model."
+    )
+
+
 @pytest.mark.parametrize("name", ["magnitude", "uniform"])
 def test_a_guide_that_measures_no_texts_does_without_them(read, name):
     assert read(f"{{name: {name}}}").guide.calibration is None

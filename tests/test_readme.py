@@ -11,6 +11,7 @@ import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe import Calibration, Evaluation, Guide, Publishing, Recipe
+from lewis_hub.recipe_benchmark import Benchmark
 from lewis_hub.recipe_file import parse_recipe, read_recipe
 from lewis_hub.recipe_gate import Gate
 
@@ -23,6 +24,8 @@ COMMANDS = sorted(set(re.findall(r"^(lewis-hub .+?)(?:\s+#.*)?$", DOCUMENTS, re.
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_in_the_documents_parses(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for key in ("key.pem", "key.pub"):
+        (tmp_path / key).touch()
     name, *words = shlex.split(line)[1:]
     command = cli.commands[name]
 
@@ -62,7 +65,9 @@ def test_every_path_in_the_file_map_is_there():
             assert any(candidate.exists() for candidate in inside), path
 
 
-@pytest.mark.parametrize("model", [Recipe, Guide, Calibration, Evaluation, Gate, Publishing])
+@pytest.mark.parametrize(
+    "model", [Recipe, Guide, Calibration, Evaluation, Gate, Benchmark, Publishing]
+)
 def test_every_field_of_the_recipe_is_described(model):
     text = (ROOT / "docs" / "recipe.md").read_text()
 

@@ -138,6 +138,26 @@ BROKEN = {
         "r.yaml:6: `evaluate.gate.metrik`: unknown key `metrik`.\nDid you mean `metric`?\n"
         "r.yaml:6: `evaluate.gate.metric`: `metric` is missing."
     ),
+    GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
+    "    a: {dataset: gsm8k, task_id: x, metric: m}\n": (
+        "r.yaml:9: `evaluate.benchmarks.a.dataset`: 'gsm8k' is not owner/name (letters, digits, "
+        "`-`, `_`, `.`).\nName the benchmark's dataset on the Hub."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
+    "    b: {dataset: o/b, task_id: x, metric: m}\n": (
+        "r.yaml:9: `evaluate.benchmarks.b`: `b` is none of `evaluate.tasks`.\n"
+        "Write one of a, or add it."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  limit: 5\n  benchmarks:\n"
+    "    a: {dataset: o/b, task_id: x, metric: m}\n": (
+        "r.yaml:10: `evaluate.benchmarks.a`: with `limit` only a part of the items is scored: no "
+        "result of a benchmark.\nRemove `limit`, or `benchmarks`."
+    ),
+    GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
+    "    a: {dataset: o/b, task_id: x, metric: m, scale: 0}\n": (
+        "r.yaml:9: `evaluate.benchmarks.a.scale`: expected greater than 0, found 0.\n"
+        "`lewis-hub schema` describes every field."
+    ),
     GOOD.replace("a/c@main", "a/c+d/e"): (
         "r.yaml:3: `models[0].model`: an adapter is put on `a/c`, and the base is `a/b`.\n"
         "It is merged as a task vector of `base_model`: name its base there, or merge it into its "
@@ -181,9 +201,6 @@ BROKEN = {
     GOOD.replace("merge_method", "  - model: a/c@main\nmerge_method"): (
         "r.yaml:2: `models`: `a/c@main` is listed twice.\nList each expert once, with its weight."
     ),
-    GOOD.replace("a/c@main", "a/b"): (
-        "r.yaml:2: `models`: only the base is listed.\nAdd at least one expert."
-    ),
     GOOD.replace("weight", "density") + f"guide: {{calibration: {CALIBRATION}}}\n": (
         "r.yaml:4: `models[0].parameters.density`: both a guide and a density are given.\n"
         "Remove one of the two."
@@ -208,13 +225,9 @@ BROKEN |= {
     "merge_method: ties\nslices: []\n": (
         f"r.yaml:2: `slices`: expected at least one item, found a list.\n{SCHEMA}"
     ),
-    SLICES + "tokenizer_source: union\n": (
-        "r.yaml:8: `tokenizer_source`: a stack has the tokenizer of its base, or else of its first "
-        "model.\nLeave it out."
-    ),
-    SLICES + "chat_template: a/c\n": (
-        "r.yaml:8: `chat_template`: a stack has the tokenizer of its base, or else of its first "
-        "model.\nLeave it out."
+    SLICES + "tokenizer_source: a/d\n": (
+        "r.yaml:8: `tokenizer_source`: `a/d` is none of the models.\n"
+        "Write `base`, `union` or one of `a/b`, `a/c`."
     ),
     SLICES + "missing: base\n": (
         "r.yaml:8: `missing`: slices take tensors as they are.\nLeave it out."
@@ -280,9 +293,20 @@ BROKEN |= {
         "into its base with peft (`merge_and_unload`) and list the result."
     ),
     SLICES + f"guide: {{calibration: {CALIBRATION}}}\n": (
-        "r.yaml:8: `guide`: a guide works with `models` only: it gives no densities to stacked "
-        "blocks.\nSet `density` in `parameters`, or list whole models under `models`; a schedule "
-        "over stacked blocks comes with a later version."
+        "r.yaml:5: `slices[0].sources[1].layer_range`: a guide compares blocks of equal number, "
+        "and the base has [0, 4] here.\nGive the same range, or densities without a guide."
+    ),
+    SLICES.replace("[1, 5]", "[0, 4]").replace("{t: 0.5}", "{density: 0.5}")
+    + "guide: {name: uniform}\n": (
+        "r.yaml:6: `slices[0].parameters.density`: both a guide and a density are given.\n"
+        "Remove one of the two."
+    ),
+    SLICES.replace("[1, 5]", "[0, 4]").replace(
+        "    parameters", "    base_model: a/c\n    parameters"
+    )
+    + "guide: {name: uniform}\n": (
+        "r.yaml:6: `slices[0].base_model`: a guide compares with `a/b`, and this slice has another "
+        "base.\nLeave it out, or give densities without a guide."
     ),
 }
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from served import weights
 
 import lewis_hub
 from lewis_hub import pipeline
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.report.lock import Lock
 from lewis_hub.stages.execution import Execution
@@ -40,19 +41,8 @@ parameters: {density: 0.6}
 SCORED = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}, limit: 3}}\n"
 
 
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
-
-
 def recipe(text):
     return parse_recipe(text, "recipe.yaml")
-
-
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def zoo(name):
@@ -167,6 +157,19 @@ def test_a_model_stacked_on_itself_has_no_expert_and_a_card_all_the_same(api, tm
     assert "made from blocks of [`zoo/base`]" in (folder / "README.md").read_text()
 
 
+def test_the_base_alone_may_be_passed_through_and_is_nothing_to_merge_otherwise(api, tmp_path):
+    text = "base_model: zoo/base\nmodels: [{model: zoo/base}]\nmerge_method: passthrough\n"
+
+    merged = pipeline.merge_models(recipe(text), tmp_path / "out")
+
+    found, base = load_file(merged.output / "model.safetensors"), zoo("base")
+    assert found.keys() == base.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in base.items())
+    assert one_problem(text.replace("passthrough", "ties")) == (
+        "method `ties`: there is nothing to merge.\nList at least one expert."
+    )
+
+
 def test_an_adapter_may_be_a_source_of_a_slice(api, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -187,6 +190,99 @@ def test_an_adapter_may_be_a_source_of_a_slice(api, tmp_path):
     torch.testing.assert_close(found[name.format(4)].float(), dense, rtol=2**-7, atol=1e-3)
     assert torch.equal(found[name.format(2)], zoo("base")[name.format(2)])
     assert found[name.format(4)].dtype == torch.bfloat16
+
+
+CALIBRATED = """guide:
+  name: NAME
+  calibration: {dataset: zoo/reverse, text: "{question} {answer}", samples: 2}
+"""
+WHOLE = """base_model: zoo/base
+models: [{model: zoo/expert-reverse}, {model: zoo/expert-cipher}]
+merge_method: dare_ties
+"""
+
+
+def in_slices(*ranges, experts=("reverse", "cipher")):
+    """Blocks of base and experts, a slice for each range."""
+    models = ["zoo/base", *(f"zoo/expert-{name}" for name in experts)]
+    slices = [
+        [{"model": model, "layer_range": [first, end]} for model in models] for first, end in ranges
+    ]
+    document = {
+        "base_model": "zoo/base",
+        "slices": [{"sources": sources} for sources in slices],
+        "merge_method": "dare_ties",
+    }
+    return yaml.safe_dump(document)
+
+
+@pytest.mark.parametrize("guide", ["uniform", "lewis"])
+def test_a_guide_on_slices_of_all_blocks_gives_the_merge_of_whole_models(api, tmp_path, guide):
+    asked = CALIBRATED.replace("NAME", guide)
+
+    whole = pipeline.merge_models(recipe(WHOLE + asked), tmp_path / "whole").output
+    stacked = pipeline.merge_models(recipe(in_slices((0, 2), (2, 6)) + asked), tmp_path / "stacked")
+
+    one, two = (load_file(f / "model.safetensors") for f in (whole, stacked.output))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], tensor) for name, tensor in two.items())
+    densities = [
+        json.loads((f / "lewis/density.json").read_text()) for f in (whole, stacked.output)
+    ]
+    assert densities[0] == densities[1]
+    assert len(list((stacked.output / "lewis").glob("density-*.png"))) == 4
+    assert (stacked.output / "lewis/importance.json").exists() == (guide == "lewis")
+
+
+def test_densities_of_a_guide_follow_the_blocks_that_are_stacked(api, tmp_path):
+    asked = CALIBRATED.replace("NAME", "lewis")
+    whole = pipeline.calibrate(recipe(WHOLE + asked), tmp_path / "whole").schedule
+    text = in_slices((0, 4), (2, 6), experts=["cipher"]) + asked
+
+    merged = pipeline.merge_models(recipe(text), tmp_path / "stacked").output
+
+    found = json.loads((merged / "lewis/density.json").read_text())["experts"][0]["tensors"]
+    given = next(one for one in whole.experts if "cipher" in one.source).tensors
+    origins = [0, 1, 2, 3, 2, 3, 4, 5]
+    for block, origin in enumerate(origins):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert found[name.format(block)] == given[name.format(origin)]
+    assert len(found) == len(given) * 8 // 6
+    told = yaml.safe_load((merged / "mergekit_config.yml").read_text())
+    rows = told["slices"][1]["sources"][1]["parameters"]["density"]
+    by_filter = {row.get("filter"): row["value"] for row in rows}
+    assert (
+        by_filter["model.layers.5.mlp.up_proj.weight"] == given["model.layers.5.mlp.up_proj.weight"]
+    )
+    assert "model.layers.6.mlp.up_proj.weight" not in by_filter
+    assert by_filter[None] == 1.0
+    again = lewis_hub.read_recipe(merged / "lewis" / "recipe.yaml")
+    assert weights(pipeline.merge_models(again, tmp_path / "again").output) == weights(merged)
+
+
+def test_a_guide_on_slices_needs_models_of_one_depth(api, tmp_path):
+    text = STACK.replace("zoo/expert-reverse", "zoo/base").replace("        parameters", "#")
+    deep = pipeline.merge_models(recipe(text), tmp_path / "deep").output
+    shutil.rmtree(deep / "lewis")
+    asked = in_slices((0, 4)).replace("zoo/expert-cipher", str(deep))
+
+    (problem,) = pipeline.check(recipe(asked + CALIBRATED.replace("NAME", "lewis"))).problems
+
+    assert problem == (
+        f"guide: {deep} has 8 blocks, its base 6: their importance cannot be compared block by "
+        "block. Use guide `uniform`, or give `density`."
+    )
+    assert pipeline.check(recipe(asked + CALIBRATED.replace("NAME", "uniform"))).problems == ()
+
+
+@pytest.mark.slow  # scores five models
+def test_a_stack_is_scored_beside_its_uniform_twin(api, tmp_path):
+    text = in_slices((0, 4), (2, 6), experts=["cipher"]) + CALIBRATED.replace("NAME", "lewis")
+
+    merged = pipeline.merge_models(recipe(text + SCORED), tmp_path / "out")
+
+    labels = [label.partition("@")[0] for label in merged.scores.tasks["zoo_reverse"].models]
+    assert labels == ["base", "expert:zoo/expert-cipher", "uniform", "merged"]
 
 
 @pytest.mark.slow  # scores three models

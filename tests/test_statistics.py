@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.errors import RecipeError
+from lewis_hub.errors import LewisHubError, OutputError, RecipeError
 from lewis_hub.methods.registry import methods
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.recipe_rules import STATISTICAL
@@ -72,7 +72,7 @@ def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_p
     assert (found[Q] - mean[Q]).norm() > 0.05 * (mean[Q] - base[Q]).norm()
     assert not (tmp_path / "out" / ".scratch").exists()
     assert sorted(path.name for path in (tmp_path / "out" / "lewis").iterdir()) == [
-        *("cost.json", "lock.json", "recipe.yaml"),
+        *("cost.json", "lock.json", "provenance.json", "recipe.yaml", "report.html"),
     ]
     assert not (tmp_path / "out" / "mergekit_config.yml").exists()
     lock = json.loads((tmp_path / "out" / "lewis" / "lock.json").read_text())
@@ -86,6 +86,30 @@ def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
 
     assert verdict.problems == ()
     assert lewis_hub.merge_models(recipe(), output).status == "unchanged"
+
+
+def test_statistics_are_gathered_on_a_tasks_items_which_are_carried_and_never_scored(api, tmp_path):
+    own = f"calibration: {{task: zoo_reverse, include: {zoo_folder() / 'tasks'}, samples: 32}}\n"
+    written_out = f"calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}\n"
+    models = "models: [{model: zoo/expert-reverse}, {model: zoo/expert-cipher}]\n"
+    text = f"base_model: zoo/base\nmerge_method: regmean\n{models}"
+    output = merge(tmp_path / "task", text + own)
+
+    assert bytes_of(output) == bytes_of(merge(tmp_path / "dataset", text + written_out))
+    lock = json.loads((output / "lewis" / "lock.json").read_text())
+    assert lock["recipe"]["calibration"]["include"] == "tasks"
+    assert "task zoo_reverse" in [one["name"] for one in lock["calibration"]]
+    assert (output / "lewis" / "tasks" / "zoo_reverse.yaml").exists()
+    assert "`task zoo_reverse`" in (output / "README.md").read_text()
+    reference = lewis_hub.ModelReference(name=str(output))
+    with pytest.raises(OutputError, match="it was calibrated on task files that came with it"):
+        lewis_hub.verify(reference, rebuild=True)
+    allowed = Execution(allow_code=True)
+    assert lewis_hub.verify(reference, allowed, rebuild=True).problems == ()
+    scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}}}\n"
+    on_scored = own.replace("samples", "split: test, allow_overlap: false, samples")
+    with pytest.raises(LewisHubError, match="`test` is the split that it scores"):
+        merge(tmp_path / "scored", text + on_scored + scored)
 
 
 def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):

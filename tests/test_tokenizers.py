@@ -85,6 +85,17 @@ class Models:
         text = f"base_model: {self.root}/base\nmodels:\n{listed}merge_method: {method}\n"
         return parse_recipe(text + more.replace("ROOT", str(self.root)), "recipe.yaml")
 
+    def stack(self, more="", method="ties", names=("base", "x", "y")):
+        """The same merge as `recipe`, each block a slice of its own."""
+        sources = "".join(
+            f"      - {{model: {self.root}/{name}, layer_range: [RANGE]}}\n" for name in names
+        )
+        slices = "".join(
+            "  - sources:\n" + sources.replace("RANGE", one) for one in ("0, 1", "1, 2")
+        )
+        text = f"base_model: {self.root}/base\nslices:\n{slices}merge_method: {method}\n"
+        return parse_recipe(text + more.replace("ROOT", str(self.root)), "recipe.yaml")
+
     def merge(self, recipe, output="out", **more):
         lewis_hub.merge_models(recipe, self.root / output, Execution(**more) if more else None)
         return self.root / output
@@ -312,19 +323,62 @@ def test_a_token_without_a_row_is_refused(zoo, embedding, says):
     assert problem.startswith("tokenizer.tokens.<new>: ")
 
 
-def test_a_guide_that_measures_is_refused_where_ids_mean_something_else(zoo):
-    data = zoo.root / "data.jsonl"
-    data.write_text('{"text": "hello"}\n')
-    guide = 'guide: {calibration: {dataset: ROOT/data.jsonl, text: "{text}"}}\n'
-    asked = "tokenizer_source: union\n"
+def calibrated(zoo, text):
+    (zoo.root / "data.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    guide = 'guide: {name: GUIDE, calibration: {dataset: ROOT/data.jsonl, text: "{text}"}}\n'
+    return f"tokenizer_source: union\n{guide}"
 
-    problems = lewis_hub.check(zoo.recipe(asked + guide)).problems
 
-    assert len(problems) == 2
-    assert "does not understand the ids of" in problems[0]
-    assert "Use guide `uniform`" in problems[0]
-    uniform = guide.replace("{calibration", "{name: uniform, calibration")
-    assert lewis_hub.check(zoo.recipe(asked + uniform)).problems == ()
+@pytest.mark.parametrize("guide", ["lewis", "lewis_reference"])
+def test_a_guide_gives_each_model_its_own_id_of_every_token(zoo, guide):
+    """y has the bytes in another order: with its rows in the base's order it is the same model."""
+    from lewis_hub.vocabulary.tokens import read_vocabulary
+
+    ids = [
+        read_vocabulary(name, {"tokenizer.json": (zoo.root / name / "tokenizer.json").read_bytes()})
+        for name in ("base", "y")
+    ]
+    sorted_y = dict(zoo.tensors["y"])
+    for name in (EMBEDDING, HEAD):
+        rows = torch.zeros_like(zoo.tensors["base"][name])
+        for token, row in ids[0].ids.items():
+            if token in ids[1].ids:
+                rows[row] = zoo.tensors["y"][name][ids[1].ids[token]]
+        sorted_y[name] = rows
+    zoo.write("twin", zoo.tokenizers["base"], 300)
+    save_file(sorted_y, zoo.root / "twin" / "model.safetensors", {"format": "pt"})
+    more = calibrated(zoo, "say: hey, world <|end|> 42").replace("GUIDE", guide)
+
+    found = [
+        lewis_hub.calibrate(zoo.recipe(more, names=(name,)), zoo.root / f"out-{name}").profile
+        for name in ("y", "twin")
+    ]
+
+    one, two = (profile.sources for profile in found)
+    assert one[1].modules == pytest.approx(two[1].modules, rel=1e-6)
+    assert one[0].modules == two[0].modules
+    assert one[1].n_tokens == one[0].n_tokens
+
+
+def test_a_text_with_a_token_that_a_model_lacks_is_refused_before_weights_are_read(zoo):
+    more = calibrated(zoo, "hello<|pad|>").replace("GUIDE", "lewis")
+
+    notes = lewis_hub.check(zoo.recipe(more)).notes
+    with pytest.raises(lewis_hub.LewisHubError) as caught:
+        zoo.merge(zoo.recipe(more))
+
+    root = zoo.root
+    assert notes[-1] == (
+        f"{root}/y lacks the tokens 'hell', '<|pad|>' of {root}/base, whose tokenizer cuts the "
+        "calibration texts: a text that has one is refused."
+    )
+    assert str(caught.value) == (
+        f"calibration texts, cut by the tokenizer of {root}/base: {root}/x has no token 'hell' and "
+        "1 more.\nBoth have to see the same tokens: choose other texts, use guide `uniform`, or "
+        "leave this model out."
+    )
+    uniform = more.replace("lewis", "uniform")
+    assert lewis_hub.check(zoo.recipe(uniform)).problems == ()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """`verify`: a merge's files against its lock, here and on the Hub."""
 
 import json
-import random
+import re
 import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import lewis_hub
 from lewis_hub.cli.main import cli
@@ -14,6 +18,10 @@ from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.recipe import ModelReference, Publishing
+from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.provenance import Run, provenance
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +62,15 @@ def test_the_merge_made_again_has_the_same_weights(merged):
 
 
 def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged):
-    """Whoever swaps weights and their digest in the lock is found by --rebuild alone."""
+    """Whoever swaps weights and forges the lock and the provenance is found by --rebuild."""
     other = shutil.copyfile(
         zoo_folder() / "expert-cipher" / "model.safetensors", merged / "model.safetensors"
     )
-    lock = merged / "lewis" / "lock.json"
-    told = json.loads(lock.read_text())
-    told["outputs"]["model.safetensors"] = {
-        "sha256": sha256_of(other),
-        "n_bytes": other.stat().st_size,
-    }
-    lock.write_text(json.dumps(told))
+    true = Lock.from_json((merged / "lewis/lock.json").read_text())
+    swapped = OutputFile(sha256_of(other), other.stat().st_size)
+    forged = replace(true, outputs=true.outputs | {"model.safetensors": swapped})
+    (merged / "lewis/lock.json").write_text(forged.to_json())
+    (merged / "lewis/provenance.json").write_text(provenance(forged, Run(NOW, NOW)))
 
     assert verify(merged)[0] == 0
     code, told = verify(merged, "--rebuild")
@@ -72,20 +78,33 @@ def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged
     assert told["problems"][0].startswith("model.safetensors: made again it has sha256 ")
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_byte_anywhere_is_found_and_named(merged, seed):
-    draw = random.Random(seed)
-    told = json.loads((merged / "lewis" / "lock.json").read_text())
-    name = draw.choice(sorted(told["outputs"]))
-    content = bytearray((merged / name).read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    (merged / name).write_bytes(content)
+@settings(deadline=None)
+@given(st.data())
+def test_a_changed_byte_anywhere_is_found_and_named(made, data):
+    lock = Lock.from_json((made / "lewis/lock.json").read_text())
+    names = ["lewis/lock.json", "lewis/provenance.json", *lock.outputs]
+    file = made / data.draw(st.sampled_from(names))
+    true = file.read_bytes()
+    place = data.draw(st.integers(0, len(true) - 1))
+    assume(not any(start <= place < stop for start, stop in dates(file, true)))
+    changed = bytearray(true)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(changed)
+    try:
+        problems = lewis_hub.verify(ModelReference(name=str(made))).problems
+    except OutputError as error:  # of the lock, without which nothing can be held against it
+        problems = (str(error).removeprefix(f"{made}: "),)
+    finally:
+        file.write_bytes(true)
 
-    code, told = verify(merged)
+    assert [problem.partition(": ")[0] for problem in problems] == [str(file.relative_to(made))]
 
-    assert code == 1
-    assert [problem.partition(":")[0] for problem in told["problems"]] == [name]
-    assert "its sha256 is " in told["problems"][0]
+
+def dates(file, content):
+    """Where a provenance says when: that follows from nothing, so only a signature fixes it."""
+    if file.name != "provenance.json":
+        return []
+    return [found.span() for found in re.finditer(rb"\d{4}-\d\d-\d\dT[\d:+]+", content)]
 
 
 def test_missing_shortened_and_added_files_are_named(merged):
@@ -100,6 +119,38 @@ def test_missing_shortened_and_added_files_are_named(merged):
         "tokenizer.json: it is missing.",
         "modeling.py: it is no part of the merge.",
     ]
+
+
+def test_what_only_tells_of_a_merge_may_be_changed_and_added(hub, merged, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    for name in ("README.md", "lewis/report.html", "lewis/cost.json"):
+        (merged / name).write_text("---\nlicense: mit\n---\nchanged")
+    (merged / ".eval_results").mkdir()
+    (merged / ".eval_results" / "gsm8k.yaml").write_text("[]")
+    assert verify(merged)[1]["problems"] == []
+    api, repo = hub.api(), f"{hub.user}/merge"
+    api.create_repo(repo)
+    api.upload_folder(repo_id=repo, folder_path=merged)
+
+    verdict = lewis_hub.verify(ModelReference(name=repo))
+
+    assert "lewis/report.html" not in verdict.lock.outputs
+    assert api.file_exists(repo, ".eval_results/gsm8k.yaml")
+    assert verdict.problems == ()
+
+
+def test_the_card_is_its_owner_s_to_change_and_pictures_may_be_added(merged):
+    (merged / "README.md").write_text("# Mine\n")
+    (merged / "images").mkdir()
+    (merged / "images" / "logo.PNG").write_bytes(b"\x89PNG")
+
+    assert verify(merged)[1]["problems"] == []
+
+
+def test_a_merge_without_its_provenance_says_so(merged):
+    (merged / "lewis" / "provenance.json").unlink()
+
+    assert verify(merged)[1]["problems"] == ["lewis/provenance.json: it is missing."]
 
 
 def test_a_changed_lock_is_named(merged):
@@ -144,3 +195,34 @@ def test_diff_tells_what_two_merges_do_not_share(made, tmp_path):
 
     assert told.stdout == "seed: 42 → 7\nweights: 1 of 1 files differ\n"
     assert json.loads(same.stdout) == {"status": "same", "differences": []}
+
+
+def test_diff_of_two_recipes_asks_nobody(made, tmp_path):
+    recipe = made.parent / "recipe.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text().replace("density: 0.4", "density: 0.5"))
+
+    told = CliRunner().invoke(cli, ["diff", str(recipe), str(other)])
+
+    assert told.stdout == "models[0].parameters.density: 0.4 → 0.5\n"
+
+
+def test_diff_of_a_merge_and_a_recipe_tells_what_merging_it_now_would_change(made, tmp_path):
+    recipe = made.parent / "recipe.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text() + "seed: 7\n")
+
+    same = CliRunner().invoke(cli, ["diff", str(made), str(recipe)])
+    told = CliRunner().invoke(cli, ["diff", str(other), str(made)])
+
+    assert same.stdout == "Nothing differs.\n"
+    assert told.stdout == "seed: 7 → 42\n"
+
+
+def test_the_schema_command_prints_either_schema():
+    titles = [
+        json.loads(CliRunner().invoke(cli, ["schema", *words]).stdout)["title"]
+        for words in ([], ["recipe"], ["lock"])
+    ]
+
+    assert titles == ["Recipe", "Recipe", "Lock"]

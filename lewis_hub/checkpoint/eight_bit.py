@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lewis_hub.checkpoint.header import MERGEABLE, Scaled, TensorHeader
+from lewis_hub.checkpoint.codes import Scaled
+from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import BrokenCheckpointError
 
@@ -23,6 +24,8 @@ OF_ACTIVATIONS = (  # measured for running the quantised model: the weights are 
     ".k_scale",
     ".v_scale",
     ".kv_scale",
+    ".input_zero_point",
+    ".output_zero_point",
 )
 
 
@@ -53,15 +56,25 @@ def scaled(checkpoint: Checkpoint, block: tuple[int, int] = BLOCK) -> Checkpoint
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     for name, scale in scales.items():
         stored = tensors[name]
-        made = Scaled(stored, scale, _block(checkpoint.label, stored, scale, block))
+        made = Scaled(stored, scale, block_of(checkpoint.label, stored, scale, block))
         kept[name] = replace(stored, dtype="F32", n_bytes=4 * stored.n_elements, scaled=made)
     return replace(checkpoint, tensors=kept)
 
 
-def _block(
+def block_of(
     label: str, stored: TensorHeader, scale: TensorHeader, block: tuple[int, int]
 ) -> tuple[int, int]:
-    """Rows and columns that share a scale, by the shapes."""
+    """Rows and columns that share a scale, by the shapes.
+
+    Args:
+        label: the source, for messages.
+        stored: of the shape that the values have.
+        scale: of the tensor.
+        block: rows and columns of a block, where the scales are for blocks.
+
+    Raises:
+        BrokenCheckpointError: the scale does not fit.
+    """
     where = f"{label}: {scale.shard}"
     if scale.dtype not in MERGEABLE:
         problem = f"`{scale.name}` is {scale.dtype}, which is not read as a scale"
@@ -75,9 +88,15 @@ def _block(
             return 1, max(1, n_columns)
         if scale.shape == (-(-n_rows // block[0]), -(-n_columns // block[1])):
             return block
+        if len(scale.shape) == 2 and scale.shape[0] == n_rows and _divides(scale.shape, n_columns):
+            return 1, n_columns // scale.shape[1]
     problem = (
         f"`{scale.name}` has shape {list(scale.shape)}, which fits {stored.name} of shape "
-        f"{list(stored.shape)} neither by tensor, by row, nor by blocks of {list(block)}"
+        f"{list(stored.shape)} neither by tensor, by row, by group, nor by blocks of {list(block)}"
     )
     remedy = "Use an intact copy, or the model that it was quantised from."
     raise BrokenCheckpointError(where, problem, remedy)
+
+
+def _divides(scale: tuple[int, ...], n_columns: int) -> bool:
+    return scale[1] > 0 and n_columns % scale[1] == 0

@@ -7,9 +7,12 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import BrokenCheckpointError
+
+if TYPE_CHECKING:
+    from lewis_hub.checkpoint.codes import FourBit, Scaled
 
 ReadRange = Callable[[str, int, int], bytes]  # (file, start, stop) -> its bytes [start, stop)
 
@@ -45,7 +48,7 @@ class TensorHeader:
     """Where a tensor lies; `start` counts from the first byte of the file `shard`.
 
     A tensor that an adapter changes lies nowhere: `adapted` says what its bytes are made of. Nor
-    does one whose 8-bit floats have scales: there `scaled` says it.
+    does a quantised one: there `scaled` says it.
     """
 
     name: str
@@ -55,7 +58,7 @@ class TensorHeader:
     start: int
     n_bytes: int
     adapted: Adapted | None = None
-    scaled: Scaled | None = None
+    scaled: Scaled | FourBit | None = None
 
     @property
     def n_elements(self) -> int:
@@ -73,21 +76,6 @@ class TensorHeader:
         if self.adapted:
             return self.adapted.base.kept_dtype
         return "BF16" if self.scaled else self.dtype
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """How a tensor of 8-bit floats is stored: each block of its rows and columns has a scale.
-
-    Attributes:
-        stored: the 8-bit floats, of the same shape; F8_E4M3.
-        scale: what they are multiplied by: one number a block, row by row.
-        block: rows and columns of a block; the last ones may be smaller.
-    """
-
-    stored: TensorHeader
-    scale: TensorHeader
-    block: tuple[int, int]
 
 
 @dataclass(frozen=True)

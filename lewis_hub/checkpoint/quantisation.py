@@ -2,7 +2,8 @@
 
 8-bit floats (F8_E4M3) with a scale for each block, row or tensor are read: those that DeepSeek,
 Qwen and Mistral publish, and what AutoFP8, FBGEMM, ModelOpt and compressed-tensors write of the
-kind. Everything else is refused by name.
+kind; compressed-tensors' integers of 8 bits, or packed ones of 4 and 8; and what bitsandbytes
+writes. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from lewis_hub.checkpoint.header import COPIED
 from lewis_hub.checkpoint.reader import Checkpoint
 
 KEYS = ("quantization_config", "compression_config")  # in config.json; the second is the older
-FP8_FORMATS = {"float-quantized", "naive-quantized"}  # of compressed-tensors
+LOOSE = {"naive-quantized", "int-quantized", "float-quantized"}  # formats of compressed-tensors
+PACKED = "pack-quantized"
+PACKED_BITS = {4, 8}  # others lie across words, and in older files otherwise
+SELF_TELLING = "bitsandbytes"  # its tensors say how they were quantised
 PLAIN_FP8 = {"fp8", "fbgemm_fp8"}  # methods whose every quantised tensor is of the kind
 ENDINGS = {  # of tensors that only a quantised model has -> who writes them
     ".qweight": "GPTQ and AWQ",
@@ -42,13 +46,18 @@ class Quantisation:
 
     Attributes:
         method: as its configuration calls it.
-        is_read: whether its 8-bit floats can be read here.
-        block: rows and columns that share a scale, where a scale is for neither row nor tensor.
+        is_read: whether its weights can be read here.
+        block: rows and columns that share a scale, where a scale is for none of row, group and
+            tensor.
+        integers: whether integers with scales are weights, as in compressed-tensors.
+        n_packed_bits: of integers that lie in words of 32 bits; None: none do.
     """
 
     method: str
     is_read: bool
     block: tuple[int, int] = BLOCK
+    integers: bool = False
+    n_packed_bits: int | None = None
 
 
 def read_quantisation(
@@ -71,6 +80,8 @@ def read_quantisation(
     block = told.get("weight_block_size") or next(_blocks(told), None) or BLOCK
     if not _is_block(block):
         return Quantisation(f"{method}, blocks of {block}", is_read=False)
+    if method == "compressed-tensors":
+        return _compressed(method, told, (block[0], block[1]))
     return Quantisation(method, _is_read(method, told), (block[0], block[1]))
 
 
@@ -89,25 +100,37 @@ def signs(checkpoint: Checkpoint) -> str | None:
 def _is_read(method: str, told: Mapping[str, Any]) -> bool:
     if method == "modelopt":
         return told.get("quant_algo") == "FP8"
-    if method == "compressed-tensors":
-        return _is_scaled_fp8(told)
+    if method == SELF_TELLING:
+        return True
     return method in PLAIN_FP8 and told.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
 
 
-def _is_scaled_fp8(told: Mapping[str, Any]) -> bool:
-    """Whether every group of compressed-tensors has 8-bit floats, and nothing else was done."""
+def _compressed(method: str, told: Mapping[str, Any], block: tuple[int, int]) -> Quantisation:
+    """Read only where every group of tensors can be, and nothing else was done to them."""
     groups = [_mapping(group) for group in _mapping(told.get("config_groups")).values()]
-    weights = [_mapping(group["weights"]) for group in groups if group.get("weights")]
-    formats = {group.get("format") or told.get("format") for group in groups}
+    weights = [
+        (group.get("format") or told.get("format"), _mapping(group["weights"]))
+        for group in groups
+        if group.get("weights")
+    ]
+    packed = {one.get("num_bits") for form, one in weights if form == PACKED}
     sparsity = _mapping(told.get("sparsity_config")).get("format", "dense")
     rotated = _mapping(told.get("transform_config")).get("config_groups")
-    return (
-        bool(weights)
-        and formats <= FP8_FORMATS
-        and sparsity == "dense"
-        and not rotated
-        and all(one.get("num_bits") == 8 and one.get("type") == "float" for one in weights)
-    )
+    is_plain = bool(weights) and sparsity == "dense" and not rotated and len(packed) < 2
+    if not is_plain or not all(_is_code(form, one) for form, one in weights):
+        forms = sorted({str(form) for form, _ in weights} or {str(told.get("format"))})
+        return Quantisation(f"{method}, {' and '.join(forms)}", is_read=False)
+    integers = any(one.get("type", "int") == "int" for _, one in weights)
+    n_bits = next(iter(packed), None)
+    return Quantisation(method, is_read=True, block=block, integers=integers, n_packed_bits=n_bits)
+
+
+def _is_code(form: Any, weights: Mapping[str, Any]) -> bool:
+    """Whether weights of a format of compressed-tensors are read."""
+    n_bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if form == PACKED:
+        return kind == "int" and n_bits in PACKED_BITS
+    return form in LOOSE and n_bits == 8 and kind in ("int", "float")
 
 
 def _blocks(told: Mapping[str, Any]) -> Iterator[Any]:

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import heapq
 import os
-import shutil
 import threading
 from pathlib import Path
 
@@ -115,21 +114,6 @@ class ShardWriter:
         # for it in the end.
         os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
         return True
-
-
-def require_room(folder: Path, n_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        OutputError: fewer than `n_bytes` are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise OutputError(
-            str(folder),
-            f"the merged weights need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
-            "Free some space, or name a folder on another disk with -o.",
-        )
 
 
 def _preallocate(descriptor: int, n_bytes: int) -> None:

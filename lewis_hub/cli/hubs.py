@@ -82,6 +82,7 @@ def _shown(finished: Demo) -> list[RenderableType]:
         for what, path in (
             ("merged model", merged),
             ("its card", merged / "README.md"),
+            ("its report", merged / "lewis" / "report.html"),
             ("its plots", merged / "lewis" / "*.png"),
             ("the recipe", finished.folder / "recipe.yaml"),
         )

@@ -14,7 +14,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import hubs, jobs, merging, models, profiles, recipes
+from lewis_hub.cli import actions, hubs, jobs, merging, models, profiles, recipes
 from lewis_hub.errors import LewisHubError
 
 INTERRUPTED = "interrupted; the same command goes on from here."
@@ -49,6 +49,7 @@ for command in (
     recipes.schema,
     recipes.methods,
     recipes.guides,
+    actions.actions,
     hubs.hub,
     hubs.demo,
 ):
@@ -69,7 +70,8 @@ def main() -> None:
 
 
 def _run() -> int:
-    warnings.simplefilter("ignore")  # of libraries: what a user must know is a message of ours
+    # of libraries: what a user must know is a message of ours
+    warnings.filterwarnings("ignore", module=r"(?!lewis_hub\b)")
     try:
         left_with = cli(standalone_mode=False)  # click hands back the code of an `Exit`
         return left_with if isinstance(left_with, int) else 0

@@ -15,6 +15,7 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 if TYPE_CHECKING:
     from lewis_hub.hub.publish import Published
     from lewis_hub.pipeline import Merged
+    from lewis_hub.recipe import Recipe
 
 
 class RepoName(click.ParamType[str]):
@@ -91,6 +92,15 @@ def hardware_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+sign_option = click.option(
+    "--sign",
+    "private_key",
+    metavar="KEY.pem",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Sign the files with this elliptic curve key: writes model.sig.",
+)
+
+
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
 @recipe_argument
 @memory_option
@@ -114,7 +124,7 @@ def check(
 
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
-    "  lewis-hub merge --push --repo me/my-merge\n"
+    "  lewis-hub merge --push --repo me/my-merge\n  lewis-hub merge --stream --push --no-eval\n"
     "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda"
 )
 @recipe_argument
@@ -124,12 +134,26 @@ def check(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the merged model [merged/ beside the recipe].",
 )
-@click.option("--push", is_flag=True, help="Publish the result in one commit.")
+@click.option(
+    "--push",
+    is_flag=True,
+    help="Publish the result in one commit; nothing is done if the repo holds this merge already.",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="With --push: from Hub to Hub by byte ranges. No model is ever whole on this disk.",
+)
 @click.option(
     "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
 )
 @click.option("--no-eval", is_flag=True, help="Do not score, whatever the recipe says.")
-@click.option("--force", is_flag=True, help="Replace the output folder if it is there.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Merge though nothing changed; replace the output folder if it is there.",
+)
+@sign_option
 @click.option("--runner", default="threads", help="inline, threads, threads:N or ray.")
 @click.option(
     "--ray-address",
@@ -154,9 +178,11 @@ def merge(
     recipe_file: Path,
     output: Path | None,
     push: bool,
+    stream: bool,
     repo: str | None,
     no_eval: bool,
     force: bool,
+    private_key: Path | None,
     runner: str,
     ray_address: str | None,
     device: str,
@@ -171,23 +197,13 @@ def merge(
     allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
-    from lewis_hub.stages.reading import read_recipe
-
-    recipe = read_recipe(recipe_file)
+    if stream:
+        _require_streamable(push=push, allow_pickle=allow_pickle, sign=private_key is not None)
+    recipe = _recipe(recipe_file, repo, push=push, no_eval=no_eval)
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import outcome
+    from lewis_hub.stages import signing
     from lewis_hub.stages.execution import Execution
-    from lewis_hub.stages.publishing import refused
 
-    if repo:
-        recipe = pipeline.published_at(recipe, repo)
-    if no_eval:
-        if push and recipe.evaluate and recipe.evaluate.gate:
-            told = "the recipe has a quality gate, which needs scores before anything is pushed."
-            raise click.BadParameter(
-                f"{told} Leave out --push, or the gate.", param_hint="--no-eval"
-            )
-        recipe = recipe.model_copy(update={"evaluate": None})
     if on:
         from lewis_hub.cli.jobs import merge_on_jobs
         from lewis_hub.stages.jobs import Hardware
@@ -211,14 +227,49 @@ def merge(
         allow_nan=allow_nan,
         allow_pickle=allow_pickle,
     )
+    if private_key:
+        signing.require_key(private_key)
     target = pipeline.open_target(pipeline.destination(recipe)) if push else None
-    merged = pipeline.merge_models(
-        recipe, output or recipe_file.parent / "merged", execution, terminal.progress
-    )
+    output = output or recipe_file.parent / "merged"
+    if stream and target:
+        from lewis_hub.cli.tables import publication
+
+        streamed = pipeline.stream(recipe, target, output, execution, terminal.progress)
+        terminal.finish(_streamed(streamed), *publication(streamed))
+        return
+    merged = pipeline.merge_models(recipe, output, execution, terminal.progress, target)
     stays = merged.gate is not None and merged.gate.stops
-    published = None
-    if target and not stays:
-        published = pipeline.publish(merged.output, target, terminal.progress)
+    published = merged.published
+    if not published:
+        if private_key:
+            signing.sign(merged.output, private_key)
+        if target and not stays:
+            published = pipeline.publish(merged.output, target, terminal.progress)
+    _finish(terminal, merged, published)
+
+
+def _recipe(file: Path, repo: str | None, *, push: bool, no_eval: bool) -> Recipe:
+    """The recipe of a file, with what the command line says otherwise."""
+    from lewis_hub.stages.reading import read_recipe
+
+    recipe = read_recipe(file)
+    if repo:
+        from lewis_hub import pipeline
+
+        recipe = pipeline.published_at(recipe, repo)
+    if not no_eval:
+        return recipe
+    if push and recipe.evaluate and recipe.evaluate.gate:
+        told = "the recipe has a quality gate, which needs scores before anything is pushed."
+        raise click.BadParameter(f"{told} Leave out --push, or the gate.", param_hint="--no-eval")
+    return recipe.model_copy(update={"evaluate": None})
+
+
+def _finish(terminal: Terminal, merged: Merged, published: Published | None) -> None:
+    """Tell what came of it; a merge that the gate refuses ends with its exit code."""
+    from lewis_hub.cli.tables import outcome
+    from lewis_hub.stages.publishing import refused
+
     terminal.finish(_document(merged, published), *outcome(merged, published))
     if merged.gate and merged.gate.missed:
         refusal = refused(merged.output, merged.gate, published.url if published else None)
@@ -226,9 +277,24 @@ def merge(
         raise click.exceptions.Exit(refusal.exit_code)
 
 
+def _require_streamable(*, push: bool, allow_pickle: bool, sign: bool) -> None:
+    if not push:
+        raise click.UsageError("--stream leaves nothing on this disk: give --push with it.")
+    if allow_pickle:
+        raise click.UsageError("--stream reads byte ranges, which pickles do not have.")
+    if sign:
+        raise click.UsageError("--sign reads every file, and --stream keeps no weights here.")
+
+
+def _streamed(published: Published) -> dict[str, Any]:
+    status = "merged" if published.changed else "unchanged"
+    return published.to_json() | {"status": status, "output": None, "scores": None}
+
+
 def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
     scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
-    document = {"status": merged.status, "output": str(merged.output), "scores": scores}
+    output = str(merged.output) if merged.output.exists() else None
+    document = {"status": merged.status, "output": output, "scores": scores}
     if merged.gate:
         document["gate"] = json.loads(merged.gate.to_json())
     if published:

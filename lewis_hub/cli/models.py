@@ -7,7 +7,13 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import RepoName, code_option, device_option
+from lewis_hub.cli.merging import (
+    RepoName,
+    code_option,
+    device_option,
+    pickle_option,
+    sign_option,
+)
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 
@@ -21,6 +27,7 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
 @device_option
+@pickle_option
 @code_option
 @terminal_options
 def evaluate(
@@ -30,6 +37,7 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     device: str,
+    allow_pickle: bool,
     allow_code_execution: bool,
 ) -> None:
     """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
@@ -41,53 +49,92 @@ def evaluate(
     evaluation = Evaluation(
         tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
     )
-    execution = Execution(device=device, allow_code=allow_code_execution)
+    execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     scores = pipeline.evaluate_model(
         ModelReference.model_validate(model), evaluation, execution, terminal.progress
     )
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))
 
 
-@click.command(epilog="\b\nExample:\n  lewis-hub push merged me/my-merge --as pull-request")
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub push merged\n"
+    "  lewis-hub push merged me/my-merge --as pull-request"
+)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("repo", type=RepoName())
-@click.option("--as", "landing", type=click.Choice(["commit", "pull-request"]), default="commit")
+@click.argument("repo", type=RepoName(), required=False)
+@click.option(
+    "--as",
+    "landing",
+    type=click.Choice(["commit", "pull-request"]),
+    help="How it lands [commit, or as the recipe says].",
+)
 @click.option("--tag", help="Tag to put on the new commit.")
 @click.option("--private", is_flag=True, help="Make the repo private if it is created.")
 @click.option("--force", is_flag=True, help="Push what the quality gate refused, marked as such.")
+@sign_option
 @terminal_options
 def push(
     terminal: Terminal,
     folder: Path,
-    repo: str,
-    landing: str,
+    repo: str | None,
+    landing: str | None,
     tag: str | None,
     private: bool,
     force: bool,
+    private_key: Path | None,
 ) -> None:
-    """Publish the merged model in FOLDER to REPO in one commit; prints its address."""
+    """Publish the merged model in FOLDER in one commit; prints its address.
+
+    Without REPO it goes where, and as, the recipe says that made the folder.
+    """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
     from lewis_hub.recipe import Publishing
+    from lewis_hub.stages import gating, signing, standing
+    from lewis_hub.stages.publishing import refused
 
-    publishing = Publishing.model_validate(
-        {"repo": repo, "as": landing, "tag": tag, "private": private}
-    )
-    target = pipeline.open_target(publishing)
+    made = None if repo else standing.lock_in(folder)
+    asked = {**(made.recipe.get("publish") or {})} if made else {}
+    given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
+    asked |= {key: value for key, value in given.items() if value is not None}
+    if "repo" not in asked:
+        raise click.UsageError(f"{folder} does not say where it goes: name the repo, owner/name.")
+    target = pipeline.open_target(Publishing.model_validate(asked))
+    if private_key:
+        signing.sign(folder, private_key)
     published = pipeline.publish(folder, target, terminal.progress, force=force)
-    terminal.finish(published.to_json(), *publication(published))
+    verdict = gating.read_verdict(folder)
+    proposed = verdict is not None and bool(verdict.missed) and not force
+    document = published.to_json() | ({"status": "refused"} if proposed else {})
+    terminal.finish(document, *publication(published))
+    if verdict and proposed:
+        refusal = refused(folder, verdict, published.url)
+        click.echo(f"lewis-hub: {refusal}", err=True)
+        raise click.exceptions.Exit(refusal.exit_code)
 
 
 @click.command(
-    epilog="\b\nExamples:\n  lewis-hub verify merged\n  lewis-hub verify me/my-merge --rebuild"
+    epilog="\b\nExamples:\n  lewis-hub verify merged\n  lewis-hub verify me/my-merge --rebuild\n"
+    "  lewis-hub verify me/my-merge --public-key key.pub"
 )
 @click.argument("model")
 @click.option("--rebuild", is_flag=True, help="Make the merge again and compare the weights.")
+@click.option(
+    "--public-key",
+    metavar="KEY.pub",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Require a signature by this key.",
+)
 @device_option
 @code_option
 @terminal_options
 def verify(
-    terminal: Terminal, model: str, rebuild: bool, device: str, allow_code_execution: bool
+    terminal: Terminal,
+    model: str,
+    rebuild: bool,
+    public_key: Path | None,
+    device: str,
+    allow_code_execution: bool,
 ) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
     from lewis_hub import pipeline
@@ -100,12 +147,14 @@ def verify(
         Execution(device=device, allow_code=allow_code_execution),
         terminal.progress,
         rebuild=rebuild,
+        public_key=public_key,
     )
     document = {
         "status": "failed" if verdict.problems else "verified",
         "digest": verdict.lock.digest,
         "n_files": verdict.n_files,
         "rebuilt": rebuild,
+        "signature": verdict.signature,
         "problems": list(verdict.problems),
     }
     terminal.finish(document, *verdict_lines(verdict, rebuilt=rebuild))
@@ -115,25 +164,21 @@ def verify(
 
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub diff merged me/my-merge\n"
-    "  lewis-hub diff me/my-merge@v1 me/my-merge@v2"
+    "  lewis-hub diff me/my-merge@v1 me/my-merge@v2\n  lewis-hub diff me/my-merge recipe.yaml"
 )
 @click.argument("before")
 @click.argument("after")
 @terminal_options
 def diff(terminal: Terminal, before: str, after: str) -> None:
-    """Tell what differs between two merges (folders or repos): inputs, recipes, weights."""
-    from lewis_hub.cli.tables import plain
-    from lewis_hub.recipe import ModelReference
-    from lewis_hub.report.difference import differences
-    from lewis_hub.stages.sources import hub_api, resolve_one
-    from lewis_hub.stages.verification import read_lock
+    """Tell what differs between two merges (folders or repos) or recipes (.yaml files).
 
-    api = hub_api()
-    locks = [
-        read_lock(resolve_one(ModelReference.model_validate(name), api), api)
-        for name in (before, after)
-    ]
-    found = differences(*locks)
+    A recipe beside a merge stands for what it would make now: inputs that moved are told.
+    """
+    from lewis_hub.cli.tables import plain
+    from lewis_hub.stages.differing import tell_differences
+    from lewis_hub.stages.sources import hub_api
+
+    found = tell_differences(before, after, hub_api())
     document = {"status": "differs" if found else "same", "differences": list(found)}
     terminal.finish(document, *plain(*found or ("Nothing differs.",)))
 

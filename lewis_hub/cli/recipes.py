@@ -8,13 +8,17 @@ from typing import Any
 
 import click
 
+from lewis_hub.cli.actions import write_workflow
 from lewis_hub.cli.terminal import Terminal, terminal_options
+
+ACCESS = "It publishes with the secret HF_TOKEN, or without one: the variable HF_OIDC_RESOURCE."
 
 
 @click.command(
-    epilog="\b\nExample:\n  lewis-hub init --base google/gemma-2-2b --expert me/gemma-math"
+    epilog="\b\nExamples:\n  lewis-hub init --base google/gemma-2-2b --expert me/gemma-math\n"
+    "  lewis-hub init --github"
 )
-@click.option("--base", prompt="Base model", help="What the experts were fine-tuned from.")
+@click.option("--base", help="What the experts were fine-tuned from.")
 @click.option("--expert", "experts", multiple=True, help="A fine-tuned model; repeat it.")
 @click.option(
     "--task",
@@ -38,23 +42,36 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file to write [recipe.yaml].",
 )
-@click.option("--force", is_flag=True, help="Replace a recipe that is there.")
+@click.option(
+    "--github",
+    is_flag=True,
+    help="Also write .github/workflows/remerge.yml, which merges again every week. Without --base "
+    "a recipe that is there stays as it is.",
+)
+@click.option("--force", is_flag=True, help="Replace what is there.")
 @terminal_options
 def init(
     terminal: Terminal,
-    base: str,
+    base: str | None,
     experts: tuple[str, ...],
     tasks: tuple[str, ...],
     calibrations: tuple[str, ...],
     text: str,
     repo: str | None,
     output: Path,
+    github: bool,
     force: bool,
 ) -> None:
     """Write a commented recipe, and its JSON Schema for editors."""
+    if github and base is None and output.exists():
+        workflow = write_workflow(output, force=force)
+        document = {"status": "written", "output": str(output), "workflow": str(workflow)}
+        terminal.finish(document, f"Wrote {workflow}. {ACCESS}")
+        return
     from lewis_hub.recipe_file import parse_recipe
     from lewis_hub.recipe_file import schema as recipe_schema
 
+    base = base or click.prompt("Base model", err=True)
     if not experts:
         answer = click.prompt("Experts (separated by spaces)", err=True)
         experts = tuple(answer.split())
@@ -69,12 +86,14 @@ def init(
     written = _render(base, experts, tasks, drawn or _of_tasks(tasks, len(experts)), repo)
     parse_recipe(written, str(output))  # what we write is what we read
     schema_file = output.with_name("recipe.schema.json")
+    document = {"status": "written", "output": str(output), "schema": str(schema_file)}
+    shown = [f"Wrote {output} and {schema_file.name}. Next: lewis-hub check {output}"]
+    if github:
+        document["workflow"] = str(write_workflow(output, force=force))
+        shown.append(f"Wrote {document['workflow']}. {ACCESS}")
     output.write_text(written, encoding="utf-8")
     schema_file.write_text(recipe_schema(), encoding="utf-8")
-    terminal.finish(
-        {"status": "written", "output": str(output), "schema": str(schema_file)},
-        f"Wrote {output} and {schema_file.name}. Next: lewis-hub check {output}",
-    )
+    terminal.finish(document, *shown)
 
 
 def _of_tasks(tasks: tuple[str, ...], n_experts: int) -> list[dict[str, str]]:
@@ -125,17 +144,18 @@ def _yaml_string(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@click.command()
-@click.argument("what", default="recipe", type=click.Choice(["recipe", "importance"]))
+@click.command(epilog="\b\nExamples:\n  lewis-hub schema\n  lewis-hub schema lock")
+@click.argument("what", default="recipe", type=click.Choice(["recipe", "importance", "lock"]))
 def schema(what: str) -> None:
-    """Print the JSON Schema of a recipe, or of importance.json."""
+    """Print the JSON Schema of a recipe, of importance.json or of lewis/lock.json."""
     from lewis_hub.recipe_file import schema as recipe_schema
+    from lewis_hub.report.lock import schema as lock_schema
 
-    if what == "recipe":
-        click.echo(recipe_schema(), nl=False)
-    else:
+    if what == "importance":
         file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
         click.echo(file.read_text("utf-8"), nl=False)
+    else:
+        click.echo(recipe_schema() if what == "recipe" else lock_schema(), nl=False)
 
 
 @click.command()

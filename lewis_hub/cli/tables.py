@@ -139,7 +139,8 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
 
         yield from plain(*sentences(merged.gate))
     done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
-    yield from plain(f"{done} {merged.output}")
+    if not merged.published:
+        yield from plain(f"{done} {merged.output}")
     if published:
         yield from publication(published)
 
@@ -158,8 +159,14 @@ def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, .
     if verdict.problems:
         return plain(*(f"problem: {problem}" for problem in verdict.problems))
     again = ", and the weights came out the same when they were made again" if rebuilt else ""
+    signature = {
+        "none": "It is not signed.",
+        "unchecked": "It is signed: --public-key looks by whom.",
+        "holds": "The signature holds.",
+    }
     return plain(
         f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
+        signature[verdict.signature],
     )
 
 

@@ -66,12 +66,16 @@ GuideFunction = Callable[[Statistics, float, float], "Values | Decision"]
 
 @dataclass(frozen=True)
 class Guide:
-    """A registered guide; `needs` says what has to be measured before it is called."""
+    """A registered guide; `needs` says what has to be measured before it is called.
+
+    `version` is raised when the same measurements give other densities, so that locks differ.
+    """
 
     name: str
     decide: GuideFunction
     needs: tuple[Measure, ...] = ()
     paper: str | None = None
+    version: int = 1
 
     @property
     def summary(self) -> str:
@@ -89,7 +93,11 @@ find, guides = _registry.find, _registry.all
 
 
 def register(
-    name: str, *, needs: tuple[Measure, ...] = (), paper: str | None = None
+    name: str,
+    *,
+    needs: tuple[Measure, ...] = (),
+    paper: str | None = None,
+    version: int = 1,
 ) -> Callable[[GuideFunction], GuideFunction]:
     """Add the decorated function to the guides.
 
@@ -98,7 +106,7 @@ def register(
     """
 
     def add(decide: GuideFunction) -> GuideFunction:
-        _registry.add(name, Guide(name, decide, needs, paper), decide)
+        _registry.add(name, Guide(name, decide, needs, paper, version), decide)
         return decide
 
     return add

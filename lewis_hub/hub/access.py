@@ -24,7 +24,7 @@ class Grant:
     """What a token stands for.
 
     Attributes:
-        namespaces: where its user owns repositories; "*" is everywhere.
+        namespaces: where its user owns repositories; "*" is everywhere, owner/name one alone.
     """
 
     token: str
@@ -32,9 +32,9 @@ class Grant:
     role: Role
     namespaces: tuple[str, ...]
 
-    def owns(self, namespace: str) -> bool:
-        """Whether the user, with whatever token, could write there."""
-        return "*" in self.namespaces or namespace in self.namespaces
+    def owns(self, place: str) -> bool:
+        """Whether the user, with whatever token, could write in a namespace or repository."""
+        return not {"*", place, place.partition("/")[0]}.isdisjoint(self.namespaces)
 
 
 @dataclass(eq=False)
@@ -87,14 +87,14 @@ def not_found(grant: Grant | None) -> Refusal:
 
 def check_sees(grant: Grant | None, repo: Repo) -> None:
     """Refuse a caller who may not know that the repository exists."""
-    if repo.private and not (grant and grant.owns(repo.namespace)):
+    if repo.private and not (grant and grant.owns(repo.id)):
         raise not_found(grant)
 
 
 def check_reads(grant: Grant | None, repo: Repo) -> None:
     """Refuse a caller who may not have the files of a gated repository."""
     check_sees(grant, repo)
-    if not repo.gated or (grant and (grant.owns(repo.namespace) or grant.user in repo.granted)):
+    if not repo.gated or (grant and (grant.owns(repo.id) or grant.user in repo.granted)):
         return
     noun = repo.kind.removesuffix("s")
     restricted = f"Access to {noun} {repo.id} is restricted"
@@ -117,10 +117,11 @@ def check_role(grant: Grant | None) -> Grant:
     return grant
 
 
-def check_writes(caller: Grant | None, namespace: str, noun: str) -> Grant:
-    """Refuse a caller who may not create or change what lies in a namespace."""
+def check_writes(caller: Grant | None, place: str, noun: str) -> Grant:
+    """Refuse a caller who may not create or change what lies in a namespace or repository."""
     grant = check_role(caller)
-    if not grant.owns(namespace):
+    if not grant.owns(place):
+        namespace = place.partition("/")[0]
         raise Refusal(
             403, f'You don\'t have the rights to create a {noun} under the namespace "{namespace}"'
         )

@@ -94,7 +94,7 @@ class Call:
 
     def writer(self, repo: Repo) -> Grant:
         """The caller, if they may change the repository."""
-        return check_writes(self.grant, repo.namespace, repo.kind.removesuffix("s"))
+        return check_writes(self.grant, repo.id, repo.kind.removesuffix("s"))
 
     def proposer(self) -> Grant:
         """The caller, if they may open a pull request: anyone with a write token."""

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub.change import Change, open_pull_request
+from lewis_hub.hub.change import Additions, Change, open_pull_request
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import PAUSES_S, asked_pause_s, may_pass, persist
 from lewis_hub.hub.target import MAIN, Landing, look
 from lewis_hub.progress import Advance
 
 ALONE_BYTES = 8 << 20  # files from here on are uploaded one by one, so that progress shows
-STALE_PARENT = 412
-
-Additions = Mapping[str, CommitOperationAdd]
+OVERTAKEN = {404, 412}  # a file to delete is gone already; the parent is not main any more
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,35 @@ class Landed:
 def upload(asked: Asked, change: Change, landing: Landing, advance: Advance) -> Additions:
     """Bring the contents of large files to the Hub; they belong to no commit yet.
 
-    What was uploaded before, by a push that broke off, is not sent again.
+    What was uploaded before, by a push that broke off, is not sent again, and what was sent ahead
+    is there.
     """
     for path, file in change.files.items():
         if path not in change.added:
             advance(file.stat().st_size)
-    additions = {path: CommitOperationAdd(path, change.files[path]) for path in change.added}
+    new = [path for path in change.added if path in change.files]
+    additions = {path: CommitOperationAdd(path, change.files[path]) for path in new}
     large = {p: a for p, a in additions.items() if a.upload_info.size >= ALONE_BYTES}
     small = {p: a for p, a in additions.items() if p not in large}
     for batch in ([list(small.values())] if small else []) + [[one] for one in large.values()]:
-        with hub_failures(asked):
-            persist(
-                lambda batch=batch: asked.api.preupload_lfs_files(  # type: ignore[misc]
-                    asked.repo,
-                    batch,
-                    revision=MAIN,
-                    create_pr=landing == "pull-request",
-                    free_memory=False,
-                )
-            )
+        preupload(asked, batch, landing)
         advance(sum(addition.upload_info.size for addition in batch))
-    return additions
+    return additions | {path: change.sent[path] for path in change.added if path in change.sent}
+
+
+def preupload(asked: Asked, batch: Sequence[CommitOperationAdd], landing: Landing) -> None:
+    """Bring the contents of files to the Hub, where it keeps them as large ones."""
+    disable_progress_bars()  # only the command line prints
+    with hub_failures(asked):
+        persist(
+            lambda: asked.api.preupload_lfs_files(
+                asked.repo,
+                batch,
+                revision=MAIN,
+                create_pr=landing == "pull-request",
+                free_memory=False,
+            )
+        )
 
 
 def commit(
@@ -78,9 +85,7 @@ def commit(
         try:
             made = _send(asked, change, additions, landing, message)
         except (HfHubHTTPError, httpx2.TransportError) as error:
-            stale = isinstance(error, HfHubHTTPError) and (
-                error.response.status_code == STALE_PARENT
-            )
+            stale = isinstance(error, HfHubHTTPError) and error.response.status_code in OVERTAKEN
             if not stale and not may_pass(error):
                 with hub_failures(asked):
                     raise

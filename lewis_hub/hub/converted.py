@@ -19,7 +19,7 @@ from tempfile import mkdtemp
 from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import write_whole
+from lewis_hub.files import require_room, write_whole
 from lewis_hub.hub.digests import content_sha
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, weight_files
 from lewis_hub.hub.source import PICKLED_INDEX, Source, SourceFile
@@ -75,16 +75,13 @@ def begin(source: Source, files: Path, *, code: bool) -> Path:
         code: whether its ``*.py`` files are carried along.
 
     Raises:
-        SourceError: there is not enough room.
+        OutputError: there is not enough room.
     """
     place = converted_folder(source, code=code)
     place.parent.mkdir(parents=True, exist_ok=True)
     needed = source.size_bytes(weight_files(source))
-    free = shutil.disk_usage(place.parent).free
-    if needed > free:
-        problem = f"{needed / 1e9:.2f} GB to convert, but only {free / 1e9:.2f} GB are free in "
-        remedy = "Free some space, or set HF_HOME to a folder on a larger disk."
-        raise SourceError(source.pinned, f"{problem}{place.parent}", remedy)
+    remedy = "set HF_HOME to a folder on a larger disk"
+    require_room(place.parent, needed, f"the converted weights of {source.pinned}", remedy)
     work = Path(mkdtemp(dir=place.parent, prefix=".work-"))
     for file in _beside(source, code=code):
         (work / file.path).parent.mkdir(parents=True, exist_ok=True)

@@ -7,16 +7,14 @@ blobs, under its sha256, and counts only once its bytes have been checked agains
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx2
 from huggingface_hub import constants, get_session
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from lewis_hub.files import sha256_of
-from lewis_hub.hub.retries import persist
+from lewis_hub.hub.retries import complete
 
 if TYPE_CHECKING:
     from lewis_hub.hub.failures import Asked
@@ -43,41 +41,29 @@ def download_blob(
     cache = Path(constants.HF_HUB_CACHE)
     lock = cache / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"  # huggingface_hub's
     lock.parent.mkdir(parents=True, exist_ok=True)
+    part = partial_file(blob)
     with WeakFileLock(lock):
         for _ in range(2):
             if blob.exists() or stop.is_set():
                 return
-            _complete(lambda: _append(asked, url, file, blob, advance, stop), partial_file(blob))
+            complete(lambda: _append(asked, url, file, blob, advance, stop), lambda: _size(part))
             if stop.is_set():
                 return
-            if f"sha256:{sha256_of(partial_file(blob))}" == file.digest:
-                partial_file(blob).rename(blob)
+            if f"sha256:{sha256_of(part)}" == file.digest:
+                part.rename(blob)
                 return
-            partial_file(blob).unlink()
+            part.unlink()
     raise asked.failed(
         f"`{file.path}` arrived with other bytes than {asked.api.endpoint} lists",
         "Try again; if it stays so, a proxy on the way or the repo itself is broken.",
     )
 
 
-def _complete(append: Callable[[], None], part: Path) -> None:
-    """Give up only when several attempts in a row brought nothing."""
-    while True:
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            persist(append)
-        except (httpx2.TransportError, ConnectionResetError):
-            if not part.exists() or part.stat().st_size <= before:
-                raise
-        else:
-            return
-
-
 def _append(
     asked: Asked, url: str, file: SourceFile, blob: Path, advance: Advance, stop: threading.Event
 ) -> None:
     part = partial_file(blob)
-    start = part.stat().st_size if part.exists() else 0
+    start = _size(part)
     if start >= file.size_bytes:
         part.touch()
         return
@@ -98,3 +84,7 @@ def _append(
                     return
     if part.stat().st_size < file.size_bytes:
         raise ConnectionResetError("Consistency check failed: the file ended early")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

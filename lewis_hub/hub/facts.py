@@ -83,13 +83,15 @@ def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence
     Raises:
         PublishError: the parents disagree, or some are silent, and nothing was chosen.
     """
-    stated = {_stated(parent) for parent in facts}
+    stated = {stated_licence(parent) for parent in facts}
     if chosen:
         same = [licence for licence in stated if licence and licence.identifier == chosen.lower()]
         return same[0] if len(same) == 1 else Licence(chosen)
     if len(stated) <= 1:
         return next(iter(stated), None)
-    parents = "; ".join(f"{parent.source}: {_stated(parent) or 'not stated'}" for parent in facts)
+    parents = "; ".join(
+        f"{parent.source}: {stated_licence(parent) or 'not stated'}" for parent in facts
+    )
     raise PublishError(
         "publish.license",
         f"the parents' licences differ ({parents})",
@@ -97,7 +99,8 @@ def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence
     )
 
 
-def _stated(facts: ModelFacts) -> Licence | None:
+def stated_licence(facts: ModelFacts) -> Licence | None:
+    """What a card states; None where it is silent."""
     if facts.licence is None:
         return None
     return Licence(facts.licence, facts.license_name, facts.license_link)

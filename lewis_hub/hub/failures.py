@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
+SIGN_IN = "/oauth/token"
 AGAIN = "run the same command again: finished work is kept"
 
 
@@ -45,10 +46,15 @@ class Asked:
 
     @property
     def token(self) -> str | None:
-        """The token that calls carry; never part of a message."""
+        """The token that calls carry, if there is one; never part of a message."""
         if self.api.token is False:
             return None
-        return self.api.token if isinstance(self.api.token, str) else get_token()
+        if isinstance(self.api.token, str):
+            return self.api.token
+        try:
+            return get_token()
+        except (hf.OIDCError, hf.HfHubHTTPError, httpx2.TransportError):
+            return None  # could not sign in as a workflow: the calls themselves say why
 
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
         """The error, with whatever looks like a token taken out."""
@@ -92,6 +98,9 @@ def no_token(asked: Asked) -> SourceError | PublishError:
 
 def _refused(error: hf.HfHubHTTPError, asked: Asked) -> SourceError | PublishError:
     status = error.response.status_code
+    if error.response.url.path == SIGN_IN and status < 500:
+        remedy = f"Name this workflow in {asked.url}/settings as a trusted publisher."
+        return asked.failed(f"keyless sign-in was refused{_said(error)}", remedy)
     if isinstance(error, hf.GatedRepoError):
         found = "this token has not been granted it" if asked.token else "there is no token"
         then = "run the same command again" if asked.token else LOG_IN

@@ -7,9 +7,12 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+BUFFERED_S = 0.05  # a link's buffers bridge pauses of the sender, and so do those of this one
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Fault:
         status: of the answer, given before anything happens; "drop" cuts the connection.
         after_bytes: of a dropped answer's body still reach the client; the request has then been
             carried out. None drops before anything happens.
+        skip: so many matching requests go well first.
     """
 
     path: re.Pattern[str]
@@ -28,6 +32,7 @@ class Fault:
     times: int
     method: str | None
     after_bytes: int | None = None
+    skip: int = 0
 
 
 @dataclass
@@ -36,24 +41,36 @@ class Faults:
 
     Attributes:
         delay_s: pause before every answer.
-        bytes_per_s: speed at which bodies go out; None is as fast as can be.
+        bytes_per_s: speed of all bodies together, in both directions; None is as fast as can be.
     """
 
     pending: list[Fault] = field(default_factory=list)
     delay_s: float = 0.0
     bytes_per_s: float | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    busy_until: float = 0.0  # when the bodies under way will have passed, on the loop's clock
 
     def take(self, method: str, target: str) -> Fault | None:
         """The fault that strikes a request, counted down."""
         with self.lock:
             for fault in self.pending:
                 if fault.method in (None, method) and fault.path.search(target):
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     fault.times -= 1
                     if fault.times <= 0:
                         self.pending.remove(fault)
                     return fault
         return None
+
+    async def carry(self, n_bytes: int) -> None:
+        """Wait until so many bytes more have passed, behind those that others wait for."""
+        if self.bytes_per_s and n_bytes:
+            now = asyncio.get_running_loop().time()
+            begins = max(self.busy_until, now - BUFFERED_S)
+            self.busy_until = begins + n_bytes / self.bytes_per_s
+            await asyncio.sleep(self.busy_until - now)
 
     def clear(self) -> None:
         """Nothing goes wrong any more."""
@@ -73,17 +90,25 @@ class FaultInjector:
         target = scope["path"] + "?" + scope["query_string"].decode("latin-1")
         fault = self.faults.take(scope["method"], target)
         await asyncio.sleep(self.faults.delay_s)
+        receive, paced = self._received(receive), self._sent(send)
         if fault is None:
-            await self.app(scope, receive, self._paced(send))
+            await self.app(scope, receive, paced)
         elif fault.status == "drop" and fault.after_bytes is not None:
-            await self.app(scope, receive, _cut(send, fault.after_bytes))
+            await self.app(scope, receive, _cut(paced, fault.after_bytes))
         else:
             await _fail(send, fault.status)
 
-    def _paced(self, send: Send) -> Send:
+    def _received(self, receive: Receive) -> Receive:
+        async def paced() -> Message:
+            message = await receive()
+            await self.faults.carry(len(message.get("body", b"")))
+            return message
+
+        return paced
+
+    def _sent(self, send: Send) -> Send:
         async def paced(message: Message) -> None:
-            if self.faults.bytes_per_s and message.get("body"):
-                await asyncio.sleep(len(message["body"]) / self.faults.bytes_per_s)
+            await self.faults.carry(len(message.get("body", b"")))
             await send(message)
 
         return paced

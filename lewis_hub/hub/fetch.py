@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, hf_hub_download, hf_hub_url
 
-from lewis_hub.errors import SourceError
+from lewis_hub.files import require_room
 from lewis_hub.hub.cache import cache_folder, cache_root, snapshot_folder
 from lewis_hub.hub.download import download_blob, partial_file
 from lewis_hub.hub.failures import Asked, hub_failures
@@ -66,13 +65,16 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
         A folder that holds the files at this commit. It is a cache: never write into it.
 
     Raises:
-        SourceError: the disk is too full, the files cannot be had, or they are not what the
+        OutputError: the disk is too full.
+        SourceError: the files cannot be had, or they are not what the
             Hub says they are. A later call goes on from the bytes that arrived.
     """
     if source.here:
         return source.here
     arrived = _Arrived(advance, bytes_to_download(api, source, only))
-    _require_space(source, arrived.total)
+    if arrived.total:
+        remedy = "set HF_HUB_CACHE to a folder on a larger disk"
+        require_room(cache_root(), arrived.total + SPARE_BYTES, _files_of(source), remedy)
     folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
     missing = [file for file in _wanted(source, only) if not (folder / file.path).exists()]
     stop = threading.Event()
@@ -206,13 +208,5 @@ def _here_bytes(blob: Path) -> int:
     return found.stat().st_size if found.exists() else 0
 
 
-def _require_space(source: Source, n_bytes: int) -> None:
-    cache = cache_root()
-    there = next(path for path in (cache, *cache.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if n_bytes + SPARE_BYTES > free:
-        raise SourceError(
-            source.pinned,
-            f"{n_bytes / 1e9:.2f} GB to download, but only {free / 1e9:.2f} GB are free in {cache}",
-            "Free some space, or set HF_HUB_CACHE to a folder on a larger disk.",
-        )
+def _files_of(source: Source) -> str:
+    return f"the files of {source.pinned}"

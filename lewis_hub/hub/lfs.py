@@ -28,7 +28,7 @@ def batch(call: Call) -> Response:
     ref = (asked.get("ref") or {}).get("name", "main")
     if asked.get("operation") != "upload":
         raise Refusal(422, "This Hub's batch is for uploads; files are read by resolve")
-    if ref.startswith("refs/pr/") or call.grant is None or not call.grant.owns(repo.namespace):
+    if ref.startswith("refs/pr/") or call.grant is None or not call.grant.owns(repo.id):
         call.proposer()
     else:
         call.writer(repo)

@@ -6,7 +6,8 @@ dark pages, as cards on the Hub write it::
     <picture><source media="(prefers-color-scheme: dark)" srcset="dark.png"><img src="light.png">
     </picture>
 
-It is read by a pattern and written anew, attribute by attribute.
+It is read by a pattern and written anew, attribute by attribute. A comment is left out, as any
+reader of HTML would.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from markdown_it.token import Token
 
 DARK = "(prefers-color-scheme: dark)"
 PICTURE = re.compile(r"<picture>\s*<source\s+([^<>]*)>\s*<img\s+([^<>]*)>\s*</picture>")
+COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 ATTRIBUTE = re.compile(r'([a-z]+)="([^"]*)"')
 WITH_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:|/", re.IGNORECASE)
 
@@ -40,6 +42,7 @@ def render(text: str, image: Place, link: Place) -> str:
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     markdown.inline.ruler.before("autolink", "picture", _read_picture)
+    markdown.inline.ruler.before("autolink", "comment", _skip_comment)
     markdown.add_render_rule("picture", _write_picture)
     tokens = markdown.parse(text)
     for token in [*tokens, *(child for block in tokens for child in block.children or ())]:
@@ -77,6 +80,14 @@ def _read_picture(state: StateInline, silent: bool) -> bool:  # noqa: FBT001 - m
         token = state.push("picture", "", 0)
         token.attrs = {"srcset": dark, "src": light}
         token.attrs |= {name: img.get(name, "") for name in ("alt", "width")}
+    state.pos = found.end()
+    return True
+
+
+def _skip_comment(state: StateInline, silent: bool) -> bool:  # noqa: ARG001, FBT001 - their signature
+    found = COMMENT.match(state.src, state.pos)
+    if found is None:
+        return False
     state.pos = found.end()
     return True
 

@@ -148,6 +148,11 @@ def style(_call: Call) -> Response:
     return Response(_source("style.css"), media_type="text/css")
 
 
+def icon(_call: Call) -> Response:
+    """What a browser shows in the tab."""
+    return Response(_source("icon.svg"), media_type="image/svg+xml")
+
+
 def refusal(refused: Refusal, endpoint: str) -> HTMLResponse:
     """What a browser is told instead of JSON."""
     shown = {"title": refused.message, "status": refused.status, "message": refused.message}

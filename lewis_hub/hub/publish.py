@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.utils import disable_progress_bars
-
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.change import Change, compare, open_pull_request
+from lewis_hub.hub.change import (
+    Additions,
+    Change,
+    compare,
+    open_pull_request,
+    open_pull_requests,
+)
 from lewis_hub.hub.commit import Landed, Message, commit, overtaken, upload
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
-from lewis_hub.hub.target import Landing, look, open_target
+from lewis_hub.hub.target import Landing, Target, look, open_target
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -58,7 +63,12 @@ class Published:
 
 
 def publish(
-    api: HfApi, folder: Path, repo_id: str, publication: Publication, advance: Advance
+    api: HfApi,
+    folder: Path,
+    repo_id: str,
+    publication: Publication,
+    advance: Advance,
+    sent: Additions | None = None,
 ) -> Published:
     """Push a merged model; on any failure the repo is as it was, and a rerun completes.
 
@@ -68,30 +78,24 @@ def publish(
         repo_id: owner/name; created if it is not there.
         publication: how it lands.
         advance: called with the bytes uploaded or found there already, in all `folder_bytes`.
+        sent: files that belong to the model, were sent ahead and are in the folder no more.
 
     Raises:
         PublishError: no model in the folder, no right to write, somebody pushed meanwhile, or
             the Hub failed.
     """
     asked = Asked(api, repo_id, kind=PublishError)
-    files = _files(folder)
-    disable_progress_bars()  # only the command line prints
+    files, sent = _files(folder), sent or {}
+    _require_model(folder, [*files, *sent])
     if publication.tag and publication.landing == "pull-request":
         remedy = "Tag it once it is merged, or push it as a commit."
         raise asked.failed("a pull request has no commit on main to tag yet", remedy)
-    target = open_target(api, repo_id, publication.landing)
-    if target.head is None:
-        with hub_failures(asked):
-            persist(lambda: api.create_repo(repo_id, private=publication.private, exist_ok=True))
-        target = look(asked)
-    if target.head is None:
-        remedy = f"Use a token that may ({api.endpoint}/settings/tokens), or another name."
-        raise asked.failed("it exists already and this token may not see it", remedy)
-    change = compare(asked, target, files)
+    target = open_repo(asked, publication.landing, private=publication.private)
+    change = compare(asked, target, files, sent)
     _require_free_tag(asked, change, publication.tag)
     if change.done_in(target):
         advance(folder_bytes(folder))
-        return _published(asked, Landed(target.head), publication.tag, changed=False)
+        return _published(asked, Landed(str(target.head)), publication.tag, changed=False)
     if publication.expected_parent not in {None, target.head}:
         raise overtaken(asked, target.head)
     landing = publication.landing
@@ -102,6 +106,43 @@ def publish(
     message = Message(publication.message, publication.description)
     landed = commit(asked, change, additions, landing, message)
     return _published(asked, landed, publication.tag, changed=True)
+
+
+def proposals(api: HfApi, repo_id: str) -> Iterator[tuple[str, Target]]:
+    """The address of each open pull request, and what the repo would hold with it."""
+    return open_pull_requests(Asked(api, repo_id, kind=PublishError))
+
+
+def keep(api: HfApi, repo_id: str, landed: Landed, tag: str | None) -> Published:
+    """What a push leaves that finds all of it there: no commit, but the tag if it is missing.
+
+    Raises:
+        PublishError: the tag could not be made.
+    """
+    asked = Asked(api, repo_id, kind=PublishError)
+    return _published(asked, landed, tag, changed=False)
+
+
+def open_repo(asked: Asked, landing: Landing, *, private: bool) -> Target:
+    """The repo to push to as it is now; created if it is not there.
+
+    Args:
+        asked: of the repo.
+        landing: what the right to write is needed for.
+        private: of a repo that is created.
+
+    Raises:
+        PublishError: no right to write.
+    """
+    target = open_target(asked.api, asked.repo, landing)
+    if target.head is None:
+        with hub_failures(asked):
+            persist(lambda: asked.api.create_repo(asked.repo, private=private, exist_ok=True))
+        target = look(asked)
+    if target.head is None:
+        remedy = f"Use a token that may ({asked.api.endpoint}/settings/tokens), or another name."
+        raise asked.failed("it exists already and this token may not see it", remedy)
+    return target
 
 
 def folder_bytes(folder: Path) -> int:
@@ -120,12 +161,15 @@ def _files(folder: Path) -> dict[str, Path]:
             problem = f"`{part.as_posix()}` is a link to outside of the folder, or to nothing"
             raise PublishError(str(folder), problem, "Put the file itself in its place.")
         found[part.as_posix()] = path
-    weights = any(path.endswith(".safetensors") for path in found)
-    if "config.json" not in found or not weights:
-        missing = ".safetensors file" if "config.json" in found else "config.json"
+    return found
+
+
+def _require_model(folder: Path, paths: Sequence[str]) -> None:
+    weights = any(path.endswith(".safetensors") for path in paths)
+    if "config.json" not in paths or not weights:
+        missing = ".safetensors file" if "config.json" in paths else "config.json"
         problem = f"there is no {missing} in it, so it is not a model's folder"
         raise PublishError(str(folder), problem, "Name the folder that `lewis-hub merge` wrote.")
-    return found
 
 
 def _require_free_tag(asked: Asked, change: Change, tag: str | None) -> None:

@@ -136,7 +136,7 @@ def listing(call: Call) -> Response:
     filters = set(query.getlist("filter"))
     found = []
     for repo in call.store.repos(kind):
-        hidden = repo.private and not (call.grant and call.grant.owns(repo.namespace))
+        hidden = repo.private and not (call.grant and call.grant.owns(repo.id))
         if hidden or wanted not in repo.id.lower() or author not in (None, repo.namespace):
             continue
         info = answers.repo_info(call.store, repo, call.commit(repo, "main"), blobs=False)

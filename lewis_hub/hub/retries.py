@@ -37,6 +37,26 @@ def persist(call: Callable[[], T]) -> T:
     return call()
 
 
+def complete(call: Callable[[], object], done: Callable[[], int]) -> None:
+    """Persist with a transfer that goes on where it broke off.
+
+    It is given up only when several attempts in a row brought nothing.
+
+    Args:
+        call: one attempt; what it brought before it failed stays.
+        done: how many bytes are there.
+    """
+    while True:
+        before = done()
+        try:
+            persist(call)
+        except (httpx2.TransportError, ConnectionResetError):
+            if done() <= before:
+                raise
+        else:
+            return
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether the same call may work a moment later."""
     if isinstance(error, HfHubHTTPError):

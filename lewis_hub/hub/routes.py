@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lewis_hub.hub import contents, discussions, jobs_answers, lfs, pages, repositories
+from lewis_hub.hub import contents, discussions, jobs_answers, keyless, lfs, pages, repositories
 from lewis_hub.hub.access import Refusal, not_found
 from lewis_hub.hub.call import Call, answering, refused_json
 from lewis_hub.hub.faults import FaultInjector
@@ -90,11 +90,13 @@ def application(hub: Hub) -> ASGIApp:
     routes: list[BaseRoute] = [
         Route("/", answering(hub, pages.front), methods=["GET"]),
         Route("/style.css", answering(hub, pages.style), methods=["GET"]),
+        Route("/icon.svg", answering(hub, pages.icon), methods=["GET"]),
         Route("/lfs/{oid}/{filename}", lfs.stored, methods=["GET"]),
         Route("/lfs-upload/{oid}", lfs.put, methods=["PUT"]),
         Route("/lfs-upload/{oid}", lfs.complete, methods=["POST"]),
         Route("/lfs-upload/{oid}/{part:int}", lfs.put, methods=["PUT"]),
     ]
+    routes.append(Route("/oauth/token", answering(hub, keyless.exchange), methods=["POST"]))
     routes += [Route(path, answering(hub, to), methods=[how]) for how, path, to in API]
     for kind, prefix in (("datasets", "/datasets"), ("models", "")):
         for how, path, to in SITE:

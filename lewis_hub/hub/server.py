@@ -21,11 +21,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from lewis_hub.errors import ExtraMissingError, HubServerError
 from lewis_hub.hub.access import Grant, Role, load_grants, save_grants
+from lewis_hub.hub.faults import Fault, Faults
 from lewis_hub.hub.jobs_server import Jobs
 from lewis_hub.hub.store import Store
 
@@ -46,16 +47,16 @@ class Hub:
         url: for ``HF_ENDPOINT``.
         storage_url: the other origin, from which large files are read.
         part_bytes: larger files are uploaded in parts of this size.
+        publishers: a CI's identity -> the repo that trusts it, to publish without a stored token.
         jobs: what runs Jobs, as processes of this machine; None: nothing does.
         faults: what goes wrong; `fail`, `drop` and `faults.delay_s` set it.
     """
 
     def __init__(self, root: Path) -> None:
-        from lewis_hub.hub.faults import Faults
-
         self.root = root
         self.store = Store(root)
         self.grants = load_grants(root / "users.json")
+        self.publishers: dict[str, str] = {}
         self.faults = Faults()
         self.part_bytes = PART_BYTES
         self.jobs: Jobs | None = None
@@ -101,9 +102,14 @@ class Hub:
         save_grants(self.root / "users.json", self.grants)
         return grant
 
-    def fail(self, path: str, status: int, *, times: int = 1, method: str | None = None) -> None:
-        """Answer the next requests whose path and query match a pattern with an error."""
-        self._add_fault(path, status, times, method, None)
+    def fail(
+        self, path: str, status: int, *, times: int = 1, method: str | None = None, skip: int = 0
+    ) -> Fault:
+        """Answer requests whose path and query match a pattern with an error.
+
+        It strikes so many `times`, after the first `skip` that match.
+        """
+        return self._add(Fault(re.compile(path), status, times, method, skip=skip))
 
     def drop(
         self,
@@ -112,30 +118,24 @@ class Hub:
         after_bytes: int | None = None,
         times: int = 1,
         method: str | None = None,
-    ) -> None:
-        """Cut the connection of the next matching requests.
+        skip: int = 0,
+    ) -> Fault:
+        """Cut the connection of matching requests, as `fail` chooses them.
 
         With `after_bytes` the request is carried out, and so much of the answer still arrives;
         without, nothing happens at all.
         """
-        self._add_fault(path, "drop", times, method, after_bytes)
+        return self._add(Fault(re.compile(path), "drop", times, method, after_bytes, skip))
 
-    def _add_fault(
-        self,
-        path: str,
-        status: int | Literal["drop"],
-        times: int,
-        method: str | None,
-        after_bytes: int | None,
-    ) -> None:
-        from lewis_hub.hub.faults import Fault
-
+    def _add(self, fault: Fault) -> Fault:
         with self.faults.lock:
-            self.faults.pending.append(Fault(re.compile(path), status, times, method, after_bytes))
+            self.faults.pending.append(fault)
+        return fault
 
     def clear(self) -> None:
-        """Forget all repositories, contents and faults; tokens stay."""
+        """Forget all repositories, publishers, contents and faults; tokens stay."""
         self.faults.clear()
+        self.publishers.clear()
         self.store.clear()
 
     def stored_url(self, sha256: str, name: str) -> str:

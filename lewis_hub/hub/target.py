@@ -97,8 +97,9 @@ def _require_name(asked: Asked) -> None:
 
 
 def _require_rights(asked: Asked, target: Target, landing: Landing) -> None:
-    if os.environ.get("HF_OIDC_RESOURCE"):
-        return  # signed in without a stored token: the Hub tells nobody's name
+    if resource := os.environ.get("HF_OIDC_RESOURCE"):
+        _require_publisher(asked, target, resource)  # the Hub tells nobody's name
+        return
     if asked.token is None:
         raise no_token(asked)
     with hub_failures(asked):
@@ -113,6 +114,21 @@ def _require_rights(asked: Asked, target: Target, landing: Landing) -> None:
         _require_membership(asked, who)
     elif landing == "commit":
         _require_write(asked, who["name"])
+
+
+def _require_publisher(asked: Asked, target: Target, resource: str) -> None:
+    """Without a stored token a push goes to one repo, which has to be there."""
+    if resource != asked.repo:
+        raise asked.failed(
+            f"HF_OIDC_RESOURCE lets this run write to {resource} alone",
+            f"Publish there, or set HF_OIDC_RESOURCE to {asked.repo}.",
+        )
+    if target.head is None:
+        raise asked.failed(
+            "there is no such repo, and without a stored token none can be made",
+            f"Make it at {asked.api.endpoint}/new, and name this workflow in its settings as a"
+            " trusted publisher.",
+        )
 
 
 def _require_membership(asked: Asked, who: Mapping[str, Any]) -> None:

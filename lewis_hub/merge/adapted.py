@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
-from lewis_hub.checkpoint.reader import Reader, TensorReader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader, whole_tensor
 from lewis_hub.merge import arithmetic
 from lewis_hub.merge.operands import FORMATS
 from lewis_hub.merge.plain import widened
@@ -50,7 +50,7 @@ class AdapterReader:
         own: of the adapter's folder; likewise.
     """
 
-    def __init__(self, base: Reader, own: TensorReader) -> None:
+    def __init__(self, base: Reader, own: Reader) -> None:
         self._base, self._own = base, own
         self._held: dict[str, Factors] = {}
         self._holding = threading.Lock()

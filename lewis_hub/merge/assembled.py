@@ -33,18 +33,13 @@ def assembling(plan: ShardPlan, readers: Sequence[Reader]) -> Sequence[Reader]:
     """
     if not any(tensor.assembled for tensor in plan.tensors):
         return readers
-    return [
-        AssemblingReader(
-            own,
-            readers,
-            {
-                tensor.output.name: made
-                for tensor in plan.tensors
-                if tensor.assembled and (made := tensor.assembled[i])
-            },
-        )
-        for i, own in enumerate(readers)
-    ]
+    made: list[dict[str, tuple[Assembled, list[Reader]]]] = [{} for _ in readers]
+    for tensor in plan.tensors:
+        own = [readers[i] for i in tensor.sources]
+        for i, one in zip(tensor.sources, tensor.assembled, strict=False):  # none: all lie there
+            if one:
+                made[i][tensor.output.name] = one, own
+    return [AssemblingReader(own, rows) for own, rows in zip(readers, made, strict=True)]
 
 
 class AssemblingReader:
@@ -55,14 +50,13 @@ class AssemblingReader:
 
     Args:
         own: of the source; for tensors that are not put together.
-        readers: of all sources, as the maps count them.
-        assembled: by the tensor's name.
+        assembled: by the tensor's name, with the readers of the sources that its map counts.
     """
 
     def __init__(
-        self, own: Reader, readers: Sequence[Reader], assembled: Mapping[str, Assembled]
+        self, own: Reader, assembled: Mapping[str, tuple[Assembled, Sequence[Reader]]]
     ) -> None:
-        self._own, self._readers, self._assembled = own, readers, assembled
+        self._own, self._assembled = own, assembled
         self._kept: dict[tuple[str, int], Floats] = {}
 
     def __enter__(self) -> AssemblingReader:
@@ -79,24 +73,24 @@ class AssemblingReader:
         Raises:
             BrokenCheckpointError: a file is missing, or ends before that.
         """
-        one = self._assembled.get(tensor.name)
-        if one is None:
+        if tensor.name not in self._assembled:
             self._own.read(tensor, first_byte, into)
             return
+        one, readers = self._assembled[tensor.name]
         width = WIDTHS[tensor.dtype]
         n_columns = tensor.n_elements // max(one.rows.n_rows, 1)
         first, stop = first_byte // width, (first_byte + into.nbytes) // width
         for begin, end, source, start in _runs(one, n_columns, first, stop):
             piece = into[(begin - first) * width : (end - first) * width]
             if source == MEAN:
-                self._fill_means(tensor, one, range(start, start + end - begin), piece)
+                self._fill_means(tensor, range(start, start + end - begin), piece)
                 continue
             part = one.parts[source]
             assert part  # a map names only sources that have the tensor
             if part.dtype == tensor.dtype:
-                self._readers[source].read(part, start * width, piece)
+                readers[source].read(part, start * width, piece)
             else:
-                found = _floats(self._readers[source], part, start, end - begin)
+                found = _floats(readers[source], part, start, end - begin)
                 piece[:] = found.view(np.uint8).data
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
@@ -109,28 +103,27 @@ class AssemblingReader:
         """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
         return whole_tensor(self, tensor)
 
-    def _fill_means(
-        self, tensor: TensorHeader, one: Assembled, elements: range, into: memoryview
-    ) -> None:
+    def _fill_means(self, tensor: TensorHeader, elements: range, into: memoryview) -> None:
         """Elements of the table whose rows are the means."""
-        n_columns = tensor.n_elements // one.rows.n_rows
+        n_columns = tensor.n_elements // tensor.shape[0]
         for number in range(elements.start // n_columns, -(-elements.stop // n_columns)):
             begin = max(elements.start, number * n_columns)
             end = min(elements.stop, (number + 1) * n_columns)
-            row = self._mean(tensor.name, one, number, n_columns)
+            row = self._mean(tensor.name, number, n_columns)
             piece = row[begin - number * n_columns : end - number * n_columns].view(np.uint8).data
             into[4 * (begin - elements.start) : 4 * (end - elements.start)] = piece
 
-    def _mean(self, name: str, one: Assembled, number: int, n_columns: int) -> Floats:
+    def _mean(self, name: str, number: int, n_columns: int) -> Floats:
         """A mean in float64, rounded once; two threads may both compute the same."""
         kept = self._kept.get((name, number))
         if kept is not None:
             return kept
+        one, readers = self._assembled[name]
         total, of = np.zeros(n_columns, np.float64), one.rows.means[number]
         for source, row in of.tolist():
             part = one.parts[source]
             assert part  # a map names only sources that have the tensor
-            total += _floats(self._readers[source], part, row * n_columns, n_columns)
+            total += _floats(readers[source], part, row * n_columns, n_columns)
         mean: Floats = (total / max(len(of), 1)).astype(np.float32)
         if len(of) > N_KEPT:
             self._kept[name, number] = mean

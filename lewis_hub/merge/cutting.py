@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lewis_hub.checkpoint import names
@@ -74,10 +74,13 @@ def depths(checkpoint: Checkpoint, place: Place) -> dict[str, float]:
     return {name: found[own_name] for name, own_name in own.items()}
 
 
-def misfits(donor: Checkpoint, made: Checkpoint, place: Place) -> tuple[Mismatch, ...]:
+def misfits(
+    donor: Checkpoint, made: Checkpoint, place: Place, assembled: Collection[str] = ()
+) -> tuple[Mismatch, ...]:
     """Hold what a slice makes against the model whose configuration says what will be loaded.
 
-    A block fits where its tensors are those of some block of the donor.
+    A block fits where its tensors are those of some block of the donor. Tensors that are
+    `assembled` row by row may have other numbers of rows.
     """
     expected = dict(cut(donor, range(0), place).tensors)
     templates, blocks = _by_block(donor), _by_block(made)
@@ -88,7 +91,7 @@ def misfits(donor: Checkpoint, made: Checkpoint, place: Place) -> tuple[Mismatch
         for name, tensor in templates[alike].items():
             renamed = names.renumbered(name, number)
             expected[renamed] = replace(tensor, name=renamed)
-    return compare(replace(donor, tensors=expected), [made])
+    return compare(replace(donor, tensors=expected), [made], assembled=assembled)
 
 
 def _by_block(checkpoint: Checkpoint) -> Mapping[int | None, dict[str, TensorHeader]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.layout import index_document
-from lewis_hub.checkpoint.reader import INDEX, Reader, TensorReader
-from lewis_hub.checkpoint.writer import ShardWriter, require_room
+from lewis_hub.checkpoint.reader import INDEX, Reader
+from lewis_hub.checkpoint.window import Place, Window
+from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.errors import MergeError, OutputError
-from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.files import require_room, sha256_of, write_whole
 from lewis_hub.merge.cluster import Ray, cpus_of_this_task
+from lewis_hub.merge.needs import needs_of
 from lewis_hub.merge.plan import MergePlan, ShardPlan
 from lewis_hub.merge.runners import Inline, Runner, threads
 from lewis_hub.progress import Advance
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from lewis_hub.merge.pieces import Job
 
 NOTE = ".done.json"
+RANGES = ".ranges"  # of sources that are elsewhere: what was fetched and is not used up yet
+
+Places = Mapping[str, Place]  # label of a source, or of the base of one -> where its shards are
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class ShardResult:
 
 def run(
     plan: MergePlan,
-    folders: Mapping[str, Path],
+    places: Places,
     output: Path,
     runner: Runner | Ray,
     advance: Advance,
@@ -55,7 +60,7 @@ def run(
 
     Args:
         plan: what goes into which file.
-        folders: label of a source, of the base of one or of statistics -> folder with its files.
+        places: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
         runner: the bytes are the same whichever it is.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
@@ -72,33 +77,58 @@ def run(
         MergeError: a Ray cluster or one of its workers failed.
         DeviceError: a tensor does not fit on the device.
     """
-    results = {shard.layout.name: _kept(shard, output) for shard in plan.shards}
-    remaining = [shard for shard in plan.shards if not results[shard.layout.name]]
-    there = sum(_size(output / shard.layout.name) for shard in remaining)
-    require_room(output, sum(shard.layout.n_bytes for shard in remaining) - there)
-    advance(sum(result.n_bytes for result in results.values() if result))
+    n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
+    remedy = "name a folder on another disk with -o"
+    require_room(output, n_bytes, "the merged weights", remedy)
+    made = {one.name: one for one in make_shards(plan, places, output, runner, advance, device)}
+    results = {layout.name: made[layout.name] for layout in plan.layouts}
+    return results | write_index(plan, output)
+
+
+def make_shards(
+    plan: MergePlan,
+    places: Places,
+    output: Path,
+    runner: Runner | Ray,
+    advance: Advance,
+    device: str | None = None,
+) -> Iterator[ShardResult]:
+    """Each shard as it is finished, those that are kept first; the arguments are those of `run`.
+
+    No further shard is begun before the next is asked for, but by Ray's workers.
+    """
+    found = [(shard, _kept(shard, output)) for shard in plan.shards]
+    remaining = [shard for shard, kept in found if kept is None]
+    for kept in (kept for _, kept in found if kept):
+        advance(kept.n_bytes)
+        yield kept
     if isinstance(runner, Ray):
-        made = _elsewhere(remaining, folders, output, runner, advance)
-    else:
-        made = (merge_shard(s, folders, output, runner, advance, device) for s in remaining)
-    results |= {result.name: result for result in made}
+        yield from _elsewhere(remaining, places, output, runner, advance)
+        return
+    with _window(remaining, places, output / RANGES) as window:
+        for shard in remaining:
+            yield merge_shard(shard, window, output, runner, advance, device)
+
+
+def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
+    """Write what tells which shard holds which tensor; nothing for a single shard."""
     index = index_document(plan.layouts)
-    if index:
-        path = output / INDEX
-        path.write_text(index, encoding="utf-8")
-        results[INDEX] = ShardResult(INDEX, sha256_of(path), path.stat().st_size)
-    return {name: result for name, result in results.items() if result}
+    if index is None:
+        return {}
+    path = output / INDEX
+    path.write_text(index, encoding="utf-8")
+    return {INDEX: ShardResult(INDEX, sha256_of(path), path.stat().st_size)}
 
 
 def merge_shard(
     plan: ShardPlan,
-    folders: Mapping[str, Path],
+    window: Window,
     output: Path,
     runner: Runner,
     advance: Advance,
     device: str | None = None,
 ) -> ShardResult:
-    """Make one shard from the beginning; the arguments are those of `run`."""
+    """Make one shard from the beginning; the sources are read through the window."""
     from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.devices import make_on_device
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
@@ -110,7 +140,7 @@ def merge_shard(
     note.unlink(missing_ok=True)
     with ExitStack() as opened:
         readers = [
-            opened.enter_context(open_source(label, base, folders))
+            opened.enter_context(open_source(label, base, window.reader))
             for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
         writer = opened.enter_context(ShardWriter(output, layout))
@@ -118,9 +148,7 @@ def merge_shard(
         n_together = max(len(tensor.inputs) for tensor in plan.tensors)
         desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
         read = mending(plan, assembling(plan, readers))
-        statistics = [
-            opened.enter_context(TensorReader(folders[label], label)) for label in plan.statistics
-        ]
+        statistics = [opened.enter_context(window.reader(label)) for label in plan.statistics]
         site = Site(plan, read, writer, desks, statistics)
         jobs = [
             Job(site, tensor, start)
@@ -129,6 +157,7 @@ def merge_shard(
         advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
         made = make_on_device(jobs, device) if device else _make_all(jobs, runner)
         for n_bytes in made:
+            window.step_done()
             advance(n_bytes)
         mended = {
             label: len(reader.mended)
@@ -147,39 +176,46 @@ def merge_shard(
 
 def _elsewhere(
     shards: Sequence[ShardPlan],
-    folders: Mapping[str, Path],
+    places: Places,
     output: Path,
     runner: Ray,
     advance: Advance,
 ) -> Iterator[ShardResult]:
-    """Have each shard made by a worker that opens the folders itself."""
+    """Have each shard made by a worker that opens the sources itself."""
     if not shards:
         return
-    shared = {label: folder.absolute() for label, folder in folders.items()}
+    shared = {k: one.absolute() if isinstance(one, Path) else one for k, one in places.items()}
     for result in runner.map(partial(_on_worker, shared, output.absolute()), shards):
         advance(result.n_bytes)
         yield result
 
 
-def _on_worker(folders: Mapping[str, Path], output: Path, plan: ShardPlan) -> ShardResult:
-    for folder in (*folders.values(), output):
-        if not folder.is_dir():
-            problem = f"the worker on {socket.gethostname()} does not see {folder}"
+def _on_worker(places: Places, output: Path, plan: ShardPlan) -> ShardResult:
+    for place in (*places.values(), output):
+        if isinstance(place, Path) and not place.is_dir():
+            problem = f"the worker on {socket.gethostname()} does not see {place}"
             remedy = "Keep sources and output where all machines mount them under the same path."
             raise MergeError("runner `ray`", problem, remedy)
-    return merge_shard(plan, folders, output, threads(cpus_of_this_task()), lambda _: None)
+    with _window([plan], places, output / f"{RANGES}-{plan.layout.name}") as window:
+        return merge_shard(plan, window, output, threads(cpus_of_this_task()), lambda _: None)
 
 
-def open_source(label: str, base: str | None, folders: Mapping[str, Path]) -> Reader:
-    """Open a source, or an adapter on its `base`; `folders` are those of `run`. Close it."""
+def _window(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Window:
+    elsewhere = [label for label, place in places.items() if not isinstance(place, Path)]
+    steps = [needs for shard in shards for needs in needs_of(shard, elsewhere)]
+    return Window(places, steps, scratch)
+
+
+def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:
+    """Open a source, or an adapter on its `base`; `reader` opens the files of a label. Close it."""
     from lewis_hub.merge.scaled import ScaledReader  # imports llvmlite
 
-    own = TensorReader(folders[label], label)
+    own = reader(label)
     if base is None:
         return ScaledReader(own)
     from lewis_hub.merge.adapted import AdapterReader
 
-    return AdapterReader(ScaledReader(TensorReader(folders[base], base)), own)
+    return AdapterReader(ScaledReader(reader(base)), own)
 
 
 def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
@@ -199,16 +235,22 @@ def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
             yield from runner.map(lambda job: make_tensor(job, Inline()), list(run_of_jobs))
 
 
-def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
-    """The shard if an earlier run finished it and its bytes are still what they were."""
-    path = output / plan.layout.name
+def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
+    """What the note beside a shard says of it, where it fits the plan; the shard may be gone."""
     try:
         note: Any = json.loads(_note(output, plan.layout.name).read_text(encoding="utf-8"))
-        fits = note["plan"] == plan.digest and path.stat().st_size == note["n_bytes"]
-        if fits and sha256_of(path) == note["sha256"]:
+        if note["plan"] == plan.digest:
             return ShardResult(plan.layout.name, note["sha256"], note["n_bytes"], is_kept=True)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return None
+
+
+def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
+    """The shard if an earlier run finished it and its bytes are still what they were."""
+    path, told = output / plan.layout.name, noted(plan, output)
+    if told and _size(path) == told.n_bytes and sha256_of(path) == told.sha256:
+        return told
     return None
 
 

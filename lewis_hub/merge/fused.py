@@ -59,8 +59,11 @@ def row_of(tensor: TensorPlan) -> int:
 
 def is_fused(method: str, tensor: TensorPlan) -> bool:
     """Whether a kernel can make the tensor: it knows magnitudes, and no activations."""
-    plain = tensor.options.get("trim", "magnitude") == "magnitude"
-    return method in FUSED and plain and block_of(method, tensor) <= LONGEST_ROW
+    if method not in FUSED or block_of(method, tensor) > LONGEST_ROW:
+        return False
+    options = tensor.options
+    plain = options.get("trim", "magnitude") == "magnitude" and not options.get("rescale")
+    return plain or FUSED[method].thins != TRIM
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:

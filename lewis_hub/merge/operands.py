@@ -16,6 +16,16 @@ LOW_BITS, LOW_MASK = 15, LOW_BINS - 1
 ABOVE, AT_HIGH, AT_LOW, INSIDE = 0, 1, 2, 3  # columns of a tally
 
 
+class Decoding(NamedTuple):
+    """What the codes of a quantised matrix stand for: (table[code] - zero) * scale."""
+
+    table: Any  # (256,) float32: of each code
+    n_rows: int  # that share a scale
+    groups: Any  # (columns,) int32: per column, which of the scales across it has
+    scales: Any  # (blocks down, blocks across) float32
+    zeros: Any  # likewise
+
+
 class Piece(NamedTuple):
     """A piece of a tensor: raw bytes of all sources, and room for the result."""
 

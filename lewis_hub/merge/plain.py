@@ -26,6 +26,7 @@ from lewis_hub.merge.operands import (
     LOW_MASK,
     RANK,
     TRIM,
+    Decoding,
     Experts,
     Mix,
     Piece,
@@ -101,13 +102,12 @@ def average(piece: Piece, weights: Any, divisor: Any) -> int:  # noqa: D103
     return -1 if _narrow(_added(tensors) / divisor, piece) else len(weights)
 
 
-def scale_up(  # noqa: D103
-    raw: Any, table: Any, first: int, lengths: Any, scales: Any, values: Any
-) -> None:
-    n_columns, n_rows_a_block, n_columns_a_block = lengths
-    places = first + np.arange(raw.size)
-    rows, columns = places // n_columns // n_rows_a_block, places % n_columns // n_columns_a_block
-    values[:] = table[raw] * scales[rows, columns]
+def scale_up(codes: Any, first: int, decoding: Decoding, values: Any) -> None:  # noqa: D103
+    places = first + np.arange(codes.size)
+    rows = places // decoding.groups.size // decoding.n_rows
+    groups = decoding.groups[places % decoding.groups.size]
+    shifted = decoding.table[codes] - decoding.zeros[rows, groups]
+    values[:] = shifted * decoding.scales[rows, groups]
 
 
 def add_low_rank(values: Any, first: int, left: Any, right: Any, scale: Any) -> None:  # noqa: D103

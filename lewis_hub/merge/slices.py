@@ -12,11 +12,13 @@ from dataclasses import dataclass, field, replace
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
 from lewis_hub.merge import parameters
+from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.cutting import Place, count_blocks, cut, depths, misfits
 from lewis_hub.merge.plan import (
     MergePlan,
     MergeSettings,
     MergeSource,
+    Schedule,
     TensorPlan,
     plan_shards,
     plan_tensors,
@@ -71,6 +73,7 @@ class StackSettings:
         parameters: the recipe's own, for all slices.
         dtype: of the output; None keeps that of each tensor's first source.
         seed: of random methods.
+        alignment: of vocabularies that differ; None where row i means the same in all sources.
     """
 
     method: str
@@ -79,6 +82,7 @@ class StackSettings:
     parameters: Settings = field(default_factory=dict)
     dtype: str | None = None
     seed: int = 42
+    alignment: Alignment | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,15 @@ class _Part:
     settings: MergeSettings
 
 
-def make_stacked_plan(settings: StackSettings, max_shard_bytes: int) -> MergePlan:
+def make_stacked_plan(
+    settings: StackSettings, max_shard_bytes: int, schedule: Schedule | None = None
+) -> MergePlan:
     """Plan a stack from headers alone.
 
     Args:
         settings: what is stacked, and how.
         max_shard_bytes: largest output file, unless a single tensor is larger.
+        schedule: a guide's densities by names in the output; they go before those of `settings`.
 
     Raises:
         MergeError: unknown method or parameter, a filter that fits no tensor, a range outside of
@@ -109,7 +116,7 @@ def make_stacked_plan(settings: StackSettings, max_shard_bytes: int) -> MergePla
     for part in parts:
         own = part.settings.sources
         at_depth = depths(own[0].checkpoint, part.place)
-        for name, tensor in plan_tensors(part.settings, at_depth, {}).items():
+        for name, tensor in plan_tensors(part.settings, at_depth, schedule or {}).items():
             counted = tuple(numbers[own[place].label] for place in tensor.sources)
             made[name] = replace(tensor, sources=counted)
     return plan_shards(settings.method, tuple(sources.values()), made, max_shard_bytes)
@@ -128,6 +135,7 @@ def _parts(settings: StackSettings) -> list[_Part]:
             overlaid(one.parameters, settings.parameters),
             settings.dtype,
             settings.seed,
+            alignment=settings.alignment,
         )
         parts.append(_Part(where, place, merged))
         first += one.n_blocks
@@ -162,6 +170,7 @@ def _conditions(setting: Setting) -> tuple[Conditional, ...]:
 
 def _require_fit(settings: StackSettings, parts: Sequence[_Part]) -> None:
     for part in parts:
+        _require_givers(settings.alignment, part)
         try:
             require_mergeable(part.settings)
         except MergeError as error:
@@ -169,12 +178,28 @@ def _require_fit(settings: StackSettings, parts: Sequence[_Part]) -> None:
             remedy = UNLIKE if STAND_IN in error.remedy else error.remedy
             raise MergeError(where, error.problem, remedy) from None
         made = part.settings.sources[0].checkpoint
-        for found in misfits(settings.donor, made, part.place):
+        assembled = settings.alignment.tensors if settings.alignment else ()
+        for found in misfits(settings.donor, made, part.place, assembled):
             remedy = UNLIKE if found.kind in ("missing", "extra", "tied") else found.remedy
             raise MergeError(part.where, f"{found.source} {found.problem}", remedy)
     given = [place for part in parts for place in _given(part.settings)]
     known = dict.fromkeys(name for part in parts for name in _names(part.settings))
     parameters.require_filters_fit(settings.parameters, given, known)
+
+
+def _require_givers(alignment: Alignment | None, part: _Part) -> None:
+    """Rows that stand in for tokens are read from the slice's own sources."""
+    if (
+        alignment is None
+        or not alignment.tensors & part.settings.sources[0].checkpoint.tensors.keys()
+    ):
+        return
+    labels = [source.label for source in part.settings.sources]
+    for override in alignment.overrides.values():
+        if override.source is not None and override.source not in labels:
+            problem = f"a token is to have a row of {override.source}, which is none of its sources"
+            remedy = "Rows of tokens come from the first slice's sources, of the head from the "
+            raise MergeError(part.where, problem, remedy + "last's: name one of them.")
 
 
 def _given(settings: MergeSettings) -> list[Settings]:

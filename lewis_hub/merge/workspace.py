@@ -51,6 +51,10 @@ class Workspace:
         shutil.rmtree(replaced, ignore_errors=True)
         return self.output
 
+    def discard(self) -> None:
+        """Keep nothing: the result is elsewhere."""
+        shutil.rmtree(self.folder)
+
 
 @contextmanager
 def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.methods.combine import all_votes, elected_votes
 from lewis_hub.methods.registry import register
-from lewis_hub.methods.sparsify import largest, n_kept
+from lewis_hub.methods.sparsify import largest, n_kept, rescaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PAPER = "https://arxiv.org/abs/2312.06795"
-ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False), "rescale": (False,)}
+ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False)}
 
 
 @register("breadcrumbs", paper=PAPER, accepted=ACCEPTED)
@@ -25,11 +25,12 @@ def breadcrumbs(  # noqa: PLR0913 (options are keywords)
     densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
     outliers: Sequence[float],  # n_sources fractions dropped from the top, in [0, 1]; `gamma`
     normalize: bool = False,
+    rescale: bool = False,
     lambda_: float = 1.0,
 ) -> Tensor:
     """Drop the largest and the smallest entries of each task vector, add the rest to the base."""
     votes = [
-        w * keep_band(vector, density, fraction)
+        w * keep_band(vector, density, fraction, rescale=rescale)
         for w, vector, density, fraction in zip(
             weights, task_vectors, densities, outliers, strict=True
         )
@@ -46,11 +47,12 @@ def breadcrumbs_ties(  # noqa: PLR0913 (options are keywords)
     densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
     outliers: Sequence[float],  # n_sources fractions dropped from the top, in [0, 1]; `gamma`
     normalize: bool = False,
+    rescale: bool = False,
     lambda_: float = 1.0,
 ) -> Tensor:
     """Drop the largest and the smallest entries, elect a sign per entry, add what agrees."""
     votes = [
-        w * keep_band(vector, density, fraction)
+        w * keep_band(vector, density, fraction, rescale=rescale)
         for w, vector, density, fraction in zip(
             weights, task_vectors, densities, outliers, strict=True
         )
@@ -58,15 +60,19 @@ def breadcrumbs_ties(  # noqa: PLR0913 (options are keywords)
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
 
 
-def keep_band(task_vector: Tensor, density: float, fraction: float) -> Tensor:
+def keep_band(
+    task_vector: Tensor, density: float, fraction: float, *, rescale: bool = False
+) -> Tensor:
     """Keep exactly the `n_kept` entries that are largest once the outliers are out.
 
     Outliers are the round(fraction n) largest, or as many as leave room for the entries that are
-    kept, as in mergekit, which rounds both numbers down.
+    kept, as in mergekit, which rounds both numbers down. `rescale` gives what is kept the L1 norm
+    of the whole.
     """
     n = task_vector.numel()
     k = n_kept(n, density)
     magnitudes = task_vector.abs().flatten()
     dropped = largest(magnitudes, min(round(fraction * n), n - k))
     kept = largest(magnitudes.masked_fill(dropped, -1.0), k)
-    return task_vector.where(kept.reshape(task_vector.shape), 0.0)
+    band = task_vector.where(kept.reshape(task_vector.shape), 0.0)
+    return rescaled(band, task_vector) if rescale else band

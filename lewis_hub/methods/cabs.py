@@ -25,8 +25,9 @@ def cabs(
 ) -> Tensor:
     """Keep the largest entries of every group that earlier experts left free, add them to the base.
 
-    A group is m entries in a row of the flattened tensor; the last may be shorter. The experts
-    choose in the recipe's order. Of equal magnitudes the smaller index goes first.
+    A group is m entries in a row of the flattened tensor; the last may be shorter, which the
+    published code prunes away. The experts choose in the recipe's order. Of equal magnitudes the
+    smaller index goes first.
     Simplified: where too few entries are free an expert keeps its largest others too, so that
     densities that add up to more than 1 overlap as little as they can.
     """

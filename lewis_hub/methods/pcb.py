@@ -30,7 +30,8 @@ def pcb(
     The score of expert i is softmax(N norm(v_i v_i)) times the sum over all j of
     softmax(norm(v_i v_j)), entry by entry, with norm a min-max over the entries; the `n_kept`
     largest scores stay. Simplified: a task vector is one tensor's, the paper's the whole model's.
-    The published code weighs by exp and tanh instead of these softmaxes.
+    The published code differs: it scores by exp(N norm(|v_i|)^2) tanh(v_i sum_j v_j), on values
+    whose outermost 0.01 % are clamped, and spreads what it keeps from 0 to 1.
     """
     if base.numel() == 0:
         return base

@@ -49,6 +49,7 @@ class Method:
             words.
         n_experts: least and most sources beside the base; None for no limit.
         base_is_optional: without a base its `base` is zero, so that task vectors are the models.
+        version: raised when the same inputs come out as other numbers, so that locks differ.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Method:
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     n_experts: tuple[int, int | None] = ANY_NUMBER
     base_is_optional: bool = False
+    version: int = 1
 
     @property
     def summary(self) -> str:
@@ -156,6 +158,7 @@ def register(
     accepted: Mapping[str, tuple[object, ...]] | None = None,
     n_experts: tuple[int, int | None] = ANY_NUMBER,
     base_is_optional: bool = False,
+    version: int = 1,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Add the decorated function to the methods; the arguments are those of `Method`.
 
@@ -166,7 +169,7 @@ def register(
     def add(function: MethodFunction) -> MethodFunction:
         parameters = inspect.signature(function).parameters
         method = Method(
-            name, function, parameters, paper, accepted or {}, n_experts, base_is_optional
+            name, function, parameters, paper, accepted or {}, n_experts, base_is_optional, version
         )
         _registry.add(name, method, function)
         return function

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.methods import random_bits
+from lewis_hub.methods.products import total
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,12 @@ def trim(task_vector: Tensor, density: float, scale: Tensor | None = None) -> Te
     magnitudes = task_vector.abs() if scale is None else task_vector.abs() * scale
     kept = largest(magnitudes.flatten(), n_kept(task_vector.numel(), density))
     return task_vector.where(kept.reshape(task_vector.shape), 0.0)
+
+
+def rescaled(kept: Tensor, whole: Tensor) -> Tensor:
+    """What is kept of a task vector, at the L1 norm that the whole has; of nothing it stays so."""
+    length = total(kept.abs())
+    return kept * (total(whole.abs()) / length) if length else kept
 
 
 def trimmed(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.methods.combine import elected_votes
 from lewis_hub.methods.registry import register
-from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, trimmed
+from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, rescaled, trimmed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @register(
     "ties",
     paper="https://arxiv.org/abs/2306.01708",
-    accepted={"int8_mask": (True, False), "rescale": (False,), "trim": TRIMS},
+    accepted={"int8_mask": (True, False), "trim": TRIMS},
 )
 def ties(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
@@ -27,6 +27,7 @@ def ties(  # noqa: PLR0913 (options are keywords)
     grams: Sequence[Tensor | None] = (),  # n_sources second moments, where `trim` needs them
     transposed: bool = False,
     normalize: bool = True,
+    rescale: bool = False,
     lambda_: float = 1.0,
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
@@ -34,11 +35,14 @@ def ties(  # noqa: PLR0913 (options are keywords)
     """Trim each task vector, elect a sign per entry, average the sources that agree with it.
 
     Votes are weighted, as in mergekit; the paper's are not. A drawn vote keeps the base value.
+    `rescale` gives what is kept of a task vector the L1 norm of the whole.
     With `trim: activation` entries are ranked by magnitude times the activation norm of their
     input; a source without second moments of a tensor is trimmed by magnitude there.
     """
     known = grams or [None] * len(task_vectors)
     scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
+    if rescale:
+        vectors = [rescaled(kept, v) for kept, v in zip(vectors, task_vectors, strict=True)]
     votes = [w * vector for w, vector in zip(weights, vectors, strict=True)]
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)

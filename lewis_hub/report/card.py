@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from lewis_hub.report import findings, guidance, markdown, tables
-from lewis_hub.report.citations import METHODS, papers
+from lewis_hub.report import details, findings, guidance, markdown, page, tables
+from lewis_hub.report.citations import HARNESS, METHODS, papers
 from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.gate import card_section
 from lewis_hub.report.metadata import card_data
@@ -36,6 +36,9 @@ def model_card(facts: CardFacts) -> ModelCard:
     body = environment.from_string(template).render(
         title=markdown.text(facts.title),
         summary=_summary(facts),
+        details=list(details.details(facts)),
+        intended=list(details.intended(facts)),
+        page=page.FILE,
         snippet=markdown.fenced(usage(facts), "python"),
         pictures=list(_pictures(facts)),
         densities=tables.densities(facts),
@@ -49,7 +52,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         limits=[*(found.limits if found else ()), *_limits(facts)],
         inputs=tables.inputs(facts),
         stack=tables.stack(facts),
-        licence=_licence(facts),
+        licence=details.licence(facts),
         calibration=tables.calibration(facts),
         recipe=markdown.fenced(facts.recipe, "yaml"),
         mergekit=facts.mergekit,
@@ -60,6 +63,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         software=", ".join(
             markdown.text(f"{name} {version}") for name, version in facts.software.items()
         ),
+        harness=markdown.text(f"lm-eval {facts.software.get('lm_eval', '')}".rstrip()),
         bibtex=_bibtex(facts),
     )
     return ModelCard(f"---\n{card_data(facts).to_yaml(line_break=chr(10))}\n---\n\n{body}")
@@ -76,11 +80,11 @@ def usage(facts: CardFacts) -> str:
         encode = (
             "inputs = tokenizer.apply_chat_template(\n"
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
-            ")"
+            ").to(model.device)"
         )
     else:
         question = 'prompt = "Once upon a time"'
-        encode = 'inputs = tokenizer(prompt, return_tensors="pt")'
+        encode = 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
     return "\n".join(
         [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -88,7 +92,7 @@ def usage(facts: CardFacts) -> str:
             f"name = {json.dumps(facts.repo or '.')}"
             + ("" if facts.repo else "  # the folder that holds this card"),
             f"tokenizer = AutoTokenizer.from_pretrained(name{options})",
-            f"model = AutoModelForCausalLM.from_pretrained(name{options})",
+            f'model = AutoModelForCausalLM.from_pretrained(name, device_map="auto"{options})',
             "",
             question,
             encode,
@@ -103,13 +107,11 @@ def _summary(facts: CardFacts) -> str:
     known = METHODS.get(facts.method.name)
     method = known.title if known else f"the method {markdown.code(facts.method.name)}"
     method = markdown.link(method, facts.method.paper)
-    n_parameters, dtype = sum(facts.parameters.values()), facts.dtype or "its parents' precision"
     told = [_stacked(facts, method) if facts.stack else _merged(facts, method)]
     if facts.guided:
         told.append(guidance.sentence(facts.guided))
     if facts.measured:
         told.append(_statistics(facts))
-    told.append(f"It has {n_parameters:,} parameters in {markdown.text(dtype)}.")
     return " ".join(told)
 
 
@@ -151,10 +153,11 @@ def _picture(facts: CardFacts, plot: Plot) -> str:
     dark = f"lewis/{plot.dark}"
     if facts.repo and (place := markdown.web_address(f"{facts.endpoint}/{facts.repo}")):
         dark = f"{place}/resolve/main/{dark}"
-    return (
+    picture = (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="lewis/{plot.light}" alt="{markdown.attribute(plot.caption)}"></picture>'
     )
+    return f"{picture}\n\n{markdown.text(plot.note)}" if plot.note else picture
 
 
 def _limits(facts: CardFacts) -> Iterator[str]:
@@ -174,18 +177,6 @@ def _limits(facts: CardFacts) -> Iterator[str]:
     )
 
 
-def _licence(facts: CardFacts) -> str:
-    if facts.licence is None:
-        stated = any(facts.models[one.pinned].licence for one in facts.sources)
-        why = (
-            "the parents' differ, and none was chosen" if stated else "none of the parents has one"
-        )
-        return f"No licence is stated: {why}. Ask their owners before you use or share it."
-    return (
-        f"Licence of this model: {markdown.link(markdown.text(facts.licence), facts.licence.link)}."
-    )
-
-
 def _reproduce(facts: CardFacts) -> str:
     version = facts.software.get("lewis_hub")
     package = f"lewis-hub=={version}" if version else "lewis-hub"
@@ -198,9 +189,9 @@ def _reproduce(facts: CardFacts) -> str:
 
 def _bibtex(facts: CardFacts) -> str | None:
     cited = papers(facts.method.name, facts.guided.guide if facts.guided else None)
-    if not cited:
-        return None
-    return markdown.fenced("\n\n".join(paper.bibtex for paper in cited), "bibtex")
+    entries = [paper.bibtex for paper in cited]
+    entries += [HARNESS] if findings.was_scored(facts.scores) else []
+    return markdown.fenced("\n\n".join(entries), "bibtex") if entries else None
 
 
 def _listed(items: Sequence[str]) -> str:

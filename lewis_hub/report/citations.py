@@ -105,10 +105,12 @@ BREADCRUMBS = Paper(
 )
 FUSECHAT = Paper(
     "2408.07990",
-    """@misc{wan2024fusechat,
+    """@inproceedings{wan2025fusechat,
   title = {{FuseChat}: Knowledge Fusion of Chat Models},
   author = {Wan, Fanqi and Zhong, Longguang and Yang, Ziyi and Chen, Ruijun and Quan, Xiaojun},
-  year = {2024},
+  booktitle = {Conference on Empirical Methods in Natural Language Processing},
+  pages = {21629--21653},
+  year = {2025},
   eprint = {2408.07990},
   archivePrefix = {arXiv}
 }""",
@@ -186,6 +188,18 @@ OWL = Paper(
   archivePrefix = {arXiv}
 }""",
 )
+HARNESS = """@misc{eval-harness,
+  title = {The Language Model Evaluation Harness},
+  author = {Gao, Leo and Tow, Jonathan and Abbasi, Baber and Biderman, Stella and Black, Sid and
+            DiPofi, Anthony and Foster, Charles and Golding, Laurence and Hsu, Jeffrey and
+            Le Noac'h, Alain and Li, Haonan and McDonell, Kyle and Muennighoff, Niklas and
+            Ociepa, Chris and Phang, Jason and Reynolds, Laria and Schoelkopf, Hailey and
+            Skowron, Aviya and Sutawika, Lintang and Tang, Eric and Thite, Anish and Wang, Ben and
+            Wang, Kevin and Zou, Andy},
+  year = {2024},
+  publisher = {Zenodo},
+  doi = {10.5281/zenodo.12608602}
+}"""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from lewis_hub.errors import OutputError
 
+FILE = "lewis/cost.json"
 VERSION = 1
 PROC = Path("/proc/self")
 
@@ -48,9 +50,10 @@ class StageCost:
 
 
 class Costs:
-    """The stages of one run, in the order in which they ended."""
+    """The stages of one run, in the order in which they ended, and when it began (UTC)."""
 
     def __init__(self) -> None:
+        self.began = datetime.now(UTC)
         self.stages: list[StageCost] = []
 
     @contextmanager

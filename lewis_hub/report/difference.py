@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from lewis_hub.report.lock import Lock, LockedInput
+from lewis_hub.report.lock import Lock, LockedData, LockedInput
 
 SHORT = 12  # of a commit sha; of a folder's digest too
 NAMING = {"model", "base_model", "dataset"}  # told as inputs
 ABSENT = "absent"
 
+Place = tuple[str, str]  # role, name
+
 
 def differences(before: Lock, after: Lock) -> tuple[str, ...]:
     """One sentence a difference; none where the two are the same merge with the same bytes."""
-    told = [*_inputs(before.inputs, after.inputs)]
-    told += _inputs(before.calibration, after.calibration)
-    told += recipe_differences(before.recipe, after.recipe)
+    told = [*_inputs(_by_role(before.inputs), _by_role(after.inputs))]
+    told += _inputs(_data(before), _data(after))
+    told += recipe_differences(before.recipe, after.recipe, told_already=NAMING)
+    told += _versions(before, after)
     if before.max_shard_bytes != after.max_shard_bytes:
         told.append(
             f"largest file of weights: {before.max_shard_bytes:,} → {after.max_shard_bytes:,} bytes"
@@ -27,23 +30,25 @@ def differences(before: Lock, after: Lock) -> tuple[str, ...]:
     return tuple(told)
 
 
-def recipe_differences(before: Any, after: Any) -> Iterator[str]:
-    """One sentence a field that differs; the names of inputs are left out."""
-    old, new = dict(_fields(before)), dict(_fields(after))
+def recipe_differences(
+    before: Any, after: Any, told_already: Collection[str] = ()
+) -> Iterator[str]:
+    """One sentence a field that differs; keys that are `told_already` are left out."""
+    old, new = (dict(_fields(side, told_already)) for side in (before, after))
     for field in dict.fromkeys((*old, *new)):
         ours, theirs = old.get(field, ABSENT), new.get(field, ABSENT)
         if ours != theirs:
             yield f"{field}: {ours} → {theirs}"
 
 
-def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _fields(value: Any, dropped: Collection[str], path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if key not in NAMING and item is not None:
-                yield from _fields(item, f"{path}.{key}" if path else str(key))
+            if key not in dropped and item is not None:
+                yield from _fields(item, dropped, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
         for index, item in enumerate(value):
-            yield from _fields(item, f"{path}[{index}]")
+            yield from _fields(item, dropped, f"{path}[{index}]")
     else:
         yield path, _plain(value)
 
@@ -58,8 +63,17 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _inputs(before: Sequence[LockedInput], after: Sequence[LockedInput]) -> Iterator[str]:
-    old, new = ({(one.role, one.name): one for one in side} for side in (before, after))
+def _by_role(inputs: Sequence[LockedInput]) -> dict[Place, LockedInput | LockedData]:
+    return {(one.role, one.name): one for one in inputs}
+
+
+def _data(lock: Lock) -> dict[Place, LockedInput | LockedData]:
+    return {("calibration", one.name): one for one in lock.calibration}
+
+
+def _inputs(
+    old: Mapping[Place, LockedInput | LockedData], new: Mapping[Place, LockedInput | LockedData]
+) -> Iterator[str]:
     for place in dict.fromkeys((*old, *new)):
         role, name = place
         if place not in new:
@@ -79,16 +93,24 @@ def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     return f" ({', '.join(changed[:3])}{rest})"
 
 
+def _versions(before: Lock, after: Lock) -> Iterator[str]:
+    """That a method or guide of one name now works otherwise."""
+    if before.method == after.method and before.method_version != after.method_version:
+        yield f"method {after.method}: version {before.method_version} → {after.method_version}"
+    if before.guide == after.guide and before.guide_version != after.guide_version:
+        yield f"guide {after.guide}: version {before.guide_version} → {after.guide_version}"
+
+
 def _weights(before: Lock, after: Lock) -> Iterator[str]:
     old, new = (
         {path: file.sha256 for path, file in lock.outputs.items() if path.endswith(".safetensors")}
         for lock in (before, after)
     )
     changed = [path for path in dict.fromkeys((*old, *new)) if old.get(path) != new.get(path)]
-    if changed:
+    if changed and before.outputs and after.outputs:  # a merge that is planned has none
         total = len(dict.fromkeys((*old, *new)))
         yield f"weights: {len(changed)} of {total} files differ"
 
 
-def _commit(one: LockedInput) -> str:
+def _commit(one: LockedInput | LockedData) -> str:
     return one.commit_sha.removeprefix("sha256:")[:SHORT]

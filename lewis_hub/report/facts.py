@@ -78,6 +78,8 @@ class CardFacts:
         costs: of the run that finished the merge.
         recipe: as run, revisions pinned, as YAML.
         licence: None where nobody stated one.
+        licence_chosen: whether the recipe states it, rather than the parents alone.
+        config: the merge's `config.json`, as found.
         chat: whether the tokenizer has a chat template.
         custom_code: whether transformers needs `trust_remote_code` to load it.
         mergekit: whether `mergekit_config.yml` lies beside the card.
@@ -102,6 +104,8 @@ class CardFacts:
     costs: tuple[StageCost, ...]
     recipe: str
     licence: Licence | None
+    licence_chosen: bool
+    config: Mapping[str, Any]
     chat: bool
     custom_code: bool
     mergekit: bool

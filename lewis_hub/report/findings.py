@@ -96,6 +96,12 @@ def model_name(label: str) -> str:
     return NAMES.get(label, label)
 
 
+def metric_name(key: str) -> str:
+    """`exact_match,strict-match` is a metric and a filter; the filter `none` says nothing."""
+    name, _, kind = key.partition(",")
+    return f"{name}, {kind}" if kind not in ("", "none") else name
+
+
 def number(value: float) -> str:
     """A metric's value: three decimals, one where it is large."""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
@@ -190,9 +196,7 @@ def _score(score: MetricScore | None, best: float | None) -> str:
 
 
 def _metric(key: str) -> str:
-    """`exact_match,strict-match` is a metric and a filter; the filter `none` says nothing."""
-    name, _, kind = key.partition(",")
-    return markdown.text(f"{name}, {kind}" if kind not in ("", "none") else name)
+    return markdown.text(metric_name(key))
 
 
 def _best(scores: list[MetricScore]) -> float | None:

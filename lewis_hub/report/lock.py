@@ -5,7 +5,11 @@ white space, no escapes but those that JSON demands, numbers as Python's `repr` 
 whole ones without a fraction. The document holds all that fixes the bytes of the weights and of the
 files beside them, and nothing else. Where an input lies, what it is called and which commit it came
 from do not fix them: the digests of its files do. So a commit upstream that touches only a README
-changes nothing, and neither do the scores, the versions of libraries, the machine or the date.
+changes nothing, and neither do the scores, the versions of libraries, the machine or the date. Nor
+do the rows that calibration drew: they follow from the data, the split and the seed.
+
+The seal is a digest of the same form over all of the lock but itself. It finds what was changed by
+accident; whoever means to forge a lock makes a new seal, and a signature finds that.
 """
 
 from __future__ import annotations
@@ -13,13 +17,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
 from lewis_hub.errors import OutputError
 
+FILE = "lewis/lock.json"
 VERSION = 1
+SCHEMA = f"urn:lewis-hub:lock:{VERSION}"
 ARITHMETIC = 1  # raised when the same inputs and recipe come out as other bytes
 
 UNREAD_NAMES = frozenset({"README.md"})
@@ -31,11 +40,15 @@ NAMING = frozenset(
     {"model", "base_model", "dataset", "include", "revision"}
 )  # inputs by name, not content
 LATER = frozenset({"evaluate", "publish", "allow_overlap"})  # about scores, not about the bytes
+CHANGED = "It was changed after the merge: take the file that the merge wrote."
 
 
-@dataclass(frozen=True)
+CLOSED = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=CLOSED)
 class LockedInput:
-    """A model or dataset as it was read.
+    """A model as it was read.
 
     Attributes:
         name: as the recipe writes it.
@@ -45,13 +58,31 @@ class LockedInput:
     """
 
     name: str
-    role: Literal["base", "expert", "calibration"]
+    role: Literal["base", "expert"]
     revision: str | None
     commit_sha: str
     files: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
+class LockedData:
+    """What an expert was calibrated on; the first four as of `LockedInput`.
+
+    Attributes:
+        rows: index of each row that was measured, in the order in which they were drawn; None
+            before they are drawn.
+    """
+
+    name: str
+    revision: str | None
+    commit_sha: str
+    files: Mapping[str, str]
+    config: str | None
+    split: str
+    rows: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, config=CLOSED)
 class OutputFile:
     """A file of the merge."""
 
@@ -59,7 +90,7 @@ class OutputFile:
     n_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Lock:
     """What was merged and what came out.
 
@@ -67,16 +98,20 @@ class Lock:
         inputs: base first, then the experts in the recipe's order.
         calibration: the dataset of each expert, in the same order; none where nothing is measured.
         recipe: as run, revisions pinned, as plain JSON.
+        method_version, guide_version: raised when what they make of the same inputs changes.
         max_shard_bytes: how the weights were cut into files.
-        outputs: path -> file, of all that the merge left behind but the lock.
+        outputs: path -> file, of all that the merge left behind but what only tells of it: the
+            lock, the card, costs, provenance, changelog and signature.
         software: name -> version; for the record, outside the digest.
     """
 
     inputs: tuple[LockedInput, ...]
-    calibration: tuple[LockedInput, ...]
+    calibration: tuple[LockedData, ...]
     recipe: Mapping[str, Any]
     method: str
+    method_version: int
     guide: str | None
+    guide_version: int | None
     seed: int
     max_shard_bytes: int
     outputs: Mapping[str, OutputFile]
@@ -90,55 +125,58 @@ class Lock:
             "inputs": [{"role": one.role, "files": dict(one.files)} for one in self.inputs],
             "calibration": [dict(one.files) for one in self.calibration],
             "recipe": _fixing(self.recipe),
-            "method": self.method,
-            "guide": self.guide,
+            "method": [self.method, self.method_version],
+            "guide": [self.guide, self.guide_version],
             "seed": self.seed,
             "max_shard_bytes": self.max_shard_bytes,
         }
         if "slices" in self.recipe:
             fixed["slices"] = _numbered(self.recipe)
-        return "sha256:" + hashlib.sha256(canonical(fixed)).hexdigest()
+        return _sha256(fixed)
 
     def to_json(self) -> str:
         """The text of `lock.json`; the same merge gives the same text."""
-        document = {
-            "version": VERSION,
-            "digest": self.digest,
-            "inputs": [asdict(one) for one in self.inputs],
-            "calibration": [asdict(one) for one in self.calibration],
-            "recipe": dict(self.recipe),
-            "method": self.method,
-            "guide": self.guide,
-            "seed": self.seed,
-            "max_shard_bytes": self.max_shard_bytes,
-            "outputs": {path: asdict(self.outputs[path]) for path in sorted(self.outputs)},
-            "software": {name: self.software[name] for name in sorted(self.software)},
-        }
+        document = {"version": VERSION, "digest": self.digest, **asdict(self)}
+        for unordered in ("outputs", "software"):
+            document[unordered] = dict(sorted(document[unordered].items()))
+        document["seal"] = _sha256(document)
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, file: str = "lewis/lock.json") -> Lock:
-        """Read what `to_json` wrote; `file` is named in messages.
+    def from_json(cls, text: str, file: str = FILE) -> Lock:
+        """Read what `to_json` wrote, to the byte; `file` is named in messages.
 
         Raises:
-            OutputError: another version, no such document, or a digest that is not that of the
-                contents.
+            OutputError: another version, no such document, or one that was changed.
         """
         try:
             document = json.loads(text)
             if document["version"] != VERSION:
                 problem = f"it has version {document['version']}, expected {VERSION}."
                 raise OutputError(file, problem, "Use the version of lewis-hub that wrote it.")
-            lock = _lock(document)
-            stated = document["digest"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            problem = f"it is no lock of a merge ({type(error).__name__}: {error})."
+            stated = {key: document.pop(key) for key in ("version", "digest", "seal")}
+            lock = TypeAdapter(cls).validate_python(document)
+            written = lock.to_json()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            problem = f"it is no lock of a merge ({_told(error)})."
             raise OutputError(file, problem, "Take the file that the merge wrote.") from None
-        if stated != lock.digest:
-            problem = f"it states the digest {stated}, its contents have {lock.digest}."
-            remedy = "It was changed after the merge: take the file that the merge wrote."
-            raise OutputError(file, problem, remedy)
+        if stated["digest"] != lock.digest:
+            problem = f"it states the digest {stated['digest']}, its contents have {lock.digest}."
+            raise OutputError(file, problem, CHANGED)
+        if written != text:
+            problem = "it is not as it was sealed: something in it was changed."
+            raise OutputError(file, problem, CHANGED)
         return lock
+
+
+def schema() -> str:
+    """The lock's JSON Schema."""
+    told = TypeAdapter(Lock).json_schema()
+    own, digest = told.pop("properties"), {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
+    first = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA}
+    told["properties"] = {"version": {"const": VERSION}, "digest": digest, **own, "seal": digest}
+    told["required"] = list(told["properties"])
+    return json.dumps(first | told, indent=2) + "\n"
 
 
 def can_change_the_result(path: str) -> bool:
@@ -157,6 +195,17 @@ def canonical(document: Any) -> bytes:
         ensure_ascii=False,
         allow_nan=False,
     ).encode()
+
+
+def _sha256(document: Any) -> str:
+    return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _plain(value: Any) -> Any:
@@ -199,17 +248,3 @@ def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for one in recipe["slices"]
     ]
-
-
-def _lock(document: Mapping[str, Any]) -> Lock:
-    return Lock(
-        inputs=tuple(LockedInput(**one) for one in document["inputs"]),
-        calibration=tuple(LockedInput(**one) for one in document["calibration"]),
-        recipe=document["recipe"],
-        method=document["method"],
-        guide=document["guide"],
-        seed=document["seed"],
-        max_shard_bytes=document["max_shard_bytes"],
-        outputs={path: OutputFile(**one) for path, one in document["outputs"].items()},
-        software=document["software"],
-    )

@@ -23,7 +23,7 @@ def text(value: object) -> str:
     """Show a string as it is, on one line."""
     told = "".join(
         char if LITERAL.fullmatch(char) or ord(char) > 127 else f"&#{ord(char)};"
-        for char in _visible(value)
+        for char in visible(value)
     )
     told = re.sub(r"^(\d*)([-.)])", lambda m: f"{m[1]}&#{ord(m[2])};", told)  # opens no list
     told = INTRAWORD.sub("_", told)
@@ -32,10 +32,10 @@ def text(value: object) -> str:
 
 def code(value: object) -> str:
     """Show a name as code; one that no code span can hold, as text."""
-    visible = _visible(value)
-    if visible and PLAIN_CODE.fullmatch(visible) and not NOT_IN_CODE & set(visible):
-        return f"`{visible}`"
-    return text(visible)
+    shown = visible(value)
+    if shown and PLAIN_CODE.fullmatch(shown) and not NOT_IN_CODE & set(shown):
+        return f"`{shown}`"
+    return text(shown)
 
 
 def link(label: str, url: str | None) -> str:
@@ -57,9 +57,15 @@ def web_address(url: str | None) -> str | None:
     return quote(url.strip(), safe=":/?#@!&=+,;~%.-_[]")
 
 
+def visible(value: object) -> str:
+    """On one line, without what cannot be seen and may change what is."""
+    told = " ".join(str(value).split())
+    return "".join(char for char in told if unicodedata.category(char) not in INVISIBLE)
+
+
 def attribute(value: object) -> str:
     """A string for a double-quoted HTML attribute."""
-    return html.escape(_visible(value), quote=True)
+    return html.escape(visible(value), quote=True)
 
 
 def fenced(content: str, language: str) -> str:
@@ -75,9 +81,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[
     aligned = set(right)
     rule = ["---:" if column in aligned else "---" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
-def _visible(value: object) -> str:
-    """On one line, without what cannot be seen and may change what is."""
-    told = " ".join(str(value).split())
-    return "".join(char for char in told if unicodedata.category(char) not in INVISIBLE)

@@ -7,17 +7,20 @@ part of the tensor's name counts, and an entry without a filter always does.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import yaml
 
+from lewis_hub.checkpoint import names
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.merge import parameters
 from lewis_hub.methods import registry
-from lewis_hub.recipe import Slice
+from lewis_hub.recipe import Slice, SliceSource
 from lewis_hub.recipe_settings import Conditional, Setting, Settings
 
+FILE = "mergekit_config.yml"
 METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
     | {"della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp"}
@@ -82,7 +85,10 @@ def mergekit_config(merge: MergekitMerge) -> str:
         document.pop("tokenizer_source", None)
         document |= merge.tokenizer
     if merge.slices:
-        document["slices"] = [_slice(merge, one) for one in merge.slices]
+        firsts = accumulate((len(one.sources[0].blocks) for one in merge.slices), initial=0)
+        document["slices"] = [
+            _slice(merge, one, first) for one, first in zip(merge.slices, firsts, strict=False)
+        ]
     else:
         document["models"] = models
     document |= _given(_plain_settings(merge.parameters))
@@ -96,14 +102,30 @@ def _model(merge: MergekitMerge, source: str) -> str:
     return f"{merge.base}+{source}" if source in merge.adapters else source
 
 
-def _slice(merge: MergekitMerge, one: Slice) -> dict[str, Any]:
-    sources = [
-        {"model": _model(merge, str(source.model)), "layer_range": _Flow(source.layer_range)}
-        | _given(_plain_settings(source.parameters))
-        for source in one.sources
-    ]
+def _slice(merge: MergekitMerge, one: Slice, first: int) -> dict[str, Any]:
+    """A slice whose blocks are those from `first` on in the output."""
+    sources = []
+    for source in one.sources:
+        parameters = _plain_settings(source.parameters)
+        for expert in merge.schedule.experts if merge.schedule else ():
+            if expert.source == str(source.model):
+                own = _unstacked(expert, source, first)
+                parameters["density"] = conditions(own, own.tensors)
+        own_range = {"layer_range": _Flow(source.layer_range)}
+        model = {"model": _model(merge, str(source.model))}
+        sources.append(model | own_range | _given(parameters))
     base = {"base_model": str(one.base_model)} if one.base_model else {}
     return base | {"sources": sources} | _given(_plain_settings(one.parameters))
+
+
+def _unstacked(expert: ExpertSchedule, source: SliceSource, first: int) -> ExpertSchedule:
+    """An expert's densities in one slice, by its own names."""
+    tensors = {}
+    for name, density in expert.tensors.items():
+        number = names.block(name)
+        if number is not None and number - first in range(len(source.blocks)):
+            tensors[names.renumbered(name, source.blocks[number - first])] = density
+    return replace(expert, tensors=tensors)
 
 
 def _given(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,8 +146,8 @@ def conditions(expert: ExpertSchedule, tensors: Collection[str]) -> list[dict[st
     others = "\n".join(name for name in tensors if name not in scheduled)
     hit = [name for name in scheduled if name in others]
     shadowed = [t for t in others.split("\n") if any(name in t for name in hit)]
-    names = sorted([*scheduled, *shadowed], key=len, reverse=True)  # equal lengths: model order
-    listed: list[dict[str, Any]] = [_Row(filter=n, value=expert.density(n)) for n in names]
+    filters = sorted([*scheduled, *shadowed], key=len, reverse=True)  # equal lengths: model order
+    listed: list[dict[str, Any]] = [_Row(filter=n, value=expert.density(n)) for n in filters]
     return [*listed, _Row(value=expert.default_density)]
 
 

@@ -39,7 +39,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["merge", "lewis-hub", *guide, facts.method.name],
-        language=_languages(facts) or None,
+        language=languages(facts) or None,
         datasets=_repos(data) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         **_licence(facts),
@@ -51,7 +51,8 @@ def _repos(names: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if HUB_REPO.fullmatch(name)]
 
 
-def _languages(facts: CardFacts) -> list[str]:
+def languages(facts: CardFacts) -> list[str]:
+    """What the parents' cards state, each once; what is no language code is left out."""
     told = (facts.models[one.pinned].languages for one in facts.sources)
     found = dict.fromkeys(language for languages in told for language in languages)
     return [language for language in found if LANGUAGE.fullmatch(language)]

@@ -36,6 +36,7 @@ class Plot:
         light: file name, such as `density-math-light.png`.
         dark: the same picture for dark pages.
         caption: what it shows, in words.
+        note: where its colours end below the highest values; empty where they do not.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Plot:
     light: str
     dark: str
     caption: str
+    note: str = ""
 
     @property
     def files(self) -> tuple[str, str]:
@@ -87,8 +89,8 @@ def _draw(kind: Kind, source: str, heat: HeatMap, stem: str, folder: Path) -> Pl
     light, dark = (f"{stem}-{theme.name}.png" for theme in THEMES)
     for theme, name in zip(THEMES, (light, dark), strict=True):
         save(heat, theme, folder / name)
-    note = f" {note_on(heat.clipped)}" if heat.clipped else ""
-    return Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.{note}")
+    note = note_on(heat.clipped) if heat.clipped else ""
+    return Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.", note)
 
 
 def _density(expert: ExpertSchedule) -> HeatMap | None:

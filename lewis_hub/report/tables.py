@@ -122,14 +122,14 @@ def cost(costs: Sequence[StageCost]) -> str | None:
     rows = [
         [
             markdown.text(stage.stage),
-            _duration(stage.seconds),
-            _size(stage.peak_rss_bytes),
-            _size(stage.read_bytes),
-            _size(stage.written_bytes),
+            duration(stage.seconds),
+            size(stage.peak_rss_bytes),
+            size(stage.read_bytes),
+            size(stage.written_bytes),
         ]
         for stage in costs
     ]
-    rows.append(["all", _duration(sum(stage.seconds for stage in costs)), "", "", ""])
+    rows.append(["all", duration(sum(stage.seconds for stage in costs)), "", "", ""])
     return markdown.table(["stage", "time", "peak memory", "read", "written"], rows, range(1, 5))
 
 
@@ -158,7 +158,8 @@ def _count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else "–"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as people read it."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -166,7 +167,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _size(n_bytes: int | None) -> str:
+def size(n_bytes: int | None) -> str:
+    """A size as people read it; a dash where nobody counted."""
     if n_bytes is None:
         return "–"
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

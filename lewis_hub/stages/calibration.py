@@ -14,23 +14,31 @@ from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
 from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.hub.source import Source
-from lewis_hub.stages.changes import measure_task_vectors
+from lewis_hub.stages.changes import measure_task_vectors, unmeasured_task_vectors
 from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.merging import loadable, plan_of
 from lewis_hub.stages.overlap import refuse_overlap
-from lewis_hub.stages.sources import Inputs, calibrations, measures_on_texts
+from lewis_hub.stages.slicing import restacked
+from lewis_hub.stages.sources import calibrations, measures_on_texts
+from lewis_hub.stages.translating import require_understood, translated
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """What was measured, what the guide made of it, and what a user should know about it."""
+    """What was measured, what the guide made of it, and what a user should know about it.
 
-    profile: ImportanceProfile | None  # None: the guide measures nothing
+    Attributes:
+        profile: None where the guide measures nothing.
+        rows: of each expert, the rows that it was measured on; none where nothing is measured.
+    """
+
+    profile: ImportanceProfile | None
     schedule: DensitySchedule
     notes: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
 
 
 def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
@@ -52,7 +60,9 @@ def calibration_sets(step: Step) -> tuple[CalibrationSet, ...]:
         one: draw(how, one, inputs.data_of(one), step.progress) for one in dict.fromkeys(asked)
     }
     refuse_overlap(step, {one: found.values for one, found in drawn.items()})
-    return tuple(drawn[one].tokens for one in asked)
+    sets = tuple(drawn[one].tokens for one in asked)
+    require_understood(step, sets)
+    return sets
 
 
 def guide(
@@ -91,17 +101,19 @@ def guide(
     )
     for note in decided.notes:
         step.progress.say(note)
-    return Guidance(profile, decided.schedule, decided.notes)
+    found = decided.schedule
+    if step.recipe.slices:
+        found = restacked(found, plan_of(step, None))
+    rows = tuple(one.tokens.rows for one in sets)
+    return Guidance(profile, found, decided.notes, rows)
 
 
-def _subjects(
-    inputs: Inputs, sets: Sets, folders: Folders, measure: Measure
-) -> tuple[Subject, ...]:
-    """The base with every distinct set, then each expert with its own.
+def _subjects(step: Step, sets: Sets, folders: Folders, measure: Measure) -> tuple[Subject, ...]:
+    """The base with every distinct set, then each expert with its own, in its own ids.
 
     For a measure of pairs the experts alone, each against the base.
     """
-    base = inputs.base
+    inputs, base = step.inputs, step.inputs.base
     assert base
     against_base = {"base": inputs.content(base)} if measure in OF_PAIRS else {}
     sets = [one.measured(measure, **against_base) for one in sets]
@@ -109,7 +121,8 @@ def _subjects(
     if measure not in OF_PAIRS:
         distinct = tuple({id(one.tokens): one for one in sets}.values())
         measured.append((base, "base", distinct))
-    measured += [(e, "expert", (one,)) for e, one in zip(inputs.experts, sets, strict=True)]
+    for expert, one in zip(inputs.experts, sets, strict=True):
+        measured.append((expert, "expert", (translated(step, expert, one),)))
     against = Place(base.pinned, folders[base.pinned]) if measure in OF_PAIRS else None
     return tuple(
         Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own, against)
@@ -126,14 +139,7 @@ def _measure(  # noqa: PLR0913
     stores: Sequence[Path],
 ) -> ImportanceProfile:
     """Everything that the guide needs, one measure after the other."""
-    asked = step.recipe.guide
-    assert asked
-    found = [profile for path in stores if (profile := known_profile(path))]
-    known = ImportanceProfile(
-        asked.name,
-        asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
-        tuple(entry for profile in found for entry in profile.sources),
-    )
+    known = _known(step, stores)
     entries: list[SourceImportance] = []
 
     def keep(now: ImportanceProfile) -> None:
@@ -143,7 +149,7 @@ def _measure(  # noqa: PLR0913
         if measure in WITHOUT_TEXTS:
             measured = measure_task_vectors(step, folders, known)
         else:
-            subjects = _subjects(step.inputs, sets, folders, measure)
+            subjects = _subjects(step, sets, folders, measure)
             measured = _on_texts(step, measure, subjects, known, folders, scratch, keep).sources
         entries += measured
     return replace(known, sources=tuple(entries))
@@ -180,6 +186,31 @@ def _in(folders: Mapping[str, Path], subject: Subject, step: Step) -> Subject:
         folder=folders.get(subject.source, subject.folder),
         against=against and replace(against, folder=folders.get(against.name, against.folder)),
         by_block=step.execution.loading.is_by_block(checkpoint),
+    )
+
+
+def unmeasured(step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]) -> tuple[str, ...]:
+    """The pinned sources that `guide` would have to read whole; of `folders` nothing is read."""
+    asked, known = step.recipe.guide, _known(step, stores)
+    assert asked
+    found: list[str] = []
+    for measure in registry.find(asked.name).needs:
+        if measure in WITHOUT_TEXTS:
+            found += [source.pinned for source in unmeasured_task_vectors(step, known)]
+        else:
+            subjects = _subjects(step, sets, folders, measure)
+            found += [subject.source for subject in missing(subjects, known)]
+    return tuple(found)
+
+
+def _known(step: Step, stores: Sequence[Path]) -> ImportanceProfile:
+    asked = step.recipe.guide
+    assert asked
+    found = [profile for path in stores if (profile := known_profile(path))]
+    return ImportanceProfile(
+        asked.name,
+        asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {},
+        tuple(entry for profile in found for entry in profile.sources),
     )
 
 

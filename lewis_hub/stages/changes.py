@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.guides.density import block_matrices, checkpoint_tensor
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance, reusable
 from lewis_hub.hub.source import Source
@@ -31,6 +32,18 @@ def measure_task_vectors(
     return tuple(_measured(step, expert, folders, known) for expert in step.inputs.experts)
 
 
+def unmeasured_task_vectors(step: Step, known: ImportanceProfile) -> tuple[Source, ...]:
+    """The experts whose weights `measure_task_vectors` would have to read."""
+    inputs, facts = step.inputs, _facts(step)
+    return tuple(e for e in inputs.experts if not reusable(known, inputs.content(e), facts))
+
+
+def _facts(step: Step) -> dict[str, str]:
+    base = step.inputs.base
+    assert base
+    return {"measure": "task_vector", "base": step.inputs.content(base)}
+
+
 def _measured(
     step: Step, expert: Source, folders: Folders, known: ImportanceProfile
 ) -> SourceImportance:
@@ -38,7 +51,7 @@ def _measured(
 
     base, content = step.inputs.base, step.inputs.content(expert)
     assert base
-    facts = {"measure": "task_vector", "base": step.inputs.content(base)}
+    facts = _facts(step)
     entry = reusable(known, content, facts)
     if entry:
         return SourceImportance(expert.pinned, content, "expert", 0, entry.modules, facts)
@@ -48,9 +61,13 @@ def _measured(
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
     workers = step.execution.workers
+
+    def local(label: str) -> TensorReader:
+        return TensorReader(folders[label], label)
+
     with (
-        open_source(base.pinned, first.base, folders) as of_base,
-        open_source(expert.pinned, second.base, folders) as of_expert,
+        open_source(base.pinned, first.base, local) as of_base,
+        open_source(expert.pinned, second.base, local) as of_expert,
         step.progress.stage(f"Measuring {expert.name}", n_elements, "items") as advance,
     ):
         changes = relative_changes(

@@ -12,6 +12,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.declared import require_metric
 from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.fetch import bytes_to_download, weight_files
 from lewis_hub.hub.source import Source
@@ -24,11 +25,11 @@ from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.loading import Loading, loading_notes, loading_problems
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
-from lewis_hub.stages.opening import Opened, eight_bit_notes, open_model, pickle_notes, ties
-from lewis_hub.stages.slicing import outline
+from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
+from lewis_hub.stages.slicing import outline, uncompared
 from lewis_hub.stages.sources import Inputs, needs_grams
 from lewis_hub.stages.tokenizers import Tokens
-from lewis_hub.stages.vocabulary import examine_tokens, not_calibrated
+from lewis_hub.stages.vocabulary import calibration_notes, examine_tokens
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -110,10 +111,13 @@ def examine(
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
     found = _open(inputs, api)
     checkpoints, tokens, problems = found.checkpoints, Tokens(), list(found.problems)
-    if found.is_read and not problems and not recipe.slices:  # a stack is compared when planned
-        checkpoints = settle(inputs, checkpoints, found.configs)
+    if found.is_read and not problems:
+        if not recipe.slices:
+            checkpoints = settle(inputs, checkpoints, found.configs)
         tokens = examine_tokens(recipe, inputs, api, checkpoints, found.configs)
-        problems = [*tokens.problems, *misfits(recipe, inputs, checkpoints, tokens)]
+        problems = [*tokens.problems]
+        if not recipe.slices:  # a stack is compared when planned
+            problems += misfits(recipe, inputs, checkpoints, tokens)
     output = checkpoints[inputs.donor.pinned]
     if not problems:
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
@@ -122,7 +126,7 @@ def examine(
         problems += loading_problems(recipe, inputs, checkpoints, loading)
     if recipe.slices and found.is_read and not problems:
         try:
-            output = outline(recipe, inputs, checkpoints, found.configs)
+            output = outline(recipe, inputs, checkpoints, found.configs, tokens.alignment)
         except MergeError as error:
             problems.append(str(error))
     needed = needs(recipe, inputs, checkpoints, output, loading)
@@ -133,11 +137,12 @@ def examine(
         problems=tuple(problems),
         notes=(
             *_notes(recipe, inputs, found.configs, found.adapters),
-            *eight_bit_notes(recipe, inputs, found.models),
+            *quantised_notes(recipe, inputs, found.models),
             *pickle_notes(inputs),
             *loading_notes(recipe, inputs, checkpoints, loading),
             *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
+            *calibration_notes(recipe, inputs, tokens),
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=needed.output_bytes,
@@ -199,11 +204,13 @@ def _refusals(
     facts: Mapping[str, ModelFacts],
 ) -> list[str]:
     """What the rooms would refuse later: settings, guide, licence."""
-    found = not_calibrated(recipe, inputs, tokens)
+    found = []
     try:
         if all(checkpoint.tensors for checkpoint in checkpoints.values()):
             plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
         found += _guide_refusals(recipe)
+        if recipe.guide and recipe.slices and guides.find(recipe.guide.name).needs:
+            found += uncompared(inputs, checkpoints)
     except MergeError as error:
         found.append(str(error))
     try:
@@ -218,6 +225,8 @@ def _guide_refusals(recipe: Recipe) -> list[str]:
     method = registry.find(recipe.merge_method)
     if recipe.guide is None:
         return []
+    if recipe.slices and recipe.guide.apply_to != "density":
+        return ["guide: a stack takes densities alone. Set `apply_to: density`."]
     weighs = method.takes_task_vectors and method.takes("weights")
     if recipe.guide.apply_to != "density" and not weighs:
         return [
@@ -241,6 +250,8 @@ def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
         check_tasks(selected)
         for gate in asked.gate or ():
             require_metric(selected, gate.task, gate.metric)
+        for task, benchmark in (asked.benchmarks or {}).items():
+            require_metric(selected, task, benchmark.metric)
     except EvaluationError as error:
         return [str(error)]
     return []
@@ -258,8 +269,8 @@ def _report(
     role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
-        stored = tensor.scaled.stored if tensor.scaled else tensor
-        by_dtype[stored.dtype] += tensor.n_elements
+        dtype = tensor.scaled.codes if tensor.scaled else tensor.dtype
+        by_dtype[dtype] += tensor.n_elements
     config = configs[source.pinned]
     text_config = config.get("text_config") or config
     return SourceReport(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.errors import OutputError
+from lewis_hub.files import existing, require_room
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, bytes_to_download, fetch
 from lewis_hub.hub.source import Source
@@ -40,21 +39,12 @@ def require_disk(step: Step, work: Path) -> None:
     needs = ((cache_root(), report.download_bytes), (work, max(0, report.disk_bytes - left)))
     of_disk: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
     for folder, n_bytes in needs:
-        of_disk[_existing(folder).stat().st_dev].append((folder, n_bytes))
+        of_disk[existing(folder).stat().st_dev].append((folder, n_bytes))
     for shares in of_disk.values():
         needed = sum(n_bytes for _, n_bytes in shares)
-        free = shutil.disk_usage(_existing(shares[0][0])).free
-        if needed > free:
-            raise OutputError(
-                " and ".join(str(folder) for folder, _ in shares),
-                f"download and merge need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.",
-                "Free some space, or take another disk: HF_HUB_CACHE names the folder for the"
-                " download, -o that for the merge.",
-            )
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
+        where = " and ".join(str(folder) for folder, _ in shares)
+        remedy = "take another disk: HF_HUB_CACHE names the folder for the download, -o that for "
+        require_room(shares[0][0], needed, "download and merge", f"{remedy}the merge", where)
 
 
 def everything(step: Step) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from lewis_hub.stages.sources import source_of
 from lewis_hub.stages.tokenizers import Carried, Sources, Tokens
 from lewis_hub.vocabulary import files
 from lewis_hub.vocabulary.tokens import Vocabulary, disagreement
+from lewis_hub.vocabulary.translation import translation
 from lewis_hub.vocabulary.union import unite
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -54,13 +55,13 @@ def assembled(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Tokens:
         written = files.extended(merged, sources.read_json(named, files.CONFIG))
         carried = replace(carried, written=written, dropped=files.STALE)
     ours = vocabularies[base.pinned]
-    strangers = [
-        source.pinned
+    translations = {
+        source.pinned: translation(ours, vocabularies[source.pinned], sources.rows(source))
         for source in inputs.models
         if disagreement(ours, vocabularies[source.pinned]) or sources.rows(source) < ours.n_rows
-    ]
+    }
     carried = _with_ids(carried, sources, named, n_rows)
-    return Tokens(carried, replace(alignment, overrides=overrides), tuple(strangers))
+    return Tokens(carried, replace(alignment, overrides=overrides), translations)
 
 
 def _named(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Source:

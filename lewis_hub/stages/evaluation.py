@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
@@ -18,24 +17,20 @@ from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.evaluate.tasks import TaskSelection, check_tasks
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.statistics import Statistics
 from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.recipe_settings import Settings
-from lewis_hub.stages.downloading import download
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
 from lewis_hub.stages.sources import needs_grams
 from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from lewis_hub.stages.calibration import Guidance
-    from lewis_hub.stages.execution import Execution, Folders, Step
+    from lewis_hub.stages.execution import Folders, Step
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Scored:
-    """A merge beside its rivals, what it did item by item, and what the gate says of that."""
+    """A merge beside its rivals, what all did item by item, and what the gate says of that."""
 
     scores: Scores
-    items: ModelResult
+    results: Mapping[str, ModelResult]  # by label
     gate: GateVerdict | None = None
+
+    @property
+    def items(self) -> ModelResult:
+        """What the merge itself did."""
+        return self.results["merged"]
 
 
 def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
@@ -156,21 +156,7 @@ def score_merge(
     commits = scored_commits(step.api, selected)
     run = Run(selected, asked.limit, settings, scratch / "scored", commits)
     results = score([*named, *candidates], run, step.progress)
-    return Scored(compare(results), results["merged"])
-
-
-def score_one(
-    source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
-) -> Scores:
-    """Score one model that no recipe speaks of."""
-    selected = selection(None, asked, allow_code=execution.allow_code)
-    check_tasks(selected)
-    folder = download(api, [source], progress)[source.pinned]
-    candidate = Candidate(source.pinned, source.commit_sha, folder)
-    settings = EvaluationSettings(device=execution.device)
-    with TemporaryDirectory() as kept:
-        run = Run(selected, asked.limit, settings, Path(kept), scored_commits(api, selected))
-        return compare(score([candidate], run, progress))
+    return Scored(compare(results), results)
 
 
 def score(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub import __version__
 from lewis_hub.errors import DeviceError
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.runners import Runner, parse_runner
@@ -19,6 +21,7 @@ from lewis_hub.stages.sources import Inputs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
 
 
@@ -60,6 +63,11 @@ class Execution:
         """How models are brought into memory to be measured."""
         return Loading(self.device, self.max_memory_bytes)
 
+    @property
+    def merge_device(self) -> str | None:
+        """Where the weights are merged by the methods' definitions; None: by kernels."""
+        return self.device if self.device.startswith("cuda") else None
+
     def require_usable(self) -> None:
         """Refuse what this machine does not have, before any work.
 
@@ -84,6 +92,17 @@ class Step:
     execution: Execution
     api: HfApi
     progress: Progress
+
+
+def software() -> dict[str, str]:
+    """What the work is done with: name -> version; what is not installed is left out."""
+    found = {"lewis_hub": __version__}
+    for name in SOFTWARE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _require_device(name: str) -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from lewis_hub.errors import EvaluationError, PublishError
 from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.results import ModelResult
-from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
 from lewis_hub.hub.failures import Asked
 from lewis_hub.hub.target import look, read_text
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.gate import card_section
+from lewis_hub.stages.standing import read_scores
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,12 +61,6 @@ def judged_again(recipe: Recipe, output: Path, api: HfApi) -> GateVerdict | None
         write_whole(output / CARD, card.replace(card_section(verdict), card_section(found)))
         write_whole(output / FILE, found.to_json())
     return found
-
-
-def read_scores(output: Path) -> Scores | None:
-    """The scores of a finished merge, where it was scored."""
-    file = output / "lewis" / "scores.json"
-    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def read_verdict(folder: Path) -> GateVerdict | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -32,18 +32,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A model on disk.
+    """A model that was made.
 
     Attributes:
         identity: digest of its plan: equal ones hold equal weights.
-        shards: file of weights -> SHA-256 in hexadecimal; the index is among them.
+        shards: by the names of their files; the index is among them. Of a stream they are on the
+            Hub and not in `folder`.
         sidecars: paths of the files beside the weights, relative to `folder`.
         parameters: tensor -> number of parameters.
     """
 
     identity: str
     folder: Path
-    shards: Mapping[str, str]
+    shards: Mapping[str, ShardResult]
     sidecars: tuple[str, ...]
     parameters: Mapping[str, int]
 
@@ -70,19 +71,21 @@ def plan(
         MergeError: the settings do not fit the method or the sources.
     """
     if recipe.slices:
-        return make_stacked_plan(stack(recipe, inputs, checkpoints), max_shard_bytes)
+        stacked = stack(recipe, inputs, checkpoints, alignment)
+        names = _output_sizes(make_stacked_plan(stacked, max_shard_bytes)) if schedule else {}
+        return make_stacked_plan(stacked, max_shard_bytes, _densities(schedule, lambda _: names))
 
     def source(pinned: Source, parameters: Settings) -> MergeSource:
         content = inputs.content(pinned)
         return MergeSource(checkpoints[pinned.pinned], content, parameters)
 
     entries = merged_entries(recipe)
-    scheduled = {one.source: one for one in schedule.experts} if schedule else {}
+    guided = {one.source: one for one in schedule.experts} if schedule else {}
     settings = MergeSettings(
         method=recipe.merge_method,
         base=source(inputs.base, {}) if inputs.base else None,
         experts=tuple(
-            _weighted(source(expert, entry.parameters), scheduled.get(expert.pinned))
+            _weighted(source(expert, entry.parameters), guided.get(expert.pinned))
             for expert, entry in zip(inputs.experts, entries, strict=True)
         ),
         parameters=recipe.parameters,
@@ -91,7 +94,8 @@ def plan(
         missing=recipe.missing,
         alignment=alignment,
     )
-    return make_plan(settings, max_shard_bytes, _densities(schedule, checkpoints))
+    scheduled = _densities(schedule, lambda label: checkpoints[label].tensors)
+    return make_plan(settings, max_shard_bytes, scheduled)
 
 
 def _weighted(expert: MergeSource, scheduled: ExpertSchedule | None) -> MergeSource:
@@ -120,17 +124,34 @@ def make(
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
     """
-    recipe, execution, examined = step.recipe, step.execution, step.examined
-    planned = plan(
-        recipe,
-        step.inputs,
-        examined.checkpoints,
-        examined.tokens.alignment,
-        schedule,
-        execution.max_shard_bytes,
-    )
-    planned = informed(planned, statistics)
-    found = _write(step, planned, folders, output, title)
+    planned = informed(plan_of(step, schedule), statistics)
+    return beside(step, planned, _write(step, planned, folders, output, title), folders, output)
+
+
+def plan_of(step: Step, schedule: DensitySchedule | None) -> MergePlan:
+    """The plan of a merge that was examined; None where the settings alone decide."""
+    examined = step.examined
+    alignment, n_bytes = examined.tokens.alignment, step.execution.max_shard_bytes
+    return plan(step.recipe, step.inputs, examined.checkpoints, alignment, schedule, n_bytes)
+
+
+def beside(
+    step: Step,
+    planned: MergePlan,
+    found: Mapping[str, ShardResult],
+    folders: Folders,
+    output: Path,
+) -> MergedModel:
+    """Write the files beside the weights.
+
+    Args:
+        step: what is merged.
+        planned: what was made.
+        found: of its shards and their index.
+        folders: of all sources; of these only small files are read.
+        output: the model's folder.
+    """
+    recipe, examined = step.recipe, step.examined
     donor = step.inputs.donor
     dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
     sidecars = write_sidecars(
@@ -141,10 +162,7 @@ def make(
         tokenizer=_tokenizer_files(examined.tokens.carried, folders),
         config=_stacked_config(step, folders) if recipe.slices else None,
     )
-    shards = {name: result.sha256 for name, result in found.items()}
-    tensors = [tensor for shard in planned.shards for tensor in shard.tensors]
-    parameters = {tensor.output.name: tensor.output.n_elements for tensor in tensors}
-    return MergedModel(planned.digest, output, shards, sidecars, parameters)
+    return MergedModel(planned.digest, output, found, sidecars, _output_sizes(planned))
 
 
 def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
@@ -206,10 +224,15 @@ def _write(
 ) -> dict[str, ShardResult]:
     output.mkdir(parents=True, exist_ok=True)
     execution = step.execution
-    device = execution.device if execution.device.startswith("cuda") else None
     planned = planned.allowing_nan if execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, folders, output, execution.workers, advance, device)
+        found = run(planned, folders, output, execution.workers, advance, execution.merge_device)
+    say_mended(step, found)
+    return found
+
+
+def say_mended(step: Step, found: Mapping[str, ShardResult]) -> None:
+    """Tell which sources hold NaN or infinity, where that is allowed."""
     mended = Counter[str]()
     for result in found.values():
         mended.update(result.mended)
@@ -217,7 +240,6 @@ def _write(
         step.progress.say(
             f"{n_tensors} tensors of {label} hold NaN or infinity, which counts as the base's."
         )
-    return found
 
 
 def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFiles | None:
@@ -234,6 +256,8 @@ def _tokenizer_files(carried: Carried | None, folders: Folders) -> TokenizerFile
 
 def sizes(step: Step) -> dict[str, int]:
     """The number of elements of each tensor of the merge."""
+    if step.recipe.slices:
+        return _output_sizes(plan_of(step, None))
     tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
     alignment = step.examined.tokens.alignment
     return {name: prod(shape(alignment, tensor)) for name, tensor in tensors.items()}
@@ -244,14 +268,19 @@ def uniform_twin(step: Step, schedule: DensitySchedule) -> DensitySchedule:
     return schedule.uniform_twin(sizes(step))
 
 
+def _output_sizes(planned: MergePlan) -> dict[str, int]:
+    outputs = [tensor.output for shard in planned.shards for tensor in shard.tensors]
+    return {output.name: output.n_elements for output in outputs}
+
+
 def _densities(
-    schedule: DensitySchedule | None, checkpoints: Mapping[str, Checkpoint]
+    schedule: DensitySchedule | None, names: Callable[[str], Iterable[str]]
 ) -> Schedule | None:
     """Every tensor's density, those that the guide leaves alone included; none of weights alone."""
     if schedule is None:
         return None
     return {
-        expert.source: {name: expert.density(name) for name in checkpoints[expert.source].tensors}
+        expert.source: {name: expert.density(name) for name in names(expert.source)}
         for expert in schedule.experts
         if expert.tensors
     }

@@ -114,7 +114,11 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
     adapted = [t.adapted for one in checkpoints for t in one.tensors.values() if t.adapted]
     updates = [one.update for one in adapted if one.update]
     narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)
-    if recipe.merge_method in (AVERAGED, *FUSED) and not needs_grams(recipe):
+    rescales = (
+        recipe.merge_method == "ties" and recipe.parameters.get("rescale", False) is not False
+    )
+    by_definition = rescales or needs_grams(recipe)
+    if recipe.merge_method in (AVERAGED, *FUSED) and not by_definition:
         return ENGINE_BYTES + narrow_bytes
     largest = max((t.n_elements for t in output.tensors.values()), default=0)
     held_bytes = (4 * len(checkpoints) + 8 * DEFINED_COPIES) * largest

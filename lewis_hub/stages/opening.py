@@ -1,14 +1,18 @@
-"""Open: a source's configuration and headers. 8-bit floats become float32, others are refused."""
+"""Open: a source's configuration and headers. What is quantised becomes float32, or is refused."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.eight_bit import scaled
-from lewis_hub.checkpoint.quantisation import read_quantisation, signs
+from lewis_hub.checkpoint.four_bit import bits_and_bytes
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.integers import unpacked
+from lewis_hub.checkpoint.quantisation import Quantisation, read_quantisation, signs
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
@@ -21,6 +25,14 @@ from lewis_hub.stages.sources import Inputs
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+CALLED = {  # codes of quantised tensors
+    "F8_E4M3": "8-bit floats",
+    "I8": "8-bit integers",
+    "INT8": "8-bit integers",
+    "I4": "4-bit integers",
+    "NF4": "4-bit normal floats",
+    "FP4": "4-bit floats",
+}
 MODELOPT = "hf_quant_config.json"
 
 
@@ -29,7 +41,7 @@ class Opened:
     """What is known of a whole model before its weights are read.
 
     Attributes:
-        checkpoint: as it is merged: 8-bit floats in float32, without their scales. It has no
+        checkpoint: as it is merged: what is quantised in float32, without scales. It has no
             tensors where the weights are pickles, which nobody has looked into yet.
         problem: why it cannot be merged; None: it can.
     """
@@ -56,11 +68,25 @@ def open_model(api: HfApi, source: Source) -> Opened:
     beside = read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
     if found is None or found.is_read:
-        checkpoint = scaled(checkpoint, found.block) if found else scaled(checkpoint)
+        plain = Quantisation("none", is_read=True)
+        checkpoint = _dequantised(api, source, checkpoint, found or plain)
     how = found.method if found and not found.is_read else None
     if how is None and (sign := signs(checkpoint)):
         how = f"it holds {sign}"
     return Opened(config, checkpoint, _refusal(api, source, how, config) if how else None)
+
+
+def _dequantised(
+    api: HfApi, source: Source, checkpoint: Checkpoint, found: Quantisation
+) -> Checkpoint:
+    """The headers as if the model had never been quantised."""
+
+    def read(tensor: TensorHeader) -> bytes:
+        stop = tensor.start + tensor.n_bytes
+        return read_range(api, source, tensor.shard, tensor.start, stop)
+
+    loose = bits_and_bytes(scaled(checkpoint, found.block), read)
+    return unpacked(loose, found.block, found.n_packed_bits) if found.integers else loose
 
 
 def ties(config: Mapping[str, Any]) -> bool | None:
@@ -70,15 +96,15 @@ def ties(config: Mapping[str, Any]) -> bool | None:
     return None if found is None else bool(found)
 
 
-def eight_bit_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]) -> list[str]:
-    """What becomes of 8-bit floats; `opened` is by pinned source."""
+def quantised_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]) -> list[str]:
+    """What becomes of quantised tensors; `opened` is by pinned source."""
     notes = []
     for source in dict.fromkeys(inputs.models):
         model = opened.get(source.pinned)
         tensors = model.checkpoint.tensors.values() if model and not model.problem else ()
-        if n := sum(tensor.scaled is not None for tensor in tensors):
-            text = f"{source.name} holds {n} tensors as 8-bit floats with scales: they are read as "
-            text += "float32, each value times its scale"
+        for codes, n in Counter(tensor.scaled.codes for tensor in tensors if tensor.scaled).items():
+            text = f"{source.name} holds {n} tensors as {CALLED[codes]} with scales: they are read "
+            text += "as float32, each value times its scale"
             if source is inputs.donor and recipe.output_dtype is None:
                 text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
             notes.append(f"{text}.")

@@ -1,34 +1,44 @@
-"""Report: plots, card, lock and costs of a finished merge."""
+"""Report: plots, lock and costs of a finished merge, and what tells of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from lewis_hub import __version__
-from lewis_hub.errors import LewisHubError, PublishError
+from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
+from lewis_hub.guides import registry as guides
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.report.card import model_card
+from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.cost import Costs
-from lewis_hub.report.facts import CardFacts, Guided
-from lewis_hub.report.lock import Lock, LockedInput, OutputFile, can_change_the_result
+from lewis_hub.report.lock import FILE as LOCK
+from lewis_hub.report.lock import (
+    Lock,
+    LockedData,
+    LockedInput,
+    OutputFile,
+    can_change_the_result,
+)
+from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
+from lewis_hub.report.provenance import FILE as PROVENANCE
+from lewis_hub.report.provenance import Run, provenance
+from lewis_hub.stages import describing
 from lewis_hub.stages.calibration import Guidance
 from lewis_hub.stages.carrying import carry_tasks, pin_calibration, task_folders
 from lewis_hub.stages.evaluation import Scored
-from lewis_hub.stages.execution import Step
+from lewis_hub.stages.execution import Step, software
 from lewis_hub.stages.merging import MergedModel
-from lewis_hub.stages.slicing import pinned_slices, stacked_blocks
+from lewis_hub.stages.slicing import pinned_slices
 from lewis_hub.stages.sources import (
     Inputs,
     by_reference,
@@ -39,10 +49,6 @@ from lewis_hub.stages.sources import (
 )
 from lewis_hub.stages.statistics import Gathered
 from lewis_hub.stages.task_data import PinnedTask
-
-SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
-COST, GATE = UNLOCKED = ("cost.json", "gate.json")
-MERGEKIT = "mergekit_config.yml"
 
 
 def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -91,24 +97,31 @@ def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, inputs: Inputs) -> None
 
 
 def lock(
-    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, outputs: Mapping[str, OutputFile]
+    recipe: Recipe,
+    inputs: Inputs,
+    max_shard_bytes: int,
+    outputs: Mapping[str, OutputFile],
+    rows: Sequence[tuple[int, ...]] = (),
 ) -> Lock:
-    """What is merged, and what came out; without outputs, what will be merged."""
+    """What is merged, and what came out; without outputs and rows, what will be merged."""
+    calibrated = calibrations(recipe)
+    drawn: Sequence[tuple[int, ...] | None] = rows or [None] * len(calibrated)
     inputs_locked = [_locked(source, source is inputs.base) for source in inputs.models]
     return Lock(
         inputs=tuple(inputs_locked),
         calibration=tuple(
-            locked
-            for calibration in calibrations(recipe)
-            for locked in _locked_data(inputs.data_of(calibration))
+            _locked_data(inputs.data_of(calibration), calibration, own)
+            for calibration, own in zip(calibrated, drawn, strict=True)
         ),
         recipe=pinned(recipe, inputs),
         method=recipe.merge_method,
+        method_version=registry.find(recipe.merge_method).version,
         guide=recipe.guide.name if recipe.guide else None,
+        guide_version=guides.find(recipe.guide.name).version if recipe.guide else None,
         seed=recipe.seed,
         max_shard_bytes=max_shard_bytes,
         outputs=outputs,
-        software={"lewis_hub": __version__} | _software(),
+        software=software(),
     )
 
 
@@ -143,33 +156,38 @@ def write(
     own.mkdir(exist_ok=True)
     plots = write_guidance(own, guidance) if guidance else ()
     recipe = _yaml(pinned(step.recipe, step.inputs))
-    texts = {"recipe.yaml": recipe, COST: costs.to_json()}
+    texts = {"recipe.yaml": recipe}
     if scored:
         texts |= {"scores.json": scored.scores.to_json(), "items.json": scored.items.to_json()}
-    if scored and scored.gate:
-        texts[GATE] = scored.gate.to_json()
     for name, text in texts.items():
         write_whole(own / name, text)
-    documents = _documents(guidance) if guidance else ()
-    names = [name for name in (*texts, *documents) if name not in UNLOCKED]
+    beside = {COSTS: costs.to_json()}
+    if scored and scored.gate:
+        beside[GATE] = scored.gate.to_json()
+    for name, text in beside.items():
+        write_whole(folder / name, text)
+    names = [*texts, *(_documents(guidance) if guidance else ())]
     names += [file for plot in plots for file in plot.files]
     names += carry_tasks(step.recipe, own)
-    written = [*merged.shards, *merged.sidecars, *(f"lewis/{name}" for name in names)]
-    outputs = {name: _output(folder / name, merged.shards.get(name)) for name in written}
+    written = [*merged.sidecars, *(f"lewis/{name}" for name in names)]
+    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
+    outputs |= {name: _output(folder / name) for name in written}
     told = _mergekit(step, guidance)
     if told:
         write_whole(folder / MERGEKIT, told)
-        outputs[MERGEKIT] = _output(folder / MERGEKIT, None)
-    locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs)
-    write_whole(own / "lock.json", locked.to_json())
-    guided = _guided(step, guidance, plots)
-    facts = _facts(step, merged, guided, scored, costs, locked)
-    card = model_card(replace(facts, measured=gathered.measured, notes=gathered.notes))
-    write_whole(folder / "README.md", str(card))
-    # what a run cost, and what its result was held against, is no part of what was merged: the
-    # same merge has the same lock
-    beside = [f"lewis/{name}" for name in texts if name in UNLOCKED]
-    return (*outputs, *beside, "lewis/lock.json", "README.md")
+        outputs[MERGEKIT] = _output(folder / MERGEKIT)
+    rows = guidance.rows if guidance and guidance.rows else gathered.rows
+    locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
+    write_whole(folder / LOCK, locked.to_json())
+    run = Run(costs.began, datetime.now(UTC))
+    write_whole(folder / PROVENANCE, provenance(locked, run))
+    guided = describing.guided(step, guidance, plots)
+    facts = describing.card_facts(step, merged, guided, scored, costs, locked)
+    facts = replace(facts, measured=gathered.measured, notes=gathered.notes)
+    described = describing.describe(step, folder, facts, scored)
+    # what a run cost, when it ran and what its result was held against is no part of what was
+    # merged: equal merges have equal locks
+    return (*outputs, *beside, LOCK, PROVENANCE, *described)
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
@@ -193,84 +211,12 @@ def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
     return mergekit_config(merge)
 
 
-def _guided(step: Step, guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
-    if guidance is None or step.recipe.guide is None:
-        return None
-    name = step.recipe.guide.name
-    return Guided(name, guidance.profile, guidance.schedule, guidance.notes, plots)
-
-
-def _facts(
-    step: Step,
-    merged: MergedModel,
-    guided: Guided | None,
-    scored: Scored | None,
-    costs: Costs,
-    locked: Lock,
-) -> CardFacts:
-    recipe, inputs, examined = step.recipe, step.inputs, step.examined
-    repo = recipe.publish.repo if recipe.publish else None
-    chosen = recipe.publish.license if recipe.publish else None
-    return CardFacts(
-        title=repo.partition("/")[2] if repo else "Merged model",
-        repo=repo,
-        endpoint=step.api.endpoint,
-        base=inputs.base,
-        experts=inputs.experts,
-        models=examined.facts,
-        datasets=inputs.calibration_data,
-        parameters=merged.parameters,
-        dtype=recipe.output_dtype,
-        method=registry.find(recipe.merge_method),
-        guided=guided,
-        scores=scored.scores if scored else None,
-        gate=scored.gate if scored else None,
-        costs=tuple(costs.stages),
-        recipe=_yaml(locked.recipe),
-        licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
-        chat=_chats(merged.folder),
-        custom_code=inputs.donor.name in recipe.allow_code,
-        mergekit=MERGEKIT in locked.outputs,
-        digest=locked.digest,
-        software=locked.software,
-        stack=stacked_blocks(recipe, inputs),
-    )
-
-
-def _chats(folder: Path) -> bool:
-    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
-    config = folder / "tokenizer_config.json"
-    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return inside or (folder / "chat_template.jinja").exists()
-
-
-def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """What follows from the parents; nothing where they differ and nobody decided."""
-    try:
-        return combined_licence(facts, chosen)
-    except PublishError:
-        return None
-
-
-def _output(path: Path, sha256: str | None) -> OutputFile:
-    known = sha256 or sha256_of(path)
-    return OutputFile(known, path.stat().st_size)
+def _output(path: Path) -> OutputFile:
+    return OutputFile(sha256_of(path), path.stat().st_size)
 
 
 def _yaml(document: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
-
-
-def is_this_merge(output: Path, planned: Lock) -> bool:
-    """Whether a folder holds this very merge, scored as the recipe asks."""
-    try:
-        found = Lock.from_json((output / "lewis" / "lock.json").read_text(encoding="utf-8"))
-    except (OSError, LewisHubError):
-        return False
-    same = found.digest == planned.digest
-    return same and all(
-        found.recipe.get(k) == planned.recipe.get(k) for k in ("evaluate", "publish")
-    )
 
 
 def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
@@ -279,21 +225,16 @@ def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 
 
-def _locked_data(data: Source | PinnedTask) -> list[LockedInput]:
+def _locked_data(
+    data: Source | PinnedTask, asked: Calibration, rows: tuple[int, ...] | None
+) -> LockedData:
     """A dataset's files (a card says which make up a split), or a task's and those of its data."""
     if isinstance(data, Source):
         files = {file.path: file.digest for file in data.files}
-        return [LockedInput(data.name, "calibration", data.revision, data.commit_sha, files)]
-    name, digest = data.selection.names[0], data.digest
-    task = LockedInput(f"task {name}", "calibration", None, digest, {"task files": digest})
-    return [task, *(locked for source in data.datasets for locked in _locked_data(source))]
-
-
-def _software() -> dict[str, str]:
-    found = {}
-    for name in SOFTWARE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        name, revision, sha = data.name, data.revision, data.commit_sha
+    else:
+        files = {"task files": data.digest}
+        for number, source in enumerate(data.datasets):
+            files |= {f"data {number}: {file.path}": file.digest for file in source.files}
+        name, revision, sha = f"task {data.selection.names[0]}", asked.revision, data.digest
+    return LockedData(name, revision, sha, files, asked.config, asked.split, rows)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.configuration import Model, Origin, stacked_config
 from lewis_hub.merge.cutting import count_blocks
-from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.plan import MergePlan, MergeSource
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelReference, Recipe, Slice, SliceSource
@@ -18,13 +21,19 @@ from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.stages.sources import Inputs, by_reference
 
 
-def stack(recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> StackSettings:
+def stack(
+    recipe: Recipe,
+    inputs: Inputs,
+    checkpoints: Mapping[str, Checkpoint],
+    alignment: Alignment | None,
+) -> StackSettings:
     """Say what is stacked.
 
     Args:
         recipe: with slices.
         inputs: pinned.
         checkpoints: pinned source -> its headers.
+        alignment: of vocabularies that differ.
 
     Raises:
         MergeError: a slice does not list the base that its method starts from.
@@ -53,7 +62,47 @@ def stack(recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint])
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         seed=recipe.seed,
+        alignment=alignment,
     )
+
+
+def at_the_ends(recipe: Recipe, inputs: Inputs) -> Inputs:
+    """The models whose embeddings, final norm or head become the stack's, and the donor."""
+    sources = by_reference(recipe, inputs)
+    ends = [one.model for piece in (recipe.slices[0], recipe.slices[-1]) for one in piece.sources]
+    used = {inputs.donor, *(sources[model] for model in ends)}
+    return replace(inputs, experts=tuple(one for one in inputs.experts if one in used))
+
+
+def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
+    """Densities of whole models as those of a stack: by the names in the output.
+
+    Args:
+        schedule: by the names that tensors have in the sources.
+        planned: of the stack.
+    """
+    found: dict[str, dict[str, float]] = {one.source: {} for one in schedule.experts}
+    given = {one.source: one.tensors for one in schedule.experts}
+    for shard in planned.shards:
+        for tensor in shard.tensors:
+            for header, i in zip(tensor.inputs, tensor.sources, strict=True):
+                source = shard.labels[i]
+                if header.name in given.get(source, {}):
+                    found[source][tensor.output.name] = given[source][header.name]
+    return DensitySchedule(
+        tuple(replace(one, tensors=found[one.source]) for one in schedule.experts)
+    )
+
+
+def uncompared(inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """Models that a guide cannot hold against the base, block by block."""
+    depths = {source: count_blocks(checkpoints[source.pinned]) for source in inputs.models}
+    return [
+        f"guide: {expert.name} has {depths[expert]} blocks, its base {depths[inputs.donor]}: their "
+        "importance cannot be compared block by block. Use guide `uniform`, or give `density`."
+        for expert in inputs.experts
+        if depths[expert] != depths[inputs.donor]
+    ]
 
 
 def stacked_blocks(recipe: Recipe, inputs: Inputs) -> tuple[StackedBlocks, ...]:
@@ -95,14 +144,17 @@ def outline(
     inputs: Inputs,
     checkpoints: Mapping[str, Checkpoint],
     configs: Mapping[str, Mapping[str, Any]],
+    alignment: Alignment | None,
 ) -> Checkpoint:
     """The stack as a checkpoint that is not there yet; the arguments are those of `configuration`.
+
+    Beside them `alignment`, of vocabularies that differ.
 
     Raises:
         MergeError: it cannot be made, or not be told in a `config.json`.
     """
     configuration(recipe, inputs, checkpoints, configs)
-    planned = make_stacked_plan(stack(recipe, inputs, checkpoints), max_shard_bytes=1 << 40)
+    planned = make_stacked_plan(stack(recipe, inputs, checkpoints, alignment), 1 << 40)
     made = [(layout.name, tensor) for layout in planned.layouts for tensor in layout.tensors]
     headers = [
         TensorHeader(tensor.name, tensor.dtype, tensor.shape, shard, 0, tensor.n_bytes)

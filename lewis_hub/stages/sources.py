@@ -171,7 +171,7 @@ def source_of(recipe: Recipe, inputs: Inputs, name: str) -> Source:
     return next(expert for entry, expert in entries if entry.model == reference)
 
 
-def resolve_one(reference: ModelReference, api: HfApi) -> Source:
+def resolve_one(reference: ModelReference, api: HfApi, *, allow_pickle: bool = False) -> Source:
     """Pin one model that is named on its own.
 
     Raises:
@@ -181,7 +181,8 @@ def resolve_one(reference: ModelReference, api: HfApi) -> Source:
         problem = "this puts a LoRA adapter on a model, which only a merge does"
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
         raise SourceError(str(reference), problem, remedy)
-    return _whole(resolve_model(api, reference.name, reference.revision))
+    found = resolve_model(api, reference.name, reference.revision, allow_pickle=allow_pickle)
+    return _whole(with_converted(found, code=False))
 
 
 def _whole(source: Source) -> Source:

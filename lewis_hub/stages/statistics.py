@@ -20,6 +20,7 @@ from lewis_hub.report.facts import Measured
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable
 from lewis_hub.stages.sources import widest_input
+from lewis_hub.stages.translating import translated
 
 N_SHOWN = 3  # tensors that a note names
 
@@ -31,12 +32,14 @@ class Gathered:
     Attributes:
         folders: label of the statistics -> folder with their files.
         measured: what they were gathered on.
+        rows: of each expert, the rows of its data.
         notes: what a user should know about them.
     """
 
     statistics: tuple[Statistics, ...] = ()
     folders: Folders = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -54,7 +57,10 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
     """
     widest, inputs = widest_input(step.recipe), step.inputs
     subjects = [
-        Subject(e.pinned, inputs.content(e), "expert", folders[e.pinned], (own,))
+        Subject(
+            *(e.pinned, inputs.content(e), "expert", folders[e.pinned]),
+            (translated(step, e, own),),
+        )
         for e, own in zip(inputs.experts, sets, strict=True)
     ]
     places = [_place(scratch, subject, widest) for subject in subjects]
@@ -83,6 +89,7 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
         known,
         {one.label: place for one, place in zip(known, places, strict=True)},
         tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects),
+        tuple(one.tokens.rows for one in sets),
         notes,
     )
 

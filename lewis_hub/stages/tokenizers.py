@@ -13,6 +13,7 @@ from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.vocabularies import rows_of
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.vocabulary.tokens import FILES, Vocabulary, json_object, read_vocabulary
+from lewis_hub.vocabulary.translation import Translation
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,12 +39,12 @@ class Tokens:
     Attributes:
         carried: None: the base's tokenizer as it is.
         alignment: None where row i means the same in all sources.
-        strangers: sources that do not understand the ids that the base's tokenizer gives.
+        translations: what the base's ids are in a source; none where they mean the same there.
     """
 
     carried: Carried | None = None
     alignment: Alignment | None = None
-    strangers: tuple[str, ...] = ()
+    translations: Mapping[str, Translation] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -5,28 +5,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
 from lewis_hub.checkpoint.reader import INDEX
 from lewis_hub.errors import OutputError
+from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of
+from lewis_hub.hub.change import SIGNATURE
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.report.changelog import FILE as CHANGELOG
+from lewis_hub.report.cost import FILE as COSTS
+from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.page import FILE as REPORT
+from lewis_hub.report.provenance import FILE as PROVENANCE
+from lewis_hub.report.provenance import is_provenance_of
+from lewis_hub.stages.signing import problem_with
 from lewis_hub.stages.sources import calibrations
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-LOCK = "lewis/lock.json"
 NOTHING = OutputFile("no such file", 0)
-TOLD = ("lewis/cost.json", "lewis/gate.json", "README.md")  # of one run, not of the merge
-UNLOCKED = frozenset({LOCK, *TOLD, ".gitattributes"})
+# What only tells of a merge, and pictures: their owner may change them, and nothing loads them.
+UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, REPORT, SIGNATURE, "README.md"})
+PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -36,11 +46,13 @@ class Verdict:
     Attributes:
         problems: files that are not as the lock says; none means that all are.
         n_files: that were held against it.
+        signature: whether there is one and, where a key was given, that it holds.
     """
 
     lock: Lock
     problems: tuple[str, ...]
     n_files: int
+    signature: Literal["none", "unchecked", "holds", "broken"]
 
 
 def read_lock(source: Source, api: HfApi) -> Lock:
@@ -77,20 +89,45 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
     return recipe.placed_in(source.folder / "lewis") if source.folder else recipe
 
 
-def verify_files(source: Source, lock: Lock, api: HfApi, progress: Progress) -> Verdict:
-    """Hold every file against the lock. No weight is downloaded: the Hub tells their digests."""
+def verify_files(
+    source: Source, lock: Lock, api: HfApi, progress: Progress, public_key: Path | None
+) -> Verdict:
+    """Hold every file against the lock. No weight is downloaded: the Hub tells their digests.
+
+    Args:
+        source: what a merge made.
+        lock: its own.
+        api: the Hub.
+        progress: told how far it is.
+        public_key: PEM file; None: a signature is not looked into.
+
+    Raises:
+        SignatureError: the key cannot be used.
+        ExtraMissingError: there is a key, and model-signing is not installed.
+    """
     problems: list[str] = []
     total = sum(file.n_bytes for file in lock.outputs.values())
+    found: dict[str, str] = {}
     with progress.stage("Verifying", total, "bytes") as advance:
         for path, expected in lock.outputs.items():
-            problems += _problems(source, path, expected, api)
+            if file := source.file(path):
+                found[path] = _sha256(source, path, file.digest, api)
+            problems += _problems(file, expected, path, found.get(path))
             advance(expected.n_bytes)
     problems += [
         f"{file.path}: it is no part of the merge."
         for file in source.files
-        if file.path not in lock.outputs and file.path not in UNLOCKED
+        if file.path not in lock.outputs and not _may_be_added(file.path)
     ]
-    return Verdict(lock, tuple(problems), len(lock.outputs))
+    told = read_small(api, source, PROVENANCE)
+    if told is None or not is_provenance_of(told.decode("utf-8", "replace"), lock):
+        what = "missing" if told is None else "not what the lock says"
+        problems.append(f"{PROVENANCE}: it is {what}.")
+    if public_key is None:
+        return Verdict(lock, tuple(problems), len(lock.outputs), _signature_in(source))
+    broken = _problem_with_signature(source, api, found, public_key)
+    problems += [f"{SIGNATURE}: {broken}."] if broken else []
+    return Verdict(lock, tuple(problems), len(lock.outputs), "broken" if broken else "holds")
 
 
 def compare_weights(lock: Lock, made: Lock) -> tuple[str, ...]:
@@ -105,17 +142,36 @@ def compare_weights(lock: Lock, made: Lock) -> tuple[str, ...]:
     )
 
 
-def _problems(source: Source, path: str, expected: OutputFile, api: HfApi) -> Iterator[str]:
-    file = source.file(path)
-    if file is None:
+def _may_be_added(path: str) -> bool:
+    """Whether a file that the merge did not make may lie beside it."""
+    hidden = any(part.startswith(".") for part in path.split("/"))
+    return path in UNLOCKED or hidden or path.lower().endswith(PICTURES)
+
+
+def _problems(
+    file: SourceFile | None, expected: OutputFile, path: str, found: str | None
+) -> Iterator[str]:
+    if file is None or found is None:
         yield f"{path}: it is missing."
-        return
-    if file.size_bytes != expected.n_bytes:
+    elif file.size_bytes != expected.n_bytes:
         yield f"{path}: it has {file.size_bytes:,} bytes, the lock says {expected.n_bytes:,}."
-        return
-    found = _sha256(source, path, file.digest, api)
-    if found != expected.sha256:
+    elif found != expected.sha256:
         yield f"{path}: its sha256 is {_short(found)}, the lock says {_short(expected.sha256)}."
+
+
+def _signature_in(source: Source) -> Literal["none", "unchecked"]:
+    return "none" if source.file(SIGNATURE) is None else "unchecked"
+
+
+def _problem_with_signature(
+    source: Source, api: HfApi, found: dict[str, str], public_key: Path
+) -> str | None:
+    signature = read_small(api, source, SIGNATURE)
+    if signature is None:
+        return "there is none, and a key was given"
+    others = [file for file in source.files if file.path not in found]
+    known = {file.path: _sha256(source, file.path, file.digest, api) for file in others}
+    return problem_with(signature, found | known, public_key)
 
 
 def _sha256(source: Source, path: str, digest: str, api: HfApi) -> str:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import TokenizerError
-from lewis_hub.guides import registry
 from lewis_hub.merge.vocabularies import by_row, token_tensors
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.embeddings import assembled
-from lewis_hub.stages.sources import Inputs, needs_grams, source_of
+from lewis_hub.stages.slicing import at_the_ends
+from lewis_hub.stages.sources import Inputs, measures_on_texts, source_of
 from lewis_hub.stages.tokenizers import Carried, Sources, Tokens
 from lewis_hub.vocabulary import files
 from lewis_hub.vocabulary.tokens import disagreement
+from lewis_hub.vocabulary.translation import translation
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -37,6 +38,8 @@ def examine_tokens(
     tensors = token_tensors(checkpoints[inputs.donor.pinned], n_tokens)
     sources = Sources(inputs, api, checkpoints, configs, tensors)
     asked = recipe.asked_tokenizer
+    if recipe.slices and not asked and not measures_on_texts(recipe):
+        sources = replace(sources, inputs=at_the_ends(recipe, inputs))
     try:
         found = assembled(recipe, asked, sources) if asked else _agreeing(sources)
         return _with_template(recipe, found, sources)
@@ -44,19 +47,15 @@ def examine_tokens(
         return Tokens(problems=(str(error),))
 
 
-def not_calibrated(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
-    """Calibration texts become ids once, by the base's tokenizer, and run through all sources."""
-    guide = recipe.guide
-    if guide and registry.find(guide.name).needs_texts:
-        measured = inputs.models
-    else:
-        measured = inputs.experts if needs_grams(recipe) else ()
+def calibration_notes(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
+    """Sources that may lack tokens of the calibration texts, which are not drawn yet."""
+    found = tokens.translations if measures_on_texts(recipe) else {}
     return [
-        f"calibration: {source.name} does not understand the ids of {inputs.donor.name}'s "
-        "tokenizer, which calibration texts are given in. Use guide `uniform` or none, a method "
-        "without statistics, or leave this model out."
-        for source in measured
-        if source.pinned in tokens.strangers
+        f"{source.name} lacks {_listed([*found[source.pinned].lacking.values()])} of "
+        f"{inputs.donor.name}, whose tokenizer cuts the calibration texts: a text that has one is "
+        "refused."
+        for source in dict.fromkeys(inputs.models)
+        if source.pinned in found and found[source.pinned].lacking
     ]
 
 
@@ -66,7 +65,7 @@ def _agreeing(sources: Sources) -> Tokens:
     base = sources.vocabulary(sources.base) if others else None
     if base is None:
         return Tokens()
-    problems, notes, strangers = [], [], []
+    problems, notes, translations = [], [], {}
     for source in others:
         own = sources.vocabulary(source)
         if own is None:
@@ -86,11 +85,11 @@ def _agreeing(sources: Sources) -> Tokens:
                 "`tokenizer_source: union` would keep them."
             )
         if clash or sources.rows(source) < base.n_rows:
-            strangers.append(source.pinned)
+            translations[source.pinned] = translation(base, own, sources.rows(source))
     every = [sources.checkpoints[source.pinned] for source in sources.inputs.models]
     differ = len({sources.rows(source) for source in sources.inputs.models}) > 1
     alignment = by_row(every[0], every, sources.tensors) if differ and not problems else None
-    return Tokens(None, alignment, tuple(strangers), tuple(problems), tuple(notes))
+    return Tokens(None, alignment, translations, tuple(problems), tuple(notes))
 
 
 def _with_template(recipe: Recipe, found: Tokens, sources: Sources) -> Tokens:

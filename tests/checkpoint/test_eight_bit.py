@@ -25,6 +25,7 @@ def checkpoint(*tensors):
         ((3, 2), (128, 128)),
         ((300, 1), (1, 200)),
         ((300,), (1, 200)),
+        ((300, 5), (1, 40)),
         ((1,), (60_000, 200)),
         ((), (60_000, 200)),
         ((1, 1), (60_000, 200)),
@@ -58,14 +59,15 @@ def test_scales_of_activations_and_caches_leave_with_those_of_the_weights():
     assert list(found.tensors) == ["a.weight"]
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (1, 200), (200,), (300, 2), (3, 2, 1)])
+@pytest.mark.parametrize("shape", [(2, 3), (1, 200), (200,), (300, 3), (300, 0), (3, 2, 1)])
 def test_a_scale_that_does_not_fit_is_told(shape):
     with pytest.raises(BrokenCheckpointError) as caught:
         scaled(checkpoint(WEIGHT, ("a.weight_scale_inv", "F32", shape)))
 
     assert str(caught.value) == (
         f"me/model: model.safetensors: `a.weight_scale_inv` has shape {list(shape)}, which fits "
-        "a.weight of shape [300, 200] neither by tensor, by row, nor by blocks of [128, 128].\n"
+        "a.weight of shape [300, 200] neither by tensor, by row, by group, nor by blocks of "
+        "[128, 128].\n"
         "Use an intact copy, or the model that it was quantised from."
     )
 

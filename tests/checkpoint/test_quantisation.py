@@ -49,15 +49,18 @@ READ = {
         (128, 64),
     ),
     "ModelOpt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, (128, 128)),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, (128, 128)),
 }
 REFUSED = {
     "gptq": {"quant_method": "gptq", "bits": 4},
     "awq": {"quant_method": "awq", "bits": 4},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "mxfp4": {"quant_method": "mxfp4"},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    "compressed-tensors": compressed(kind="int", form="int-quantized"),
-    "compressed-tensors packed": compressed(kind="int", bits=4, form="pack-quantized"),
+    "compressed-tensors of 3 bits": compressed(kind="int", bits=3, form="pack-quantized"),
+    "compressed-tensors without groups": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+    },
     "compressed-tensors nvfp4": compressed(bits=4, form="nvfp4-pack-quantized"),
     "compressed-tensors mixed": compressed(form="mixed-precision"),
     "compressed-tensors sparse": compressed(sparsity_config={"format": "sparse-24-bitmask"}),
@@ -68,7 +71,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_8_bit_floats_with_scales_are_read(kind):
+def test_8_bit_floats_with_scales_and_what_tells_of_itself_are_read(kind):
     told, block = READ[kind]
 
     found = read_quantisation({"model_type": "llama", "quantization_config": told})
@@ -82,7 +85,43 @@ def test_every_other_quantisation_is_not(kind):
 
     assert found
     assert not found.is_read
-    assert found.method == REFUSED[kind].get("quant_method", "unknown")
+    told = REFUSED[kind].get("quant_method", "unknown")
+    form = f", {REFUSED[kind]['format']}" if told == "compressed-tensors" else ""
+    assert found.method == told + form
+
+
+INTEGERS = {
+    "int-quantized": (compressed(kind="int", form="int-quantized"), None),
+    "naive-quantized": (compressed(kind="int", form="naive-quantized"), None),
+    "packed, 4 bits": (compressed(kind="int", bits=4, form="pack-quantized"), 4),
+    "packed, 8 bits": (compressed(kind="int", form="pack-quantized"), 8),
+}
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_of_compressed_tensors_are_read_with_their_bits(kind):
+    told, n_bits = INTEGERS[kind]
+
+    found = read_quantisation({"quantization_config": told})
+
+    assert found == Quantisation(
+        "compressed-tensors", is_read=True, integers=True, n_packed_bits=n_bits
+    )
+
+
+def test_groups_of_several_kinds_are_read_where_packed_ones_have_one_width():
+    def groups(*bits):
+        each = {"type": "int", "num_bits": 8}
+        packed = [{"format": "pack-quantized", "weights": each | {"num_bits": n}} for n in bits]
+        loose = {"format": "float-quantized", "weights": {"type": "float", "num_bits": 8}}
+        return compressed(form="mixed-precision") | {
+            "config_groups": {str(i): group for i, group in enumerate([loose, *packed])}
+        }
+
+    assert read_quantisation({"quantization_config": groups(4)}).n_packed_bits == 4
+    mixed = read_quantisation({"quantization_config": groups(4, 8)})
+    assert not mixed.is_read
+    assert mixed.method == "compressed-tensors, float-quantized and pack-quantized"
 
 
 def test_it_is_found_under_its_older_name_in_a_part_and_beside_the_configuration():

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from lewis_hub.checkpoint.layout import OutputTensor, lay_out
-from lewis_hub.checkpoint.writer import ShardWriter, require_room
+from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.errors import OutputError
-from lewis_hub.files import sha256_of
+from lewis_hub.files import require_room, sha256_of
 
 
 def layout(*sizes):
@@ -66,7 +66,7 @@ def test_the_file_has_its_full_size_before_any_tensor_is_written(tmp_path):
 
 def test_a_full_disk_is_told_before_any_work(tmp_path):
     with pytest.raises(OutputError, match=r"the merged weights need \d+\.00 GB, .* GB are free"):
-        require_room(tmp_path, 10**17)
+        require_room(tmp_path, 10**17, "the merged weights", "name another folder")
     with pytest.raises(OutputError, match="it cannot be written .*(too large|No space)"):
         ShardWriter(tmp_path, layout(2**62))
 

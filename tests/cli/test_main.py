@@ -134,7 +134,7 @@ def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
         (("mrege",), "No such command 'mrege'"),
         (
             ("push", ".", "my model"),
-            "Invalid value for 'REPO': expected owner/name such as me/my-merge, found 'my model'",
+            "Invalid value for '[REPO]': expected owner/name such as me/my-merge, found 'my model'",
         ),
         (
             ("merge", "--repo", "$(id)/x"),
@@ -155,3 +155,19 @@ def test_schema_prints_the_json_schema(tmp_path):
     done = run("schema", cwd=tmp_path)
 
     assert json.loads(done.stdout)["title"] == "Recipe"
+
+
+def test_warnings_of_libraries_are_kept_off_the_terminal_and_ours_are_not():
+    code = """
+import sys, warnings
+from lewis_hub.cli import main
+sys.argv = ["lewis-hub", "--version"]
+main._run()
+warnings.warn_explicit("theirs", UserWarning, "a.py", 1, module="torch.nn")
+warnings.warn_explicit("ours", UserWarning, "b.py", 1, module="lewis_hub.merge.engine")
+"""
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "ours" in done.stderr
+    assert "theirs" not in done.stderr

@@ -39,7 +39,7 @@ def test_init_writes_a_recipe_that_reads_back_as_it_was_asked(tmp_path):
     assert recipe.publish.repo == "me/mine"
 
 
-def test_init_gives_each_expert_its_own_calibration_when_there_is_one_for_each(tmp_path):
+def test_init_merges_by_statistics_when_there_is_a_calibration_for_each_expert(tmp_path):
     output = tmp_path / "recipe.yaml"
     words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2"]
     words += ["--calibration", "org/d1", "--calibration", "org/d2", "-o", str(output)]
@@ -51,6 +51,20 @@ def test_init_gives_each_expert_its_own_calibration_when_there_is_one_for_each(t
         "org/d1",
         "org/d2",
     ]
+    assert (recipe.merge_method, recipe.guide) == ("regmean", None)
+    assert recipe.parameters == {"off_diagonal": 0.5}
+
+
+def test_init_trims_by_a_guide_when_all_experts_share_a_calibration(tmp_path):
+    output = tmp_path / "recipe.yaml"
+    words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2"]
+    words += ["--calibration", "org/data", "-o", str(output)]
+
+    CliRunner().invoke(cli, words, catch_exceptions=False)
+
+    recipe = read_recipe(output)
+    assert (recipe.merge_method, recipe.guide.name) == ("ties", "lewis")
+    assert [entry.calibration for entry in recipe.models] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,7 @@ def test_init_calibrates_on_the_training_items_of_known_tasks(
     CliRunner().invoke(cli, words + [w for t in tasks for w in ("--task", t)])
 
     recipe = read_recipe(output)
-    shared = recipe.guide.calibration
+    shared = recipe.guide and recipe.guide.calibration
     assert (shared and (shared.task, shared.split)) == of_guide
     own = [entry.calibration for entry in recipe.models if entry.calibration]
     assert [(one.task, one.split) for one in own] == of_experts

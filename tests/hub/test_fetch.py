@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 from huggingface_hub import constants
 
-from lewis_hub.errors import SourceError
+from lewis_hub.errors import OutputError, SourceError
 from lewis_hub.hub.cache import cache_folder
 from lewis_hub.hub.fetch import CODE_FILES, bytes_to_download, fetch
 from lewis_hub.hub.resolve import resolve_model
@@ -131,12 +131,11 @@ def test_a_disk_that_is_too_full_is_told_before_the_download(api, source, monkey
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 3 * 10**7, 3 * 10**7)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
-    with pytest.raises(SourceError) as raised:
+    with pytest.raises(OutputError) as raised:
         fetch(api, source, pytest.fail)
 
     assert str(raised.value) == (
-        f"{source.pinned}: 0.01 GB to download, but only 0.03 GB are free in "
-        f"{constants.HF_HUB_CACHE}.\n"
+        f"{constants.HF_HUB_CACHE}: the files of {source.pinned} need 0.07 GB, 0.03 GB are free.\n"
         "Free some space, or set HF_HUB_CACHE to a folder on a larger disk."
     )
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,13 +75,30 @@ def test_a_cut_download_is_taken_up_where_it_ended(hub, api, push, no_pauses):
 
 
 def test_answers_can_be_late_and_slow(hub, push):
-    push("acme/base", {"a.txt": b"x" * 2000})
+    push("acme/base", {"a.txt": b"x" * 3000})
     hub.faults.delay_s, hub.faults.bytes_per_s = 0.05, 20_000.0
 
     start = time.monotonic()
     httpx.get(f"{hub.url}/acme/base/resolve/main/a.txt")
 
     assert time.monotonic() - start >= 0.15
+
+
+def test_bodies_share_one_bandwidth_in_both_directions(hub, api, push):
+    content = os.urandom(4000)
+    push("acme/base", {"a.bin": content})
+    hub.faults.bytes_per_s = 20_000.0
+
+    start = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        down = pool.submit(
+            httpx.get, f"{hub.url}/acme/base/resolve/main/a.bin", follow_redirects=True
+        )
+        up = pool.submit(httpx.post, f"{hub.url}/api/validate-yaml", content=bytes(4000))
+
+    assert down.result().content == content
+    assert up.result().status_code == 400
+    assert time.monotonic() - start >= 0.35
 
 
 def test_a_fault_strikes_only_what_it_names(hub, api, push):

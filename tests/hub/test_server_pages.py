@@ -168,3 +168,13 @@ def test_a_picture_keeps_no_attribute_but_its_own():
         '<p><picture><source media="(prefers-color-scheme: dark)" srcset="/r/d.png">'
         '<img src="/r/l.png" alt="a &quot; b" width="300"></picture></p>\n'
     )
+
+
+def test_comments_are_left_out_and_those_in_code_are_not():
+    shown = render(
+        "<!-- begin -->\n## A title\n\na<!-- b\nc -->d `<!-- e -->`\n\nf <!-- g", str, str
+    )
+
+    assert shown == (
+        "<p></p>\n<h2>A title</h2>\n<p>ad <code>&lt;!-- e --&gt;</code></p>\n<p>f &lt;!-- g</p>\n"
+    )

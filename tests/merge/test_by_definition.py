@@ -1,5 +1,7 @@
 """Methods without a kernel: the engine gives the bytes of their definitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,20 @@ def test_the_engine_gives_the_bytes_of_the_definition_on_any_runner(zoo, name):
         assert torch.equal(found.tensors[tensor], expected)
         assert torch.equal(threaded.tensors[tensor], expected)
     assert torch.equal(found.tensors["steps"], torch.arange(3))
+
+
+def test_ties_that_rescales_is_made_by_its_definition(zoo):
+    asked = settings(zoo, "ties")
+    asked = replace(asked, parameters={**asked.parameters, "rescale": True})
+
+    found = zoo.merge(asked, "inline", runner=inline())
+    threaded = zoo.merge(asked, "threads", shard=1000, runner=Threads(3, large_elements=100))
+
+    for tensor, expected in zoo.by_definition(found.plan).items():
+        assert torch.equal(found.tensors[tensor], expected)
+        assert torch.equal(threaded.tensors[tensor], expected)
+    plain = zoo.merge(settings(zoo, "ties"), "plain").tensors["model.layers.0.a"]
+    assert not torch.equal(found.tensors["model.layers.0.a"], plain)
 
 
 @pytest.mark.parametrize("name", ["nuslerp", "multislerp"])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.merge.change import PIECE, relative_changes
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.runners import inline, threads
@@ -10,10 +11,13 @@ A, B = "model.layers.0.q.weight", "model.layers.1.q.weight"
 
 @pytest.fixture
 def changes(zoo):
+    def local(label):
+        return TensorReader(zoo.folders[label], label)
+
     def measure(base, expert, tensors, runner=None):
         with (
-            open_source(base.label, base.checkpoint.base, zoo.folders) as first,
-            open_source(expert.label, expert.checkpoint.base, zoo.folders) as second,
+            open_source(base.label, base.checkpoint.base, local) as first,
+            open_source(expert.label, expert.checkpoint.base, local) as second,
         ):
             seen = []
             found = relative_changes(

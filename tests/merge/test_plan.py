@@ -44,7 +44,7 @@ def test_a_plan_says_per_tensor_dtype_weights_densities_and_options(zoo, sources
     assert found[Q].weights == (0.5, 1.0)
     assert found[Q].output.dtype == "F32"
     trim = {"trim": "magnitude", "trim_exponent": 1.0}
-    assert found[Q].options == {"normalize": True, "lambda": 1.0, **trim}
+    assert found[Q].options == {"normalize": True, "rescale": False, "lambda": 1.0, **trim}
     assert found[Q].streams == ()
     assert (found["steps"].is_copied, found["steps"].output.dtype) == (True, "I64")
 

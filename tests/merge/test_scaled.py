@@ -9,9 +9,11 @@ from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge import plain, scaling
 from lewis_hub.merge.adapted import AdapterReader
+from lewis_hub.merge.decoding import VALUES
+from lewis_hub.merge.operands import Decoding
 from lewis_hub.merge.plan import MergeSource
 from lewis_hub.merge.runners import Threads, inline, threads
-from lewis_hub.merge.scaled import BLOCK, VALUES, ScaledReader
+from lewis_hub.merge.scaled import BLOCK, ScaledReader
 
 E4M3 = torch.float8_e4m3fn
 
@@ -102,12 +104,15 @@ def test_every_pattern_is_what_torch_says():
 @pytest.mark.parametrize("block", [(128, 128), (1, 333), (99_900, 333), (7, 5)])
 @pytest.mark.parametrize("first", [0, 1, 332, 40_001])
 def test_the_kernel_and_numpy_agree(block, first):
-    raw = (torch.arange(50_000) * 7919 % 256).to(torch.uint8).numpy()
-    scales = normal(-(-300 // block[0]), -(-333 // block[1])).numpy()
+    codes = (torch.arange(50_000) * 7919 % 256).to(torch.uint8).numpy()
+    n = [-(-300 // block[0]), -(-333 // block[1])]
+    scales, zeros = normal(*n).numpy(), normal(*n, seed=1).numpy()
+    groups = (np.arange(333) // block[1]).astype(np.int32)[::-1].copy()
+    decoding = Decoding(VALUES, block[0], groups, scales, zeros)
     found, other = (np.empty(50_000, np.float32) for _ in range(2))
 
-    scaling.scale_up(raw, VALUES, first, (333, *block), scales, found)
-    plain.scale_up(raw, VALUES, first, (333, *block), scales, other)
+    scaling.scale_up(codes, first, decoding, found)
+    plain.scale_up(codes, first, decoding, other)
 
     np.testing.assert_array_equal(found, other)
     assert np.isnan(found).any()

@@ -16,6 +16,14 @@ def test_the_largest_and_the_smallest_entries_are_dropped():
     assert kept.tolist() == [0.0, 0.0, 7.0, -6.0, 5.0, 4.0, 0.0, 0.0]
 
 
+def test_what_is_kept_may_get_the_length_of_the_whole():
+    # the whole has 44, what is kept 22
+    kept = keep_band(VECTOR, 0.5, 0.25, rescale=True)
+
+    assert kept.tolist() == [0.0, 0.0, 14.0, -12.0, 10.0, 8.0, 0.0, 0.0]
+    assert keep_band(torch.zeros(4), 0.5, 0.0, rescale=True).tolist() == [0.0] * 4
+
+
 def test_fewer_outliers_are_dropped_where_the_density_leaves_no_room():
     # 6 of 8 are kept, so 2 outliers go, not 4
     assert keep_band(VECTOR, 0.75, 0.5).tolist() == [0.0, 0.0, *VECTOR[2:].tolist()]

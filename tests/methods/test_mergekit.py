@@ -79,7 +79,13 @@ CASES = {
     "task_arithmetic": f"{WEIGHED_FROM_BASE}parameters: {{lambda: 0.8}}",
     "ties": f"{WEIGHED_FROM_BASE}parameters: {{density: 0.25}}",
     "ties, added up": f"{WEIGHED_FROM_BASE}parameters: {{density: 0.5, normalize: false}}",
+    "ties, rescaled": f"{WEIGHED_FROM_BASE}parameters: {{density: 0.25, rescale: true}}",
+    "ties, one condition": (
+        f"{WEIGHED_FROM_BASE}parameters: {{density: {{filter: mlp, value: 0.25}}}}"
+    ),
     "breadcrumbs": OWN_BANDS,
+    "breadcrumbs, rescaled": f"{OWN_BANDS}parameters: {{rescale: true}}",
+    "breadcrumbs_ties, rescaled": f"{OWN_BANDS}parameters: {{rescale: true}}",
     "breadcrumbs, averaged": f"{OWN_BANDS}parameters: {{normalize: true, lambda: 0.6}}",
     "breadcrumbs, little room": f"{WEIGHED_FROM_BASE}parameters: {{density: 0.75, gamma: 0.5}}",
     "breadcrumbs_ties": OWN_BANDS,
@@ -107,6 +113,7 @@ CASES = {
     "arcee_fusion": BASE_AND_ONE,
     "nearswap": f"{BASE_AND_ONE}parameters: {{t: 0.2}}",
     "passthrough": "models: [{model: X}]",
+    "passthrough, the base alone": "base_model: BASE\nmodels: [{model: BASE}]",
     "passthrough, scaled": (
         "models: [{model: X, parameters: {scale: [{filter: o_proj, value: 0.0}, {value: 1.5}]}}]"
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
 from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
@@ -37,6 +38,12 @@ CALIBRATION = {
     "n_empty": 1,
     "n_tokens": 1234,
     "n_truncated": 2,
+}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 6,
+    "max_position_embeddings": 2048,
+    "vocab_size": 49152,
 }
 
 
@@ -103,6 +110,20 @@ def scores(merged: float = 0.7, twin: float = 0.68, p: float = 0.6) -> Scores:
     return Scores({"sums": TaskScores(300, "1.0", models, tuple(tests))})
 
 
+def results(scores: Scores, n: int = 300) -> dict[str, ModelResult]:
+    """What each model of `scores` did: right on the last items, as many as its score says."""
+    found = {}
+    for label, metrics in scores.tasks["sums"].models.items():
+        n_right = round(n * metrics["exact_match,none"].value)
+        values = tuple(float(i >= n - n_right) for i in range(n))
+        metric = MetricResult(n_right / n, values, higher_is_better=True)
+        ids = tuple(f"{i:016x}" for i in range(n))
+        found[label] = ModelResult(
+            {"sums": TaskResult("1.0", ids, ids, {"exact_match,none": metric})}
+        )
+    return found
+
+
 def card_facts(**changes: Any) -> CardFacts:
     """A guided, scored merge of two repos into a third."""
     fake = fake_merge()
@@ -131,6 +152,8 @@ def card_facts(**changes: Any) -> CardFacts:
         ),
         recipe="base_model: zoo/base\nmerge_method: ties\n",
         licence=Licence("apache-2.0"),
+        licence_chosen=False,
+        config=CONFIG,
         chat=True,
         custom_code=False,
         mergekit=True,
@@ -143,6 +166,11 @@ def card_facts(**changes: Any) -> CardFacts:
 @pytest.fixture
 def make_facts() -> Callable[..., CardFacts]:
     return card_facts
+
+
+@pytest.fixture
+def make_results() -> Callable[..., dict[str, ModelResult]]:
+    return results
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_the_summary_says_what_was_merged_how_and_into_what(make_facts):
         "nothing was trained. Of each task vector (expert minus base) the guide "
         "[LEWIS](<https://arxiv.org/abs/2503.03874>) kept a fraction of its own in every weight "
         "matrix of the blocks: between 0.30 and 0.80, from how importance on calibration texts "
-        "changed from base to expert. It has 1,544 parameters in bfloat16."
+        "changed from base to expert."
     )
 
 
@@ -150,9 +150,10 @@ def test_an_unguided_merge_speaks_of_no_guide(make_facts):
     assert "[DARE with TIES-Merging](<https://arxiv.org/abs/2311.03099>)" in card.text
     assert card.data.tags == ["merge", "lewis-hub", "dare_ties"]
     assert card.data.datasets is None
-    assert re.findall(r"@\w+{(\w+),", section(card, "Citation")) == [
+    assert re.findall(r"@\w+{([\w-]+),", section(card, "Citation")) == [
         "yu2024language",
         "yadav2023ties",
+        "eval-harness",
     ]
 
 
@@ -175,7 +176,8 @@ def test_a_method_of_a_package_is_named_and_cites_nothing(make_facts):
     card = model_card(make_facts(method=own, guided=None))
 
     assert "by the method `my_method`; nothing was trained." in card.text
-    assert "## Citation" not in card.text
+    assert re.findall(r"@\w+{([\w-]+),", section(card, "Citation")) == ["eval-harness"]
+    assert "## Citation" not in model_card(make_facts(method=own, guided=None, scores=None)).text
 
 
 def test_every_expert_has_its_pictures_in_both_versions(make_facts):
@@ -208,13 +210,12 @@ def test_inputs_are_pinned_and_linked_to_their_commits(make_facts, make_source):
 
     assert "| role | model | revision asked | pinned to | licence |" in part
     assert f"`v1.0` | [`bbbbbbbbbbbb`](<{HUB}/zoo/base/tree/{'b' * 40}>) | apache-2.0 |" in part
-    assert "Licence of this model: apache-2.0." in part
     assert "[`zoo/sums`](<https://huggingface.co/datasets/zoo/sums>) at [`000000000000`]" in part
     assert "| `train` | `{question} {answer}` | 63 | 1,234 | 2 |" in part
 
 
 def test_local_folders_are_named_without_their_path_and_stay_out_of_the_metadata(make_facts):
-    folder = "/home/somebody/models/mine"
+    folder = "/home/mallory/models/mine"
     local = Source(folder, "model", None, "sha256:" + "c" * 64, (), Path(folder))
     silent = ModelFacts(folder, None, None, None, (), (), False, None)
     facts = make_facts(guided=None, scores=None)
@@ -227,7 +228,7 @@ def test_local_folders_are_named_without_their_path_and_stay_out_of_the_metadata
     assert card.data.base_model == ["zoo/base", "zoo/math"]
     assert "and the local folder `mine` into" in card.text
     assert "| the local folder `mine` | – | content `cccccccccccc` | not stated |" in card.text
-    assert "somebody" not in card.content
+    assert "mallory" not in card.content
 
 
 def test_costs_and_the_commands_to_make_it_again_are_shown(make_facts):
@@ -280,17 +281,145 @@ def test_the_licence_is_one_that_the_hub_takes(make_facts, licence, metadata):
     assert {key: found[key] for key in found if key.startswith("license")} == metadata
 
 
+def stating(facts, *licences):
+    """The same facts; base and experts state these licences."""
+    pairs = zip(facts.models.items(), licences, strict=True)
+    models = {pinned: replace(told, licence=licence) for (pinned, told), licence in pairs}
+    return replace(facts, models=models)
+
+
 @pytest.mark.parametrize(
-    ("stated", "why"),
-    [("mit", "the parents' differ, and none was chosen"), (None, "none of the parents has one")],
+    ("stated", "licence", "chosen", "reasoning"),
+    [
+        (
+            ("mit", "mit", "mit"),
+            Licence("mit"),
+            False,
+            "The cards of all its parents say mit. So this model is under the same: mit.",
+        ),
+        (
+            ("mit", "mit", "mit"),
+            Licence("mit"),
+            True,
+            "The cards of all its parents say mit. Its publisher states the same for this model: "
+            "mit.",
+        ),
+        (
+            ("mit", "mit", "mit"),
+            Licence("gemma"),
+            True,
+            "The cards of all its parents say mit. Its publisher states gemma for this model, "
+            "which is their own judgement.",
+        ),
+        (
+            ("mit", "gemma", None),
+            Licence("gemma"),
+            True,
+            f"The parents do not agree: [`zoo/base`](<{HUB}/zoo/base>) says mit; [`zoo/math`]"
+            f"(<{HUB}/zoo/math>) says gemma; [`zoo/text`](<{HUB}/zoo/text>) says nothing. Its "
+            "publisher states gemma for this model, which is their own judgement: without it "
+            "lewis-hub refuses to publish.",
+        ),
+        (
+            ("mit", "gemma", "mit"),
+            None,
+            False,
+            f"The parents do not agree: [`zoo/base`](<{HUB}/zoo/base>) says mit; [`zoo/math`]"
+            f"(<{HUB}/zoo/math>) says gemma; [`zoo/text`](<{HUB}/zoo/text>) says mit. No licence "
+            "is stated here. Ask their owners before you use or share it.",
+        ),
+        (
+            (None, None, None),
+            None,
+            False,
+            "None of the parents' cards states a licence. No licence is stated here. Ask their "
+            "owners before you use or share it.",
+        ),
+    ],
 )
-def test_a_merge_without_a_licence_says_why(make_facts, stated, why):
-    facts = make_facts(licence=None)
-    models = {pinned: replace(told, licence=stated) for pinned, told in facts.models.items()}
+def test_the_licence_is_reasoned_from_the_parents(make_facts, stated, licence, chosen, reasoning):
+    facts = stating(make_facts(licence=licence, licence_chosen=chosen), *stated)
 
-    part = section(model_card(replace(facts, models=models)), "Made from")
+    assert f"\n{reasoning}\n" in section(model_card(facts), "Made from")
 
-    assert f"No licence is stated: {why}. Ask their owners before" in part
+
+def test_parents_that_mean_other_texts_by_one_name_do_not_agree(make_facts):
+    facts = stating(make_facts(licence=None), "other", "other", "other")
+    (base, told), *others = facts.models.items()
+    linked = replace(told, license_link="https://x.org/licence")
+
+    part = section(model_card(replace(facts, models={base: linked, **dict(others)})), "Made from")
+
+    assert "The parents do not agree: [`zoo/base`]" in part
+    assert "says [other](<https://x.org/licence>); " in part
+
+
+def test_what_the_model_is_stands_in_a_list(make_facts):
+    config = {"text_config": {"num_hidden_layers": 6, "max_position_embeddings": 2048}}
+    facts = make_facts(
+        config=config | {"architectures": ["Gemma3"]}, chat=False, licence=None, repo=None
+    )
+    silent = {key: replace(told, languages=()) for key, told in facts.models.items()}
+
+    for told, lines in (
+        (
+            make_facts(),
+            [
+                "**Parameters:** 1,544 in bfloat16",
+                "**Architecture:** `LlamaForCausalLM`, 6 blocks",
+                "**Context:** 2,048 tokens",
+                "**Vocabulary:** 49,152 tokens",
+                "**Chat template:** yes",
+                "**Languages:** en, as its parents' cards say",
+                f"**Published by:** [me](<{HUB}/me>)",
+                "**Licence:** apache-2.0 ([why](#made-from))",
+            ],
+        ),
+        (
+            replace(facts, models=silent),
+            [
+                "**Parameters:** 1,544 in bfloat16",
+                "**Architecture:** `Gemma3`, 6 blocks",
+                "**Context:** 2,048 tokens",
+                "**Chat template:** none",
+                "**Languages:** its parents' cards say none",
+                "**Licence:** none stated ([why](#made-from))",
+            ],
+        ),
+    ):
+        text = model_card(told).text
+        assert re.findall(r"^- (.*)$", text.partition("## Use it")[0], flags=re.M) == lines
+        assert "[lewis/report.html](lewis/report.html) shows what lies behind this card" in text
+
+
+@pytest.mark.parametrize("broken", [{}, {"architectures": "x", "vocab_size": "many"}])
+def test_a_configuration_that_says_nothing_of_use_is_no_error(make_facts, broken):
+    text = model_card(make_facts(config=broken)).text
+
+    assert "**Architecture:**" not in text
+    assert "**Vocabulary:**" not in text
+
+
+def test_the_intended_use_names_what_was_tested(make_facts):
+    scored, unscored = (
+        section(model_card(make_facts(scores=scores, chat=False)), "Intended use")
+        for scores in (make_facts().scores, None)
+    )
+
+    meant = "- **Meant for:** Text generation of the kind that its parents were made for: see "
+    assert f"{meant}[`zoo/base`](<{HUB}/zoo/base>), " in scored
+    assert "Beyond `sums` nothing was measured here." in scored
+    assert "Nothing was measured here." in unscored
+
+
+def test_a_picture_whose_colours_end_early_says_so_beneath(make_facts):
+    facts = make_facts()
+    first, *others = facts.guided.plots
+    plots = (replace(first, note="Colours end at 20 % <b>."), *others)
+
+    card = model_card(replace(facts, guided=replace(facts.guided, plots=plots)))
+
+    assert "</picture>\n\nColours end at 20 % &#60;b&#62;.\n\n<picture>" in card.text
 
 
 def test_scores_that_are_not_finite_stay_out_of_the_metadata(make_facts, make_scores):

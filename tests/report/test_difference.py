@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from lewis_hub.report.difference import differences
-from lewis_hub.report.lock import Lock, LockedInput, OutputFile
+from lewis_hub.report.difference import differences, recipe_differences
+from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile
 
 
 def locked(name, role, sha, **files):
@@ -12,13 +12,15 @@ def locked(name, role, sha, **files):
 
 LOCK = Lock(
     inputs=(locked("a/base", "base", "1", config="x"), locked("a/code", "expert", "2", config="y")),
-    calibration=(locked("a/data", "calibration", "3", train="z"),),
+    calibration=(LockedData("a/data", None, "3" * 40, {"train": "z"}, None, "train", (3, 1)),),
     recipe={
         "models": [{"model": "a/code", "parameters": {"weight": 1.0, "density": [0.1, 0.5]}}],
         "parameters": {"normalize": True},
     },
     method="ties",
+    method_version=1,
     guide=None,
+    guide_version=None,
     seed=42,
     max_shard_bytes=5_000_000_000,
     outputs={"model.safetensors": OutputFile("a" * 64, 10), "config.json": OutputFile("b" * 64, 2)},
@@ -83,3 +85,23 @@ def test_another_size_of_files_is_told():
     smaller = replace(LOCK, max_shard_bytes=1_000)
 
     assert differences(LOCK, smaller) == ("largest file of weights: 5,000,000,000 → 1,000 bytes",)
+
+
+def test_a_method_that_works_otherwise_than_before_is_told():
+    later = replace(LOCK, method_version=2)
+
+    assert differences(LOCK, later) == ("method ties: version 1 → 2",)
+
+
+def test_a_merge_that_is_only_planned_has_no_weights_to_differ():
+    assert differences(LOCK, replace(LOCK, outputs={})) == ()
+
+
+def test_of_two_recipes_the_models_are_told_too():
+    before = {"models": [{"model": "a/code"}], "seed": 1}
+    after = {"models": [{"model": "a/code@v2"}, {"model": "a/maths"}], "seed": 1}
+
+    assert list(recipe_differences(before, after)) == [
+        "models[0].model: a/code → a/code@v2",
+        "models[1].model: absent → a/maths",
+    ]

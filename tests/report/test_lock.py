@@ -7,21 +7,24 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from lewis_hub.errors import OutputError
 from lewis_hub.report.lock import (
     Lock,
+    LockedData,
     LockedInput,
     OutputFile,
     can_change_the_result,
     canonical,
+    schema,
 )
 
 BASE = LockedInput("zoo/base", "base", None, "a" * 40, {"model.safetensors": "sha256:01"})
 MATH = LockedInput("zoo/math", "expert", "main", "b" * 40, {"model.safetensors": "sha256:02"})
 TEXT = LockedInput("./text", "expert", None, "sha256:cc", {"model.safetensors": "sha256:03"})
-SUMS = LockedInput("zoo/sums", "calibration", None, "d" * 40, {"train.jsonl": "sha256:04"})
-WORDS = LockedInput("zoo/words", "calibration", None, "e" * 40, {"train.jsonl": "sha256:05"})
+SUMS = LockedData("zoo/sums", None, "d" * 40, {"a.jsonl": "sha256:04"}, None, "train", (7, 2))
+WORDS = LockedData("zoo/words", None, "e" * 40, {"a.jsonl": "sha256:05"}, None, "train", (1,))
 RECIPE = {
     "base_model": "zoo/base@" + "a" * 40,
     "models": [
@@ -44,7 +47,9 @@ LOCK = Lock(
     calibration=(SUMS, SUMS),
     recipe=RECIPE,
     method="ties",
+    method_version=1,
     guide="lewis",
+    guide_version=1,
     seed=42,
     max_shard_bytes=5_000_000_000,
     outputs={"model.safetensors": OutputFile("ff", 10), "config.json": OutputFile("ee", 3)},
@@ -70,8 +75,10 @@ CHANGES_BYTES = {
     },
     "order of experts": {"inputs": (BASE, TEXT, MATH)},
     "a role": {"inputs": (replace(BASE, role="expert"), MATH, TEXT)},
-    "calibration data": {"calibration": (SUMS, replace(SUMS, files={"train.jsonl": "sha256:08"}))},
+    "calibration data": {"calibration": (SUMS, replace(SUMS, files={"a.jsonl": "sha256:08"}))},
     "whose calibration": {"calibration": (SUMS, WORDS)},
+    "what a method does": {"method_version": 2},
+    "what a guide does": {"guide_version": 2},
     "seed": {"seed": 43},
     "shards": {"max_shard_bytes": 1000},
     "method": {"method": "dare_ties"},
@@ -92,6 +99,7 @@ CHANGES_NOTHING = {
     "a whole number": {"recipe": edited(("models", 0, "parameters", "weight"), 1)},
     "what is scored": {"recipe": edited(("evaluate", "tasks"), ["words"])},
     "where it goes": {"recipe": edited(("publish", "repo"), "me/other")},
+    "the rows that were drawn": {"calibration": (replace(SUMS, rows=None),) * 2},
     "an unset option": {"recipe": {**RECIPE, "out_dtype": None}},
     "outputs": {"outputs": {}},
     "software": {"software": {"torch": "3.0"}},
@@ -135,8 +143,8 @@ def test_two_digests_are_equal_exactly_when_all_that_fixes_the_bytes_is(first, s
 
 def test_the_digest_is_the_documented_one():
     document = (
-        '{"arithmetic":1,"calibration":[],"guide":null,"inputs":[{"files":{"ä":"sha256:01"},'
-        '"role":"expert"}],"max_shard_bytes":7,"method":"linear",'
+        '{"arithmetic":1,"calibration":[],"guide":[null,null],"inputs":[{"files":{"ä":"sha256:01"},'
+        '"role":"expert"}],"max_shard_bytes":7,"method":["linear",1],'
         '"recipe":{"models":[{"parameters":{"weight":0.5}}]},"seed":1}'
     )
     lock = Lock(
@@ -144,7 +152,9 @@ def test_the_digest_is_the_documented_one():
         calibration=(),
         recipe={"models": [{"model": "a/b", "parameters": {"weight": 0.5}}]},
         method="linear",
+        method_version=1,
         guide=None,
+        guide_version=None,
         seed=1,
         max_shard_bytes=7,
         outputs={},
@@ -186,11 +196,14 @@ def test_a_lock_is_written_deterministically_and_read_back():
         "calibration",
         "recipe",
         "method",
+        "method_version",
         "guide",
+        "guide_version",
         "seed",
         "max_shard_bytes",
         "outputs",
         "software",
+        "seal",
     ]
     assert document["digest"] == LOCK.digest
     assert document["inputs"][1] == {
@@ -220,14 +233,53 @@ def test_a_lock_that_was_changed_by_hand_is_refused():
     )
 
 
+@settings(deadline=None)
+@given(st.integers(0, len(LOCK.to_json().encode()) - 1), st.integers(1, 255))
+def test_no_byte_of_a_lock_can_be_another_one(place, change):
+    content = bytearray(LOCK.to_json().encode())
+    content[place] ^= change
+
+    with pytest.raises(OutputError):
+        Lock.from_json(content.decode(errors="replace"))
+
+
+def test_what_no_digest_fixes_is_sealed():
+    changed = LOCK.to_json().replace('"torch": "2.9"', '"torch": "2.8"')
+
+    with pytest.raises(OutputError) as refused:
+        Lock.from_json(changed)
+
+    assert str(refused.value) == (
+        "lewis/lock.json: it is not as it was sealed: something in it was changed.\n"
+        "It was changed after the merge: take the file that the merge wrote."
+    )
+
+
+def test_a_lock_is_what_its_schema_says():
+    validator = Draft202012Validator(json.loads(schema()))
+    document = json.loads(LOCK.to_json())
+
+    Draft202012Validator.check_schema(validator.schema)
+    assert list(validator.iter_errors(document)) == []
+    assert validator.schema["required"] == list(document)
+    for broken in (document | {"version": 2}, document | {"seed": "x"}, document | {"more": 1}):
+        assert len(list(validator.iter_errors(broken))) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("{", "it is no lock of a merge (JSONDecodeError: "),
         ("[]", "it is no lock of a merge (TypeError: "),
         ('{"version": 9}', "it has version 9, expected 1."),
-        ('{"version": 1}', "it is no lock of a merge (KeyError: 'inputs')."),
+        ('{"version": 1}', "it is no lock of a merge (KeyError: 'digest')."),
+        (
+            LOCK.to_json().replace('"seed": 42', '"seed": "many"'),
+            "it is no lock of a merge (`seed`: Input should be a valid integer, unable to parse",
+        ),
+        ("[" * 100_000, "it is no lock of a merge (RecursionError: "),
     ],
+    ids=["no JSON", "a list", "version", "empty", "a word", "deep"],
 )
 def test_another_document_is_refused(text, problem):
     with pytest.raises(OutputError) as refused:

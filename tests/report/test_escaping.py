@@ -1,25 +1,36 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from dataclasses import replace
 
 import yaml
 from markdown_it import MarkdownIt
 
+from lewis_hub.evaluate.gate import Check, GateVerdict
+from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.markdown import render
+from lewis_hub.recipe_benchmark import Benchmark
 from lewis_hub.report.card import model_card
+from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.report.findings import Scores
+from lewis_hub.report.leaderboards import entries
+from lewis_hub.report.page import report_page
+from lewis_hub.report.plots import draw
 
 ONERROR = "<img src=x onerror=alert(1)>"
 HTML = MarkdownIt("commonmark", {"html": True}).enable("table")
 
 
+NAME = f"{ONERROR}</script><script>alert(2)</script>|`\n\n# x\u202e: [y\n---\n"
+CLOSED = html.escape(" ".join(NAME.replace("\u202e", "").split()))  # as it may stand in a page
+
+
 def hostile_facts(make_facts):
     """Every string that comes from somebody else tries to get out."""
-    facts = make_facts()
-    name = f"{ONERROR}|`\n\n# x"
+    facts, name = make_facts(), NAME
     base = replace(facts.base, name=name)
     told = ModelFacts(
         name, "x: [y\n---\n<b>", ONERROR, "javascript:1", ("<b>",), (), False, "javascript:1"
@@ -54,7 +65,22 @@ def hostile_facts(make_facts):
         software={ONERROR: name},
         digest=name,
         dtype=ONERROR,
+        config={"architectures": [name], "vocab_size": name, "num_hidden_layers": name},
+        gate=GateVerdict((Check(name, name, name, 0.1, 0.2, -0.1, (-0.2, -0.05), 0.01),)),
+        stack=(StackedBlocks(range(2), ((base, range(2)),), base),),
     )
+
+
+def hostile_results(make_results, make_scores):
+    """The same of what the models did."""
+    found = {}
+    for label, result in make_results(make_scores(), 5).items():
+        task = result.tasks["sums"]
+        metrics = {f"{NAME},{NAME}": task.metrics["exact_match,none"]}
+        found[f"expert:{NAME}" if label == "uniform" else label] = ModelResult(
+            {NAME: replace(task, metrics=metrics)}
+        )
+    return found
 
 
 def test_hostile_names_do_no_harm(make_facts):
@@ -76,13 +102,13 @@ def test_hostile_names_do_no_harm(make_facts):
     assert not re.search(r"<[^>]*\sonerror=[^>]*>", re.sub(r'"[^"]*"', '""', rendered))
     assert "javascript:" not in rendered
     assert rendered.count("<h1>") == 1
-    assert rendered.count("<pre>") == 4
+    assert rendered.count("<pre>") == 5
     for row in re.findall(r"<table>.*?</table>", rendered, flags=re.S):
         n_columns = row.count("<th>") + row.count("<th ")
         cells = [line.count("<td") for line in row.split("<tr>")[2:]]
         assert set(cells) == {n_columns}
     shown = html.unescape(re.search(r"<h1>(.*?)</h1>", rendered)[1])
-    assert shown == f"{ONERROR}|` # x"
+    assert shown == " ".join(NAME.replace("\u202e", "").split())
 
 
 def test_the_embedded_hubs_own_page_shows_the_card(make_facts):
@@ -93,3 +119,49 @@ def test_the_embedded_hubs_own_page_shows_the_card(make_facts):
         assert '<img src="/i/lewis/importance-math-light.png"' in page
         assert '<a href="/f/lewis/lock.json">' in page
         assert not re.search(r"<[^>]*\sonerror=[^>]*>", re.sub(r'"[^"]*"', '""', page))
+
+
+def test_hostile_names_stay_text_in_the_report_page(make_facts, make_results, make_scores):
+    page = report_page(hostile_facts(make_facts), hostile_results(make_results, make_scores))
+
+    tags = re.findall(r"<\s*(/?[a-z!]\w*)", page, flags=re.I)
+    assert [tag for tag in tags if "script" in tag.lower()] == [
+        *("noscript", "/noscript"),
+        *("script", "/script", "script", "/script"),
+    ]
+    assert "img" not in tags
+    assert "\u202e" not in page
+    data = re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1]
+    assert not set("<>&") & set(data)
+    shown = html.unescape(CLOSED)
+    read = json.loads(data)
+    assert read["metrics"][0]["task"] == shown
+    assert shown in [model["name"] for model in read["metrics"][0]["models"]]
+    assert read["experts"][0]["name"] == shown
+    assert f"<h1>{CLOSED.replace('&#x27;', '&#39;')}</h1>" in page
+
+
+def test_hostile_names_stay_text_in_the_entries_for_leaderboards(make_facts):
+    facts = hostile_facts(make_facts)
+    (metric,) = facts.scores.tasks[NAME].models["merged"]
+    benchmark = Benchmark(dataset="a/b", task_id=NAME, metric=metric)
+
+    files = entries(facts.scores, {NAME: benchmark}, replace(facts, repo=NAME))
+
+    ((path, text),) = files.items()
+    assert path == ".eval_results/b.yaml"
+    (entry,) = yaml.safe_load(text)
+    assert set(entry) == {"dataset", "value", "source", "notes"}
+    assert entry["dataset"] == {"id": "a/b", "task_id": NAME}
+    assert entry["source"]["url"].startswith("https://huggingface.co/%3Cimg%20src")
+
+
+def test_hostile_names_are_drawn_as_text_and_name_no_file(make_fake, tmp_path):
+    fake = make_fake(2, components=(f"$x^{{{ONERROR}}}$../../x",), experts=(f"../{ONERROR}",))
+
+    plots = draw(fake.profile, fake.schedule, tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        file for plot in plots for file in plot.files
+    )
+    assert all(re.fullmatch(r"[a-z]+-[a-z0-9-]+\.png", file) for p in plots for file in p.files)

@@ -1,0 +1,148 @@
+"""The merges of two experts that `guidance.py` compares: each in a recipe's words, with a name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from answers import TEXT
+
+from lewis_hub.guides import registry
+
+SKILLS = ("math", "strings")
+ALONE = "experts alone"  # no merge: each skill's own expert
+MEAN_DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
+SEEDS = (42, 43, 44)
+GUIDES = tuple(guide.name for guide in registry.guides())
+GENERIC = {
+    "math": ("gsm8k/train.jsonl", "{question} {answer}"),
+    "strings": ("mbpp/mbpp_train_full.jsonl", "{text} {code}"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One merge.
+
+    Attributes:
+        family: variants that differ in hyperparameters alone, of which the tune split picks one.
+        against: the variants, or families, that it has to beat.
+        seeds: more than one where the merge is random.
+        own: whether experts are calibrated on training items of their own, or on generic texts.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, object] = field(default_factory=dict)
+    guide: Mapping[str, object] | None = None
+    family: str | None = None
+    against: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = SEEDS[:1]
+    samples: int = 64
+    own: bool = True
+
+    def recipe(self, models: Path, data: Path, seed: int) -> dict[str, object]:
+        """As a file of its own, with whole paths."""
+        experts = [
+            {"model": str(models / f"expert-{skill}"), "calibration": self._texts(data, skill)}
+            for skill in SKILLS
+        ]
+        return {
+            "base_model": str(models / "base"),
+            "models": experts,
+            "merge_method": self.method,
+            "parameters": dict(self.parameters),
+            "dtype": "bfloat16",
+            "seed": seed,
+        } | ({"guide": dict(self.guide)} if self.guide else {})
+
+    def _texts(self, data: Path, skill: str) -> dict[str, object]:
+        file, text = (f"{skill}_train.jsonl", TEXT) if self.own else GENERIC[skill]
+        folder = data if self.own else data.parent
+        return {"dataset": str(folder / file), "text": text, "samples": self.samples}
+
+
+def variants() -> dict[str, Variant]:
+    """All of them, by name."""
+    found = [Variant(ALONE, "none"), *_unguided(), *_by_statistics(), *_guided(), *_combined()]
+    return {variant.name: variant for variant in found}
+
+
+def _unguided() -> Iterator[Variant]:
+    yield Variant("linear", "linear", family="linear")
+    for weight in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        method = "task_arithmetic"
+        yield Variant(f"{method} {weight}", method, {"weight": weight}, family=method)
+    for density in (0.2, 0.35, 0.5, 0.7):
+        for lambda_ in (1.0, 1.3, 1.6):
+            settings = {"density": density, "lambda": lambda_}
+            yield Variant(f"ties {density} lambda {lambda_}", "ties", settings, family="ties")
+
+
+def _by_statistics() -> Iterator[Variant]:
+    for alpha in (0.0, 0.3, 0.5, 0.7, 0.9, 0.99):
+        for lambda_ in (1.0, 1.1):
+            yield _regmean(f"regmean {alpha} lambda {lambda_}", alpha, lambda_, "regmean")
+        for samples in (256, 1024):
+            name = f"regmean {alpha} samples {samples}"
+            yield _regmean(name, alpha, 1.0, f"regmean samples {samples}", samples)
+        name = f"regmean {alpha} generic"
+        yield _regmean(name, alpha, 1.0, "regmean generic", own=False)
+
+
+def _regmean(  # noqa: PLR0913 (what differs between variants)
+    name: str, alpha: float, lambda_: float, family: str, samples: int = 64, *, own: bool = True
+) -> Variant:
+    settings = {"off_diagonal": alpha, "lambda": lambda_}
+    return Variant(
+        name,
+        "regmean",
+        settings,
+        family=family,
+        against=("task_arithmetic", "ties"),
+        samples=samples,
+        own=own,
+    )
+
+
+def _guided() -> Iterator[Variant]:
+    """Every guide, trim and mean density; the twin is uniform, or trimmed by magnitude."""
+    for method in ("ties", "dare_ties", "della"):
+        seeds = SEEDS[:1] if method == "ties" else SEEDS
+        for density in MEAN_DENSITIES:
+            for trim in ("magnitude", "activation") if method == "ties" else ("magnitude",):
+                for guide in GUIDES:
+                    yield _under(method, density, guide, trim, seeds)
+
+
+def _under(method: str, density: float, guide: str, trim: str, seeds: tuple[int, ...]) -> Variant:
+    by = "" if trim == "magnitude" else " by activation"
+    twin = f"{method} {density} uniform{'' if guide == 'uniform' else by}"
+    parameters = {} if trim == "magnitude" else {"trim": trim}
+    name = f"{method} {density} {guide}{by}"
+    more = SEEDS if guide == "random" else seeds
+    against = () if name == twin else (twin,)
+    return Variant(name, method, parameters, _guide(guide, density), None, against, more)
+
+
+def _guide(name: str, mean: float) -> dict[str, object]:
+    """Densities from half the mean to one and a half, shifted until the mean is exact."""
+    if name == "uniform":
+        return {"name": name, "gamma": mean, "epsilon": mean}
+    bounds = {"gamma": round(0.5 * mean, 4), "epsilon": round(1.5 * mean, 4)}
+    return {"name": name, **bounds, "mean_density": mean}
+
+
+def _combined() -> Iterator[Variant]:
+    twin = "regmean 0.5 lambda 1.0"
+    for density in (0.2, 0.35, 0.5):
+        for guide in GUIDES:
+            name = f"regmean 0.5 density {density} {guide}"
+            against = (twin if guide == "uniform" else f"regmean 0.5 density {density} uniform",)
+            yield Variant(name, "regmean", {}, _guide(guide, density), None, against)
+        name, settings = (
+            f"regmean 0.5 density {density} uniform by activation",
+            {"trim": "activation"},
+        )
+        yield Variant(name, "regmean", settings, _guide("uniform", density), None, (twin,))

@@ -1,0 +1,240 @@
+"""What the steps of a workflow ask lewis-hub: what to do, and what to show."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import CommitOperationAdd
+
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+
+RECIPE = """
+base_model: zoo/base
+models: [{{model: zoo/expert-reverse, parameters: {{weight: 1.0}}}}]
+merge_method: task_arithmetic
+dtype: bfloat16
+{evaluate}
+publish: {{repo: {user}/again, license: apache-2.0, as: {landing}}}
+"""
+GATE = f"""
+evaluate:
+  tasks: [zoo_reverse]
+  include: {zoo_folder() / "tasks"}
+  gate: {{task: zoo_reverse, metric: "exact_match,none", not_worse_than: [previous]}}
+"""
+
+
+@pytest.fixture
+def place(hub, tmp_path, monkeypatch):
+    """A working folder under a workflow's step, and a Hub with the zoo on it."""
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(hub, evaluate="", landing="commit"):
+    text = RECIPE.format(user=hub.user, evaluate=evaluate, landing=landing)
+    Path("recipe.yaml").write_text(text)
+
+
+def run(*words):
+    done = CliRunner().invoke(cli, words)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def preflight(*words):
+    Path("outputs").unlink(missing_ok=True)
+    done = run("actions", "preflight", "--json", *words)
+    return json.loads(done.stdout), Path("outputs").read_text()
+
+
+def test_what_the_target_holds_is_not_merged_again_until_a_source_moves(hub, place):
+    write(hub)
+    assert preflight() == (
+        {"status": "merge", "why": "The disk is large enough.", "repo": "lewis/again"},
+        "way=merge\n",
+    )
+    pushed = json.loads(run("merge", "--push", "--json", "-o", "elsewhere").stdout)
+
+    found, outputs = preflight()
+
+    assert found == {
+        "status": "unchanged",
+        "why": f"lewis/again@{pushed['commit'][:8]} holds this merge already.",
+        "repo": "lewis/again",
+        "commit_url": pushed["commit_url"],
+    }
+    assert outputs == "way=unchanged\n"
+    assert preflight("--force")[1] == "way=merge\n"
+    assert preflight("--repo", "lewis/other")[1] == "way=merge\n"
+    move = [
+        CommitOperationAdd("config.json", (zoo_folder() / "base/config.json").read_bytes() + b"\n")
+    ]
+    hub.api().create_commit("zoo/expert-reverse", move, commit_message="Change")
+    assert preflight()[1] == "way=merge\n"
+
+
+def test_an_open_pull_request_that_holds_the_merge_is_enough_where_it_would_be_one(hub, place):
+    hub.api().create_repo("lewis/again")
+    write(hub, landing="pull-request")
+    assert run("merge", "--push", "-q").exit_code == 0
+
+    assert preflight()[1] == "way=unchanged\n"
+
+
+def test_what_the_target_s_merge_measured_need_not_be_measured_again(hub, place):
+    calibration = "{dataset: zoo/reverse, split: train, text: '{question}', samples: 2}"
+    guide = f"guide: {{name: lewis, gamma: 0.3, epsilon: 0.8, calibration: {calibration}}}"
+    write(hub, guide)
+    text = Path("recipe.yaml").read_text().replace("task_arithmetic", "ties")
+    Path("recipe.yaml").write_text(text)
+    assert run("merge", "--push", "-q", "-o", "elsewhere").exit_code == 0
+    Path("recipe.yaml").write_text(text.replace("gamma: 0.3", "gamma: 0.4"))
+
+    assert preflight()[1] == "way=merge\n"
+
+    kept = Path("importance/importance.json")
+    assert kept.read_text() == Path("elsewhere/lewis/importance.json").read_text()
+    assert "Calibrating: 0 tokens" in run("merge", "--no-eval").stderr
+    kept.write_text("own")
+    assert preflight()[1] == "way=merge\n"
+    assert kept.read_text() == "own"
+
+
+def full(monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(14 * 10**9, 14 * 10**9, 1000))
+
+
+def test_a_disk_that_is_too_small_is_streamed_past(hub, place, monkeypatch):
+    write(hub, GATE.partition("  gate:")[0])
+    full(monkeypatch)
+
+    found, outputs = preflight()
+
+    assert outputs == "way=stream\n"
+    assert "download and merge need" in found["why"]
+    assert "0.00 GB are free" in found["why"]
+
+
+def test_a_gate_is_never_streamed_past(hub, place, monkeypatch):
+    write(hub, GATE)
+    full(monkeypatch)
+
+    with pytest.raises(Exception, match="so the merge cannot be streamed past this disk"):
+        run("actions", "preflight")
+
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["me/$(id)", "me/a;id", "me/`id`", "me/a b", "me/a|b", "me/a'b", "me/a\nb", "--help", "a"],
+)
+@pytest.mark.parametrize("command", ["actions preflight", "merge --push", "schedule --cron @daily"])
+def test_a_repo_that_a_shell_could_take_for_more_is_refused(name, command, place):
+    done = run(*command.split(), f"--repo={name}")
+
+    assert done.exit_code == 2
+    assert "expected owner/name such as me/my-merge, found" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["me/a--b", "me/a..b"])
+def test_a_repo_that_the_hub_would_not_make_is_refused(name, place):
+    assert "expected owner/name such as me/my-merge" in run("merge", f"--repo={name}").stderr
+
+
+def test_the_report_links_the_commit_and_shows_scores_and_verdict(place):
+    score = {"value": 0.9, "stderr": 0.01}
+    check = {
+        "task": "t",
+        "metric": "acc,none",
+        "against": "base",
+        "tolerance": 0.0,
+        "on_refusal": "stop",
+        "higher_is_better": True,
+        "value": 0.9,
+        "other": 0.5,
+        "difference": 0.4,
+        "ci95": [0.3, 0.5],
+        "why": "",
+    }
+    tasks = {
+        "t": {"n": 100, "version": "1", "models": {"merged": {"acc,none": score}}, "paired": []}
+    }
+    merged = {"status": "merged", "scores": tasks, "gate": {"version": 1, "checks": [check]}}
+    Path("merge.json").write_text(json.dumps(merged))
+    url = "https://hub/me/mine"
+    pushed = {"status": "published", "repo": "me/mine", "url": url, "commit": "c" * 40}
+    Path("push.json").write_text(json.dumps(pushed | {"commit_url": f"{url}/commit/{'c' * 40}"}))
+    Path("empty.json").touch()
+
+    done = run("actions", "report", "empty.json", "missing.json", "merge.json", "push.json")
+
+    assert done.stdout == Path("page.md").read_text()
+    assert done.stdout.splitlines() == [
+        "## Published",
+        "",
+        f"[`me/mine`](<{url}>) at [`cccccccccccc`](<{url}/commit/{'c' * 40}>)",
+        "",
+        "| task | metric | n | merged |",
+        "| --- | --- | ---: | ---: |",
+        "| `t` | acc | 100 | 0.900 ± 0.010 |",
+        "",
+        "### Quality gate",
+        "",
+        "The gate let this merge pass. A difference counts where its whole interval lies beyond "
+        "what is tolerated.",
+        "",
+        "- on t (acc) not worse than the base: 0.900 against 0.500 (difference &#43;0.400, 95 %"
+        " interval &#43;0.300 to &#43;0.500).",
+    ]
+    assert Path("outputs").read_text() == f"status=published\ncommit-url={url}/commit/{'c' * 40}\n"
+
+
+def test_the_report_of_a_failure_shows_its_message_as_it_is(place):
+    message = "me/x: **no**\n```\n<img src=x onerror=alert(1)>"
+    told = {"status": "failed", "error": {"kind": "SourceError", "message": message}}
+    Path("merge.json").write_text(json.dumps(told))
+
+    page = run("actions", "report", "merge.json").stdout
+
+    assert page == f"## Failed\n\n````text\n{message}\n````\n"
+    assert Path("outputs").read_text() == "status=failed\ncommit-url=\n"
+
+
+def test_a_run_that_was_cut_off_has_failed(place):
+    Path("preflight.json").write_text('{"status": "merge", "why": "", "repo": "me/mine"}')
+
+    assert run("actions", "report", "preflight.json").stdout == "## Failed\n"
+
+
+def test_a_folder_is_pushed_where_and_as_its_recipe_says(hub, place):
+    hub.api().create_repo("lewis/again")
+    write(hub, landing="pull-request")
+    assert run("merge", "-q").exit_code == 0
+
+    told = json.loads(run("push", "merged", "--json").stdout)
+
+    assert told["pull_request"] == f"{hub.url}/lewis/again/discussions/1"
+    assert (
+        json.loads(run("push", "merged", "--json", "--as", "commit").stdout)["pull_request"] is None
+    )
+
+
+def test_a_folder_that_does_not_say_where_it_goes_needs_a_repo(place):
+    Path("model").mkdir()
+
+    done = run("push", "model")
+
+    assert done.exit_code == 2
+    assert "model does not say where it goes: name the repo, owner/name." in done.stderr

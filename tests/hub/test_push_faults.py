@@ -1,0 +1,179 @@
+"""Whatever goes wrong at whichever call of a push, the repo is as before or complete.
+
+The calls are counted in a push that goes well, so that a call which is added is tried as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+
+from lewis_hub.errors import PublishError
+from lewis_hub.hub.blobs import git_oid
+from lewis_hub.hub.publish import Publication, publish
+from lewis_hub.hub.store import File
+
+ANY = "."
+NEVER = 1_000_000
+BEFORE = {
+    "config.json": b"{}",
+    "model-00001-of-00002.safetensors": b"1" * 3000,
+    "model-00002-of-00002.safetensors": b"2" * 3000,
+    "lewis/lock.json": json.dumps({"outputs": {"lewis/old.png": {}}}).encode(),
+    "lewis/old.png": b"\x89PNG",
+}
+AFTER = {
+    "config.json": b"[]",
+    "README.md": b"---\nlicense: mit\n---\n# Merged\n",
+    "model.safetensors": b"3" * 3000,
+    "lewis/lock.json": b'{"outputs": {}}',
+}
+PUSH = Publication("Second", tag="v2")
+FAULTS = {
+    "500": lambda hub, skip, times: hub.fail(ANY, 500, skip=skip, times=times),
+    "503": lambda hub, skip, times: hub.fail(ANY, 503, skip=skip, times=times),
+    "429": lambda hub, skip, times: hub.fail(ANY, 429, skip=skip, times=times),
+    "412": lambda hub, skip, times: hub.fail(ANY, 412, skip=skip, times=times),
+    "no answer": lambda hub, skip, times: hub.drop(ANY, skip=skip, times=times),
+    "lost answer": lambda hub, skip, times: hub.drop(ANY, skip=skip, times=times, after_bytes=0),
+}
+
+
+@pytest.fixture
+def prepare(api, tmp_path):
+    """Makes a repo that holds a merge, or a name for one, and a folder that is to be pushed there.
+
+    The weights are new each time: the Hub asks nobody for what it has already.
+    """
+    numbers = itertools.count()
+
+    def prepared(new=False):
+        number = next(numbers)
+        after = AFTER | {"model.safetensors": b"%08d" % number * 400}
+        repo = f"tests/merged-{number}"
+        if not new:
+            former = write(tmp_path / "before", BEFORE)
+            publish(api, former, repo, Publication("First"), lambda _: None)
+        return repo, write(tmp_path / "after", after), after
+
+    return prepared
+
+
+def write(folder, files):
+    for path, told in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(told)
+    return folder
+
+
+def content(hub, repo):
+    """What main holds: nothing where there is no repo, or one that was only made."""
+    found = hub.store.find("models", *repo.split("/"))
+    if found is None:
+        return {}
+    files = hub.store.resolve(found, "main").files
+    return {p: hub.store.blobs.read(f.sha256) for p, f in files.items() if p != ".gitattributes"}
+
+
+def n_calls(hub, api, repo, folder, after):
+    """How many requests a push makes that goes well."""
+    counter = hub.fail(ANY, 500, skip=NEVER)
+    publish(api, folder, repo, PUSH, lambda _: None)
+    hub.faults.clear()
+    assert content(hub, repo) == after
+    return NEVER - counter.skip
+
+
+def assert_as_before_or_complete(hub, api, repo, folder, before, after):
+    """After a push with faults; and that a rerun completes, with one commit in all."""
+    hub.faults.clear()
+    assert content(hub, repo) in (before, after)
+
+    published = publish(api, folder, repo, PUSH, lambda _: None)
+
+    assert content(hub, repo) == after
+    titles = [commit.title for commit in api.list_repo_commits(repo)]
+    assert titles.count("Second") == 1
+    tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
+    assert tags == {"v2": published.commit_sha}
+
+
+@pytest.mark.slow  # each case is a push for every call of a push
+@pytest.mark.parametrize("new", [False, True], ids=["over a merge", "new repo"])
+@pytest.mark.parametrize("times", [1, NEVER], ids=["once", "from then on"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_any_call_of_a_push_leaves_the_repo_as_before_or_complete(
+    hub, api, prepare, no_pauses, fault, times, new
+):
+    for call in range(n_calls(hub, api, *prepare(new))):
+        repo, folder, after = prepare(new)
+        FAULTS[fault](hub, call, times)
+        with suppress(PublishError):
+            publish(api, folder, repo, PUSH, lambda _: None)
+        assert times == NEVER or not hub.faults.pending  # it did strike
+        assert_as_before_or_complete(hub, api, repo, folder, {} if new else BEFORE, after)
+
+
+def push_meanwhile(hub, repo):
+    """Somebody else's commit; not over HTTP, for the server is in the midst of a request."""
+    found = hub.store.find("models", *repo.split("/"))
+    head = hub.store.resolve(found, "main")
+    file = File(hub.store.blobs.add(b"x"), 1, git_oid(b"x"), lfs=False)
+    files = {**head.files, "theirs": file}
+    theirs = replace(head, parents=(head.sha,), title="Theirs", files=files)
+    hub.store.add_commit(found, theirs, "refs/heads/main")
+
+
+@pytest.mark.slow
+def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, api, prepare, no_pauses):
+    """A stale parent for real: the repo moves while the push waits for the answer to one call."""
+    strike = hub.faults.take
+    for call in range(n_calls(hub, api, *prepare())):
+        repo, folder, after = prepare()
+        seen = itertools.count()
+
+        def take(method, target, seen=seen, call=call, repo=repo):
+            if next(seen) == call:
+                push_meanwhile(hub, repo)
+            return strike(method, target)
+
+        hub.faults.take = take
+        with suppress(PublishError):
+            publish(api, folder, repo, PUSH, lambda _: None)
+        hub.faults.take = strike
+        assert content(hub, repo) in [side | {"theirs": b"x"} for side in (BEFORE, after)]
+
+
+def test_two_processes_that_push_at_once_end_as_whole_commits_or_a_clear_refusal(hub, tmp_path):
+    repo = f"{hub.user}/merged"
+    publish(hub.api(), write(tmp_path / "before", BEFORE), repo, PUSH, lambda _: None)
+    wholes = {name: AFTER | {"config.json": f'["{name}"]'.encode()} for name in ("one", "two")}
+    hub.faults.delay_s = 0.15  # so that they are in the midst of it together
+    command = [sys.executable, "-m", "lewis_hub", "push"]
+    running = {
+        name: subprocess.Popen(
+            [*command, str(write(tmp_path / name, files)), repo, "--json", "-q"],
+            env=os.environ | {"HF_TOKEN": hub.write_token},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, files in wholes.items()
+    }
+
+    told = {name: process.communicate(timeout=60) for name, process in running.items()}
+
+    hub.faults.clear()
+    commits = [c.title for c in hub.api().list_repo_commits(repo)].count("Merge with lewis-hub")
+    winners = [name for name, process in running.items() if process.returncode == 0]
+    assert len(winners) == commits >= 1
+    assert content(hub, repo) in [wholes[name] for name in winners]
+    for name in wholes.keys() - set(winners):
+        assert f"{repo}: somebody pushed " in told[name][1]

@@ -1,0 +1,81 @@
+import json
+from datetime import date
+
+import pytest
+
+from lewis_hub.errors import OutputError
+from lewis_hub.report.changelog import Entry, from_json, in_card, to_json
+
+FIRST = Entry(date(2026, 1, 2), "a" * 40, "sha256:01", ("expert a/code: 1111 → 2222",))
+SECOND = Entry(date(2026, 1, 3), "b" * 40, "sha256:02", ("seed: 1 → 2", "weights: 1 of 1"))
+CARD = "---\nlicense: mit\n---\n\n# Mine\n\nText.\n"
+
+
+def test_a_changelog_is_read_back():
+    assert from_json(to_json((SECOND, FIRST))) == (SECOND, FIRST)
+
+
+def test_a_long_changelog_loses_its_oldest_entries():
+    assert len(from_json(to_json((FIRST,) * 150))) == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "it is no changelog of merges."),
+        ("[]", "it is no changelog of merges."),
+        ('{"version": 7}', "it has version 7, this program reads version 1."),
+        ('{"version": 1, "entries": [{"day": 3}]}', "it is no changelog of merges."),
+    ],
+)
+def test_another_document_is_refused(text, problem):
+    with pytest.raises(OutputError) as refused:
+        from_json(text, "x.json")
+
+    assert str(refused.value) == (
+        f"x.json: {problem}\nRepair it, or delete it: the next push begins a new one."
+    )
+
+
+def test_the_card_gets_a_section_with_the_newest_first():
+    assert in_card(CARD, (SECOND, FIRST)) == (
+        "---\nlicense: mit\n---\n\n# Mine\n\nText.\n\n"
+        "<!-- lewis-hub: changelog -->\n"
+        "## Changelog\n\n"
+        "**2026-01-03**, in the place of `bbbbbbbbbbbb`:\n\n"
+        "- seed: 1 → 2\n- weights: 1 of 1\n\n"
+        "**2026-01-02**, in the place of `aaaaaaaaaaaa`:\n\n"
+        "- expert a/code: 1111 → 2222\n"
+        "<!-- lewis-hub: end of changelog -->\n"
+    )
+
+
+def test_the_section_takes_the_place_of_the_former_one_and_leaves_other_text_alone():
+    once = in_card(CARD, (FIRST,)) + "\nWritten by hand.\n"
+
+    twice = in_card(once, (SECOND, FIRST))
+
+    assert twice.count("## Changelog") == 1
+    assert "Written by hand." in twice
+    assert in_card(twice, (SECOND, FIRST)) == twice
+    assert in_card(in_card(CARD, (FIRST,)), ()) == CARD
+
+
+def test_what_a_repo_wrote_into_its_changelog_shows_as_text():
+    evil = Entry(
+        date(2026, 1, 2), "`](<b>x)", "", ("<img src=x onerror=alert(1)>\n# Big", "x" * 900)
+    )
+
+    card = in_card(CARD, from_json(json.dumps(json.loads(to_json((evil,))))))
+
+    assert "<img" not in card
+    assert "<b>" not in card
+    assert "\n# Big" not in card
+    assert "x" * 301 not in card
+
+
+def test_the_card_shows_ten_and_links_to_all():
+    card = in_card(CARD, (FIRST,) * 12)
+
+    assert card.count("in the place of") == 10
+    assert "All 12 are in [lewis/changelog.json](lewis/changelog.json)." in card

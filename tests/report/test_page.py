@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+
+from lewis_hub.evaluate.results import MetricResult, ModelResult
+from lewis_hub.report.explorer import explored
+from lewis_hub.report.page import report_page
+
+POLICY = re.compile(r'http-equiv="Content-Security-Policy" content="([^"]*)"')
+
+
+def data_of(page):
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, flags=re.S)[1])
+
+
+def digest(text):
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def test_the_page_holds_all_that_it_shows_and_lets_nothing_else_run(
+    make_facts, make_results, make_scores
+):
+    page = report_page(make_facts(), make_results(make_scores()))
+
+    script = re.search(r"<script>(.*?)</script>", page, flags=re.S)[1]
+    style = re.search(r"<style>(.*?)</style>", page, flags=re.S)[1]
+    assert POLICY.search(page)[1] == (
+        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+    outside = page.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not re.search(r"https?://|\ssrc=|\shref=|url\(|@import|\sstyle=|\son\w+=", outside)
+    assert page == report_page(make_facts(), make_results(make_scores()))
+
+
+def test_every_module_has_its_numbers(make_facts):
+    facts = make_facts()
+    (first, _) = facts.guided.schedule.experts
+
+    (expert, other) = explored(facts.guided, {})["experts"]
+
+    assert (expert["name"], other["name"]) == ("zoo/math", "zoo/text")
+    assert [one["title"] for one in expert["maps"]] == [
+        "density",
+        "change of importance",
+        "importance in the expert",
+        "importance in the base",
+    ]
+    density, _, _, base = expert["maps"]
+    assert density["components"][3] == "mlp.down_proj"
+    assert density["blocks"] == (0, 1, 2, 3, 4, 5)
+    exact = first.tensors["model.layers.2.mlp.down_proj.weight"]
+    assert density["values"][3][2] == float(f"{exact:.4g}")
+    assert base["values"][3][2] == 14.0
+    assert (density["bottom"], density["top"]) == (0.3016, 0.7999)
+    assert density["note"] == ""
+
+
+def test_a_module_that_stands_out_ends_the_colours_early_and_is_named(make_facts):
+    guided = make_facts().guided
+    base, expert, *rest = guided.profile.sources
+    loud = "model.layers.1.mlp.down_proj"
+    louder = replace(expert, modules={**expert.modules, loud: 9 * expert.modules[loud]})
+    profile = replace(guided.profile, sources=(base, louder, *rest))
+
+    change = explored(replace(guided, profile=profile), {})["experts"][0]["maps"][1]
+
+    assert change["note"] == f"Colours end at 20; above: {loud}, 978.7."
+    assert change["top"] == 20.0
+    assert change["values"][3][1] == 978.7
+
+
+def test_items_are_a_character_each_and_other_numbers_are_shortened(make_results, make_scores):
+    found = make_results(make_scores(), 10)
+    texts = MetricResult(1.5, (1.23456, None, float("0.00001234567")), higher_is_better=False)
+    plain = found["merged"].tasks["sums"]
+    answered = replace(plain.metrics["exact_match,none"], values=(1.0, None, 0.0, *[1.0] * 7))
+    merged = replace(plain, metrics={"exact_match,none": answered, "loss,none": texts})
+    results = {**found, "merged": ModelResult({"sums": merged})}
+
+    first, second = explored(None, results)["metrics"]
+
+    assert (first["task"], first["metric"], first["merged"]) == ("sums", "exact_match", 4)
+    assert first["models"][1] == {"name": "zoo/math", "items": "0111111111"}
+    assert first["models"][4] == {"name": "merged", "items": "1-01111111"}
+    assert second["models"] == [{"name": "merged", "items": [1.235, None, 1.235e-05]}]
+    assert (first["higher_is_better"], second["higher_is_better"]) == (True, False)
+
+
+def test_a_metric_that_is_no_mean_over_items_has_no_items(make_results, make_scores):
+    found = make_results(make_scores(), 10)
+    plain = found["merged"].tasks["sums"]
+    metric = MetricResult(0.5, None)
+    results = {"merged": ModelResult({"sums": replace(plain, metrics={"f1,none": metric})})}
+
+    assert explored(None, results) == {"experts": [], "metrics": []}
+
+
+def test_a_merge_without_guide_scores_and_costs_has_a_page_that_says_so(make_facts):
+    page = report_page(make_facts(guided=None, scores=None, costs=()), {})
+
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Scores"]
+    assert "This merge was not scored." in page
+    assert data_of(page) == {"experts": [], "metrics": []}
+
+
+def test_bars_are_as_long_as_what_they_stand_for(make_facts):
+    page = report_page(make_facts(), {})
+
+    rows = re.findall(r'<th scope="row">(.*?)</th>.*?width="(.*?)".*?number">(.*?)<', page, re.S)
+    assert rows[:5] == [
+        ("base", "5.0", "0.050 ± 0.020"),
+        ("zoo/math", "90.0", "0.900 ± 0.020"),
+        ("zoo/text", "10.0", "0.100 ± 0.020"),
+        ("uniform twin", "68.0", "0.680 ± 0.020"),
+        ("merged", "70.0", "0.700 ± 0.026"),
+    ]
+    assert 'x1="64.9" x2="75.1"' in page
+    assert ("calibrate", "16.32", "12.3 s") in rows
+    assert ("merge", "100.0", "1 min 16 s") in rows
+    assert ("merge", "0.0", "–") in rows
+
+
+def test_the_page_of_a_model_of_30_blocks_and_1300_items_is_small(
+    make_facts, make_fake, make_results, make_scores
+):
+    fake = make_fake(30, tuple(f"mixer.projection_{i}" for i in range(7)))
+    guided = replace(make_facts().guided, profile=fake.profile, schedule=fake.schedule)
+
+    page = report_page(make_facts(guided=guided), make_results(make_scores(), 1300))
+
+    assert len(page.encode()) < 100_000

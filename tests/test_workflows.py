@@ -1,0 +1,234 @@
+"""The workflows, the composite action and the workflow that `init --github` writes."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from lewis_hub import __version__
+from lewis_hub.cli.actions import render_workflow
+from lewis_hub.cli.main import cli
+from lewis_hub.recipe_file import read_recipe
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+OURS = ROOT / ".github"
+RECIPE = "merge_method: linear\nmodels: [{model: a/b, parameters: {weight: 1.0}}]\n"
+
+
+@pytest.fixture(scope="module")
+def publisher(tmp_path_factory):
+    """A publisher's repository: what `init --github` writes, and the action as documented."""
+    folder = tmp_path_factory.mktemp("publisher")
+    workflow = folder / ".github" / "workflows" / "remerge.yml"
+    workflow.parent.mkdir(parents=True)
+    workflow.write_text(render_workflow("merges/recipe.yaml"))
+    workflow.with_name("action.yml").write_text(documented()[0].replace("SHA", "a" * 40))
+    return folder
+
+
+def documented():
+    """The two workflows in the documents: by the action, and by the reusable workflow."""
+    text = (ROOT / "docs" / "automation.md").read_text()
+    return re.findall(r"```yaml\n(.+?)```", text, re.DOTALL)
+
+
+def workflows(publisher):
+    return [*(OURS / "workflows").glob("*.yml"), *publisher.rglob("*.yml")]
+
+
+def lint(command, *words):
+    done = subprocess.run(
+        [BIN / command, *map(str, words)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_zizmor_finds_nothing(publisher):
+    lint("zizmor", "--offline", "--quiet", OURS, publisher)
+
+
+def test_actionlint_finds_nothing(publisher):
+    lint("actionlint", *workflows(publisher))
+
+
+def test_yamllint_finds_nothing(publisher):
+    lint("yamllint", "--strict", OURS, publisher)
+
+
+def test_all_are_of_github_s_schema(publisher):
+    known = "--builtin-schema"
+    lint("check-jsonschema", known, "vendor.github-workflows", *workflows(publisher))
+    lint("check-jsonschema", known, "vendor.github-actions", *OURS.glob("actions/*/action.yml"))
+
+
+def steps_of(document):
+    """Every step of a workflow, or of an action."""
+    jobs = document.get("jobs") or {"": document["runs"]}
+    return [step for job in jobs.values() for step in job["steps"]]
+
+
+def documents(publisher):
+    files = [*workflows(publisher), *OURS.glob("actions/*/action.yml")]
+    return {file: yaml.safe_load(file.read_text()) for file in files}
+
+
+def test_nothing_is_pasted_into_a_script(publisher):
+    for file, document in documents(publisher).items():
+        for step in steps_of(document):
+            assert "${{" not in step.get("run", ""), file
+
+
+def test_every_action_is_pinned_by_commit_and_the_same_everywhere(publisher):
+    pins = {}
+    for document in documents(publisher).values():
+        for step in steps_of(document):
+            if "uses" in step and not step["uses"].startswith("$/"):
+                name, _, commit = step["uses"].partition("@")
+                assert re.fullmatch(r"[0-9a-f]{40}", commit), step["uses"]
+                assert pins.setdefault(name, commit) == commit
+    assert len(pins) == 6
+
+
+def test_the_action_runs_the_scripts_of_the_workflow_that_init_writes(publisher):
+    written, action = (
+        [(step["name"], step["run"]) for step in steps_of(document) if "run" in step]
+        for document in (
+            yaml.safe_load(render_workflow("recipe.yaml")),
+            yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text()),
+        )
+    )
+
+    assert written == action
+
+
+def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "merged").mkdir()
+    Path("recipe.yaml").write_text(RECIPE)
+    given = {
+        '${REPO:+--repo="$REPO"}': "--repo=me/mine",
+        "${FORCE:+--force}": "--force",
+        '"$RUNNER_TEMP"/{preflight,merge,push}.json': "preflight.json merge.json push.json",
+        "$RUNNER_TEMP": str(tmp_path),
+        "$RECIPE": "recipe.yaml",
+    }
+    scripts = [step.get("run", "") for step in steps_of(yaml.safe_load(render_workflow("r.yaml")))]
+    commands = [script for script in scripts if script.startswith("lewis-hub ")]
+
+    assert len(commands) == 5
+    for script in commands:
+        for shell, value in given.items():
+            script = script.replace(shell, value)
+        command, words = cli, shlex.split(script.partition(" > ")[0])[1:]
+        while isinstance(command, click.Group):
+            command, words = command.commands[words[0]], words[1:]
+        assert isinstance(command.make_context("step", words), click.Context)
+
+
+def test_the_written_workflow_asks_for_little_and_ends_no_push():
+    document = yaml.safe_load(render_workflow("merges/recipe.yaml"))
+    (job,) = document["jobs"].values()
+
+    assert document["permissions"] == {}
+    assert job["permissions"] == {"contents": "read", "id-token": "write"}
+    assert document["concurrency"]["cancel-in-progress"] is False
+    (when,) = document[True]["schedule"]  # YAML reads `on` as true
+    assert 0 < int(when["cron"].split()[0]) < 60
+    assert job["env"]["RECIPE"] == "${{ inputs.recipe || 'merges/recipe.yaml' }}"
+
+
+def test_only_the_steps_that_push_sign_in_as_the_workflow():
+    document = yaml.safe_load(render_workflow("recipe.yaml"))
+    known = {step["name"]: set(step.get("env", {})) for step in steps_of(document) if "run" in step}
+
+    assert known == {
+        "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL"},
+        "Look at sources, target and disk": {"HF_TOKEN"},
+        "Merge and score": {"HF_TOKEN"},
+        "Push": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
+        "Merge from Hub to Hub": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
+        "Report": set(),
+    }
+
+
+def test_the_written_workflow_installs_this_version():
+    install = next(
+        step for step in steps_of(yaml.safe_load(render_workflow("r.yaml"))) if "run" in step
+    )
+
+    assert install["env"]["REQUIREMENT"] == f"lewis-hub=={__version__}"
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "merges").mkdir()
+    monkeypatch.chdir(tmp_path / "merges")
+    return tmp_path
+
+
+def init(*words):
+    return CliRunner().invoke(cli, ["init", "--github", *words])
+
+
+def test_init_puts_the_workflow_at_the_top_of_the_repository(repository):
+    done = init("--base", "org/base", "--expert", "org/one")
+
+    assert done.exit_code == 0, done.output
+    workflow = repository / ".github" / "workflows" / "remerge.yml"
+    assert workflow.read_text() == render_workflow("merges/recipe.yaml")
+    assert str(read_recipe(repository / "merges" / "recipe.yaml").base_model) == "org/base"
+    assert f"Wrote {workflow}. It publishes with the secret HF_TOKEN" in done.output
+
+
+def test_init_leaves_a_recipe_that_is_there_as_it_is(repository):
+    Path("recipe.yaml").write_text(RECIPE)
+
+    assert init().exit_code == 0
+    assert Path("recipe.yaml").read_text() == RECIPE
+    again = init()
+    assert again.exit_code == 2
+    assert "remerge.yml exists; replace it with --force" in again.output
+    assert init("--force").exit_code == 0
+    assert Path("recipe.yaml").read_text() == RECIPE
+
+
+@pytest.mark.parametrize("name", ["re'cipe.yaml", "a b.yaml", "${{ x }}.yaml", "$(id).yaml"])
+def test_init_refuses_a_recipe_whose_path_a_shell_could_take_for_more(repository, name):
+    Path(name).write_text(RECIPE)
+
+    done = init("-o", name)
+
+    assert done.exit_code == 2
+    assert "so that no shell takes it for more" in " ".join(done.output.split())
+    assert not (repository / ".github").exists()
+
+
+def test_init_refuses_a_recipe_of_another_place(repository, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "recipe.yaml"
+    elsewhere.write_text(RECIPE)
+
+    done = init("-o", str(elsewhere))
+
+    assert done.exit_code == 2
+    assert "lies outside of" in done.output
+
+
+def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():
+    written, job = documented()
+    action = yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text())
+    called = yaml.safe_load((OURS / "workflows/remerge.yml").read_text())[True]["workflow_call"]
+
+    assert len(written.splitlines()) == 10
+    *_, step = steps_of(yaml.safe_load(written))
+    assert set(step["with"]) <= set(action["inputs"])
+    (told,) = yaml.safe_load(job)["jobs"].values()
+    assert set(told["with"]) <= set(called["inputs"])
+    assert set(told["secrets"]) == set(called["secrets"])
