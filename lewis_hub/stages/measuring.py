@@ -59,7 +59,8 @@ def measure_model(
     drawn = draw(how, calibration, _data(api, calibration), progress)
     folder = download(api, [source], progress)[source.pinned]
     tokens = drawn.tokens.measured(GUIDE)
-    by_block = execution.loading.is_by_block(local_checkpoint(source.pinned, folder))
+    limited = execution.max_memory_bytes is not None
+    by_block = limited and execution.loading.is_by_block(local_checkpoint(source.pinned, folder))
     subject = Subject(
         source.pinned, source.commit_sha, "expert", folder, (tokens,), by_block=by_block
     )
