@@ -42,6 +42,7 @@ from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.checking import CheckReport
 from lewis_hub.stages.evaluation import Scored
 from lewis_hub.stages.execution import Execution, Step
+from lewis_hub.stages.loading import Loading
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs, resolve_one
 from lewis_hub.stages.standing import Former
@@ -74,12 +75,15 @@ class Calibrated:
     schedule: DensitySchedule
 
 
-def check(recipe: Recipe, *, allow_pickle: bool = False) -> CheckReport:
+def check(
+    recipe: Recipe, *, allow_pickle: bool = False, max_memory_bytes: int | None = None
+) -> CheckReport:
     """Tell all that can be known before a download: headers and JSON files are read, no weights.
 
     Args:
         recipe: what to merge.
         allow_pickle: whether sources may have pickled weights alone.
+        max_memory_bytes: of a model while it is measured; a larger one goes block by block.
 
     Raises:
         LewisHubError: a source cannot be found or read. Sources that are there and do not fit
@@ -92,7 +96,8 @@ def check(recipe: Recipe, *, allow_pickle: bool = False) -> CheckReport:
     """
     api = hub_api()
     inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
-    return checking.examine(recipe, inputs, api, allow_code=True).report
+    loading = Loading(max_memory_bytes=max_memory_bytes)
+    return checking.examine(recipe, inputs, api, allow_code=True, loading=loading).report
 
 
 def calibrate(
@@ -130,7 +135,9 @@ def calibrate(
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
     inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     inputs = converting.without_pickles(measured, inputs, api, progress)
-    examined = checking.examine(measured, inputs, api, allow_code=execution.allow_code)
+    examined = checking.examine(
+        measured, inputs, api, allow_code=execution.allow_code, loading=execution.loading
+    )
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     sets = calibration.calibration_sets(step)
@@ -183,7 +190,9 @@ def merge_models(
         if standing.is_this_merge(output, planned):
             gate = gating.judged_again(recipe, output, api)
             return Merged("unchanged", output, standing.read_scores(output), gate)
-    examined = checking.examine(recipe, inputs, api, allow_code=execution.allow_code)
+    examined = checking.examine(
+        recipe, inputs, api, allow_code=execution.allow_code, loading=execution.loading
+    )
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
     with open_workspace(output, replace=execution.replace) as work:

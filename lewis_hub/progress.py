@@ -30,3 +30,16 @@ class Silent:
 
     def say(self, text: str) -> None:
         """Say nothing."""
+
+
+def shared(advance: Advance, n_passes: int) -> Advance:
+    """Tell the units of all passes as if there were one."""
+    done, told = 0, 0
+
+    def advance_share(n: int) -> None:
+        nonlocal done, told
+        done += n
+        advance(done // n_passes - told)
+        told = done // n_passes
+
+    return advance_share

@@ -9,6 +9,9 @@ import transformers
 from architectures import CAUSAL, Case, build, cases, examine, recipe
 
 import lewis_hub
+from lewis_hub.errors import CalibrationModelError
+from lewis_hub.guides import activations, by_block
+from lewis_hub.guides.tokens import CalibrationTokens
 
 SEQ2SEQ, VISION = "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 QUICK = {  # matrices in the blocks that calibration reaches: per block, times blocks
@@ -20,6 +23,11 @@ QUICK = {  # matrices in the blocks that calibration reaches: per block, times b
     Case("t5", SEQ2SEQ): 6 * 4 + 10 * 4,  # both stacks; the decoder has two attentions
     Case("qwen2_vl", VISION): 7 * 4,  # not the vision tower
 }
+
+
+# what blocks get or give beside the hidden states, or weights that they share, ties them together
+NOT_BY_BLOCK = {"deepseek_v4", "dory", "git", "glm_moe_dsa", "hrm_text", "hy_v4", "mllama"}
+NOT_BY_BLOCK |= {"phi4_multimodal", "prophetnet", "reformer", "xlm", "zamba", "zamba2", "zaya"}
 
 
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.model_type)
@@ -38,6 +46,31 @@ def test_nearly_all_architectures_that_transformers_knows_can_be_merged(tmp_path
     failed = {row.case.model_type: row.reason for row in rows if row.reason}
     assert len(rows) >= 60 + 4 + 4
     assert len(failed) <= 0.05 * len(rows), failed
+
+
+@pytest.mark.slow
+def test_architectures_are_measured_the_same_block_by_block_or_refused(tmp_path):
+    texts = CalibrationTokens(
+        ((5, 6, 7, 8, 9), (9, 8), tuple(range(3, 43))), (0, 1, 2), 3, 0, 0, "t"
+    )
+    n_equal, refused = 0, set()
+    for case in cases():
+        try:
+            build(case, tmp_path / case.model_type)
+            folder = tmp_path / case.model_type / "base"
+            whole = activations.measure(folder, "tiny", [texts], "cpu", lambda _: None)
+        except Exception:  # noqa: BLE001, S112 - docs/architectures.md has the reasons
+            continue
+        try:
+            blocks = by_block.measure(folder, "tiny", [texts], "cpu", lambda _: None)
+        except CalibrationModelError:
+            refused.add(case.model_type)
+            continue
+        assert blocks == whole, case.model_type
+        n_equal += 1
+
+    assert refused == NOT_BY_BLOCK | {c.model_type for c in cases() if c.automatic == SEQ2SEQ}
+    assert n_equal >= 180
 
 
 def test_what_a_vision_language_model_has_beside_its_weights_is_carried(tmp_path):

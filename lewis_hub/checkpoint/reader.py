@@ -97,6 +97,22 @@ def local_header(label: str, file: Path) -> ShardHeader:
         )
 
 
+def local_checkpoint(label: str, folder: Path) -> Checkpoint:
+    """Read the headers of a local folder.
+
+    Raises:
+        BrokenCheckpointError: as `read_headers`.
+    """
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+
+    def read(shard: str, start: int, stop: int) -> bytes:
+        with (folder / shard).open("rb") as file:
+            return os.pread(file.fileno(), stop - start, start)
+
+    index = folder / INDEX
+    return read_headers(label, sizes, read, index.read_bytes() if index.exists() else None)
+
+
 def _together(
     label: str, by_shard: Mapping[str, ShardHeader], located: Mapping[str, str]
 ) -> dict[str, TensorHeader]:

@@ -71,6 +71,14 @@ code_option = click.option(
 )
 
 
+memory_option = click.option(
+    "--max-memory",
+    callback=lambda _, option, text: text and parse_size(text, option.opts[0]),
+    metavar="SIZE",
+    help="Measure models block by block that take more, such as 8GB [all of them whole].",
+)
+
+
 def hardware_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that say which of the Hub's machines a Job gets."""
     for option in (
@@ -95,9 +103,12 @@ sign_option = click.option(
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
 @recipe_argument
+@memory_option
 @pickle_option
 @terminal_options
-def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
+def check(
+    terminal: Terminal, recipe_file: Path, max_memory: int | None, allow_pickle: bool
+) -> None:
     """Tell all that can be known before a download: reads headers, never weights."""
     from lewis_hub.stages.reading import read_recipe
 
@@ -105,7 +116,7 @@ def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import check_tables
 
-    report = pipeline.check(recipe, allow_pickle=allow_pickle)
+    report = pipeline.check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory)
     terminal.finish(report.to_json(), *check_tables(report))
     if report.problems:
         raise click.exceptions.Exit(1)
@@ -151,6 +162,7 @@ def check(terminal: Terminal, recipe_file: Path, allow_pickle: bool) -> None:
 )
 @device_option
 @click.option("--max-shard-size", default="5GB", help="Largest output file [5GB].")
+@memory_option
 @click.option("--on", type=click.Choice(["jobs"]), help="Run it as a Hugging Face Job.")
 @hardware_options
 @code_option
@@ -175,6 +187,7 @@ def merge(
     ray_address: str | None,
     device: str,
     max_shard_size: str,
+    max_memory: int | None,
     on: str | None,
     flavor: str | None,
     timeout: str | None,
@@ -207,7 +220,8 @@ def merge(
         runner=runner,
         ray_address=ray_address,
         device=device,
-        max_shard_bytes=parse_size(max_shard_size),
+        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+        max_memory_bytes=max_memory,
         replace=force,
         allow_code=allow_code_execution,
         allow_nan=allow_nan,
@@ -291,11 +305,11 @@ def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
     return document
 
 
-def parse_size(text: str) -> int:
-    """Bytes from a size such as 500MB or 5GB, in powers of 1000."""
+def parse_size(text: str, option: str) -> int:
+    """Bytes from a size such as 500MB or 5GB, in powers of 1000; `option` is named in messages."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
     if not match or float(match[1]) == 0:
         raise click.BadParameter(
-            f"expected a size such as 500MB or 5GB, found {text!r}", param_hint="--max-shard-size"
+            f"expected a size such as 500MB or 5GB, found {text!r}", param_hint=option
         )
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))

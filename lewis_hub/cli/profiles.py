@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lewis_hub.cli.merging import code_option, device_option, pickle_option
+from lewis_hub.cli.merging import code_option, device_option, memory_option, pickle_option
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 RECIPES = {".yaml", ".yml"}
@@ -38,6 +38,7 @@ N_SHOWN = 20  # modules in a table; --json has them all
     help="Folder for the profile [importance/ beside the recipe, or here].",
 )
 @device_option
+@memory_option
 @pickle_option
 @code_option
 @terminal_options
@@ -47,6 +48,7 @@ def importance(
     seed: int | None,
     output: Path | None,
     device: str,
+    max_memory: int | None,
     allow_pickle: bool,
     allow_code_execution: bool,
     **data: Any,
@@ -59,7 +61,12 @@ def importance(
     from lewis_hub.stages.execution import Execution
 
     told = {name: value for name, value in data.items() if value is not None}
-    execution = Execution(device=device, allow_pickle=allow_pickle, allow_code=allow_code_execution)
+    execution = Execution(
+        device=device,
+        max_memory_bytes=max_memory,
+        allow_pickle=allow_pickle,
+        allow_code=allow_code_execution,
+    )
     path = Path(recipe_or_model)
     if path.suffix not in RECIPES and not path.is_file():
         output = output or Path("importance")

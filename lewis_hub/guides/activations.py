@@ -128,6 +128,11 @@ def activation_norms(
     n_tokens = sum(int(batch.attention_mask.sum()) for batch in calibration)
     modules = block_linears(model, name)
     totals = input_sums(model, name, modules, calibration, sum_of_squares, advance, products)
+    return norms_of(totals, n_tokens)
+
+
+def norms_of(totals: Mapping[str, InputSum], n_tokens: int) -> dict[str, Tensor]:
+    """The root of the mean square over all tokens, of sums of squares by the path of a module."""
     return {path: (one.total / n_tokens).sqrt().float() for path, one in totals.items()}
 
 
@@ -160,19 +165,29 @@ def input_sums(  # noqa: PLR0913
         CalibrationModelError: a sum that is not finite.
     """
     recorder = Recorder(summed)
-    with _hooked(modules, recorder), evaluating(model), torch.no_grad():
+    with hooked(modules, recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
             _observe(model, batch, recorder, products)
             advance(int(batch.attention_mask.sum()))
-    if not recorder.totals:
+    require_seen(recorder.totals, name)
+    require_finite(recorder.totals, name)
+    return recorder.totals
+
+
+def require_seen(found: Mapping[str, object], name: str) -> None:
+    """Refuse that nothing was measured."""
+    if not found:
         remedy = "Choose calibration data with texts in it."
         raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
-    for path, one in recorder.totals.items():
+
+
+def require_finite(totals: Mapping[str, InputSum], name: str) -> None:
+    """Refuse sums that say nothing."""
+    for path, one in totals.items():
         if not torch.isfinite(one.total).all():
             problem = f"the activations before {path} are not finite"
             remedy = "Its weights may be broken, or overflow in float16: try `--device cpu`."
             raise CalibrationModelError(name, problem, remedy)
-    return recorder.totals
 
 
 def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
@@ -199,14 +214,14 @@ def _observe(
             return
         except OutOfStepError:
             pass
-    for part in _unpadded(batch):
+    for part in unpadded(batch):
         recorder.start(part)
         with products or nullcontext():
             forward(model, part)
         recorder.finish()
 
 
-def _unpadded(batch: Batch) -> Iterator[Batch]:
+def unpadded(batch: Batch) -> Iterator[Batch]:
     """Split into batches of texts of one length."""
     lengths = batch.attention_mask.sum(dim=1)
     for length in sorted(set(lengths.tolist()) - {0}):
@@ -221,7 +236,8 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
     """
     body = model.base_model
     accepted = inspect.signature(type(body).forward).parameters
-    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+    device = next(one.device for one in model.parameters() if not one.is_meta)
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
     options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
     if "decoder_input_ids" in accepted:
         start = config_value(model, "decoder_start_token_id") or 0
@@ -233,7 +249,8 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 @contextmanager
-def _hooked(modules: Mapping[str, Linear], recorder: Recorder) -> Iterator[None]:
+def hooked(modules: Mapping[str, Linear], recorder: Recorder) -> Iterator[None]:
+    """Let a recorder see the inputs of modules, by their paths, for the time being."""
     handles = []
     try:
         for path, module in modules.items():

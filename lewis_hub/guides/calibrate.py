@@ -53,7 +53,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Subject:
-    """A source to be measured on some sets; against its base, for a measure of pairs."""
+    """A source to be measured on some sets.
+
+    Attributes:
+        against: its base, for a measure of pairs.
+        by_block: whether it is too large to be in memory as a whole; not for all measures.
+    """
 
     source: str  # repo@sha, or the folder as written
     commit_sha: str
@@ -61,6 +66,7 @@ class Subject:
     folder: Path  # a complete local snapshot
     sets: tuple[CalibrationSet, ...]
     against: Place | None = None
+    by_block: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -122,15 +128,15 @@ def _measured(
     device: str,
     advance: Advance,
 ) -> list[dict[str, float]]:
-    from lewis_hub.guides import activations, reference, shifts  # torch: only where it is needed
+    from lewis_hub.guides import activations, by_block, reference, shifts  # torch: only here
 
     if how == "lewis_reference":
         return reference.measure(subject.folder, subject.source, tokens, device, advance)
     if subject.against:
         expert = Place(subject.source, subject.folder)
         return shifts.measure(subject.against, expert, tokens, device, advance)
-    summarise = SUMMARIES[how]
-    return activations.measure(subject.folder, subject.source, tokens, device, advance, summarise)
+    measure = by_block.measure if subject.by_block else activations.measure
+    return measure(subject.folder, subject.source, tokens, device, advance, SUMMARIES[how])
 
 
 def _measurement(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint import names
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.calibrate import Subject
-from lewis_hub.progress import Advance
+from lewis_hub.progress import Advance, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +108,20 @@ def gather_grams(
         CalibrationModelError: the source cannot be loaded or measured.
         EmptyCalibrationError: no token counts.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    gathered = _by_block if subject.by_block else _whole
+    found = gathered(subject, folder, widest, device, advance)
+    files = {
+        file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in found.values())
+    }
+    grams = GramFiles(facts_of(subject, widest), found, files)
+    write_whole(folder / INDEX, json.dumps(asdict(grams), indent=1) + "\n")
+    return grams
+
+
+def _whole(
+    subject: Subject, folder: Path, widest: int, device: str, advance: Advance
+) -> dict[str, ModuleGram]:
     import torch
 
     from lewis_hub.guides.activations import block_linears, check_tokens_fit, input_sums
@@ -125,25 +139,37 @@ def gather_grams(
         for path, module in block_linears(model, name).items()
         if f"{path}.weight" in kept
     }
-    folder.mkdir(parents=True, exist_ok=True)
     shares = list(_shares(modules, widest))
-    advance = _shared(advance, len(shares))
+    advance = shared(advance, len(shares))
     summed = partial(second_moments, widest=widest)
     found: dict[str, ModuleGram] = {}
     widths = {n_inputs(module) for module in modules.values()}
     with threads(whole_shares(widths, torch.get_num_threads())):
         for share in shares:
             sums = input_sums(model, name, share, batches(tokens), summed, advance)
-            found |= {
-                names.module(kept[f"{path}.weight"]): gram
-                for path, gram in _write(sums, modules, folder).items()
-            }
-    files = {
-        file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in found.values())
-    }
-    grams = GramFiles(facts_of(subject, widest), found, files)
-    write_whole(folder / INDEX, json.dumps(asdict(grams), indent=1) + "\n")
-    return grams
+            found |= _write(sums, modules, kept, folder)
+    return found
+
+
+def _by_block(
+    subject: Subject, folder: Path, widest: int, device: str, advance: Advance
+) -> dict[str, ModuleGram]:
+    """The matrices of one block at a time, in one pass of the texts."""
+    from lewis_hub.guides.by_block import Visit, visited
+    from lewis_hub.guides.skeleton import skeleton
+    from lewis_hub.guides.stored import stored_names
+
+    def write(visits: Iterator[Visit]) -> dict[str, ModuleGram]:
+        found: dict[str, ModuleGram] = {}
+        for visit in visits:
+            [sums] = visit.sums
+            found |= _write(sums, visit.modules, kept, folder)
+        return found
+
+    summed = partial(second_moments, widest=widest)
+    with skeleton(subject.folder, device, subject.source) as made:
+        kept = stored_names(made.model)
+        return visited(made, [subject.sets[0].tokens], summed, advance, write, products=False)
 
 
 def n_inputs(module: Linear) -> int:
@@ -198,9 +224,19 @@ def n_entries(n: int, widest: int) -> int:
 
 
 def _write(
-    sums: Mapping[str, InputSum], modules: Mapping[str, Linear], folder: Path
+    sums: Mapping[str, InputSum],
+    modules: Mapping[str, Linear],
+    kept: Mapping[str, str],
+    folder: Path,
 ) -> dict[str, ModuleGram]:
-    """A file for each block."""
+    """A file for each block, of the modules whose weights lie in the checkpoint as they are.
+
+    Args:
+        sums: path -> the sum over its inputs.
+        modules: path -> module.
+        kept: parameter -> its tensor in the checkpoint.
+        folder: for the files.
+    """
     from safetensors.torch import save_file
     from transformers.pytorch_utils import Conv1D
 
@@ -208,24 +244,14 @@ def _write(
     held: dict[str, dict[str, Tensor]] = {}
     owners: dict[int, str] = {}
     for path, one in sums.items():
+        if f"{path}.weight" not in kept:
+            continue
         owner = owners.setdefault(id(one), path)
         file = f"{names.stack(owner)}.{names.block(owner)}.safetensors"
         if owner == path:
             held.setdefault(file, {})[path] = one.mean().cpu()
-        found[path] = ModuleGram(file, owner, isinstance(modules[path], Conv1D), one.n_tokens)
+        module = names.module(kept[f"{path}.weight"])
+        found[module] = ModuleGram(file, owner, isinstance(modules[path], Conv1D), one.n_tokens)
     for file, tensors in held.items():
         save_file(tensors, folder / file)
     return found
-
-
-def _shared(advance: Advance, n_passes: int) -> Advance:
-    """Tell the tokens of all passes as if there were one."""
-    done, told = 0, 0
-
-    def advance_share(n_tokens: int) -> None:
-        nonlocal done, told
-        done += n_tokens
-        advance(done // n_passes - told)
-        told = done // n_passes
-
-    return advance_share

@@ -6,7 +6,7 @@ Nothing here runs a repo's own code or opens a connection.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,8 +37,8 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     """
     import torch
 
-    with refusals(name, "model"), _quiet():
-        model, report = _model_class(folder).from_pretrained(
+    with refusals(name, "model"), quiet():
+        model, report = model_class(folder).from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
             trust_remote_code=False,
@@ -46,13 +46,14 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
             output_loading_info=True,
             experts_implementation="eager",
         )
-        _check_complete(name, report)
-        _check_reads_tokens(name, model)
+        check_complete(name, report["missing_keys"])
+        check_reads_tokens(name, model)
         model.config.get_text_config().use_cache = False  # some keep one unless this says so
         return cast("PreTrainedModel", model.to(device).eval())
 
 
-def _model_class(folder: Path) -> Any:
+def model_class(folder: Path) -> Any:
+    """The class of transformers that a folder's configuration names."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
@@ -62,9 +63,9 @@ def _model_class(folder: Path) -> Any:
     return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 
-def _check_complete(name: str, report: Any) -> None:
-    """Weights that were missing are random now; measuring them would mean nothing."""
-    absent = sorted(report["missing_keys"])
+def check_complete(name: str, missing: Iterable[str]) -> None:
+    """Refuse weights that are in no file: random ones would mean nothing."""
+    absent = sorted(missing)
     if absent:
         others = f"{len(absent) - 1} more of the weights that its architecture needs"
         problem = f"its files lack {absent[0]} (and {others})"
@@ -72,7 +73,8 @@ def _check_complete(name: str, report: Any) -> None:
         raise CalibrationModelError(name, problem, remedy)
 
 
-def _check_reads_tokens(name: str, model: PreTrainedModel) -> None:
+def check_reads_tokens(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model of pictures or sound alone."""
     if "input_ids" not in inspect.signature(model.forward).parameters:
         problem = f"{type(model).__name__} reads no tokens"
         remedy = "Calibration measures language models; merge it with guide `uniform` instead."
@@ -108,7 +110,7 @@ def refusals(name: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Only the command line prints: no progress bar and no report from transformers."""
     from transformers.utils import logging as untyped
 

@@ -182,19 +182,21 @@ def _on_texts(  # noqa: PLR0913
         for source in step.inputs.models
         if source.pinned in loaded
     }
-    subjects = tuple(_in(whole, subject) for subject in subjects)
+    subjects = tuple(_in(whole, subject, step) for subject in subjects)
     n_tokens = sum(subject.n_tokens for subject in unknown)
     with step.progress.stage("Calibrating", n_tokens, "tokens") as advance:
         return calibrate(subjects, known, step.execution.device, advance, keep, measure)
 
 
-def _in(folders: Mapping[str, Path], subject: Subject) -> Subject:
-    """The same subject, in the folder that can be loaded."""
+def _in(folders: Mapping[str, Path], subject: Subject, step: Step) -> Subject:
+    """The same subject, in the folder that can be loaded, whole or block by block."""
     against = subject.against
+    checkpoint = step.examined.checkpoints[subject.source]
     return replace(
         subject,
         folder=folders.get(subject.source, subject.folder),
         against=against and replace(against, folder=folders.get(against.name, against.folder)),
+        by_block=step.execution.loading.is_by_block(checkpoint),
     )
 
 

@@ -22,6 +22,7 @@ from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
 from lewis_hub.stages.data_checking import data_problems
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
+from lewis_hub.stages.loading import Loading, loading_notes, loading_problems
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
 from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
@@ -86,7 +87,14 @@ class Examined:
     tokens: Tokens
 
 
-def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> Examined:
+def examine(
+    recipe: Recipe,
+    inputs: Inputs,
+    api: HfApi,
+    *,
+    allow_code: bool,
+    loading: Loading = Loading(),  # noqa: B008 - frozen
+) -> Examined:
     """Read headers, configurations and cards of all sources, and hold them against the recipe.
 
     Args:
@@ -94,6 +102,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         inputs: pinned.
         api: the Hub.
         allow_code: whether benchmarks may run code that a model wrote.
+        loading: where models are measured, and how much of one may be in memory there.
 
     Raises:
         SourceError: a file cannot be read.
@@ -114,12 +123,13 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
         problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
         problems += _benchmark_refusals(recipe, allow_code=allow_code)
         problems += data_problems(recipe, inputs, api, allow_code=allow_code)
+        problems += loading_problems(recipe, inputs, checkpoints, loading)
     if recipe.slices and found.is_read and not problems:
         try:
             output = outline(recipe, inputs, checkpoints, found.configs, tokens.alignment)
         except MergeError as error:
             problems.append(str(error))
-    needed = needs(recipe, inputs, checkpoints, output)
+    needed = needs(recipe, inputs, checkpoints, output, loading)
     report = CheckReport(
         sources=tuple(
             _report(source, inputs, checkpoints, found.configs, facts) for source in inputs.models
@@ -129,6 +139,7 @@ def examine(recipe: Recipe, inputs: Inputs, api: HfApi, *, allow_code: bool) -> 
             *_notes(recipe, inputs, found.configs, found.adapters),
             *quantised_notes(recipe, inputs, found.models),
             *pickle_notes(inputs),
+            *loading_notes(recipe, inputs, checkpoints, loading),
             *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
             *calibration_notes(recipe, inputs, tokens),

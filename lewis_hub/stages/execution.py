@@ -15,6 +15,7 @@ from lewis_hub.merge.runners import Runner, parse_runner
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.checking import Examined
+from lewis_hub.stages.loading import Loading
 from lewis_hub.stages.sources import Inputs
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Execution:
         device: where models run to be measured and scored, as torch names it. On `cuda` the weights
             are merged there too, unless Ray's workers do it.
         max_shard_bytes: largest file of weights.
+        max_memory_bytes: of a model while it is measured; a larger one goes block by block. None:
+            every model is loaded whole.
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
         allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
@@ -44,6 +47,7 @@ class Execution:
     ray_address: str | None = None
     device: str = "cpu"
     max_shard_bytes: int = 5_000_000_000
+    max_memory_bytes: int | None = None
     replace: bool = False
     allow_code: bool = False
     allow_nan: bool = False
@@ -53,6 +57,11 @@ class Execution:
     def workers(self) -> Runner | Ray:
         """The runner by its name."""
         return parse_runner(self.runner, self.ray_address)
+
+    @property
+    def loading(self) -> Loading:
+        """How models are brought into memory to be measured."""
+        return Loading(self.device, self.max_memory_bytes)
 
     @property
     def merge_device(self) -> str | None:

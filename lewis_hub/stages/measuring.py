@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.files import write_whole
 from lewis_hub.guides.calibrate import Subject, calibrate, missing
 from lewis_hub.guides.importance import ImportanceProfile
@@ -58,7 +59,11 @@ def measure_model(
     drawn = draw(how, calibration, _data(api, calibration), progress)
     folder = download(api, [source], progress)[source.pinned]
     tokens = drawn.tokens.measured(GUIDE)
-    subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
+    limited = execution.max_memory_bytes is not None
+    by_block = limited and execution.loading.is_by_block(local_checkpoint(source.pinned, folder))
+    subject = Subject(
+        source.pinned, source.commit_sha, "expert", folder, (tokens,), by_block=by_block
+    )
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     told = calibration.model_dump(mode="json", exclude_none=True)

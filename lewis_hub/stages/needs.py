@@ -16,6 +16,7 @@ from lewis_hub.merge.fused import AVERAGED, FUSED
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.evaluation import n_twins
+from lewis_hub.stages.loading import Loading, blocks_bytes, texts_bytes
 from lewis_hub.stages.merging import loaded
 from lewis_hub.stages.sources import Inputs, measures_on_texts, needs_grams, widest_input
 
@@ -40,7 +41,11 @@ class Needs:
 
 
 def needs(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], output: Checkpoint
+    recipe: Recipe,
+    inputs: Inputs,
+    checkpoints: Mapping[str, Checkpoint],
+    output: Checkpoint,
+    loading: Loading,
 ) -> Needs:
     """What a merge takes.
 
@@ -49,6 +54,7 @@ def needs(
         inputs: pinned.
         checkpoints: pinned source -> its headers; without tensors where it is not read yet.
         output: what is made, in the dtypes of its sources.
+        loading: whether models are measured whole.
     """
     pickles = {s.pinned: s.size_bytes(weight_files(s)) for s in inputs.models if s.is_pickled}
     largest_pickle_bytes = max(pickles.values(), default=0)
@@ -60,7 +66,10 @@ def needs(
         disk_bytes + sum(pickles.values()),
         max(
             _merging_bytes(recipe, output, tuple(checkpoints.values())),
-            _loading_bytes(recipe, (output, *checkpoints.values()), largest_pickle_bytes),
+            _scoring_bytes(recipe, (output, *checkpoints.values()), largest_pickle_bytes),
+            _measuring_bytes(
+                recipe, (output, *checkpoints.values()), largest_pickle_bytes, loading
+            ),
         ),
     )
 
@@ -120,20 +129,39 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
     return TORCH_BYTES + held_bytes + narrow_bytes
 
 
-def _loading_bytes(
+def _scoring_bytes(
     recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int
 ) -> int:
-    """Calibration and evaluation hold one model, in float32 on a CPU; two where they are compared.
-
-    Statistics are held beside the one that they are gathered of.
+    """Evaluation holds one model, in float32 on a CPU.
 
     A pickle is taken to hold numbers of two bytes, the smallest that are merged.
     """
-    if recipe.evaluate is None and not measures_on_texts(recipe):
+    if recipe.evaluate is None:
         return 0
-    grams_bytes = min(HELD_BYTES, 2 * max(_grams_bytes(recipe, one) for one in checkpoints))
     largest = max(sum(t.n_elements for t in one.tensors.values()) for one in checkpoints)
+    return TORCH_BYTES + 4 * max(largest, largest_pickle_bytes // 2)
+
+
+def _measuring_bytes(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], largest_pickle_bytes: int, loading: Loading
+) -> int:
+    """Calibration holds one model, or a part; two where they are compared.
+
+    Statistics are held beside the one that they are gathered of.
+    """
+    if not measures_on_texts(recipe):
+        return 0
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     n_models = 2 if guide and "output_shift" in guide.needs else 1
-    model_bytes = 4 * max(largest, largest_pickle_bytes // 2)
-    return TORCH_BYTES + max(n_models * model_bytes, model_bytes + grams_bytes)
+    found = [4 * (largest_pickle_bytes // 2)]
+    for one in checkpoints:
+        grams_bytes = 2 * _grams_bytes(recipe, one)
+        if loading.is_by_block(one):
+            n_blocks = len({names.block(name) for name in one.tensors} - {None})
+            grams_bytes //= max(n_blocks, 1)
+            found.append(blocks_bytes(one) + texts_bytes(recipe, one) + grams_bytes)
+        else:
+            model_bytes = 4 * sum(t.n_elements for t in one.tensors.values())
+            with_grams = model_bytes + min(HELD_BYTES, grams_bytes)
+            found.append(max(n_models * model_bytes, with_grams))
+    return TORCH_BYTES + max(found)

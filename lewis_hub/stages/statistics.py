@@ -13,6 +13,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
+from lewis_hub.hub.source import Source
 from lewis_hub.merge.statistics import Gram, Statistics
 from lewis_hub.methods import registry
 from lewis_hub.report.facts import Measured
@@ -68,7 +69,7 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
         for subject, place in zip(subjects, places, strict=True)
     ]
     whole = [  # before the stage begins, for writing out is one of its own
-        subject if files else replace(subject, folder=loadable(step, expert, folders, scratch))
+        subject if files else _loadable(step, expert, subject, folders, scratch)
         for subject, expert, files in zip(subjects, inputs.experts, found, strict=True)
     ]
     n_tokens = sum(s.n_tokens for s, files in zip(whole, found, strict=True) if not files)
@@ -91,6 +92,14 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
         tuple(one.tokens.rows for one in sets),
         notes,
     )
+
+
+def _loadable(
+    step: Step, expert: Source, subject: Subject, folders: Folders, scratch: Path
+) -> Subject:
+    """The same subject, in a folder that can be loaded, whole or block by block."""
+    by_block = step.execution.loading.is_by_block(step.examined.checkpoints[expert.pinned])
+    return replace(subject, folder=loadable(step, expert, folders, scratch), by_block=by_block)
 
 
 def _place(scratch: Path, subject: Subject, widest: int) -> Path:

@@ -173,10 +173,10 @@ def test_methods_and_guides_are_listed_with_their_papers():
     [("5GB", 5_000_000_000), ("500 MB", 500_000_000), ("1.5kB", 1500), ("7", 7)],
 )
 def test_sizes_are_read_in_powers_of_1000(text, n_bytes):
-    assert parse_size(text) == n_bytes
+    assert parse_size(text, "--max-shard-size") == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "5GiB", "-1GB", "many"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(click.BadParameter, match="expected a size such as 500MB or 5GB"):
-        parse_size(text)
+        parse_size(text, "--max-shard-size")

@@ -1,0 +1,205 @@
+"""Measure a model that does not fit in memory, with one block of it there at a time.
+
+All texts run through a block before the next one is read. In memory are, at most, the embeddings
+and a block, twice while it is fused; and of all texts the hidden states, masks and positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lewis_hub.errors import CalibrationModelError
+from lewis_hub.guides.activations import (
+    N_TRIED,
+    Summary,
+    block_linears,
+    check_tokens_fit,
+    forward,
+    hooked,
+    norms_of,
+    require_finite,
+    require_seen,
+    unpadded,
+)
+from lewis_hub.guides.blocks import Linear, linears, loose_parameters, matrix
+from lewis_hub.guides.flow import Flow, NotAChainError, beside, enter
+from lewis_hub.guides.importance import importances, sum_of_squares
+from lewis_hub.guides.products import Products
+from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
+from lewis_hub.guides.skeleton import REMEDY, Skeleton, skeleton
+from lewis_hub.guides.stored import stored_blocks
+from lewis_hub.guides.threads import threads, whole_shares
+from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
+from lewis_hub.progress import Advance, shared
+
+Summed = Callable[[Tensor], Tensor]  # (n_tokens, in_features) -> the sum over the tokens
+Grouped = Callable[[CalibrationTokens], Iterator[Batch]]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one block met; it has its weights until the next visit.
+
+    Attributes:
+        modules: path -> Linear of the block.
+        sums: for each calibration set, path -> the sum over its tokens.
+        products: for each set, what parameters that no Linear owns were multiplied with.
+    """
+
+    modules: Mapping[str, Linear]
+    sums: Sequence[Mapping[str, InputSum]]
+    products: Sequence[Products | None]
+
+
+def measure(
+    folder: Path,
+    name: str,
+    sets: Sequence[CalibrationTokens],
+    device: str,
+    advance: Advance,
+    summarise: Summary = importances,
+) -> list[dict[str, float]]:
+    """What `activations.measure` returns, of a model that is never in memory as a whole.
+
+    Raises:
+        CalibrationModelError: as there; or the decoder does more with the hidden states than to
+            hand them from block to block.
+    """
+
+    def measured(visits: Iterator[Visit]) -> list[dict[str, float]]:
+        found: list[dict[str, float]] = [{} for _ in sets]
+        for visit in visits:
+            for one, tokens, sums, products in zip(
+                found, sets, visit.sums, visit.products, strict=True
+            ):
+                norms = norms_of(sums, tokens.n_tokens)
+                stored = stored_blocks(made.model, visit.modules, norms, products, tokens.n_tokens)
+                for block in stored:
+                    one |= summarise(block.weights, block.norms)
+        for one in found:
+            require_seen(one, name)
+        return found
+
+    with skeleton(folder, device, name) as made:
+        return visited(made, sets, sum_of_squares, advance, measured, products=True)
+
+
+def visited(
+    made: Skeleton,
+    sets: Sequence[CalibrationTokens],
+    summed: Summed,
+    advance: Advance,
+    take: Callable[[Iterator[Visit]], Found],
+    *,
+    products: bool,
+) -> Found:
+    """Hand every block on once all texts went through it.
+
+    Args:
+        made: the model.
+        sets: one or more; weights are read once for all.
+        summed: of the inputs of each Linear.
+        advance: called with the number of tokens done, as if there were one block.
+        take: what to do with the blocks. It is called anew where it shows on the way that texts
+            have to run without padding, as `activations.input_sums` decides it for a batch.
+        products: whether to look at what parameters that no Linear owns are multiplied with.
+    """
+    for tokens in sets:
+        check_tokens_fit(made.model, made.name, tokens)
+    widths = {matrix(module).shape[1] for module in block_linears(made.model, made.name).values()}
+    with threads(whole_shares(widths, torch.get_num_threads())):
+        try:
+            return take(_visits(made, sets, batches, summed, advance, products=products))
+        except OutOfStepError:
+            return take(_visits(made, sets, _unpadded, summed, advance, products=products))
+
+
+def _unpadded(tokens: CalibrationTokens) -> Iterator[Batch]:
+    for batch in batches(tokens):
+        yield from unpadded(batch)
+
+
+def _visits(
+    made: Skeleton,
+    sets: Sequence[CalibrationTokens],
+    grouped: Grouped,
+    summed: Summed,
+    advance: Advance,
+    *,
+    products: bool,
+) -> Iterator[Visit]:
+    advance = shared(advance, len(made.blocks))
+    ids = torch.tensor([sets[0].ids[0][:N_TRIED]])
+    tried = Batch(ids, torch.ones_like(ids))
+    for number in range(len(made.blocks)):
+        with made.block(number) as block:
+            if number == 0:
+                groups = [[tried], *(list(grouped(tokens)) for tokens in sets)]
+                [trial], *flows = _entered(made, groups)
+            modules = dict(linears(f"{made.path}.{number}", block))
+            step = partial(_step, made, number)
+            used = _used(made, number, partial(step, trial)) if products else {}
+            if used and grouped is not _unpadded:
+                raise OutOfStepError
+            sums, watched = [], []
+            for texts in flows:
+                recorder = Recorder(summed)
+                seen = Products(used) if used else None
+                with hooked(modules, recorder):
+                    for flow in texts:
+                        recorder.start(flow.batch)
+                        with seen or nullcontext():
+                            step(flow)
+                        recorder.finish()
+                        advance(int(flow.batch.attention_mask.sum()))
+                require_finite(recorder.totals, made.name)
+                sums.append(recorder.totals)
+                watched.append(seen)
+            yield Visit(modules, sums, watched)
+
+
+def _entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:
+    """All texts before the first block, which has its weights."""
+    run, blocks = partial(forward, made.model), list(made.blocks)
+    with made.surroundings(), torch.no_grad(), _chain(made.name):
+        rest = beside(blocks, groups[0][0], run)
+        return [[enter(blocks, batch, run, rest) for batch in group] for group in groups]
+
+
+def _step(made: Skeleton, number: int, flow: Flow) -> None:
+    with torch.no_grad(), _chain(made.name):
+        flow.step(number, made.blocks[number])
+
+
+def _used(made: Skeleton, number: int, run: Callable[[], None]) -> dict[str, Tensor]:
+    """The block's parameters that no Linear owns and that `run` multiplies."""
+    inside = f"{made.path}.{number}."
+    loose = {
+        path: parameter
+        for path, parameter in loose_parameters(made.model).items()
+        if path.startswith(inside)
+    }
+    with Products(loose) as tried:
+        run()
+    return {path: parameter for path, parameter in loose.items() if path in tried.used}
+
+
+@contextmanager
+def _chain(name: str) -> Iterator[None]:
+    """Say what a decoder is that cannot be run block by block."""
+    try:
+        yield
+    except (NotAChainError, RuntimeError) as error:
+        if not isinstance(error, NotAChainError) and "meta" not in str(error):
+            raise
+        problem = "its decoder does more between its blocks than to hand on hidden states"
+        raise CalibrationModelError(name, problem, REMEDY) from error

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lewis_hub.errors import CalibrationModelError
+from lewis_hub.guides import activations, by_block
+from lewis_hub.guides.by_block import Visit, visited
+from lewis_hub.guides.calibrate import CalibrationSet, Subject
+from lewis_hub.guides.flow import NotAChainError, enter
+from lewis_hub.guides.grams import gather_grams
+from lewis_hub.guides.importance import sum_of_squares
+from lewis_hub.guides.skeleton import skeleton
+from lewis_hub.guides.tokens import Batch, CalibrationTokens
+
+from .conftest import ARCHITECTURES, LLAMA, tiny_model, tokens_of
+
+WHOLE = "Calibrate it whole, where there is memory for it: leave out `--max-memory`."
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (  # layers that slide have masks and positions of their own
+        "Gemma3TextConfig",
+        {**LLAMA, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": 4}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "mixtral": (  # experts that are fused in memory
+        "MixtralConfig",
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "deepseek": (  # the first block has no experts
+        "DeepseekV3Config",
+        {**LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 12, "n_routed_experts": 4}
+        | {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+        | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+        | {"v_head_dim": 4},
+    ),
+}
+
+
+@pytest.fixture
+def any_architecture(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], PreTrainedModel]:
+    for name, one in MORE.items():
+        monkeypatch.setitem(ARCHITECTURES, name, one)
+    return tiny_model
+
+
+def nothing(_: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES | MORE))
+def test_block_by_block_measures_exactly_what_a_whole_model_does(
+    any_architecture, name, texts, saved
+):
+    folder = saved(any_architecture(name))
+    long = tokens_of([list(range(3, 43)), list(range(9, 0, -1))])
+    sets = [texts, long]
+
+    blocks = by_block.measure(folder, "tiny", sets, "cpu", nothing)
+
+    whole = activations.measure(folder, "tiny", sets, "cpu", nothing)
+    assert [list(one) for one in blocks] == [list(one) for one in whole]
+    assert blocks == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_are_computed_in_float32_as_they_are_whole(llama, texts, saved, dtype):
+    folder = saved(llama.to(dtype))
+
+    blocks = by_block.measure(folder, "tiny", [texts], "cpu", nothing)
+
+    assert blocks == activations.measure(folder, "tiny", [texts], "cpu", nothing)
+
+
+class Counting:
+    """A reader that remembers what was asked of it."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.names: list[str] = []
+
+    def tensor(self, header: Any) -> torch.Tensor:
+        self.names.append(header.name)
+        found: torch.Tensor = self.reader.tensor(header)
+        return found
+
+
+def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts, saved):
+    folder = saved(llama)
+    present = []
+
+    with skeleton(folder, "cpu", "tiny") as made:
+        counting = Counting(made._reader)
+        made = replace(made, _reader=counting)
+
+        def take(visits: Iterator[Visit]) -> None:
+            for _ in visits:
+                loaded = {name for name, one in made.model.named_parameters() if not one.is_meta}
+                present.append({name.rpartition(".layers.")[2].split(".")[0] for name in loaded})
+
+        visited(made, [texts, texts], sum_of_squares, nothing, take, products=True)
+        left = [name for name, one in made.model.named_parameters() if not one.is_meta]
+
+    assert present == [{"0"}, {"1"}, {"2"}]
+    assert left == []
+    stored = load_file(folder / "model.safetensors")
+    assert sorted(counting.names) == sorted(stored.keys() - {"lm_head.weight"})
+
+
+def test_progress_tells_every_token_once(llama, texts, saved):
+    told: list[int] = []
+
+    by_block.measure(saved(llama), "tiny", [texts], "cpu", told.append)
+
+    assert sum(told) == texts.n_tokens
+    assert min(told) >= 0
+
+
+def refused(folder: Path, texts: CalibrationTokens) -> str:
+    with pytest.raises(CalibrationModelError) as caught:
+        by_block.measure(folder, "me/tiny", [texts], "cpu", nothing)
+    return str(caught.value)
+
+
+def test_an_encoder_decoder_is_refused(texts, saved):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=97, decoder_start_token_id=0, **small)
+
+    assert refused(saved(transformers.T5ForConditionalGeneration(config)), texts) == (
+        f"me/tiny: an encoder-decoder cannot be calibrated block by block.\n{WHOLE}"
+    )
+
+
+def test_blocks_that_share_weights_are_refused(texts, saved):
+    small = {"vocab_size": 97, "hidden_size": 16, "num_attention_heads": 4, "n_mamba_heads": 2}
+    small |= {"num_hidden_layers": 4, "num_mem_blocks": 1, "mamba_d_state": 4, "chunk_size": 4}
+    config = transformers.Zamba2Config(
+        **small, layers_block_type=["mamba", "hybrid"] * 2, intermediate_size=24
+    )
+
+    assert refused(saved(transformers.Zamba2ForCausalLM(config)), texts) == (
+        f"me/tiny: its blocks share weights, so it cannot be calibrated block by block.\n{WHOLE}"
+    )
+
+
+def chain(loop: Callable[[nn.ModuleList, torch.Tensor], object]) -> None:
+    """Enter three blocks by a loop of its own."""
+    blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    enter(list(blocks), Batch(ids, ids), lambda _: loop(blocks, torch.ones(1, 2, 2)), None)
+
+
+def twice(blocks, x):
+    for block in blocks:
+        x = block(block(x))
+
+
+def backwards(blocks, x):
+    for block in reversed(blocks):
+        x = block(x)
+
+
+def between(blocks, x):
+    for block in blocks:
+        x = block(x) + 1
+
+
+def left_out(blocks, x):
+    for block in blocks[:2]:
+        x = block(x)
+
+
+@pytest.mark.parametrize("loop", [twice, backwards, between, left_out])
+def test_a_decoder_that_does_more_than_to_hand_on_hidden_states_is_no_chain(loop):
+    with pytest.raises(NotAChainError):
+        chain(loop)
+
+
+def test_what_a_block_returns_beside_the_hidden_states_must_not_go_to_the_next():
+    blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    ids, bias = torch.zeros(1, 2, dtype=torch.int64), torch.ones(2)
+
+    def run(_: Batch) -> None:
+        x, extra = torch.ones(1, 2, 2), None
+        for block in blocks:
+            x, extra = block(x, extra)
+
+    with pytest.raises(NotAChainError):
+        enter(list(blocks), Batch(ids, ids), run, (bias,))
+
+
+def test_each_block_keeps_what_it_was_called_with():
+    blocks = [nn.Bilinear(2, 2, 2) for _ in range(2)]
+    ids, x = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, 2)
+    masks = [torch.full((1, 2, 2), float(number)) for number in range(2)]
+
+    def run(_: Batch) -> None:
+        hidden = x
+        for block, mask in zip(blocks, masks, strict=True):
+            hidden = block(input1=hidden, input2=mask)
+
+    flow = enter(blocks, Batch(ids, ids), run, None)
+    assert flow.hidden is x
+    for number, block in enumerate(blocks):
+        flow.step(number, block)
+
+    assert torch.equal(flow.hidden, blocks[1](blocks[0](x, masks[0]), masks[1]))
+
+
+def test_missing_weights_are_an_error_before_any_is_read(llama, texts, saved):
+    folder = saved(llama)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    assert refused(folder, texts) == (
+        "me/tiny: its files lack model.layers.1.mlp.up_proj.weight (and 0 more of the weights that"
+        " its architecture needs).\n"
+        "The config does not describe these files: check the source, or take another."
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek"])
+def test_second_moments_are_the_same_block_by_block(any_architecture, name, texts, saved, tmp_path):
+    folder = saved(any_architecture(name))
+    whole = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
+
+    found = gather_grams(replace(whole, by_block=True), tmp_path / "blocks", 8192, "cpu", nothing)
+
+    assert found == gather_grams(whole, tmp_path / "whole", 8192, "cpu", nothing)
