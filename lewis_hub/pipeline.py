@@ -186,7 +186,8 @@ def merge_models(
     if not execution.replace:
         if target and (held := publishing.published_already(target, planned, api)):
             told = None if held.pull_request_url else target.former
-            return Merged("unchanged", output, standing.published_scores(told, api), None, held)
+            scores, gate = standing.published_scores(told, api), gating.published_verdict(told, api)
+            return Merged("unchanged", output, scores, gate, held)
         if standing.is_this_merge(output, planned):
             gate = gating.judged_again(recipe, output, api)
             return Merged("unchanged", output, standing.read_scores(output), gate)

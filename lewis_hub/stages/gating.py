@@ -11,10 +11,11 @@ from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.files import write_whole
 from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.target import look, read_text
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.gate import card_section
-from lewis_hub.stages.standing import read_scores
+from lewis_hub.stages.standing import Former, read_scores
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,6 +62,21 @@ def judged_again(recipe: Recipe, output: Path, api: HfApi) -> GateVerdict | None
         write_whole(output / CARD, card.replace(card_section(verdict), card_section(found)))
         write_whole(output / FILE, found.to_json())
     return found
+
+
+def published_verdict(former: Former | None, api: HfApi) -> GateVerdict | None:
+    """What the gate said of the merge in the target repo; None where it was pushed in spite of it.
+
+    The file is no part of the lock, so one that cannot be read says nothing.
+    """
+    told = read_small(api, former.source, FILE) if former else None
+    if told is None:
+        return None
+    try:
+        verdict = GateVerdict.from_json(told.decode("utf-8", errors="replace"))
+    except EvaluationError:
+        return None
+    return None if verdict.missed else verdict
 
 
 def read_verdict(folder: Path) -> GateVerdict | None:

@@ -3,7 +3,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.checkpoint import window as windows
@@ -48,6 +48,7 @@ needs = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(steps=st.lists(st.lists(needs, max_size=4), max_size=8))
 def test_every_step_reads_its_bytes_as_often_as_it_likes_and_leaves_nothing(
     steps, tmp_path_factory
