@@ -7,6 +7,7 @@ when a merge is pushed, and its owner may go on writing them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from model_signing.hashing import Config
 
 UNSIGNED = ("README.md", CHANGELOG, SIGNATURE)
+# model-signing's words, inside the representation of a list: quotes may be escaped there
+MISMATCHED = re.compile(r"Hash mismatch for \\*'(.+?)\\*':")
 MAKE = (
     "Make a pair: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, then"
     " `openssl ec -in key.pem -pubout -out key.pub`."
@@ -94,7 +97,9 @@ def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -
         except InvalidSignature:
             return "it was made with another key, or changed"
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            files = dict.fromkeys(MISMATCHED.findall(told))
+            return f"it was made of other files: {', '.join(files)}" if files else told
     return None
 
 
