@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         verify,
     )
     from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
-    from lewis_hub.recipe_file import read_recipe
     from lewis_hub.stages.execution import Execution
+    from lewis_hub.stages.reading import read_recipe
 
 __version__ = "0.1.0"
 __all__ = [

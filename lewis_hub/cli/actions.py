@@ -85,7 +85,7 @@ def preflight(
 
     The answer (merge, stream or unchanged) is also the step's output `way`.
     """
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline

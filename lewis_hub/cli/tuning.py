@@ -80,7 +80,7 @@ def tune(
     best become recipe.tuned.yaml beside it, scored against the recipe on the untouched items. The
     same command goes on with the study where it ended.
     """
-    from lewis_hub.recipe_file import read_recipe
+    from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub.stages.execution import Execution

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.recipe import ModelReference, Recipe
-from lewis_hub.recipe_file import read_recipe
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
+from lewis_hub.stages.reading import read_recipe
 from lewis_hub.stages.reporting import lock
 from lewis_hub.stages.sources import resolve_inputs, resolve_one
 from lewis_hub.stages.verification import read_lock
