@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.statistics import Gram, Statistics
+from lewis_hub.merge.statistics import Gram, Statistics, informed, unknown
 from lewis_hub.methods import registry
 from lewis_hub.report.facts import Measured
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable
+from lewis_hub.stages.merging import loadable, plan_of
 from lewis_hub.stages.sources import widest_input
 from lewis_hub.stages.translating import translated
 
@@ -127,15 +127,13 @@ def _statistics(step: Step, source: str, place: Path, files: GramFiles) -> Stati
 
 def _notes(step: Step, known: Sequence[Statistics]) -> tuple[str, ...]:
     """Which matrices of the blocks the method has to do without statistics of."""
-    tensors: Mapping[str, TensorHeader] = step.examined.checkpoints[
-        step.inputs.donor.pinned
-    ].tensors
-    lacking = [
+    tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
+    matrices = [
         name
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) >= 2 and names.block(name) is not None
-        if not all(name in one.grams for one in known)
     ]
+    lacking = unknown(informed(plan_of(step, None), known), matrices)
     if not lacking:
         return ()
     shown = ", ".join(lacking[:N_SHOWN]) + (", ..." if len(lacking) > N_SHOWN else "")
