@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli.merging import RepoName, recipe_argument
+from lewis_hub.cli.options import RepoName, output_option, recipe_argument
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 WORKFLOW = Path(".github") / "workflows" / "remerge.yml"
@@ -70,12 +70,7 @@ def actions() -> None:
 )
 @recipe_argument
 @click.option("--repo", type=RepoName(), help="Where it goes, if not to the recipe's.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the merged model [merged/ beside the recipe].",
-)
+@output_option("Folder for the merged model [merged/ beside the recipe].")
 @click.option("--force", is_flag=True, help="Merge though nothing changed.")
 @terminal_options
 def preflight(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lewis_hub.cli.options import output_option
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 if TYPE_CHECKING:
@@ -49,13 +50,7 @@ def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> Non
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub demo --keep")
-@click.option(
-    "-o",
-    "--output",
-    default="lewis-demo",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for all that the demo makes [lewis-demo].",
-)
+@output_option("Folder for all that the demo makes [lewis-demo].", default="lewis-demo")
 @click.option("--port", default=0, help="Of the embedded Hub; 0 takes a free one.")
 @click.option("--keep", is_flag=True, help="Leave the Hub serving, to look at it in a browser.")
 @terminal_options

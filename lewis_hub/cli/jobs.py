@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lewis_hub.cli.merging import (
+from lewis_hub.cli.options import (
     RepoName,
     code_option,
     device_option,

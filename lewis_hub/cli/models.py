@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from lewis_hub.cli.merging import (
+from lewis_hub.cli.options import (
     RepoName,
     code_option,
     device_option,
+    output_option,
     pickle_option,
     sign_option,
 )
@@ -197,13 +198,7 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     default=0.0,
     help="Per module the lowest rank that misses no more than this share [the highest rank].",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="adapter",
-    help="Folder to make [adapter/].",
-)
+@output_option("Folder to make [adapter/].", default="adapter")
 @terminal_options
 def extract_lora(
     terminal: Terminal, model: str, base: str, rank: int, error: float, output: Path

@@ -8,7 +8,13 @@ from typing import Any
 
 import click
 
-from lewis_hub.cli.merging import code_option, device_option, memory_option, pickle_option
+from lewis_hub.cli.options import (
+    code_option,
+    device_option,
+    memory_option,
+    output_option,
+    pickle_option,
+)
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 RECIPES = {".yaml", ".yml"}
@@ -31,12 +37,7 @@ N_SHOWN = 20  # modules in a table; --json has them all
 @click.option("--samples", type=click.IntRange(min=1), help="Rows drawn by the seed [15].")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longer texts are cut here [512].")
 @click.option("--seed", type=click.IntRange(min=0), help="Of the rows that are drawn [42].")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the profile [importance/ beside the recipe, or here].",
-)
+@output_option("Folder for the profile [importance/ beside the recipe, or here].")
 @device_option
 @memory_option
 @pickle_option
@@ -121,13 +122,7 @@ def _of_model(
 )
 @click.argument("before")
 @click.argument("after")
-@click.option(
-    "-o",
-    "--output",
-    default="comparison",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the plots [comparison/].",
-)
+@output_option("Folder for the plots [comparison/].", default="comparison")
 @terminal_options
 def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     """Hold two importance profiles side by side: tables, rank correlation, plots.

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lewis_hub.cli.merging import code_option, device_option, pickle_option, recipe_argument
+from lewis_hub.cli.options import (
+    code_option,
+    device_option,
+    output_option,
+    pickle_option,
+    recipe_argument,
+)
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 if TYPE_CHECKING:
@@ -48,12 +54,7 @@ N_SHOWN = 10  # trials in the table; --json has them all
 )
 @click.option("--method", "methods", multiple=True, help="Also try this method; repeat it.")
 @click.option("--guide", "guides", multiple=True, help="Also try this guide [uniform]; repeat it.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the study [tuning/ beside the recipe].",
-)
+@output_option("Folder for the study [tuning/ beside the recipe].")
 @device_option
 @code_option
 @pickle_option

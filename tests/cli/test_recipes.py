@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
-from lewis_hub.cli.merging import parse_size
+from lewis_hub.cli.options import parse_size
 from lewis_hub.recipe_file import read_recipe, schema
 
 
