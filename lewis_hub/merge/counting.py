@@ -11,7 +11,8 @@ from functools import cache
 from typing import Any
 
 from lewis_hub.merge.bits import magnitude
-from lewis_hub.merge.lanes import U32, U64, Code, Value
+from lewis_hub.merge.lanes import U32, U64, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.native import Native, address_of, addresses_of, compiled
 from lewis_hub.merge.operands import (
     ABOVE,
@@ -173,17 +174,11 @@ class _Bracket:
 
     def _collect(self, size: Value, hits: Value) -> None:
         code, n_inside, room = self._code, self._n_inside, self._code.arguments["room"]
-        left = code.variable(hits.packed)
-        with code.when(left.value.differs(0)):
-            code.store(size, self._held)
-            with code.repeating() as leave:
-                leave(left.value.equals(0))
-                lane = left.value.lowest_bit.widened(U64)
-                found = code.load(self._held + lane * 4, U32)
-                code.store(found, self._inside + n_inside.value * 4)
-                n_inside.set(n_inside.value + 1)
-                left.set(left.value & (left.value - 1))
-            n_inside.set(n_inside.value.where(n_inside.value < room, room))
+        packed = hits.packed
+        with code.when(packed.differs(0)):
+            code.store(size.compressed(hits), self._inside + n_inside.value * 4)
+            n_found = n_inside.value + packed.n_bits.widened(U64)
+            n_inside.set(n_found.smallest(room))
 
 
 @contextmanager

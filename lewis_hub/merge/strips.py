@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lewis_hub.merge.bits import EXPONENT, magnitude, narrow, widen, width
-from lewis_hub.merge.lanes import F32, U32, U64, Code, Value, Variable
+from lewis_hub.merge.lanes import F32, U32, U64, Value, Variable
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.operands import LANES
 
 TAIL_BYTES = 4 * LANES
