@@ -26,6 +26,7 @@ from lewis_hub.merge.operands import (
 from lewis_hub.merge.strips import Strip, sources_at, strips
 
 TALLY_BYTES = 4 * 8
+PLACES_AHEAD = 8  # of a sample: memory is fetched for
 
 
 def sample(piece: Piece, places: Any, found: Any) -> None:
@@ -90,9 +91,14 @@ def _sample(kinds: tuple[int, ...]) -> Native:
         experts = range(len(kinds) - 1)
         found = [_address(code, "found", e) for e in experts]
         sources, everywhere = sources_at(code, kinds), code.many(1, BIT)
+        last = code.arguments["n_places"] - 1
         with code.counting(code.number(0), code.arguments["n_places"]) as i:
-            first = code.load(code.arguments["places"] + i * 8, U64)
-            for e, size in enumerate(_sizes(Strip(sources, first, everywhere), experts)):
+            first, soon = (
+                code.load(code.arguments["places"] + (i + later).smallest(last) * 8, U64)
+                for later in (0, PLACES_AHEAD)
+            )
+            strip = Strip(sources, first, everywhere, soon)
+            for e, size in enumerate(_sizes(strip, experts)):
                 code.store(size, found[e] + i * (4 * LANES))
         code.give_back(code.number(0))
 

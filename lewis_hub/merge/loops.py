@@ -84,6 +84,14 @@ class Code:
             left.set(left.value & (left.value - 1))
         return found.value
 
+    def fetch_ahead(self, address: Value) -> None:
+        """Have the memory at an address brought into the cache; it need not be there."""
+        pointer = self._place(address, BYTE)
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, U32, U32, U32])
+        prefetch = self._builder.module.declare_intrinsic("llvm.prefetch.p0", fnty=signature)
+        to_read, for_long, as_data = (ir.Constant(U32, number) for number in (0, 3, 1))
+        self._builder.call(prefetch, [pointer, to_read, for_long, as_data])
+
     def copy(self, source: Value, target: Value, n_bytes: Value) -> None:
         """Copy bytes from address to address."""
         pointers = [self._place(address, BYTE) for address in (target, source)]
