@@ -14,6 +14,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.integers import unpacked
 from lewis_hub.checkpoint.quantisation import Quantisation, read_quantisation, signs
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
+from lewis_hub.checkpoint.transposed import turned
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.fetch import read_small, weight_files
@@ -32,6 +33,7 @@ CALLED = {  # codes of quantised tensors
     "I4": "4-bit integers",
     "NF4": "4-bit normal floats",
     "FP4": "4-bit floats",
+    "MXFP4": "4-bit floats",
 }
 MODELOPT = "hf_quant_config.json"
 
@@ -86,6 +88,8 @@ def _dequantised(
         return read_range(api, source, tensor.shard, tensor.start, stop)
 
     loose = bits_and_bytes(scaled(checkpoint, found.block), read)
+    if found.layout:
+        return turned(loose, found.layout, found.n_packed_bits or 4, found.offset)
     return unpacked(loose, found.block, found.n_packed_bits) if found.integers else loose
 
 
