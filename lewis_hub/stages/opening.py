@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.checkpoint.codes import Transposed
 from lewis_hub.checkpoint.eight_bit import scaled
 from lewis_hub.checkpoint.four_bit import bits_and_bytes
 from lewis_hub.checkpoint.header import TensorHeader
@@ -35,6 +36,11 @@ CALLED = {  # codes of quantised tensors
     "FP4": "4-bit floats",
     "MXFP4": "4-bit floats",
 }
+RESCALED = (
+    " was quantised by AWQ, which first multiplies columns of its matrices and divides what feeds "
+    "them, norms too: beside models that it was not done to, these factors count as task vectors. "
+    "Use the model that it was quantised from where there is one."
+)
 MODELOPT = "hf_quant_config.json"
 
 
@@ -112,6 +118,8 @@ def quantised_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]
             if source is inputs.donor and recipe.output_dtype is None:
                 text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
             notes.append(f"{text}.")
+        if any(isinstance(t.scaled, Transposed) and t.scaled.layout == "AWQ" for t in tensors):
+            notes.append(f"{source.name}{RESCALED}")
     return notes
 
 
