@@ -68,6 +68,37 @@ def test_all_are_of_github_s_schema(publisher):
     lint("check-jsonschema", known, "vendor.github-actions", *OURS.glob("actions/*/action.yml"))
 
 
+BROKEN = """name:  broken
+on: push
+jobs:
+  one:
+    runs-on: ubuntu-latest
+    steps:
+      - uses: actions/checkout@v6
+      - run: echo "${{ github.event.issue.title }}"
+        shel: bash
+"""
+FOUND = {  # what each linter says of it
+    "zizmor": (["--offline", "--quiet"], "unpinned-uses"),
+    "actionlint": ([], 'unexpected key "shel"'),
+    "yamllint": (["--strict"], "too many spaces after colon"),
+    "check-jsonschema": (["--builtin-schema", "vendor.github-workflows"], "'shel' was unexpected"),
+}
+
+
+@pytest.mark.parametrize("command", FOUND)
+def test_a_workflow_that_is_wrong_would_be_found(command, tmp_path):
+    broken = tmp_path / ".github" / "workflows" / "broken.yml"
+    broken.parent.mkdir(parents=True)
+    broken.write_text(BROKEN)
+    words, said = FOUND[command]
+
+    with pytest.raises(AssertionError) as caught:
+        lint(command, *words, broken)
+
+    assert said in str(caught.value)
+
+
 def steps_of(document):
     """Every step of a workflow, or of an action."""
     jobs = document.get("jobs") or {"": document["runs"]}
