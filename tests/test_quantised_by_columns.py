@@ -96,7 +96,7 @@ def gpt_oss(folder, seed):
         head_dim=16,
         num_local_experts=4,
         num_experts_per_tok=2,
-        vocab_size=96,
+        vocab_size=390,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         pad_token_id=0,
@@ -212,6 +212,21 @@ def test_check_counts_what_words_hold_and_warns_of_what_awq_did_before(api, tmp_
         "feeds them, norms too: beside models that it was not done to, these factors count as task "
         "vectors. Use the model that it was quantised from where there is one."
     ]
+
+
+def test_biases_that_only_a_gptq_file_has_are_told_and_may_be_left_out(api, tmp_path):
+    few, _ = write_words(tmp_path / "few", "expert-reverse", "gptq")
+    pipeline.merge_models(recipe("zoo/base", few), tmp_path / "without")
+    tensors = load_file(few / WEIGHTS)
+    (one, *_) = [name.removesuffix("qweight") + "bias" for name in tensors if "qweight" in name]
+    save_file(tensors | {one: torch.zeros(tensors[f"{one[:-4]}scales"].shape[1])}, few / WEIGHTS)
+
+    (problem,) = pipeline.check(recipe("zoo/base", few)).problems
+    pipeline.merge_models(recipe("zoo/base", few, "missing: base\n"), tmp_path / "with")
+
+    assert one in problem
+    assert "`missing: base`" in problem
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
 
 
 def test_a_merge_streams_from_gptq_on_the_hub_to_the_same_bytes(api, tmp_path):
