@@ -43,29 +43,38 @@ def workflows(publisher):
     return [*(OURS / "workflows").glob("*.yml"), *publisher.rglob("*.yml")]
 
 
-def lint(command, *words):
+def complaints(command, *words):
+    """What a linter finds; empty where it is content."""
     done = subprocess.run(
         [BIN / command, *map(str, words)], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr if done.returncode else ""
 
 
 def test_zizmor_finds_nothing(publisher):
-    lint("zizmor", "--offline", "--quiet", OURS, publisher)
+    assert complaints("zizmor", "--offline", "--quiet", OURS, publisher) == ""
 
 
 def test_actionlint_finds_nothing(publisher):
-    lint("actionlint", *workflows(publisher))
+    assert complaints("actionlint", *workflows(publisher)) == ""
 
 
 def test_yamllint_finds_nothing(publisher):
-    lint("yamllint", "--strict", OURS, publisher)
+    assert complaints("yamllint", "--strict", OURS, publisher) == ""
 
 
 def test_all_are_of_github_s_schema(publisher):
     known = "--builtin-schema"
-    lint("check-jsonschema", known, "vendor.github-workflows", *workflows(publisher))
-    lint("check-jsonschema", known, "vendor.github-actions", *OURS.glob("actions/*/action.yml"))
+    assert (
+        complaints("check-jsonschema", known, "vendor.github-workflows", *workflows(publisher))
+        == ""
+    )
+    assert (
+        complaints(
+            "check-jsonschema", known, "vendor.github-actions", *OURS.glob("actions/*/action.yml")
+        )
+        == ""
+    )
 
 
 BROKEN = """name:  broken
@@ -93,10 +102,7 @@ def test_a_workflow_that_is_wrong_would_be_found(command, tmp_path):
     broken.write_text(BROKEN)
     words, said = FOUND[command]
 
-    with pytest.raises(AssertionError) as caught:
-        lint(command, *words, broken)
-
-    assert said in str(caught.value)
+    assert said in complaints(command, *words, broken)
 
 
 def steps_of(document):
