@@ -158,3 +158,29 @@ def test_a_result_that_does_not_fit_is_refused(zoo):
 
     with pytest.raises(NonFiniteError, match="It does not fit into F16"):
         zoo.merge(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (n, place)
+        for n in NAMES
+        for place in ("base", "expert 0")
+        if find(n).takes_base or "x" in place
+    ],
+)
+def test_what_is_not_finite_is_told_by_tensor_and_source(zoo, name, place):
+    asked = settings(zoo, name)
+    broken = zoo.tensors[place] | {
+        "model.layers.1.a": torch.tensor([0, 1, float("inf")] + [2.0] * 4)
+    }
+    again = zoo.source(place, broken)
+    first = replace(asked.experts[0], checkpoint=again.checkpoint)
+    base = again if place == "base" else asked.base
+    experts = asked.experts if place == "base" else (first, *asked.experts[1:])
+    without = not find(name).takes_base
+
+    with pytest.raises(NonFiniteError) as caught:
+        zoo.merge(replace(asked, base=None if without else base, experts=experts))
+
+    assert str(caught.value).startswith(f"model.layers.1.a holds NaN or infinity in {place}.\n")
