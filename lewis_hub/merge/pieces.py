@@ -135,19 +135,6 @@ class Job:
                 raw = self._look(desk, first, n)
                 yield Piece(raw, self.kinds, n, first, self.block, desk.out, kind)
 
-    def samples(self, starts: Sequence[int], length: int) -> Iterator[Piece]:
-        """Runs of `length` entries from each of `starts`, as many to a piece as it holds."""
-        kind = FORMATS[self.tensor.output.dtype]
-        with self.site.desks.one() as desk:
-            together = max(1, desk.n_elements // length)
-            for i in range(0, len(starts), together):
-                taken = starts[i : i + together]
-                for place, first in enumerate(taken):
-                    self._read(desk, first, length, place * length)
-                n = len(taken) * length
-                raw = desk.raw[: len(self.tensor.inputs)]
-                yield Piece(raw, self.kinds, n, 0, BLOCK, desk.out, kind)
-
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""
         width = WIDTHS[self.tensor.output.dtype]
@@ -178,8 +165,3 @@ class Job:
                 reader.read(tensor, first * width, view)
             found.append(np.frombuffer(view, np.uint8))
         return tuple(found)
-
-    def _read(self, desk: Desk, first: int, n: int, place: int) -> None:
-        for reader, tensor, row in zip(self.readers, self.tensor.inputs, desk.raw, strict=False):
-            width = WIDTHS[tensor.dtype]
-            reader.read(tensor, first * width, row.data[place * width : (place + n) * width])
