@@ -50,13 +50,13 @@ def quantised(weight, layout):
     by_group = weight.float()[:, torch.argsort(groups, stable=True)].unflatten(1, (-1, 32))
     low, high = by_group.amin(dim=2), by_group.amax(dim=2)
     scale = ((high - low) / 15).half()
-    zero = (-low / scale).round().clamp(1, 15)  # a zero of 0 would be stored as 15
+    zero = (-low / scale).round().clamp(0, 15)
     codes = (weight.float() / scale[:, groups] + zero[:, groups]).round().clamp(0, 15)
     plain = (codes - zero[:, groups]) * scale.float()[:, groups]
     if layout == "gptq":
         parts = {
             "qweight": words(codes).T.contiguous(),
-            "qzeros": words(zero.T - 1),
+            "qzeros": words(zero.T) - 0x11111111,
             "g_idx": groups.int(),
         }
     else:

@@ -92,7 +92,7 @@ class Transposed:
             each column and 32 rows.
         zero: what is subtracted: of each group, as the scales lie, rows packed in words; None:
             nothing.
-        offset: added to every zero, modulo the number of codes.
+        offset: added to every zero; what is more than a code holds is carried into the word's next.
         groups: per column the number of its group; None: they are of equal size, in their order.
     """
 

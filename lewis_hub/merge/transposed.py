@@ -20,6 +20,7 @@ from lewis_hub.merge.plain import widened
 PANEL = 1 << 23  # codes that are held, in as many rows as they fill
 STEP = 32  # rows that are only read together: they share a word or a scale
 AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # which of the codes in a word is of the first row, the second, ...
+ONES = {"I4": 0x11111111, "I8": 0x01010101}  # a word whose every code is 1
 PLAIN = NATURAL.astype(np.float32)
 E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float32)  # of MXFP4, doubled; then with the sign
 SIGNED = np.zeros(256, np.float32)
@@ -90,9 +91,9 @@ def _words(
     zeros = np.zeros_like(scales)
     if stored.zero:
         taken = _share(rows, 1, 2 if stored.codes == "I4" else 1)
-        found = _by_rows(_lines(files, stored.zero, matrix, n_groups, taken), stored)
-        most = np.uint8(15 if stored.codes == "I4" else 255)
-        zeros = PLAIN[(found + np.uint8(stored.offset)) & most]
+        words = _lines(files, stored.zero, matrix, n_groups, taken).view("<u4")
+        words += np.uint32(stored.offset * ONES[stored.codes])
+        zeros = PLAIN[_by_rows(words.view(np.uint8), stored)]
     in_order = np.arange(n_columns, dtype=np.int32) // np.int32(-(-n_columns // n_groups))
     groups = groups_of(files, stored.groups, in_order, n_groups)
     return _codes(files, stored, matrix, rows), Decoding(PLAIN, 1, groups, scales, zeros)

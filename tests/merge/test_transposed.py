@@ -1,5 +1,6 @@
 """GPTQ, AWQ and MXFP4: against transformers, or against their formats' descriptions in loops."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,10 +33,11 @@ def words(codes, n_bits):
 
 def gptq(codes, zeros, scales, n_bits, offset=1):
     """As GPTQ's files hold codes (rows, columns), zeros and scales (groups, rows)."""
-    most = (1 << n_bits) - 1
+    ones = sum(1 << at for at in range(0, 32, n_bits))  # of each word, and a zero of 0 borrows
+    lessened = words(zeros, n_bits).numpy().view("u4") - np.uint32(offset * ones)
     return {
         "a.qweight": words(codes, n_bits).T.contiguous(),
-        "a.qzeros": words((zeros - offset) & most, n_bits),
+        "a.qzeros": torch.from_numpy(lessened.view("i4")),
         "a.scales": scales,
     }
 
