@@ -206,7 +206,8 @@ def problem(recipe, error=SourceError):
 def test_an_adapter_needs_a_base_that_is_a_whole_model(api, adapter, tmp_path):
     needs = (
         f"{adapter}: this is a LoRA adapter, and there is no whole model to put it on.\n"
-        "Name its base as the recipe's `base_model`, and list the adapter under `models`."
+        "Its adapter_config.json names zoo/base: write `base_model: zoo/base`, and list the "
+        "adapter under `models`."
     )
     without = RECIPE.replace("base_model: zoo/base\n", "").replace("ties", "linear")
     under = RECIPE.replace("base_model: zoo/base", f"base_model: {adapter}")
@@ -219,6 +220,10 @@ def test_an_adapter_needs_a_base_that_is_a_whole_model(api, adapter, tmp_path):
             lewis_hub.Evaluation(tasks=("zoo_reverse",), include=str(zoo_folder() / "tasks")),
         )
     assert str(caught.value) == needs
+    silent = write_adapter(tmp_path / "silent", base_model_name_or_path=None)
+    assert problem(parse_recipe(without.replace("ADAPTER", str(silent)), "r.yaml")).endswith(
+        "\nName its base as the recipe's `base_model`, and list the adapter under `models`."
+    )
 
 
 def test_a_model_with_an_adapter_on_it_is_not_scored_by_itself(api):
@@ -247,11 +252,11 @@ def test_only_an_adapter_is_put_on_a_base(api):
 def test_a_quantised_base_is_told_before_its_adapters(api, adapter, tmp_path):
     shutil.copytree(zoo_folder() / "base", tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
+    config["quantization_config"] = {"quant_method": "hqq"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     text = RECIPE.replace("zoo/base", str(tmp_path / "base")).replace("ADAPTER", str(adapter))
 
-    assert "is quantised (gptq)" in problem(parse_recipe(text, "r.yaml"), CheckFailedError)
+    assert "is quantised (hqq)" in problem(parse_recipe(text, "r.yaml"), CheckFailedError)
 
 
 def test_an_adapter_that_asks_for_more_is_refused_with_nothing_downloaded(api, tmp_path):

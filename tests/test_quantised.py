@@ -372,9 +372,17 @@ def test_a_scale_that_does_not_fit_is_told_before_any_download(api, tmp_path):
 REFUSED = "which this version does not read. Use the model that it was quantised from"
 NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
 METHODS = {  # quantization_config -> how it is told
-    "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq"),
-    "awq": ({"quant_method": "awq"}, "awq"),
-    "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4"),
+    "gptq of 3 bits": ({"quant_method": "gptq", "bits": 3}, "gptq, 3 bits"),
+    "gptq for marlin": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        "gptq, marlin in int32",
+    ),
+    "gptq in other words": (
+        {"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"},
+        "gptq, gptq in int16",
+    ),
+    "awq for gemv": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq, gemv of 4 bits"),
+    "hqq": ({"quant_method": "hqq"}, "hqq"),
     "compressed-tensors": (NVFP4, "compressed-tensors, nvfp4-pack-quantized"),
     "another": ({"bits": 3}, "unknown"),
 }
@@ -466,11 +474,11 @@ def test_8_bit_floats_without_a_scale_are_refused(api, tmp_path):
 def test_the_refusal_names_what_the_model_was_made_from(api, tmp_path, card, config, ending):
     folder = tmp_path / "model"
     shutil.copytree(zoo_folder() / "expert-reverse", folder)
-    configure(folder, quantization_config={"quant_method": "gptq"}, **config)
+    configure(folder, quantization_config={"quant_method": "hqq"}, **config)
     (folder / "README.md").write_text(f"---\n{card}---\n")
 
     assert pipeline.check(recipe(expert=folder)).problems == (
-        f"{folder} is quantised (gptq), {REFUSED}{ending}",
+        f"{folder} is quantised (hqq), {REFUSED}{ending}",
     )
 
 
@@ -497,8 +505,8 @@ def test_extracting_an_adapter_from_a_quantised_model_is_refused(api, tmp_path):
 
     folder = tmp_path / "model"
     shutil.copytree(zoo_folder() / "expert-reverse", folder)
-    configure(folder, quantization_config={"quant_method": "gptq"})
+    configure(folder, quantization_config={"quant_method": "hqq"})
     expert, base = (lewis_hub.ModelReference(name=str(name)) for name in (folder, "zoo/base"))
 
-    with pytest.raises(CheckFailedError, match=r"is quantised \(gptq\)"):
+    with pytest.raises(CheckFailedError, match=r"is quantised \(hqq\)"):
         extract_adapter(expert, base, 2, 0.0, tmp_path / "out", hub_api(), Silent())

@@ -10,6 +10,7 @@ import pytest
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.methods.registry import methods
 from lewis_hub.recipe import Calibration, Evaluation, Guide, Publishing, Recipe
 from lewis_hub.recipe_benchmark import Benchmark
 from lewis_hub.recipe_file import parse_recipe, read_recipe
@@ -73,6 +74,16 @@ def test_every_field_of_the_recipe_is_described(model):
 
     for name, field in model.model_fields.items():
         assert re.search(rf"[`.]{field.alias or name}[`.[]", text), name
+
+
+def test_the_numbers_of_methods_are_those_that_there_are():
+    named = (ROOT / "docs" / "mergekit.md").read_text().partition("for `linear`")[2]
+    shared = re.findall(r"`(\w+)`", "`linear`" + named.partition("`cabs`")[0])
+
+    assert len(shared) == len({m.name for m in methods()} & set(shared)) == 18
+    told = " ".join(README.split())
+    assert f"by any of {len(shared)} of its methods" in told
+    assert f"`lewis-hub methods` lists all {len(list(methods()))} that there are" in told
 
 
 def test_the_program_in_the_readme_uses_public_names():

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lewis_hub.checkpoint.header import TensorHeader
 
 Codes = Literal["F8_E4M3", "I8", "I4", "INT8"]
+Layout = Literal["GPTQ", "AWQ", "MXFP4"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,33 @@ class FourBit:
     scale: TensorHeader
     n_a_block: int
     nested: Nested | None
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """How GPTQ, AWQ and MXFP4 store matrices: by columns of what they are read as.
+
+    A value is its code, less the zero of its group, times the group's scale. A group is some of the
+    columns of one row; of MXFP4 it is 32 rows of one column.
+
+    Attributes:
+        stored: the codes, of 4 bits from the lowest ones on. GPTQ: a word of 32 bits holds the next
+            columns of one row. AWQ: it holds 8 rows of one column, those of even places first.
+            MXFP4: a byte holds two rows of one column.
+        codes: what they are called.
+        layout: which of the three it is.
+        scale: what values are multiplied by: of each group and row, or for MXFP4 powers of two of
+            each column and 32 rows.
+        zero: what is subtracted: of each group, as the scales lie, rows packed in words; None:
+            nothing.
+        offset: added to every zero; what is more than a code holds is carried into the word's next.
+        groups: per column the number of its group; None: they are of equal size, in their order.
+    """
+
+    stored: TensorHeader
+    codes: Literal["I4", "I8", "MXFP4"]
+    layout: Layout
+    scale: TensorHeader
+    zero: TensorHeader | None = None
+    offset: int = 0
+    groups: TensorHeader | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
-    from lewis_hub.checkpoint.codes import FourBit, Scaled
+    from lewis_hub.checkpoint.codes import FourBit, Scaled, Transposed
 
 ReadRange = Callable[[str, int, int], bytes]  # (file, start, stop) -> its bytes [start, stop)
 
@@ -58,7 +58,7 @@ class TensorHeader:
     start: int
     n_bytes: int
     adapted: Adapted | None = None
-    scaled: Scaled | FourBit | None = None
+    scaled: Scaled | FourBit | Transposed | None = None
 
     @property
     def n_elements(self) -> int:

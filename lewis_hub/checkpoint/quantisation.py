@@ -2,8 +2,8 @@
 
 8-bit floats (F8_E4M3) with a scale for each block, row or tensor are read: those that DeepSeek,
 Qwen and Mistral publish, and what AutoFP8, FBGEMM, ModelOpt and compressed-tensors write of the
-kind; compressed-tensors' integers of 8 bits, or packed ones of 4 and 8; and what bitsandbytes
-writes. Everything else is refused by name.
+kind; compressed-tensors' integers of 8 bits, or packed ones of 4 and 8; what bitsandbytes writes;
+GPTQ of 4 and 8 bits, AWQ's gemm, and gpt-oss' MXFP4. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lewis_hub.checkpoint.codes import Layout
 from lewis_hub.checkpoint.eight_bit import BLOCK
 from lewis_hub.checkpoint.header import COPIED
 from lewis_hub.checkpoint.reader import Checkpoint
@@ -21,6 +22,7 @@ LOOSE = {"naive-quantized", "int-quantized", "float-quantized"}  # formats of co
 PACKED = "pack-quantized"
 PACKED_BITS = {4, 8}  # others lie across words, and in older files otherwise
 SELF_TELLING = "bitsandbytes"  # its tensors say how they were quantised
+GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # its formats -> what zeros are stored less
 PLAIN_FP8 = {"fp8", "fbgemm_fp8"}  # methods whose every quantised tensor is of the kind
 ENDINGS = {  # of tensors that only a quantised model has -> who writes them
     ".qweight": "GPTQ and AWQ",
@@ -51,6 +53,8 @@ class Quantisation:
             tensor.
         integers: whether integers with scales are weights, as in compressed-tensors.
         n_packed_bits: of integers that lie in words of 32 bits; None: none do.
+        layout: of matrices that are stored by columns; None: none are.
+        offset: of zeros, which are stored less this.
     """
 
     method: str
@@ -58,6 +62,8 @@ class Quantisation:
     block: tuple[int, int] = BLOCK
     integers: bool = False
     n_packed_bits: int | None = None
+    layout: Layout | None = None
+    offset: int = 0
 
 
 def read_quantisation(
@@ -82,6 +88,8 @@ def read_quantisation(
         return Quantisation(f"{method}, blocks of {block}", is_read=False)
     if method == "compressed-tensors":
         return _compressed(method, told, (block[0], block[1]))
+    if method in BY_COLUMNS:
+        return BY_COLUMNS[method](method, told)
     return Quantisation(method, _is_read(method, told), (block[0], block[1]))
 
 
@@ -103,6 +111,34 @@ def _is_read(method: str, told: Mapping[str, Any]) -> bool:
     if method == SELF_TELLING:
         return True
     return method in PLAIN_FP8 and told.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn")
+
+
+def _gptq(method: str, told: Mapping[str, Any]) -> Quantisation:
+    form = str(told.get("checkpoint_format") or told.get("format") or "gptq").lower()
+    is_own = form not in GPTQ_OFFSETS or told.get("is_marlin_format")
+    if is_own or told.get("pack_dtype", "int32") != "int32":
+        form = "marlin" if told.get("is_marlin_format") else form
+        return Quantisation(f"{method}, {form} in {told.get('pack_dtype', 'int32')}", is_read=False)
+    n_bits = told.get("bits")
+    if n_bits not in PACKED_BITS:
+        return Quantisation(f"{method}, {n_bits} bits", is_read=False)
+    offset = GPTQ_OFFSETS[form]
+    return Quantisation(method, is_read=True, n_packed_bits=n_bits, layout="GPTQ", offset=offset)
+
+
+def _awq(method: str, told: Mapping[str, Any]) -> Quantisation:
+    form = str(told.get("version") or told.get("format") or "gemm").lower()
+    n_bits = told.get("bits", told.get("w_bit"))
+    if form != "gemm" or n_bits != 4:
+        return Quantisation(f"{method}, {form} of {n_bits} bits", is_read=False)
+    return Quantisation(method, is_read=True, n_packed_bits=4, layout="AWQ")
+
+
+def _mxfp4(method: str, _: Mapping[str, Any]) -> Quantisation:
+    return Quantisation(method, is_read=True, n_packed_bits=4, layout="MXFP4")
+
+
+BY_COLUMNS = {"gptq": _gptq, "awq": _awq, "mxfp4": _mxfp4}
 
 
 def _compressed(method: str, told: Mapping[str, Any], block: tuple[int, int]) -> Quantisation:

@@ -60,7 +60,9 @@ def decode(files: Reader, tensor: TensorHeader, scaled: Scaled | FourBit) -> Dec
     if scaled.measure and (said := _integers(files, scaled.measure)) != [*tensor.shape]:
         problem = f"`{scaled.measure.name}` says {said}, its bytes are of {list(tensor.shape)}"
         raise _broken(scaled.stored, problem)
-    return Decoding(table, scaled.block[0], _groups(files, scaled, n_columns), scales, zeros)
+    in_order = np.arange(n_columns, dtype=np.int32) // np.int32(scaled.block[1])
+    groups = groups_of(files, scaled.groups, in_order, n_across)
+    return Decoding(table, scaled.block[0], groups, scales, zeros)
 
 
 def halves(raw: Bytes, *, low: Literal[0, 1] = 0) -> Bytes:
@@ -106,16 +108,28 @@ def _zeros(files: Reader, scaled: Scaled, table: Floats, shape: tuple[int, ...])
     return np.ascontiguousarray(table[codes_of(scaled, across)[:, : shape[0]].T])
 
 
-def _groups(files: Reader, scaled: Scaled, n_columns: int) -> npt.NDArray[np.int32]:
-    in_order = np.arange(n_columns, dtype=np.int32) // np.int32(scaled.block[1])
-    if scaled.groups is None:
+def groups_of(
+    files: Reader, told: TensorHeader | None, in_order: npt.NDArray[np.int32], n_groups: int
+) -> npt.NDArray[np.int32]:
+    """Per column of a matrix the number of its group.
+
+    Args:
+        files: hold `told`.
+        told: says it; None, or where all it says is negative: they are in order.
+        in_order: what that is.
+        n_groups: that there are.
+
+    Raises:
+        BrokenCheckpointError: it names others.
+    """
+    if told is None:
         return in_order
-    told = _bytes(files, scaled.groups).view("<i4").astype(np.int32)
-    if (told < 0).all():
+    found = _bytes(files, told).view("<i4").astype(np.int32)
+    if (found < 0).all():
         return in_order
-    if told.min() < 0 or told.max() > in_order.max():
-        raise _broken(scaled.groups, f"`{scaled.groups.name}` names groups that have no scale")
-    return told
+    if found.min() < 0 or found.max() >= n_groups:
+        raise _broken(told, f"`{told.name}` names groups that have no scale")
+    return found
 
 
 def _bytes(files: Reader, tensor: TensorHeader) -> Bytes:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lewis_hub.checkpoint.codes import FourBit, Scaled
+from lewis_hub.checkpoint.codes import FourBit, Scaled, Transposed
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Reader, whole_tensor
 from lewis_hub.merge.arithmetic import scale_up
 from lewis_hub.merge.decoding import Floats, codes_of, decode
 from lewis_hub.merge.operands import Decoding
+from lewis_hub.merge.transposed import Panel, panel_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,7 @@ class ScaledReader:
         self._files = files
         self._held: dict[str, Decoding] = {}
         self._holding = threading.Lock()
+        self._panels = threading.local()
 
     def __enter__(self) -> ScaledReader:
         return self
@@ -55,6 +57,9 @@ class ScaledReader:
         scaled = tensor.scaled
         if scaled is None:
             self._files.read(tensor, first_byte, into)
+            return
+        if isinstance(scaled, Transposed):
+            fill(into, first_byte, lambda first, n: self._turned(tensor, scaled, first, n))
             return
         decoding = self._decoding(tensor, scaled)
         fill(into, first_byte, lambda first, n: self._piece(scaled, decoding, first, n))
@@ -78,6 +83,25 @@ class ScaledReader:
         codes = codes_of(scaled, raw)[first % n_a_byte :][:n]
         scale_up(codes, first, decoding, values)
         return values
+
+    def _turned(self, tensor: TensorHeader, stored: Transposed, first: int, n: int) -> Floats:
+        """Elements [first, first + n), from one panel after another."""
+        values, done = np.empty(n, np.float32), 0
+        while done < n:
+            panel = self._panel(tensor, stored, first + done)
+            place = first + done - panel.first
+            codes = panel.codes[place : place + n - done]
+            scale_up(codes, place, panel.decoding, values[done : done + codes.size])
+            done += codes.size
+        return values
+
+    def _panel(self, tensor: TensorHeader, stored: Transposed, element: int) -> Panel:
+        """The last one that this thread read, where that is it."""
+        held: Panel | None = getattr(self._panels, "last", None)
+        if held is None or not held.holds(tensor, element):
+            self._panels.last = None  # not two at a time
+            held = self._panels.last = panel_of(self._files, tensor, stored, element)
+        return held
 
     def _decoding(self, tensor: TensorHeader, scaled: Scaled | FourBit) -> Decoding:
         """From the file, or as it was left there; two threads may both read the same."""

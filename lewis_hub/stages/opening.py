@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.checkpoint.codes import Transposed
 from lewis_hub.checkpoint.eight_bit import scaled
 from lewis_hub.checkpoint.four_bit import bits_and_bytes
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.integers import unpacked
 from lewis_hub.checkpoint.quantisation import Quantisation, read_quantisation, signs
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
+from lewis_hub.checkpoint.transposed import turned
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.fetch import read_small, weight_files
@@ -32,7 +34,13 @@ CALLED = {  # codes of quantised tensors
     "I4": "4-bit integers",
     "NF4": "4-bit normal floats",
     "FP4": "4-bit floats",
+    "MXFP4": "4-bit floats",
 }
+RESCALED = (
+    " was quantised by AWQ, which first multiplies columns of its matrices and divides what feeds "
+    "them, norms too: beside models that it was not done to, these factors count as task vectors. "
+    "Use the model that it was quantised from where there is one."
+)
 MODELOPT = "hf_quant_config.json"
 
 
@@ -86,6 +94,8 @@ def _dequantised(
         return read_range(api, source, tensor.shard, tensor.start, stop)
 
     loose = bits_and_bytes(scaled(checkpoint, found.block), read)
+    if found.layout:
+        return turned(loose, found.layout, found.n_packed_bits or 4, found.offset)
     return unpacked(loose, found.block, found.n_packed_bits) if found.integers else loose
 
 
@@ -108,6 +118,8 @@ def quantised_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]
             if source is inputs.donor and recipe.output_dtype is None:
                 text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
             notes.append(f"{text}.")
+        if any(isinstance(t.scaled, Transposed) and t.scaled.layout == "AWQ" for t in tensors):
+            notes.append(f"{source.name}{RESCALED}")
     return notes
 
 

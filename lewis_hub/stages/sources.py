@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.checkpoint.adapter_config import read_config
 from lewis_hub.errors import SourceError
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.hub.converted import with_converted
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
 from lewis_hub.recipe_calibration import Calibration
@@ -101,7 +103,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
     def model(reference: ModelReference) -> Source:
         return _model(recipe, api, reference, allow_pickle=allow_pickle)
 
-    base = _whole(model(recipe.base_model)) if recipe.base_model else None
+    base = _whole(api, model(recipe.base_model)) if recipe.base_model else None
     entries = merged_entries(recipe)
     experts = tuple(model(entry.model) for entry in entries)
     for entry, expert in zip(entries, experts, strict=True):
@@ -109,7 +111,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
             problem = "this is a whole model, and `+` puts a LoRA adapter on one"
             raise SourceError(expert.pinned, problem, "List it without what is before the `+`.")
         if base is None:
-            _whole(expert)
+            _whole(api, expert)
     asked = dict.fromkeys(calibrations(recipe))
     names = dict.fromkeys(one.dataset for one in asked if one.dataset)
     return Inputs(
@@ -182,15 +184,20 @@ def resolve_one(reference: ModelReference, api: HfApi, *, allow_pickle: bool = F
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
         raise SourceError(str(reference), problem, remedy)
     found = resolve_model(api, reference.name, reference.revision, allow_pickle=allow_pickle)
-    return _whole(with_converted(found, code=False))
+    return _whole(api, with_converted(found, code=False))
 
 
-def _whole(source: Source) -> Source:
-    if source.is_adapter:
-        problem = "this is a LoRA adapter, and there is no whole model to put it on"
-        remedy = "Name its base as the recipe's `base_model`, and list the adapter under `models`."
-        raise SourceError(source.pinned, problem, remedy)
-    return source
+def _whole(api: HfApi, source: Source) -> Source:
+    if not source.is_adapter:
+        return source
+    settings = ADAPTERS[0]
+    told = read_config(f"{source.pinned}: {settings}", read_small(api, source, settings) or b"")
+    problem = "this is a LoRA adapter, and there is no whole model to put it on"
+    named = told.base_model_name_or_path
+    said = f"Its {settings} names {named}: write `base_model: {named}`" if named else None
+    said = said or "Name its base as the recipe's `base_model`"
+    remedy = f"{said}, and list the adapter under `models`."
+    raise SourceError(source.pinned, problem, remedy)
 
 
 def _model(recipe: Recipe, api: HfApi, reference: ModelReference, *, allow_pickle: bool) -> Source:

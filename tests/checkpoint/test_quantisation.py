@@ -51,10 +51,15 @@ READ = {
     "ModelOpt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, (128, 128)),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, (128, 128)),
 }
+BY_COLUMNS = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, ("GPTQ", 4, 1)),
+    "gptq, v1": ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq"}, ("GPTQ", 8, 1)),
+    "gptq, v2": ({"quant_method": "gptq", "bits": 4, "format": "gptq_v2"}, ("GPTQ", 4, 0)),
+    "awq": ({"quant_method": "awq", "bits": 4}, ("AWQ", 4, 0)),
+    "awq, older": ({"quant_method": "awq", "w_bit": 4, "version": "GEMM"}, ("AWQ", 4, 0)),
+    "mxfp4": ({"quant_method": "mxfp4"}, ("MXFP4", 4, 0)),
+}
 REFUSED = {
-    "gptq": {"quant_method": "gptq", "bits": 4},
-    "awq": {"quant_method": "awq", "bits": 4},
-    "mxfp4": {"quant_method": "mxfp4"},
     "modelopt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     "compressed-tensors of 3 bits": compressed(kind="int", bits=3, form="pack-quantized"),
     "compressed-tensors without groups": {
@@ -77,6 +82,17 @@ def test_8_bit_floats_with_scales_and_what_tells_of_itself_are_read(kind):
     found = read_quantisation({"model_type": "llama", "quantization_config": told})
 
     assert found == Quantisation(told["quant_method"], is_read=True, block=block)
+
+
+@pytest.mark.parametrize("kind", BY_COLUMNS)
+def test_the_configuration_tells_bits_layout_and_what_zeros_are_stored_less(kind):
+    told, (layout, n_bits, offset) = BY_COLUMNS[kind]
+
+    found = read_quantisation({"quantization_config": told})
+
+    assert found == Quantisation(
+        told["quant_method"], is_read=True, n_packed_bits=n_bits, layout=layout, offset=offset
+    )
 
 
 @pytest.mark.parametrize("kind", REFUSED)

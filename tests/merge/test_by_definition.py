@@ -1,9 +1,14 @@
 """Methods without a kernel: the engine gives the bytes of their definitions."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.fused import AVERAGED, FUSED
@@ -48,6 +53,63 @@ def test_the_engine_gives_the_bytes_of_the_definition_on_any_runner(zoo, name):
         assert torch.equal(found.tensors[tensor], expected)
         assert torch.equal(threaded.tensors[tensor], expected)
     assert torch.equal(found.tensors["steps"], torch.arange(3))
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@st.composite
+def cases(draw):
+    method = find(draw(st.sampled_from([name for name in NAMES if name != "regmean"])))
+    least, most = method.n_experts
+    n = draw(st.integers(least, most or 8))
+    own = {"weight": st.sampled_from([1.0, 0.3, 2.5]), "density": st.floats(0, 1)}
+    own |= {"gamma": st.sampled_from([0.0, 0.1]), "scale": st.sampled_from([1.0, -0.5])}
+    return {
+        "method": method.name,
+        "own": [{name: draw(own[name]) for name in method.settings} for _ in range(n)],
+        "common": {"t": draw(st.floats(0, 1))} if "t" in method.options else {},
+        "dtypes": [draw(st.sampled_from(list(DTYPES))) for _ in range(n + 1)],
+        "output": draw(st.sampled_from(list(DTYPES))),
+        "shape": draw(st.sampled_from([(), (1,), (0, 2), (7,), (3, 5), (2, 3, 4), (130, 70)])),
+        "coarse": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+@hypothesis_settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_of_any_dtypes_shapes_and_numbers_of_experts(zoo_class, case):
+    generator = torch.Generator().manual_seed(case["seed"])
+    steps = torch.tensor([0.0, -0.0, 1e-40, 6e-8, 0.01, 0.01, -0.01, 0.5])  # ties, denormals, zeros
+    base = torch.randn(case["shape"], generator=generator)
+    moved = [torch.zeros_like(base)]
+    for _ in case["own"]:
+        chosen = torch.randint(len(steps), case["shape"], generator=generator)
+        noise = torch.randn(case["shape"], generator=generator) / 50
+        moved.append(steps[chosen] if case["coarse"] else noise)
+    with tempfile.TemporaryDirectory() as folder:
+        zoo = zoo_class(Path(folder))
+        first, *experts = (
+            zoo.source(str(i), {"a": (base + move).to(DTYPES[dtype])}, own)
+            for i, (move, dtype, own) in enumerate(
+                zip(moved, case["dtypes"], [{}, *case["own"]], strict=True)
+            )
+        )
+        asked = zoo.settings(
+            case["method"],
+            first if find(case["method"]).takes_base else None,
+            experts,
+            parameters=case["common"],
+            dtype=case["output"],
+        )
+
+        merged = zoo.merge(asked)
+
+        found, wanted = merged.tensors["a"], zoo.by_definition(merged.plan)["a"]
+        assert (found.shape, found.dtype) == (case["shape"], DTYPES[case["output"]])
+        as_bytes = [one.reshape(-1).view(torch.uint8).tolist() for one in (found, wanted)]
+        assert as_bytes[0] == as_bytes[1]
 
 
 def test_ties_that_rescales_is_made_by_its_definition(zoo):
@@ -96,3 +158,29 @@ def test_a_result_that_does_not_fit_is_refused(zoo):
 
     with pytest.raises(NonFiniteError, match="It does not fit into F16"):
         zoo.merge(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        (n, place)
+        for n in NAMES
+        for place in ("base", "expert 0")
+        if find(n).takes_base or "x" in place
+    ],
+)
+def test_what_is_not_finite_is_told_by_tensor_and_source(zoo, name, place):
+    asked = settings(zoo, name)
+    broken = zoo.tensors[place] | {
+        "model.layers.1.a": torch.tensor([0, 1, float("inf")] + [2.0] * 4)
+    }
+    again = zoo.source(place, broken)
+    first = replace(asked.experts[0], checkpoint=again.checkpoint)
+    base = again if place == "base" else asked.base
+    experts = asked.experts if place == "base" else (first, *asked.experts[1:])
+    without = not find(name).takes_base
+
+    with pytest.raises(NonFiniteError) as caught:
+        zoo.merge(replace(asked, base=None if without else base, experts=experts))
+
+    assert str(caught.value).startswith(f"model.layers.1.a holds NaN or infinity in {place}.\n")

@@ -110,25 +110,41 @@ def test_filters_of_sources_are_looked_at_too():
     )
 
 
-def test_mergekits_options_are_accepted():
-    common = {"int8_mask": True, "normalize": False, "lambda": 1, "rescale": False, "density": 0.5}
-    own = {"weight": (0.1, 0.5), "density": (Conditional(filter="mlp", value=0.5),)}
+def settings_of(method, common, owns, name=Q, depth=0.5):
+    """Every setting that experts may have of their own, expert by expert."""
+    require_valid(find(method), common, owns)
+    return {
+        setting: [look_up(setting, (own, common), name, depth) for own in owns]
+        for setting in find(method).settings
+    }
 
-    require_valid(find("ties"), common, [own, {}])
-    require_valid(find("dare_ties"), {"rescale": True, "int8_mask": True}, [])
-    require_valid(find("linear"), {"normalize": True, "weight": 0.5, "int8_mask": False}, [])
-    require_valid(find("breadcrumbs"), {"gamma": 0.02, "rescale": False}, [{"gamma": (0.0, 0.1)}])
-    require_valid(find("della"), {"epsilon": 0.1, "int8_mask": True}, [{"epsilon": 0.2}])
-    require_valid(find("sce"), {"select_topk": (0.1, 0.5), "int8_mask": True}, [{"density": 0.5}])
-    require_valid(find("karcher"), {"max_iter": 20, "tol": 1e-6}, [])
-    require_valid(find("passthrough"), {}, [{"scale": (Conditional(filter="o", value=0.0),)}])
+
+def test_mergekits_options_are_read_as_they_are_meant():
+    own = {"weight": (0.1, 0.5), "density": (Conditional(filter="mlp", value=0.5),)}
+    common = {"int8_mask": True, "normalize": False, "lambda": 2, "density": 0.4}
+
+    found = settings_of("ties", common, [own, {}])
+
+    assert found == {"weight": [pytest.approx(0.3), None], "density": [0.4, 0.4]}
+    told = options_of(find("ties"), common, Q, 0.5)
+    assert told | {"normalize": False, "lambda": 2} == told
+    assert "int8_mask" not in told
+    in_mlp = settings_of("ties", common, [own, {}], "model.layers.0.mlp.up.weight")
+    assert in_mlp["density"] == [0.5, 0.4]
+    assert settings_of("breadcrumbs", {"gamma": 0.02}, [{"gamma": (0.0, 0.1)}, {}])["gamma"] == [
+        0.05,
+        0.02,
+    ]
+    assert settings_of("della", {"epsilon": 0.1}, [{"epsilon": 0.2}, {}])["epsilon"] == [0.2, 0.1]
+    assert settings_of("sce", {}, [{"density": 0.5}, {}])["density"] == [0.5, None]
+    scale = {"scale": (Conditional(filter="o", value=0.0),)}
+    assert settings_of("passthrough", {}, [scale])["scale"] == [0.0]
 
 
 def test_an_option_without_a_default_may_be_a_gradient_or_a_list_of_filters():
     common = {"t": (Conditional(filter="self_attn", value=(0.0, 1.0)), Conditional(value=0.5))}
 
-    require_valid(find("slerp"), common, [])
-
+    assert settings_of("slerp", common, [{}]) == {}
     assert options_of(find("slerp"), common, Q, 0.25) == {"t": 0.25}
     assert options_of(find("slerp"), common, "model.norm.weight", 1.0) == {"t": 0.5}
 
@@ -228,12 +244,45 @@ parameters: {lambda: 1.1, normalize: true, int8_mask: true, rescale: true}
 }
 
 
+MEANT = {  # at a quarter of the depth of Q: options, and settings that some expert has
+    "slerp": ({"t": 0.5}, {}),
+    "nearswap": ({"t": 1e-4}, {}),
+    "arcee_fusion": ({}, {}),
+    "model_stock": ({"filter_wise": True}, {}),
+    "nuslerp": ({"nuslerp_flatten": False, "nuslerp_row_wise": True}, {"weight": [0.25, 0.5]}),
+    "multislerp": ({"eps": 1e-8, "normalize_weights": False}, {"weight": [0.5, 0.5]}),
+    "karcher": ({"max_iter": 100, "tol": 1e-9}, {}),
+    "della": (
+        {"lambda": 1.1, "normalize": True, "rescale": True},
+        {"weight": [0.6, 0.4], "density": [0.55, 0.5], "epsilon": [0.1, 0.2]},
+    ),
+    "della_linear": (
+        {"lambda": 1.0, "normalize": False, "rescale": True},
+        {"weight": [1, 1], "density": [0.7, 0.7], "epsilon": [0.05, 0.05]},
+    ),
+    "breadcrumbs": (
+        {"lambda": 1.0, "normalize": False, "rescale": False},
+        {"weight": [1, 1], "density": [0.9, 0.9], "gamma": [0.01, 0.01]},
+    ),
+    "breadcrumbs_ties": (
+        {"lambda": 2, "normalize": False, "rescale": False},
+        {"weight": [1, 1], "density": [0.9, 0.9], "gamma": [0.01, 0.01]},
+    ),
+    "sce": ({"select_topk": 0.2}, {}),
+    "passthrough": ({}, {"scale": [1.0]}),
+}
+
+
 @pytest.mark.parametrize("method", CONFIGURATIONS)
 def test_mergekits_configurations_are_understood(method):
     recipe = parse_recipe(f"merge_method: {method}\n{CONFIGURATIONS[method]}", "config.yaml")
+    options, settings = MEANT[method]
 
-    require_valid(find(method), recipe.parameters, [one.parameters for one in recipe.experts])
+    owns = [one.parameters for one in recipe.experts]
+    found = settings_of(method, recipe.parameters, owns, depth=0.25)
 
+    said = {name: values for name, values in found.items() if set(values) != {None}}
+    assert said == {name: pytest.approx(values) for name, values in settings.items()}
+    assert options_of(find(method), recipe.parameters, Q, 0.25) == pytest.approx(options)
     least, most = find(method).n_experts
     assert least <= len(recipe.experts) <= (most or 2)
-    assert options_of(find(method), recipe.parameters, Q, 0.5).keys() == find(method).options.keys()

@@ -125,6 +125,48 @@ READ = {  # field -> ways to write it
     ],
     "tokenizer.pad_to_multiple_of": [f"{MODELS}tokenizer: {{pad_to_multiple_of: 8}}\n"],
 }
+WEIGHED = {"model": "a/c", "parameters": {"weight": 0.5}, "calibration": None}
+FIRST, SECOND = ({"model": m, "layer_range": (0, 2), "parameters": {}} for m in ("a/b", "a/c"))
+ONE_TOKEN = {"kind": "model_token", "model": "a/c", "token": None, "token_id": None}
+MEANT = {  # field -> what each of these ways means; of several models, slices, sources the last
+    "models": [WEIGHED],
+    "slices": [{"sources": (FIRST, SECOND), "base_model": None, "parameters": {}}],
+    "merge_method": ["ties"],
+    "base_model": ["a/b"],
+    "parameters": [
+        {"weight": 1},
+        {"weight": 0.001},
+        {"weight": (0.1, 0.9)},
+        {"weight": ({"filter": None, "value": 0.5},)},
+        {"weight": ({"filter": "mlp", "value": (0.1, 0.2)},)},
+        {"weight": ({"filter": "mlp", "value": 0.1}, {"filter": "*", "value": 0.3})},
+        {},
+    ],
+    "dtype": ["bfloat16", "float16", "float32"],
+    "out_dtype": ["bfloat16"],
+    "tokenizer_source": ["base", "union", "a/c"],
+    "tokenizer": [{"source": "base", "tokens": {}, "pad_to_multiple_of": 64}],
+    "chat_template": ["auto"],
+    "models.model": ["a/c@main", "a/b+a/lora@v1"] * 2,
+    "models.parameters": [{}],
+    "slices.sources.model": ["a/c"],
+    "slices.sources.layer_range": [(0, 2)],
+    "slices.sources.parameters": [{"weight": 1}],
+    "slices.sources": [SECOND],
+    "slices.base_model": ["a/c"],
+    "slices.parameters": [{"weight": 0.5}],
+    "tokenizer.source": ["a/c"],
+    "tokenizer.tokens": [
+        {"<x>": {"source": source, "force": True}}
+        for source in (
+            "a/c",
+            {"kind": "zero"},
+            ONE_TOKEN | {"token": "y"},
+            ONE_TOKEN | {"token_id": 3},
+        )
+    ],
+    "tokenizer.pad_to_multiple_of": [8],
+}
 TURNED_DOWN = {  # field -> how it is written, and the name that the message has
     "modules": ("modules: {text: {models: [{model: a/c}]}}\n", "`modules`"),
     "slices.residual_weight": (SLICE + "  residual_weight: 0.5\n", "`slices[0].residual_weight`"),
@@ -136,14 +178,23 @@ TURNED_DOWN = {  # field -> how it is written, and the name that the message has
 }
 
 
-@pytest.mark.parametrize("text", [text for texts in READ.values() for text in texts])
-def test_a_field_is_read(text):
-    read = parse_recipe(f"base_model: a/b\nmerge_method: ties\n{text}", "config.yaml")
+def last_at(document, field):
+    for part in field.split("."):
+        document = document[part]
+        if isinstance(document, tuple) and part in ("models", "slices", "sources"):
+            document = document[-1]
+    return document
 
-    assert [str(entry.model).partition("@")[0] for entry in read.experts] in (
-        ["a/c"],
-        ["a/b+a/lora"],
-    )
+
+@pytest.mark.parametrize("field", READ)
+def test_a_field_is_read_as_it_is_meant(field):
+    recipes = [
+        parse_recipe(f"base_model: a/b\nmerge_method: ties\n{text}", "config.yaml")
+        for text in READ[field]
+    ]
+
+    assert [last_at(recipe.model_dump(), field) for recipe in recipes] == MEANT[field]
+    assert all(len(recipe.experts) == 1 for recipe in recipes)
 
 
 @pytest.mark.parametrize("field", TURNED_DOWN)
