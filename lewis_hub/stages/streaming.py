@@ -194,8 +194,8 @@ def _send_all(
     _require_room(left, step.places, folder, step)
     with step.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance:
         advance(sum(result.n_bytes for result in sent.results.values()))
-        device = execution.merge_device
-        for result in make_shards(left, step.places, folder, execution.workers, advance, device):
+        means = execution.means(is_read_next=True)
+        for result in make_shards(left, step.places, folder, means, advance):
             file = folder / result.name
             sent.additions[result.name] = send(asked, landing, file, result.sha256)
             sent.results[result.name] = result
