@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lewis_hub.stages.execution import Folders, Step
 
 REMEDY = (
-    "So --stream cannot measure it: merge without --stream where it fits. Or run `lewis-hub "
-    "importance` there: the folder importance/ that it leaves beside the recipe is used here."
+    "So --stream cannot measure it: merge without --stream where it fits. For a guide `lewis-hub "
+    "importance` is enough there: the folder importance/ that it leaves beside the recipe is used."
 )
 
 

@@ -137,6 +137,19 @@ def test_an_encoder_decoder_is_refused(texts, saved):
     )
 
 
+def test_whoever_brings_the_weights_says_what_to_do_instead(texts, saved):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=97, decoder_start_token_id=0, **small)
+    weights = in_folder("me/tiny", saved(transformers.T5ForConditionalGeneration(config)))
+
+    with pytest.raises(CalibrationModelError) as caught:
+        by_block.measure(replace(weights, remedy="Do."), [texts], "cpu", nothing)
+
+    assert str(caught.value) == (
+        "me/tiny: an encoder-decoder cannot be calibrated block by block.\nDo."
+    )
+
+
 def test_blocks_that_share_weights_are_refused(texts, saved):
     small = {"vocab_size": 97, "hidden_size": 16, "num_attention_heads": 4, "n_mamba_heads": 2}
     small |= {"num_hidden_layers": 4, "num_mem_blocks": 1, "mamba_d_state": 4, "chunk_size": 4}
