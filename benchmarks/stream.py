@@ -151,7 +151,8 @@ def measure(
     )
     print(f"{seconds / floor_s:.2f} times {floor_s:.1f} s, which the network takes (aim {BAR}).")
     print(
-        f"Peak memory {peak_mb:,.0f} MB, peak disk {disk / 1e6:,.0f} MB in shards of {asked.shard}."
+        f"Peak memory {peak_mb:,.0f} MB, peak disk {disk / 1e6:,.0f} MB in shards of {asked.shard} "
+        "(two of them and small files, unless one tensor's sources take more)."
     )
 
 

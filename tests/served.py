@@ -1,5 +1,13 @@
 """Models in folders and on the embedded Hub, for tests that go the whole way."""
 
+import os
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from lewis_hub.hub.blobs import git_oid
+from lewis_hub.hub.store import File
+
 
 def pushed(api, folder, repo):
     """A new repo with the files of a folder; returns its name."""
@@ -11,3 +19,39 @@ def pushed(api, folder, repo):
 def weights(folder):
     """The bytes of each file of weights."""
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def push_meanwhile(hub, repo):
+    """Somebody else's commit; not over HTTP, for the server is in the midst of a request."""
+    found = hub.store.find("models", *repo.split("/"))
+    head = hub.store.resolve(found, "main")
+    file = File(hub.store.blobs.add(b"x"), 1, git_oid(b"x"), lfs=False)
+    files = {**head.files, "theirs": file}
+    theirs = replace(head, parents=(head.sha,), title="Theirs", files=files)
+    hub.store.add_commit(found, theirs, "refs/heads/main")
+
+
+@contextmanager
+def listening(hub, hear):
+    """`hear` is called with the method and the target of each request before it is answered."""
+    strike = hub.faults.take
+
+    def take(method, target):
+        hear(method, target)
+        return strike(method, target)
+
+    hub.faults.take = take
+    try:
+        yield
+    finally:
+        hub.faults.take = strike
+
+
+def bytes_in(*folders):
+    """The size of all files in folders that somebody works in, but of JSON: what goes counts 0."""
+    total = 0
+    for place, _, names in (walked for folder in folders for walked in os.walk(folder)):
+        for name in (name for name in names if not name.endswith(".json")):
+            with suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
+    return total

@@ -12,6 +12,7 @@ import lewis_hub
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides import activations, by_block
 from lewis_hub.guides.tokens import CalibrationTokens
+from lewis_hub.guides.weights import in_folder
 
 SEQ2SEQ, VISION = "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 QUICK = {  # matrices in the blocks that calibration reaches: per block, times blocks
@@ -62,7 +63,8 @@ def test_architectures_are_measured_the_same_block_by_block_or_refused(tmp_path)
         except Exception:  # noqa: BLE001, S112 - docs/architectures.md has the reasons
             continue
         try:
-            blocks = by_block.measure(folder, "tiny", [texts], "cpu", lambda _: None)
+            weights = in_folder("tiny", folder)
+            blocks = by_block.measure(weights, [texts], "cpu", lambda _: None)
         except CalibrationModelError:
             refused.add(case.model_type)
             continue

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 N_REQUESTS = 8  # in flight
-REQUEST_BYTES = 8 << 20
-WINDOW_BYTES = 256 << 20
+REQUEST_BYTES = 8 << 20  # at most
 
 Take = Callable[[int, bytes], object]  # (where a piece begins in its file, the piece)
 Fetch = Callable[[str, int, int, Take], None]  # (file, start, stop, take) brings [start, stop)
@@ -66,20 +65,25 @@ class Window:
     """The files of several sources. Threads may share it; close it.
 
     What a step of the work needs is fetched before it comes, in the order of the steps and with
-    several requests at a time, and dropped after `step_done`. At most `WINDOW_BYTES` lie ready, but
-    the current step and the next always get what they need.
+    several requests at a time, and dropped after `step_done`. `most_held` tells how much lies in
+    `scratch` at most.
 
     Args:
         places: label of a source -> where its files are.
         steps: what each step needs of the sources that are elsewhere.
         scratch: a folder that this makes and deletes.
+        most_bytes: that lie ready; a step that needs more by itself gets that and nothing ahead.
     """
 
     def __init__(
-        self, places: Mapping[str, Place], steps: Sequence[Sequence[Need]], scratch: Path
+        self,
+        places: Mapping[str, Place],
+        steps: Sequence[Sequence[Need]],
+        scratch: Path,
+        most_bytes: int,
     ) -> None:
-        self._places, self._scratch = places, scratch
-        self._requests = _requests(steps, scratch)
+        self._places, self._scratch, self._most_bytes = places, scratch, most_bytes
+        self._requests = _requests(steps, most_bytes, scratch)
         self._of_file: defaultdict[tuple[str, str], list[_Request]] = defaultdict(list)
         self._last_needed: defaultdict[int, list[_Request]] = defaultdict(list)
         for one in self._requests:
@@ -88,6 +92,7 @@ class Window:
         for found in self._of_file.values():
             found.sort(key=lambda one: one.start)
         self._n_sent = self._step = self._held_bytes = 0
+        self._n_leaving = 0  # requests that nobody needs any more, and that are still here
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(N_REQUESTS, "lewis-hub-ranges")
         self._is_closed = False
@@ -102,7 +107,8 @@ class Window:
 
     def __exit__(self, *_: object) -> None:
         """Nobody is waited for: a request under way ends at its next piece."""
-        self._is_closed = True
+        with self._changed:
+            self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -116,12 +122,20 @@ class Window:
         with self._changed:
             gone = self._last_needed.pop(self._step, [])
             self._step += 1
-            self._held_bytes -= sum(one.n_bytes for one in gone)
-            self._send()
-            self._changed.notify_all()
+            self._n_leaving += len(gone)
         for one in gone:
             assert one.arrival  # the current step's are always sent
-            one.arrival.add_done_callback(partial(_drop, one))
+            one.arrival.add_done_callback(partial(self._drop, one))
+        with self._changed:
+            self._send()
+
+    def _drop(self, one: _Request, _: Future[None]) -> None:
+        """Make room, and only then ask for more."""
+        one.path.unlink(missing_ok=True)
+        with self._changed:
+            self._held_bytes -= one.n_bytes
+            self._n_leaving -= 1
+            self._send()
 
     def read(self, source: str, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of a file from `start` on, waiting until they are here.
@@ -161,15 +175,16 @@ class Window:
         return one
 
     def _send(self) -> None:
-        """Ask for as much more as there is room for."""
-        while self._n_sent < len(self._requests):
+        """Ask for as much more as there is room for, and tell who waits for it."""
+        while self._n_sent < len(self._requests) and not self._is_closed:
             one = self._requests[self._n_sent]
-            fits = self._held_bytes + one.n_bytes <= WINDOW_BYTES
-            if not fits and one.first > self._step + 1:
+            fits = self._held_bytes + one.n_bytes <= self._most_bytes
+            if not fits and (one.first > self._step or self._n_leaving):
                 return
             one.arrival = self._pool.submit(self._fetch, one)
             self._n_sent += 1
             self._held_bytes += one.n_bytes
+            self._changed.notify_all()
 
     def _fetch(self, one: _Request) -> None:
         fetch = self._places[one.source]
@@ -218,29 +233,36 @@ class RangeReader:
         return whole_tensor(self, tensor)
 
 
-def _drop(one: _Request, _: Future[None]) -> None:
-    one.path.unlink(missing_ok=True)
+def elsewhere(places: Mapping[str, Place]) -> list[str]:
+    """The labels of the sources whose files are not here."""
+    return [label for label, place in places.items() if not isinstance(place, Path)]
 
 
-def most_held(steps: Sequence[Sequence[Need]]) -> int:
-    """The most bytes that lie in a window's scratch folder at a time."""
-    sizes = [sum(need.stop - need.start for need in dict.fromkeys(needs)) for needs in steps]
-    two = max((a + b for a, b in pairwise([*sizes, 0])), default=0)
-    return min(sum(sizes), max(WINDOW_BYTES, two))
+def most_held(steps: Sequence[Sequence[Need]], most_bytes: int) -> int:
+    """The most bytes that lie in a window's scratch folder at a time; the arguments are its own."""
+    changes = [0] * (len(steps) + 1)
+    requests = _requests(steps, most_bytes, Path())
+    for one in requests:
+        changes[one.first] += one.n_bytes
+        changes[one.last + 1] -= one.n_bytes
+    largest_step = max(accumulate(changes), default=0)
+    return min(sum(one.n_bytes for one in requests), max(most_bytes, largest_step))
 
 
-def _requests(steps: Sequence[Sequence[Need]], scratch: Path) -> list[_Request]:
+def _requests(steps: Sequence[Sequence[Need]], most_bytes: int, scratch: Path) -> list[_Request]:
     """One request for neighbours, several for what is large; in the order of their first use."""
+    longest = min(REQUEST_BYTES, max(1, most_bytes // N_REQUESTS))
     made: list[_Request] = []
     newest: dict[tuple[str, str], _Request] = {}  # of each file
     for step, needs in enumerate(steps):
         for need in dict.fromkeys(needs):
             start, before = need.start, newest.get((need.source, need.file))
-            if before and before.stop == start and before.last >= step - 1:
-                before.stop = min(need.stop, before.start + REQUEST_BYTES)
+            neighbours = before and before.stop == start and before.last >= step - 1
+            if before and neighbours and before.n_bytes < longest:
+                before.stop = min(need.stop, before.start + longest)
                 before.last, start = step, before.stop
             while start < need.stop:
-                stop = min(start + REQUEST_BYTES, need.stop)
+                stop = min(start + longest, need.stop)
                 path = scratch / str(len(made))
                 made.append(_Request(need.source, need.file, start, stop, step, step, path))
                 newest[need.source, need.file] = made[-1]

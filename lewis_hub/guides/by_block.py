@@ -6,11 +6,10 @@ and a block, twice while it is fused; and of all texts the hidden states, masks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -34,10 +33,11 @@ from lewis_hub.guides.flow import Flow, NotAChainError, beside, enter
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.products import Products
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
-from lewis_hub.guides.skeleton import REMEDY, Skeleton, skeleton
+from lewis_hub.guides.skeleton import Skeleton, skeleton
 from lewis_hub.guides.stored import stored_blocks
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
+from lewis_hub.guides.weights import Weights
 from lewis_hub.progress import Advance, shared
 
 Summed = Callable[[Tensor], Tensor]  # (n_tokens, in_features) -> the sum over the tokens
@@ -61,8 +61,7 @@ class Visit:
 
 
 def measure(
-    folder: Path,
-    name: str,
+    weights: Weights,
     sets: Sequence[CalibrationTokens],
     device: str,
     advance: Advance,
@@ -86,11 +85,11 @@ def measure(
                 for block in stored:
                     one |= summarise(block.weights, block.norms)
         for one in found:
-            require_seen(one, name)
+            require_seen(one, made.name)
         return found
 
-    with skeleton(folder, device, name) as made:
-        return visited(made, sets, sum_of_squares, advance, measured, products=True)
+    made = skeleton(weights, device)
+    return visited(made, sets, sum_of_squares, advance, measured, products=True)
 
 
 def visited(
@@ -116,11 +115,16 @@ def visited(
     for tokens in sets:
         check_tokens_fit(made.model, made.name, tokens)
     widths = {matrix(module).shape[1] for module in block_linears(made.model, made.name).values()}
+
+    def visit(grouped: Grouped) -> Found:
+        with closing(_visits(made, sets, grouped, summed, advance, products=products)) as visits:
+            return take(visits)
+
     with threads(whole_shares(widths, torch.get_num_threads())):
         try:
-            return take(_visits(made, sets, batches, summed, advance, products=products))
+            return visit(batches)
         except OutOfStepError:
-            return take(_visits(made, sets, _unpadded, summed, advance, products=products))
+            return visit(_unpadded)
 
 
 def _unpadded(tokens: CalibrationTokens) -> Iterator[Batch]:
@@ -136,15 +140,14 @@ def _visits(
     advance: Advance,
     *,
     products: bool,
-) -> Iterator[Visit]:
+) -> Generator[Visit, None, None]:
     advance = shared(advance, len(made.blocks))
     ids = torch.tensor([sets[0].ids[0][:N_TRIED]])
     tried = Batch(ids, torch.ones_like(ids))
-    for number in range(len(made.blocks)):
-        with made.block(number) as block:
-            if number == 0:
-                groups = [[tried], *(list(grouped(tokens)) for tokens in sets)]
-                [trial], *flows = _entered(made, groups)
+    with closing(made.walk()) as walk:
+        next(walk)
+        [trial], *flows = _entered(made, [[tried], *(list(grouped(tokens)) for tokens in sets)])
+        for number, block in enumerate(walk):
             modules = dict(linears(f"{made.path}.{number}", block))
             step = partial(_step, made, number)
             used = _used(made, number, partial(step, trial)) if products else {}
@@ -168,15 +171,15 @@ def _visits(
 
 
 def _entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:
-    """All texts before the first block, which has its weights."""
+    """All texts before the first block, which has its weights, as all before it has."""
     run, blocks = partial(forward, made.model), list(made.blocks)
-    with made.surroundings(), torch.no_grad(), _chain(made.name):
+    with torch.no_grad(), _chain(made):
         rest = beside(blocks, groups[0][0], run)
         return [[enter(blocks, batch, run, rest) for batch in group] for group in groups]
 
 
 def _step(made: Skeleton, number: int, flow: Flow) -> None:
-    with torch.no_grad(), _chain(made.name):
+    with torch.no_grad(), _chain(made):
         flow.step(number, made.blocks[number])
 
 
@@ -194,7 +197,7 @@ def _used(made: Skeleton, number: int, run: Callable[[], None]) -> dict[str, Ten
 
 
 @contextmanager
-def _chain(name: str) -> Iterator[None]:
+def _chain(made: Skeleton) -> Iterator[None]:
     """Say what a decoder is that cannot be run block by block."""
     try:
         yield
@@ -202,4 +205,4 @@ def _chain(name: str) -> Iterator[None]:
         if not isinstance(error, NotAChainError) and "meta" not in str(error):
             raise
         problem = "its decoder does more between its blocks than to hand on hidden states"
-        raise CalibrationModelError(name, problem, REMEDY) from error
+        raise CalibrationModelError(made.name, problem, made.weights.remedy) from error

@@ -18,6 +18,7 @@ from lewis_hub.guides.importance import (
 from lewis_hub.guides.owl import outlier_ratios
 from lewis_hub.guides.registry import Measure
 from lewis_hub.guides.tokens import CalibrationTokens
+from lewis_hub.guides.weights import Weights
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -57,16 +58,17 @@ class Subject:
 
     Attributes:
         against: its base, for a measure of pairs.
-        by_block: whether it is too large to be in memory as a whole; not for all measures.
+        weights: of one that is measured block by block; not for all measures. None: it is loaded
+            whole from `folder`.
     """
 
     source: str  # repo@sha, or the folder as written
     commit_sha: str
     role: Role
-    folder: Path  # a complete local snapshot
+    folder: Path  # a complete local snapshot, where it is loaded whole
     sets: tuple[CalibrationSet, ...]
     against: Place | None = None
-    by_block: bool = False
+    weights: Weights | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -135,8 +137,10 @@ def _measured(
     if subject.against:
         expert = Place(subject.source, subject.folder)
         return shifts.measure(subject.against, expert, tokens, device, advance)
-    measure = by_block.measure if subject.by_block else activations.measure
-    return measure(subject.folder, subject.source, tokens, device, advance, SUMMARIES[how])
+    if subject.weights:
+        return by_block.measure(subject.weights, tokens, device, advance, SUMMARIES[how])
+    summarise = SUMMARIES[how]
+    return activations.measure(subject.folder, subject.source, tokens, device, advance, summarise)
 
 
 def _measurement(

@@ -109,7 +109,7 @@ def gather_grams(
         EmptyCalibrationError: no token counts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    gathered = _by_block if subject.by_block else _whole
+    gathered = _by_block if subject.weights else _whole
     found = gathered(subject, folder, widest, device, advance)
     files = {
         file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in found.values())
@@ -167,9 +167,10 @@ def _by_block(
         return found
 
     summed = partial(second_moments, widest=widest)
-    with skeleton(subject.folder, device, subject.source) as made:
-        kept = stored_names(made.model)
-        return visited(made, [subject.sets[0].tokens], summed, advance, write, products=False)
+    assert subject.weights
+    made = skeleton(subject.weights, device)
+    kept = stored_names(made.model)
+    return visited(made, [subject.sets[0].tokens], summed, advance, write, products=False)
 
 
 def n_inputs(module: Linear) -> int:

@@ -7,8 +7,8 @@ and fuse or split them, so a part is exactly what `from_pretrained` would have m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,7 +27,8 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lewis_hub.checkpoint.reader import Checkpoint, Reader, TensorReader, local_checkpoint
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.blocks import block_lists
 from lewis_hub.guides.loading import (
@@ -37,12 +38,13 @@ from lewis_hub.guides.loading import (
     quiet,
     refusals,
 )
+from lewis_hub.guides.weights import Weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 FLOATS = ("F32", "F16", "BF16")
-REMEDY = "Calibrate it whole, where there is memory for it: leave out `--max-memory`."
 
 
 @dataclass(frozen=True)
@@ -50,44 +52,57 @@ class Skeleton:
     """A model without weights, and where they come from.
 
     Attributes:
-        name: the source as the user knows it, for messages.
         path: of the decoder's list of blocks.
         blocks: of the decoder.
+        weights: where they come from.
     """
 
-    name: str
     model: PreTrainedModel
     path: str
     blocks: nn.ModuleList
-    _checkpoint: Checkpoint
-    _reader: Reader
+    weights: Weights
     _targets: Mapping[str, str]  # tensor of a file -> what it becomes in the model
     _loading: LoadStateDictConfig
 
-    @contextmanager
-    def surroundings(self) -> Iterator[None]:
-        """What the body has outside all lists of blocks, such as embeddings, for the time being."""
-        with self._brought(_surroundings(self.model)):
-            yield
+    @property
+    def name(self) -> str:
+        """The source as the user knows it, for messages."""
+        return self.weights.checkpoint.label
+
+    def walk(self) -> Generator[nn.Module, None, None]:
+        """The blocks of the decoder in order, each with its weights until the next is asked for.
+
+        The first comes twice: at first together with what the body has outside all lists of blocks,
+        such as embeddings, then alone. Close it.
+        """
+        around = _surroundings(self.model)
+        first, *others = ((f"{self.path}.{number}.",) for number in range(len(self.blocks)))
+        wanted = [self._tensors(prefixes) for prefixes in (around, first, *others)]
+        with closing(self.weights.parts(wanted)) as parts:
+            with ExitStack() as beside:
+                beside.enter_context(self._brought(around, parts))
+                with self._brought(first, parts):
+                    yield self.blocks[0]
+                    beside.close()
+                    yield self.blocks[0]
+            for block, prefixes in zip(self.blocks[1:], others, strict=True):
+                with self._brought(prefixes, parts):
+                    yield block
+
+    def _tensors(self, prefixes: tuple[str, ...]) -> list[TensorHeader]:
+        tensors = self.weights.checkpoint.tensors
+        return [
+            tensors[name] for name, target in self._targets.items() if target.startswith(prefixes)
+        ]
 
     @contextmanager
-    def block(self, number: int) -> Iterator[nn.Module]:
-        """One block of the decoder, for the time being."""
-        with self._brought((f"{self.path}.{number}.",)):
-            yield self.blocks[number]
-
-    @contextmanager
-    def _brought(self, prefixes: tuple[str, ...]) -> Iterator[None]:
+    def _brought(
+        self, prefixes: tuple[str, ...], parts: Iterator[dict[str, Tensor]]
+    ) -> Iterator[None]:
+        """What the next part makes of the model, for the time being."""
         with refusals(self.name, "model"), quiet():
-            convert_and_load_state_dict_in_model(
-                self.model,
-                {
-                    tensor: self._reader.tensor(self._checkpoint.tensors[tensor])
-                    for tensor, target in self._targets.items()
-                    if target.startswith(prefixes)
-                },
-                self._loading,
-            )
+            # nobody else may hold the part: its tensors would be in memory a second time
+            convert_and_load_state_dict_in_model(self.model, next(parts), self._loading)
         try:
             yield
         finally:
@@ -96,31 +111,28 @@ class Skeleton:
                     set_module_tensor_to_device(self.model, name, "meta")
 
 
-@contextmanager
-def skeleton(folder: Path, device: str, name: str) -> Iterator[Skeleton]:
+def skeleton(weights: Weights, device: str) -> Skeleton:
     """Build a model from its configuration and the headers of its files.
 
     The dtypes are those of `load_model`.
 
     Args:
-        folder: a complete local snapshot.
-        device: where weights are brought, as torch names it.
-        name: the source as the user knows it, for messages.
+        weights: none is read yet.
+        device: where they are brought, as torch names it.
 
     Raises:
         CalibrationModelError: transformers cannot build it, weights are not in the files, or it is
             an encoder-decoder or shares weights between blocks.
     """
-    checkpoint = local_checkpoint(name, folder)
+    name = weights.checkpoint.label
     with refusals(name, "model"), quiet():
-        model, loading = _empty(folder, device, name)
-    path, blocks = _decoder(name, model)
-    _refuse_shared(name, model, path, blocks)
+        model, loading = _empty(weights.folder, device, name)
+    path, blocks = _decoder(weights, model)
+    _refuse_shared(weights, model, path, blocks)
     with refusals(name, "model"), quiet():
-        targets = _targets(model, checkpoint, loading)
-        _check(name, model, checkpoint, loading)
-    with TensorReader(folder, name) as reader:
-        yield Skeleton(name, model, path, blocks, checkpoint, reader, targets, loading)
+        targets = _targets(model, weights.checkpoint, loading)
+        _check(model, weights.checkpoint, loading)
+    return Skeleton(model, path, blocks, weights, targets, loading)
 
 
 def _empty(folder: Path, device: str, name: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
@@ -142,13 +154,14 @@ def _empty(folder: Path, device: str, name: str) -> tuple[PreTrainedModel, LoadS
     )
 
 
-def _decoder(name: str, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def _decoder(weights: Weights, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of blocks that texts run through: the largest, and of no other tower."""
     text = cast("Any", model).get_decoder()
     inside = next((path for path, module in model.named_modules() if module is text), "")
     every = block_lists(model)
     if not every:
-        raise CalibrationModelError(name, "no list of blocks with a Linear was found", REMEDY)
+        problem = "no list of blocks with a Linear was found"
+        raise CalibrationModelError(weights.checkpoint.label, problem, weights.remedy)
     lists = {path: blocks for path, blocks in every.items() if path.startswith(inside)} or every
     return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
@@ -172,9 +185,7 @@ def _targets(
     return found
 
 
-def _check(
-    name: str, model: PreTrainedModel, checkpoint: Checkpoint, loading: LoadStateDictConfig
-) -> None:
+def _check(model: PreTrainedModel, checkpoint: Checkpoint, loading: LoadStateDictConfig) -> None:
     """Load shapes alone: refuse what is not in the files, or of another shape, before any byte."""
     shapes = {
         tensor: torch.empty(header.shape, dtype=torch.float32, device="meta")
@@ -191,7 +202,7 @@ def _check(
     lists = tuple(f"{path}." for path in block_lists(model))
     needed = (*_surroundings(model), *lists)
     parameters = {key for key, _ in model.named_parameters()} - model.all_tied_weights_keys.keys()
-    check_complete(name, {key for key in absent & parameters if key.startswith(needed)})
+    check_complete(checkpoint.label, {key for key in absent & parameters if key.startswith(needed)})
 
 
 def _surroundings(model: PreTrainedModel) -> tuple[str, ...]:
@@ -206,15 +217,18 @@ def _surroundings(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def _refuse_shared(name: str, model: PreTrainedModel, path: str, blocks: nn.ModuleList) -> None:
+def _refuse_shared(
+    weights: Weights, model: PreTrainedModel, path: str, blocks: nn.ModuleList
+) -> None:
     """Every block must stand alone: brought in, run once with all texts, and let go."""
+    name = weights.checkpoint.label
     if model.config.is_encoder_decoder:
         problem = "an encoder-decoder cannot be calibrated block by block"
-        raise CalibrationModelError(name, problem, REMEDY)
+        raise CalibrationModelError(name, problem, weights.remedy)
     seen: set[int] = set()
     for block in blocks:
         own = {id(parameter) for parameter in block.parameters()}
         if own & seen or any(tied.startswith(f"{path}.") for tied in model.all_tied_weights_keys):
             problem = "its blocks share weights, so it cannot be calibrated block by block"
-            raise CalibrationModelError(name, problem, REMEDY)
+            raise CalibrationModelError(name, problem, weights.remedy)
         seen |= own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,18 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 OUTDATED = frozenset({401, 403, 404, 410})  # of a signed address: it is asked for again
 
 
+class Arrived:
+    """A number of bytes that several threads add to."""
+
+    def __init__(self) -> None:
+        self.n_bytes, self._adding = 0, threading.Lock()
+
+    def add(self, n_bytes: int) -> None:
+        """Count some more."""
+        with self._adding:
+            self.n_bytes += n_bytes
+
+
 @dataclass(frozen=True)
 class RemoteFiles:
     """The files of a repo at a commit. Threads may share it; it travels to other machines.
@@ -27,14 +40,16 @@ class RemoteFiles:
 
     Attributes:
         endpoint: the Hub's address.
+        arrived: counts the bytes that came here.
     """
 
     source: Source
     endpoint: str
+    arrived: Arrived = field(default_factory=Arrived, repr=False, compare=False)
     _located: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Signed addresses stay here."""
+        """Signed addresses and what was counted stay here."""
         return type(self), (self.source, self.endpoint)
 
     def fetch(self, path: str, start: int, stop: int, take: Callable[[int, bytes], object]) -> None:
@@ -57,6 +72,7 @@ class RemoteFiles:
         def go_on() -> None:
             nonlocal position
             for piece in self._pieces(asked, path, position, stop):
+                self.arrived.add(len(piece))
                 take(position, piece)
                 position += len(piece)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.layout import index_document
 from lewis_hub.checkpoint.reader import INDEX, Reader
-from lewis_hub.checkpoint.window import Place, Window
+from lewis_hub.checkpoint.window import Place, Window, elsewhere
 from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import require_room, sha256_of, write_whole
@@ -187,9 +187,10 @@ def _on_worker(places: Places, output: Path, means: Means, plan: ShardPlan) -> S
 
 
 def _window(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Window:
-    elsewhere = [label for label, place in places.items() if not isinstance(place, Path)]
-    steps = [needs for shard in shards for needs in needs_of(shard, elsewhere)]
-    return Window(places, steps, scratch)
+    """What is fetched ahead takes no more room than a shard."""
+    steps = [needs for shard in shards for needs in needs_of(shard, elsewhere(places))]
+    most_bytes = max((shard.layout.n_bytes for shard in shards), default=0)
+    return Window(places, steps, scratch, most_bytes)
 
 
 def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:

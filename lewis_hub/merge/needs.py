@@ -27,19 +27,25 @@ def _needs(plan: ShardPlan, tensor: TensorPlan) -> Iterator[Need]:
     assembled = tensor.assembled or (None,) * len(tensor.inputs)
     for number, header, made in zip(tensor.sources, tensor.inputs, assembled, strict=True):
         if made is None:
-            yield from _stored(plan.labels[number], plan.bases[number], header)
+            yield from stored(plan.labels[number], plan.bases[number], header)
             continue
         for source in sorted(made.rows.sources()):
             if part := made.parts[source]:
-                yield from _stored(plan.labels[source], plan.bases[source], part)
+                yield from stored(plan.labels[source], plan.bases[source], part)
 
 
-def _stored(label: str, base: str | None, tensor: TensorHeader) -> Iterator[Need]:
-    """The tensors in files that one tensor of a source is computed from; mostly itself."""
+def stored(label: str, base: str | None, tensor: TensorHeader) -> Iterator[Need]:
+    """What one tensor of a source is computed from; mostly itself.
+
+    Args:
+        label: of the source.
+        base: of the checkpoint that an adapter's other tensors lie in; None: of no adapter.
+        tensor: as the source's headers have it.
+    """
     if tensor.adapted:
-        yield from _stored(base or label, None, tensor.adapted.base)
+        yield from stored(base or label, None, tensor.adapted.base)
         for part in tensor.adapted.own:
-            yield from _stored(label, None, part)
+            yield from stored(label, None, part)
         return
     for part in _headers_in(tensor.scaled or tensor):
         yield Need(base or label, part.shard, part.start, part.start + part.n_bytes)

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -37,6 +37,8 @@ class StageCost:
         written_bytes: the same for write calls.
         disk_read_bytes: fetched from storage, so nothing for what the page cache had.
         disk_written_bytes: handed to storage.
+        fetched_bytes: of weights that came from the Hub by byte ranges, as a stream counts them.
+            None where nobody does: there is no stream, or Ray's workers fetch.
     """
 
     stage: str
@@ -47,6 +49,7 @@ class StageCost:
     written_bytes: int | None
     disk_read_bytes: int | None
     disk_written_bytes: int | None
+    fetched_bytes: int | None = None
 
 
 class Costs:
@@ -57,13 +60,18 @@ class Costs:
         self.stages: list[StageCost] = []
 
     @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: str, fetched: Callable[[], int] | None = None) -> Iterator[None]:
         """Measure the block and keep its cost, also when it raises.
 
         Stages follow one another and do not nest: the start of one resets the peak of memory.
+
+        Args:
+            stage: its name.
+            fetched: tells how many bytes came by ranges so far; None: nobody counts.
         """
         span: Span = "stage" if _forget_peak() else "process"
         before, started = _counters(), time.perf_counter()
+        fetched_before = fetched() if fetched else 0
         try:
             yield
         finally:
@@ -78,6 +86,7 @@ class Costs:
                 written_bytes=moved.get("wchar"),
                 disk_read_bytes=moved.get("read_bytes"),
                 disk_written_bytes=moved.get("write_bytes"),
+                fetched_bytes=fetched() - fetched_before if fetched else None,
             )
             self.stages.append(cost)
 

@@ -113,6 +113,9 @@ def _cost_charts(facts: CardFacts) -> Iterator[Chart]:
         "Peak memory": [(one.peak_rss_bytes, tables.size(one.peak_rss_bytes)) for one in costs],
         "Read": [(one.read_bytes, tables.size(one.read_bytes)) for one in costs],
         "Written": [(one.written_bytes, tables.size(one.written_bytes)) for one in costs],
+        "From the Hub by ranges": [
+            (one.fetched_bytes, tables.size(one.fetched_bytes)) for one in costs
+        ],
     }
     for title, found in amounts.items():
         top = max((amount or 0.0 for amount, _ in found), default=0.0)

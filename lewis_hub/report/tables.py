@@ -119,6 +119,7 @@ def cost(costs: Sequence[StageCost]) -> str | None:
     """What each stage took."""
     if not costs:
         return None
+    streams = any(stage.fetched_bytes is not None for stage in costs)
     rows = [
         [
             markdown.text(stage.stage),
@@ -126,11 +127,15 @@ def cost(costs: Sequence[StageCost]) -> str | None:
             size(stage.peak_rss_bytes),
             size(stage.read_bytes),
             size(stage.written_bytes),
+            *([size(stage.fetched_bytes)] if streams else []),
         ]
         for stage in costs
     ]
-    rows.append(["all", duration(sum(stage.seconds for stage in costs)), "", "", ""])
-    return markdown.table(["stage", "time", "peak memory", "read", "written"], rows, range(1, 5))
+    header = ["stage", "time", "peak memory", "read", "written"]
+    header += ["from the Hub by ranges"] if streams else []
+    seconds = duration(sum(stage.seconds for stage in costs))
+    rows.append(["all", seconds, *[""] * (len(header) - 2)])
+    return markdown.table(header, rows, range(1, len(header)))
 
 
 def model(facts: CardFacts, source: Source) -> str:

@@ -9,14 +9,15 @@ from pathlib import Path
 from lewis_hub.errors import ProfileError
 from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
-from lewis_hub.guides.calibrate import CalibrationSet, Place, Subject, calibrate, missing
+from lewis_hub.guides.calibrate import SUMMARIES, CalibrationSet, Place, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
 from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_calibration import Calibration
-from lewis_hub.stages.changes import measure_task_vectors, unmeasured_task_vectors
+from lewis_hub.stages.bringing import brought
+from lewis_hub.stages.changes import measure_task_vectors
 from lewis_hub.stages.drawing import Drawing, Drawn, draw
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import loadable, plan_of
@@ -158,7 +159,10 @@ def _measure(  # noqa: PLR0913
 
     for measure in chosen.needs:
         if measure in WITHOUT_TEXTS:
-            measured = measure_task_vectors(step, folders, known)
+            measured: tuple[SourceImportance, ...] = ()
+            for one in measure_task_vectors(step, folders, known, scratch):
+                measured = (*measured, one)
+                keep(replace(known, sources=(*known.sources, *measured)))
         else:
             subjects = _subjects(step, sets, folders, measure)
             measured = _on_texts(step, measure, subjects, known, folders, scratch, keep).sources
@@ -176,42 +180,31 @@ def _on_texts(  # noqa: PLR0913
     keep: Callable[[ImportanceProfile], None],
 ) -> ImportanceProfile:
     unknown = missing(subjects, known)
-    loaded = {one.source for one in unknown} | {o.against.name for o in unknown if o.against}
-    whole = {
-        source.pinned: loadable(step, source, folders, scratch)
-        for source in step.inputs.models
-        if source.pinned in loaded
-    }
-    subjects = tuple(_in(whole, subject, step) for subject in subjects)
+    left = {one.source for one in unknown}
+    base = step.inputs.base
+    if base and any(one.against for one in unknown):
+        against = Place(base.pinned, loadable(step, base, folders, scratch))
+        subjects = tuple(replace(one, against=against) for one in subjects)
+    subjects = tuple(
+        brought(step, one, folders, scratch) if one.source in left else one for one in subjects
+    )
     n_tokens = sum(subject.n_tokens for subject in unknown)
     with step.progress.stage("Calibrating", n_tokens, "tokens") as advance:
         return calibrate(subjects, known, step.execution.device, advance, keep, measure)
 
 
-def _in(folders: Mapping[str, Path], subject: Subject, step: Step) -> Subject:
-    """The same subject, in the folder that can be loaded, whole or block by block."""
-    against = subject.against
-    checkpoint = step.examined.checkpoints[subject.source]
-    return replace(
-        subject,
-        folder=folders.get(subject.source, subject.folder),
-        against=against and replace(against, folder=folders.get(against.name, against.folder)),
-        by_block=step.execution.loading.is_by_block(checkpoint),
-    )
-
-
-def unmeasured(step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]) -> tuple[str, ...]:
-    """The pinned sources that `guide` would have to read whole; of `folders` nothing is read."""
+def loaded_whole(
+    step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]
+) -> tuple[str, ...]:
+    """The sources that `guide` cannot measure block by block; of `folders` nothing is read."""
     asked, known = step.recipe.guide, _known(step, stores)
     assert asked
-    found: list[str] = []
-    for measure in registry.find(asked.name).needs:
-        if measure in WITHOUT_TEXTS:
-            found += [source.pinned for source in unmeasured_task_vectors(step, known)]
-        else:
-            subjects = _subjects(step, sets, folders, measure)
-            found += [subject.source for subject in missing(subjects, known)]
-    return tuple(found)
+    return tuple(
+        subject.source
+        for measure in registry.find(asked.name).needs
+        if measure not in {*SUMMARIES, *WITHOUT_TEXTS}
+        for subject in missing(_subjects(step, sets, folders, measure), known)
+    )
 
 
 def _known(step: Step, stores: Sequence[Path]) -> ImportanceProfile:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.window import Window, elsewhere
 from lewis_hub.guides.density import block_matrices, checkpoint_tensor
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance, reusable
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.cluster import Ray
-from lewis_hub.merge.engine import open_source
+from lewis_hub.merge.engine import Places, open_source
+from lewis_hub.merge.needs import stored
 from lewis_hub.merge.runners import threads
 
 if TYPE_CHECKING:
@@ -17,41 +20,32 @@ if TYPE_CHECKING:
 
 
 def measure_task_vectors(
-    step: Step, folders: Folders, known: ImportanceProfile
-) -> tuple[SourceImportance, ...]:
+    step: Step, folders: Folders, known: ImportanceProfile, scratch: Path
+) -> Iterator[SourceImportance]:
     """Measure every expert against the base; adapters and 8-bit floats as they are merged.
 
     Args:
         step: of a recipe with a base.
         folders: of all sources.
         known: earlier measurements; those of the same sources are taken over.
+        scratch: for ranges of weights that are elsewhere.
 
     Raises:
         BrokenCheckpointError: a file is missing or ends too early.
+        SourceError: bytes of a source cannot be had.
     """
-    return tuple(_measured(step, expert, folders, known) for expert in step.inputs.experts)
-
-
-def unmeasured_task_vectors(step: Step, known: ImportanceProfile) -> tuple[Source, ...]:
-    """The experts whose weights `measure_task_vectors` would have to read."""
-    inputs, facts = step.inputs, _facts(step)
-    return tuple(e for e in inputs.experts if not reusable(known, inputs.content(e), facts))
-
-
-def _facts(step: Step) -> dict[str, str]:
-    base = step.inputs.base
-    assert base
-    return {"measure": "task_vector", "base": step.inputs.content(base)}
+    for expert in step.inputs.experts:
+        yield _measured(step, expert, step.places or folders, known, scratch)
 
 
 def _measured(
-    step: Step, expert: Source, folders: Folders, known: ImportanceProfile
+    step: Step, expert: Source, places: Places, known: ImportanceProfile, scratch: Path
 ) -> SourceImportance:
     from lewis_hub.merge.change import relative_changes  # imports llvmlite
 
     base, content = step.inputs.base, step.inputs.content(expert)
     assert base
-    facts = _facts(step)
+    facts = {"measure": "task_vector", "base": step.inputs.content(base)}
     entry = reusable(known, content, facts)
     if entry:
         return SourceImportance(expert.pinned, content, "expert", 0, entry.modules, facts)
@@ -60,22 +54,35 @@ def _measured(
     modules = {checkpoint_tensor(module, shapes): module for module in block_matrices(shapes)}
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
-    workers = step.execution.workers
-
-    def local(label: str) -> TensorReader:
-        return TensorReader(folders[label], label)
-
+    workers, remote = step.execution.workers, elsewhere(places)
+    needs = [
+        [
+            need
+            for source, checkpoint in ((base, first), (expert, second))
+            if name in checkpoint.tensors
+            for need in stored(source.pinned, checkpoint.base, checkpoint.tensors[name])
+            if need.source in remote
+        ]
+        for name in tensors
+    ]
+    most_bytes = step.execution.max_shard_bytes
     with (
-        open_source(base.pinned, first.base, local) as of_base,
-        open_source(expert.pinned, second.base, local) as of_expert,
+        Window(places, needs, scratch / "ranges", most_bytes) as window,
+        open_source(base.pinned, first.base, window.reader) as of_base,
+        open_source(expert.pinned, second.base, window.reader) as of_expert,
         step.progress.stage(f"Measuring {expert.name}", n_elements, "items") as advance,
     ):
+
+        def done(n_elements: int) -> None:
+            window.step_done()
+            advance(n_elements)
+
         changes = relative_changes(
             (first, of_base),
             (second, of_expert),
             tensors,
             threads() if isinstance(workers, Ray) else workers,
-            advance,
+            done,
         )
     values = {modules[name]: change for name, change in changes.items()}
     return SourceImportance(expert.pinned, content, "expert", 0, values, facts)

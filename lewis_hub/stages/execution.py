@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ from lewis_hub.stages.sources import Inputs
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from lewis_hub.checkpoint.window import Place
 
 SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
@@ -84,7 +86,12 @@ class Execution:
 
 @dataclass(frozen=True)
 class Step:
-    """What every step after the check knows."""
+    """What every step after the check knows.
+
+    Attributes:
+        places: of a stream: pinned source -> where its weights are read. Else nothing: they are in
+            the folders of the sources.
+    """
 
     recipe: Recipe
     inputs: Inputs
@@ -92,6 +99,7 @@ class Step:
     execution: Execution
     api: HfApi
     progress: Progress
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 def software() -> dict[str, str]:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.files import write_whole
 from lewis_hub.guides.calibrate import Subject, calibrate, missing
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import Measure
+from lewis_hub.guides.weights import in_folder
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
@@ -59,11 +59,11 @@ def measure_model(
     drawn = draw(how, calibration, _data(api, calibration), progress)
     folder = download(api, [source], progress)[source.pinned]
     tokens = drawn.tokens.measured(GUIDE)
-    limited = execution.max_memory_bytes is not None
-    by_block = limited and execution.loading.is_by_block(local_checkpoint(source.pinned, folder))
-    subject = Subject(
-        source.pinned, source.commit_sha, "expert", folder, (tokens,), by_block=by_block
-    )
+    subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
+    if execution.max_memory_bytes is not None:
+        weights = in_folder(source.pinned, folder)
+        if execution.loading.is_by_block(weights.checkpoint):
+            subject = replace(subject, weights=weights)
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     told = calibration.model_dump(mode="json", exclude_none=True)

@@ -195,10 +195,18 @@ def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Pat
         return folders[source.pinned]
     expert = MergeSource(checkpoint, step.inputs.content(source))
     alone = make_plan(MergeSettings("linear", None, (expert,)), step.execution.max_shard_bytes)
-    output = scratch / "written out" / str(step.inputs.models.index(source))
+    output = configured(step, source, folders, scratch)
     as_what = "on its base" if source.is_adapter else "in bfloat16"
     means = step.execution.means(is_read_next=True)
     _write(step, alone, folders, output, f"Writing out {source.name} {as_what}", means)
+    return output
+
+
+def configured(step: Step, source: Source, folders: Folders, scratch: Path) -> Path:
+    """A folder in `scratch` with the configuration of a source that is written out."""
+    checkpoint = step.examined.checkpoints[source.pinned]
+    output = scratch / "written out" / str(step.inputs.models.index(source))
+    output.mkdir(parents=True, exist_ok=True)
     beside = folders[checkpoint.base or source.pinned]
     write_sidecars(beside, output, _new_dtype(checkpoint), code=False)
     return output

@@ -90,11 +90,11 @@ def _disk_bytes(
     """The merge, its twins, statistics, and each source that is written out to be loaded."""
     asked = [checkpoints[source.pinned] for source in loaded(recipe, inputs)]
     written_bytes = sum(_output_bytes(one, None) for one in asked if one.is_computed)
-    grams_bytes = len(inputs.experts) * _grams_bytes(recipe, output)
-    return output_bytes * (1 + n_twins(recipe)) + written_bytes + grams_bytes
+    statistics_bytes = len(inputs.experts) * grams_bytes(recipe, output)
+    return output_bytes * (1 + n_twins(recipe)) + written_bytes + statistics_bytes
 
 
-def _grams_bytes(recipe: Recipe, output: Checkpoint) -> int:
+def grams_bytes(recipe: Recipe, output: Checkpoint) -> int:
     """Second moments of one expert, at most: modules that share inputs share them."""
     if not needs_grams(recipe):
         return 0
@@ -155,13 +155,13 @@ def _measuring_bytes(
     n_models = 2 if guide and "output_shift" in guide.needs else 1
     found = [4 * (largest_pickle_bytes // 2)]
     for one in checkpoints:
-        grams_bytes = 2 * _grams_bytes(recipe, one)
+        held_bytes = 2 * grams_bytes(recipe, one)
         if loading.is_by_block(one):
             n_blocks = len({names.block(name) for name in one.tensors} - {None})
-            grams_bytes //= max(n_blocks, 1)
-            found.append(blocks_bytes(one) + texts_bytes(recipe, one) + grams_bytes)
+            held_bytes //= max(n_blocks, 1)
+            found.append(blocks_bytes(one) + texts_bytes(recipe, one) + held_bytes)
         else:
             model_bytes = 4 * sum(t.n_elements for t in one.tensors.values())
-            with_grams = model_bytes + min(HELD_BYTES, grams_bytes)
+            with_grams = model_bytes + min(HELD_BYTES, held_bytes)
             found.append(max(n_models * model_bytes, with_grams))
     return TORCH_BYTES + max(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lewis_hub.checkpoint import names
@@ -13,12 +13,12 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.statistics import Gram, Statistics, informed, unknown
 from lewis_hub.methods import registry
 from lewis_hub.report.facts import Measured
+from lewis_hub.stages.bringing import brought
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable, plan_of
+from lewis_hub.stages.merging import plan_of
 from lewis_hub.stages.sources import widest_input
 from lewis_hub.stages.translating import translated
 
@@ -69,8 +69,8 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
         for subject, place in zip(subjects, places, strict=True)
     ]
     whole = [  # before the stage begins, for writing out is one of its own
-        subject if files else _loadable(step, expert, subject, folders, scratch)
-        for subject, expert, files in zip(subjects, inputs.experts, found, strict=True)
+        subject if files else brought(step, subject, folders, scratch)
+        for subject, files in zip(subjects, found, strict=True)
     ]
     n_tokens = sum(s.n_tokens for s, files in zip(whole, found, strict=True) if not files)
     with step.progress.stage("Gathering statistics", n_tokens, "tokens") as advance:
@@ -92,14 +92,6 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
         tuple(one.tokens.rows for one in sets),
         notes,
     )
-
-
-def _loadable(
-    step: Step, expert: Source, subject: Subject, folders: Folders, scratch: Path
-) -> Subject:
-    """The same subject, in a folder that can be loaded, whole or block by block."""
-    by_block = step.execution.loading.is_by_block(step.examined.checkpoints[expert.pinned])
-    return replace(subject, folder=loadable(step, expert, folders, scratch), by_block=by_block)
 
 
 def _place(scratch: Path, subject: Subject, widest: int) -> Path:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.checkpoint.window import Place, most_held
+from lewis_hub.checkpoint.window import Place, elsewhere, most_held
 from lewis_hub.errors import PublishError, RecipeError
 from lewis_hub.files import require_room
 from lewis_hub.hub.ahead import recall, send
 from lewis_hub.hub.failures import Asked
 from lewis_hub.hub.fetch import CODE_FILES, bytes_to_download, fetch
 from lewis_hub.hub.publish import Published, open_repo
-from lewis_hub.hub.ranges import RemoteFiles
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.ranges import Arrived, RemoteFiles
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.needs import needs_of
 from lewis_hub.merge.plan import MergePlan
+from lewis_hub.merge.statistics import informed
 from lewis_hub.merge.workspace import Workspace
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.cost import Costs
-from lewis_hub.stages import calibration, merging, publishing, reporting
+from lewis_hub.stages import calibration, merging, publishing, reporting, statistics
 from lewis_hub.stages.downloading import small_files
+from lewis_hub.stages.needs import grams_bytes
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import needs_grams
 from lewis_hub.stages.standing import published_importance
@@ -35,12 +35,9 @@ from lewis_hub.stages.statistics import Gathered
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
-    from lewis_hub.guides.density import DensitySchedule
-    from lewis_hub.stages.calibration import Guidance, Sets
+    from lewis_hub.stages.calibration import Sets
     from lewis_hub.stages.execution import Folders, Step
     from lewis_hub.stages.merging import MergedModel
-
-N_ON_DISK = 2  # shards: one is made while the one before is sent
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,20 @@ def require_streamable(recipe: Recipe) -> None:
     """Refuse what needs whole models on the disk.
 
     Raises:
-        RecipeError: the recipe asks for scores, or for statistics.
+        RecipeError: the recipe asks for scores.
     """
-    if needs_grams(recipe):
-        problem = "statistics are gathered by whole models, and --stream keeps none."
-        remedy = "Merge without --stream, or by a method and a trim that need no statistics."
-        raise RecipeError("recipe", "merge_method", problem, remedy)
-    if recipe.evaluate:
-        problem = "scoring needs whole models on the disk, and --stream keeps none."
-        remedy = "Add --no-eval, and score the result where it fits: `lewis-hub evaluate REPO`."
-        raise RecipeError("recipe", "evaluate", problem, remedy)
+    if recipe.evaluate is None:
+        return
+    problem = "scoring needs whole models on the disk, and --stream keeps none."
+    where = "evaluate"
+    remedy = "Add --no-eval, and score the result where it fits: `lewis-hub evaluate REPO`."
+    if recipe.evaluate.gate:
+        where = "evaluate.gate"
+        remedy = (
+            "A gate decides by them before anything is pushed. Merge without --stream where the "
+            "models fit, such as by `--on jobs`; or remove the gate, then add --no-eval."
+        )
+    raise RecipeError("recipe", where, problem, remedy)
 
 
 def work_folder(output: Path) -> Path:
@@ -73,15 +74,17 @@ def work_folder(output: Path) -> Path:
 
 
 def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Published:
-    """Merge from Hub to Hub.
+    """Calibrate and merge from Hub to Hub.
 
     Args:
         step: what is merged, and how it runs.
         sets: from `calibration_sets`.
         destination: of the one commit, which comes last.
-        work: keeps notes of the shards that were sent, so that a rerun need not make them again.
+        work: keeps what was measured, and notes of the shards that were sent, so that a rerun need
+            not make them again.
 
     Raises:
+        CalibrationError: a source cannot be measured block by block.
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room for two shards.
         PublishError: the repo is as it was before, or holds nothing yet where it is new.
@@ -93,45 +96,80 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
         folders = {s.pinned: small_files(step.api, s) for s in step.inputs.models}
         if step.inputs.donor.name in step.recipe.allow_code:
             fetch(step.api, step.inputs.donor, lambda _: None, only=CODE_FILES)
+    step, fetched = _placed(step)
     former = published_importance(destination.former, step.api, work.scratch)
-    guidance = _guidance(step, sets, folders, work, former) if step.recipe.guide else None
+    stores = [work.scratch / "importance.json", *former]
+    stores.append(Path(step.recipe.locate("importance")) / "importance.json")
+    guidance, gathered = None, Gathered()
+    if step.recipe.guide:
+        _require_by_block(step, sets, folders, stores)
+    _require_statistics_fit(step, work.scratch)
+    if step.recipe.guide:
+        with costs.measure("calibrate", fetched):
+            guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+    if needs_grams(step.recipe):
+        with costs.measure("gather", fetched):
+            gathered = statistics.gather(step, sets, folders, work.scratch)
     model = work.scratch / "model"
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir()
-    with costs.measure("merge"):
-        schedule = guidance.schedule if guidance else None
-        merged, sent = _make(step, schedule, folders, destination, model)
-    reporting.write(step, merged, guidance, Gathered(), None, costs)
+    planned = merging.plan_of(step, guidance.schedule if guidance else None)
+    planned = informed(planned, gathered.statistics)
+    step = replace(step, places={**step.places, **gathered.folders})
+    counted = None if isinstance(step.execution.workers, Ray) else fetched
+    with costs.measure("merge", counted):
+        merged, sent = _make(step, planned, folders, destination, model)
+    reporting.write(step, merged, guidance, gathered, None, costs)
     return publishing.push(model, destination, step.api, step.progress, sent, force=False)
 
 
-def _guidance(
-    step: Step, sets: Sets, folders: Folders, work: Workspace, former: list[Path]
-) -> Guidance:
-    stores = [work.scratch / "importance.json", *former]
-    stores.append(Path(step.recipe.locate("importance")) / "importance.json")
-    unknown = calibration.unmeasured(step, sets, folders, stores)
+def _placed(step: Step) -> tuple[Step, Callable[[], int]]:
+    """Where each source's weights are read: here where they are here, else by byte ranges.
+
+    Also what counts the bytes that came.
+    """
+    places: dict[str, Place] = {}
+    counts: list[Arrived] = []
+    for source in dict.fromkeys(step.inputs.models):
+        if bytes_to_download(step.api, source) == 0:
+            places[source.pinned] = fetch(step.api, source, lambda _: None)
+        else:
+            files = RemoteFiles(source, step.api.endpoint)
+            places[source.pinned] = files.fetch
+            counts.append(files.arrived)
+    return replace(step, places=places), lambda: sum(one.n_bytes for one in counts)
+
+
+def _require_by_block(step: Step, sets: Sets, folders: Folders, stores: Sequence[Path]) -> None:
+    unknown = calibration.loaded_whole(step, sets, folders, stores)
     if unknown:
         found = ", ".join(dict.fromkeys(unknown))
-        problem = f"calibration has to load {found}, and --stream keeps no whole model."
+        problem = f"it has to load {found} whole, and --stream keeps no whole model."
         remedy = (
             "Run `lewis-hub importance` where they fit: the folder importance/ that it leaves "
-            "beside the recipe is used here. Or name a guide that measures nothing."
+            "beside the recipe is used here. Or name a guide that measures block by block, such as "
+            "`lewis`."
         )
         raise RecipeError("recipe", "guide", problem, remedy)
-    return calibration.guide(step, sets, folders, work.scratch, stores)
+
+
+def _require_statistics_fit(step: Step, scratch: Path) -> None:
+    """Refuse before the first weight what a disk cannot hold beside two shards."""
+    donor = step.examined.checkpoints[step.inputs.donor.pinned]
+    statistics_bytes = len(step.inputs.experts) * grams_bytes(step.recipe, donor)
+    if statistics_bytes:
+        there = sum(path.stat().st_size for path in scratch.rglob("*.safetensors"))
+        shard = min(step.execution.max_shard_bytes, step.examined.report.output_bytes)
+        n_bytes = statistics_bytes + 2 * shard - there
+        remedy = "take a disk that is larger, or a method that merges without statistics"
+        require_room(scratch, n_bytes, "the statistics of all experts and two shards", remedy)
 
 
 def _make(
-    step: Step,
-    schedule: DensitySchedule | None,
-    folders: Folders,
-    destination: Destination,
-    model: Path,
+    step: Step, planned: MergePlan, folders: Folders, destination: Destination, model: Path
 ) -> tuple[MergedModel, Mapping[str, CommitOperationAdd]]:
     asked = Asked(step.api, destination.asked.repo, kind=PublishError)
     open_repo(asked, destination.asked.landing, private=destination.asked.private)
-    planned = merging.plan_of(step, schedule)
     shards = model.with_name("shards")
     shards.mkdir(exist_ok=True)
     made = planned.allowing_nan if step.execution.allow_nan else planned
@@ -145,33 +183,32 @@ def _make(
 def _send_all(
     step: Step, planned: MergePlan, folder: Path, asked: Asked, destination: Destination
 ) -> Sent:
-    """Make every shard that the Hub does not have yet, and send each while the next is made."""
+    """Make every shard that the Hub does not have yet, and send each before the next is made.
+
+    What the next one needs is fetched meanwhile, as much of it as a second shard would take.
+    """
     execution, landing = step.execution, destination.asked.landing
-    places = {source.pinned: _place(step, source) for source in step.inputs.models}
+    _clear(planned, folder)
     sent = _sent_before(planned, folder, asked, destination)
     left = MergePlan(tuple(s for s in planned.shards if s.layout.name not in sent.results))
-    _require_room(left, places, folder, step)
-
-    def deliver(result: ShardResult) -> None:
-        file = folder / result.name
-        sent.additions[result.name] = send(asked, landing, file, result.sha256)
-        file.unlink()
-
-    under_way: Future[None] | None = None
-    with (
-        step.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance,
-        ThreadPoolExecutor(1) as pool,  # after an error too, what is being sent is sent
-    ):
+    _require_room(left, step.places, folder, step)
+    with step.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance:
         advance(sum(result.n_bytes for result in sent.results.values()))
         means = execution.means(is_read_next=True)
-        for result in make_shards(left, places, folder, means, advance):
+        for result in make_shards(left, step.places, folder, means, advance):
+            file = folder / result.name
+            sent.additions[result.name] = send(asked, landing, file, result.sha256)
             sent.results[result.name] = result
-            if under_way:
-                under_way.result()
-            under_way = pool.submit(deliver, result)
-        if under_way:
-            under_way.result()
+            file.unlink()
     return sent
+
+
+def _clear(planned: MergePlan, folder: Path) -> None:
+    """Delete what an interrupted run left in vain: shards cut short, or of another plan."""
+    whole = {told.name for shard in planned.shards if (told := noted(shard, folder))}
+    for path in folder.glob("*.safetensors"):
+        if path.name not in whole:
+            path.unlink()
 
 
 def _sent_before(planned: MergePlan, folder: Path, asked: Asked, destination: Destination) -> Sent:
@@ -188,19 +225,11 @@ def _sent_before(planned: MergePlan, folder: Path, asked: Asked, destination: De
     return sent
 
 
-def _place(step: Step, source: Source) -> Place:
-    """Where a source's weights are read: here where they are here, else by byte ranges."""
-    if bytes_to_download(step.api, source) == 0:
-        return fetch(step.api, source, lambda _: None)
-    return RemoteFiles(source, step.api.endpoint).fetch
-
-
 def _require_room(left: MergePlan, places: Mapping[str, Place], folder: Path, step: Step) -> None:
-    sizes = sorted((layout.n_bytes for layout in left.layouts), reverse=True)
-    if not isinstance(step.execution.workers, Ray):  # its workers do not wait for what is sent
-        sizes = sizes[:N_ON_DISK]
-    elsewhere = [label for label, place in places.items() if not isinstance(place, Path)]
-    ranges = most_held([needs for s in left.shards for needs in needs_of(s, elsewhere)])
+    sizes = [layout.n_bytes for layout in left.layouts]
+    largest = max(sizes, default=0)
+    on_disk = sum(sizes) if isinstance(step.execution.workers, Ray) else largest  # they do not wait
+    needs = [needs for shard in left.shards for needs in needs_of(shard, elsewhere(places))]
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    n_bytes = sum(sizes) + ranges - there
+    n_bytes = on_disk + most_held(needs, largest) - there
     require_room(folder, n_bytes, "two shards and what is fetched ahead", "lower --max-shard-size")

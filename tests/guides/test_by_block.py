@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides import activations, by_block
 from lewis_hub.guides.by_block import Visit, visited
@@ -21,6 +22,7 @@ from lewis_hub.guides.grams import gather_grams
 from lewis_hub.guides.importance import sum_of_squares
 from lewis_hub.guides.skeleton import skeleton
 from lewis_hub.guides.tokens import Batch, CalibrationTokens
+from lewis_hub.guides.weights import in_folder
 
 from .conftest import ARCHITECTURES, LLAMA, tiny_model, tokens_of
 
@@ -64,7 +66,7 @@ def test_block_by_block_measures_exactly_what_a_whole_model_does(
     long = tokens_of([list(range(3, 43)), list(range(9, 0, -1))])
     sets = [texts, long]
 
-    blocks = by_block.measure(folder, "tiny", sets, "cpu", nothing)
+    blocks = by_block.measure(in_folder("tiny", folder), sets, "cpu", nothing)
 
     whole = activations.measure(folder, "tiny", sets, "cpu", nothing)
     assert [list(one) for one in blocks] == [list(one) for one in whole]
@@ -75,50 +77,46 @@ def test_block_by_block_measures_exactly_what_a_whole_model_does(
 def test_half_precision_files_are_computed_in_float32_as_they_are_whole(llama, texts, saved, dtype):
     folder = saved(llama.to(dtype))
 
-    blocks = by_block.measure(folder, "tiny", [texts], "cpu", nothing)
+    blocks = by_block.measure(in_folder("tiny", folder), [texts], "cpu", nothing)
 
     assert blocks == activations.measure(folder, "tiny", [texts], "cpu", nothing)
-
-
-class Counting:
-    """A reader that remembers what was asked of it."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-        self.names: list[str] = []
-
-    def tensor(self, header: Any) -> torch.Tensor:
-        self.names.append(header.name)
-        found: torch.Tensor = self.reader.tensor(header)
-        return found
 
 
 def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts, saved):
     folder = saved(llama)
     present = []
 
-    with skeleton(folder, "cpu", "tiny") as made:
-        counting = Counting(made._reader)
-        made = replace(made, _reader=counting)
+    held = in_folder("tiny", folder)
+    read: list[str] = []
 
-        def take(visits: Iterator[Visit]) -> None:
-            for _ in visits:
-                loaded = {name for name, one in made.model.named_parameters() if not one.is_meta}
-                present.append({name.rpartition(".layers.")[2].split(".")[0] for name in loaded})
+    def parts(
+        lists: Sequence[Sequence[TensorHeader]],
+    ) -> Generator[dict[str, torch.Tensor], None, None]:
+        for part in held.parts(lists):
+            read.extend(part)
+            yield part
+            del part
 
-        visited(made, [texts, texts], sum_of_squares, nothing, take, products=True)
-        left = [name for name, one in made.model.named_parameters() if not one.is_meta]
+    made = skeleton(replace(held, parts=parts), "cpu")
+
+    def take(visits: Iterator[Visit]) -> None:
+        for _ in visits:
+            loaded = {name for name, one in made.model.named_parameters() if not one.is_meta}
+            present.append({name.rpartition(".layers.")[2].split(".")[0] for name in loaded})
+
+    visited(made, [texts, texts], sum_of_squares, nothing, take, products=True)
+    left = [name for name, one in made.model.named_parameters() if not one.is_meta]
 
     assert present == [{"0"}, {"1"}, {"2"}]
     assert left == []
     stored = load_file(folder / "model.safetensors")
-    assert sorted(counting.names) == sorted(stored.keys() - {"lm_head.weight"})
+    assert sorted(read) == sorted(stored.keys() - {"lm_head.weight"})
 
 
 def test_progress_tells_every_token_once(llama, texts, saved):
     told: list[int] = []
 
-    by_block.measure(saved(llama), "tiny", [texts], "cpu", told.append)
+    by_block.measure(in_folder("tiny", saved(llama)), [texts], "cpu", told.append)
 
     assert sum(told) == texts.n_tokens
     assert min(told) >= 0
@@ -126,7 +124,7 @@ def test_progress_tells_every_token_once(llama, texts, saved):
 
 def refused(folder: Path, texts: CalibrationTokens) -> str:
     with pytest.raises(CalibrationModelError) as caught:
-        by_block.measure(folder, "me/tiny", [texts], "cpu", nothing)
+        by_block.measure(in_folder("me/tiny", folder), [texts], "cpu", nothing)
     return str(caught.value)
 
 
@@ -136,6 +134,19 @@ def test_an_encoder_decoder_is_refused(texts, saved):
 
     assert refused(saved(transformers.T5ForConditionalGeneration(config)), texts) == (
         f"me/tiny: an encoder-decoder cannot be calibrated block by block.\n{WHOLE}"
+    )
+
+
+def test_whoever_brings_the_weights_says_what_to_do_instead(texts, saved):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=97, decoder_start_token_id=0, **small)
+    weights = in_folder("me/tiny", saved(transformers.T5ForConditionalGeneration(config)))
+
+    with pytest.raises(CalibrationModelError) as caught:
+        by_block.measure(replace(weights, remedy="Do."), [texts], "cpu", nothing)
+
+    assert str(caught.value) == (
+        "me/tiny: an encoder-decoder cannot be calibrated block by block.\nDo."
     )
 
 
@@ -233,6 +244,7 @@ def test_second_moments_are_the_same_block_by_block(any_architecture, name, text
     folder = saved(any_architecture(name))
     whole = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
 
-    found = gather_grams(replace(whole, by_block=True), tmp_path / "blocks", 8192, "cpu", nothing)
+    blocks = replace(whole, weights=in_folder("tiny", folder))
+    found = gather_grams(blocks, tmp_path / "blocks", 8192, "cpu", nothing)
 
     assert found == gather_grams(whole, tmp_path / "whole", 8192, "cpu", nothing)

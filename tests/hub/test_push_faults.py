@@ -11,14 +11,12 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
+from served import push_meanwhile
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.publish import Publication, publish
-from lewis_hub.hub.store import File
 
 ANY = "."
 NEVER = 1_000_000
@@ -119,16 +117,6 @@ def test_a_fault_at_any_call_of_a_push_leaves_the_repo_as_before_or_complete(
             publish(api, folder, repo, PUSH, lambda _: None)
         assert times == NEVER or not hub.faults.pending  # it did strike
         assert_as_before_or_complete(hub, api, repo, folder, {} if new else BEFORE, after)
-
-
-def push_meanwhile(hub, repo):
-    """Somebody else's commit; not over HTTP, for the server is in the midst of a request."""
-    found = hub.store.find("models", *repo.split("/"))
-    head = hub.store.resolve(found, "main")
-    file = File(hub.store.blobs.add(b"x"), 1, git_oid(b"x"), lfs=False)
-    files = {**head.files, "theirs": file}
-    theirs = replace(head, parents=(head.sha,), title="Theirs", files=files)
-    hub.store.add_commit(found, theirs, "refs/heads/main")
 
 
 @pytest.mark.slow

@@ -245,6 +245,18 @@ def test_costs_and_the_commands_to_make_it_again_are_shown(make_facts):
     assert "Peak memory is that of the process" not in part
 
 
+def test_a_stream_tells_what_came_by_ranges(make_facts):
+    (first, second) = make_facts().costs
+    costs = (replace(first, fetched_bytes=None), replace(second, fetched_bytes=6_945_024))
+
+    part = section(model_card(make_facts(costs=costs)), "Make it again")
+
+    assert "| stage | time | peak memory | read | written | from the Hub by ranges |" in part
+    assert "| calibrate | 12.3 s | 1.2 GB | 3.0 MB | 2.5 kB | – |" in part
+    assert "| merge | 1 min 16 s | 250.0 MB | – | – | 6.9 MB |" in part
+    assert "| all | 1 min 28 s |  |  |  |  |" in part
+
+
 def test_a_peak_over_the_whole_process_is_labelled(make_facts):
     (first, _) = make_facts().costs
     slow = replace(first, seconds=7384.0, peak_over="process")

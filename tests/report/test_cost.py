@@ -63,6 +63,15 @@ def test_a_system_that_counts_nothing_says_so(tmp_path, monkeypatch):
     assert stage.read_bytes is stage.written_bytes is stage.disk_read_bytes is None
 
 
+def test_what_comes_by_ranges_is_counted_stage_by_stage():
+    costs, came = Costs(), [5]
+    for stage in ("calibrate", "merge"):
+        with costs.measure(stage, lambda: came[0]):
+            came[0] += 7
+
+    assert [one.fetched_bytes for one in costs.stages] == [7, 7]
+
+
 def test_costs_are_written_and_read_back():
     costs = Costs()
     costs.stages.append(StageCost("merge", 1.5, 10, "stage", 1, 2, None, None))
@@ -79,6 +88,7 @@ def test_costs_are_written_and_read_back():
                 "written_bytes": 2,
                 "disk_read_bytes": None,
                 "disk_written_bytes": None,
+                "fetched_bytes": None,
             }
         ],
     }

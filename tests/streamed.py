@@ -1,0 +1,127 @@
+"""Merges from Hub to Hub, and what they leave there, for tests that look at them."""
+
+import json
+import shutil
+from contextlib import contextmanager
+
+import torch
+from safetensors.torch import load_file, save_file
+from served import bytes_in, listening, pushed
+
+import lewis_hub
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.files import sha256_of
+from lewis_hub.stages.execution import Execution
+
+REPO = "tests/streamed"
+MODEL_BYTES = 2 * 1_157_504  # of the tensors of each model of the zoo
+SHARD_BYTES = 700_000
+SMALL = Execution(runner="threads:2", max_shard_bytes=SHARD_BYTES)
+
+
+def seed(hub, folder):
+    """The zoo, two of its models in three shards each; returns a client."""
+    api = hub.api()
+    seed_hub(api)
+    for name, repo in (("base", "base"), ("expert-reverse", "reverse")):
+        pushed(api, in_shards(zoo_folder() / name, folder / repo), f"tests/{repo}")
+    return api
+
+
+def in_shards(model, folder):
+    shutil.copytree(model, folder)
+    (folder / "model.safetensors").unlink()
+    tensors = load_file(model / "model.safetensors")
+    located = {}
+    for i in range(3):
+        name = f"model-0000{i + 1}-of-00003.safetensors"
+        part = {key: tensor for j, (key, tensor) in enumerate(tensors.items()) if j % 3 == i}
+        save_file(part, folder / name, {"format": "pt"})
+        located |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": located}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_adapter(folder):
+    """A LoRA with DoRA's magnitudes, for which the base is read twice."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in load_file(zoo_folder() / "base" / "model.safetensors").items():
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (torch.randn(4, n, generator=generator) / 8 for n in reversed(weight.shape))
+            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b.T.contiguous()}
+            tensors[f"{key}.lora_magnitude_vector"] = weight.float().norm(dim=1)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return folder
+
+
+def in_eight_bit(model, folder):
+    """Its projections as 8-bit floats with a scale a tensor."""
+    shutil.copytree(model, folder)
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = weight.float().abs().max().reshape(1) / 448
+            tensors[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            tensors[name + "_scale"] = scale
+        else:
+            tensors[name] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def stream(recipe, output, execution=SMALL, progress=None):
+    target = lewis_hub.open_target(recipe.publish)
+    return lewis_hub.stream(recipe, target, output, execution, progress)
+
+
+def published(hub, repo=REPO):
+    """Path -> the sha256 of its bytes, of what main holds; read from the store, not over HTTP."""
+    found = hub.store.find("models", *repo.split("/"))
+    if found is None:
+        return {}
+    files = hub.store.resolve(found, "main").files
+    return {path: file.sha256 for path, file in files.items() if path != ".gitattributes"}
+
+
+def read(hub, path, repo=REPO):
+    """The bytes of one file on main."""
+    return hub.store.blobs.read(published(hub, repo)[path])
+
+
+def on_disk(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_of(path) for path in files}
+
+
+def apart_from_costs(found):
+    """What equal merges have in common: the rest tells when a run was, and what it took."""
+    told = {"README.md", "lewis/report.html", "lewis/cost.json", "lewis/provenance.json"}
+    return {path: sha256 for path, sha256 in found.items() if path not in told}
+
+
+def fetched(hub):
+    """Stage -> the bytes of weights that it had from the Hub, of the stages that fetch any."""
+    stages = json.loads(read(hub, "lewis/cost.json"))["stages"]
+    return {
+        one["stage"]: one["fetched_bytes"] for one in stages if one["fetched_bytes"] is not None
+    }
+
+
+@contextmanager
+def watched(hub, work):
+    """At each request to the Hub, the bytes of shards and ranges that lie beside the work."""
+    seen = []
+    scratch = work.with_name(f"{work.name}.stream.partial") / ".scratch"
+    folders = [scratch / name for name in ("shards", "ranges", "written out")]
+    with listening(hub, lambda *_: seen.append(bytes_in(*folders))):
+        yield seen

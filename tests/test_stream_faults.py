@@ -1,0 +1,276 @@
+"""Whatever goes wrong at whichever call of a stream, the repo is as before or complete.
+
+The calls are those of a stream that goes well: of each kind the first and the last are struck, so
+that a call which is added is tried as well. The models are tiny: one block, in two shards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from served import listening, push_meanwhile, pushed
+from streamed import REPO, fetched, on_disk, published, read
+
+import lewis_hub
+from lewis_hub.errors import LewisHubError
+from lewis_hub.hub.faults import Fault
+from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.stages.execution import Execution
+
+RECIPE = """base_model: tests/base
+models: [{model: tests/expert}]
+merge_method: ties
+parameters: {density: 0.5}
+publish: {repo: tests/streamed, tag: v1}
+"""
+SMALL = Execution(runner="inline", max_shard_bytes=6_000)
+ANY = "."
+NEVER = 1_000_000
+TITLE = "Merge with lewis-hub"
+FAULTS = {
+    "500": lambda hub, skip, times: hub.fail(ANY, 500, skip=skip, times=times),
+    "503": lambda hub, skip, times: hub.fail(ANY, 503, skip=skip, times=times),
+    "429": lambda hub, skip, times: hub.fail(ANY, 429, skip=skip, times=times),
+    "412": lambda hub, skip, times: hub.fail(ANY, 412, skip=skip, times=times),
+    "no answer": lambda hub, skip, times: hub.drop(ANY, skip=skip, times=times),
+    "cut answer": lambda hub, skip, times: hub.drop(ANY, skip=skip, times=times, after_bytes=100),
+}
+
+
+def tiny(folder, seed):
+    """A Llama of one block, without a tokenizer."""
+    shapes = {"model.embed_tokens.weight": (64, 16), "model.norm.weight": (16,)}
+    block = "model.layers.0."
+    for name in "qkvo":
+        shapes[f"{block}self_attn.{name}_proj.weight"] = (16, 16)
+    for name, shape in {"gate": (32, 16), "up": (32, 16), "down": (16, 32)}.items():
+        shapes[f"{block}mlp.{name}_proj.weight"] = shape
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    tensors = {
+        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
+    config |= {"hidden_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder
+
+
+@pytest.fixture
+def seeded(hub, monkeypatch, tmp_path, no_pauses):
+    """Seeds an empty Hub with both models, as often as it is called."""
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    models = [tiny(tmp_path / name, seed) for seed, name in enumerate(("base", "expert"))]
+
+    def seed_anew():
+        hub.clear()
+        shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+        for model in models:
+            pushed(hub.api(), model, f"tests/{model.name}")
+
+    return seed_anew
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+
+def run(work, recipe=RECIPE):
+    """From the look at the target on, as the command does it."""
+    asked = parse_recipe(recipe, "recipe.yaml")
+    target = lewis_hub.open_target(asked.publish)
+    return lewis_hub.stream(asked, target, work, SMALL)
+
+
+def calls(hub, work):
+    """Where the first and the last call of each kind are, in a stream that goes well."""
+    kinds = []
+    with listening(hub, lambda method, target: kinds.append((method, kind(target)))):
+        run(work)
+    last = {one: number for number, one in enumerate(kinds)}
+    first = {one: number for number, one in reversed(list(enumerate(kinds)))}
+    assert len(last) >= 25  # reads of both sources, and all that a push takes
+    return sorted({*first.values(), *last.values()})
+
+
+def kind(target):
+    """A request's target without what is another one each time."""
+    return re.sub(r"[0-9a-f]{16,}|\d+", "*", target)
+
+
+@pytest.fixture
+def expected(hub, seeded, tmp_path):
+    """What a stream publishes: path -> sha256. Documents name commits, which have dates."""
+    seeded()
+    lewis_hub.merge_models(parse_recipe(RECIPE, "recipe.yaml"), tmp_path / "merged", SMALL)
+    return on_disk(tmp_path / "merged")
+
+
+def weights(found):
+    return {path: sha for path, sha in found.items() if path.endswith((".safetensors", "x.json"))}
+
+
+def assert_complete(hub, expected):
+    found = published(hub)
+    assert found.keys() == expected.keys()
+    assert weights(found) == weights(expected)
+    assert [one.title for one in hub.api().list_repo_commits(REPO)].count(TITLE) == 1
+    refs = hub.api().list_repo_refs(REPO)
+    assert {tag.name: tag.target_commit for tag in refs.tags} == {
+        "v1": refs.branches[0].target_commit
+    }
+
+
+def assert_a_fault_does_no_harm(hub, seeded, tmp_path, expected, fault, times):
+    seeded()
+    for call in calls(hub, tmp_path / "counted"):
+        seeded()
+        FAULTS[fault](hub, call, times)
+        message = ""
+        try:
+            run(tmp_path / "work")
+        except LewisHubError as error:
+            message = str(error)
+        assert times == NEVER or not hub.faults.pending  # it did strike
+        assert times == 1 or message  # what stays is told
+        hub.faults.clear()
+        assert published(hub).keys() in (set(), expected.keys())
+
+        run(tmp_path / "work")
+
+        assert_complete(hub, expected)
+        assert not list(tmp_path.glob("work*"))
+
+
+def test_every_kind_of_call_may_fail_once_in_one_stream(hub, seeded, tmp_path, expected):
+    seeded()
+    strike, struck = hub.faults.take, set()
+
+    def take(method, target):
+        one = (method, kind(target))
+        if one in struck:
+            return strike(method, target)
+        struck.add(one)
+        return Fault(re.compile(""), 503, 1, method)
+
+    hub.faults.take = take
+    run(tmp_path / "work")
+    hub.faults.take = strike
+
+    assert len(struck) >= 25
+    assert_complete(hub, expected)
+
+
+@pytest.mark.slow  # each case is two streams for every kind of call
+@pytest.mark.parametrize(
+    ("fault", "times"),
+    [*((fault, 1) for fault in FAULTS), ("500", NEVER), ("no answer", NEVER)],
+)
+def test_a_fault_at_any_call_is_survived_or_a_rerun_completes(
+    hub, seeded, tmp_path, expected, fault, times
+):
+    assert_a_fault_does_no_harm(hub, seeded, tmp_path, expected, fault, times)
+
+
+@pytest.mark.slow
+def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, seeded, tmp_path, expected):
+    """A stale parent for real: the repo moves while the stream waits for the answer to a call."""
+    n_refused = 0
+    seeded()
+    hub.api().create_repo(REPO)
+    for call in calls(hub, tmp_path / "counted"):
+        seeded()
+        hub.api().create_repo(REPO)
+        seen = itertools.count()
+
+        def hear(method, target, seen=seen, call=call):
+            if next(seen) == call:
+                push_meanwhile(hub, REPO)
+
+        with listening(hub, hear), suppress(LewisHubError):
+            run(tmp_path / "work")
+        found = published(hub)
+        assert "theirs" in found
+        n_refused += found.keys() == {"theirs"}
+        assert found.keys() - {"theirs"} in (set(), expected.keys())
+        run(tmp_path / "work")
+        assert published(hub).keys() - {"theirs"} == expected.keys()
+        assert weights(published(hub)) == weights(expected)
+    assert n_refused > 5
+
+
+def test_what_the_storage_lost_is_made_again(hub, seeded, tmp_path, expected):
+    seeded()
+    hub.fail("/commit/main", 500, times=6)
+    with pytest.raises(LewisHubError, match="tests/streamed"):
+        run(tmp_path / "work")
+    (note,) = tmp_path.rglob("model-00002-of-*.safetensors.done.json")
+    hub.store.blobs.path(json.loads(note.read_text())["sha256"]).unlink()
+
+    run(tmp_path / "work")
+
+    assert_complete(hub, expected)
+
+
+def test_a_rerun_neither_makes_nor_sends_again_what_was_sent(hub, seeded, tmp_path, expected):
+    seeded()
+    hub.fail("/commit/main", 500, times=6)
+    with pytest.raises(LewisHubError) as raised:
+        run(tmp_path / "work")
+    heard = []
+
+    with listening(hub, lambda method, target: heard.append(f"{method} {kind(target)}")):
+        run(tmp_path / "work")
+
+    assert str(raised.value).startswith("tests/streamed: ")
+    assert not [one for one in heard if one.startswith("PUT")]
+    assert fetched(hub) == {"merge": 0}
+    assert_complete(hub, expected)
+
+
+def test_two_processes_that_stream_to_one_repo_end_as_whole_commits_or_a_clear_refusal(
+    hub, seeded, tmp_path
+):
+    seeded()
+    hub.faults.delay_s = 0.1  # so that they are in the midst of it together
+    running = {}
+    for name, density in (("one", 0.2), ("two", 0.7)):
+        (tmp_path / name).mkdir()
+        text = RECIPE.replace("density: 0.5", f"density: {density}").replace(", tag: v1", "")
+        (tmp_path / name / "recipe.yaml").write_text(text)
+        running[name] = subprocess.Popen(
+            [sys.executable, "-m", "lewis_hub", "merge", "--stream", "--push", "--json", "-q"],
+            cwd=tmp_path / name,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    told = {name: process.communicate(timeout=120) for name, process in running.items()}
+
+    hub.faults.clear()
+    winners = [name for name, process in running.items() if process.returncode == 0]
+    titles = [commit.title for commit in hub.api().list_repo_commits(REPO)]
+    assert sum(title.startswith(TITLE) for title in titles) == len(winners) >= 1
+    recipe = read(hub, "lewis/recipe.yaml").decode()
+    newest = "one" if "density: 0.2" in recipe else "two"
+    assert newest in winners
+    lock = json.loads(read(hub, "lewis/lock.json"))
+    assert {path: one["sha256"] for path, one in lock["outputs"].items()}.items() <= (
+        published(hub).items()
+    )
+    for name in running.keys() - set(winners):
+        assert re.search(f"{REPO}: (somebody pushed|.* exists)", told[name][1]), told[name]
