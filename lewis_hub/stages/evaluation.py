@@ -90,8 +90,8 @@ def has_uniform_twin(recipe: Recipe) -> bool:
 def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
     """The label and the recipe of the same merge without statistics, to be scored beside it.
 
-    Of a method that cannot do without it is task arithmetic with the same weights; else entries
-    are trimmed by their magnitude.
+    Of a method that cannot do without it is what equal second moments would give, the mean of the
+    task vectors by the same weights; else entries are trimmed by their magnitude.
     """
     asked = recipe.evaluate
     if asked is None or "uniform" not in asked.compare or not needs_grams(recipe):
@@ -108,8 +108,9 @@ def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
     models = tuple(
         entry.model_copy(update={"parameters": known(entry.parameters)}) for entry in recipe.models
     )
-    changed = {"merge_method": plain.name, "parameters": known(recipe.parameters)}
-    return plain.name, recipe.model_copy(update={**changed, "models": models})
+    mean = {**known(recipe.parameters), "normalize": True}
+    changed = {"merge_method": plain.name, "parameters": mean, "models": models}
+    return plain.name, recipe.model_copy(update=changed)
 
 
 def n_twins(recipe: Recipe) -> int:
@@ -136,7 +137,7 @@ def score_merge(
     if plain := plain_twin(step.recipe):
         label, recipe = plain
         schedule = guidance.schedule if guidance and label == "by_magnitude" else None
-        title = f"Merging {label.replace('_', ' ')}"
+        title = f"Merging its twin {label.replace('_', ' ')}"
         twin = make(replace(step, recipe=recipe), schedule, folders, scratch / label, title)
         candidates.insert(0, Candidate(label, twin.identity, twin.folder))
     if has_uniform_twin(step.recipe) and guidance:
