@@ -277,8 +277,10 @@ def test_the_twin_of_a_trim_by_activation_keeps_all_but_the_statistics():
 
 
 def test_a_gate_holds_a_merge_by_statistics_against_its_twin(api, tmp_path):
-    merged = lewis_hub.merge_models(recipe(RECIPE + SCORED), tmp_path / "out")
+    told = Told()
+    merged = lewis_hub.merge_models(recipe(RECIPE + SCORED), tmp_path / "out", progress=told)
 
+    assert told.said.count("Loading the benchmarks") == 1  # to look for overlaps, and to score
     assert list(merged.scores.tasks["zoo_reverse"].models) == ["task_arithmetic", "merged"]
     (check,) = merged.gate.checks
     assert (check.against, check.missed) == ("task_arithmetic", False)
