@@ -160,7 +160,7 @@ def _write(
 ) -> WrittenFile:
     import torch
 
-    with ShardWriter(output, layout) as writer:
+    with ShardWriter(output, layout, stays_cached=True) as writer:  # it is merged next
         for planned, start in zip(layout.tensors, layout.starts, strict=True):
             held = tensors[planned.name].contiguous().flatten().view(torch.uint8)
             writer.write(start, held.numpy().data)

@@ -1,7 +1,4 @@
-"""A checkpoint: its headers, and its tensors piece by piece by positioned reads.
-
-Memory maps are not used: the pages that they touch count as this process's memory.
-"""
+"""A checkpoint: its headers, and its tensors piece by piece, mapped or by positioned reads."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from lewis_hub.checkpoint.layout import ShardLayout
 from lewis_hub.errors import OutputError
 
 HASHED_BYTES = 1 << 20  # read back at a time
+UNDER_WAY = 64 << 20  # bytes that the disk is given time to take
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -26,14 +27,16 @@ class ShardWriter:
     Args:
         folder: to write into.
         layout: fixes the header and where each tensor goes.
+        stays_cached: whether the system keeps the bytes in memory that are on the disk.
 
     Raises:
         OutputError: there is no room for the whole shard, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, layout: ShardLayout) -> None:
+    def __init__(self, folder: Path, layout: ShardLayout, *, stays_cached: bool) -> None:
         self.path = folder / layout.name
         self.n_bytes = layout.n_bytes
+        self._stays_cached = stays_cached
         self._digest = hashlib.sha256()
         self._n_hashed = 0
         self._complete: list[tuple[int, int]] = []  # heap of ranges written and not hashed
@@ -97,6 +100,8 @@ class ShardWriter:
             os.fsync(self._descriptor)
         except OSError as error:
             raise _refused(self.path, error) from None
+        if not self._stays_cached:
+            self._advise(0, self.n_bytes)
         return self._digest.hexdigest()
 
     def _hash_next(self) -> bool:
@@ -110,10 +115,19 @@ class ShardWriter:
             n_read = os.preadv(self._descriptor, [window], self._n_hashed)
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
-        # Dirty pages are not dropped by this: the disk begins to write them now, and nobody waits
-        # for it in the end.
-        os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
+        self._let_go(start, stop)
         return True
+
+    def _let_go(self, start: int, stop: int) -> None:
+        """Have the disk write a range now, so that nobody waits for it in the end."""
+        self._advise(start, stop)
+        if not self._stays_cached:
+            self._advise(0, stop - UNDER_WAY)
+
+    def _advise(self, start: int, stop: int) -> None:
+        """Drop from the cache what is on the disk; of the rest, the disk begins to write it."""
+        if stop > start:  # no bytes would mean all
+            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def _preallocate(descriptor: int, n_bytes: int) -> None:

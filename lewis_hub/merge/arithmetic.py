@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 try:
-    from lewis_hub.merge.counting import count_high, count_low, magnitudes, sort_out
+    from lewis_hub.merge.counting import count_high, count_low, sample, sort_out
     from lewis_hub.merge.kernels import average, merge_task_vectors
     from lewis_hub.merge.low_rank import add_low_rank
     from lewis_hub.merge.scaling import scale_up
@@ -13,8 +13,8 @@ except ImportError:  # no llvmlite for this machine; slower, and the same bytes
         average,
         count_high,
         count_low,
-        magnitudes,
         merge_task_vectors,
+        sample,
         scale_up,
         sort_out,
     )
@@ -24,8 +24,8 @@ __all__ = [
     "average",
     "count_high",
     "count_low",
-    "magnitudes",
     "merge_task_vectors",
+    "sample",
     "scale_up",
     "sort_out",
 ]

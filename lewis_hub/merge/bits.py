@@ -6,7 +6,8 @@ same.
 
 from __future__ import annotations
 
-from lewis_hub.merge.lanes import F32, U16, U32, Code, Value
+from lewis_hub.merge.lanes import F32, U16, U32, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.operands import BF16, F16, LANES
 
 ABSOLUTE, EXPONENT = 0x7FFFFFFF, 0x7F800000

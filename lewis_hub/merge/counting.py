@@ -5,13 +5,13 @@ A magnitude is the 31 bits of a float32 without its sign; their order is that of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 from lewis_hub.merge.bits import magnitude
-from lewis_hub.merge.lanes import U32, U64, Code, Value
+from lewis_hub.merge.lanes import BIT, U32, U64, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.native import Native, address_of, addresses_of, compiled
 from lewis_hub.merge.operands import (
     ABOVE,
@@ -26,18 +26,20 @@ from lewis_hub.merge.operands import (
 from lewis_hub.merge.strips import Strip, sources_at, strips
 
 TALLY_BYTES = 4 * 8
+PLACES_AHEAD = 8  # of a sample: memory is fetched for
 
 
-def magnitudes(piece: Piece, found: Any) -> None:
-    """Write the magnitudes of each expert's task vector.
+def sample(piece: Piece, places: Any, found: Any) -> None:
+    """Write the magnitudes of each expert's task vector at some places, LANES from each on.
 
     Args:
-        piece: of all sources.
-        found: one an expert: (>= n + LANES,) uint32, written; what lies behind n is rubbish.
+        piece: of all sources; of at least LANES elements.
+        places: (n_places,) int64: of elements within the piece, at most n - LANES.
+        found: one an expert: (n_places, LANES) uint32, written.
     """
-    run = _magnitudes(tuple(piece.kinds.tolist()))
-    arrays = addresses_of(piece.raw), addresses_of(found)
-    run(piece.n, *(address_of(array) for array in arrays))
+    run = _sample(tuple(piece.kinds.tolist()))
+    arrays = addresses_of(piece.raw), places, addresses_of(found)
+    run(piece.n, len(places), *(address_of(array) for array in arrays))
 
 
 def sort_out(piece: Piece, chosen: tuple[int, ...], ends: Any, tally: Any, inside: Any) -> None:
@@ -84,24 +86,31 @@ def count_low(piece: Piece, chosen: tuple[int, ...], high: Any, counts: Any) -> 
 
 
 @cache
-def _magnitudes(kinds: tuple[int, ...]) -> Native:
+def _sample(kinds: tuple[int, ...]) -> Native:
     def write(code: Code) -> None:
-        experts = tuple(range(len(kinds) - 1))
+        experts = range(len(kinds) - 1)
         found = [_address(code, "found", e) for e in experts]
-        with _sizes(code, kinds, experts) as (strip, sizes):
-            for size, place in zip(sizes, found, strict=True):
-                code.store(size, place + strip.first * 4)
+        sources, everywhere = sources_at(code, kinds), code.many(1, BIT)
+        last = code.arguments["n_places"] - 1
+        with code.counting(code.number(0), code.arguments["n_places"]) as i:
+            first, soon = (
+                code.load(code.arguments["places"] + (i + later).smallest(last) * 8, U64)
+                for later in (0, PLACES_AHEAD)
+            )
+            strip = Strip(sources, first, everywhere, soon)
+            for e, size in enumerate(_sizes(strip, experts)):
+                code.store(size, found[e] + i * (4 * LANES))
         code.give_back(code.number(0))
 
-    return compiled("magnitudes", ("n", "raw", "found"), write)
+    return compiled("sample", ("n", "n_places", "raw", "places", "found"), write)
 
 
 @cache
 def _sort_out(kinds: tuple[int, ...], chosen: tuple[int, ...]) -> Native:
     def write(code: Code) -> None:
         brackets = [_Bracket(code, e) for e in chosen]
-        with _sizes(code, kinds, chosen) as (strip, sizes):
-            for size, bracket in zip(sizes, brackets, strict=True):
+        with strips(sources_at(code, kinds)) as strip:
+            for size, bracket in zip(_sizes(strip, chosen), brackets, strict=True):
                 bracket.look_at(size, strip)
         for bracket in brackets:
             bracket.tell()
@@ -173,27 +182,17 @@ class _Bracket:
 
     def _collect(self, size: Value, hits: Value) -> None:
         code, n_inside, room = self._code, self._n_inside, self._code.arguments["room"]
-        left = code.variable(hits.packed)
-        with code.when(left.value.differs(0)):
-            code.store(size, self._held)
-            with code.repeating() as leave:
-                leave(left.value.equals(0))
-                lane = left.value.lowest_bit.widened(U64)
-                found = code.load(self._held + lane * 4, U32)
-                code.store(found, self._inside + n_inside.value * 4)
-                n_inside.set(n_inside.value + 1)
-                left.set(left.value & (left.value - 1))
-            n_inside.set(n_inside.value.where(n_inside.value < room, room))
+        packed = hits.packed
+        with code.when(packed.differs(0)):
+            code.store(size.compressed(hits), self._inside + n_inside.value * 4)
+            n_found = n_inside.value + packed.n_bits.widened(U64)
+            n_inside.set(n_found.smallest(room))
 
 
-@contextmanager
-def _sizes(
-    code: Code, kinds: tuple[int, ...], chosen: tuple[int, ...]
-) -> Iterator[tuple[Strip, list[Value]]]:
-    """Run for each strip, with the magnitudes of the chosen experts' task vectors."""
-    with strips(sources_at(code, kinds)) as strip:
-        base = strip.read(0)
-        yield strip, [magnitude(strip.read(e + 1) - base) for e in chosen]
+def _sizes(strip: Strip, chosen: Sequence[int]) -> list[Value]:
+    """The magnitudes of the chosen experts' task vectors in a strip."""
+    base = strip.read(0)
+    return [magnitude(strip.read(e + 1) - base) for e in chosen]
 
 
 def _each(
@@ -204,8 +203,8 @@ def _each(
 ) -> None:
     """Look at the magnitudes one by one; beside each, the place of its expert in `chosen`."""
     held = code.room(4 * LANES)
-    with _sizes(code, kinds, chosen) as (strip, sizes):
-        for place, size in enumerate(sizes):
+    with strips(sources_at(code, kinds)) as strip:
+        for place, size in enumerate(_sizes(strip, chosen)):
             code.store(size, held)
             left = code.arguments["n"] - strip.first
             n = left.where(left < LANES, code.number(LANES))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lewis_hub.merge.lanes import U32, U64, Code, Value
+from lewis_hub.merge.lanes import U32, U64, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.operands import LANES
 from lewis_hub.methods.random_bits import GOLDEN, MIX_1, MIX_2
 

@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +25,7 @@ from lewis_hub.files import require_room, sha256_of, write_whole
 from lewis_hub.merge.cluster import Ray, cpus_of_this_task
 from lewis_hub.merge.needs import needs_of
 from lewis_hub.merge.plan import MergePlan, ShardPlan
-from lewis_hub.merge.runners import Inline, Runner, threads
+from lewis_hub.merge.runners import Inline, Means, threads
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ class ShardResult:
 
 
 def run(
-    plan: MergePlan,
-    places: Places,
-    output: Path,
-    runner: Runner | Ray,
-    advance: Advance,
-    device: str | None = None,
+    plan: MergePlan, places: Places, output: Path, means: Means, advance: Advance
 ) -> dict[str, ShardResult]:
     """Write all shards and their index into a folder.
 
@@ -62,10 +57,8 @@ def run(
         plan: what goes into which file.
         places: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
-        runner: the bytes are the same whichever it is.
+        means: the bytes are the same whatever they are.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
-        device: where the methods' definitions run, as torch names it; None: the kernels run.
-            Ray's workers run the kernels.
 
     Returns:
         File name -> digest and size; the index among them where there is one.
@@ -80,18 +73,13 @@ def run(
     n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
     remedy = "name a folder on another disk with -o"
     require_room(output, n_bytes, "the merged weights", remedy)
-    made = {one.name: one for one in make_shards(plan, places, output, runner, advance, device)}
+    made = {one.name: one for one in make_shards(plan, places, output, means, advance)}
     results = {layout.name: made[layout.name] for layout in plan.layouts}
     return results | write_index(plan, output)
 
 
 def make_shards(
-    plan: MergePlan,
-    places: Places,
-    output: Path,
-    runner: Runner | Ray,
-    advance: Advance,
-    device: str | None = None,
+    plan: MergePlan, places: Places, output: Path, means: Means, advance: Advance
 ) -> Iterator[ShardResult]:
     """Each shard as it is finished, those that are kept first; the arguments are those of `run`.
 
@@ -102,12 +90,12 @@ def make_shards(
     for kept in (kept for _, kept in found if kept):
         advance(kept.n_bytes)
         yield kept
-    if isinstance(runner, Ray):
-        yield from _elsewhere(remaining, places, output, runner, advance)
+    if isinstance(means.runner, Ray):
+        yield from _elsewhere(remaining, places, output, means, advance)
         return
     with _window(remaining, places, output / RANGES) as window:
         for shard in remaining:
-            yield merge_shard(shard, window, output, runner, advance, device)
+            yield merge_shard(shard, window, output, means, advance)
 
 
 def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
@@ -121,16 +109,10 @@ def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
 
 
 def merge_shard(
-    plan: ShardPlan,
-    window: Window,
-    output: Path,
-    runner: Runner,
-    advance: Advance,
-    device: str | None = None,
+    plan: ShardPlan, window: Window, output: Path, means: Means, advance: Advance
 ) -> ShardResult:
-    """Make one shard from the beginning; the sources are read through the window."""
+    """Make one shard on this machine from the beginning; the sources are read by the window."""
     from lewis_hub.merge.assembled import assembling
-    from lewis_hub.merge.devices import make_on_device
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
     from lewis_hub.merge.mending import MendingReader, mending
     from lewis_hub.merge.pieces import Desks, Job, Site
@@ -143,7 +125,8 @@ def merge_shard(
             opened.enter_context(open_source(label, base, window.reader))
             for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
-        writer = opened.enter_context(ShardWriter(output, layout))
+        writer = ShardWriter(output, layout, stays_cached=means.is_read_next)
+        opened.enter_context(writer)
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
         n_together = max(len(tensor.inputs) for tensor in plan.tensors)
         desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
@@ -155,7 +138,7 @@ def merge_shard(
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)
         ]
         advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
-        made = make_on_device(jobs, device) if device else _make_all(jobs, runner)
+        made = _make_all(jobs, means)
         for n_bytes in made:
             window.step_done()
             advance(n_bytes)
@@ -178,26 +161,29 @@ def _elsewhere(
     shards: Sequence[ShardPlan],
     places: Places,
     output: Path,
-    runner: Ray,
+    means: Means,
     advance: Advance,
 ) -> Iterator[ShardResult]:
     """Have each shard made by a worker that opens the sources itself."""
+    assert isinstance(means.runner, Ray)
     if not shards:
         return
     shared = {k: one.absolute() if isinstance(one, Path) else one for k, one in places.items()}
-    for result in runner.map(partial(_on_worker, shared, output.absolute()), shards):
+    on_worker = partial(_on_worker, shared, output.absolute(), replace(means, runner=Inline()))
+    for result in means.runner.map(on_worker, shards):
         advance(result.n_bytes)
         yield result
 
 
-def _on_worker(places: Places, output: Path, plan: ShardPlan) -> ShardResult:
+def _on_worker(places: Places, output: Path, means: Means, plan: ShardPlan) -> ShardResult:
     for place in (*places.values(), output):
         if isinstance(place, Path) and not place.is_dir():
             problem = f"the worker on {socket.gethostname()} does not see {place}"
             remedy = "Keep sources and output where all machines mount them under the same path."
             raise MergeError("runner `ray`", problem, remedy)
     with _window([plan], places, output / f"{RANGES}-{plan.layout.name}") as window:
-        return merge_shard(plan, window, output, threads(cpus_of_this_task()), lambda _: None)
+        here = replace(means, runner=threads(cpus_of_this_task()), device=None)
+        return merge_shard(plan, window, output, here, lambda _: None)
 
 
 def _window(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Window:
@@ -218,12 +204,19 @@ def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -
     return AdapterReader(ScaledReader(reader(base)), own)
 
 
-def _make_all(jobs: Sequence[Job], runner: Runner) -> Iterator[int]:
+def _make_all(jobs: Sequence[Job], means: Means) -> Iterator[int]:
     """Go in the order of the file, so that hashing keeps up.
 
     A large tensor is made by all workers together, of small ones each by one worker.
     """
+    from lewis_hub.merge.devices import make_on_device
     from lewis_hub.merge.tensors import make_tensor  # imports llvmlite
+
+    if means.device:
+        yield from make_on_device(jobs, means.device)
+        return
+    runner = means.runner
+    assert not isinstance(runner, Ray)
 
     def is_large(job: Job) -> bool:
         return job.tensor.output.n_elements > runner.large_elements

@@ -16,11 +16,13 @@ import numpy as np
 
 from lewis_hub.merge.bits import magnitude
 from lewis_hub.merge.drawing import RandomHalves
-from lewis_hub.merge.lanes import F32, U32, U64, Code, Value
+from lewis_hub.merge.lanes import F32, U32, U64, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.native import Native, address_of, addresses_of, compiled
 from lewis_hub.merge.operands import DRAW, KEEP_ALL, LANES, RANK, TRIM, Experts, Mix, Piece
 from lewis_hub.merge.ranking import thinned
 from lewis_hub.merge.strips import Strip, make_strips, number_of, sources_at
+from lewis_hub.merge.turns import Turns
 
 MERGE = ("n", "first", "out", "raw", "weights", "thresholds", "ties", "streams", "below")
 
@@ -129,22 +131,14 @@ def _voter(code: Code, e: int, mode: int, weight: Value) -> Voter:
 def _trimming(code: Code, e: int, weight: Value) -> Voter:
     """The entries above the threshold, and evenly spread ones of those on it."""
     threshold = code.load(code.arguments["thresholds"] + 4 * e, U32).everywhere()
-    at = code.arguments["ties"] + 24 * e
-    wanted, tied = code.load(at, U64), code.load(at + 8, U64)
-    remainder = code.variable(code.load(at + 16, U64))
+    turns = Turns(code, code.arguments["ties"] + 24 * e)
 
     def vote(strip: Strip, delta: Value) -> Value:
         size = magnitude(delta)
-        left = code.variable((size.equals(threshold) & strip.valid).packed)
+        tied = (size.equals(threshold) & strip.valid).packed
         kept = code.variable(code.number(0, U32))
-        with code.repeating() as leave:
-            leave(left.value.equals(0))
-            passed = remainder.value + wanted
-            is_kept = passed >= tied
-            remainder.set((passed - tied).where(is_kept, passed))
-            kept.set(kept.value | (is_kept.widened(U32) << left.value.lowest_bit))
-            left.set(left.value & (left.value - 1))
-        code.store(remainder.value, at + 16)
+        with code.when(tied.differs(0)):
+            kept.set(turns.taken(tied))
         return (weight * delta).where((size > threshold) | kept.value.unpacked)
 
     return vote

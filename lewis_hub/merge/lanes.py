@@ -1,4 +1,4 @@
-"""A small language for loops over many numbers at once, written as LLVM's intermediate code.
+"""A small language for many numbers at once, written as LLVM's intermediate code.
 
 A `Value` is a number, or LANES of them side by side; the operators of Python make the code that
 computes them. Integers have no sign. What is written is what is done: nothing is fused or put in
@@ -7,8 +7,6 @@ another order, so every machine rounds alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -142,6 +140,14 @@ class Value:
         """How many bits are set."""
         return self._made(self._builder.ctpop(self.raw))
 
+    def compressed(self, chosen: Value) -> Value:
+        """The chosen lanes' numbers in the lowest lanes; what lies behind them is rubbish."""
+        kind, rubbish = self.raw.type, ir.Constant(self.raw.type, ir.Undefined)
+        name = f"llvm.experimental.vector.compress.v{LANES}{self.kind.intrinsic_name}"
+        signature = ir.FunctionType(kind, [kind, chosen.raw.type, kind])
+        compress = self._builder.module.declare_intrinsic(name, fnty=signature)
+        return self._made(self._builder.call(compress, [self.raw, chosen.raw, rubbish]))
+
     def everywhere(self, n: int = LANES) -> Value:
         """One number in all lanes."""
         empty = ir.Constant(lanes(self.raw.type, n), ir.Undefined)
@@ -205,107 +211,3 @@ class Variable:
     def set(self, value: Value) -> None:
         """Change it."""
         self._builder.store(value.raw, self._place)
-
-
-class Code:
-    """A function that is being written: it takes integers of 64 bits, and gives back one.
-
-    Args:
-        module: it becomes part of.
-        name: of the function.
-        arguments: their names.
-    """
-
-    def __init__(self, module: Any, name: str, arguments: Sequence[str]) -> None:
-        kind = ir.FunctionType(U64, [U64] * len(arguments))
-        self._function = ir.Function(module, kind, name)
-        self._entry = ir.IRBuilder(self._function.append_basic_block("variables"))
-        self._builder = ir.IRBuilder(self._function.append_basic_block("begin"))
-        self._begin = self._builder.block
-        pairs = zip(arguments, self._function.args, strict=True)
-        self.arguments = {name: self._value(raw) for name, raw in pairs}
-
-    def number(self, number: int, kind: Any = U64) -> Value:
-        """An integer known beforehand."""
-        return self._value(ir.Constant(kind, number))
-
-    def many(self, numbers: Any, kind: Any) -> Value:
-        """Numbers side by side: one each, or the same in all LANES."""
-        several = isinstance(numbers, list)
-        found = ir.Constant(lanes(kind, len(numbers)), numbers) if several else None
-        return self._value(found or constant(lanes(kind), numbers))
-
-    def variable(self, value: Value) -> Variable:
-        """A variable, and what it is at first."""
-        found = Variable(self._builder, self._entry.alloca(value.raw.type))
-        found.set(value)
-        return found
-
-    def room(self, n_bytes: int) -> Value:
-        """The address of some bytes that the function has to itself."""
-        place = self._entry.alloca(ir.ArrayType(BYTE, n_bytes))
-        place.align = 64
-        return self._value(self._builder.ptrtoint(place, U64))
-
-    def load(self, address: Value, kind: Any, n: int = 0, align: int = 0) -> Value:
-        """A number at an address; n > 0: so many from there on. `align`: bytes, of one number."""
-        width = kind.width // 8 if isinstance(kind, ir.IntType) else 4
-        place = self._place(address, lanes(kind, n) if n else kind)
-        return self._value(self._builder.load(place, align=align or width))
-
-    def store(self, value: Value, address: Value, align: int = 0) -> None:
-        """Write what `load` reads."""
-        kind = value.kind
-        width = kind.width // 8 if isinstance(kind, ir.IntType) else 4
-        place = self._place(address, value.raw.type)
-        self._builder.store(value.raw, place, align=align or width)
-
-    def copy(self, source: Value, target: Value, n_bytes: Value) -> None:
-        """Copy bytes from address to address."""
-        pointers = [self._place(address, BYTE) for address in (target, source)]
-        kinds = [pointer.type for pointer in pointers]
-        memcpy = self._builder.module.declare_intrinsic("llvm.memcpy", [*kinds, U64])
-        self._builder.call(memcpy, [*pointers, n_bytes.raw, ir.Constant(BIT, 0)])
-
-    @contextmanager
-    def counting(self, start: Value, stop: Value, step: Value | int = 1) -> Iterator[Value]:
-        """Run for start, start + step and so on below stop."""
-        place = self.variable(start)
-        with self.repeating() as leave:
-            leave(place.value >= stop)
-            yield place.value
-            place.set(place.value + step)
-
-    @contextmanager
-    def repeating(self) -> Iterator[Any]:
-        """Run again and again; what is yielded takes a truth value that ends it."""
-        builder, function = self._builder, self._function
-        head, after = function.append_basic_block("again"), function.append_basic_block("after")
-        builder.branch(head)
-        builder.position_at_end(head)
-
-        def leave(ends: Value) -> None:
-            on = function.append_basic_block("on")
-            builder.cbranch(ends.raw, after, on)
-            builder.position_at_end(on)
-
-        yield leave
-        builder.branch(head)
-        builder.position_at_end(after)
-
-    @contextmanager
-    def when(self, happens: Value, *, likely: bool | None = None) -> Iterator[None]:
-        """Run if a truth value holds."""
-        with self._builder.if_then(happens.raw, likely=likely):
-            yield
-
-    def give_back(self, value: Value) -> None:
-        """End the function."""
-        self._builder.ret(value.raw)
-        self._entry.branch(self._begin)
-
-    def _value(self, raw: Any) -> Value:
-        return Value(self._builder, raw)
-
-    def _place(self, address: Value, kind: Any) -> Any:
-        return self._builder.inttoptr(address.raw, kind.as_pointer())

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lewis_hub.merge.lanes import F32, Code, Value
+from lewis_hub.merge.lanes import F32, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.native import Native, address_of, compiled
 from lewis_hub.merge.operands import LANES
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from llvmlite import binding, ir
 
-from lewis_hub.merge.lanes import Code
+from lewis_hub.merge.loops import Code
 
 Native = Callable[..., int]  # takes integers and addresses, without the interpreter's lock
+
+FEATURES = frozenset(name for name, has in binding.get_host_cpu_features().items() if has)
 
 _compiling = threading.RLock()
 
@@ -28,7 +30,7 @@ def compiled(name: str, arguments: Sequence[str], write: Callable[[Code], None])
     with _compiling:
         module = ir.Module(name)
         module.triple = binding.get_process_triple()
-        write(Code(module, name, arguments))
+        write(Code(module, name, arguments, FEATURES))
         engine = _engine(str(module))
         address = engine.get_function_address(name)
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_uint64] * len(arguments))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +26,28 @@ from lewis_hub.merge.runners import Runner
 if TYPE_CHECKING:
     from torch import Tensor
 
-RAW_BYTES = 6 << 20  # of all sources in one piece: to map so much costs little beside the work
+RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
+SEEN_BYTES = 40 << 20  # of all sources mapped at once, which is kept from pass to pass
 
 Span = range  # of elements; begins at a multiple of the job's block
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Elements of a tensor in the place where they lie, one view a source; None: to be read."""
+
+    tensor: str
+    elements: Span
+    views: Sequence[memoryview | None]
+
+
+@dataclass
 class Desk:
-    """Room for one piece, reused from piece to piece."""
+    """Room for one piece, reused from piece to piece; and what was last looked at from it."""
 
     raw: npt.NDArray[np.uint8]  # (n_sources, bytes)
     out: npt.NDArray[np.uint8]
+    seen: Seen | None = None
 
     @property
     def n_elements(self) -> int:
@@ -130,23 +141,13 @@ class Job:
         kind = FORMATS[self.tensor.output.dtype]
         with self.site.desks.one() as desk:
             most = desk.n_elements // self.block * self.block
-            for first in range(span.start, span.stop, most):
-                n = min(most, span.stop - first)
-                raw = self._look(desk, first, n)
-                yield Piece(raw, self.kinds, n, first, self.block, desk.out, kind)
-
-    def samples(self, starts: Sequence[int], length: int) -> Iterator[Piece]:
-        """Runs of `length` entries from each of `starts`, as many to a piece as it holds."""
-        kind = FORMATS[self.tensor.output.dtype]
-        with self.site.desks.one() as desk:
-            together = max(1, desk.n_elements // length)
-            for i in range(0, len(starts), together):
-                taken = starts[i : i + together]
-                for place, first in enumerate(taken):
-                    self._read(desk, first, length, place * length)
-                n = len(taken) * length
-                raw = desk.raw[: len(self.tensor.inputs)]
-                yield Piece(raw, self.kinds, n, 0, BLOCK, desk.out, kind)
+            together = max(SEEN_BYTES // sum(self._widths) // most, 1) * most
+            for start in range(span.start, span.stop, together):
+                seen = self._seen(desk, span[start - span.start :][:together])
+                for first in range(start, seen.elements.stop, most):
+                    n = min(most, seen.elements.stop - first)
+                    raw = self._raw(desk, seen, first, n)
+                    yield Piece(raw, self.kinds, n, first, self.block, desk.out, kind)
 
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""
@@ -167,19 +168,33 @@ class Job:
         """Say that its bytes are final."""
         self.site.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
 
-    def _look(self, desk: Desk, first: int, n: int) -> tuple[npt.NDArray[np.uint8], ...]:
-        """Elements [first, first + n) of every input: where they lie, else on the desk."""
-        found = []
-        for reader, tensor, row in zip(self.readers, self.tensor.inputs, desk.raw, strict=False):
-            width = WIDTHS[tensor.dtype]
-            view = reader.view(tensor, first * width, n * width)
-            if view is None:
-                view = row.data[: n * width]
-                reader.read(tensor, first * width, view)
-            found.append(np.frombuffer(view, np.uint8))
-        return tuple(found)
+    @cached_property
+    def _widths(self) -> list[int]:
+        """Bytes of an element, one an input."""
+        return [WIDTHS[tensor.dtype] for tensor in self.tensor.inputs]
 
-    def _read(self, desk: Desk, first: int, n: int, place: int) -> None:
-        for reader, tensor, row in zip(self.readers, self.tensor.inputs, desk.raw, strict=False):
-            width = WIDTHS[tensor.dtype]
-            reader.read(tensor, first * width, row.data[place * width : (place + n) * width])
+    def _seen(self, desk: Desk, elements: Span) -> Seen:
+        """Look at some elements, unless the last pass did."""
+        name, found = self.tensor.output.name, desk.seen
+        if found is None or (found.tensor, found.elements) != (name, elements):
+            desk.seen = None  # what is mapped counts as memory
+            sources = zip(self.readers, self.tensor.inputs, self._widths, strict=True)
+            views = [
+                reader.view(tensor, elements.start * width, len(elements) * width)
+                for reader, tensor, width in sources
+            ]
+            desk.seen = found = Seen(name, elements, views)
+        return found
+
+    def _raw(self, desk: Desk, seen: Seen, first: int, n: int) -> tuple[Any, ...]:
+        """Elements [first, first + n) of every input as bytes, read onto the desk if need be."""
+        found = []
+        for source, (view, width) in enumerate(zip(seen.views, self._widths, strict=True)):
+            if view is None:
+                held = desk.raw[source].data[: n * width]
+                self.readers[source].read(self.tensor.inputs[source], first * width, held)
+            else:
+                start = (first - seen.elements.start) * width
+                held = view[start : start + n * width]
+            found.append(np.frombuffer(held, np.uint8))
+        return tuple(found)

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from lewis_hub.merge.bits import magnitude
 from lewis_hub.merge.drawing import RandomHalves
-from lewis_hub.merge.lanes import BIT, F32, U32, U64, Code, Value
+from lewis_hub.merge.lanes import BIT, F32, U32, U64, Value
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.native import Native, address_of, addresses_of, compiled
 from lewis_hub.merge.operands import LANES, RANK, Experts, Piece
 from lewis_hub.merge.strips import sources_at, strips

@@ -60,6 +60,23 @@ class Threads:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a merge is made with; the bytes are the same whatever it is.
+
+    Attributes:
+        runner: where shards and their tensors are made.
+        device: where the methods' definitions run, as torch names it; None: the kernels run, as
+            they do with Ray's workers.
+        is_read_next: whether the merged weights stay in the system's cache. Else they leave it as
+            soon as they are on the disk, so that what is there and used stays.
+    """
+
+    runner: Runner | Ray
+    device: str | None = None
+    is_read_next: bool = False
+
+
 def inline() -> Runner:
     """Work in the calling thread."""
     return Inline()

@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from lewis_hub.merge.lanes import BYTE, F32, U32, U64, Code
+from lewis_hub.merge.lanes import BYTE, F32, U32, U64
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.native import Native, address_of, compiled
 from lewis_hub.merge.operands import Decoding
 

@@ -56,10 +56,10 @@ class Tally:
 def bracket(sample: Words, fraction: float) -> Bracket | None:
     """Where the magnitude with `fraction` of the tensor above it will be.
 
-    The error is judged by how much the chunks differ, as entries of one row resemble each other.
+    The error is judged by how much the places differ, as neighbours resemble each other.
 
     Args:
-        sample: (n_chunks, length): magnitudes from all over the tensor, a run of entries a chunk.
+        sample: (n_places, length): magnitudes from all over the tensor, neighbours from each place.
         fraction: wanted above, in (0, 1).
 
     Returns:

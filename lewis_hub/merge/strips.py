@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lewis_hub.merge.bits import EXPONENT, magnitude, narrow, widen, width
-from lewis_hub.merge.lanes import F32, U32, U64, Code, Value, Variable
+from lewis_hub.merge.lanes import F32, U32, U64, Value, Variable
+from lewis_hub.merge.loops import Code
 from lewis_hub.merge.operands import LANES
 
 TAIL_BYTES = 4 * LANES
+AHEAD = 1024  # elements: processors fetch ahead themselves, and stop where a page of memory ends
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,20 @@ class Strip:
     Attributes:
         first: number of the first element.
         valid: which lanes hold an element; what is read into the others is zero.
+        soon: number of an element that is needed soon; there may be none.
     """
 
     sources: Sources
     first: Value
     valid: Value
+    soon: Value
 
     def read(self, source: int) -> Value:
         """The elements of a source as float32; what is not finite is remembered."""
         own, kind = self.sources, self.sources.kinds[source]
         place = own.starts[source] + self.first * width(kind)
         address = place.where(self.first < own.n_whole, own.tails[source])
+        own.code.fetch_ahead(own.starts[source] + self.soon * width(kind))
         value = widen(own.code, address, kind)
         seen = own.largest[source]
         seen.set(seen.value.largest(magnitude(value)))
@@ -81,7 +86,7 @@ def strips(sources: Sources) -> Iterator[Strip]:
     places = code.many(list(range(LANES)), U32)
     with code.counting(code.number(0), sources.n, LANES) as first:
         left = (sources.n - first).narrowed(U32).everywhere()
-        yield Strip(sources, first, places < left)
+        yield Strip(sources, first, places < left, first + AHEAD)
 
 
 def make_strips(sources: Sources, kind: int, make: Callable[[Strip], Value]) -> None:

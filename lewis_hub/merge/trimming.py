@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from lewis_hub.merge import arithmetic, selection
 from lewis_hub.merge.operands import HIGH_BINS, INSIDE, LANES, LOW_BINS, TRIM, Experts
@@ -15,8 +14,8 @@ from lewis_hub.merge.runners import Runner
 from lewis_hub.merge.selection import Bracket, Tally, Threshold, Words
 from lewis_hub.methods.sparsify import n_kept
 
-N_CHUNKS, CHUNK = 128, 512  # a sample: so many runs of so many entries
-SAMPLED = 16 * N_CHUNKS * CHUNK  # of fewer entries, no sample is taken
+N_PLACES = 2048  # of a sample, LANES entries at each: from many rows, as a row's are alike
+SAMPLED = 16 * N_PLACES * LANES  # of fewer entries, no sample is taken
 ROOM = 1.25  # times what is expected inside a bracket
 GOLDEN = 0.6180339887498949  # its multiples spread evenly and keep step with no row
 
@@ -49,10 +48,9 @@ def _by_sample(
     job: Job, experts: Experts, kept: dict[int, int], spans: Sequence[Span], runner: Runner
 ) -> Trimmed:
     """One pass; an expert whose bracket was vague or missed is left out."""
-    sample = _sample(job, len(experts.modes))
+    sample = _sample(job, len(experts.modes), spans, runner)
     n = job.tensor.output.n_elements
     brackets = {e: found for e, k in kept.items() if (found := selection.bracket(sample[e], k / n))}
-    del sample
     if not brackets:
         return {}
     tallies = list(runner.map(partial(_sort_out, job, len(experts.modes), brackets), spans))
@@ -63,16 +61,21 @@ def _by_sample(
     return {e: threshold for e, threshold in picked.items() if threshold}
 
 
-def _sample(job: Job, n_experts: int) -> npt.NDArray[np.uint32]:
-    """(n_experts, N_CHUNKS, CHUNK) magnitudes, one chunk somewhere in each part of the tensor."""
-    part = job.tensor.output.n_elements // N_CHUNKS
-    starts = [i * part + int(i * GOLDEN % 1 * (part - CHUNK)) for i in range(N_CHUNKS)]
-    found = np.empty((n_experts, N_CHUNKS * CHUNK + LANES), np.uint32)
-    done = 0
-    for piece in job.samples(starts, CHUNK):
-        arithmetic.magnitudes(piece, found[:, done:])
-        done += piece.n
-    return found[:, :done].reshape(n_experts, N_CHUNKS, CHUNK)
+def _sample(job: Job, n_experts: int, spans: Sequence[Span], runner: Runner) -> Words:
+    """(n_experts, N_PLACES, LANES) magnitudes, from somewhere in each part of the tensor."""
+    part = job.tensor.output.n_elements // N_PLACES
+    order = np.arange(N_PLACES)
+    places = order * part + (order * GOLDEN % 1 * (part - LANES)).astype(np.int64)
+    found = np.empty((n_experts, N_PLACES, LANES), np.uint32)
+
+    def look_at(span: Span) -> None:
+        for piece in job.pieces(span):
+            first, last = np.searchsorted(places, (piece.first, piece.first + piece.n))
+            inside = np.minimum(places[first:last] - piece.first, piece.n - LANES)
+            arithmetic.sample(piece, inside, found[:, first:last])
+
+    list(runner.map(look_at, spans))
+    return found
 
 
 def _sort_out(

@@ -13,7 +13,7 @@ from lewis_hub import __version__
 from lewis_hub.errors import DeviceError
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
 from lewis_hub.merge.cluster import Ray
-from lewis_hub.merge.runners import Runner, parse_runner
+from lewis_hub.merge.runners import Means, Runner, parse_runner
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.checking import Examined
@@ -67,10 +67,10 @@ class Execution:
         """How models are brought into memory to be measured."""
         return Loading(self.device, self.max_memory_bytes)
 
-    @property
-    def merge_device(self) -> str | None:
-        """Where the weights are merged by the methods' definitions; None: by kernels."""
-        return self.device if self.device.startswith("cuda") else None
+    def means(self, *, is_read_next: bool) -> Means:
+        """What the weights are made with, which are or are not read soon after."""
+        device = self.device if self.device.startswith("cuda") else None
+        return Means(self.workers, device, is_read_next)
 
     def require_usable(self) -> None:
         """Refuse what this machine does not have, before any work.

@@ -17,6 +17,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
+from lewis_hub.merge.runners import Means
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.merge.statistics import Statistics, informed
@@ -125,7 +126,9 @@ def make(
         OutputError: there is not enough room.
     """
     planned = informed(plan_of(step, schedule), statistics)
-    return beside(step, planned, _write(step, planned, folders, output, title), folders, output)
+    means = step.execution.means(is_read_next=step.recipe.evaluate is not None)
+    found = _write(step, planned, folders, output, title, means)
+    return beside(step, planned, found, folders, output)
 
 
 def plan_of(step: Step, schedule: DensitySchedule | None) -> MergePlan:
@@ -194,7 +197,8 @@ def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Pat
     alone = make_plan(MergeSettings("linear", None, (expert,)), step.execution.max_shard_bytes)
     output = scratch / "written out" / str(step.inputs.models.index(source))
     as_what = "on its base" if source.is_adapter else "in bfloat16"
-    _write(step, alone, folders, output, f"Writing out {source.name} {as_what}")
+    means = step.execution.means(is_read_next=True)
+    _write(step, alone, folders, output, f"Writing out {source.name} {as_what}", means)
     beside = folders[checkpoint.base or source.pinned]
     write_sidecars(beside, output, _new_dtype(checkpoint), code=False)
     return output
@@ -220,13 +224,12 @@ def _new_dtype(checkpoint: Checkpoint) -> str | None:
 
 
 def _write(
-    step: Step, planned: MergePlan, folders: Folders, output: Path, title: str
+    step: Step, planned: MergePlan, folders: Folders, output: Path, title: str, means: Means
 ) -> dict[str, ShardResult]:
     output.mkdir(parents=True, exist_ok=True)
-    execution = step.execution
-    planned = planned.allowing_nan if execution.allow_nan else planned
+    planned = planned.allowing_nan if step.execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, folders, output, execution.workers, advance, execution.merge_device)
+        found = run(planned, folders, output, means, advance)
     say_mended(step, found)
     return found
 

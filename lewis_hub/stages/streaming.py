@@ -163,8 +163,8 @@ def _send_all(
         ThreadPoolExecutor(1) as pool,  # after an error too, what is being sent is sent
     ):
         advance(sum(result.n_bytes for result in sent.results.values()))
-        device = execution.merge_device
-        for result in make_shards(left, places, folder, execution.workers, advance, device):
+        means = execution.means(is_read_next=True)
+        for result in make_shards(left, places, folder, means, advance):
             sent.results[result.name] = result
             if under_way:
                 under_way.result()

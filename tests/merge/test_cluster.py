@@ -19,7 +19,7 @@ from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeErro
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import make_plan
-from lewis_hub.merge.runners import inline, parse_runner, threads
+from lewis_hub.merge.runners import Means, inline, parse_runner, threads
 from lewis_hub.stages.execution import Execution
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -109,7 +109,7 @@ def merge(zoo, settings, runner, output, told=None, shard=2_000_000):
     (zoo.root / output).mkdir(exist_ok=True)
     plan = make_plan(settings, shard)
     advance = told.append if told is not None else lambda _: None
-    results = run(plan, zoo.folders, zoo.root / output, runner, advance)
+    results = run(plan, zoo.folders, zoo.root / output, Means(runner), advance)
     return results, {path.name: path.read_bytes() for path in (zoo.root / output).glob("model*")}
 
 

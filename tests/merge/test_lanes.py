@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lewis_hub.merge import native
 from lewis_hub.merge.lanes import F32, U32, U64
 from lewis_hub.merge.native import address_of, compiled
 from lewis_hub.merge.operands import LANES
@@ -43,6 +44,35 @@ def run(make, given, kind=U32):
 )
 def test_integers_have_no_sign_and_wrap_around(make, expected):
     assert run(lambda _, value: make(value), NUMBERS).tolist() == expected.tolist()
+
+
+def test_chosen_lanes_are_compressed_into_the_lowest():
+    found = run(lambda _, v: v.compressed(v > 3), NUMBERS)
+
+    assert found[:8].tolist() == [7, 255, 2**31, 2**32 - 1] * 2
+
+
+@pytest.mark.parametrize("features", [native.FEATURES, frozenset()])
+@pytest.mark.parametrize(
+    ("low", "places", "expected"),
+    [
+        (0b101, 0b1101_0010, 0b0100_0010),
+        (0b111_1111, 0b11, 0b11),
+        (0b1, 0, 0),
+        (2**16 - 1, 2**16 - 1, 2**16 - 1),
+        (0b10, 2**31 + 1, 2**31),
+    ],
+)
+def test_bits_are_deposited_in_order_whether_the_processor_can_or_not(
+    features, low, places, expected, monkeypatch
+):
+    monkeypatch.setattr(native, "FEATURES", features)
+
+    def write(code):
+        asked = [code.arguments[name].narrowed(U32) for name in ("low", "places")]
+        code.give_back(code.deposited(*asked).widened(U64))
+
+    assert compiled("deposited", ("low", "places"), write)(low, places) == expected
 
 
 def test_no_comparison_holds_for_nan():

@@ -6,7 +6,7 @@ import torch
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import make_plan
-from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.merge.runners import Means, Threads, inline
 
 METHODS = ["ties", "dare_ties", "della", "task_arithmetic", "breadcrumbs", "model_stock"]
 ODD = [0, 7, 130, 4_999]
@@ -28,7 +28,7 @@ def merged(zoo, settings, name, runner=None):
     folder = zoo.root / name
     folder.mkdir()
     plan = make_plan(settings, 10**9).allowing_nan
-    results = run(plan, zoo.folders, folder, runner or inline(), lambda _: None)
+    results = run(plan, zoo.folders, folder, Means(runner or inline()), lambda _: None)
     return results["model.safetensors"], (folder / "model.safetensors").read_bytes()
 
 
@@ -100,6 +100,6 @@ def test_a_result_that_does_not_fit_is_an_error_all_the_same(zoo):
     (zoo.root / "out").mkdir()
 
     with pytest.raises(NonFiniteError) as raised:
-        run(plan, zoo.folders, zoo.root / "out", inline(), lambda _: None)
+        run(plan, zoo.folders, zoo.root / "out", Means(inline()), lambda _: None)
 
     assert "the merged model" in str(raised.value)

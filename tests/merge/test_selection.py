@@ -65,6 +65,19 @@ def test_the_kernel_sorts_out_as_the_tally_says(room, low, high):
     assert inside[0, : counts[0, INSIDE]].tolist() == expected.inside.tolist()
 
 
+@pytest.mark.parametrize("room", [counting, plain])
+def test_a_sample_is_what_stands_at_its_places(room):
+    n = BLOCK + 37
+    values = np.random.default_rng(1).normal(size=(3, n)).astype(np.float32)
+    piece = Piece(tuple(values.view(np.uint8)), np.full(3, F32), n, 0, BLOCK, values, F32)
+    places, found = np.array([0, 5, n - LANES]), np.zeros((2, 3, LANES), np.uint32)
+
+    room.sample(piece, places, found)
+
+    expected = [[abs(one - values[0])[p : p + LANES] for p in places] for one in values[1:]]
+    assert found.view(np.float32).tolist() == np.array(expected).tolist()
+
+
 def test_what_found_no_room_is_not_trusted():
     found = Bracket(0, 10, 1.0)
     full = Tally(np.array([0, 0, 0, 3], np.int64), np.array([5, 6, 7], np.uint32), overflown=True)
@@ -73,18 +86,18 @@ def test_what_found_no_room_is_not_trusted():
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.3, 0.8, 0.99])
-def test_a_sample_of_alike_chunks_leaves_a_narrow_bracket_around_the_threshold(fraction):
-    values = np.random.default_rng(0).integers(0, 2**31, (128, 512), np.uint32)
+def test_a_sample_of_alike_places_leaves_a_narrow_bracket_around_the_threshold(fraction):
+    values = np.random.default_rng(0).integers(0, 2**31, (2048, 16), np.uint32)
 
     found = bracket(values, fraction)
 
     assert found
-    assert found.share < 0.025
+    assert found.share < 0.03
     share_above = [(values > end).mean() for end in (found.high, found.low)]
     assert share_above[0] < fraction < share_above[1]
 
 
-def test_a_sample_of_chunks_that_differ_widely_is_too_vague():
+def test_a_sample_of_places_that_differ_widely_is_too_vague():
     values = np.repeat(np.arange(1, 129, dtype=np.uint32)[:, None], 512, axis=1)
 
     assert bracket(values, 0.5) is None
