@@ -172,7 +172,8 @@ class Evaluation(Part):
     include: str | None = Field(None, description="Folder with own lm-eval task files.")
     limit: int | None = Field(None, ge=1, description="Score the first items only.")
     compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
-        ("base", "experts", "uniform"), description="Scored on the same items as the merge."
+        ("base", "experts", "uniform"),
+        description="Scored on the same items as the merge; `uniform`: its twin without guidance.",
     )
     gate: Gates | None = Field(None, description="One or several; missed: not published.")
     benchmarks: Mapping[str, Benchmark] | None = Field(

@@ -16,7 +16,10 @@ class Gate(Part):
     task: str = Field(description="One of `evaluate.tasks`.")
     metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
     not_worse_than: tuple[Literal["base", "experts", "uniform", "previous"], ...] = Field(
-        ("uniform",), min_length=1, description="`previous`: the merge now in `publish.repo`."
+        ("uniform",),
+        min_length=1,
+        description="`uniform`: each twin, the same merge with one density everywhere or without "
+        "statistics; `previous`: the merge now in `publish.repo`.",
     )
     tolerance: float = Field(0.0, ge=0, description="How much worse is no matter.")
     on_refusal: Literal["stop", "pull-request"] = Field(

@@ -163,7 +163,7 @@ def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complain
             if rival != "previous" and rival not in asked.compare:
                 problem = f"`{rival}` is not scored: it is none of `evaluate.compare`."
                 yield place, problem, f"Add `{rival}` to `evaluate.compare`."
-            elif rival == "uniform" and recipe.guide is None:
+            elif rival == "uniform" and not (recipe.guide or asks_for_statistics(recipe)):
                 problem = "without a guide the merge is its own uniform twin."
                 yield place, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
             elif rival == "base" and recipe.base_model is None:

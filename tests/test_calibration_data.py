@@ -189,8 +189,8 @@ def test_scored_data_stay_at_the_commit_that_they_were_pinned_to(seeded):
     commits = scored_commits(api, selected)
     _overwrite(api, "test.jsonl")
 
-    pinned = load_tasks(selected, 1, commits).tasks["zoo_reverse"]
-    newest = load_tasks(selected, 1, scored_commits(api, selected)).tasks["zoo_reverse"]
+    pinned = load_tasks(selected, commits).tasks["zoo_reverse"]
+    newest = load_tasks(selected, scored_commits(api, selected)).tasks["zoo_reverse"]
 
     assert pinned.eval_docs[0] == rows_of("test")[0]
     assert newest.eval_docs[0] == {"question": "reverse AB", "answer": "BA"}

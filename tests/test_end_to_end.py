@@ -262,12 +262,27 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
     assert n_killed >= 8  # one that was drawn late may have been done already
 
 
-def test_the_published_zoo_merge_does_both_skills(hub, tmp_path):
-    (tmp_path / "work").mkdir()
-    run(hub, tmp_path, "demo", "-o", "demo", "-q")
+def test_the_demo_s_merges_do_both_skills_as_the_readme_says(hub, tmp_path):
+    told = json.loads(run(hub, tmp_path, "demo", "-o", "demo", "-q", "--json").stdout)
 
-    scores = json.loads((tmp_path / "demo" / "merged" / "lewis" / "scores.json").read_text())
-    for task in scores["tasks"].values():
-        assert task["n"] == 300
-        models = {label: m["exact_match,none"]["value"] for label, m in task["models"].items()}
-        assert models["merged"] > models["base"] + 0.1
+    assert told["regmean"]["output"] == str(tmp_path / "demo" / "merged-regmean")
+    for task, scores in told["scores"].items():
+        assert scores["n"] == 300
+        guided, by_regmean = (
+            {label: metrics["exact_match,none"]["value"] for label, metrics in models.items()}
+            for models in (scores["models"], told["regmean"]["scores"][task]["models"])
+        )
+        assert guided["merged"] > guided["base"] + 0.1
+        assert by_regmean["merged"] > guided["merged"]
+        readme = (Path(__file__).parents[1] / "README.md").read_text()
+        readme = readme.partition("\n## Merge your own models")[0]
+        column = {"zoo_reverse": 1, "zoo_cipher": 2}[task]
+        for name, value in {
+            "its uniform twin": guided["uniform"],
+            "TIES guided by LEWIS": guided["merged"],
+            "its task arithmetic twin": by_regmean["task_arithmetic"],
+            "regmean": by_regmean["merged"],
+        }.items():
+            (row,) = [line for line in readme.splitlines() if line.startswith(f"| {name} | 0.")]
+            shown = float(row.strip("| ").split(" | ")[column].split()[0])
+            assert value == pytest.approx(shown, abs=0.02)  # processors round otherwise

@@ -14,6 +14,7 @@ from lewis_hub.errors import LewisHubError, OutputError, RecipeError
 from lewis_hub.methods.registry import methods
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.recipe_rules import STATISTICAL
+from lewis_hub.stages.evaluation import plain_twin
 from lewis_hub.stages.execution import Execution
 
 TEXT = '"Question: {question}\\nAnswer: {answer}"'
@@ -244,6 +245,52 @@ def test_an_adapter_counts_as_the_expert_that_it_makes(api, tmp_path):
     )
     down = f"{LAYER}mlp.down_proj.weight"
     assert (found[down].float() - base[down]).norm() > 0.1 * (whole[down] - base[down]).norm()
+
+
+SCORED = f"""evaluate:
+  tasks: [zoo_reverse]
+  include: {zoo_folder() / "tasks"}
+  limit: 10
+  compare: [uniform]
+  gate: {{task: zoo_reverse, metric: "exact_match,none"}}
+"""
+
+
+def test_the_twin_of_regmean_is_the_mean_of_its_task_vectors(api, tmp_path):
+    weighted = RECIPE.replace("expert-cipher\n", "expert-cipher\n    parameters: {weight: 3}\n")
+    label, twin = plain_twin(recipe(f"{weighted}parameters: {{off_diagonal: 0.3}}\n{SCORED}"))
+    alone = twin.model_copy(update={"evaluate": None})
+    found = weights(lewis_hub.merge_models(alone, tmp_path / "twin").output)
+
+    reverse, cipher = (zoo_weights(n) for n in ("expert-reverse", "expert-cipher"))
+    assert label == "task_arithmetic"
+    for name in (Q, NORM):
+        mean = (reverse[name] + 3 * cipher[name]) / 4
+        torch.testing.assert_close(found[name].float(), mean, rtol=1e-2, atol=1e-3)
+
+
+def test_the_twin_of_a_trim_by_activation_keeps_all_but_the_statistics():
+    label, twin = plain_twin(recipe(PLAIN + TRIM.replace("}", ", lambda: 0.8}") + SCORED))
+
+    assert label == "by_magnitude"
+    assert (twin.merge_method, dict(twin.parameters)) == ("ties", {"density": 0.2, "lambda": 0.8})
+
+
+def test_a_gate_holds_a_merge_by_statistics_against_its_twin(api, tmp_path):
+    told = Told()
+    merged = lewis_hub.merge_models(recipe(RECIPE + SCORED), tmp_path / "out", progress=told)
+
+    assert told.said.count("Loading the benchmarks") == 1  # to look for overlaps, and to score
+    assert list(merged.scores.tasks["zoo_reverse"].models) == ["task_arithmetic", "merged"]
+    (check,) = merged.gate.checks
+    assert (check.against, check.missed) == ("task_arithmetic", False)
+    assert check.difference == pytest.approx(check.value - check.other)
+    card = (merged.output / "README.md").read_text()
+    page = (merged.output / "lewis" / "report.html").read_text()
+    twin = "The task arithmetic twin is the same merge without statistics: the mean of the task"
+    assert twin in card
+    assert twin in page
+    assert " not worse than its task arithmetic twin: " in card
 
 
 def test_check_counts_the_disk_and_the_memory_of_statistics(api):

@@ -67,11 +67,15 @@ def demo(terminal: Terminal, output: Path, port: int, keep: bool) -> None:
 
 
 def _shown(finished: Demo) -> list[RenderableType]:
-    from lewis_hub.cli.tables import scores_table
+    from lewis_hub.cli.tables import models_table
+    from lewis_hub.demo.run import BY_REGMEAN, MERGED
     from lewis_hub.evaluate.scores import Scores
 
-    merged = finished.folder / "merged"
-    scores = Scores.from_json((merged / "lewis" / "scores.json").read_text(encoding="utf-8"))
+    merged, by_regmean = finished.folder / MERGED, finished.folder / BY_REGMEAN
+    scores = {
+        name: Scores.from_json((folder / "lewis" / "scores.json").read_text(encoding="utf-8"))
+        for name, folder in {"TIES guided by LEWIS": merged, "regmean": by_regmean}.items()
+    }
     places = "\n".join(
         f"  {what:<14} {path}"
         for what, path in (
@@ -79,11 +83,12 @@ def _shown(finished: Demo) -> list[RenderableType]:
             ("its card", merged / "README.md"),
             ("its report", merged / "lewis" / "report.html"),
             ("its plots", merged / "lewis" / "*.png"),
-            ("the recipe", finished.folder / "recipe.yaml"),
+            ("by regmean", by_regmean),
+            ("the recipes", finished.folder / "recipe*.yaml"),
         )
     )
     pushed = f"Published to {finished.document['url']} on the embedded Hub, in one commit."
-    return [scores_table(scores), f"\n{pushed}\n\n{places}", OWN_MODELS]
+    return [models_table(scores), f"\n{pushed}\n\n{places}", OWN_MODELS]
 
 
 def _until_interrupted() -> None:

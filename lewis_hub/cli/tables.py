@@ -84,6 +84,31 @@ def scores_table(scores: Scores) -> RenderableType:
     return table
 
 
+def models_table(merges: Mapping[str, Scores]) -> RenderableType:
+    """Several merges of the same experts: a row per model, a column per task and metric.
+
+    Args:
+        merges: what each merged model is called -> its scores, and those of what it was held
+            against. No two have a twin of the same kind.
+    """
+    from lewis_hub.evaluate.scores import TWINS
+    from lewis_hub.report.findings import MERGED, metric_name, model_name
+
+    rows: dict[str, dict[str, MetricScore]] = {}
+    for called, scores in merges.items():
+        for task, found in scores.tasks.items():
+            for label in sorted(found.models, key=lambda label: label in TWINS):  # they come last
+                name = called if label == MERGED else model_name(label)
+                row = rows.setdefault(f"its {name}" if label in TWINS else name, {})
+                scored = found.models[label].items()
+                row |= {f"{task} ({metric_name(key)})": score for key, score in scored}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = _table("model", *columns)
+    for name, row in rows.items():
+        table.add_row(*plain(name, *(_score(row.get(column)) for column in columns)))
+    return table
+
+
 def _score(score: MetricScore | None) -> str:
     if score is None:
         return "-"

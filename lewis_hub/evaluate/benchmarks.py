@@ -20,6 +20,21 @@ UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
 
 @dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their data.
+
+    Attributes:
+        commits: what their datasets were pinned to.
+        tasks: lm-eval's task objects by name, `groups` its group objects.
+    """
+
+    selection: TaskSelection
+    commits: Commits
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Benchmarks:
     """Tasks that are ready for any number of models.
 
@@ -36,24 +51,31 @@ class Benchmarks:
     allow_code: bool
 
 
-def load_tasks(
-    selection: TaskSelection, limit: int | None = None, commits: Commits | None = None
-) -> Benchmarks:
-    """Build the tasks: fetch their data and make the prompts of the first `limit` items.
+def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
+    """Build the tasks and fetch their data.
 
     Args:
         selection: which tasks.
-        limit: only so many first items of each; None: all.
         commits: what datasets are pinned to; others are loaded at their newest.
 
     Raises:
-        EvaluationError: as `check_tasks`; or data that are missing, empty or do not fit the task.
+        EvaluationError: as `check_tasks`; or data that are missing or do not fit the task.
     """
     located = locate_tasks(selection)
-    with prepared(selection, commits or {}):
-        tasks, groups = build(located)
+    with prepared(selection, commits):
+        return LoadedTasks(selection, commits, *build(located))
+
+
+def with_prompts(loaded: LoadedTasks, limit: int | None = None) -> Benchmarks:
+    """Make the prompts of the first `limit` items of each task; None: of all.
+
+    Raises:
+        EvaluationError: a task is empty, no text, or its prompts do not fit its data.
+    """
+    tasks, selection = loaded.tasks, loaded.selection
+    with prepared(selection, {}):
         n_requests = sum(count_requests(name, task, limit) for name, task in tasks.items())
-    return Benchmarks(tasks, groups, n_requests, limit, selection.allow_code)
+    return Benchmarks(tasks, loaded.groups, n_requests, limit, selection.allow_code)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.compare import paired
 from lewis_hub.evaluate.results import ModelResult, TaskResult
-from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.scores import TWINS, Scores
 
 VERSION = 1
 FILE = "lewis/gate.json"
@@ -155,7 +155,7 @@ def _against(demand: Demand, scores: Scores, rival: Rival) -> Iterator[Check]:
     if demand.metric not in merged:
         raise unknown_metric(demand.task, demand.metric, list(merged))
     for label, found in task.models.items():
-        if label != rival and not (rival == "experts" and label.startswith(EXPERT)):
+        if not _is(label, rival):
             continue
         tests = [test for test in task.paired if test.against == label]
         test = next((test for test in tests if test.metric == demand.metric), None)
@@ -211,6 +211,12 @@ def _why_not(mine: TaskResult, theirs: TaskResult | None, metric: str) -> str:
     if (mine.documents, mine.prompts) != (theirs.documents, theirs.prompts):
         return "it was scored on other items or prompts"
     return ""
+
+
+def _is(label: str, rival: Rival) -> bool:
+    if rival == "experts":
+        return label.startswith(EXPERT)
+    return label in TWINS if rival == "uniform" else label == rival
 
 
 def unknown_metric(task: str, metric: str, known: Sequence[str]) -> EvaluationError:

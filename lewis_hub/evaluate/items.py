@@ -12,7 +12,14 @@ from itertools import accumulate, islice
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import FEWSHOT_SEED, build, prepared, reset_fewshot, told_of
+from lewis_hub.evaluate.benchmarks import (
+    FEWSHOT_SEED,
+    LoadedTasks,
+    build,
+    prepared,
+    reset_fewshot,
+    told_of,
+)
 from lewis_hub.evaluate.data import Commits
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 
@@ -113,34 +120,29 @@ def load_rows(
     return TaskRows(selection, tuple(parts))
 
 
-def scored_items(selection: TaskSelection, commits: Commits) -> Iterator[Item]:
-    """Every item of every split that the selected tasks score, whatever the limit.
+def scored_items(loaded: LoadedTasks) -> Iterator[Item]:
+    """Every item of every split that the tasks score, whatever the limit.
 
     Raises:
-        EvaluationError: a task cannot be built.
+        EvaluationError: a task's items cannot be rendered.
     """
-    located = locate_tasks(selection)
-    with prepared(selection, commits):
-        tasks, _ = build(located)
-        for name, task in tasks.items():
+    with prepared(loaded.selection, {}):
+        for name, task in loaded.tasks.items():
             with told_of(name):
                 yield from [_item(task, document) for document in task.eval_docs]
 
 
-def scored_questions(
-    selection: TaskSelection, commits: Commits, limit: int | None
-) -> dict[str, list[Question]]:
+def scored_questions(loaded: LoadedTasks, limit: int | None) -> dict[str, list[Question]]:
     """Task -> its first `limit` scored items; tasks that are Python classes are left out.
 
     Raises:
-        EvaluationError: a task cannot be built.
+        EvaluationError: a task's items cannot be rendered.
     """
     from lm_eval.api.task import ConfigurableTask
 
-    located, found = locate_tasks(selection), {}
-    with prepared(selection, commits):
-        tasks, _ = build(located)
-        for name, task in tasks.items():
+    found = {}
+    with prepared(loaded.selection, {}):
+        for name, task in loaded.tasks.items():
             if isinstance(task, ConfigurableTask):
                 with told_of(name):
                     reset_fewshot(task)

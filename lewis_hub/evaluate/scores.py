@@ -11,6 +11,7 @@ from typing import Any
 from lewis_hub.errors import EvaluationError
 
 VERSION = 1
+TWINS = ("uniform", "task_arithmetic", "by_magnitude")  # labels of the merge without guidance
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class TaskScores:
 class Scores:
     """Task -> scores.
 
-    Labels are `base`, `expert:<source>`, `merged`, and of the same merge without guidance `uniform`
-    (densities), `task_arithmetic` or `by_magnitude` (statistics).
+    Labels are `base`, `expert:<source>`, `merged`, and of its twins `uniform` (one density
+    everywhere), `task_arithmetic` or `by_magnitude` (no statistics).
     """
 
     tasks: Mapping[str, TaskScores]

@@ -46,7 +46,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         picture_note=guidance.picture_note(facts.guided) if facts.guided else "",
         scores=findings.scores_table(scores) if scores else None,
         paired=findings.paired_table(scores) if scores else None,
-        twin=findings.has_twin(scores) if scores else False,
+        twins=findings.twins(scores) if scores else (),
         gate=card_section(facts.gate) if facts.gate else None,
         gains=found.gains if found else (),
         limits=[*(found.limits if found else ()), *_limits(facts)],

@@ -6,20 +6,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
+from lewis_hub.evaluate.scores import TWINS, MetricScore, PairedTest, Scores, TaskScores
 from lewis_hub.report import markdown
 from lewis_hub.report.plots import short_name
 
 SIGNIFICANT = 0.05  # of the p-value after Holm's adjustment
 MERGED, UNIFORM, BASE, EXPERT = "merged", "uniform", "base", "expert:"
-NAMES = {  # of the same merge without guidance
+NAMES = {
     UNIFORM: "uniform twin",
-    "task_arithmetic": "task arithmetic",
-    "by_magnitude": "trimmed by magnitude",
+    "task_arithmetic": "task arithmetic twin",
+    "by_magnitude": "magnitude twin",
 }
-PLAIN = {  # without statistics
-    "task_arithmetic": "task arithmetic with the same weights",
-    "by_magnitude": "the same merge trimmed by magnitude",
+TOLD = {
+    UNIFORM: "The uniform twin is the same merge with the guide's mean density everywhere.",
+    "task_arithmetic": "The task arithmetic twin is the same merge without statistics: the mean of "
+    "the task vectors, by the same weights.",
+    "by_magnitude": "The magnitude twin is the same merge trimmed by magnitude alone.",
 }
 
 
@@ -36,9 +38,10 @@ def was_scored(scores: Scores | None) -> bool:
     return scores is not None and any(MERGED in task.models for task in scores.tasks.values())
 
 
-def has_twin(scores: Scores) -> bool:
-    """Whether the same merge with one density everywhere was scored too."""
-    return any(UNIFORM in task.models for task in scores.tasks.values())
+def twins(scores: Scores) -> tuple[str, ...]:
+    """What each twin is that was scored beside the merge, in a sentence."""
+    scored = {label for task in scores.tasks.values() for label in task.models}
+    return tuple(TOLD[label] for label in TWINS if label in scored)
 
 
 def findings(scores: Scores) -> Findings:
@@ -130,9 +133,9 @@ def _sentences(name: str, task: TaskScores, metric: str) -> Iterator[tuple[bool,
         yield from _against(where, task, metric, best, rival)
     if metric in task.models.get(UNIFORM, {}):
         yield _guidance(where, task, metric)
-    for twin, rival in PLAIN.items():
-        if metric in task.models.get(twin, {}):
-            yield from _against(where, task, metric, twin, rival)
+    for twin in TWINS:
+        if twin != UNIFORM and metric in task.models.get(twin, {}):
+            yield from _against(where, task, metric, twin, f"its {NAMES[twin]}")
     base = task.models.get(BASE, {}).get(metric)
     if base and merged.merit < base.merit:
         yield from _against(where, task, metric, BASE, "the base")

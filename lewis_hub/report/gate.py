@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from lewis_hub.evaluate.gate import EXPERT, Check, GateVerdict
 from lewis_hub.report import markdown
-from lewis_hub.report.findings import model_name, number, signed
+from lewis_hub.report.findings import NAMES, model_name, number, signed
 
-RIVALS = {"base": "the base", "uniform": "its uniform twin"}
+RIVALS = {"base": "the base"} | {label: f"its {name}" for label, name in NAMES.items()}
 
 
 def card_section(verdict: GateVerdict) -> str:

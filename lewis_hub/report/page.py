@@ -18,7 +18,14 @@ from lewis_hub.evaluate.scores import MetricScore, Scores
 from lewis_hub.report import markdown, tables
 from lewis_hub.report.explorer import Document, explored
 from lewis_hub.report.facts import CardFacts
-from lewis_hub.report.findings import MERGED, metric_name, model_name, number, was_scored
+from lewis_hub.report.findings import (
+    MERGED,
+    metric_name,
+    model_name,
+    number,
+    twins,
+    was_scored,
+)
 
 FILE = "lewis/report.html"
 INTERVAL = 1.96  # standard errors to each side of a mean: 95 %
@@ -72,6 +79,7 @@ def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
         style_hash=_digest(style),
         data=Markup(embedded(found)),  # noqa: S704 - `embedded` escapes it
         scores=list(_score_charts(scores)) if scores else [],
+        twins=twins(scores) if scores else (),
         items=bool(found["metrics"]),
         experts=bool(found["experts"]),
         costs=list(_cost_charts(facts)),

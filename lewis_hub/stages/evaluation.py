@@ -10,9 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
 from lewis_hub.evaluate.compare import compare
-from lewis_hub.evaluate.data import Commits
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.results import ModelResult
@@ -26,7 +25,6 @@ from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
 from lewis_hub.stages.sources import needs_grams
-from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
     from lewis_hub.stages.calibration import Guidance
@@ -49,14 +47,12 @@ class Run:
     Attributes:
         limit: only so many first items of each task.
         kept: folder with the results of models that were scored before.
-        commits: what the tasks' datasets are pinned to.
     """
 
-    selected: TaskSelection
+    loaded: LoadedTasks
     limit: int | None
     settings: EvaluationSettings
     kept: Path
-    commits: Commits
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,8 @@ def has_uniform_twin(recipe: Recipe) -> bool:
 def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
     """The label and the recipe of the same merge without statistics, to be scored beside it.
 
-    Of a method that cannot do without it is task arithmetic with the same weights; else entries
-    are trimmed by their magnitude.
+    Of a method that cannot do without it is what equal second moments would give, the mean of the
+    task vectors by the same weights; else entries are trimmed by their magnitude.
     """
     asked = recipe.evaluate
     if asked is None or "uniform" not in asked.compare or not needs_grams(recipe):
@@ -108,8 +104,9 @@ def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
     models = tuple(
         entry.model_copy(update={"parameters": known(entry.parameters)}) for entry in recipe.models
     )
-    changed = {"merge_method": plain.name, "parameters": known(recipe.parameters)}
-    return plain.name, recipe.model_copy(update={**changed, "models": models})
+    mean = {**known(recipe.parameters), "normalize": True}
+    changed = {"merge_method": plain.name, "parameters": mean, "models": models}
+    return plain.name, recipe.model_copy(update=changed)
 
 
 def n_twins(recipe: Recipe) -> int:
@@ -136,7 +133,7 @@ def score_merge(
     if plain := plain_twin(step.recipe):
         label, recipe = plain
         schedule = guidance.schedule if guidance and label == "by_magnitude" else None
-        title = f"Merging {label.replace('_', ' ')}"
+        title = f"Merging its twin {label.replace('_', ' ')}"
         twin = make(replace(step, recipe=recipe), schedule, folders, scratch / label, title)
         candidates.insert(0, Candidate(label, twin.identity, twin.folder))
     if has_uniform_twin(step.recipe) and guidance:
@@ -151,10 +148,8 @@ def score_merge(
         Candidate(label, inputs.content(source), loadable(step, source, folders, scratch))
         for label, source in others
     ]
-    selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     settings = EvaluationSettings(device=step.execution.device)
-    commits = scored_commits(step.api, selected)
-    run = Run(selected, asked.limit, settings, scratch / "scored", commits)
+    run = Run(step.scored, asked.limit, settings, scratch / "scored")
     results = score([*named, *candidates], run, step.progress)
     return Scored(compare(results), results)
 
@@ -174,7 +169,7 @@ def score(
     """
     run.kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    benchmarks = load_tasks(run.selected, run.limit, run.commits)
+    benchmarks = with_prompts(run.loaded, run.limit)
     files = {candidate.label: run.kept / _file_name(candidate, run) for candidate in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
@@ -190,10 +185,11 @@ def score(
 
 def _file_name(candidate: Candidate, run: Run) -> str:
     """Changes with the model, the tasks, their own files and data, the settings and lm-eval."""
-    own = run.selected.include
+    selected, commits = run.loaded.selection, run.loaded.commits
+    own = selected.include
     texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
-    asked = [candidate.identity, run.selected.names, texts, run.limit, vars(run.settings)]
-    told = json.dumps([*asked, sorted(run.commits.values()), version("lm_eval")])
+    asked = [candidate.identity, selected.names, texts, run.limit, vars(run.settings)]
+    told = json.dumps([*asked, sorted(commits.values()), version("lm_eval")])
     digest = hashlib.sha256(told.encode()).hexdigest()
     return f"{digest[:32]}.json"
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub import __version__
 from lewis_hub.errors import DeviceError
+from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.runners import Means, Runner, parse_runner
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.checking import Examined
+from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.loading import Loading
 from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.task_data import scored_commits
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -100,6 +104,19 @@ class Step:
     api: HfApi
     progress: Progress
     places: Mapping[str, Place] = field(default_factory=dict)
+
+    @cached_property
+    def scored(self) -> LoadedTasks:
+        """The tasks that the recipe's `evaluate` names, loaded when they are first asked for.
+
+        Raises:
+            EvaluationError: one cannot be built.
+        """
+        assert self.recipe.evaluate
+        self.progress.say("Loading the benchmarks")
+        allow_code = self.execution.allow_code
+        selected = selection(self.recipe, self.recipe.evaluate, allow_code=allow_code)
+        return load_tasks(selected, scored_commits(self.api, selected))
 
 
 def software() -> dict[str, str]:

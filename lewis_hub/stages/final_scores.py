@@ -13,10 +13,9 @@ from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.evaluate.items import scored_questions
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.stages.evaluation import Candidate, Run, score, selection
+from lewis_hub.stages.evaluation import Candidate, Run, score
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
-from lewis_hub.stages.task_data import scored_commits
 
 
 def score_both(step: Step, models: Mapping[str, MergedModel], scratch: Path) -> Scores:
@@ -29,14 +28,11 @@ def score_both(step: Step, models: Mapping[str, MergedModel], scratch: Path) -> 
     """
     asked = step.recipe.evaluate
     assert asked
-    selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     settings = EvaluationSettings(device=step.execution.device)
-    run = Run(
-        selected, asked.limit, settings, scratch / "scored", scored_commits(step.api, selected)
-    )
+    run = Run(step.scored, asked.limit, settings, scratch / "scored")
     candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
     results = dict(score(candidates, run, step.progress))
-    questions = scored_questions(selected, run.commits, asked.limit)
+    questions = scored_questions(step.scored, asked.limit)
     n_items = len(models) * sum(map(len, questions.values()))
     with step.progress.stage("Scoring right answers", n_items, "items") as advance:
         for label, one in models.items():

@@ -11,9 +11,7 @@ from lewis_hub.evaluate.items import Item, TaskRows, scored_items
 from lewis_hub.guides.template import Template
 from lewis_hub.guides.tokens import CalibrationTokens, Rows
 from lewis_hub.recipe_calibration import Calibration
-from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.execution import Step
-from lewis_hub.stages.task_data import scored_commits
 
 Values = frozenset[str]  # texts without case and white space
 
@@ -84,9 +82,8 @@ def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[tuple[Values
     held = {one: items for one, items in drawn.items() if not one.allow_overlap}
     if asked is None or not held:
         return
-    selected = selection(step.recipe, asked, allow_code=step.execution.allow_code)
     step.progress.say("Comparing calibration texts with the items that are scored")
-    scored = list(scored_items(selected, scored_commits(step.api, selected)))
+    scored = list(scored_items(step.scored))
     for calibration, items in held.items():
         found = count_overlap(items, scored)
         if found:

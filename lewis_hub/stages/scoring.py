@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.compare import compare
 from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.scores import Scores
@@ -54,8 +55,8 @@ def score_one(
             step = Step(recipe, inputs, examined, execution, api, progress)
             folder = loadable(step, whole, folders, Path(scratch))
         candidate = Candidate(source.pinned, source.commit_sha, folder)
-        commits = scored_commits(api, selected)
-        run = Run(selected, asked.limit, settings, Path(scratch), commits)
+        loaded = load_tasks(selected, scored_commits(api, selected))
+        run = Run(loaded, asked.limit, settings, Path(scratch))
         return compare(score([candidate], run, progress))
 
 

@@ -31,6 +31,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "lambda": (0.3, 2.0),
     "t": (0.0, 1.0),
     "select_topk": (0.05, 1.0),
+    "off_diagonal": (0.0, 1.0),
 }
 DENSITIES = (0.05, 1.0)  # of a guide's gamma and epsilon
 ENDS = ("guide.gamma", "guide.epsilon")
@@ -93,10 +94,6 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
     if recipe.slices:
         problem = "only whole models under `models` can be tuned."
         raise RecipeError("recipe", "slices", problem, "List whole models, or tune by hand.")
-    for name in (recipe.merge_method, *methods):
-        if registry.find(name).needs_grams or needs_grams(recipe):
-            problem = "a search gathers no statistics, which this merge needs."
-            raise RecipeError("recipe", "merge_method", problem, "Tune it by hand, or another one.")
     own = [recipe.guide.name] if recipe.guide else []
     if own and not guides:
         guides = ["uniform"]
@@ -111,13 +108,20 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
             first, second = ("a base", "none") if takes_base else ("no base", "one")
             problem = f"`{recipe.merge_method}` takes {first}, and `{name}` {second}"
             raise TuningError("tune", problem, "Tune the two apart: what they merge differs.")
-    for values in corners(space):
-        parse_recipe(written(candidate(space, values)), "the recipe to be tried", rules)
+    for one in corners(space):
+        parse_recipe(written(one), "the recipe to be tried", rules)
     return space
 
 
-def corners(space: Space) -> Iterator[Values]:
-    """The recipe's own settings by each method and guide."""
+def corners(space: Space) -> tuple[Recipe, ...]:
+    """The recipe with its own settings, by each method and guide; the recipe as it is comes first.
+
+    Whatever is tried needs what one of them needs.
+    """
+    return tuple(candidate(space, values) for values in _corners(space))
+
+
+def _corners(space: Space) -> Iterator[Values]:
     for method in space.methods:
         for guide in space.guides or ("",):
             told: dict[str, Value] = {a.name: a.start for a in axes(space, method)}
@@ -165,7 +169,9 @@ def candidate(space: Space, values: Values) -> Recipe:
         models.append(entry.model_copy(update={"parameters": own}))
     guide = _guide(space, told) if method.takes_density else None
     changed = {"merge_method": method.name, "parameters": common, "models": tuple(models)}
-    return recipe.model_copy(update=changed | {"guide": guide})
+    tried = recipe.model_copy(update=changed | {"guide": guide})
+    measures = guide or needs_grams(tried)
+    return tried if measures else tried.model_copy(update={"calibration": None})
 
 
 def settled(space: Space, values: Values) -> dict[str, Value]:

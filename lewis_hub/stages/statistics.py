@@ -43,14 +43,21 @@ class Gathered:
     notes: tuple[str, ...] = ()
 
 
-def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch: Path) -> Gathered:
+def gather(
+    step: Step,
+    sets: Sequence[CalibrationSet],
+    folders: Folders,
+    scratch: Path,
+    store: Path | None = None,
+) -> Gathered:
     """Run each expert's calibration texts through it, unless an earlier run did.
 
     Args:
         step: of a merge that was examined, by a method that needs them.
         sets: one an expert.
         folders: of all sources.
-        scratch: the files stay there until the merge is done.
+        scratch: for what measuring needs and nobody keeps.
+        store: where the files stay, to be found by a later run; None: in `scratch`.
 
     Raises:
         CalibrationError: an expert cannot be loaded or measured.
@@ -63,7 +70,7 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
         )
         for e, own in zip(inputs.experts, sets, strict=True)
     ]
-    places = [_place(scratch, subject, widest) for subject in subjects]
+    places = [_place(store or scratch, subject, widest) for subject in subjects]
     found = [
         read_grams(place, facts_of(subject, widest))
         for subject, place in zip(subjects, places, strict=True)
@@ -94,10 +101,10 @@ def gather(step: Step, sets: Sequence[CalibrationSet], folders: Folders, scratch
     )
 
 
-def _place(scratch: Path, subject: Subject, widest: int) -> Path:
+def _place(store: Path, subject: Subject, widest: int) -> Path:
     """A folder that changes with all that fixes its files."""
     told = json.dumps(facts_of(subject, widest), sort_keys=True)
-    return scratch / "statistics" / hashlib.sha256(told.encode()).hexdigest()[:32]
+    return store / "statistics" / hashlib.sha256(told.encode()).hexdigest()[:32]
 
 
 def _statistics(step: Step, source: str, place: Path, files: GramFiles) -> Statistics:

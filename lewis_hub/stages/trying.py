@@ -20,19 +20,28 @@ from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.objective import Objective
 from lewis_hub.stages.search_space import Space, Values
+from lewis_hub.stages.sources import needs_grams, widest_input
+from lewis_hub.stages.statistics import Gathered
 from lewis_hub.stages.study import ERROR, SECONDS
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """What every trial needs; nothing of it is measured or loaded twice."""
+    """What every trial needs; nothing of it is measured or loaded twice.
+
+    Attributes:
+        sets: calibration texts.
+        gathered: second moments of the experts' inputs, by how many inputs one matrix covers.
+        store: `importance.json`.
+    """
 
     step: Step
     space: Space
     objective: Objective
     folders: Folders
-    sets: Mapping[str, Sets]  # guide -> calibration texts
-    store: Path  # importance.json
+    sets: Sets
+    gathered: Mapping[int, Gathered]
+    store: Path
     scratch: Path
 
 
@@ -102,7 +111,10 @@ def merge(tuner: Tuner, values: Values, folder: str) -> MergedModel:
     guided = guidance(tuner, recipe, Silent()) if recipe.guide else None
     step = replace(tuner.step, recipe=recipe, progress=Silent())
     schedule = guided.schedule if guided else None
-    return merging.make(step, schedule, tuner.folders, tuner.scratch / folder, "Merging")
+    known = tuner.gathered[widest_input(recipe)] if needs_grams(recipe) else Gathered()
+    folders = {**tuner.folders, **known.folders}
+    output = tuner.scratch / folder
+    return merging.make(step, schedule, folders, output, "Merging", known.statistics)
 
 
 def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:
@@ -110,6 +122,4 @@ def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:
     assert recipe.guide
     step = replace(tuner.step, recipe=recipe, progress=progress)
     beside = Path(recipe.locate("importance")) / "importance.json"
-    return calibration.guide(
-        step, tuner.sets[recipe.guide.name], tuner.folders, tuner.scratch, [tuner.store, beside]
-    )
+    return calibration.guide(step, tuner.sets, tuner.folders, tuner.scratch, [tuner.store, beside])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,7 +34,14 @@ from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.objective import Objective, by_answer_loss, by_metric
 from lewis_hub.stages.search_space import Space, Values
-from lewis_hub.stages.sources import hub_api, resolve_inputs
+from lewis_hub.stages.sources import (
+    hub_api,
+    measures_on_texts,
+    needs_grams,
+    resolve_inputs,
+    widest_input,
+)
+from lewis_hub.stages.statistics import gather
 from lewis_hub.stages.study import Trial
 from lewis_hub.stages.trying import Tuner
 from lewis_hub.stages.tuning_items import TuningItems, draw_items, free_split_of
@@ -100,7 +107,7 @@ def tune(
     Args:
         recipe: has `evaluate`, whose items the search never sees.
         asked: how long, and on what.
-        output: folder for the study and `importance.json`.
+        output: folder for the study, and for what is measured.
         execution: device and runner; None: this machine's CPU.
         progress: told how far it is; None: nobody is.
 
@@ -114,19 +121,25 @@ def tune(
     if recipe.evaluate is None:
         problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
         raise RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
-    begun = search_space.candidate(space, search_space.warm_starts(space)[0])
-    step = _examined(begun, execution, progress)
-    _require_plans(step, space)
-    drawn, sets = _draw(step, space, asked)
+    corners = search_space.corners(space)
+    measured = next((one for one in corners if measures_on_texts(one)), corners[0])
+    step = _examined(measured, execution, progress)
+    _require_plans(step, corners)
+    drawn, sets = _draw(step, asked)
     settings = EvaluationSettings(device=execution.device)
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+        downloading.require_disk(step, output)
         folders = downloading.everything(step)
+        gathered = {
+            width: gather(replace(step, recipe=one), sets, folders, Path(scratch), output)
+            for width, one in _by_width(corners).items()
+        }
         store = output / "importance.json"
-        tuner = Tuner(step, space, objective, folders, sets, store, Path(scratch))
-        for guide in sets:  # measured here, where it is told how far it is
-            trying.guidance(tuner, _guided(step, guide).recipe, progress)
+        tuner = Tuner(step, space, objective, folders, sets, gathered, store, Path(scratch))
+        for one in _by_guide(corners).values():
+            trying.guidance(tuner, one, progress)  # here, where it is told how far it is
         tried, n_begun = _search(tuner, output / STUDY, asked)
         best = study.best_of(tried, lower_is_better=objective.lower_is_better)
         first = search_space.warm_starts(space)[0]
@@ -146,10 +159,18 @@ def _examined(recipe: Recipe, execution: Execution, progress: Progress) -> Step:
     return Step(recipe, inputs, examined, execution, api, progress)
 
 
-def _require_plans(step: Step, space: Space) -> None:
+def _by_width(recipes: Sequence[Recipe]) -> dict[int, Recipe]:
+    """One recipe of each kind of second moments that merges need."""
+    return {widest_input(one): one for one in recipes if needs_grams(one)}
+
+
+def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
+    return {one.guide.name: one for one in recipes if one.guide}
+
+
+def _require_plans(step: Step, recipes: Sequence[Recipe]) -> None:
     """Refuse a method that cannot merge these sources, from their headers."""
-    tried = [search_space.candidate(space, values) for values in search_space.corners(space)]
-    for recipe in {one.merge_method: one for one in tried}.values():
+    for recipe in {one.merge_method: one for one in recipes}.values():
         merging.plan(
             recipe,
             step.inputs,
@@ -160,46 +181,33 @@ def _require_plans(step: Step, space: Space) -> None:
         )
 
 
-def _draw(
-    step: Step, space: Space, asked: Search
-) -> tuple[tuple[TuningItems, ...], dict[str, Sets]]:
-    """The items to tune on, and the texts that each guide measures on."""
+def _draw(step: Step, asked: Search) -> tuple[tuple[TuningItems, ...], Sets]:
+    """The items to tune on, and the texts to measure on."""
     scoring = step.recipe.evaluate
     assert scoring
     on = scoring.model_copy(update={"tasks": asked.tasks or scoring.tasks})
     selected = selection(step.recipe, on, allow_code=step.execution.allow_code)
     check_tasks(selected)
     split = asked.split or free_split_of(selected)
-    sets: dict[str, Sets] = {}
-    calibrated = []
-    for guide in space.guides:
-        guided = _guided(step, guide)
-        drawn = calibration.drawn_sets(guided)
-        sets[guide] = calibration.in_order(guided.recipe, drawn)
-        calibrated += [values for one in drawn.values() for values in one.values]
+    drawn = calibration.drawn_sets(step)
+    calibrated = [values for one in drawn.values() for values in one.values]
     items = draw_items(step, selected, split, asked.samples, calibrated)
     for one in items:
         passed = f"; {one.n_calibrated} that calibration draws are passed over"
         told = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
         step.progress.say(f"{told}{passed if one.n_calibrated else ''}.")
-    return items, sets
-
-
-def _guided(step: Step, guide: str) -> Step:
-    """The same step with another guide."""
-    assert step.recipe.guide
-    changed = step.recipe.guide.model_copy(update={"name": guide})
-    return replace(step, recipe=step.recipe.model_copy(update={"guide": changed}))
+    return items, calibration.in_order(step.recipe, drawn)
 
 
 def _name(tuner: Tuner) -> str:
     """Of the study: another recipe, other items or other sources begin another one."""
     told = [
-        search_space.written(tuner.step.recipe),
+        search_space.written(tuner.space.recipe),
         tuner.space.methods,
         tuner.space.guides,
         tuner.objective.digest,
         [tuner.step.inputs.content(source) for source in tuner.step.inputs.models],
+        [source.commit_sha for source in tuner.step.inputs.calibration_data],
         [
             sorted(axis.__dict__.items())
             for method in tuner.space.methods

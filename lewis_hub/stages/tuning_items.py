@@ -10,8 +10,6 @@ from lewis_hub.evaluate.data import free_split
 from lewis_hub.evaluate.items import TaskRows, load_rows, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.guides.tokens import draw_rows
-from lewis_hub.recipe import Evaluation
-from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.overlap import Values, count_overlap, item_values, overlaps
 from lewis_hub.stages.task_data import scored_commits
@@ -82,7 +80,7 @@ def draw_items(
             problem = f"no item of split `{split}` is left that calibration does not draw"
             remedy = "Name another split with --split, or fewer `samples` in `calibration`."
             raise TuningError(name, problem, remedy)
-    _refuse_scored(step, drawn, scoring)
+    _refuse_scored(step, drawn)
     return tuple(drawn)
 
 
@@ -101,10 +99,9 @@ def _passing_over(
     return tuple(free[:n_samples]), len(known)
 
 
-def _refuse_scored(step: Step, drawn: Sequence[TuningItems], scoring: Evaluation) -> None:
-    selected = selection(step.recipe, scoring, allow_code=step.execution.allow_code)
+def _refuse_scored(step: Step, drawn: Sequence[TuningItems]) -> None:
     step.progress.say("Comparing the items to tune on with those that are scored")
-    scored = list(scored_items(selected, scored_commits(step.api, selected)))
+    scored = list(scored_items(step.scored))
     for one in drawn:
         found = count_overlap(item_values(one.rows.items(one.indices)), scored)
         if found:

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from lewis_hub.demo.tasks import SKILLS
 from lewis_hub.demo.zoo import DATASETS, MODELS, OWNER, seed_hub, zoo_folder
 from lewis_hub.hub.server import Hub
+from lewis_hub.stages.reading import read_recipe
 
 
 def parameters(name: str) -> dict[str, tuple[str, list[int]]]:
@@ -158,3 +159,19 @@ def test_seeding_needs_a_client_that_may_write(hub: Hub):
 
     with pytest.raises(HfHubHTTPError, match="401"):
         seed_hub(HfApi(endpoint=hub.url, token=False))
+
+
+def test_both_recipes_merge_the_same_experts_on_the_same_texts_and_score_the_same_items():
+    ties, regmean = (
+        read_recipe(zoo_folder() / name) for name in ("recipe.yaml", "recipe-regmean.yaml")
+    )
+
+    assert [(m.model, m.calibration) for m in ties.models] == [
+        (m.model, m.calibration) for m in regmean.models
+    ]
+    assert (ties.base_model, ties.seed, ties.dtype) == (
+        regmean.base_model,
+        regmean.seed,
+        regmean.dtype,
+    )
+    assert ties.evaluate.tasks == regmean.evaluate.tasks

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.tasks import TaskSelection
 
 FILE_REMEDY = "Check the task's file: its keys, splits, columns and metrics."
@@ -25,7 +25,7 @@ def refusal(own_tasks: Path, tmp_path: Path):
         assert old in text
         (tmp_path / "after.yaml").write_text(text.replace(old, new))
         with pytest.raises(EvaluationError) as raised:
-            load_tasks(TaskSelection(("after",), include=tmp_path))
+            with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
         return str(raised.value)
 
     return refuse
@@ -66,7 +66,7 @@ def test_a_dataset_that_cannot_be_reached_is_named(tmp_path, datasets_cache):
     )
 
     with pytest.raises(EvaluationError) as raised:
-        load_tasks(TaskSelection(("far",), include=tmp_path))
+        with_prompts(load_tasks(TaskSelection(("far",), include=tmp_path), {}))
 
     message = str(raised.value)
     assert message.startswith("far: its data `nobody/nothing` cannot be loaded: ")
@@ -95,13 +95,13 @@ def test_own_functions_run_when_the_tasks_are_built(own_tasks, tmp_path):
     text = (own_tasks / "after.yaml").read_text()
     (tmp_path / "after.yaml").write_text(f"process_docs: !function own.process\n{text}")
 
-    benchmarks = load_tasks(TaskSelection(("after",), include=tmp_path))
+    benchmarks = with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
 
     assert benchmarks.n_requests == 4
 
 
 def test_a_tag_builds_the_tasks_that_bear_it(own_tasks):
-    benchmarks = load_tasks(TaskSelection(("counting",), include=own_tasks), limit=2)
+    benchmarks = with_prompts(load_tasks(TaskSelection(("counting",), include=own_tasks), {}), 2)
 
     assert (list(benchmarks.tasks), benchmarks.n_requests) == (["choose"], 20)
 
@@ -115,8 +115,10 @@ def test_generated_code_stays_off_unless_it_is_allowed(own_tasks, tmp_path, monk
     text = (own_tasks / "after.yaml").read_text()
     (tmp_path / "after.yaml").write_text(f"process_docs: !function own.process\n{text}")
 
-    refused = load_tasks(TaskSelection(("after",), include=tmp_path))
-    allowed = load_tasks(TaskSelection(("after",), include=tmp_path, allow_code=True))
+    refused = with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
+    allowed = with_prompts(
+        load_tasks(TaskSelection(("after",), include=tmp_path, allow_code=True), {})
+    )
 
     assert (refused.n_requests, allowed.n_requests) == (4, 5)
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"

@@ -173,6 +173,17 @@ def test_a_metric_that_cannot_be_tested_is_told(rival, metric, message):
     assert str(caught.value) == message
 
 
+def test_uniform_is_every_twin_that_was_scored():
+    twins = {"uniform": result(MIXED), "task_arithmetic": result(BETTER)}
+
+    found = verdict(demand("uniform"), **twins, base=result(BETTER), merged=result(MIXED))
+
+    assert [(check.against, check.missed) for check in found.checks] == [
+        ("uniform", False),
+        ("task_arithmetic", True),
+    ]
+
+
 def test_a_verdict_is_read_back_without_loss():
     before = Previous("me/x", why="there is no such repo yet")
     found = verdict(demand("base", "previous"), before, base=result(MIXED), merged=result(WORSE))

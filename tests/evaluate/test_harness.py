@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks
+from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks, with_prompts
 from lewis_hub.evaluate.compare import compare
 from lewis_hub.evaluate.harness import EvaluationSettings, affordable_batch, evaluate_model
 from lewis_hub.evaluate.paired import mcnemar, newcombe_interval
@@ -25,7 +25,7 @@ def ignore(_: int) -> None:
 
 @pytest.fixture(scope="module")
 def benchmarks(own_tasks: Path) -> Benchmarks:
-    return load_tasks(TaskSelection(("both",), include=own_tasks))
+    return with_prompts(load_tasks(TaskSelection(("both",), include=own_tasks), {}))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_progress_ends_at_the_announced_total(benchmarks, good_model):
 
 
 def test_a_limit_scores_the_first_items_only(own_tasks, poor_model, poor):
-    few = load_tasks(TaskSelection(("after",), include=own_tasks), limit=3)
+    few = with_prompts(load_tasks(TaskSelection(("after",), include=own_tasks), {}), 3)
 
     result = evaluate_model(poor_model, few, CPU, ignore)
 
@@ -112,7 +112,7 @@ def test_a_limit_scores_the_first_items_only(own_tasks, poor_model, poor):
 
 
 def test_the_batch_size_does_not_change_a_score(own_tasks, poor_model, poor):
-    tasks = load_tasks(TaskSelection(("after", "choose"), include=own_tasks))
+    tasks = with_prompts(load_tasks(TaskSelection(("after", "choose"), include=own_tasks), {}))
 
     result = evaluate_model(poor_model, tasks, EvaluationSettings(batch_size=3), ignore)
 
@@ -172,7 +172,7 @@ def test_a_truncated_weight_file_is_told_by_its_folder(benchmarks, good_model, t
 def test_a_task_whose_answers_do_not_fit_the_context_is_refused(own_tasks, good_model, tmp_path):
     text = (own_tasks / "after.yaml").read_text().replace("max_gen_toks: 1", "max_gen_toks: 64")
     (tmp_path / "after.yaml").write_text(text)
-    long = load_tasks(TaskSelection(("after",), include=tmp_path))
+    long = with_prompts(load_tasks(TaskSelection(("after",), include=tmp_path), {}))
 
     with pytest.raises(EvaluationError) as raised:
         evaluate_model(good_model, long, CPU, ignore)
@@ -189,7 +189,7 @@ def test_a_metric_that_cannot_take_the_answers_names_the_task(own_tasks, good_mo
         "{metric: mcc, aggregation: matthews_corrcoef", "{metric: f1, aggregation: f1"
     )
     (tmp_path / "choose.yaml").write_text(text)
-    tasks = load_tasks(TaskSelection(("choose",), include=tmp_path))
+    tasks = with_prompts(load_tasks(TaskSelection(("choose",), include=tmp_path), {}))
 
     with pytest.raises(EvaluationError) as raised:
         evaluate_model(good_model, tasks, CPU, ignore)

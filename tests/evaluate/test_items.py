@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.items import load_rows, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
 
@@ -39,7 +39,7 @@ def test_of_choices_the_right_one_follows_the_few_shot_examples(own_tasks):
 
 
 def test_what_is_rendered_is_what_lm_eval_sends(own_tasks):
-    benchmarks = load_tasks(selected(own_tasks, "after", "choose"))
+    benchmarks = with_prompts(load_tasks(selected(own_tasks, "after", "choose"), {}))
     after, choose = benchmarks.tasks["after"], benchmarks.tasks["choose"]
     options = {"allow_scored": True}
     ours = texts(load_rows(selected(own_tasks, "after"), "test", {}, **options), *range(20))
@@ -166,7 +166,7 @@ def test_a_task_that_runs_code_needs_leave(own_tasks, tmp_path):
 
 
 def test_every_scored_item_is_told_with_its_document(own_tasks):
-    items = list(scored_items(selected(own_tasks, "both"), {}))
+    items = list(scored_items(load_tasks(selected(own_tasks, "both"), {})))
 
     assert [item.task for item in items] == ["after"] * 20 + ["choose"] * 20
     assert (items[1].prompt, items[1].answer) == ("after : one", "two")

@@ -8,6 +8,7 @@ from lewis_hub.report.findings import (
     paired_table,
     scores_table,
     signed,
+    twins,
     was_scored,
 )
 
@@ -58,6 +59,24 @@ def test_guidance_that_hurts_is_a_limit(make_scores):
     found = findings(make_scores(merged=0.4, twin=0.6, p=0.01))
 
     assert "guidance lost against the uniform twin: 0.400 against 0.600" in found.limits[1]
+
+
+def test_a_gain_over_the_twin_without_statistics_is_told():
+    models = {
+        label: {"acc": MetricScore(value, None)}
+        for label, value in {"task_arithmetic": 0.5, "merged": 0.7}.items()
+    }
+    paired = (against("task_arithmetic", 0.2, 0.01),)
+    scores = Scores({"sums": TaskScores(300, "1.0", models, paired)})
+
+    assert findings(scores).gains == (
+        "On `sums` (acc) the merged model is better than its task arithmetic twin: 0.700 against "
+        "0.500 (difference +0.200, 95 % interval +0.100 to +0.300, adjusted p = 0.010).",
+    )
+    assert twins(scores) == (
+        "The task arithmetic twin is the same merge without statistics: the mean of the task "
+        "vectors, by the same weights.",
+    )
 
 
 def test_a_merge_worse_than_the_base_is_said_to_be_and_noise_is_named():

@@ -80,14 +80,13 @@ def test_each_method_is_given_its_own_settings_and_no_others():
         "guide.epsilon",
     }
     assert by_method["della"] - by_method["ties"] == {"parameters.epsilon"}
-    starts = list(corners(space))  # the guide does nothing for task arithmetic
-    assert [start["merge_method"] for start in starts] == [
-        *("ties", "ties"),
-        *("task_arithmetic", "task_arithmetic"),
-        *("della", "della"),
+    tried = corners(space)  # the guide does nothing for task arithmetic
+    assert [(one.merge_method, one.guide.name if one.guide else None) for one in tried] == [
+        *(("ties", "lewis"), ("ties", "uniform")),
+        *(("task_arithmetic", None), ("task_arithmetic", None)),
+        *(("della", "lewis"), ("della", "uniform")),
     ]
-    unguided = candidate(space, starts[2])
-    assert (unguided.guide, unguided.parameters["lambda"]) == (None, 0.7)
+    assert tried[2].parameters["lambda"] == 0.7
 
 
 def test_the_first_start_is_the_recipe_and_the_second_has_the_usual_densities():
@@ -147,16 +146,31 @@ def test_a_guide_that_needs_texts_is_refused_where_the_recipe_has_none():
         space_of(asked, guides=["lewis"])
 
 
-def test_a_merge_by_statistics_is_refused():
+def test_regmean_is_searched_over_what_it_takes():
     texts = f"calibration: {CALIBRATION}\n"
     asked = parse_recipe(
         f"base_model: o/base\nmodels: [{{model: o/one}}]\nmerge_method: regmean\n{texts}", "r.yaml"
     )
+    space = space_of(asked, ["task_arithmetic"])
 
-    with pytest.raises(RecipeError, match="a search gathers no statistics"):
-        space_of(asked)
-    with pytest.raises(RecipeError, match="a search gathers no statistics"):
-        space_of(recipe(), ["regmean"])
+    assert axes(space, "regmean")[1:] == (
+        Number("models[0].weight", 0.1, 1.5, 1.0),
+        Number("parameters.density", 0.05, 1.0, 1.0),
+        Number("parameters.off_diagonal", 0.0, 1.0, 0.5),
+        Number("parameters.lambda", 0.3, 2.0, 1.0),
+    )
+    by_statistics, plain = corners(space)
+    assert by_statistics.calibration == asked.calibration
+    assert plain.calibration is None  # a recipe that measures nothing may have none
+
+
+def test_trimming_by_activation_goes_with_the_methods_that_trim():
+    asked = recipe(parameters="{trim: activation}")
+
+    found = {one.merge_method: one.parameters for one in corners(space_of(asked, ["della"]))}
+
+    assert found["ties"]["trim"] == "activation"
+    assert "trim" not in found["della"]
 
 
 def test_an_axis_has_a_short_name_for_columns():

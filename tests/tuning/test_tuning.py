@@ -10,9 +10,12 @@ import time
 import pytest
 from click.testing import CliRunner
 
+import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError, OutputError, RecipeError, TuningError
+from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe_file import read_recipe
 from lewis_hub.stages.tuning import Search, tune
@@ -183,6 +186,51 @@ def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
 def test_a_metric_that_no_task_has_is_refused(recipe_file):
     with pytest.raises(EvaluationError, match="zoo_reverse: it has no metric `acc,none`"):
         tune(read_recipe(recipe_file), Search(metric="acc,none"), recipe_file.parent / "tuning")
+
+
+def by_statistics(recipe_file, asked):
+    """The same recipe without its guide, by what is asked."""
+    lines = [line for line in recipe_file.read_text().splitlines() if "guide:" not in line]
+    recipe_file.write_text("\n".join(lines).replace("merge_method: ties", asked) + "\n")
+    return read_recipe(recipe_file)
+
+
+def widths(output):
+    """How many inputs one matrix of each source's stored statistics covers at most."""
+    found = (output / "statistics").glob("*/grams.json")
+    return sorted(json.loads(path.read_text())["facts"]["widest"] for path in found)
+
+
+def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_path):
+    recipe, output = by_statistics(recipe_file, "merge_method: regmean"), tmp_path / "tuning"
+
+    tuned = tune(recipe, Search(n_trials=1, samples=8), output)
+
+    unscored = recipe.model_copy(update={"evaluate": None})
+    merged = lewis_hub.merge_models(unscored, tmp_path / "merged").output
+    *_, value = tuned.objective.values(load(merged, EvaluationSettings()), lambda _: None)
+    assert tuned.start.value == value
+    assert tuned.start.values == {
+        "models[0].weight": 1.0,
+        "models[1].weight": 1.0,
+        "parameters.density": 1.0,
+        "parameters.off_diagonal": 0.5,
+        "parameters.lambda": 1.0,
+    }
+
+
+def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_path):
+    asked = "merge_method: ties\nparameters: {trim: activation, density: 0.2}"
+    recipe, output = by_statistics(recipe_file, asked), tmp_path / "tuning"
+    first = tune(recipe, Search(n_trials=1, samples=8, methods=("regmean",)), output)
+    kept = {path: path.stat().st_mtime_ns for path in (output / "statistics").glob("*/*")}
+
+    more = tune(recipe, Search(n_trials=2, samples=8, methods=("regmean",)), output)
+
+    assert more.trials[0] == first.trials[0]
+    assert (first.n_begun, more.n_begun) == (1, 1)
+    assert widths(output) == [DIAGONAL, DIAGONAL, WIDEST, WIDEST]  # of both methods and experts
+    assert kept == {path: path.stat().st_mtime_ns for path in (output / "statistics").glob("*/*")}
 
 
 @pytest.mark.slow
