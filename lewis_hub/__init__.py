@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lewis_hub.demo.zoo import zoo_folder
     from lewis_hub.errors import LewisHubError
-    from lewis_hub.pipeline import (
-        calibrate,
-        check,
-        evaluate_model,
-        merge_models,
-        open_target,
-        publish,
-        stream,
-        verify,
-    )
+    from lewis_hub.pipeline import calibrate, check, merge_models, stream
     from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
     from lewis_hub.stages.execution import Execution
     from lewis_hub.stages.reading import read_recipe
+    from lewis_hub.steps import evaluate_model, open_target, publish, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,13 +46,13 @@ _HOME = {
     "Recipe": "recipe",
     "calibrate": "pipeline",
     "check": "pipeline",
-    "evaluate_model": "pipeline",
+    "evaluate_model": "steps",
     "merge_models": "pipeline",
-    "open_target": "pipeline",
-    "publish": "pipeline",
+    "open_target": "steps",
+    "publish": "steps",
     "read_recipe": "stages.reading",
     "stream": "pipeline",
-    "verify": "pipeline",
+    "verify": "steps",
     "zoo_folder": "demo.zoo",
 }
 

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 from huggingface_hub import CommitOperationAdd
 
-from lewis_hub import pipeline
+from lewis_hub import pipeline, steps
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import (
     CalibrationError,
@@ -281,6 +281,6 @@ def test_a_merge_on_a_task_is_verified_by_making_it_again(seeded, tmp_path):
     assert "zoo_reverse" in card
     _overwrite(seeded.api(), "train.jsonl")
     model, allowed = ModelReference(name=str(merged)), Execution(allow_code=True)
-    assert pipeline.verify(model, allowed, rebuild=True).problems == ()
+    assert steps.verify(model, allowed, rebuild=True).problems == ()
     with pytest.raises(OutputError, match="task files that came with it, and those are code"):
-        pipeline.verify(model, rebuild=True)
+        steps.verify(model, rebuild=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import lewis_hub
-from lewis_hub import pipeline, recipe_file
+from lewis_hub import pipeline, recipe_file, steps
 from lewis_hub.demo.zoo import seed_hub
 from lewis_hub.stages import reading
 
@@ -20,9 +20,9 @@ EXAMPLES = {
         pipeline.calibrate,
         pipeline.merge_models,
         pipeline.stream,
-        pipeline.evaluate_model,
-        pipeline.publish,
-        pipeline.verify,
+        steps.evaluate_model,
+        steps.publish,
+        steps.verify,
     )
 }
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from served import pushed, weights
 
 import lewis_hub
-from lewis_hub import pipeline
+from lewis_hub import pipeline, steps
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, SourceError
@@ -333,7 +333,7 @@ def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layo
     said = said_titles()
 
     one, two = (
-        pipeline.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
+        steps.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
         for folder in (few, plain)
     )
 

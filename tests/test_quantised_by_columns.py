@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from served import pushed, weights
 
-from lewis_hub import pipeline
+from lewis_hub import pipeline, steps
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe_file import parse_recipe
 
@@ -236,7 +236,7 @@ def test_a_merge_streams_from_gptq_on_the_hub_to_the_same_bytes(api, tmp_path):
     )
     pipeline.merge_models(recipe("zoo/base", few), tmp_path / "out")
 
-    pipeline.stream(asked, pipeline.open_target(asked.publish), tmp_path / "work")
+    pipeline.stream(asked, steps.open_target(asked.publish), tmp_path / "work")
 
     api.hf_hub_download("zoo/out", WEIGHTS, local_dir=tmp_path / "got")
     assert weights(tmp_path / "got") == weights(tmp_path / "out")

@@ -83,14 +83,14 @@ def preflight(
     from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
-    from lewis_hub import pipeline
+    from lewis_hub import steps
     from lewis_hub.cli.tables import plain
     from lewis_hub.stages.preflight import look_ahead
     from lewis_hub.stages.sources import hub_api
 
     if repo:
-        recipe = pipeline.published_at(recipe, repo)
-    asked = pipeline.destination(recipe)
+        recipe = steps.published_at(recipe, repo)
+    asked = steps.destination(recipe)
     output = output or recipe_file.parent / "merged"
     found = look_ahead(recipe, asked, output, hub_api(), force=force)
     _tell_github("GITHUB_OUTPUT", f"way={found.way}\n")

@@ -53,19 +53,19 @@ def merge_on_jobs(
     terminal: Terminal, recipe_file: Path, recipe: Recipe, hardware: Hardware
 ) -> NoReturn:
     """Run this command's merge as a Job, show its log, and leave with its exit code."""
-    from lewis_hub import pipeline
+    from lewis_hub import steps
     from lewis_hub.hub import jobs
     from lewis_hub.stages.jobs import request
     from lewis_hub.stages.sources import hub_api
 
     asked = request(recipe_file, recipe, handed_on(click.get_current_context()), hardware)
-    pipeline.open_target(pipeline.destination(recipe))
+    steps.open_target(steps.destination(recipe))
     api = hub_api()
     job = jobs.submit(api, asked)
     ends = f"It goes on if this command is interrupted; `hf jobs cancel {job.id}` ends it."
     terminal.progress.say(f"Job {job.id}: {job.url}\n{ends}")
     code = jobs.follow(api, job, terminal.progress.say)
-    repo = pipeline.destination(recipe).repo
+    repo = steps.destination(recipe).repo
     document = {"status": STATUS.get(code, "failed"), "job": job.id, "url": job.url, "repo": repo}
     terminal.finish(document, f"Job {job.id} ended with exit code {code}: {job.url}")
     raise click.exceptions.Exit(code)
@@ -115,16 +115,16 @@ def create(
     from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
-    from lewis_hub import pipeline
+    from lewis_hub import steps
     from lewis_hub.hub import jobs
     from lewis_hub.stages.jobs import Hardware, request
     from lewis_hub.stages.sources import hub_api
 
     if repo:
-        recipe = pipeline.published_at(recipe, repo)
+        recipe = steps.published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
     asked = request(recipe_file, recipe, handed_on(click.get_current_context()), hardware)
-    pipeline.open_target(pipeline.destination(recipe))
+    steps.open_target(steps.destination(recipe))
     made = jobs.schedule(hub_api(), asked, cron)
     document = {"status": "scheduled", "id": made.id, "schedule": cron, "url": made.url}
     terminal.finish(document, f"Scheduled {made.id} for {cron}: {made.url}")

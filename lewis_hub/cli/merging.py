@@ -122,7 +122,7 @@ def merge(
     if stream:
         _require_streamable(push=push, allow_pickle=allow_pickle, sign=private_key is not None)
     recipe = _recipe(recipe_file, repo, push=push, no_eval=no_eval)
-    from lewis_hub import pipeline
+    from lewis_hub import pipeline, steps
     from lewis_hub.stages import signing
     from lewis_hub.stages.execution import Execution
 
@@ -151,7 +151,7 @@ def merge(
     )
     if private_key:
         signing.require_key(private_key)
-    target = pipeline.open_target(pipeline.destination(recipe)) if push else None
+    target = steps.open_target(steps.destination(recipe)) if push else None
     output = output or recipe_file.parent / "merged"
     if stream and target:
         from lewis_hub.cli.tables import publication
@@ -166,7 +166,7 @@ def merge(
         if private_key:
             signing.sign(merged.output, private_key)
         if target and not stays:
-            published = pipeline.publish(merged.output, target, terminal.progress)
+            published = steps.publish(merged.output, target, terminal.progress)
     _finish(terminal, merged, published)
 
 
@@ -176,9 +176,9 @@ def _recipe(file: Path, repo: str | None, *, push: bool, no_eval: bool) -> Recip
 
     recipe = read_recipe(file)
     if repo:
-        from lewis_hub import pipeline
+        from lewis_hub import steps
 
-        recipe = pipeline.published_at(recipe, repo)
+        recipe = steps.published_at(recipe, repo)
     if not no_eval:
         return recipe
     if push and recipe.evaluate and recipe.evaluate.gate:

@@ -42,7 +42,7 @@ def evaluate(
     allow_code_execution: bool,
 ) -> None:
     """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
-    from lewis_hub import pipeline
+    from lewis_hub import steps
     from lewis_hub.cli.tables import scores_table
     from lewis_hub.recipe import Evaluation, ModelReference
     from lewis_hub.stages.execution import Execution
@@ -51,7 +51,7 @@ def evaluate(
         tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
-    scores = pipeline.evaluate_model(
+    scores = steps.evaluate_model(
         ModelReference.model_validate(model), evaluation, execution, terminal.progress
     )
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))
@@ -88,7 +88,7 @@ def push(
 
     Without REPO it goes where, and as, the recipe says that made the folder.
     """
-    from lewis_hub import pipeline
+    from lewis_hub import steps
     from lewis_hub.cli.tables import publication
     from lewis_hub.recipe import Publishing
     from lewis_hub.stages import gating, signing, standing
@@ -100,10 +100,10 @@ def push(
     asked |= {key: value for key, value in given.items() if value is not None}
     if "repo" not in asked:
         raise click.UsageError(f"{folder} does not say where it goes: name the repo, owner/name.")
-    target = pipeline.open_target(Publishing.model_validate(asked))
+    target = steps.open_target(Publishing.model_validate(asked))
     if private_key:
         signing.sign(folder, private_key)
-    published = pipeline.publish(folder, target, terminal.progress, force=force)
+    published = steps.publish(folder, target, terminal.progress, force=force)
     verdict = gating.read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
@@ -138,12 +138,12 @@ def verify(
     allow_code_execution: bool,
 ) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
-    from lewis_hub import pipeline
+    from lewis_hub import steps
     from lewis_hub.cli.tables import verdict_lines
     from lewis_hub.recipe import ModelReference
     from lewis_hub.stages.execution import Execution
 
-    verdict = pipeline.verify(
+    verdict = steps.verify(
         ModelReference.model_validate(model),
         Execution(device=device, allow_code=allow_code_execution),
         terminal.progress,
