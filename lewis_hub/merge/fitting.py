@@ -8,7 +8,7 @@ from lewis_hub.errors import MergeError
 from lewis_hub.methods.registry import Method
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.plan import MergeSettings, Schedule
+    from lewis_hub.merge.planning import MergeSettings, Schedule
 
 
 def require_number_of_experts(method: Method, settings: MergeSettings) -> None:

@@ -14,12 +14,11 @@ from lewis_hub.errors import MergeError
 from lewis_hub.merge import parameters
 from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.cutting import Place, count_blocks, cut, depths, misfits
-from lewis_hub.merge.plan import (
-    MergePlan,
+from lewis_hub.merge.plan import MergePlan, TensorPlan
+from lewis_hub.merge.planning import (
     MergeSettings,
     MergeSource,
     Schedule,
-    TensorPlan,
     plan_shards,
     plan_tensors,
     require_mergeable,

@@ -16,7 +16,8 @@ from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
 from lewis_hub.merge.engine import ShardResult, run
-from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Schedule, make_plan
+from lewis_hub.merge.plan import MergePlan
+from lewis_hub.merge.planning import MergeSettings, MergeSource, Schedule, make_plan
 from lewis_hub.merge.runners import Means
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan

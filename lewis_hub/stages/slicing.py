@@ -13,7 +13,8 @@ from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.configuration import Model, Origin, stacked_config
 from lewis_hub.merge.cutting import count_blocks
-from lewis_hub.merge.plan import MergePlan, MergeSource
+from lewis_hub.merge.plan import MergePlan
+from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelReference, Recipe, Slice, SliceSource

@@ -15,7 +15,7 @@ from lewis_hub.checkpoint.adapter_config import AdapterConfig
 from lewis_hub.checkpoint.header import read_header
 from lewis_hub.checkpoint.reader import read_headers
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
+from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Means, inline
 from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.merge.statistics import Gram, Statistics, informed

@@ -18,7 +18,7 @@ import torch
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, inline, parse_runner, threads
 from lewis_hub.stages.execution import Execution
 

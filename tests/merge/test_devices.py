@@ -9,7 +9,7 @@ from safetensors.torch import load
 
 from lewis_hub.errors import BrokenCheckpointError, DeviceError, NonFiniteError
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, inline, threads
 from lewis_hub.methods.registry import find, methods
 from lewis_hub.stages.execution import Execution

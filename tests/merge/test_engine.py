@@ -11,7 +11,7 @@ from safetensors import safe_open
 from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, Threads, inline, parse_runner, threads
 from lewis_hub.methods import registry
 

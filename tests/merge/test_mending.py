@@ -5,7 +5,7 @@ import torch
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, Threads, inline
 
 METHODS = ["ties", "dare_ties", "della", "task_arithmetic", "breadcrumbs", "model_stock"]

@@ -11,7 +11,7 @@ from lewis_hub.merge import plain, scaling
 from lewis_hub.merge.adapted import AdapterReader
 from lewis_hub.merge.decoding import VALUES
 from lewis_hub.merge.operands import Decoding
-from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import Threads, inline, threads
 from lewis_hub.merge.scaled import BLOCK, ScaledReader
 

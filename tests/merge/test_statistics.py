@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.merge.statistics import informed, unknown
 

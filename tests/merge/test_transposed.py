@@ -7,7 +7,7 @@ import torch
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.checkpoint.transposed import turned
 from lewis_hub.errors import BrokenCheckpointError
-from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import threads
 from lewis_hub.merge.scaled import BLOCK, ScaledReader
 from lewis_hub.merge.transposed import PANEL
