@@ -58,6 +58,19 @@ def test_a_merge_has_the_shape_and_the_dtype_of_its_models(name, shape, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_in_float64_a_definition_gives_what_it_gives_in_float32_and_more_digits(name):
+    method, generator = find(name), torch.Generator().manual_seed(1)
+    for n in numbers_of_experts(method):
+        base, *models = torch.randn(n + 1, 12, 20, generator=generator, dtype=torch.float64)
+        exact = merge(method, base, torch.stack(models))
+
+        rounded = merge(method, base.float(), torch.stack(models).float())
+
+        torch.testing.assert_close(rounded.double(), exact, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(rounded.double(), exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_models_that_did_not_move_from_the_base_are_the_base(name):
     method = find(name)
     base = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
