@@ -150,7 +150,7 @@ def test_models_that_do_not_fit_are_refused(model, tmp_path):
 
     assert said == (
         f"no adapter can be extracted:\n- {other} has model.norm.weight of shape [3], the base "
-        f"{BASE} of [128]. Name the base that it was fine-tuned from."
+        f"{BASE} has [128]. Name the base that it was fine-tuned from."
     )
 
 

@@ -21,7 +21,7 @@ def grams(base, n):
         return [None] * n
     generator = torch.Generator().manual_seed(2)
     width = base.shape[1]
-    x = torch.randn(n, width + 3, width, generator=generator, dtype=base.dtype)
+    x = torch.randn(n, width + 3, width, generator=generator, dtype=torch.float64).to(base.dtype)
     return list((x.mT @ x)[:, None])
 
 
