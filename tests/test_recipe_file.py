@@ -61,7 +61,7 @@ BROKEN = {
     GOOD + "tokenizer: {pad_to: 8}\n": (
         "r.yaml:6: `tokenizer.pad_to`: unknown key `pad_to`.\nDid you mean `pad_to_multiple_of`?"
     ),
-    GOOD + "chat_template: llama3\n": (
+    GOOD + "chat_template: llama4\n": (
         "r.yaml:6: `chat_template`: `llama3` is none of the models, and no template either.\n"
         "Write `auto`, one of `a/b`, `a/c@main`, or the template's text (Jinja)."
     ),
