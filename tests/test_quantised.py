@@ -23,7 +23,7 @@ import lewis_hub
 from lewis_hub import pipeline, steps
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import CheckFailedError, SourceError
+from lewis_hub.errors import CheckFailedError, ExtractionError, SourceError
 from lewis_hub.recipe_file import parse_recipe
 
 GUIDE = """guide:
@@ -475,5 +475,5 @@ def test_extracting_an_adapter_from_a_quantised_model_is_refused(api, tmp_path):
     configure(folder, quantization_config={"quant_method": "hqq"})
     expert, base = (lewis_hub.ModelReference(name=str(name)) for name in (folder, "zoo/base"))
 
-    with pytest.raises(CheckFailedError, match=r"is quantised \(hqq\)"):
+    with pytest.raises(ExtractionError, match=r"is quantised \(hqq\)"):
         extract_adapter(expert, base, 2, 0.0, tmp_path / "out", hub_api(), Silent())
