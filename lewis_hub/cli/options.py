@@ -53,6 +53,11 @@ pickle_option = click.option(
     is_flag=True,
     help="Read models that have pytorch_model.bin alone: for authors that you trust.",
 )
+nan_option = click.option(
+    "--allow-nan",
+    is_flag=True,
+    help="Carry on where a source holds NaN or infinity: it counts as the base's there.",
+)
 device_option = click.option(
     "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING
 
 from lewis_hub import __version__
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
     from lewis_hub.checkpoint.window import Place
 
-SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
+SOFTWARE = (
+    *("torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
+    *("datasets", "lm_eval", "numpy", "llvmlite"),
+)
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
 
 
@@ -121,7 +125,7 @@ class Step:
 
 def software() -> dict[str, str]:
     """What the work is done with: name -> version; what is not installed is left out."""
-    found = {"lewis_hub": __version__}
+    found = {"lewis_hub": __version__, "python": python_version()}
     for name in SOFTWARE:
         try:
             found[name] = version(name)
