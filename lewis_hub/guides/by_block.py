@@ -1,4 +1,4 @@
-"""Measure a model that does not fit in memory, with one block of it there at a time.
+"""Measure a model with one block of it in memory at a time.
 
 All texts run through a block before the next one is read. In memory are, at most, the embeddings
 and a block, twice while it is fused; and of all texts the hidden states, masks and positions.
@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lewis_hub.errors import CalibrationModelError
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.activations import (
     N_TRIED,
     Summary,
@@ -70,7 +70,8 @@ def measure(
     """What `activations.measure` returns, of a model that is never in memory as a whole.
 
     Raises:
-        CalibrationModelError: as there; or the decoder does more with the hidden states than to
+        CalibrationModelError: as there.
+        NotByBlockError: from `skeleton`; or the decoder does more with the hidden states than to
             hand them from block to block.
     """
 
@@ -205,4 +206,4 @@ def _chain(made: Skeleton) -> Iterator[None]:
         if not isinstance(error, NotAChainError) and "meta" not in str(error):
             raise
         problem = "its decoder does more between its blocks than to hand on hidden states"
-        raise CalibrationModelError(made.name, problem, made.weights.remedy) from error
+        raise NotByBlockError(made.name, problem, made.weights.remedy) from error
