@@ -34,7 +34,7 @@ from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.products import Products
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
 from lewis_hub.guides.skeleton import Skeleton, skeleton
-from lewis_hub.guides.stored import stored_blocks
+from lewis_hub.guides.stored import stored_blocks, stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.guides.weights import Weights
@@ -82,14 +82,15 @@ def measure(
                 found, sets, visit.sums, visit.products, strict=True
             ):
                 norms = norms_of(sums, tokens.n_tokens)
-                stored = stored_blocks(made.model, visit.modules, norms, products, tokens.n_tokens)
-                for block in stored:
+                of_block = (visit.modules, norms, products, tokens.n_tokens, kept)
+                for block in stored_blocks(made.model, *of_block):
                     one |= summarise(block.weights, block.norms)
         for one in found:
             require_seen(one, made.name)
         return found
 
     made = skeleton(weights, device)
+    kept = stored_names(made.model)
     return visited(made, sets, sum_of_squares, advance, measured, products=True)
 
 
