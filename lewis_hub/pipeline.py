@@ -80,7 +80,7 @@ def check(
     Args:
         recipe: what to merge.
         allow_pickle: whether sources may have pickled weights alone.
-        max_memory_bytes: of a model while it is measured; a larger one goes block by block.
+        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
 
     Raises:
         LewisHubError: a source cannot be found or read. Sources that are there and do not fit

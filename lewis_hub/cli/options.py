@@ -72,7 +72,7 @@ memory_option = click.option(
     "--max-memory",
     callback=lambda _, option, text: text and parse_size(text, option.opts[0]),
     metavar="SIZE",
-    help="Measure models block by block that take more, such as 8GB [all of them whole].",
+    help="Never load a model to measure it that takes more, such as 8GB: only block by block.",
 )
 
 

@@ -45,8 +45,8 @@ class Execution:
         device: where models run to be measured and scored, as torch names it. On `cuda` the weights
             are merged there too, unless Ray's workers do it.
         max_shard_bytes: largest file of weights.
-        max_memory_bytes: of a model while it is measured; a larger one goes block by block. None:
-            every model is loaded whole.
+        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
+            None: any may be.
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
         allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
