@@ -6,7 +6,8 @@ anew: what the other program needs may have pushed them out. Prints the median t
 their ratio and the peak resident memory of each. Each runs once before, to compile what is compiled
 once; ours also hashes the sources then, and what that first run took stands in a column of its own.
 `--mergekit` is the path of `mergekit-yaml` (0.1.5) in an environment of its own; without it only
-ours is run. Run it on an idle machine; `--cases` picks some.
+ours is run. `--plain` is ours as on a machine for which there is no llvmlite. Run it on an idle
+machine; `--cases` picks some.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from lewis_hub.demo.zoo import zoo_folder
 
 HIDDEN, INNER, VOCABULARY, HEAD = 1536, 4096, 32_000, 64
 N_RUNS = 3
+WITH_KERNELS = ["-m", "lewis_hub"]
+PLAIN = ["-c", "import sys; sys.modules['llvmlite'] = None; import lewis_hub.__main__"]
 DENSITIES = {"self_attn": 0.3, "gate_proj": 0.5, "up_proj": 0.6, "down_proj": 0.8}
 
 
@@ -157,9 +160,9 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def measure(case: Case, folder: Path, mergekit: str | None) -> None:
+def measure(case: Case, folder: Path, mergekit: str | None, program: list[str]) -> None:
     config = write_config(folder, case)
-    ours = [sys.executable, "-m", "lewis_hub", "merge", str(config), "--no-eval", "-q", "-o"]
+    ours = [sys.executable, *program, "merge", str(config), "--no-eval", "-q", "-o"]
     theirs = [mergekit or "", "--out-shard-size", "500M", str(config)]
     first_s, _ = run(ours, folder / "out")
     if mergekit and case is CASES["ties"]:  # the first: it compiles what is compiled once
@@ -182,6 +185,7 @@ def measure(case: Case, folder: Path, mergekit: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mergekit", help="path of mergekit-yaml")
+    parser.add_argument("--plain", action="store_true", help="ours without llvmlite")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made [a temporary]")
     asked = parser.parse_args()
@@ -198,7 +202,7 @@ def main() -> None:
                 builder.start()
                 builder.join()
                 built = case.n_blocks, case.n_experts
-            measure(case, Path(made), asked.mergekit)
+            measure(case, Path(made), asked.mergekit, PLAIN if asked.plain else WITH_KERNELS)
 
 
 if __name__ == "__main__":
