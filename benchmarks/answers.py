@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, TEXT = "Question: {question}\nAnswer:", "Question: {question}\nAnswer: {answer}"
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 Items = Sequence[Mapping[str, str]]  # each with `question` and `answer`
 

@@ -1,10 +1,11 @@
 """What `guidance.py` prints, in Markdown.
 
-First every merge: loss and exact match of each skill. Then the guides, one table a method and trim:
-the losses at each mean density, with `+` where a loss is lower than that of the uniform twin and
-`-` where it is higher (p < .01). Then every merge against its twins: t is of the paired differences
-in loss, negative where the merge is better. p is two-sided, by the normal distribution (items are
-many), after Holm over both skills of all rows. Scores of several seeds are averaged item by item.
+First every merge: loss and exact match of each skill. Then the guides, two tables a method and
+trim, of loss and exact match at each mean density: `+` where a loss is lower than that of the twin
+and `-` where it is higher (p < .01). The twin is uniform; that of `uniform by activation` trims by
+magnitude. Then every merge against its twins: t is of the paired differences in loss, negative
+where the merge is better. p is two-sided, by the normal distribution (items are many), after Holm
+over all skills of all rows. Scores of several seeds are averaged item by item.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from answers import Scored
 from guidance_variants import GUIDES, MEAN_DENSITIES, Variant
@@ -20,6 +22,22 @@ SIGNIFICANT = 0.01
 
 Found = Mapping[str, Mapping[str, Sequence[Scored]]]  # variant -> skill -> seed by seed
 Test = tuple[str, str, str]  # a merge, its twin, and a skill
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Every merge against its twins."""
+
+    pairs: Sequence[tuple[str, str]]
+    t: Mapping[Test, float]
+    p: Mapping[Test, float]
+
+    def mark(self, name: str, skill: str) -> str:
+        """Of a merge against its one twin."""
+        for test, p in self.p.items():
+            if test[0] == name and test[2] == skill and p < SIGNIFICANT:
+                return "+" if self.t[test] < 0 else "-"
+        return ""
 
 
 def best_of(family: str, known: Mapping[str, Variant], tuned: Found) -> str:
@@ -36,24 +54,20 @@ def best_of(family: str, known: Mapping[str, Variant], tuned: Found) -> str:
 
 def tables(skills: Sequence[str], known: Mapping[str, Variant], found: Found, tuned: Found) -> str:
     """All of them."""
-    pairs = list(_pairs(known, found, tuned))
+    tested = _tested(skills, list(_pairs(known, found, tuned)), found)
+    kinds = (("ties", ""), ("ties", " by activation"), ("dare_ties", ""), ("della", ""))
+    grids = [line for kind in kinds for line in _grid(*kind, skills, found, tested)]
+    return "\n".join([*_means(skills, found), *grids, *_tests(skills, tested)])
+
+
+def _tested(skills: Sequence[str], pairs: Sequence[tuple[str, str]], found: Found) -> Tested:
     t = {
         (*pair, skill): paired_t(*(_losses(found[name][skill]) for name in pair))
         for pair in pairs
         for skill in skills
     }
     p = holm({key: math.erfc(abs(value) / math.sqrt(2)) for key, value in t.items()})
-    grids = [
-        line
-        for method, trim in (
-            ("ties", ""),
-            ("ties", " by activation"),
-            ("dare_ties", ""),
-            ("della", ""),
-        )
-        for line in _grid(method, trim, skills, found, t, p)
-    ]
-    return "\n".join([*_means(skills, found), *grids, *_tests(skills, pairs, t, p)])
+    return Tested(pairs, t, p)
 
 
 def holm(p: Mapping[Test, float]) -> dict[Test, float]:
@@ -93,52 +107,36 @@ def _means(skills: Sequence[str], found: Found) -> Iterator[str]:
         yield f"| {' | '.join([name, *losses, *right])} |"
 
 
-def _grid(  # noqa: PLR0913
-    method: str,
-    trim: str,
-    skills: Sequence[str],
-    found: Found,
-    t: Mapping[Test, float],
-    p: Mapping[Test, float],
+def _grid(
+    method: str, trim: str, skills: Sequence[str], found: Found, tested: Tested
 ) -> Iterator[str]:
     rows = {
         guide: [f"{method} {density} {guide}{trim}" for density in MEAN_DENSITIES]
-        for guide in GUIDES
+        for guide in ("uniform", *(g for g in GUIDES if g != "uniform"))
     }
     if not any(name in found for names in rows.values() for name in names):
         return
-    yield f"\n| {method}{trim}, guide | " + " | ".join(map(str, MEAN_DENSITIES)) + " |"
-    yield "|---|" + "---:|" * len(MEAN_DENSITIES)
-    for guide in ("uniform", *(g for g in GUIDES if g != "uniform")):
-        cells = []
-        for name, density in zip(rows[guide], MEAN_DENSITIES, strict=True):
-            twin = f"{method} {density} uniform{trim if guide != 'uniform' else ''}"
-            told = [
-                f"{statistics.fmean(_losses(found[name][skill])):.3f}"
-                + _mark((name, twin, skill), t, p)
-                for skill in (skills if name in found else ())
+    for what, values in (("loss", _losses), ("exact", _right)):
+        yield f"\n| {method}{trim}, {what} | " + " | ".join(map(str, MEAN_DENSITIES)) + " |"
+        yield "|---|" + "---:|" * len(MEAN_DENSITIES)
+        for guide, names in rows.items():
+            cells = [
+                [
+                    f"{statistics.fmean(values(found[name][skill])):.3f}"
+                    + (tested.mark(name, skill) if what == "loss" else "")
+                    for skill in (skills if name in found else ())
+                ]
+                for name in names
             ]
-            cells.append(" / ".join(told))
-        yield f"| {guide} | {' | '.join(cells)} |"
+            yield f"| {guide} | {' | '.join(' / '.join(cell) for cell in cells)} |"
 
 
-def _mark(test: Test, t: Mapping[Test, float], p: Mapping[Test, float]) -> str:
-    if p.get(test, 1.0) >= SIGNIFICANT:
-        return ""
-    return "+" if t[test] < 0 else "-"
-
-
-def _tests(
-    skills: Sequence[str],
-    pairs: Sequence[tuple[str, str]],
-    t: Mapping[Test, float],
-    p: Mapping[Test, float],
-) -> Iterator[str]:
+def _tests(skills: Sequence[str], tested: Tested) -> Iterator[str]:
     yield "\n| merge | against | t | p |\n|---|---|---:|---:|"
-    for pair in pairs:
-        tested = " / ".join(f"{t[*pair, skill]:+.1f}" for skill in skills)
-        likely = " / ".join(_probability(p[*pair, skill]) for skill in skills)
-        yield f"| {' | '.join([*pair, tested, likely])} |"
+    for pair in tested.pairs:
+        t = " / ".join(f"{tested.t[*pair, skill]:+.1f}" for skill in skills)
+        p = " / ".join(_probability(tested.p[*pair, skill]) for skill in skills)
+        yield f"| {' | '.join([*pair, t, p])} |"
 
 
 def _probability(p: float) -> str:

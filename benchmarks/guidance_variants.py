@@ -16,7 +16,7 @@ MEAN_DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 SEEDS = (42, 43, 44)
 GUIDES = tuple(guide.name for guide in registry.guides())
 PLAIN = ("task_arithmetic", "ties", "linear")  # families that know nothing of any text
-MAX_TOKENS = 128  # no item of the benchmark is longer; `lewis_reference` pads to it
+MAX_TOKENS = 64  # no item of the benchmark is longer; `lewis_reference` pads to it
 GENERIC = {  # beside the skills' folder
     "math": ("gsm8k/train.jsonl", "{question} {answer}"),
     "strings": ("mbpp/mbpp_train_full.jsonl", "{text} {code}"),

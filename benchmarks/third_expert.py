@@ -28,7 +28,7 @@ DIGITS = (
     *((1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC")),
     *((50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")),
 )
-N_STEPS, BATCH, RATE, WARM_UP, SEED = 200, 32, 1e-4, 20, 7
+N_STEPS, BATCH, RATE, WARM_UP, SEED = 100, 24, 1e-4, 10, 7
 
 
 def roman(number: int) -> str:
