@@ -106,11 +106,10 @@ class Merging:
     def make(self, asked: Refinement) -> None:
         """Put the merge into `merged`."""
         batches = {skill: self._texts(skill, asked) for skill in self.skills}
-        first = {skill: self._embedded(batch.ids) for skill, batch in batches.items()}
-        own, seen = dict(first), dict(first)  # hidden states: in the expert, and in the merge
-        self.merged.load_state_dict(self.base.state_dict())
-        if asked.inputs == "mean":
-            self._average()
+        self._average()
+        # hidden states: in the expert, and in the merge
+        own = {s: self.experts[s].model.embed_tokens(one.ids) for s, one in batches.items()}
+        seen = {s: self.merged.model.embed_tokens(one.ids) for s, one in batches.items()}
         for number in range(len(self.base.model.layers)):
             self._block(number, asked, batches, own, seen)
 
@@ -196,10 +195,10 @@ class Merging:
         return torch.stack(list(weights)).mean(0) - base
 
     def _average(self) -> None:
-        for number, block in enumerate(self.merged.model.layers):
-            for name in (name for group in GROUPS for name in group):
-                weight = block.get_submodule(name).weight
-                weight.add_(self._mean_vector(number, name))
+        """Embeddings and norms stay so; the Linears of the blocks come one after the other."""
+        states = [expert.state_dict() for expert in self.experts.values()]
+        mean = {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
+        self.merged.load_state_dict(mean)
 
     def _inputs(self, block: Any, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the first Linear of each group is handed, and what the block makes of it all."""
@@ -216,10 +215,6 @@ class Merging:
         for hook in hooks:
             hook.remove()
         return seen, made[0] if isinstance(made, tuple) else made
-
-    def _embedded(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.base.model.embed_tokens(ids)
-        return found
 
     def _texts(self, skill: str, asked: Refinement) -> Batch:
         lines = (self.data / f"{skill}_train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -261,6 +256,7 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*")
     parser.add_argument("--skills", nargs="*", default=["math", "strings"])
     parser.add_argument("--split", default="tune", choices=tuple(SIZES))
+    parser.add_argument("--dtype", default="bfloat16")
     told = parser.parse_args()
     known, n_items = refinements(), SIZES[told.split]
     asked = {}
@@ -275,7 +271,7 @@ def main() -> None:
     if left:
         merging, scored = (
             Merging(told.models, told.data, told.skills),
-            load(told.models / "base", "bfloat16"),
+            load(told.models / "base", told.dtype),
         )
         for name in left:
             started = time.perf_counter()
