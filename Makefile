@@ -17,8 +17,8 @@ test: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto
 
-test-all: .venv/dev test
-	$(BIN)/pytest -m slow
+test-all: .venv/dev test .venv/mergekit/bin/mergekit-yaml
+	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py

@@ -1,7 +1,8 @@
 """How fast and how small a merge is, beside mergekit: `python benchmarks/merge.py --mergekit BIN`.
 
 Builds Llama-shaped bf16 checkpoints, then runs both programs in turns on the same mergekit
-configuration: whole processes, local folders, files in the page cache. Prints the median times,
+configuration: whole processes, local folders, files in the page cache, where each run finds them
+anew: what the other program needs may have pushed them out. Prints the median times,
 their ratio and the peak resident memory of each. Each runs once before, to compile what is compiled
 once; ours also hashes the sources then, and what that first run took stands in a column of its own.
 `--mergekit` is the path of `mergekit-yaml` (0.1.5) in an environment of its own; without it only
@@ -129,6 +130,7 @@ def run(command: list[str], output: Path) -> tuple[float, float]:
     """Wall seconds and peak resident megabytes of one process."""
     home = {"HF_HOME": str(output.parent / "hf-home"), "HF_HUB_OFFLINE": "1"}
     shutil.rmtree(output, ignore_errors=True)
+    warm(output.parent)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -145,6 +147,14 @@ def run(command: list[str], output: Path) -> tuple[float, float]:
         raise SystemExit(told.decode(errors="replace")[-2000:])
     shutil.rmtree(output, ignore_errors=True)
     return seconds, usage.ru_maxrss / 1000
+
+
+def warm(folder: Path) -> None:
+    """Bring the sources into the page cache."""
+    for file in folder.glob("source-*/*.safetensors"):
+        with file.open("rb", buffering=0) as held:
+            while held.read(1 << 24):
+                pass
 
 
 def measure(case: Case, folder: Path, mergekit: str | None) -> None:

@@ -113,6 +113,17 @@ class CheckFailedError(LewisHubError):
         return f"this recipe cannot be merged:\n{found}\n`lewis-hub check` shows the sources."
 
 
+@dataclass(eq=False)
+class ExtractionError(LewisHubError):
+    """Two models of whose difference no adapter can be made."""
+
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        found = "\n".join(f"- {problem}" for problem in self.problems)
+        return f"no adapter can be extracted:\n{found}"
+
+
 class DeviceError(LocatedError):
     """A device that this machine does not have, or that is too small; `where` is the device."""
 

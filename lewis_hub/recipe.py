@@ -24,7 +24,7 @@ from lewis_hub.recipe_benchmark import Benchmark
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
-from lewis_hub.recipe_tokenizer import Tokenizer
+from lewis_hub.recipe_tokenizer import CHAT_TEMPLATES, Tokenizer
 
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"],
@@ -224,7 +224,9 @@ class Recipe(Part):
     )
     tokenizer: Tokenizer | None = Field(None, description="The same, with settings for tokens.")
     chat_template: str | None = Field(
-        None, description="auto (that of the tokenizer), one of the models, or a template's text."
+        None,
+        description="auto (that of the tokenizer), one of the models, a template's text, or one of "
+        f"{', '.join(CHAT_TEMPLATES)}.",
     )
     allow_code: tuple[str, ...] = Field(
         (), description="Models whose *.py files are carried into the merge; never run here."

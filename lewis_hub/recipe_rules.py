@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lewis_hub.recipe import REPO, Evaluation, ModelReference, Recipe, Slice
+from lewis_hub.recipe_tokenizer import CHAT_TEMPLATES
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
@@ -59,9 +60,11 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             problem = f"`{model}` is none of the models."
             yield ("tokenizer", "tokens", token, "source"), problem, f"Write one of {models}."
     template = recipe.chat_template
-    if template and template != "auto" and "{" not in template and not recipe.reference(template):
+    named = template in ("auto", *CHAT_TEMPLATES)
+    if template and not named and "{" not in template and not recipe.reference(template):
         problem = f"`{template}` is none of the models, and no template either."
-        remedy = f"Write `auto`, one of {models}, or the template's text (Jinja)."
+        listed = ", ".join(f"`{name}`" for name in CHAT_TEMPLATES)
+        remedy = f"Write `auto`, one of {models}, {listed}, or the template's text (Jinja)."
         yield ("chat_template",), problem, remedy
 
 

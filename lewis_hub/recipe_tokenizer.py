@@ -15,6 +15,8 @@ from pydantic import (
 
 from lewis_hub.recipe_settings import Part
 
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # that come with the package
+
 
 class ModelToken(Part):
     """A token of one of the models, by its text or its id."""

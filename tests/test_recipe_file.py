@@ -61,9 +61,10 @@ BROKEN = {
     GOOD + "tokenizer: {pad_to: 8}\n": (
         "r.yaml:6: `tokenizer.pad_to`: unknown key `pad_to`.\nDid you mean `pad_to_multiple_of`?"
     ),
-    GOOD + "chat_template: llama3\n": (
-        "r.yaml:6: `chat_template`: `llama3` is none of the models, and no template either.\n"
-        "Write `auto`, one of `a/b`, `a/c@main`, or the template's text (Jinja)."
+    GOOD + "chat_template: llama4\n": (
+        "r.yaml:6: `chat_template`: `llama4` is none of the models, and no template either.\n"
+        "Write `auto`, one of `a/b`, `a/c@main`, `alpaca`, `chatml`, `exaone`, `llama3`, "
+        "`mistral`, or the template's text (Jinja)."
     ),
     GOOD + "dtype: bf16\n": (
         "r.yaml:6: `dtype`: expected 'float32', 'float16' or 'bfloat16', found 'bf16'.\n"

@@ -18,6 +18,7 @@ from transformers import (
 import lewis_hub
 from lewis_hub.errors import CheckFailedError, RecipeError
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.recipe_tokenizer import CHAT_TEMPLATES
 from lewis_hub.stages.execution import Execution
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -157,6 +158,22 @@ def test_the_merge_reloads_and_encodes_every_token_to_the_right_row(zoo, source)
         loaded(token, add_special_tokens=False).input_ids == [vocabulary[token]] for token in added
     )
     assert loaded.decode(loaded("hello <|end|> hey wow").input_ids) == "hello <|end|> hey wow"
+
+
+def test_tokens_that_only_a_configuration_adds_are_compared_too(zoo):
+    zoo.write("twin", tokenizer("base"), N_ROWS["base"])
+    n_tokens = len(tokenizer("base"))
+    for name, token in (("base", "<img>"), ("twin", "<tool>")):
+        file = zoo.root / name / "tokenizer_config.json"
+        added = {str(n_tokens): {"content": token, "special": True}}
+        told = json.loads(file.read_text()) | {"added_tokens_decoder": added}
+        file.write_text(json.dumps(told))
+
+    with pytest.raises(CheckFailedError) as raised:
+        zoo.merge(zoo.recipe(names=("twin",)))
+
+    named = f"id {n_tokens} is '<tool>' in {zoo.root}/twin and '<img>' in {zoo.root}/base"
+    assert named in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +417,39 @@ def test_the_chat_template_is_that_of_the_tokenizer_a_model_or_the_recipe(zoo, a
 
     told = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert told == f"{says} hi".lstrip() + (" " if not says else "")
+
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "Sure?"},
+]
+SPELT = {  # as each format's own models were trained on it; <s> and <|end|> are this tokenizer's
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + 2?<|im_end|>\n"
+    "<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n2 + 2?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n4<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "mistral": "<s>[INST] Be brief.\n\n2 + 2? [/INST] 4<|end|>[INST] Sure? [/INST]",
+    "alpaca": "<s>Be brief.\n\n### Instruction:\n2 + 2?\n\n### Response:\n4<|end|>\n\n"
+    "### Instruction:\nSure?\n\n### Response:\n",
+    "exaone": "[|system|]Be brief.[|endofturn|]\n[|user|]2 + 2?\n[|assistant|]4[|endofturn|]\n"
+    "[|user|]Sure?\n[|assistant|]",
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_template_that_comes_along_spells_its_format(zoo, name):
+    output = zoo.merge(zoo.recipe(f"chat_template: {name}\ntokenizer_source: base\n"))
+
+    loaded = AutoTokenizer.from_pretrained(output)
+
+    told = loaded.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert told == SPELT[name]
 
 
 def test_a_template_may_lie_in_the_configuration_and_is_taken_out_of_it(zoo):

@@ -65,8 +65,9 @@ class Window:
     """The files of several sources. Threads may share it; close it.
 
     What a step of the work needs is fetched before it comes, in the order of the steps and with
-    several requests at a time, and dropped after `step_done`. `most_held` tells how much lies in
-    `scratch` at most.
+    several requests at a time, and dropped after `step_done`. Whoever waits for a later step gets
+    it, so that no thread waits for another's work. `most_held` tells how much lies in `scratch` at
+    most.
 
     Args:
         places: label of a source -> where its files are.
@@ -92,6 +93,7 @@ class Window:
         for found in self._of_file.values():
             found.sort(key=lambda one: one.start)
         self._n_sent = self._step = self._held_bytes = 0
+        self._awaited = 0  # the last step that somebody waited for
         self._n_leaving = 0  # requests that nobody needs any more, and that are still here
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(N_REQUESTS, "lewis-hub-ranges")
@@ -169,6 +171,8 @@ class Window:
                 (o for o in found[low:high] if position < o.stop and o.last >= self._step),
                 key=lambda one: one.first,
             )
+            self._awaited = max(self._awaited, one.first)
+            self._send()
             while one.arrival is None:
                 self._changed.wait()
         one.arrival.result()
@@ -179,7 +183,7 @@ class Window:
         while self._n_sent < len(self._requests) and not self._is_closed:
             one = self._requests[self._n_sent]
             fits = self._held_bytes + one.n_bytes <= self._most_bytes
-            if not fits and (one.first > self._step or self._n_leaving):
+            if not fits and (one.first > max(self._step, self._awaited) or self._n_leaving):
                 return
             one.arrival = self._pool.submit(self._fetch, one)
             self._n_sent += 1
@@ -238,15 +242,21 @@ def elsewhere(places: Mapping[str, Place]) -> list[str]:
     return [label for label, place in places.items() if not isinstance(place, Path)]
 
 
-def most_held(steps: Sequence[Sequence[Need]], most_bytes: int) -> int:
-    """The most bytes that lie in a window's scratch folder at a time; the arguments are its own."""
+def most_held(steps: Sequence[Sequence[Need]], most_bytes: int, n_together: int = 1) -> int:
+    """The most bytes that lie in a window's scratch folder at a time.
+
+    Args:
+        steps: the window's.
+        most_bytes: the window's.
+        n_together: how many neighbouring steps are worked on at a time.
+    """
     changes = [0] * (len(steps) + 1)
     requests = _requests(steps, most_bytes, Path())
     for one in requests:
-        changes[one.first] += one.n_bytes
+        changes[max(one.first - n_together + 1, 0)] += one.n_bytes
         changes[one.last + 1] -= one.n_bytes
-    largest_step = max(accumulate(changes), default=0)
-    return min(sum(one.n_bytes for one in requests), max(most_bytes, largest_step))
+    largest_steps = max(accumulate(changes), default=0)
+    return min(sum(one.n_bytes for one in requests), max(most_bytes, largest_steps))
 
 
 def _requests(steps: Sequence[Sequence[Need]], most_bytes: int, scratch: Path) -> list[_Request]:

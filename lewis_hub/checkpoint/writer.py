@@ -53,6 +53,9 @@ class ShardWriter:
         except OSError as error:
             os.close(self._descriptor)
             raise _refused(self.path, error) from None
+        except OutputError:
+            os.close(self._descriptor)
+            raise
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -113,6 +116,9 @@ class ShardWriter:
         while self._n_hashed < stop:
             window = memoryview(held)[: stop - self._n_hashed]
             n_read = os.preadv(self._descriptor, [window], self._n_hashed)
+            if not n_read:
+                problem = "somebody cut it short while it was written."
+                raise OutputError(str(self.path), problem, "Run again: finished shards are kept.")
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
         self._let_go(start, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from lewis_hub import __version__
 from lewis_hub.cli import actions, hubs, jobs, merging, models, profiles, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
+RARELY = 50_000  # new objects before garbage is looked for: importing makes many, and none of it
 INTERRUPTED = "interrupted; the same command goes on from here."
 EPILOG = """\b
 Examples:
@@ -59,6 +61,7 @@ for command in (
 
 def main() -> None:
     """Run a command; every expected failure ends here as one message and an exit code."""
+    gc.set_threshold(RARELY)
     _leave_within_a_second_of_ctrl_c()
     code = _run()
     try:

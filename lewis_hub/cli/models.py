@@ -17,6 +17,8 @@ from lewis_hub.cli.options import (
 )
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
+RANK = 32  # of an adapter's updates, where no error is asked for
+
 
 @click.command(epilog="\b\nExample:\n  lewis-hub evaluate merged --task gsm8k --limit 100")
 @click.argument("model")
@@ -191,17 +193,21 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
 )
 @click.argument("model")
 @click.option("--base", required=True, help="What MODEL was fine-tuned from.")
-@click.option("--rank", type=click.IntRange(min=1), default=32, help="Highest rank [32].")
+@click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Highest rank [32; with --error as high as it takes].",
+)
 @click.option(
     "--error",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
-    help="Per module the lowest rank that misses no more than this share [the highest rank].",
+    help="Per module the lowest rank that misses no more of its task vector than this share.",
 )
 @output_option("Folder to make [adapter/].", default="adapter")
 @terminal_options
 def extract_lora(
-    terminal: Terminal, model: str, base: str, rank: int, error: float, output: Path
+    terminal: Terminal, model: str, base: str, rank: int | None, error: float, output: Path
 ) -> None:
     """Make a LoRA adapter (PEFT's format) of how MODEL differs from its base."""
     from lewis_hub.cli.tables import extraction
@@ -210,7 +216,8 @@ def extract_lora(
     from lewis_hub.stages.sources import hub_api
 
     expert, start = (ModelReference.model_validate(name) for name in (model, base))
-    found = extract_adapter(expert, start, rank, error, output, hub_api(), terminal.progress)
+    most = rank or (None if error else RANK)
+    found = extract_adapter(expert, start, most, error, output, hub_api(), terminal.progress)
     document = {
         "status": "extracted",
         "output": str(output),

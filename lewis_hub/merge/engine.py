@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -114,12 +115,11 @@ def merge_shard(
     """Make one shard on this machine from the beginning; the sources are read by the window."""
     from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
-    from lewis_hub.merge.mending import MendingReader, mending
+    from lewis_hub.merge.operands import BLOCK
     from lewis_hub.merge.pieces import Desks, Job, Site
 
     layout = plan.layout
-    note = _note(output, layout.name)
-    note.unlink(missing_ok=True)
+    _note(output, layout.name).unlink(missing_ok=True)
     with ExitStack() as opened:
         readers = [
             opened.enter_context(open_source(label, base, window.reader))
@@ -128,9 +128,9 @@ def merge_shard(
         writer = ShardWriter(output, layout, stays_cached=means.is_read_next)
         opened.enter_context(writer)
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
-        n_together = max(len(tensor.inputs) for tensor in plan.tensors)
-        desks = Desks(n_together, max(b for b in blocks if b <= LONGEST_ROW))
-        read = mending(plan, assembling(plan, readers))
+        n_together = max((len(tensor.inputs) for tensor in plan.tensors), default=1)
+        desks = Desks(n_together, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
+        read = assembling(plan, readers)
         statistics = [opened.enter_context(window.reader(label)) for label in plan.statistics]
         site = Site(plan, read, writer, desks, statistics)
         jobs = [
@@ -142,18 +142,9 @@ def merge_shard(
         for n_bytes in made:
             window.step_done()
             advance(n_bytes)
-        mended = {
-            label: len(reader.mended)
-            for label, reader in zip(plan.labels, read, strict=True)
-            if isinstance(reader, MendingReader) and reader.mended
-        }
+        mended = Counter(label for label, _ in {one for job in jobs for one in job.mended})
         result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
-    told = {"plan": plan.digest, "sha256": result.sha256, "n_bytes": result.n_bytes}
-    try:
-        write_whole(note, json.dumps(told, indent=2) + "\n")
-    except OSError as error:
-        problem = f"it cannot be written ({error.strerror})."
-        raise OutputError(str(note), problem, "Free some space, then run again.") from None
+    _write_note(plan, result, output)
     return result
 
 
@@ -238,6 +229,16 @@ def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None
+
+
+def _write_note(plan: ShardPlan, made: ShardResult, output: Path) -> None:
+    note = _note(output, made.name)
+    told = {"plan": plan.digest, "sha256": made.sha256, "n_bytes": made.n_bytes}
+    try:
+        write_whole(note, json.dumps(told, indent=2) + "\n")
+    except OSError as error:
+        problem = f"it cannot be written ({error.strerror})."
+        raise OutputError(str(note), problem, "Free some space, then run again.") from None
 
 
 def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:

@@ -54,7 +54,7 @@ class Extracted:
 def extract(
     base: tuple[Checkpoint, Reader],
     expert: tuple[Checkpoint, Reader],
-    most: int,
+    most: int | None,
     error: float,
     output: Path,
     advance: Advance,
@@ -64,7 +64,7 @@ def extract(
     Args:
         base: headers and reader.
         expert: the same of the fine-tuned model; its tensors fit the base's.
-        most: highest rank of an update.
+        most: highest rank of an update; None: as high as it takes.
         error: per module, the lowest rank within this error is taken; 0 takes the highest rank.
         output: exists.
         advance: called with the number of elements that were looked at.
@@ -81,13 +81,16 @@ def extract(
     whole: list[str] = []
     for name, header in base[0].tensors.items():
         if header.dtype in MERGEABLE:
-            ours, theirs = base[1].tensor(header), expert[1].tensor(expert[0].tensors[name])
+            their_header = expert[0].tensors[name]
+            ours, theirs = base[1].tensor(header), expert[1].tensor(their_header)
             change = theirs - ours
             if not change.isfinite().all():
                 remedy = "That model is broken: use another revision of it."
                 raise NonFiniteError(name, expert[0].label, remedy)
             if change.any():
-                dtype = torch.float32 if expert[0].tensors[name].dtype == "F32" else torch.bfloat16
+                dtype = {"F32": torch.float32, "F16": torch.float16}.get(
+                    their_header.dtype, torch.bfloat16
+                )
                 if _is_update(header, base[0]):
                     fits[names.module(name)] = _put_update(held, name, change, most, error, dtype)
                 else:
@@ -99,7 +102,7 @@ def extract(
         raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
     settings, weights = ADAPTERS
     save_file(held, output / weights, {"format": "pt"})
-    config = json.dumps(_config(base[0].label, fits, whole, most), indent=2) + "\n"
+    config = json.dumps(_config(base[0].label, fits, whole), indent=2) + "\n"
     (output / settings).write_text(config, encoding="utf-8")
     return Extracted(fits, tuple(whole), (output / weights).stat().st_size)
 
@@ -128,20 +131,27 @@ def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
 
 
 def _put_update(
-    held: dict[str, Tensor], name: str, change: Tensor, most: int, error: float, dtype: Any
+    held: dict[str, Tensor], name: str, change: Tensor, most: int | None, error: float, dtype: Any
 ) -> Fit:
+    import torch
+
     from lewis_hub.merge.low_rank_fit import fit
 
     module = names.module(name)
-    found = fit(change, most, error, dtype)
-    held[f"{PREFIX}{module}.lora_A.weight"] = found.right.to(dtype).contiguous()
-    held[f"{PREFIX}{module}.lora_B.weight"] = found.left.to(dtype).contiguous()
+    found = fit(
+        change,
+        most or min(change.shape),
+        error,
+        torch.float32 if dtype == torch.float32 else torch.bfloat16,
+    )
+    held[f"{PREFIX}{module}.lora_A.weight"] = found.right.contiguous()
+    held[f"{PREFIX}{module}.lora_B.weight"] = found.left.contiguous()
     return Fit(found.rank, found.error)
 
 
-def _config(base: str, fits: Mapping[str, Fit], whole: list[str], most: int) -> dict[str, Any]:
+def _config(base: str, fits: Mapping[str, Fit], whole: list[str]) -> dict[str, Any]:
     """In PEFT's words; alpha equals the rank everywhere, so that the factors count as they are."""
-    highest = max((fit.rank for fit in fits.values()), default=most)
+    highest = max((fit.rank for fit in fits.values()), default=1)
     thinner = {module: fit.rank for module, fit in fits.items() if fit.rank != highest}
     kept = [name for name in whole if not name.endswith(BIAS)]
     name, _, revision = base.partition("@")

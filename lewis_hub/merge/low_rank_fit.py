@@ -6,7 +6,9 @@ products with the matrix where a singular value decomposition costs many. Import
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ class Factors:
     """left @ right, and how far that is from the matrix.
 
     Attributes:
-        left: (rows, rank) float32.
-        right: (rank, columns) float32.
+        left: (rows, rank), in the dtype of the file.
+        right: (rank, columns), the same.
         error: Frobenius norm of the rest, as a share of the matrix's.
     """
 
@@ -37,6 +39,14 @@ class Factors:
         return int(self.left.shape[1])
 
 
+class Leading(NamedTuple):
+    """The first singular vectors and values."""
+
+    left: Tensor  # (rows, rank)
+    values: Tensor  # (rank,)
+    right: Tensor  # (rank, columns)
+
+
 def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> Factors:
     """Fit a matrix by two thin ones, rounded to the dtype that they are stored in.
 
@@ -44,36 +54,51 @@ def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> Factors:
         matrix: (rows, columns) float32, not zero.
         most: rank that is never exceeded.
         error: the lowest rank whose error is no more than this is taken; 0 takes the highest.
-        dtype: of the factors on disk.
+        dtype: of the factors on disk; float32 where rounding to it would miss more than the error.
     """
     limit = min(most, *matrix.shape)
     rank = min(limit, FIRST_RANK) if error else limit
     while True:
-        left, values, right = _leading(matrix, rank)
-        total = float(matrix.double().square().sum())
-        rest = (total - values.double().square().cumsum(0)).clamp(min=0) / total
-        within = (rest.sqrt() <= error).nonzero()
-        if len(within) or rank == limit:
-            break
+        leading = _leading(matrix, rank)
+        found = _lowest(matrix, leading, error, dtype) if error else None
+        if found or rank == limit:
+            return found or _factors(matrix, leading, rank, dtype)
         rank = min(limit, 2 * rank)
-    kept = int(within[0]) + 1 if error and len(within) else rank
-    root = values[:kept].sqrt()
-    thin = (left[:, :kept] * root).to(dtype).float(), (root[:, None] * right[:kept]).to(dtype)
-    factors = thin[0], thin[1].float()
-    missed = (matrix - factors[0] @ factors[1]).double().square().sum()
-    return Factors(*factors, float((missed / total).sqrt()))
 
 
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first singular vectors and values: (rows, rank), (rank,), (rank, columns)."""
+def _lowest(matrix: Tensor, leading: Leading, error: float, dtype: torch.dtype) -> Factors | None:
+    """The lowest rank within an error, of those whose vectors are known; None: more are needed."""
+    squares = leading.values.double().square()
+    rest = (1 - squares.cumsum(0) / matrix.double().square().sum()).clamp(min=0).sqrt()
+    ranks = range(int((rest > error).sum()) + 1, len(squares) + 1)
+    for stored in (dtype, torch.float32):
+
+        def is_within(rank: int, stored: torch.dtype = stored) -> bool:
+            return _factors(matrix, leading, rank, stored).error <= error
+
+        lowest = bisect_left(ranks, 1, key=is_within)
+        if lowest < len(ranks):
+            return _factors(matrix, leading, ranks[lowest], stored)
+    return None
+
+
+def _factors(matrix: Tensor, leading: Leading, rank: int, dtype: torch.dtype) -> Factors:
+    root = leading.values[:rank].sqrt()
+    left = (leading.left[:, :rank] * root).to(dtype)
+    right = (root[:, None] * leading.right[:rank]).to(dtype)
+    missed = (matrix - left.float() @ right.float()).double().square().sum()
+    return Factors(left, right, float((missed / matrix.double().square().sum()).sqrt()))
+
+
+def _leading(matrix: Tensor, rank: int) -> Leading:
     n_directions = min(rank + OVERSAMPLED, *matrix.shape)
     if 2 * n_directions >= min(matrix.shape):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank]
+        return Leading(left[:, :rank], values[:rank], right[:rank])
     generator = torch.Generator().manual_seed(SEED)
     start = torch.randn(matrix.shape[1], n_directions, generator=generator)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(N_ROUNDS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     turned, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ turned)[:, :rank], values[:rank], right[:rank]
+    return Leading((basis @ turned)[:, :rank], values[:rank], right[:rank])

@@ -6,8 +6,7 @@ base's is not finite either, or there is no base, it is zero.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,28 +16,26 @@ from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Reader, whole_tensor
 from lewis_hub.merge.operands import FORMATS
 from lewis_hub.merge.plain import narrowed, odd, widened
-from lewis_hub.methods import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lewis_hub.merge.plan import ShardPlan
+    from lewis_hub.merge.plan import TensorPlan
 
 Bits = npt.NDArray[np.unsignedinteger]
 
 
 class MendingReader:
-    """A source whose entries are finite. Threads may share it.
+    """A tensor's source whose entries are finite. Threads may share it.
 
     Args:
         own: of the source; whoever opened it closes it.
-        base: of the base; None: zeros stand in.
-        bases: by the name of a tensor of the source, the base's that stands in.
+        base: of the base, and what it calls the tensor; None: zeros stand in.
     """
 
-    def __init__(self, own: Reader, base: Reader | None, bases: Mapping[str, TensorHeader]) -> None:
-        self._own, self._base, self._bases = own, base, bases
-        self.mended: set[str] = set()  # names of tensors
+    def __init__(self, own: Reader, base: tuple[Reader, TensorHeader] | None) -> None:
+        self._own, self._base = own, base
+        self.has_mended = False
 
     def __enter__(self) -> MendingReader:
         return self
@@ -58,7 +55,7 @@ class MendingReader:
         found = _bits(tensor.dtype, into)
         broken = odd(found, FORMATS[tensor.dtype])
         if broken.any():
-            self.mended.add(tensor.name)
+            self.has_mended = True
             found[broken] = self._stand_ins(tensor, first_byte, len(found))[broken]
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
@@ -72,11 +69,11 @@ class MendingReader:
 
     def _stand_ins(self, tensor: TensorHeader, first_byte: int, n: int) -> Bits:
         width = WIDTHS[tensor.dtype]
-        header = self._bases.get(tensor.name)
-        if self._base is None or header is None:
+        if self._base is None:
             return np.zeros(n, f"<u{width}")
+        reader, header = self._base
         held = bytearray(n * WIDTHS[header.dtype])
-        self._base.read(header, first_byte // width * WIDTHS[header.dtype], memoryview(held))
+        reader.read(header, first_byte // width * WIDTHS[header.dtype], memoryview(held))
         found = _bits(header.dtype, memoryview(held))
         found[odd(found, FORMATS[header.dtype])] = 0
         kind = FORMATS[tensor.dtype]
@@ -86,21 +83,13 @@ class MendingReader:
         return made
 
 
-def mending(plan: ShardPlan, readers: Sequence[Reader]) -> Sequence[Reader]:
-    """The readers of a shard's sources, wrapped where the plan allows for NaN."""
-    if not plan.allow_nan:
-        return readers
-    bases: list[defaultdict[str, set[TensorHeader]]] = [defaultdict(set) for _ in readers]
-    takes_base = registry.find(plan.method).takes_base
-    for tensor in plan.tensors:
-        for number, header in list(zip(tensor.sources, tensor.inputs, strict=True))[1:]:
-            bases[number][header.name].add(tensor.inputs[0])
-    first = {tensor.sources[0] for tensor in plan.tensors}
-    base = readers[first.pop()] if takes_base and len(first) == 1 else None
-    return [
-        MendingReader(own, base, {name: one.pop() for name, one in told.items() if len(one) == 1})
-        for own, told in zip(readers, bases, strict=True)
-    ]
+def mending(tensor: TensorPlan, readers: Sequence[Reader]) -> tuple[MendingReader, ...]:
+    """The readers of a tensor's inputs, wrapped; the base, where there is one, is the first."""
+    n_bases = len(tensor.inputs) - len(tensor.weights)
+    base = (readers[0], tensor.inputs[0]) if n_bases else None
+    return tuple(
+        MendingReader(own, None if number < n_bases else base) for number, own in enumerate(readers)
+    )
 
 
 def _bits(dtype: str, raw: memoryview) -> Bits:

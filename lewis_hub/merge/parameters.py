@@ -25,9 +25,13 @@ RANGES = {  # of a source's settings: lowest, highest, what it is
     "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
     "off_diagonal": (0, 1, "It is how much the entries of second moments off the diagonal count."),
     "trim_exponent": (0, math.inf, "It is the power of the activation norm."),
+    "select_topk": (0, 1, "It is the fraction of entries that are selected."),
     "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
 }
 ANY = (None, "*")
+NOTHING = (
+    1e-6  # of what the weights add up to without their signs: float32 cannot tell it from zero
+)
 
 
 def depths(tensors: Iterable[str]) -> dict[str, float]:
@@ -210,7 +214,7 @@ def require_divisor(
         raise MergeError("parameter `weight`", problem, "Give none below zero, and one above.")
     models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
     for option in models:
-        if options.get(option) and not sum(weights):
+        if options.get(option) and abs(sum(weights)) <= NOTHING * sum(map(abs, weights)):
             problem = f"the weights of {name} add up to zero"
             remedy = f"Change one, or set `{option}: false`."
             raise MergeError("parameter `weight`", problem, remedy)

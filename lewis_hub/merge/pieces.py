@@ -19,6 +19,7 @@ from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.merge.fused import block_of
+from lewis_hub.merge.mending import MendingReader, mending
 from lewis_hub.merge.operands import BLOCK, FORMATS, LANES, Piece
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
 SEEN_BYTES = 40 << 20  # of all sources mapped at once, which is kept from pass to pass
+LONGEST_SPAN = 1 << 31  # elements: they are counted in 32 bits
 
 Span = range  # of elements; begins at a multiple of the job's block
 
@@ -110,7 +112,18 @@ class Job:
     @cached_property
     def readers(self) -> tuple[Reader, ...]:
         """One an input."""
-        return tuple(self.site.readers[source] for source in self.tensor.sources)
+        found = tuple(self.site.readers[source] for source in self.tensor.sources)
+        return mending(self.tensor, found) if self.site.plan.allow_nan else found
+
+    @property
+    def mended(self) -> list[tuple[str, str]]:
+        """Each source that held NaN or infinity, and what it calls the tensor."""
+        inputs = zip(self.readers, self.tensor.sources, self.tensor.inputs, strict=True)
+        return [
+            (self.site.plan.labels[source], header.name)
+            for reader, source, header in inputs
+            if isinstance(reader, MendingReader) and reader.has_mended
+        ]
 
     def grams(self) -> list[Tensor | None]:
         """Second moments of its inputs, one an expert; read anew. Imports torch."""
@@ -133,6 +146,7 @@ class Job:
         """The tensor in as many parts as will be worked on at a time."""
         n = self.tensor.output.n_elements
         n_spans = runner.n_workers if n > runner.large_elements else 1
+        n_spans = max(n_spans, -(-n // LONGEST_SPAN))
         length = max(-(-n // n_spans // self.block) * self.block, self.block)
         return [range(first, min(first + length, n)) for first in range(0, n, length)]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.header import TensorHeader
@@ -85,7 +86,7 @@ class ShardPlan:
     allow_nan: bool = False  # whether sources may hold NaN and infinity; see `mending`
     statistics: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Over all that fixes the bytes of the shard: equal digests, equal bytes."""
         told: dict[str, Any] = {

@@ -76,6 +76,13 @@ class Means:
     device: str | None = None
     is_read_next: bool = False
 
+    @property
+    def n_together(self) -> int:
+        """How many neighbouring tensors one machine works on at a time, at most."""
+        if self.device:
+            return 2  # one is on its way while the other is computed
+        return 1 if isinstance(self.runner, Ray) else self.runner.n_workers
+
 
 def inline() -> Runner:
     """Work in the calling thread."""

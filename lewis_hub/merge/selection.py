@@ -16,6 +16,7 @@ import numpy.typing as npt
 from lewis_hub.merge.operands import AT_HIGH, AT_LOW, LOW_BINS
 
 SAFETY = 4.0  # standard errors of the sample on either side
+N_BITS = 12  # that magnitudes are told apart by before they are sorted
 WIDEST = 0.06  # of a tensor: with more of it inside the bracket, counting by bits is quicker
 
 Words = npt.NDArray[np.uint32]
@@ -65,18 +66,20 @@ def bracket(sample: Words, fraction: float) -> Bracket | None:
     Returns:
         None where the sample is too vague to save a pass.
     """
-    rank = min(int((1 - fraction) * sample.size), sample.size - 1)
-    ordered = np.partition(sample, rank, axis=None)
-    guess = ordered[rank]
-    spreads = (np.std((sample > guess).mean(axis=1)), np.std((sample >= guess).mean(axis=1)))
+    last = sample.size - 1
+    rank = min(int((1 - fraction) * sample.size), last)
+    (guess,) = at_ranks(sample.ravel(), [rank])
+    spreads = [
+        np.std(np.count_nonzero(side, axis=1)) / sample.shape[1]
+        for side in (sample > guess, sample >= guess)
+    ]
     margin = SAFETY * max(spreads) / np.sqrt(len(sample)) + 4 / sample.size
     if margin > WIDEST / 2:
         return None
-    first, last = rank - int(margin * sample.size) - 1, rank + int(margin * sample.size) + 1
-    ordered[:rank].partition(max(first, 0))
-    ordered[rank:].partition(min(last, sample.size - 1) - rank)
-    low = int(ordered[first]) if first >= 0 else 0
-    high = int(ordered[last]) if last < sample.size else 1 << 31
+    width = int(margin * sample.size) + 1
+    ends = at_ranks(sample.ravel(), [max(rank - width, 0), min(rank + width, last)])
+    low = ends[0] if rank >= width else 0
+    high = ends[1] if rank + width <= last else 1 << 31
     return Bracket(low, high, float(2 * margin))
 
 
@@ -94,14 +97,37 @@ def pick(tallies: Sequence[Tally], found: Bracket, k: int) -> Threshold | None:
     wanted -= at_high
     if wanted <= inside:
         together = np.concatenate([tally.inside for tally in tallies])
-        bits = int(np.partition(together, inside - wanted)[inside - wanted])
-        wanted -= int((together > bits).sum())
-        tied = tuple(int((tally.inside == bits).sum()) for tally in tallies)
+        (bits,) = at_ranks(together, [inside - wanted])
+        wanted -= int(np.count_nonzero(together > bits))
+        tied = tuple(int(np.count_nonzero(tally.inside == bits)) for tally in tallies)
         return Threshold(bits, wanted, tied)
     wanted -= inside
     if found.low < found.high and wanted <= at_low:
         return Threshold(found.low, wanted, tuple(counts[:, AT_LOW].tolist()))
     return None
+
+
+def at_ranks(values: Words, ranks: Sequence[int]) -> list[int]:
+    """What would lie at some places if the values were sorted, ascending from 0.
+
+    They are counted by their leading bits, and only those of a bin are sorted: bfloat16's task
+    vectors have few magnitudes, many times each, on which numpy's own selection is very slow.
+
+    Args:
+        values: (n,), n at least 1.
+        ranks: each below n.
+    """
+    lowest = values.min()
+    shift = np.uint32(max(int(values.max() - lowest).bit_length() - N_BITS, 0))
+    bins = (values - lowest) >> shift
+    ends = np.bincount(bins).cumsum()
+    found = []
+    for rank in ranks:
+        which = int(np.searchsorted(ends, rank, side="right"))
+        before = int(ends[which - 1]) if which else 0
+        held = np.sort(values[bins == which]) if shift else values[bins == which]
+        found.append(int(held[rank - before]))
+    return found
 
 
 @dataclass(frozen=True)

@@ -76,5 +76,6 @@ def _not_finite(job: Job, source: int) -> NonFiniteError:
     labels = [job.site.plan.labels[number] for number in job.tensor.sources]
     if source < len(labels):
         return broken_source(name, labels[source])
-    remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights, or choose"
-    return NonFiniteError(name, "the merged model", f"{remedy} `dtype: bfloat16`.")
+    lower = ", or choose `dtype: bfloat16`" if job.tensor.output.dtype == "F16" else ""
+    remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights{lower}."
+    return NonFiniteError(name, "the merged model", remedy)

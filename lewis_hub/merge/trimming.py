@@ -17,6 +17,7 @@ from lewis_hub.methods.sparsify import n_kept
 N_PLACES = 2048  # of a sample, LANES entries at each: from many rows, as a row's are alike
 SAMPLED = 16 * N_PLACES * LANES  # of fewer entries, no sample is taken
 ROOM = 1.25  # times what is expected inside a bracket
+MOST_TIED = 1 << 32
 GOLDEN = 0.6180339887498949  # its multiples spread evenly and keep step with no row
 
 Trimmed = dict[int, Threshold]  # number of an expert -> its threshold
@@ -125,8 +126,11 @@ def _views(experts: Experts, found: Trimmed, n_spans: int) -> list[Experts]:
     bits = np.zeros(len(experts.modes), np.uint32)
     ties = np.zeros((n_spans, *experts.ties.shape), np.int64)
     for e, threshold in found.items():
+        if not threshold.bits:
+            continue  # zeros are tied: it is the same to keep them
         bits[e] = threshold.bits
         n_tied, n_before = sum(threshold.tied), 0
+        assert n_tied < MOST_TIED, "more entries are tied than the kernels count"
         for span, tied in enumerate(threshold.tied):
             ties[span, e] = threshold.wanted, n_tied, n_before * threshold.wanted % n_tied
             n_before += tied

@@ -34,6 +34,9 @@ class Workspace:
 
         A folder that has the name already is replaced in two renames; the old one is deleted
         only when the new one stands.
+
+        Raises:
+            OutputError: what an interrupted run had replaced cannot be deleted.
         """
         keep = set(files)
         for path in sorted(self.folder.rglob("*"), reverse=True):
@@ -45,6 +48,7 @@ class Workspace:
         _sync(self.folder)
         replaced = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
+            _delete(replaced)
             self.output.rename(replaced)
         self.folder.rename(self.output)
         _sync(self.output.parent)
@@ -105,6 +109,16 @@ def alone_in(folder: Path, output: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        problem = f"an interrupted run left it, and it cannot be deleted ({error.strerror})."
+        remedy = "Delete it, then run again: what was made is kept."
+        raise OutputError(str(folder), problem, remedy) from None
 
 
 def _sync(folder: Path) -> None:

@@ -113,7 +113,7 @@ def examine(
     checkpoints, tokens, problems = found.checkpoints, Tokens(), list(found.problems)
     if found.is_read and not problems:
         if not recipe.slices:
-            checkpoints = settle(inputs, checkpoints, found.configs)
+            checkpoints = settle(inputs.donor.pinned, checkpoints, found.configs)
         tokens = examine_tokens(recipe, inputs, api, checkpoints, found.configs)
         problems = [*tokens.problems]
         if not recipe.slices:  # a stack is compared when planned

@@ -127,7 +127,8 @@ def _with_ids(carried: Carried, sources: Sources, named: Source, n_rows: int) ->
         return replace(carried, config=config)
     told = sources.configs[named.pinned]
     generation = sources.read_json(named, "generation_config.json")
-    own = {key: told.get(key) for key in SPECIAL}
+    inner = told.get("text_config") or {}
+    own = {key: told.get(key, inner.get(key)) for key in SPECIAL}
     return replace(
         carried,
         config=config | own,

@@ -18,12 +18,12 @@ Configs = Mapping[str, Mapping[str, Any]]  # pinned source -> its config.json
 
 
 def settle(
-    inputs: Inputs, checkpoints: Mapping[str, Checkpoint], configs: Configs
+    donor: str, checkpoints: Mapping[str, Checkpoint], configs: Configs
 ) -> dict[str, Checkpoint]:
     """Give sources that tie head and embeddings, as the base does, a head where the base has one.
 
     A configuration that is silent means what its architecture means by that: to tie, where a
-    source with a silent one stores no head.
+    source with a silent one stores no head. `donor` is the base's key in both mappings.
     """
     stated = {pinned: ties(configs[pinned]) for pinned in checkpoints}
     silent = any(
@@ -31,9 +31,9 @@ def settle(
         for pinned, checkpoint in checkpoints.items()
     )
     tied = {pinned: silent if said is None else said for pinned, said in stated.items()}
-    base = checkpoints[inputs.donor.pinned]
+    base = checkpoints[donor]
     return {
-        pinned: settle_heads(base, one) if tied[pinned] and tied[inputs.donor.pinned] else one
+        pinned: settle_heads(base, one) if tied[pinned] and tied[donor] else one
         for pinned, one in checkpoints.items()
     }
 

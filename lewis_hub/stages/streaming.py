@@ -228,8 +228,9 @@ def _sent_before(planned: MergePlan, folder: Path, asked: Asked, destination: De
 def _require_room(left: MergePlan, places: Mapping[str, Place], folder: Path, step: Step) -> None:
     sizes = [layout.n_bytes for layout in left.layouts]
     largest = max(sizes, default=0)
-    on_disk = sum(sizes) if isinstance(step.execution.workers, Ray) else largest  # they do not wait
+    means = step.execution.means(is_read_next=True)
+    on_disk = sum(sizes) if isinstance(means.runner, Ray) else largest  # they do not wait
     needs = [needs for shard in left.shards for needs in needs_of(shard, elsewhere(places))]
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    n_bytes = on_disk + most_held(needs, largest) - there
+    n_bytes = on_disk + most_held(needs, largest, means.n_together) - there
     require_room(folder, n_bytes, "two shards and what is fetched ahead", "lower --max-shard-size")

@@ -12,6 +12,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.vocabularies import rows_of
 from lewis_hub.stages.sources import Inputs
+from lewis_hub.vocabulary.files import CONFIG
 from lewis_hub.vocabulary.tokens import FILES, Vocabulary, json_object, read_vocabulary
 from lewis_hub.vocabulary.translation import Translation
 
@@ -69,10 +70,12 @@ class Sources:
         return rows_of(self.checkpoints[source.pinned], self.tensors)
 
     def is_alike(self, source: Source) -> bool:
-        """Whether a source has the base's tokenizer, file by file, and as many rows."""
+        """Whether a source has the base's tokens, as far as its files say, and as many rows."""
+        if self.rows(source) != self.rows(self.base):
+            return False
         ours, theirs = self.base.file(FAST), source.file(FAST)
         same = bool(ours and theirs and ours.digest == theirs.digest)
-        return self.rows(source) == self.rows(self.base) and (same or source is self.base)
+        return source is self.base or (same and self._later(source) == self._later(self.base))
 
     def read(self, source: Source, *names: str) -> dict[str, bytes]:
         """Those of some small files that a source has."""
@@ -82,6 +85,10 @@ class Sources:
     def read_json(self, source: Source, name: str) -> dict[str, Any]:
         """A small JSON file; empty where a source has none."""
         return json_object(source.name, self.read(source, name), name)
+
+    def _later(self, source: Source) -> object:
+        """The tokens that are added to those of `tokenizer.json`."""
+        return self.read_json(source, CONFIG).get("added_tokens_decoder")
 
     def vocabulary(self, source: Source) -> Vocabulary | None:
         """A source's own; None where nothing tells it without running code."""

@@ -11,6 +11,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import TokenizerError
 from lewis_hub.merge.vocabularies import by_row, token_tensors
 from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_tokenizer import CHAT_TEMPLATES
 from lewis_hub.stages.embeddings import assembled
 from lewis_hub.stages.slicing import at_the_ends
 from lewis_hub.stages.sources import Inputs, measures_on_texts, source_of
@@ -96,7 +97,7 @@ def _with_template(recipe: Recipe, found: Tokens, sources: Sources) -> Tokens:
     asked = recipe.chat_template
     if asked is None or asked == "auto":
         return found
-    text: str | None = asked
+    text: str | None = files.built_in(asked) if asked in CHAT_TEMPLATES else asked
     if recipe.reference(asked):
         source = source_of(recipe, sources.inputs, asked)
         text = files.template_of(source.name, sources.read(source, *files.KEEPERS))

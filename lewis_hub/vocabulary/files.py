@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 from lewis_hub.vocabulary.tokens import Vocabulary, json_object
@@ -41,6 +42,12 @@ def with_template(template: str, config: Mapping[str, Any]) -> dict[str, str]:
     """
     kept = {key: value for key, value in config.items() if key != "chat_template"}
     return {TEMPLATE: template} | ({CONFIG: _json(kept)} if len(kept) < len(config) else {})
+
+
+def built_in(name: str) -> str:
+    """The text of one of `recipe_tokenizer.CHAT_TEMPLATES`."""
+    place = resources.files("lewis_hub.templates").joinpath("chat", f"{name}.jinja")
+    return place.read_text(encoding="utf-8")
 
 
 def template_of(label: str, files: Mapping[str, bytes]) -> str | None:

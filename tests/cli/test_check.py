@@ -51,12 +51,12 @@ BROKEN = {
         RECIPE.replace("zoo/expert-reverse", "TMP/ia3"),
         "adapter_config.json: it is an adapter of type 'IA3'",
     ),
-    "adapter as base": (RECIPE.replace("zoo/base", "TMP/ia3"), "no whole model to put it on"),
+    "adapter as base": (RECIPE.replace("zoo/base", "TMP/adapter"), "no whole model to put it on"),
     "adapter on another base": (
         RECIPE.replace("zoo/expert-reverse", "zoo/other+TMP/ia3"),
         "an adapter is put on `zoo/other`, and the base is `zoo/base`",
     ),
-    "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (gptq)"),
+    "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (hqq)"),
     "no configuration": (RECIPE.replace("zoo/expert-reverse", "TMP/bare"), "no config.json"),
     "broken header": (RECIPE.replace("zoo/expert-reverse", "TMP/broken"), "model.safetensors"),
     "other shape": (RECIPE.replace("zoo/expert-reverse", "TMP/wide"), "of shape [2, 2]"),
@@ -124,7 +124,7 @@ def folders(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"x")
-    model("quantised", quantization_config={"quant_method": "gptq"})
+    model("quantised", quantization_config={"quant_method": "hqq"})
     (model("bare") / "config.json").unlink()
     (model("broken") / "model.safetensors").write_bytes(b"\xff" * 64)
     model("wide", {norm: torch.zeros(2, 2)})

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
+from lewis_hub.merge import fused, pieces
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
@@ -53,6 +54,27 @@ def test_the_tensors_are_the_same_for_every_shard_size(zoo, settings):
     for other in others:
         assert set(other) == set(one)
         assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_a_tensor_too_long_to_be_counted_at_once_is_counted_in_parts(zoo, settings, monkeypatch):
+    asked = replace(settings, method="ties")
+    whole = zoo.merge(asked, "whole").bytes
+
+    monkeypatch.setattr(pieces, "LONGEST_SPAN", 100)
+
+    assert zoo.merge(asked, "in parts").bytes == whole
+
+
+def test_rows_too_long_to_be_ranked_by_a_kernel_are_left_to_the_definition(zoo, monkeypatch):
+    base, expert = (
+        zoo.source(label, {"a": model(i)["z"]}, {"density": 0.5}) for i, label in enumerate("bx")
+    )
+    asked = zoo.settings("della", base, [expert])
+    by_kernel = zoo.merge(asked, "by kernel").bytes
+
+    monkeypatch.setattr(fused, "LONGEST_ROW", 32)
+
+    assert zoo.merge(asked, "by definition").bytes == by_kernel
 
 
 def test_counts_and_flags_are_those_of_the_base(zoo, settings):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llvmlite import binding
 
-from lewis_hub.merge import arithmetic, plain
+from lewis_hub.merge import arithmetic, counting, kernels, native, plain, ranking, trimming
 from lewis_hub.merge.operands import BLOCK
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.methods.random_bits import halves, stream
@@ -43,6 +44,35 @@ def in_numpy():
         for name in arithmetic.__all__:
             patch.setattr(arithmetic, name, getattr(plain, name))
         yield
+
+
+@contextmanager
+def by_sample():
+    """As of tensors so large that thresholds are looked for by a sample."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trimming, "N_PLACES", 16)
+        patch.setattr(trimming, "SAMPLED", 4000)
+        yield
+
+
+@contextmanager
+def on_a_plain_processor():
+    """As where a processor has nothing but what all of its kind have: no AVX, no bit deposit."""
+    target = binding.Target.from_default_triple()
+    caches = [
+        one
+        for module in (counting, kernels, ranking)
+        for one in vars(module).values()
+        if hasattr(one, "cache_clear")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "FEATURES", frozenset())
+        patch.setattr(native, "_machine", lambda: target.create_target_machine(opt=2))
+        for one in caches:
+            one.cache_clear()
+        yield
+    for one in caches:
+        one.cache_clear()
 
 
 @st.composite
@@ -111,12 +141,33 @@ def test_a_kernel_gives_the_bytes_of_its_definition(zoo_class, case):
         )
 
         merged = zoo.merge(asked)
+        with by_sample():
+            sampled = zoo.merge(asked, "sampled")
         with in_numpy():
             slowly = zoo.merge(asked, "slowly")
 
+        assert sampled.bytes == merged.bytes
         assert slowly.bytes == merged.bytes
         assert bits(merged.tensors["a"]) == bits(zoo.by_definition(merged.plan)["a"])
         assert merged.tensors["a"].shape == case["shape"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plain_processor_gives_the_same_bytes(zoo, method):
+    case = {"shape": (60, 431), "dtypes": DTYPES, "seed": 3, "coarse": True}
+    own = {"weight": 0.6} | ({} if method in {"linear", "task_arithmetic"} else {"density": 0.37})
+    base, *experts = (
+        zoo.source(str(i), {"a": tensor}, own if i else {})
+        for i, tensor in enumerate(tensors_of(case))
+    )
+    asked = zoo.settings(method, base, experts)
+
+    with on_a_plain_processor():
+        plainly = zoo.merge(asked, "plainly")
+        with by_sample():
+            sampled = zoo.merge(asked, "sampled")
+
+    assert plainly.bytes == sampled.bytes == zoo.merge(asked).bytes
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -41,6 +41,17 @@ def test_an_error_takes_the_lowest_rank_within_it(error):
     assert best(FALLING, found.rank) <= error < best(FALLING, found.rank - 1)
 
 
+@pytest.mark.parametrize(("error", "stored"), [(0.03, torch.bfloat16), (0.001, torch.float32)])
+def test_rounding_breaks_no_bound(error, stored):
+    matrix = spectrum(200, 90, FALLING)
+
+    found = fit(matrix, 60, error, torch.bfloat16)
+
+    rest = matrix - found.left.float() @ found.right.float()
+    assert float(rest.norm() / matrix.norm()) <= error
+    assert found.left.dtype == found.right.dtype == stored
+
+
 def test_the_highest_rank_is_not_exceeded_for_an_error():
     found = fit(spectrum(200, 90, FALLING), 3, 0.01, torch.float32)
 
@@ -62,4 +73,4 @@ def test_the_error_counts_the_rounding_of_the_factors():
     found = fit(spectrum(300, 150, [3.0, 2.0, 1.0]), 3, 0.0, torch.bfloat16)
 
     assert 1e-4 < found.error < 1e-2
-    assert torch.equal(found.left, found.left.bfloat16().float())
+    assert found.left.dtype == found.right.dtype == torch.bfloat16

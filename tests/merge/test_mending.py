@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, Threads, inline
+from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 
 METHODS = ["ties", "dare_ties", "della", "task_arithmetic", "breadcrumbs", "model_stock"]
 ODD = [0, 7, 130, 4_999]
@@ -82,6 +84,52 @@ def test_without_a_base_odd_entries_are_zero(zoo):
     _, found = merged(zoo, zoo.settings("linear", None, sources), "found")
 
     assert found == expected.bytes["model.safetensors"]
+
+
+def test_a_spherical_mean_without_a_base_takes_zero_and_not_the_first_model(zoo):
+    first, second = tensors(0), tensors(1)
+    mended = second.flatten().clone()
+    mended[ODD] = 0
+    sources = [zoo.source("first", {"a": first}), zoo.source("second", {"a": broken(second)})]
+    whole = [sources[0], zoo.source("mended", {"a": mended.view(second.shape)})]
+
+    expected = zoo.merge(zoo.settings("multislerp", None, whole), "expected")
+    _, found = merged(zoo, zoo.settings("multislerp", None, sources), "found")
+
+    assert found == expected.bytes["model.safetensors"]
+
+
+def test_in_a_stack_each_block_has_the_stand_ins_of_its_own_base(zoo):
+    """Two bases, and one block of the expert against two of a base: in one shard and in several."""
+    names = [f"model.layers.{i}.q.weight" for i in range(2)]
+    bases = [
+        zoo.source(f"base {b}", {name: tensors(10 * b + i) for i, name in enumerate(names)})
+        for b in range(2)
+    ]
+    odd = {name: broken(tensors(50 + i)) for i, name in enumerate(names)}
+    expert = zoo.source("odd", odd, {"density": 0.4})
+    asked = [(bases[0], 0), (bases[1], 0), (bases[1], 1)]  # the expert's first block, thrice
+    slices = [
+        MergeSlice(Blocks(base, range(i, i + 1)), (Blocks(expert, range(1)),), {})
+        for base, i in asked
+    ]
+    plan = make_stacked_plan(
+        StackSettings("ties", tuple(slices), bases[0].checkpoint), 10**9
+    ).allowing_nan
+    (zoo.root / "out").mkdir()
+
+    results = run(plan, zoo.folders, zoo.root / "out", Means(inline()), lambda _: None)
+
+    found = load_file(zoo.root / "out" / "model.safetensors")
+    for number, (base, i) in enumerate(asked):
+        start = zoo.tensors[base.label][names[i]]
+        whole = odd[names[0]].flatten().clone()
+        whole[ODD] = start.flatten()[ODD]
+        mended = zoo.source(f"mended {number}", {"a": whole.view(100, 50)}, {"density": 0.4})
+        alone = zoo.settings("ties", zoo.source(f"start {number}", {"a": start}), [mended])
+        expected = zoo.merge(alone, f"expected {number}").tensors["a"]
+        assert torch.equal(found[f"model.layers.{number}.q.weight"], expected)
+    assert results["model.safetensors"].mended == {"odd": 1}
 
 
 def test_finite_sources_give_the_same_bytes_and_nothing_is_mended(zoo):

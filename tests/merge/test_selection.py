@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lewis_hub.merge import counting, plain, trimming
 from lewis_hub.merge.operands import AT_LOW, BF16, BLOCK, F32, INSIDE, LANES, Piece
 from lewis_hub.merge.runners import Threads, inline
-from lewis_hub.merge.selection import Bracket, Tally, bracket, pick
+from lewis_hub.merge.selection import Bracket, Tally, at_ranks, bracket, pick
 
 
 def tally_of(values, found):
@@ -43,6 +43,18 @@ def test_the_threshold_is_the_kth_largest_or_the_bracket_is_known_to_have_missed
         assert threshold.bits == kth
         assert threshold.wanted == k - (values > kth).sum()
         assert threshold.tied == tuple((span == kth).sum() for span in spans)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_what_lies_at_a_rank_is_what_sorting_would_put_there(data):
+    top = data.draw(st.sampled_from([0, 2, 4095, 4096, 10**6, 2**32 - 1]))
+    step = data.draw(st.sampled_from([1, 997]))
+    drawn = data.draw(st.lists(st.integers(0, top // step), min_size=1, max_size=80))
+    values = np.array(drawn, np.uint32) * np.uint32(step)
+    ranks = data.draw(st.lists(st.integers(0, len(values) - 1), max_size=4))
+
+    assert at_ranks(values, ranks) == np.sort(values)[ranks].tolist()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0), (3, 3), (2, 5), (0, 1 << 31), (7, 8)])

@@ -70,6 +70,19 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
+def test_what_a_killed_run_had_put_aside_is_not_in_the_way(tmp_path):
+    for name in ("merged", "merged.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+
+    with open_workspace(tmp_path / "merged", replace=True) as work:
+        (work.folder / "new").write_text("new")
+        work.finish(["new"])
+
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
 

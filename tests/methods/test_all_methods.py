@@ -21,7 +21,7 @@ def grams(base, n):
         return [None] * n
     generator = torch.Generator().manual_seed(2)
     width = base.shape[1]
-    x = torch.randn(n, width + 3, width, generator=generator, dtype=base.dtype)
+    x = torch.randn(n, width + 3, width, generator=generator, dtype=torch.float64).to(base.dtype)
     return list((x.mT @ x)[:, None])
 
 
@@ -55,6 +55,19 @@ def test_a_merge_has_the_shape_and_the_dtype_of_its_models(name, shape, dtype):
 
             assert (merged.shape, merged.dtype) == (base.shape, dtype)
             assert bool(merged.isfinite().all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_float64_a_definition_gives_what_it_gives_in_float32_and_more_digits(name):
+    method, generator = find(name), torch.Generator().manual_seed(1)
+    for n in numbers_of_experts(method):
+        base, *models = torch.randn(n + 1, 12, 20, generator=generator, dtype=torch.float64)
+        exact = merge(method, base, torch.stack(models))
+
+        rounded = merge(method, base.float(), torch.stack(models).float())
+
+        torch.testing.assert_close(rounded.double(), exact, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(rounded.double(), exact)
 
 
 @pytest.mark.parametrize("name", NAMES)
