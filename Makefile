@@ -23,6 +23,7 @@ test-all: .venv/dev test .venv/mergekit/bin/mergekit-yaml
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/merge.py --mergekit .venv/mergekit/bin/mergekit-yaml
+	$(BIN)/python benchmarks/calibration.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/architectures.py --mergekit .venv/mergekit/bin/python
 

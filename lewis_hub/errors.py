@@ -143,6 +143,10 @@ class CalibrationModelError(CalibrationError):
     """A source that transformers cannot load, or that cannot be measured."""
 
 
+class NotByBlockError(CalibrationModelError):
+    """A source that cannot be measured block by block; it may be that it can be whole."""
+
+
 class GuideError(CalibrationError):
     """A guide that is unknown, or whose statistics and bounds give no schedule."""
 

@@ -80,7 +80,7 @@ def check(
     Args:
         recipe: what to merge.
         allow_pickle: whether sources may have pickled weights alone.
-        max_memory_bytes: of a model while it is measured; a larger one goes block by block.
+        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
 
     Raises:
         LewisHubError: a source cannot be found or read. Sources that are there and do not fit
@@ -162,7 +162,8 @@ def merge_models(
         execution: how to run; None: on all cores of this machine.
         progress: told how far it is; None: nobody is.
         target: from `open_target`: a repo that holds this very merge already ends the work before
-            any weight is downloaded, and what its merge measured is not measured again.
+            any weight is downloaded, and what its merge measured is not measured again. A former
+            merge in `output` that it holds, file by file, is replaced.
 
     Raises:
         LewisHubError: see the subclasses in `errors`; nothing half-done carries the name `output`.
@@ -193,7 +194,8 @@ def merge_models(
     )
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
-    with open_workspace(output, replace=execution.replace) as work:
+    gives_way = target is not None and publishing.is_published(output, target, api)
+    with open_workspace(output, replace=execution.replace or gives_way) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
         scored, files = _merge(step, sets, work, target.former if target else None)

@@ -65,7 +65,8 @@ def verify(
         model: a repo, repo@revision or folder that a merge made.
         execution: how to make it again.
         progress: told how far it is; None: nobody is.
-        rebuild: also make the merge again from the lock alone, and compare the weights.
+        rebuild: also make the merge again from the lock alone, and compare the bytes of all that
+            is loaded.
         public_key: PEM file of the key that it must be signed with; None: no signature is looked
             into.
 
@@ -91,7 +92,7 @@ def verify(
         same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
-    differing = verification.compare_weights(lock, again)
+    differing = verification.compare_models(lock, again)
     return replace(verdict, problems=(*verdict.problems, *differing))
 
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,12 @@ from lewis_hub.hub.server import serve
 
 pytestmark = pytest.mark.slow  # each starts the command several times
 
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "jobs.md").read_text()
+# as the document has them, but for the GPU
+MERGE, SCHEDULE, LIST, DELETE = (
+    shlex.split(line.removesuffix(" --device cuda"))
+    for line in re.findall(r"^lewis-hub (.+)$", DOCUMENT, re.MULTILINE)
+)
 RECIPE = """
 base_model: zoo/base
 models: [{{model: zoo/expert-reverse, parameters: {{weight: {weight}}}}}]
@@ -57,23 +66,30 @@ def run(hub, folder, *words):
 
 
 def test_a_merge_on_jobs_is_published_and_ends_with_the_job_s_exit_code(jobs, tmp_path):
-    words = ["merge", "--push", "--on", "jobs", "--flavor", "cpu-upgrade", "--timeout", "10m"]
-
-    done = run(jobs, tmp_path, *words, "--json")
+    done = run(jobs, tmp_path, *MERGE, "--json")
 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     (job,) = jobs.api().list_jobs(namespace="lewis")
-    assert told == {"status": "merged", "job": job.id, "url": job.url, "repo": "lewis/reverse"}
     assert "Evaluating: 40 items" in done.stderr
-    assert f"Published {jobs.url}/lewis/reverse" in done.stderr
     commits = [one.commit_id for one in jobs.api().list_repo_commits("lewis/reverse")]
     assert len(commits) == 2
+    assert (told["status"], told["output"], told["repo"]) == ("merged", None, "lewis/reverse")
+    assert (told["commit"], told["url"]) == (commits[0], f"{jobs.url}/lewis/reverse")
+    assert (told["job"], told["job_url"]) == (job.id, job.url)
+    assert told["scores"]["zoo_reverse"]["n"] == 20
+    assert told["gate"]["passed"] is True
 
-    refused = run(jobs, tmp_path, "merge", "bad.yaml", *words[1:], "--json")
+    again = run(jobs, tmp_path, *MERGE, "--json")
+
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["status"] == "unchanged"
+
+    refused = run(jobs, tmp_path, *MERGE, "bad.yaml")
 
     assert refused.returncode == 3
-    assert json.loads(refused.stdout)["status"] == "refused"
+    (job, *_) = jobs.api().list_jobs(namespace="lewis")
+    assert refused.stdout == f"Job {job.id} ended with exit code 3: {job.url}\n"
     assert "below the quality gate: on zoo_reverse (exact_match) worse than" in refused.stderr
     assert [one.commit_id for one in jobs.api().list_repo_commits("lewis/reverse")] == commits
 
@@ -81,14 +97,14 @@ def test_a_merge_on_jobs_is_published_and_ends_with_the_job_s_exit_code(jobs, tm
         assert jobs.write_token not in said
     for one in jobs.api().list_jobs(namespace="lewis"):
         assert jobs.write_token not in repr(one)
-        assert one.flavor == "cpu-upgrade"
+        assert one.flavor == "a100-large"
     kept = [path for path in jobs.root.rglob("*") if path.is_file() and path.name != "users.json"]
     assert all(jobs.write_token.encode() not in path.read_bytes() for path in kept)
 
 
 def test_a_schedule_merges_when_it_is_triggered(jobs, tmp_path):
-    made = run(jobs, tmp_path, "schedule", "recipe.yaml", "--cron", "17 4 * * 1", "--json")
-    (one,) = json.loads(run(jobs, tmp_path, "schedule", "list", "--json").stdout)["schedules"]
+    made = run(jobs, tmp_path, *SCHEDULE, "--json")
+    (one,) = json.loads(run(jobs, tmp_path, *LIST, "--json").stdout)["schedules"]
 
     told = json.loads(made.stdout)
     assert (told["status"], told["schedule"]) == ("scheduled", "17 4 * * 1")
@@ -100,10 +116,10 @@ def test_a_schedule_merges_when_it_is_triggered(jobs, tmp_path):
     assert api.wait_for_job(job.id, namespace="lewis").status.stage == "COMPLETED"
     assert "lewis/gate.json" in api.list_repo_files("lewis/reverse")
 
-    deleted = run(jobs, tmp_path, "schedule", "delete", one["id"])
+    deleted = run(jobs, tmp_path, *DELETE[:-1], one["id"])
 
     assert (deleted.returncode, deleted.stdout) == (0, f"Deleted {one['id']}\n")
-    assert json.loads(run(jobs, tmp_path, "schedule", "list", "--json").stdout) == {"schedules": []}
+    assert json.loads(run(jobs, tmp_path, *LIST, "--json").stdout) == {"schedules": []}
 
 
 def test_where_jobs_do_not_run_the_hub_s_answer_is_shown(hub, tmp_path):

@@ -6,10 +6,14 @@ import pytest
 from click.testing import CliRunner
 
 import lewis_hub
+from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.guides.calibrate import Subject
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.stages.bringing import in_memory
 from lewis_hub.stages.execution import Execution
+from lewis_hub.stages.loading import Loading
 
 TEXT = "Question: {question}\\nAnswer: {answer}"
 RECIPE = f"""base_model: zoo/base
@@ -71,6 +75,36 @@ def test_check_tells_what_is_in_memory_at_once(tmp_path):
         f"zoo/base takes {size} bytes in memory, more than `--max-memory`: it is measured block "
         "by block."
     ) in blocks["notes"]
+
+
+def test_on_a_cpu_a_model_goes_by_block_where_that_takes_less(tmp_path):
+    folder = zoo_folder() / "base"
+    checkpoint = local_checkpoint("zoo/base", folder)
+    elements, width = 1_157_504, 128
+    blocks = 390 * 128 + 128 + 2 * 184_576
+    most = (elements - blocks) // width  # tokens, of which the hidden states take the rest
+
+    assert Loading().is_less_by_block(checkpoint, most - 1)
+    assert not Loading().is_less_by_block(checkpoint, most)
+    assert not Loading("cuda").is_less_by_block(checkpoint, 1)
+
+
+@pytest.mark.parametrize(
+    ("loading", "by_block", "may_be_whole"),
+    [
+        (Loading(), True, True),
+        (Loading("cpu", 1_000_000), True, False),
+        (Loading("cuda"), False, True),
+        (Loading("cuda", 1_000_000), True, False),
+    ],
+)
+def test_a_limit_forbids_to_load_a_model_whole(loading, by_block, may_be_whole):
+    folder = zoo_folder() / "base"
+    subject = Subject("zoo/base", "sha", "base", folder, ())
+
+    found = in_memory(subject, local_checkpoint("zoo/base", folder), loading)
+
+    assert (found.weights is not None, found.may_be_whole) == (by_block, may_be_whole)
 
 
 def test_a_guide_that_needs_whole_models_is_refused_before_a_download(tmp_path):

@@ -297,6 +297,18 @@ def test_code_of_a_model_with_pickles_is_carried_where_it_is_allowed(api, tmp_pa
     assert not (tmp_path / "without" / "modeling_own.py").exists()
 
 
+def test_a_merge_of_pickles_is_made_again_where_that_is_allowed(api, tmp_path):
+    pushed(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
+    pipeline.merge_models(recipe(expert="zoo/pickles"), tmp_path / "out", ALLOWED)
+    command = ["verify", str(tmp_path / "out"), "--rebuild", "--json"]
+
+    refused = CliRunner().invoke(cli, command)
+    done = CliRunner().invoke(cli, [*command, "--allow-pickle"])
+
+    assert "pickled weights only" in str(refused.exception)
+    assert json.loads(done.stdout)["status"] == "verified"
+
+
 def test_an_adapter_may_be_put_on_a_base_of_pickles(api, tmp_path):
     from safetensors.torch import save_file
 

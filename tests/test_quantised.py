@@ -8,6 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from quantised import (
+    DENSITY,
+    RECIPE,
+    assert_merges_as_its_twin,
+    beside_twin,
+    configure,
+    recipe,
+)
 from safetensors.torch import load_file, save_file
 from served import pushed, weights
 
@@ -15,16 +23,9 @@ import lewis_hub
 from lewis_hub import pipeline, steps
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import CheckFailedError, SourceError
+from lewis_hub.errors import CheckFailedError, ExtractionError, SourceError
 from lewis_hub.recipe_file import parse_recipe
 
-RECIPE = """base_model: BASE
-models:
-  - model: EXPERT
-    parameters: {weight: 1.0}
-merge_method: ties
-"""
-DENSITY = "parameters: {density: 0.4}\n"
 GUIDE = """guide:
   calibration: {dataset: zoo/reverse, text: "{question} {answer}", samples: 2}
 """
@@ -118,50 +119,26 @@ def by_table(weight):
 
 def write_integers(folder, source, layout):
     """A model of the zoo in integers or 4 bits, and beside it what it stands for."""
-    twin = folder.with_name(folder.name + "-float32")
-    for copy in (folder, twin):
-        shutil.copytree(zoo_folder() / source, copy)
-    stored, plain = {}, {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        stored[name] = plain[name] = weight
-        if name.endswith("_proj.weight"):
-            loose = by_rows if "down_proj" in name else grouped
-            parts, plain[name] = (by_table if layout == "4 bits" else loose)(weight)
-            del stored[name]
-            stored |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    save_file(plain, twin / "model.safetensors", {"format": "pt"})
-    configure(folder, quantization_config=CONFIGURED[layout])
-    return folder, twin
+
+    def quantise(name, weight):
+        loose = by_rows if "down_proj" in name else grouped
+        parts, plain = (by_table if layout == "4 bits" else loose)(weight)
+        return {name.removesuffix("weight") + part: t for part, t in parts.items()}, plain
+
+    return beside_twin(folder, source, quantise, CONFIGURED[layout])
 
 
 def write_model(folder, source, layout):
     """A model of the zoo in fp8, and beside it the float32 model that it stands for."""
-    twin = folder.with_name(folder.name + "-float32")
-    for copy in (folder, twin):
-        shutil.copytree(zoo_folder() / source, copy)
-    stored, plain = {}, {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        stored[name] = plain[name] = weight
-        if name.endswith("_proj.weight"):
-            parts, plain[name] = eight_bit(weight, layout)
-            stored |= {name + ending: tensor for ending, tensor in parts.items()}
-            if layout.endswith("tensor"):
-                stored[name.replace("weight", "input_scale")] = torch.ones(1)
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    save_file(plain, twin / "model.safetensors", {"format": "pt"})
-    configure(folder, quantization_config=CONFIGURED[layout])
-    return folder, twin
 
+    def quantise(name, weight):
+        parts, plain = eight_bit(weight, layout)
+        stored = {name + ending: tensor for ending, tensor in parts.items()}
+        if layout.endswith("tensor"):
+            stored[name.replace("weight", "input_scale")] = torch.ones(1)
+        return stored, plain
 
-def configure(folder, **more):
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | more))
-
-
-def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
-    text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
-    return parse_recipe(text + more, "recipe.yaml")
+    return beside_twin(folder, source, quantise, CONFIGURED[layout])
 
 
 @pytest.mark.parametrize("layout", ["integers", "4 bits"])
@@ -169,13 +146,8 @@ def test_integers_and_4_bits_merge_as_their_float32_twin_does_from_the_hub_too(
     api, tmp_path, layout
 ):
     few, twin = write_integers(tmp_path / "few", "expert-reverse", layout)
-    pushed(api, few, "zoo/few")
 
-    for name, expert in {"few": few, "hub": "zoo/few", "twin": twin}.items():
-        pipeline.merge_models(recipe(expert=expert), tmp_path / "out" / name)
-
-    found = weights(tmp_path / "out" / "few")
-    assert found == weights(tmp_path / "out" / "hub") == weights(tmp_path / "out" / "twin")
+    assert_merges_as_its_twin(api, few, twin, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -204,13 +176,8 @@ def test_check_shows_integers_and_4_bits_and_a_guide_measures_them(api, tmp_path
 @pytest.mark.parametrize("layout", FP8)
 def test_an_fp8_expert_merges_as_its_float32_twin_does_from_the_hub_too(api, tmp_path, layout):
     fp8, twin = write_model(tmp_path / "fp8", "expert-reverse", layout)
-    pushed(api, fp8, "zoo/fp8")
 
-    for name, expert in {"fp8": fp8, "hub": "zoo/fp8", "twin": twin}.items():
-        pipeline.merge_models(recipe(expert=expert), tmp_path / "out" / name)
-
-    found = weights(tmp_path / "out" / "fp8")
-    assert found == weights(tmp_path / "out" / "hub") == weights(tmp_path / "out" / "twin")
+    assert_merges_as_its_twin(api, fp8, twin, tmp_path / "out")
 
 
 def test_a_merge_that_starts_from_fp8_is_plain_bfloat16_and_loads(api, tmp_path):
@@ -508,5 +475,5 @@ def test_extracting_an_adapter_from_a_quantised_model_is_refused(api, tmp_path):
     configure(folder, quantization_config={"quant_method": "hqq"})
     expert, base = (lewis_hub.ModelReference(name=str(name)) for name in (folder, "zoo/base"))
 
-    with pytest.raises(CheckFailedError, match=r"is quantised \(hqq\)"):
+    with pytest.raises(ExtractionError, match=r"is quantised \(hqq\)"):
         extract_adapter(expert, base, 2, 0.0, tmp_path / "out", hub_api(), Silent())

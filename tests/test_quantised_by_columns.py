@@ -5,34 +5,23 @@ import shutil
 
 import pytest
 import torch
+from quantised import (
+    DENSITY,
+    assert_merges_as_its_twin,
+    beside_twin,
+    configure,
+    recipe,
+)
 from safetensors.torch import load_file, save_file
 from served import pushed, weights
 
 from lewis_hub import pipeline, steps
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.recipe_file import parse_recipe
 
-RECIPE = """base_model: BASE
-models:
-  - model: EXPERT
-    parameters: {weight: 1.0}
-merge_method: ties
-parameters: {density: 0.4}
-"""
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "GEMM"}
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 SHIFTS = torch.arange(0, 32, 4)
-
-
-def recipe(base, expert, more=""):
-    text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
-    return parse_recipe(text + more, "recipe.yaml")
-
-
-def configure(folder, **more):
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | more))
 
 
 def words(codes):
@@ -67,20 +56,12 @@ def quantised(weight, layout):
 
 def write_words(folder, source, layout):
     """A model of the zoo in 4 bits, and beside it the float32 model that it stands for."""
-    twin = folder.with_name(folder.name + "-float32")
-    for copy in (folder, twin):
-        shutil.copytree(zoo_folder() / source, copy)
-    stored, plain = {}, {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        stored[name] = plain[name] = weight
-        if name.endswith("_proj.weight"):
-            parts, plain[name] = quantised(weight, layout)
-            del stored[name]
-            stored |= {name.removesuffix("weight") + part: t for part, t in parts.items()}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    save_file(plain, twin / "model.safetensors", {"format": "pt"})
-    configure(folder, quantization_config=GPTQ if layout == "gptq" else AWQ)
-    return folder, twin
+
+    def quantise(name, weight):
+        parts, plain = quantised(weight, layout)
+        return {name.removesuffix("weight") + part: t for part, t in parts.items()}, plain
+
+    return beside_twin(folder, source, quantise, GPTQ if layout == "gptq" else AWQ)
 
 
 def gpt_oss(folder, seed):
@@ -136,13 +117,8 @@ def test_an_expert_in_mxfp4_merges_with_its_base_in_bfloat16_and_loads(api, tmp_
     tensors = {n: t for n, t in dense.state_dict().items() if n in load_file(base / WEIGHTS)}
     assert tensors["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
     save_file({n: t.contiguous() for n, t in tensors.items()}, twin / WEIGHTS, {"format": "pt"})
-    pushed(api, few, "zoo/few")
+    assert_merges_as_its_twin(api, few, twin, tmp_path / "out", base)
 
-    for name, expert in {"few": few, "hub": "zoo/few", "twin": twin}.items():
-        pipeline.merge_models(recipe(base, expert), tmp_path / "out" / name)
-
-    found = weights(tmp_path / "out" / "few")
-    assert found == weights(tmp_path / "out" / "hub") == weights(tmp_path / "out" / "twin")
     loads(tmp_path / "out" / "few")
 
 
@@ -182,13 +158,8 @@ def loads(folder):
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
 def test_gptq_and_awq_merge_as_their_float32_twin_does_from_the_hub_too(api, tmp_path, layout):
     few, twin = write_words(tmp_path / "few", "expert-reverse", layout)
-    pushed(api, few, "zoo/few")
 
-    for name, expert in {"few": few, "hub": "zoo/few", "twin": twin}.items():
-        pipeline.merge_models(recipe("zoo/base", expert), tmp_path / "out" / name)
-
-    found = weights(tmp_path / "out" / "few")
-    assert found == weights(tmp_path / "out" / "hub") == weights(tmp_path / "out" / "twin")
+    assert_merges_as_its_twin(api, few, twin, tmp_path / "out")
 
 
 def test_check_counts_what_words_hold_and_warns_of_what_awq_did_before(api, tmp_path):
@@ -222,7 +193,7 @@ def test_biases_that_only_a_gptq_file_has_are_told_and_may_be_left_out(api, tmp_
     save_file(tensors | {one: torch.zeros(tensors[f"{one[:-4]}scales"].shape[1])}, few / WEIGHTS)
 
     (problem,) = pipeline.check(recipe("zoo/base", few)).problems
-    pipeline.merge_models(recipe("zoo/base", few, "missing: base\n"), tmp_path / "with")
+    pipeline.merge_models(recipe("zoo/base", few, DENSITY + "missing: base\n"), tmp_path / "with")
 
     assert one in problem
     assert "`missing: base`" in problem
@@ -231,9 +202,8 @@ def test_biases_that_only_a_gptq_file_has_are_told_and_may_be_left_out(api, tmp_
 
 def test_a_merge_streams_from_gptq_on_the_hub_to_the_same_bytes(api, tmp_path):
     few, _ = write_words(tmp_path / "few", "expert-reverse", "gptq")
-    asked = recipe(
-        "zoo/base", pushed(api, few, "zoo/few"), "publish: {repo: zoo/out, license: mit}\n"
-    )
+    publish = "publish: {repo: zoo/out, license: mit}\n"
+    asked = recipe("zoo/base", pushed(api, few, "zoo/few"), DENSITY + publish)
     pipeline.merge_models(recipe("zoo/base", few), tmp_path / "out")
 
     pipeline.stream(asked, steps.open_target(asked.publish), tmp_path / "work")

@@ -100,6 +100,24 @@ def test_a_merge_that_the_repo_holds_already_downloads_no_weight_and_commits_not
     assert max(path.stat().st_size for path in blobs) < 100_000
 
 
+def test_a_merge_that_the_repo_holds_gives_way_to_the_next_one_and_anything_else_stays(hub, zoo):
+    merge()
+    move(hub)
+
+    again = CliRunner().invoke(cli, ["merge", "--push", "--json"])
+    Path("merged/README.md").write_text("mine")
+    move(hub)
+    refused = CliRunner().invoke(cli, ["merge", "--push"])
+
+    assert json.loads(again.stdout)["status"] == "merged"
+    assert len(shas(hub, zoo)) == 3
+    assert str(refused.exception) == (
+        f"{Path('merged').resolve()}: it exists and holds something else than this merge.\n"
+        "Name another folder with -o, or replace it with --force."
+    )
+    assert Path("merged/README.md").read_text() == "mine"
+
+
 @pytest.mark.slow  # each merge measures
 def test_an_expert_that_moved_is_measured_alone_and_the_commit_says_so(hub, guided):
     _, at_first = merge()

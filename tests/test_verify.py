@@ -61,21 +61,44 @@ def test_the_merge_made_again_has_the_same_weights(merged):
     assert (code, told["status"], told["rebuilt"]) == (0, "verified", True)
 
 
-def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged):
-    """Whoever swaps weights and forges the lock and the provenance is found by --rebuild."""
-    other = shutil.copyfile(
-        zoo_folder() / "expert-cipher" / "model.safetensors", merged / "model.safetensors"
-    )
+def forge(merged, files):
+    """Other files, with a lock and a provenance that fit them."""
     true = Lock.from_json((merged / "lewis/lock.json").read_text())
-    swapped = OutputFile(sha256_of(other), other.stat().st_size)
-    forged = replace(true, outputs=true.outputs | {"model.safetensors": swapped})
+    told = {}
+    for name, content in files.items():
+        (merged / name).write_bytes(content)
+        told[name] = OutputFile(sha256_of(merged / name), len(content))
+    forged = replace(true, outputs=true.outputs | told)
     (merged / "lewis/lock.json").write_text(forged.to_json())
     (merged / "lewis/provenance.json").write_text(provenance(forged, Run(NOW, NOW)))
+
+
+def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged):
+    """Whoever swaps weights and forges the lock and the provenance is found by --rebuild."""
+    other = zoo_folder() / "expert-cipher" / "model.safetensors"
+    forge(merged, {"model.safetensors": other.read_bytes()})
 
     assert verify(merged)[0] == 0
     code, told = verify(merged, "--rebuild")
     assert code == 1
-    assert told["problems"][0].startswith("model.safetensors: made again it has sha256 ")
+    (problem,) = told["problems"]
+    assert problem.startswith("model.safetensors: made again it has sha256 ")
+
+
+def test_code_that_no_merge_makes_is_found_by_making_it_again(merged):
+    config = json.loads((merged / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    forge(
+        merged,
+        {"config.json": json.dumps(config).encode(), "modeling_mine.py": b"import os\n"},
+    )
+
+    assert verify(merged)[0] == 0
+    code, told = verify(merged, "--rebuild")
+    assert code == 1
+    of_config, of_code = told["problems"]
+    assert of_config.startswith("config.json: made again it has sha256 ")
+    assert of_code == "modeling_mine.py: the merge that was made again lacks it."
 
 
 @settings(deadline=None)
@@ -184,6 +207,29 @@ def test_a_published_merge_is_verified_without_its_weights(hub, merged, monkeypa
     assert verdict.problems == ()
     blobs = [path for path in cache_root().rglob("*") if path.is_file()]
     assert max(path.stat().st_size for path in blobs) < 100_000
+
+
+@pytest.mark.slow  # calibrates, twice
+def test_a_published_merge_is_made_again_from_its_lock_at_any_revision(hub, tmp_path, monkeypatch):
+    """Guided, calibrated on the Hub's data: all that fixes it comes from the lock."""
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.chdir(tmp_path)
+    text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 4")
+    repo = f"{hub.user}/merge"
+    publish = f"publish: {{repo: {repo}, license: apache-2.0, tag: v1}}\n"
+    (tmp_path / "recipe.yaml").write_text(text.partition("evaluate:")[0] + publish)
+    done = CliRunner().invoke(cli, ["merge", "--push", "-q"])
+    assert done.exit_code == 0, done.output
+    weights = (zoo_folder() / "base" / "model.safetensors").read_bytes()
+    hub.api().upload_file(repo_id=repo, path_or_fileobj=weights, path_in_repo="model.safetensors")
+    shutil.rmtree(tmp_path / "merged")
+
+    code, told = verify(f"{repo}@v1", "--rebuild")
+    assert (code, told["status"], told["rebuilt"]) == (0, "verified", True)
+    code, told = verify(repo)
+    assert code == 1
+    assert told["problems"][0].startswith("model.safetensors: it")
 
 
 def test_diff_tells_what_two_merges_do_not_share(made, tmp_path):

@@ -261,12 +261,14 @@ class TensorReader:
 
 
 def whole_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:
-    """What `Reader.tensor` says, by its `read`."""
+    """What `Reader.tensor` says, by its `read`.
+
+    It lies where torch puts tensors: products of matrices are rounded otherwise, on some
+    processors, where one begins at an odd place of a line of the cache.
+    """
     import torch
 
-    held = bytearray(tensor.n_bytes)
-    reader.read(tensor, 0, memoryview(held))
+    held = torch.empty(tensor.n_bytes, dtype=torch.uint8)
+    reader.read(tensor, 0, held.numpy().data)
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.dtype]
-    if not held:
-        return torch.zeros(tensor.shape)
-    return torch.frombuffer(held, dtype=dtype).reshape(tensor.shape).float()
+    return held.view(dtype).reshape(tensor.shape).float()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     from lewis_hub.recipe import Recipe
     from lewis_hub.stages.jobs import Hardware
 
-OWN = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "as_json", "quiet"}
+OWN = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "quiet"}
 CRON = re.compile(r"@(annually|yearly|monthly|weekly|daily|hourly)|[\w*/,#-]+( [\w*/,#-]+){4}")
 STATUS = {0: "merged", 3: "refused"}
+EXIT_CODE = {"merged": 0, "unchanged": 0, "refused": 3}
 
 
 class Cron(click.ParamType[str]):
@@ -63,21 +65,49 @@ def merge_on_jobs(
     api = hub_api()
     job = jobs.submit(api, asked)
     ends = f"It goes on if this command is interrupted; `hf jobs cancel {job.id}` ends it."
-    terminal.progress.say(f"Job {job.id}: {job.url}\n{ends}")
-    code = jobs.follow(api, job, terminal.progress.say)
-    repo = steps.destination(recipe).repo
-    document = {"status": STATUS.get(code, "failed"), "job": job.id, "url": job.url, "repo": repo}
+    say, log = terminal.progress.say, list[str]()
+    say(f"Job {job.id}: {job.url}\n{ends}")
+
+    def hear(line: str) -> None:
+        log.append(line)
+        say(line)
+
+    named = jobs.follow(api, job, hear)
+    told = printed(log)
+    code, status = ended(named, told)
+    document = {"repo": steps.destination(recipe).repo} | told
+    document |= {"status": status, "output": None, "job": job.id, "job_url": job.url}
     terminal.finish(document, f"Job {job.id} ended with exit code {code}: {job.url}")
     raise click.exceptions.Exit(code)
 
 
-def handed_on(ctx: click.Context) -> list[str]:
+def printed(log: Sequence[str]) -> dict[str, Any]:
+    """The document that the Job's command printed, if it had --json; else nothing."""
+    inside = "\n".join(["", *log]).rpartition("\n{\n")[2].partition("\n}")[0]
+    try:
+        found: dict[str, Any] = json.loads(f"{{{inside}}}")
+    except ValueError:
+        return {}
+    return found
+
+
+def ended(named: int | None, told: Mapping[str, Any]) -> tuple[int, str]:
+    """Exit code and status of a Job: what its document says, unless the Hub names another code."""
+    status = str(told.get("status", "failed"))
+    stated = EXIT_CODE.get(status, 1)
+    if told and named in (None, stated):
+        return stated, status
+    code = 1 if named is None else named
+    return code, STATUS.get(code, "failed")
+
+
+def handed_on(ctx: click.Context, own: Set[str] = OWN) -> list[str]:
     """The options that were given here and are for the Job's `merge`, as they are typed."""
     words = ["--push"]
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name or "")
         given = source is click.core.ParameterSource.COMMANDLINE
-        if given and isinstance(option, click.Option) and option.name not in OWN:
+        if given and isinstance(option, click.Option) and option.name not in own:
             value = [] if option.is_flag else [str(ctx.params[option.name or ""])]
             words += [option.opts[-1], *value]
     return words
@@ -123,7 +153,8 @@ def create(
     if repo:
         recipe = steps.published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
-    asked = request(recipe_file, recipe, handed_on(click.get_current_context()), hardware)
+    words = handed_on(click.get_current_context(), OWN | {"as_json"})
+    asked = request(recipe_file, recipe, words, hardware)
     steps.open_target(steps.destination(recipe))
     made = jobs.schedule(hub_api(), asked, cron)
     document = {"status": "scheduled", "id": made.id, "schedule": cron, "url": made.url}

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lewis_hub.cli.jobs import merge_on_jobs
 from lewis_hub.cli.options import (
     RepoName,
     code_option,
     device_option,
     hardware_options,
     memory_option,
+    nan_option,
     output_option,
     parse_size,
     pickle_option,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from lewis_hub.hub.publish import Published
     from lewis_hub.pipeline import Merged
     from lewis_hub.recipe import Recipe
+    from lewis_hub.stages.execution import Execution
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
@@ -88,11 +91,7 @@ def check(
 @click.option("--on", type=click.Choice(["jobs"]), help="Run it as a Hugging Face Job.")
 @hardware_options
 @code_option
-@click.option(
-    "--allow-nan",
-    is_flag=True,
-    help="Carry on where a source holds NaN or infinity: it counts as the base's there.",
-)
+@nan_option
 @pickle_option
 @terminal_options
 def merge(
@@ -119,25 +118,20 @@ def merge(
     allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
+    signs = private_key is not None
     if stream:
-        _require_streamable(push=push, allow_pickle=allow_pickle, sign=private_key is not None)
+        _require_streamable(push=push, allow_pickle=allow_pickle, sign=signs)
     recipe = _recipe(recipe_file, repo, push=push, no_eval=no_eval)
-    from lewis_hub import pipeline, steps
-    from lewis_hub.stages import signing
-    from lewis_hub.stages.execution import Execution
-
     if on:
-        from lewis_hub.cli.jobs import merge_on_jobs
         from lewis_hub.stages.jobs import Hardware
 
-        if not push:
-            raise click.BadParameter("a Job's disk goes with it: add --push.", param_hint="--on")
-        if output:
-            raise click.BadParameter("a Job's disk goes with it.", param_hint="--output")
+        _require_for_a_job(push=push, output=output, sign=signs)
         merge_on_jobs(terminal, recipe_file, recipe, Hardware(flavor, timeout, namespace))
     if flavor or timeout or namespace:
         told = "they say where a Job runs: add --on jobs."
         raise click.BadParameter(told, param_hint="--flavor, --timeout, --namespace")
+    from lewis_hub.stages.execution import Execution
+
     execution = Execution(
         runner=runner,
         ray_address=ray_address,
@@ -149,23 +143,45 @@ def merge(
         allow_nan=allow_nan,
         allow_pickle=allow_pickle,
     )
+    output = output or recipe_file.parent / "merged"
+    if stream:
+        _from_hub_to_hub(terminal, recipe, output, execution)
+    else:
+        _on_this_disk(terminal, recipe, output, execution, push=push, private_key=private_key)
+
+
+def _from_hub_to_hub(
+    terminal: Terminal, recipe: Recipe, output: Path, execution: Execution
+) -> None:
+    from lewis_hub import pipeline, steps
+    from lewis_hub.cli.tables import publication
+
+    target = steps.open_target(steps.destination(recipe))
+    published = pipeline.stream(recipe, target, output, execution, terminal.progress)
+    terminal.finish(_streamed(published), *publication(published))
+
+
+def _on_this_disk(
+    terminal: Terminal,
+    recipe: Recipe,
+    output: Path,
+    execution: Execution,
+    *,
+    push: bool,
+    private_key: Path | None,
+) -> None:
+    from lewis_hub import pipeline, steps
+    from lewis_hub.stages import signing
+
     if private_key:
         signing.require_key(private_key)
     target = steps.open_target(steps.destination(recipe)) if push else None
-    output = output or recipe_file.parent / "merged"
-    if stream and target:
-        from lewis_hub.cli.tables import publication
-
-        streamed = pipeline.stream(recipe, target, output, execution, terminal.progress)
-        terminal.finish(_streamed(streamed), *publication(streamed))
-        return
     merged = pipeline.merge_models(recipe, output, execution, terminal.progress, target)
-    stays = merged.gate is not None and merged.gate.stops
     published = merged.published
     if not published:
         if private_key:
             signing.sign(merged.output, private_key)
-        if target and not stays:
+        if target and not (merged.gate and merged.gate.stops):
             published = steps.publish(merged.output, target, terminal.progress)
     _finish(terminal, merged, published)
 
@@ -206,6 +222,15 @@ def _require_streamable(*, push: bool, allow_pickle: bool, sign: bool) -> None:
         raise click.UsageError("--stream reads byte ranges, which pickles do not have.")
     if sign:
         raise click.UsageError("--sign reads every file, and --stream keeps no weights here.")
+
+
+def _require_for_a_job(*, push: bool, output: Path | None, sign: bool) -> None:
+    if not push:
+        raise click.BadParameter("a Job's disk goes with it: add --push.", param_hint="--on")
+    if output:
+        raise click.BadParameter("a Job's disk goes with it.", param_hint="--output")
+    if sign:
+        raise click.BadParameter("your key stays here, so a Job cannot sign.", param_hint="--sign")
 
 
 def _streamed(published: Published) -> dict[str, Any]:

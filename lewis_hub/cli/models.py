@@ -11,6 +11,7 @@ from lewis_hub.cli.options import (
     RepoName,
     code_option,
     device_option,
+    nan_option,
     output_option,
     pickle_option,
     sign_option,
@@ -121,7 +122,7 @@ def push(
     "  lewis-hub verify me/my-merge --public-key key.pub"
 )
 @click.argument("model")
-@click.option("--rebuild", is_flag=True, help="Make the merge again and compare the weights.")
+@click.option("--rebuild", is_flag=True, help="Make the merge again and compare the bytes.")
 @click.option(
     "--public-key",
     metavar="KEY.pub",
@@ -130,6 +131,8 @@ def push(
 )
 @device_option
 @code_option
+@nan_option
+@pickle_option
 @terminal_options
 def verify(
     terminal: Terminal,
@@ -138,6 +141,8 @@ def verify(
     public_key: Path | None,
     device: str,
     allow_code_execution: bool,
+    allow_nan: bool,
+    allow_pickle: bool,
 ) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
     from lewis_hub import steps
@@ -147,7 +152,12 @@ def verify(
 
     verdict = steps.verify(
         ModelReference.model_validate(model),
-        Execution(device=device, allow_code=allow_code_execution),
+        Execution(
+            device=device,
+            allow_code=allow_code_execution,
+            allow_nan=allow_nan,
+            allow_pickle=allow_pickle,
+        ),
         terminal.progress,
         rebuild=rebuild,
         public_key=public_key,

@@ -53,6 +53,11 @@ pickle_option = click.option(
     is_flag=True,
     help="Read models that have pytorch_model.bin alone: for authors that you trust.",
 )
+nan_option = click.option(
+    "--allow-nan",
+    is_flag=True,
+    help="Carry on where a source holds NaN or infinity: it counts as the base's there.",
+)
 device_option = click.option(
     "--device", default="cpu", help="Where models run and merge: cpu, cuda, cuda:1."
 )
@@ -67,7 +72,7 @@ memory_option = click.option(
     "--max-memory",
     callback=lambda _, option, text: text and parse_size(text, option.opts[0]),
     metavar="SIZE",
-    help="Measure models block by block that take more, such as 8GB [all of them whole].",
+    help="Never load a model to measure it that takes more, such as 8GB: only block by block.",
 )
 
 

@@ -205,7 +205,7 @@ def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, .
     """What does not hold; or that everything does."""
     if verdict.problems:
         return plain(*(f"problem: {problem}" for problem in verdict.problems))
-    again = ", and the weights came out the same when they were made again" if rebuilt else ""
+    again = ", and the model came out the same when it was made again" if rebuilt else ""
     signature = {
         "none": "It is not signed.",
         "unchecked": "It is signed: --public-key looks by whom.",

@@ -18,7 +18,7 @@ from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
 from lewis_hub.guides.products import Products, watched
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
-from lewis_hub.guides.stored import stored_blocks
+from lewis_hub.guides.stored import stored_blocks, stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.progress import Advance
@@ -62,7 +62,7 @@ def measure(
     model = load_model(folder, device, name)
     modules = block_linears(model, name)
     widths = {matrix(module).shape[1] for module in modules.values()}
-    measured = []
+    measured, kept = [], stored_names(model)
     with threads(whole_shares(widths, torch.get_num_threads())):
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
@@ -70,7 +70,8 @@ def measure(
             products = watched(model, partial(forward, model, Batch(ids, torch.ones_like(ids))))
             norms = activation_norms(model, name, batches(tokens), advance, products)
             found: dict[str, float] = {}
-            for block in stored_blocks(model, modules, norms, products, tokens.n_tokens):
+            n_tokens = tokens.n_tokens
+            for block in stored_blocks(model, modules, norms, products, n_tokens, kept):
                 found |= summarise(block.weights, block.norms)
             measured.append(found)
     return measured

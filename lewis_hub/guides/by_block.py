@@ -1,4 +1,4 @@
-"""Measure a model that does not fit in memory, with one block of it there at a time.
+"""Measure a model with one block of it in memory at a time.
 
 All texts run through a block before the next one is read. In memory are, at most, the embeddings
 and a block, twice while it is fused; and of all texts the hidden states, masks and positions.
@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lewis_hub.errors import CalibrationModelError
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.activations import (
     N_TRIED,
     Summary,
@@ -34,7 +34,7 @@ from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.products import Products
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
 from lewis_hub.guides.skeleton import Skeleton, skeleton
-from lewis_hub.guides.stored import stored_blocks
+from lewis_hub.guides.stored import stored_blocks, stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.guides.weights import Weights
@@ -70,7 +70,8 @@ def measure(
     """What `activations.measure` returns, of a model that is never in memory as a whole.
 
     Raises:
-        CalibrationModelError: as there; or the decoder does more with the hidden states than to
+        CalibrationModelError: as there.
+        NotByBlockError: from `skeleton`; or the decoder does more with the hidden states than to
             hand them from block to block.
     """
 
@@ -81,14 +82,15 @@ def measure(
                 found, sets, visit.sums, visit.products, strict=True
             ):
                 norms = norms_of(sums, tokens.n_tokens)
-                stored = stored_blocks(made.model, visit.modules, norms, products, tokens.n_tokens)
-                for block in stored:
+                of_block = (visit.modules, norms, products, tokens.n_tokens, kept)
+                for block in stored_blocks(made.model, *of_block):
                     one |= summarise(block.weights, block.norms)
         for one in found:
             require_seen(one, made.name)
         return found
 
     made = skeleton(weights, device)
+    kept = stored_names(made.model)
     return visited(made, sets, sum_of_squares, advance, measured, products=True)
 
 
@@ -205,4 +207,4 @@ def _chain(made: Skeleton) -> Iterator[None]:
         if not isinstance(error, NotAChainError) and "meta" not in str(error):
             raise
         problem = "its decoder does more between its blocks than to hand on hidden states"
-        raise CalibrationModelError(made.name, problem, made.weights.remedy) from error
+        raise NotByBlockError(made.name, problem, made.weights.remedy) from error

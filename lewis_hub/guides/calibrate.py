@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.aim import evenness
 from lewis_hub.guides.importance import (
     ImportanceProfile,
@@ -24,6 +25,7 @@ from lewis_hub.progress import Advance
 if TYPE_CHECKING:
     from lewis_hub.guides.activations import Summary
 
+Found = TypeVar("Found")
 
 SUMMARIES: Mapping[Measure, Summary] = {  # what is made of one pass's activation norms
     "lewis": importances,
@@ -58,8 +60,9 @@ class Subject:
 
     Attributes:
         against: its base, for a measure of pairs.
-        weights: of one that is measured block by block; not for all measures. None: it is loaded
-            whole from `folder`.
+        weights: of one that is measured block by block where that can be; not for all measures.
+            None: it is loaded whole from `folder`.
+        may_be_whole: whether it is loaded whole where it cannot be measured so.
     """
 
     source: str  # repo@sha, or the folder as written
@@ -69,11 +72,26 @@ class Subject:
     sets: tuple[CalibrationSet, ...]
     against: Place | None = None
     weights: Weights | None = None
+    may_be_whole: bool = False
 
     @property
     def n_tokens(self) -> int:
         """Tokens that will run through it."""
         return sum(one.tokens.n_tokens for one in self.sets)
+
+    def measured(self, by_block: Callable[[Weights], Found], whole: Callable[[], Found]) -> Found:
+        """What one of two ways finds, which find the same.
+
+        Raises:
+            NotByBlockError: it cannot be measured block by block, and must not be loaded whole.
+        """
+        if self.weights:
+            try:
+                return by_block(self.weights)
+            except NotByBlockError:
+                if not self.may_be_whole:
+                    raise
+        return whole()
 
 
 def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subject]:
@@ -137,10 +155,11 @@ def _measured(
     if subject.against:
         expert = Place(subject.source, subject.folder)
         return shifts.measure(subject.against, expert, tokens, device, advance)
-    if subject.weights:
-        return by_block.measure(subject.weights, tokens, device, advance, SUMMARIES[how])
-    summarise = SUMMARIES[how]
-    return activations.measure(subject.folder, subject.source, tokens, device, advance, summarise)
+    name, summarise = subject.source, SUMMARIES[how]
+    return subject.measured(
+        lambda weights: by_block.measure(weights, tokens, device, advance, summarise),
+        lambda: activations.measure(subject.folder, name, tokens, device, advance, summarise),
+    )
 
 
 def _measurement(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from lewis_hub.guides.blocks import Linear
     from lewis_hub.guides.recording import InputSum
+    from lewis_hub.guides.tokens import CalibrationTokens
+    from lewis_hub.guides.weights import Weights
 
 VERSION = 1
 INDEX = "grams.json"
@@ -109,8 +111,11 @@ def gather_grams(
         EmptyCalibrationError: no token counts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    gathered = _by_block if subject.weights else _whole
-    found = gathered(subject, folder, widest, device, advance)
+    [own] = subject.sets
+    found = subject.measured(
+        lambda weights: _by_block(weights, own.tokens, folder, widest, device, advance),
+        lambda: _whole(subject, folder, widest, device, advance),
+    )
     files = {
         file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in found.values())
     }
@@ -152,7 +157,12 @@ def _whole(
 
 
 def _by_block(
-    subject: Subject, folder: Path, widest: int, device: str, advance: Advance
+    weights: Weights,
+    tokens: CalibrationTokens,
+    folder: Path,
+    widest: int,
+    device: str,
+    advance: Advance,
 ) -> dict[str, ModuleGram]:
     """The matrices of one block at a time, in one pass of the texts."""
     from lewis_hub.guides.by_block import Visit, visited
@@ -167,10 +177,9 @@ def _by_block(
         return found
 
     summed = partial(second_moments, widest=widest)
-    assert subject.weights
-    made = skeleton(subject.weights, device)
+    made = skeleton(weights, device)
     kept = stored_names(made.model)
-    return visited(made, [subject.sets[0].tokens], summed, advance, write, products=False)
+    return visited(made, [tokens], summed, advance, write, products=False)
 
 
 def n_inputs(module: Linear) -> int:

@@ -6,7 +6,7 @@ Nothing here runs a repo's own code or opens a connection.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 from lewis_hub.errors import CalibrationModelError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
+
+LINE = 64  # bytes of a line of the cache, to which torch aligns what it allocates
 
 
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
@@ -28,12 +32,12 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
 
     Args:
         folder: a complete local snapshot.
-        device: as torch names it: "cpu", "cuda", "cuda:1".
+        device: as torch names it: "cpu", "cuda", "cuda:1". "cuda" is all GPUs together.
         name: the source as the user knows it, for messages.
 
     Raises:
-        CalibrationModelError: transformers cannot load it, it needs own code, or weights that the
-            architecture needs are not in the files.
+        CalibrationModelError: transformers cannot load it, it needs own code, weights that the
+            architecture needs are not in the files, or the GPUs have no room for it.
     """
     import torch
 
@@ -41,6 +45,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
         model, report = model_class(folder).from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
+            device_map=placement(device, torch.cuda.device_count()),
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
@@ -48,8 +53,47 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
         )
         check_complete(name, report["missing_keys"])
         check_reads_tokens(name, model)
+        check_on_gpus(name, getattr(model, "hf_device_map", {}), device)
         model.config.get_text_config().use_cache = False  # some keep one unless this says so
-        return cast("PreTrainedModel", model.to(device).eval())
+        align(model)
+        return cast("PreTrainedModel", model.eval())
+
+
+def placement(device: str, n_gpus: int) -> str | dict[str, str] | None:
+    """Where transformers has to put a model, in its own words.
+
+    Returns:
+        "auto", which is block by block over all GPUs, for "cuda" where there are several. None for
+        the CPU's memory. Else the one device.
+    """
+    if device == "cpu":
+        return None
+    return "auto" if device == "cuda" and n_gpus > 1 else {"": device}
+
+
+def align(model: nn.Module) -> None:
+    """Copy parameters that begin at an odd place of a line of the cache, as those of a mapped file.
+
+    Products of matrices are rounded otherwise there, on some processors; so what is measured would
+    depend on where in its file a tensor lies, and on how it was read.
+    """
+    for parameter in model.parameters():
+        if parameter.data_ptr() % LINE:
+            parameter.data = parameter.data.clone()
+
+
+def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], device: str) -> None:
+    """Refuse that parts of a model were left beside the GPUs: every forward would carry them there.
+
+    Args:
+        name: the source as the user knows it, for messages.
+        placed: module -> its device, "cpu" or "disk".
+        device: that was asked for.
+    """
+    if device != "cpu" and not {"cpu", "disk"}.isdisjoint(map(str, placed.values())):
+        problem = "it is larger than the memory of all GPUs"
+        remedy = "Measure it block by block: `--max-memory 1GB`, or anything less than it takes."
+        raise CalibrationModelError(name, problem, remedy)
 
 
 def model_class(folder: Path) -> Any:

@@ -117,7 +117,7 @@ class _Sums:
     def compare(self, n_tokens: int, path: str, y: Tensor) -> None:
         before = self.held.pop(path, None)
         if before is not None and len(before) == len(y) == n_tokens:
-            self.differences[path] += _square_sum(y - before)
+            self.differences[path] += _square_sum(y - before.to(y.device))  # GPUs may differ
             self._base[path] += _square_sum(before)
 
     def shift(self, name: str, path: str) -> float:

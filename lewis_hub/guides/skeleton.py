@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.errors import CalibrationModelError
+from lewis_hub.errors import CalibrationModelError, NotByBlockError
 from lewis_hub.guides.blocks import block_lists
 from lewis_hub.guides.loading import (
     check_complete,
@@ -42,9 +41,9 @@ from lewis_hub.guides.weights import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,19 @@ def skeleton(weights: Weights, device: str) -> Skeleton:
         device: where they are brought, as torch names it.
 
     Raises:
-        CalibrationModelError: transformers cannot build it, weights are not in the files, or it is
-            an encoder-decoder or shares weights between blocks.
+        NotByBlockError: transformers cannot build it, weights are not in the files, or it is an
+            encoder-decoder or shares weights between blocks.
     """
+    try:
+        return _built(weights, device)
+    except CalibrationModelError as error:
+        raise NotByBlockError(error.where, error.problem, error.remedy) from error
+
+
+def _built(weights: Weights, device: str) -> Skeleton:
     name = weights.checkpoint.label
     with refusals(name, "model"), quiet():
-        model, loading = _empty(weights.folder, device, name)
+        model, loading = _empty(weights, device)
     path, blocks = _decoder(weights, model)
     _refuse_shared(weights, model, path, blocks)
     with refusals(name, "model"), quiet():
@@ -135,16 +141,17 @@ def skeleton(weights: Weights, device: str) -> Skeleton:
     return Skeleton(model, path, blocks, weights, targets, loading)
 
 
-def _empty(folder: Path, device: str, name: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
+def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
     """The model with real buffers and parameters of shapes alone, and how its weights are made."""
+    folder = weights.folder
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    dtype = torch.float32 if device == "cpu" else config.get_text_config().dtype or torch.float32
+    dtype = torch.float32 if device == "cpu" else _own_dtype(config, weights.checkpoint)
     kind: Any = model_class(folder)
     settings = {"dtype": dtype, "experts_implementation": "eager"}
     build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
     with init_empty_weights(include_buffers=False), torch.device(device):
         model = build(config, **settings).eval()
-    check_reads_tokens(name, model)
+    check_reads_tokens(weights.checkpoint.label, model)
     model.config.get_text_config().use_cache = False  # as `load_model` does
     return model, LoadStateDictConfig(
         dtype=dtype,
@@ -152,6 +159,13 @@ def _empty(folder: Path, device: str, name: str) -> tuple[PreTrainedModel, LoadS
         device_map={"": device},
         weight_mapping=cast("Any", get_model_conversion_mapping(model)),
     )
+
+
+def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """As `from_pretrained` takes it for "auto": the configuration's, else the first float's."""
+    told: torch.dtype | None = getattr(config, "dtype", None)
+    stored = (tensor.kept_dtype for tensor in checkpoint.tensors.values())
+    return told or next((FLOATS[dtype] for dtype in stored if dtype in FLOATS), torch.float32)
 
 
 def _decoder(weights: Weights, model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

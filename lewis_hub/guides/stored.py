@@ -55,6 +55,7 @@ def stored_blocks(
     norms: Mapping[str, Tensor],
     products: Products | None,
     n_tokens: int,
+    kept: Mapping[str, str],
 ) -> Iterator[StoredBlock]:
     """Tell block by block what was multiplied with what.
 
@@ -64,6 +65,7 @@ def stored_blocks(
         norms: path of a module -> its activation norms.
         products: what was multiplied besides.
         n_tokens: that ran through the model.
+        kept: from `stored_names`.
 
     Yields:
         In the model's order. A tensor of which no entry met a token is not in it. Copies are made
@@ -71,7 +73,6 @@ def stored_blocks(
     """
     linear = {f"{path}.weight": path for path in norms}
     met = linear.keys() | (products.used if products else frozenset())
-    kept = stored_names(model)
 
     def entries(name: str, parameter: Tensor) -> Tensor:
         """The norm that each entry was multiplied with; NaN where no token was."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+BATCH = 32  # tokens: what a batch more costs, in what a forward takes for each token
+
 
 class Rows(Protocol):
     """A table that is read a few rows at a time."""
@@ -177,8 +179,8 @@ def _token_ids(
     return typing.cast("list[list[int]]", encoded["input_ids"])
 
 
-def batches(tokens: CalibrationTokens, budget_tokens: int = 4096) -> Iterator[Batch]:
-    """Group the texts by length, longest first, so that little is padding.
+def batches(tokens: CalibrationTokens, budget_tokens: int = 2048) -> Iterator[Batch]:
+    """Group the texts by length, longest first, so that less is padding than a batch more costs.
 
     Args:
         tokens: one text is never split.
@@ -188,13 +190,23 @@ def batches(tokens: CalibrationTokens, budget_tokens: int = 4096) -> Iterator[Ba
 
     order = sorted(range(len(tokens.ids)), key=lambda i: (-len(tokens.ids[i]), i))
     while order:
-        longest = len(tokens.ids[order[0]])
-        n_texts = max(1, budget_tokens // longest)
+        lengths = [len(tokens.ids[i]) for i in order]
+        n_texts = _n_together(lengths, budget_tokens)
         taken, order = order[:n_texts], order[n_texts:]
-        input_ids = torch.zeros(len(taken), longest, dtype=torch.int64)
+        input_ids = torch.zeros(len(taken), lengths[0], dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
         for line, i in enumerate(taken):
             n = len(tokens.ids[i])
             input_ids[line, :n] = torch.tensor(tokens.ids[i])
             mask[line, :n] = 1
         yield Batch(input_ids, mask)
+
+
+def _n_together(lengths: Sequence[int], budget_tokens: int) -> int:
+    """How many texts, of lengths that fall, the first batch holds: at least one."""
+    longest, n_padding = lengths[0], 0
+    for n_texts, length in enumerate(lengths):
+        n_padding += longest - length
+        if n_texts and (n_padding > BATCH or longest * (n_texts + 1) > budget_tokens):
+            return n_texts
+    return len(lengths)

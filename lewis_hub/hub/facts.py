@@ -66,6 +66,11 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
     )
 
 
+def states_a_licence(readme: bytes) -> bool:
+    """Whether a card's metadata names any."""
+    return bool(_words(_metadata(readme).get("license")))
+
+
 def quantised_from(api: HfApi, source: Source) -> str | None:
     """What a quantised model was made from, where its card says it."""
     card = _metadata(read_small(api, source, "README.md") or b"")

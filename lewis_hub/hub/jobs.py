@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub.failures import Asked, hub_failures, no_token
-from lewis_hub.hub.retries import persist
+from lewis_hub.hub.retries import complete, persist
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -84,22 +85,36 @@ def schedule(api: HfApi, request: JobRequest, cron: str) -> Submitted:
     return Submitted(made.id, asked.repo, f"{api.endpoint}/settings/jobs", cron)
 
 
-def follow(api: HfApi, job: Submitted, say: Callable[[str], None]) -> int:
-    """Hand on the lines of a Job's log until it ends.
+def follow(api: HfApi, job: Submitted, say: Callable[[str], None]) -> int | None:
+    """Hand on the lines of a Job's log until it ends, each once, whatever breaks on the way.
 
     Returns:
-        The command's exit code, as the Job's status tells it; 1 where it tells none.
+        The command's exit code; None where the Hub, which names it in the words of the Job's status
+        alone, does not.
+
+    Raises:
+        PublishError: the Hub stays away. The Job goes on.
     """
     asked = Asked(api, job.namespace, kind=PublishError)
-    with hub_failures(asked):
-        for line in api.fetch_job_logs(job_id=job.id, follow=True, namespace=job.namespace):
+    n_said = 0
+
+    def hand_on(*, follow: bool) -> None:
+        nonlocal n_said
+        lines = api.fetch_job_logs(job_id=job.id, follow=follow, namespace=job.namespace)
+        for line in islice(lines, n_said, None):  # a log comes from its beginning each time
+            n_said += 1
             say(line)
-        status = api.wait_for_job(job.id, namespace=job.namespace).status
+
+    with hub_failures(asked):
+        complete(lambda: hand_on(follow=True), lambda: n_said)
+        status = persist(lambda: api.wait_for_job(job.id, namespace=job.namespace)).status
+        # a connection that broke when the Job had ended already is not followed to the log's end
+        complete(lambda: hand_on(follow=False), lambda: n_said)
     if status.stage == COMPLETED:
         return 0
     say(f"Job {status.stage}: {status.message or 'the Hub does not say why'}")
     told = EXIT_CODE.search(status.message or "")
-    return int(told[1]) if told else 1
+    return int(told[1]) if told else None
 
 
 def scheduled(api: HfApi, namespace: str | None) -> list[dict[str, Any]]:

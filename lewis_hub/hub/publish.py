@@ -123,6 +123,16 @@ def keep(api: HfApi, repo_id: str, landed: Landed, tag: str | None) -> Published
     return _published(asked, landed, tag, changed=False)
 
 
+def holds(api: HfApi, folder: Path, target: Target) -> bool:
+    """Whether a repo, as it was seen, holds just the files of a folder.
+
+    Raises:
+        PublishError: the Hub cannot be asked, or a file is a link to outside.
+    """
+    asked = Asked(api, target.repo, kind=PublishError)
+    return compare(asked, target, _files(folder), {}).done_in(target)
+
+
 def open_repo(asked: Asked, landing: Landing, *, private: bool) -> Target:
     """The repo to push to as it is now; created if it is not there.
 

@@ -184,7 +184,7 @@ class _Bracket:
         code, n_inside, room = self._code, self._n_inside, self._code.arguments["room"]
         packed = hits.packed
         with code.when(packed.differs(0)):
-            code.store(size.compressed(hits), self._inside + n_inside.value * 4)
+            code.store_chosen(size, hits, self._inside + n_inside.value * 4)
             n_found = n_inside.value + packed.n_bits.widened(U64)
             n_inside.set(n_found.smallest(room))
 

@@ -141,7 +141,10 @@ class Value:
         return self._made(self._builder.ctpop(self.raw))
 
     def compressed(self, chosen: Value) -> Value:
-        """The chosen lanes' numbers in the lowest lanes; what lies behind them is rubbish."""
+        """The chosen lanes' numbers in the lowest lanes; what lies behind them is rubbish.
+
+        On AVX-512 alone: see `loops.Code.store_chosen`.
+        """
         kind, rubbish = self.raw.type, ir.Constant(self.raw.type, ir.Undefined)
         name = f"llvm.experimental.vector.compress.v{LANES}{self.kind.intrinsic_name}"
         signature = ir.FunctionType(kind, [kind, chosen.raw.type, kind])

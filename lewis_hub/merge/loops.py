@@ -9,6 +9,7 @@ from typing import Any
 from llvmlite import ir
 
 from lewis_hub.merge.lanes import BIT, BYTE, U32, U64, Value, Variable, constant, lanes
+from lewis_hub.merge.operands import LANES
 
 
 class Code:
@@ -83,6 +84,22 @@ class Code:
             following.set(following.value >> 1)
             left.set(left.value & (left.value - 1))
         return found.value
+
+    def store_chosen(self, value: Value, chosen: Value, address: Value) -> None:
+        """Write the chosen lanes next to each other; room for LANES is overwritten."""
+        if "avx512f" in self._features:
+            self.store(value.compressed(chosen), address)
+            return
+        # What LLVM makes of `compressed` elsewhere loses lanes on Arm.
+        held = self.room(4 * LANES)
+        self.store(value, held)
+        left, place = self.variable(chosen.packed), self.variable(address)
+        with self.repeating() as leave:
+            leave(left.value.equals(0))
+            number = self.load(held + left.value.lowest_bit.widened(U64) * 4, U32)
+            self.store(number, place.value)
+            place.set(place.value + 4)
+            left.set(left.value & (left.value - 1))
 
     def fetch_ahead(self, address: Value) -> None:
         """Have the memory at an address brought into the cache; it need not be there."""

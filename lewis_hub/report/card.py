@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.report import details, findings, guidance, markdown, page, tables
 from lewis_hub.report.citations import HARNESS, METHODS, papers
@@ -14,11 +14,13 @@ from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.gate import card_section
 from lewis_hub.report.metadata import card_data
 from lewis_hub.report.plots import Plot, short_name
+from lewis_hub.report.provenance import BUILDER
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 TEMPLATE = "card.md.j2"
+OURSELVES = "lewis_hub"
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -31,42 +33,70 @@ def model_card(facts: CardFacts) -> ModelCard:
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = files("lewis_hub.templates").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    scores = facts.scores if findings.was_scored(facts.scores) else None
-    found = findings.findings(scores) if scores else None
     body = environment.from_string(template).render(
-        title=markdown.text(facts.title),
-        summary=_summary(facts),
-        details=list(details.details(facts)),
-        intended=list(details.intended(facts)),
-        page=page.FILE,
-        snippet=markdown.fenced(usage(facts), "python"),
-        pictures=list(_pictures(facts)),
-        densities=tables.densities(facts),
-        weights=tables.weights(facts),
-        picture_note=guidance.picture_note(facts.guided) if facts.guided else "",
-        scores=findings.scores_table(scores) if scores else None,
-        paired=findings.paired_table(scores) if scores else None,
-        twins=findings.twins(scores) if scores else (),
-        gate=card_section(facts.gate) if facts.gate else None,
-        gains=found.gains if found else (),
-        limits=[*(found.limits if found else ()), *_limits(facts)],
-        inputs=tables.inputs(facts),
-        stack=tables.stack(facts),
-        licence=details.licence(facts),
-        calibration=tables.calibration(facts),
-        recipe=markdown.fenced(facts.recipe, "yaml"),
-        mergekit=facts.mergekit,
-        cost=tables.cost(facts.costs),
-        whole_process=any(cost.peak_over == "process" for cost in facts.costs),
-        reproduce=markdown.fenced(_reproduce(facts), "bash"),
-        digest=markdown.code(facts.digest),
-        software=", ".join(
-            markdown.text(f"{name} {version}") for name, version in facts.software.items()
-        ),
-        harness=markdown.text(f"lm-eval {facts.software.get('lm_eval', '')}".rstrip()),
-        bibtex=_bibtex(facts),
+        **_what_it_is(facts), **_how_good(facts), **_from_what(facts), **_how_again(facts)
     )
     return ModelCard(f"---\n{card_data(facts).to_yaml(line_break=chr(10))}\n---\n\n{body}")
+
+
+def _what_it_is(facts: CardFacts) -> dict[str, Any]:
+    return {
+        "title": markdown.text(facts.title),
+        "summary": _summary(facts),
+        "details": list(details.details(facts)),
+        "intended": list(details.intended(facts)),
+        "page": page.FILE,
+        "snippet": markdown.fenced(usage(facts), "python"),
+        "pictures": list(_pictures(facts)),
+        "densities": tables.densities(facts),
+        "weights": tables.weights(facts),
+        "picture_note": guidance.picture_note(facts.guided) if facts.guided else "",
+    }
+
+
+def _how_good(facts: CardFacts) -> dict[str, Any]:
+    scores = facts.scores if findings.was_scored(facts.scores) else None
+    found = findings.findings(scores) if scores else None
+    return {
+        "scores": findings.scores_table(scores) if scores else None,
+        "paired": findings.paired_table(scores) if scores else None,
+        "twins": findings.twins(scores) if scores else (),
+        "harness": markdown.text(f"lm-eval {facts.software.get('lm_eval', '')}".rstrip()),
+        "gate": card_section(facts.gate) if facts.gate else None,
+        "gains": found.gains if found else (),
+        "limits": [*(found.limits if found else ()), *_limits(facts)],
+    }
+
+
+def _from_what(facts: CardFacts) -> dict[str, Any]:
+    return {
+        "inputs": tables.inputs(facts),
+        "stack": tables.stack(facts),
+        "licence": details.licence(facts),
+        "calibration": tables.calibration(facts),
+        "recipe": markdown.fenced(facts.recipe, "yaml"),
+        "mergekit": facts.mergekit,
+        "bibtex": _bibtex(facts),
+    }
+
+
+def _how_again(facts: CardFacts) -> dict[str, Any]:
+    return {
+        "reproduce": markdown.fenced(_reproduce(facts), "bash"),
+        "digest": markdown.code(facts.digest),
+        "software": _software(facts),
+        "cost": tables.cost(facts.costs),
+        "machine": markdown.text(tables.machine(facts.machine)) if facts.machine else None,
+        "whole_process": any(cost.peak_over == "process" for cost in facts.costs),
+    }
+
+
+def _software(facts: CardFacts) -> str:
+    """What the work was done with; ourselves with an address."""
+    told = {name: markdown.text(f"{name} {version}") for name, version in facts.software.items()}
+    if OURSELVES in told:
+        told[OURSELVES] = markdown.link(told[OURSELVES], BUILDER)
+    return ", ".join(told.values())
 
 
 def usage(facts: CardFacts) -> str:
@@ -178,7 +208,7 @@ def _limits(facts: CardFacts) -> Iterator[str]:
 
 
 def _reproduce(facts: CardFacts) -> str:
-    version = facts.software.get("lewis_hub")
+    version = facts.software.get(OURSELVES)
     package = f"lewis-hub=={version}" if version else "lewis-hub"
     lines = [f"pip install {shlex.quote(package)}"]
     if facts.repo:

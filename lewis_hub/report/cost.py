@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lewis_hub.errors import OutputError
+from lewis_hub.report.machine import Machine
 
 FILE = "lewis/cost.json"
 VERSION = 1
@@ -90,9 +91,10 @@ class Costs:
             )
             self.stages.append(cost)
 
-    def to_json(self) -> str:
-        """The text of `cost.json`."""
-        document = {"version": VERSION, "stages": [asdict(cost) for cost in self.stages]}
+    def to_json(self, machine: Machine) -> str:
+        """The text of `cost.json`; `machine` is what the run was made on."""
+        stages = [asdict(cost) for cost in self.stages]
+        document = {"version": VERSION, "machine": asdict(machine), "stages": stages}
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

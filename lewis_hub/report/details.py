@@ -10,6 +10,7 @@ from lewis_hub.report import markdown, tables
 from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.metadata import languages
 
+DISAGREE = "The parents do not agree"
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -36,7 +37,9 @@ def details(facts: CardFacts) -> Iterator[str]:
     if facts.repo:
         owner = facts.repo.partition("/")[0]
         place = f"{facts.endpoint}/{owner}"
-        yield f"**Published by:** {markdown.link(markdown.text(owner), place)}"
+        talk = markdown.link("discussions", f"{facts.endpoint}/{facts.repo}/discussions")
+        who = markdown.link(markdown.text(owner), place)
+        yield f"**Published by:** {who}; questions and reports go to its {talk}"
     stated = markdown.text(facts.licence) if facts.licence else "none stated"
     yield f"**Licence:** {stated} ([why](#made-from))"
 
@@ -64,7 +67,7 @@ def licence(facts: CardFacts) -> str:
     stated = list(dict.fromkeys(said for _, said in parents))
     if len(stated) > 1:
         reasons = "; ".join(f"{tables.model(facts, one)} {_says(said)}" for one, said in parents)
-        reason = f"The parents do not agree: {reasons}."
+        reason = f"{DISAGREE}: {reasons}."
     elif stated[0]:
         reason = f"The cards of all its parents say {_named(stated[0])}."
     else:

@@ -14,6 +14,7 @@ from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods.registry import Method
 from lewis_hub.report.cost import StageCost
+from lewis_hub.report.machine import Machine
 from lewis_hub.report.plots import Plot
 
 
@@ -74,6 +75,7 @@ class CardFacts:
         guided: None where the recipe's own settings gave the densities.
         measured: what statistics were gathered on, one an expert, where the method merges by them.
         notes: on those statistics, in plain words.
+        machine: that this run was made on; None where nobody looked.
         scores: None where nothing was scored.
         costs: of the run that finished the merge.
         recipe: as run, revisions pinned, as YAML.
@@ -115,6 +117,7 @@ class CardFacts:
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()
     notes: tuple[str, ...] = ()
+    machine: Machine | None = None
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -83,6 +83,7 @@ def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
         items=bool(found["metrics"]),
         experts=bool(found["experts"]),
         costs=list(_cost_charts(facts)),
+        machine=markdown.visible(tables.machine(facts.machine)) if facts.machine else None,
         digest=markdown.visible(facts.digest),
     )
 

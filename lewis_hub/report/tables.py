@@ -10,6 +10,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.report import markdown
 from lewis_hub.report.cost import StageCost
 from lewis_hub.report.facts import CardFacts
+from lewis_hub.report.machine import Machine
 from lewis_hub.report.plots import short_name
 
 
@@ -136,6 +137,14 @@ def cost(costs: Sequence[StageCost]) -> str | None:
     seconds = duration(sum(stage.seconds for stage in costs))
     rows.append(["all", seconds, *[""] * (len(header) - 2)])
     return markdown.table(header, rows, range(1, len(header)))
+
+
+def machine(found: Machine) -> str:
+    """What a run was made on, as plain text."""
+    memory = f", {size(found.memory_bytes)} of memory" if found.memory_bytes else ""
+    cores = "1 core" if found.n_cores == 1 else f"{found.n_cores:,} cores"
+    device = f"{found.accelerator}, and " if found.accelerator else ""
+    return f"{device}{cores} of {found.processor}{memory}"
 
 
 def model(facts: CardFacts, source: Source) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.reader import Reader
+from lewis_hub.checkpoint.reader import Checkpoint, Reader
 from lewis_hub.checkpoint.window import Window, elsewhere
 from lewis_hub.guides.weights import Weights, in_folder
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.needs import stored
+from lewis_hub.stages.loading import Loading
 from lewis_hub.stages.merging import configured, loadable
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ REMEDY = (
 def brought(step: Step, subject: Subject, folders: Folders, scratch: Path) -> Subject:
     """The same subject, in a folder that can be loaded, or block by block.
 
-    Block by block goes what is too large to be in memory, and in a stream everything.
+    Block by block goes what is too large to be in memory, and in a stream everything; and where it
+    can be, what takes less memory so.
 
     Args:
         step: of a merge that was examined.
@@ -47,9 +49,16 @@ def brought(step: Step, subject: Subject, folders: Folders, scratch: Path) -> Su
     if step.places:
         return replace(subject, weights=_on_the_way(step, source, folders, scratch))
     folder = loadable(step, source, folders, scratch)
-    by_block = step.execution.loading.is_by_block(step.examined.checkpoints[source.pinned])
-    weights = in_folder(source.pinned, folder) if by_block else None
-    return replace(subject, folder=folder, weights=weights)
+    placed = replace(subject, folder=folder)
+    return in_memory(placed, step.examined.checkpoints[source.pinned], step.execution.loading)
+
+
+def in_memory(subject: Subject, checkpoint: Checkpoint, loading: Loading) -> Subject:
+    """The same subject, of a complete folder, block by block where that must be or is better."""
+    must_be = loading.is_by_block(checkpoint)
+    by_block = must_be or loading.is_less_by_block(checkpoint, subject.n_tokens)
+    weights = in_folder(subject.source, subject.folder) if by_block else None
+    return replace(subject, weights=weights, may_be_whole=not must_be)
 
 
 def _on_the_way(step: Step, source: Source, folders: Folders, scratch: Path) -> Weights:

@@ -9,24 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.adapter import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.errors import CheckFailedError, EvaluationError, MergeError, PublishError
-from lewis_hub.evaluate.declared import require_metric
-from lewis_hub.evaluate.tasks import check_tasks
-from lewis_hub.guides import registry as guides
-from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
+from lewis_hub.errors import CheckFailedError, MergeError
+from lewis_hub.hub.facts import ModelFacts, model_facts
 from lewis_hub.hub.fetch import bytes_to_download, weight_files
 from lewis_hub.hub.source import Source
-from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.adapters import Adapter, adapter_notes, open_adapter
 from lewis_hub.stages.data_checking import data_problems
-from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.loading import Loading, loading_notes, loading_problems
-from lewis_hub.stages.merging import plan
 from lewis_hub.stages.needs import needs
 from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
-from lewis_hub.stages.slicing import outline, uncompared
+from lewis_hub.stages.refusing import benchmark_refusals, refusals
+from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs, needs_grams
 from lewis_hub.stages.tokenizers import Tokens
 from lewis_hub.stages.vocabulary import calibration_notes, examine_tokens
@@ -120,8 +115,8 @@ def examine(
             problems += misfits(recipe, inputs, checkpoints, tokens)
     output = checkpoints[inputs.donor.pinned]
     if not problems:
-        problems = _refusals(recipe, inputs, checkpoints, tokens, facts)
-        problems += _benchmark_refusals(recipe, allow_code=allow_code)
+        problems = refusals(recipe, inputs, checkpoints, tokens, facts)
+        problems += benchmark_refusals(recipe, allow_code=allow_code)
         problems += data_problems(recipe, inputs, api, allow_code=allow_code)
         problems += loading_problems(recipe, inputs, checkpoints, loading)
     if recipe.slices and found.is_read and not problems:
@@ -136,9 +131,7 @@ def examine(
         ),
         problems=tuple(problems),
         notes=(
-            *_notes(recipe, inputs, found.configs, found.adapters),
-            *quantised_notes(recipe, inputs, found.models),
-            *pickle_notes(inputs),
+            *_notes(recipe, inputs, found),
             *loading_notes(recipe, inputs, checkpoints, loading),
             *(left_alone(recipe, inputs, checkpoints) if found.is_read else ()),
             *tokens.notes,
@@ -196,67 +189,6 @@ def require_fine(report: CheckReport) -> None:
         raise CheckFailedError(report.problems)
 
 
-def _refusals(
-    recipe: Recipe,
-    inputs: Inputs,
-    checkpoints: Mapping[str, Checkpoint],
-    tokens: Tokens,
-    facts: Mapping[str, ModelFacts],
-) -> list[str]:
-    """What the rooms would refuse later: settings, guide, licence."""
-    found = []
-    try:
-        if all(checkpoint.tensors for checkpoint in checkpoints.values()):
-            plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
-        found += _guide_refusals(recipe)
-        if recipe.guide and recipe.slices and guides.find(recipe.guide.name).needs:
-            found += uncompared(inputs, checkpoints)
-    except MergeError as error:
-        found.append(str(error))
-    try:
-        if recipe.publish:
-            combined_licence([facts[s.pinned] for s in inputs.models], recipe.publish.license)
-    except PublishError as error:
-        found.append(str(error))
-    return found
-
-
-def _guide_refusals(recipe: Recipe) -> list[str]:
-    method = registry.find(recipe.merge_method)
-    if recipe.guide is None:
-        return []
-    if recipe.slices and recipe.guide.apply_to != "density":
-        return ["guide: a stack takes densities alone. Set `apply_to: density`."]
-    weighs = method.takes_task_vectors and method.takes("weights")
-    if recipe.guide.apply_to != "density" and not weighs:
-        return [
-            f"guide: `{method.name}` has no weights of task vectors for `apply_to` to scale. "
-            "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
-        ]
-    if recipe.guide.apply_to != "weight" and not method.takes_density:
-        return [
-            f"guide: `{method.name}` keeps every entry, so densities would do nothing. "
-            "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
-        ]
-    return []
-
-
-def _benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
-    asked = recipe.evaluate
-    if asked is None:
-        return []
-    try:
-        selected = selection(recipe, asked, allow_code=allow_code)
-        check_tasks(selected)
-        for gate in asked.gate or ():
-            require_metric(selected, gate.task, gate.metric)
-        for task, benchmark in (asked.benchmarks or {}).items():
-            require_metric(selected, task, benchmark.metric)
-    except EvaluationError as error:
-        return [str(error)]
-    return []
-
-
 def _report(
     source: Source,
     inputs: Inputs,
@@ -286,14 +218,9 @@ def _report(
     )
 
 
-def _notes(
-    recipe: Recipe,
-    inputs: Inputs,
-    configs: Mapping[str, Mapping[str, Any]],
-    adapters: Mapping[str, Adapter],
-) -> list[str]:
+def _notes(recipe: Recipe, inputs: Inputs, found: _Read) -> list[str]:
     notes = []
-    donor = inputs.donor
+    donor, configs = inputs.donor, found.configs
     if "auto_map" in configs[donor.pinned] and donor.name not in recipe.allow_code:
         notes.append(
             f"{donor.name} comes with Python code, which is not carried into the merge; list it "
@@ -304,4 +231,5 @@ def _notes(
     if told and recipe.guide is None and not needs_grams(recipe):
         notes.append("without a guide the merge is its own uniform twin: it is scored once.")
     tied = bool(ties(configs[donor.pinned]))
-    return notes + adapter_notes(recipe, inputs, adapters, tied=tied)
+    notes += adapter_notes(recipe, inputs, found.adapters, tied=tied)
+    return [*notes, *quantised_notes(recipe, inputs, found.models), *pickle_notes(inputs)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING
 
 from lewis_hub import __version__
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 
     from lewis_hub.checkpoint.window import Place
 
-SOFTWARE = ("torch", "transformers", "numpy", "llvmlite", "safetensors", "datasets", "lm_eval")
+SOFTWARE = (
+    *("torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
+    *("datasets", "lm_eval", "numpy", "llvmlite"),
+)
 Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
 
 
@@ -41,8 +45,8 @@ class Execution:
         device: where models run to be measured and scored, as torch names it. On `cuda` the weights
             are merged there too, unless Ray's workers do it.
         max_shard_bytes: largest file of weights.
-        max_memory_bytes: of a model while it is measured; a larger one goes block by block. None:
-            every model is loaded whole.
+        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
+            None: any may be.
         replace: whether a folder that is there already may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
         allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
@@ -121,7 +125,7 @@ class Step:
 
 def software() -> dict[str, str]:
     """What the work is done with: name -> version; what is not installed is left out."""
-    found = {"lewis_hub": __version__}
+    found = {"lewis_hub": __version__, "python": python_version()}
     for name in SOFTWARE:
         try:
             found[name] = version(name)

@@ -24,7 +24,7 @@ class Loading:
 
     Attributes:
         device: as torch names it.
-        max_memory_bytes: a model that takes more is measured block by block; None: none is.
+        max_memory_bytes: a model that takes more is never loaded whole; None: any may be.
     """
 
     device: str = "cpu"
@@ -41,6 +41,19 @@ class Loading:
         """Whether a model is too large to be in memory as a whole."""
         limit = self.max_memory_bytes
         return limit is not None and self.model_bytes(checkpoint) > limit
+
+    def is_less_by_block(self, checkpoint: Checkpoint, n_tokens: int) -> bool:
+        """Whether a model that may be loaded whole takes less memory block by block.
+
+        Not asked but on a CPU: to bring a block into another memory goes through this one, in
+        float32, which takes longer than to load the model there.
+
+        Args:
+            checkpoint: of the model.
+            n_tokens: that run through it, of all texts.
+        """
+        blocks = blocks_bytes(checkpoint) + WIDTH * _width(checkpoint) * n_tokens
+        return self.device == "cpu" and blocks < self.model_bytes(checkpoint)
 
 
 def blocks_bytes(checkpoint: Checkpoint) -> int:
@@ -61,13 +74,18 @@ def blocks_bytes(checkpoint: Checkpoint) -> int:
 
 def texts_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     """Bytes at most of the hidden states of all calibration texts at once, of the base's."""
-    widths = {
+    n_tokens = sum(one.samples * one.max_tokens for one in set(calibrations(recipe)))
+    return WIDTH * _width(checkpoint) * n_tokens
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    """Of hidden states, by the embedding of tokens; 0 where none is called so."""
+    widths = (
         tensor.shape[-1]
         for name, tensor in checkpoint.tensors.items()
         if names.is_token_embedding(name)
-    }
-    sets = set(calibrations(recipe))
-    return WIDTH * max(widths, default=0) * sum(one.samples * one.max_tokens for one in sets)
+    )
+    return max(widths, default=0)
 
 
 def loading_problems(

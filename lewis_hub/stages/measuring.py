@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.files import write_whole
 from lewis_hub.guides.calibrate import Subject, calibrate, missing
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import Measure
-from lewis_hub.guides.weights import in_folder
 from lewis_hub.hub.resolve import resolve_dataset
 from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import ModelReference
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.report.plots import draw as draw_plots
+from lewis_hub.stages.bringing import in_memory
 from lewis_hub.stages.calibration import known_profile
 from lewis_hub.stages.downloading import download
 from lewis_hub.stages.drawing import Drawing, draw
@@ -60,10 +61,8 @@ def measure_model(
     folder = download(api, [source], progress)[source.pinned]
     tokens = drawn.tokens.measured(GUIDE)
     subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
-    if execution.max_memory_bytes is not None:
-        weights = in_folder(source.pinned, folder)
-        if execution.loading.is_by_block(weights.checkpoint):
-            subject = replace(subject, weights=weights)
+    checkpoint = local_checkpoint(source.pinned, folder)
+    subject = in_memory(subject, checkpoint, execution.loading)
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     told = calibration.model_dump(mode="json", exclude_none=True)

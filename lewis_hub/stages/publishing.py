@@ -9,15 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.errors import GateRefusedError
+from lewis_hub.errors import GateRefusedError, PublishError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.files import write_whole
 from lewis_hub.hub.change import Additions
 from lewis_hub.hub.commit import Landed
+from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.publish import (
     Publication,
     Published,
     folder_bytes,
+    holds,
     keep,
     proposals,
     publish,
@@ -26,6 +28,7 @@ from lewis_hub.hub.target import Target, open_target
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Publishing
 from lewis_hub.report import changelog, markdown
+from lewis_hub.report.details import DISAGREE
 from lewis_hub.report.difference import differences
 from lewis_hub.report.findings import scores_table
 from lewis_hub.report.gate import refusal, sentences
@@ -82,6 +85,13 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     return None
 
 
+def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
+    """Whether a folder is, file by file, the merge in the target repo: nothing is lost with it."""
+    former = destination.former
+    same = former is not None and lock_in(folder) == former.lock
+    return same and holds(api, folder, destination.target)
+
+
 def push(
     folder: Path,
     destination: Destination,
@@ -110,6 +120,7 @@ def push(
         PublishError: the repo is as it was before.
         GateRefusedError: so it is here.
     """
+    _require_licence(folder)
     asked, verdict = destination.asked, read_verdict(folder)
     missed = verdict if verdict and verdict.missed else None
     if missed and missed.stops and not force:
@@ -127,6 +138,19 @@ def push(
     )
     with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
         return publish(api, folder, asked.repo, publication, advance, sent)
+
+
+def _require_licence(folder: Path) -> None:
+    """Refuse a merge of parents whose licences differ, while nobody has decided on one."""
+    card = folder / CARD
+    told = card.read_bytes() if card.exists() else b""
+    if DISAGREE.encode() in told and not states_a_licence(told):
+        raise PublishError(
+            str(folder),
+            f"its parents' licences differ, and {CARD} states none",
+            "Which one a merge of them may carry is yours to judge: write `license: ...` into the "
+            f"metadata at the top of {CARD}, or set `publish.license` and merge again.",
+        )
 
 
 def refused(folder: Path, verdict: GateVerdict, proposed_at: str | None) -> GateRefusedError:

@@ -27,6 +27,7 @@ from lewis_hub.report.lock import (
     OutputFile,
     can_change_the_result,
 )
+from lewis_hub.report.machine import this_machine
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
@@ -161,7 +162,8 @@ def write(
         texts |= {"scores.json": scored.scores.to_json(), "items.json": scored.items.to_json()}
     for name, text in texts.items():
         write_whole(own / name, text)
-    beside = {COSTS: costs.to_json()}
+    machine = this_machine(step.execution.device)
+    beside = {COSTS: costs.to_json(machine)}
     if scored and scored.gate:
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
@@ -183,7 +185,7 @@ def write(
     write_whole(folder / PROVENANCE, provenance(locked, run))
     guided = describing.guided(step, guidance, plots)
     facts = describing.card_facts(step, merged, guided, scored, costs, locked)
-    facts = replace(facts, measured=gathered.measured, notes=gathered.notes)
+    facts = replace(facts, measured=gathered.measured, notes=gathered.notes, machine=machine)
     described = describing.describe(step, folder, facts, scored)
     # what a run cost, when it ran and what its result was held against is no part of what was
     # merged: equal merges have equal locks

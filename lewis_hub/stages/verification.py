@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from lewis_hub.checkpoint.reader import INDEX
 from lewis_hub.errors import OutputError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of
@@ -24,6 +23,7 @@ from lewis_hub.report.changelog import FILE as CHANGELOG
 from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.page import FILE as REPORT
 from lewis_hub.report.provenance import FILE as PROVENANCE
 from lewis_hub.report.provenance import is_provenance_of
@@ -33,7 +33,6 @@ from lewis_hub.stages.sources import calibrations
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-NOTHING = OutputFile("no such file", 0)
 # What only tells of a merge, and pictures: their owner may change them, and nothing loads them.
 UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, REPORT, SIGNATURE, "README.md"})
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
@@ -130,16 +129,28 @@ def verify_files(
     return Verdict(lock, tuple(problems), len(lock.outputs), "broken" if broken else "holds")
 
 
-def compare_weights(lock: Lock, made: Lock) -> tuple[str, ...]:
-    """Which weights came out otherwise when the same merge was made again."""
-    weights = (".safetensors", INDEX)
-    return tuple(
-        f"{path}: made again it has sha256 {_short(again.sha256)}, the lock says "
-        f"{_short(expected.sha256)}."
-        for path, expected in lock.outputs.items()
-        if path.endswith(weights)
-        and (again := made.outputs.get(path, NOTHING)).sha256 != expected.sha256
+def compare_models(lock: Lock, made: Lock) -> tuple[str, ...]:
+    """What of a model came out otherwise when the same merge was made again.
+
+    That is all that is loaded: weights, configuration, tokenizer, code. What lies in `lewis/` only
+    tells of the merge, and drawings differ from one library to the next.
+    """
+    told, again = (
+        {path: file.sha256 for path, file in one.outputs.items() if _is_loaded(path)}
+        for one in (lock, made)
     )
+    return tuple(
+        f"{path}: made again it has sha256 {_short(again[path])}, the lock says "
+        f"{_short(told[path])}."
+        if path in told and path in again
+        else f"{path}: the merge that was made again {'lacks' if path in told else 'has'} it."
+        for path in dict.fromkeys((*told, *again))
+        if told.get(path) != again.get(path)
+    )
+
+
+def _is_loaded(path: str) -> bool:
+    return not path.startswith("lewis/") and path != MERGEKIT
 
 
 def _may_be_added(path: str) -> bool:

@@ -4,7 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from lewis_hub.cli.jobs import handed_on
+from lewis_hub.cli.jobs import ended, handed_on, printed
 from lewis_hub.cli.main import cli
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe_file import read_recipe
@@ -45,6 +45,10 @@ def asked(folder, text=RECIPE, options=("--push",)):
     [
         (["merge", "--on", "jobs"], "a Job's disk goes with it: add --push."),
         (["merge", "--on", "jobs", "--push", "-o", "x"], "a Job's disk goes with it."),
+        (
+            ["merge", "--on", "jobs", "--push", "--sign", "recipe.yaml"],
+            "your key stays here, so a Job cannot sign.",
+        ),
         (["merge", "--flavor", "a100-large"], "they say where a Job runs: add --on jobs."),
         (["merge", "--timeout", "2 hours"], "expected a time such as 90m or 2h, found '2 hours'"),
         (["merge", "--on", "mars"], "'mars' is not 'jobs'"),
@@ -96,10 +100,51 @@ def test_the_options_that_are_given_are_handed_on_and_no_others():
         assert isinstance(context, click.Context)
         assert handed_on(context) == [
             *("--push", "--repo", "me/x", "--no-eval", "--device", "cuda"),
-            *("--max-shard-size", "1GB"),
+            *("--max-shard-size", "1GB", "--json"),
         ]
 
 
 def test_a_folder_stands_for_the_recipe_in_it(folder):
     with cli.commands["merge"].make_context("merge", ["."]) as context:
         assert context.params["recipe_file"].name == "recipe.yaml"
+
+
+LOG = """Evaluating: 40 items
+{'not': 'this'}
+{
+  "status": "refused",
+  "gate": {
+    "passed": false
+  },
+  "lines": "a\\n}"
+}
+lewis-hub: merged: below the quality gate"""
+
+
+def test_the_document_is_found_in_a_job_s_log():
+    expected = {"status": "refused", "gate": {"passed": False}, "lines": "a\n}"}
+
+    assert printed(LOG.splitlines()) == printed(LOG.splitlines()[2:]) == expected
+
+
+@pytest.mark.parametrize("log", ["", "{", "{\n}", "one\n{\n  half", "}\nx\n{", "a: 1\nb"])
+def test_a_log_without_a_document_has_none(log):
+    assert printed(log.splitlines()) == {}
+
+
+@pytest.mark.parametrize(
+    ("named", "told", "code", "status"),
+    [
+        (0, {}, 0, "merged"),
+        (0, {"status": "unchanged"}, 0, "unchanged"),
+        (3, {}, 3, "refused"),
+        (130, {}, 130, "failed"),
+        (137, {"status": "merged"}, 137, "failed"),  # it was ended behind its document
+        (None, {"status": "refused"}, 3, "refused"),
+        (None, {"status": "unchanged"}, 0, "unchanged"),
+        (None, {"status": "failed"}, 1, "failed"),
+        (None, {}, 1, "failed"),
+    ],
+)
+def test_a_job_ends_as_the_hub_says_or_else_as_its_document_does(named, told, code, status):
+    assert ended(named, told) == (code, status)

@@ -5,6 +5,7 @@ import math
 import weakref
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,30 @@ def test_padding_and_batch_size_change_nothing(model, texts):
     assert together.keys() == alone.keys()
     for path, norm in together.items():
         torch.testing.assert_close(norm, alone[path], rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_that_accelerate_spread_is_measured_the_same(llama, texts):
+    expected = activation_norms(llama, "tiny", batches(texts), nothing)
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    parts += [f"model.layers.{number}" for number in range(3)]
+
+    spread = accelerate.dispatch_model(
+        llama, dict.fromkeys(parts, "cpu"), main_device="cpu", force_hooks=True
+    )
+
+    assert hasattr(spread.model.layers[1], "_hf_hook")
+    found = activation_norms(spread, "tiny", batches(texts), nothing)
+    assert all(torch.equal(norm, expected[path]) for path, norm in found.items())
+
+
+def test_a_model_in_bfloat16_has_statistics_in_float32(llama, texts):
+    expected = activation_norms(llama, "tiny", batches(texts), nothing)
+
+    found = activation_norms(llama.bfloat16(), "tiny", batches(texts), nothing)
+
+    for path, norm in found.items():
+        assert norm.dtype == torch.float32
+        torch.testing.assert_close(norm, expected[path], rtol=0.1, atol=0.02)
 
 
 def test_what_stands_under_the_padding_changes_nothing(llama):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.flow import NotAChainError, enter
 from lewis_hub.guides.grams import gather_grams
 from lewis_hub.guides.importance import sum_of_squares
+from lewis_hub.guides.loading import load_model
 from lewis_hub.guides.skeleton import skeleton
 from lewis_hub.guides.tokens import Batch, CalibrationTokens
 from lewis_hub.guides.weights import in_folder
@@ -248,3 +250,28 @@ def test_second_moments_are_the_same_block_by_block(any_architecture, name, text
     found = gather_grams(blocks, tmp_path / "blocks", 8192, "cpu", nothing)
 
     assert found == gather_grams(whole, tmp_path / "whole", 8192, "cpu", nothing)
+
+
+def test_second_moments_of_what_is_no_chain_are_gathered_whole_if_it_may_be(texts, saved, tmp_path):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=97, decoder_start_token_id=0, **small)
+    folder = saved(transformers.T5ForConditionalGeneration(config))
+    whole = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
+
+    either = replace(whole, weights=in_folder("tiny", folder), may_be_whole=True)
+    found = gather_grams(either, tmp_path / "either", 8192, "cpu", nothing)
+
+    assert found == gather_grams(whole, tmp_path / "whole", 8192, "cpu", nothing)
+
+
+@pytest.mark.parametrize("told", [torch.float16, None])
+def test_off_a_cpu_the_dtype_is_the_one_that_the_whole_model_has(llama, saved, told):
+    folder = saved(llama.bfloat16())
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = told and "float16"  # the files have bfloat16
+    (folder / "config.json").write_text(json.dumps(config))
+
+    made = skeleton(in_folder("tiny", folder), "meta")
+
+    whole = load_model(folder, "meta", "tiny")
+    assert made.model.dtype == whole.dtype == (told or torch.bfloat16)

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import T5Config, T5ForConditionalGeneration
 
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, schedule
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import find
+from lewis_hub.guides.weights import in_folder
 
-from .conftest import tiny_model, tokens_of
+from .conftest import N_TOKENS, tiny_model, tokens_of
 
 NOTHING_KNOWN = ImportanceProfile("lewis", {"samples": 2}, ())
 FIRST = CalibrationSet({"dataset": "a"}, tokens_of([[5, 6, 7], [8, 9]]))
@@ -94,3 +98,24 @@ def test_a_measured_profile_becomes_a_schedule_that_spans_the_bounds(subjects):
         assert list(expert.tensors) == blocks
         assert min(expert.tensors.values()) == 0.3
         assert max(expert.tensors.values()) == 0.8
+
+
+def test_a_subject_with_weights_is_measured_without_loading_its_folder(subjects, tmp_path):
+    whole = measure(subjects[:1])
+    weights = in_folder("me/base", subjects[0].folder)
+
+    found = measure((replace(subjects[0], folder=tmp_path / "nowhere", weights=weights),))
+
+    assert found == whole
+
+
+def test_what_cannot_be_measured_block_by_block_is_loaded_whole_if_it_may_be(tmp_path):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=N_TOKENS, decoder_start_token_id=0, **small)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    whole = Subject("me/t5", "sha", "base", tmp_path, (FIRST,))
+    blocks = replace(whole, weights=in_folder("me/t5", tmp_path))
+
+    assert measure((replace(blocks, may_be_whole=True),)) == measure((whole,))
+    with pytest.raises(NotByBlockError, match="cannot be calibrated block by block"):
+        measure((blocks,))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.loading import load_model
+from lewis_hub.guides.loading import check_on_gpus, load_model, placement
 
 
 def test_half_precision_files_are_computed_in_float32_on_a_cpu(llama, saved, capfd):
@@ -101,3 +101,42 @@ def test_weights_of_another_shape_are_an_error(llama, saved):
 
 def test_an_empty_folder_is_an_error(tmp_path):
     assert refused(tmp_path).startswith("me/tiny: ")
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpus", "asked"),
+    [
+        ("cpu", 4, None),
+        ("cuda", 1, {"": "cuda"}),
+        ("cuda", 4, "auto"),  # all of them
+        ("cuda:1", 4, {"": "cuda:1"}),
+        ("mps", 0, {"": "mps"}),
+    ],
+)
+def test_cuda_alone_means_all_gpus(device, n_gpus, asked):
+    assert placement(device, n_gpus) == asked
+
+
+def test_a_model_that_gpus_have_no_room_for_is_refused():
+    placed = {"model.embed_tokens": 0, "model.layers.0": 1}
+    check_on_gpus("me/large", placed, "cuda")
+    check_on_gpus("me/large", {"": "cpu"}, "cpu")
+
+    for elsewhere in ("cpu", "disk"):
+        with pytest.raises(CalibrationModelError) as caught:
+            check_on_gpus("me/large", placed | {"model.layers.1": elsewhere}, "cuda")
+        assert str(caught.value) == (
+            "me/large: it is larger than the memory of all GPUs.\n"
+            "Measure it block by block: `--max-memory 1GB`, or anything less than it takes."
+        )
+
+
+def test_parameters_lie_where_torch_puts_them_wherever_they_are_in_the_file(llama, saved):
+    folder = saved(llama)  # in float32, so that a file that is mapped is not converted
+    file = folder / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "more": "-" * 8})
+
+    model = load_model(folder, "cpu", "me/tiny")
+
+    assert {parameter.data_ptr() % 64 for parameter in model.parameters()} == {0}
+    assert all(torch.equal(p, llama.state_dict()[n]) for n, p in model.state_dict().items())

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import published
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
@@ -76,6 +77,17 @@ def test_importance_is_that_of_the_published_procedure(architecture, texts):
         found |= measured
 
     assert found == pytest.approx(naive(model, texts), rel=1e-4)
+
+
+def test_what_the_benchmark_runs_in_the_authors_place_finds_the_same(llama, texts):
+    found = published.importance(copy.deepcopy(llama), texts)
+
+    expected = {}
+    for measured in block_importance(llama, "llama", texts):
+        expected |= measured
+    assert {f"model.layers.{name}": one for name, one in found.items()} == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_pruning_changes_what_later_blocks_are_measured_on(llama, texts):

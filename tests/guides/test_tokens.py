@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.tokens import batches, calibration_tokens, draw_rows, load_tokenizer
@@ -130,6 +132,21 @@ def test_batches_hold_like_lengths_within_the_budget_padded_on_the_right():
     ]
     assert found[2].attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert sum(int(b.attention_mask.sum()) for b in found) == tokens.n_tokens
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60))
+def test_a_batch_has_less_padding_than_a_batch_more_would_cost(lengths):
+    tokens = tokens_of([[number + 1] * length for number, length in enumerate(lengths)])
+
+    found = list(batches(tokens, budget_tokens=128))
+
+    for batch in found:
+        assert batch.input_ids.numel() <= 128
+        assert int((batch.attention_mask == 0).sum()) <= 32
+        assert batch.attention_mask[0].all()
+    held = [int(row[0]) for batch in found for row in batch.input_ids]
+    assert sorted(held) == list(range(1, len(lengths) + 1))
+    assert sum(int(batch.attention_mask.sum()) for batch in found) == sum(lengths)
 
 
 def test_a_tokenizer_is_loaded_from_a_local_folder(byte_tokenizer, tmp_path):

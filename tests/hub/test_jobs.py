@@ -35,7 +35,7 @@ def run(api: HfApi, code: str, **options: object) -> Submitted:
     return Submitted(job.id, ME, job.url)
 
 
-def followed(api: HfApi, job: Submitted) -> tuple[int, list[str]]:
+def followed(api: HfApi, job: Submitted) -> tuple[int | None, list[str]]:
     said: list[str] = []
     return jobs.follow(api, job, said.append), said
 
@@ -68,6 +68,40 @@ def test_lines_come_while_the_job_still_runs(api):
     api.cancel_job(job_id=job.id, namespace=ME)
 
 
+TROUBLE = {
+    "no log": lambda hub: hub.fail("/logs", 503, times=3),
+    "the log breaks off": lambda hub: hub.drop("/logs", after_bytes=250),
+    "no status": lambda hub: hub.fail(r"/api/jobs/lewis/\w{24}\?", 500, times=3),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_trouble_on_the_way_loses_no_line_says_none_twice_and_keeps_the_exit_code(
+    api, running, no_pauses, trouble
+):
+    job = run(api, "print('\\n'.join(map(str, range(50)))); raise SystemExit(3)")
+    api.wait_for_job(job.id, namespace=ME)
+    TROUBLE[trouble](running)
+
+    code, said = followed(api, job)
+
+    assert running.faults.pending == []
+    assert code == 3
+    assert said[:-1] == [str(number) for number in range(50)]
+
+
+def test_a_hub_that_stays_away_is_told_and_the_job_goes_on(api, running, no_pauses):
+    job = run(api, "import time; time.sleep(60)")
+    running.fail("/logs", 503, times=100)
+
+    with pytest.raises(PublishError, match="failed with 503 again and again"):
+        jobs.follow(api, job, lambda _: None)
+
+    running.faults.clear()
+    assert api.inspect_job(job_id=job.id, namespace=ME).status.stage == "RUNNING"
+    api.cancel_job(job_id=job.id, namespace=ME)
+
+
 def test_a_cancelled_job_ends_with_its_children(api, tmp_path):
     sign = tmp_path / "alive"
     child = f"import time; time.sleep(2); open({str(sign)!r}, 'w')"
@@ -77,7 +111,7 @@ def test_a_cancelled_job_ends_with_its_children(api, tmp_path):
 
     api.cancel_job(job_id=job.id, namespace=ME)
 
-    assert followed(api, job) == (1, ["Job CANCELED: the Hub does not say why"])
+    assert followed(api, job) == (None, ["Job CANCELED: the Hub does not say why"])
     time.sleep(2)
     assert not sign.exists()
 
@@ -85,7 +119,7 @@ def test_a_cancelled_job_ends_with_its_children(api, tmp_path):
 def test_a_job_that_takes_too_long_is_ended(api):
     code, said = followed(api, run(api, "import time; time.sleep(60)", timeout="1s"))
 
-    assert (code, said) == (1, ["Job ERROR: Job timeout"])
+    assert (code, said) == (None, ["Job ERROR: Job timeout"])
 
 
 def test_a_command_that_is_not_there_fails_the_job(api):

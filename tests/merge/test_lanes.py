@@ -46,10 +46,23 @@ def test_integers_have_no_sign_and_wrap_around(make, expected):
     assert run(lambda _, value: make(value), NUMBERS).tolist() == expected.tolist()
 
 
-def test_chosen_lanes_are_compressed_into_the_lowest():
-    found = run(lambda _, v: v.compressed(v > 3), NUMBERS)
+@pytest.mark.parametrize("features", [native.FEATURES, frozenset()])
+def test_chosen_lanes_are_stored_next_to_each_other(features, monkeypatch):
+    monkeypatch.setattr(native, "FEATURES", features)
 
-    assert found[:8].tolist() == [7, 255, 2**31, 2**32 - 1] * 2
+    def write(code):
+        at = code.arguments
+        value = code.load(at["given"], U32, LANES)
+        code.store_chosen(value, at["chosen"].narrowed(U32).unpacked, at["found"])
+        code.give_back(code.number(0))
+
+    store = compiled("store_chosen", ("given", "chosen", "found"), write)
+    given = np.arange(100, 100 + LANES, dtype=np.uint32)
+    for chosen in range(1 << LANES):
+        found = np.zeros(LANES, np.uint32)
+        store(address_of(given), chosen, address_of(found))
+        lanes = [lane for lane in range(LANES) if chosen >> lane & 1]
+        assert found[: len(lanes)].tolist() == [100 + lane for lane in lanes]
 
 
 @pytest.mark.parametrize("features", [native.FEATURES, frozenset()])

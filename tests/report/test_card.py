@@ -15,6 +15,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.report.card import model_card, usage
 from lewis_hub.report.findings import Scores
+from lewis_hub.report.machine import Machine
 from lewis_hub.report.metadata import card_data
 
 HUB = "https://huggingface.co"
@@ -245,6 +246,28 @@ def test_costs_and_the_commands_to_make_it_again_are_shown(make_facts):
     assert "Peak memory is that of the process" not in part
 
 
+@pytest.mark.parametrize(
+    ("machine", "told"),
+    [
+        (
+            Machine("Intel(R) Xeon(R) <b>", 8, 33_000_000_000),
+            "on 8 cores of Intel(R) Xeon(R) &#60;b&#62;, 33.0 GB of memory: what",
+        ),
+        (Machine("arm64", 1, None, "NVIDIA H100"), "on NVIDIA H100, and 1 core of arm64: what"),
+    ],
+)
+def test_what_the_merge_was_made_on_and_with_is_told(make_facts, machine, told):
+    part = section(model_card(make_facts(machine=machine)), "Make it again")
+
+    assert told in " ".join(part.split())
+    assert "Energy was not measured: [a calculator](https://mlco2.github.io/" in " ".join(
+        part.split()
+    )
+    assert (
+        "Made with [lewis_hub 0.1.0](<https://pypi.org/project/lewis-hub/>), torch 2.9.0." in part
+    )
+
+
 def test_a_stream_tells_what_came_by_ranges(make_facts):
     (first, second) = make_facts().costs
     costs = (replace(first, fetched_bytes=None), replace(second, fetched_bytes=6_945_024))
@@ -383,7 +406,8 @@ def test_what_the_model_is_stands_in_a_list(make_facts):
                 "**Vocabulary:** 49,152 tokens",
                 "**Chat template:** yes",
                 "**Languages:** en, as its parents' cards say",
-                f"**Published by:** [me](<{HUB}/me>)",
+                f"**Published by:** [me](<{HUB}/me>); questions and reports go to its "
+                f"[discussions](<{HUB}/me/zoo-merge/discussions>)",
                 "**Licence:** apache-2.0 ([why](#made-from))",
             ],
         ),

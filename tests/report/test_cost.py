@@ -9,6 +9,7 @@ import pytest
 from lewis_hub.errors import OutputError
 from lewis_hub.report import cost
 from lewis_hub.report.cost import Costs, StageCost, read_costs
+from lewis_hub.report.machine import Machine
 
 
 def test_a_stage_is_measured(tmp_path):
@@ -75,9 +76,16 @@ def test_what_comes_by_ranges_is_counted_stage_by_stage():
 def test_costs_are_written_and_read_back():
     costs = Costs()
     costs.stages.append(StageCost("merge", 1.5, 10, "stage", 1, 2, None, None))
+    told = costs.to_json(Machine("Xeon", 2, 8_000_000_000))
 
-    assert json.loads(costs.to_json()) == {
+    assert json.loads(told) == {
         "version": 1,
+        "machine": {
+            "processor": "Xeon",
+            "n_cores": 2,
+            "memory_bytes": 8_000_000_000,
+            "accelerator": None,
+        },
         "stages": [
             {
                 "stage": "merge",
@@ -92,7 +100,7 @@ def test_costs_are_written_and_read_back():
             }
         ],
     }
-    assert read_costs(costs.to_json()) == tuple(costs.stages)
+    assert read_costs(told) == tuple(costs.stages)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', '{"version": 2, "stages": []}'])

@@ -17,6 +17,7 @@ from lewis_hub.report.card import model_card
 from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.report.findings import Scores
 from lewis_hub.report.leaderboards import entries
+from lewis_hub.report.machine import Machine
 from lewis_hub.report.page import report_page
 from lewis_hub.report.plots import draw
 
@@ -65,6 +66,7 @@ def hostile_facts(make_facts):
         software={ONERROR: name},
         digest=name,
         dtype=ONERROR,
+        machine=Machine(name, 2, None, name),
         config={"architectures": [name], "vocab_size": name, "num_hidden_layers": name},
         gate=GateVerdict((Check(name, name, name, 0.1, 0.2, -0.1, (-0.2, -0.05), 0.01),)),
         stack=(StackedBlocks(range(2), ((base, range(2)),), base),),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lewis_hub.evaluate.results import MetricResult, ModelResult
 from lewis_hub.report.explorer import explored
+from lewis_hub.report.machine import Machine
 from lewis_hub.report.page import report_page
 
 POLICY = re.compile(r'http-equiv="Content-Security-Policy" content="([^"]*)"')
@@ -124,6 +125,12 @@ def test_bars_are_as_long_as_what_they_stand_for(make_facts):
     assert ("calibrate", "16.32", "12.3 s") in rows
     assert ("merge", "100.0", "1 min 16 s") in rows
     assert ("merge", "0.0", "–") in rows
+
+
+def test_the_machine_that_the_costs_are_of_is_told_as_text(make_facts):
+    page = report_page(make_facts(machine=Machine("<b>Xeon", 2, 8_000_000_000)), {})
+
+    assert "on 2 cores of &lt;b&gt;Xeon, 8.0 GB of memory: what a cache held" in page
 
 
 def test_the_page_of_a_model_of_30_blocks_and_1300_items_is_small(

@@ -1,0 +1,81 @@
+"""Refuse: what of a recipe cannot be done with these sources, known from their headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.errors import EvaluationError, MergeError, PublishError
+from lewis_hub.evaluate.declared import require_metric
+from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.guides import registry as guides
+from lewis_hub.hub.facts import ModelFacts, combined_licence
+from lewis_hub.methods import registry
+from lewis_hub.recipe import Recipe
+from lewis_hub.stages.evaluation import selection
+from lewis_hub.stages.merging import plan
+from lewis_hub.stages.slicing import uncompared
+from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.tokenizers import Tokens
+
+
+def refusals(
+    recipe: Recipe,
+    inputs: Inputs,
+    checkpoints: Mapping[str, Checkpoint],
+    tokens: Tokens,
+    facts: Mapping[str, ModelFacts],
+) -> list[str]:
+    """What the rooms would refuse later: settings, guide, licence; one message each."""
+    found = []
+    try:
+        if all(checkpoint.tensors for checkpoint in checkpoints.values()):
+            plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
+        found += _guide_refusals(recipe)
+        if recipe.guide and recipe.slices and guides.find(recipe.guide.name).needs:
+            found += uncompared(inputs, checkpoints)
+    except MergeError as error:
+        found.append(str(error))
+    try:
+        if recipe.publish:
+            combined_licence([facts[s.pinned] for s in inputs.models], recipe.publish.license)
+    except PublishError as error:
+        found.append(str(error))
+    return found
+
+
+def _guide_refusals(recipe: Recipe) -> list[str]:
+    method = registry.find(recipe.merge_method)
+    if recipe.guide is None:
+        return []
+    if recipe.slices and recipe.guide.apply_to != "density":
+        return ["guide: a stack takes densities alone. Set `apply_to: density`."]
+    weighs = method.takes_task_vectors and method.takes("weights")
+    if recipe.guide.apply_to != "density" and not weighs:
+        return [
+            f"guide: `{method.name}` has no weights of task vectors for `apply_to` to scale. "
+            "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
+        ]
+    if recipe.guide.apply_to != "weight" and not method.takes_density:
+        return [
+            f"guide: `{method.name}` keeps every entry, so densities would do nothing. "
+            "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
+        ]
+    return []
+
+
+def benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
+    """What is wrong with the tasks, with the gate's metrics or with those of leaderboards."""
+    asked = recipe.evaluate
+    if asked is None:
+        return []
+    try:
+        selected = selection(recipe, asked, allow_code=allow_code)
+        check_tasks(selected)
+        for gate in asked.gate or ():
+            require_metric(selected, gate.task, gate.metric)
+        for task, benchmark in (asked.benchmarks or {}).items():
+            require_metric(selected, task, benchmark.metric)
+    except EvaluationError as error:
+        return [str(error)]
+    return []
