@@ -262,11 +262,11 @@ def test_pickles_that_do_not_fit_are_told_once_they_are_known(api, tmp_path):
 def test_pickles_of_a_quantised_model_are_refused_before_they_are_downloaded(api, tmp_path):
     folder = write_pickles(tmp_path / "pickles")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
+    config["quantization_config"] = {"quant_method": "hqq"}
     (folder / "config.json").write_text(json.dumps(config))
     pushed(api, folder, "zoo/pickles")
 
-    with pytest.raises(CheckFailedError, match=r"zoo/pickles is quantised \(gptq\)"):
+    with pytest.raises(CheckFailedError, match=r"zoo/pickles is quantised \(hqq\)"):
         pipeline.merge_models(recipe(expert="zoo/pickles"), tmp_path / "out", ALLOWED)
 
     assert cached("*.bin") == []
