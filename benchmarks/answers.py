@@ -1,18 +1,23 @@
-"""What a model makes of questions with short answers: the loss of each, and whether it is right."""
+"""What a model makes of questions with short answers: the loss of each, and whether it is right.
+
+Texts of like length are run together, so many that a batch has about BATCH_TOKENS; padding is on
+the right, where causal attention never looks. Logits are made of answers alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, TEXT = "Question: {question}\nAnswer:", "Question: {question}\nAnswer: {answer}"
-BATCH = 25
+BATCH_TOKENS = 1024
 
 Items = Sequence[Mapping[str, str]]  # each with `question` and `answer`
 
@@ -31,37 +36,67 @@ class Scored:
     right: Sequence[float]
 
 
-def score(folder: Path, items: Mapping[str, Items], dtype: str) -> dict[str, Scored]:
-    """Score the items of each skill: one forward pass, and logits of answers alone."""
+@dataclass(frozen=True)
+class Text:
+    """An item in tokens: prompt, answer and the end; `start` is where the answer begins."""
+
+    tokens: Sequence[int]
+    start: int
+
+
+def load(folder: Path, dtype: str) -> Any:
+    """A model, to be filled with the weights of others."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def fill(model: Any, folder: Path) -> None:
+    """Give it the weights of another of its kind."""
+    for file in sorted(folder.glob("*.safetensors")):
+        missing, unexpected = model.load_state_dict(load_file(file), strict=False)
+        assert not unexpected, (file, unexpected)
+        assert set(missing) <= {"lm_head.weight"}, (file, missing)  # tied to the embeddings
+
+
+def texts(folder: Path, items: Items) -> list[Text]:
+    """The items in the tokens of a model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    return {skill: _of_skill(model, tokenizer, told) for skill, told in items.items()}
+    prompts = tokenizer([PROMPT.format(**item) for item in items])["input_ids"]
+    whole = tokenizer([TEXT.format(**item) + tokenizer.eos_token for item in items])["input_ids"]
+    return [Text(ids, len(prompt)) for ids, prompt in zip(whole, prompts, strict=True)]
 
 
-def _of_skill(model: Any, tokenizer: Any, items: Items) -> Scored:
-    starts = [len(tokenizer(PROMPT.format(**item))["input_ids"]) for item in items]
-    ids = [tokenizer(TEXT.format(**item) + tokenizer.eos_token)["input_ids"] for item in items]
-    by_length = sorted(range(len(ids)), key=lambda number: len(ids[number]))
-    losses, right = [0.0] * len(ids), [0] * len(ids)
-    for first in range(0, len(ids), BATCH):
-        numbers = by_length[first : first + BATCH]
-        found = _of_batch(model, [ids[n] for n in numbers], [starts[n] for n in numbers])
+@torch.inference_mode()
+def score(model: Any, asked: Sequence[Text]) -> Scored:
+    """Score all items in one forward pass each."""
+    losses, right = [0.0] * len(asked), [0.0] * len(asked)
+    for numbers in _batches(asked):
+        found = _of_batch(model, [asked[n] for n in numbers])
         for number, loss, is_right in zip(numbers, found.losses, found.right, strict=True):
             losses[number], right[number] = loss, is_right
     return Scored(losses, right)
 
 
-@torch.no_grad()
-def _of_batch(model: Any, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Scored:
-    """Padding is on the right, where causal attention never looks."""
-    longest = max(map(len, ids))
-    rows = torch.tensor([[*one, *[0] * (longest - len(one))] for one in ids])
-    hidden = model.base_model(input_ids=rows, use_cache=False).last_hidden_state
-    spans = [(start, len(one)) for start, one in zip(starts, ids, strict=True)]
-    before = [row[start - 1 : end - 1] for row, (start, end) in zip(hidden, spans, strict=True)]
-    answers = torch.tensor([t for one, start in zip(ids, starts, strict=True) for t in one[start:]])
+def _batches(asked: Sequence[Text]) -> Iterator[list[int]]:
+    """Places of texts of like length."""
+    batch: list[int] = []
+    for number in sorted(range(len(asked)), key=lambda n: len(asked[n].tokens)):
+        if batch and (len(batch) + 1) * len(asked[number].tokens) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    yield batch
+
+
+def _of_batch(model: Any, batch: Sequence[Text]) -> Scored:
+    longest = max(len(text.tokens) for text in batch) - 1  # nothing comes after the end
+    rows = [[*text.tokens[:-1], *[0] * (longest + 1 - len(text.tokens))] for text in batch]
+    hidden = model.base_model(input_ids=torch.tensor(rows), use_cache=False).last_hidden_state
+    before = [
+        row[text.start - 1 : len(text.tokens) - 1] for row, text in zip(hidden, batch, strict=True)
+    ]
+    answers = torch.tensor([token for text in batch for token in text.tokens[text.start :]])
     logits = model.lm_head(torch.cat(before)).float()
-    lengths = [end - start for start, end in spans]
+    lengths = [len(text.tokens) - text.start for text in batch]
     losses = cross_entropy(logits, answers, reduction="none").split(lengths)
     likeliest = (logits.argmax(-1) == answers).split(lengths)
-    return Scored([float(x.mean()) for x in losses], [int(x.all()) for x in likeliest])
+    return Scored([float(x.mean()) for x in losses], [float(x.all()) for x in likeliest])

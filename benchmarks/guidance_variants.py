@@ -1,4 +1,4 @@
-"""The merges of two experts that `guidance.py` compares: each in a recipe's words, with a name."""
+"""The merges that `guidance.py` compares: each in a recipe's words, with a name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,26 @@ from answers import TEXT
 
 from lewis_hub.guides import registry
 
-SKILLS = ("math", "strings")
 ALONE = "experts alone"  # no merge: each skill's own expert
+BASE = "base alone"
 MEAN_DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 SEEDS = (42, 43, 44)
 GUIDES = tuple(guide.name for guide in registry.guides())
-GENERIC = {
+PLAIN = ("task_arithmetic", "ties", "linear")  # families that know nothing of any text
+MAX_TOKENS = 64  # no item of the benchmark is longer; `lewis_reference` pads to it
+GENERIC = {  # beside the skills' folder
     "math": ("gsm8k/train.jsonl", "{question} {answer}"),
     "strings": ("mbpp/mbpp_train_full.jsonl", "{text} {code}"),
 }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared on: `base`, `expert-SKILL`; SKILL_{train,tune,test}.jsonl."""
+
+    models: Path
+    data: Path
+    skills: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,14 +53,17 @@ class Variant:
     samples: int = 64
     own: bool = True
 
-    def recipe(self, models: Path, data: Path, seed: int) -> dict[str, object]:
+    def recipe(self, bench: Bench, seed: int) -> dict[str, object]:
         """As a file of its own, with whole paths."""
         experts = [
-            {"model": str(models / f"expert-{skill}"), "calibration": self._texts(data, skill)}
-            for skill in SKILLS
+            {
+                "model": str(bench.models / f"expert-{skill}"),
+                "calibration": self._texts(bench, skill),
+            }
+            for skill in bench.skills
         ]
         return {
-            "base_model": str(models / "base"),
+            "base_model": str(bench.models / "base"),
             "models": experts,
             "merge_method": self.method,
             "parameters": dict(self.parameters),
@@ -57,21 +71,24 @@ class Variant:
             "seed": seed,
         } | ({"guide": dict(self.guide)} if self.guide else {})
 
-    def _texts(self, data: Path, skill: str) -> dict[str, object]:
+    def _texts(self, bench: Bench, skill: str) -> dict[str, object]:
         file, text = (f"{skill}_train.jsonl", TEXT) if self.own else GENERIC[skill]
-        folder = data if self.own else data.parent
-        return {"dataset": str(folder / file), "text": text, "samples": self.samples}
+        folder = bench.data if self.own else bench.data.parent
+        limit = {"max_tokens": MAX_TOKENS} if self.own else {}
+        return {"dataset": str(folder / file), "text": text, "samples": self.samples} | limit
 
 
-def variants() -> dict[str, Variant]:
+def variants(bench: Bench) -> dict[str, Variant]:
     """All of them, by name."""
-    found = [Variant(ALONE, "none"), *_unguided(), *_by_statistics(), *_guided(), *_combined()]
+    generic = all(one in GENERIC for one in bench.skills)
+    alone = (Variant(ALONE, "none"), Variant(BASE, "none"))
+    found = [*alone, *_unguided(), *_by_statistics(generic=generic), *_guided(), *_combined()]
     return {variant.name: variant for variant in found}
 
 
 def _unguided() -> Iterator[Variant]:
     yield Variant("linear", "linear", family="linear")
-    for weight in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+    for weight in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         method = "task_arithmetic"
         yield Variant(f"{method} {weight}", method, {"weight": weight}, family=method)
     for density in (0.2, 0.35, 0.5, 0.7):
@@ -80,15 +97,16 @@ def _unguided() -> Iterator[Variant]:
             yield Variant(f"ties {density} lambda {lambda_}", "ties", settings, family="ties")
 
 
-def _by_statistics() -> Iterator[Variant]:
+def _by_statistics(*, generic: bool) -> Iterator[Variant]:
     for alpha in (0.0, 0.3, 0.5, 0.7, 0.9, 0.99):
-        for lambda_ in (1.0, 1.1):
+        for lambda_ in (1.0, 1.1, 1.2, 1.4):
             yield _regmean(f"regmean {alpha} lambda {lambda_}", alpha, lambda_, "regmean")
         for samples in (256, 1024):
             name = f"regmean {alpha} samples {samples}"
             yield _regmean(name, alpha, 1.0, f"regmean samples {samples}", samples)
-        name = f"regmean {alpha} generic"
-        yield _regmean(name, alpha, 1.0, "regmean generic", own=False)
+        if generic:
+            name = f"regmean {alpha} generic"
+            yield _regmean(name, alpha, 1.0, "regmean generic", own=False)
 
 
 def _regmean(  # noqa: PLR0913 (what differs between variants)
@@ -96,13 +114,7 @@ def _regmean(  # noqa: PLR0913 (what differs between variants)
 ) -> Variant:
     settings = {"off_diagonal": alpha, "lambda": lambda_}
     return Variant(
-        name,
-        "regmean",
-        settings,
-        family=family,
-        against=("task_arithmetic", "ties"),
-        samples=samples,
-        own=own,
+        name, "regmean", settings, family=family, against=PLAIN, samples=samples, own=own
     )
 
 
@@ -135,14 +147,14 @@ def _guide(name: str, mean: float) -> dict[str, object]:
 
 
 def _combined() -> Iterator[Variant]:
+    """Regmean of what is left after trimming."""
     twin = "regmean 0.5 lambda 1.0"
     for density in (0.2, 0.35, 0.5):
         for guide in GUIDES:
+            more = SEEDS if guide == "random" else SEEDS[:1]
             name = f"regmean 0.5 density {density} {guide}"
             against = (twin if guide == "uniform" else f"regmean 0.5 density {density} uniform",)
-            yield Variant(name, "regmean", {}, _guide(guide, density), None, against)
-        name, settings = (
-            f"regmean 0.5 density {density} uniform by activation",
-            {"trim": "activation"},
-        )
-        yield Variant(name, "regmean", settings, _guide("uniform", density), None, (twin,))
+            yield Variant(name, "regmean", {}, _guide(guide, density), None, against, more)
+        by = {"trim": "activation"}
+        name = f"regmean 0.5 density {density} uniform by activation"
+        yield Variant(name, "regmean", by, _guide("uniform", density), None, (twin,))

@@ -1,0 +1,50 @@
+"""One merge of `guidance.py`, in this process: what earlier ones measured is not measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lewis_hub.progress import Silent
+from lewis_hub.recipe import Recipe
+from lewis_hub.stages import calibration, checking, downloading, merging
+from lewis_hub.stages.execution import Execution, Step
+from lewis_hub.stages.reading import read_recipe
+from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs
+from lewis_hub.stages.statistics import Gathered, gather
+
+
+def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
+    """Merge as `lewis_hub.merge_models` does, without card, lock and scores.
+
+    Args:
+        told: a recipe, in its own words, with whole paths.
+        store: where measurements stay, each with all that fixes it.
+        output: folder for the weights.
+    """
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "recipe.yaml"
+        file.write_text(json.dumps(told))
+        step = _step(read_recipe(file))
+        sets, folders = calibration.calibration_sets(step), downloading.everything(step)
+        schedule = None
+        if step.recipe.guide:
+            store.mkdir(parents=True, exist_ok=True)
+            stores = [store / "importance.json"]
+            schedule = calibration.guide(step, sets, folders, Path(scratch), stores).schedule
+        known = Gathered()
+        if needs_grams(step.recipe):
+            known = gather(step, sets, folders, Path(scratch), store)
+        places = {**folders, **known.folders}
+        merging.make(step, schedule, places, output, "Merging", known.statistics)
+
+
+def _step(recipe: Recipe) -> Step:
+    api, execution = hub_api(), Execution(runner="inline")
+    inputs = resolve_inputs(recipe, api)
+    examined = checking.examine(recipe, inputs, api, allow_code=False)
+    checking.require_fine(examined.report)
+    return Step(recipe, inputs, examined, execution, api, Silent())

@@ -1,0 +1,201 @@
+"""A merge of Llama-shaped models in memory, block by block: what `refinements.py` tries."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from answers import TEXT, load, texts
+from torch import Tensor
+from transformers import AutoTokenizer
+
+SEED, RIDGE = 42, 1e-6
+GROUPS = (  # Linears that are handed the same input
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is done otherwise than by `regmean` with `off_diagonal: 0.5`.
+
+    Attributes:
+        alpha: `off_diagonal`; `down` the same of mlp.down_proj where that differs.
+        samples: calibration texts of each expert.
+        faithful: of `cross`: how far y is the output in the expert itself, 0 to 1.
+        pull: ridge towards the mean of the task vectors, in mean diagonals of the moments.
+        answers: how often a token counts whose next is the answer's.
+        norm: what each expert's moments are divided by.
+    """
+
+    name: str
+    inputs: Literal["own", "mean", "merged", "cross"] = "own"
+    alpha: float = 0.5
+    down: float | None = None
+    samples: int = 64
+    faithful: float = 1.0
+    pull: float = 0.0
+    answers: float = 1.0
+    norm: Literal["none", "trace"] = "none"
+    scale: float = 1.0
+
+
+class Merging:
+    """Base and experts in float32, and one more model that merges are put into."""
+
+    def __init__(self, models: Path, data: Path, skills: Sequence[str]) -> None:
+        self.models, self.data, self.skills = models, data, skills
+        self.experts = {skill: load(models / f"expert-{skill}", "float32") for skill in skills}
+        self.merged, self.base = load(models / "base", "float32"), load(models / "base", "float32")
+
+    @torch.inference_mode()
+    def make(self, asked: Refinement) -> None:
+        """Put the merge into `merged`."""
+        batches = {skill: self._texts(skill, asked) for skill in self.skills}
+        self._average()
+        # hidden states: in the expert, and in the merge
+        own = {s: self.experts[s].model.embed_tokens(one.ids) for s, one in batches.items()}
+        seen = {s: self.merged.model.embed_tokens(one.ids) for s, one in batches.items()}
+        for number in range(len(self.base.model.layers)):
+            self._block(number, asked, batches, own, seen)
+
+    def _block(  # noqa: PLR0913
+        self,
+        number: int,
+        asked: Refinement,
+        batches: Mapping[str, Batch],
+        own: dict[str, Tensor],
+        seen: dict[str, Tensor],
+    ) -> None:
+        block = self.merged.model.layers[number]
+        experts = {skill: self.experts[skill].model.layers[number] for skill in self.skills}
+        after, before = {}, {}
+        for skill in self.skills:
+            before[skill], after[skill] = self._inputs(experts[skill], own[skill])
+        if asked.inputs == "cross":
+            for place in range(len(GROUPS)):
+                inside = {s: self._inputs(block, seen[s])[0] for s in self.skills}
+                self._solve(number, place, asked, batches, inside, before)
+        else:
+            inside = before
+            if asked.inputs == "mean":
+                inside = {s: self._inputs(block, seen[s])[0] for s in self.skills}
+                seen.update({s: self._inputs(block, seen[s])[1] for s in self.skills})
+            if asked.inputs == "merged":
+                inside = {s: self._inputs(experts[s], seen[s])[0] for s in self.skills}
+            for place in range(len(GROUPS)):
+                self._solve(number, place, asked, batches, inside, inside)
+        own.update(after)
+        if asked.inputs in ("merged", "cross"):
+            seen.update({s: self._inputs(block, seen[s])[1] for s in self.skills})
+
+    def _solve(  # noqa: PLR0913
+        self,
+        number: int,
+        place: int,
+        asked: Refinement,
+        batches: Mapping[str, Batch],
+        inside: Mapping[str, Sequence[Tensor]],
+        before: Mapping[str, Sequence[Tensor]],
+    ) -> None:
+        """The weights of one group; `inside`: x of each skill, `before`: x in the expert."""
+        down = place == len(GROUPS) - 1 and asked.down is not None
+        alpha = asked.down if down and asked.down is not None else asked.alpha
+        base = self.base.model.layers[number]
+        total, wanted = 0, [0] * len(GROUPS[place])
+        for skill in self.skills:
+            kept, counts = batches[skill].kept, batches[skill].counts.sqrt()
+            x = inside[skill][place][kept] * counts[:, None]
+            z = x
+            if asked.inputs == "cross":
+                z = before[skill][place][kept] * counts[:, None]
+                z = asked.faithful * z + (1 - asked.faithful) * x
+            size = float(counts.square().sum())
+            gram = _shrunk(x.T @ x / size, alpha)
+            crossed = _shrunk(z.T @ x / size, alpha)
+            if asked.norm == "trace":
+                mean = gram.diagonal().mean()
+                gram, crossed = gram / mean, crossed / mean
+            total = total + gram
+            expert = self.experts[skill].model.layers[number]
+            for i, name in enumerate(GROUPS[place]):
+                # W_e z - W_0 x, which the update has to make of x
+                w, w0 = expert.get_submodule(name).weight, base.get_submodule(name).weight
+                wanted[i] = wanted[i] + w @ crossed - w0 @ gram
+        assert isinstance(total, Tensor)
+        ridge = (RIDGE + asked.pull) * total.diagonal().mean()
+        total.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(total)
+        for name, rows in zip(GROUPS[place], wanted, strict=True):
+            w0 = base.get_submodule(name).weight
+            average = self._mean_vector(number, name)
+            update = torch.cholesky_solve((rows + ridge * average).T, factor).T
+            self.merged.model.layers[number].get_submodule(name).weight.copy_(
+                w0 + asked.scale * update
+            )
+
+    def _mean_vector(self, number: int, name: str) -> Tensor:
+        weights = [e.model.layers[number].get_submodule(name).weight for e in self.experts.values()]
+        base = self.base.model.layers[number].get_submodule(name).weight
+        return torch.stack(list(weights)).mean(0) - base
+
+    def _average(self) -> None:
+        """Embeddings and norms stay so; the Linears of the blocks come one after the other."""
+        states = [expert.state_dict() for expert in self.experts.values()]
+        mean = {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
+        self.merged.load_state_dict(mean)
+
+    def _inputs(self, block: Any, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the first Linear of each group is handed, and what the block makes of it all."""
+        seen: list[Tensor] = []
+        hooks = [
+            block.get_submodule(group[0]).register_forward_pre_hook(
+                lambda _, args: seen.append(args[0])
+            )
+            for group in GROUPS
+        ]
+        places = torch.arange(hidden.shape[1])[None]
+        rotary = self.base.model.rotary_emb(hidden, places)
+        made = block(hidden, position_embeddings=rotary, position_ids=places)
+        for hook in hooks:
+            hook.remove()
+        return seen, made[0] if isinstance(made, tuple) else made
+
+    def _texts(self, skill: str, asked: Refinement) -> Batch:
+        lines = (self.data / f"{skill}_train.jsonl").read_text(encoding="utf-8").splitlines()
+        drawn = random.Random(f"{SEED} {skill}").sample(lines, asked.samples)
+        items = [json.loads(line) for line in drawn]
+        tokenizer = AutoTokenizer.from_pretrained(self.models / "base")
+        rows = tokenizer([TEXT.format(**item) for item in items])["input_ids"]
+        starts = [text.start for text in texts(self.models / "base", items)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        kept = torch.tensor([[n < len(row) for n in range(longest)] for row in rows])
+        answer = torch.tensor([[n >= start - 1 for n in range(longest)] for start in starts])
+        counts = torch.where(answer, asked.answers, 1.0)[kept]
+        return Batch(ids, kept, counts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts padded on the right; which tokens are theirs, and how much each of these counts."""
+
+    ids: Tensor
+    kept: Tensor
+    counts: Tensor
+
+
+def _shrunk(matrix: Tensor, alpha: float) -> Tensor:
+    """Drawn to its diagonal."""
+    diagonal = matrix.diagonal().clone()
+    found = alpha * matrix
+    found.diagonal().copy_(diagonal)
+    return found

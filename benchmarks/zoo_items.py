@@ -1,0 +1,60 @@
+"""Items of the zoo's two skills, as many as a benchmark needs: no word of them was trained on.
+
+Calibration takes the items that the zoo ships for it. Those of `tune` and `test` are drawn as the
+zoo's own are, of words that are in no training item of any of its models, forwards or backwards;
+all that training drew is drawn again here to know them. Most of what is left are words of five
+letters.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from lewis_hub.demo import tasks
+from lewis_hub.demo.train import BASE, BUCKET, EXPERTS, SEED
+from lewis_hub.demo.zoo import zoo_folder
+
+SIZES = {"tune": 250, "test": 1000}
+
+
+def write_items(folder: Path) -> None:
+    """Write SKILL_{train,tune,test}.jsonl, unless they are there."""
+    if all((folder / f"{skill}_test.jsonl").exists() for skill in tasks.SKILLS):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = set(_trained())
+    for skill, make in tasks.SKILLS.items():
+        own = zoo_folder() / "data" / skill / "train.jsonl"
+        train = own.read_text(encoding="utf-8")
+        (folder / f"{skill}_train.jsonl").write_text(train, encoding="utf-8")
+        known = trained | set(_words(train))
+        rng = random.Random(f"{SEED} {skill} benchmark")
+        for split, n in SIZES.items():
+            drawn: list[str] = []
+            while len(drawn) < n:
+                word = tasks.draw_word(rng)
+                if not {word, word[::-1]} & known:
+                    known.add(word)
+                    drawn.append(word)
+            lines = (json.dumps(asdict(make(word))) + "\n" for word in drawn)
+            (folder / f"{skill}_{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _trained() -> Iterator[str]:
+    """Every word in an item that a stage of the zoo's training can have drawn."""
+    for stage in (*BASE, *EXPERTS):
+        n_drawn = -(-stage.n_steps // BUCKET) * BUCKET * stage.batch_size
+        items = tasks.stream(stage.lesson, SEED, stage.lesson_share)
+        for item in itertools.islice(items, n_drawn):
+            yield from _words(item.question)
+            yield "".join(item.question.split()[-2:])  # of `join` and `swap`
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[A-Z]{4,}", text)
