@@ -98,18 +98,21 @@ def follow(api: HfApi, job: Submitted, say: Callable[[str], None]) -> int | None
     asked = Asked(api, job.namespace, kind=PublishError)
     n_said = 0
 
-    def hand_on(*, follow: bool) -> None:
+    def hand_on() -> None:
         nonlocal n_said
-        lines = api.fetch_job_logs(job_id=job.id, follow=follow, namespace=job.namespace)
+        lines = api.fetch_job_logs(job_id=job.id, follow=True, namespace=job.namespace)
         for line in islice(lines, n_said, None):  # a log comes from its beginning each time
             n_said += 1
             say(line)
 
     with hub_failures(asked):
-        complete(lambda: hand_on(follow=True), lambda: n_said)
+        complete(hand_on, lambda: n_said)
         status = persist(lambda: api.wait_for_job(job.id, namespace=job.namespace)).status
-        # a connection that broke when the Job had ended already is not followed to the log's end
-        complete(lambda: hand_on(follow=False), lambda: n_said)
+        # A connection that breaks when the Job has ended is not told: read on until nothing comes.
+        n_before = -1
+        while n_said > n_before:
+            n_before = n_said
+            complete(hand_on, lambda: n_said)
     if status.stage == COMPLETED:
         return 0
     say(f"Job {status.stage}: {status.message or 'the Hub does not say why'}")
