@@ -17,7 +17,7 @@ test: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto
 
-test-all: .venv/dev test .venv/mergekit/bin/mergekit-yaml
+test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
@@ -42,6 +42,10 @@ clean:
 .venv/mergekit/bin/mergekit-yaml: | .venv/bin/python
 	$(PYTHON) -m venv .venv/mergekit
 	.venv/mergekit/bin/pip install --quiet mergekit==0.1.5
+
+.venv/ray: pyproject.toml | .venv/dev
+	$(INSTALL) '.[ray]'
+	touch $@
 
 .venv/demo: pyproject.toml | .venv/bin/python
 	$(INSTALL) '.[demo]'

@@ -1,12 +1,15 @@
 """Models in folders and on the embedded Hub, for tests that go the whole way."""
 
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.store import File
+
+RAY_TOKEN = secrets.token_hex(32)  # a process keeps the first that it was given
 
 
 def pushed(api, folder, repo):

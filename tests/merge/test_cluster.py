@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pickle
-import secrets
 import shutil
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from served import RAY_TOKEN
 
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
 from lewis_hub.merge.cluster import Ray
@@ -70,7 +70,7 @@ def test_an_address_is_refused_with_any_other_runner(name):
 def cluster():
     """A Ray with two workers, as `Ray.map` starts one, whose files are gone afterwards."""
     folder = tempfile.mkdtemp(prefix="ray-")  # pytest's is too long for the names of sockets
-    own = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    own = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": RAY_TOKEN}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (own | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}).items():
             patch.setenv(name, value)
@@ -208,7 +208,7 @@ class TestOnRay:
         (zoo.root / "out").mkdir()
 
         with pytest.raises(MergeError, match="does not see .*elsewhere"):
-            run(make_plan(settings, 10**9), folders, zoo.root / "out", Ray(), lambda _: None)
+            run(make_plan(settings, 10**9), folders, zoo.root / "out", Means(Ray()), lambda _: None)
 
     def test_any_other_failure_is_one_message(self, cluster):
         with pytest.raises(MergeError) as caught:
