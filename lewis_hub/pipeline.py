@@ -237,6 +237,7 @@ def stream(
     inputs = resolve_inputs(recipe, api)
     planned = reporting.lock(recipe, inputs, execution.max_shard_bytes, {})
     if not execution.replace and (held := publishing.published_already(target, planned, api)):
+        streaming.forget(Path(output))
         return held
     examined = checking.examine(recipe, inputs, api, allow_code=False)
     checking.require_fine(examined.report)

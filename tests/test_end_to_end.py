@@ -178,7 +178,8 @@ def test_a_benchmark_that_the_recipe_names_gets_an_entry_for_its_leaderboard(hub
     assert json.loads(run(hub, zoo, "verify", repo, "--json").stdout)["problems"] == []
     assert json.loads(run(hub, zoo, "verify", "merged", "--json").stdout)["problems"] == []
 
-    (zoo / "recipe.yaml").write_text(recipe.replace("exact_match,none", "acc,none"))
+    misnamed = named.replace("exact_match,none", "acc,none")
+    (zoo / "recipe.yaml").write_text(recipe.replace(named, misnamed))
     told = run(hub, zoo, "check", check=False).stdout
     assert "zoo_reverse: it has no metric `acc,none`, which the recipe names." in told
 

@@ -105,6 +105,19 @@ def test_no_weight_is_kept_and_the_work_leaves_nothing(api, tmp_path):
     ]
 
 
+def test_what_a_run_left_that_published_and_was_cut_off_then_goes_with_the_next(api, tmp_path):
+    recipe, work = parse_recipe(RECIPE, "recipe.yaml"), tmp_path / "here" / "work"
+    work.parent.mkdir()
+    stream(recipe, work)
+    left = work.with_name("work.stream.partial")
+    (left / ".scratch").mkdir(parents=True)
+    (left / ".scratch" / "importance.json").write_text("{}")
+
+    assert not stream(recipe, work).changed
+
+    assert list(work.parent.iterdir()) == []
+
+
 def shard_sizes(hub):
     found = {path: sha for path, sha in published(hub).items() if path.endswith(".safetensors")}
     return [len(hub.store.blobs.read(sha256)) for sha256 in found.values()]

@@ -60,6 +60,11 @@ class Workspace:
         shutil.rmtree(self.folder)
 
 
+def unfinished(output: Path) -> Path:
+    """Where work on an output happens."""
+    return output.with_name(output.name + ".partial")
+
+
 @contextmanager
 def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
     """Work on `output` alone; leaving without `finish` keeps what was done.
@@ -75,7 +80,7 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
             "it exists and holds something else than this merge.",
             "Name another folder with -o, or replace it with --force.",
         )
-    folder = output.with_name(output.name + ".partial")
+    folder = unfinished(output)
     try:
         (folder / ".scratch").mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.window import Place, elsewhere, most_held
-from lewis_hub.errors import PublishError, RecipeError
+from lewis_hub.errors import OutputError, PublishError, RecipeError
 from lewis_hub.files import require_room
 from lewis_hub.hub.ahead import recall, send
 from lewis_hub.hub.failures import Asked
@@ -21,7 +22,7 @@ from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.needs import needs_of
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.statistics import informed
-from lewis_hub.merge.workspace import Workspace
+from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.stages import calibration, merging, publishing, reporting, statistics
@@ -71,6 +72,14 @@ def require_streamable(recipe: Recipe) -> None:
 def work_folder(output: Path) -> Path:
     """What the work is done beside; nothing of this name remains."""
     return output.with_name(output.name + ".stream")
+
+
+def forget(output: Path) -> None:
+    """Delete what an interrupted run left; all of it is on the Hub."""
+    folder = work_folder(output)
+    if unfinished(folder).exists():
+        with suppress(OutputError), open_workspace(folder, replace=False) as work:
+            work.discard()
 
 
 def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Published:
