@@ -35,13 +35,18 @@ from lewis_hub.methods import random_bits
 
 ABSOLUTE = np.uint32(0x7FFFFFFF)
 EXPONENTS = {BF16: 0x7F80, F16: 0x7C00, F32: 0x7F800000}
+STORED = {BF16: "<u2", F16: "<u2", F32: "<u4"}
 ZERO = np.float32(0)
 
 
 def sample(piece: Piece, places: Any, found: Any) -> None:  # noqa: D103
-    chosen = places[:, None] + np.arange(LANES)
-    for e, delta in enumerate(_task_vectors(piece)):
-        found[e] = _bits(delta)[chosen]
+    chosen = (places[:, None] + np.arange(LANES)).ravel()
+    base, *experts = (
+        widened(raw.view(STORED[kind])[chosen].view(np.uint8), kind, len(chosen))
+        for raw, kind in zip(piece.raw, piece.kinds, strict=True)
+    )
+    for e, expert in enumerate(experts):
+        found[e] = _bits(expert - base).reshape(len(places), LANES)
 
 
 def sort_out(  # noqa: D103
@@ -52,10 +57,11 @@ def sort_out(  # noqa: D103
         if e not in chosen:
             continue
         bits = _bits(delta)
+        near = bits[bits - low[e] <= high[e] - low[e]]  # what is lower wraps around
         tally[e, ABOVE] += np.count_nonzero(bits > high[e])
-        tally[e, AT_HIGH] += np.count_nonzero(bits == high[e])
-        tally[e, AT_LOW] += np.count_nonzero(bits == low[e])
-        between = bits[(bits > low[e]) & (bits < high[e])]
+        tally[e, AT_HIGH] += np.count_nonzero(near == high[e])
+        tally[e, AT_LOW] += np.count_nonzero(near == low[e])
+        between = near[(near > low[e]) & (near < high[e])]
         place = tally[e, INSIDE]
         fitting = between[: inside.shape[1] - LANES - place]
         inside[e, place : place + len(fitting)] = fitting
