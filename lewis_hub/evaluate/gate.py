@@ -225,7 +225,7 @@ def unknown_metric(task: str, metric: str, known: Sequence[str]) -> EvaluationEr
     remedy = f"Did you mean `{near[0]}`? " if near else ""
     listed = ", ".join(f"`{key}`" for key in known)
     return EvaluationError(
-        task, f"it has no metric `{metric}`, which the gate names.", f"{remedy}It has {listed}."
+        task, f"it has no metric `{metric}`, which the recipe names.", f"{remedy}It has {listed}."
     )
 
 

@@ -156,7 +156,7 @@ def test_other_prompts_for_the_same_items_are_another_test():
     [
         (
             "n,none",
-            "t: it has no metric `n,none`, which the gate names.\n"
+            "t: it has no metric `n,none`, which the recipe names.\n"
             "Did you mean `m,none`? It has `m,none`, `f1,none`.",
         ),
         (
