@@ -4,24 +4,10 @@ import json
 import shutil
 
 from safetensors.torch import load_file, save_file
-from served import pushed, weights
+from served import pushed, recipe, weights
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.recipe_file import parse_recipe
-
-RECIPE = """base_model: BASE
-models:
-  - model: EXPERT
-    parameters: {weight: 1.0}
-merge_method: ties
-"""
-DENSITY = "parameters: {density: 0.4}\n"
-
-
-def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
-    text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
-    return parse_recipe(text + more, "recipe.yaml")
 
 
 def configure(folder, **more):

@@ -8,8 +8,21 @@ from pathlib import Path
 
 from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.store import File
+from lewis_hub.recipe_file import parse_recipe
 
 RAY_TOKEN = secrets.token_hex(32)  # a process keeps the first that it was given
+RECIPE = """base_model: BASE
+models:
+  - model: EXPERT
+    parameters: {weight: 1.0}
+merge_method: ties
+"""
+DENSITY = "parameters: {density: 0.4}\n"
+
+
+def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
+    text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
+    return parse_recipe(text + more, "recipe.yaml")
 
 
 def pushed(api, folder, repo):

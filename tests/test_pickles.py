@@ -9,23 +9,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from served import pushed, weights
+from served import DENSITY, RECIPE, pushed, recipe, weights
 
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, PickleError, SourceError
-from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.report.lock import Lock
 from lewis_hub.stages.execution import Execution
 
-RECIPE = """base_model: BASE
-models:
-  - model: EXPERT
-    parameters: {weight: 1.0}
-merge_method: ties
-"""
-DENSITY = "parameters: {density: 0.4}\n"
 GUIDE = """guide:
   calibration: {dataset: zoo/reverse, text: "{question} {answer}", samples: 2}
 """
@@ -52,11 +44,6 @@ def write_pickles(folder, source="expert-reverse", n_shards=1, change=None):
     index = {"metadata": {}, "weight_map": located}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return folder
-
-
-def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
-    text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
-    return parse_recipe(text + more, "recipe.yaml")
 
 
 def cached(pattern):

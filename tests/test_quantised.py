@@ -8,16 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from quantised import (
-    DENSITY,
-    RECIPE,
-    assert_merges_as_its_twin,
-    beside_twin,
-    configure,
-    recipe,
-)
+from quantised import assert_merges_as_its_twin, beside_twin, configure
 from safetensors.torch import load_file, save_file
-from served import pushed, weights
+from served import DENSITY, RECIPE, pushed, recipe, weights
 
 import lewis_hub
 from lewis_hub import pipeline, steps

@@ -5,15 +5,9 @@ import shutil
 
 import pytest
 import torch
-from quantised import (
-    DENSITY,
-    assert_merges_as_its_twin,
-    beside_twin,
-    configure,
-    recipe,
-)
+from quantised import assert_merges_as_its_twin, beside_twin, configure
 from safetensors.torch import load_file, save_file
-from served import pushed, weights
+from served import DENSITY, pushed, recipe, weights
 
 from lewis_hub import pipeline, steps
 from lewis_hub.demo.zoo import zoo_folder

@@ -171,8 +171,9 @@ class Window:
                 (o for o in found[low:high] if position < o.stop and o.last >= self._step),
                 key=lambda one: one.first,
             )
-            self._awaited = max(self._awaited, one.first)
-            self._send()
+            if one.arrival is None:
+                self._awaited = max(self._awaited, one.first)
+                self._send()
             while one.arrival is None:
                 self._changed.wait()
         one.arrival.result()

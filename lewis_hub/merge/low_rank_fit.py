@@ -7,7 +7,9 @@ products with the matrix where a singular value decomposition costs many. Import
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -58,36 +60,43 @@ def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> Factors:
     """
     limit = min(most, *matrix.shape)
     rank = min(limit, FIRST_RANK) if error else limit
+    total = float(matrix.double().square().sum())
     while True:
         leading = _leading(matrix, rank)
-        found = _lowest(matrix, leading, error, dtype) if error else None
+        found = _lowest(matrix, leading, error, dtype, total) if error else None
         if found or rank == limit:
-            return found or _factors(matrix, leading, rank, dtype)
+            return found or _factors(matrix, leading, rank, dtype=dtype, total=total)
         rank = min(limit, 2 * rank)
 
 
-def _lowest(matrix: Tensor, leading: Leading, error: float, dtype: torch.dtype) -> Factors | None:
+def _lowest(
+    matrix: Tensor, leading: Leading, error: float, dtype: torch.dtype, total: float
+) -> Factors | None:
     """The lowest rank within an error, of those whose vectors are known; None: more are needed."""
     squares = leading.values.double().square()
-    rest = (1 - squares.cumsum(0) / matrix.double().square().sum()).clamp(min=0).sqrt()
+    rest = (1 - squares.cumsum(0) / total).clamp(min=0).sqrt()
     ranks = range(int((rest > error).sum()) + 1, len(squares) + 1)
     for stored in (dtype, torch.float32):
-
-        def is_within(rank: int, stored: torch.dtype = stored) -> bool:
-            return _factors(matrix, leading, rank, stored).error <= error
-
-        lowest = bisect_left(ranks, 1, key=is_within)
+        tried = cache(partial(_factors, matrix, leading, dtype=stored, total=total))
+        lowest = bisect_left(ranks, -error, key=partial(_nearness, tried))
         if lowest < len(ranks):
-            return _factors(matrix, leading, ranks[lowest], stored)
+            return tried(ranks[lowest])
     return None
 
 
-def _factors(matrix: Tensor, leading: Leading, rank: int, dtype: torch.dtype) -> Factors:
+def _nearness(tried: Callable[[int], Factors], rank: int) -> float:
+    """It grows with the rank, as far as rounding lets it."""
+    return -tried(rank).error
+
+
+def _factors(
+    matrix: Tensor, leading: Leading, rank: int, *, dtype: torch.dtype, total: float
+) -> Factors:
     root = leading.values[:rank].sqrt()
     left = (leading.left[:, :rank] * root).to(dtype)
     right = (root[:, None] * leading.right[:rank]).to(dtype)
     missed = (matrix - left.float() @ right.float()).double().square().sum()
-    return Factors(left, right, float((missed / matrix.double().square().sum()).sqrt()))
+    return Factors(left, right, float((missed / total).sqrt()))
 
 
 def _leading(matrix: Tensor, rank: int) -> Leading:

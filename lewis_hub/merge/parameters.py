@@ -29,9 +29,7 @@ RANGES = {  # of a source's settings: lowest, highest, what it is
     "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
 }
 ANY = (None, "*")
-NOTHING = (
-    1e-6  # of what the weights add up to without their signs: float32 cannot tell it from zero
-)
+NOTHING = 1e-6  # of the weights' sizes, added up: float32 cannot tell less from zero
 
 
 def depths(tensors: Iterable[str]) -> dict[str, float]:

@@ -57,11 +57,10 @@ def sort_out(  # noqa: D103
         if e not in chosen:
             continue
         bits = _bits(delta)
-        near = bits[bits - low[e] <= high[e] - low[e]]  # what is lower wraps around
         tally[e, ABOVE] += np.count_nonzero(bits > high[e])
-        tally[e, AT_HIGH] += np.count_nonzero(near == high[e])
-        tally[e, AT_LOW] += np.count_nonzero(near == low[e])
-        between = near[(near > low[e]) & (near < high[e])]
+        tally[e, AT_HIGH] += np.count_nonzero(bits == high[e])
+        tally[e, AT_LOW] += np.count_nonzero(bits == low[e])
+        between = bits[(bits > low[e]) & (bits < high[e])]
         place = tally[e, INSIDE]
         fitting = between[: inside.shape[1] - LANES - place]
         inside[e, place : place + len(fitting)] = fitting
