@@ -8,6 +8,7 @@ Each step lives in its own file of `stages/`, which puts the recipe's words in t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -28,12 +29,12 @@ from lewis_hub.stages import (
     converting,
     downloading,
     evaluation,
+    gathering,
     gating,
     merging,
     publishing,
     reporting,
     standing,
-    statistics,
     streaming,
 )
 from lewis_hub.stages.calibration import Sets
@@ -44,6 +45,7 @@ from lewis_hub.stages.loading import Loading
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs
 from lewis_hub.stages.standing import Former
+from lewis_hub.stages.statistics import Gathered
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _merge(
     costs = Costs()
     with costs.measure("download"):
         folders = downloading.everything(step)
-    guidance, gathered = None, statistics.Gathered()
+    guidance, gathered = None, Gathered()
     if step.recipe.guide:
         with costs.measure("calibrate"):
             beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
@@ -263,13 +265,14 @@ def _merge(
             stores = [folder / "importance.json" for folder in known_in]
             stores += standing.published_importance(former, step.api, work.scratch)
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+    schedule = guidance.schedule if guidance else None
+    known = partial(gathering.gather, step, sets, folders, work.scratch)
     if needs_grams(step.recipe):
         with costs.measure("gather"):
-            gathered = statistics.gather(step, sets, folders, work.scratch)
-    folders, known = {**folders, **gathered.folders}, gathered.statistics
-    schedule = guidance.schedule if guidance else None
+            gathered = known(schedule)
+    there = {**folders, **gathered.folders}
     with costs.measure("merge"):
-        merged = merging.make(step, schedule, folders, work.folder, "Merging", known)
+        merged = merging.make(step, schedule, there, work.folder, "Merging", gathered.statistics)
     with costs.measure("evaluate"):
         scored = evaluation.score_merge(step, merged, guidance, folders, work.scratch, known)
     scored = gating.judged(step.recipe, scored, step.api)

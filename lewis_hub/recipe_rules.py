@@ -40,6 +40,12 @@ def asks_for_statistics(recipe: Recipe) -> bool:
     return recipe.merge_method in STATISTICAL or by_activation
 
 
+def fits_in_sequence(recipe: Recipe) -> bool:
+    """Whether matrices are fitted one after the other, on what the merged model is handed."""
+    told = _values(recipe.parameters.get("inputs", ()))
+    return recipe.merge_method in STATISTICAL and "merged" in told
+
+
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     known = [recipe.base_model, *(entry.model for entry in recipe.models or recipe.experts)]
     models = ", ".join(dict.fromkeys(f"`{model}`" for model in known if model))

@@ -17,7 +17,7 @@ from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
 from lewis_hub.guides.products import Products, watched
-from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
+from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder, Sees
 from lewis_hub.guides.stored import stored_blocks, stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
@@ -250,7 +250,7 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 @contextmanager
-def hooked(modules: Mapping[str, Linear], recorder: Recorder) -> Iterator[None]:
+def hooked(modules: Mapping[str, Linear], recorder: Sees) -> Iterator[None]:
     """Let a recorder see the inputs of modules, by their paths, for the time being."""
     handles = []
     try:
@@ -263,7 +263,7 @@ def hooked(modules: Mapping[str, Linear], recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _input_hook(path: str, recorder: Recorder) -> Callable[..., None]:
+def _input_hook(path: str, recorder: Sees) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         recorder.see(path, args[0] if args else next(iter(named.values())))
 

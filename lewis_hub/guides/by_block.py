@@ -126,10 +126,11 @@ def visited(
         try:
             return visit(batches)
         except OutOfStepError:
-            return visit(_unpadded)
+            return visit(alone)
 
 
-def _unpadded(tokens: CalibrationTokens) -> Iterator[Batch]:
+def alone(tokens: CalibrationTokens) -> Iterator[Batch]:
+    """Batches without padding."""
     for batch in batches(tokens):
         yield from unpadded(batch)
 
@@ -148,12 +149,12 @@ def _visits(
     tried = Batch(ids, torch.ones_like(ids))
     with closing(made.walk()) as walk:
         next(walk)
-        [trial], *flows = _entered(made, [[tried], *(list(grouped(tokens)) for tokens in sets)])
+        [trial], *flows = entered(made, [[tried], *(list(grouped(tokens)) for tokens in sets)])
         for number, block in enumerate(walk):
             modules = dict(linears(f"{made.path}.{number}", block))
-            step = partial(_step, made, number)
+            step = partial(run_block, made, number)
             used = _used(made, number, partial(step, trial)) if products else {}
-            if used and grouped is not _unpadded:
+            if used and grouped is not alone:
                 raise OutOfStepError
             sums, watched = [], []
             for texts in flows:
@@ -172,7 +173,7 @@ def _visits(
             yield Visit(modules, sums, watched)
 
 
-def _entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:
+def entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:
     """All texts before the first block, which has its weights, as all before it has."""
     run, blocks = partial(forward, made.model), list(made.blocks)
     with torch.no_grad(), _chain(made):
@@ -180,7 +181,8 @@ def _entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flo
         return [[enter(blocks, batch, run, rest) for batch in group] for group in groups]
 
 
-def _step(made: Skeleton, number: int, flow: Flow) -> None:
+def run_block(made: Skeleton, number: int, flow: Flow) -> None:
+    """Bring texts from one block, which has its weights, to the next."""
     with torch.no_grad(), _chain(made):
         flow.step(number, made.blocks[number])
 

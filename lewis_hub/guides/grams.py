@@ -201,14 +201,20 @@ def second_moments(rows: Tensor, widest: int) -> Tensor:
     n = rows.shape[1]
     if widest == DIAGONAL:
         return sum_of_squares(rows).float().view(n, 1, 1)
+    return products(rows, rows, widest)
+
+
+def products(left: Tensor, right: Tensor, widest: int) -> Tensor:
+    """Sum z x^T over tokens: twice (n_tokens, in_features) -> (n_parts, width, width) float32."""
+    n = right.shape[1]
     width = part_width(n, widest)
-    x = rows.float()
+    z, x = left.float(), right.float()
     total = x.new_zeros(n // width, width, width)
     for start in range(0, len(x), STEP):
-        piece = x[start : start + STEP]
+        tokens = slice(start, start + STEP)
         for number, sums in enumerate(total):
-            part = piece[:, number * width : (number + 1) * width]
-            sums.addmm_(part.T, part)
+            part = slice(number * width, (number + 1) * width)
+            sums.addmm_(z[tokens, part].T, x[tokens, part])
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 
@@ -28,6 +29,13 @@ class InputSum:
 
 class OutOfStepError(Exception):
     """A module's input has not one row per token, so the mask cannot say which rows count."""
+
+
+class Sees(Protocol):
+    """Takes the inputs of modules."""
+
+    def see(self, path: str, x: Tensor) -> None:
+        """Take the input, (..., in_features), that the module at `path` is about to be run on."""
 
 
 class Recorder:
@@ -87,3 +95,44 @@ class Recorder:
             self._last_sum = InputSum(self._summed(rows), len(rows))
             self._last, self._last_version = weakref.ref(x), x._version
         return self._last_sum
+
+
+class HandedError(Exception):
+    """A module is about to be run on `x`."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__("seen")
+        self.x = x
+
+
+class First:
+    """Stops at the first input."""
+
+    def see(self, path: str, x: Tensor) -> NoReturn:  # noqa: ARG002
+        """Take it.
+
+        Raises:
+            HandedError: always.
+        """
+        raise HandedError(x)
+
+
+class Order:
+    """Sees in which order modules are called, and which are handed the very same tensor."""
+
+    def __init__(self) -> None:
+        self.levels: list[list[str]] = []
+        self.n_rows: dict[str, list[int]] = {}  # of each call
+        self._last: weakref.ref[Tensor] | None = None
+        self._last_version = -1
+
+    def see(self, path: str, x: Tensor) -> None:
+        """Take a module's input."""
+        same = self._last is not None and self._last() is x and self._last_version == x._version
+        calls = self.n_rows.setdefault(path, [])
+        calls.append(x.numel() // x.shape[-1])
+        if len(calls) == 1 and same and self.levels:
+            self.levels[-1].append(path)
+        elif len(calls) == 1:
+            self.levels.append([path])
+        self._last, self._last_version = weakref.ref(x), x._version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import NonFiniteError
@@ -14,11 +15,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Of a matrix's inputs, on the device that the matrix is merged on.
+
+    Attributes:
+        grams: E[x x^T], one an expert; None where there are none.
+        crosses: E[z x^T], where what the expert is handed, z, is not x; none at all: it is.
+        transposed: whether the matrix lies as (in, out).
+    """
+
+    grams: Sequence[Tensor | None]
+    crosses: Sequence[Tensor | None] = ()
+    transposed: bool = False
+
+
 def merge_by_definition(
-    plan: ShardPlan,
-    tensor: TensorPlan,
-    sources: Sequence[Tensor],
-    grams: Sequence[Tensor | None],
+    plan: ShardPlan, tensor: TensorPlan, sources: Sequence[Tensor], moments: Moments
 ) -> Tensor:
     """Merge one tensor with the method's own function, on the device that its sources are on.
 
@@ -26,8 +39,7 @@ def merge_by_definition(
         plan: of the shard that the tensor is in.
         tensor: of it.
         sources: in float32, one an input of the tensor.
-        grams: second moments of its inputs, one an expert, on the same device; None where there are
-            none.
+        moments: of its inputs.
 
     Returns:
         The result in the output's dtype, contiguous, on the same device.
@@ -45,8 +57,9 @@ def merge_by_definition(
         "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),
         "densities": tensor.densities,
         "streams": tensor.streams,
-        "grams": grams,
-        "transposed": tensor.is_transposed,
+        "grams": moments.grams,
+        "crosses": moments.crosses,
+        "transposed": moments.transposed,
         **tensor.own,
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}

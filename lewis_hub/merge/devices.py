@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lewis_hub.errors import DeviceError
-from lewis_hub.merge.definition import bytes_of, merge_by_definition
+from lewis_hub.merge.definition import Moments, bytes_of, merge_by_definition
 from lewis_hub.merge.pieces import Job
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Moved(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     done: torch.cuda.Event | None  # None: they are there
-    grams: tuple[Tensor | None, ...] = ()
+    moments: Moments = Moments(())
 
 
 def make_on_device(jobs: Sequence[Job], device: str) -> Iterator[int]:
@@ -84,8 +85,9 @@ class Lane:
         with self._aside():
             pairs = zip(job.readers, job.tensor.inputs, strict=True)
             sources = tuple(self._read(reader, header) for reader, header in pairs)
-            grams = tuple(self._there(gram) for gram in job.grams())
-            return Moved(sources, self._inward.record_event() if self._inward else None, grams)
+            found = job.moments()
+            moments = replace(found, grams=[self._there(gram) for gram in found.grams])
+            return Moved(sources, self._inward.record_event() if self._inward else None, moments)
 
     def compute(self, job: Job, fetched: Moved) -> Moved:
         """The merged tensor on its way back to the host; none of one that is only copied."""
@@ -95,14 +97,17 @@ class Lane:
             return Moved((), None)
         if fetched.done is None:
             sources = [source.float() for source in fetched.tensors]
-            merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.grams)
+            merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.moments)
             return Moved((merged,), None)
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(fetched.done)
-        for held in (*fetched.tensors, *(gram for gram in fetched.grams if gram is not None)):
+        for held in (
+            *fetched.tensors,
+            *(gram for gram in fetched.moments.grams if gram is not None),
+        ):
             held.record_stream(stream)  # its memory is not given away before it was read
         sources = [source.float() for source in fetched.tensors]
-        merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.grams)
+        merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.moments)
         back = torch.empty(merged.shape, dtype=merged.dtype, pin_memory=True)
         back.copy_(merged, non_blocking=True)
         return Moved((back,), stream.record_event())

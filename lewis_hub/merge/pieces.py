@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +18,12 @@ import numpy.typing as npt
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardWriter
+from lewis_hub.merge.definition import Moments
 from lewis_hub.merge.fused import block_of
 from lewis_hub.merge.mending import MendingReader, mending
 from lewis_hub.merge.operands import BLOCK, FORMATS, LANES, Piece
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
 SEEN_BYTES = 40 << 20  # of all sources mapped at once, which is kept from pass to pass
@@ -125,12 +123,13 @@ class Job:
             if isinstance(reader, MendingReader) and reader.has_mended
         ]
 
-    def grams(self) -> list[Tensor | None]:
+    def moments(self) -> Moments:
         """Second moments of its inputs, one an expert; read anew. Imports torch."""
         if not self.tensor.grams:
-            return [None] * len(self.tensor.weights)
+            return Moments([None] * len(self.tensor.weights))
         pairs = zip(self.site.statistics, self.tensor.grams, strict=True)
-        return [reader.tensor(gram.stored) if gram else None for reader, gram in pairs]
+        grams = [reader.tensor(gram.stored) if gram else None for reader, gram in pairs]
+        return Moments(grams, transposed=self.tensor.is_transposed)
 
     @cached_property
     def kinds(self) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.merge.fitted import Fitted, taking
 from lewis_hub.merge.plan import MergePlan, TensorPlan
 
 
@@ -35,13 +36,19 @@ class Statistics:
     grams: Mapping[str, Gram]
 
 
-def informed(plan: MergePlan, statistics: Sequence[Statistics]) -> MergePlan:
+Known = Sequence[Statistics] | Fitted
+
+
+def informed(plan: MergePlan, statistics: Known) -> MergePlan:
     """The same plan, for a method that merges by statistics.
 
     Args:
         plan: from headers alone.
-        statistics: one an expert, in the plan's order; none at all leaves the plan as it is.
+        statistics: one an expert, in the plan's order; none at all leaves the plan as it is. Or
+            what was fitted by them already.
     """
+    if isinstance(statistics, Fitted):
+        return taking(plan, statistics)
     if not statistics:
         return plan
     known = {one.label: one.digest for one in statistics}

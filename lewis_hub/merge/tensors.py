@@ -59,7 +59,7 @@ def _average(job: Job, span: Span) -> None:
 def _define(job: Job) -> None:
     pairs = zip(job.readers, job.tensor.inputs, strict=True)
     sources = [reader.tensor(header) for reader, header in pairs]
-    merged = merge_by_definition(job.site.plan, job.tensor, sources, job.grams())
+    merged = merge_by_definition(job.site.plan, job.tensor, sources, job.moments())
     job.site.writer.write(job.start, bytes_of(merged))
 
 

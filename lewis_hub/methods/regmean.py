@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lewis_hub.methods.combine import summed
 from lewis_hub.methods.registry import register
@@ -13,11 +14,17 @@ from lewis_hub.methods.systems import factor, product, solve
 if TYPE_CHECKING:
     from torch import Tensor
 
+Inputs = Literal["own", "merged"]
+INPUTS = ("own", "merged")
 RIDGE = 1e-6  # of the mean second moment, on the diagonal
 LARGER_RIDGES = (1e-4, 1e-2)  # where rounded moments are not positive definite with it
 
 
-@register("regmean", paper="https://arxiv.org/abs/2212.09849", accepted={"trim": TRIMS})
+@register(
+    "regmean",
+    paper="https://arxiv.org/abs/2212.09849",
+    accepted={"trim": TRIMS, "inputs": INPUTS},
+)
 def regmean(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (out, in) float32; (in, out) where `transposed`; any shape without Grams
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -25,9 +32,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     weights: Tensor,  # (n_sources,) how much each source's own inputs count
     densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
     grams: Sequence[Tensor | None],  # n_sources second moments E[x x^T]: (n_parts, width, width)
+    crosses: Sequence[Tensor | None] = (),  # n_sources E[z x^T], as long; none at all: z is x
     transposed: bool = False,
     off_diagonal: float = 0.5,  # alpha in the paper
     lambda_: float = 1.0,
+    inputs: Inputs = "own",
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
@@ -38,6 +47,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     diagonal count `off_diagonal` of what they are. RIDGE times its mean diagonal is added, which
     also decides for inputs that no token ever drove. Long inputs go part by part.
     A tensor of which any source has no G takes the weighted average of the task vectors.
+
+    With `inputs: merged` x is what the merged model itself is handed there, whose earlier matrices
+    are merged already, and z what the expert is: base + X minimises the weighted squares of
+    (base + X) x - (base + task vector) z. RegMean++ (arXiv 2508.03121) takes x from the merged
+    model too, and z = x.
     """
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
@@ -47,31 +61,64 @@ def regmean(  # noqa: PLR0913 (options are keywords)
         return base + lambda_ * mixed / summed(weights, weights[0])
     rows = [vector.T if transposed else vector for vector in vectors]
     solved = base.new_empty(rows[0].shape)
-    width = known[0].shape[-1]
+    width, still = known[0].shape[-1], base.T if transposed else base
+    apart = crosses if inputs == "merged" else ()
     for number in range(len(known[0])):
         part = slice(number * width, (number + 1) * width)
-        moments = [gram[number].to(base) for gram in known]
-        solved[:, part] = _nearest([row[:, part] for row in rows], moments, weights, off_diagonal)
+        moments = [
+            _Moments(gram[number].to(base), cross if cross is None else cross[number].to(base))
+            for gram, cross in zip_longest(known, apart)
+        ]
+        parts = [still[:, part], *(row[:, part] for row in rows)]
+        solved[:, part] = _nearest(parts, moments, weights, off_diagonal)
     return base + lambda_ * (solved.T if transposed else solved)
 
 
+class _Moments(NamedTuple):
+    """Of a source: E[x x^T] and E[z x^T]; None: z is x."""
+
+    gram: Tensor
+    cross: Tensor | None
+
+
 def _nearest(
-    rows: Sequence[Tensor], moments: Sequence[Tensor], weights: Tensor, off_diagonal: float
+    rows: Sequence[Tensor], moments: Sequence[_Moments], weights: Tensor, off_diagonal: float
 ) -> Tensor:
-    """X with X (sum of w G) = sum of w (rows G), G being shrunk and with its ridge."""
+    """X with X (sum of w G) = sum of w (rows C + base (C - G)), G and C shrunk and with a ridge.
+
+    `rows` are the base's, then each source's.
+    """
+    base, *vectors = rows
     for ridge in (RIDGE, *LARGER_RIDGES):
-        shrunk = [_shrunk(gram, off_diagonal, ridge) for gram in moments]
+        shrunk = [_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments]
         total = summed((w * g for w, g in zip(weights, shrunk, strict=True)), shrunk[0])
         if found := factor(total):
-            triples = zip(weights, rows, shrunk, strict=True)
-            return solve(summed((w * product(r, g) for w, r, g in triples), rows[0]), found)
+            wanted = (
+                w * _wanted(base, vector, gram, one, off_diagonal, ridge)
+                for w, vector, gram, one in zip(weights, vectors, shrunk, moments, strict=True)
+            )
+            return solve(summed(wanted, base), found)
     raise AssertionError("weights are positive and moments are, up to rounding")
 
 
-def _shrunk(gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
-    """Drawn to its diagonal."""
-    diagonal = gram.diagonal()
-    mean = diagonal.double().mean().to(gram.dtype)
-    found = off_diagonal * gram
-    found.diagonal().copy_(diagonal + ridge * mean.where(mean > 0, 1.0))
+def _wanted(  # noqa: PLR0913
+    base: Tensor,
+    vector: Tensor,
+    gram: Tensor,
+    moments: _Moments,
+    off_diagonal: float,
+    ridge: float,
+) -> Tensor:
+    """What X G has to be for a source alone; `gram` is shrunk."""
+    if moments.cross is None:
+        return product(vector, gram)
+    cross = _shrunk(moments.cross, moments.gram, off_diagonal, ridge)
+    return product(vector, cross) + product(base, cross - gram)
+
+
+def _shrunk(matrix: Tensor, gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
+    """Drawn to its diagonal, to which `ridge` times the mean diagonal of `gram` is added."""
+    mean = gram.diagonal().double().mean().to(gram.dtype)
+    found = off_diagonal * matrix
+    found.diagonal().copy_(matrix.diagonal() + ridge * mean.where(mean > 0, 1.0))
     return found

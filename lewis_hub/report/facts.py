@@ -74,6 +74,7 @@ class CardFacts:
         method: from the registry.
         guided: None where the recipe's own settings gave the densities.
         measured: what statistics were gathered on, one an expert, where the method merges by them.
+        in_sequence: whether matrices were fitted one after the other, on the merge's own inputs.
         notes: on those statistics, in plain words.
         machine: that this run was made on; None where nobody looked.
         scores: None where nothing was scored.
@@ -116,6 +117,7 @@ class CardFacts:
     stack: tuple[StackedBlocks, ...] = ()
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()
+    in_sequence: bool = False
     notes: tuple[str, ...] = ()
     machine: Machine | None = None
 

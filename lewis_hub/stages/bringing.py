@@ -68,6 +68,7 @@ def _on_the_way(step: Step, source: Source, folders: Folders, scratch: Path) -> 
     if checkpoint.is_computed:
         folder = configured(step, source, folders, scratch)
     places, base = step.places, checkpoint.base
+    ranges = scratch / f"ranges-{step.inputs.models.index(source)}"  # several may be on their way
 
     def parts(
         lists: Sequence[Sequence[TensorHeader]],
@@ -79,7 +80,7 @@ def _on_the_way(step: Step, source: Source, folders: Folders, scratch: Path) -> 
         ]
         steps = [[need for need in one if need.source in remote] for one in needs]
         with (
-            Window(places, steps, scratch / "ranges", step.execution.max_shard_bytes) as window,
+            Window(places, steps, ranges, step.execution.max_shard_bytes) as window,
             open_source(source.pinned, base, window.reader) as reader,
         ):
             for tensors in lists:

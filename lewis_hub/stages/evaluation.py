@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,6 @@ from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.merge.statistics import Statistics
 from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
@@ -27,8 +26,10 @@ from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
 from lewis_hub.stages.sources import needs_grams
 
 if TYPE_CHECKING:
+    from lewis_hub.guides.density import DensitySchedule
     from lewis_hub.stages.calibration import Guidance
     from lewis_hub.stages.execution import Folders, Step
+    from lewis_hub.stages.statistics import Gathered
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,19 @@ def score_merge(
     guidance: Guidance | None,
     folders: Folders,
     scratch: Path,
-    statistics: Sequence[Statistics] = (),
+    gather: Callable[[DensitySchedule], Gathered],
 ) -> Scored | None:
     """Score the merge beside what the recipe compares it with; None where it asks for nothing.
 
     Its twins are made for this and stay in `scratch`.
+
+    Args:
+        step: what was merged.
+        merged: the merge.
+        guidance: of its guide, where it has one.
+        folders: of all sources.
+        scratch: for what is made and found on the way.
+        gather: tells the statistics of a merge with other densities.
     """
     asked = step.recipe.evaluate
     if asked is None:
@@ -139,7 +148,9 @@ def score_merge(
     if has_uniform_twin(step.recipe) and guidance:
         uniform = uniform_twin(step, guidance.schedule)
         title, output = "Merging the uniform twin", scratch / "uniform"
-        twin = make(step, uniform, folders, output, title, statistics)
+        known = gather(uniform)
+        there = {**folders, **known.folders}
+        twin = make(step, uniform, there, output, title, known.statistics)
         candidates.insert(0, Candidate("uniform", twin.identity, twin.folder))
     others = [(f"expert:{e.pinned}", e) for e in inputs.experts if "experts" in asked.compare]
     if inputs.base and "base" in asked.compare:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from lewis_hub.merge.planning import MergeSettings, MergeSource, Schedule, make_
 from lewis_hub.merge.runners import Means
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
-from lewis_hub.merge.statistics import Statistics, informed
+from lewis_hub.merge.statistics import Known, informed
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.slicing import configuration, stack
@@ -110,7 +110,7 @@ def make(
     folders: Folders,
     output: Path,
     title: str,
-    statistics: Sequence[Statistics] = (),
+    statistics: Known = (),
 ) -> MergedModel:
     """Merge into a folder; shards that an earlier run finished are kept.
 
@@ -120,7 +120,7 @@ def make(
         folders: of all sources, and of the statistics.
         output: made if it is not there.
         title: what the stage is called.
-        statistics: one an expert, where the method merges by them.
+        statistics: where the method merges by them.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lewis_hub.checkpoint import names
-from lewis_hub.checkpoint.header import WIDTHS
+from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.layout import DTYPES
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides import registry as guides
@@ -15,7 +15,8 @@ from lewis_hub.hub.fetch import weight_files
 from lewis_hub.merge.fused import AVERAGED, FUSED
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages.evaluation import n_twins
+from lewis_hub.recipe_rules import fits_in_sequence
+from lewis_hub.stages.evaluation import has_uniform_twin, n_twins
 from lewis_hub.stages.loading import Loading, blocks_bytes, texts_bytes
 from lewis_hub.stages.merging import loaded
 from lewis_hub.stages.sources import Inputs, measures_on_texts, needs_grams, widest_input
@@ -90,20 +91,36 @@ def _disk_bytes(
     """The merge, its twins, statistics, and each source that is written out to be loaded."""
     asked = [checkpoints[source.pinned] for source in loaded(recipe, inputs)]
     written_bytes = sum(_output_bytes(one, None) for one in asked if one.is_computed)
-    statistics_bytes = len(inputs.experts) * grams_bytes(recipe, output)
-    return output_bytes * (1 + n_twins(recipe)) + written_bytes + statistics_bytes
+    n_bytes = statistics_bytes(recipe, len(inputs.experts), output)
+    return output_bytes * (1 + n_twins(recipe)) + written_bytes + n_bytes
+
+
+def statistics_bytes(recipe: Recipe, n_experts: int, output: Checkpoint) -> int:
+    """Second moments of all experts on disk; or the matrices that are fitted by them."""
+    if not fits_in_sequence(recipe):
+        return n_experts * grams_bytes(recipe, output)
+    asked = DTYPES[recipe.output_dtype] if recipe.output_dtype else None
+    fitted_bytes = sum(
+        one.n_elements * WIDTHS[asked or one.kept_dtype] for one in _matrices(output)
+    )
+    return fitted_bytes * (1 + has_uniform_twin(recipe))
 
 
 def grams_bytes(recipe: Recipe, output: Checkpoint) -> int:
     """Second moments of one expert, at most: modules that share inputs share them."""
     if not needs_grams(recipe):
         return 0
-    matrices = [
-        tensor.shape
+    shapes = [tensor.shape for tensor in _matrices(output)]
+    return sum(4 * n_entries(shape[1], widest_input(recipe)) for shape in shapes)
+
+
+def _matrices(output: Checkpoint) -> list[TensorHeader]:
+    """Those of the blocks."""
+    return [
+        tensor
         for name, tensor in output.tensors.items()
         if len(tensor.shape) == 2 and names.block(name) is not None
     ]
-    return sum(4 * n_entries(shape[1], widest_input(recipe)) for shape in matrices)
 
 
 def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Checkpoint]) -> int:
@@ -123,10 +140,15 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
     largest = max((t.n_elements for t in output.tensors.values()), default=0)
     held_bytes = (4 * len(checkpoints) + 8 * DEFINED_COPIES) * largest
     if registry.find(recipe.merge_method).needs_grams:
-        widths = [tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape]
-        widest = min(max(widths, default=0), WIDEST)
-        held_bytes += 4 * (2 * len(checkpoints) + GRAM_COPIES) * widest**2
+        held_bytes += _solving_bytes(output, len(checkpoints))
     return TORCH_BYTES + held_bytes + narrow_bytes
+
+
+def _solving_bytes(output: Checkpoint, n_sources: int) -> int:
+    """Moments of the widest matrix, of each as they are and shrunk, while one is factored."""
+    widths = [tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape]
+    widest = min(max(widths, default=0), WIDEST)
+    return 4 * (2 * n_sources + GRAM_COPIES) * widest**2
 
 
 def _scoring_bytes(
@@ -151,6 +173,8 @@ def _measuring_bytes(
     """
     if not measures_on_texts(recipe):
         return 0
+    if fits_in_sequence(recipe):
+        return _fitting_bytes(recipe, checkpoints)
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     n_models = 2 if guide and "output_shift" in guide.needs else 1
     found = [4 * (largest_pickle_bytes // 2)]
@@ -165,3 +189,13 @@ def _measuring_bytes(
             with_grams = model_bytes + min(HELD_BYTES, held_bytes)
             found.append(max(n_models * model_bytes, with_grams))
     return TORCH_BYTES + max(found)
+
+
+def _fitting_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
+    """Blocks of all models at once, all texts twice, and moments of two kinds.
+
+    `checkpoints` are the output's and those of all sources.
+    """
+    blocks = sum(map(blocks_bytes, checkpoints))
+    texts = 2 * max(texts_bytes(recipe, one) for one in checkpoints)
+    return TORCH_BYTES + blocks + texts + 2 * _solving_bytes(checkpoints[0], len(checkpoints))

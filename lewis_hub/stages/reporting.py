@@ -17,6 +17,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.lock import FILE as LOCK
@@ -185,7 +186,13 @@ def write(
     write_whole(folder / PROVENANCE, provenance(locked, run))
     guided = describing.guided(step, guidance, plots)
     facts = describing.card_facts(step, merged, guided, scored, costs, locked)
-    facts = replace(facts, measured=gathered.measured, notes=gathered.notes, machine=machine)
+    facts = replace(
+        facts,
+        measured=gathered.measured,
+        in_sequence=fits_in_sequence(step.recipe),
+        notes=gathered.notes,
+        machine=machine,
+    )
     described = describing.describe(step, folder, facts, scored)
     # what a run cost, when it ran and what its result was held against is no part of what was
     # merged: equal merges have equal locks

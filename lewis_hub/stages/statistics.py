@@ -1,10 +1,10 @@
-"""Gather: what a method that merges by statistics has to know of its experts' inputs."""
+"""Second moments of what each expert's matrices are handed on its own texts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
-from lewis_hub.merge.statistics import Gram, Statistics, informed, unknown
+from lewis_hub.merge.statistics import Gram, Known, Statistics, informed, unknown
 from lewis_hub.methods import registry
 from lewis_hub.report.facts import Measured
 from lewis_hub.stages.bringing import brought
@@ -30,13 +30,14 @@ class Gathered:
     """What was gathered of each expert, in the recipe's order; nothing where nothing is needed.
 
     Attributes:
+        statistics: of each expert, or what was fitted by them.
         folders: label of the statistics -> folder with their files.
         measured: what they were gathered on.
         rows: of each expert, the rows of its data.
         notes: what a user should know about them.
     """
 
-    statistics: tuple[Statistics, ...] = ()
+    statistics: Known = ()
     folders: Folders = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
@@ -62,14 +63,7 @@ def gather(
     Raises:
         CalibrationError: an expert cannot be loaded or measured.
     """
-    widest, inputs = widest_input(step.recipe), step.inputs
-    subjects = [
-        Subject(
-            *(e.pinned, inputs.content(e), "expert", folders[e.pinned]),
-            (translated(step, e, own),),
-        )
-        for e, own in zip(inputs.experts, sets, strict=True)
-    ]
+    widest, subjects = widest_input(step.recipe), subjects_of(step, sets, folders)
     places = [_place(store or scratch, subject, widest) for subject in subjects]
     found = [
         read_grams(place, facts_of(subject, widest))
@@ -95,10 +89,29 @@ def gather(
     return Gathered(
         known,
         {one.label: place for one, place in zip(known, places, strict=True)},
-        tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects),
+        measured(subjects),
         tuple(one.tokens.rows for one in sets),
         notes,
     )
+
+
+def subjects_of(
+    step: Step, sets: Sequence[CalibrationSet], folders: Folders
+) -> tuple[Subject, ...]:
+    """Each expert, with its own texts in its own ids."""
+    inputs = step.inputs
+    return tuple(
+        Subject(
+            *(e.pinned, inputs.content(e), "expert", folders[e.pinned]),
+            (translated(step, e, own),),
+        )
+        for e, own in zip(inputs.experts, sets, strict=True)
+    )
+
+
+def measured(subjects: Sequence[Subject]) -> tuple[Measured, ...]:
+    """What each expert was measured on, for the card."""
+    return tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects)
 
 
 def _place(store: Path, subject: Subject, widest: int) -> Path:
@@ -127,17 +140,27 @@ def _statistics(step: Step, source: str, place: Path, files: GramFiles) -> Stati
 def _notes(step: Step, known: Sequence[Statistics]) -> tuple[str, ...]:
     """Which matrices of the blocks the method has to do without statistics of."""
     tensors = step.examined.checkpoints[step.inputs.donor.pinned].tensors
-    matrices = [
+    asked = matrices({name: tensor.shape for name, tensor in tensors.items()})
+    lacking = unknown(informed(plan_of(step, None), known), asked)
+    regmean = registry.find(step.recipe.merge_method).needs_grams
+    then = "their task vectors are averaged" if regmean else "they are trimmed by magnitude"
+    return unknown_note(lacking, then)
+
+
+def matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Those of some tensors that are matrices of a block, or stacks of them."""
+    return [
         name
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and len(tensor.shape) >= 2 and names.block(name) is not None
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None
     ]
-    lacking = unknown(informed(plan_of(step, None), known), matrices)
+
+
+def unknown_note(lacking: Sequence[str], then: str) -> tuple[str, ...]:
+    """What to say of matrices without statistics; nothing of none."""
     if not lacking:
         return ()
     shown = ", ".join(lacking[:N_SHOWN]) + (", ..." if len(lacking) > N_SHOWN else "")
-    regmean = registry.find(step.recipe.merge_method).needs_grams
-    then = "their task vectors are averaged" if regmean else "they are trimmed by magnitude"
     return (
         f"{len(lacking)} weight matrices of the blocks have no statistics ({shown}): no token "
         f"reached them, or they are stored otherwise than they are run. So {then}.",

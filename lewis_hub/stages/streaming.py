@@ -24,10 +24,12 @@ from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.statistics import informed
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.report.cost import Costs
-from lewis_hub.stages import calibration, merging, publishing, reporting, statistics
+from lewis_hub.stages import calibration, merging, publishing, reporting
 from lewis_hub.stages.downloading import small_files
-from lewis_hub.stages.needs import grams_bytes
+from lewis_hub.stages.gathering import gather
+from lewis_hub.stages.needs import statistics_bytes
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import needs_grams
 from lewis_hub.stages.standing import published_importance
@@ -118,7 +120,8 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
             guidance = calibration.guide(step, sets, folders, work.scratch, stores)
     if needs_grams(step.recipe):
         with costs.measure("gather", fetched):
-            gathered = statistics.gather(step, sets, folders, work.scratch)
+            schedule = guidance.schedule if guidance else None
+            gathered = gather(step, sets, folders, work.scratch, schedule)
     model = work.scratch / "model"
     shutil.rmtree(model, ignore_errors=True)
     model.mkdir()
@@ -163,15 +166,20 @@ def _require_by_block(step: Step, sets: Sets, folders: Folders, stores: Sequence
 
 
 def _require_statistics_fit(step: Step, scratch: Path) -> None:
-    """Refuse before the first weight what a disk cannot hold beside two shards."""
-    donor = step.examined.checkpoints[step.inputs.donor.pinned]
-    statistics_bytes = len(step.inputs.experts) * grams_bytes(step.recipe, donor)
-    if statistics_bytes:
+    """Refuse before the first weight what a disk cannot hold beside two shards.
+
+    Where matrices are fitted in sequence, blocks of all sources are on their way at once.
+    """
+    donor, n_experts = step.examined.checkpoints[step.inputs.donor.pinned], len(step.inputs.experts)
+    needed = statistics_bytes(step.recipe, n_experts, donor)
+    if needed:
         there = sum(path.stat().st_size for path in scratch.rglob("*.safetensors"))
         shard = min(step.execution.max_shard_bytes, step.examined.report.output_bytes)
-        n_bytes = statistics_bytes + 2 * shard - there
+        n_shards = max(2, 1 + n_experts) if fits_in_sequence(step.recipe) else 2
+        n_bytes = needed + n_shards * shard - there
         remedy = "take a disk that is larger, or a method that merges without statistics"
-        require_room(scratch, n_bytes, "the statistics of all experts and two shards", remedy)
+        what = f"the statistics of all experts and {'two' if n_shards == 2 else n_shards} shards"
+        require_room(scratch, n_bytes, what, remedy)
 
 
 def _make(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -14,15 +14,16 @@ from lewis_hub.errors import MergeError
 from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.progress import Advance, Progress, Silent
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages import calibration, merging, search_space, study
+from lewis_hub.stages import calibration, merging, search_space, sequence, study
 from lewis_hub.stages.calibration import Guidance, Sets
 from lewis_hub.stages.execution import Folders, Step
+from lewis_hub.stages.gathering import gather
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.objective import Objective
 from lewis_hub.stages.search_space import Space, Values
-from lewis_hub.stages.sources import needs_grams, widest_input
-from lewis_hub.stages.statistics import Gathered
 from lewis_hub.stages.study import ERROR, SECONDS
+
+IMPORTANCE = "importance.json"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class Tuner:
 
     Attributes:
         sets: calibration texts.
-        gathered: second moments of the experts' inputs, by how many inputs one matrix covers.
-        store: `importance.json`.
+        output: where what was measured stays, `importance.json` among it.
     """
 
     step: Step
@@ -40,8 +40,7 @@ class Tuner:
     objective: Objective
     folders: Folders
     sets: Sets
-    gathered: Mapping[int, Gathered]
-    store: Path
+    output: Path
     scratch: Path
 
 
@@ -111,7 +110,8 @@ def merge(tuner: Tuner, values: Values, folder: str) -> MergedModel:
     guided = guidance(tuner, recipe, Silent()) if recipe.guide else None
     step = replace(tuner.step, recipe=recipe, progress=Silent())
     schedule = guided.schedule if guided else None
-    known = tuner.gathered[widest_input(recipe)] if needs_grams(recipe) else Gathered()
+    shutil.rmtree(tuner.scratch / sequence.FOLDER, ignore_errors=True)  # of the trial before
+    known = gather(step, tuner.sets, tuner.folders, tuner.scratch, schedule, tuner.output)
     folders = {**tuner.folders, **known.folders}
     output = tuner.scratch / folder
     return merging.make(step, schedule, folders, output, "Merging", known.statistics)
@@ -121,5 +121,7 @@ def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:
     """What a recipe's guide decides, from what was measured before."""
     assert recipe.guide
     step = replace(tuner.step, recipe=recipe, progress=progress)
-    beside = Path(recipe.locate("importance")) / "importance.json"
-    return calibration.guide(step, tuner.sets, tuner.folders, tuner.scratch, [tuner.store, beside])
+    beside = Path(recipe.locate("importance")) / IMPORTANCE
+    return calibration.guide(
+        step, tuner.sets, tuner.folders, tuner.scratch, [tuner.output / IMPORTANCE, beside]
+    )

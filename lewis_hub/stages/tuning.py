@@ -18,6 +18,7 @@ from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.stages import (
     calibration,
     checking,
@@ -32,6 +33,7 @@ from lewis_hub.stages import (
 from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.execution import Execution, Step
+from lewis_hub.stages.gathering import gather
 from lewis_hub.stages.objective import Objective, by_answer_loss, by_metric
 from lewis_hub.stages.search_space import Space, Values
 from lewis_hub.stages.sources import (
@@ -41,7 +43,6 @@ from lewis_hub.stages.sources import (
     resolve_inputs,
     widest_input,
 )
-from lewis_hub.stages.statistics import gather
 from lewis_hub.stages.study import Trial
 from lewis_hub.stages.trying import Tuner
 from lewis_hub.stages.tuning_items import TuningItems, draw_items, free_split_of
@@ -132,14 +133,11 @@ def tune(
     with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         downloading.require_disk(step, output)
         folders = downloading.everything(step)
-        gathered = {
-            width: gather(replace(step, recipe=one), sets, folders, Path(scratch), output)
-            for width, one in _by_width(corners).items()
-        }
-        store = output / "importance.json"
-        tuner = Tuner(step, space, objective, folders, sets, gathered, store, Path(scratch))
-        for one in _by_guide(corners).values():
-            trying.guidance(tuner, one, progress)  # here, where it is told how far it is
+        tuner = Tuner(step, space, objective, folders, sets, output, Path(scratch))
+        for one in _by_guide(corners).values():  # here, where it is told how far it is
+            trying.guidance(tuner, one, progress)
+        for one in _by_width(corners).values():
+            gather(replace(step, recipe=one), sets, folders, Path(scratch), store=output)
         tried, n_begun = _search(tuner, output / STUDY, asked)
         best = study.best_of(tried, lower_is_better=objective.lower_is_better)
         first = search_space.warm_starts(space)[0]
@@ -160,8 +158,9 @@ def _examined(recipe: Recipe, execution: Execution, progress: Progress) -> Step:
 
 
 def _by_width(recipes: Sequence[Recipe]) -> dict[int, Recipe]:
-    """One recipe of each kind of second moments that merges need."""
-    return {widest_input(one): one for one in recipes if needs_grams(one)}
+    """One recipe of each kind of second moments that merges need and that are gathered once."""
+    once = (one for one in recipes if needs_grams(one) and not fits_in_sequence(one))
+    return {widest_input(one): one for one in once}
 
 
 def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:

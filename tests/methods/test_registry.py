@@ -63,7 +63,7 @@ def test_options_and_their_defaults_are_mergekits():
         "passthrough": {},
         "cabs": {"group": 256, "lambda": 1.0},  # not in mergekit
         "pcb": {"lambda": 1.0},  # not in mergekit
-        "regmean": {"off_diagonal": 0.5, "lambda": 1.0, **TRIM},  # not in mergekit
+        "regmean": {"off_diagonal": 0.5, "lambda": 1.0, "inputs": "own", **TRIM},  # not in mergekit
     }
 
 

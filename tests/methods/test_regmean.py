@@ -82,6 +82,51 @@ def test_it_is_what_the_normal_equations_say(n, rows, width, alpha, seed):
     assert torch.equal(turned, found.T)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 4),
+    rows=st.integers(1, 5),
+    width=st.integers(1, 9),
+    alpha=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_on_the_merges_inputs_it_gives_what_experts_give_on_theirs(n, rows, width, alpha, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(n, rows, width, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+    x = torch.randn(n, 1, 40, width, generator=generator, dtype=torch.float64)
+    z = x + 0.3 * torch.randn(n, 1, 40, width, generator=generator, dtype=torch.float64)
+    grams, crosses = list(x.mT @ x / 40), list(z.mT @ x / 40)
+    given = {"weights": weights, "densities": [1.0] * n, "off_diagonal": alpha, "inputs": "merged"}
+
+    found = regmean(base, vectors, grams=grams, crosses=crosses, **given)
+
+    # (the merged matrix) (sum of w G) = sum of w (an expert's matrix) C
+    total, wanted = torch.zeros(width, width).double(), torch.zeros(rows, width).double()
+    for w, vector, (gram,), (cross,) in zip(weights, vectors, grams, crosses, strict=True):
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(width)
+        shrunk = [alpha * m + (1 - alpha) * m.diagonal().diag() + ridge for m in (gram, cross)]
+        total += w * shrunk[0]
+        wanted += w * (base + vector) @ shrunk[1]
+    expected = torch.linalg.solve(total, wanted.T).T
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    turned = regmean(base.T, vectors.mT, grams=grams, crosses=crosses, transposed=True, **given)
+    assert torch.equal(turned, found.T)
+
+
+def test_the_merges_inputs_play_no_part_unless_they_are_asked_for():
+    vectors = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(1))
+    grams, crosses = ([g.float() for g in moments(2, 10, seed)] for seed in (1, 2))
+    given = {"weights": torch.ones(2), "densities": [1, 1], "grams": grams}
+
+    own = regmean(torch.zeros(6, 10), vectors, crosses=crosses, **given)
+
+    assert torch.equal(own, regmean(torch.zeros(6, 10), vectors, **given))
+    same = regmean(torch.zeros(6, 10), vectors, crosses=grams, inputs="merged", **given)
+    torch.testing.assert_close(same, own)
+
+
 def test_float32_is_near_float64_though_few_tokens_were_seen():
     generator = torch.Generator().manual_seed(3)
     base, *vectors = torch.randn(3, 20, 200, generator=generator, dtype=torch.float64)

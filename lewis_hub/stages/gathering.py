@@ -1,0 +1,46 @@
+"""Gather: what a method that merges by statistics has to know of the inputs of its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lewis_hub.guides.calibrate import CalibrationSet
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.recipe_rules import fits_in_sequence
+from lewis_hub.stages import sequence, statistics
+from lewis_hub.stages.execution import Folders, Step
+from lewis_hub.stages.sources import needs_grams
+from lewis_hub.stages.statistics import Gathered
+
+
+def gather(  # noqa: PLR0913
+    step: Step,
+    sets: Sequence[CalibrationSet],
+    folders: Folders,
+    scratch: Path,
+    schedule: DensitySchedule | None = None,
+    store: Path | None = None,
+) -> Gathered:
+    """Run each expert's calibration texts through what they have to run through.
+
+    Args:
+        step: of a merge that was examined.
+        sets: one an expert.
+        folders: of all sources.
+        scratch: for what measuring needs and nobody keeps.
+        schedule: what a guide decided; matrices that are fitted on the way are fitted with it.
+        store: where statistics that do not depend on it stay, to be found by a later run; None: in
+            `scratch`.
+
+    Returns:
+        Nothing where the recipe merges without statistics.
+
+    Raises:
+        CalibrationError: a model cannot be loaded or measured.
+    """
+    if not needs_grams(step.recipe):
+        return Gathered()
+    if fits_in_sequence(step.recipe):
+        return sequence.fit(step, sets, folders, scratch, schedule)
+    return statistics.gather(step, sets, folders, scratch, store)

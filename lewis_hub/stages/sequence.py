@@ -1,0 +1,186 @@
+"""Fit: matrices one after the other, on what the merged model itself hands them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint, local_header
+from lewis_hub.checkpoint.window import Place, Window, elsewhere
+from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.guides.calibrate import CalibrationSet, Subject
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.weights import Weights, in_folder
+from lewis_hub.merge.definition import Moments
+from lewis_hub.merge.fitted import Fitted
+from lewis_hub.merge.needs import needs_of
+from lewis_hub.merge.plan import MergePlan, ShardPlan
+from lewis_hub.merge.single import singly
+from lewis_hub.stages.bringing import brought
+from lewis_hub.stages.execution import Execution, Folders, Step
+from lewis_hub.stages.merging import beside, plan_of
+from lewis_hub.stages.sources import widest_input
+from lewis_hub.stages.statistics import Gathered, matrices, measured, subjects_of, unknown_note
+from lewis_hub.stages.translating import translated
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lewis_hub.guides.sequential import Seen
+    from lewis_hub.merge.single import Single
+
+VERSION = 1  # of the arithmetic
+FOLDER = "fitted"  # in `scratch`
+INDEX = "fitted.json"
+LABEL = "matrices fitted in sequence"
+NAME = "the merged model"
+REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
+
+
+def fit(
+    step: Step,
+    sets: Sequence[CalibrationSet],
+    folders: Folders,
+    scratch: Path,
+    schedule: DensitySchedule | None,
+) -> Gathered:
+    """Fit all matrices of the blocks; what an earlier run fitted is kept.
+
+    Args:
+        step: of a merge that was examined.
+        sets: one an expert.
+        folders: of all sources.
+        scratch: for the fitted matrices, and for what measuring needs.
+        schedule: None where the settings alone decide.
+
+    Raises:
+        CalibrationError: a model cannot be loaded or measured, or not block by block.
+        CheckpointError: a source is broken, or holds NaN or infinity.
+    """
+    planned, subjects = _in_one(step, schedule), subjects_of(step, sets, folders)
+    facts = _facts(planned, subjects, widest_input(step.recipe))
+    told = json.dumps(facts, sort_keys=True)
+    place = scratch / FOLDER / hashlib.sha256(told.encode()).hexdigest()[:32]
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / INDEX).exists():
+        whole = [brought(step, subject, folders, scratch) for subject in subjects]
+        files = _run(step, sets, whole, planned, folders, place)
+        write_whole(place / INDEX, json.dumps({file.name: sha256_of(file) for file in files}))
+    digests: dict[str, str] = json.loads((place / INDEX).read_text(encoding="utf-8"))
+    tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file).tensors}
+    digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return Gathered(
+        Fitted(LABEL, digest, tensors),
+        {LABEL: place},
+        measured(subjects),
+        tuple(one.tokens.rows for one in sets),
+        _notes(planned, tensors),
+    )
+
+
+def _notes(planned: ShardPlan, fitted: Collection[str]) -> tuple[str, ...]:
+    """Which matrices of the blocks were not fitted."""
+    names = matrices({t.output.name: t.output.shape for t in planned.tensors})
+    lacking = [name for name in names if name not in fitted]
+    return unknown_note(lacking, "their task vectors are averaged")
+
+
+def _in_one(step: Step, schedule: DensitySchedule | None) -> ShardPlan:
+    """The plan of the merge without statistics, as one shard."""
+    whole = replace(step, execution=replace(step.execution, max_shard_bytes=sys.maxsize))
+    planned: MergePlan = plan_of(whole, schedule)
+    [shard] = (planned.allowing_nan if step.execution.allow_nan else planned).shards
+    return shard
+
+
+def _facts(planned: ShardPlan, subjects: Sequence[Subject], widest: int) -> dict[str, Any]:
+    """All that fixes the fitted matrices."""
+    sets = [{**subject.sets[0].facts} for subject in subjects]
+    return {"version": VERSION, "plan": planned.digest, "calibration": sets, "widest": widest}
+
+
+def _run(  # noqa: PLR0913
+    step: Step,
+    sets: Sequence[CalibrationSet],
+    subjects: Sequence[Subject],
+    planned: ShardPlan,
+    folders: Folders,
+    place: Path,
+) -> list[Path]:
+    from lewis_hub.guides.sequential import Texts
+    from lewis_hub.guides.sequential import fit as fit_blocks
+
+    merged = _Merged(planned, step.places or folders, place / "ranges", step.execution)
+    own = step.examined.tokens.carried
+    reader = own.donor if own else step.inputs.donor.pinned  # whose ids are the merge's
+    source = next(one for one in step.inputs.models if one.pinned == reader)
+    texts = [
+        Texts(_weights(subject), subject.sets[0].tokens, translated(step, source, one).tokens)
+        for subject, one in zip(subjects, sets, strict=True)
+    ]
+    configuration = place / "configuration"
+    configuration.mkdir(exist_ok=True)
+    beside(step, MergePlan((planned,)), {}, folders, configuration)
+    weights = Weights(configuration, merged.checkpoint, merged.parts, REMEDY)
+    widest, device = widest_input(step.recipe), step.execution.device
+    n_tokens = sum(one.merged.n_tokens for one in texts)
+    with step.progress.stage("Fitting block by block", n_tokens, "tokens") as advance:
+        return fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+
+
+def _weights(subject: Subject) -> Weights:
+    found = subject.weights or in_folder(subject.source, subject.folder)
+    return replace(found, remedy=REMEDY)
+
+
+class _Merged:
+    """A merge without statistics, brought block by block; and its tensors fitted meanwhile.
+
+    Args:
+        planned: all of it.
+        places: label of a source -> where its files are.
+        scratch: for what is fetched of them.
+    """
+
+    def __init__(
+        self, planned: ShardPlan, places: Mapping[str, Place], scratch: Path, execution: Execution
+    ) -> None:
+        self._planned, self._places, self._scratch = planned, places, scratch
+        self._most_bytes = execution.max_shard_bytes
+        self._make: Single | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its headers; its tensors lie nowhere."""
+        outputs = [tensor.output for tensor in self._planned.tensors]
+        headers = (TensorHeader(o.name, o.dtype, o.shape, "", 0, o.n_bytes) for o in outputs)
+        return Checkpoint(NAME, {header.name: header for header in headers}, {})
+
+    def parts(
+        self, lists: Sequence[Sequence[TensorHeader]]
+    ) -> Generator[dict[str, Tensor], None, None]:
+        """Make one list of tensors after the other, without statistics."""
+        remote = elsewhere(self._places)
+        names = [tensor.output.name for tensor in self._planned.tensors]
+        needed = dict(zip(names, needs_of(self._planned, remote), strict=True))
+        steps = [[need for tensor in tensors for need in needed[tensor.name]] for tensors in lists]
+        with (
+            Window(self._places, steps, self._scratch, self._most_bytes) as window,
+            singly(self._planned, window.reader) as self._make,
+        ):
+            for tensors in lists:
+                yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
+                window.step_done()
+
+    def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
+        """Fit a tensor of the list that was brought last."""
+        assert self._make
+        crosses = [one.cross for one in seen]
+        known = () if None in crosses else crosses
+        return self._make(tensor, Moments([one.gram for one in seen], known, transposed))

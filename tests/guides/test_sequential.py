@@ -1,0 +1,184 @@
+"""Fitting a merge block by block, held against whole models and the normal equations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lewis_hub.guides.grams import WIDEST
+from lewis_hub.guides.sequential import Texts, fit
+from lewis_hub.guides.weights import in_folder
+from lewis_hub.methods.regmean import RIDGE, regmean
+
+from .conftest import tiny_model, tokens_of
+
+LEVELS = {  # of each block, in the order in which they run; mamba takes dt_proj by its weight
+    "llama": [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ],
+    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    "mamba": [["mixer.in_proj"], ["mixer.x_proj"], ["mixer.out_proj"]],
+}
+BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "mamba": "backbone.layers"}
+TEXTS = [
+    [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]],
+    [[40, 41, 42, 43], [44, 45, 46, 47, 48, 49], [50, 60], [70, 71, 72]],
+]
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A base, two experts and their average, and where the last three lie."""
+
+    def make(architecture):
+        found = [tiny_model(architecture, seed) for seed in range(3)]
+        average = tiny_model(architecture)
+        with torch.no_grad():
+            for name, parameter in average.named_parameters():
+                pair = [dict(one.named_parameters())[name] for one in found[1:]]
+                parameter.copy_((pair[0] + pair[1]) / 2)
+        made = [*found, average]
+        folders = [tmp_path / name for name in ("first", "second", "average")]
+        for one, folder in zip(made[1:], folders, strict=True):
+            one.save_pretrained(folder)
+        return made, folders
+
+    return make
+
+
+def rows(model, path, texts):
+    """What a module is handed, text by text, in float64."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
+    )
+    with torch.no_grad():
+        for ids in texts:
+            model(input_ids=torch.tensor([ids]))
+    handle.remove()
+    return torch.cat(seen)
+
+
+def shrunk(matrix, gram, alpha):
+    found = alpha * matrix
+    found.diagonal().copy_(matrix.diagonal() + RIDGE * gram.diagonal().mean())
+    return found
+
+
+def naive(architecture, models, alpha):
+    """Whole models, one module after the other, by the normal equations in float64."""
+    base, *experts, merged = models
+    found = {}
+    for number in range(len(merged.get_submodule(BLOCKS[architecture]))):
+        for level in LEVELS[architecture]:
+            paths = [f"{BLOCKS[architecture]}.{number}.{name}" for name in level]
+            pairs = [
+                (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
+                for expert, texts in zip(experts, TEXTS, strict=True)
+            ]
+            for path in paths:
+                w0, *ws = (
+                    turned(architecture, m.get_submodule(path).weight.detach().double())
+                    for m in (base, *experts)
+                )
+                total, wanted = 0, 0
+                for (x, z), w in zip(pairs, ws, strict=True):
+                    gram = x.T @ x / len(x)
+                    cross = shrunk(z.T @ x / len(x), gram, alpha)
+                    gram = shrunk(gram, gram, alpha)
+                    total, wanted = total + gram, wanted + w @ cross - w0 @ gram
+                fitted = w0 + torch.linalg.solve(total, wanted.T).T
+                found[path] = turned(architecture, fitted).float()
+            for path in paths:
+                with torch.no_grad():
+                    merged.get_submodule(path).weight.copy_(found[path])
+    return found
+
+
+def turned(architecture, weight):
+    return weight.T if architecture == "gpt2" else weight
+
+
+def solver(models, alpha, asked=None):
+    base, *experts = (one.state_dict() for one in models[:3])
+
+    def solve(tensor, seen, transposed):
+        if asked is not None:
+            asked.append(tensor)
+        vectors = torch.stack([expert[tensor] - base[tensor] for expert in experts])
+        return regmean(
+            base[tensor],
+            vectors,
+            weights=torch.ones(2),
+            densities=[1, 1],
+            grams=[one.gram for one in seen],
+            crosses=[one.cross for one in seen],
+            transposed=transposed,
+            off_diagonal=alpha,
+            inputs="merged",
+        )
+
+    return solve
+
+
+def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
+    output.mkdir(exist_ok=True)
+    *experts, merged = folders
+    asked = [
+        Texts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
+        for folder, own in zip(experts, texts, strict=True)
+    ]
+    files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("architecture", LEVELS)
+def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_path, architecture):
+    made, folders = models(architecture)
+
+    found = run(folders, solver(made, 0.7), tmp_path / "fitted")
+
+    expected = naive(architecture, made, 0.7)
+    assert set(found) == {f"{path}.weight" for path in expected}
+    for path, weight in expected.items():
+        torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_matrices_are_asked_for_in_the_order_in_which_they_run(models, tmp_path):
+    made, folders = models("llama")
+    asked, told = [], []
+
+    run(folders, solver(made, 0.5, asked), tmp_path / "fitted", advance=told.append)
+
+    names = [name for level in LEVELS["llama"] for name in level]
+    assert asked == [f"model.layers.{b}.{name}.weight" for b in range(3) for name in names]
+    assert sum(told) == sum(len(ids) for own in TEXTS for ids in own)
+
+
+def test_blocks_that_are_there_are_taken_and_the_rest_comes_out_the_same(models, tmp_path):
+    made, folders = models("llama")
+    whole = run(folders, solver(made, 0.5), tmp_path / "whole")
+    part, asked = tmp_path / "part", []
+    part.mkdir()
+    save_file(load_file(tmp_path / "whole" / "0.safetensors"), part / "0.safetensors")
+
+    found = run(folders, solver(made, 0.5, asked), part)
+
+    assert {name.split(".")[2] for name in asked} == {"1", "2"}
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_experts_that_are_the_merge_stay_as_they_are(models, tmp_path):
+    made, folders = models("llama")
+    same = [made[0], made[1], made[1]]
+
+    found = run([folders[0]] * 3, solver(same, 0.5), tmp_path / "fitted", [TEXTS[0]] * 2)
+
+    expert = made[1].state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expert[name], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,226 @@
+"""Matrices fitted one after the other, `inputs: merged`, from the recipe to the card on the zoo."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lewis_hub
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.stages.execution import Execution
+
+TEXT = '"Question: {question}\\nAnswer: {answer}"'
+RECIPE = f"""base_model: zoo/base
+models:
+  - model: zoo/expert-reverse
+    calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}
+  - model: zoo/expert-cipher
+    calibration: {{dataset: zoo/cipher, text: {TEXT}, samples: 32}}
+merge_method: regmean
+parameters: {{inputs: merged, off_diagonal: 0.9}}
+"""
+OWN = RECIPE.replace("inputs: merged, ", "")
+GUIDE = "guide: {name: lewis}\n"
+LAYER = "model.layers.1."
+Q, DOWN = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.down_proj.weight"
+NORM = f"{LAYER}input_layernorm.weight"
+
+
+@pytest.fixture
+def api(hub, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    return hub.api()
+
+
+def recipe(text=RECIPE):
+    return parse_recipe(text, "recipe.yaml")
+
+
+def merge(folder, text=RECIPE, execution=None, progress=None):
+    return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
+
+
+def weights(folder):
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def zoo_weights(name):
+    return {n: t.float() for n, t in load_file(zoo_folder() / name / "model.safetensors").items()}
+
+
+class Told:
+    """Keeps what stages say of their size; stops where it is told to."""
+
+    def __init__(self, stop_at=None, after=0):
+        self.totals, self.said, self._stop_at, self._left = {}, [], stop_at, after
+
+    def stage(self, title, total, unit):
+        self.totals[title] = total
+
+        def advance(n):
+            self._left -= n
+            if title == self._stop_at and self._left < 0:
+                raise KeyboardInterrupt
+
+        return nullcontext(advance)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def outputs(folder, skill):
+    """Logits of a model on an expert's own texts, of which the first were calibrated on."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(zoo_folder() / "base")
+    lines = (zoo_folder() / "data" / skill / "train.jsonl").read_text().splitlines()[:40]
+    texts = ["Question: {question}\nAnswer: {answer}".format(**json.loads(line)) for line in lines]
+    with torch.no_grad():
+        return torch.cat([model(**tokenizer(t, return_tensors="pt")).logits[0] for t in texts])
+
+
+def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_themselves(
+    api, tmp_path
+):
+    merged, own = merge(tmp_path / "merged"), merge(tmp_path / "own", OWN)
+
+    for skill in ("reverse", "cipher"):
+        expert = outputs(zoo_folder() / f"expert-{skill}", skill)
+        distances = [(outputs(folder, skill) - expert).norm() for folder in (merged, own)]
+        assert distances[0] < 0.8 * distances[1]
+    found, by_itself = weights(merged), weights(own)
+    assert torch.equal(found[NORM], by_itself[NORM])
+    assert not torch.equal(found[DOWN], by_itself[DOWN])
+    first = Q.replace("layers.1", "layers.0")
+    mean = [w[first] for w in map(zoo_weights, ("expert-reverse", "expert-cipher"))]
+    assert not torch.equal(found[first].float(), sum(mean) / 2)
+
+
+@pytest.mark.parametrize("text", [RECIPE, RECIPE + GUIDE])
+def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
+    api, tmp_path, text
+):
+    whole = merge(tmp_path / "whole", text, Execution(runner="inline"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        shards = Execution(runner="threads:3", max_shard_bytes=500_000)
+        parts = merge(tmp_path / "parts", text, shards)
+    finally:
+        torch.set_num_threads(before)
+
+    found = weights(parts)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_a_guides_densities_are_heard(api, tmp_path):
+    plain, guided = (
+        weights(merge(tmp_path / "plain")),
+        weights(merge(tmp_path / "g", RECIPE + GUIDE)),
+    )
+
+    assert torch.equal(plain[NORM], guided[NORM])  # density 1
+    assert not torch.equal(plain[Q], guided[Q])
+
+
+def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
+    whole, first = merge(tmp_path / "whole"), Told("Fitting block by block", after=300)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", progress=first)
+    done = list((tmp_path / "out.partial").rglob("fitted/*/*.safetensors"))
+
+    again = merge(tmp_path / "out")
+
+    assert 0 < len(done) < 6
+    found = weights(again)
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", progress=Told("Merging"))
+    told = Told()
+
+    found = weights(merge(tmp_path / "out", progress=told))
+
+    assert "Fitting block by block" not in told.totals
+    whole = weights(merge(tmp_path / "whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
+    output = merge(tmp_path / "out")
+
+    verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
+
+    assert verdict.problems == ()
+    assert lewis_hub.merge_models(recipe(), output).status == "unchanged"
+
+
+def test_an_adapter_counts_as_the_expert_that_it_makes(api, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    generator, name = torch.Generator().manual_seed(1), f"base_model.model.{LAYER}mlp.down_proj"
+    base = zoo_weights("base")
+    n_out, n_in = base[DOWN].shape
+    lora = {"lora_A": torch.randn(4, n_in, generator=generator) / 8}
+    lora["lora_B"] = torch.randn(n_out, 4, generator=generator) / 8
+    save_file(
+        {f"{name}.{k}.weight": t for k, t in lora.items()}, folder / "adapter_model.safetensors"
+    )
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "zoo/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+
+    found = weights(merge(tmp_path / "out", RECIPE.replace("zoo/expert-reverse", str(folder))))
+
+    change = 2 * lora["lora_B"] @ lora["lora_A"]
+    assert (found[DOWN].float() - base[DOWN]).norm() > 0.1 * change.norm()
+
+
+def test_the_uniform_twin_is_fitted_with_its_own_densities(api, tmp_path):
+    scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}, limit: 10, "
+    scored += "compare: [uniform]}\n"
+    told = Told()
+
+    merged = lewis_hub.merge_models(
+        recipe(RECIPE + GUIDE + scored), tmp_path / "out", progress=told
+    )
+
+    models = list(merged.scores.tasks["zoo_reverse"].models)
+    assert models == ["uniform", "task_arithmetic", "merged"]
+
+
+def test_the_card_tells_what_was_fitted_on_what(api, tmp_path):
+    card = " ".join((merge(tmp_path / "out") / "README.md").read_text().split())
+
+    assert (
+        "The weight matrices in the blocks were fitted one after the other: on calibration" in card
+    )
+    assert "jin2023dataless" in card
+
+
+def test_check_counts_what_is_fitted(api):
+    merged, own = (lewis_hub.check(recipe(text)) for text in (RECIPE, OWN))
+
+    assert merged.problems == own.problems == ()
+    assert merged.disk_bytes < own.disk_bytes
+    assert merged.memory_bytes > own.memory_bytes
+
+
+def test_no_other_word_is_taken_for_inputs(api):
+    (problem,) = lewis_hub.check(recipe(RECIPE.replace("merged,", "mergd,"))).problems
+
+    assert "`inputs`" in problem
+    assert "`own`" in problem
+    assert "`merged`" in problem
