@@ -12,9 +12,9 @@ from lewis_hub.progress import Silent
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages import calibration, checking, downloading, merging
 from lewis_hub.stages.execution import Execution, Step
+from lewis_hub.stages.gathering import gather
 from lewis_hub.stages.reading import read_recipe
-from lewis_hub.stages.sources import hub_api, needs_grams, resolve_inputs
-from lewis_hub.stages.statistics import Gathered, gather
+from lewis_hub.stages.sources import hub_api, resolve_inputs
 
 
 def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
@@ -35,9 +35,7 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
             store.mkdir(parents=True, exist_ok=True)
             stores = [store / "importance.json"]
             schedule = calibration.guide(step, sets, folders, Path(scratch), stores).schedule
-        known = Gathered()
-        if needs_grams(step.recipe):
-            known = gather(step, sets, folders, Path(scratch), store)
+        known = gather(step, sets, folders, Path(scratch), schedule, store)
         places = {**folders, **known.folders}
         merging.make(step, schedule, places, output, "Merging", known.statistics)
 

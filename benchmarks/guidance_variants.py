@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from answers import TEXT
 
@@ -16,6 +17,7 @@ MEAN_DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5)
 SEEDS = (42, 43, 44)
 GUIDES = tuple(guide.name for guide in registry.guides())
 PLAIN = ("task_arithmetic", "ties", "linear")  # families that know nothing of any text
+MERGED = {"inputs": "merged"}  # matrices are fitted one after the other
 MAX_TOKENS = 64  # no item of the benchmark is longer; `lewis_reference` pads to it
 GENERIC = {  # beside the skills' folder
     "math": ("gsm8k/train.jsonl", "{question} {answer}"),
@@ -104,17 +106,31 @@ def _by_statistics(*, generic: bool) -> Iterator[Variant]:
         for samples in (256, 1024):
             name = f"regmean {alpha} samples {samples}"
             yield _regmean(name, alpha, 1.0, f"regmean samples {samples}", samples)
+        for samples in (64, 256, 1024):
+            family = "regmean merged" + (f" samples {samples}" if samples != 64 else "")
+            name = family.replace("merged", f"merged {alpha}")
+            yield _regmean(name, alpha, 1.0, family, samples, MERGED)
         if generic:
-            name = f"regmean {alpha} generic"
-            yield _regmean(name, alpha, 1.0, "regmean generic", own=False)
+            for more in ({}, MERGED):
+                family = f"regmean{' merged' if more else ''} generic"
+                name = family.replace(" generic", f" {alpha} generic")
+                yield _regmean(name, alpha, 1.0, family, 64, more, own=False)
 
 
 def _regmean(  # noqa: PLR0913 (what differs between variants)
-    name: str, alpha: float, lambda_: float, family: str, samples: int = 64, *, own: bool = True
+    name: str,
+    alpha: float,
+    lambda_: float,
+    family: str,
+    samples: int = 64,
+    more: Mapping[str, object] = MappingProxyType({}),
+    *,
+    own: bool = True,
 ) -> Variant:
-    settings = {"off_diagonal": alpha, "lambda": lambda_}
+    settings = {"off_diagonal": alpha, "lambda": lambda_, **more}
+    against = (*PLAIN, "regmean") if more and own else PLAIN
     return Variant(
-        name, "regmean", settings, family=family, against=PLAIN, samples=samples, own=own
+        name, "regmean", settings, family=family, against=against, samples=samples, own=own
     )
 
 
