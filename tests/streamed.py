@@ -16,6 +16,7 @@ from lewis_hub.stages.execution import Execution
 REPO = "tests/streamed"
 MODEL_BYTES = 2 * 1_157_504  # of the tensors of each model of the zoo
 SHARD_BYTES = 700_000
+MOST_BYTES = 2 * SHARD_BYTES + 3 * 99_840  # a thread may wait for the sources of one more tensor
 SMALL = Execution(runner="threads:2", max_shard_bytes=SHARD_BYTES)
 
 
@@ -122,6 +123,10 @@ def watched(hub, work):
     """At each request to the Hub, the bytes of shards and ranges that lie beside the work."""
     seen = []
     scratch = work.with_name(f"{work.name}.stream.partial") / ".scratch"
-    folders = [scratch / name for name in ("shards", "ranges", "written out")]
-    with listening(hub, lambda *_: seen.append(bytes_in(*folders))):
+
+    def held():
+        ranges = [*scratch.glob("ranges*"), *scratch.glob("fitted/*/ranges")]
+        return bytes_in(scratch / "shards", scratch / "written out", *ranges)
+
+    with listening(hub, lambda *_: seen.append(held())):
         yield seen

@@ -14,6 +14,16 @@ from lewis_hub.stages.sources import needs_grams
 from lewis_hub.stages.statistics import Gathered
 
 
+def require_possible(step: Step) -> None:
+    """Refuse, before any weight is downloaded, what a model's architecture does not allow.
+
+    Raises:
+        CalibrationError: its matrices cannot be fitted one after the other.
+    """
+    if fits_in_sequence(step.recipe):
+        sequence.require_by_block(step)
+
+
 def gather(  # noqa: PLR0913
     step: Step,
     sets: Sequence[CalibrationSet],

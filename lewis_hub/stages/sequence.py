@@ -23,6 +23,7 @@ from lewis_hub.merge.needs import needs_of
 from lewis_hub.merge.plan import MergePlan, ShardPlan
 from lewis_hub.merge.single import singly
 from lewis_hub.stages.bringing import brought
+from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Execution, Folders, Step
 from lewis_hub.stages.merging import beside, plan_of
 from lewis_hub.stages.sources import widest_input
@@ -69,6 +70,7 @@ def fit(
     place = scratch / FOLDER / hashlib.sha256(told.encode()).hexdigest()[:32]
     place.mkdir(parents=True, exist_ok=True)
     if not (place / INDEX).exists():
+        step = _sharing(step, 1 + len(subjects))
         whole = [brought(step, subject, folders, scratch) for subject in subjects]
         files = _run(step, sets, whole, planned, folders, place)
         write_whole(place / INDEX, json.dumps({file.name: sha256_of(file) for file in files}))
@@ -89,6 +91,31 @@ def _notes(planned: ShardPlan, fitted: Collection[str]) -> tuple[str, ...]:
     names = matrices({t.output.name: t.output.shape for t in planned.tensors})
     lacking = [name for name in names if name not in fitted]
     return unknown_note(lacking, "their task vectors are averaged")
+
+
+def require_by_block(step: Step) -> None:
+    """Refuse, before any weight is downloaded, an architecture that cannot go block by block.
+
+    Raises:
+        NotByBlockError: its blocks share weights, or it is an encoder-decoder.
+    """
+    from lewis_hub.guides.skeleton import skeleton
+
+    donor = step.inputs.donor
+    checkpoint = step.examined.checkpoints[donor.pinned]
+
+    def parts(_: Sequence[Sequence[TensorHeader]]) -> Generator[dict[str, Tensor], None, None]:
+        yield from ()
+
+    skeleton(Weights(small_files(step.api, donor), checkpoint, parts, REMEDY), "cpu")
+
+
+def _sharing(step: Step, n_models: int) -> Step:
+    """In a stream, where what is fetched ahead of all models takes no more than two shards."""
+    if not step.places:
+        return step
+    n_bytes = 2 * step.execution.max_shard_bytes // n_models
+    return replace(step, execution=replace(step.execution, max_shard_bytes=n_bytes))
 
 
 def _in_one(step: Step, schedule: DensitySchedule | None) -> ShardPlan:

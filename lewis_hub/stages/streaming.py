@@ -24,7 +24,6 @@ from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.statistics import informed
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.recipe import Recipe
-from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.report.cost import Costs
 from lewis_hub.stages import calibration, merging, publishing, reporting
 from lewis_hub.stages.downloading import small_files
@@ -166,20 +165,15 @@ def _require_by_block(step: Step, sets: Sets, folders: Folders, stores: Sequence
 
 
 def _require_statistics_fit(step: Step, scratch: Path) -> None:
-    """Refuse before the first weight what a disk cannot hold beside two shards.
-
-    Where matrices are fitted in sequence, blocks of all sources are on their way at once.
-    """
-    donor, n_experts = step.examined.checkpoints[step.inputs.donor.pinned], len(step.inputs.experts)
-    needed = statistics_bytes(step.recipe, n_experts, donor)
+    """Refuse before the first weight what a disk cannot hold beside two shards."""
+    donor = step.examined.checkpoints[step.inputs.donor.pinned]
+    needed = statistics_bytes(step.recipe, len(step.inputs.experts), donor)
     if needed:
         there = sum(path.stat().st_size for path in scratch.rglob("*.safetensors"))
         shard = min(step.execution.max_shard_bytes, step.examined.report.output_bytes)
-        n_shards = max(2, 1 + n_experts) if fits_in_sequence(step.recipe) else 2
-        n_bytes = needed + n_shards * shard - there
+        n_bytes = needed + 2 * shard - there
         remedy = "take a disk that is larger, or a method that merges without statistics"
-        what = f"the statistics of all experts and {'two' if n_shards == 2 else n_shards} shards"
-        require_room(scratch, n_bytes, what, remedy)
+        require_room(scratch, n_bytes, "the statistics of all experts and two shards", remedy)
 
 
 def _make(

@@ -33,7 +33,7 @@ from lewis_hub.stages import (
 from lewis_hub.stages.calibration import Sets
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.execution import Execution, Step
-from lewis_hub.stages.gathering import gather
+from lewis_hub.stages.gathering import gather, require_possible
 from lewis_hub.stages.objective import Objective, by_answer_loss, by_metric
 from lewis_hub.stages.search_space import Space, Values
 from lewis_hub.stages.sources import (
@@ -126,6 +126,8 @@ def tune(
     measured = next((one for one in corners if measures_on_texts(one)), corners[0])
     step = _examined(measured, execution, progress)
     _require_plans(step, corners)
+    for one in corners:
+        require_possible(replace(step, recipe=one))
     drawn, sets = _draw(step, asked)
     settings = EvaluationSettings(device=execution.device)
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
