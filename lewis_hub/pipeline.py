@@ -196,10 +196,10 @@ def merge_models(
     )
     checking.require_fine(examined.report)
     step = Step(recipe, inputs, examined, execution, api, progress)
+    gathering.require_possible(step)
     gives_way = target is not None and publishing.is_published(output, target, api)
     with open_workspace(output, replace=execution.replace or gives_way) as work:
         downloading.require_disk(step, work.folder)
-        gathering.require_possible(step)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
         scored, files = _merge(step, sets, work, target.former if target else None)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)

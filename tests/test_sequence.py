@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from shutil import copy
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.execution import Execution
 
@@ -22,9 +24,9 @@ models:
     calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}
   - model: zoo/expert-cipher
     calibration: {{dataset: zoo/cipher, text: {TEXT}, samples: 32}}
-merge_method: regmean
-parameters: {{inputs: merged, off_diagonal: 0.9}}
 """
+METHOD = "merge_method: regmean\nparameters: {inputs: merged, off_diagonal: 0.9}\n"
+RECIPE += METHOD
 OWN = RECIPE.replace("inputs: merged, ", "")
 GUIDE = "guide: {name: lewis}\n"
 LAYER = "model.layers.1."
@@ -216,6 +218,30 @@ def test_check_counts_what_is_fitted(api):
     assert merged.problems == own.problems == ()
     assert merged.disk_bytes < own.disk_bytes
     assert merged.memory_bytes > own.memory_bytes
+
+
+def test_an_encoder_decoder_is_refused_before_a_download(tmp_path):
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=259, decoder_start_token_id=0, **small)
+    for seed, name in enumerate(("base", "one", "two")):
+        torch.manual_seed(seed)
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            copy(zoo_folder() / "base" / file, tmp_path / name / file)
+    (tmp_path / "texts.jsonl").write_text('{"text": "abc"}\n')
+    data = f"calibration: {{dataset: {tmp_path}/texts.jsonl, text: '{{text}}', samples: 1}}\n"
+    text = f"base_model: {tmp_path}/base\n"
+    text += f"models: [{{model: {tmp_path}/one}}, {{model: {tmp_path}/two}}]\n"
+
+    with pytest.raises(NotByBlockError) as caught:
+        merge(tmp_path / "out", f"{text}{data}{METHOD}")
+
+    assert str(caught.value) == (
+        f"{tmp_path}/base: an encoder-decoder cannot be calibrated block by block.\n"
+        "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
+    )
+    assert not list(tmp_path.glob("out*"))
+    merge(tmp_path / "out", f"{text}{data}merge_method: regmean\n")
 
 
 def test_no_other_word_is_taken_for_inputs(api):

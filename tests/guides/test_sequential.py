@@ -182,3 +182,47 @@ def test_experts_that_are_the_merge_stay_as_they_are(models, tmp_path):
     expert = made[1].state_dict()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expert[name], rtol=1e-3, atol=1e-3)
+
+
+def routed(mlp, x):
+    """An MLP whose `up_proj` sees the tokens alone that are sent to it."""
+    sent = x[..., 0] > 0
+    up = torch.zeros(*x.shape[:-1], mlp.up_proj.out_features)
+    up[sent] = mlp.up_proj(x[sent])
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up)
+
+
+def test_what_chosen_tokens_reach_is_fitted_on_the_experts_own(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", routed)
+    seen_of = {}
+
+    def solve(tensor, seen, transposed):
+        seen_of[tensor] = seen
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    run(folders, solve, tmp_path / "fitted")
+
+    for block in range(3):
+        own = seen_of[f"model.layers.{block}.mlp.up_proj.weight"]
+        for expert, texts, seen in zip(made[1:3], TEXTS, own, strict=True):
+            x = rows(expert, f"model.layers.{block}.mlp.up_proj", texts)
+            assert 0 < len(x) < sum(map(len, texts))
+            gram = x.T @ x / len(x)
+            torch.testing.assert_close(seen.gram[0].double(), gram, rtol=1e-4, atol=1e-5)
+            assert seen.cross is None
+        gate = seen_of[f"model.layers.{block}.mlp.gate_proj.weight"]
+        assert all(one.cross is not None for one in gate)
+
+
+def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward",
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x))),
+    )
+
+    found = run(folders, solver(made, 0.5), tmp_path / "fitted")
+
+    assert "model.layers.0.mlp.up_proj.weight" not in found
+    assert "model.layers.0.mlp.gate_proj.weight" in found

@@ -201,8 +201,10 @@ def widths(output):
     return sorted(json.loads(path.read_text())["facts"]["widest"] for path in found)
 
 
-def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_path):
-    recipe, output = by_statistics(recipe_file, "merge_method: regmean"), tmp_path / "tuning"
+@pytest.mark.parametrize("inputs", ["own", "merged"])
+def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_path, inputs):
+    asked = f"merge_method: regmean\nparameters: {{inputs: {inputs}}}"
+    recipe, output = by_statistics(recipe_file, asked), tmp_path / "tuning"
 
     tuned = tune(recipe, Search(n_trials=1, samples=8), output)
 
