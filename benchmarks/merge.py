@@ -6,8 +6,9 @@ anew: what the other program needs may have pushed them out. Prints the median t
 their ratio and the peak resident memory of each. Each runs once before, to compile what is compiled
 once; ours also hashes the sources then, and what that first run took stands in a column of its own.
 `--mergekit` is the path of `mergekit-yaml` (0.1.5) in an environment of its own; without it only
-ours is run. `--plain` is ours as on a machine for which there is no llvmlite. Run it on an idle
-machine; `--cases` picks some.
+ours is run. `--plain` is ours as on a machine for which there is no llvmlite. `--guided` tells
+what the merge adds to the memory that calibration left behind. Run it on an idle machine;
+`--cases` picks some.
 """
 
 from __future__ import annotations
@@ -182,15 +183,40 @@ def measure(case: Case, folder: Path, mergekit: str | None, program: list[str]) 
     )
 
 
+def added_by_merging(case: Case, folder: Path) -> None:
+    """The merge stage of one guided by LEWIS, in the process that calibrated with torch."""
+    config = yaml.safe_load(write_config(folder, case).read_text())
+    texts = [{"text": f"{number} plus {number} is {2 * number}."} for number in range(64)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+    calibration = {"dataset": str(folder / "texts.jsonl"), "text": "{text}", "samples": 64}
+    for model in config["models"]:
+        del model["parameters"]
+    recipe = config | {"guide": {"name": "lewis", "calibration": calibration}}
+    (folder / "guided.yaml").write_text(json.dumps(recipe))
+    output = folder / "guided"
+    command = [sys.executable, *WITH_KERNELS, "merge", str(folder / "guided.yaml"), "--no-eval"]
+    subprocess.run([*command, "-q", "-o", str(output)], check=True)
+    stages = json.loads((output / "lewis" / "cost.json").read_text())["stages"]
+    merge = next(stage for stage in stages if stage["stage"] == "merge")
+    before_mb, peak_mb = merge["rss_before_bytes"] / 1e6, merge["peak_rss_bytes"] / 1e6
+    shutil.rmtree(output)
+    print(
+        f"{case.name}: merging adds {peak_mb - before_mb:,.0f} MB to the {before_mb:,.0f} MB that "
+        f"calibration leaves (bar: 300 MB), in {merge['seconds']:.1f} s"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mergekit", help="path of mergekit-yaml")
     parser.add_argument("--plain", action="store_true", help="ours without llvmlite")
+    parser.add_argument("--guided", action="store_true", help="memory beside calibration's")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made [a temporary]")
     asked = parser.parse_args()
-    print("| case | mergekit | its peak | lewis-hub | its peak | first run | ratio | bar |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+    if not asked.guided:
+        print("| case | mergekit | its peak | lewis-hub | its peak | first run | ratio | bar |")
+        print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory(dir=asked.folder) as made:
         built: tuple[int, int] | None = None
         for name in asked.cases:
@@ -202,6 +228,9 @@ def main() -> None:
                 builder.start()
                 builder.join()
                 built = case.n_blocks, case.n_experts
+            if asked.guided:
+                added_by_merging(case, Path(made))
+                continue
             measure(case, Path(made), asked.mergekit, PLAIN if asked.plain else WITH_KERNELS)
 
 

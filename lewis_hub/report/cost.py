@@ -40,6 +40,8 @@ class StageCost:
         disk_written_bytes: handed to storage.
         fetched_bytes: of weights that came from the Hub by byte ranges, as a stream counts them.
             None where nobody does: there is no stream, or Ray's workers fetch.
+        rss_before_bytes: resident when the stage began: what earlier ones left in memory. None
+            where nobody tells.
     """
 
     stage: str
@@ -51,6 +53,7 @@ class StageCost:
     disk_read_bytes: int | None
     disk_written_bytes: int | None
     fetched_bytes: int | None = None
+    rss_before_bytes: int | None = None
 
 
 class Costs:
@@ -71,7 +74,7 @@ class Costs:
             fetched: tells how many bytes came by ranges so far; None: nobody counts.
         """
         span: Span = "stage" if _forget_peak() else "process"
-        before, started = _counters(), time.perf_counter()
+        before, rss_bytes, started = _counters(), _status_bytes("VmRSS"), time.perf_counter()
         fetched_before = fetched() if fetched else 0
         try:
             yield
@@ -88,6 +91,7 @@ class Costs:
                 disk_read_bytes=moved.get("read_bytes"),
                 disk_written_bytes=moved.get("write_bytes"),
                 fetched_bytes=fetched() - fetched_before if fetched else None,
+                rss_before_bytes=rss_bytes,
             )
             self.stages.append(cost)
 
@@ -123,14 +127,21 @@ def _forget_peak() -> bool:
 
 
 def _peak_rss_bytes() -> int:
-    try:
-        for line in (PROC / "status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if (told := _status_bytes("VmHWM")) is not None:
+        return told
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _status_bytes(name: str) -> int | None:
+    """What proc(5) tells in KiB; None on other systems."""
+    try:
+        lines = (PROC / "status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None
+    )
 
 
 def _counters() -> dict[str, int]:

@@ -42,6 +42,10 @@ def test_the_peak_of_memory_is_that_of_the_stage():
     if big.peak_over == "process":
         pytest.skip("this system cannot forget an earlier peak")
     assert big.peak_rss_bytes - small.peak_rss_bytes > 150_000_000
+    assert big.rss_before_bytes is not None
+    assert 390_000_000 < big.peak_rss_bytes - big.rss_before_bytes < 420_000_000  # and its copy
+    assert small.rss_before_bytes is not None
+    assert 0 <= small.peak_rss_bytes - small.rss_before_bytes < 20_000_000
 
 
 def test_a_stage_that_fails_is_measured_too():
@@ -62,6 +66,7 @@ def test_a_system_that_counts_nothing_says_so(tmp_path, monkeypatch):
     assert stage.peak_over == "process"
     assert stage.peak_rss_bytes > 1_000_000
     assert stage.read_bytes is stage.written_bytes is stage.disk_read_bytes is None
+    assert stage.rss_before_bytes is None
 
 
 def test_what_comes_by_ranges_is_counted_stage_by_stage():
@@ -97,6 +102,7 @@ def test_costs_are_written_and_read_back():
                 "disk_read_bytes": None,
                 "disk_written_bytes": None,
                 "fetched_bytes": None,
+                "rss_before_bytes": None,
             }
         ],
     }
