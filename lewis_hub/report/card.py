@@ -166,8 +166,8 @@ def _statistics(facts: CardFacts) -> str:
     if facts.in_sequence:
         return (
             "The weight matrices in the blocks were fitted one after the other: on calibration "
-            "texts of each expert's own, each gives of what the merged model hands it what the "
-            "expert's gives of what the expert hands it, as nearly as it can."
+            "texts of each expert's own, a matrix makes of the inputs that the merged model itself "
+            "hands it the outputs that the expert has there, as nearly as it can."
         )
     if facts.method.needs_grams:
         how = "Each expert's weight matrices in the blocks count by second moments of the inputs"
