@@ -12,7 +12,7 @@ from lewis_hub.errors import GuideError
 from lewis_hub.guides.registry import Measure, Statistics, register
 
 SHARE_DECIMALS = 5  # of a share, as the published code rounds it
-DECIMALS = 4  # of a density: another CPU's rounding, far below, then changes no merged byte
+DECIMALS = 4  # of a density: another CPU's rounding, far below in `lewis`, changes no merged byte
 SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from each other
 
 

@@ -5,6 +5,12 @@ the model sees and the sums count, as no mask is handed on; activations are summ
 and averaged over texts; and a block that was measured is pruned to half before its output feeds
 the next one.
 
+Pruning makes it chaotic: what is kept of a row turns on the last bit where two entries matter
+nearly the same; the next block then gets other inputs, and some blocks later importance differs by
+per cents. So every operation is the published one, in its order and in float32: texts run alone,
+the mean over them is a running one, and norms are squared again. What a product of matrices rounds
+to is left to the machine: another one finds other numbers, by the authors' code as by this.
+
 Source:
     https://arxiv.org/abs/2503.03874 and the code that was published with it, after Wanda,
     arXiv:2306.11695.
@@ -12,7 +18,7 @@ Source:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +29,6 @@ from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
-from lewis_hub.guides.importance import module_importance, sum_of_squares
 from lewis_hub.guides.loading import load_model
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import CalibrationTokens
@@ -95,10 +100,7 @@ def block_importance(
     for b, block in enumerate(blocks):
         inside = dict(linears(f"{path}.{b}", block))
         squares = _measured(model, blocks, b, texts, outputs, inside)
-        norms = {at: (total / len(texts)).sqrt() for at, total in squares.items()}
-        yield {at: module_importance(matrix(inside[at]), norm) for at, norm in norms.items()}
-        for at, norm in norms.items():
-            _prune(inside[at], norm)
+        yield {at: _pruned(inside[at], mean) for at, mean in squares.items()}
         outputs = [_run(model, blocks, b, text, outputs[i]) for i, text in enumerate(texts)]
 
 
@@ -121,13 +123,20 @@ def _measured(
     outputs: Sequence[Hidden],
     inside: dict[str, Linear],
 ) -> dict[str, Tensor]:
-    """Squares of the inputs of each Linear of block b, summed over all tokens of all texts."""
-    squares: defaultdict[str, Tensor | float] = defaultdict(float)
+    """Squares of the inputs of each Linear of block b: of each text summed, and their mean.
+
+    A Linear that is not called for every text has the mean over the calls, as published.
+    """
+    means: dict[str, Tensor] = {}
+    n_calls: Counter[str] = Counter()
 
     def observing(at: str) -> Callable[..., None]:
         def observe(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
             x = args[0] if args else next(iter(named.values()))
-            squares[at] = squares[at] + sum_of_squares(x.reshape(-1, x.shape[-1]))
+            norms = x.reshape(-1, x.shape[-1]).T.norm(dim=1)
+            n_calls[at] += 1
+            before = means.get(at, torch.zeros_like(norms)) * ((n_calls[at] - 1) / n_calls[at])
+            means[at] = before + norms**2 / n_calls[at]
 
         return observe
 
@@ -137,7 +146,7 @@ def _measured(
             hooks.callback(handle.remove)
         for i, text in enumerate(texts):
             _run(model, modules, b, text, outputs[i])
-    return {at: torch.as_tensor(squares[at]) for at in inside if at in squares}
+    return {at: means[at] for at in inside if at in means}
 
 
 class _Reached(Exception):  # noqa: N818 - no error: the way out of a forward pass
@@ -178,10 +187,16 @@ def _standing_in(modules: nn.ModuleList, b: int, output: Hidden) -> Iterator[Non
             module.forward = original
 
 
-def _prune(module: Linear, norm: Tensor) -> None:
-    """Set the entries of each row that matter least to zero: half of them, ties by index."""
+def _pruned(module: Linear, squares: Tensor) -> float:
+    """Importance; the entries of each row that matter least are zero then, of equal ones the first.
+
+    Args:
+        module: half of the entries of its matrix are set to zero.
+        squares: (in_features,) of its inputs, summed over the tokens and averaged over texts.
+    """
     weight = matrix(module)
-    metric = weight.abs() * norm.to(weight)
+    metric = weight.abs() * squares.sqrt()
     n_pruned = int(weight.shape[1] * PRUNED)
     least = metric.sort(dim=1, stable=True).indices[:, :n_pruned]
     weight.scatter_(1, least, 0.0)
+    return float(metric.norm())
