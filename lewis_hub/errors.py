@@ -35,6 +35,18 @@ class LocatedError(LewisHubError):
         return f"{self.where}: {self.problem}.\n{self.remedy}"
 
 
+@dataclass(eq=False)
+class ListedError(LewisHubError):
+    """All that stands in the way at once, each with what to do about it."""
+
+    problems: tuple[str, ...]
+
+    @property
+    def listed(self) -> str:
+        """One line a problem."""
+        return "\n".join(f"- {problem}" for problem in self.problems)
+
+
 # -- the recipe
 
 
@@ -102,26 +114,18 @@ class TokenizerError(LocatedError):
     """A tokenizer that cannot be read, or not be united with the others."""
 
 
-@dataclass(eq=False)
-class CheckFailedError(LewisHubError):
+class CheckFailedError(ListedError):
     """The sources do not fit together, or cannot be merged as asked."""
 
-    problems: tuple[str, ...]
-
     def __str__(self) -> str:
-        found = "\n".join(f"- {problem}" for problem in self.problems)
-        return f"this recipe cannot be merged:\n{found}\n`lewis-hub check` shows the sources."
+        return f"this recipe cannot be merged:\n{self.listed}\n`lewis-hub check` shows the sources."
 
 
-@dataclass(eq=False)
-class ExtractionError(LewisHubError):
+class ExtractionError(ListedError):
     """Two models of whose difference no adapter can be made."""
 
-    problems: tuple[str, ...]
-
     def __str__(self) -> str:
-        found = "\n".join(f"- {problem}" for problem in self.problems)
-        return f"no adapter can be extracted:\n{found}"
+        return f"no adapter can be extracted:\n{self.listed}"
 
 
 class DeviceError(LocatedError):

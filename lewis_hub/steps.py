@@ -142,7 +142,7 @@ def publish(
         force: push what the quality gate refused, as if it had passed.
 
     Raises:
-        PublishError: the repo is as it was before.
+        PublishError: the repo is as it was before, or lacks the tag alone.
         GateRefusedError: so it is here.
 
     Example:

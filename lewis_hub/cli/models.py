@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +19,9 @@ from lewis_hub.cli.options import (
     sign_option,
 )
 from lewis_hub.cli.terminal import Terminal, terminal_options
+
+if TYPE_CHECKING:
+    from lewis_hub.recipe import Publishing
 
 RANK = 32  # of an adapter's updates, where no error is asked for
 
@@ -93,17 +98,11 @@ def push(
     """
     from lewis_hub import steps
     from lewis_hub.cli.tables import publication
-    from lewis_hub.recipe import Publishing
-    from lewis_hub.stages import gating, signing, standing
+    from lewis_hub.stages import gating, signing
     from lewis_hub.stages.publishing import refused
 
-    made = None if repo else standing.lock_in(folder)
-    asked = {**(made.recipe.get("publish") or {})} if made else {}
     given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
-    asked |= {key: value for key, value in given.items() if value is not None}
-    if "repo" not in asked:
-        raise click.UsageError(f"{folder} does not say where it goes: name the repo, owner/name.")
-    target = steps.open_target(Publishing.model_validate(asked))
+    target = steps.open_target(_asked(folder, given))
     if private_key:
         signing.sign(folder, private_key)
     published = steps.publish(folder, target, terminal.progress, force=force)
@@ -115,6 +114,19 @@ def push(
         refusal = refused(folder, verdict, published.url)
         click.echo(f"lewis-hub: {refusal}", err=True)
         raise click.exceptions.Exit(refusal.exit_code)
+
+
+def _asked(folder: Path, given: Mapping[str, str | bool | None]) -> Publishing:
+    """How a folder is published: as its recipe says unless it goes elsewhere, and as is given."""
+    from lewis_hub.recipe import Publishing
+    from lewis_hub.stages import standing
+
+    made = None if given["repo"] else standing.lock_in(folder)
+    told = (made.recipe.get("publish") if made else None) or {}
+    asked = told | {key: value for key, value in given.items() if value is not None}
+    if "repo" not in asked:
+        raise click.UsageError(f"{folder} does not say where it goes: name the repo, owner/name.")
+    return Publishing.model_validate(asked)
 
 
 @click.command(

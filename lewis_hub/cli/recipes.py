@@ -72,18 +72,11 @@ def init(
     from lewis_hub.recipe_file import schema as recipe_schema
 
     base = base or click.prompt("Base model", err=True)
-    if not experts:
-        answer = click.prompt("Experts (separated by spaces)", err=True)
-        experts = tuple(answer.split())
-    if len(calibrations) not in {0, 1, len(experts)}:
-        raise click.UsageError(
-            f"expected one --calibration for all experts or one for each of the {len(experts)}, "
-            f"found {len(calibrations)}."
-        )
+    experts = experts or tuple(click.prompt("Experts (separated by spaces)", err=True).split())
+    drawn = _drawn(calibrations, text, tasks, len(experts))
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; name another with -o, or replace it with --force")
-    drawn = [{"dataset": name, "split": "train", "text": text} for name in calibrations]
-    written = _render(base, experts, tasks, drawn or _of_tasks(tasks, len(experts)), repo)
+    written = _render(base, experts, tasks, drawn, repo)
     parse_recipe(written, str(output))  # what we write is what we read
     schema_file = output.with_name("recipe.schema.json")
     document = {"status": "written", "output": str(output), "schema": str(schema_file)}
@@ -94,6 +87,19 @@ def init(
     output.write_text(written, encoding="utf-8")
     schema_file.write_text(recipe_schema(), encoding="utf-8")
     terminal.finish(document, *shown)
+
+
+def _drawn(
+    datasets: tuple[str, ...], text: str, tasks: tuple[str, ...], n_experts: int
+) -> list[dict[str, str]]:
+    """What to calibrate on: datasets where some are named, else the tasks' own items."""
+    if len(datasets) not in {0, 1, n_experts}:
+        raise click.UsageError(
+            f"expected one --calibration for all experts or one for each of the {n_experts}, "
+            f"found {len(datasets)}."
+        )
+    named = [{"dataset": name, "split": "train", "text": text} for name in datasets]
+    return named or _of_tasks(tasks, n_experts)
 
 
 def _of_tasks(tasks: tuple[str, ...], n_experts: int) -> list[dict[str, str]]:

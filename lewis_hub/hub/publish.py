@@ -70,7 +70,10 @@ def publish(
     advance: Advance,
     sent: Additions | None = None,
 ) -> Published:
-    """Push a merged model; on any failure the repo is as it was, and a rerun completes.
+    """Push a merged model; on any failure a rerun completes.
+
+    The repo is then as it was; where the tag alone could not be made, which comes last, the error
+    says so.
 
     Args:
         api: whose endpoint and token are used.
@@ -196,12 +199,7 @@ def _require_free_tag(asked: Asked, change: Change, tag: str | None) -> None:
 
 def _published(asked: Asked, landed: Landed, tag: str | None, *, changed: bool) -> Published:
     if tag is not None:
-        with hub_failures(asked):
-            persist(
-                lambda: asked.api.create_tag(
-                    asked.repo, tag=tag, revision=landed.commit_sha, exist_ok=True
-                )
-            )
+        _tag(asked, landed.commit_sha, tag)
     return Published(
         repo=asked.repo,
         url=landed.pull_request_url or asked.url,
@@ -211,3 +209,16 @@ def _published(asked: Asked, landed: Landed, tag: str | None, *, changed: bool) 
         pull_request_url=landed.pull_request_url,
         tag=tag,
     )
+
+
+def _tag(asked: Asked, commit_sha: str, tag: str) -> None:
+    try:
+        with hub_failures(asked):
+            persist(
+                lambda: asked.api.create_tag(
+                    asked.repo, tag=tag, revision=commit_sha, exist_ok=True
+                )
+            )
+    except PublishError as error:
+        problem = f"{commit_sha} is published, but tag `{tag}` is not on it: {error.problem}"
+        raise PublishError(error.where, problem, error.remedy) from error

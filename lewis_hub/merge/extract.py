@@ -7,6 +7,7 @@ is kept whole, so that nothing of the expert is lost but the rank that was left 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def extract(
     held: dict[str, Tensor] = {}
     fits: dict[str, Fit] = {}
     whole: list[str] = []
+    kept_as = defaultdict(lambda: torch.bfloat16, F32=torch.float32, F16=torch.float16)
+    factors_as = defaultdict(lambda: torch.bfloat16, F32=torch.float32)  # float16 ends too soon
     for name, header in base[0].tensors.items():
         if header.dtype in MERGEABLE:
             their_header = expert[0].tensors[name]
@@ -87,15 +90,12 @@ def extract(
             if not change.isfinite().all():
                 remedy = "That model is broken: use another revision of it."
                 raise NonFiniteError(name, expert[0].label, remedy)
-            if change.any():
-                dtype = {"F32": torch.float32, "F16": torch.float16}.get(
-                    their_header.dtype, torch.bfloat16
-                )
-                if _is_update(header, base[0]):
-                    fits[names.module(name)] = _put_update(held, name, change, most, error, dtype)
-                else:
-                    held[f"{PREFIX}{name}"] = theirs.to(dtype)
-                    whole.append(name)
+            if change.any() and _is_update(header, base[0]):
+                module, dtype = names.module(name), factors_as[their_header.dtype]
+                fits[module] = _put_update(held, module, change, most, error, dtype)
+            elif change.any():
+                held[f"{PREFIX}{name}"] = theirs.to(kept_as[their_header.dtype])
+                whole.append(name)
             advance(header.n_elements)
     if not held:
         problem = "it is equal to the base, so there is nothing to extract"
@@ -131,19 +131,11 @@ def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
 
 
 def _put_update(
-    held: dict[str, Tensor], name: str, change: Tensor, most: int | None, error: float, dtype: Any
+    held: dict[str, Tensor], module: str, change: Tensor, most: int | None, error: float, dtype: Any
 ) -> Fit:
-    import torch
-
     from lewis_hub.merge.low_rank_fit import fit
 
-    module = names.module(name)
-    found = fit(
-        change,
-        most or min(change.shape),
-        error,
-        torch.float32 if dtype == torch.float32 else torch.bfloat16,
-    )
+    found = fit(change, most or min(change.shape), error, dtype)
     held[f"{PREFIX}{module}.lora_A.weight"] = found.right.contiguous()
     held[f"{PREFIX}{module}.lora_B.weight"] = found.left.contiguous()
     return Fit(found.rank, found.error)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.checkpoint.window import Window, elsewhere
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.checkpoint.window import Need, Window, elsewhere
 from lewis_hub.guides.density import block_matrices, checkpoint_tensor
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance, reusable
 from lewis_hub.hub.source import Source
@@ -34,38 +35,33 @@ def measure_task_vectors(
         BrokenCheckpointError: a file is missing or ends too early.
         SourceError: bytes of a source cannot be had.
     """
+    base = step.inputs.base
+    assert base
+    facts = {"measure": "task_vector", "base": step.inputs.content(base)}
     for expert in step.inputs.experts:
-        yield _measured(step, expert, step.places or folders, known, scratch)
+        content = step.inputs.content(expert)
+        entry = reusable(known, content, facts)
+        if entry:
+            modules = entry.modules
+        else:
+            modules = _measured(step, base, expert, step.places or folders, scratch)
+        yield SourceImportance(expert.pinned, content, "expert", 0, modules, facts)
 
 
 def _measured(
-    step: Step, expert: Source, places: Places, known: ImportanceProfile, scratch: Path
-) -> SourceImportance:
+    step: Step, base: Source, expert: Source, places: Places, scratch: Path
+) -> dict[str, float]:
+    """Module -> how far the expert's weight is from the base's, as a share of it."""
     from lewis_hub.merge.change import relative_changes  # imports llvmlite
 
-    base, content = step.inputs.base, step.inputs.content(expert)
-    assert base
-    facts = {"measure": "task_vector", "base": step.inputs.content(base)}
-    entry = reusable(known, content, facts)
-    if entry:
-        return SourceImportance(expert.pinned, content, "expert", 0, entry.modules, facts)
     first, second = (step.examined.checkpoints[one.pinned] for one in (base, expert))
     shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
     modules = {checkpoint_tensor(module, shapes): module for module in block_matrices(shapes)}
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
-    workers, remote = step.execution.workers, elsewhere(places)
-    needs = [
-        [
-            need
-            for source, checkpoint in ((base, first), (expert, second))
-            if name in checkpoint.tensors
-            for need in stored(source.pinned, checkpoint.base, checkpoint.tensors[name])
-            if need.source in remote
-        ]
-        for name in tensors
-    ]
-    most_bytes = step.execution.max_shard_bytes
+    both = {base.pinned: first, expert.pinned: second}
+    needs = [_needs(name, both, elsewhere(places)) for name in tensors]
+    workers, most_bytes = step.execution.workers, step.execution.max_shard_bytes
     with (
         Window(places, needs, scratch / "ranges", most_bytes) as window,
         open_source(base.pinned, first.base, window.reader) as of_base,
@@ -84,5 +80,15 @@ def _measured(
             threads() if isinstance(workers, Ray) else workers,
             done,
         )
-    values = {modules[name]: change for name, change in changes.items()}
-    return SourceImportance(expert.pinned, content, "expert", 0, values, facts)
+    return {modules[name]: change for name, change in changes.items()}
+
+
+def _needs(name: str, models: Mapping[str, Checkpoint], remote: Collection[str]) -> list[Need]:
+    """What has to be fetched of one tensor, of all models that have it."""
+    return [
+        need
+        for pinned, checkpoint in models.items()
+        if name in checkpoint.tensors
+        for need in stored(pinned, checkpoint.base, checkpoint.tensors[name])
+        if need.source in remote
+    ]

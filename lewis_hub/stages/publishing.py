@@ -117,7 +117,7 @@ def push(
         force: whether what the gate refused is pushed all the same.
 
     Raises:
-        PublishError: the repo is as it was before.
+        PublishError: the repo is as it was before, or lacks the tag alone.
         GateRefusedError: so it is here.
     """
     _require_licence(folder)

@@ -153,37 +153,23 @@ def write(
     Returns:
         Paths of all files of the result, relative to its folder.
     """
-    folder = merged.folder
-    own = folder / "lewis"
-    own.mkdir(exist_ok=True)
-    plots = write_guidance(own, guidance) if guidance else ()
-    recipe = _yaml(pinned(step.recipe, step.inputs))
-    texts = {"recipe.yaml": recipe}
-    if scored:
-        texts |= {"scores.json": scored.scores.to_json(), "items.json": scored.items.to_json()}
-    for name, text in texts.items():
-        write_whole(own / name, text)
-    machine = this_machine(step.execution.device)
-    beside = {COSTS: costs.to_json(machine)}
+    folder, machine = merged.folder, this_machine(step.execution.device)
+    (folder / "lewis").mkdir(exist_ok=True)
+    plots = write_guidance(folder / "lewis", guidance) if guidance else ()
+    written = [*merged.sidecars, *_write_told(step, folder, guidance, plots, scored)]
+    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
+    outputs |= {name: _output(folder / name) for name in written}
+    rows = guidance.rows if guidance and guidance.rows else gathered.rows
+    locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
+    # what a run cost, when it ran and what its result was held against is no part of what was
+    # merged: equal merges have equal locks
+    run = Run(costs.began, datetime.now(UTC))
+    beside = {COSTS: costs.to_json(machine), LOCK: locked.to_json()}
+    beside[PROVENANCE] = provenance(locked, run)
     if scored and scored.gate:
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
         write_whole(folder / name, text)
-    names = [*texts, *(_documents(guidance) if guidance else ())]
-    names += [file for plot in plots for file in plot.files]
-    names += carry_tasks(step.recipe, own)
-    written = [*merged.sidecars, *(f"lewis/{name}" for name in names)]
-    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
-    outputs |= {name: _output(folder / name) for name in written}
-    told = _mergekit(step, guidance)
-    if told:
-        write_whole(folder / MERGEKIT, told)
-        outputs[MERGEKIT] = _output(folder / MERGEKIT)
-    rows = guidance.rows if guidance and guidance.rows else gathered.rows
-    locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
-    write_whole(folder / LOCK, locked.to_json())
-    run = Run(costs.began, datetime.now(UTC))
-    write_whole(folder / PROVENANCE, provenance(locked, run))
     guided = describing.guided(step, guidance, plots)
     facts = describing.card_facts(step, merged, guided, scored, costs, locked)
     facts = replace(
@@ -193,10 +179,34 @@ def write(
         notes=gathered.notes,
         machine=machine,
     )
-    described = describing.describe(step, folder, facts, scored)
-    # what a run cost, when it ran and what its result was held against is no part of what was
-    # merged: equal merges have equal locks
-    return (*outputs, *beside, LOCK, PROVENANCE, *described)
+    return (*outputs, *beside, *describing.describe(step, folder, facts, scored))
+
+
+def _write_told(
+    step: Step,
+    folder: Path,
+    guidance: Guidance | None,
+    plots: Sequence[Plot],
+    scored: Scored | None,
+) -> list[str]:
+    """Write what tells of a merge and is part of its lock.
+
+    Returns:
+        Paths of all of it, those of the guidance, which is written already, included.
+    """
+    texts = {"lewis/recipe.yaml": _yaml(pinned(step.recipe, step.inputs))}
+    if scored:
+        texts["lewis/scores.json"] = scored.scores.to_json()
+        texts["lewis/items.json"] = scored.items.to_json()
+    others = [*(_documents(guidance) if guidance else ())]
+    others += [file for plot in plots for file in plot.files]
+    others += carry_tasks(step.recipe, folder / "lewis")
+    told = _mergekit(step, guidance)
+    if told:
+        texts[MERGEKIT] = told
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    return [*texts, *(f"lewis/{name}" for name in others)]
 
 
 def _mergekit(step: Step, guidance: Guidance | None) -> str | None:

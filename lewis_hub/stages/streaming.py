@@ -97,7 +97,8 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
         CalibrationError: a source cannot be measured block by block.
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room for two shards.
-        PublishError: the repo is as it was before, or holds nothing yet where it is new.
+        PublishError: the repo is as it was before, or holds nothing yet where it is new; or lacks
+            the tag alone.
         RecipeError: the guide has to load whole models.
         SourceError: bytes of a source cannot be had.
     """

@@ -66,14 +66,7 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
     clock.split("merge")
     lm = load(merged.folder, EvaluationSettings(device=tuner.step.execution.device))
     clock.split("load")
-    value, is_left = float("nan"), False
-    for number, value in enumerate(tuner.objective.values(lm, done), start=1):
-        if not isfinite(value):
-            break
-        trial.report(value, number)
-        is_left = number < len(tuner.objective.parts) and trial.should_prune()
-        if is_left:
-            break
+    value, is_left = _score(tuner.objective, trial, lm, done)
     del lm
     gc.collect()  # one model in memory at a time
     clock.split("score")
@@ -85,6 +78,18 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
     else:
         opened.tell(trial, value)
     advance(n_items - n_done)
+
+
+def _score(objective: Objective, trial: Any, lm: Any, done: Advance) -> tuple[float, bool]:
+    """The value of the parts that were scored, and whether the others are left out as hopeless."""
+    value = float("nan")
+    for number, value in enumerate(objective.values(lm, done), start=1):
+        if not isfinite(value):
+            break
+        trial.report(value, number)
+        if number < len(objective.parts) and trial.should_prune():
+            return value, True
+    return value, False
 
 
 def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:

@@ -280,6 +280,25 @@ def test_two_pushes_at_once_end_as_whole_commits_or_as_one_clear_refusal(api, fo
 # -- trouble on the way
 
 
+def test_a_tag_that_cannot_be_made_is_told_with_the_commit_that_is_there(
+    api, folder, hub, no_pauses
+):
+    tagged = Publication("m", tag="v1")
+    hub.fail("/tag/", 500, times=6)
+
+    told = refusal(api, folder, publication=tagged)
+
+    head = api.model_info(REPO).sha
+    assert told == (
+        f"{REPO}: {head} is published, but tag `v1` is not on it: {api.endpoint} failed with 500 "
+        "again and again: injected fault.\n"
+        "Its trouble usually passes: wait a little, then run the same command again: finished work "
+        "is kept."
+    )
+    assert publish(api, folder, REPO, tagged, lambda _: None).commit_sha == head
+    assert api.model_info(REPO, revision="v1").sha == head
+
+
 def test_a_commit_whose_answer_was_lost_is_found_and_not_made_twice(api, folder, hub, no_pauses):
     publish(api, folder, REPO, PLAIN, lambda _: None)
     write(folder, {"config.json": b"[]"})
