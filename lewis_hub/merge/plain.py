@@ -40,7 +40,8 @@ HALF = np.uint32(16)  # of a float32's bits; the upper one is a bfloat16
 EXPONENTS = {BF16: 0x7F80, F16: 0x7C00, F32: 0x7F800000}
 STORED = {BF16: "<u2", F16: "<u2", F32: "<u4"}
 ZERO = np.float32(0)
-PART = 1 << 16  # entries: of fewer the calls cost most, of more the fresh memory
+PART = 1 << 16  # entries: of fewer the calls cost most, of more they leave the cache
+KEPT_BYTES = 64 * PART  # 16 intermediate results of a part
 
 
 def sample(piece: Piece, places: Any, found: Any) -> None:  # noqa: D103
@@ -115,6 +116,9 @@ def _parts(piece: Piece) -> Iterator[Piece]:
     length = max(PART // piece.block, 1) * piece.block
     stored = [raw.view(STORED[kind]) for raw, kind in zip(piece.raw, piece.kinds, strict=True)]
     out = piece.out.view(STORED[piece.out_kind])
+    # glibc keeps freed memory up to twice the largest block that was freed (mallopt(3)); else each
+    # part would be handed its pages anew, which takes as long as the arithmetic
+    np.empty(KEPT_BYTES, np.uint8)
     for start in range(0, piece.n, length):
         n, first = min(length, piece.n - start), piece.first + start
         raw = tuple(held[start:][:n].view(np.uint8) for held in stored)
