@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llvmlite import binding
 
 from lewis_hub.merge import arithmetic, counting, kernels, native, plain, ranking, trimming
-from lewis_hub.merge.operands import BLOCK
+from lewis_hub.merge.operands import BLOCK, F16, F32, LANES, Piece
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.methods.random_bits import halves, stream
 
@@ -233,6 +233,23 @@ def test_the_kernel_draws_the_documented_bits(zoo):
     kept = zoo.merge(asked).tensors["a"].bool().numpy()
 
     assert np.array_equal(kept, halves(stream(7, "a", 0), n) < round(0.3 * 2**32))
+
+
+@pytest.mark.parametrize("room", [kernels, plain])
+@pytest.mark.parametrize("place", [0, plain.PART, 2 * plain.PART + 36])
+@pytest.mark.parametrize("source", [0, 1, 2])
+def test_an_entry_that_is_not_finite_is_told_by_its_source_wherever_it_lies(room, source, place):
+    n = 2 * plain.PART + 37
+    values = np.ones((3, n), np.float32)
+    out = np.zeros(4 * (n + LANES), np.uint8)
+    piece = Piece(tuple(values.view(np.uint8)), np.full(3, F32), n, 0, BLOCK, out, F16)
+    weights, one = np.full(3, 0.25, np.float32), np.float32(1)
+
+    assert room.average(piece, weights, one) == -1
+    values[source, place] = 65520  # in float16 it is infinite
+    assert room.average(piece, np.full(3, 1, np.float32), one) == 3
+    values[source, place] = np.nan
+    assert room.average(piece, weights, one) == source
 
 
 def test_without_llvmlite_the_same_arithmetic_runs_in_numpy():
