@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lewis_hub.guides import by_block  # noqa: F401 (what it imports is no part of the pass)
 from lewis_hub.guides.activations import forward
 from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate
 from lewis_hub.guides.importance import ImportanceProfile

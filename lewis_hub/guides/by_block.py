@@ -6,7 +6,7 @@ and a block, twice while it is fused; and of all texts the hidden states, masks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -145,6 +145,7 @@ def _visits(
     products: bool,
 ) -> Generator[Visit, None, None]:
     advance = shared(advance, len(made.blocks))
+    loose = loose_parameters(made.model) if products else {}
     ids = torch.tensor([sets[0].ids[0][:N_TRIED]])
     tried = Batch(ids, torch.ones_like(ids))
     with closing(made.walk()) as walk:
@@ -153,7 +154,7 @@ def _visits(
         for number, block in enumerate(walk):
             modules = dict(linears(f"{made.path}.{number}", block))
             step = partial(run_block, made, number)
-            used = _used(made, number, partial(step, trial)) if products else {}
+            used = _used(made, number, partial(step, trial), loose) if loose else {}
             if used and grouped is not alone:
                 raise OutOfStepError
             sums, watched = [], []
@@ -187,17 +188,16 @@ def run_block(made: Skeleton, number: int, flow: Flow) -> None:
         flow.step(number, made.blocks[number])
 
 
-def _used(made: Skeleton, number: int, run: Callable[[], None]) -> dict[str, Tensor]:
-    """The block's parameters that no Linear owns and that `run` multiplies."""
-    inside = f"{made.path}.{number}."
-    loose = {
-        path: parameter
-        for path, parameter in loose_parameters(made.model).items()
-        if path.startswith(inside)
-    }
-    with Products(loose) as tried:
+def _used(
+    made: Skeleton, number: int, run: Callable[[], None], loose: Collection[str]
+) -> dict[str, Tensor]:
+    """The block's parameters that no Linear owns, the `loose` ones, and that `run` multiplies."""
+    inside = f"{made.path}.{number}"
+    named = made.blocks[number].named_parameters(prefix=inside)
+    own = {path: parameter for path, parameter in named if path in loose}
+    with Products(own) as tried:
         run()
-    return {path: parameter for path, parameter in loose.items() if path in tried.used}
+    return {path: parameter for path, parameter in own.items() if path in tried.used}
 
 
 @contextmanager
