@@ -209,6 +209,7 @@ def test_the_card_tells_what_was_fitted_on_what(api, tmp_path):
     assert (
         "The weight matrices in the blocks were fitted one after the other: on calibration" in card
     )
+    assert "with other texts the merge may be far worse than without them" in card
     assert "jin2023dataless" in card
 
 

@@ -201,9 +201,10 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         yield from guidance.limits(facts.guided)
     yield from (markdown.text(note) for note in facts.notes)
     if facts.measured:
+        worse = "far worse" if facts.in_sequence else "no better"
         yield (
             "The statistics suit tasks whose prompts resemble the calibration texts; with other "
-            "texts the merge may be no better than without them."
+            f"texts the merge may be {worse} than without them."
         )
     if facts.custom_code:
         yield "It runs Python code of its base to load: read it before you trust it."
