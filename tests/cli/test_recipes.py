@@ -52,7 +52,7 @@ def test_init_merges_by_statistics_when_there_is_a_calibration_for_each_expert(t
         "org/d2",
     ]
     assert (recipe.merge_method, recipe.guide) == ("regmean", None)
-    assert recipe.parameters == {"inputs": "merged", "off_diagonal": 0.9}
+    assert recipe.parameters == {"inputs": "merged", "off_diagonal": 0.7}
 
 
 def test_init_trims_by_a_guide_when_all_experts_share_a_calibration(tmp_path):
