@@ -104,6 +104,23 @@ def test_a_chat_template_that_is_not_there_is_an_error(seeded, tmp_path):
     )
 
 
+def test_check_names_each_scored_model_that_has_no_chat_template(seeded, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(zoo_folder() / "base", base)
+    (base / "chat_template.jinja").unlink()
+    asked = recipe(TASK, EVALUATE.replace("include", "chat_template: true, include"))
+    alike = pipeline.check(asked).problems
+    without = {"base_model": ModelReference(name=str(base)), "chat_template": "chatml"}
+
+    (problem,) = pipeline.check(asked.model_copy(update=without)).problems
+
+    assert alike == ()
+    assert problem == (
+        f"evaluate.chat_template: {base} has no chat template.\n"
+        "Leave it out of `evaluate.compare`, or score without `chat_template`."
+    )
+
+
 def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
     pipeline.calibrate(recipe(TASK), tmp_path / "task")
     asked = recipe(f"dataset: zoo/reverse, {TEMPLATE}")
