@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from lewis_hub.recipe_benchmark import Benchmark
-from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.recipe_calibration import Calibration, as_scored
 from lewis_hub.recipe_gate import Gates
 from lewis_hub.recipe_settings import ApplyTo, Parameters, Part
 from lewis_hub.recipe_tokenizer import CHAT_TEMPLATES, Tokenizer
@@ -171,6 +171,9 @@ class Evaluation(Part):
     tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval task names.")
     include: str | None = Field(None, description="Folder with own lm-eval task files.")
     limit: int | None = Field(None, ge=1, description="Score the first items only.")
+    chat_template: bool = Field(
+        default=False, description="Put prompts through each model's own chat template."
+    )
     compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
         ("base", "experts", "uniform"),
         description="Scored on the same items as the merge; `uniform`: its twin without guidance.",
@@ -240,6 +243,12 @@ class Recipe(Part):
     publish: Publishing | None = None
 
     _folder: Path = PrivateAttr(default_factory=Path)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calibrated_as_scored(cls, document: Any) -> Any:
+        """A task's items go through a chat template in calibration where they do in `evaluate`."""
+        return as_scored(document)
 
     def placed_in(self, folder: Path) -> Recipe:
         """The same recipe, its relative paths looked up in `folder` first."""

@@ -1,6 +1,7 @@
 """Calibration on a task's own items, and never on those that are scored, over the embedded Hub."""
 
 import json
+import shutil
 from importlib import resources
 
 import jsonschema
@@ -73,6 +74,53 @@ def test_a_tasks_own_items_give_the_tokens_of_its_prompt_written_out(seeded, tmp
     assert (by_task.n_tokens, by_task.calibration["n_truncated"]) == (by_hand.n_tokens, 0)
 
 
+def test_calibration_goes_through_the_chat_template_that_evaluate_asks_for(seeded, tmp_path):
+    in_chat = EVALUATE.replace("include", "chat_template: true, include")
+    written = "<|begin|><|user|>Question: {question}\nAnswer:<|end|><|assistant|> {answer}"
+    rows = [json.dumps({"text": written.format(**row)}) for row in rows_of("train")]
+    (tmp_path / "written.jsonl").write_text("\n".join(rows))
+
+    by_task = measured(recipe(TASK, in_chat), tmp_path / "task").calibration
+    by_hand = measured(recipe(f"dataset: {tmp_path}/written.jsonl, text: '{{text}}'"),
+                       tmp_path / "hand").calibration  # fmt: skip
+    unlike = measured(recipe(f"{TASK}, chat_template: false", in_chat), tmp_path / "not")
+
+    assert by_task["chat_template"] is True
+    assert by_task["tokens_digest"] == by_hand["tokens_digest"]
+    plain = measured(recipe(TASK, EVALUATE), tmp_path / "plain")
+    assert unlike.calibration["tokens_digest"] == plain.calibration["tokens_digest"]
+    assert "chat_template" not in plain.calibration
+
+
+def test_a_chat_template_that_is_not_there_is_an_error(seeded, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(zoo_folder() / "base", base)
+    (base / "chat_template.jinja").unlink()
+    asked = recipe(f"{TASK}, chat_template: true")
+    asked = asked.model_copy(update={"base_model": ModelReference(name=str(base))})
+
+    assert told(asked, tmp_path / "out")[1].endswith(
+        "has no chat template.\nLeave `chat_template` out, or a source whose tokenizer has one."
+    )
+
+
+def test_check_names_each_scored_model_that_has_no_chat_template(seeded, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(zoo_folder() / "base", base)
+    (base / "chat_template.jinja").unlink()
+    asked = recipe(TASK, EVALUATE.replace("include", "chat_template: true, include"))
+    alike = pipeline.check(asked).problems
+    without = {"base_model": ModelReference(name=str(base)), "chat_template": "chatml"}
+
+    (problem,) = pipeline.check(asked.model_copy(update=without)).problems
+
+    assert alike == ()
+    assert problem == (
+        f"evaluate.chat_template: {base} has no chat template.\n"
+        "Leave it out of `evaluate.compare`, or score without `chat_template`."
+    )
+
+
 def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
     pipeline.calibrate(recipe(TASK), tmp_path / "task")
     asked = recipe(f"dataset: zoo/reverse, {TEMPLATE}")
@@ -83,7 +131,8 @@ def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
     file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
     validator = jsonschema.Draft202012Validator(json.loads(file.read_text("utf-8")))
     validator.check_schema(validator.schema)
-    for name in ("task", "dataset"):
+    pipeline.calibrate(recipe(f"{TASK}, chat_template: true"), tmp_path / "chat")
+    for name in ("task", "chat", "dataset"):
         document = json.loads((tmp_path / name / "importance.json").read_text())
         assert list(validator.iter_errors(document)) == []
         del document["sources"][0]["calibration"]["dataset_sha"]

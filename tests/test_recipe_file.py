@@ -591,3 +591,22 @@ def test_any_text_is_a_recipe_or_one_recipe_error(text):
     else:
         complaint = "r.yaml: fine"
     assert complaint.startswith("r.yaml")
+
+
+def test_calibration_on_a_task_uses_the_chat_template_where_evaluate_does_unless_it_says():
+    text = (
+        "base_model: b\nmerge_method: ties\nmodels:\n"
+        "- {model: one, calibration: {task: gsm8k}}\n"
+        "- {model: two, calibration: {task: gsm8k, chat_template: false}}\n"
+        "- {model: three, calibration: {dataset: d, text: '{t}'}}\n"
+        "guide: {calibration: {task: mmlu}}\n"
+    )
+    plain = parse_recipe(text + "evaluate: {tasks: [gsm8k]}", "recipe.yaml")
+    chat = parse_recipe(text + "evaluate: {tasks: [gsm8k], chat_template: true}", "recipe.yaml")
+
+    def told(recipe):
+        own = [entry.calibration.chat_template for entry in recipe.models]
+        return [*own, recipe.guide.calibration.chat_template]
+
+    assert told(plain) == [None, False, None, None]
+    assert told(chat) == [True, False, None, True]

@@ -35,6 +35,7 @@ RANK = 32  # of an adapter's updates, where no error is asked for
     help="Folder with own lm-eval task files.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
+@click.option("--chat-template", is_flag=True, help="Put prompts through the chat template.")
 @device_option
 @pickle_option
 @code_option
@@ -45,6 +46,7 @@ def evaluate(
     tasks: tuple[str, ...],
     include: Path | None,
     limit: int | None,
+    chat_template: bool,
     device: str,
     allow_pickle: bool,
     allow_code_execution: bool,
@@ -56,7 +58,11 @@ def evaluate(
     from lewis_hub.stages.execution import Execution
 
     evaluation = Evaluation(
-        tasks=tasks, include=str(include) if include else None, limit=limit, compare=()
+        tasks=tasks,
+        include=str(include) if include else None,
+        limit=limit,
+        chat_template=chat_template,
+        compare=(),
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     scores = steps.evaluate_model(

@@ -33,6 +33,9 @@ N_SHOWN = 20  # modules in a table; --json has them all
 @click.option("--messages", help="Column of chat messages instead of --text.")
 @click.option("--task", help="For MODEL: an lm-eval task whose items are put through its prompt.")
 @click.option("--include", help="Folder with own lm-eval task files.")
+@click.option(
+    "--chat-template", is_flag=True, default=None, help="Put the task's prompts through it."
+)
 @click.option("--split", help="Split to draw from [train].")
 @click.option("--samples", type=click.IntRange(min=1), help="Rows drawn by the seed [15].")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longer texts are cut here [512].")

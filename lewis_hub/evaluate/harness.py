@@ -78,6 +78,7 @@ def evaluate_loaded(
         if settings.batch_size is None:
             lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
+        _check_chat(lm, settings)
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
@@ -189,6 +190,12 @@ def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int) -> int
 
 def _is_text(argument: Any) -> bool:
     return isinstance(argument, str)
+
+
+def _check_chat(lm: Any, settings: EvaluationSettings) -> None:
+    if settings.chat_template and not lm.tokenizer.chat_template:
+        remedy = "Leave out `evaluate.chat_template`, or what it is compared with."
+        raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
 
 
 def _check_length(name: str, task: Any, lm: Any) -> None:

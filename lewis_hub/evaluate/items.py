@@ -1,7 +1,7 @@
 """A task's items as texts: one split through the task's own prompt, with the right answer.
 
 What is rendered is what `evaluate` would send to the model, to the letter, followed by the answer:
-few-shot examples, delimiters and choices are those of lm-eval.
+few-shot examples, delimiters, chat template and choices are those of lm-eval.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lewis_hub.evaluate.benchmarks import (
     reset_fewshot,
     told_of,
 )
+from lewis_hub.evaluate.chat import Chat
 from lewis_hub.evaluate.data import Commits
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 
@@ -51,10 +52,12 @@ class TaskRows:
 
     Attributes:
         parts: lm-eval's task object and its documents, of each task.
+        chat: the chat template that prompts go through; None: they go as they are.
     """
 
     selection: TaskSelection
     parts: tuple[tuple[Any, Any], ...]
+    chat: Chat | None = None
     columns: tuple[str, ...] = (TEXT,)
 
     def __len__(self) -> int:
@@ -72,7 +75,7 @@ class TaskRows:
     def questions(self, indices: Sequence[int]) -> list[Question]:
         """The same texts, cut where the answer begins."""
         with prepared(self.selection, {}):
-            return [_question(*self._at(index), index) for index in indices]
+            return [_question(*self._at(index), index, self.chat) for index in indices]
 
     def items(self, indices: Sequence[int]) -> list[Item]:
         """The same items, taken apart."""
@@ -99,6 +102,9 @@ def load_rows(
 ) -> TaskRows:
     """Build a task and take one split of its data.
 
+    Few-shot examples come from where the task says. One that would show items that it scores shows
+    others of the split that is taken, unless that is the scored one itself.
+
     Args:
         selection: one task or group.
         split: of its data, as the dataset calls it.
@@ -116,7 +122,11 @@ def load_rows(
             _require_text(name, task)
             with told_of(name):
                 reset_fewshot(task)
-                parts.append((task, _documents(name, task, split, allow_scored=allow_scored)))
+                documents = _documents(name, task, split, allow_scored=allow_scored)
+                if _shows_scored(task) and split != _scored_split(task):
+                    task.fewshot_cfg.split = split  # so that an item is never among its own
+                    task.sampler.replace_df(list(documents))
+                parts.append((task, documents))
     return TaskRows(selection, tuple(parts))
 
 
@@ -132,7 +142,9 @@ def scored_items(loaded: LoadedTasks) -> Iterator[Item]:
                 yield from [_item(task, document) for document in task.eval_docs]
 
 
-def scored_questions(loaded: LoadedTasks, limit: int | None) -> dict[str, list[Question]]:
+def scored_questions(
+    loaded: LoadedTasks, limit: int | None, chat: Chat | None
+) -> dict[str, list[Question]]:
     """Task -> its first `limit` scored items; tasks that are Python classes are left out.
 
     Raises:
@@ -147,7 +159,7 @@ def scored_questions(loaded: LoadedTasks, limit: int | None) -> dict[str, list[Q
                 with told_of(name):
                     reset_fewshot(task)
                     first = islice(task.eval_docs, limit)
-                    found[name] = [_question(task, one, i) for i, one in enumerate(first)]
+                    found[name] = [_question(task, one, i, chat) for i, one in enumerate(first)]
     return found
 
 
@@ -163,7 +175,7 @@ def _require_text(name: str, task: Any) -> None:
 
 def _documents(name: str, task: Any, split: str, *, allow_scored: bool) -> Any:
     config, fewshot = task.config, task.fewshot_cfg
-    scored = config.test_split or config.validation_split
+    scored = _scored_split(task)
     others = [found for found in task.dataset if found != scored]
     listed = ", ".join(f"`{found}`" for found in others)
     has = f"It has: {listed}." if others else "It has no other split: name a `dataset` instead."
@@ -178,6 +190,19 @@ def _documents(name: str, task: Any, split: str, *, allow_scored: bool) -> Any:
     return documents if process is None else process(documents)
 
 
+def _scored_split(task: Any) -> Any:
+    return task.config.test_split or task.config.validation_split
+
+
+def _shows_scored(task: Any) -> bool:
+    """Whether lm-eval takes the few-shot examples from the split that the task scores."""
+    config, fewshot = task.config, task.fewshot_cfg
+    if not config.num_fewshot or (fewshot.split is None and fewshot.samples is not None):
+        return False
+    declared = (fewshot.split, config.training_split, config.validation_split, config.test_split)
+    return bool(next(filter(None, declared), None) == _scored_split(task))
+
+
 class _Others:
     """A few-shot sampler that never shows an item its own answer."""
 
@@ -189,7 +214,7 @@ class _Others:
         return self.sampler.sample(n=n, eval_doc=self.document if among else None)
 
 
-def _question(task: Any, document: Any, index: int) -> Question:
+def _question(task: Any, document: Any, index: int, chat: Chat | None) -> Question:
     """The request that scores the right answer, or whose answer is generated, and the answer."""
     sampler = getattr(task, "sampler", None)
     with told_of(task.task_name):
@@ -200,13 +225,22 @@ def _question(task: Any, document: Any, index: int) -> Question:
         task.sampler = _Others(sampler, document)
         try:
             context = task.fewshot_context(
-                document, task.config.num_fewshot, gen_prefix=task.doc_to_prefix(document)
+                document,
+                task.config.num_fewshot,
+                apply_chat_template=chat is not None,
+                chat_template=chat,
+                gen_prefix=task.doc_to_prefix(document),
             )
         finally:
             task.sampler = sampler
-        requests = task.construct_requests(document, context, metadata=(task.task_name, index, 1))
+        requests = task.construct_requests(
+            document,
+            context,
+            apply_chat_template=chat is not None,
+            metadata=(task.task_name, index, 1),
+        )
         if task.OUTPUT_TYPE == "generate_until":
-            delimiter = _delimiter(task, document, answer)
+            delimiter = _delimiter(task, document, answer, in_chat=chat is not None)
             return Question(task.task_name, str(requests.args[0]), delimiter + answer)
         asked = requests[_gold(task, document)] if isinstance(requests, list) else requests
         *prompt, answer = map(str, asked.args)  # of a text as a whole the answer is all
@@ -244,9 +278,9 @@ def _gold(task: Any, document: Any) -> int:
     return told if isinstance(told, int) else -1
 
 
-def _delimiter(task: Any, document: Any, answer: str) -> str:
-    """Between a prompt and its answer, as lm-eval puts it in few-shot examples."""
+def _delimiter(task: Any, document: Any, answer: str, *, in_chat: bool) -> str:
+    """Between a prompt and its answer, as lm-eval puts it in few-shot examples; none in a chat."""
     prefix = task.doc_to_prefix(document)
     if not prefix:
-        return str(task.config.target_delimiter)
+        return "" if in_chat else str(task.config.target_delimiter)
     return "" if prefix[-1].isspace() or answer[0].isspace() else " "

@@ -168,7 +168,12 @@ def calibration_facts(
         seed: the recipe's.
         tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
     """
-    asked = {"text": calibration.text, "messages": calibration.messages, "task": calibration.task}
+    asked = {
+        "text": calibration.text,
+        "messages": calibration.messages,
+        "task": calibration.task,
+        "chat_template": calibration.chat_template or None,
+    }
     return {
         "measuring": MEASURING,
         **data,

@@ -82,10 +82,7 @@ class Messages:
         self._where = f"calibration on {calibration.data}, `messages`"
         self._column = calibration.messages or ""
         self._tokenizer = tokenizer
-        if not tokenizer.chat_template:
-            problem = f"the tokenizer of {tokenizer.name_or_path} has no chat template"
-            remedy = "Use `text` over plain columns, or a source whose tokenizer has one."
-            raise CalibrationError(self._where, problem, remedy)
+        _require_chat(tokenizer, self._where, "Use `text` over plain columns")
 
     def check(self, columns: Sequence[str]) -> None:
         """Refuse a column which the data does not have."""
@@ -116,9 +113,20 @@ class Messages:
 
 
 class Rendered:
-    """`task: NAME`: the rows are texts already, as the task's prompt makes them."""
+    """`task: NAME`: the rows are texts already, as the task's prompt makes them.
 
-    adds_special_tokens: ClassVar[bool] = True  # as lm-eval has the tokenizer do
+    As in lm-eval the tokenizer adds its special tokens, unless a chat template wrote the first one.
+    """
+
+    def __init__(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.adds_special_tokens = True
+        if calibration.chat_template:
+            where = f"calibration on {calibration.data}, `chat_template`"
+            _require_chat(tokenizer, where, "Leave `chat_template` out")
+            said = [{"role": "user", "content": ""}]
+            begins = str(tokenizer.apply_chat_template(said, tokenize=False))
+            start = tokenizer.bos_token
+            self.adds_special_tokens = not (start and begins.startswith(start))
 
     def check(self, columns: Sequence[str]) -> None:
         """Nothing is asked of the columns."""
@@ -162,8 +170,14 @@ def template_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) ->
         CalibrationError: the template cannot be read, or the tokenizer has no chat template.
     """
     if calibration.task:
-        return Rendered()
+        return Rendered(calibration, tokenizer)
     return Messages(calibration, tokenizer) if calibration.messages else Text(calibration)
+
+
+def _require_chat(tokenizer: PreTrainedTokenizerBase, where: str, instead: str) -> None:
+    if not tokenizer.chat_template:
+        problem = f"the tokenizer of {tokenizer.name_or_path} has no chat template"
+        raise CalibrationError(where, problem, f"{instead}, or a source whose tokenizer has one.")
 
 
 def _are_messages(value: Any) -> bool:

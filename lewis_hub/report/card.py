@@ -62,6 +62,7 @@ def _how_good(facts: CardFacts) -> dict[str, Any]:
         "paired": findings.paired_table(scores) if scores else None,
         "twins": findings.twins(scores) if scores else (),
         "harness": markdown.text(f"lm-eval {facts.software.get('lm_eval', '')}".rstrip()),
+        "in_chat": facts.scored_in_chat,
         "gate": card_section(facts.gate) if facts.gate else None,
         "gains": found.gains if found else (),
         "limits": [*(found.limits if found else ()), *_limits(facts)],

@@ -90,6 +90,7 @@ class CardFacts:
         software: name -> version, lewis_hub among them.
         stack: the slices, where blocks were stacked.
         gate: what the quality gate says; None where there is none.
+        scored_in_chat: whether prompts went through each model's chat template.
     """
 
     title: str
@@ -120,6 +121,7 @@ class CardFacts:
     in_sequence: bool = False
     notes: tuple[str, ...] = ()
     machine: Machine | None = None
+    scored_in_chat: bool = False
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -87,6 +87,7 @@ def card_facts(
         digest=locked.digest,
         software=locked.software,
         stack=stacked_blocks(recipe, inputs),
+        scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate import items
+from lewis_hub.evaluate.chat import chat_of
 from lewis_hub.guides.calibrate import CalibrationSet
 from lewis_hub.guides.importance import calibration_facts
 from lewis_hub.guides.template import template_of
@@ -58,11 +59,14 @@ def draw(
     """
     tokenizer = load_tokenizer(str(small_files(how.api, how.donor)), how.donor.name)
     rows = _rows(how, calibration, data)
+    template = template_of(calibration, tokenizer)
+    if isinstance(rows, items.TaskRows) and calibration.chat_template:
+        rows = replace(rows, chat=chat_of(tokenizer))
     tokens = calibration_tokens(rows, calibration, tokenizer, how.seed)
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
     facts = calibration_facts(calibration, _facts(data), how.seed, _tokenizer_digest(how.donor))
-    values = drawn_values(rows, template_of(calibration, tokenizer), tokens)
+    values = drawn_values(rows, template, tokens)
     return Drawn(CalibrationSet(facts | tokens.facts, tokens), values)
 
 

@@ -78,6 +78,11 @@ def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool
     return TaskSelection(evaluation.tasks, include, allow_code=allow_code)
 
 
+def settings_of(evaluation: Evaluation, device: str) -> EvaluationSettings:
+    """How its models are run."""
+    return EvaluationSettings(device=device, chat_template=evaluation.chat_template)
+
+
 def has_uniform_twin(recipe: Recipe) -> bool:
     """Whether the merge is made again, with uniform densities, to be scored beside it."""
     asked = recipe.evaluate
@@ -159,7 +164,7 @@ def score_merge(
         Candidate(label, inputs.content(source), loadable(step, source, folders, scratch))
         for label, source in others
     ]
-    settings = EvaluationSettings(device=step.execution.device)
+    settings = settings_of(asked, step.execution.device)
     run = Run(step.scored, asked.limit, settings, scratch / "scored")
     results = score([*named, *candidates], run, step.progress)
     return Scored(compare(results), results)

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from lewis_hub.evaluate.answer_loss import NAME, AnswerLoss, answer_losses, metric
+from lewis_hub.evaluate.chat import chat_of
 from lewis_hub.evaluate.compare import compare
-from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import scored_questions
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.stages.evaluation import Candidate, Run, score
+from lewis_hub.guides.tokens import load_tokenizer
+from lewis_hub.stages.evaluation import Candidate, Run, score, settings_of
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.merging import MergedModel
 
@@ -28,11 +30,13 @@ def score_both(step: Step, models: Mapping[str, MergedModel], scratch: Path) -> 
     """
     asked = step.recipe.evaluate
     assert asked
-    settings = EvaluationSettings(device=step.execution.device)
+    settings = settings_of(asked, step.execution.device)
     run = Run(step.scored, asked.limit, settings, scratch / "scored")
     candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
     results = dict(score(candidates, run, step.progress))
-    questions = scored_questions(step.scored, asked.limit)
+    merged = models["merged"].folder  # all have its tokenizer
+    chat = chat_of(load_tokenizer(str(merged), "merged")) if asked.chat_template else None
+    questions = scored_questions(step.scored, asked.limit, chat)
     n_items = len(models) * sum(map(len, questions.values()))
     with step.progress.stage("Scoring right answers", n_items, "items") as advance:
         for label, one in models.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import EvaluationError, MergeError, PublishError
@@ -10,6 +11,7 @@ from lewis_hub.evaluate.declared import require_metric
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages.evaluation import selection
@@ -17,6 +19,10 @@ from lewis_hub.stages.merging import plan
 from lewis_hub.stages.slicing import uncompared
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.tokenizers import Tokens
+from lewis_hub.vocabulary.files import KEEPERS, template_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 def refusals(
@@ -79,3 +85,27 @@ def benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:
     except EvaluationError as error:
         return [str(error)]
     return []
+
+
+def chat_refusals(recipe: Recipe, inputs: Inputs, api: HfApi) -> list[str]:
+    """Which of the models that are scored have no chat template, where prompts go through it.
+
+    An adapter's expert has its base's, and the merge what the recipe gives it.
+    """
+    asked = recipe.evaluate
+    if asked is None or not asked.chat_template:
+        return []
+    merged = inputs.donor if recipe.chat_template in (None, "auto") else None
+    base = inputs.base if "base" in asked.compare else None
+    experts = inputs.experts if "experts" in asked.compare else ()
+    scored = {one.pinned: one for one in (merged, base, *experts) if one and not one.is_adapter}
+    found = []
+    for source in scored.values():
+        files = {name: read_small(api, source, name) for name in KEEPERS}
+        there = {name: content for name, content in files.items() if content is not None}
+        if template_of(source.name, there) is None:
+            found.append(
+                f"evaluate.chat_template: {source.pinned} has no chat template.\n"
+                "Leave it out of `evaluate.compare`, or score without `chat_template`."
+            )
+    return found

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.compare import compare
-from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.hub.source import Source
@@ -17,7 +16,7 @@ from lewis_hub.recipe import Evaluation, ModelEntry, ModelReference, Recipe
 from lewis_hub.stages.checking import examine
 from lewis_hub.stages.converting import without_pickles
 from lewis_hub.stages.downloading import download
-from lewis_hub.stages.evaluation import Candidate, Run, score, selection
+from lewis_hub.stages.evaluation import Candidate, Run, score, selection, settings_of
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.merging import loadable
 from lewis_hub.stages.opening import open_model
@@ -46,7 +45,7 @@ def score_one(
     inputs = without_pickles(recipe, Inputs(None, (source,), {}), api, progress)
     (whole,) = inputs.models
     folders = download(api, inputs.models, progress)
-    settings = EvaluationSettings(device=execution.device)
+    settings = settings_of(asked, execution.device)
     with TemporaryDirectory() as scratch:
         folder = folders[whole.pinned]
         opened = open_model(api, whole)

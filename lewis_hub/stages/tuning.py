@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lewis_hub.errors import RecipeError
-from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.merge.workspace import alone_in
@@ -31,7 +30,7 @@ from lewis_hub.stages import (
     trying,
 )
 from lewis_hub.stages.calibration import Sets
-from lewis_hub.stages.evaluation import selection
+from lewis_hub.stages.evaluation import selection, settings_of
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.gathering import gather, require_possible
 from lewis_hub.stages.objective import Objective, by_answer_loss, by_metric
@@ -129,7 +128,7 @@ def tune(
     for one in corners:
         require_possible(replace(step, recipe=one))
     drawn, sets = _draw(step, asked)
-    settings = EvaluationSettings(device=execution.device)
+    settings = settings_of(recipe.evaluate, execution.device)
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lewis_hub.errors import EvaluationError, TuningError
+from lewis_hub.evaluate.chat import chat_of
 from lewis_hub.evaluate.data import free_split
 from lewis_hub.evaluate.items import TaskRows, load_rows, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
-from lewis_hub.guides.tokens import draw_rows
+from lewis_hub.guides.tokens import draw_rows, load_tokenizer
+from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Step
 from lewis_hub.stages.overlap import Values, count_overlap, item_values, overlaps
 from lewis_hub.stages.task_data import scored_commits
@@ -70,10 +72,15 @@ def draw_items(
     scoring = step.recipe.evaluate
     assert scoring
     commits = scored_commits(step.api, asked)
+    donor = step.inputs.donor
+    chat = None
+    if scoring.chat_template:
+        chat = chat_of(load_tokenizer(str(small_files(step.api, donor)), donor.name))
     drawn = []
     for name in asked.names:
         one = TaskSelection((name,), asked.include, allow_code=asked.allow_code)
         rows = load_rows(one, split, commits, allow_scored=name not in scoring.tasks)
+        rows = replace(rows, chat=chat)
         found = _passing_over(rows, n_samples, calibrated, step.recipe.seed)
         drawn.append(TuningItems(name, split, rows, *found))
         if not found[0]:

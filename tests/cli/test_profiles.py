@@ -56,6 +56,15 @@ def test_one_model_is_measured_on_a_task_or_a_dataset_and_the_two_are_compared(s
     ]
 
 
+def test_a_task_goes_through_the_chat_template_on_request(seeded, tmp_path):
+    words = ("importance", zoo_folder() / "base", "--task", "zoo_reverse", "--include", TASKS)
+
+    told = run(*words, "--samples", 2, "--chat-template", "-o", tmp_path, "--json")
+
+    (source,) = json.loads(told.stdout)["importance"]["sources"]
+    assert source["calibration"]["chat_template"] is True
+
+
 def test_a_model_measured_before_is_not_measured_again(seeded, tmp_path):
     words = ("importance", zoo_folder() / "base", "--task", "zoo_reverse", "--include", TASKS)
     run(*words, "-o", tmp_path)

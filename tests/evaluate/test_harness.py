@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks, with_prompts
 from lewis_hub.evaluate.compare import compare
@@ -196,4 +197,27 @@ def test_a_metric_that_cannot_take_the_answers_names_the_task(own_tasks, good_mo
 
     assert str(raised.value).startswith(
         "choose: lm-eval could not score the answers: ValueError: Target is multiclass but"
+    )
+
+
+def test_prompts_go_through_the_chat_template_where_that_is_asked_for(own_tasks):
+    tasks = with_prompts(load_tasks(TaskSelection(("after",), include=own_tasks), {}), 3)
+    model = zoo_folder() / "base"
+
+    plain = evaluate_model(model, tasks, CPU, ignore).tasks["after"]
+    chat = evaluate_model(model, tasks, EvaluationSettings(chat_template=True), ignore)
+
+    assert chat.tasks["after"].documents == plain.documents
+    assert not set(chat.tasks["after"].prompts) & set(plain.prompts)
+
+
+def test_a_model_without_a_chat_template_is_named(own_tasks, good_model):
+    tasks = with_prompts(load_tasks(TaskSelection(("after",), include=own_tasks), {}), 3)
+
+    with pytest.raises(EvaluationError) as caught:
+        evaluate_model(good_model, tasks, EvaluationSettings(chat_template=True), ignore)
+
+    assert str(caught.value) == (
+        f"{good_model}: has no chat template.\n"
+        "Leave out `evaluate.chat_template`, or what it is compared with."
     )

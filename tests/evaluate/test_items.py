@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
+from lewis_hub.evaluate.chat import chat_of
+from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.evaluate.items import load_rows, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.guides.tokens import load_tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUCCESSOR = {word: WORDS[(i + 1) % 10] for i, word in enumerate(WORDS)}
@@ -48,6 +55,60 @@ def test_what_is_rendered_is_what_lm_eval_sends(own_tasks):
     assert [text.rpartition(" ")[0] for text in ours] == [i.args[0] for i in after.instances]
     sent = ["".join(request.args) for request in choose.instances[:10]]  # of the first item
     assert chosen == [text for text in sent if text.endswith("say zero one")]
+
+
+def test_through_a_chat_template_it_is_what_lm_eval_sends_as_well(own_tasks, tmp_path):
+    after = (own_tasks / "after.yaml").read_text()
+    described = 'task: told\ndescription: "Count."\ngen_prefix: "It is"'
+    (tmp_path / "told.yaml").write_text(after.replace("task: after", described))
+    lm = load(zoo_folder() / "base", EvaluationSettings())
+    chat = chat_of(load_tokenizer(str(zoo_folder() / "base"), "zoo/base"))
+
+    def sent(folder, name):
+        (task,) = load_tasks(selected(folder, name), {}).tasks.values()
+        options = {"apply_chat_template": True, "chat_template": lm.apply_chat_template}
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(**options)
+        return task.instances
+
+    def ours(folder, name, *indices):
+        rows = load_rows(selected(folder, name), "test", {}, allow_scored=True)
+        return replace(rows, chat=chat).questions(indices)
+
+    (asked,) = ours(own_tasks, "after", 0)
+    assert asked.prompt == "<|begin|><|user|>after : zero<|end|><|assistant|>"
+    assert asked.answer == "one"
+    assert [one.prompt for one in ours(own_tasks, "after", *range(20))] == [
+        one.args[0] for one in sent(own_tasks, "after")
+    ]
+    (asked,) = ours(own_tasks, "choose", 0)  # two examples, and ten choices
+    assert (asked.prompt, asked.answer) == sent(own_tasks, "choose")[1].args
+    (asked,) = ours(tmp_path, "told", 0)  # its template refuses a system message
+    assert (asked.prompt, asked.answer) == (sent(tmp_path, "told")[0].args[0], " one")
+    assert asked.prompt.endswith("<|assistant|> It is")
+
+
+@pytest.mark.parametrize("declared", ["fewshot_split: test", "", "validation_split: test"])
+def test_few_shot_examples_are_none_of_the_items_that_the_task_scores(
+    own_tasks, tmp_path, declared
+):
+    for split, words in {"test": WORDS[:5], "train": WORDS[5:]}.items():
+        rows = [json.dumps({"word": word, "next": SUCCESSOR[word]}) for word in words]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    task = (own_tasks / "choose.yaml").read_text().replace(str(own_tasks), str(tmp_path))
+    task = task.replace("training_split: train", "").replace("fewshot_split: train", declared)
+    (tmp_path / "choose.yaml").write_text(task)
+    asked = TaskSelection(("choose",), tmp_path)
+
+    for index, text in enumerate(texts(load_rows(asked, "train", {}), *range(5))):
+        *shots, last = text.split("\n\n")
+        assert last == f"say {WORDS[5 + index]} {SUCCESSOR[WORDS[5 + index]]}"
+        others = [word for word in WORDS[5:] if word != WORDS[5 + index]]
+        assert len(shots) == 2
+        assert set(shots) <= {f"say {word} {SUCCESSOR[word]}" for word in others}
+    (scored,) = texts(load_rows(asked, "test", {}, allow_scored=True), 0)
+    shown = scored.split("\n\n")[:-1]  # as lm-eval shows them
+    assert set(shown) <= {f"say {word} {SUCCESSOR[word]}" for word in WORDS[1:5]}
 
 
 KINDS = {

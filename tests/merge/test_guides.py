@@ -19,8 +19,7 @@ from lewis_hub.methods.registry import methods
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.reading import read_recipe, rules
 
-GUIDES = ["activation_shift", "aim", "inverse", "lewis", "magnitude", "owl", "random", "uniform"]
-GUIDES += ["lewis_reference"]
+GUIDES = [guide.name for guide in registry.guides()]
 FILE = "model.safetensors"
 METHODS = [method.name for method in methods() if method.takes_density]
 

@@ -120,6 +120,13 @@ def test_scores_are_shown_with_paired_tests_and_limits_in_words(make_facts):
     assert limits.count("\n- ") == limits.count("\n")
 
 
+def test_the_card_says_that_prompts_went_through_chat_templates(make_facts):
+    said = ", prompts through each model's own chat template. ± is the standard error"
+
+    assert said in model_card(make_facts(scored_in_chat=True)).text
+    assert said not in model_card(make_facts()).text
+
+
 def test_gains_are_listed_under_the_scores(make_facts, make_scores):
     card = model_card(make_facts(scores=make_scores(merged=0.8, twin=0.6, p=0.01)))
 

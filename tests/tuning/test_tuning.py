@@ -115,6 +115,19 @@ def test_no_item_is_calibrated_on_or_scored(recipe_file):
         assert not {*questions} & {row["question"] for row in rows(skill, "test")}
 
 
+def test_items_go_through_the_chat_template_where_evaluate_asks_for_it(recipe_file):
+    text = recipe_file.read_text().replace("limit: 8", "limit: 8, chat_template: true")
+    recipe_file.write_text(text)
+
+    asked = Search(n_trials=2, samples=4, tasks=("zoo_reverse",))
+    tuned = tune(read_recipe(recipe_file), asked, recipe_file.parent / "tuning")
+
+    (one,) = tuned.items
+    for question in one.rows.questions(one.indices):
+        assert question.prompt.startswith("<|begin|><|user|>Question: ")
+        assert question.prompt.endswith("Answer:<|end|><|assistant|>")
+
+
 def test_a_budget_that_is_spent_begins_no_trial(recipe_file):
     with pytest.raises(TuningError, match="no trial was scored to the end"):
         tune(
