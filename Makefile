@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
-.PHONY: demo test test-all bench check fix clean
+.PHONY: demo test test-all bench evidence check fix clean
 
 demo: .venv/demo
 	$(BIN)/lewis-hub demo
@@ -26,6 +26,11 @@ bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/calibration.py $(if $(MODELS),--models $(MODELS)) $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/architectures.py --mergekit .venv/mergekit/bin/python
+
+# Hours: every row of the tables on guidance, of the zoo and of MODELS and DATA where they are given.
+evidence: .venv/dev
+	$(BIN)/python benchmarks/guidance.py evidence --dtype float32 --all
+	$(if $(MODELS),$(BIN)/python benchmarks/guidance.py evidence --models $(MODELS) --data $(DATA) --all)
 
 check: test
 

@@ -1,5 +1,6 @@
 """What guidance gains: merges of experts, by what is left of each skill, item by item.
 
+    python benchmarks/guidance.py RESULTS --all
     python benchmarks/guidance.py RESULTS --variants PATTERN ...
     python benchmarks/guidance.py RESULTS --models MODELS --data DATA --variants PATTERN ...
         [--skills NAME ...] [--split test] [--items N] [--best FAMILY ...] [--dtype bfloat16]
@@ -11,9 +12,10 @@ calibrated on 64 of its own training items in the prompt format of the test, unl
 says otherwise. Merges are made and scored one after the other in this process.
 
 PATTERN picks variants by name (`regmean 0.5*`), in that order; FAMILY picks its variant that has
-the lowest sum of losses on the tune split, after a run with `--split tune`. RESULTS keeps the
-scores of every variant, so that a run goes on where another ended; the tables, which
-`guidance_tables.py` describes, are of all that it holds of the split, of so many items.
+the lowest sum of losses on the tune split, after a run with `--split tune`. `--all` scores every
+family on the tune split, and on the test split the best of each and all that has no family.
+RESULTS keeps the scores of every variant, so that a run goes on where another ended; the tables,
+which `guidance_tables.py` describes, are of all that it holds of the split, of so many items.
 """
 
 from __future__ import annotations
@@ -132,13 +134,22 @@ def main() -> None:
     known = variants(bench)
     n_items = told.items or SIZES[told.split]
     scoring = Scoring(bench, told.results.resolve(), told.split, n_items, told.dtype)
-    tuned = Scoring(bench, told.results.resolve(), "tune", SIZES["tune"], told.dtype).found(known)
+    tuning = Scoring(bench, told.results.resolve(), "tune", SIZES["tune"], told.dtype)
+    families = list(dict.fromkeys(v.family for v in known.values() if v.family))
+    if told.all:
+        _run(tuning, known, [variant.name for variant in known.values() if variant.family])
+    tuned = tuning.found(known)
     chosen = [name for p in told.variants for name in fnmatch.filter(known, p)]
-    chosen += [best_of(family, known, tuned) for family in told.best]
-    for name in dict.fromkeys(chosen):
+    chosen += [variant.name for variant in known.values() if told.all and not variant.family]
+    chosen += [best_of(family, known, tuned) for family in (families if told.all else told.best)]
+    _run(scoring, known, chosen)
+    print(tables(bench.skills, known, scoring.found(known), tuned))
+
+
+def _run(scoring: Scoring, known: dict[str, Variant], names: Sequence[str]) -> None:
+    for name in dict.fromkeys(names):
         for seed in known[name].seeds:
             scoring.run(known[name], seed)
-    print(tables(bench.skills, known, scoring.found(known), tuned))
 
 
 def _arguments() -> argparse.Namespace:
@@ -151,6 +162,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--items", type=int, help="250 and 1000 unless said")
     parser.add_argument("--variants", nargs="*", default=[])
     parser.add_argument("--best", nargs="*", default=[])
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     return parser.parse_args()
 
