@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from lewis_hub.merge.single import singly
 from lewis_hub.stages.bringing import brought
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Execution, Folders, Step
-from lewis_hub.stages.merging import beside, plan_of
+from lewis_hub.stages.merging import beside, plan_of, say_mended
 from lewis_hub.stages.sources import widest_input
 from lewis_hub.stages.statistics import Gathered, matrices, measured, subjects_of, unknown_note
 from lewis_hub.stages.translating import translated
@@ -77,12 +78,15 @@ def fit(
     digests: dict[str, str] = json.loads((place / INDEX).read_text(encoding="utf-8"))
     tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file).tensors}
     digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    notes = _notes(planned, tensors)
+    for note in notes:
+        step.progress.say(note)
     return Gathered(
         Fitted(LABEL, digest, tensors),
         {LABEL: place},
         measured(subjects),
         tuple(one.tokens.rows for one in sets),
-        _notes(planned, tensors),
+        notes,
     )
 
 
@@ -158,7 +162,9 @@ def _run(  # noqa: PLR0913
     widest, device = widest_input(step.recipe), step.execution.device
     n_tokens = sum(one.merged.n_tokens for one in texts)
     with step.progress.stage("Fitting block by block", n_tokens, "tokens") as advance:
-        return fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+    say_mended(step, [Counter(label for label, _ in merged.mended)])
+    return files
 
 
 def _weights(subject: Subject) -> Weights:
@@ -181,6 +187,7 @@ class _Merged:
         self._planned, self._places, self._scratch = planned, places, scratch
         self._most_bytes = execution.max_shard_bytes
         self._make: Single | None = None
+        self.mended: set[tuple[str, str]] = set()  # source and fitted tensor, with NaN or infinity
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -199,7 +206,7 @@ class _Merged:
         steps = [[need for tensor in tensors for need in needed[tensor.name]] for tensors in lists]
         with (
             Window(self._places, steps, self._scratch, self._most_bytes) as window,
-            singly(self._planned, window.reader) as self._make,
+            singly(self._planned, window.reader, self.mended) as self._make,
         ):
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
