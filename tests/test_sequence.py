@@ -140,7 +140,7 @@ def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
     whole, first = merge(tmp_path / "whole"), Told("Fitting block by block", after=300)
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", progress=first)
-    done = list((tmp_path / "out.partial").rglob("fitted/*/*.safetensors"))
+    done = list((tmp_path / "out.partial").rglob("fitted/*/*/*.safetensors"))
 
     again = merge(tmp_path / "out")
 
@@ -157,6 +157,19 @@ def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_p
     found = weights(merge(tmp_path / "out", progress=told))
 
     assert "Fitting block by block" not in told.totals
+    whole = weights(merge(tmp_path / "whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_what_was_fitted_for_other_settings_does_not_stay_on_the_disk(api, tmp_path):
+    for text in (RECIPE, RECIPE.replace("0.9", "0.8")):
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "out", text, progress=Told("Merging"))
+
+    left = list((tmp_path / "out.partial").rglob("fitted.json"))
+
+    assert len(left) == 1
+    found = weights(merge(tmp_path / "out", RECIPE))
     whole = weights(merge(tmp_path / "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
@@ -291,6 +304,8 @@ def test_an_encoder_decoder_is_refused_before_a_download(tmp_path):
     with pytest.raises(NotByBlockError) as caught:
         merge(tmp_path / "out", f"{text}{data}{METHOD}")
 
+    (problem,) = lewis_hub.check(recipe(f"{text}{data}{METHOD}")).problems
+    assert problem == str(caught.value).replace("\n", " ")
     assert str(caught.value) == (
         f"{tmp_path}/base: an encoder-decoder cannot be calibrated block by block.\n"
         "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
@@ -67,8 +68,7 @@ def fit(
     """
     planned, subjects = _in_one(step, schedule), subjects_of(step, sets, folders)
     facts = _facts(planned, subjects, widest_input(step.recipe))
-    told = json.dumps(facts, sort_keys=True)
-    place = scratch / FOLDER / hashlib.sha256(told.encode()).hexdigest()[:32]
+    place = _of_recipe(step, scratch / FOLDER) / _short_digest(facts)
     place.mkdir(parents=True, exist_ok=True)
     if not (place / INDEX).exists():
         step = _sharing(step, 1 + len(subjects))
@@ -134,6 +134,25 @@ def _facts(planned: ShardPlan, subjects: Sequence[Subject], widest: int) -> dict
     """All that fixes the fitted matrices."""
     sets = [{**subject.sets[0].facts} for subject in subjects]
     return {"version": VERSION, "plan": planned.digest, "calibration": sets, "widest": widest}
+
+
+def _of_recipe(step: Step, folder: Path) -> Path:
+    """Where all that a recipe asks for lies: its merge and its uniform twin.
+
+    What an interrupted run of another recipe fitted is deleted: it may be as large as a model.
+    """
+    recipe = step.recipe.model_dump_json(exclude={"evaluate", "publish"})
+    place = folder / _short_digest(
+        [recipe, [step.inputs.content(one) for one in step.inputs.models]]
+    )
+    for other in folder.glob("*"):
+        if other != place:
+            shutil.rmtree(other)
+    return place
+
+
+def _short_digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _run(  # noqa: PLR0913
