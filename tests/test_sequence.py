@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.errors import NonFiniteError, NotByBlockError
+from lewis_hub.errors import NonFiniteError, NotByBlockError, RecipeError
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.execution import Execution
 
@@ -320,3 +320,12 @@ def test_no_other_word_is_taken_for_inputs(api):
     assert "`inputs`" in problem
     assert "`own`" in problem
     assert "`merged`" in problem
+
+
+def test_inputs_are_of_one_kind_for_all_matrices():
+    with pytest.raises(RecipeError) as caught:
+        recipe(RECIPE.replace("merged,", "[{filter: mlp, value: own}, {value: merged}],"))
+
+    assert "`parameters.inputs`: all matrices are fitted on inputs of one kind." in str(
+        caught.value
+    )
