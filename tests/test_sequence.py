@@ -281,6 +281,8 @@ def test_an_expert_of_fewer_blocks_cannot_go_beside_the_merge(api, tmp_path):
     with pytest.raises(NotByBlockError) as caught:
         merge(tmp_path / "out", text)
 
+    assert lewis_hub.check(recipe(text)).problems == (str(caught.value).replace("\n", " "),)
+    assert not list(tmp_path.glob("out*"))  # nothing was begun
     assert str(caught.value) == (
         f"{expert}: its blocks have other matrices than the merge's, so they cannot go side by "
         "side.\nSet `inputs: own` in the recipe's `parameters`: then each matrix is fitted by "

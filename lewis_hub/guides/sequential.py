@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.activations import N_TRIED, check_tokens_fit, hooked, require_finite
 from lewis_hub.guides.blocks import linears
@@ -46,6 +47,8 @@ from lewis_hub.progress import Advance, shared
 
 # the fitted tensors of a block, by how texts were grouped: sums in another order round otherwise
 DONE: dict[Grouped, str] = {batches: "{}.safetensors", alone: "unpadded-{}.safetensors"}
+
+UNLIKE = "its blocks have other matrices than the merge's, so they cannot go side by side"
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,23 @@ def fit(  # noqa: PLR0913
             return _fitted(replace(told, grouped=alone), texts, advance)
 
 
+def require_beside(merged: Skeleton, expert: Checkpoint) -> None:
+    """Refuse, by its headers, an expert that lacks a matrix of the merge's blocks.
+
+    Raises:
+        NotByBlockError: as `fit` does.
+    """
+    kept = stored_names(merged.model)
+    named = [kept.get(f"{path}.weight") for path, _ in linears(merged.path, merged.blocks)]
+    if any(name and name not in expert.tensors for name in named):
+        raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
+
+
 def _require_alike(merged: Skeleton, expert: Skeleton) -> None:
     """Refuse an expert that has other blocks, or other matrices in them."""
     paths = [{path for path, _ in linears("", one.blocks)} for one in (merged, expert)]
     if paths[0] != paths[1]:
-        problem = "its blocks have other matrices than the merge's, so they cannot go side by side"
-        raise NotByBlockError(expert.name, problem, expert.weights.remedy)
+        raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
 
 
 def _fitted(told: Fit, texts: Sequence[Texts], advance: Advance) -> list[Path]:

@@ -101,8 +101,10 @@ def require_by_block(step: Step) -> None:
     """Refuse, before any weight is downloaded, an architecture that cannot go block by block.
 
     Raises:
-        NotByBlockError: its blocks share weights, or it is an encoder-decoder.
+        NotByBlockError: its blocks share weights, it is an encoder-decoder, or an expert lacks
+            matrices of its blocks.
     """
+    from lewis_hub.guides.sequential import require_beside
     from lewis_hub.guides.skeleton import skeleton
 
     donor = step.inputs.donor
@@ -111,7 +113,9 @@ def require_by_block(step: Step) -> None:
     def parts(_: Sequence[Sequence[TensorHeader]]) -> Generator[dict[str, Tensor], None, None]:
         yield from ()
 
-    skeleton(Weights(small_files(step.api, donor), checkpoint, parts, REMEDY), "cpu")
+    made = skeleton(Weights(small_files(step.api, donor), checkpoint, parts, REMEDY), "cpu")
+    for expert in step.inputs.experts:
+        require_beside(made, step.examined.checkpoints[expert.pinned])
 
 
 def _sharing(step: Step, n_models: int) -> Step:

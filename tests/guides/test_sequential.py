@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides import sequential
 from lewis_hub.guides import skeleton as skeleton_of
 from lewis_hub.guides.grams import WIDEST
@@ -299,3 +300,15 @@ def test_a_module_that_is_handed_all_of_some_texts_alone_is_fitted_on_the_expert
 
     assert crosses["model.layers.0.mlp.up_proj.weight"] == [True, True]
     assert crosses["model.layers.0.mlp.down_proj.weight"] == [False, False]
+
+
+def test_an_expert_of_more_blocks_than_the_merge_is_refused(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
+    monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
+    tiny_model("llama").save_pretrained(folders[1])
+
+    with pytest.raises(NotByBlockError) as caught:
+        run(folders, solver(made, 0.5), tmp_path / "fitted")
+
+    assert "its blocks have other matrices than the merge's" in str(caught.value)
