@@ -7,7 +7,7 @@ Each step lives in its own file of `stages/`, which puts the recipe's words in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,7 +96,9 @@ def check(
     api = hub_api()
     inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
     loading = Loading(max_memory_bytes=max_memory_bytes)
-    return checking.examine(recipe, inputs, api, allow_code=True, loading=loading).report
+    examined = checking.examine(recipe, inputs, api, allow_code=True, loading=loading)
+    step = Step(recipe, inputs, examined, Execution(), api, Silent())
+    return replace(examined.report, problems=examined.report.problems or gathering.problems(step))
 
 
 def calibrate(

@@ -42,8 +42,7 @@ def asks_for_statistics(recipe: Recipe) -> bool:
 
 def fits_in_sequence(recipe: Recipe) -> bool:
     """Whether matrices are fitted one after the other, on what the merged model is handed."""
-    told = _values(recipe.parameters.get("inputs", ()))
-    return recipe.merge_method in STATISTICAL and "merged" in told
+    return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") == "merged"
 
 
 def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -189,6 +188,9 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield ("calibration",), problem, LEAVE_OUT
     if not asks:
         return
+    if isinstance(recipe.parameters.get("inputs"), tuple):
+        problem = "all matrices are fitted on inputs of one kind."
+        yield ("parameters", "inputs"), problem, "Write `own` or `merged`."
     what = (
         f"`{recipe.merge_method}`" if recipe.merge_method in STATISTICAL else "`trim: activation`"
     )

@@ -125,7 +125,7 @@ def watched(hub, work):
     scratch = work.with_name(f"{work.name}.stream.partial") / ".scratch"
 
     def held():
-        ranges = [*scratch.glob("ranges*"), *scratch.glob("fitted/*/ranges")]
+        ranges = [*scratch.glob("ranges*"), *scratch.glob("fitted/*/*/ranges")]
         return bytes_in(scratch / "shards", scratch / "written out", *ranges)
 
     with listening(hub, lambda *_: seen.append(held())):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from shutil import copy
+from shutil import copy, copytree
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.errors import NotByBlockError
+from lewis_hub.errors import NonFiniteError, NotByBlockError, RecipeError
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.execution import Execution
 
@@ -140,7 +140,7 @@ def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
     whole, first = merge(tmp_path / "whole"), Told("Fitting block by block", after=300)
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", progress=first)
-    done = list((tmp_path / "out.partial").rglob("fitted/*/*.safetensors"))
+    done = list((tmp_path / "out.partial").rglob("fitted/*/*/*.safetensors"))
 
     again = merge(tmp_path / "out")
 
@@ -157,6 +157,19 @@ def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_p
     found = weights(merge(tmp_path / "out", progress=told))
 
     assert "Fitting block by block" not in told.totals
+    whole = weights(merge(tmp_path / "whole"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+
+
+def test_what_was_fitted_for_other_settings_does_not_stay_on_the_disk(api, tmp_path):
+    for text in (RECIPE, RECIPE.replace("0.9", "0.8")):
+        with pytest.raises(KeyboardInterrupt):
+            merge(tmp_path / "out", text, progress=Told("Merging"))
+
+    left = list((tmp_path / "out.partial").rglob("fitted.json"))
+
+    assert len(left) == 1
+    found = weights(merge(tmp_path / "out", RECIPE))
     whole = weights(merge(tmp_path / "whole"))
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
@@ -213,12 +226,69 @@ def test_the_card_tells_what_was_fitted_on_what(api, tmp_path):
     assert "jin2023dataless" in card
 
 
+def test_check_counts_the_texts_of_each_expert_though_they_are_the_same(api):
+    data = "{dataset: zoo/reverse, text: '{question}', samples: 100_000, max_tokens: 10}"
+    text = "base_model: zoo/base\nmodels: [{model: zoo/expert-reverse}"
+    rest = f"]\n{METHOD}calibration: {data}\n"
+    one, two = f"{text}{rest}", f"{text}, {{model: zoo/expert-cipher}}{rest}"
+
+    alone, both = (lewis_hub.check(recipe(asked)).memory_bytes for asked in (one, two))
+
+    assert both - alone > 2 * 4 * 128 * 100_000 * 10  # hidden states of 128, in both models
+
+
 def test_check_counts_what_is_fitted(api):
     merged, own = (lewis_hub.check(recipe(text)) for text in (RECIPE, OWN))
 
     assert merged.problems == own.problems == ()
     assert merged.disk_bytes < own.disk_bytes
     assert merged.memory_bytes > own.memory_bytes
+
+
+def copied(name, folder, change):
+    """A model of the zoo in a folder, with other weights."""
+    copytree(zoo_folder() / name, folder)
+    found = load_file(folder / "model.safetensors")
+    save_file(change(found), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_what_is_nan_in_a_fitted_matrix_is_told_where_it_is_allowed(api, tmp_path):
+    def broken(found):
+        found[Q][0, 0], found[NORM][0] = torch.nan, torch.inf
+        return found
+
+    base, told = copied("base", tmp_path / "base", broken), Told()
+    text = RECIPE.replace("zoo/base", str(base))
+
+    merge(tmp_path / "out", text, Execution(allow_nan=True), told)
+
+    said = f"1 tensors of {base} hold NaN or infinity, which counts as the base's."
+    assert told.said.count(said) == 2  # the matrix, then the norm
+    with pytest.raises(NonFiniteError) as caught:
+        merge(tmp_path / "other", text)
+    assert "--allow-nan" in str(caught.value)
+
+
+def test_an_expert_of_fewer_blocks_cannot_go_beside_the_merge(api, tmp_path):
+    def shorter(found):
+        return {name: one for name, one in found.items() if not name.startswith("model.layers.5.")}
+
+    expert = copied("expert-cipher", tmp_path / "expert", shorter)
+    config = json.loads((expert / "config.json").read_text()) | {"num_hidden_layers": 5}
+    (expert / "config.json").write_text(json.dumps(config))
+    text = RECIPE.replace("zoo/expert-cipher", str(expert)) + "missing: base\n"
+
+    with pytest.raises(NotByBlockError) as caught:
+        merge(tmp_path / "out", text)
+
+    assert lewis_hub.check(recipe(text)).problems == (str(caught.value).replace("\n", " "),)
+    assert not list(tmp_path.glob("out*"))  # nothing was begun
+    assert str(caught.value) == (
+        f"{expert}: its blocks have other matrices than the merge's, so they cannot go side by "
+        "side.\nSet `inputs: own` in the recipe's `parameters`: then each matrix is fitted by "
+        "itself."
+    )
 
 
 def test_an_encoder_decoder_is_refused_before_a_download(tmp_path):
@@ -237,6 +307,8 @@ def test_an_encoder_decoder_is_refused_before_a_download(tmp_path):
     with pytest.raises(NotByBlockError) as caught:
         merge(tmp_path / "out", f"{text}{data}{METHOD}")
 
+    (problem,) = lewis_hub.check(recipe(f"{text}{data}{METHOD}")).problems
+    assert problem == str(caught.value).replace("\n", " ")
     assert str(caught.value) == (
         f"{tmp_path}/base: an encoder-decoder cannot be calibrated block by block.\n"
         "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
@@ -251,3 +323,12 @@ def test_no_other_word_is_taken_for_inputs(api):
     assert "`inputs`" in problem
     assert "`own`" in problem
     assert "`merged`" in problem
+
+
+def test_inputs_are_of_one_kind_for_all_matrices():
+    with pytest.raises(RecipeError) as caught:
+        recipe(RECIPE.replace("merged,", "[{filter: mlp, value: own}, {value: merged}],"))
+
+    assert "`parameters.inputs`: all matrices are fitted on inputs of one kind." in str(
+        caught.value
+    )

@@ -131,8 +131,8 @@ class Order:
         same = self._last is not None and self._last() is x and self._last_version == x._version
         calls = self.n_rows.setdefault(path, [])
         calls.append(x.numel() // x.shape[-1])
-        if len(calls) == 1 and same and self.levels:
+        if not same:
+            self.levels.append([])  # stays empty where those that are handed it were called before
+        if len(calls) == 1:
             self.levels[-1].append(path)
-        elif len(calls) == 1:
-            self.levels.append([path])
         self._last, self._last_version = weakref.ref(x), x._version

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.activations import N_TRIED, check_tokens_fit, hooked, require_finite
 from lewis_hub.guides.blocks import linears
 from lewis_hub.guides.by_block import Grouped, alone, entered, run_block
@@ -43,7 +45,10 @@ from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 from lewis_hub.guides.weights import Weights
 from lewis_hub.progress import Advance, shared
 
-DONE = "{}.safetensors"  # the fitted tensors of a block
+# the fitted tensors of a block, by how texts were grouped: sums in another order round otherwise
+DONE: dict[Grouped, str] = {batches: "{}.safetensors", alone: "unpadded-{}.safetensors"}
+
+UNLIKE = "its blocks have other matrices than the merge's, so they cannot go side by side"
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Fit:
         kept: parameter of the merged model -> tensor of the checkpoint.
         folder: for the tensors of each block.
         widest: inputs of one matrix.
+        grouped: `batches`; or `alone`, where a module has not a row for each place of a batch.
     """
 
     merged: Skeleton
@@ -98,6 +104,7 @@ class Fit:
     solve: Solve
     folder: Path
     widest: int
+    grouped: Grouped
 
 
 def fit(  # noqa: PLR0913
@@ -125,30 +132,50 @@ def fit(  # noqa: PLR0913
 
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
-        NotByBlockError: one cannot be run block by block.
+        NotByBlockError: one cannot be run block by block, or not beside the merged model.
     """
     made, experts = skeleton(merged, device), [skeleton(one.weights, device) for one in texts]
     for expert, one in zip(experts, texts, strict=True):
         check_tokens_fit(expert.model, expert.name, one.own)
-    told = Fit(made, experts, stored_names(made.model), solve, folder, widest)
+        _require_alike(made, expert)
+    told = Fit(made, experts, stored_names(made.model), solve, folder, widest, batches)
     widths = {n_inputs(module) for _, module in linears(made.path, made.blocks)}
     with threads(whole_shares(widths, torch.get_num_threads())):
         try:
-            return _fitted(told, texts, batches, advance)
+            return _fitted(told, texts, advance)
         except OutOfStepError:
-            return _fitted(told, texts, alone, advance)
+            return _fitted(replace(told, grouped=alone), texts, advance)
 
 
-def _fitted(told: Fit, texts: Sequence[Texts], grouped: Grouped, advance: Advance) -> list[Path]:
+def require_beside(merged: Skeleton, expert: Checkpoint) -> None:
+    """Refuse, by its headers, an expert that lacks a matrix of the merge's blocks.
+
+    Raises:
+        NotByBlockError: as `fit` does.
+    """
+    kept = stored_names(merged.model)
+    named = [kept.get(f"{path}.weight") for path, _ in linears(merged.path, merged.blocks)]
+    if any(name and name not in expert.tensors for name in named):
+        raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
+
+
+def _require_alike(merged: Skeleton, expert: Skeleton) -> None:
+    """Refuse an expert that has other blocks, or other matrices in them."""
+    paths = [{path for path, _ in linears("", one.blocks)} for one in (merged, expert)]
+    if paths[0] != paths[1]:
+        raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
+
+
+def _fitted(told: Fit, texts: Sequence[Texts], advance: Advance) -> list[Path]:
     advance = shared(advance, len(told.merged.blocks))
     files = []
     with ExitStack() as opened:
         walks = [opened.enter_context(closing(one.walk())) for one in (told.merged, *told.experts)]
         for walk in walks:
             next(walk)
-        trial, pairs = _entered(told, texts, grouped)
+        trial, pairs = _entered(told, texts)
         for number, _ in enumerate(zip(*walks, strict=True)):
-            file = told.folder / DONE.format(number)
+            file = told.folder / DONE[told.grouped].format(number)
             if file.exists():
                 _put(told, number, load_file(file))
             elif found := _fit_block(told, number, trial, pairs):
@@ -164,14 +191,15 @@ def _fitted(told: Fit, texts: Sequence[Texts], grouped: Grouped, advance: Advanc
     return files
 
 
-def _entered(told: Fit, texts: Sequence[Texts], grouped: Grouped) -> tuple[Flow, list[list[Pair]]]:
+def _entered(told: Fit, texts: Sequence[Texts]) -> tuple[Flow, list[list[Pair]]]:
     """A few tokens in the merged model; and of each expert all texts, in both."""
     ids = torch.tensor([texts[0].merged.ids[0][:N_TRIED]])
     tried = Batch(ids, torch.ones_like(ids))
-    [trial], *merged = entered(told.merged, [[tried], *(list(grouped(t.merged)) for t in texts)])
+    groups = [[tried], *(list(told.grouped(one.merged)) for one in texts)]
+    [trial], *merged = entered(told.merged, groups)
     pairs = []
     for expert, one, flows in zip(told.experts, texts, merged, strict=True):
-        [own] = entered(expert, [list(grouped(one.own))])
+        [own] = entered(expert, [list(told.grouped(one.own))])
         pairs.append([Pair(*both) for both in zip(own, flows, strict=True)])
     return trial, pairs
 
@@ -185,18 +213,33 @@ def _fit_block(
     """
     modules = dict(linears("", told.merged.blocks[number]))
     levels = _levels(told, number, trial)
-    apart = modules.keys() - {path for level in levels for path in level}
-    found: dict[str, Tensor] = {}
     each = list(zip(told.experts, pairs, strict=True))
-    if apart:
-        alone = [_seen_apart(told, number, expert, own, apart) for expert, own in each]
-        for path in (path for path in modules if path in apart):
-            seen = [one[path] for one in alone if path in one]
-            found |= _solved(told, number, path, seen) if len(seen) == len(alone) else {}
+    apart = modules.keys() - {path for level in levels for path in level}
+    found = _fit_apart(told, number, each, [path for path in modules if path in apart])
     for level in levels:
-        seen = [_seen(told, number, expert, own, level[0]) for expert, own in each]
-        for path in level:
-            found |= _solved(told, number, path, seen)
+        try:
+            seen = [_seen(told, number, expert, own, level[0]) for expert, own in each]
+        except OutOfStepError:
+            if told.grouped is not alone:
+                raise
+            found |= _fit_apart(told, number, each, level)  # it is handed chosen tokens after all
+        else:
+            for path in level:
+                found |= _solved(told, number, path, seen)
+    return found
+
+
+def _fit_apart(
+    told: Fit, number: int, each: Sequence[tuple[Skeleton, Sequence[Pair]]], paths: Sequence[str]
+) -> dict[str, Tensor]:
+    """Fit modules of a block on what the experts' own are handed; where a token reaches each."""
+    if not paths:
+        return {}
+    found: dict[str, Tensor] = {}
+    own = [_seen_apart(told, number, expert, texts, paths) for expert, texts in each]
+    for path in paths:
+        seen = [one[path] for one in own if path in one]
+        found |= _solved(told, number, path, seen) if len(seen) == len(own) else {}
     return found
 
 

@@ -10,7 +10,7 @@ from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.merge.assembled import assembling
 from lewis_hub.merge.definition import Moments, merge_by_definition
 from lewis_hub.merge.engine import open_source
-from lewis_hub.merge.mending import mending
+from lewis_hub.merge.mending import MendingReader, mending
 from lewis_hub.merge.plan import ShardPlan
 
 if TYPE_CHECKING:
@@ -20,12 +20,16 @@ Single = Callable[[str, Moments | None], "Tensor"]
 
 
 @contextmanager
-def singly(plan: ShardPlan, reader: Callable[[str], Reader]) -> Iterator[Single]:
+def singly(
+    plan: ShardPlan, reader: Callable[[str], Reader], mended: set[tuple[str, str]]
+) -> Iterator[Single]:
     """Make tensors of a shard one by one, in any order; the sources are open meanwhile.
 
     Args:
         plan: of the shard.
         reader: opens the files of a label.
+        mended: takes the label of each source that holds NaN or infinity, and the tensor; of those
+            that are made with moments.
 
     Yields:
         What makes a tensor by its name, in the output's dtype: with the moments of its inputs where
@@ -48,6 +52,11 @@ def singly(plan: ShardPlan, reader: Callable[[str], Reader]) -> Iterator[Single]
             if moments is None:
                 unknown = Moments([None] * len(tensor.weights))
                 return merge_by_definition(plan, tensor, sources, unknown)
+            mended.update(
+                (plan.labels[number], name)
+                for number, one in zip(tensor.sources, found, strict=True)
+                if isinstance(one, MendingReader) and one.has_mended
+            )
             known = next(gram for gram in moments.grams if gram is not None)
             there = [source.to(known.device) for source in sources]
             return merge_by_definition(plan, tensor, there, moments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lewis_hub.errors import CalibrationError
 from lewis_hub.guides.calibrate import CalibrationSet
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.recipe_rules import fits_in_sequence
@@ -22,6 +23,15 @@ def require_possible(step: Step) -> None:
     """
     if fits_in_sequence(step.recipe):
         sequence.require_by_block(step)
+
+
+def problems(step: Step) -> tuple[str, ...]:
+    """What `require_possible` refuses, in one sentence after the other."""
+    try:
+        require_possible(step)
+    except CalibrationError as error:
+        return (" ".join(str(error).split("\n")),)
+    return ()
 
 
 def gather(  # noqa: PLR0913

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lewis_hub.checkpoint import names
@@ -13,7 +13,8 @@ from lewis_hub.guides import registry
 from lewis_hub.guides.calibrate import SUMMARIES
 from lewis_hub.guides.registry import WITHOUT_TEXTS
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages.sources import Inputs, calibrations, measures_on_texts
+from lewis_hub.recipe_calibration import Calibration
+from lewis_hub.stages.sources import Inputs, measures_on_texts
 
 WIDTH = 4  # bytes of a float32
 
@@ -72,9 +73,9 @@ def blocks_bytes(checkpoint: Checkpoint) -> int:
     return outside + 2 * max(blocks.values(), default=0)
 
 
-def texts_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """Bytes at most of the hidden states of all calibration texts at once, of the base's."""
-    n_tokens = sum(one.samples * one.max_tokens for one in set(calibrations(recipe)))
+def texts_bytes(drawn: Iterable[Calibration], checkpoint: Checkpoint) -> int:
+    """Bytes at most of the hidden states of all texts at once that are drawn, of the base's."""
+    n_tokens = sum(one.samples * one.max_tokens for one in drawn)
     return WIDTH * _width(checkpoint) * n_tokens
 
 

@@ -239,15 +239,18 @@ def _write(
     planned = planned.allowing_nan if step.execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
         found = run(planned, folders, output, means, advance)
-    say_mended(step, found)
+    say_mended(step, (result.mended for result in found.values()))
     return found
 
 
-def say_mended(step: Step, found: Mapping[str, ShardResult]) -> None:
-    """Tell which sources hold NaN or infinity, where that is allowed."""
+def say_mended(step: Step, found: Iterable[Mapping[str, int]]) -> None:
+    """Tell which sources hold NaN or infinity, where that is allowed; `found` in how many tensors.
+
+    Of tensors that an earlier run made nothing is told.
+    """
     mended = Counter[str]()
-    for result in found.values():
-        mended.update(result.mended)
+    for one in found:
+        mended.update(one)
     for label, n_tensors in mended.items():
         step.progress.say(
             f"{n_tensors} tensors of {label} hold NaN or infinity, which counts as the base's."

@@ -19,7 +19,13 @@ from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.stages.evaluation import has_uniform_twin, n_twins
 from lewis_hub.stages.loading import Loading, blocks_bytes, texts_bytes
 from lewis_hub.stages.merging import loaded
-from lewis_hub.stages.sources import Inputs, measures_on_texts, needs_grams, widest_input
+from lewis_hub.stages.sources import (
+    Inputs,
+    calibrations,
+    measures_on_texts,
+    needs_grams,
+    widest_input,
+)
 
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
@@ -183,7 +189,8 @@ def _measuring_bytes(
         if loading.is_by_block(one):
             n_blocks = len({names.block(name) for name in one.tensors} - {None})
             held_bytes //= max(n_blocks, 1)
-            found.append(blocks_bytes(one) + texts_bytes(recipe, one) + held_bytes)
+            texts = texts_bytes(set(calibrations(recipe)), one)
+            found.append(blocks_bytes(one) + texts + held_bytes)
         else:
             model_bytes = 4 * sum(t.n_elements for t in one.tensors.values())
             with_grams = model_bytes + min(HELD_BYTES, held_bytes)
@@ -192,10 +199,10 @@ def _measuring_bytes(
 
 
 def _fitting_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
-    """Blocks of all models at once, all texts twice, and moments of two kinds.
+    """Blocks of all models at once, each expert's texts twice, and moments of two kinds.
 
     `checkpoints` are the output's and those of all sources.
     """
     blocks = sum(map(blocks_bytes, checkpoints))
-    texts = 2 * max(texts_bytes(recipe, one) for one in checkpoints)
+    texts = 2 * max(texts_bytes(calibrations(recipe), one) for one in checkpoints)
     return TORCH_BYTES + blocks + texts + 2 * _solving_bytes(checkpoints[0], len(checkpoints))

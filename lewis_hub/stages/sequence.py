@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from lewis_hub.merge.single import singly
 from lewis_hub.stages.bringing import brought
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Execution, Folders, Step
-from lewis_hub.stages.merging import beside, plan_of
+from lewis_hub.stages.merging import beside, plan_of, say_mended
 from lewis_hub.stages.sources import widest_input
 from lewis_hub.stages.statistics import Gathered, matrices, measured, subjects_of, unknown_note
 from lewis_hub.stages.translating import translated
@@ -66,8 +68,7 @@ def fit(
     """
     planned, subjects = _in_one(step, schedule), subjects_of(step, sets, folders)
     facts = _facts(planned, subjects, widest_input(step.recipe))
-    told = json.dumps(facts, sort_keys=True)
-    place = scratch / FOLDER / hashlib.sha256(told.encode()).hexdigest()[:32]
+    place = _of_recipe(step, scratch / FOLDER) / _short_digest(facts)
     place.mkdir(parents=True, exist_ok=True)
     if not (place / INDEX).exists():
         step = _sharing(step, 1 + len(subjects))
@@ -77,12 +78,15 @@ def fit(
     digests: dict[str, str] = json.loads((place / INDEX).read_text(encoding="utf-8"))
     tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file).tensors}
     digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    notes = _notes(planned, tensors)
+    for note in notes:
+        step.progress.say(note)
     return Gathered(
         Fitted(LABEL, digest, tensors),
         {LABEL: place},
         measured(subjects),
         tuple(one.tokens.rows for one in sets),
-        _notes(planned, tensors),
+        notes,
     )
 
 
@@ -97,8 +101,10 @@ def require_by_block(step: Step) -> None:
     """Refuse, before any weight is downloaded, an architecture that cannot go block by block.
 
     Raises:
-        NotByBlockError: its blocks share weights, or it is an encoder-decoder.
+        NotByBlockError: its blocks share weights, it is an encoder-decoder, or an expert lacks
+            matrices of its blocks.
     """
+    from lewis_hub.guides.sequential import require_beside
     from lewis_hub.guides.skeleton import skeleton
 
     donor = step.inputs.donor
@@ -107,7 +113,9 @@ def require_by_block(step: Step) -> None:
     def parts(_: Sequence[Sequence[TensorHeader]]) -> Generator[dict[str, Tensor], None, None]:
         yield from ()
 
-    skeleton(Weights(small_files(step.api, donor), checkpoint, parts, REMEDY), "cpu")
+    made = skeleton(Weights(small_files(step.api, donor), checkpoint, parts, REMEDY), "cpu")
+    for expert in step.inputs.experts:
+        require_beside(made, step.examined.checkpoints[expert.pinned])
 
 
 def _sharing(step: Step, n_models: int) -> Step:
@@ -130,6 +138,25 @@ def _facts(planned: ShardPlan, subjects: Sequence[Subject], widest: int) -> dict
     """All that fixes the fitted matrices."""
     sets = [{**subject.sets[0].facts} for subject in subjects]
     return {"version": VERSION, "plan": planned.digest, "calibration": sets, "widest": widest}
+
+
+def _of_recipe(step: Step, folder: Path) -> Path:
+    """Where all that a recipe asks for lies: its merge and its uniform twin.
+
+    What an interrupted run of another recipe fitted is deleted: it may be as large as a model.
+    """
+    recipe = step.recipe.model_dump_json(exclude={"evaluate", "publish"})
+    place = folder / _short_digest(
+        [recipe, [step.inputs.content(one) for one in step.inputs.models]]
+    )
+    for other in folder.glob("*"):
+        if other != place:
+            shutil.rmtree(other)
+    return place
+
+
+def _short_digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _run(  # noqa: PLR0913
@@ -158,7 +185,9 @@ def _run(  # noqa: PLR0913
     widest, device = widest_input(step.recipe), step.execution.device
     n_tokens = sum(one.merged.n_tokens for one in texts)
     with step.progress.stage("Fitting block by block", n_tokens, "tokens") as advance:
-        return fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+    say_mended(step, [Counter(label for label, _ in merged.mended)])
+    return files
 
 
 def _weights(subject: Subject) -> Weights:
@@ -181,6 +210,7 @@ class _Merged:
         self._planned, self._places, self._scratch = planned, places, scratch
         self._most_bytes = execution.max_shard_bytes
         self._make: Single | None = None
+        self.mended: set[tuple[str, str]] = set()  # source and fitted tensor, with NaN or infinity
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -199,7 +229,7 @@ class _Merged:
         steps = [[need for tensor in tensors for need in needed[tensor.name]] for tensors in lists]
         with (
             Window(self._places, steps, self._scratch, self._most_bytes) as window,
-            singly(self._planned, window.reader) as self._make,
+            singly(self._planned, window.reader, self.mended) as self._make,
         ):
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}

@@ -186,7 +186,7 @@ def _make(
     shards.mkdir(exist_ok=True)
     made = planned.allowing_nan if step.execution.allow_nan else planned
     sent = _send_all(step, made, shards, asked, destination)
-    merging.say_mended(step, sent.results)
+    merging.say_mended(step, (result.mended for result in sent.results.values()))
     results = {layout.name: sent.results[layout.name] for layout in planned.layouts}
     results |= write_index(planned, model)
     return merging.beside(step, planned, results, folders, model), sent.additions

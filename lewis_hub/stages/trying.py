@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -14,7 +13,7 @@ from lewis_hub.errors import MergeError
 from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.progress import Advance, Progress, Silent
 from lewis_hub.recipe import Recipe
-from lewis_hub.stages import calibration, merging, search_space, sequence, study
+from lewis_hub.stages import calibration, merging, search_space, study
 from lewis_hub.stages.calibration import Guidance, Sets
 from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.gathering import gather
@@ -115,7 +114,6 @@ def merge(tuner: Tuner, values: Values, folder: str) -> MergedModel:
     guided = guidance(tuner, recipe, Silent()) if recipe.guide else None
     step = replace(tuner.step, recipe=recipe, progress=Silent())
     schedule = guided.schedule if guided else None
-    shutil.rmtree(tuner.scratch / sequence.FOLDER, ignore_errors=True)  # of the trial before
     known = gather(step, tuner.sets, tuner.folders, tuner.scratch, schedule, tuner.output)
     folders = {**tuner.folders, **known.folders}
     output = tuner.scratch / folder

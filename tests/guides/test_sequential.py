@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lewis_hub.errors import NotByBlockError
+from lewis_hub.guides import sequential
+from lewis_hub.guides import skeleton as skeleton_of
 from lewis_hub.guides.grams import WIDEST
+from lewis_hub.guides.recording import Order
 from lewis_hub.guides.sequential import Texts, fit
 from lewis_hub.guides.weights import in_folder
 from lewis_hub.methods.regmean import RIDGE, regmean
 
+from . import conftest
 from .conftest import tiny_model, tokens_of
 
 LEVELS = {  # of each block, in the order in which they run; mamba takes dt_proj by its weight
@@ -226,3 +233,82 @@ def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, m
 
     assert "model.layers.0.mlp.up_proj.weight" not in found
     assert "model.layers.0.mlp.gate_proj.weight" in found
+
+
+def test_a_module_is_of_the_level_whose_very_tensor_it_is_handed_though_another_had_it_before():
+    x, y, z = (torch.ones(2, 3) for _ in range(3))
+    order = Order()
+
+    for path, handed in [("twice", x), ("other", y), ("twice", z), ("last", z)]:
+        order.see(path, handed)
+
+    assert [level for level in order.levels if level] == [["twice"], ["other"], ["last"]]
+    assert order.n_rows == {"twice": [2, 2], "other": [2], "last": [2]}
+
+
+def every_other_block_routes(model):
+    """Blocks 1, 3, ... of a model, as in decoders of which only some have experts."""
+    for number, block in enumerate(model.model.layers):
+        if number % 2:
+            block.mlp.forward = partial(routed, block.mlp)
+
+
+def test_an_interrupted_fit_comes_out_the_same_where_texts_have_to_run_without_padding(
+    models, tmp_path, monkeypatch
+):
+    deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
+    monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
+    made, folders = models("llama")
+    empty = skeleton_of.skeleton
+
+    def built(weights, device):
+        found = empty(weights, device)
+        every_other_block_routes(found.model)
+        return found
+
+    monkeypatch.setattr(sequential, "skeleton", built)
+    whole = run(folders, solver(made, 0.5), tmp_path / "whole")
+    part = tmp_path / "part"
+
+    def stopping(tensor, seen, transposed):
+        if tensor.startswith("model.layers.2."):
+            raise KeyboardInterrupt
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folders, stopping, part)
+    found = run(folders, solver(made, 0.5), part)
+
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_module_that_is_handed_all_of_some_texts_alone_is_fitted_on_the_experts_own(
+    models, tmp_path, monkeypatch
+):
+    def choosy(mlp, x):  # the few tokens that are tried are of the first text, of seven
+        return routed(mlp, x) if x.shape[1] < 7 else mlp.down_proj(mlp.up_proj(x))
+
+    made, folders = models("llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", choosy)
+    crosses = {}
+
+    def solve(tensor, seen, transposed):
+        crosses[tensor] = [one.cross is None for one in seen]
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    run(folders, solve, tmp_path / "fitted")
+
+    assert crosses["model.layers.0.mlp.up_proj.weight"] == [True, True]
+    assert crosses["model.layers.0.mlp.down_proj.weight"] == [False, False]
+
+
+def test_an_expert_of_more_blocks_than_the_merge_is_refused(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
+    monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
+    tiny_model("llama").save_pretrained(folders[1])
+
+    with pytest.raises(NotByBlockError) as caught:
+        run(folders, solver(made, 0.5), tmp_path / "fitted")
+
+    assert "its blocks have other matrices than the merge's" in str(caught.value)
