@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint import names
+from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.calibrate import Subject
 from lewis_hub.progress import Advance, shared
@@ -253,7 +254,6 @@ def _write(
         kept: parameter -> its tensor in the checkpoint.
         folder: for the files.
     """
-    from safetensors.torch import save_file
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, ModuleGram] = {}
@@ -269,5 +269,24 @@ def _write(
         module = names.module(kept[f"{path}.weight"])
         found[module] = ModuleGram(file, owner, isinstance(modules[path], Conv1D), one.n_tokens)
     for file, tensors in held.items():
-        save_file(tensors, folder / file)
+        save_whole(tensors, folder / file)
     return found
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file of safetensors so that a reader finds all of it or nothing.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    new = path.with_name(path.name + ".new")
+    try:
+        save_file(dict(tensors), new)
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        new.unlink(missing_ok=True)
+        remedy = "Free some space, then run again."
+        raise OutputError(str(path), f"it cannot be written ({error}).", remedy) from None

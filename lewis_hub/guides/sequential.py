@@ -12,32 +12,25 @@ level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import NotByBlockError
-from lewis_hub.guides.activations import N_TRIED, check_tokens_fit, hooked, require_finite
+from lewis_hub.guides.activations import N_TRIED, check_tokens_fit
 from lewis_hub.guides.blocks import linears
 from lewis_hub.guides.by_block import Grouped, alone, entered, run_block
 from lewis_hub.guides.flow import Flow
-from lewis_hub.guides.grams import n_inputs, products, second_moments
-from lewis_hub.guides.recording import (
-    First,
-    HandedError,
-    InputSum,
-    Order,
-    OutOfStepError,
-    Recorder,
-)
+from lewis_hub.guides.grams import n_inputs, save_whole
+from lewis_hub.guides.handed import Pair, Seen, levels, seen_apart, seen_beside
+from lewis_hub.guides.recording import OutOfStepError
 from lewis_hub.guides.skeleton import Skeleton, skeleton
 from lewis_hub.guides.stored import stored_names
 from lewis_hub.guides.threads import threads, whole_shares
@@ -49,19 +42,6 @@ from lewis_hub.progress import Advance, shared
 DONE: dict[Grouped, str] = {batches: "{}.safetensors", alone: "unpadded-{}.safetensors"}
 
 UNLIKE = "its blocks have other matrices than the merge's, so they cannot go side by side"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one Linear is handed on one expert's texts: (n_parts, width, width) float32 each.
-
-    Attributes:
-        gram: E[x x^T].
-        cross: E[z x^T]; None: z is x.
-    """
-
-    gram: Tensor
-    cross: Tensor | None = None
 
 
 # (tensor of the checkpoint, of each expert what was seen, whether it lies as (in, out)) -> the
@@ -76,14 +56,6 @@ class Texts:
     weights: Weights
     own: CalibrationTokens
     merged: CalibrationTokens
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The same texts in an expert and in the merged model, before the same block."""
-
-    own: Flow
-    merged: Flow
 
 
 @dataclass(frozen=True)
@@ -179,8 +151,7 @@ def _fitted(told: Fit, texts: Sequence[Texts], advance: Advance) -> list[Path]:
             if file.exists():
                 _put(told, number, load_file(file))
             elif found := _fit_block(told, number, trial, pairs):
-                save_file(found, file.with_suffix(".new"))
-                file.with_suffix(".new").replace(file)
+                save_whole(found, file)
             files += [file] if file.exists() else []
             run_block(told.merged, number, trial)
             for expert, own_pairs in zip(told.experts, pairs, strict=True):
@@ -212,13 +183,16 @@ def _fit_block(
     All texts stay before the block.
     """
     modules = dict(linears("", told.merged.blocks[number]))
-    levels = _levels(told, number, trial)
+    in_order = levels(told.merged, number, trial)
     each = list(zip(told.experts, pairs, strict=True))
-    apart = modules.keys() - {path for level in levels for path in level}
+    apart = modules.keys() - {path for level in in_order for path in level}
     found = _fit_apart(told, number, each, [path for path in modules if path in apart])
-    for level in levels:
+    for level in in_order:
         try:
-            seen = [_seen(told, number, expert, own, level[0]) for expert, own in each]
+            seen = [
+                seen_beside((told.merged, expert), number, own, level[0], told.widest)
+                for expert, own in each
+            ]
         except OutOfStepError:
             if told.grouped is not alone:
                 raise
@@ -236,7 +210,7 @@ def _fit_apart(
     if not paths:
         return {}
     found: dict[str, Tensor] = {}
-    own = [_seen_apart(told, number, expert, texts, paths) for expert, texts in each]
+    own = [seen_apart(expert, number, texts, paths, told.widest) for expert, texts in each]
     for path in paths:
         seen = [one[path] for one in own if path in one]
         found |= _solved(told, number, path, seen) if len(seen) == len(own) else {}
@@ -260,71 +234,3 @@ def _put(told: Fit, number: int, found: Mapping[str, Tensor]) -> None:
     for name, parameter in told.merged.blocks[number].named_parameters(prefix=inside):
         if (tensor := told.kept.get(name, "")) in found:
             parameter.data.copy_(found[tensor])
-
-
-def _levels(told: Fit, number: int, trial: Flow) -> list[list[str]]:
-    """The Linears that see every token once, in the order in which they are called.
-
-    Those that are handed the very same tensor are one level.
-    """
-    order = Order()
-    with hooked(dict(linears("", told.merged.blocks[number])), order):
-        run_block(told.merged, number, replace(trial))
-    n_tokens = trial.batch.input_ids.numel()
-    paired = [[path for path in one if order.n_rows[path] == [n_tokens]] for one in order.levels]
-    return [level for level in paired if level]
-
-
-def _seen(told: Fit, number: int, expert: Skeleton, pairs: Sequence[Pair], path: str) -> Seen:
-    """What a Linear is handed in the merged model, and beside it in an expert."""
-    gram: Tensor | None = None
-    cross: Tensor | None = None
-    n_tokens = 0
-    for pair in pairs:
-        x = _handed(told.merged, number, pair.merged, path)
-        z = _handed(expert, number, pair.own, path)
-        added = products(x, x, told.widest), products(z, x, told.widest)
-        gram, cross = (
-            one if sums is None else sums + one
-            for sums, one in zip((gram, cross), added, strict=True)
-        )
-        n_tokens += len(x)
-    assert gram is not None
-    assert cross is not None
-    whole = f"{told.merged.path}.{number}.{path}"
-    require_finite({whole: InputSum(gram, n_tokens)}, told.merged.name)
-    require_finite({whole: InputSum(cross, n_tokens)}, expert.name)
-    return Seen(gram / n_tokens, cross / n_tokens)
-
-
-def _seen_apart(
-    told: Fit, number: int, expert: Skeleton, pairs: Sequence[Pair], paths: Collection[str]
-) -> dict[str, Seen]:
-    """What an expert's own modules are handed, of those that a token reaches."""
-    recorder = Recorder(partial(second_moments, widest=told.widest))
-    modules = dict(linears("", expert.blocks[number]))
-    with hooked({path: modules[path] for path in paths}, recorder):
-        for pair in pairs:
-            recorder.start(pair.own.batch)
-            run_block(expert, number, replace(pair.own))
-            recorder.finish()
-    require_finite(recorder.totals, expert.name)
-    return {path: Seen(one.mean()) for path, one in recorder.totals.items()}
-
-
-def _handed(made: Skeleton, number: int, flow: Flow, path: str) -> Tensor:
-    """The input of a Linear of a block, (n_tokens, in_features), of the tokens that count.
-
-    The texts stay before the block, of which no more is run than it takes.
-    """
-    first = First()
-    module = dict(linears("", made.blocks[number]))[path]
-    with hooked({path: module}, first):
-        try:
-            run_block(made, number, replace(flow))
-        except HandedError as handed:
-            x, mask = handed.x, flow.batch.attention_mask.flatten().bool()
-            rows = x.detach().reshape(-1, x.shape[-1])
-            if len(rows) == len(mask):
-                return rows[mask.to(rows.device)]
-    raise OutOfStepError

@@ -35,7 +35,7 @@ from lewis_hub.stages.translating import translated
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lewis_hub.guides.sequential import Seen
+    from lewis_hub.guides.handed import Seen
     from lewis_hub.merge.single import Single
 
 VERSION = 1  # of the arithmetic

@@ -1,9 +1,12 @@
+import resource
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lewis_hub.errors import OutputError
 from lewis_hub.guides import grams
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import (
@@ -146,3 +149,19 @@ def test_long_inputs_are_cut_into_equal_parts(n, widest, n_tokens, seed):
     for number, part in enumerate(found):
         inside = slice(number * width, (number + 1) * width)
         torch.testing.assert_close(part.double(), whole[inside, inside], rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            grams.save_whole({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/block.safetensors: it cannot be written (")
+    assert "File too large" in said
+    assert said.endswith("Free some space, then run again.")
+    assert list(tmp_path.iterdir()) == []
