@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from shutil import copy, copytree
 
 import pytest
 import torch
+from by_statistics import (
+    DOWN,
+    GUIDE,
+    MODELS,
+    NORM,
+    Q,
+    Told,
+    merge,
+    recipe,
+    weights,
+    write_adapter,
+    zoo_weights,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import NonFiniteError, NotByBlockError, RecipeError
-from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.execution import Execution
 
-TEXT = '"Question: {question}\\nAnswer: {answer}"'
-RECIPE = f"""base_model: zoo/base
-models:
-  - model: zoo/expert-reverse
-    calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}
-  - model: zoo/expert-cipher
-    calibration: {{dataset: zoo/cipher, text: {TEXT}, samples: 32}}
-"""
 METHOD = "merge_method: regmean\nparameters: {inputs: merged, off_diagonal: 0.9}\n"
-RECIPE += METHOD
+RECIPE = MODELS + METHOD
 OWN = RECIPE.replace("inputs: merged, ", "")
-GUIDE = "guide: {name: lewis}\n"
-LAYER = "model.layers.1."
-Q, DOWN = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.down_proj.weight"
-NORM = f"{LAYER}input_layernorm.weight"
 
 
 @pytest.fixture
@@ -39,46 +38,6 @@ def api(hub, monkeypatch):
     seed_hub(hub.api())
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     return hub.api()
-
-
-def recipe(text=RECIPE):
-    return parse_recipe(text, "recipe.yaml")
-
-
-def merge(folder, text=RECIPE, execution=None, progress=None):
-    return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
-
-
-def weights(folder):
-    return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
-def zoo_weights(name):
-    return {n: t.float() for n, t in load_file(zoo_folder() / name / "model.safetensors").items()}
-
-
-class Told:
-    """Keeps what stages say of their size; stops where it is told to."""
-
-    def __init__(self, stop_at=None, after=0):
-        self.totals, self.said, self._stop_at, self._left = {}, [], stop_at, after
-
-    def stage(self, title, total, unit):
-        self.totals[title] = total
-
-        def advance(n):
-            self._left -= n
-            if title == self._stop_at and self._left < 0:
-                raise KeyboardInterrupt
-
-        return nullcontext(advance)
-
-    def say(self, text):
-        self.said.append(text)
 
 
 def outputs(folder, skill):
@@ -94,7 +53,7 @@ def outputs(folder, skill):
 def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_themselves(
     api, tmp_path
 ):
-    merged, own = merge(tmp_path / "merged"), merge(tmp_path / "own", OWN)
+    merged, own = merge(tmp_path / "merged", RECIPE), merge(tmp_path / "own", OWN)
 
     for skill in ("reverse", "cipher"):
         expert = outputs(zoo_folder() / f"expert-{skill}", skill)
@@ -128,7 +87,7 @@ def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of
 
 def test_a_guides_densities_are_heard(api, tmp_path):
     plain, guided = (
-        weights(merge(tmp_path / "plain")),
+        weights(merge(tmp_path / "plain", RECIPE)),
         weights(merge(tmp_path / "g", RECIPE + GUIDE)),
     )
 
@@ -137,12 +96,12 @@ def test_a_guides_densities_are_heard(api, tmp_path):
 
 
 def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
-    whole, first = merge(tmp_path / "whole"), Told("Fitting block by block", after=300)
+    whole, first = merge(tmp_path / "whole", RECIPE), Told("Fitting block by block", after=300)
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", progress=first)
+        merge(tmp_path / "out", RECIPE, progress=first)
     done = list((tmp_path / "out.partial").rglob("fitted/*/*/*.safetensors"))
 
-    again = merge(tmp_path / "out")
+    again = merge(tmp_path / "out", RECIPE)
 
     assert 0 < len(done) < 6
     found = weights(again)
@@ -151,13 +110,13 @@ def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
 
 def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", progress=Told("Merging"))
+        merge(tmp_path / "out", RECIPE, progress=Told("Merging"))
     told = Told()
 
-    found = weights(merge(tmp_path / "out", progress=told))
+    found = weights(merge(tmp_path / "out", RECIPE, progress=told))
 
     assert "Fitting block by block" not in told.totals
-    whole = weights(merge(tmp_path / "whole"))
+    whole = weights(merge(tmp_path / "whole", RECIPE))
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
@@ -170,54 +129,40 @@ def test_what_was_fitted_for_other_settings_does_not_stay_on_the_disk(api, tmp_p
 
     assert len(left) == 1
     found = weights(merge(tmp_path / "out", RECIPE))
-    whole = weights(merge(tmp_path / "whole"))
+    whole = weights(merge(tmp_path / "whole", RECIPE))
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
-    output = merge(tmp_path / "out")
+    output = merge(tmp_path / "out", RECIPE)
 
     verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
 
     assert verdict.problems == ()
-    assert lewis_hub.merge_models(recipe(), output).status == "unchanged"
+    assert lewis_hub.merge_models(recipe(RECIPE), output).status == "unchanged"
 
 
 def test_an_adapter_counts_as_the_expert_that_it_makes(api, tmp_path):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    generator, name = torch.Generator().manual_seed(1), f"base_model.model.{LAYER}mlp.down_proj"
-    base = zoo_weights("base")
-    n_out, n_in = base[DOWN].shape
-    lora = {"lora_A": torch.randn(4, n_in, generator=generator) / 8}
-    lora["lora_B"] = torch.randn(n_out, 4, generator=generator) / 8
-    save_file(
-        {f"{name}.{k}.weight": t for k, t in lora.items()}, folder / "adapter_model.safetensors"
-    )
-    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "zoo/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(told))
+    change = write_adapter(tmp_path / "adapter")
+    text = RECIPE.replace("zoo/expert-reverse", str(tmp_path / "adapter"))
 
-    found = weights(merge(tmp_path / "out", RECIPE.replace("zoo/expert-reverse", str(folder))))
+    found = weights(merge(tmp_path / "out", text))
 
-    change = 2 * lora["lora_B"] @ lora["lora_A"]
-    assert (found[DOWN].float() - base[DOWN]).norm() > 0.1 * change.norm()
+    assert (found[DOWN].float() - zoo_weights("base")[DOWN]).norm() > 0.1 * change.norm()
 
 
 def test_the_uniform_twin_is_fitted_with_its_own_densities(api, tmp_path):
     scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}, limit: 10, "
     scored += "compare: [uniform]}\n"
-    told = Told()
 
-    merged = lewis_hub.merge_models(
-        recipe(RECIPE + GUIDE + scored), tmp_path / "out", progress=told
-    )
+    merged = lewis_hub.merge_models(recipe(RECIPE + GUIDE + scored), tmp_path / "out")
 
     models = list(merged.scores.tasks["zoo_reverse"].models)
     assert models == ["uniform", "task_arithmetic", "merged"]
 
 
 def test_the_card_tells_what_was_fitted_on_what(api, tmp_path):
-    card = " ".join((merge(tmp_path / "out") / "README.md").read_text().split())
+    card = " ".join((merge(tmp_path / "out", RECIPE) / "README.md").read_text().split())
 
     assert (
         "The weight matrices in the blocks were fitted one after the other: on calibration" in card

@@ -2,35 +2,35 @@
 
 import importlib.util
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from by_statistics import (
+    DOWN,
+    GUIDE,
+    MODELS,
+    NORM,
+    TEXT,
+    Q,
+    Told,
+    merge,
+    recipe,
+    weights,
+    write_adapter,
+    zoo_weights,
+)
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import LewisHubError, OutputError, RecipeError
 from lewis_hub.methods.registry import methods
-from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.recipe_rules import STATISTICAL
 from lewis_hub.stages.evaluation import plain_twin
 from lewis_hub.stages.execution import Execution
 
-TEXT = '"Question: {question}\\nAnswer: {answer}"'
-RECIPE = f"""base_model: zoo/base
-models:
-  - model: zoo/expert-reverse
-    calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}
-  - model: zoo/expert-cipher
-    calibration: {{dataset: zoo/cipher, text: {TEXT}, samples: 32}}
-merge_method: regmean
-"""
+RECIPE = MODELS + "merge_method: regmean\n"
 PLAIN = RECIPE.replace("regmean", "ties")
-GUIDE = "guide: {name: lewis}\n"
 TRIM = "parameters: {density: 0.2, trim: activation}\n"
-LAYER = "model.layers.1."
-Q, NORM = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}input_layernorm.weight"
 
 
 @pytest.fixture
@@ -40,32 +40,12 @@ def api(hub, monkeypatch):
     return hub.api()
 
 
-def recipe(text=RECIPE):
-    return parse_recipe(text, "recipe.yaml")
-
-
-def merge(folder, text=RECIPE, execution=None, progress=None):
-    return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
-
-
-def weights(folder):
-    return {
-        name: tensor
-        for path in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-
-
 def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def zoo_weights(name):
-    return {n: t.float() for n, t in load_file(zoo_folder() / name / "model.safetensors").items()}
-
-
 def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_path):
-    found = {n: t.float() for n, t in weights(merge(tmp_path / "out")).items()}
+    found = {n: t.float() for n, t in weights(merge(tmp_path / "out", RECIPE)).items()}
 
     base, *experts = (zoo_weights(n) for n in ("base", "expert-reverse", "expert-cipher"))
     mean = {n: sum(expert[n] for expert in experts) / 2 for n in base}
@@ -81,12 +61,12 @@ def test_a_merge_by_regmean_is_nearer_to_each_expert_on_its_own_texts(api, tmp_p
 
 
 def test_a_merge_can_be_made_again_from_its_lock(api, tmp_path):
-    output = merge(tmp_path / "out")
+    output = merge(tmp_path / "out", RECIPE)
 
     verdict = lewis_hub.verify(lewis_hub.ModelReference(name=str(output)), rebuild=True)
 
     assert verdict.problems == ()
-    assert lewis_hub.merge_models(recipe(), output).status == "unchanged"
+    assert lewis_hub.merge_models(recipe(RECIPE), output).status == "unchanged"
 
 
 def test_statistics_are_gathered_on_a_tasks_items_which_are_carried_and_never_scored(api, tmp_path):
@@ -114,7 +94,7 @@ def test_statistics_are_gathered_on_a_tasks_items_which_are_carried_and_never_sc
 
 
 def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
-    card = (merge(tmp_path / "out") / "README.md").read_text()
+    card = (merge(tmp_path / "out", RECIPE) / "README.md").read_text()
 
     card = " ".join(card.split())
     assert "[RegMean on task vectors](<https://arxiv.org/abs/2212.09849>)" in card
@@ -155,28 +135,12 @@ def test_ray_makes_the_same_bytes(api, tmp_path):
     assert bytes_of(merge(tmp_path / "ray", RECIPE, Execution(runner="ray"))) == bytes_of(whole)
 
 
-class Told:
-    """Keeps what stages say of their size; stops where it is told to."""
-
-    def __init__(self, stop_at=None) -> None:
-        self.totals, self.said, self._stop_at = {}, [], stop_at
-
-    def stage(self, title, total, unit):
-        if title == self._stop_at:
-            raise KeyboardInterrupt
-        self.totals[title] = total
-        return nullcontext(lambda _: None)
-
-    def say(self, text):
-        self.said.append(text)
-
-
 def test_an_interrupted_merge_takes_up_its_statistics(api, tmp_path):
-    whole, first, second = merge(tmp_path / "whole"), Told("Merging"), Told()
+    whole, first, second = merge(tmp_path / "whole", RECIPE), Told("Merging"), Told()
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", progress=first)
+        merge(tmp_path / "out", RECIPE, progress=first)
 
-    found = merge(tmp_path / "out", progress=second)
+    found = merge(tmp_path / "out", RECIPE, progress=second)
 
     assert first.totals["Gathering statistics"] > 1000
     assert second.totals["Gathering statistics"] == 0
@@ -185,14 +149,14 @@ def test_an_interrupted_merge_takes_up_its_statistics(api, tmp_path):
 
 def test_other_texts_are_gathered_anew_and_give_other_weights(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", progress=Told("Merging"))
+        merge(tmp_path / "out", RECIPE, progress=Told("Merging"))
     fewer, told = RECIPE.replace("samples: 32", "samples: 16"), Told()
 
     found = merge(tmp_path / "out", fewer, progress=told)
 
     assert told.totals["Gathering statistics"] > 500
     assert bytes_of(found) == bytes_of(merge(tmp_path / "fewer", fewer))
-    assert bytes_of(found) != bytes_of(merge(tmp_path / "whole"))
+    assert bytes_of(found) != bytes_of(merge(tmp_path / "whole", RECIPE))
 
 
 def test_a_guides_densities_are_heard_and_calibration_may_be_the_recipes(api, tmp_path):
@@ -220,31 +184,15 @@ def test_trimming_by_activation_changes_the_matrices_of_the_blocks_alone(api, tm
 
 
 def test_an_adapter_counts_as_the_expert_that_it_makes(api, tmp_path):
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    generator, name = torch.Generator().manual_seed(1), f"base_model.model.{LAYER}mlp.down_proj"
-    n_out, n_in = zoo_weights("base")[f"{LAYER}mlp.down_proj.weight"].shape
-    lora = {"lora_A": torch.randn(4, n_in, generator=generator) / 8}
-    lora["lora_B"] = torch.randn(n_out, 4, generator=generator) / 8
-    save_file(
-        {f"{name}.{k}.weight": t for k, t in lora.items()}, folder / "adapter_model.safetensors"
-    )
-    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "zoo/base"}
-    (folder / "adapter_config.json").write_text(json.dumps(told))
+    change = write_adapter(tmp_path / "adapter")
+    text = RECIPE.replace("zoo/expert-reverse", str(tmp_path / "adapter"))
 
-    found = weights(merge(tmp_path / "out", RECIPE.replace("zoo/expert-reverse", str(folder))))
+    found = weights(merge(tmp_path / "out", text))
 
     base, cipher = zoo_weights("base"), zoo_weights("expert-cipher")
-    whole = {
-        **base,
-        f"{LAYER}mlp.down_proj.weight": base[f"{LAYER}mlp.down_proj.weight"]
-        + 2 * lora["lora_B"] @ lora["lora_A"],
-    }
-    torch.testing.assert_close(
-        found[NORM].float(), (whole[NORM] + cipher[NORM]) / 2, rtol=1e-2, atol=1e-2
-    )
-    down = f"{LAYER}mlp.down_proj.weight"
-    assert (found[down].float() - base[down]).norm() > 0.1 * (whole[down] - base[down]).norm()
+    norms = (base[NORM] + cipher[NORM]) / 2
+    torch.testing.assert_close(found[NORM].float(), norms, rtol=1e-2, atol=1e-2)
+    assert (found[DOWN].float() - base[DOWN]).norm() > 0.1 * change.norm()
 
 
 SCORED = f"""evaluate:

@@ -1,0 +1,82 @@
+"""Merges of the zoo by statistics, for tests that look at them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import lewis_hub
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.recipe_file import parse_recipe
+
+TEXT = '"Question: {question}\\nAnswer: {answer}"'
+MODELS = f"""base_model: zoo/base
+models:
+  - model: zoo/expert-reverse
+    calibration: {{dataset: zoo/reverse, text: {TEXT}, samples: 32}}
+  - model: zoo/expert-cipher
+    calibration: {{dataset: zoo/cipher, text: {TEXT}, samples: 32}}
+"""
+GUIDE = "guide: {name: lewis}\n"
+LAYER = "model.layers.1."
+Q, DOWN = f"{LAYER}self_attn.q_proj.weight", f"{LAYER}mlp.down_proj.weight"
+NORM = f"{LAYER}input_layernorm.weight"
+
+
+def recipe(text):
+    return parse_recipe(text, "recipe.yaml")
+
+
+def merge(folder, text, execution=None, progress=None):
+    return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
+
+
+def weights(folder):
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def zoo_weights(name):
+    return {n: t.float() for n, t in load_file(zoo_folder() / name / "model.safetensors").items()}
+
+
+def write_adapter(folder):
+    """A LoRA of DOWN alone; what it adds to it."""
+    folder.mkdir()
+    generator, name = torch.Generator().manual_seed(1), f"base_model.model.{LAYER}mlp.down_proj"
+    n_out, n_in = zoo_weights("base")[DOWN].shape
+    lora = {"lora_A": torch.randn(4, n_in, generator=generator) / 8}
+    lora["lora_B"] = torch.randn(n_out, 4, generator=generator) / 8
+    tensors = {f"{name}.{key}.weight": tensor for key, tensor in lora.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "zoo/base"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return 2 * lora["lora_B"] @ lora["lora_A"]
+
+
+class Told:
+    """Keeps what stages say of their size; stops a stage after so much of it."""
+
+    def __init__(self, stop_at=None, after=-1):
+        self.totals, self.said, self._stop_at, self._left = {}, [], stop_at, after
+
+    def stage(self, title, total, unit):
+        if title == self._stop_at and self._left < 0:
+            raise KeyboardInterrupt
+        self.totals[title] = total
+
+        def advance(n):
+            self._left -= n
+            if title == self._stop_at and self._left < 0:
+                raise KeyboardInterrupt
+
+        return nullcontext(advance)
+
+    def say(self, text):
+        self.said.append(text)
