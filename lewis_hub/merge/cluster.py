@@ -103,9 +103,7 @@ def _connected(address: str | None) -> Iterator[Any]:
         return
     try:
         if address is None:
-            ray.init(
-                "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
+            _start(ray)
         else:
             _require_answer(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
@@ -117,6 +115,21 @@ def _connected(address: str | None) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any) -> None:
+    """Start a Ray of our own; twice if need be: where all cores are busy it may wait in vain."""
+    for is_last in (False, True):
+        try:
+            ray.init(
+                "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except RuntimeError:
+            ray.shutdown()
+            if is_last:
+                raise
+        else:
+            return
 
 
 def _require_answer(address: str) -> None:

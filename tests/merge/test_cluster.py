@@ -9,14 +9,16 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from served import RAY_TOKEN
 
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
-from lewis_hub.merge.cluster import Ray
+from lewis_hub.merge.cluster import Ray, _start
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, inline, parse_runner, threads
@@ -64,6 +66,22 @@ def test_an_address_is_refused_with_any_other_runner(name):
         f"ray address: `auto` was given for the runner `{name}`.\n"
         "Choose the runner `ray`, or give no address."
     )
+
+
+@pytest.mark.parametrize("n_lost", [0, 1, 2])
+def test_a_ray_that_does_not_answer_in_time_is_started_once_more(n_lost):
+    asked = []
+
+    def init(*_, **__):
+        asked.append("init")
+        if asked.count("init") <= n_lost:
+            raise RuntimeError("Timed out waiting for file")
+
+    stand_in = SimpleNamespace(init=init, shutdown=lambda: asked.append("shutdown"))
+    with pytest.raises(RuntimeError) if n_lost == 2 else nullcontext():
+        _start(stand_in)
+
+    assert asked == ["init", "shutdown", "init", "shutdown"][: max(2 * n_lost, 1) + (n_lost == 1)]
 
 
 @pytest.fixture(scope="module")
