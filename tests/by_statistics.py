@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.stages.execution import Execution
 
 TEXT = '"Question: {question}\\nAnswer: {answer}"'
 MODELS = f"""base_model: zoo/base
@@ -32,6 +33,18 @@ def recipe(text):
 
 def merge(folder, text, execution=None, progress=None):
     return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
+
+
+def merge_in_two_ways(folder, text):
+    """Inline as a whole; and by threads, in shards, with torch on two threads."""
+    whole = merge(folder / "whole", text, Execution(runner="inline"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        shards = Execution(runner="threads:3", max_shard_bytes=500_000)
+        return whole, merge(folder / "parts", text, shards)
+    finally:
+        torch.set_num_threads(before)
 
 
 def weights(folder):

@@ -15,6 +15,7 @@ from by_statistics import (
     Q,
     Told,
     merge,
+    merge_in_two_ways,
     recipe,
     weights,
     write_adapter,
@@ -71,14 +72,7 @@ def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_thems
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
-    whole = merge(tmp_path / "whole", text, Execution(runner="inline"))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        shards = Execution(runner="threads:3", max_shard_bytes=500_000)
-        parts = merge(tmp_path / "parts", text, shards)
-    finally:
-        torch.set_num_threads(before)
+    whole, parts = merge_in_two_ways(tmp_path, text)
 
     found = weights(parts)
     for name, tensor in weights(whole).items():

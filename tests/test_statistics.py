@@ -14,6 +14,7 @@ from by_statistics import (
     Q,
     Told,
     merge,
+    merge_in_two_ways,
     recipe,
     weights,
     write_adapter,
@@ -110,14 +111,7 @@ def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
-    whole = merge(tmp_path / "whole", text, Execution(runner="inline"))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        shards = Execution(runner="threads:3", max_shard_bytes=500_000)
-        parts = merge(tmp_path / "parts", text, shards)
-    finally:
-        torch.set_num_threads(before)
+    whole, parts = merge_in_two_ways(tmp_path, text)
 
     assert len(bytes_of(parts)) > 2
     found = weights(parts)

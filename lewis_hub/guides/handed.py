@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 from torch import Tensor
 
@@ -80,24 +80,17 @@ def seen_beside(
         CalibrationModelError: what it is handed is not finite.
     """
     merged, expert = models
-    gram: Tensor | None = None
-    cross: Tensor | None = None
-    n_tokens = 0
-    for pair in pairs:
+
+    def summed(pair: Pair) -> tuple[InputSum, InputSum]:
         x = _handed(merged, number, pair.merged, path)
         z = _handed(expert, number, pair.own, path)
-        added = products(x, x, widest), products(z, x, widest)
-        gram, cross = (
-            one if sums is None else sums + one
-            for sums, one in zip((gram, cross), added, strict=True)
-        )
-        n_tokens += len(x)
-    assert gram is not None
-    assert cross is not None
+        return InputSum(products(x, x, widest), len(x)), InputSum(products(z, x, widest), len(x))
+
+    gram, cross = reduce(lambda one, two: (one[0] + two[0], one[1] + two[1]), map(summed, pairs))
     whole = f"{merged.path}.{number}.{path}"
-    require_finite({whole: InputSum(gram, n_tokens)}, merged.name)
-    require_finite({whole: InputSum(cross, n_tokens)}, expert.name)
-    return Seen(gram / n_tokens, cross / n_tokens)
+    require_finite({whole: gram}, merged.name)
+    require_finite({whole: cross}, expert.name)
+    return Seen(gram.mean(), cross.mean())
 
 
 def seen_apart(

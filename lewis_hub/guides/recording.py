@@ -38,6 +38,22 @@ class Sees(Protocol):
         """Take the input, (..., in_features), that the module at `path` is about to be run on."""
 
 
+class _Latest:
+    """The tensor that was seen last, by a weak reference; another one once it was written to."""
+
+    def __init__(self) -> None:
+        self._x: weakref.ref[Tensor] | None = None
+        self._version = -1
+
+    def is_still(self, x: Tensor) -> bool:
+        """Whether a tensor is that one, as it was."""
+        return self._x is not None and self._x() is x and self._version == x._version
+
+    def set(self, x: Tensor) -> None:
+        """Remember a tensor."""
+        self._x, self._version = weakref.ref(x), x._version
+
+
 class Recorder:
     """Sums a statistic over the kept tokens of each module's input.
 
@@ -52,9 +68,8 @@ class Recorder:
         self._of_batch: dict[str, InputSum] = {}
         self._n_rows = 0
         self._kept: Tensor | None = None  # flat indices of the kept tokens; None: all of them
-        self._last: weakref.ref[Tensor] | None = None
-        self._last_version = -1
-        self._last_sum: InputSum | None = None
+        self._latest = _Latest()
+        self._latest_sum: InputSum | None = None
 
     def start(self, batch: Batch) -> None:
         """Expect the inputs of a batch."""
@@ -85,16 +100,15 @@ class Recorder:
             self._of_batch[path] = before + seen if before else seen
 
     def _sum(self, x: Tensor) -> InputSum:
-        same = self._last is not None and self._last() is x and self._last_version == x._version
-        if self._last_sum is None or not same:
+        if self._latest_sum is None or not self._latest.is_still(x):
             rows = x.detach().reshape(-1, x.shape[-1])
             if self._kept is not None:
                 if len(rows) != self._n_rows:
                     raise OutOfStepError
                 rows = rows.index_select(0, self._kept.to(rows.device))
-            self._last_sum = InputSum(self._summed(rows), len(rows))
-            self._last, self._last_version = weakref.ref(x), x._version
-        return self._last_sum
+            self._latest_sum = InputSum(self._summed(rows), len(rows))
+            self._latest.set(x)
+        return self._latest_sum
 
 
 class HandedError(Exception):
@@ -123,16 +137,14 @@ class Order:
     def __init__(self) -> None:
         self.levels: list[list[str]] = []
         self.n_rows: dict[str, list[int]] = {}  # of each call
-        self._last: weakref.ref[Tensor] | None = None
-        self._last_version = -1
+        self._latest = _Latest()
 
     def see(self, path: str, x: Tensor) -> None:
         """Take a module's input."""
-        same = self._last is not None and self._last() is x and self._last_version == x._version
         calls = self.n_rows.setdefault(path, [])
         calls.append(x.numel() // x.shape[-1])
-        if not same:
+        if not self._latest.is_still(x):
             self.levels.append([])  # stays empty where those that are handed it were called before
         if len(calls) == 1:
             self.levels[-1].append(path)
-        self._last, self._last_version = weakref.ref(x), x._version
+        self._latest.set(x)

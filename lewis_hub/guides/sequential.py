@@ -12,7 +12,7 @@ level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +119,7 @@ def fit(  # noqa: PLR0913
             return _fitted(replace(told, grouped=alone), texts, advance)
 
 
-def require_beside(merged: Skeleton, expert: Checkpoint) -> None:
+def require_beside(merged: Skeleton, experts: Iterable[Checkpoint]) -> None:
     """Refuse, by its headers, an expert that lacks a matrix of the merge's blocks.
 
     Raises:
@@ -127,8 +127,9 @@ def require_beside(merged: Skeleton, expert: Checkpoint) -> None:
     """
     kept = stored_names(merged.model)
     named = [kept.get(f"{path}.weight") for path, _ in linears(merged.path, merged.blocks)]
-    if any(name and name not in expert.tensors for name in named):
-        raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
+    for expert in experts:
+        if any(name and name not in expert.tensors for name in named):
+            raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
 
 
 def _require_alike(merged: Skeleton, expert: Skeleton) -> None:

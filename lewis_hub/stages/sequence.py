@@ -114,8 +114,7 @@ def require_by_block(step: Step) -> None:
         yield from ()
 
     made = skeleton(Weights(small_files(step.api, donor), checkpoint, parts, REMEDY), "cpu")
-    for expert in step.inputs.experts:
-        require_beside(made, step.examined.checkpoints[expert.pinned])
+    require_beside(made, (step.examined.checkpoints[one.pinned] for one in step.inputs.experts))
 
 
 def _sharing(step: Step, n_models: int) -> Step:

@@ -125,8 +125,8 @@ def tune(
     measured = next((one for one in corners if measures_on_texts(one)), corners[0])
     step = _examined(measured, execution, progress)
     _require_plans(step, corners)
-    for one in corners:
-        require_possible(replace(step, recipe=one))
+    if fitted := [one for one in corners if fits_in_sequence(one)]:
+        require_possible(replace(step, recipe=fitted[0]))  # all are of the same models
     drawn, sets = _draw(step, asked)
     settings = settings_of(recipe.evaluate, execution.device)
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
