@@ -15,7 +15,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.needs import stored
 from lewis_hub.stages.loading import Loading
-from lewis_hub.stages.merging import configured, loadable
+from lewis_hub.stages.writing_out import configured, loadable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,11 +20,12 @@ from lewis_hub.stages.bringing import brought
 from lewis_hub.stages.changes import measure_task_vectors
 from lewis_hub.stages.drawing import Drawing, Drawn, draw
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.merging import loadable, plan_of
+from lewis_hub.stages.merging import plan_of
 from lewis_hub.stages.overlap import refuse_overlap
 from lewis_hub.stages.slicing import restacked
 from lewis_hub.stages.sources import calibrations, measures_on_texts
 from lewis_hub.stages.translating import require_understood, translated
+from lewis_hub.stages.writing_out import loadable
 
 Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured
 

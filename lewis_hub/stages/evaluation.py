@@ -22,8 +22,9 @@ from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
 from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.recipe_settings import Settings
-from lewis_hub.stages.merging import MergedModel, loadable, make, uniform_twin
+from lewis_hub.stages.merging import MergedModel, make, uniform_twin
 from lewis_hub.stages.sources import needs_grams
+from lewis_hub.stages.writing_out import loadable
 
 if TYPE_CHECKING:
     from lewis_hub.guides.density import DensitySchedule

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.guides import registry
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
@@ -25,7 +24,7 @@ from lewis_hub.merge.statistics import Known, informed
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_settings import Settings
 from lewis_hub.stages.slicing import configuration, stack
-from lewis_hub.stages.sources import Inputs, merged_entries, needs_grams
+from lewis_hub.stages.sources import Inputs, merged_entries
 
 if TYPE_CHECKING:
     from lewis_hub.stages.execution import Folders, Step
@@ -128,7 +127,7 @@ def make(
     """
     planned = informed(plan_of(step, schedule), statistics)
     means = step.execution.means(is_read_next=step.recipe.evaluate is not None)
-    found = _write(step, planned, folders, output, title, means)
+    found = write_weights(step, planned, folders, output, title, means)
     return beside(step, planned, found, folders, output)
 
 
@@ -157,7 +156,7 @@ def beside(
     """
     recipe, examined = step.recipe, step.examined
     donor = step.inputs.donor
-    dtype = recipe.output_dtype or _new_dtype(step.examined.checkpoints[donor.pinned])
+    dtype = recipe.output_dtype or new_dtype(step.examined.checkpoints[donor.pinned])
     sidecars = write_sidecars(
         folders[donor.pinned],
         output,
@@ -179,51 +178,7 @@ def _stacked_config(step: Step, folders: Folders) -> dict[str, Any]:
     return configuration(step.recipe, inputs, step.examined.checkpoints, configs)
 
 
-def loadable(step: Step, source: Source, folders: Folders, scratch: Path) -> Path:
-    """A folder of a source that transformers can load.
-
-    Its own, where its files hold it as it is merged. An adapter's expert is written out in
-    `scratch`, in the dtypes of its base, and so is a model of 8-bit floats, in bfloat16: what
-    transformers runs 8-bit floats with needs a GPU, and what measures looks at plain weights.
-    What an earlier call or run wrote there is kept.
-
-    Raises:
-        CheckpointError: a source is broken, or holds NaN or infinity.
-        OutputError: there is not enough room.
-    """
-    checkpoint = step.examined.checkpoints[source.pinned]
-    if not checkpoint.is_computed:
-        return folders[source.pinned]
-    expert = MergeSource(checkpoint, step.inputs.content(source))
-    alone = make_plan(MergeSettings("linear", None, (expert,)), step.execution.max_shard_bytes)
-    output = configured(step, source, folders, scratch)
-    as_what = "on its base" if source.is_adapter else "in bfloat16"
-    means = step.execution.means(is_read_next=True)
-    _write(step, alone, folders, output, f"Writing out {source.name} {as_what}", means)
-    return output
-
-
-def configured(step: Step, source: Source, folders: Folders, scratch: Path) -> Path:
-    """A folder in `scratch` with the configuration of a source that is written out."""
-    checkpoint = step.examined.checkpoints[source.pinned]
-    output = scratch / "written out" / str(step.inputs.models.index(source))
-    output.mkdir(parents=True, exist_ok=True)
-    beside = folders[checkpoint.base or source.pinned]
-    write_sidecars(beside, output, _new_dtype(checkpoint), code=False)
-    return output
-
-
-def loaded(recipe: Recipe, inputs: Inputs) -> tuple[Source, ...]:
-    """The sources that are measured or scored, for which each must be loaded as a whole."""
-    if recipe.guide and registry.find(recipe.guide.name).needs_texts:
-        return inputs.models
-    gathered = inputs.experts if needs_grams(recipe) else ()
-    compared = recipe.evaluate.compare if recipe.evaluate else ()
-    base = (inputs.base,) if inputs.base and "base" in compared else ()
-    return (*base, *(inputs.experts if "experts" in compared else gathered))
-
-
-def _new_dtype(checkpoint: Checkpoint) -> str | None:
+def new_dtype(checkpoint: Checkpoint) -> str | None:
     """What a configuration has to say of a model that keeps its dtypes; None: what it said."""
     holds_eight_bit = any(
         (tensor.adapted.base if tensor.adapted else tensor).scaled
@@ -232,9 +187,10 @@ def _new_dtype(checkpoint: Checkpoint) -> str | None:
     return "bfloat16" if holds_eight_bit else None
 
 
-def _write(
+def write_weights(
     step: Step, planned: MergePlan, folders: Folders, output: Path, title: str, means: Means
 ) -> dict[str, ShardResult]:
+    """Make the shards of a plan, as a stage of the run; `output` is made if it is not there."""
     output.mkdir(parents=True, exist_ok=True)
     planned = planned.allowing_nan if step.execution.allow_nan else planned
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:

@@ -18,7 +18,6 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.stages.evaluation import has_uniform_twin, n_twins
 from lewis_hub.stages.loading import Loading, blocks_bytes, texts_bytes
-from lewis_hub.stages.merging import loaded
 from lewis_hub.stages.sources import (
     Inputs,
     calibrations,
@@ -26,6 +25,7 @@ from lewis_hub.stages.sources import (
     needs_grams,
     widest_input,
 )
+from lewis_hub.stages.writing_out import loaded
 
 ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate

@@ -18,10 +18,10 @@ from lewis_hub.stages.converting import without_pickles
 from lewis_hub.stages.downloading import download
 from lewis_hub.stages.evaluation import Candidate, Run, score, selection, settings_of
 from lewis_hub.stages.execution import Execution, Step
-from lewis_hub.stages.merging import loadable
 from lewis_hub.stages.opening import open_model
 from lewis_hub.stages.sources import Inputs
 from lewis_hub.stages.task_data import scored_commits
+from lewis_hub.stages.writing_out import loadable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
