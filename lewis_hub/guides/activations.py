@@ -70,8 +70,8 @@ def measure(
             products = watched(model, partial(forward, model, Batch(ids, torch.ones_like(ids))))
             norms = activation_norms(model, name, batches(tokens), advance, products)
             found: dict[str, float] = {}
-            n_tokens = tokens.n_tokens
-            for block in stored_blocks(model, modules, norms, products, n_tokens, kept):
+            met = (model.named_parameters(), modules, norms, products, tokens.n_tokens, kept)
+            for block in stored_blocks(model, *met):
                 found |= summarise(block.weights, block.norms)
             measured.append(found)
     return measured

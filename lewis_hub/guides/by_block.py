@@ -50,11 +50,13 @@ class Visit:
     """What one block met; it has its weights until the next visit.
 
     Attributes:
+        parameters: path -> parameter of the block.
         modules: path -> Linear of the block.
         sums: for each calibration set, path -> the sum over its tokens.
         products: for each set, what parameters that no Linear owns were multiplied with.
     """
 
+    parameters: Mapping[str, Tensor]
     modules: Mapping[str, Linear]
     sums: Sequence[Mapping[str, InputSum]]
     products: Sequence[Products | None]
@@ -82,8 +84,8 @@ def measure(
                 found, sets, visit.sums, visit.products, strict=True
             ):
                 norms = norms_of(sums, tokens.n_tokens)
-                of_block = (visit.modules, norms, products, tokens.n_tokens, kept)
-                for block in stored_blocks(made.model, *of_block):
+                met = (visit.modules, norms, products, tokens.n_tokens, kept)
+                for block in stored_blocks(made.model, visit.parameters.items(), *met):
                     one |= summarise(block.weights, block.norms)
         for one in found:
             require_seen(one, made.name)
@@ -152,7 +154,8 @@ def _visits(
         next(walk)
         [trial], *flows = entered(made, [[tried], *(list(grouped(tokens)) for tokens in sets)])
         for number, block in enumerate(walk):
-            modules = dict(linears(f"{made.path}.{number}", block))
+            inside = f"{made.path}.{number}"
+            modules = dict(linears(inside, block))
             step = partial(run_block, made, number)
             used = _used(made, number, partial(step, trial), loose) if loose else {}
             if used and grouped is not alone:
@@ -171,7 +174,7 @@ def _visits(
                 require_finite(recorder.totals, made.name)
                 sums.append(recorder.totals)
                 watched.append(seen)
-            yield Visit(modules, sums, watched)
+            yield Visit(dict(block.named_parameters(prefix=inside)), modules, sums, watched)
 
 
 def entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:

@@ -7,14 +7,13 @@ and fuse or split them, so a part is exactly what `from_pretrained` would have m
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lewis_hub.checkpoint.header import TensorHeader
@@ -37,6 +37,7 @@ from lewis_hub.guides.loading import (
     quiet,
     refusals,
 )
+from lewis_hub.guides.onednn import multiply_by_onednn
 from lewis_hub.guides.weights import Weights
 
 if TYPE_CHECKING:
@@ -44,6 +45,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a tensor of a file becomes in the model.
+
+    Attributes:
+        name: of the parameter or buffer, or of the first of several.
+        is_plain: it becomes all of this one, as it is but for the dtype.
+    """
+
+    name: str
+    is_plain: bool
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,10 @@ class Skeleton:
     path: str
     blocks: nn.ModuleList
     weights: Weights
-    _targets: Mapping[str, str]  # tensor of a file -> what it becomes in the model
+    _names: Sequence[str]  # of the parameters
+    _targets: Mapping[str, Target]  # by the tensor of a file
     _loading: LoadStateDictConfig
+    _device: str
 
     @property
     def name(self) -> str:
@@ -89,10 +105,8 @@ class Skeleton:
                     yield block
 
     def _tensors(self, prefixes: tuple[str, ...]) -> list[TensorHeader]:
-        tensors = self.weights.checkpoint.tensors
-        return [
-            tensors[name] for name, target in self._targets.items() if target.startswith(prefixes)
-        ]
+        tensors, targets = self.weights.checkpoint.tensors, self._targets.items()
+        return [tensors[name] for name, target in targets if target.name.startswith(prefixes)]
 
     @contextmanager
     def _brought(
@@ -100,14 +114,38 @@ class Skeleton:
     ) -> Iterator[None]:
         """What the next part makes of the model, for the time being."""
         with refusals(self.name, "model"), quiet():
-            # nobody else may hold the part: its tensors would be in memory a second time
-            convert_and_load_state_dict_in_model(self.model, next(parts), self._loading)
+            self._put(next(parts))
         try:
             yield
         finally:
-            for name, _ in list(self.model.named_parameters()):
+            for name in self._names:
                 if name.startswith(prefixes):
-                    set_module_tensor_to_device(self.model, name, "meta")
+                    _replace(self.model, name, self.model.get_parameter(name), "meta")
+
+    def _put(self, part: Mapping[str, Tensor]) -> None:
+        """Give the model what tensors of files become.
+
+        transformers could make all of it, but takes as long for a block as for a whole model.
+        """
+        for name, tensor in part.items():
+            if self._targets[name].is_plain:
+                _replace(self.model, self._targets[name].name, tensor, self._device)
+        others = {name: t for name, t in part.items() if not self._targets[name].is_plain}
+        if others:
+            convert_and_load_state_dict_in_model(self.model, others, self._loading)
+
+
+def _replace(model: nn.Module, name: str, value: Tensor, device: str) -> None:
+    """Put values in the place of a parameter or buffer, in its dtype.
+
+    That a parameter could have gradients stays, as products may be rounded otherwise without.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    there = getattr(module, last)
+    value = value.detach().to(device, there.dtype)
+    is_parameter = isinstance(there, nn.Parameter)
+    setattr(module, last, nn.Parameter(value, there.requires_grad) if is_parameter else value)
 
 
 def skeleton(weights: Weights, device: str) -> Skeleton:
@@ -137,8 +175,9 @@ def _built(weights: Weights, device: str) -> Skeleton:
     _refuse_shared(weights, model, path, blocks)
     with refusals(name, "model"), quiet():
         targets = _targets(model, weights.checkpoint, loading)
-        _check(model, weights.checkpoint, loading)
-    return Skeleton(model, path, blocks, weights, targets, loading)
+        _check(model, weights.checkpoint, targets, loading)
+    names = [name for name, _ in model.named_parameters()]
+    return Skeleton(model, path, blocks, weights, names, targets, loading, device)
 
 
 def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
@@ -149,8 +188,10 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     kind: Any = model_class(folder)
     settings = {"dtype": dtype, "experts_implementation": "eager"}
     build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
-    with init_empty_weights(include_buffers=False), torch.device(device):
+    with no_init_weights(), init_empty_weights(include_buffers=False), torch.device(device):
         model = build(config, **settings).eval()
+    model.tie_weights()
+    multiply_by_onednn(model, device)
     check_reads_tokens(weights.checkpoint.label, model)
     model.config.get_text_config().use_cache = False  # as `load_model` does
     return model, LoadStateDictConfig(
@@ -182,8 +223,8 @@ def _decoder(weights: Weights, model: PreTrainedModel) -> tuple[str, nn.ModuleLi
 
 def _targets(
     model: PreTrainedModel, checkpoint: Checkpoint, loading: LoadStateDictConfig
-) -> dict[str, str]:
-    """Tensor of a file -> the parameter or buffer that it becomes, or the first of several."""
+) -> dict[str, Target]:
+    """What each tensor of the files becomes; one that becomes nothing is not in it."""
     state = model.state_dict()
     mapping = loading.weight_mapping or []
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
@@ -191,28 +232,34 @@ def _targets(
     found = {}
     for name, tensor in checkpoint.tensors.items():
         prefix = model.base_model_prefix
-        target, _ = rename_source_key(name, renamings, converters, prefix, state)
+        target, converted = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
-            target, _ = rename_source_key(name, [], [], prefix, state)
+            target, converted = rename_source_key(name, [], [], prefix, state)
         if target in state and tensor.dtype in FLOATS:
-            found[name] = target
+            found[name] = Target(target, converted is None)
+    if loading.dtype_plan and loading.dtype != torch.float32:
+        return {name: replace(target, is_plain=False) for name, target in found.items()}
     return found
 
 
-def _check(model: PreTrainedModel, checkpoint: Checkpoint, loading: LoadStateDictConfig) -> None:
-    """Load shapes alone: refuse what is not in the files, or of another shape, before any byte."""
+def _check(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    targets: Mapping[str, Target],
+    loading: LoadStateDictConfig,
+) -> None:
+    """Refuse what is not in the files, or of another shape, before any byte is read."""
+    tensors, state = checkpoint.tensors, model.state_dict()
+    plain = {tensor: target.name for tensor, target in targets.items() if target.is_plain}
+    fits = {name for tensor, name in plain.items() if state[name].shape == tensors[tensor].shape}
     shapes = {
         tensor: torch.empty(header.shape, dtype=torch.float32, device="meta")
-        for tensor, header in checkpoint.tensors.items()
+        for tensor, header in tensors.items()
+        if tensor not in plain
     }
-    nowhere = LoadStateDictConfig(
-        dtype=loading.dtype,
-        dtype_plan=loading.dtype_plan,
-        device_map={"": "meta"},
-        weight_mapping=loading.weight_mapping,
-    )
+    nowhere = replace(loading, device_map={"": "meta"})
     found, _ = convert_and_load_state_dict_in_model(model, shapes, nowhere)
-    absent = found.missing_keys | {key for key, *_ in found.mismatched_keys}
+    absent = (found.missing_keys | {key for key, *_ in found.mismatched_keys}) - fits
     lists = tuple(f"{path}." for path in block_lists(model))
     needed = (*_surroundings(model), *lists)
     parameters = {key for key, _ in model.named_parameters()} - model.all_tied_weights_keys.keys()

@@ -49,8 +49,9 @@ class StoredBlock:
             self.norms[names.module(tensor)] = norm.nan_to_num(0.0)
 
 
-def stored_blocks(
+def stored_blocks(  # noqa: PLR0913
     model: PreTrainedModel,
+    parameters: Iterable[tuple[str, Tensor]],
     modules: Mapping[str, Linear],
     norms: Mapping[str, Tensor],
     products: Products | None,
@@ -61,6 +62,7 @@ def stored_blocks(
 
     Args:
         model: as `from_pretrained` returned it.
+        parameters: by their names, of all of it or of whole blocks.
         modules: path -> Linear.
         norms: path of a module -> its activation norms.
         products: what was multiplied besides.
@@ -84,15 +86,15 @@ def stored_blocks(
             return products.norms(name, n_tokens)
         return _unknown(parameter, parameter.device)
 
-    for parameters in _by_block(model):
+    for inside in _by_block(parameters):
         block = StoredBlock()
-        for name in parameters:
+        for name in inside:
             if name in kept and name in linear:  # without a norm for each entry
                 path = linear[name]
                 block.add(kept[name], matrix(modules[path]), norms[path])
             elif name in kept and name in met:
-                block.add(kept[name], parameters[name], entries(name, parameters[name]))
-        moved = {name: parameter for name, parameter in parameters.items() if name not in kept}
+                block.add(kept[name], inside[name], entries(name, inside[name]))
+        moved = {name: parameter for name, parameter in inside.items() if name not in kept}
         if met & moved.keys():
             moving = {name: entries(name, parameter) for name, parameter in moved.items()}
             weights = revert_weight_conversion(model, moved)
@@ -102,9 +104,9 @@ def stored_blocks(
             yield block
 
 
-def _by_block(model: PreTrainedModel) -> Iterable[dict[str, Tensor]]:
+def _by_block(parameters: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:
     found: defaultdict[Place, dict[str, Tensor]] = defaultdict(dict)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         found[names.stack(name), names.block(name)][name] = parameter.detach()
     return found.values()
 
