@@ -16,6 +16,7 @@ from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
+from lewis_hub.guides.onednn import ByOneDNN
 from lewis_hub.guides.products import Products, watched
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder, Sees
 from lewis_hub.guides.stored import stored_blocks, stored_names
@@ -246,7 +247,8 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
         shifted[:, 0] = start
         options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
     options = {key: value for key, value in options.items() if key in accepted}
-    body(input_ids=ids, attention_mask=mask, **options)
+    with ByOneDNN():
+        body(input_ids=ids, attention_mask=mask, **options)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from lewis_hub.guides.activations import (
 from lewis_hub.guides.blocks import Linear, linears, loose_parameters, matrix
 from lewis_hub.guides.flow import Flow, NotAChainError, beside, enter
 from lewis_hub.guides.importance import importances, sum_of_squares
+from lewis_hub.guides.onednn import ByOneDNN
 from lewis_hub.guides.products import Products
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
 from lewis_hub.guides.skeleton import Skeleton, skeleton
@@ -187,7 +188,7 @@ def entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow
 
 def run_block(made: Skeleton, number: int, flow: Flow) -> None:
     """Bring texts from one block, which has its weights, to the next."""
-    with torch.no_grad(), _chain(made):
+    with torch.no_grad(), ByOneDNN(), _chain(made):
         flow.step(number, made.blocks[number])
 
 

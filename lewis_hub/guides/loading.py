@@ -22,19 +22,7 @@ LINE = 64  # bytes of a line of the cache, to which torch aligns what it allocat
 
 
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
-    """Load a language model for measuring: as `load_plainly` does, with quicker products on a CPU.
-
-    It is run without gradients.
-    """
-    from lewis_hub.guides.onednn import multiply_by_onednn
-
-    model = load_plainly(folder, device, name)
-    multiply_by_onednn(model, device)
-    return model
-
-
-def load_plainly(folder: Path, device: str, name: str) -> PreTrainedModel:
-    """Load a language model as transformers does, in eval mode.
+    """Load a language model for measuring, in eval mode.
 
     Its class is the one that its configuration names, as the files hold the tensors of that one;
     where none is named that transformers has, it is loaded as a causal language model.

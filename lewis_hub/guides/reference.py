@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
-from lewis_hub.guides.loading import load_plainly
+from lewis_hub.guides.loading import load_model
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import CalibrationTokens
 from lewis_hub.progress import Advance
@@ -55,7 +55,7 @@ def measure(
     """
     found = []
     for tokens in sets:
-        loaded: Any = load_plainly(folder, device, name)
+        loaded: Any = load_model(folder, device, name)
         model = loaded.float()
         path, blocks = _blocks(model, name)
         widths = {matrix(module).shape[1] for _, module in linears(path, blocks)}

@@ -37,7 +37,6 @@ from lewis_hub.guides.loading import (
     quiet,
     refusals,
 )
-from lewis_hub.guides.onednn import multiply_by_onednn
 from lewis_hub.guides.weights import Weights
 
 if TYPE_CHECKING:
@@ -191,7 +190,6 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     with no_init_weights(), init_empty_weights(include_buffers=False), torch.device(device):
         model = build(config, **settings).eval()
     model.tie_weights()
-    multiply_by_onednn(model, device)
     check_reads_tokens(weights.checkpoint.label, model)
     model.config.get_text_config().use_cache = False  # as `load_model` does
     return model, LoadStateDictConfig(
