@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lewis_hub.guides.blocks import loose_parameters
 from lewis_hub.guides.importance import sum_of_squares
-from lewis_hub.guides.onednn import product
+from lewis_hub.guides.onednn import by_onednn
 
 aten = torch.ops.aten
 FACTORS = {  # product -> which arguments are multiplied
@@ -91,7 +91,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run a function of torch's, and look at the factors of a product."""
         result = func(*args, **(kwargs or {}))
-        if func is product.default:
+        if func is by_onednn.default:
             if path := self._owner(args[1]):
                 self._see(path, args[1].mT, args[0].reshape(-1, args[0].shape[-1]))
         elif func in FACTORS:

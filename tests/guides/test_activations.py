@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.guides.activations import activation_norms, measure
 from lewis_hub.guides.importance import sum_of_squares
+from lewis_hub.guides.threads import threads
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 
-from .conftest import tiny_model, tokens_of
+from .conftest import ARCHITECTURES, LLAMA, tiny_model, tokens_of
 
 
 def nothing(_: int) -> None:
@@ -367,3 +368,22 @@ def test_several_calibration_sets_are_measured_as_if_each_were_alone(llama, text
 
     assert together == [measure(folder, "base", [t], "cpu", nothing)[0] for t in (texts, other)]
     assert sum(counted) == texts.n_tokens + other.n_tokens
+
+
+WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("config", [("LlamaConfig", WIDE), ("MixtralConfig", WIDE | EXPERTS)])
+def test_a_text_of_any_length_is_measured_alike_on_any_number_of_threads(
+    monkeypatch, saved, config
+):
+    monkeypatch.setitem(ARCHITECTURES, "wide", config)
+    folder = saved(tiny_model("wide"))
+    for n_tokens in (1, 3, 7, 9, 33):
+        sets = [tokens_of([list(range(3, 3 + n_tokens))])]
+        found = []
+        for n_threads in (1, 2):
+            with threads(n_threads):
+                found.append(measure(folder, "tiny", sets, "cpu", lambda _: None))
+        assert found[0] == found[1], n_tokens

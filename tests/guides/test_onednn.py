@@ -6,11 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from lewis_hub.guides import activations
-from lewis_hub.guides.onednn import ByOneDNN
+from lewis_hub.guides.onednn import ByOneDNN, by_rows
 from lewis_hub.guides.threads import threads
-
-from .conftest import ARCHITECTURES, LLAMA, tiny_model, tokens_of
 
 sizes = st.integers(1, 70)
 
@@ -18,51 +15,52 @@ sizes = st.integers(1, 70)
 @settings(deadline=None)
 @given(sizes, sizes, sizes, st.booleans())
 def test_products_are_those_of_the_definition_and_the_same_on_any_number_of_threads(
-    n_tokens, n_in, n_out, has_bias
+    n_rows, n_in, n_out, has_bias
 ):
-    x, weight = torch.randn(n_tokens, n_in), torch.randn(n_out, n_in)
+    x, weight = torch.randn(n_rows, n_in), torch.randn(n_out, n_in)
     bias = torch.randn(n_out) if has_bias else None
     wide = x.double() @ weight.double().T + (0 if bias is None else bias.double())
 
     found = []
     for n_threads in (1, 2, 3, 8):
-        with threads(n_threads), ByOneDNN(), torch.no_grad():
-            found.append(linear(x, weight, bias=bias))
+        with threads(n_threads):
+            found.append(by_rows(x, weight, bias))
 
     torch.testing.assert_close(found[0].double(), wide, rtol=0, atol=1e-4)
     assert all(torch.equal(found[0], other) for other in found)
 
 
 @pytest.mark.parametrize("shape", [(33,), (0, 33), (2, 0, 33), (2, 3, 4, 33)])
-def test_inputs_may_have_any_shape(shape):
+def test_rows_may_have_any_shape(shape):
     x, weight = torch.randn(shape), torch.randn(7, 33)
 
-    with ByOneDNN():
-        torch.testing.assert_close(linear(x, weight), x @ weight.T)
+    torch.testing.assert_close(by_rows(x, weight), x @ weight.T)
+
+
+def test_matrices_may_be_parts_of_others_in_any_layout():
+    whole = torch.randn(40, 50)
+    parts = [whole[3:9, 4:20], whole[4:20, 3:9].T, whole[:, :16], whole[0, :16].expand(5, 16)]
+
+    for weight in parts:
+        for x in (whole[1:8, 30:46], whole[1:17, 30:41].T, whole[::3, 2:34:2]):
+            torch.testing.assert_close(by_rows(x, weight), x @ weight.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_multiplied_as_ever(dtype):
     x, weight = torch.randn(3, 33, dtype=dtype), torch.randn(7, 33, dtype=dtype)
 
-    with ByOneDNN():
-        assert torch.equal(linear(x, weight), x @ weight.T)
+    assert torch.equal(by_rows(x, weight), x @ weight.T)
 
 
-WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+def test_a_linear_inside_the_context_multiplies_so_with_its_bias_and_none_outside():
+    module = torch.nn.Linear(33, 5)
+    x = torch.randn(7, 33)
 
+    with torch.no_grad(), ByOneDNN():
+        inside = module(x), linear(input=x, weight=module.weight, bias=None)
+    outside = module(x)
 
-@pytest.mark.parametrize("config", [("LlamaConfig", WIDE), ("MixtralConfig", WIDE | EXPERTS)])
-def test_a_text_of_any_length_is_measured_alike_on_any_number_of_threads(
-    monkeypatch, saved, config
-):
-    monkeypatch.setitem(ARCHITECTURES, "wide", config)
-    folder = saved(tiny_model("wide"))
-    for n_tokens in (1, 3, 7, 9, 33):
-        sets = [tokens_of([list(range(3, 3 + n_tokens))])]
-        found = []
-        for n_threads in (1, 2):
-            with threads(n_threads):
-                found.append(activations.measure(folder, "tiny", sets, "cpu", lambda _: None))
-        assert found[0] == found[1], n_tokens
+    assert torch.equal(inside[0], by_rows(x, module.weight, module.bias))
+    assert torch.equal(inside[1], by_rows(x, module.weight))
+    assert outside.requires_grad
