@@ -25,6 +25,7 @@ FACTORS = {  # product -> which arguments are multiplied
     aten.addmm.default: (1, 2),
     aten.bmm.default: (0, 1),
     aten.baddbmm.default: (1, 2),
+    by_onednn.default: (0, 1),  # the second lies as (n_out, n_in)
 }
 
 Slice = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of: path, offset, shape, stride
@@ -91,11 +92,10 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run a function of torch's, and look at the factors of a product."""
         result = func(*args, **(kwargs or {}))
-        if func is by_onednn.default:
-            if path := self._owner(args[1]):
-                self._see(path, args[1].mT, args[0].reshape(-1, args[0].shape[-1]))
-        elif func in FACTORS:
+        if func in FACTORS:
             left, right = (args[i] for i in FACTORS[func])
+            if func is by_onednn.default:
+                left, right = left.reshape(-1, left.shape[-1]), right.mT
             if path := self._owner(right):
                 self._see(path, right, left)
             elif path := self._owner(left):
