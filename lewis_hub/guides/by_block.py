@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.activations import (
@@ -51,13 +51,14 @@ class Visit:
     """What one block met; it has its weights until the next visit.
 
     Attributes:
-        parameters: path -> parameter of the block.
+        path: of the block.
         modules: path -> Linear of the block.
         sums: for each calibration set, path -> the sum over its tokens.
         products: for each set, what parameters that no Linear owns were multiplied with.
     """
 
-    parameters: Mapping[str, Tensor]
+    path: str
+    block: nn.Module
     modules: Mapping[str, Linear]
     sums: Sequence[Mapping[str, InputSum]]
     products: Sequence[Products | None]
@@ -78,16 +79,21 @@ def measure(
             hand them from block to block.
     """
 
+    def of_block(visit: Visit, n_set: int) -> dict[str, float]:
+        n_tokens = sets[n_set].n_tokens
+        norms, products = norms_of(visit.sums[n_set], n_tokens), visit.products[n_set]
+        parameters = visit.block.named_parameters(prefix=visit.path)
+        met = (parameters, visit.modules, norms, products, n_tokens, kept)
+        found: dict[str, float] = {}
+        for block in stored_blocks(made.model, *met):
+            found |= summarise(block.weights, block.norms)
+        return found
+
     def measured(visits: Iterator[Visit]) -> list[dict[str, float]]:
         found: list[dict[str, float]] = [{} for _ in sets]
         for visit in visits:
-            for one, tokens, sums, products in zip(
-                found, sets, visit.sums, visit.products, strict=True
-            ):
-                norms = norms_of(sums, tokens.n_tokens)
-                met = (visit.modules, norms, products, tokens.n_tokens, kept)
-                for block in stored_blocks(made.model, visit.parameters.items(), *met):
-                    one |= summarise(block.weights, block.norms)
+            for n_set, one in enumerate(found):
+                one |= of_block(visit, n_set)
         for one in found:
             require_seen(one, made.name)
         return found
@@ -175,7 +181,7 @@ def _visits(
                 require_finite(recorder.totals, made.name)
                 sums.append(recorder.totals)
                 watched.append(seen)
-            yield Visit(dict(block.named_parameters(prefix=inside)), modules, sums, watched)
+            yield Visit(inside, block, modules, sums, watched)
 
 
 def entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:

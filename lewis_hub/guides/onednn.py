@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-by_onednn = torch.ops.mkldnn._linear_pointwise  # (x, weight, bias, what comes after: nothing)
+# (x, weight, bias, what comes after: nothing); torch for some machines is built without it
+by_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class ByOneDNN(TorchFunctionMode):
@@ -42,21 +44,30 @@ def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     Returns:
         (..., n), by oneDNN in float32 on a CPU for which torch has it.
+
+    Raises:
+        RuntimeError: `weight` has no values.
     """
+    if weight.is_meta and not input.is_meta:
+        raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
     here = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
-    if here and is_there() and _is_dense(weight):
+    if here and is_there() and _is_plain(weight):
         found: Tensor = by_onednn(input, weight, bias, "none", [], "")
         return found
     return linear(input, weight, bias)
 
 
-def _is_dense(weight: Tensor) -> bool:
-    """Whether a matrix lies as oneDNN's kernels take it; another it multiplies entry by entry."""
-    return weight.dim() == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is a matrix that lies as oneDNN's kernels take it.
+
+    Another layout it multiplies entry by entry; a class of its own may hold other numbers.
+    """
+    is_dense = weight.is_contiguous() or weight.T.is_contiguous()
+    return weight.dim() == 2 and is_dense and type(weight) in (Tensor, Parameter)
 
 
 def is_there() -> bool:
     """Whether torch has it for this processor."""
     backends: Any = torch.backends
     by_avx = backends.cpu.get_cpu_capability().startswith("AVX")
-    return by_avx and bool(backends.mkldnn.is_available())
+    return by_avx and by_onednn is not None and bool(backends.mkldnn.is_available())

@@ -7,6 +7,7 @@ and fuse or split them, so a part is exactly what `from_pretrained` would have m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.initialization import no_init_weights
@@ -52,7 +54,7 @@ class Target:
 
     Attributes:
         name: of the parameter or buffer, or of the first of several.
-        is_plain: it becomes all of this one, as it is but for the dtype.
+        is_plain: it alone becomes this one, as it is but for the dtype.
     """
 
     name: str
@@ -104,8 +106,8 @@ class Skeleton:
                     yield block
 
     def _tensors(self, prefixes: tuple[str, ...]) -> list[TensorHeader]:
-        tensors, targets = self.weights.checkpoint.tensors, self._targets.items()
-        return [tensors[name] for name, target in targets if target.name.startswith(prefixes)]
+        inside = {name for name, to in self._targets.items() if to.name.startswith(prefixes)}
+        return [one for name, one in self.weights.checkpoint.tensors.items() if name in inside]
 
     @contextmanager
     def _brought(
@@ -189,7 +191,6 @@ def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDic
     build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
     with no_init_weights(), init_empty_weights(include_buffers=False), torch.device(device):
         model = build(config, **settings).eval()
-    model.tie_weights()
     check_reads_tokens(weights.checkpoint.label, model)
     model.config.get_text_config().use_cache = False  # as `load_model` does
     return model, LoadStateDictConfig(
@@ -227,17 +228,22 @@ def _targets(
     mapping = loading.weight_mapping or []
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    found = {}
-    for name, tensor in checkpoint.tensors.items():
-        prefix = model.base_model_prefix
+    # else some keep another dtype, by transformers' plan
+    can_be_plain = loading.dtype == torch.float32 or not loading.dtype_plan
+    found, taken = dict[str, Target](), Counter[str]()
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):  # some count, as transformers does
+        tensor, prefix = checkpoint.tensors[name], model.base_model_prefix
         target, converted = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, converted = rename_source_key(name, [], [], prefix, state)
         if target in state and tensor.dtype in FLOATS:
-            found[name] = Target(target, converted is None)
-    if loading.dtype_plan and loading.dtype != torch.float32:
-        return {name: replace(target, is_plain=False) for name, target in found.items()}
-    return found
+            fits = state[target].shape == tensor.shape
+            found[name] = Target(target, converted is None and fits and can_be_plain)
+            taken[target] += 1
+    return {
+        name: target if taken[target.name] == 1 else replace(target, is_plain=False)
+        for name, target in found.items()
+    }
 
 
 def _check(
@@ -247,17 +253,16 @@ def _check(
     loading: LoadStateDictConfig,
 ) -> None:
     """Refuse what is not in the files, or of another shape, before any byte is read."""
-    tensors, state = checkpoint.tensors, model.state_dict()
     plain = {tensor: target.name for tensor, target in targets.items() if target.is_plain}
-    fits = {name for tensor, name in plain.items() if state[name].shape == tensors[tensor].shape}
     shapes = {
         tensor: torch.empty(header.shape, dtype=torch.float32, device="meta")
-        for tensor, header in tensors.items()
+        for tensor, header in checkpoint.tensors.items()
         if tensor not in plain
     }
     nowhere = replace(loading, device_map={"": "meta"})
     found, _ = convert_and_load_state_dict_in_model(model, shapes, nowhere)
-    absent = (found.missing_keys | {key for key, *_ in found.mismatched_keys}) - fits
+    absent = found.missing_keys | {key for key, *_ in found.mismatched_keys}
+    absent -= set(plain.values())
     lists = tuple(f"{path}." for path in block_lists(model))
     needed = (*_surroundings(model), *lists)
     parameters = {key for key, _ in model.named_parameters()} - model.all_tied_weights_keys.keys()

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lewis_hub.checkpoint.header import TensorHeader
@@ -73,6 +74,37 @@ def test_block_by_block_measures_exactly_what_a_whole_model_does(
     whole = activations.measure(folder, "tiny", sets, "cpu", nothing)
     assert [list(one) for one in blocks] == [list(one) for one in whole]
     assert blocks == whole
+
+
+def test_of_two_tensors_that_become_one_parameter_the_same_counts_as_in_a_whole_model(
+    llama, texts, saved
+):
+    folder = saved(llama)
+    tensors = load_file(folder / "model.safetensors")
+    one = "layers.1.mlp.up_proj.weight"
+    save_file(tensors | {one: 2 * tensors[f"model.{one}"]}, folder / "model.safetensors")
+
+    blocks = by_block.measure(in_folder("tiny", folder), [texts], "cpu", nothing)
+
+    assert blocks == activations.measure(folder, "tiny", [texts], "cpu", nothing)
+
+
+def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, saved):
+    weights, held = in_folder("tiny", saved(llama)), list[weakref.ref[Tensor]]()
+
+    def parts(lists: Sequence[Sequence[TensorHeader]]) -> Generator[dict[str, Tensor], None, None]:
+        read = weights.parts(lists)
+        for _ in lists:
+            assert [one for one in held if one()] == []
+            yield next(read)
+
+    def summarise(of: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
+        held[:] = map(weakref.ref, of.values())
+        return dict.fromkeys(norms, 0.0)
+
+    by_block.measure(replace(weights, parts=parts), [texts], "cpu", nothing, summarise)
+
+    assert len(held) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

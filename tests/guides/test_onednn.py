@@ -64,3 +64,8 @@ def test_a_linear_inside_the_context_multiplies_so_with_its_bias_and_none_outsid
     assert torch.equal(inside[0], by_rows(x, module.weight, module.bias))
     assert torch.equal(inside[1], by_rows(x, module.weight))
     assert outside.requires_grad
+
+
+def test_a_weight_without_values_is_an_error_though_torch_would_return_nonsense():
+    with pytest.raises(RuntimeError, match="a weight that is on meta has no values"):
+        by_rows(torch.randn(2, 3), torch.empty(4, 3, device="meta"))
