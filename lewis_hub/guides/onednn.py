@@ -24,13 +24,17 @@ by_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 class ByOneDNN(TorchFunctionMode):
     """A context manager, for what has no gradients: inside it Linears multiply by `by_rows`.
 
-    So does what multiplies as a Linear does, such as an expert that is a slice of a parameter.
+    So does what multiplies as a Linear or Conv1D does, such as an expert that is a slice of a
+    parameter.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run a function of torch's, or another in its place."""
+        if func is torch.addmm and not kwargs and args[0].dim() == 1:  # as Conv1D multiplies
+            bias, rows, matrix = args
+            return by_rows(rows, matrix.T, bias)
         return (by_rows if func is linear else func)(*args, **(kwargs or {}))
 
 

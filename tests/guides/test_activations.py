@@ -20,7 +20,7 @@ from lewis_hub.guides.importance import sum_of_squares
 from lewis_hub.guides.threads import threads
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
 
-from .conftest import ARCHITECTURES, LLAMA, tiny_model, tokens_of
+from .conftest import ARCHITECTURES, LLAMA, SMALL, tiny_model, tokens_of
 
 
 def nothing(_: int) -> None:
@@ -374,7 +374,13 @@ WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-@pytest.mark.parametrize("config", [("LlamaConfig", WIDE), ("MixtralConfig", WIDE | EXPERTS)])
+OF_CONV1D = {**SMALL, "n_embd": 64, "n_layer": 1, "n_head": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [("LlamaConfig", WIDE), ("MixtralConfig", WIDE | EXPERTS), ("GPT2Config", OF_CONV1D)],
+)
 def test_a_text_of_any_length_is_measured_alike_on_any_number_of_threads(
     monkeypatch, saved, config
 ):
