@@ -8,6 +8,7 @@ imported; each test finds both empty.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def start() -> Hub:
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",  # the models are tiny, and the tests run side by side
         "MPLBACKEND": "agg",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # a process keeps the first that it finds
     }
     return hub
 

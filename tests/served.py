@@ -1,7 +1,6 @@
 """Models in folders and on the embedded Hub, for tests that go the whole way."""
 
 import os
-import secrets
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.store import File
 from lewis_hub.recipe_file import parse_recipe
 
-RAY_TOKEN = secrets.token_hex(32)  # a process keeps the first that it was given
 RECIPE = """base_model: BASE
 models:
   - model: EXPERT

@@ -218,7 +218,7 @@ def test_ctrl_c_ends_within_a_second_and_the_same_command_goes_on(hub, zoo):
     )
     assert process.stderr
     for line in process.stderr:
-        if line.startswith("Evaluating"):
+        if line.startswith("Merging"):
             break
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)

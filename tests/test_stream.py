@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 from click.testing import CliRunner
-from served import RAY_TOKEN, pushed
+from served import pushed
 from streamed import (
     MODEL_BYTES,
     MOST_BYTES,
@@ -239,7 +239,6 @@ def test_an_adapter_and_8_bit_floats_come_by_ranges_too(api, hub, tmp_path):
 def test_workers_on_other_machines_read_the_hub_themselves(api, hub, tmp_path, monkeypatch):
     folder = tempfile.mkdtemp(prefix="ray-")  # pytest's is too long for the names of sockets
     monkeypatch.setenv("RAY_TMPDIR", folder)
-    monkeypatch.setenv("RAY_AUTH_TOKEN", RAY_TOKEN)
     for repo in ("tests/base", "tests/reverse", "zoo/expert-cipher"):
         api.update_repo_settings(repo, private=True)  # they have the token of their environment
     recipe = parse_recipe(RECIPE, "recipe.yaml")

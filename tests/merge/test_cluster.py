@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from served import RAY_TOKEN
 
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
 from lewis_hub.merge.cluster import Ray, _start
@@ -88,10 +87,9 @@ def test_a_ray_that_does_not_answer_in_time_is_started_once_more(n_lost):
 def cluster():
     """A Ray with two workers, as `Ray.map` starts one, whose files are gone afterwards."""
     folder = tempfile.mkdtemp(prefix="ray-")  # pytest's is too long for the names of sockets
-    own = {"RAY_TMPDIR": folder, "RAY_AUTH_TOKEN": RAY_TOKEN}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (own | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}).items():
-            patch.setenv(name, value)
+        patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         import ray
 
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
