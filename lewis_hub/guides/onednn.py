@@ -9,6 +9,7 @@ where a few rows have a sum of many thousand terms each.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 # (x, weight, bias, what comes after: nothing); torch for some machines is built without it
-by_onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+by_onednn: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
 class ByOneDNN(TorchFunctionMode):
@@ -70,6 +71,7 @@ def _is_plain(weight: Tensor) -> bool:
     return weight.dim() == 2 and is_dense and type(weight) in (Tensor, Parameter)
 
 
+@cache
 def is_there() -> bool:
     """Whether torch has it for this processor."""
     backends: Any = torch.backends

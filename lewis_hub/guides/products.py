@@ -25,9 +25,8 @@ FACTORS = {  # product -> which arguments are multiplied
     aten.addmm.default: (1, 2),
     aten.bmm.default: (0, 1),
     aten.baddbmm.default: (1, 2),
+    by_onednn: (0, 1),  # the second lies as (n_out, n_in)
 }
-if by_onednn:
-    FACTORS[by_onednn.default] = (0, 1)  # the second lies as (n_out, n_in)
 
 Slice = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of: path, offset, shape, stride
 
@@ -95,7 +94,7 @@ class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in FACTORS:
             left, right = (args[i] for i in FACTORS[func])
-            if by_onednn and func is by_onednn.default:
+            if func is by_onednn:
                 left, right = left.reshape(-1, left.shape[-1]), right.mT
             if path := self._owner(right):
                 self._see(path, right, left)

@@ -228,9 +228,7 @@ def _targets(
     mapping = loading.weight_mapping or []
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    # else some keep another dtype, by transformers' plan
-    can_be_plain = loading.dtype == torch.float32 or not loading.dtype_plan
-    found, taken = dict[str, Target](), Counter[str]()
+    found: dict[str, Target] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):  # some count, as transformers does
         tensor, prefix = checkpoint.tensors[name], model.base_model_prefix
         target, converted = rename_source_key(name, renamings, converters, prefix, state)
@@ -238,11 +236,13 @@ def _targets(
             target, converted = rename_source_key(name, [], [], prefix, state)
         if target in state and tensor.dtype in FLOATS:
             fits = state[target].shape == tensor.shape
-            found[name] = Target(target, converted is None and fits and can_be_plain)
-            taken[target] += 1
+            found[name] = Target(target, converted is None and fits)
+    taken = Counter(target.name for target in found.values())
+    # else some keep another dtype, by transformers' plan
+    has_one_dtype = loading.dtype == torch.float32 or not loading.dtype_plan
     return {
-        name: target if taken[target.name] == 1 else replace(target, is_plain=False)
-        for name, target in found.items()
+        name: replace(to, is_plain=to.is_plain and has_one_dtype and taken[to.name] == 1)
+        for name, to in found.items()
     }
 
 

@@ -33,7 +33,7 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
     """
     if k >= magnitudes.numel() or k <= 0:
         return magnitudes.new_full(magnitudes.shape, k > 0).bool()
-    threshold = _largest_but(magnitudes, k - 1)
+    threshold = _kth_largest(magnitudes, k)
     above, tied = magnitudes > threshold, magnitudes == threshold
     n_tied, n_wanted = int(tied.sum()), k - int(above.sum())
     j = tied.long().cumsum(0) - 1
@@ -41,11 +41,11 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
     return above | (tied & chosen)
 
 
-def _largest_but(magnitudes: Tensor, n: int) -> Tensor:
-    """The largest entry but n; to select it takes a CPU a quarter of what sorting does."""
+def _kth_largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Of (n,), 1 <= k <= n; to select it takes a CPU a quarter of what sorting does."""
     if magnitudes.device.type == "cpu":
-        return magnitudes.kthvalue(magnitudes.numel() - n).values
-    return magnitudes.sort(descending=True).values[n]
+        return magnitudes.kthvalue(magnitudes.numel() - k + 1).values
+    return magnitudes.sort(descending=True).values[k - 1]
 
 
 def trim(task_vector: Tensor, density: float, scale: Tensor | None = None) -> Tensor:

@@ -372,8 +372,6 @@ def test_several_calibration_sets_are_measured_as_if_each_were_alone(llama, text
 
 WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-
-
 OF_CONV1D = {**SMALL, "n_embd": 64, "n_layer": 1, "n_head": 4}
 
 
