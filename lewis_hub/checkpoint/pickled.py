@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.dtypes import torch_dtypes
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.layout import OutputTensor, ShardLayout, index_document, shard_name
 from lewis_hub.checkpoint.reader import INDEX
@@ -25,6 +26,7 @@ from lewis_hub.files import sha256_of
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 UNSUPPORTED = re.compile(r"GLOBAL ([\w.]+)")
@@ -169,21 +171,5 @@ def _write(
         return WrittenFile(layout.name, writer.finish(), layout.n_bytes)
 
 
-def _dtypes() -> dict[Any, str]:
-    """Torch's dtypes as safetensors writes them."""
-    import torch
-
-    return {
-        torch.bfloat16: "BF16",
-        torch.float16: "F16",
-        torch.float32: "F32",
-        torch.float64: "F64",
-        torch.float8_e4m3fn: "F8_E4M3",
-        torch.float8_e5m2: "F8_E5M2",
-        torch.bool: "BOOL",
-        torch.uint8: "U8",
-        torch.int8: "I8",
-        torch.int16: "I16",
-        torch.int32: "I32",
-        torch.int64: "I64",
-    }
+def _dtypes() -> dict[torch.dtype, str]:
+    return {dtype: name for name, dtype in torch_dtypes().items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lewis_hub.checkpoint.dtypes import torch_dtypes
 from lewis_hub.checkpoint.header import ReadRange, ShardHeader, TensorHeader, read_header
 from lewis_hub.errors import BrokenCheckpointError
 
@@ -270,5 +271,4 @@ def whole_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:
 
     held = torch.empty(tensor.n_bytes, dtype=torch.uint8)
     reader.read(tensor, 0, held.numpy().data)
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[tensor.dtype]
-    return held.view(dtype).reshape(tensor.shape).float()
+    return held.view(torch_dtypes()[tensor.dtype]).reshape(tensor.shape).float()

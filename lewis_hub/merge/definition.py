@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.checkpoint.dtypes import torch_dtypes
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.methods import registry
@@ -65,8 +66,7 @@ def merge_by_definition(
     keywords = {key: value for key, value in given.items() if method.takes(key)}
     keywords |= {method.keyword(option): value for option, value in tensor.options.items()}
     merged = method.function(*_arguments(method, sources, len(tensor.weights)), **keywords)
-    dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    rounded = merged.to(dtype[tensor.output.dtype]).contiguous()
+    rounded = merged.to(torch_dtypes()[tensor.output.dtype]).contiguous()
     if not rounded.isfinite().all():
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
         raise NonFiniteError(tensor.output.name, "the merged model", remedy)

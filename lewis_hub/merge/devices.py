@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lewis_hub.checkpoint.dtypes import torch_dtypes
 from lewis_hub.errors import DeviceError
 from lewis_hub.merge.definition import Moments, bytes_of, merge_by_definition
 from lewis_hub.merge.pieces import Job
@@ -115,7 +116,7 @@ class Lane:
     def _read(self, reader: Reader, header: TensorHeader) -> Tensor:
         import torch
 
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[header.dtype]
+        dtype = torch_dtypes()[header.dtype]
         held = torch.empty(header.n_bytes, dtype=torch.uint8, pin_memory=self._inward is not None)
         reader.read(header, 0, held.numpy().data)
         return held.to(self._device, non_blocking=True).view(dtype).reshape(header.shape)

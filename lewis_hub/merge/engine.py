@@ -30,7 +30,7 @@ from lewis_hub.merge.runners import Inline, Means, threads
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.pieces import Job
+    from lewis_hub.merge.pieces import Job, Shard
 
 NOTE = ".done.json"
 RANGES = ".ranges"  # of sources that are elsewhere: what was fetched and is not used up yet
@@ -94,7 +94,7 @@ def make_shards(
     if isinstance(means.runner, Ray):
         yield from _elsewhere(remaining, places, output, means, advance)
         return
-    with _window(remaining, places, output / RANGES) as window:
+    with window_of(remaining, places, output / RANGES) as window:
         for shard in remaining:
             yield merge_shard(shard, window, output, means, advance)
 
@@ -113,26 +113,36 @@ def merge_shard(
     plan: ShardPlan, window: Window, output: Path, means: Means, advance: Advance
 ) -> ShardResult:
     """Make one shard on this machine from the beginning; the sources are read by the window."""
+    layout = plan.layout
+    _note(output, layout.name).unlink(missing_ok=True)
+    with ShardWriter(output, layout, stays_cached=means.is_read_next) as writer:
+        mended = fill(plan, window, writer, means, advance)
+        result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
+    _write_note(plan, result, output)
+    return result
+
+
+def fill(
+    plan: ShardPlan, window: Window, shard: Shard, means: Means, advance: Advance
+) -> Mapping[str, int]:
+    """Make the tensors of a shard; which sources hold NaN or infinity, and in how many of them."""
     from lewis_hub.merge.assembled import assembling
     from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
     from lewis_hub.merge.operands import BLOCK
     from lewis_hub.merge.pieces import Desks, Job, Site
 
     layout = plan.layout
-    _note(output, layout.name).unlink(missing_ok=True)
     with ExitStack() as opened:
         readers = [
             opened.enter_context(open_source(label, base, window.reader))
             for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
-        writer = ShardWriter(output, layout, stays_cached=means.is_read_next)
-        opened.enter_context(writer)
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
         n_together = max((len(tensor.inputs) for tensor in plan.tensors), default=1)
         desks = Desks(n_together, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
         read = assembling(plan, readers)
         statistics = [opened.enter_context(window.reader(label)) for label in plan.statistics]
-        site = Site(plan, read, writer, desks, statistics)
+        site = Site(plan, read, shard, desks, statistics)
         jobs = [
             Job(site, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)
@@ -142,10 +152,7 @@ def merge_shard(
         for n_bytes in made:
             window.step_done()
             advance(n_bytes)
-        mended = Counter(label for label, _ in {one for job in jobs for one in job.mended})
-        result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
-    _write_note(plan, result, output)
-    return result
+        return Counter(label for label, _ in {one for job in jobs for one in job.mended})
 
 
 def _elsewhere(
@@ -172,13 +179,13 @@ def _on_worker(places: Places, output: Path, means: Means, plan: ShardPlan) -> S
             problem = f"the worker on {socket.gethostname()} does not see {place}"
             remedy = "Keep sources and output where all machines mount them under the same path."
             raise MergeError("runner `ray`", problem, remedy)
-    with _window([plan], places, output / f"{RANGES}-{plan.layout.name}") as window:
+    with window_of([plan], places, output / f"{RANGES}-{plan.layout.name}") as window:
         here = replace(means, runner=threads(cpus_of_this_task()), device=None)
         return merge_shard(plan, window, output, here, lambda _: None)
 
 
-def _window(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Window:
-    """What is fetched ahead takes no more room than a shard."""
+def window_of(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Window:
+    """How the sources are read; what is fetched ahead takes no more room than a shard."""
     steps = [needs for shard in shards for needs in needs_of(shard, elsewhere(places))]
     most_bytes = max((shard.layout.n_bytes for shard in shards), default=0)
     return Window(places, steps, scratch, most_bytes)

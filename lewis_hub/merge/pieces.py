@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader
-from lewis_hub.checkpoint.writer import ShardWriter
 from lewis_hub.merge.definition import Moments
 from lewis_hub.merge.fused import block_of
 from lewis_hub.merge.mending import MendingReader, mending
@@ -83,6 +82,16 @@ class Desks:
             self._free.put(desk)
 
 
+class Shard(Protocol):
+    """Where the bytes of a shard go; threads share it and write disjoint ranges."""
+
+    def write(self, position: int, content: memoryview) -> None:
+        """Put bytes at an offset from its beginning."""
+
+    def complete(self, start: int, stop: int) -> None:
+        """Say that the bytes [start, stop) are final."""
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a shard is made.
@@ -94,7 +103,7 @@ class Site:
 
     plan: ShardPlan
     readers: Sequence[Reader]
-    writer: ShardWriter
+    writer: Shard
     desks: Desks
     statistics: Sequence[Reader] = ()
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.checkpoint.dtypes import torch_dtypes
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, Reader
 from lewis_hub.checkpoint.window import Window, elsewhere
@@ -97,10 +98,7 @@ def _part(tensors: Sequence[TensorHeader], reader: Reader, window: Window) -> di
 
 def _as_written(reader: Reader, tensor: TensorHeader) -> Tensor:
     """A tensor in float32; one that is computed is rounded as it is where it is written out."""
-    import torch
-
     found = reader.tensor(tensor)
     if not tensor.is_computed:
         return found
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    return found.to(dtypes[tensor.kept_dtype]).float()
+    return found.to(torch_dtypes()[tensor.kept_dtype]).float()

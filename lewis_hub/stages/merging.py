@@ -14,10 +14,12 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, shape
+from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import ShardResult, run
+from lewis_hub.merge.held import held_tensors
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.planning import MergeSettings, MergeSource, Schedule, make_plan
-from lewis_hub.merge.runners import Means
+from lewis_hub.merge.runners import Means, threads
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.merge.statistics import Known, informed
@@ -27,6 +29,8 @@ from lewis_hub.stages.slicing import configuration, stack
 from lewis_hub.stages.sources import Inputs, merged_entries
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lewis_hub.stages.execution import Folders, Step
     from lewis_hub.stages.tokenizers import Carried
 
@@ -131,6 +135,32 @@ def make(
     return beside(step, planned, found, folders, output)
 
 
+def make_in_memory(
+    step: Step,
+    schedule: DensitySchedule | None,
+    folders: Folders,
+    statistics: Known,
+    scratch: Path,
+) -> dict[str, Tensor]:
+    """The tensors that `make` would write, on this machine; nothing but them is made.
+
+    Args:
+        step: what is merged, and how it runs.
+        schedule: None where the settings alone decide.
+        folders: of all sources, and of the statistics.
+        statistics: where the method merges by them.
+        scratch: folder.
+
+    Raises:
+        CheckpointError: a source is broken, or holds NaN or infinity.
+    """
+    planned = _as_made(step, informed(plan_of(step, schedule), statistics))
+    means = step.execution.means(is_read_next=True)
+    if isinstance(means.runner, Ray):
+        means = replace(means, runner=threads())
+    return held_tensors(planned, folders, scratch, means)
+
+
 def plan_of(step: Step, schedule: DensitySchedule | None) -> MergePlan:
     """The plan of a merge that was examined; None where the settings alone decide."""
     examined = step.examined
@@ -192,11 +222,15 @@ def write_weights(
 ) -> dict[str, ShardResult]:
     """Make the shards of a plan, as a stage of the run; `output` is made if it is not there."""
     output.mkdir(parents=True, exist_ok=True)
-    planned = planned.allowing_nan if step.execution.allow_nan else planned
+    planned = _as_made(step, planned)
     with step.progress.stage(title, planned.n_bytes, "bytes") as advance:
         found = run(planned, folders, output, means, advance)
     say_mended(step, (result.mended for result in found.values()))
     return found
+
+
+def _as_made(step: Step, planned: MergePlan) -> MergePlan:
+    return planned.allowing_nan if step.execution.allow_nan else planned
 
 
 def say_mended(step: Step, found: Iterable[Mapping[str, int]]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import MergeError
+from lewis_hub.evaluate.exchange import exchange
 from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.merge.statistics import Known
 from lewis_hub.progress import Advance, Progress, Silent
 from lewis_hub.recipe import Recipe
 from lewis_hub.stages import calibration, merging, search_space, study
@@ -23,6 +26,35 @@ from lewis_hub.stages.search_space import Space, Values
 from lewis_hub.stages.study import ERROR, SECONDS
 
 IMPORTANCE = "importance.json"
+
+
+@dataclass
+class Seat:
+    """The place in memory that all merges of a search take in turn.
+
+    The first is written to a folder and loaded from there; each of the others comes in its stead
+    without a file.
+    """
+
+    lm: Any = None
+
+    def take(self, tuner: Tuner, values: Values, clock: Clock) -> Any:
+        """The merge of some values, to be scored before the next is asked for."""
+        if self.lm is None:
+            merged = merge(tuner, values, "trial")
+            clock.split("merge")
+            self.lm = load(merged.folder, EvaluationSettings(device=tuner.step.execution.device))
+        else:
+            tensors = merging.make_in_memory(*_given(tuner, values), tuner.scratch)
+            clock.split("merge")
+            exchange(self.lm.model, tensors)
+        clock.split("load")
+        return self.lm
+
+    def leave(self) -> None:
+        """Let the model go: only one is in memory at a time."""
+        self.lm = None
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -41,6 +73,7 @@ class Tuner:
     sets: Sets
     output: Path
     scratch: Path
+    seat: Seat = field(default_factory=Seat)
 
 
 def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
@@ -49,7 +82,7 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
 
     trial = opened.ask()
     values = study.propose(trial, tuner.space)
-    clock, n_items, n_done = _Clock(), tuner.objective.n_items, 0
+    clock, n_items, n_done = Clock(), tuner.objective.n_items, 0
 
     def done(n: int) -> None:
         nonlocal n_done
@@ -57,17 +90,12 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
         advance(n)
 
     try:
-        merged = merge(tuner, values, "trial")
+        lm = tuner.seat.take(tuner, values, clock)
     except MergeError as error:
         _failed(tuner, opened, trial, str(error))
         advance(n_items)
         return
-    clock.split("merge")
-    lm = load(merged.folder, EvaluationSettings(device=tuner.step.execution.device))
-    clock.split("load")
     value, is_left = _score(tuner.objective, trial, lm, done)
-    del lm
-    gc.collect()  # one model in memory at a time
     clock.split("score")
     trial.set_user_attr(SECONDS, clock.seconds)
     if not isfinite(value):
@@ -99,25 +127,32 @@ def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:
     tuner.step.progress.say(f"Trial {trial.number} failed: {why}")
 
 
-class _Clock:
+class Clock:
+    """Seconds of each step of a trial."""
+
     def __init__(self) -> None:
         self.last, self.seconds = time.monotonic(), dict[str, float]()
 
     def split(self, name: str) -> None:
+        """Say that a step has just ended."""
         now = time.monotonic()
         self.seconds[name], self.last = round(now - self.last, 3), now
 
 
 def merge(tuner: Tuner, values: Values, folder: str) -> MergedModel:
-    """The merge of some values, in a folder that the next one takes over."""
-    recipe = search_space.candidate(tuner.space, values)
-    guided = guidance(tuner, recipe, Silent()) if recipe.guide else None
-    step = replace(tuner.step, recipe=recipe, progress=Silent())
-    schedule = guided.schedule if guided else None
-    known = gather(step, tuner.sets, tuner.folders, tuner.scratch, schedule, tuner.output)
-    folders = {**tuner.folders, **known.folders}
+    """The merge of some values, in a folder."""
+    step, schedule, folders, statistics = _given(tuner, values)
     output = tuner.scratch / folder
-    return merging.make(step, schedule, folders, output, "Merging", known.statistics)
+    return merging.make(step, schedule, folders, output, "Merging", statistics)
+
+
+def _given(tuner: Tuner, values: Values) -> tuple[Step, DensitySchedule | None, Folders, Known]:
+    """What the merge of some values is made of."""
+    recipe = search_space.candidate(tuner.space, values)
+    step = replace(tuner.step, recipe=recipe, progress=Silent())
+    schedule = guidance(tuner, recipe, Silent()).schedule if recipe.guide else None
+    known = gather(step, tuner.sets, tuner.folders, tuner.scratch, schedule, tuner.output)
+    return step, schedule, {**tuner.folders, **known.folders}, known.statistics
 
 
 def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:

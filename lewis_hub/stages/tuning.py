@@ -140,6 +140,7 @@ def tune(
         for one in _by_width(corners).values():
             gather(replace(step, recipe=one), sets, folders, Path(scratch), store=output)
         tried, n_begun = _search(tuner, output / STUDY, asked)
+        tuner.seat.leave()
         best = study.best_of(tried, lower_is_better=objective.lower_is_better)
         first = search_space.warm_starts(space)[0]
         start = next((t for t in tried if t.values == first and t.value is not None), None)

@@ -18,6 +18,8 @@ from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe_file import read_recipe
+from lewis_hub.stages import merging
+from lewis_hub.stages.search_space import candidate
 from lewis_hub.stages.tuning import Search, tune
 
 START = {
@@ -212,6 +214,26 @@ def widths(output):
     """How many inputs one matrix of each source's stored statistics covers at most."""
     found = (output / "statistics").glob("*/grams.json")
     return sorted(json.loads(path.read_text())["facts"]["widest"] for path in found)
+
+
+def test_later_trials_are_merged_in_memory_with_the_scores_of_their_recipes(
+    recipe_file, tmp_path, monkeypatch
+):
+    recipe, output = read_recipe(recipe_file), tmp_path / "tuning"
+    folders = []
+    make = merging.make
+    monkeypatch.setattr(merging, "make", lambda *told: folders.append(told[3].name) or make(*told))
+
+    tuned = tune(recipe, Search(n_trials=3, samples=8, methods=("dare_ties",)), output)
+
+    assert folders[0] == "trial"
+    assert "trial" not in folders[1:]
+    assert len({trial.values["merge_method"] for trial in tuned.trials}) == 2
+    for number, trial in enumerate(tuned.trials):
+        asked = candidate(tuned.space, trial.values).model_copy(update={"evaluate": None})
+        merged = lewis_hub.merge_models(asked, tmp_path / str(number)).output
+        *_, value = tuned.objective.values(load(merged, EvaluationSettings()), lambda _: None)
+        assert trial.value == value
 
 
 @pytest.mark.parametrize("inputs", ["own", "merged"])
