@@ -135,11 +135,14 @@ def _regmean(  # noqa: PLR0913 (what differs between variants)
 
 
 def _guided() -> Iterator[Variant]:
-    """Every guide, trim and mean density; the twin is uniform, or trimmed by magnitude."""
+    """Every guide, trim and mean density; the twin is uniform, or trimmed by magnitude.
+
+    DARE ranks no entries.
+    """
     for method in ("ties", "dare_ties", "della"):
         seeds = SEEDS[:1] if method == "ties" else SEEDS
         for density in MEAN_DENSITIES:
-            for trim in ("magnitude", "activation") if method == "ties" else ("magnitude",):
+            for trim in ("magnitude", "activation") if method != "dare_ties" else ("magnitude",):
                 for guide in GUIDES:
                     yield _under(method, density, guide, trim, seeds)
 
@@ -163,14 +166,20 @@ def _guide(name: str, mean: float) -> dict[str, object]:
 
 
 def _combined() -> Iterator[Variant]:
-    """Regmean of what is left after trimming."""
-    twin = "regmean 0.5 lambda 1.0"
-    for density in (0.2, 0.35, 0.5):
-        for guide in GUIDES:
-            more = SEEDS if guide == "random" else SEEDS[:1]
-            name = f"regmean 0.5 density {density} {guide}"
-            against = (twin if guide == "uniform" else f"regmean 0.5 density {density} uniform",)
-            yield Variant(name, "regmean", {}, _guide(guide, density), None, against, more)
-        by = {"trim": "activation"}
-        name = f"regmean 0.5 density {density} uniform by activation"
-        yield Variant(name, "regmean", by, _guide("uniform", density), None, (twin,))
+    """Regmean of what is left after trimming, each matrix by itself or one after the other."""
+    for name, given in (
+        ("regmean 0.5", {}),
+        ("regmean merged 0.7", {**MERGED, "off_diagonal": 0.7}),
+    ):
+        for density in (0.2, 0.35, 0.5):
+            uniform = f"{name} density {density} uniform"
+            for guide in GUIDES:
+                more = SEEDS if guide == "random" else SEEDS[:1]
+                twin = (
+                    (f"{name} lambda 1.0" if not given else name) if guide == "uniform" else uniform
+                )
+                told = f"{name} density {density} {guide}"
+                yield Variant(told, "regmean", given, _guide(guide, density), None, (twin,), more)
+            by = {**given, "trim": "activation"}
+            told = f"{uniform} by activation"
+            yield Variant(told, "regmean", by, _guide("uniform", density), None, (uniform,))

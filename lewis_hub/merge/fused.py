@@ -62,8 +62,8 @@ def is_fused(method: str, tensor: TensorPlan) -> bool:
     if method not in FUSED or block_of(method, tensor) > LONGEST_ROW:
         return False
     options = tensor.options
-    plain = options.get("trim", "magnitude") == "magnitude" and not options.get("rescale")
-    return plain or FUSED[method].thins != TRIM
+    by_magnitude = options.get("trim", "magnitude") == "magnitude"
+    return by_magnitude and (FUSED[method].thins != TRIM or not options.get("rescale"))
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:

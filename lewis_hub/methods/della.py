@@ -10,14 +10,14 @@ import numpy as np
 from lewis_hub.methods import random_bits
 from lewis_hub.methods.combine import all_votes, elected_votes
 from lewis_hub.methods.registry import register
-from lewis_hub.methods.sparsify import mask
+from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, mask
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
 PAPER = "https://arxiv.org/abs/2406.11617"
-ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False)}
+ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False), "trim": TRIMS}
 
 
 @register("della", paper=PAPER, accepted=ACCEPTED)
@@ -29,18 +29,26 @@ def della(  # noqa: PLR0913 (options are keywords)
     densities: Sequence[float],  # n_sources mean probabilities of being kept, each in [0, 1]
     spreads: Sequence[float],  # n_sources distances from the mean, each in [0, 0.5]; `epsilon`
     streams: Sequence[int],  # n_sources streams of random bits
+    grams: Sequence[Tensor | None] = (),  # n_sources second moments, where `trim` needs them
+    transposed: bool = False,
     normalize: bool = True,
     rescale: bool = True,
     lambda_: float = 1.0,
+    trim: Trim = "magnitude",
+    trim_exponent: float = 1.0,
 ) -> Tensor:
     """Drop small entries more often, rescale the rest, elect a sign per entry, average what agrees.
 
     Rescaling divides by an entry's own probability, as in the paper; mergekit matches the L1 norm.
+    With `trim: activation` entries are ranked by magnitude times the activation norm of their
+    input; a source without second moments of a tensor is ranked by magnitude there.
     """
+    known = grams or [None] * len(task_vectors)
+    scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
     votes = [
-        w * drop_by_rank(vector, d, spread, stream, rescale=rescale)
-        for w, vector, d, spread, stream in zip(
-            weights, task_vectors, densities, spreads, streams, strict=True
+        w * drop_by_rank(vector, d, spread, stream, scale, rescale=rescale)
+        for w, vector, d, spread, stream, scale in zip(
+            weights, task_vectors, densities, spreads, streams, scales, strict=True
         )
     ]
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
@@ -55,15 +63,21 @@ def della_linear(  # noqa: PLR0913 (options are keywords)
     densities: Sequence[float],  # n_sources mean probabilities of being kept, each in [0, 1]
     spreads: Sequence[float],  # n_sources distances from the mean, each in [0, 0.5]; `epsilon`
     streams: Sequence[int],  # n_sources streams of random bits
+    grams: Sequence[Tensor | None] = (),  # n_sources second moments, where `trim` needs them
+    transposed: bool = False,
     normalize: bool = False,
     rescale: bool = True,
     lambda_: float = 1.0,
+    trim: Trim = "magnitude",
+    trim_exponent: float = 1.0,
 ) -> Tensor:
-    """Drop small entries more often, rescale the rest, add them to the base."""
+    """Drop small entries more often, rescale the rest, add them to the base; see `della`."""
+    known = grams or [None] * len(task_vectors)
+    scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
     votes = [
-        w * drop_by_rank(vector, d, spread, stream, rescale=rescale)
-        for w, vector, d, spread, stream in zip(
-            weights, task_vectors, densities, spreads, streams, strict=True
+        w * drop_by_rank(vector, d, spread, stream, scale, rescale=rescale)
+        for w, vector, d, spread, stream, scale in zip(
+            weights, task_vectors, densities, spreads, streams, scales, strict=True
         )
     ]
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
@@ -91,19 +105,27 @@ def allowances(
     return below, np.divide(1.0, by_rank, out=np.zeros(n), where=below > 0)
 
 
-def drop_by_rank(
-    task_vector: Tensor, density: float, spread: float, stream: int, *, rescale: bool
+def drop_by_rank(  # noqa: PLR0913
+    task_vector: Tensor,
+    density: float,
+    spread: float,
+    stream: int,
+    scale: Tensor | None = None,
+    *,
+    rescale: bool,
 ) -> Tensor:
     """Keep each entry with the probability that its rank by magnitude within its row gives it.
 
     A row runs along the last dimension; a vector is one row. The smallest entry has rank 0; of
-    equal magnitudes the one with the smaller index has the lower rank.
+    equal magnitudes the one with the smaller index has the lower rank. Where there is a `scale`,
+    (in,) or (in, 1), magnitudes count times that.
     """
     if density >= 1 or task_vector.numel() == 0:
         return task_vector
     rows = task_vector.reshape(-1, task_vector.shape[-1] if task_vector.dim() else 1)
     below, factors = allowances(rows.shape[1], density, spread, rescale=rescale)
-    ranks = rows.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().cpu().numpy()
+    counted = (task_vector if scale is None else task_vector * scale).reshape(rows.shape)
+    ranks = counted.abs().argsort(dim=1, stable=True).argsort(dim=1).flatten().cpu().numpy()
     drawn = random_bits.halves(stream, task_vector.numel()) < below[ranks]
     kept = mask(drawn, rows)
     scaled = rows * rows.new_tensor(factors[ranks]).view(rows.shape)

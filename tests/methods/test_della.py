@@ -11,15 +11,16 @@ from lewis_hub.methods.random_bits import halves
 ONES = torch.ones(2)
 
 
-def naive_drop_by_rank(rows, density, spread, stream):
+def naive_drop_by_rank(rows, density, spread, stream, scale=None):
     """From the description, entry by entry; rescaled."""
+    scale = scale or [1.0] * len(rows[0])
     if density >= 1:
         return rows
     spread, n = min(spread, density, 1 - density), len(rows[0])
     drawn = halves(stream, n * len(rows)).tolist()
     found = []
     for i, row in enumerate(rows):
-        order = sorted(range(n), key=lambda j: (abs(row[j]), j))
+        order = sorted(range(n), key=lambda j: (abs(row[j] * scale[j]), j))
         kept = []
         for j, value in enumerate(row):
             share = order.index(j) / (n - 1) if n > 1 else 0.5
@@ -115,6 +116,33 @@ def test_della_elects_a_sign_and_averages_what_agrees():
 
     # both positive: mean of 3 and 1 | 4 outvotes -1 | a draw keeps the base
     assert merged.tolist() == [12.0, 14.0, 10.0]
+
+
+@given(st.lists(st.floats(0, 9), min_size=4, max_size=4), st.integers(0, 2**64 - 1))
+def test_entries_are_ranked_by_what_their_input_counts_for(scale, stream):
+    rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scaled = torch.tensor(scale, dtype=torch.float64)
+
+    dropped = drop_by_rank(rows, 0.5, 0.4, stream, scaled, rescale=True)
+
+    expected = naive_drop_by_rank(rows.tolist(), 0.5, 0.4, stream, scale)
+    torch.testing.assert_close(dropped, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", [della, della_linear])
+def test_second_moments_decide_where_the_trim_is_by_activation(method):
+    # the first is the smaller of the row, but driven a hundred times as hard (a norm of 10)
+    vector, gram = torch.tensor([[[1.0, 2.0]]]), torch.diag(torch.tensor([100.0, 1.0]))[None]
+
+    def merged(**asked):
+        given = {"weights": ONES[:1], "densities": [0.5], "spreads": [0.5], "streams": [1]}
+        return method(torch.zeros(1, 2), vector, **given, **asked).tolist()
+
+    assert merged() == [[0.0, 2.0]]
+    assert merged(grams=[gram]) == [[0.0, 2.0]]
+    assert merged(grams=[gram], trim="activation") == [[1.0, 0.0]]
+    assert merged(grams=[None], trim="activation") == [[0.0, 2.0]]
+    assert merged(grams=[gram], trim="activation", trim_exponent=0.0) == [[0.0, 2.0]]
 
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.97])

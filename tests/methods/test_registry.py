@@ -48,8 +48,8 @@ def test_options_and_their_defaults_are_mergekits():
         "ties": {"normalize": True, "rescale": False, "lambda": 1.0, **TRIM},
         "dare_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
         "dare_ties": {"normalize": False, "rescale": True, "lambda": 1.0},
-        "della": {"normalize": True, "rescale": True, "lambda": 1.0},
-        "della_linear": {"normalize": False, "rescale": True, "lambda": 1.0},
+        "della": {"normalize": True, "rescale": True, "lambda": 1.0, **TRIM},
+        "della_linear": {"normalize": False, "rescale": True, "lambda": 1.0, **TRIM},
         "breadcrumbs": {"normalize": False, "rescale": False, "lambda": 1.0},
         "breadcrumbs_ties": {"normalize": False, "rescale": False, "lambda": 1.0},
         "sce": {"select_topk": 1.0},
@@ -81,7 +81,9 @@ def test_a_method_says_what_it_takes():
         *("arcee_fusion", "nearswap", "passthrough", "slerp"),
     ]
     assert find("ties").settings == ("weight", "density")
-    assert [m.name for m in methods() if m.takes("grams")] == ["regmean", "ties"]
+    assert [m.name for m in methods() if m.takes("grams")] == [
+        *("della", "della_linear", "regmean", "ties"),
+    ]
     assert [m.name for m in methods() if m.needs_grams] == ["regmean"]
     assert find("della").settings == ("weight", "density", "epsilon")
     assert find("breadcrumbs_ties").settings == ("weight", "density", "gamma")
