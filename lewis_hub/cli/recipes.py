@@ -30,8 +30,8 @@ ACCESS = "It publishes with the secret HF_TOKEN, or without one: the variable HF
     "--calibration",
     "calibrations",
     multiple=True,
-    help="A dataset like the benchmark: one for all experts, or one for each in order [the "
-    "training items of --task].",
+    help="A dataset like the benchmark: one for each expert in order, or one for all [the "
+    "training items of --task, where there is one for each expert].",
 )
 @click.option("--text", default="{question} {answer}", help="Template over the dataset's columns.")
 @click.option("--repo", help="Where to publish: owner/name.")
@@ -103,8 +103,8 @@ def _drawn(
 
 
 def _of_tasks(tasks: tuple[str, ...], n_experts: int) -> list[dict[str, str]]:
-    """The tasks' own items, where one task stands for all experts or each expert has its own."""
-    if len(tasks) not in {1, n_experts}:
+    """The tasks' own items, where each expert has a task of its own."""
+    if not len(tasks) == n_experts > 1:
         return []
     from lewis_hub.errors import EvaluationError
     from lewis_hub.evaluate.data import free_split
