@@ -13,7 +13,8 @@ from lewis_hub import __version__
 from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import write_whole
 from lewis_hub.report.search import Picture, Tried, draw_search
-from lewis_hub.stages.search_space import short_name, written
+from lewis_hub.stages.search_axes import short_name
+from lewis_hub.stages.search_space import written
 from lewis_hub.stages.study import Trial
 from lewis_hub.stages.tuning import STUDY, Tuned
 
@@ -68,6 +69,9 @@ def found_by(tuned: Tuned, name: str) -> Iterator[str]:
     yield "None of these items is calibrated on, and none is scored."
     own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
     yield f"There: {tuned.best.value:.4f}{own}."
+    if tuned.refused:
+        yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
+        return
     if tuned.final is None:
         yield "No other settings were better than the recipe's own."
         return
