@@ -182,7 +182,9 @@ def trials_tables(tuned: Tuned, n_shown: int, width: int) -> Iterator[Renderable
     for name in dict.fromkeys(name for trial in shown for name in trial.values):
         values = (shown_value(trial.values.get(name)) for trial in shown)
         columns.append([_in_lines(short_name(name)), *values])
-    for together in _side_by_side(keys, columns, width):
+    for number, together in enumerate(_side_by_side(keys, columns, width)):
+        if number:
+            yield from plain("")
         table = _table(*(column[0] for column in together))
         for cells in zip(*(column[1:] for column in together), strict=True):
             table.add_row(*plain(*cells))

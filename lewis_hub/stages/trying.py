@@ -99,7 +99,7 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
     try:
         lm = tuner.seat.take(tuner, values, clock)
     except LewisHubError as error:
-        if not _is_of_settings(error):
+        if not is_of_settings(error):
             raise
         _failed(tuner, opened, trial, str(error))
         advance(n_items)
@@ -128,7 +128,7 @@ def _score(objective: Objective, trial: Any, lm: Any, done: Advance) -> tuple[fl
     return value, False
 
 
-def _is_of_settings(error: LewisHubError) -> bool:
+def is_of_settings(error: LewisHubError) -> bool:
     """Whether other settings might do: no source, disk or task is to blame."""
     if isinstance(error, NonFiniteError):
         return error.source == MERGE

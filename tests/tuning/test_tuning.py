@@ -16,6 +16,7 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import (
     CalibrationModelError,
     EvaluationError,
+    GuideError,
     NonFiniteError,
     OutputError,
     RecipeError,
@@ -27,7 +28,7 @@ from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe_file import read_recipe
 from lewis_hub.stages import merging
 from lewis_hub.stages.search_space import candidate
-from lewis_hub.stages.trying import _is_of_settings
+from lewis_hub.stages.trying import is_of_settings
 from lewis_hub.stages.tuning import Search, tune
 
 START = {
@@ -208,9 +209,9 @@ def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
 
 def test_a_metric_that_no_task_has_is_refused(recipe_file):
     with pytest.raises(EvaluationError) as caught:
-        tune(read_recipe(recipe_file), Search(metric="exact"), recipe_file.parent / "tuning")
+        tune(read_recipe(recipe_file), Search(metric="exact_match"), recipe_file.parent / "tuning")
     assert str(caught.value) == (
-        "zoo_reverse: it has no metric `exact`.\n"
+        "zoo_reverse: it has no metric `exact_match`.\n"
         "Did you mean `exact_match,none`? It has `exact_match,none`."
     )
 
@@ -324,9 +325,7 @@ def test_settings_that_cannot_be_merged_fail_and_the_search_goes_on(recipe_file)
     assert again["trials"][4]["values"] != failed["values"]
 
 
-def test_a_merge_that_overflows_is_a_failed_trial_and_a_broken_source_ends_the_search(
-    recipe_file, tmp_path
-):
+def test_a_merge_that_does_not_fit_into_its_dtype_is_a_failed_trial(recipe_file, tmp_path):
     text = recipe_file.read_text().replace("dtype: bfloat16", "dtype: float16")
     recipe_file.write_text(text + "parameters: {weight: 1.0e+6, normalize: false}\n")
 
@@ -335,10 +334,21 @@ def test_a_merge_that_overflows_is_a_failed_trial_and_a_broken_source_ends_the_s
     assert "holds NaN or infinity in the merged model" in tuned.refused
     assert tuned.trials[0].error == tuned.refused
     assert tuned.best.values["parameters.normalize"] is True
-    assert _is_of_settings(NonFiniteError("t", "the merged model", "")) is True
-    assert _is_of_settings(NonFiniteError("t", "o/expert", "")) is False
-    assert _is_of_settings(CalibrationModelError("the merged model", "", "")) is True
-    assert _is_of_settings(CalibrationModelError("o/expert", "", "")) is False
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (GuideError("guide.mean_density", "out of reach", ""), True),
+        (NonFiniteError("x", "the merged model", ""), True),
+        (NonFiniteError("x", "o/expert", ""), False),
+        (CalibrationModelError("the merged model", "the activations are not finite", ""), True),
+        (CalibrationModelError("o/expert", "the activations are not finite", ""), False),
+        (OutputError("/tuning", "the disk is full", ""), False),
+    ],
+)
+def test_what_settings_are_to_blame_for_is_told_from_sources_and_disks(error, is_so):
+    assert is_of_settings(error) is is_so
 
 
 @pytest.mark.parametrize("command", ["tune", "importance"])
@@ -356,6 +366,11 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_asked_of_the
     )
 
 
+def test_plots_of_a_comparison_that_cannot_be_written_are_told_before_anything_is_read():
+    with pytest.raises(OutputError, match="/proc/nope: it cannot be written"):
+        run("compare", "nothing", "nothing", "-o", "/proc/nope")
+
+
 def test_the_importance_of_a_model_cannot_be_written_anywhere_either():
     words = ["importance", "o/model", "--dataset", "o/data", "--text", "{q}", "-o", "/proc/nope"]
 
@@ -364,9 +379,10 @@ def test_the_importance_of_a_model_cannot_be_written_anywhere_either():
 
 
 def test_a_recipe_beside_which_nothing_can_be_written_is_refused_before_the_search(recipe_file):
-    with recipe_file.open() as opened, pytest.raises(OutputError) as caught:
+    with recipe_file.open() as opened:
         path = f"/proc/self/fd/{opened.fileno()}"  # as of `tune <(command)`
-        run("tune", path, "-o", recipe_file.parent / "tuning")
+        with pytest.raises(OutputError) as caught:
+            run("tune", path, "-o", recipe_file.parent / "tuning")
 
     assert str(caught.value) == (
         "/proc/self/fd: it cannot be written (No such file or directory).\n"
