@@ -275,10 +275,10 @@ def test_regmean_is_searched_over_what_it_takes():
 def test_trimming_by_activation_goes_with_the_methods_that_trim():
     asked = recipe(parameters="{trim: activation}")
 
-    found = {one.merge_method: one.parameters for one in corners(space_of(asked, ["della"]))}
+    found = {one.merge_method: one.parameters for one in corners(space_of(asked, ["breadcrumbs"]))}
 
     assert found["ties"]["trim"] == "activation"
-    assert "trim" not in found["della"]
+    assert "trim" not in found["breadcrumbs"]
 
 
 def test_an_axis_has_a_short_name_for_columns():
