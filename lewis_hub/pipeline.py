@@ -16,6 +16,7 @@ from typing import Literal
 from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
+from lewis_hub.files import require_writable
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.hub.publish import Published
@@ -129,6 +130,7 @@ def calibrate(
     output = Path(output)
     execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
+    require_writable(output)
     if recipe.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
