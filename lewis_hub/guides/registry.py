@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lewis_hub.errors import GuideError
-from lewis_hub.registry import Registry
+from lewis_hub.registry import Registry, choices
 
 GROUP = "lewis_hub.guides"
 
@@ -89,7 +89,7 @@ class Guide:
 
 
 _registry: Registry[Guide] = Registry("guide", GROUP, GuideError)
-find, guides = _registry.find, _registry.all
+find, guides, broken = _registry.find, _registry.all, _registry.broken
 
 
 def register(
@@ -102,8 +102,13 @@ def register(
     """Add the decorated function to the guides.
 
     Raises:
-        GuideError: another function already has the name.
+        GuideError: another function already has the name, or what it needs nothing measures.
     """
+    for measure in needs:
+        if measure not in get_args(Measure):
+            problem = f"it needs `{measure}`, which nothing measures"
+            remedy = f"Measures: {choices(measure, get_args(Measure))}"
+            raise GuideError(f"guide `{name}`", problem, remedy)
 
     def add(decide: GuideFunction) -> GuideFunction:
         _registry.add(name, Guide(name, decide, needs, paper, version), decide)

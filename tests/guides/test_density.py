@@ -8,10 +8,10 @@ from lewis_hub.guides.density import (
     DensitySchedule,
     ExpertSchedule,
     Use,
-    checkpoint_tensor,
     schedule,
 )
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.guides.matrices import checkpoint_tensor
 from lewis_hub.guides.registry import Decision, Guide, find
 
 SHAPES = {
@@ -311,8 +311,8 @@ WEIGHING = Guide(
         ("uniform", "weight", [], {f"{name}.weight": 0.55 for name in DOWN}),
         ("uniform", "both", [0.55, 0.55], {f"{name}.weight": 0.55 for name in DOWN}),
         (WEIGHING, "density", [0.3, 0.3], {}),
-        (WEIGHING, "weight", [], {f"{DOWN[0]}.weight": 3.0}),
-        (WEIGHING, "both", [0.3, 0.3], {f"{DOWN[0]}.weight": 3.0}),
+        (WEIGHING, "weight", [], {f"{name}.weight": 3.0 for name in DOWN}),
+        (WEIGHING, "both", [0.3, 0.3], {f"{name}.weight": 3.0 for name in DOWN}),
     ],
 )
 def test_a_guide_is_applied_to_densities_or_weights_or_both(guide, apply_to, densities, weights):
