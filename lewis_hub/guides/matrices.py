@@ -19,7 +19,7 @@ TOWER = re.compile(  # the list of blocks of a model's part that sees or hears, 
 )
 NO_PRODUCT = re.compile(  # the end of a component: not what hidden states are multiplied with
     r"(?:conv|norm|embed|time_mix)[^.]*$|(?:bias|scale|decay|slope_rate)$|"
-    r"(?:^|\.)(?:A_log|D|ape|tid2eid)$|(?:mixer|mamba)\.(?:dt_proj|dt_proj_weight|x_proj_weight)$"
+    r"(?:^|\.)(?:A_log|D|ape|tid2eid)$|(?:mixer|mamba)\.dt_proj$"
 )
 ACROSS = re.compile(r"encoder_att|cross_?att|EncDecAttention", re.IGNORECASE)
 ENCODER = re.compile(r"(?:^|[._])encoder")

@@ -34,7 +34,8 @@ class Statistics:
     """What a guide decides from, for one expert: only the measures that it needs are there.
 
     Attributes:
-        matrices: modules of all weight matrices in the blocks of the checkpoint.
+        matrices: modules that a guide decides, from `matrices.block_matrices`; no measure has
+            others, and some have fewer. One that the guide leaves out gets a mean.
         base: measure -> module -> value, on the expert's calibration texts; none of OF_PAIRS.
         expert: likewise, of the expert; those of OF_PAIRS hold it against the base.
         seed: from the recipe's; another one for each expert.
