@@ -7,6 +7,7 @@ Each step lives in its own file of `stages/`, which puts the recipe's words in t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,11 +69,16 @@ class Merged:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A finished calibration: a folder with the profile, the schedule and their plots."""
+    """A finished calibration: a folder with the profile, the schedule and their plots.
+
+    Attributes:
+        sizes: tensor -> number of parameters, of the merge.
+    """
 
     output: Path
     profile: ImportanceProfile | None
     schedule: DensitySchedule
+    sizes: Mapping[str, int]
 
 
 def check(
@@ -150,7 +156,7 @@ def calibrate(
         stores = [output / "importance.json"]
         guidance = calibration.guide(step, sets, folders, Path(scratch), stores)
     reporting.write_guidance(output, guidance)
-    return Calibrated(output, guidance.profile, guidance.schedule)
+    return Calibrated(output, guidance.profile, guidance.schedule, merging.sizes(step))
 
 
 def merge_models(

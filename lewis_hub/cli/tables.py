@@ -119,15 +119,19 @@ def _score(score: MetricScore | None) -> str:
 
 
 def density_table(calibrated: Calibrated) -> RenderableType:
-    """Mean, lowest and highest density of each expert, or weight where only those are set."""
+    """Mean, lowest and highest density of each expert, or weight where only those are set.
+
+    The mean is over parameters, as that which a recipe asks for.
+    """
+    from lewis_hub.guides.budget import weighted_mean
     from lewis_hub.report.plots import short_name
 
-    table = _table("expert", "highest at", "scheduled", "mean of tensors", "lowest", "highest")
+    table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
     for expert in calibrated.schedule.experts:
         densities = expert.tensors or expert.weights
         top = max(densities, key=lambda name: densities[name], default="-")
         values = densities.values()
-        mean = sum(values) / len(values) if values else 0.0
+        mean = weighted_mean(densities, calibrated.sizes) if values else 0.0
         numbers = (mean, min(values, default=0.0), max(values, default=0.0))
         cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
         table.add_row(*plain(short_name(expert.source), top.removesuffix(".weight"), *cells))

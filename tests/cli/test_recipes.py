@@ -139,6 +139,28 @@ def test_init_survives_names_with_yaml_in_them(tmp_path):
     assert read_recipe(output).base_model.name == name
 
 
+@pytest.mark.parametrize("what", ["guides", "methods"])
+def test_a_broken_package_is_named_and_the_others_are_listed(what, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lewis_hub.{what}]\nodd = not_there\n")
+    told = (
+        f"{what[:-1]} `odd`: broken offers it but does not load: No module named 'not_there'.\n"
+        "Repair or remove the package: pip uninstall broken."
+    )
+
+    shown = CliRunner().invoke(cli, [what])
+    document = json.loads(CliRunner().invoke(cli, [what, "--json"]).stdout)
+
+    assert shown.exit_code == 0
+    assert shown.stderr == f"warning: {told}\n"
+    assert {"guides": "uniform", "methods": "ties"}[what] in shown.stdout
+    assert len(document[what]) > 8
+    assert document["broken"] == [told]
+
+
 def test_methods_and_guides_are_listed_with_their_papers():
     listed = json.loads(CliRunner().invoke(cli, ["methods", "--json"]).output)["methods"]
     guides = json.loads(CliRunner().invoke(cli, ["guides", "--json"]).output)["guides"]
