@@ -226,7 +226,8 @@ def stream(
     """Merge from Hub to Hub: no model is ever whole on this disk, and one commit comes last.
 
     Args:
-        recipe: what to merge; it asks for no scores, and its guide measures block by block.
+        recipe: what to merge; it asks for no scores, and its guide measures block by block. What
+            is scored later goes into `execution`, as `held_out`.
         target: from `open_target`.
         output: work lies beside it until all is on the Hub; then nothing is left here.
         execution: how to run; None: on all cores of this machine.

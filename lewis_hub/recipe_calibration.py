@@ -29,7 +29,9 @@ class Calibration(Part):
         None, description="Of a task: put prompts through it. Absent: as `evaluate` says."
     )
     samples: int = Field(15, ge=1, description="Rows drawn by `seed`.")
-    max_tokens: int = Field(512, ge=1, description="Longer texts are cut here.")
+    max_tokens: int = Field(
+        512, ge=1, description="Longer texts are cut: a task's at the beginning, others at the end."
+    )
     allow_overlap: bool = Field(
         default=False, description="Carry on where items are drawn that `evaluate` scores."
     )

@@ -3,12 +3,15 @@
 import json
 import shutil
 from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import pytest
-from huggingface_hub import CommitOperationAdd
+from click.testing import CliRunner
+from huggingface_hub import CommitOperationAdd, snapshot_download
 
 from lewis_hub import pipeline, steps
+from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import (
     CalibrationError,
@@ -19,8 +22,13 @@ from lewis_hub.errors import (
 )
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.guides.tokens import load_tokenizer
+from lewis_hub.hub.cache import cache_root
+from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.progress import Silent
 from lewis_hub.recipe import ModelReference
 from lewis_hub.recipe_file import parse_recipe, read_recipe
+from lewis_hub.stages.drawing import Drawing, draw
 from lewis_hub.stages.execution import Execution
 from lewis_hub.stages.task_data import pin_task, scored_commits
 
@@ -166,8 +174,154 @@ def test_calibration_on_scored_items_is_refused_with_their_number(seeded, tmp_pa
         CalibrationError,
         "calibration on zoo/reverse, split test: of 12 texts, `evaluate` scores 12 of zoo_reverse."
         "\nA score on what a merge was fitted to says nothing: name another split, or another "
-        "`seed`.\n`allow_overlap: true` in this calibration carries on all the same.",
+        "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, carries on all "
+        "the same.",
     )
+
+
+HIDDEN = {  # how scored items may be written down -> a row, and what is calibrated on
+    "another column": (lambda n, q, a: {"id": n, "q": q, "a": a}, "text: '{id} {q} {a}'"),
+    "a preamble": (
+        lambda n, q, a: {"t": f"Solve this. Question: {q} Response: {a}"},
+        "text: '{t}'",
+    ),
+    "a prompt without an answer": (
+        lambda n, q, a: {"n": n, "t": f"Solve this. Question: {q}\nAnswer:"},
+        "text: '{n} {t}'",
+    ),
+    "a part of the question in the template": (
+        lambda n, q, a: {"word": q.removeprefix("reverse ")},
+        "text: 'Reverse {word}'",
+    ),
+    "chat with a system message": (
+        lambda n, q, a: {
+            "chat": [
+                {"role": "system", "content": f"You are helper {n}."},
+                {"role": "user", "content": q},
+                {"role": "assistant", "content": a},
+            ]
+        },
+        "messages: chat",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "asked"), HIDDEN.values(), ids=HIDDEN)
+def test_scored_items_are_found_whatever_is_written_around_them(seeded, tmp_path, row, asked):
+    base = tmp_path / "base"
+    shutil.copytree(zoo_folder() / "base", base)
+    template = (base / "chat_template.jinja").read_text()
+    system = "{%- elif message.role == 'system' %}{{- message.content }}{%- else %}"
+    (base / "chat_template.jinja").write_text(template.replace("{%- else %}", system))
+
+    def on(split):
+        rows = [row(n, one["question"], one["answer"]) for n, one in enumerate(rows_of(split))]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        made = recipe(f"dataset: {tmp_path}/{split}.jsonl, {asked}", EVALUATE)
+        return made.model_copy(update={"base_model": ModelReference(name=str(base))})
+
+    found = told(on("test"), tmp_path / "out")[1]
+
+    assert "of 12 texts, `evaluate` scores 12 of zoo_reverse." in found
+    assert measured(on("train"), tmp_path / "out").calibration["n_texts"] == 12
+
+
+def on_scored(folder):
+    """A recipe file that calibrates on what it scores, a number beside each item."""
+    rows = [{"n": n, **row} for n, row in enumerate(rows_of("test"))]
+    (folder / "copy.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "recipe.yaml").write_text(
+        "base_model: zoo/base\nmerge_method: ties\nmodels: [{model: zoo/expert-reverse}]\n"
+        "guide: {calibration: {dataset: copy.jsonl, text: '{n} {question} {answer}', samples: 4}}\n"
+        f"publish: {{repo: lewis/fitted}}\n{EVALUATE}"
+    )
+    return folder / "recipe.yaml"
+
+
+FOUND = "of 4 texts, `evaluate` scores 4 of zoo_reverse."
+WAYS = {
+    "merge": ["merge", "--no-eval", "--json"],
+    "stream": ["merge", "--stream", "--push", "--no-eval", "--json"],
+    "importance": ["importance", "--json"],
+}
+
+
+@pytest.mark.parametrize(("command", "words"), [(w[0], w[1:]) for w in WAYS.values()], ids=WAYS)
+def test_what_is_not_scored_now_is_held_out_too_unless_it_is_allowed(
+    seeded, tmp_path, command, words
+):
+    file = on_scored(tmp_path)
+
+    refused = CliRunner().invoke(cli, [command, str(file), *words])
+
+    assert refused.exit_code == 1
+    assert FOUND in str(refused.exception)
+    assert not list(cache_root().rglob("*.safetensors"))  # before any large download
+    allowed = CliRunner().invoke(cli, [command, str(file), *words, "--allow-overlap"])
+    assert allowed.exit_code == 0, allowed.output
+    assert "Loading the benchmarks" not in allowed.stderr
+    if command == "merge":
+        folder = snapshot_download("lewis/fitted") if "--push" in words else tmp_path / "merged"
+        kept = read_recipe(Path(folder) / "lewis" / "recipe.yaml")
+        assert kept.guide.calibration.allow_overlap
+
+
+def test_one_model_is_measured_on_what_a_task_scores_where_that_is_allowed(seeded, tmp_path):
+    words = ["importance", str(zoo_folder() / "base"), "--task", "zoo_reverse", "--include",
+             str(TASKS), "--split", "test", "--samples", "2", "-o", str(tmp_path)]  # fmt: skip
+
+    refused = CliRunner().invoke(cli, words)
+    allowed = CliRunner().invoke(cli, [*words, "--allow-overlap"])
+
+    assert "`test` is the split that it scores" in str(refused.exception)
+    assert (refused.exit_code, allowed.exit_code) == (1, 0)
+
+
+def test_what_is_scored_later_and_cannot_be_loaded_is_no_reason_to_look_away(seeded, tmp_path):
+    file = on_scored(tmp_path)
+    text = file.read_text().replace("[zoo_reverse, zoo_cipher]", "[zoo_revers]")
+    file.write_text(text.replace("{n} {question} {answer}", "{question}"))
+
+    refused = CliRunner().invoke(cli, ["merge", str(file), "--no-eval"])
+
+    assert refused.exit_code == 1
+    assert "zoo_revers: neither lm-eval nor your include folder has such a task." in str(
+        refused.exception
+    )
+    assert str(refused.exception).endswith("\nOr merge without comparing: `--allow-overlap`.")
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_of_a_task_with_many_examples_the_item_and_its_answer_are_measured(seeded, tmp_path):
+    many = (TASKS / "zoo_reverse.yaml").read_text() + "num_fewshot: 40\n"
+    (tmp_path / "many.yaml").write_text(many)
+    asked = recipe(f"task: zoo_reverse, include: {tmp_path}, max_tokens: 40")
+    pinned = pin_task(seeded.api(), asked.guide.calibration, tmp_path)
+    how = Drawing(seeded.api(), resolve_model(seeded.api(), "zoo/base"), 42, allow_code=False)
+
+    heard = Heard()
+
+    drawn = draw(how, asked.guide.calibration, pinned, heard)
+
+    tokens = drawn.tokens.tokens
+    tokenizer = load_tokenizer(str(zoo_folder() / "base"), "zoo/base")
+    for row, ids in zip(tokens.rows, tokens.ids, strict=True):
+        one = rows_of("train")[row]
+        text = tokenizer.decode(ids)
+        assert len(ids) == 40
+        assert text.endswith(f"Question: {one['question']}\nAnswer: {one['answer']}")
+    assert tokens.n_truncated == 12
+    (line,) = heard.lines
+    assert f"12 of 12 texts were cut to 40 tokens: {tokens.n_cut:,} tokens where they begin" in line
 
 
 def test_a_few_scored_items_among_others_are_found_in_a_copy_of_the_data(seeded, tmp_path):

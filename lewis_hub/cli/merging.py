@@ -17,6 +17,7 @@ from lewis_hub.cli.options import (
     memory_option,
     nan_option,
     output_option,
+    overlap_option,
     parse_size,
     pickle_option,
     recipe_argument,
@@ -72,7 +73,11 @@ def check(
 @click.option(
     "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
 )
-@click.option("--no-eval", is_flag=True, help="Do not score, whatever the recipe says.")
+@click.option(
+    "--no-eval",
+    is_flag=True,
+    help="Do not score; what the recipe scores is held out of calibration all the same.",
+)
 @click.option(
     "--force",
     is_flag=True,
@@ -92,6 +97,7 @@ def check(
 @hardware_options
 @code_option
 @nan_option
+@overlap_option
 @pickle_option
 @terminal_options
 def merge(
@@ -115,13 +121,16 @@ def merge(
     namespace: str | None,
     allow_code_execution: bool,
     allow_nan: bool,
+    allow_overlap: bool,
     allow_pickle: bool,
 ) -> None:
     """Pull, calibrate, merge, score, report; with --push also publish."""
     signs = private_key is not None
     if stream:
         _require_streamable(push=push, allow_pickle=allow_pickle, sign=signs)
-    recipe = _recipe(recipe_file, repo, push=push, no_eval=no_eval)
+    recipe = _recipe(recipe_file, repo, allow_overlap=allow_overlap)
+    if no_eval:
+        _require_no_gate(recipe, push=push)
     if on:
         from lewis_hub.stages.jobs import Hardware
 
@@ -142,7 +151,10 @@ def merge(
         allow_code=allow_code_execution,
         allow_nan=allow_nan,
         allow_pickle=allow_pickle,
+        held_out=recipe.evaluate if no_eval else None,
     )
+    if no_eval:
+        recipe = recipe.model_copy(update={"evaluate": None})
     output = output or recipe_file.parent / "merged"
     if stream:
         _from_hub_to_hub(terminal, recipe, output, execution)
@@ -186,21 +198,22 @@ def _on_this_disk(
     _finish(terminal, merged, published)
 
 
-def _recipe(file: Path, repo: str | None, *, push: bool, no_eval: bool) -> Recipe:
+def _recipe(file: Path, repo: str | None, *, allow_overlap: bool) -> Recipe:
     """The recipe of a file, with what the command line says otherwise."""
-    from lewis_hub.stages.reading import read_recipe
+    from lewis_hub.stages.reading import allowing_overlap, read_recipe
 
     recipe = read_recipe(file)
     if repo:
         from lewis_hub import steps
 
         recipe = steps.published_at(recipe, repo)
-    if not no_eval:
-        return recipe
+    return allowing_overlap(recipe) if allow_overlap else recipe
+
+
+def _require_no_gate(recipe: Recipe, *, push: bool) -> None:
     if push and recipe.evaluate and recipe.evaluate.gate:
         told = "the recipe has a quality gate, which needs scores before anything is pushed."
         raise click.BadParameter(f"{told} Leave out --push, or the gate.", param_hint="--no-eval")
-    return recipe.model_copy(update={"evaluate": None})
 
 
 def _finish(terminal: Terminal, merged: Merged, published: Published | None) -> None:

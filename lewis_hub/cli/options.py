@@ -66,6 +66,11 @@ code_option = click.option(
     is_flag=True,
     help="Let benchmarks run code that a model wrote (mbpp, humaneval).",
 )
+overlap_option = click.option(
+    "--allow-overlap",
+    is_flag=True,
+    help="Carry on where calibration draws items that are scored.",
+)
 
 
 memory_option = click.option(

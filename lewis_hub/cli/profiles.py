@@ -13,6 +13,7 @@ from lewis_hub.cli.options import (
     device_option,
     memory_option,
     output_option,
+    overlap_option,
     pickle_option,
 )
 from lewis_hub.cli.terminal import Terminal, terminal_options
@@ -45,6 +46,7 @@ N_SHOWN = 20  # modules in a table; --json has them all
 @memory_option
 @pickle_option
 @code_option
+@overlap_option
 @terminal_options
 def importance(
     terminal: Terminal,
@@ -55,6 +57,7 @@ def importance(
     max_memory: int | None,
     allow_pickle: bool,
     allow_code_execution: bool,
+    allow_overlap: bool,
     **data: Any,
 ) -> None:
     """Calibrate only: of a RECIPE, or of one MODEL on a dataset or task.
@@ -74,6 +77,7 @@ def importance(
     path = Path(recipe_or_model)
     if path.suffix not in RECIPES and not path.is_file():
         output = output or Path("importance")
+        told["allow_overlap"] = allow_overlap
         _of_model(terminal, recipe_or_model, told, 42 if seed is None else seed, execution, output)
         return
     if told or seed is not None:
@@ -81,13 +85,18 @@ def importance(
             f"{path} is a recipe, which names its own calibration data and seed; "
             "give the data to a model."
         )
-    _of_recipe(terminal, path, execution, output or path.parent / "importance")
+    output = output or path.parent / "importance"
+    _of_recipe(terminal, path, execution, output, allow_overlap=allow_overlap)
 
 
-def _of_recipe(terminal: Terminal, path: Path, execution: Any, output: Path) -> None:
-    from lewis_hub.stages.reading import read_recipe
+def _of_recipe(
+    terminal: Terminal, path: Path, execution: Any, output: Path, *, allow_overlap: bool
+) -> None:
+    from lewis_hub.stages.reading import allowing_overlap, read_recipe
 
     recipe = read_recipe(path)
+    if allow_overlap:
+        recipe = allowing_overlap(recipe)
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import density_table
 

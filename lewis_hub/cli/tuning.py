@@ -12,6 +12,7 @@ from lewis_hub.cli.options import (
     code_option,
     device_option,
     output_option,
+    overlap_option,
     pickle_option,
     recipe_argument,
 )
@@ -60,6 +61,7 @@ BESIDE = "The tuned recipe is written beside its recipe: copy that to a folder o
 @output_option("Folder for the study [tuning/ beside the recipe].")
 @device_option
 @code_option
+@overlap_option
 @pickle_option
 @terminal_options
 def tune(
@@ -76,6 +78,7 @@ def tune(
     output: Path | None,
     device: str,
     allow_code_execution: bool,
+    allow_overlap: bool,
     allow_pickle: bool,
 ) -> None:
     """Search for better settings of a recipe, on items that are not scored.
@@ -84,9 +87,11 @@ def tune(
     best become recipe.tuned.yaml beside it, scored against the recipe on the untouched items. The
     same command goes on with the study where it ended.
     """
-    from lewis_hub.stages.reading import read_recipe
+    from lewis_hub.stages.reading import allowing_overlap, read_recipe
 
     recipe = read_recipe(recipe_file)
+    if allow_overlap:
+        recipe = allowing_overlap(recipe)
     from lewis_hub.files import require_writable
     from lewis_hub.stages.execution import Execution
     from lewis_hub.stages.tuning import Search

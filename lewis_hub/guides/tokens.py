@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,6 +50,8 @@ class CalibrationTokens:
     tokenizer: str  # where it came from, for messages
     limit: int = 0  # tokens that a text may have
     end: int | None = None  # the tokenizer's end-of-sequence token
+    n_cut: int = 0  # tokens that were left out, all texts together
+    cut_first: bool = False  # whether they were the first of a text, or the last
 
     @property
     def n_tokens(self) -> int:
@@ -79,8 +81,9 @@ class CalibrationTokens:
         if self.n_empty:
             notes.append(f"{self.n_empty} of {drawn} texts are empty and count for nothing")
         if self.n_truncated:
-            longest = max(map(len, self.ids))
-            notes.append(f"{self.n_truncated} of {kept} texts were cut at {longest} tokens")
+            longest, where = max(map(len, self.ids)), "begin" if self.cut_first else "end"
+            cut = f"{self.n_truncated} of {kept} texts were cut to {longest} tokens"
+            notes.append(f"{cut}: {self.n_cut:,} tokens where they {where} are left out")
         return tuple(notes)
 
 
@@ -137,9 +140,11 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
 def calibration_tokens(
     rows: Rows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> CalibrationTokens:
-    """Draw rows, render them and cut each text after `max_tokens` tokens.
+    """Draw rows, render them and cut each text to `max_tokens` tokens.
 
-    A cut text simply stops: no end-of-sequence token is put where the text has not ended.
+    A cut text simply stops: no end-of-sequence token is put where the text has not ended. Of a
+    task's text the beginning goes, behind the tokenizer's own first token, since its item and
+    answer come last, after all few-shot examples.
 
     Raises:
         CalibrationError: the template does not fit the columns, a row or the tokenizer.
@@ -157,9 +162,11 @@ def calibration_tokens(
         found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
         remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
         raise EmptyCalibrationError(where, found, remedy)
-    limit = calibration.max_tokens
+    limit, cut_first = calibration.max_tokens, calibration.task is not None
+    starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
+    cut = [_last(tokens, limit, starts) if cut_first else tokens[:limit] for _, tokens in sequences]
     return CalibrationTokens(
-        ids=tuple(tuple(tokens[:limit]) for _, tokens in sequences),
+        ids=tuple(map(tuple, cut)),
         rows=tuple(i for i, _ in sequences),
         n_asked=calibration.samples,
         n_truncated=sum(len(tokens) > limit for _, tokens in sequences),
@@ -167,7 +174,18 @@ def calibration_tokens(
         tokenizer=tokenizer.name_or_path,
         limit=limit,
         end=tokenizer.eos_token_id,
+        n_cut=sum(
+            len(tokens) - len(kept) for (_, tokens), kept in zip(sequences, cut, strict=True)
+        ),
+        cut_first=cut_first,
     )
+
+
+def _last(tokens: list[int], limit: int, starts: Collection[int | None]) -> list[int]:
+    """The last `limit` tokens, the first among them where it is one of `starts`."""
+    kept = tokens[:1] if tokens[0] in starts else []
+    first = max(len(kept), len(tokens) - limit + len(kept))
+    return kept + tokens[first:]
 
 
 def _token_ids(

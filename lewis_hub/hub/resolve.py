@@ -40,14 +40,14 @@ def resolve_model(
 
     Args:
         api: whose endpoint and token are used.
-        name: `owner/name` on the Hub, or a folder: whatever exists here or starts like a path.
+        name: `owner/name` on the Hub, or a folder: whatever exists here or looks like a path.
         revision: branch, tag or commit sha; folders have none.
         allow_pickle: whether a model of pickled weights alone will do.
 
     Raises:
         SourceError: it cannot be found, may not be read, or has no safetensors weights.
     """
-    path = _local(name)
+    path = _local(name, revision)
     source = _folder(name, path) if path else _repo(Asked(api, name, "model", revision))
     if not (allow_pickle and source.is_pickled):
         _require_weights(api, source)
@@ -60,13 +60,11 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
     Raises:
         SourceError: it cannot be found or may not be read.
     """
-    path = _local(name)
+    path = _local(name, revision)
     if path is None:
         return _repo(Asked(api, name, "dataset", revision))
     if path.is_dir():
         return _folder(name, path, repo_type="dataset")
-    if not path.exists():
-        raise SourceError(name, "no such file or folder", "Check the path.")
     if path.suffix not in DATA_SUFFIXES:
         remedy = f"Give a {', '.join(DATA_SUFFIXES)} file, a folder of them, or a dataset's repo."
         raise SourceError(name, f"`{path.suffix}` files are not read as rows", remedy)
@@ -76,14 +74,32 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
     return Source(name, "dataset", None, _content_sha(files), files, path)
 
 
-def _local(name: str) -> Path | None:
+def is_path(written: str) -> bool:
+    """Whether it can only mean a file or folder, by its first letter, slashes or ending.
+
+    A repo whose name ends like a file is meant where its revision is told: `me/rows.json@main`.
+    """
+    is_file = Path(written).suffix in DATA_SUFFIXES
+    return is_file or written.startswith((".", "/", "~")) or written.count("/") > 1
+
+
+def not_there(written: str, places: Iterable[Path]) -> SourceError:
+    """The error where nothing lies at a path, with all places that it may stand for."""
+    looked_at = " and ".join(dict.fromkeys(str(place.absolute()) for place in places))
+    problem = f"no such file or folder: looked for {looked_at}"
+    return SourceError(written, problem, "Check the path; a repo is written owner/name.")
+
+
+def _local(name: str, revision: str | None) -> Path | None:
     path = Path(name).expanduser()
-    return path if path.exists() or name.startswith((".", "/", "~")) else None
+    if path.exists():
+        return path
+    if is_path(f"{name}@{revision}" if revision else name):
+        raise not_there(name, [path])
+    return None
 
 
 def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
-    if not path.exists():
-        raise SourceError(name, "no such folder", "Check the path; a repo is written owner/name.")
     if not path.is_dir():
         raise SourceError(name, "this is a file, not a folder", "Name the folder it is in.")
     found = [path / part for part in sorted(_visible(path))]

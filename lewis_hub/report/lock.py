@@ -29,7 +29,7 @@ from lewis_hub.errors import OutputError
 FILE = "lewis/lock.json"
 VERSION = 1
 SCHEMA = f"urn:lewis-hub:lock:{VERSION}"
-ARITHMETIC = 1  # raised when the same inputs and recipe come out as other bytes
+ARITHMETIC = 2  # raised when the same inputs and recipe come out as other bytes
 
 UNREAD_NAMES = frozenset({"README.md"})
 UNREAD_SUFFIXES = frozenset(

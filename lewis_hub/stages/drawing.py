@@ -17,7 +17,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.stages.downloading import small_files
-from lewis_hub.stages.overlap import Values, drawn_values
+from lewis_hub.stages.overlap import DrawnText, drawn_texts
 from lewis_hub.stages.task_data import PinnedTask
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens to measure on; `values` tell each item from others, as `overlap` compares them."""
+    """Tokens to measure on, and each text as `overlap` compares it."""
 
     tokens: CalibrationSet
-    values: list[tuple[Values, ...]]
+    values: list[DrawnText]
 
 
 def draw(
@@ -66,8 +66,8 @@ def draw(
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
     facts = calibration_facts(calibration, _facts(data), how.seed, _tokenizer_digest(how.donor))
-    values = drawn_values(rows, template, tokens)
-    return Drawn(CalibrationSet(facts | tokens.facts, tokens), values)
+    texts = drawn_texts(rows, template, tokens)
+    return Drawn(CalibrationSet(facts | tokens.facts, tokens), texts)
 
 
 def _rows(how: Drawing, calibration: Calibration, data: Source | PinnedTask) -> Rows:

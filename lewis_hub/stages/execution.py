@@ -16,7 +16,7 @@ from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.runners import Means, Runner, parse_runner
 from lewis_hub.progress import Progress
-from lewis_hub.recipe import Recipe
+from lewis_hub.recipe import Evaluation, Recipe
 from lewis_hub.stages.checking import Examined
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.loading import Loading
@@ -51,6 +51,8 @@ class Execution:
         allow_code: whether benchmarks may run code that a model wrote.
         allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
         allow_pickle: whether sources may have pickled weights alone.
+        held_out: what is scored later, where the recipe scores nothing now: calibration does not
+            draw its items all the same.
     """
 
     runner: str = "threads"
@@ -62,6 +64,7 @@ class Execution:
     allow_code: bool = False
     allow_nan: bool = False
     allow_pickle: bool = False
+    held_out: Evaluation | None = None
 
     @property
     def workers(self) -> Runner | Ray:
@@ -109,17 +112,22 @@ class Step:
     progress: Progress
     places: Mapping[str, Place] = field(default_factory=dict)
 
+    @property
+    def scoring(self) -> Evaluation | None:
+        """What is scored, now or later."""
+        return self.recipe.evaluate or self.execution.held_out
+
     @cached_property
     def scored(self) -> LoadedTasks:
-        """The tasks that the recipe's `evaluate` names, loaded when they are first asked for.
+        """The tasks that `scoring` names, loaded when they are first asked for.
 
         Raises:
             EvaluationError: one cannot be built.
         """
-        assert self.recipe.evaluate
+        assert self.scoring
         self.progress.say("Loading the benchmarks")
         allow_code = self.execution.allow_code
-        selected = selection(self.recipe, self.recipe.evaluate, allow_code=allow_code)
+        selected = selection(self.recipe, self.scoring, allow_code=allow_code)
         return load_tasks(selected, scored_commits(self.api, selected))
 
 

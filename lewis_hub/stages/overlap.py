@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lewis_hub.errors import CalibrationError
+from lewis_hub.errors import CalibrationError, EvaluationError
+from lewis_hub.evaluate.contained import holding
 from lewis_hub.evaluate.items import Item, TaskRows, scored_items
 from lewis_hub.guides.template import Template
 from lewis_hub.guides.tokens import CalibrationTokens, Rows
@@ -16,21 +18,43 @@ from lewis_hub.stages.execution import Step
 Values = frozenset[str]  # texts without case and white space
 
 
-def drawn_values(
-    rows: Rows, template: Template, tokens: CalibrationTokens
-) -> list[tuple[Values, ...]]:
-    """What fixes each drawn item: of a dataset's row the columns that go into its text.
+@dataclass(frozen=True)
+class DrawnText:
+    """What a model is fitted to.
 
-    Of a task's item its document, and its prompt with its answer: either will do.
+    Attributes:
+        texts: as it is, and what of it comes from the data alone.
+        fixing: what fixes an item; each of several will do.
     """
+
+    texts: tuple[str, ...]
+    fixing: tuple[Values, ...]
+
+
+def drawn_texts(rows: Rows, template: Template, tokens: CalibrationTokens) -> list[DrawnText]:
+    """A dataset's row is fixed by the columns that go into its text.
+
+    A task's item by its document, and by its prompt with its answer.
+    """
+    table = rows.rows(tokens.rows)
     if isinstance(rows, TaskRows):
-        return item_values(rows.items(tokens.rows))
-    return [(values(template.parts(row)),) for row in rows.rows(tokens.rows)]
+        items = zip(table, rows.items(tokens.rows), strict=True)
+        return [DrawnText(template.parts(row), _fixing(item)) for row, item in items]
+    drawn = []
+    for index, row in zip(tokens.rows, table, strict=True):
+        parts = template.parts(row)
+        joined = "\n".join(str(part) for part in parts if part is not None)
+        drawn.append(DrawnText((template.render(index, row), joined), (values(parts),)))
+    return drawn
 
 
-def item_values(items: Iterable[Item]) -> list[tuple[Values, ...]]:
-    """Of each item its document, and its prompt with its answer."""
-    return [(values(item.document), values((item.prompt, item.answer))) for item in items]
+def drawn_items(items: Iterable[Item]) -> list[DrawnText]:
+    """Each item by itself, without few-shot examples."""
+    return [DrawnText((f"{item.prompt} {item.answer}",), _fixing(item)) for item in items]
+
+
+def _fixing(item: Item) -> tuple[Values, ...]:
+    return values(item.document), values((item.prompt, item.answer))
 
 
 def values(told: Any) -> Values:
@@ -48,22 +72,24 @@ def _texts(told: Any) -> Iterator[str]:
         yield " ".join(str(told).split()).casefold()
 
 
-def count_overlap(drawn: Sequence[tuple[Values, ...]], scored: Iterable[Item]) -> Counter[str]:
+def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[Item]) -> Counter[str]:
     """Task -> number of drawn items that it scores."""
     found = {(item.task, index) for index, item in overlaps(drawn, scored)}
     return Counter(task for task, _ in found)
 
 
-def overlaps(
-    drawn: Sequence[tuple[Values, ...]], scored: Iterable[Item]
-) -> Iterator[tuple[int, Item]]:
-    """The place of each drawn item that is scored, with the item that it is.
+def overlaps(drawn: Sequence[DrawnText], scored: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+    """The place of each drawn text that holds a scored item, with that item.
 
-    An item is scored where all that fixes it stands in one scored document, its prompt or answer.
+    The item's question stands in it (`holding`), or all that fixes what was drawn stands in one
+    scored document, its prompt or answer.
     """
+    texts = [(index, text) for index, one in enumerate(drawn) for text in one.texts]
+    for place, item in holding([text for _, text in texts], scored):
+        yield texts[place][0], item
     by_longest: defaultdict[str, list[tuple[int, Values]]] = defaultdict(list)
     for index, alternatives in enumerate(drawn):
-        for one in filter(None, alternatives):
+        for one in filter(None, alternatives.fixing):
             by_longest[max(one, key=lambda text: (len(text), text))].append((index, one))
     for item in scored:
         whole = item.prompt + item.answer, f"{item.prompt} {item.answer}"
@@ -72,18 +98,18 @@ def overlaps(
             yield from ((index, item) for index, one in by_longest[text] if one <= there)
 
 
-def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[tuple[Values, ...]]]) -> None:
-    """Hold every calibration against what the recipe scores.
+def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[DrawnText]]) -> None:
+    """Hold every calibration against what the recipe scores, now or later.
 
     Raises:
         CalibrationError: an item is in both, and the recipe does not allow it.
+        EvaluationError: what is scored cannot be loaded.
     """
-    asked = step.recipe.evaluate
     held = {one: items for one, items in drawn.items() if not one.allow_overlap}
-    if asked is None or not held:
+    if step.scoring is None or not held:
         return
     step.progress.say("Comparing calibration texts with the items that are scored")
-    scored = list(scored_items(step.scored))
+    scored = _scored(step)
     for calibration, items in held.items():
         found = count_overlap(items, scored)
         if found:
@@ -92,6 +118,16 @@ def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[tuple[Values
                 f"calibration on {calibration.data}, split {calibration.split}",
                 f"of {len(items)} texts, `evaluate` scores {told}",
                 "A score on what a merge was fitted to says nothing: name another split, or "
-                "another `seed`.\n`allow_overlap: true` in this calibration carries on all the "
-                "same.",
+                "another `seed`.\n`allow_overlap: true` in this calibration, or "
+                "`--allow-overlap`, carries on all the same.",
             )
+
+
+def _scored(step: Step) -> list[Item]:
+    try:
+        return list(scored_items(step.scored))
+    except EvaluationError as error:
+        if step.recipe.evaluate:
+            raise
+        remedy = f"{error.remedy}\nOr merge without comparing: `--allow-overlap`."
+        raise EvaluationError(error.subject, error.problem, remedy) from error

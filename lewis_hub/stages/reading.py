@@ -9,6 +9,7 @@ from lewis_hub import recipe_file
 from lewis_hub.errors import GuideError, RecipeError
 from lewis_hub.guides import registry
 from lewis_hub.recipe import Recipe
+from lewis_hub.recipe_calibration import Calibration
 from lewis_hub.recipe_rules import Complaint, contradictions
 
 
@@ -29,6 +30,22 @@ def read_recipe(path: Path | str) -> Recipe:
         'ties'
     """
     return recipe_file.read_recipe(path, rules)
+
+
+def allowing_overlap(recipe: Recipe) -> Recipe:
+    """The same recipe, `allow_overlap: true` in all that it says of calibration."""
+
+    def allowed(calibration: Calibration | None) -> dict[str, Calibration | None]:
+        kept = calibration and calibration.model_copy(update={"allow_overlap": True})
+        return {"calibration": kept}
+
+    guide = recipe.guide
+    changed = {
+        "models": tuple(m.model_copy(update=allowed(m.calibration)) for m in recipe.models),
+        "guide": guide and guide.model_copy(update=allowed(guide.calibration)),
+        **allowed(recipe.calibration),
+    }
+    return recipe.model_copy(update=changed)
 
 
 def rules(recipe: Recipe) -> Iterator[Complaint]:

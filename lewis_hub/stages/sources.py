@@ -13,7 +13,7 @@ from lewis_hub.guides import registry as guides
 from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+from lewis_hub.hub.resolve import is_path, not_there, resolve_dataset, resolve_model
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import ModelEntry, ModelReference, Recipe
@@ -201,7 +201,7 @@ def _whole(api: HfApi, source: Source) -> Source:
 
 
 def _model(recipe: Recipe, api: HfApi, reference: ModelReference, *, allow_pickle: bool) -> Source:
-    located = recipe.locate(reference.name)
+    located = _located(recipe, reference.name)
     source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
     source = replace(source, name=reference.name)
     return with_converted(source, code=reference.name in recipe.allow_code)
@@ -211,8 +211,16 @@ def _include(recipe: Recipe, calibration: Calibration) -> Path | None:
     return Path(recipe.locate(calibration.include)) if calibration.include else None
 
 
-def _dataset(recipe: Recipe, api: HfApi, written: str) -> Source:
+def _located(recipe: Recipe, written: str) -> str:
     located = recipe.locate(written)
+    if is_path(written) and not Path(located).exists():
+        path = Path(written).expanduser()
+        raise not_there(written, [Path(recipe.locate(".")) / path, path])
+    return located
+
+
+def _dataset(recipe: Recipe, api: HfApi, written: str) -> Source:
+    located = _located(recipe, written)
     if located != written:
         return replace(resolve_dataset(api, located), name=written)
     return named_dataset(api, written)

@@ -13,13 +13,13 @@ from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.guides.tokens import draw_rows, load_tokenizer
 from lewis_hub.stages.downloading import small_files
 from lewis_hub.stages.execution import Step
-from lewis_hub.stages.overlap import Values, count_overlap, item_values, overlaps
+from lewis_hub.stages.overlap import DrawnText, count_overlap, drawn_items, overlaps
 from lewis_hub.stages.task_data import scored_commits
 
 
 @dataclass(frozen=True)
 class TuningItems:
-    """Drawn items of one task.
+    """DrawnText items of one task.
 
     Attributes:
         indices: of `rows`, in the order in which they are scored.
@@ -52,7 +52,7 @@ def draw_items(
     asked: TaskSelection,
     split: str,
     n_samples: int,
-    calibrated: Sequence[tuple[Values, ...]],
+    calibrated: Sequence[DrawnText],
 ) -> tuple[TuningItems, ...]:
     """Draw `n_samples` items of each task, the recipe's seed deciding which.
 
@@ -63,7 +63,7 @@ def draw_items(
         asked: tasks to tune on.
         split: of their data.
         n_samples: of each task; all where there are not so many.
-        calibrated: what fixes each calibration text, as `overlap` tells it.
+        calibrated: the calibration texts.
 
     Raises:
         EvaluationError: a task or split is not there, or is the one that is scored.
@@ -92,25 +92,29 @@ def draw_items(
 
 
 def _passing_over(
-    rows: TaskRows, n_samples: int, calibrated: Sequence[tuple[Values, ...]], seed: int
+    rows: TaskRows, n_samples: int, calibrated: Sequence[DrawnText], seed: int
 ) -> tuple[tuple[int, ...], int]:
     """Chosen indices, and how many others calibration had taken."""
-    among = draw_rows(len(rows), n_samples + len(calibrated), seed)
-    items = rows.items(among)
-    known = {id(item) for _, item in overlaps(calibrated, items)}
-    free = [
-        index
-        for index, item in zip(among, items, strict=True)
-        if item.answer and id(item) not in known
-    ]
-    return tuple(free[:n_samples]), len(known)
+    n_looked_at = n_samples + len(calibrated)
+    while True:  # a text with few-shot examples holds several items
+        among = draw_rows(len(rows), n_looked_at, seed)
+        items = rows.items(among)
+        known = {id(item) for _, item in overlaps(calibrated, items)}
+        free = [
+            index
+            for index, item in zip(among, items, strict=True)
+            if item.answer and id(item) not in known
+        ]
+        if len(free) >= n_samples or len(among) == len(rows):
+            return tuple(free[:n_samples]), len(known)
+        n_looked_at *= 2
 
 
 def _refuse_scored(step: Step, drawn: Sequence[TuningItems]) -> None:
     step.progress.say("Comparing the items to tune on with those that are scored")
     scored = list(scored_items(step.scored))
     for one in drawn:
-        found = count_overlap(item_values(one.rows.items(one.indices)), scored)
+        found = count_overlap(drawn_items(one.rows.items(one.indices)), scored)
         if found:
             told = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise TuningError(

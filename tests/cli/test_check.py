@@ -37,7 +37,14 @@ BROKEN = {
     "expert is a dataset": (RECIPE.replace("zoo/expert-reverse", "zoo/reverse"), "dataset"),
     "dataset is a model": (RECIPE + GUIDE.replace("zoo/reverse", "zoo/base"), "model"),
     "dataset is not there": (RECIPE + GUIDE.replace("zoo/reverse", "zoo/nothing"), "zoo/nothing"),
-    "folder is not there": (RECIPE.replace("zoo/expert-reverse", "./nothing"), "no such folder"),
+    "folder is not there": (
+        RECIPE.replace("zoo/expert-reverse", "./nothing"),
+        "no such file or folder",
+    ),
+    "rows are not there": (
+        RECIPE + GUIDE.replace("zoo/reverse", "data/missing.jsonl"),
+        "data/missing.jsonl: no such file or folder: looked for TMP/data/missing.jsonl",
+    ),
     "folder is empty": (RECIPE.replace("zoo/expert-reverse", "TMP/empty"), "the folder is empty"),
     "name is no repo": (RECIPE.replace("zoo/expert-reverse", "'a b c'"), "neither an existing"),
     "gated": (RECIPE.replace("expert-reverse", "gated"), "gated"),

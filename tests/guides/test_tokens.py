@@ -69,7 +69,36 @@ def test_texts_are_tokenised_with_special_tokens_and_cut(byte_tokenizer):
     assert decoded == {0: "<s>abc", 1: "<s>ab", 2: "<s>abc"}
     assert tokens.n_tokens == 4 + 3 + 4
     assert tokens.n_truncated == 1
-    assert tokens.notes == ("1 of 3 texts were cut at 4 tokens",)
+    assert tokens.notes == (
+        "1 of 3 texts were cut to 4 tokens: 3 tokens where they end are left out",
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "chat", "expected"),
+    [(6, None, "<s>tem 7"), (6, True, "item 7"), (1, None, "<s>")],
+)
+def test_of_a_task_the_item_and_its_answer_stay(byte_tokenizer, limit, chat, expected):
+    table = Table([{"text": "many shots, item 7"}])
+    byte_tokenizer.chat_template = f"<s>{byte_tokenizer.chat_template}"  # so that none is added
+    asked = Calibration(task="mine", samples=1, max_tokens=limit, chat_template=chat)
+
+    tokens = calibration_tokens(table, asked, byte_tokenizer, seed=0)
+
+    assert byte_tokenizer.decode(tokens.ids[0]) == expected
+    n_cut = 18 + (chat is None) - limit
+    assert tokens.notes == (
+        f"1 of 1 texts were cut to {limit} tokens: {n_cut} tokens where they begin are left out",
+    )
+
+
+def test_a_text_of_a_task_that_is_not_too_long_stays_whole(byte_tokenizer):
+    asked = Calibration(task="mine", samples=1, max_tokens=5)
+
+    tokens = calibration_tokens(Table([{"text": "abcd"}]), asked, byte_tokenizer, seed=0)
+
+    assert byte_tokenizer.decode(tokens.ids[0]) == "<s>abcd"
+    assert (tokens.n_truncated, tokens.notes) == (0, ())
 
 
 def test_rows_without_text_count_for_nothing_and_are_reported(byte_tokenizer):

@@ -127,12 +127,30 @@ def test_a_missing_folder_and_a_file_are_refused(tmp_path, api):
     assert refusal(api, path) == (
         f"{path}: this is a file, not a folder.\nName the folder it is in."
     )
-    assert refusal(api, "./nowhere") == (
-        "./nowhere: no such folder.\nCheck the path; a repo is written owner/name."
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "models/mine/best", "data/missing.jsonl", "rows.csv"]
+)
+def test_what_can_only_be_a_path_is_looked_for_here_and_nowhere_else(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    nowhere = HfApi(endpoint="http://127.0.0.1:1")
+    expected = (
+        f"{name}: no such file or folder: looked for {tmp_path / name}.\n"
+        "Check the path; a repo is written owner/name."
     )
 
+    assert refusal(nowhere, name) == expected
+    assert refusal(nowhere, name, resolve=resolve_dataset) == expected
 
-@pytest.mark.parametrize("name", ["a/b/c", "owner/na me", "owner/a--b", "owner/", "naïve/model"])
+
+def test_a_repo_whose_name_ends_like_a_file_is_found_by_its_revision(api, push):
+    sha = push("tests/rows.json", {"train.jsonl": b"{}\n"}, repo_type="dataset")
+
+    assert resolve_dataset(api, "tests/rows.json", "main").commit_sha == sha
+
+
+@pytest.mark.parametrize("name", ["owner/na me", "owner/a--b", "owner/", "naïve/model"])
 def test_a_bad_name_is_refused_before_any_network(name):
     nowhere = HfApi(endpoint="http://127.0.0.1:1")
 

@@ -143,7 +143,7 @@ def test_two_digests_are_equal_exactly_when_all_that_fixes_the_bytes_is(first, s
 
 def test_the_digest_is_the_documented_one():
     document = (
-        '{"arithmetic":1,"calibration":[],"guide":[null,null],"inputs":[{"files":{"ä":"sha256:01"},'
+        '{"arithmetic":2,"calibration":[],"guide":[null,null],"inputs":[{"files":{"ä":"sha256:01"},'
         '"role":"expert"}],"max_shard_bytes":7,"method":["linear",1],'
         '"recipe":{"models":[{"parameters":{"weight":0.5}}]},"seed":1}'
     )

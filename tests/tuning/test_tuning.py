@@ -23,13 +23,18 @@ from lewis_hub.errors import (
     TuningError,
 )
 from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.evaluate.items import load_rows
+from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides.grams import DIAGONAL, WIDEST
+from lewis_hub.guides.tokens import draw_rows
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe_file import read_recipe
 from lewis_hub.stages import merging
 from lewis_hub.stages.search_space import candidate
 from lewis_hub.stages.trying import is_of_settings
 from lewis_hub.stages.tuning import Search, tune
+
+from .conftest import CALIBRATION
 
 START = {
     "guide.name": "lewis",
@@ -124,6 +129,26 @@ def test_no_item_is_calibrated_on_or_scored(recipe_file):
         assert one.n_calibrated == 200
         assert len(questions) == len(train) - 200
         assert not {*questions} & {row["question"] for row in rows(skill, "test")}
+
+
+def test_no_item_is_one_of_a_calibration_texts_examples(recipe_file):
+    tasks = recipe_file.parent / "tasks"
+    text = (tasks / "zoo_reverse.yaml").read_text().replace("zoo_reverse", "many", 1)
+    (tasks / "many.yaml").write_text(text + "num_fewshot: 5\n")
+    calibration = CALIBRATION % "reverse"
+    on_task = "{task: many, include: tasks, samples: 40, max_tokens: 40}"
+    recipe_file.write_text(recipe_file.read_text().replace(calibration, on_task))
+    recipe = read_recipe(recipe_file)
+
+    asked = Search(n_trials=1, samples=60, tasks=("zoo_reverse",))
+    (items,) = tune(recipe, asked, recipe_file.parent / "tuning").items
+
+    shown = load_rows(TaskSelection(("many",), tasks), "train", {})
+    texts = [row["text"] for row in shown.rows(draw_rows(300, 40, recipe.seed))]
+    questions = [item.document["question"] for item in items.rows.items(items.indices)]
+    assert len({*questions}) == 60
+    assert not [one for one in questions for text in texts if f"{one}\n" in text]
+    assert items.n_calibrated > 40
 
 
 def test_items_go_through_the_chat_template_where_evaluate_asks_for_it(recipe_file):
