@@ -99,22 +99,21 @@ def text_blocks(model: PreTrainedModel, name: str, text: Tensor) -> tuple[str, n
     if model.config.is_encoder_decoder:
         problem = "it has an encoder, and the published procedure knows decoders alone"
         raise CalibrationModelError(name, problem, "Use guide `lewis`.")
-    sizes: dict[str, int] = {}
-    lists = block_lists(model)
+    lists, reached = block_lists(model), set()
     with ExitStack() as hooks:
         for path, blocks in lists.items():
 
             def reach(_: nn.Module, _args: Any, path: str = path) -> None:
-                sizes[path] = sum(p.numel() for p in lists[path].parameters())
+                reached.add(path)
 
             for block in blocks:
                 hooks.callback(block.register_forward_pre_hook(reach).remove)
         _forward(model, text)
-    if not sizes:
+    if not reached:
         problem = "no list of blocks with a Linear was found that texts run through"
         raise CalibrationModelError(name, problem, "Use guide `uniform` for this architecture.")
-    path = max(sizes, key=lambda path: sizes[path])
-    return path, lists[path]
+    run = {path: blocks for path, blocks in lists.items() if path in reached}
+    return max(run.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def block_importance(
