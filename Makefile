@@ -27,10 +27,30 @@ bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/stream.py
 	$(BIN)/python benchmarks/architectures.py --mergekit .venv/mergekit/bin/python
 
-# Hours: every row of the tables on guidance, of the zoo and of MODELS and DATA where they are given.
+# Days: every row of the tables on guidance, of the zoo in hours, and of MODELS and DATA where they are
+# given, with a third expert. `evidence/` keeps the scores: a run goes on where another ended.
+GUIDANCE = $(BIN)/python benchmarks/guidance.py evidence
+REFINEMENTS = $(BIN)/python benchmarks/refinements.py
+ROUNDED = --items 250 --variants 'experts alone' 'task_arithmetic 0.7' 'ties 0.5 lambda 1.0' \
+    'regmean 0.5 lambda 1.0'
 evidence: .venv/dev
-	$(BIN)/python benchmarks/guidance.py evidence --dtype float32 --all
-	$(if $(MODELS),$(BIN)/python benchmarks/guidance.py evidence --models $(MODELS) --data $(DATA) --all)
+	$(GUIDANCE) --dtype float32 --all
+	$(REFINEMENTS) lewis_hub/demo/zoo evidence/items evidence '*' --skills reverse cipher --dtype float32
+	$(REFINEMENTS) lewis_hub/demo/zoo evidence/items evidence 'cross 0.9 faithful 1.0*' 'merged 0.9' \
+	    'own 0.5' --skills reverse cipher --dtype float32 --split test
+ifdef MODELS
+	mkdir -p evidence/data
+	cp -r $(DATA)/skills $(DATA)/gsm8k $(DATA)/mbpp evidence/data
+	$(BIN)/python benchmarks/third_expert.py $(MODELS) evidence/data/skills
+	$(GUIDANCE) $(LAB) --skills math strings --all
+	$(GUIDANCE) $(LAB) --skills math strings $(ROUNDED)
+	$(GUIDANCE) $(LAB) --skills math strings --dtype float32 $(ROUNDED)
+	$(GUIDANCE) $(LAB) --split tune --variants 'task_arithmetic *' 'ties * lambda *' linear
+	$(GUIDANCE) $(LAB) --best task_arithmetic ties linear --variants 'experts alone' \
+	    'regmean merged 0.9' 'regmean 0.5 lambda 1.0'
+	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.5 faithful 1.0' 'own 0.5' --split test
+endif
+LAB = --models $(MODELS) --data evidence/data/skills
 
 check: test
 

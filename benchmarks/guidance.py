@@ -13,7 +13,8 @@ says otherwise. Merges are made and scored one after the other in this process.
 
 PATTERN picks variants by name (`regmean 0.5*`), in that order; FAMILY picks its variant that has
 the lowest sum of losses on the tune split, after a run with `--split tune`. `--all` scores every
-family on the tune split, and on the test split the best of each and all that has no family.
+family on the tune split, and on the test split the best of each, what is SHOWN in any case, and all
+that has no family.
 RESULTS keeps the scores of every variant, so that a run goes on where another ended; the tables,
 which `guidance_tables.py` describes, are of all that it holds of the split, of so many items.
 """
@@ -34,7 +35,7 @@ from typing import Any
 from answers import Scored, Text, fill, load, score, texts
 from guidance_merge import make
 from guidance_tables import Found, best_of, tables
-from guidance_variants import ALONE, BASE, Bench, Variant, variants
+from guidance_variants import ALONE, BASE, SHOWN, Bench, Variant, variants
 from zoo_items import write_items
 
 from lewis_hub.demo.zoo import zoo_folder
@@ -139,7 +140,8 @@ def main() -> None:
     if told.all:
         _run(tuning, known, [variant.name for variant in known.values() if variant.family])
     tuned = tuning.found(known)
-    chosen = [name for p in told.variants for name in fnmatch.filter(known, p)]
+    patterns = [*told.variants, *(SHOWN if told.all else ())]
+    chosen = [name for pattern in patterns for name in fnmatch.filter(known, pattern)]
     chosen += [variant.name for variant in known.values() if told.all and not variant.family]
     chosen += [best_of(family, known, tuned) for family in (families if told.all else told.best)]
     _run(scoring, known, chosen)

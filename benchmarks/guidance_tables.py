@@ -55,7 +55,8 @@ def best_of(family: str, known: Mapping[str, Variant], tuned: Found) -> str:
 def tables(skills: Sequence[str], known: Mapping[str, Variant], found: Found, tuned: Found) -> str:
     """All of them."""
     tested = _tested(skills, list(_pairs(known, found, tuned)), found)
-    kinds = (("ties", ""), ("ties", " by activation"), ("dare_ties", ""), ("della", ""))
+    kinds = [(method, "") for method in ("ties", "dare_ties", "della")]
+    kinds += [(method, " by activation") for method in ("ties", "della")]
     grids = [line for kind in kinds for line in _grid(*kind, skills, found, tested)]
     return "\n".join([*_means(skills, found), *grids, *_tests(skills, tested)])
 

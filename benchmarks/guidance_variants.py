@@ -19,6 +19,10 @@ GUIDES = tuple(guide.name for guide in registry.guides())
 PLAIN = ("task_arithmetic", "ties", "linear")  # families that know nothing of any text
 MERGED = {"inputs": "merged"}  # matrices are fitted one after the other
 MAX_TOKENS = 64  # no item of the benchmark is longer; `lewis_reference` pads to it
+SHOWN = (  # on the test split, whichever of their families the tune split picks
+    *("regmean 0.5 lambda 1.0", "regmean merged 0.7"),  # what a recipe has unless it says otherwise
+    *("regmean 0.5 generic", "regmean merged 0.[579] generic"),
+)
 GENERIC = {  # beside the skills' folder
     "math": ("gsm8k/train.jsonl", "{question} {answer}"),
     "strings": ("mbpp/mbpp_train_full.jsonl", "{text} {code}"),

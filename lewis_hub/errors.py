@@ -74,6 +74,8 @@ class SourceError(LocatedError):
 
 # -- checkpoints
 
+MERGE = "the merged model"  # in the place of a source, where the merge itself is at fault
+
 
 class CheckpointError(LewisHubError):
     """Weight files that are broken, or that do not fit together."""
@@ -93,7 +95,7 @@ class AdapterError(CheckpointError, LocatedError):
 
 @dataclass(eq=False)
 class NonFiniteError(CheckpointError):
-    """A tensor holds NaN or infinity; `source` is whose, or the merge itself."""
+    """A tensor holds NaN or infinity; `source` is whose, or MERGE."""
 
     tensor: str
     source: str

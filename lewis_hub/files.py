@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lewis_hub.errors import OutputError
 
@@ -39,6 +40,22 @@ def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str 
     if n_bytes > free:
         problem = f"{what} need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free."
         raise OutputError(where or str(folder), problem, f"Free some space, or {remedy}.")
+
+
+def require_writable(
+    folder: Path, remedy: str = "Name a folder that you may write to with -o."
+) -> None:
+    """Refuse, before any work, a folder that cannot be written; it need not be there yet.
+
+    Raises:
+        OutputError: nothing can be made in it, or in the nearest folder above that is there.
+    """
+    try:
+        with TemporaryDirectory(prefix=".lewis-hub-", dir=existing(folder)):
+            pass
+    except OSError as error:
+        problem = f"it cannot be written ({error.strerror})."
+        raise OutputError(str(folder), problem, remedy) from None
 
 
 def existing(folder: Path) -> Path:

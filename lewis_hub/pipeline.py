@@ -7,6 +7,7 @@ Each step lives in its own file of `stages/`, which puts the recipe's words in t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Literal
 from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
+from lewis_hub.files import require_writable
 from lewis_hub.guides.density import DensitySchedule
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.hub.publish import Published
@@ -67,11 +69,16 @@ class Merged:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A finished calibration: a folder with the profile, the schedule and their plots."""
+    """A finished calibration: a folder with the profile, the schedule and their plots.
+
+    Attributes:
+        sizes: tensor -> number of parameters, of the merge.
+    """
 
     output: Path
     profile: ImportanceProfile | None
     schedule: DensitySchedule
+    sizes: Mapping[str, int]
 
 
 def check(
@@ -129,6 +136,7 @@ def calibrate(
     output = Path(output)
     execution, progress = execution or Execution(), progress or Silent()
     execution.require_usable()
+    require_writable(output)
     if recipe.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
@@ -148,7 +156,7 @@ def calibrate(
         stores = [output / "importance.json"]
         guidance = calibration.guide(step, sets, folders, Path(scratch), stores)
     reporting.write_guidance(output, guidance)
-    return Calibrated(output, guidance.profile, guidance.schedule)
+    return Calibrated(output, guidance.profile, guidance.schedule, merging.sizes(step))
 
 
 def merge_models(

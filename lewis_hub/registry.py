@@ -62,11 +62,19 @@ class Registry(Generic[Entry]):
         return self._entries[name]
 
     def all(self) -> tuple[Entry, ...]:
-        """Every entry by name, those of installed packages too."""
-        for name in entry_points(group=self.group).names:
-            if name not in self._entries:
-                self._load(name)
+        """Every entry by name, those of installed packages too; `broken` tells what is missing."""
+        self.broken()
         return tuple(self._entries[name] for name in sorted(self._entries))
+
+    def broken(self) -> tuple[LewisHubError, ...]:
+        """Of each name that an installed package offers and does not load, why."""
+        found = []
+        for name in sorted(entry_points(group=self.group).names):
+            try:
+                self.find(name)
+            except LewisHubError as error:
+                found.append(error)
+        return tuple(found)
 
     def _load(self, name: str) -> None:
         for offered in entry_points(group=self.group, name=name):
@@ -74,8 +82,8 @@ class Registry(Generic[Entry]):
             remedy = f"Repair or remove the package: pip uninstall {package}."
             try:
                 offered.load()
-            except (ImportError, AttributeError) as error:
-                problem = f"{package} offers it but does not load: {error}"
+            except Exception as error:  # noqa: BLE001 - whatever another package raises
+                problem = f"{package} offers it but does not load: {_told(error)}"
                 raise self._refused(name, problem, remedy) from error
             if name not in self._entries:
                 problem = f"{package} offers it but {offered.value} does not register it"
@@ -83,3 +91,10 @@ class Registry(Generic[Entry]):
 
     def _refused(self, name: str, problem: str, remedy: str) -> LewisHubError:
         return self.error(f"{self.word} `{name}`", problem, remedy)
+
+
+def _told(error: Exception) -> str:
+    """What was raised, in one line; of our own errors without their advice."""
+    line = str(error).partition("\n")[0].rstrip(".")
+    own = isinstance(error, (ImportError, AttributeError, LewisHubError))
+    return line if own else f"{type(error).__name__}: {line}"

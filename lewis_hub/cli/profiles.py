@@ -134,10 +134,12 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     of a merge. Measurements of one source are compared, or the only two that there are.
     """
     from lewis_hub.cli.tables import comparison_table
+    from lewis_hub.files import require_writable
     from lewis_hub.report.comparison import compare_profiles, draw_comparisons
     from lewis_hub.stages.profiles import read_profile
     from lewis_hub.stages.sources import hub_api
 
+    require_writable(output)
     api = hub_api()
     compared = compare_profiles(read_profile(api, before), read_profile(api, after))
     plots = draw_comparisons(compared, output)

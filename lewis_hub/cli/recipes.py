@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import click
 
 from lewis_hub.cli.actions import write_workflow
 from lewis_hub.cli.terminal import Terminal, terminal_options
+from lewis_hub.errors import LewisHubError
 
 ACCESS = "It publishes with the secret HF_TOKEN, or without one: the variable HF_OIDC_RESOURCE."
 
@@ -30,8 +32,8 @@ ACCESS = "It publishes with the secret HF_TOKEN, or without one: the variable HF
     "--calibration",
     "calibrations",
     multiple=True,
-    help="A dataset like the benchmark: one for all experts, or one for each in order [the "
-    "training items of --task].",
+    help="A dataset like the benchmark: one for each expert in order, or one for all [the "
+    "training items of --task, where there is one for each expert].",
 )
 @click.option("--text", default="{question} {answer}", help="Template over the dataset's columns.")
 @click.option("--repo", help="Where to publish: owner/name.")
@@ -103,8 +105,8 @@ def _drawn(
 
 
 def _of_tasks(tasks: tuple[str, ...], n_experts: int) -> list[dict[str, str]]:
-    """The tasks' own items, where one task stands for all experts or each expert has its own."""
-    if len(tasks) not in {1, n_experts}:
+    """The tasks' own items, where each expert has a task of its own."""
+    if not len(tasks) == n_experts > 1:
         return []
     from lewis_hub.errors import EvaluationError
     from lewis_hub.evaluate.data import free_split
@@ -168,19 +170,21 @@ def schema(what: str) -> None:
 @terminal_options
 def methods(terminal: Terminal) -> None:
     """List the merge methods, their options and their papers."""
+    from lewis_hub.methods.registry import broken
     from lewis_hub.methods.registry import methods as all_methods
 
     entries: list[dict[str, Any]] = []
     for m in all_methods():
         options = [*m.settings, *m.options]
         entries.append({"name": m.name, "summary": m.summary, "options": options, "paper": m.paper})
-    _listed(terminal, "methods", entries, "options")
+    _listed(terminal, "methods", entries, "options", broken())
 
 
 @click.command()
 @terminal_options
 def guides(terminal: Terminal) -> None:
     """List the guides: what they decide densities by, what they need, and their papers."""
+    from lewis_hub.guides.registry import broken
     from lewis_hub.guides.registry import guides as all_guides
 
     found = all_guides()
@@ -189,10 +193,17 @@ def guides(terminal: Terminal) -> None:
         "guides",
         [{"name": g.name, "summary": g.summary, "needs": g.needs, "paper": g.paper} for g in found],
         "needs",
+        broken(),
     )
 
 
-def _listed(terminal: Terminal, what: str, entries: list[dict[str, Any]], third: str) -> None:
+def _listed(
+    terminal: Terminal,
+    what: str,
+    entries: list[dict[str, Any]],
+    third: str,
+    broken: Sequence[LewisHubError],
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -202,4 +213,7 @@ def _listed(terminal: Terminal, what: str, entries: list[dict[str, Any]], third:
     for entry in entries:
         listed = ", ".join(entry[third])
         table.add_row(*map(Text, (entry["name"], entry["summary"], listed, entry["paper"] or "")))
-    terminal.finish({what: entries}, table)
+    for error in broken:
+        click.echo(f"warning: {error}", err=True)
+    document = {what: entries, **({"broken": [str(error) for error in broken]} if broken else {})}
+    terminal.finish(document, table)

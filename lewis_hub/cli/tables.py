@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from lewis_hub.stages.verification import Verdict
 
 
+GAP = 2  # blanks after a column
+
+
 def _table(*columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
     return table
@@ -116,15 +119,19 @@ def _score(score: MetricScore | None) -> str:
 
 
 def density_table(calibrated: Calibrated) -> RenderableType:
-    """Mean, lowest and highest density of each expert, or weight where only those are set."""
+    """Mean, lowest and highest density of each expert, or weight where only those are set.
+
+    The mean is over parameters, as that which a recipe asks for.
+    """
+    from lewis_hub.guides.budget import weighted_mean
     from lewis_hub.report.plots import short_name
 
-    table = _table("expert", "highest at", "scheduled", "mean of tensors", "lowest", "highest")
+    table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
     for expert in calibrated.schedule.experts:
         densities = expert.tensors or expert.weights
         top = max(densities, key=lambda name: densities[name], default="-")
         values = densities.values()
-        mean = sum(values) / len(values) if values else 0.0
+        mean = weighted_mean(densities, calibrated.sizes) if values else 0.0
         numbers = (mean, min(values, default=0.0), max(values, default=0.0))
         cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
         table.add_row(*plain(short_name(expert.source), top.removesuffix(".weight"), *cells))
@@ -156,9 +163,12 @@ def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
     yield from plain(*one.sentences)
 
 
-def trials_table(tuned: Tuned, n_shown: int) -> RenderableType:
-    """The best trials first; the recipe's own settings in any case."""
-    from lewis_hub.stages.search_space import short_name, shown_value
+def trials_tables(tuned: Tuned, n_shown: int, width: int) -> Iterator[RenderableType]:
+    """The best trials first; the recipe's own settings in any case.
+
+    What does not fit beside the other columns of a table goes on in another one below.
+    """
+    from lewis_hub.stages.search_axes import short_name, shown_value
 
     lower = tuned.objective.lower_is_better
     complete = [(trial.value, trial) for trial in tuned.trials if trial.value is not None]
@@ -166,15 +176,46 @@ def trials_table(tuned: Tuned, n_shown: int) -> RenderableType:
     shown = ranked[:n_shown]
     if tuned.start and tuned.start not in shown:
         shown.append(tuned.start)
-    names = list(dict.fromkeys(name for trial in shown for name in trial.values))
-    table = _table(
-        "trial", "", tuned.objective.metric.removesuffix(",none"), *map(short_name, names)
+    parts = (
+        "best" if trial is tuned.best else "recipe" if trial is tuned.start else ""
+        for trial in shown
     )
-    for trial in shown:
-        part = "best" if trial is tuned.best else "recipe" if trial is tuned.start else ""
-        values = (shown_value(trial.values.get(name)) for name in names)
-        table.add_row(*plain(str(trial.number), part, f"{trial.value:.4f}", *values))
-    return table
+    keys = [["trial", *(str(trial.number) for trial in shown)], ["", *parts]]
+    metric = tuned.objective.metric.removesuffix(",none")
+    columns = [[_in_lines(metric), *(f"{trial.value:.4f}" for trial in shown)]]
+    for name in dict.fromkeys(name for trial in shown for name in trial.values):
+        values = (shown_value(trial.values.get(name)) for trial in shown)
+        columns.append([_in_lines(short_name(name)), *values])
+    for number, together in enumerate(_side_by_side(keys, columns, width)):
+        if number:
+            yield from plain("")
+        table = _table(*(column[0] for column in together))
+        for cells in zip(*(column[1:] for column in together), strict=True):
+            table.add_row(*plain(*cells))
+        yield table
+
+
+def _in_lines(head: str) -> str:
+    """A name in lines that end where its words do, since heads are wider than numbers."""
+    return head.replace("_", "_\n").replace(".", ".\n").replace(",", ",\n")
+
+
+def _side_by_side(
+    keys: Sequence[Sequence[str]], columns: Sequence[Sequence[str]], width: int
+) -> Iterator[list[Sequence[str]]]:
+    """As many columns together as fit, each time beside the keys; all of them in the end."""
+    together, room = [*keys], width - sum(map(_width, keys))
+    for column in columns:
+        if _width(column) > room and len(together) > len(keys):
+            yield together
+            together, room = [*keys], width - sum(map(_width, keys))
+        together.append(column)
+        room -= _width(column)
+    yield together
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(len(line) for cell in column for line in cell.split("\n")) + GAP
 
 
 def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableType]:

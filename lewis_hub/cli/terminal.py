@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,11 @@ class Terminal:
             return Silent()
         return Bars() if sys.stderr.isatty() else Lines()
 
+    @property
+    def width(self) -> int:
+        """Characters in a line of a result: the terminal's, or what a log or file bears."""
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+
     def finish(self, document: Mapping[str, Any], *shown: RenderableType) -> None:
         """Print the result: the document with --json, otherwise what a person reads."""
         if self.json:
@@ -44,8 +50,7 @@ class Terminal:
         from rich.console import Console
         from rich.table import Table
 
-        width = None if sys.stdout.isatty() else 120
-        console = Console(file=sys.stdout, width=width, highlight=False, markup=False)
+        console = Console(file=sys.stdout, width=self.width, highlight=False, markup=False)
         for item in shown:  # sentences hold paths and addresses: those are never broken
             console.print(item, soft_wrap=not isinstance(item, Table))
 

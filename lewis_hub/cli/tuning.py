@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lewis_hub.stages.tuning_report import Report
 
 N_SHOWN = 10  # trials in the table; --json has them all
+BESIDE = "The tuned recipe is written beside its recipe: copy that to a folder of yours."
 
 
 @click.command(
@@ -53,7 +54,9 @@ N_SHOWN = 10  # trials in the table; --json has them all
     "--metric", help="metric,filter of the tasks, such as exact_match,none [loss on answers]."
 )
 @click.option("--method", "methods", multiple=True, help="Also try this method; repeat it.")
-@click.option("--guide", "guides", multiple=True, help="Also try this guide [uniform]; repeat it.")
+@click.option(
+    "--guide", "guides", multiple=True, help="Also try this guide, or none [uniform]; repeat it."
+)
 @output_option("Folder for the study [tuning/ beside the recipe].")
 @device_option
 @code_option
@@ -84,6 +87,7 @@ def tune(
     from lewis_hub.stages.reading import read_recipe
 
     recipe = read_recipe(recipe_file)
+    from lewis_hub.files import require_writable
     from lewis_hub.stages.execution import Execution
     from lewis_hub.stages.tuning import Search
     from lewis_hub.stages.tuning import tune as search
@@ -101,16 +105,17 @@ def tune(
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     output = output or recipe_file.parent / "tuning"
+    require_writable(recipe_file.parent, BESIDE)
     tuned = search(recipe, asked, output, execution, terminal.progress)
     report = write_report(tuned, recipe_file, output)
-    terminal.finish(report.document, *_shown(tuned, report, recipe_file.name))
+    terminal.finish(report.document, *_shown(tuned, report, recipe_file.name, terminal.width))
 
 
-def _shown(tuned: Tuned, report: Report, name: str) -> Iterator[RenderableType]:
-    from lewis_hub.cli.tables import plain, scores_table, trials_table
+def _shown(tuned: Tuned, report: Report, name: str, width: int) -> Iterator[RenderableType]:
+    from lewis_hub.cli.tables import plain, scores_table, trials_tables
     from lewis_hub.stages.tuning_report import found_by, seconds
 
-    yield trials_table(tuned, N_SHOWN)
+    yield from trials_tables(tuned, N_SHOWN, width)
     steps = ", ".join(f"{step} {took:.2f} s" for step, took in seconds(tuned).items())
     yield from plain(f"A trial that is scored to the end takes: {steps}.", "")
     yield from plain(*found_by(tuned, name))

@@ -220,13 +220,11 @@ def _is(label: str, rival: Rival) -> bool:
 
 
 def unknown_metric(task: str, metric: str, known: Sequence[str]) -> EvaluationError:
-    """The gate names a metric that the task does not have."""
+    """A gate, a leaderboard or a search names a metric that the task does not have."""
     near = difflib.get_close_matches(metric, known, n=1, cutoff=0.5)
     remedy = f"Did you mean `{near[0]}`? " if near else ""
     listed = ", ".join(f"`{key}`" for key in known)
-    return EvaluationError(
-        task, f"it has no metric `{metric}`, which the recipe names.", f"{remedy}It has {listed}."
-    )
+    return EvaluationError(task, f"it has no metric `{metric}`.", f"{remedy}It has {listed}.")
 
 
 def _no_mean(demand: Demand, means: Sequence[str]) -> EvaluationError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from lewis_hub.guides import activation_shift, aim, controls, lewis, magnitude, owl, uniform
+from importlib import import_module
+from pathlib import Path
 
-__all__ = ["activation_shift", "aim", "controls", "lewis", "magnitude", "owl", "uniform"]
+for _file in sorted(Path(__file__).parent.glob("*.py")):
+    if "\n@register(" in _file.read_text(encoding="utf-8"):  # the others import torch: 2 s
+        import_module(f"{__name__}.{_file.stem}")

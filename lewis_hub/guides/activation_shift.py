@@ -8,7 +8,7 @@ from lewis_hub.guides.lewis import spread
 from lewis_hub.guides.registry import Statistics, register
 
 
-@register("activation_shift", needs=("output_shift",))
+@register("activation_shift", needs=("output_shift",), version=2)
 def activation_shift(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow how much a module's output differs from base to expert on calibration data.
 

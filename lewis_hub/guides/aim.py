@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 OMEGA = 0.4  # how much of a task vector the base's most active channel takes
 
 
-@register("aim", needs=("evenness",), paper="https://arxiv.org/abs/2502.02421")
+@register("aim", needs=("evenness",), paper="https://arxiv.org/abs/2502.02421", version=2)
 def aim(statistics: Statistics, gamma: float, epsilon: float) -> Decision:
     """Densities and weights fall where many input channels matter to the base, after AIM.
 

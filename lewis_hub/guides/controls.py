@@ -11,7 +11,7 @@ from lewis_hub.guides.lewis import importance_shifts, spread
 from lewis_hub.guides.registry import Statistics, register
 
 
-@register("random", needs=("lewis",))
+@register("random", needs=("lewis",), version=2)
 def random(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """A control: the densities of `lewis`, dealt out anew among the blocks by the seed.
 
@@ -29,7 +29,7 @@ def random(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str,
     return {module: dealt[module] for module in densities}
 
 
-@register("inverse", needs=("lewis",))
+@register("inverse", needs=("lewis",), version=2)
 def inverse(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """A control: the densities of `lewis` upside down, gamma + epsilon - density."""
     densities = spread(importance_shifts(statistics), gamma, epsilon)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -13,9 +12,11 @@ from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides import document
 from lewis_hub.guides.budget import shifted, weighted_mean
-from lewis_hub.guides.experts import seen_by_both, unseen
+from lewis_hub.guides.deciding import decide
+from lewis_hub.guides.experts import completed, notes, seen_by_both
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.lewis import Dominance, dominance
+from lewis_hub.guides.matrices import block_matrices, checkpoint_tensor
 from lewis_hub.guides.registry import OF_PAIRS, Decision, Guide, Measure, Statistics, Values
 from lewis_hub.recipe_settings import ApplyTo
 
@@ -175,6 +176,9 @@ def schedule(  # noqa: PLR0913
 ) -> GuidedSchedule:
     """Ask a guide for every expert and put what it says on the checkpoint's tensors.
 
+    All guides give a density to the same tensors, those of `block_matrices`; of what a guide does
+    not decide, `completed` tells.
+
     Args:
         guide: from the registry.
         bounds: the recipe's.
@@ -184,28 +188,27 @@ def schedule(  # noqa: PLR0913
         use: the recipe's.
 
     Raises:
-        GuideError: the guide names a module that no tensor belongs to, or leaves the bounds, or a
-            mean density is out of reach.
+        GuideError: no tensor is a matrix of a block; the guide fails, names a module that is none,
+            or leaves the bounds; or a mean density is out of reach.
         ProfileError: the profile lacks an expert, or the base on its calibration set.
     """
-    matrices = tuple(block_matrices(tensors))
-    schedules, notes = [], []
+    sizes = {
+        module: prod(tensors[checkpoint_tensor(module, tensors)])
+        for module in block_matrices(tensors)
+    }
+    if not sizes:
+        problem = "by their names, none of the base's tensors is a matrix of a block"
+        remedy = "Leave `guide` out, and give `density` in `parameters`."
+        raise GuideError(f"guide `{guide.name}`", problem, remedy)
+    schedules, told = [], []
     for i, source in enumerate(experts):
-        statistics = _statistics(guide, matrices, profile, i, use.seed)
-        decided = guide.decide(statistics, bounds.gamma, bounds.epsilon)
-        if not isinstance(decided, Decision):
-            decided = Decision(decided, decided)
-        rest = unseen(matrices, decided.densities)
-        weights = {**decided.weights, **unseen(matrices, decided.weights)}
-        decided = Decision({**decided.densities, **rest}, weights)
-        schedules.append(_on_tensors(source, guide, bounds, decided, tensors, use))
-        if rest:
-            notes.append(
-                f"{source}: no calibration token reached {len(rest)} of the matrices of routed "
-                "experts, in it or in the base: they get the mean density of their component."
-            )
-        notes += [f"{source}: {found}" for found in map(str, _dominances(guide, statistics))]
-    return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(notes))
+        statistics = _statistics(guide, tuple(sizes), tensors, profile, i, use.seed)
+        decided = decide(guide, statistics, (bounds.gamma, bounds.epsilon), source)
+        every = Decision(*(completed(v, sizes) for v in (decided.densities, decided.weights)))
+        schedules.append(_on_tensors(source, bounds, every, tensors, use))
+        found = (*notes(decided.densities, sizes), *map(str, _dominances(guide, statistics)))
+        told += [f"{source}: {note}" for note in found]
+    return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(told))
 
 
 def _dominances(guide: Guide, statistics: Statistics) -> Iterable[Dominance]:
@@ -214,47 +217,44 @@ def _dominances(guide: Guide, statistics: Statistics) -> Iterable[Dominance]:
             yield found
 
 
-def _statistics(
-    guide: Guide, matrices: tuple[str, ...], profile: ImportanceProfile | None, i: int, seed: int
+def _statistics(  # noqa: PLR0913
+    guide: Guide,
+    matrices: tuple[str, ...],
+    tensors: Mapping[str, Sequence[int]],
+    profile: ImportanceProfile | None,
+    i: int,
+    seed: int,
 ) -> Statistics:
     base: dict[Measure, Values] = {}
     expert: dict[Measure, Values] = {}
+
+    def of_matrices(values: Values) -> Values:
+        """By the checkpoint's own names; what is no matrix of a block is left out."""
+        named = {names.module(checkpoint_tensor(m, tensors)): v for m, v in values.items()}
+        return {module: value for module, value in named.items() if module in inside}
+
+    inside = set(matrices)
     for measure in guide.needs:
         measured = profile.by(measure) if profile else None
         if measured is None or i >= len(measured.experts):
             problem = f"expert {i + 1} was not measured, and guide `{guide.name}` needs it"
             raise document.broken("importance.json", problem)
         entry = measured.experts[i]
-        expert[measure] = entry.modules
+        expert[measure] = of_matrices(entry.modules)
         if measure not in OF_PAIRS:
-            of_base = measured.base_of(entry).modules
-            base[measure], expert[measure] = seen_by_both(of_base, entry.modules)
+            of_base = of_matrices(measured.base_of(entry).modules)
+            base[measure], expert[measure] = seen_by_both(of_base, expert[measure])
     drawn = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
     return Statistics(matrices, base, expert, int.from_bytes(drawn, "big"))
 
 
-def block_matrices(tensors: Mapping[str, Sequence[int]]) -> Iterable[str]:
-    """Modules whose weight is a matrix, or a stack of them, inside a block."""
-    for name, shape in tensors.items():
-        is_stack = len(shape) >= 3 and names.module(name) == name  # of experts, under a bare name
-        is_weight = len(shape) >= 2 and name.endswith(".weight")
-        if (is_stack or is_weight) and names.block(name) is not None:
-            yield names.module(name)
-
-
-def _on_tensors(  # noqa: PLR0913
+def _on_tensors(
     source: str,
-    guide: Guide,
     bounds: Bounds,
     decided: Decision,
     tensors: Mapping[str, Sequence[int]],
     use: Use,
 ) -> ExpertSchedule:
-    for module, density in decided.densities.items():
-        if not bounds.gamma <= density <= bounds.epsilon:
-            problem = f"it gives {module} the density {density:g}, outside gamma and epsilon"
-            raise GuideError(f"guide `{guide.name}`", problem, "This is a fault of the guide.")
-
     def named(values: Values) -> dict[str, float]:
         return {checkpoint_tensor(module, tensors): value for module, value in values.items()}
 
@@ -264,22 +264,3 @@ def _on_tensors(  # noqa: PLR0913
         densities = shifted(densities, sizes, bounds.mean)
     weights = named(decided.weights) if use.sets_weights else {}
     return ExpertSchedule(source, bounds.default_density, densities, weights)
-
-
-def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
-    """The checkpoint's name for a module's weight; the module's own for a stack of experts.
-
-    Raises:
-        GuideError: no tensor, or more than one, has the name.
-    """
-    name = f"{module}.weight"
-    if module in tensors and name not in tensors:
-        return module
-    found = names.find(name, tensors)
-    if len(found) == 1:
-        return found[0]
-    near = difflib.get_close_matches(name, tensors, n=1)
-    hint = f"The nearest is {near[0]}. " if near else ""
-    problem = f"a density is given to {name}, which {'several' if found else 'no'} tensors match"
-    remedy = hint + "The checkpoint stores this architecture otherwise: use guide `uniform`."
-    raise GuideError("schedule", problem, remedy)

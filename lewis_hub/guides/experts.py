@@ -1,12 +1,14 @@
-"""Routed experts that calibration texts did not reach: of those nothing was measured."""
+"""Matrices of which nothing was measured, such as a routed expert that no text reached."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
-from math import fsum
+from collections.abc import Iterable, Mapping
 
 from lewis_hub.checkpoint import names
+from lewis_hub.guides.budget import weighted_mean
+
+Component = tuple[str | None, str]  # its list of blocks; its name there, one for all experts
 
 
 def seen_by_both(
@@ -25,23 +27,53 @@ def seen_by_both(
     )
 
 
-def unseen(matrices: Collection[str], densities: Mapping[str, float]) -> dict[str, float]:
-    """The mean density of their component for routed experts that have none.
+def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Values for all matrices: those that have none get the mean of their component.
+
+    Where their component has none either, that of all; means are over parameters.
 
     Args:
-        matrices: modules of all weight matrices in the blocks of the checkpoint.
-        densities: module -> density, of what was measured.
+        values: module -> value, of some of the matrices.
+        sizes: matrix -> number of parameters.
 
     Returns:
-        Module -> density, of the others of the same components. A component of which nothing was
-        measured is not in it.
+        What was there first, in its order. Nothing, where there is no value at all.
     """
-    known: defaultdict[tuple[str | None, str], list[float]] = defaultdict(list)
-    for module, density in densities.items():
-        known[names.stack(module), names.kind(module)].append(density)
-    found = {}
-    for module in matrices:
-        same = known.get((names.stack(module), names.kind(module)))
-        if same and module not in densities and names.is_routed(module):
-            found[module] = min(max(fsum(same) / len(same), min(same)), max(same))
-    return found
+    if not values:
+        return {}
+    known: defaultdict[Component, dict[str, float]] = defaultdict(dict)
+    for module, value in values.items():
+        known[component(module)][module] = value
+    every = weighted_mean(values, sizes)
+    means = {one: weighted_mean(found, sizes) for one, found in known.items()}
+    return {
+        **values,
+        **{m: means.get(component(m), every) for m in sizes if m not in values},
+    }
+
+
+def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ...]:
+    """What to say of the matrices that `completed` gave a mean."""
+    known = {component(module) for module in values}
+    rest = [module for module in matrices if module not in values]
+    unseen = [m for m in rest if names.is_routed(m) and component(m) in known]
+    others = [module for module in rest if module not in set(unseen)]
+    told = []
+    if unseen:
+        told.append(
+            f"no calibration token reached {len(unseen)} of the matrices of routed experts, in it "
+            "or in the base: they get the mean density of their component."
+        )
+    if others:
+        n_all = len(values) + len(rest)
+        told.append(
+            f"the guide measures nothing of {len(others)} of the {n_all} matrices of the blocks, "
+            f"such as {others[0]}: they get the mean density of their component, or of all where "
+            "that has none."
+        )
+    return tuple(told)
+
+
+def component(module: str) -> Component:
+    """What a module is, in whichever block of its list, and as whichever expert."""
+    return names.stack(module), names.kind(module)

@@ -31,7 +31,7 @@ class Dominance:
         )
 
 
-@register("lewis", needs=("lewis",), paper="https://arxiv.org/abs/2503.03874")
+@register("lewis", needs=("lewis",), paper="https://arxiv.org/abs/2503.03874", version=2)
 def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the change of importance from base to expert on calibration data.
 
@@ -47,7 +47,12 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
     return spread(importance_shifts(statistics), gamma, epsilon)
 
 
-@register("lewis_reference", needs=("lewis_reference",), paper="https://arxiv.org/abs/2503.03874")
+@register(
+    "lewis_reference",
+    needs=("lewis_reference",),
+    paper="https://arxiv.org/abs/2503.03874",
+    version=2,
+)
 def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """LEWIS as its authors published it: padding counts, and measured blocks are pruned.
 

@@ -8,7 +8,7 @@ from lewis_hub.guides.lewis import spread
 from lewis_hub.guides.registry import Statistics, register
 
 
-@register("magnitude", needs=("task_vector",))
+@register("magnitude", needs=("task_vector",), version=2)
 def magnitude(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the size of the task vector relative to the base's weight; no data needed.
 

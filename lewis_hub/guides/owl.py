@@ -17,7 +17,7 @@ FAR = 5.0  # times the mean: M in the paper, which takes 5 for LLaMA
 ROWS_AT_ONCE = 512
 
 
-@register("owl", needs=("outliers",), paper="https://arxiv.org/abs/2310.05175")
+@register("owl", needs=("outliers",), paper="https://arxiv.org/abs/2310.05175", version=2)
 def owl(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow each block's share of outliers in the expert, as OWL prunes models.
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lewis_hub.errors import GuideError
-from lewis_hub.registry import Registry
+from lewis_hub.registry import Registry, choices
 
 GROUP = "lewis_hub.guides"
 
@@ -34,7 +34,8 @@ class Statistics:
     """What a guide decides from, for one expert: only the measures that it needs are there.
 
     Attributes:
-        matrices: modules of all weight matrices in the blocks of the checkpoint.
+        matrices: modules that a guide decides, from `matrices.block_matrices`; no measure has
+            others, and some have fewer. One that the guide leaves out gets a mean.
         base: measure -> module -> value, on the expert's calibration texts; none of OF_PAIRS.
         expert: likewise, of the expert; those of OF_PAIRS hold it against the base.
         seed: from the recipe's; another one for each expert.
@@ -89,7 +90,7 @@ class Guide:
 
 
 _registry: Registry[Guide] = Registry("guide", GROUP, GuideError)
-find, guides = _registry.find, _registry.all
+find, guides, broken = _registry.find, _registry.all, _registry.broken
 
 
 def register(
@@ -102,8 +103,13 @@ def register(
     """Add the decorated function to the guides.
 
     Raises:
-        GuideError: another function already has the name.
+        GuideError: another function already has the name, or what it needs nothing measures.
     """
+    for measure in needs:
+        if measure not in get_args(Measure):
+            problem = f"it needs `{measure}`, which nothing measures"
+            remedy = f"Measures: {choices(measure, get_args(Measure))}"
+            raise GuideError(f"guide `{name}`", problem, remedy)
 
     def add(decide: GuideFunction) -> GuideFunction:
         _registry.add(name, Guide(name, decide, needs, paper, version), decide)

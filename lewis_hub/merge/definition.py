@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.dtypes import torch_dtypes
-from lewis_hub.errors import NonFiniteError
+from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.methods import registry
 from lewis_hub.methods.registry import Method
@@ -69,7 +69,7 @@ def merge_by_definition(
     rounded = merged.to(torch_dtypes()[tensor.output.dtype]).contiguous()
     if not rounded.isfinite().all():
         remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
-        raise NonFiniteError(tensor.output.name, "the merged model", remedy)
+        raise NonFiniteError(tensor.output.name, MERGE, remedy)
     return rounded
 
 

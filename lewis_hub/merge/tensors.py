@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lewis_hub.errors import NonFiniteError
+from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.merge import arithmetic, fused
 from lewis_hub.merge.definition import broken_source, bytes_of, merge_by_definition
 from lewis_hub.merge.operands import TRIM, Experts, Piece
@@ -78,4 +78,4 @@ def _not_finite(job: Job, source: int) -> NonFiniteError:
         return broken_source(name, labels[source])
     lower = ", or choose `dtype: bfloat16`" if job.tensor.output.dtype == "F16" else ""
     remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights{lower}."
-    return NonFiniteError(name, "the merged model", remedy)
+    return NonFiniteError(name, MERGE, remedy)

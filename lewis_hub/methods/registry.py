@@ -150,7 +150,7 @@ class Method:
 
 
 _registry: Registry[Method] = Registry("method", GROUP, MergeError)
-find, methods = _registry.find, _registry.all
+find, methods, broken = _registry.find, _registry.all, _registry.broken
 
 
 def register(

@@ -13,7 +13,7 @@ from lewis_hub.errors import ProfileError
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
 from lewis_hub.report.grid import arrange, clip, relative_change
 from lewis_hub.report.heatmap import THEMES, HeatMap, save
-from lewis_hub.report.plots import short_name, unique_slugs
+from lewis_hub.report.plots import WORDS, short_name, unique_slugs
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measurement of A beside one of B.
+    """One measurement of A beside one of B, of the same kind.
 
     Attributes:
+        measure: which number of a module it is.
+        texts_before: in words, what A was measured on; empty where no texts are needed.
+        texts_after: likewise.
         rows: modules that both have, in the model's order.
         spearman: rank correlation over them; None where it is not defined.
         only_before: modules that A alone has.
@@ -39,6 +42,9 @@ class Comparison:
 
     before: str
     after: str
+    measure: str
+    texts_before: str
+    texts_after: str
     rows: tuple[Row, ...]
     spearman: float | None
     only_before: tuple[str, ...]
@@ -59,6 +65,10 @@ class Comparison:
         told = [f"A {self.before}, B {self.after}: {len(self.rows)} modules in both"]
         if self.spearman is not None:
             told[0] += f", Spearman's rank correlation {self.spearman:.4f} (n = {len(self.rows)})"
+        sides = {"A": self.texts_before, "B": self.texts_after}
+        if self.texts_before == self.texts_after:
+            sides = {"both": self.texts_before}
+        told += [f"Texts of {side}: {texts}" for side, texts in sides.items() if texts]
         for side, only in (("A", self.only_before), ("B", self.only_after)):
             if only:
                 told.append(f"{len(only)} modules in {side} alone, such as {only[0]}")
@@ -73,14 +83,20 @@ class Comparison:
 def compare_profiles(before: ImportanceProfile, after: ImportanceProfile) -> tuple[Comparison, ...]:
     """Compare the measurements of each source that both profiles hold, in A's order.
 
-    Where each profile holds one measurement, those two are compared, whatever their sources are.
+    Only numbers of one measure are compared. Where each profile holds one measurement, those two
+    are, whatever their sources are.
 
     Raises:
-        ProfileError: no source is in both.
+        ProfileError: no source is in both, or none by the same measure.
     """
+    if not set(before.measures) & set(after.measures) and before.sources and after.sources:
+        held = [" and ".join(profile.measures) for profile in (before, after)]
+        problem = f"A holds the measure {held[0]}, B {held[1]}: numbers of another kind"
+        remedy = "Compare profiles of guides that measure the same."
+        raise ProfileError("compare", problem, remedy)
     pairs = _pairs(before.sources, after.sources)
     if not pairs:
-        held = [", ".join(dict.fromkeys(s.source for s in p.sources)) for p in (before, after)]
+        held = [_held(profile) for profile in (before, after)]
         problem = f"no source is in both: A holds {held[0] or 'none'}; B {held[1] or 'none'}"
         remedy = "Measure one model each: `lewis-hub importance MODEL --task TASK -o FOLDER`."
         raise ProfileError("compare", problem, remedy)
@@ -94,9 +110,9 @@ def _pairs(
         return [(before[0], after[0])]
     left, pairs = list(after), []
     for one in before:
-        name = short_name(one.source)
-        named = [other for other in left if short_name(other.source) == name]
-        other = max(named, key=lambda other: other.measure == one.measure, default=None)
+        alike = (short_name(one.source), one.measure)
+        named = (o for o in left if (short_name(o.source), o.measure) == alike)
+        other = next(named, None)
         if other:
             left.remove(other)
             pairs.append((one, other))
@@ -113,11 +129,31 @@ def _compared(one: SourceImportance, other: SourceImportance) -> Comparison:
     return Comparison(
         one.source,
         other.source,
+        one.measure,
+        _texts(one),
+        _texts(other),
         tuple(rows),
         spearman([row.before for row in rows], [row.after for row in rows]),
         tuple(module for module in a if module not in b),
         tuple(module for module in b if module not in a),
     )
+
+
+def _held(profile: ImportanceProfile) -> str:
+    """The sources of a profile; each with its measure where there are several."""
+    several = len(profile.measures) > 1
+    told = (f"{s.source} ({s.measure})" if several else s.source for s in profile.sources)
+    return ", ".join(dict.fromkeys(told))
+
+
+def _texts(entry: SourceImportance) -> str:
+    """What a source was measured on, in words."""
+    told = entry.calibration
+    data = " ".join(str(told[key]) for key in ("dataset", "config", "split") if told.get(key))
+    if not data:
+        return ""
+    task = f"task {told['task']}, " if told.get("task") else ""
+    return f"{task}{data}: {told.get('n_texts', '?')} texts, {entry.n_tokens:,} tokens"
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -155,8 +191,9 @@ def _map(one: Comparison) -> HeatMap | None:
     if grid is None:
         return None
     clipped, a, b = clip(grid), short_name(one.before), short_name(one.after)
+    word = WORDS.get(one.measure, one.measure)
     return HeatMap(
-        title=f"Change of importance, {f'{a} to {b}' if a != b else f'{a}, A to B'}",
+        title=f"Change of {word}, {f'{a} to {b}' if a != b else f'{a}, A to B'}",
         scale="% of A's",
         percent=True,
         bottom=0.0,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.checkpoint.window import Need, Window, elsewhere
-from lewis_hub.guides.density import block_matrices, checkpoint_tensor
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance, reusable
+from lewis_hub.guides.matrices import block_matrices, checkpoint_tensor
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.cluster import Ray
 from lewis_hub.merge.engine import Places, open_source
@@ -38,25 +38,31 @@ def measure_task_vectors(
     base = step.inputs.base
     assert base
     facts = {"measure": "task_vector", "base": step.inputs.content(base)}
+    tensors = step.examined.checkpoints[base.pinned].tensors
+    matrices = block_matrices({name: tensor.shape for name, tensor in tensors.items()})
     for expert in step.inputs.experts:
         content = step.inputs.content(expert)
         entry = reusable(known, content, facts)
-        if entry:
+        if entry and entry.modules.keys() == set(matrices):  # another version may take others
             modules = entry.modules
         else:
-            modules = _measured(step, base, expert, step.places or folders, scratch)
+            modules = _measured(step, base, expert, matrices, step.places or folders, scratch)
         yield SourceImportance(expert.pinned, content, "expert", 0, modules, facts)
 
 
-def _measured(
-    step: Step, base: Source, expert: Source, places: Places, scratch: Path
+def _measured(  # noqa: PLR0913
+    step: Step,
+    base: Source,
+    expert: Source,
+    matrices: Sequence[str],
+    places: Places,
+    scratch: Path,
 ) -> dict[str, float]:
     """Module -> how far the expert's weight is from the base's, as a share of it."""
     from lewis_hub.merge.change import relative_changes  # imports llvmlite
 
     first, second = (step.examined.checkpoints[one.pinned] for one in (base, expert))
-    shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
-    modules = {checkpoint_tensor(module, shapes): module for module in block_matrices(shapes)}
+    modules = {checkpoint_tensor(module, first.tensors): module for module in matrices}
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
     both = {base.pinned: first, expert.pinned: second}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.reader import local_checkpoint
-from lewis_hub.files import write_whole
+from lewis_hub.files import require_writable, write_whole
 from lewis_hub.guides.calibrate import Subject, calibrate, missing
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import Measure
@@ -54,6 +54,7 @@ def measure_model(
         LewisHubError: the model or the data cannot be used.
     """
     execution.require_usable()
+    require_writable(output)
     api = hub_api()
     source = resolve_one(model, api)
     how = Drawing(api, source, seed, execution.allow_code)

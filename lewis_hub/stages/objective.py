@@ -14,6 +14,7 @@ from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.answer_loss import NAME, answer_losses
 from lewis_hub.evaluate.benchmarks import Benchmarks, count_requests, prepared
 from lewis_hub.evaluate.declared import require_metric
+from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_loaded
 from lewis_hub.evaluate.items import Question
 from lewis_hub.progress import Advance
@@ -135,8 +136,10 @@ def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
 
 
 def _share(metrics: Mapping[str, Any], task: str, metric: str) -> Share:
-    found = metrics.get(metric)
-    if found is None or found.values is None:
+    if metric not in metrics:
+        raise unknown_metric(task, metric, list(metrics))
+    found = metrics[metric]
+    if found.values is None:
         problem = (
             f"its `{metric}` is no mean over items, so that parts of it cannot be put together."
         )

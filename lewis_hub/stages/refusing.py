@@ -40,7 +40,7 @@ def refusals(
     try:
         if all(checkpoint.tensors for checkpoint in checkpoints.values()):
             plan(recipe, inputs, checkpoints, tokens.alignment, None, max_shard_bytes=1 << 40)
-        found += _guide_refusals(recipe)
+        found += guide_refusals(recipe)
         if recipe.guide and recipe.slices and guides.find(recipe.guide.name).needs:
             found += uncompared(inputs, checkpoints)
     except MergeError as error:
@@ -53,7 +53,8 @@ def refusals(
     return found
 
 
-def _guide_refusals(recipe: Recipe) -> list[str]:
+def guide_refusals(recipe: Recipe) -> list[str]:
+    """Why a recipe's guide would do nothing under its method."""
     method = registry.find(recipe.merge_method)
     if recipe.guide is None:
         return []

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.checkpoint.window import Place, Window, elsewhere
+from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.density import DensitySchedule
@@ -43,7 +44,6 @@ VERSION = 1  # of the arithmetic
 FOLDER = "fitted"  # in `scratch`
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
-NAME = "the merged model"
 REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
 
 
@@ -221,7 +221,7 @@ class _Merged:
         """Its headers; its tensors lie nowhere."""
         outputs = [tensor.output for tensor in self._planned.tensors]
         headers = (TensorHeader(o.name, o.dtype, o.shape, "", 0, o.n_bytes) for o in outputs)
-        return Checkpoint(NAME, {header.name: header for header in headers}, {})
+        return Checkpoint(MERGE, {header.name: header for header in headers}, {})
 
     def parts(
         self, lists: Sequence[Sequence[TensorHeader]]

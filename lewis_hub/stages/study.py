@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lewis_hub.errors import ExtraMissingError, TuningError
-from lewis_hub.stages.search_space import Axis, Choice, Space, Values, axes
+from lewis_hub.stages.search_axes import Axis, Choice, Space, Value, Values, axes
 
 N_AT_RANDOM = 6  # trials before the sampler looks at what they gave, warm starts among them
 N_BEFORE_PRUNING = 5  # trials that are scored to the end before any is compared with a median
@@ -87,11 +87,18 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
 
 
 def enqueue(study: Any, starts: Sequence[Values]) -> None:
-    """Have these values tried before any others, unless that was done or is due already."""
+    """Have these values tried before any others, unless that was done or is due already.
+
+    What failed for a reason was done; what a killed run was at was not.
+    """
     import optuna
 
     failed = optuna.trial.TrialState.FAIL
-    known = [_asked(trial) for trial in study.get_trials(deepcopy=False) if trial.state != failed]
+    known = [
+        _asked(trial)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != failed or ERROR in trial.user_attrs
+    ]
     for values in starts:
         if dict(values) not in known:
             study.enqueue_trial(dict(values))
@@ -103,14 +110,15 @@ def _asked(trial: Any) -> dict[str, Any]:
 
 
 def propose(trial: Any, space: Space) -> Values:
-    """A value on every axis that goes with the method."""
-    first = axes(space, space.methods[0])
-    method = str(_suggested(trial, first[0])) if len(space.methods) > 1 else space.methods[0]
-    return {axis.name: _suggested(trial, axis) for axis in axes(space, method)}
+    """A value on one axis after the other: which there are depends on what was chosen before."""
+    chosen: dict[str, Value] = {}
+    while left := [axis for axis in axes(space, chosen) if axis.name not in chosen]:
+        chosen[left[0].name] = _suggested(trial, left[0])
+    return chosen
 
 
-def _suggested(trial: Any, axis: Axis) -> float | bool | str:
-    found: float | bool | str
+def _suggested(trial: Any, axis: Axis) -> Value:
+    found: Value
     if isinstance(axis, Choice):
         found = trial.suggest_categorical(axis.name, axis.options)
     else:
@@ -150,6 +158,9 @@ def best_of(tried: Sequence[Trial], *, lower_is_better: bool) -> Trial:
     complete = [(trial.value, trial) for trial in tried if trial.value is not None]
     if not complete:
         problem = "no trial was scored to the end"
-        raise TuningError("tune", problem, "Give it more --trials, or a longer --budget.")
+        errors = [trial.error for trial in tried if trial.error]
+        last = f"The last that failed: {errors[-1]}\n" if errors else ""
+        remedy = "Give it more --trials, or a longer --budget."
+        raise TuningError("tune", problem, last + remedy)
     pick = min if lower_is_better else max
     return pick(complete, key=lambda one: one[0])[1]

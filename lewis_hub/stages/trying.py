@@ -9,7 +9,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.errors import MergeError
+from lewis_hub.errors import (
+    MERGE,
+    CalibrationModelError,
+    GuideError,
+    LewisHubError,
+    MergeError,
+    NonFiniteError,
+)
 from lewis_hub.evaluate.exchange import exchange
 from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.guides.density import DensitySchedule
@@ -22,7 +29,7 @@ from lewis_hub.stages.execution import Folders, Step
 from lewis_hub.stages.gathering import gather
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.objective import Objective
-from lewis_hub.stages.search_space import Space, Values
+from lewis_hub.stages.search_axes import Space, Values
 from lewis_hub.stages.study import ERROR, SECONDS
 
 IMPORTANCE = "importance.json"
@@ -91,7 +98,9 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
 
     try:
         lm = tuner.seat.take(tuner, values, clock)
-    except MergeError as error:
+    except LewisHubError as error:
+        if not is_of_settings(error):
+            raise
         _failed(tuner, opened, trial, str(error))
         advance(n_items)
         return
@@ -117,6 +126,15 @@ def _score(objective: Objective, trial: Any, lm: Any, done: Advance) -> tuple[fl
         if number < len(objective.parts) and trial.should_prune():
             return value, True
     return value, False
+
+
+def is_of_settings(error: LewisHubError) -> bool:
+    """Whether other settings might do: no source, disk or task is to blame."""
+    if isinstance(error, NonFiniteError):
+        return error.source == MERGE
+    if isinstance(error, CalibrationModelError):
+        return error.where == MERGE
+    return isinstance(error, MergeError | GuideError)
 
 
 def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:

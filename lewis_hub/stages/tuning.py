@@ -14,6 +14,7 @@ from typing import Any
 from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.files import require_writable
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe import Recipe
@@ -34,7 +35,7 @@ from lewis_hub.stages.evaluation import selection, settings_of
 from lewis_hub.stages.execution import Execution, Step
 from lewis_hub.stages.gathering import gather, require_possible
 from lewis_hub.stages.objective import Objective, by_answer_loss, by_metric
-from lewis_hub.stages.search_space import Space, Values
+from lewis_hub.stages.search_axes import Space, Values, axes
 from lewis_hub.stages.sources import (
     hub_api,
     measures_on_texts,
@@ -61,7 +62,7 @@ class Search:
         samples: items of each task.
         metric: `metric,filter`; None: the loss on right answers.
         methods: to try besides the recipe's.
-        guides: to try besides the recipe's; none: `uniform` where it has one.
+        guides: to try besides the recipe's, `none` for none; empty: `uniform` where it has one.
     """
 
     n_trials: int = 30
@@ -80,8 +81,10 @@ class Tuned:
 
     Attributes:
         n_begun: trials of this run; the others are of earlier ones.
-        start: the recipe's own settings; None where they could not be scored.
-        final: best and start on the items that `evaluate` scores; None where they are the same.
+        start: the recipe's own settings; None where they were not scored to the end.
+        refused: why they cannot be merged or scored; None: they can.
+        final: best and start on the items that `evaluate` scores; None where they are the same. The
+            best alone where the start is refused.
     """
 
     recipe: Recipe
@@ -92,6 +95,7 @@ class Tuned:
     n_begun: int
     best: Trial
     start: Trial | None
+    refused: str | None
     final: Scores | None
 
 
@@ -121,6 +125,7 @@ def tune(
     if recipe.evaluate is None:
         problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
         raise RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
+    require_writable(output)
     corners = search_space.corners(space)
     measured = next((one for one in corners if measures_on_texts(one)), corners[0])
     step = _examined(measured, execution, progress)
@@ -136,18 +141,20 @@ def tune(
         folders = downloading.everything(step)
         tuner = Tuner(step, space, objective, folders, sets, output, Path(scratch))
         for one in _by_guide(corners).values():  # here, where it is told how far it is
-            trying.guidance(tuner, one, progress)
+            trying.guidance(tuner, _at_any_mean(one), progress)
         for one in _by_width(corners).values():
             gather(replace(step, recipe=one), sets, folders, Path(scratch), store=output)
         tried, n_begun = _search(tuner, output / STUDY, asked)
         tuner.seat.leave()
         best = study.best_of(tried, lower_is_better=objective.lower_is_better)
         first = search_space.warm_starts(space)[0]
-        start = next((t for t in tried if t.values == first and t.value is not None), None)
-        compared = {"merged": best.values, "start": first}
+        own = [trial for trial in tried if trial.values == first]
+        start = next((trial for trial in own if trial.value is not None), None)
+        refused = next((trial.error for trial in own if trial.error), None)
+        compared = {"merged": best.values} | ({} if refused else {"start": first})
         final = None if best is start else _final(tuner, compared)
     tuned = search_space.candidate(space, best.values)
-    return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, final)
+    return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, refused, final)
 
 
 def _examined(recipe: Recipe, execution: Execution, progress: Progress) -> Step:
@@ -167,6 +174,13 @@ def _by_width(recipes: Sequence[Recipe]) -> dict[int, Recipe]:
 
 def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
     return {one.guide.name: one for one in recipes if one.guide}
+
+
+def _at_any_mean(recipe: Recipe) -> Recipe:
+    """For a guide to be measured: whether its mean density is in reach, each trial finds out."""
+    assert recipe.guide
+    guide = recipe.guide.model_copy(update={"mean_density": None})
+    return recipe.model_copy(update={"guide": guide})
 
 
 def _require_plans(step: Step, recipes: Sequence[Recipe]) -> None:
@@ -211,8 +225,8 @@ def _name(tuner: Tuner) -> str:
         [source.commit_sha for source in tuner.step.inputs.calibration_data],
         [
             sorted(axis.__dict__.items())
-            for method in tuner.space.methods
-            for axis in search_space.axes(tuner.space, method)
+            for values in search_space.combinations(tuner.space)
+            for axis in axes(tuner.space, values)
         ],
     ]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

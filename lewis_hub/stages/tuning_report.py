@@ -13,7 +13,8 @@ from lewis_hub import __version__
 from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import write_whole
 from lewis_hub.report.search import Picture, Tried, draw_search
-from lewis_hub.stages.search_space import short_name, written
+from lewis_hub.stages.search_axes import short_name
+from lewis_hub.stages.search_space import written
 from lewis_hub.stages.study import Trial
 from lewis_hub.stages.tuning import STUDY, Tuned
 
@@ -61,13 +62,19 @@ def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> Report:
 def found_by(tuned: Tuned, name: str) -> Iterator[str]:
     """How the best settings were found, line by line; of no more than is known."""
     n_pruned = sum(trial.state == "pruned" for trial in tuned.trials)
-    yield f"Tuned by lewis-hub {__version__} from {name}: the best of {len(tuned.trials)} trials"
+    trials = _count(len(tuned.trials), "trial")
+    yield f"Tuned by lewis-hub {__version__} from {name}: the best of {trials}"
     yield f"({n_pruned} left early) by Optuna's TPE, seed {tuned.recipe.seed}."
-    on = "; ".join(f"{len(i.indices)} items of {i.task}, split {i.split}" for i in tuned.items)
+    on = "; ".join(
+        f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
+    )
     yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
     yield "None of these items is calibrated on, and none is scored."
     own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
     yield f"There: {tuned.best.value:.4f}{own}."
+    if tuned.refused:
+        yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
+        return
     if tuned.final is None:
         yield "No other settings were better than the recipe's own."
         return
@@ -125,6 +132,10 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "seconds": dict(trial.seconds),
         "error": trial.error,
     }
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _short(metric: str) -> str:

@@ -102,6 +102,23 @@ def test_the_profile_of_a_merge_is_fetched_from_its_repo(seeded, tmp_path):
     assert {row["change"] for one in compared for row in one["rows"]} == {0.0}
 
 
+def test_the_mean_that_the_table_shows_is_the_one_that_a_recipe_asks_for(seeded, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "base_model: zoo/base\nmerge_method: ties\nmodels: [{model: zoo/expert-reverse}]\n"
+        "guide: {name: magnitude, gamma: 0.3, epsilon: 0.6, mean_density: 0.5}\n"
+    )
+
+    shown = run("importance", recipe).stdout.splitlines()
+    density = json.loads((tmp_path / "importance" / "density.json").read_text())
+
+    tensors = density["experts"][0]["tensors"]
+    assert shown[0].split()[-3:] == ["mean", "lowest", "highest"]
+    numbers = ("0.500", f"{min(tensors.values()):.3f}", f"{max(tensors.values()):.3f}")
+    assert shown[1].split()[-4:] == [str(len(tensors)), *numbers]
+    assert f"{sum(tensors.values()) / len(tensors):.3f}" != "0.500"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

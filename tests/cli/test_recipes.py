@@ -67,40 +67,35 @@ def test_init_trims_by_a_guide_when_all_experts_share_a_calibration(tmp_path):
     assert [entry.calibration for entry in recipe.models] == [None, None]
 
 
+def test_init_calibrates_each_expert_on_the_training_items_of_its_own_task(tmp_path):
+    output = tmp_path / "recipe.yaml"
+    words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2", "-o", str(output)]
+
+    CliRunner().invoke(cli, [*words, "--task", "gsm8k", "--task", "mmlu_anatomy"])
+
+    recipe = read_recipe(output)
+    own = [entry.calibration for entry in recipe.models if entry.calibration]
+    assert [(one.task, one.split) for one in own] == [("gsm8k", "train"), ("mmlu_anatomy", "dev")]
+    assert {one.samples for one in own} == {64}
+    assert (recipe.merge_method, recipe.guide) == ("regmean", None)
+
+
 @pytest.mark.parametrize(
-    ("tasks", "of_guide", "of_experts"),
-    [
-        (["gsm8k"], ("gsm8k", "train"), []),
-        (["gsm8k", "arc_easy"], None, [("gsm8k", "train"), ("arc_easy", "train")]),
-        (["mmlu_anatomy"], ("mmlu_anatomy", "dev"), []),
-    ],
+    "tasks", [["gsm8k"], ["no_such_task", "gsm8k"], ["mbpp", "gsm8k"], ["gsm8k"] * 3]
 )
-def test_init_calibrates_on_the_training_items_of_known_tasks(
-    tmp_path, tasks, of_guide, of_experts
-):
+def test_init_guides_by_magnitude_where_experts_have_no_texts_of_their_own(tmp_path, tasks):
     output = tmp_path / "recipe.yaml"
     words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2", "-o", str(output)]
 
     CliRunner().invoke(cli, words + [w for t in tasks for w in ("--task", t)])
 
     recipe = read_recipe(output)
-    shared = recipe.guide and recipe.guide.calibration
-    assert (shared and (shared.task, shared.split)) == of_guide
-    own = [entry.calibration for entry in recipe.models if entry.calibration]
-    assert [(one.task, one.split) for one in own] == of_experts
-    assert {one.samples for one in (*own, shared) if one} == {64}
-
-
-@pytest.mark.parametrize("task", ["no_such_task", "mbpp"])
-def test_init_writes_no_guide_where_a_task_has_nothing_to_calibrate_on(tmp_path, task):
-    output = tmp_path / "recipe.yaml"
-    words = ["init", "--base", "b", "--expert", "e", "--task", task, "-o", str(output)]
-
-    CliRunner().invoke(cli, words)
-
-    recipe = read_recipe(output)
-    assert recipe.guide is None
-    assert recipe.evaluate.tasks == (task,)
+    assert (recipe.merge_method, recipe.guide.name) == ("ties", "magnitude")
+    assert (recipe.guide.gamma, recipe.guide.epsilon) == (0.25, 0.75)
+    assert (recipe.guide.mean_density, recipe.guide.calibration) == (0.5, None)
+    assert [entry.calibration for entry in recipe.models] == [None, None]
+    assert recipe.evaluate.tasks == tuple(tasks)
+    assert recipe.evaluate.compare == ("base", "experts", "uniform")
 
 
 def test_init_asks_for_what_is_missing(tmp_path):
@@ -144,6 +139,28 @@ def test_init_survives_names_with_yaml_in_them(tmp_path):
     assert read_recipe(output).base_model.name == name
 
 
+@pytest.mark.parametrize("what", ["guides", "methods"])
+def test_a_broken_package_is_named_and_the_others_are_listed(what, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[lewis_hub.{what}]\nodd = not_there\n")
+    told = (
+        f"{what[:-1]} `odd`: broken offers it but does not load: No module named 'not_there'.\n"
+        "Repair or remove the package: pip uninstall broken."
+    )
+
+    shown = CliRunner().invoke(cli, [what])
+    document = json.loads(CliRunner().invoke(cli, [what, "--json"]).stdout)
+
+    assert shown.exit_code == 0
+    assert shown.stderr == f"warning: {told}\n"
+    assert {"guides": "uniform", "methods": "ties"}[what] in shown.stdout
+    assert len(document[what]) > 8
+    assert document["broken"] == [told]
+
+
 def test_methods_and_guides_are_listed_with_their_papers():
     listed = json.loads(CliRunner().invoke(cli, ["methods", "--json"]).output)["methods"]
     guides = json.loads(CliRunner().invoke(cli, ["guides", "--json"]).output)["guides"]
@@ -151,7 +168,10 @@ def test_methods_and_guides_are_listed_with_their_papers():
     papers = {entry["name"]: entry["paper"] for entry in listed}
     options = {entry["name"]: entry["options"] for entry in listed}
     assert len(listed) == 21
-    assert options["della"] == [*("weight", "density", "epsilon", "normalize", "rescale", "lambda")]
+    assert options["della"] == [
+        *("weight", "density", "epsilon", "normalize", "rescale", "lambda"),
+        *("trim", "trim_exponent"),
+    ]
     assert options["slerp"] == ["t"]
     assert papers["ties"] == "https://arxiv.org/abs/2306.01708"
     told = {entry["name"]: (entry["needs"], entry["paper"]) for entry in guides}

@@ -65,21 +65,19 @@ def test_of_a_task_that_scores_in_python_any_metric_may_be_meant(folder):
         (
             "sums",
             "exact_match,none",
-            "sums: it has no metric `exact_match,none`, which the recipe names.\n"
+            "sums: it has no metric `exact_match,none`.\n"
             "Did you mean `exact_match,flexible`? It has `exact_match,strict`, "
             "`exact_match,flexible`, `acc,strict`, `acc,flexible`.",
         ),
         (
             "plain",
             "bleu",
-            "plain: it has no metric `bleu`, which the recipe names.\n"
-            "It has `acc,none`, `acc_norm,none`.",
+            "plain: it has no metric `bleu`.\nIt has `acc,none`, `acc_norm,none`.",
         ),
         (
             "mean",
             "acc,flexible",
-            "mean: it has no metric `acc,flexible`, which the recipe names.\nDid you mean "
-            "`acc,none`? It has `acc,none`.",
+            "mean: it has no metric `acc,flexible`.\nDid you mean `acc,none`? It has `acc,none`.",
         ),
         (
             "numbers",

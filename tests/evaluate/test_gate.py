@@ -156,8 +156,7 @@ def test_other_prompts_for_the_same_items_are_another_test():
     [
         (
             "n,none",
-            "t: it has no metric `n,none`, which the recipe names.\n"
-            "Did you mean `m,none`? It has `m,none`, `f1,none`.",
+            "t: it has no metric `n,none`.\nDid you mean `m,none`? It has `m,none`, `f1,none`.",
         ),
         (
             "f1,none",

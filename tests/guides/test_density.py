@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lewis_hub.errors import GuideError, ProfileError
@@ -8,10 +10,10 @@ from lewis_hub.guides.density import (
     DensitySchedule,
     ExpertSchedule,
     Use,
-    checkpoint_tensor,
     schedule,
 )
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.guides.matrices import checkpoint_tensor
 from lewis_hub.guides.registry import Decision, Guide, find
 
 SHAPES = {
@@ -208,6 +210,89 @@ def test_a_guide_that_leaves_the_bounds_is_told_so():
     )
 
 
+def fails(statistics, gamma, epsilon):
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("decide", "problem", "remedy"),
+    [
+        (
+            fails,
+            "it failed on one: ZeroDivisionError: division by zero (test_density.py, line {line})",
+            "This is a fault of the guide.",
+        ),
+        (
+            lambda s, gamma, epsilon: {"model.embed_tokens": 0.5},
+            "it decides model.embed_tokens, which is no matrix of a block",
+            "A guide decides the modules in `statistics.matrices`, and those alone.",
+        ),
+        (
+            lambda s, gamma, epsilon: {DOWN[0]: float("nan")},
+            "it gives model.layers.0.mlp.down_proj the density nan, outside gamma and epsilon",
+            "This is a fault of the guide.",
+        ),
+        (
+            lambda s, gamma, epsilon: Decision({DOWN[0]: 0.5}, {DOWN[0]: float("inf")}),
+            "it gives model.layers.0.mlp.down_proj the weight inf",
+            "This is a fault of the guide.",
+        ),
+    ],
+)
+def test_a_guide_that_fails_or_decides_nonsense_is_one_message(decide, problem, remedy):
+    with pytest.raises(GuideError) as caught:
+        schedule(Guide("bad", decide), BOUNDS, ["one"], SHAPES)
+
+    problem = problem.format(line=fails.__code__.co_firstlineno + 1)
+    assert str(caught.value) == f"guide `bad`: {problem}.\n{remedy}"
+
+
+def test_a_guide_that_returns_no_mapping_is_told_so():
+    empty = Guide("empty", lambda statistics, gamma, epsilon: None)
+
+    with pytest.raises(GuideError, match="guide `empty`: it failed on one: AttributeError: 'None"):
+        schedule(empty, BOUNDS, ["one"], SHAPES)
+
+
+def test_what_was_measured_of_other_tensors_moves_no_density():
+    others = {"model.layers.0.mixer.conv1d": 99.0, "model.visual.blocks.0.attn.qkv": 1e9}
+    shapes = SHAPES | {f"{name}.weight": (4, 1, 3) for name in others}
+    sources = tuple(
+        replace(s, modules={**s.modules, **others}, calibration={"measure": "outliers"})
+        for s in PROFILE.sources
+    )
+    profile = ImportanceProfile("owl", {}, sources)
+
+    guided = schedule(find("owl"), BOUNDS, ["one", "two"], shapes, profile)
+
+    assert [list(expert.tensors.values()) for expert in guided.schedule.experts] == [
+        [0.3, 0.8],
+        [0.8, 0.3],
+    ]
+
+
+def test_what_was_measured_under_the_models_names_is_decided_under_the_files():
+    shapes = {name.removeprefix("model."): shape for name, shape in SHAPES.items()}
+
+    guided = schedule(find("lewis"), BOUNDS, ["one", "two"], shapes, PROFILE)
+
+    assert guided.schedule.experts[0].tensors == {
+        "layers.0.mlp.down_proj.weight": 0.3,
+        "layers.1.mlp.down_proj.weight": 0.8,
+    }
+    assert not any("measures nothing" in note for note in guided.notes)
+
+
+def test_a_checkpoint_without_a_matrix_in_a_block_is_refused():
+    with pytest.raises(GuideError) as caught:
+        schedule(find("uniform"), BOUNDS, ["one"], {"visual.blocks.0.qkv.weight": (4, 4)})
+
+    assert str(caught.value) == (
+        "guide `uniform`: by their names, none of the base's tensors is a matrix of a block.\n"
+        "Leave `guide` out, and give `density` in `parameters`."
+    )
+
+
 def test_an_expert_that_was_not_measured_is_an_error():
     for profile in (None, ImportanceProfile("lewis", {}, PROFILE.sources[:3])):
         with pytest.raises(ProfileError) as caught:
@@ -311,8 +396,8 @@ WEIGHING = Guide(
         ("uniform", "weight", [], {f"{name}.weight": 0.55 for name in DOWN}),
         ("uniform", "both", [0.55, 0.55], {f"{name}.weight": 0.55 for name in DOWN}),
         (WEIGHING, "density", [0.3, 0.3], {}),
-        (WEIGHING, "weight", [], {f"{DOWN[0]}.weight": 3.0}),
-        (WEIGHING, "both", [0.3, 0.3], {f"{DOWN[0]}.weight": 3.0}),
+        (WEIGHING, "weight", [], {f"{name}.weight": 3.0 for name in DOWN}),
+        (WEIGHING, "both", [0.3, 0.3], {f"{name}.weight": 3.0 for name in DOWN}),
     ],
 )
 def test_a_guide_is_applied_to_densities_or_weights_or_both(guide, apply_to, densities, weights):

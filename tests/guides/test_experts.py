@@ -19,7 +19,7 @@ from lewis_hub.guides.activations import measure
 from lewis_hub.guides.aim import evenness
 from lewis_hub.guides.calibrate import Place
 from lewis_hub.guides.density import Bounds, schedule
-from lewis_hub.guides.experts import seen_by_both, unseen
+from lewis_hub.guides.experts import completed, notes, seen_by_both
 from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
 from lewis_hub.guides.owl import outlier_ratios
 from lewis_hub.guides.registry import find
@@ -229,11 +229,32 @@ def test_an_expert_that_one_model_alone_used_is_not_compared():
     )
 
 
-def test_only_routed_experts_of_measured_components_get_a_mean():
-    matrices = ["l.0.q", "l.1.q", "l.0.experts.0.up", "l.1.experts.0.up", "l.1.experts.0.down"]
-    densities = {"l.0.q": 0.4, "l.0.experts.0.up": 0.6}
+def test_what_was_not_measured_gets_the_mean_of_its_component_or_of_all_where_that_has_none():
+    sizes = {"l.0.q": 30, "l.1.q": 10, "l.2.q": 5, "l.0.experts.0.up": 60, "l.1.experts.1.up": 7}
+    sizes |= {"l.1.experts.0.down": 7}
+    densities = {"l.0.experts.0.up": 0.6, "l.0.q": 0.4, "l.1.q": 0.8}
 
-    assert unseen(matrices, densities) == {"l.1.experts.0.up": 0.6}
+    every = completed(densities, sizes)
+
+    assert list(every) == [*densities, "l.2.q", "l.1.experts.1.up", "l.1.experts.0.down"]
+    assert {name: every[name] for name in densities} == densities
+    assert every["l.2.q"] == pytest.approx((30 * 0.4 + 10 * 0.8) / 40)
+    assert every["l.1.experts.1.up"] == 0.6
+    assert every["l.1.experts.0.down"] == pytest.approx((60 * 0.6 + 30 * 0.4 + 10 * 0.8) / 100)
+    assert notes(densities, sizes) == (
+        "no calibration token reached 1 of the matrices of routed experts, in it or in the base: "
+        "they get the mean density of their component.",
+        "the guide measures nothing of 2 of the 6 matrices of the blocks, such as l.2.q: they get "
+        "the mean density of their component, or of all where that has none.",
+    )
+
+
+def test_nothing_is_told_where_all_was_measured_and_nothing_made_of_nothing():
+    sizes = {"l.0.q": 30, "l.1.q": 10}
+
+    assert completed({"l.1.q": 0.3, "l.0.q": 0.4}, sizes) == {"l.1.q": 0.3, "l.0.q": 0.4}
+    assert notes({"l.1.q": 0.3, "l.0.q": 0.4}, sizes) == ()
+    assert completed({}, sizes) == {}
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])

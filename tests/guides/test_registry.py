@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import lewis_hub
 from lewis_hub.errors import GuideError
 from lewis_hub.guides import registry
-from lewis_hub.guides.registry import Statistics, find, guides, register
+from lewis_hub.guides.registry import Statistics, broken, find, guides, register
 
 PLUGIN = """
 from lewis_hub.guides.registry import register
@@ -113,6 +116,59 @@ def test_a_package_that_registers_another_name_is_told(site):
         "guide `quarters`: thirds offers it but thirds_plugin does not register it.\n"
         "Repair or remove the package: pip uninstall thirds."
     )
+
+
+def test_a_package_that_raises_anything_is_named_and_the_others_are_listed(site):
+    install(site, "thirds = thirds_plugin", "1 / 0\n")
+
+    assert "uniform" in [guide.name for guide in guides()]
+    (error,) = broken()
+
+    assert str(error) == (
+        "guide `thirds`: thirds offers it but does not load: ZeroDivisionError: division by zero.\n"
+        "Repair or remove the package: pip uninstall thirds."
+    )
+
+
+def test_a_guide_that_needs_what_nothing_measures_is_refused(site):
+    with pytest.raises(GuideError) as caught:
+        register("bad", needs=("task_vectors",))
+
+    assert str(caught.value) == (
+        "guide `bad`: it needs `task_vectors`, which nothing measures.\n"
+        "Measures: lewis, lewis_reference, outliers, evenness, output_shift, task_vector. "
+        "Did you mean `task_vector`?"
+    )
+
+
+def test_a_package_whose_guide_needs_what_nothing_measures_is_named(site):
+    install(
+        site, "thirds = thirds_plugin", PLUGIN.replace('"thirds"', '"thirds", needs=("bogus",)')
+    )
+
+    with pytest.raises(GuideError) as caught:
+        find("thirds")
+
+    assert str(caught.value) == (
+        "guide `thirds`: thirds offers it but does not load: guide `thirds`: it needs `bogus`, "
+        "which nothing measures.\nRepair or remove the package: pip uninstall thirds."
+    )
+
+
+def test_a_file_in_the_package_that_registers_a_guide_is_found(tmp_path):
+    package = tmp_path / "lewis_hub"
+    shutil.copytree(Path(lewis_hub.__file__).parent, package)
+    (package / "guides" / "thirds.py").write_text(PLUGIN)
+    code = "from lewis_hub.guides.registry import find; print(find('thirds').summary)"
+
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert found.stdout == "A third of the way up.\n"
 
 
 def test_errors_survive_pickling():

@@ -6,6 +6,7 @@ from math import prod
 
 import pytest
 import torch
+from architectures import CAUSAL, Case, build
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,6 +17,7 @@ from lewis_hub.guides import registry
 from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.methods.registry import methods
+from lewis_hub.progress import Silent
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.reading import read_recipe, rules
 
@@ -264,6 +266,90 @@ def test_the_check_counts_the_models_that_a_guide_holds_at_once(asked):
     assert memory_bytes["magnitude"] == memory_bytes["uniform"] == 300_000_000
     assert memory_bytes["lewis"] == 900_000_000 + 4 * n_parameters
     assert memory_bytes["activation_shift"] == 900_000_000 + 2 * 4 * n_parameters
+
+
+MIXTRAL, VISION = Case("mixtral", CAUSAL), Case("qwen2_vl", "AutoModelForImageTextToText")
+OTHERS = {  # matrices of the blocks; what is measured of a mixture of experts, by some guides
+    MIXTRAL: (68, {"activation_shift": 16, "lewis_reference": 16}),
+    VISION: (28, {}),
+}
+BY_TEXTS = """base_model: base
+models: [{model: one}, {model: two}]
+merge_method: ties
+guide:
+  name: GUIDE
+  gamma: 0.4
+  epsilon: 0.6
+  mean_density: 0.45
+  calibration: {dataset: texts.jsonl, text: "{text}", samples: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with tiny models of an architecture; made once."""
+    known = {}
+
+    def once(case):
+        if case not in known:
+            known[case] = tmp_path_factory.mktemp(case.model_type)
+            build(case, known[case])
+        return known[case]
+
+    return once
+
+
+@pytest.mark.parametrize(
+    ("case", "guide"),
+    [
+        *(
+            (MIXTRAL, name)
+            for name in ("uniform", "magnitude", "lewis", "owl", *OTHERS[MIXTRAL][1])
+        ),
+        *((VISION, name) for name in ("uniform", "magnitude", "lewis", "activation_shift")),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_all_guides_decide_the_same_matrices_of_an_architecture_to_the_same_mean(
+    case, guide, made, monkeypatch
+):
+    folder = made(case)
+    monkeypatch.chdir(folder)
+    recipe = parse_recipe(BY_TEXTS.replace("GUIDE", guide), "recipe.yaml", rules)
+    told = []
+    monkeypatch.setattr(Silent, "say", lambda _, text: told.append(text))
+
+    found = pipeline.calibrate(recipe.placed_in(folder / guide), folder / guide)
+
+    n_matrices, measured = OTHERS[case]
+    shapes = {name: tuple(t.shape) for name, t in load_file(f"base/{FILE}").items()}
+    inside = {name for name in shapes if ".layers." in name and len(shapes[name]) == 2}
+    assert len(inside) == n_matrices
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    for expert in found.schedule.experts:
+        assert expert.tensors.keys() == inside
+        assert DensitySchedule((expert,)).mean(sizes) == pytest.approx(0.45, abs=1e-12)
+    if guide in measured:
+        n_left = n_matrices - measured[guide]
+        of_all = [text for text in told if "the guide measures nothing of" in text]
+        assert [text.partition(": ")[2] for text in of_all] == 2 * [
+            f"the guide measures nothing of {n_left} of the {n_matrices} matrices of the blocks, "
+            "such as model.layers.0.block_sparse_moe.experts.0.w1: they get the mean density of "
+            "their component, or of all where that has none."
+        ]
+    else:
+        assert not any("the guide measures nothing" in text for text in told)
+
+
+def test_what_a_guide_measures_nothing_of_is_told_on_the_card(made, monkeypatch, tmp_path):
+    folder = made(MIXTRAL)
+    monkeypatch.chdir(folder)
+    recipe = parse_recipe(BY_TEXTS.replace("GUIDE", "activation_shift"), "recipe.yaml", rules)
+
+    output = pipeline.merge_models(recipe.placed_in(tmp_path), tmp_path / "out").output
+
+    card = (output / "README.md").read_text()
+    assert "the guide measures nothing of 52 of the 68 matrices of the blocks" in card
 
 
 PLUGIN = '''

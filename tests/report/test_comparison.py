@@ -15,8 +15,8 @@ from lewis_hub.report.comparison import Row, compare_profiles, draw_comparisons,
 SHA = "a" * 40
 
 
-def measured(source, modules, role="expert"):
-    return SourceImportance(source, "1", role, 7, modules, {})
+def measured(source, modules, role="expert", **calibration):
+    return SourceImportance(source, "1", role, 7, modules, calibration)
 
 
 def profile(*sources):

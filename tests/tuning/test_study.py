@@ -4,7 +4,7 @@ import pytest
 from lewis_hub.errors import TuningError
 from lewis_hub.recipe_file import parse_recipe
 from lewis_hub.stages.search_space import space_of, warm_starts
-from lewis_hub.stages.study import best_of, enqueue, open_study, propose, trials
+from lewis_hub.stages.study import ERROR, Trial, best_of, enqueue, open_study, propose, trials
 
 SPACE = space_of(
     parse_recipe(
@@ -60,6 +60,47 @@ def test_what_a_killed_run_was_at_counts_as_failed_and_its_start_is_tried_again(
     assert started == {str(dict(start)) for start in warm_starts(SPACE)}
 
 
+def test_a_start_that_failed_for_a_reason_is_not_tried_again(tmp_path):
+    for _ in range(2):
+        study = opened(tmp_path)
+        enqueue(study, warm_starts(SPACE))
+        trial = study.ask()
+        propose(trial, SPACE)
+        trial.set_user_attr(ERROR, "out of reach")
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    values = [dict(trial.values) for trial in trials(opened(tmp_path))]
+
+    assert values == [dict(start) for start in warm_starts(SPACE)]
+
+
+def test_which_axes_there_are_follows_from_what_was_chosen_before(tmp_path):
+    space = space_of(
+        parse_recipe(
+            "base_model: o/base\nmodels: [{model: o/one}]\nmerge_method: ties\n", "recipe.yaml"
+        ),
+        ["task_arithmetic"],
+        ["uniform"],
+    )
+    study = opened(tmp_path)
+
+    found = [propose(study.ask(), space) for _ in range(20)]
+
+    names = {
+        (v["merge_method"], v.get("guide.name")): sorted({*v} - {"merge_method"}) for v in found
+    }
+    common = ["models[0].weight", "parameters.lambda", "parameters.normalize"]
+    assert names == {
+        ("task_arithmetic", None): common,
+        ("ties", "none"): sorted(
+            [*common, "guide.name", "parameters.density", "parameters.rescale"]
+        ),
+        ("ties", "uniform"): sorted(
+            [*common, "guide.name", "guide.gamma", "guide.epsilon", "parameters.rescale"]
+        ),
+    }
+
+
 def test_another_search_in_the_same_file_begins_anew(tmp_path):
     run(opened(tmp_path), 3)
 
@@ -86,6 +127,9 @@ def test_a_trial_worse_than_the_median_is_left(tmp_path):
 def test_without_a_complete_trial_there_is_no_best():
     with pytest.raises(TuningError, match="no trial was scored to the end"):
         best_of((), lower_is_better=True)
+    failed = Trial(0, "failed", {}, None, None, {}, "guide: out of reach")
+    with pytest.raises(TuningError, match="The last that failed: guide: out of reach"):
+        best_of((failed,), lower_is_better=True)
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):

@@ -13,13 +13,22 @@ from click.testing import CliRunner
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.errors import EvaluationError, OutputError, RecipeError, TuningError
+from lewis_hub.errors import (
+    CalibrationModelError,
+    EvaluationError,
+    GuideError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    TuningError,
+)
 from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.guides.grams import DIAGONAL, WIDEST
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe_file import read_recipe
 from lewis_hub.stages import merging
 from lewis_hub.stages.search_space import candidate
+from lewis_hub.stages.trying import is_of_settings
 from lewis_hub.stages.tuning import Search, tune
 
 START = {
@@ -199,8 +208,12 @@ def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
 
 
 def test_a_metric_that_no_task_has_is_refused(recipe_file):
-    with pytest.raises(EvaluationError, match="zoo_reverse: it has no metric `acc,none`"):
-        tune(read_recipe(recipe_file), Search(metric="acc,none"), recipe_file.parent / "tuning")
+    with pytest.raises(EvaluationError) as caught:
+        tune(read_recipe(recipe_file), Search(metric="exact_match"), recipe_file.parent / "tuning")
+    assert str(caught.value) == (
+        "zoo_reverse: it has no metric `exact_match`.\n"
+        "Did you mean `exact_match,none`? It has `exact_match,none`."
+    )
 
 
 def by_statistics(recipe_file, asked):
@@ -268,6 +281,113 @@ def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_
     assert (first.n_begun, more.n_begun) == (1, 1)
     assert widths(output) == [DIAGONAL, DIAGONAL, WIDEST, WIDEST]  # of both methods and experts
     assert kept == {path: path.stat().st_mtime_ns for path in (output / "statistics").glob("*/*")}
+
+
+def test_a_recipe_without_a_guide_is_tried_as_it_is_before_the_guide_that_is_asked_for(
+    recipe_file, tmp_path
+):
+    recipe = by_statistics(recipe_file, "merge_method: regmean")
+    asked = Search(n_trials=2, samples=8, guides=("lewis",))
+
+    tuned = tune(recipe, asked, tmp_path / "tuning")
+
+    unscored = recipe.model_copy(update={"evaluate": None})
+    merged = lewis_hub.merge_models(unscored, tmp_path / "merged").output
+    *_, value = tuned.objective.values(load(merged, EvaluationSettings()), lambda _: None)
+    assert tuned.start == tuned.trials[0]
+    assert tuned.start.value == value
+    assert tuned.start.values["guide.name"] == "none"
+    guided = tuned.trials[1]
+    told = {name: value for name, value in guided.values.items() if name.startswith("guide.")}
+    assert told == {"guide.name": "lewis", "guide.gamma": 0.3, "guide.epsilon": 0.8}
+    assert guided.value != value
+    assert tuned.recipe.guide is None or tuned.best == guided
+
+
+def test_settings_that_cannot_be_merged_fail_and_the_search_goes_on(recipe_file):
+    text = recipe_file.read_text().replace("epsilon: 0.1", "epsilon: 0.9, mean_density: 0.9")
+    recipe_file.write_text(text)
+    words = ["tune", recipe_file, "--samples", 8, "--json", "-q"]
+
+    first = run(*words, "--trials", 4)
+    again = run(*words, "--trials", 5)
+
+    failed, *others = first["trials"]
+    assert (failed["state"], failed["value"]) == ("failed", None)
+    assert failed["error"].startswith("guide.mean_density: a mean density of 0.9 is out of reach")
+    assert "complete" in {trial["state"] for trial in others}
+    assert first["start"] is None
+    assert first["final"]["zoo_reverse"]["paired"] == []
+    comment = (recipe_file.parent / "recipe.tuned.yaml").read_text()
+    assert "# The settings of recipe.yaml themselves failed: guide.mean_density: a mean" in comment
+    assert again["trials"][:4] == first["trials"]
+    assert again["n_begun"] == 1
+    assert again["trials"][4]["values"] != failed["values"]
+
+
+def test_a_merge_that_does_not_fit_into_its_dtype_is_a_failed_trial(recipe_file, tmp_path):
+    text = recipe_file.read_text().replace("dtype: bfloat16", "dtype: float16")
+    recipe_file.write_text(text + "parameters: {weight: 1.0e+6, normalize: false}\n")
+
+    tuned = tune(read_recipe(recipe_file), Search(n_trials=6, samples=4), tmp_path / "tuning")
+
+    assert "holds NaN or infinity in the merged model" in tuned.refused
+    assert tuned.trials[0].error == tuned.refused
+    assert tuned.best.values["parameters.normalize"] is True
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (GuideError("guide.mean_density", "out of reach", ""), True),
+        (NonFiniteError("x", "the merged model", ""), True),
+        (NonFiniteError("x", "o/expert", ""), False),
+        (CalibrationModelError("the merged model", "the activations are not finite", ""), True),
+        (CalibrationModelError("o/expert", "the activations are not finite", ""), False),
+        (OutputError("/tuning", "the disk is full", ""), False),
+    ],
+)
+def test_what_settings_are_to_blame_for_is_told_from_sources_and_disks(error, is_so):
+    assert is_of_settings(error) is is_so
+
+
+@pytest.mark.parametrize("command", ["tune", "importance"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_asked_of_the_hub(
+    recipe_file, command, monkeypatch
+):
+    monkeypatch.setattr("lewis_hub.hub.resolve.resolve_model", None)
+
+    with pytest.raises(OutputError) as caught:
+        run(command, recipe_file, "-o", "/proc/nope", "-q")
+
+    assert str(caught.value) == (
+        "/proc/nope: it cannot be written (No such file or directory).\n"
+        "Name a folder that you may write to with -o."
+    )
+
+
+def test_plots_of_a_comparison_that_cannot_be_written_are_told_before_anything_is_read():
+    with pytest.raises(OutputError, match="/proc/nope: it cannot be written"):
+        run("compare", "nothing", "nothing", "-o", "/proc/nope")
+
+
+def test_the_importance_of_a_model_cannot_be_written_anywhere_either():
+    words = ["importance", "o/model", "--dataset", "o/data", "--text", "{q}", "-o", "/proc/nope"]
+
+    with pytest.raises(OutputError, match="/proc/nope: it cannot be written"):
+        run(*words)
+
+
+def test_a_recipe_beside_which_nothing_can_be_written_is_refused_before_the_search(recipe_file):
+    with recipe_file.open() as opened:
+        path = f"/proc/self/fd/{opened.fileno()}"  # as of `tune <(command)`
+        with pytest.raises(OutputError) as caught:
+            run("tune", path, "-o", recipe_file.parent / "tuning")
+
+    assert str(caught.value) == (
+        "/proc/self/fd: it cannot be written (No such file or directory).\n"
+        "The tuned recipe is written beside its recipe: copy that to a folder of yours."
+    )
 
 
 @pytest.mark.slow
