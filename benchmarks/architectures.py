@@ -166,7 +166,9 @@ def examine(case: Case, folder: Path) -> Row:
             n_measured = len(profile["sources"][0]["modules"])
             n_scheduled = len(density["experts"][0]["tensors"])
             run(merged)
-            return Row(case, n_measured, n_scheduled, n_changed(folder, merged))
+            row = Row(case, n_measured, n_scheduled, n_changed(folder, merged))
+            idle = not (row.n_measured and row.n_scheduled and row.n_merged)
+            return replace(row, reason="nothing was measured or merged") if idle else row
         except Exception as error:  # noqa: BLE001 - a table of what goes wrong
             return Row(case, n_measured, n_scheduled, 0, _line(error))
 

@@ -108,9 +108,8 @@ def test_a_limit_forbids_to_load_a_model_whole(loading, by_block, may_be_whole):
 
 
 def test_a_guide_that_needs_whole_models_is_refused_before_a_download(tmp_path):
-    recipe = parse_recipe(
-        RECIPE.replace("regmean", "ties").replace("name: lewis", "name: lewis_reference"), "r.yaml"
-    )
+    text = RECIPE.replace("regmean", "ties").replace("name: lewis", "name: lewis_reference")
+    recipe = parse_recipe(text.replace("samples: 4", "max_tokens: 64"), "r.yaml")
 
     report = lewis_hub.check(recipe, max_memory_bytes=1_000_000)
 

@@ -188,7 +188,8 @@ def test_a_guide_that_runs_whole_models_is_refused_and_a_profile_beside_the_reci
     api, hub, tmp_path, monkeypatch, guide
 ):
     monkeypatch.chdir(tmp_path)
-    asked = parse_recipe(RECIPE + WAYS["lewis"].replace("lewis", guide), "recipe.yaml")
+    short = RECIPE.replace("samples: 4", "samples: 4, max_tokens: 64")
+    asked = parse_recipe(short + WAYS["lewis"].replace("lewis", guide), "recipe.yaml")
     with pytest.raises(RecipeError) as told:
         stream(asked, tmp_path / "work")
     before = published(hub)

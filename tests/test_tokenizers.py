@@ -342,7 +342,8 @@ def test_a_token_without_a_row_is_refused(zoo, embedding, says):
 
 def calibrated(zoo, text):
     (zoo.root / "data.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    guide = 'guide: {name: GUIDE, calibration: {dataset: ROOT/data.jsonl, text: "{text}"}}\n'
+    data = '{dataset: ROOT/data.jsonl, text: "{text}", max_tokens: 64}'
+    guide = f"guide: {{name: GUIDE, calibration: {data}}}\n"
     return f"tokenizer_source: union\n{guide}"
 
 

@@ -25,14 +25,6 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return lists
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The path and the list of the decoder's blocks: of all lists, the one of most parameters."""
-    lists = block_lists(model)
-    if not lists:
-        return None
-    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
 def linears(path: str, root: nn.Module) -> Iterator[tuple[str, Linear]]:
     """Every Linear and Conv1D under `root`, which lies at `path` in the model, in order."""
     for name, module in root.named_modules(prefix=path):

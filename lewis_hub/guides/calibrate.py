@@ -16,6 +16,7 @@ from lewis_hub.guides.importance import (
     importances,
     reusable,
 )
+from lewis_hub.guides.loading import run_refusals
 from lewis_hub.guides.owl import outlier_ratios
 from lewis_hub.guides.registry import Measure
 from lewis_hub.guides.tokens import CalibrationTokens
@@ -131,7 +132,8 @@ def calibrate(
     """
     for subject in missing(subjects, known):
         tokens = [one.tokens for one in subject.sets]
-        found = _measured(how, subject, tokens, device, advance)
+        with run_refusals(subject.source, f"guide `{known.guide}`"):
+            found = _measured(how, subject, tokens, device, advance)
         added = (
             _measurement(subject, one, modules)
             for one, modules in zip(subject.sets, found, strict=True)
@@ -165,11 +167,12 @@ def _measured(
 def _measurement(
     subject: Subject, one: CalibrationSet, modules: Mapping[str, float]
 ) -> SourceImportance:
+    pads = one.facts.get("measure") == "lewis_reference"
     return SourceImportance(
         source=subject.source,
         commit_sha=subject.commit_sha,
         role=subject.role,
-        n_tokens=one.tokens.n_tokens,
+        n_tokens=one.tokens.n_padded if pads else one.tokens.n_tokens,
         modules=modules,
         calibration=one.facts,
     )

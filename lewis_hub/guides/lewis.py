@@ -40,8 +40,9 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
     nothing differs, the density is the midpoint.
 
     Source:
-        LEWIS, arXiv:2503.03874. The published code also counts padding, prunes the blocks that it
-        has measured and rounds the shares to 5 decimals; none of that is done here.
+        LEWIS, arXiv:2503.03874. The published code also hands on no mask and counts padding, prunes
+        the blocks that it has measured, averages sums over texts and rounds the shares to 5
+        decimals; none of that is done here.
     """
     return spread(importance_shifts(statistics), gamma, epsilon)
 

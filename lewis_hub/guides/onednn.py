@@ -56,7 +56,7 @@ def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if weight.is_meta and not input.is_meta:
         raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
     here = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
-    if here and is_there() and _is_plain(weight):
+    if here and is_there() and _is_plain(weight) and input.shape[-1] == weight.shape[1]:
         found: Tensor = by_onednn(input, weight, bias, "none", [], "")
         return found
     return linear(input, weight, bias)

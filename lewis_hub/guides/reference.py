@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.blocks import Linear, decoder_blocks, linears, matrix
-from lewis_hub.guides.loading import load_model
+from lewis_hub.guides.activations import check_tokens_fit, require_seen
+from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
+from lewis_hub.guides.loading import check_padding, config_value, load_model
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import CalibrationTokens
 from lewis_hub.progress import Advance
@@ -50,21 +52,25 @@ def measure(
     The model is loaded anew for each set, as measuring prunes it.
 
     Raises:
-        CalibrationModelError: it cannot be loaded or has no blocks, or there is no
-            end-of-sequence token to pad with.
+        CalibrationModelError: it cannot be loaded or has no blocks that texts reach, the padded
+            texts do not fit it, or there is no end-of-sequence token to pad with.
     """
     found = []
     for tokens in sets:
         loaded: Any = load_model(folder, device, name)
         model = loaded.float()
-        path, blocks = _blocks(model, name)
+        texts = padded(tokens, name)
+        check_padding(name, tokens.limit, config_value(model, "max_position_embeddings"))
+        check_tokens_fit(model, name, replace(tokens, ids=tuple(map(tuple, texts.tolist()))))
+        path, blocks = text_blocks(model, name, texts[0])
         widths = {matrix(module).shape[1] for _, module in linears(path, blocks)}
         importance: dict[str, float] = {}
         with threads(whole_shares(widths, torch.get_num_threads())):
-            for b, measured in enumerate(block_importance(model, name, padded(tokens, name))):
+            for b, measured in enumerate(block_importance(model, path, blocks, texts)):
                 importance |= measured
                 told = [tokens.n_tokens * n // len(blocks) for n in (b, b + 1)]
                 advance(told[1] - told[0])
+        require_seen(importance, name)
         found.append(importance)
     return found
 
@@ -82,37 +88,54 @@ def padded(tokens: CalibrationTokens, name: str) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def text_blocks(model: PreTrainedModel, name: str, text: Tensor) -> tuple[str, nn.ModuleList]:
+    """The path and the list of the blocks that a text, (n_tokens,) int64, runs through.
+
+    Of several lists it is the one of most parameters; a vision tower's is not among them.
+
+    Raises:
+        CalibrationModelError: there is none, or an encoder.
+    """
+    if model.config.is_encoder_decoder:
+        problem = "it has an encoder, and the published procedure knows decoders alone"
+        raise CalibrationModelError(name, problem, "Use guide `lewis`.")
+    lists, reached = block_lists(model), set()
+    with ExitStack() as hooks:
+        for path, blocks in lists.items():
+
+            def reach(_: nn.Module, _args: Any, path: str = path) -> None:
+                reached.add(path)
+
+            for block in blocks:
+                hooks.callback(block.register_forward_pre_hook(reach).remove)
+        _forward(model, text)
+    if not reached:
+        problem = "no list of blocks with a Linear was found that texts run through"
+        raise CalibrationModelError(name, problem, "Use guide `uniform` for this architecture.")
+    run = {path: blocks for path, blocks in lists.items() if path in reached}
+    return max(run.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
 def block_importance(
-    model: PreTrainedModel, name: str, texts: Tensor
+    model: PreTrainedModel, path: str, blocks: nn.ModuleList, texts: Tensor
 ) -> Iterator[dict[str, float]]:
     """Measure block by block; a block is pruned once it was measured.
 
     Args:
         model: causal language model in float32 and eval mode.
-        name: the source as the user knows it, for messages.
+        path: of the blocks.
+        blocks: from `text_blocks`.
         texts: (n_texts, n_tokens) int64, every token counts.
 
     Yields:
         Of each block: module -> importance, in the model's order.
     """
-    path, blocks = _blocks(model, name)
     outputs: list[Hidden] = [None] * len(texts)
     for b, block in enumerate(blocks):
         inside = dict(linears(f"{path}.{b}", block))
         squares = _measured(model, blocks, b, texts, outputs, inside)
         yield {at: _pruned(inside[at], mean) for at, mean in squares.items()}
         outputs = [_run(model, blocks, b, text, outputs[i]) for i, text in enumerate(texts)]
-
-
-def _blocks(model: PreTrainedModel, name: str) -> tuple[str, nn.ModuleList]:
-    found = decoder_blocks(model)
-    if model.config.is_encoder_decoder:
-        problem = "it has an encoder, and the published procedure knows decoders alone"
-        raise CalibrationModelError(name, problem, "Use guide `lewis`.")
-    if found is None:
-        problem = "no Linear module in a list of blocks was found"
-        raise CalibrationModelError(name, problem, "Use guide `uniform` for this architecture.")
-    return found
 
 
 def _measured(
@@ -156,22 +179,30 @@ class _Reached(Exception):  # noqa: N818 - no error: the way out of a forward pa
 def _run(
     model: PreTrainedModel, modules: nn.ModuleList, b: int, text: Tensor, before: Hidden
 ) -> Hidden:
-    """What block b returns for a text, when the blocks before it return `before`."""
+    """What block b returns for a text, when the blocks before it return `before`.
+
+    One that the model passes over, as it does with what looks at pictures alone, returns `before`.
+    """
     reached: list[Hidden] = []
 
     def leave(_: nn.Module, _args: Any, output: Hidden) -> None:
         reached.append(output)
         raise _Reached
 
-    with _standing_in(modules, b, before), torch.no_grad():
+    with _standing_in(modules, b, before):
         handle = modules[b].register_forward_hook(leave)
         try:
-            model.base_model(input_ids=text[None].to(model.device), use_cache=False)
+            _forward(model, text)
         except _Reached:
             pass
         finally:
             handle.remove()
-    return reached[0]
+    return reached[0] if reached else before
+
+
+def _forward(model: PreTrainedModel, text: Tensor) -> None:
+    with torch.no_grad():
+        model.base_model(input_ids=text[None].to(model.device), use_cache=False)
 
 
 @contextmanager

@@ -78,10 +78,11 @@ def output_shifts(
 
     A module that does not see every token of a text in both models, such as a routed expert, does
     not count for that text: its rows belong to other tokens. One that never counts is left out, and
-    so is one that the checkpoint does not hold as it is. Modules have the checkpoint's names.
+    so is one that the checkpoint does not hold as it is, or that does not return what it
+    multiplied alone, as some routers. Modules have the checkpoint's names.
 
     Raises:
-        CalibrationModelError: an output is not finite.
+        CalibrationModelError: an output is not finite, or no module counts.
     """
     of_base, of_expert = block_linears(base, name), block_linears(expert, name)
     sums = _Sums()
@@ -96,11 +97,15 @@ def output_shifts(
             sums.held.clear()
             advance(len(ids))
     kept = stored_names(base)
-    return {
+    found = {
         names.module(kept[f"{path}.weight"]): sums.shift(name, path)
         for path in of_base
         if path in sums.differences and f"{path}.weight" in kept
     }
+    if not found:
+        problem = "no Linear in its blocks has one output for each token of a text"
+        raise CalibrationModelError(name, problem, "Use guide `lewis`, which looks at inputs.")
+    return found
 
 
 class _Sums:
@@ -143,8 +148,9 @@ def _outputs(modules: Mapping[str, Linear], take: Callable[[str, Tensor], None])
     try:
         for path, module in modules.items():
 
-            def hook(_: nn.Module, _inputs: object, y: Tensor, path: str = path) -> None:
-                take(path, y.detach().reshape(-1, y.shape[-1]))
+            def hook(_: nn.Module, _inputs: object, y: object, path: str = path) -> None:
+                if isinstance(y, Tensor):
+                    take(path, y.detach().reshape(-1, y.shape[-1]))
 
             handles.append(module.register_forward_hook(hook))
         yield

@@ -1,7 +1,7 @@
 """Calibration rows and a template to texts, and texts to token batches.
 
 Rows are drawn by a hash of (seed, row index) and nothing else, so the same seed draws the same rows
-on every platform and under every version of the libraries below.
+on every platform and under every version of the libraries below. Texts come in the data's order.
 """
 
 from __future__ import annotations
@@ -55,8 +55,13 @@ class CalibrationTokens:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that count, over all texts."""
+        """Tokens of all texts."""
         return sum(map(len, self.ids))
+
+    @property
+    def n_padded(self) -> int:
+        """Tokens of all texts where each is padded to the limit."""
+        return len(self.ids) * self.limit
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
 def calibration_tokens(
     rows: Rows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> CalibrationTokens:
-    """Draw rows, render them and cut each text to `max_tokens` tokens.
+    """Draw rows, render them in the order of the data and cut each text to `max_tokens` tokens.
 
     A cut text simply stops: no end-of-sequence token is put where the text has not ended. Of a
     task's text the beginning goes, behind the tokenizer's own first token, since its item and
@@ -152,7 +157,7 @@ def calibration_tokens(
     """
     template = template_of(calibration, tokenizer)
     template.check(rows.columns)
-    drawn = draw_rows(len(rows), calibration.samples, seed)
+    drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
     texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
     ids = _token_ids(tokenizer, [text for _, text in kept], special=template.adds_special_tokens)

@@ -75,6 +75,7 @@ def _from_what(facts: CardFacts) -> dict[str, Any]:
         "stack": tables.stack(facts),
         "licence": details.licence(facts),
         "calibration": tables.calibration(facts),
+        "measured_how": guidance.measured_how(facts.guided) if facts.guided else "",
         "recipe": markdown.fenced(facts.recipe, "yaml"),
         "mergekit": facts.mergekit,
         "bibtex": _bibtex(facts),

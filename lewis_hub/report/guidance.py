@@ -10,10 +10,10 @@ from lewis_hub.report.facts import Guided
 from lewis_hub.report.plots import PAIRED, WORDS
 
 IMPORTANCE = ("lewis", "lewis_reference")
-FROM_IMPORTANCE = ", from how importance on calibration texts changed from base to expert"
 WHY = {  # of a guide that we know: how the sentence about its densities ends
-    "lewis": FROM_IMPORTANCE,
-    "lewis_reference": FROM_IMPORTANCE,
+    "lewis": ", from how importance on calibration texts changed from base to expert",
+    "lewis_reference": ", from how importance on calibration texts, as the authors' own procedure "
+    "measures it, changed from base to expert",
     "magnitude": ", from how far the weights moved, relative to the base's",
     "activation_shift": ", from how much a module's output on calibration texts differs from base "
     "to expert",
@@ -21,6 +21,18 @@ WHY = {  # of a guide that we know: how the sentence about its densities ends
     "owl": ", from each block's share of outliers in the expert on calibration texts",
     "random": "; as a control, the densities of LEWIS were dealt out at random among the blocks",
     "inverse": "; as a control, the densities of LEWIS were turned upside down",
+}
+HOW = {  # the two guides of one paper measure it
+    "lewis": "Importance was measured in one forward pass of each unpruned model, over the texts' "
+    "own tokens. The procedure that the authors published, guide `lewis_reference`, differs: texts "
+    "are padded and padding counts, no mask is handed on, each measured block is pruned to half "
+    "before the next one runs, sums over a text's tokens are averaged over texts, and shares are "
+    "rounded to 5 decimals.",
+    "lewis_reference": "Importance was measured by the procedure that the authors published: texts "
+    "were padded and padding counted, no mask was handed on, each measured block was pruned to "
+    "half before the next one ran, sums over a text's tokens were averaged over texts, and shares "
+    "were rounded to 5 decimals. Guide `lewis` differs: it takes one forward pass of the unpruned "
+    "model over the texts' own tokens.",
 }
 
 
@@ -42,6 +54,11 @@ def sentence(guided: Guided) -> str:
         f"Of each task vector (expert minus base) the guide {guide} kept a fraction of its own in "
         f"every weight matrix of the blocks: {densities}{why}.{also}"
     )
+
+
+def measured_how(guided: Guided) -> str:
+    """What tells the guide's measure from one that is nearly the same; nothing of most."""
+    return HOW.get(guided.guide, "")
 
 
 def picture_note(guided: Guided) -> str:

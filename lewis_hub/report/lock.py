@@ -69,8 +69,8 @@ class LockedData:
     """What an expert was calibrated on; the first four as of `LockedInput`.
 
     Attributes:
-        rows: index of each row that was measured, in the order in which they were drawn; None
-            before they are drawn.
+        rows: index of each row that was measured, in the order of the data; None before they
+            are drawn.
     """
 
     name: str

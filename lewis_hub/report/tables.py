@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lewis_hub.guides.budget import weighted_mean
+from lewis_hub.guides.importance import SourceImportance
 from lewis_hub.hub.source import Source
 from lewis_hub.report import markdown
 from lewis_hub.report.cost import StageCost
-from lewis_hub.report.facts import CardFacts
+from lewis_hub.report.facts import CardFacts, Measured
 from lewis_hub.report.machine import Machine
 from lewis_hub.report.plots import short_name
 
@@ -103,11 +104,21 @@ def calibration(facts: CardFacts) -> str | None:
                 _dataset(facts, source) if source else markdown.text(told.get("dataset")),
                 markdown.code(split),
                 markdown.code(_template(told)),
-                *(_count(told.get(key)) for key in ("n_texts", "n_tokens", "n_truncated")),
+                _count(told.get("n_texts")),
+                _tokens(expert),
+                _count(told.get("n_truncated")),
             ]
         )
     header = ["expert", "dataset", "split", "template", "texts", "tokens", "texts cut"]
     return markdown.table(header, rows, right=range(4, 7)) if rows else None
+
+
+def _tokens(expert: SourceImportance | Measured) -> str:
+    """How many counted, and how many of them are padding where that does."""
+    in_texts: Any = expert.calibration.get("n_tokens")
+    if isinstance(expert, Measured) or expert.n_tokens == in_texts:
+        return _count(in_texts)
+    return f"{expert.n_tokens:,} counted, {expert.n_tokens - in_texts:,} of them padding"
 
 
 def _template(told: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from lewis_hub.stages.fitting import left_alone, misfits, settle
 from lewis_hub.stages.loading import Loading, loading_notes, loading_problems
 from lewis_hub.stages.needs import needs
 from lewis_hub.stages.opening import Opened, open_model, pickle_notes, quantised_notes, ties
-from lewis_hub.stages.refusing import benchmark_refusals, chat_refusals, refusals
+from lewis_hub.stages.refusing import benchmark_refusals, chat_refusals, padding_refusals, refusals
 from lewis_hub.stages.slicing import outline
 from lewis_hub.stages.sources import Inputs, needs_grams
 from lewis_hub.stages.tokenizers import Tokens
@@ -116,6 +116,7 @@ def examine(
     output = checkpoints[inputs.donor.pinned]
     if not problems:
         problems = refusals(recipe, inputs, checkpoints, tokens, facts)
+        problems += padding_refusals(recipe, inputs, found.configs)
         problems += benchmark_refusals(recipe, allow_code=allow_code)
         problems += chat_refusals(recipe, inputs, api)
         problems += data_problems(recipe, inputs, api, allow_code=allow_code)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.errors import EvaluationError, MergeError, PublishError
+from lewis_hub.errors import CalibrationModelError, EvaluationError, MergeError, PublishError
 from lewis_hub.evaluate.declared import require_metric
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.guides import registry as guides
+from lewis_hub.guides.loading import check_padding
 from lewis_hub.hub.facts import ModelFacts, combined_licence
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.methods import registry
@@ -17,12 +18,14 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.stages.evaluation import selection
 from lewis_hub.stages.merging import plan
 from lewis_hub.stages.slicing import uncompared
-from lewis_hub.stages.sources import Inputs
+from lewis_hub.stages.sources import Inputs, calibrations
 from lewis_hub.stages.tokenizers import Tokens
 from lewis_hub.vocabulary.files import KEEPERS, template_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call their number
 
 
 def refusals(
@@ -69,6 +72,26 @@ def guide_refusals(recipe: Recipe) -> list[str]:
             "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
         ]
     return []
+
+
+def padding_refusals(
+    recipe: Recipe, inputs: Inputs, configs: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Which models have no room for what `lewis_reference` pads, as their configurations say."""
+    measured = guides.find(recipe.guide.name).needs if recipe.guide else ()
+    if "lewis_reference" not in measured:
+        return []
+    longest = max((one.max_tokens for one in calibrations(recipe)), default=0)
+    found = []
+    for source in dict.fromkeys(inputs.models):
+        config = configs[source.pinned]
+        text = config.get("text_config") or config
+        told = next((text[key] for key in POSITIONS if key in text), None)
+        try:
+            check_padding(source.name, longest, told if isinstance(told, int) else None)
+        except CalibrationModelError as error:
+            found.append(str(error))
+    return found
 
 
 def benchmark_refusals(recipe: Recipe, *, allow_code: bool) -> list[str]:

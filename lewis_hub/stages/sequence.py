@@ -19,6 +19,7 @@ from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.loading import run_refusals
 from lewis_hub.guides.weights import Weights, in_folder
 from lewis_hub.merge.definition import Moments
 from lewis_hub.merge.fitted import Fitted
@@ -183,7 +184,11 @@ def _run(  # noqa: PLR0913
     weights = Weights(configuration, merged.checkpoint, merged.parts, REMEDY)
     widest, device = widest_input(step.recipe), step.execution.device
     n_tokens = sum(one.merged.n_tokens for one in texts)
-    with step.progress.stage("Fitting block by block", n_tokens, "tokens") as advance:
+    asked = f"method `{step.recipe.merge_method}`"
+    with (
+        step.progress.stage("Fitting block by block", n_tokens, "tokens") as advance,
+        run_refusals(step.inputs.donor.pinned, asked),
+    ):
         files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
     say_mended(step, [Counter(label for label, _ in merged.mended)])
     return files

@@ -13,8 +13,10 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
+from lewis_hub.guides.loading import run_refusals
 from lewis_hub.merge.statistics import Gram, Known, Statistics, informed, unknown
 from lewis_hub.methods import registry
+from lewis_hub.progress import Advance
 from lewis_hub.report.facts import Measured
 from lewis_hub.stages.bringing import brought
 from lewis_hub.stages.execution import Folders, Step
@@ -76,7 +78,7 @@ def gather(
     n_tokens = sum(s.n_tokens for s, files in zip(whole, found, strict=True) if not files)
     with step.progress.stage("Gathering statistics", n_tokens, "tokens") as advance:
         gathered = [
-            files or gather_grams(subject, place, widest, step.execution.device, advance)
+            files or _gather(step, subject, place, advance)
             for subject, place, files in zip(whole, places, found, strict=True)
         ]
     known = tuple(
@@ -93,6 +95,12 @@ def gather(
         tuple(one.tokens.rows for one in sets),
         notes,
     )
+
+
+def _gather(step: Step, subject: Subject, place: Path, advance: Advance) -> GramFiles:
+    widest = widest_input(step.recipe)
+    with run_refusals(subject.source, f"method `{step.recipe.merge_method}`"):
+        return gather_grams(subject, place, widest, step.execution.device, advance)
 
 
 def subjects_of(

@@ -50,7 +50,7 @@ PROFILE = ImportanceProfile("lewis", {"samples": 4}, (BASE, EXPERT))
 def test_the_facts_hold_all_that_fixes_a_measurement():
     assert FACTS == {
         "measure": "lewis",
-        "measuring": 3,
+        "measuring": 4,
         "dataset": "me/data@abc",
         "dataset_sha": "abc",
         "config": None,

@@ -8,8 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.loading import check_on_gpus, load_model, placement
+from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
+from lewis_hub.guides.loading import (
+    check_on_gpus,
+    check_padding,
+    load_model,
+    placement,
+    run_refusals,
+)
 
 
 def test_half_precision_files_are_computed_in_float32_on_a_cpu(llama, saved, capfd):
@@ -140,3 +146,69 @@ def test_parameters_lie_where_torch_puts_them_wherever_they_are_in_the_file(llam
 
     assert {parameter.data_ptr() % 64 for parameter in model.parameters()} == {0}
     assert all(torch.equal(p, llama.state_dict()[n]) for n, p in model.state_dict().items())
+
+
+def of_transformers(model, error):
+    """The model's own code raises when it runs."""
+
+    def fail(*_args):
+        raise error
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    with run_refusals("me/tiny", "guide `lewis`"):
+        model(torch.tensor([[5, 6]]))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            IndexError("list index\nout of range."),
+            "me/tiny: guide `lewis` cannot measure it: IndexError: list index.\n"
+            "Its own code fails so on calibration texts. Guides `uniform` and `magnitude`, and "
+            "methods without statistics, run no model.",
+        ),
+        (
+            NotImplementedError(),
+            "me/tiny: guide `lewis` cannot measure it: NotImplementedError: no message.\n"
+            "Its own code fails so on calibration texts. Guides `uniform` and `magnitude`, and "
+            "methods without statistics, run no model.",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+            "me/tiny: guide `lewis` cannot measure it: there is not enough memory.\n"
+            "Use a larger device, or measure it block by block: `--max-memory 1GB`.",
+        ),
+    ],
+)
+def test_what_a_models_code_raises_while_it_runs_names_model_guide_and_remedy(
+    llama, error, message
+):
+    with pytest.raises(CalibrationModelError) as caught:
+        of_transformers(llama, error)
+
+    assert str(caught.value) == message
+    assert caught.value.__cause__ is error
+
+
+def test_our_own_messages_and_our_own_bugs_stay_what_they_are(llama):
+    ours = EmptyCalibrationError("me/tiny", "no token", "Choose others.")
+
+    with pytest.raises(EmptyCalibrationError) as caught:
+        of_transformers(llama, ours)
+    assert caught.value is ours
+    with pytest.raises(KeyError, match="a bug"), run_refusals("me/tiny", "guide `lewis`"):
+        raise KeyError("a bug")
+
+
+def test_padding_has_to_end_where_positions_do():
+    for n_positions in (None, 0, -1, 512, 1024):
+        check_padding("me/tiny", 512, n_positions)
+
+    with pytest.raises(CalibrationModelError) as caught:
+        check_padding("me/tiny", 512, 511)
+
+    assert str(caught.value) == (
+        "me/tiny: guide `lewis_reference` pads every text to `max_tokens`, 512, and the model has "
+        "511 positions.\nSet `max_tokens: 511`, or less, in the calibration."
+    )

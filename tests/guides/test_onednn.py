@@ -69,3 +69,8 @@ def test_a_linear_inside_the_context_multiplies_so_with_its_bias_and_none_outsid
 def test_a_weight_without_values_is_an_error_though_torch_would_return_nonsense():
     with pytest.raises(RuntimeError, match="a weight that is on meta has no values"):
         by_rows(torch.randn(2, 3), torch.empty(4, 3, device="meta"))
+
+
+def test_rows_of_another_width_are_refused_in_torchs_words():
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied \(2x33 and 32x7\)"):
+        by_rows(torch.ones(2, 33), torch.ones(7, 32))

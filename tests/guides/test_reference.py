@@ -1,8 +1,8 @@
-"""Against an own transcription of the published procedure, in loops and whole forward passes."""
+"""Against an own transcription of the published procedure, `by_loops`."""
 
 import copy
-import math
 
+import by_loops
 import published
 import pytest
 import torch
@@ -10,48 +10,20 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.blocks import decoder_blocks, linears, matrix
+from lewis_hub.guides.activations import block_linears
 from lewis_hub.guides.lewis import lewis_reference
-from lewis_hub.guides.reference import block_importance, measure, padded
+from lewis_hub.guides.reference import block_importance, measure, padded, text_blocks
 from lewis_hub.guides.registry import Statistics
 
 from .conftest import ARCHITECTURES, N_TOKENS, tiny_model, tokens_of
 
 
-def naive(model, texts):
-    """Every pass goes through the whole model; earlier blocks are pruned by then."""
-    model = copy.deepcopy(model)
-    path, blocks = decoder_blocks(model)
-    importance = {}
-    for b in range(len(blocks)):
-        inside = dict(linears(f"{path}.{b}", blocks[b]))
-        seen = {at: [] for at in inside}
-        handles = [
-            module.register_forward_pre_hook(lambda _, args, at=seen[at]: at.append(args[0][0]))
-            for at, module in inside.items()
-        ]
-        for text in texts:
-            with torch.no_grad():
-                model(input_ids=text[None])
-        for handle in handles:
-            handle.remove()
-        for at, module in inside.items():
-            if not seen[at]:
-                continue  # its weight is used without a call
-            weight = matrix(module)
-            n_out, n_in = weight.shape
-            squares = [0.0] * n_in
-            for x in seen[at]:
-                for j in range(n_in):
-                    squares[j] += float((x[:, j].double() ** 2).sum()) / len(seen[at])
-            total = 0.0
-            for i in range(n_out):
-                metric = [abs(float(weight[i, j])) * math.sqrt(squares[j]) for j in range(n_in)]
-                total += sum(value**2 for value in metric)
-                for j in sorted(range(n_in), key=lambda j: metric[j])[: n_in // 2]:
-                    weight[i, j] = 0.0
-            importance[at] = math.sqrt(total)
-    return importance
+def importance(model, texts):
+    """All blocks together; the model is pruned then."""
+    found = {}
+    for measured in block_importance(model, *text_blocks(model, "tiny", texts[0]), texts):
+        found |= measured
+    return found
 
 
 @pytest.fixture
@@ -73,19 +45,15 @@ def test_texts_are_padded_with_the_end_of_sequence(texts):
 def test_importance_is_that_of_the_published_procedure(architecture, texts):
     model = tiny_model(architecture)
 
-    found = {}
-    for measured in block_importance(copy.deepcopy(model), architecture, texts):
-        found |= measured
+    found = importance(copy.deepcopy(model), texts)
 
-    assert found == pytest.approx(naive(model, texts), rel=1e-4)
+    assert found == pytest.approx(by_loops.importance(model, texts), rel=1e-4)
 
 
 def test_what_the_benchmark_runs_in_the_authors_place_finds_the_same(llama, texts):
     found = published.importance(copy.deepcopy(llama), texts)
 
-    expected = {}
-    for measured in block_importance(llama, "llama", texts):
-        expected |= measured
+    expected = importance(llama, texts)
     # to the last bit, as what is pruned turns on it
     assert {f"model.layers.{name}": one for name, one in found.items()} == expected
 
@@ -111,21 +79,17 @@ def test_a_module_that_some_texts_do_not_reach_has_the_mean_over_the_others(llam
     handle.remove()
     assert len(reached) == 2  # of 3
 
-    found = {}
-    for measured in block_importance(copy.deepcopy(llama), "llama", texts):
-        found |= measured
+    found = importance(copy.deepcopy(llama), texts)
 
-    assert found == pytest.approx(naive(llama, texts), rel=1e-4)
+    assert found == pytest.approx(by_loops.importance(llama, texts), rel=1e-4)
 
 
 def test_pruning_changes_what_later_blocks_are_measured_on(llama, texts):
-    found = {}
-    for measured in block_importance(llama, "llama", texts):
-        found |= measured
+    found = importance(llama, texts)
 
     first = llama.model.layers[0].mlp.down_proj.weight
     assert ((first == 0).sum(dim=1) == first.shape[1] // 2).all()
-    assert set(found) == {at for at, _ in linears(*decoder_blocks(llama))}
+    assert set(found) == set(block_linears(llama, "llama"))
 
 
 def test_each_set_is_measured_on_the_whole_model(llama, saved, texts):
@@ -170,7 +134,7 @@ def test_an_encoder_decoder_is_refused(texts):
     model = T5ForConditionalGeneration(T5Config(vocab_size=N_TOKENS, **sizes))
 
     with pytest.raises(CalibrationModelError) as caught:
-        list(block_importance(model, "me/t5", texts))
+        text_blocks(model, "me/t5", texts[0])
 
     assert str(caught.value) == (
         "me/t5: it has an encoder, and the published procedure knows decoders alone.\n"

@@ -98,3 +98,43 @@ def test_a_card_with_weights_has_their_table(make_facts):
     assert tables.weights(facts) in model_card(facts).text
     assert "| mean factor of the weight | lowest | highest | tensors |" in tables.weights(facts)
     assert "| 0.500 | 0.500 | 0.500 | 2 | 1.000 |" in tables.weights(facts)
+
+
+def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
+    facts = make_facts()
+    [base, math, text] = facts.guided.profile.sources
+    padded = {"measure": "lewis_reference"}
+    entries = tuple(
+        replace(one, n_tokens=63 * 32, calibration={**one.calibration, **padded})
+        for one in (base, math, text)
+    )
+    by_reference = replace(
+        facts.guided, guide="lewis_reference", profile=ImportanceProfile("", {}, entries)
+    )
+
+    ours = model_card(facts).text
+    theirs = model_card(replace(facts, guided=by_reference)).text
+
+    differs = (
+        "texts {are} padded and padding {count}, no mask {is} handed on, each measured block {is} "
+        "pruned to half before the next one {run}, sums over a text's tokens {are} averaged over "
+        "texts, and shares {are} rounded to 5 decimals."
+    )
+    now = differs.format(are="are", count="counts", **{"is": "is"}, run="runs")
+    then = differs.format(are="were", count="counted", **{"is": "was"}, run="ran")
+    assert (
+        "\n\nImportance was measured in one forward pass of each unpruned model, over the texts' "
+        "own tokens. The procedure that the authors published, guide `lewis_reference`, differs: "
+        f"{now}\n\n" in ours
+    )
+    assert (
+        f"\n\nImportance was measured by the procedure that the authors published: {then} Guide "
+        "`lewis` differs: it takes one forward pass of the unpruned model over the texts' own "
+        "tokens.\n\n" in theirs
+    )
+    assert "| 63 | 1,234 | 2 |" in ours
+    assert "| 63 | 2,016 counted, 782 of them padding | 2 |" in theirs
+    assert guidance.sentence(by_reference).endswith(
+        "from how importance on calibration texts, as the authors' own procedure measures it, "
+        "changed from base to expert."
+    )
