@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
 from typing import TYPE_CHECKING
@@ -74,10 +74,10 @@ class States:
 
     def write(self, number: int, tensor: Tensor) -> None:
         """Keep another tensor in the place of one."""
-        slot = self._slots[number]
+        slot = replace(self._slots[number], like=tensor.to("meta"), device=tensor.device)
         if tensor.nbytes > slot.room_bytes:  # the first block may return a wider dtype
             slot = self._placed(tensor)
-        self._slots[number] = Slot(slot.start, slot.room_bytes, tensor.to("meta"), tensor.device)
+        self._slots[number] = slot
         self._write(slot, tensor)
 
     def _placed(self, tensor: Tensor) -> Slot:

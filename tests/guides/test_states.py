@@ -27,12 +27,14 @@ def test_what_was_written_last_is_read_in_its_dtype_and_layout(tmp_path):
     with States(tmp_path) as kept:
         numbers = [kept.add(first), kept.add(second)]
         found = [kept.read(number) for number in numbers]
-        kept.write(numbers[0], -first)
+        turned = -first.reshape(3, 4, 2).permute(2, 0, 1)
+        kept.write(numbers[0], turned)
 
         assert torch.equal(found[0], first)
         assert torch.equal(found[1], second)
         assert found[1].stride() == second.stride()
-        assert torch.equal(kept.read(numbers[0]), -first)
+        assert torch.equal(kept.read(numbers[0]), turned)
+        assert kept.read(numbers[0]).stride() == turned.stride()
         assert torch.equal(kept.read(numbers[1]), second)
 
 
