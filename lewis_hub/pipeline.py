@@ -204,7 +204,7 @@ def merge_models(
     with open_workspace(output, replace=execution.replace or gives_way) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
-        downloading.require_disk(step, work.folder, sets)
+        downloading.require_disk(step, work.folder, sets)  # again, now that they are known
         scored, files = _merge(step, sets, work, target.former if target else None)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
         return Merged("merged", work.finish(files), scores, gate)

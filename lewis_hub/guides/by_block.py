@@ -164,7 +164,7 @@ def _visits(
                 [trial], *flows = entered(made, groups, states)
             inside = f"{made.path}.{number}"
             modules = dict(linears(inside, block))
-            used = _used(made, number, partial(run_block, made, number, trial), loose)
+            used = _used(made, number, trial, loose) if loose else {}
             if used and grouped is not alone:
                 raise OutOfStepError
             sums, watched = [], []
@@ -182,7 +182,6 @@ def _visits(
                 require_finite(recorder.totals, made.name)
                 sums.append(recorder.totals)
                 watched.append(seen)
-            trial.move(run_block(made, number, trial))
             yield Visit(inside, block, modules, sums, watched)
 
 
@@ -219,15 +218,14 @@ def run_block(made: Skeleton, number: int, flow: Flow) -> Tensor:
             return call.run(made.blocks[number], flow.hidden)
 
 
-def _used(
-    made: Skeleton, number: int, run: Callable[[], object], loose: Collection[str]
-) -> dict[str, Tensor]:
-    """The block's parameters that no Linear owns, the `loose` ones, and that `run` multiplies."""
+def _used(made: Skeleton, number: int, trial: Flow, loose: Collection[str]) -> dict[str, Tensor]:
+    """The block's `loose` parameters that `trial` is multiplied with on its way to the next."""
     inside = f"{made.path}.{number}"
     named = made.blocks[number].named_parameters(prefix=inside)
     own = {path: parameter for path, parameter in named if path in loose}
     with Products(own) as tried:
-        run()
+        hidden = run_block(made, number, trial)
+    trial.move(hidden)
     return {path: parameter for path, parameter in own.items() if path in tried.used}
 
 
