@@ -151,6 +151,7 @@ def calibrate(
     step = Step(recipe, inputs, examined, execution, api, progress)
     sets = calibration.calibration_sets(step)
     output.mkdir(parents=True, exist_ok=True)
+    downloading.require_room_for_texts(step, sets, output)
     folders = downloading.everything(step)
     with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
         stores = [output / "importance.json"]
@@ -211,6 +212,7 @@ def merge_models(
     with open_workspace(output, replace=execution.replace or gives_way) as work:
         downloading.require_disk(step, work.folder)
         sets = calibration.calibration_sets(step)  # small files; the weights come after
+        downloading.require_disk(step, work.folder, sets)  # again, now that they are known
         scored, files = _merge(step, sets, work, target.former if target else None)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
         return Merged("merged", work.finish(files), scores, gate)

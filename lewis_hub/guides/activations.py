@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
-from lewis_hub.guides.blocks import Linear, block_lists, linears, matrix
+from lewis_hub.guides.blocks import Linear, block_lists, has_stacks, linears, matrix
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.loading import config_value, load_model
 from lewis_hub.guides.onednn import ByOneDNN
@@ -64,12 +64,13 @@ def measure(
     modules = block_linears(model, name)
     widths = {matrix(module).shape[1] for module in modules.values()}
     measured, kept = [], stored_names(model)
+    grouped = alone if has_stacks(model) else batches
     with threads(whole_shares(widths, torch.get_num_threads())):
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
             ids = torch.tensor([tokens.ids[0][:N_TRIED]])
             products = watched(model, partial(forward, model, Batch(ids, torch.ones_like(ids))))
-            norms = activation_norms(model, name, batches(tokens), advance, products)
+            norms = activation_norms(model, name, grouped(tokens), advance, products)
             found: dict[str, float] = {}
             met = (model.named_parameters(), modules, norms, products, tokens.n_tokens, kept)
             for block in stored_blocks(model, *met):
@@ -229,6 +230,12 @@ def unpadded(batch: Batch) -> Iterator[Batch]:
     for length in sorted(set(lengths.tolist()) - {0}):
         texts = lengths == length
         yield Batch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
+
+
+def alone(tokens: CalibrationTokens) -> Iterator[Batch]:
+    """Batches without padding."""
+    for batch in batches(tokens):
+        yield from unpadded(batch)
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> None:

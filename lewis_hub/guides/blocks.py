@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D
@@ -45,6 +46,20 @@ def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
             if parameter.dim() > 1 and id(parameter) not in owned:
                 found[name] = parameter
     return found
+
+
+def has_stacks(model: nn.Module) -> bool:
+    """Whether the decoder's blocks have stacks of matrices, such as experts that are fused.
+
+    What a convolution owns looks like one, and is none.
+    """
+    found = decoder_blocks(model)
+    return found is not None and any(
+        parameter.dim() == 3 and 1 not in parameter.shape
+        for module in found[1].modules()
+        if not isinstance(module, _ConvNd)
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def matrix(module: Linear) -> Tensor:

@@ -1,7 +1,8 @@
 """Measure a model with one block of it in memory at a time.
 
 All texts run through a block before the next one is read. In memory are, at most, the embeddings
-and a block, twice while it is fused; and of all texts the hidden states, masks and positions.
+and a block, twice while it is fused, and what one batch takes on its way. The hidden states of all
+texts wait on the disk, unless they are few.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.activations import (
     N_TRIED,
     Summary,
+    alone,
     block_linears,
     check_tokens_fit,
     forward,
@@ -26,15 +28,15 @@ from lewis_hub.guides.activations import (
     norms_of,
     require_finite,
     require_seen,
-    unpadded,
 )
-from lewis_hub.guides.blocks import Linear, linears, loose_parameters, matrix
-from lewis_hub.guides.flow import Flow, NotAChainError, beside, enter
+from lewis_hub.guides.blocks import Linear, has_stacks, linears, loose_parameters, matrix
+from lewis_hub.guides.flow import Call, Flow, NotAChainError, beside, enter
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.onednn import ByOneDNN
 from lewis_hub.guides.products import Products
 from lewis_hub.guides.recording import InputSum, OutOfStepError, Recorder
 from lewis_hub.guides.skeleton import Skeleton, skeleton
+from lewis_hub.guides.states import States
 from lewis_hub.guides.stored import stored_blocks, stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
@@ -119,9 +121,13 @@ def visited(
         sets: one or more; weights are read once for all.
         summed: of the inputs of each Linear.
         advance: called with the number of tokens done, as if there were one block.
-        take: what to do with the blocks. It is called anew where it shows on the way that texts
-            have to run without padding, as `activations.input_sums` decides it for a batch.
+        take: what to do with the blocks. It is called anew where it shows no earlier than on the
+            way that texts have to run without padding, as `activations.input_sums` decides it for
+            a batch.
         products: whether to look at what parameters that no Linear owns are multiplied with.
+
+    Raises:
+        OutputError: the disk has no room for the hidden states.
     """
     for tokens in sets:
         check_tokens_fit(made.model, made.name, tokens)
@@ -133,15 +139,9 @@ def visited(
 
     with threads(whole_shares(widths, torch.get_num_threads())):
         try:
-            return visit(batches)
+            return visit(alone if products and has_stacks(made.model) else batches)
         except OutOfStepError:
             return visit(alone)
-
-
-def alone(tokens: CalibrationTokens) -> Iterator[Batch]:
-    """Batches without padding."""
-    for batch in batches(tokens):
-        yield from unpadded(batch)
 
 
 def _visits(
@@ -157,14 +157,14 @@ def _visits(
     loose = loose_parameters(made.model) if products else {}
     ids = torch.tensor([sets[0].ids[0][:N_TRIED]])
     tried = Batch(ids, torch.ones_like(ids))
-    with closing(made.walk()) as walk:
-        next(walk)
-        [trial], *flows = entered(made, [[tried], *(list(grouped(tokens)) for tokens in sets)])
+    groups = [[tried], *(list(grouped(tokens)) for tokens in sets)]
+    with States(made.weights.scratch) as states, closing(made.walk()) as walk:
         for number, block in enumerate(walk):
+            if number == 0:
+                [trial], *flows = entered(made, groups, states)
             inside = f"{made.path}.{number}"
             modules = dict(linears(inside, block))
-            step = partial(run_block, made, number)
-            used = _used(made, number, partial(step, trial), loose) if loose else {}
+            used = _used(made, number, trial, loose) if loose else {}
             if used and grouped is not alone:
                 raise OutOfStepError
             sums, watched = [], []
@@ -175,7 +175,8 @@ def _visits(
                     for flow in texts:
                         recorder.start(flow.batch)
                         with seen or nullcontext():
-                            step(flow)
+                            hidden = run_block(made, number, flow)
+                        flow.move(hidden)
                         recorder.finish()
                         advance(int(flow.batch.attention_mask.sum()))
                 require_finite(recorder.totals, made.name)
@@ -184,29 +185,47 @@ def _visits(
             yield Visit(inside, block, modules, sums, watched)
 
 
-def entered(made: Skeleton, groups: Sequence[Sequence[Batch]]) -> list[list[Flow]]:
-    """All texts before the first block, which has its weights, as all before it has."""
-    run, blocks = partial(forward, made.model), list(made.blocks)
+def entered(made: Skeleton, groups: Sequence[Sequence[Batch]], states: States) -> list[list[Flow]]:
+    """All texts before the first block, which has its weights, as all before it has.
+
+    Raises:
+        OutputError: the disk has no room for their hidden states.
+    """
+    run, blocks, first = partial(forward, made.model), list(made.blocks), groups[0][0]
     with torch.no_grad(), _chain(made):
-        rest = beside(blocks, groups[0][0], run)
-        return [[enter(blocks, batch, run, rest) for batch in group] for group in groups]
+        rest = beside(blocks, first, run)
+
+        def hidden(batch: Batch) -> Tensor:
+            return enter(blocks, batch, run, rest)[0]
+
+        def calls(batch: Batch) -> Sequence[Call]:
+            return enter(blocks, batch, run, rest)[1]
+
+        token_bytes = hidden(first).nbytes // first.input_ids.numel()
+        n_tokens = sum(batch.input_ids.numel() for group in groups for batch in group)
+        states.require_room(token_bytes * n_tokens)
+        return [
+            [Flow(batch, states, states.add(hidden(batch)), calls) for batch in group]
+            for group in groups
+        ]
 
 
-def run_block(made: Skeleton, number: int, flow: Flow) -> None:
-    """Bring texts from one block, which has its weights, to the next."""
-    with torch.no_grad(), ByOneDNN(), _chain(made):
-        flow.step(number, made.blocks[number])
+def run_block(made: Skeleton, number: int, flow: Flow) -> Tensor:
+    """Hidden states of texts after a block, which has its weights; they stay before it."""
+    with torch.no_grad(), _chain(made):
+        call = flow.call(number)
+        with ByOneDNN():
+            return call.run(made.blocks[number], flow.hidden)
 
 
-def _used(
-    made: Skeleton, number: int, run: Callable[[], None], loose: Collection[str]
-) -> dict[str, Tensor]:
-    """The block's parameters that no Linear owns, the `loose` ones, and that `run` multiplies."""
+def _used(made: Skeleton, number: int, trial: Flow, loose: Collection[str]) -> dict[str, Tensor]:
+    """The block's `loose` parameters that `trial` is multiplied with on its way to the next."""
     inside = f"{made.path}.{number}"
     named = made.blocks[number].named_parameters(prefix=inside)
     own = {path: parameter for path, parameter in named if path in loose}
     with Products(own) as tried:
-        run()
+        hidden = run_block(made, number, trial)
+    trial.move(hidden)
     return {path: parameter for path, parameter in own.items() if path in tried.used}
 
 

@@ -1,7 +1,8 @@
 """Texts on their way through a decoder, one block after the other.
 
-The decoder's own loop runs once, with blocks that hand on what they are given. It tells what each
-block is called with beside the hidden states: masks and positions may differ by the kind of block.
+The decoder's own loop runs with blocks that hand on what they are given. It tells what each block
+is called with beside the hidden states: masks and positions may differ by the kind of block. It
+runs anew before every block, for that costs little, and masks of all texts would take much memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lewis_hub.guides.states import States
 from lewis_hub.guides.tokens import Batch
 
 SEVERAL = (tuple, list)  # that a block may return, the hidden states first; no class of its own
@@ -45,17 +47,32 @@ class Call:
         return _hidden(returned)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Flow:
-    """Texts that have come to a block: `hidden` is (n_texts, n_tokens, width), its input."""
+    """Texts that have come to a block.
+
+    Attributes:
+        states: hold its input, (n_texts, n_tokens, width), under `number`.
+        calls: what each block is called with, of texts.
+    """
 
     batch: Batch
-    hidden: Tensor
-    calls: Sequence[Call]  # one a block
+    states: States
+    number: int
+    calls: Callable[[Batch], Sequence[Call]]
 
-    def step(self, number: int, block: nn.Module) -> None:
-        """Run through the next block."""
-        self.hidden = self.calls[number].run(block, self.hidden)
+    def call(self, number: int) -> Call:
+        """What a block is called with beside the hidden states."""
+        return self.calls(self.batch)[number]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The input of the block; a copy."""
+        return self.states.read(self.number)
+
+    def move(self, hidden: Tensor) -> None:
+        """Come to the next block, whose input it is."""
+        self.states.write(self.number, hidden)
 
 
 def beside(blocks: Sequence[nn.Module], batch: Batch, run: Run) -> tuple[Any, ...] | None:
@@ -83,7 +100,7 @@ def beside(blocks: Sequence[nn.Module], batch: Batch, run: Run) -> tuple[Any, ..
 
 def enter(
     blocks: Sequence[nn.Module], batch: Batch, run: Run, rest: tuple[Any, ...] | None
-) -> Flow:
+) -> tuple[Tensor, list[Call]]:
     """Bring texts to the first block, and see what all of them are called with.
 
     Args:
@@ -91,6 +108,9 @@ def enter(
         batch: texts.
         run: the model, in which all that is not in a block has its weights.
         rest: from `beside`.
+
+    Returns:
+        The input of the first block, and a call for each block.
 
     Raises:
         NotAChainError: a block is left out, called twice, called with anything that the one before
@@ -116,7 +136,7 @@ def enter(
         run(batch)
     if len(calls) != len(blocks):
         raise NotAChainError
-    return Flow(batch, hiddens[0], calls)
+    return hiddens[0], calls
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 
 from torch import Tensor
@@ -57,7 +57,7 @@ def levels(merged: Skeleton, number: int, trial: Flow) -> list[list[str]]:
     """
     order = Order()
     with hooked(dict(linears("", merged.blocks[number])), order):
-        run_block(merged, number, replace(trial))
+        run_block(merged, number, trial)
     n_tokens = trial.batch.input_ids.numel()
     paired = [[path for path in one if order.n_rows[path] == [n_tokens]] for one in order.levels]
     return [level for level in paired if level]
@@ -114,7 +114,7 @@ def seen_apart(
     with hooked({path: modules[path] for path in paths}, recorder):
         for pair in pairs:
             recorder.start(pair.own.batch)
-            run_block(expert, number, replace(pair.own))
+            run_block(expert, number, pair.own)
             recorder.finish()
     require_finite(recorder.totals, expert.name)
     return {path: Seen(one.mean()) for path, one in recorder.totals.items()}
@@ -129,7 +129,7 @@ def _handed(made: Skeleton, number: int, flow: Flow, path: str) -> Tensor:
     module = dict(linears("", made.blocks[number]))[path]
     with hooked({path: module}, first):
         try:
-            run_block(made, number, replace(flow))
+            run_block(made, number, flow)
         except HandedError as handed:
             x, mask = handed.x, flow.batch.attention_mask.flatten().bool()
             rows = x.detach().reshape(-1, x.shape[-1])

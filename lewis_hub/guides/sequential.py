@@ -7,7 +7,7 @@ are fitted and put in before the input of o is looked at. A module that sees cho
 such as a routed expert, has no x beside each z: there E[z z^T] is all.
 
 In memory are what `by_block` holds of the merged model and of every expert, and the moments of one
-level.
+level; on the disk the hidden states of all texts, twice.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import NotByBlockError
-from lewis_hub.guides.activations import N_TRIED, check_tokens_fit
+from lewis_hub.guides.activations import N_TRIED, alone, check_tokens_fit
 from lewis_hub.guides.blocks import linears
-from lewis_hub.guides.by_block import Grouped, alone, entered, run_block
+from lewis_hub.guides.by_block import Grouped, entered, run_block
 from lewis_hub.guides.flow import Flow
 from lewis_hub.guides.grams import n_inputs, save_whole
 from lewis_hub.guides.handed import Pair, Seen, levels, seen_apart, seen_beside
 from lewis_hub.guides.recording import OutOfStepError
 from lewis_hub.guides.skeleton import Skeleton, skeleton
+from lewis_hub.guides.states import States
 from lewis_hub.guides.stored import stored_names
 from lewis_hub.guides.threads import threads, whole_shares
 from lewis_hub.guides.tokens import Batch, CalibrationTokens, batches
@@ -105,6 +106,7 @@ def fit(  # noqa: PLR0913
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
         NotByBlockError: one cannot be run block by block, or not beside the merged model.
+        OutputError: the disk has no room for the hidden states.
     """
     made, experts = skeleton(merged, device), [skeleton(one.weights, device) for one in texts]
     for expert, one in zip(experts, texts, strict=True):
@@ -143,35 +145,35 @@ def _fitted(told: Fit, texts: Sequence[Texts], advance: Advance) -> list[Path]:
     advance = shared(advance, len(told.merged.blocks))
     files = []
     with ExitStack() as opened:
+        states = opened.enter_context(States(told.folder))
         walks = [opened.enter_context(closing(one.walk())) for one in (told.merged, *told.experts)]
-        for walk in walks:
-            next(walk)
-        trial, pairs = _entered(told, texts)
         for number, _ in enumerate(zip(*walks, strict=True)):
+            if number == 0:
+                trial, pairs = _entered(told, texts, states)
             file = told.folder / DONE[told.grouped].format(number)
             if file.exists():
                 _put(told, number, load_file(file))
             elif found := _fit_block(told, number, trial, pairs):
                 save_whole(found, file)
             files += [file] if file.exists() else []
-            run_block(told.merged, number, trial)
+            trial.move(run_block(told.merged, number, trial))
             for expert, own_pairs in zip(told.experts, pairs, strict=True):
                 for pair in own_pairs:
-                    run_block(expert, number, pair.own)
-                    run_block(told.merged, number, pair.merged)
+                    pair.own.move(run_block(expert, number, pair.own))
+                    pair.merged.move(run_block(told.merged, number, pair.merged))
                     advance(int(pair.own.batch.attention_mask.sum()))
     return files
 
 
-def _entered(told: Fit, texts: Sequence[Texts]) -> tuple[Flow, list[list[Pair]]]:
+def _entered(told: Fit, texts: Sequence[Texts], states: States) -> tuple[Flow, list[list[Pair]]]:
     """A few tokens in the merged model; and of each expert all texts, in both."""
     ids = torch.tensor([texts[0].merged.ids[0][:N_TRIED]])
     tried = Batch(ids, torch.ones_like(ids))
     groups = [[tried], *(list(told.grouped(one.merged)) for one in texts)]
-    [trial], *merged = entered(told.merged, groups)
+    [trial], *merged = entered(told.merged, groups, states)
     pairs = []
     for expert, one, flows in zip(told.experts, texts, merged, strict=True):
-        [own] = entered(expert, [list(told.grouped(one.own))])
+        [own] = entered(expert, [list(told.grouped(one.own))], states)
         pairs.append([Pair(*both) for both in zip(own, flows, strict=True)])
     return trial, pairs
 

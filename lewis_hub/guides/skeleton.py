@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,20 +88,14 @@ class Skeleton:
     def walk(self) -> Generator[nn.Module, None, None]:
         """The blocks of the decoder in order, each with its weights until the next is asked for.
 
-        The first comes twice: at first together with what the body has outside all lists of blocks,
-        such as embeddings, then alone. Close it.
+        What the body has outside all lists of blocks, such as embeddings, has them all the while.
+        Close it.
         """
         around = _surroundings(self.model)
-        first, *others = ((f"{self.path}.{number}.",) for number in range(len(self.blocks)))
-        wanted = [self._tensors(prefixes) for prefixes in (around, first, *others)]
-        with closing(self.weights.parts(wanted)) as parts:
-            with ExitStack() as beside:
-                beside.enter_context(self._brought(around, parts))
-                with self._brought(first, parts):
-                    yield self.blocks[0]
-                    beside.close()
-                    yield self.blocks[0]
-            for block, prefixes in zip(self.blocks[1:], others, strict=True):
+        inside = [(f"{self.path}.{number}.",) for number in range(len(self.blocks))]
+        wanted = [self._tensors(prefixes) for prefixes in (around, *inside)]
+        with closing(self.weights.parts(wanted)) as parts, self._brought(around, parts):
+            for block, prefixes in zip(self.blocks, inside, strict=True):
                 with self._brought(prefixes, parts):
                     yield block
 

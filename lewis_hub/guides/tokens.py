@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+TOGETHER = 2048  # tokens of a batch, padding included; a longer text stands alone
 BATCH = 32  # tokens: what a batch more costs, in what a forward takes for each token
 
 
@@ -202,7 +203,7 @@ def _token_ids(
     return typing.cast("list[list[int]]", encoded["input_ids"])
 
 
-def batches(tokens: CalibrationTokens, budget_tokens: int = 2048) -> Iterator[Batch]:
+def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[Batch]:
     """Group the texts by length, longest first, so that less is padding than a batch more costs.
 
     Args:

@@ -51,14 +51,15 @@ def brought(step: Step, subject: Subject, folders: Folders, scratch: Path) -> Su
         return replace(subject, weights=_on_the_way(step, source, folders, scratch))
     folder = loadable(step, source, folders, scratch)
     placed = replace(subject, folder=folder)
-    return in_memory(placed, step.examined.checkpoints[source.pinned], step.execution.loading)
+    checkpoint = step.examined.checkpoints[source.pinned]
+    return in_memory(placed, checkpoint, step.execution.loading, scratch)
 
 
-def in_memory(subject: Subject, checkpoint: Checkpoint, loading: Loading) -> Subject:
+def in_memory(subject: Subject, checkpoint: Checkpoint, loading: Loading, scratch: Path) -> Subject:
     """The same subject, of a complete folder, block by block where that must be or is better."""
     must_be = loading.is_by_block(checkpoint)
     by_block = must_be or loading.is_less_by_block(checkpoint, subject.n_tokens)
-    weights = in_folder(subject.source, subject.folder) if by_block else None
+    weights = in_folder(subject.source, subject.folder, scratch) if by_block else None
     return replace(subject, weights=weights, may_be_whole=not must_be)
 
 
@@ -87,7 +88,7 @@ def _on_the_way(step: Step, source: Source, folders: Folders, scratch: Path) -> 
             for tensors in lists:
                 yield _part(tensors, reader, window)
 
-    return Weights(folder, checkpoint, parts, REMEDY)
+    return Weights(folder, checkpoint, parts, REMEDY, scratch)
 
 
 def _part(tensors: Sequence[TensorHeader], reader: Reader, window: Window) -> dict[str, Tensor]:

@@ -54,8 +54,9 @@ class CheckReport:
         notes: what a user should know and need not answer.
         download_bytes: what is not in the cache yet.
         disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its twins, statistics and each source that is written out for that; pickles as
-            safetensors.
+            scored its twins, statistics, each source that is written out for that, and
+            `states_bytes`; pickles as safetensors.
+        states_bytes: at most, of the hidden states of calibration texts: none where they are few.
         memory_bytes: at most, of the largest step.
     """
 
@@ -65,6 +66,7 @@ class CheckReport:
     download_bytes: int
     output_bytes: int
     disk_bytes: int
+    states_bytes: int
     memory_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +143,8 @@ def examine(
         ),
         download_bytes=sum(bytes_to_download(api, source) for source in inputs.models),
         output_bytes=needed.output_bytes,
-        disk_bytes=needed.disk_bytes,
+        disk_bytes=needed.disk_bytes + needed.states_bytes,
+        states_bytes=needed.states_bytes,
         memory_bytes=needed.memory_bytes,
     )
     return Examined(report, checkpoints, facts, tokens)

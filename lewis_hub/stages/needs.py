@@ -10,6 +10,7 @@ from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.layout import DTYPES
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides import registry as guides
+from lewis_hub.guides import weights
 from lewis_hub.guides.grams import HELD_BYTES, WIDEST, n_entries
 from lewis_hub.hub.fetch import weight_files
 from lewis_hub.merge.fused import AVERAGED, FUSED
@@ -17,7 +18,14 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe import Recipe
 from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.stages.evaluation import has_uniform_twin, n_twins
-from lewis_hub.stages.loading import Loading, blocks_bytes, texts_bytes
+from lewis_hub.stages.loading import (
+    Loading,
+    batch_bytes,
+    blocks_bytes,
+    most_tokens,
+    on_disk_bytes,
+    states_bytes,
+)
 from lewis_hub.stages.sources import (
     Inputs,
     calibrations,
@@ -38,12 +46,14 @@ class Needs:
     """Bytes.
 
     Attributes:
-        disk_bytes: beside the download.
+        disk_bytes: beside the download and the hidden states.
+        states_bytes: of hidden states on the disk, at most, while models are measured.
         memory_bytes: at most, of the largest step.
     """
 
     output_bytes: int
     disk_bytes: int
+    states_bytes: int
     memory_bytes: int
 
 
@@ -71,6 +81,7 @@ def needs(
     return Needs(
         output_bytes,
         disk_bytes + sum(pickles.values()),
+        on_disk_bytes(recipe, most_tokens(recipe), checkpoints.values(), loading),
         max(
             _merging_bytes(recipe, output, tuple(checkpoints.values())),
             _scoring_bytes(recipe, (output, *checkpoints.values()), largest_pickle_bytes),
@@ -189,8 +200,8 @@ def _measuring_bytes(
         if loading.is_by_block(one):
             n_blocks = len({names.block(name) for name in one.tensors} - {None})
             held_bytes //= max(n_blocks, 1)
-            texts = texts_bytes(set(calibrations(recipe)), one)
-            found.append(blocks_bytes(one) + texts + held_bytes)
+            held_bytes += _texts_bytes(recipe, one, sum(most_tokens(recipe).values()))
+            found.append(blocks_bytes(one) + held_bytes)
         else:
             model_bytes = 4 * sum(t.n_elements for t in one.tensors.values())
             with_grams = model_bytes + min(HELD_BYTES, held_bytes)
@@ -199,10 +210,18 @@ def _measuring_bytes(
 
 
 def _fitting_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
-    """Blocks of all models at once, each expert's texts twice, and moments of two kinds.
+    """Blocks of all models at once, one batch of texts, and moments of two kinds.
 
     `checkpoints` are the output's and those of all sources.
     """
     blocks = sum(map(blocks_bytes, checkpoints))
-    texts = 2 * max(texts_bytes(calibrations(recipe), one) for one in checkpoints)
+    drawn = most_tokens(recipe)
+    n_tokens = 2 * sum(drawn[one] for one in calibrations(recipe))
+    texts = max(_texts_bytes(recipe, one, n_tokens) for one in checkpoints)
     return TORCH_BYTES + blocks + texts + 2 * _solving_bytes(checkpoints[0], len(checkpoints))
+
+
+def _texts_bytes(recipe: Recipe, checkpoint: Checkpoint, n_tokens: int) -> int:
+    """One batch, and the hidden states of all texts as far as they are not on the disk."""
+    held_bytes = min(states_bytes(checkpoint, n_tokens), weights.HELD_BYTES)
+    return batch_bytes(calibrations(recipe), checkpoint) + held_bytes

@@ -26,7 +26,7 @@ from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.recipe import Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.stages import calibration, merging, publishing, reporting
-from lewis_hub.stages.downloading import small_files
+from lewis_hub.stages.downloading import require_room_for_texts, small_files
 from lewis_hub.stages.gathering import gather
 from lewis_hub.stages.needs import statistics_bytes
 from lewis_hub.stages.publishing import Destination
@@ -96,7 +96,7 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
     Raises:
         CalibrationError: a source cannot be measured block by block.
         CheckpointError: a source is broken, or holds NaN or infinity.
-        OutputError: there is not enough room for two shards.
+        OutputError: there is not enough room for two shards, or for the texts' hidden states.
         PublishError: the repo is as it was before, or holds nothing yet where it is new; or lacks
             the tag alone.
         RecipeError: the guide has to load whole models.
@@ -114,6 +114,7 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
     guidance, gathered = None, Gathered()
     if step.recipe.guide:
         _require_by_block(step, sets, folders, stores)
+    require_room_for_texts(step, sets, work.scratch)
     _require_statistics_fit(step, work.scratch)
     if step.recipe.guide:
         with costs.measure("calibrate", fetched):

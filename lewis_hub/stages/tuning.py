@@ -137,7 +137,7 @@ def tune(
     objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
-        downloading.require_disk(step, output)
+        downloading.require_disk(step, output, sets)
         folders = downloading.everything(step)
         tuner = Tuner(step, space, objective, folders, sets, output, Path(scratch))
         for one in _by_guide(corners).values():  # here, where it is told how far it is

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides import activations, by_block
+from lewis_hub.guides import activations, by_block, states
 from lewis_hub.guides.by_block import Visit, visited
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.flow import NotAChainError, enter
@@ -118,7 +119,7 @@ def test_half_precision_files_are_computed_in_float32_as_they_are_whole(llama, t
 
 def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts, saved):
     folder = saved(llama)
-    present = []
+    present, outside = [], {"model.embed_tokens.weight", "model.norm.weight"}
 
     held = in_folder("tiny", folder)
     read: list[str] = []
@@ -136,7 +137,9 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
     def take(visits: Iterator[Visit]) -> None:
         for _ in visits:
             loaded = {name for name, one in made.model.named_parameters() if not one.is_meta}
-            present.append({name.rpartition(".layers.")[2].split(".")[0] for name in loaded})
+            assert outside < loaded
+            inside = loaded - outside
+            present.append({name.rpartition(".layers.")[2].split(".")[0] for name in inside})
 
     visited(made, [texts, texts], sum_of_squares, nothing, take, products=True)
     left = [name for name, one in made.model.named_parameters() if not one.is_meta]
@@ -145,6 +148,39 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
     assert left == []
     stored = load_file(folder / "model.safetensors")
     assert sorted(read) == sorted(stored.keys() - {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_a_model_of_experts_is_read_once_too(any_architecture, name, texts, saved):
+    held, read = in_folder("tiny", saved(any_architecture(name))), list[str]()
+
+    def parts(lists: Sequence[Sequence[TensorHeader]]) -> Generator[dict[str, Tensor], None, None]:
+        for part in held.parts(lists):
+            read.extend(part)
+            yield part
+
+    by_block.measure(replace(held, parts=parts), [texts, texts], "cpu", nothing)
+
+    assert sorted(read) == sorted(held.checkpoint.tensors.keys() - {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek", "gemma3"])
+def test_states_that_lie_on_the_disk_change_no_bit(
+    any_architecture, name, texts, saved, monkeypatch, tmp_path
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    weights = in_folder("tiny", saved(any_architecture(name)), scratch)
+    in_memory = by_block.measure(weights, [texts, texts], "cpu", nothing)
+
+    monkeypatch.setattr(states, "HELD_BYTES", 1)
+    rolled, roll = [], SpooledTemporaryFile.rollover
+    monkeypatch.setattr(
+        SpooledTemporaryFile, "rollover", lambda file: (rolled.append(1), roll(file))
+    )
+    assert by_block.measure(weights, [texts, texts], "cpu", nothing) == in_memory
+    assert rolled
+    assert list(scratch.iterdir()) == []
 
 
 def test_progress_tells_every_token_once(llama, texts, saved):
@@ -252,12 +288,12 @@ def test_each_block_keeps_what_it_was_called_with():
         for block, mask in zip(blocks, masks, strict=True):
             hidden = block(input1=hidden, input2=mask)
 
-    flow = enter(blocks, Batch(ids, ids), run, None)
-    assert flow.hidden is x
-    for number, block in enumerate(blocks):
-        flow.step(number, block)
+    hidden, calls = enter(blocks, Batch(ids, ids), run, None)
+    assert hidden is x
+    for call, block in zip(calls, blocks, strict=True):
+        hidden = call.run(block, hidden)
 
-    assert torch.equal(flow.hidden, blocks[1](blocks[0](x, masks[0]), masks[1]))
+    assert torch.equal(hidden, blocks[1](blocks[0](x, masks[0]), masks[1]))
 
 
 def test_missing_weights_are_an_error_before_any_is_read(llama, texts, saved):
