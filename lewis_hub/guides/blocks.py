@@ -49,14 +49,14 @@ def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_stacks(model: nn.Module) -> bool:
-    """Whether the decoder's blocks have stacks of matrices, such as experts that are fused.
+    """Whether a model's blocks have stacks of matrices, such as experts that are fused.
 
     What a convolution owns looks like one, and is none.
     """
-    found = decoder_blocks(model)
-    return found is not None and any(
+    return any(
         parameter.dim() == 3 and 1 not in parameter.shape
-        for module in found[1].modules()
+        for blocks in block_lists(model).values()
+        for module in blocks.modules()
         if not isinstance(module, _ConvNd)
         for parameter in module.parameters(recurse=False)
     )
