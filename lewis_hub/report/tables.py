@@ -116,7 +116,7 @@ def calibration(facts: CardFacts) -> str | None:
 def _tokens(expert: SourceImportance | Measured) -> str:
     """How many counted, and how many of them are padding where that does."""
     in_texts: Any = expert.calibration.get("n_tokens")
-    if isinstance(expert, Measured) or expert.n_tokens == in_texts:
+    if isinstance(expert, Measured) or in_texts in (None, expert.n_tokens):
         return _count(in_texts)
     return f"{expert.n_tokens:,} counted, {expert.n_tokens - in_texts:,} of them padding"
 

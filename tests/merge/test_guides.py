@@ -281,7 +281,7 @@ guide:
   gamma: 0.4
   epsilon: 0.6
   mean_density: 0.45
-  calibration: {dataset: texts.jsonl, text: "{text}", samples: 4}
+  calibration: {dataset: texts.jsonl, text: "{text}", samples: 4, max_tokens: 64}
 """
 
 

@@ -244,6 +244,7 @@ parameters: {lambda: 1.1, normalize: true, int8_mask: true, rescale: true}
 }
 
 
+TRIM = {"trim": "magnitude", "trim_exponent": 1.0}  # not in mergekit
 MEANT = {  # at a quarter of the depth of Q: options, and settings that some expert has
     "slerp": ({"t": 0.5}, {}),
     "nearswap": ({"t": 1e-4}, {}),
@@ -253,11 +254,11 @@ MEANT = {  # at a quarter of the depth of Q: options, and settings that some exp
     "multislerp": ({"eps": 1e-8, "normalize_weights": False}, {"weight": [0.5, 0.5]}),
     "karcher": ({"max_iter": 100, "tol": 1e-9}, {}),
     "della": (
-        {"lambda": 1.1, "normalize": True, "rescale": True},
+        {"lambda": 1.1, "normalize": True, "rescale": True, **TRIM},
         {"weight": [0.6, 0.4], "density": [0.55, 0.5], "epsilon": [0.1, 0.2]},
     ),
     "della_linear": (
-        {"lambda": 1.0, "normalize": False, "rescale": True},
+        {"lambda": 1.0, "normalize": False, "rescale": True, **TRIM},
         {"weight": [1, 1], "density": [0.7, 0.7], "epsilon": [0.05, 0.05]},
     ),
     "breadcrumbs": (
