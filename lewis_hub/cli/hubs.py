@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OWN_MODELS = """
 With your own models, the same three commands:
-  lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task TASK --calibration DATASET
+  lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
   lewis-hub check
   lewis-hub merge --push --repo YOUR-NAME/YOUR-MERGE"""
 
