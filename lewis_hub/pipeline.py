@@ -279,7 +279,8 @@ def _merge(
             known_in = (work.scratch, work.output / "lewis", beside)
             stores = [folder / "importance.json" for folder in known_in]
             stores += standing.published_importance(former, step.api, work.scratch)
-            guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+            left = gathering.wanted(step, sets, folders, work.scratch)
+            guidance = calibration.guide(step, sets, folders, work.scratch, stores, left)
     schedule = guidance.schedule if guidance else None
     known = partial(gathering.gather, step, sets, folders, work.scratch)
     if needs_grams(step.recipe):

@@ -141,6 +141,46 @@ def test_an_interrupted_merge_takes_up_its_statistics(api, tmp_path):
     assert bytes_of(found) == bytes_of(whole)
 
 
+@pytest.mark.parametrize(
+    "text", [RECIPE + GUIDE, PLAIN + TRIM.replace("density: 0.2, ", "") + GUIDE]
+)
+def test_a_guides_pass_leaves_the_statistics_that_a_pass_of_their_own_would(
+    api, tmp_path, monkeypatch, text
+):
+    monkeypatch.chdir(tmp_path)
+    both, known = Told(), Told()
+
+    found = merge(tmp_path / "both", text, progress=both)
+
+    lewis_hub.calibrate(recipe(text), "importance")
+    apart = merge(tmp_path / "apart", text, progress=known)
+    n_tokens = known.totals["Gathering statistics"]
+    assert both.totals["Gathering statistics"] == known.totals["Calibrating"] == 0
+    assert both.totals["Calibrating"] == 2 * n_tokens > 2000  # once through the base too
+    assert bytes_of(found) == bytes_of(apart)
+    locks = [json.loads((one / "lewis" / "lock.json").read_text()) for one in (found, apart)]
+    assert locks[0] == locks[1]
+
+
+def test_a_guides_pass_that_was_interrupted_leaves_the_statistics_of_what_it_measured(
+    api, tmp_path
+):
+    whole = Told()
+    expected = merge(tmp_path / "whole", RECIPE + GUIDE, progress=whole)
+    n_tokens, rerun = whole.totals["Calibrating"], Told()
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", RECIPE + GUIDE, progress=Told("Calibrating", 0.9 * n_tokens))
+    scratch = tmp_path / "out.partial" / ".scratch" / "statistics"
+    assert len(list(scratch.rglob("grams.json"))) == 1
+    assert len({path.parent for path in scratch.rglob("*.safetensors")}) == 2
+
+    found = merge(tmp_path / "out", RECIPE + GUIDE, progress=rerun)
+
+    assert 0 < rerun.totals["Calibrating"] < n_tokens / 3
+    assert rerun.totals["Gathering statistics"] == 0
+    assert bytes_of(found) == bytes_of(expected)
+
+
 def test_other_texts_are_gathered_anew_and_give_other_weights(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", RECIPE, progress=Told("Merging"))

@@ -47,6 +47,7 @@ WAYS = {
     "lewis": "merge_method: ties\nguide: {name: lewis}\n",
     "magnitude": "merge_method: ties\nguide: {name: magnitude}\n",
     "regmean": "merge_method: regmean\n",
+    "guided regmean": "merge_method: regmean\nguide: {name: lewis}\n",
     "in sequence": "merge_method: regmean\nparameters: {inputs: merged}\n",
     "trim": "merge_method: ties\nparameters: {density: 0.3, trim: activation}\n",
 }
@@ -58,6 +59,7 @@ MEASURED = {  # what is fetched for that
     "lewis": {"calibrate": 3 * MODEL_BYTES},
     "magnitude": {"calibrate": 2 * 2 * BLOCKS_BYTES},  # of each expert and the base
     "regmean": {"gather": 2 * MODEL_BYTES},
+    "guided regmean": {"calibrate": 3 * MODEL_BYTES, "gather": 0},
     "in sequence": {  # experts, and the merge of base and experts; then all but the matrices
         "gather": 5 * MODEL_BYTES,
         "merge": 3 * (MODEL_BYTES - BLOCKS_BYTES),
@@ -81,6 +83,7 @@ def recipe(way, text=RECIPE):
     [
         "lewis",
         "in sequence",
+        "guided regmean",
         *(pytest.param(w, marks=pytest.mark.slow) for w in ("magnitude", "regmean", "trim")),
     ],
 )
@@ -97,7 +100,7 @@ def test_what_is_measured_on_the_way_gives_the_bytes_of_a_local_merge(api, hub, 
     merged = on_disk(tmp_path / "merged")
     assert published(hub).keys() == merged.keys()
     assert apart_from_costs(published(hub)) == apart_from_costs(merged)
-    assert ("lewis/importance.json" in merged) == (way in {"lewis", "magnitude"})
+    assert ("lewis/importance.json" in merged) == (way in {"lewis", "magnitude", "guided regmean"})
 
 
 @pytest.mark.slow

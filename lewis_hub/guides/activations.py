@@ -259,13 +259,14 @@ def forward(model: PreTrainedModel, batch: Batch) -> None:
 
 
 @contextmanager
-def hooked(modules: Mapping[str, Linear], recorder: Sees) -> Iterator[None]:
-    """Let a recorder see the inputs of modules, by their paths, for the time being."""
+def hooked(modules: Mapping[str, Linear], *recorders: Sees) -> Iterator[None]:
+    """Let recorders see the inputs of modules, by their paths, for the time being."""
     handles = []
     try:
         for path, module in modules.items():
-            hook = _input_hook(path, recorder)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            for recorder in recorders:
+                hook = _input_hook(path, recorder)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -31,6 +31,7 @@ from lewis_hub.guides.activations import (
 )
 from lewis_hub.guides.blocks import Linear, has_stacks, linears, loose_parameters, matrix
 from lewis_hub.guides.flow import Call, Flow, NotAChainError, beside, enter
+from lewis_hub.guides.grams import ModuleGram, Wanted, second_moments, write_blocks, write_index
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.onednn import ByOneDNN
 from lewis_hub.guides.products import Products
@@ -55,14 +56,14 @@ class Visit:
     Attributes:
         path: of the block.
         modules: path -> Linear of the block.
-        sums: for each calibration set, path -> the sum over its tokens.
+        sums: for each calibration set and each statistic, path -> the sum over its tokens.
         products: for each set, what parameters that no Linear owns were multiplied with.
     """
 
     path: str
     block: nn.Module
     modules: Mapping[str, Linear]
-    sums: Sequence[Mapping[str, InputSum]]
+    sums: Sequence[Sequence[Mapping[str, InputSum]]]
     products: Sequence[Products | None]
 
 
@@ -72,8 +73,18 @@ def measure(
     device: str,
     advance: Advance,
     summarise: Summary = importances,
+    wanted: Wanted | None = None,
 ) -> list[dict[str, float]]:
     """What `activations.measure` returns, of a model that is never in memory as a whole.
+
+    Args:
+        weights: of the model.
+        sets: one or more, one where second moments are wanted; weights are read once for all.
+        device: as torch names it.
+        advance: called with the number of tokens done.
+        summarise: makes one number a module of weights and activation norms.
+        wanted: second moments to leave, in the bytes of `gather_grams`. Where texts run without
+            padding here none are left: there they may run with it, and sums are rounded otherwise.
 
     Raises:
         CalibrationModelError: as there.
@@ -83,7 +94,7 @@ def measure(
 
     def of_block(visit: Visit, n_set: int) -> dict[str, float]:
         n_tokens = sets[n_set].n_tokens
-        norms, products = norms_of(visit.sums[n_set], n_tokens), visit.products[n_set]
+        norms, products = norms_of(visit.sums[n_set][0], n_tokens), visit.products[n_set]
         parameters = visit.block.named_parameters(prefix=visit.path)
         met = (parameters, visit.modules, norms, products, n_tokens, kept)
         found: dict[str, float] = {}
@@ -93,22 +104,31 @@ def measure(
 
     def measured(visits: Iterator[Visit]) -> list[dict[str, float]]:
         found: list[dict[str, float]] = [{} for _ in sets]
+        grams: dict[str, ModuleGram] = {}
         for visit in visits:
+            if wanted:
+                for moments in visit.sums[0][1:]:
+                    grams |= write_blocks(moments, visit.modules, kept, wanted.folder)
             for n_set, one in enumerate(found):
                 one |= of_block(visit, n_set)
         for one in found:
             require_seen(one, made.name)
+        if wanted and grams:
+            write_index(grams, wanted)
         return found
 
     made = skeleton(weights, device)
     kept = stored_names(made.model)
-    return visited(made, sets, sum_of_squares, advance, measured, products=True)
+    summed: list[Summed] = [sum_of_squares]
+    if wanted:
+        summed.append(partial(second_moments, widest=wanted.widest))
+    return visited(made, sets, summed, advance, measured, products=True)
 
 
 def visited(
     made: Skeleton,
     sets: Sequence[CalibrationTokens],
-    summed: Summed,
+    summed: Sequence[Summed],
     advance: Advance,
     take: Callable[[Iterator[Visit]], Found],
     *,
@@ -119,7 +139,8 @@ def visited(
     Args:
         made: the model.
         sets: one or more; weights are read once for all.
-        summed: of the inputs of each Linear.
+        summed: one or more, of the inputs of each Linear; where texts run without padding the
+            first alone.
         advance: called with the number of tokens done, as if there were one block.
         take: what to do with the blocks. It is called anew where it shows no earlier than on the
             way that texts have to run without padding, as `activations.input_sums` decides it for
@@ -134,7 +155,8 @@ def visited(
     widths = {matrix(module).shape[1] for module in block_linears(made.model, made.name).values()}
 
     def visit(grouped: Grouped) -> Found:
-        with closing(_visits(made, sets, grouped, summed, advance, products=products)) as visits:
+        of = summed[:1] if grouped is alone else summed
+        with closing(_visits(made, sets, grouped, of, advance, products=products)) as visits:
             return take(visits)
 
     with threads(whole_shares(widths, torch.get_num_threads())):
@@ -148,7 +170,7 @@ def _visits(
     made: Skeleton,
     sets: Sequence[CalibrationTokens],
     grouped: Grouped,
-    summed: Summed,
+    summed: Sequence[Summed],
     advance: Advance,
     *,
     products: bool,
@@ -169,18 +191,21 @@ def _visits(
                 raise OutOfStepError
             sums, watched = [], []
             for texts in flows:
-                recorder = Recorder(summed)
+                recorders = [Recorder(one) for one in summed]
                 seen = Products(used) if used else None
-                with hooked(modules, recorder):
+                with hooked(modules, *recorders):
                     for flow in texts:
-                        recorder.start(flow.batch)
+                        for recorder in recorders:
+                            recorder.start(flow.batch)
                         with seen or nullcontext():
                             hidden = run_block(made, number, flow)
                         flow.move(hidden)
-                        recorder.finish()
+                        for recorder in recorders:
+                            recorder.finish()
                         advance(int(flow.batch.attention_mask.sum()))
-                require_finite(recorder.totals, made.name)
-                sums.append(recorder.totals)
+                for recorder in recorders:
+                    require_finite(recorder.totals, made.name)
+                sums.append([recorder.totals for recorder in recorders])
                 watched.append(seen)
             yield Visit(inside, block, modules, sums, watched)
 

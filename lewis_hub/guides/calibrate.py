@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.aim import evenness
+from lewis_hub.guides.grams import Wanted, read_grams
 from lewis_hub.guides.importance import (
     ImportanceProfile,
     Role,
@@ -64,6 +65,8 @@ class Subject:
         weights: of one that is measured block by block where that can be; not for all measures.
             None: it is loaded whole from `folder`.
         may_be_whole: whether it is loaded whole where it cannot be measured so.
+        wanted: second moments that the pass of one with a single set leaves too, where it goes
+            block by block and they are not there.
     """
 
     source: str  # repo@sha, or the folder as written
@@ -74,6 +77,7 @@ class Subject:
     against: Place | None = None
     weights: Weights | None = None
     may_be_whole: bool = False
+    wanted: Wanted | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -158,8 +162,9 @@ def _measured(
         expert = Place(subject.source, subject.folder)
         return shifts.measure(subject.against, expert, tokens, device, advance)
     name, summarise = subject.source, SUMMARIES[how]
+    wanted = None if subject.wanted and read_grams(subject.wanted) else subject.wanted
     return subject.measured(
-        lambda weights: by_block.measure(weights, tokens, device, advance, summarise),
+        lambda weights: by_block.measure(weights, tokens, device, advance, summarise, wanted),
         lambda: activations.measure(subject.folder, name, tokens, device, advance, summarise),
     )
 

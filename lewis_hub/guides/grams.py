@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.guides.calibrate import Subject
 from lewis_hub.progress import Advance, shared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lewis_hub.guides.blocks import Linear
+    from lewis_hub.guides.calibrate import Subject
     from lewis_hub.guides.recording import InputSum
     from lewis_hub.guides.tokens import CalibrationTokens
     from lewis_hub.guides.weights import Weights
@@ -76,6 +76,21 @@ class GramFiles:
         return "sha256:" + hashlib.sha256(told.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Second moments that somebody will look for.
+
+    Attributes:
+        folder: for their files; what is there, and is not whole, is written over.
+        widest: inputs of one matrix; DIAGONAL keeps squares alone.
+        facts: from `facts_of`.
+    """
+
+    folder: Path
+    widest: int
+    facts: Mapping[str, Any]
+
+
 def facts_of(subject: Subject, widest: int) -> dict[str, Any]:
     """All that fixes the second moments of a source on its one calibration set."""
     (own,) = subject.sets
@@ -83,27 +98,24 @@ def facts_of(subject: Subject, widest: int) -> dict[str, Any]:
     return {"version": VERSION, "source": content, "calibration": {**own.facts}, "widest": widest}
 
 
-def read_grams(folder: Path, facts: Mapping[str, Any]) -> GramFiles | None:
-    """What an earlier run left in a folder; None where it is not whole, or of other facts."""
+def read_grams(wanted: Wanted) -> GramFiles | None:
+    """What an earlier run left in the folder; None where it is not whole, or of other facts."""
     try:
-        told: Any = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        told: Any = json.loads((wanted.folder / INDEX).read_text(encoding="utf-8"))
         modules = {module: ModuleGram(**gram) for module, gram in told["modules"].items()}
         found = GramFiles(told["facts"], modules, told["files"])
-        whole = all((folder / file).exists() for file in found.files)
+        whole = all((wanted.folder / file).exists() for file in found.files)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return found if whole and dict(found.facts) == dict(facts) else None
+    return found if whole and dict(found.facts) == dict(wanted.facts) else None
 
 
-def gather_grams(
-    subject: Subject, folder: Path, widest: int, device: str, advance: Advance
-) -> GramFiles:
+def gather_grams(subject: Subject, wanted: Wanted, device: str, advance: Advance) -> GramFiles:
     """Run a source's calibration texts through it, and keep the second moments of its Linears.
 
     Args:
         subject: with one calibration set; its model is gone on return.
-        folder: for the files; what was there is written over.
-        widest: inputs of one matrix; DIAGONAL keeps squares alone.
+        wanted: what is left, and where.
         device: as torch names it.
         advance: called with the number of tokens done, once for all passes.
 
@@ -111,22 +123,27 @@ def gather_grams(
         CalibrationModelError: the source cannot be loaded or measured.
         EmptyCalibrationError: no token counts.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     [own] = subject.sets
     found = subject.measured(
-        lambda weights: _by_block(weights, own.tokens, folder, widest, device, advance),
-        lambda: _whole(subject, folder, widest, device, advance),
+        lambda weights: _by_block(weights, own.tokens, wanted, device, advance),
+        lambda: _whole(subject, wanted, device, advance),
     )
+    return write_index(found, wanted)
+
+
+def write_index(found: Mapping[str, ModuleGram], wanted: Wanted) -> GramFiles:
+    """Say that all files are there; `found` has the modules of all blocks."""
+    folder = wanted.folder
     files = {
         file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in found.values())
     }
-    grams = GramFiles(facts_of(subject, widest), found, files)
+    grams = GramFiles(wanted.facts, found, files)
     write_whole(folder / INDEX, json.dumps(asdict(grams), indent=1) + "\n")
     return grams
 
 
 def _whole(
-    subject: Subject, folder: Path, widest: int, device: str, advance: Advance
+    subject: Subject, wanted: Wanted, device: str, advance: Advance
 ) -> dict[str, ModuleGram]:
     import torch
 
@@ -145,23 +162,22 @@ def _whole(
         for path, module in block_linears(model, name).items()
         if f"{path}.weight" in kept
     }
-    shares = list(_shares(modules, widest))
+    shares = list(_shares(modules, wanted.widest))
     advance = shared(advance, len(shares))
-    summed = partial(second_moments, widest=widest)
+    summed = partial(second_moments, widest=wanted.widest)
     found: dict[str, ModuleGram] = {}
     widths = {n_inputs(module) for module in modules.values()}
     with threads(whole_shares(widths, torch.get_num_threads())):
         for share in shares:
             sums = input_sums(model, name, share, batches(tokens), summed, advance)
-            found |= _write(sums, modules, kept, folder)
+            found |= write_blocks(sums, modules, kept, wanted.folder)
     return found
 
 
 def _by_block(
     weights: Weights,
     tokens: CalibrationTokens,
-    folder: Path,
-    widest: int,
+    wanted: Wanted,
     device: str,
     advance: Advance,
 ) -> dict[str, ModuleGram]:
@@ -173,11 +189,11 @@ def _by_block(
     def write(visits: Iterator[Visit]) -> dict[str, ModuleGram]:
         found: dict[str, ModuleGram] = {}
         for visit in visits:
-            [sums] = visit.sums
-            found |= _write(sums, visit.modules, kept, folder)
+            [[sums]] = visit.sums
+            found |= write_blocks(sums, visit.modules, kept, wanted.folder)
         return found
 
-    summed = partial(second_moments, widest=widest)
+    summed = [partial(second_moments, widest=wanted.widest)]
     made = skeleton(weights, device)
     kept = stored_names(made.model)
     return visited(made, [tokens], summed, advance, write, products=False)
@@ -240,7 +256,7 @@ def n_entries(n: int, widest: int) -> int:
     return n * part_width(n, widest)
 
 
-def _write(
+def write_blocks(
     sums: Mapping[str, InputSum],
     modules: Mapping[str, Linear],
     kept: Mapping[str, str],
@@ -268,6 +284,7 @@ def _write(
             held.setdefault(file, {})[path] = one.mean().cpu()
         module = names.module(kept[f"{path}.weight"])
         found[module] = ModuleGram(file, owner, isinstance(modules[path], Conv1D), one.n_tokens)
+    folder.mkdir(parents=True, exist_ok=True)
     for file, tensors in held.items():
         save_whole(tensors, folder / file)
     return found

@@ -11,6 +11,7 @@ from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
 from lewis_hub.guides.calibrate import SUMMARIES, CalibrationSet, Place, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
+from lewis_hub.guides.grams import Wanted
 from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
 from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.hub.source import Source
@@ -84,6 +85,7 @@ def guide(
     folders: Folders,
     scratch: Path,
     stores: Sequence[Path],
+    wanted: Sequence[Wanted] = (),
 ) -> Guidance:
     """Measure what is not known yet, and let the recipe's guide decide.
 
@@ -94,6 +96,7 @@ def guide(
         scratch: for what measuring needs and nobody keeps.
         stores: files `importance.json`: the first is written after every source, from all of them
             measurements are taken. Those that are not there, or cannot be read, are passed over.
+        wanted: one an expert, or none: second moments to leave where the same pass can.
 
     Raises:
         CalibrationError: a source cannot be measured, or the guide cannot decide.
@@ -102,7 +105,9 @@ def guide(
     assert asked
     assert inputs.base
     chosen = registry.find(asked.name)
-    profile = _measure(step, chosen, sets, folders, scratch, stores) if chosen.needs else None
+    profile = None
+    if chosen.needs:
+        profile = _measure(step, chosen, sets, folders, scratch, stores, wanted)
     tensors = step.examined.checkpoints[inputs.base.pinned].tensors
     decided = schedule(
         chosen,
@@ -121,7 +126,9 @@ def guide(
     return Guidance(profile, found, decided.notes, rows)
 
 
-def _subjects(step: Step, sets: Sets, folders: Folders, measure: Measure) -> tuple[Subject, ...]:
+def _subjects(
+    step: Step, sets: Sets, folders: Folders, measure: Measure, wanted: Sequence[Wanted] = ()
+) -> tuple[Subject, ...]:
     """The base with every distinct set, then each expert with its own, in its own ids.
 
     For a measure of pairs the experts alone, each against the base.
@@ -137,9 +144,13 @@ def _subjects(step: Step, sets: Sets, folders: Folders, measure: Measure) -> tup
     for expert, one in zip(inputs.experts, sets, strict=True):
         measured.append((expert, "expert", (translated(step, expert, one),)))
     against = Place(base.pinned, folders[base.pinned]) if measure in OF_PAIRS else None
+    left = [*[None] * (len(measured) - len(wanted)), *wanted]
     return tuple(
-        Subject(source.pinned, inputs.content(source), role, folders[source.pinned], own, against)
-        for source, role, own in measured
+        Subject(
+            *(source.pinned, inputs.content(source), role, folders[source.pinned], own, against),
+            wanted=leave,
+        )
+        for (source, role, own), leave in zip(measured, left, strict=True)
     )
 
 
@@ -150,6 +161,7 @@ def _measure(  # noqa: PLR0913
     folders: Folders,
     scratch: Path,
     stores: Sequence[Path],
+    wanted: Sequence[Wanted],
 ) -> ImportanceProfile:
     """Everything that the guide needs, one measure after the other."""
     known = _known(step, stores)
@@ -165,7 +177,7 @@ def _measure(  # noqa: PLR0913
                 measured = (*measured, one)
                 keep(replace(known, sources=(*known.sources, *measured)))
         else:
-            subjects = _subjects(step, sets, folders, measure)
+            subjects = _subjects(step, sets, folders, measure, wanted)
             measured = _on_texts(step, measure, subjects, known, folders, scratch, keep).sources
         entries += measured
     return replace(known, sources=tuple(entries))

@@ -8,6 +8,7 @@ from pathlib import Path
 from lewis_hub.errors import CalibrationError
 from lewis_hub.guides.calibrate import CalibrationSet
 from lewis_hub.guides.density import DensitySchedule
+from lewis_hub.guides.grams import Wanted
 from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.stages import sequence, statistics
 from lewis_hub.stages.execution import Folders, Step
@@ -32,6 +33,18 @@ def problems(step: Step) -> tuple[str, ...]:
     except CalibrationError as error:
         return (" ".join(str(error).split("\n")),)
     return ()
+
+
+def wanted(
+    step: Step, sets: Sequence[CalibrationSet], folders: Folders, store: Path
+) -> tuple[Wanted, ...]:
+    """The second moments that `gather` will look for in a folder, one an expert, or none.
+
+    A pass that measures the experts for a guide can leave them there.
+    """
+    if not needs_grams(step.recipe) or fits_in_sequence(step.recipe):
+        return ()
+    return statistics.wanted(step, sets, folders, store)
 
 
 def gather(  # noqa: PLR0913

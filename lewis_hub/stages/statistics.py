@@ -7,12 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
-from lewis_hub.guides.grams import GramFiles, facts_of, gather_grams, read_grams
+from lewis_hub.guides.grams import GramFiles, Wanted, facts_of, gather_grams, read_grams
 from lewis_hub.guides.loading import run_refusals
 from lewis_hub.merge.statistics import Gram, Known, Statistics, informed, unknown
 from lewis_hub.methods import registry
@@ -65,12 +66,9 @@ def gather(
     Raises:
         CalibrationError: an expert cannot be loaded or measured.
     """
-    widest, subjects = widest_input(step.recipe), subjects_of(step, sets, folders)
-    places = [_place(store or scratch, subject, widest) for subject in subjects]
-    found = [
-        read_grams(place, facts_of(subject, widest))
-        for subject, place in zip(subjects, places, strict=True)
-    ]
+    subjects = subjects_of(step, sets, folders)
+    asked = wanted(step, sets, folders, store or scratch)
+    found = [read_grams(one) for one in asked]
     whole = [  # before the stage begins, for writing out is one of its own
         subject if files else brought(step, subject, folders, scratch)
         for subject, files in zip(subjects, found, strict=True)
@@ -78,29 +76,37 @@ def gather(
     n_tokens = sum(s.n_tokens for s, files in zip(whole, found, strict=True) if not files)
     with step.progress.stage("Gathering statistics", n_tokens, "tokens") as advance:
         gathered = [
-            files or _gather(step, subject, place, advance)
-            for subject, place, files in zip(whole, places, found, strict=True)
+            files or _gather(step, subject, one, advance)
+            for subject, one, files in zip(whole, asked, found, strict=True)
         ]
     known = tuple(
-        _statistics(step, subject.source, place, files)
-        for subject, place, files in zip(subjects, places, gathered, strict=True)
+        _statistics(step, subject.source, one.folder, files)
+        for subject, one, files in zip(subjects, asked, gathered, strict=True)
     )
     notes = _notes(step, known)
     for note in notes:
         step.progress.say(note)
     return Gathered(
         known,
-        {one.label: place for one, place in zip(known, places, strict=True)},
+        {own.label: one.folder for own, one in zip(known, asked, strict=True)},
         measured(subjects),
         tuple(one.tokens.rows for one in sets),
         notes,
     )
 
 
-def _gather(step: Step, subject: Subject, place: Path, advance: Advance) -> GramFiles:
+def wanted(
+    step: Step, sets: Sequence[CalibrationSet], folders: Folders, store: Path
+) -> tuple[Wanted, ...]:
+    """What `gather` looks for, one an expert."""
     widest = widest_input(step.recipe)
+    facts = [facts_of(subject, widest) for subject in subjects_of(step, sets, folders)]
+    return tuple(Wanted(_place(store, one), widest, one) for one in facts)
+
+
+def _gather(step: Step, subject: Subject, one: Wanted, advance: Advance) -> GramFiles:
     with run_refusals(subject.source, f"method `{step.recipe.merge_method}`"):
-        return gather_grams(subject, place, widest, step.execution.device, advance)
+        return gather_grams(subject, one, step.execution.device, advance)
 
 
 def subjects_of(
@@ -122,9 +128,9 @@ def measured(subjects: Sequence[Subject]) -> tuple[Measured, ...]:
     return tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects)
 
 
-def _place(store: Path, subject: Subject, widest: int) -> Path:
+def _place(store: Path, facts: Mapping[str, Any]) -> Path:
     """A folder that changes with all that fixes its files."""
-    told = json.dumps(facts_of(subject, widest), sort_keys=True)
+    told = json.dumps(facts, sort_keys=True)
     return store / "statistics" / hashlib.sha256(told.encode()).hexdigest()[:32]
 
 

@@ -27,7 +27,7 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.stages import calibration, merging, publishing, reporting
 from lewis_hub.stages.downloading import require_room_for_texts, small_files
-from lewis_hub.stages.gathering import gather
+from lewis_hub.stages.gathering import gather, wanted
 from lewis_hub.stages.needs import statistics_bytes
 from lewis_hub.stages.publishing import Destination
 from lewis_hub.stages.sources import needs_grams
@@ -118,7 +118,8 @@ def run(step: Step, sets: Sets, destination: Destination, work: Workspace) -> Pu
     _require_statistics_fit(step, work.scratch)
     if step.recipe.guide:
         with costs.measure("calibrate", fetched):
-            guidance = calibration.guide(step, sets, folders, work.scratch, stores)
+            left = wanted(step, sets, folders, work.scratch)
+            guidance = calibration.guide(step, sets, folders, work.scratch, stores, left)
     if needs_grams(step.recipe):
         with costs.measure("gather", fetched):
             schedule = guidance.schedule if guidance else None

@@ -26,7 +26,7 @@ from lewis_hub.recipe import Recipe
 from lewis_hub.stages import calibration, merging, search_space, study
 from lewis_hub.stages.calibration import Guidance, Sets
 from lewis_hub.stages.execution import Folders, Step
-from lewis_hub.stages.gathering import gather
+from lewis_hub.stages.gathering import gather, wanted
 from lewis_hub.stages.merging import MergedModel
 from lewis_hub.stages.objective import Objective
 from lewis_hub.stages.search_axes import Space, Values
@@ -178,6 +178,6 @@ def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:
     assert recipe.guide
     step = replace(tuner.step, recipe=recipe, progress=progress)
     beside = Path(recipe.locate("importance")) / IMPORTANCE
-    return calibration.guide(
-        step, tuner.sets, tuner.folders, tuner.scratch, [tuner.output / IMPORTANCE, beside]
-    )
+    stores = [tuner.output / IMPORTANCE, beside]
+    left = wanted(step, tuner.sets, tuner.folders, tuner.output)
+    return calibration.guide(step, tuner.sets, tuner.folders, tuner.scratch, stores, left)

@@ -21,7 +21,7 @@ from lewis_hub.guides import activations, by_block, states
 from lewis_hub.guides.by_block import Visit, visited
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.flow import NotAChainError, enter
-from lewis_hub.guides.grams import gather_grams
+from lewis_hub.guides.grams import DIAGONAL, WIDEST, Wanted, facts_of, gather_grams, read_grams
 from lewis_hub.guides.importance import sum_of_squares
 from lewis_hub.guides.loading import load_model
 from lewis_hub.guides.skeleton import skeleton
@@ -141,7 +141,7 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
             inside = loaded - outside
             present.append({name.rpartition(".layers.")[2].split(".")[0] for name in inside})
 
-    visited(made, [texts, texts], sum_of_squares, nothing, take, products=True)
+    visited(made, [texts, texts], [sum_of_squares], nothing, take, products=True)
     left = [name for name, one in made.model.named_parameters() if not one.is_meta]
 
     assert present == [{"0"}, {"1"}, {"2"}]
@@ -309,15 +309,55 @@ def test_missing_weights_are_an_error_before_any_is_read(llama, texts, saved):
     )
 
 
+def wanted_of(subject, folder, widest=WIDEST):
+    return Wanted(folder, widest, facts_of(subject, widest))
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("widest", [WIDEST, DIAGONAL])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_a_pass_that_measures_leaves_the_second_moments_of_a_pass_of_their_own(
+    any_architecture, name, widest, saved, tmp_path
+):
+    folder = saved(any_architecture(name))
+    padded = tokens_of([list(range(3, 43)), list(range(9, 0, -1))])
+    subject = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, padded),))
+    subject = replace(subject, weights=in_folder("tiny", folder))
+    beside = wanted_of(subject, tmp_path / "beside", widest)
+
+    found = by_block.measure(in_folder("tiny", folder), [padded], "cpu", nothing, wanted=beside)
+
+    gather_grams(subject, wanted_of(subject, tmp_path / "alone", widest), "cpu", nothing)
+    assert files_of(tmp_path / "beside") == files_of(tmp_path / "alone")
+    assert found == by_block.measure(in_folder("tiny", folder), [padded], "cpu", nothing)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek"])
+def test_texts_that_run_without_padding_leave_no_second_moments(
+    any_architecture, name, texts, saved, tmp_path
+):
+    folder = saved(any_architecture(name))
+    subject = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
+    beside = wanted_of(subject, tmp_path / "beside")
+
+    by_block.measure(in_folder("tiny", folder), [texts], "cpu", nothing, wanted=beside)
+
+    assert read_grams(beside) is None
+    assert not beside.folder.exists()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek"])
 def test_second_moments_are_the_same_block_by_block(any_architecture, name, texts, saved, tmp_path):
     folder = saved(any_architecture(name))
     whole = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
 
     blocks = replace(whole, weights=in_folder("tiny", folder))
-    found = gather_grams(blocks, tmp_path / "blocks", 8192, "cpu", nothing)
+    found = gather_grams(blocks, wanted_of(blocks, tmp_path / "blocks"), "cpu", nothing)
 
-    assert found == gather_grams(whole, tmp_path / "whole", 8192, "cpu", nothing)
+    assert found == gather_grams(whole, wanted_of(whole, tmp_path / "whole"), "cpu", nothing)
 
 
 def test_second_moments_of_what_is_no_chain_are_gathered_whole_if_it_may_be(texts, saved, tmp_path):
@@ -327,9 +367,9 @@ def test_second_moments_of_what_is_no_chain_are_gathered_whole_if_it_may_be(text
     whole = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
 
     either = replace(whole, weights=in_folder("tiny", folder), may_be_whole=True)
-    found = gather_grams(either, tmp_path / "either", 8192, "cpu", nothing)
+    found = gather_grams(either, wanted_of(either, tmp_path / "either"), "cpu", nothing)
 
-    assert found == gather_grams(whole, tmp_path / "whole", 8192, "cpu", nothing)
+    assert found == gather_grams(whole, wanted_of(whole, tmp_path / "whole"), "cpu", nothing)
 
 
 @pytest.mark.parametrize("told", [torch.float16, None])

@@ -10,6 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, schedule
+from lewis_hub.guides.grams import WIDEST, Wanted, facts_of, read_grams
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import find
 from lewis_hub.guides.weights import in_folder
@@ -107,6 +108,24 @@ def test_a_subject_with_weights_is_measured_without_loading_its_folder(subjects,
     found = measure((replace(subjects[0], folder=tmp_path / "nowhere", weights=weights),))
 
     assert found == whole
+
+
+def test_second_moments_are_left_by_what_is_measured_block_by_block_and_once(subjects, tmp_path):
+    whole = subjects[1]
+    wanted = Wanted(tmp_path / "grams", WIDEST, facts_of(whole, WIDEST))
+    whole = replace(whole, wanted=wanted)
+    blocks = replace(whole, weights=in_folder("me/one", whole.folder))
+
+    profile, _, _ = measure((whole,))
+    assert read_grams(wanted) is None
+    assert measure((blocks,), profile)[1] == 0  # known: nothing runs
+    assert read_grams(wanted) is None
+
+    assert measure((blocks,))[0] == profile
+    assert read_grams(wanted).facts == wanted.facts
+    kept = {path: path.stat().st_mtime_ns for path in wanted.folder.iterdir()}
+    assert measure((blocks,))[0] == profile
+    assert kept == {path: path.stat().st_mtime_ns for path in wanted.folder.iterdir()}
 
 
 def test_what_cannot_be_measured_block_by_block_is_loaded_whole_if_it_may_be(tmp_path):

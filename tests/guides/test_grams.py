@@ -12,6 +12,7 @@ from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.grams import (
     DIAGONAL,
     WIDEST,
+    Wanted,
     facts_of,
     gather_grams,
     part_width,
@@ -31,8 +32,12 @@ def subject(saved, texts):
     return make
 
 
+def wanted_of(subject, folder, widest=WIDEST):
+    return Wanted(folder, widest, facts_of(subject, widest))
+
+
 def gather(subject, folder, widest=WIDEST, advance=lambda _: None):
-    return gather_grams(subject, folder, widest, "cpu", advance)
+    return gather_grams(subject, wanted_of(subject, folder, widest), "cpu", advance)
 
 
 def naive(model, texts, path):
@@ -106,15 +111,15 @@ def test_several_passes_give_the_bytes_of_one(subject, tmp_path, monkeypatch):
 
 def test_what_is_whole_is_read_again_and_nothing_else(subject, tmp_path):
     made = subject()
-    facts = facts_of(made, WIDEST)
-    assert read_grams(tmp_path, facts) is None
+    wanted = wanted_of(made, tmp_path)
+    assert read_grams(wanted) is None
 
     found = gather(made, tmp_path)
 
-    assert read_grams(tmp_path, facts) == found
-    assert read_grams(tmp_path, facts_of(made, DIAGONAL)) is None
+    assert read_grams(wanted) == found
+    assert read_grams(wanted_of(made, tmp_path, DIAGONAL)) is None
     (tmp_path / "model.layers.2.safetensors").unlink()
-    assert read_grams(tmp_path, facts) is None
+    assert read_grams(wanted) is None
 
 
 def test_the_bytes_are_the_same_on_any_number_of_threads(subject, tmp_path):

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from by_statistics import Told
 from click.testing import CliRunner
 
 import lewis_hub
@@ -306,6 +307,17 @@ def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_
     assert (first.n_begun, more.n_begun) == (1, 1)
     assert widths(output) == [DIAGONAL, DIAGONAL, WIDEST, WIDEST]  # of both methods and experts
     assert kept == {path: path.stat().st_mtime_ns for path in (output / "statistics").glob("*/*")}
+
+
+def test_a_guides_pass_gathers_the_statistics_of_a_search(recipe_file, tmp_path):
+    recipe_file.write_text(recipe_file.read_text().replace("ties", "regmean", 1))
+    told, output = Told(), tmp_path / "tuning"
+
+    tune(read_recipe(recipe_file), Search(n_trials=1, samples=8), output, progress=told)
+
+    assert told.totals["Calibrating"] > 0
+    assert told.totals["Gathering statistics"] == 0
+    assert widths(output) == [WIDEST, WIDEST]
 
 
 def test_a_recipe_without_a_guide_is_tried_as_it_is_before_the_guide_that_is_asked_for(
