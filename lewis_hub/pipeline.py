@@ -105,7 +105,12 @@ def check(
     loading = Loading(max_memory_bytes=max_memory_bytes)
     examined = checking.examine(recipe, inputs, api, allow_code=True, loading=loading)
     step = Step(recipe, inputs, examined, Execution(), api, Silent())
-    return replace(examined.report, problems=examined.report.problems or gathering.problems(step))
+    problems = examined.report.problems or gathering.problems(step)
+    notes = (
+        *examined.report.notes,
+        *downloading.shortages(step, Path(recipe.locate("merged.partial"))),
+    )
+    return replace(examined.report, problems=problems, notes=notes)
 
 
 def calibrate(

@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import pytest
 
-from lewis_hub import merge_models, read_recipe
+from lewis_hub import check, merge_models, read_recipe
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.hub.cache import cache_root
@@ -33,6 +33,20 @@ def test_sources_merge_and_twin_on_one_disk_are_added_up(recipe, tmp_path, monke
     )
     assert not any(path.suffix == ".safetensors" for path in cache_root().rglob("*"))
     assert not (tmp_path / "merged").exists()
+
+
+def test_check_tells_what_the_disks_here_cannot_hold_and_refuses_nothing(recipe, monkeypatch):
+    free = 11_000_000
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 10**9 - free, free))
+
+    report = check(recipe)
+
+    assert report.problems == ()
+    assert report.notes[-1] == (
+        f"{cache_root()} and {recipe.locate('merged.partial')}: download and merge need 0.01 GB, "
+        "0.01 GB are free. A merge on this machine is refused before the download, but with "
+        "`--stream`."
+    )
 
 
 def test_what_an_interrupted_run_left_counts_as_free(recipe, tmp_path, monkeypatch):

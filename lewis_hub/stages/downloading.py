@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.errors import OutputError
 from lewis_hub.files import existing, require_room
 from lewis_hub.guides.weights import FEWER, STATES
 from lewis_hub.hub.cache import cache_root
@@ -51,6 +52,16 @@ def require_disk(step: Step, work: Path, sets: Sequence[CalibrationSet] = ()) ->
         where = " and ".join(str(folder) for folder, _ in shares)
         remedy = "take another disk: HF_HUB_CACHE names the folder for the download, -o that for "
         require_room(shares[0][0], needed, "download and merge", f"{remedy}the merge", where)
+
+
+def shortages(step: Step, work: Path) -> tuple[str, ...]:
+    """What `require_disk` refuses here, for a merge that may be made elsewhere."""
+    try:
+        require_disk(step, work)
+    except OutputError as error:
+        told = "A merge on this machine is refused before the download, but with `--stream`."
+        return (f"{error.path}: {error.problem} {told}",)
+    return ()
 
 
 def require_room_for_texts(step: Step, sets: Sequence[CalibrationSet], scratch: Path) -> None:
