@@ -67,7 +67,7 @@ def unfinished(output: Path) -> Path:
 
 @contextmanager
 def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
-    """Work on `output` alone; leaving without `finish` keeps what was done.
+    """Work on `output` alone; leaving without `finish` keeps what was done, if anything was.
 
     Raises:
         OutputError: it exists and is not to be replaced, another run works on it, or the
@@ -91,7 +91,12 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
             "Name a folder that you may write to with -o.",
         ) from None
     with alone_in(folder, output):
-        yield Workspace(output, folder, folder / ".scratch")
+        try:
+            yield Workspace(output, folder, folder / ".scratch")
+        except BaseException:
+            if not any(path.is_file() and path != folder / LOCK for path in folder.rglob("*")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager

@@ -96,3 +96,24 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         f"{tmp_path}/file/merged: it cannot be written (Not a directory).\n"
         "Name a folder that you may write to with -o."
     )
+
+
+def fail(output, name):
+    with open_workspace(output, replace=False) as workspace:
+        if name:
+            (workspace.scratch / name).write_text("{}")
+        raise OutputError("here", "it failed.", "Try again.")
+
+
+def test_a_run_that_fails_before_it_made_anything_leaves_no_folder(tmp_path):
+    with pytest.raises(OutputError):
+        fail(tmp_path / "merged", "")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_failed_run_made_stays_for_the_next(tmp_path):
+    with pytest.raises(OutputError):
+        fail(tmp_path / "merged", "importance.json")
+
+    assert (tmp_path / "merged.partial" / ".scratch" / "importance.json").read_text() == "{}"
