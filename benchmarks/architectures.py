@@ -20,13 +20,13 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -45,6 +45,9 @@ VISION = ("aya_vision", "gemma3", "idefics3", "internvl", "llava", "llava_next",
 VISION += ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm")
 TEXTS = ("The quick brown fox", "jumps over", "the lazy dog, twice", "and sleeps 12 hours.")
 START, END = "<!-- table: start -->", "<!-- table: end -->"
+CALLS = 100  # of a process
+
+Result = TypeVar("Result")
 
 
 MERGEKIT = """
@@ -238,8 +241,14 @@ def line(row: Row) -> str:
     return f"{shown} {row.mergekit} |" if row.mergekit else shown
 
 
-def _workers(n_workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(n_workers, get_context("spawn"), max_tasks_per_child=120)
+def _mapped(
+    n_workers: int, function: Callable[..., Result], *arguments: Sequence[Any]
+) -> Iterator[Result]:
+    """As `map`, by processes that are new after every so many calls, for memory grows with each."""
+    step = n_workers * CALLS
+    for first in range(0, len(arguments[0]), step):
+        with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
+            yield from pool.map(function, *(some[first : first + step] for some in arguments))
 
 
 def main() -> None:
@@ -250,15 +259,16 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table into this Markdown file")
     asked = parser.parse_args()
     chosen = [case for case in cases() if not asked.types or case.model_type in asked.types]
-    with tempfile.TemporaryDirectory() as made, _workers(asked.jobs) as pool:
+    with tempfile.TemporaryDirectory() as made:
         folders = [Path(made) / f"{i}-{case.model_type}" for i, case in enumerate(chosen)]
         rows = []
-        for row in pool.map(examine, chosen, folders):
+        for row in _mapped(asked.jobs, examine, chosen, folders):
             rows.append(row)
             print(line(row), flush=True)
         if asked.mergekit:
             parts = [folders[i :: asked.jobs] for i in range(asked.jobs)]
-            found = pool.map(by_mergekit, [asked.mergekit] * asked.jobs, parts)
+            programs = [asked.mergekit] * asked.jobs
+            found = _mapped(asked.jobs, by_mergekit, programs, parts)
             told = {folder: text for part in found for folder, text in part.items()}
             rows = [replace(r, mergekit=told[f]) for r, f in zip(rows, folders, strict=True)]
     text = "\n".join(table(rows, mergekit=bool(asked.mergekit)))
