@@ -45,12 +45,8 @@ def della(  # noqa: PLR0913 (options are keywords)
     """
     known = grams or [None] * len(task_vectors)
     scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
-    votes = [
-        w * drop_by_rank(vector, d, spread, stream, scale, rescale=rescale)
-        for w, vector, d, spread, stream, scale in zip(
-            weights, task_vectors, densities, spreads, streams, scales, strict=True
-        )
-    ]
+    rows = zip(weights, task_vectors, densities, spreads, streams, scales, strict=True)
+    votes = [w * drop_by_rank(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
 
 
@@ -74,12 +70,8 @@ def della_linear(  # noqa: PLR0913 (options are keywords)
     """Drop small entries more often, rescale the rest, add them to the base; see `della`."""
     known = grams or [None] * len(task_vectors)
     scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
-    votes = [
-        w * drop_by_rank(vector, d, spread, stream, scale, rescale=rescale)
-        for w, vector, d, spread, stream, scale in zip(
-            weights, task_vectors, densities, spreads, streams, scales, strict=True
-        )
-    ]
+    rows = zip(weights, task_vectors, densities, spreads, streams, scales, strict=True)
+    votes = [w * drop_by_rank(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
 
 

@@ -82,6 +82,15 @@ class Zoo:
         self.folders[label], self.tensors[label] = folder, tensors
         return MergeSource(open_folder(folder, label), f"digest of {label}", parameters or {})
 
+    def mixed(self, seed):
+        """Tensors of several kinds: what is merged, counts and flags."""
+        generator = torch.Generator().manual_seed(seed)
+        blocks = (f"model.layers.{i}.q.weight" for i in range(5))
+        names = ["model.embed_tokens.weight", *blocks, "z"]
+        floats = {n: torch.randn(64, 33, generator=generator).bfloat16() for n in names}
+        counts = torch.arange(70_000, dtype=torch.int64) * seed
+        return floats | {"counts": counts, "flag": torch.tensor([True, False, True])}
+
     def adapter(self, label, base, tensors, parameters=None, **config):
         folder = self.root / label
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,3 +171,13 @@ def zoo(tmp_path):
 @pytest.fixture(scope="session")
 def zoo_class():
     return Zoo
+
+
+@pytest.fixture
+def settings(zoo):
+    """Of a merge of two sources, a part of whose entries is dropped at random."""
+    base, *experts = (
+        zoo.source(label, zoo.mixed(i), {"density": 0.4} if i else {})
+        for i, label in enumerate(("base", "x", "y"))
+    )
+    return zoo.settings("dare_ties", base, experts)

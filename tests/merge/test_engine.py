@@ -17,23 +17,6 @@ from lewis_hub.merge.runners import Means, Threads, inline, parse_runner, thread
 from lewis_hub.methods import registry
 
 
-def model(seed):
-    generator = torch.Generator().manual_seed(seed)
-    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.q.weight" for i in range(5)), "z"]
-    floats = {n: torch.randn(64, 33, generator=generator).bfloat16() for n in names}
-    counts = torch.arange(70_000, dtype=torch.int64) * seed
-    return floats | {"counts": counts, "flag": torch.tensor([True, False, True])}
-
-
-@pytest.fixture
-def settings(zoo):
-    base, *experts = (
-        zoo.source(label, model(i), {"density": 0.4} if i else {})
-        for i, label in enumerate(("base", "x", "y"))
-    )
-    return zoo.settings("dare_ties", base, experts)
-
-
 def test_the_result_is_the_same_on_every_runner(zoo, settings):
     runners = [inline(), threads(1), threads(2), threads(4), Threads(3, large_elements=100)]
 
@@ -67,7 +50,8 @@ def test_a_tensor_too_long_to_be_counted_at_once_is_counted_in_parts(zoo, settin
 
 def test_rows_too_long_to_be_ranked_by_a_kernel_are_left_to_the_definition(zoo, monkeypatch):
     base, expert = (
-        zoo.source(label, {"a": model(i)["z"]}, {"density": 0.5}) for i, label in enumerate("bx")
+        zoo.source(label, {"a": zoo.mixed(i)["z"]}, {"density": 0.5})
+        for i, label in enumerate("bx")
     )
     asked = zoo.settings("della", base, [expert])
     by_kernel = zoo.merge(asked, "by kernel").bytes
@@ -80,17 +64,17 @@ def test_rows_too_long_to_be_ranked_by_a_kernel_are_left_to_the_definition(zoo, 
 def test_counts_and_flags_are_those_of_the_base(zoo, settings):
     merged = zoo.merge(settings).tensors
 
-    assert torch.equal(merged["counts"], model(0)["counts"])
+    assert torch.equal(merged["counts"], zoo.mixed(0)["counts"])
     assert merged["flag"].tolist() == [True, False, True]
 
 
 def test_experts_equal_to_the_base_give_the_base(zoo):
-    sources = [zoo.source(label, model(3), {"density": 0.4}) for label in ("base", "x")]
-    base = zoo.source("plain", model(3))
+    sources = [zoo.source(label, zoo.mixed(3), {"density": 0.4}) for label in ("base", "x")]
+    base = zoo.source("plain", zoo.mixed(3))
 
     merged = zoo.merge(zoo.settings("ties", base, sources)).tensors
 
-    assert all(torch.equal(merged[name], tensor) for name, tensor in model(3).items())
+    assert all(torch.equal(merged[name], tensor) for name, tensor in zoo.mixed(3).items())
 
 
 def test_what_mergekit_only_needs_to_save_memory_changes_no_byte(zoo, settings):
@@ -162,7 +146,7 @@ def test_shards_of_another_plan_are_not_kept(zoo, settings):
 
 
 def test_a_shard_is_only_noted_when_it_is_whole(zoo, settings):
-    broken = model(1)
+    broken = zoo.mixed(1)
     broken["z"][3, 3] = float("nan")
     bad = zoo.source("bad", broken)
     asked = zoo.settings("dare_ties", settings.base, [settings.experts[0], bad])
@@ -229,7 +213,7 @@ def test_a_method_without_a_kernel_runs_by_its_definition(zoo, settings, monkeyp
         most = task_vectors.abs().argmax(dim=0, keepdim=True)
         return base + lambda_ * task_vectors.gather(0, most)[0]
 
-    experts = [zoo.source(label, model(i)) for i, label in enumerate(("x", "y"), start=1)]
+    experts = [zoo.source(label, zoo.mixed(i)) for i, label in enumerate(("x", "y"), start=1)]
     asked = zoo.settings("boldest", settings.base, experts, parameters={"lambda": 0.5})
 
     merged = zoo.merge(asked, runner=threads(2))

@@ -7,22 +7,6 @@ from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, inline, threads
 
 
-def model(seed):
-    generator = torch.Generator().manual_seed(seed)
-    floats = {f"layers.{i}.q.weight": torch.randn(64, 33, generator=generator) for i in range(5)}
-    others = {"counts": torch.arange(70_000) * seed, "flag": torch.tensor([True, False, True])}
-    return {name: tensor.bfloat16() for name, tensor in floats.items()} | others
-
-
-@pytest.fixture
-def settings(zoo):
-    base, *experts = (
-        zoo.source(label, model(i), {"density": 0.4} if i else {})
-        for i, label in enumerate(("base", "x", "y"))
-    )
-    return zoo.settings("dare_ties", base, experts)
-
-
 @pytest.mark.parametrize("runner", [inline(), threads(2)], ids=["inline", "threads"])
 @pytest.mark.parametrize("most_bytes", [9_000, 10**9])
 def test_tensors_in_memory_are_those_of_the_files(zoo, settings, tmp_path, runner, most_bytes):
@@ -37,9 +21,9 @@ def test_tensors_in_memory_are_those_of_the_files(zoo, settings, tmp_path, runne
 
 
 def test_a_source_with_nan_is_named(zoo, tmp_path):
-    broken = model(1) | {"layers.2.q.weight": torch.full((64, 33), torch.nan).bfloat16()}
-    sources = [zoo.source("base", model(0)), zoo.source("x", broken, {"density": 0.4})]
+    broken = zoo.mixed(1) | {"model.layers.2.q.weight": torch.full((64, 33), torch.nan).bfloat16()}
+    sources = [zoo.source("base", zoo.mixed(0)), zoo.source("x", broken, {"density": 0.4})]
     plan = make_plan(zoo.settings("ties", sources[0], sources[1:]), 10**9)
 
-    with pytest.raises(NonFiniteError, match="layers.2.q.weight"):
+    with pytest.raises(NonFiniteError, match="model.layers.2.q.weight"):
         held_tensors(plan, zoo.folders, tmp_path, Means(inline()))
