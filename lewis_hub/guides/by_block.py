@@ -31,7 +31,8 @@ from lewis_hub.guides.activations import (
 )
 from lewis_hub.guides.blocks import Linear, has_stacks, linears, loose_parameters, matrix
 from lewis_hub.guides.flow import Call, Flow, NotAChainError, beside, enter
-from lewis_hub.guides.grams import ModuleGram, Wanted, second_moments, write_blocks, write_index
+from lewis_hub.guides.gram_files import ModuleGram, Wanted, write_blocks, write_index
+from lewis_hub.guides.grams import second_moments
 from lewis_hub.guides.importance import importances, sum_of_squares
 from lewis_hub.guides.onednn import ByOneDNN
 from lewis_hub.guides.products import Products

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.aim import evenness
-from lewis_hub.guides.grams import Wanted, read_grams
+from lewis_hub.guides.gram_files import Wanted, read_grams
 from lewis_hub.guides.importance import (
     ImportanceProfile,
     Role,

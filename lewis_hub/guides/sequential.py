@@ -28,7 +28,8 @@ from lewis_hub.guides.activations import N_TRIED, alone, check_tokens_fit
 from lewis_hub.guides.blocks import linears
 from lewis_hub.guides.by_block import Grouped, entered, run_block
 from lewis_hub.guides.flow import Flow
-from lewis_hub.guides.grams import n_inputs, save_whole
+from lewis_hub.guides.gram_files import save_whole
+from lewis_hub.guides.grams import n_inputs
 from lewis_hub.guides.handed import Pair, Seen, levels, seen_apart, seen_beside
 from lewis_hub.guides.recording import OutOfStepError
 from lewis_hub.guides.skeleton import Skeleton, skeleton

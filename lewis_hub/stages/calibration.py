@@ -11,7 +11,7 @@ from lewis_hub.files import write_whole
 from lewis_hub.guides import registry
 from lewis_hub.guides.calibrate import SUMMARIES, CalibrationSet, Place, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
-from lewis_hub.guides.grams import Wanted
+from lewis_hub.guides.gram_files import Wanted
 from lewis_hub.guides.importance import ImportanceProfile, Role, SourceImportance
 from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
 from lewis_hub.hub.source import Source

@@ -8,7 +8,7 @@ from pathlib import Path
 from lewis_hub.errors import CalibrationError
 from lewis_hub.guides.calibrate import CalibrationSet
 from lewis_hub.guides.density import DensitySchedule
-from lewis_hub.guides.grams import Wanted
+from lewis_hub.guides.gram_files import Wanted
 from lewis_hub.recipe_rules import fits_in_sequence
 from lewis_hub.stages import sequence, statistics
 from lewis_hub.stages.execution import Folders, Step

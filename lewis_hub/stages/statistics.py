@@ -13,7 +13,8 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import local_header
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
-from lewis_hub.guides.grams import GramFiles, Wanted, facts_of, gather_grams, read_grams
+from lewis_hub.guides.gram_files import GramFiles, Wanted, read_grams
+from lewis_hub.guides.grams import facts_of, gather_grams
 from lewis_hub.guides.loading import run_refusals
 from lewis_hub.merge.statistics import Gram, Known, Statistics, informed, unknown
 from lewis_hub.methods import registry

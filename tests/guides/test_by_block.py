@@ -21,7 +21,8 @@ from lewis_hub.guides import activations, by_block, states
 from lewis_hub.guides.by_block import Visit, visited
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
 from lewis_hub.guides.flow import NotAChainError, enter
-from lewis_hub.guides.grams import DIAGONAL, WIDEST, Wanted, facts_of, gather_grams, read_grams
+from lewis_hub.guides.gram_files import Wanted, read_grams
+from lewis_hub.guides.grams import DIAGONAL, WIDEST, facts_of, gather_grams
 from lewis_hub.guides.importance import sum_of_squares
 from lewis_hub.guides.loading import load_model
 from lewis_hub.guides.skeleton import skeleton

@@ -10,7 +10,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate, missing
 from lewis_hub.guides.density import Bounds, schedule
-from lewis_hub.guides.grams import WIDEST, Wanted, facts_of, read_grams
+from lewis_hub.guides.gram_files import Wanted, read_grams
+from lewis_hub.guides.grams import WIDEST, facts_of
 from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import find
 from lewis_hub.guides.weights import in_folder

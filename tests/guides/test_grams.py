@@ -7,16 +7,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lewis_hub.errors import OutputError
-from lewis_hub.guides import grams
+from lewis_hub.guides import gram_files, grams
 from lewis_hub.guides.calibrate import CalibrationSet, Subject
+from lewis_hub.guides.gram_files import Wanted, read_grams
 from lewis_hub.guides.grams import (
     DIAGONAL,
     WIDEST,
-    Wanted,
     facts_of,
     gather_grams,
     part_width,
-    read_grams,
     second_moments,
 )
 
@@ -161,7 +160,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OutputError) as caught:
-            grams.save_whole({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
+            gram_files.save_whole({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
