@@ -129,12 +129,14 @@ def drop_by_rank(  # noqa: PLR0913
 def _order(magnitudes: Tensor) -> Tensor:
     """The places of each row's entries, the smallest first, of equal ones the first: on the host.
 
-    Floats that are not negative are ordered as their bits are. With its place behind them no two
-    are equal, and numpy sorts such numbers fifteen times as fast as torch sorts floats in a stable
-    way.
+    Floats that are not negative are ordered as their bits are. With its place behind those of a
+    float32 no two are equal, and numpy sorts whole numbers fifteen times as fast as torch sorts
+    floats in a stable way.
     """
     import torch
 
+    if magnitudes.dtype != torch.float32:
+        return magnitudes.argsort(dim=1, stable=True).cpu()
     places = torch.arange(magnitudes.shape[1])
     keys = magnitudes.cpu().view(torch.int32).long() << 32 | places
     return torch.from_numpy(np.sort(keys.numpy(), axis=1)) & 0xFFFFFFFF

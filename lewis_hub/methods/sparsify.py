@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from lewis_hub.methods import random_bits
 from lewis_hub.methods.products import total
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from torch import Tensor
 
@@ -31,20 +32,24 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
     marked when floor((j + 1) q / c) > floor(j q / c): they lie evenly spread, and no row is
     favoured. bfloat16 task vectors have many such ties; mergekit keeps an arbitrary subset of them.
     """
+    import torch
+
     if k >= magnitudes.numel() or k <= 0:
         return magnitudes.new_full(magnitudes.shape, k > 0).bool()
     threshold = _kth_largest(magnitudes, k)
-    above, tied = magnitudes > threshold, magnitudes == threshold
-    n_tied, n_wanted = int(tied.sum()), k - int(above.sum())
-    j = tied.long().cumsum(0) - 1
-    chosen = (j + 1) * n_wanted // n_tied > j * n_wanted // n_tied
-    return above | (tied & chosen)
+    marked = magnitudes > threshold
+    tied = (magnitudes == threshold).nonzero().flatten()
+    n_tied, n_wanted = len(tied), k - int(marked.sum())
+    passed = torch.arange(n_tied + 1, device=tied.device) * n_wanted // n_tied
+    marked[tied[passed[1:] > passed[:-1]]] = True
+    return marked
 
 
 def _kth_largest(magnitudes: Tensor, k: int) -> Tensor:
-    """Of (n,), 1 <= k <= n; to select it takes a CPU a quarter of what sorting does."""
+    """Of (n,), 1 <= k <= n; numpy selects it on a CPU many times as fast as torch does."""
     if magnitudes.device.type == "cpu":
-        return magnitudes.kthvalue(magnitudes.numel() - k + 1).values
+        place = magnitudes.numel() - k
+        return magnitudes.new_tensor(np.partition(magnitudes.numpy(), place)[place])
     return magnitudes.sort(descending=True).values[k - 1]
 
 

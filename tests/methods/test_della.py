@@ -12,7 +12,7 @@ from lewis_hub.methods.random_bits import halves
 ONES = torch.ones(2)
 
 
-def naive_drop_by_rank(rows, density, spread, stream, scale=None):
+def naive_drop_by_rank(rows, density, spread, stream, scale=None, dtype=np.float32):
     """From the description, entry by entry; rescaled."""
     scale = scale or [1.0] * len(rows[0])
     if density >= 1:
@@ -21,9 +21,7 @@ def naive_drop_by_rank(rows, density, spread, stream, scale=None):
     drawn = halves(stream, n * len(rows)).tolist()
     found = []
     for i, row in enumerate(rows):
-        counted = [
-            abs(float(np.float32(x) * np.float32(s))) for x, s in zip(row, scale, strict=True)
-        ]
+        counted = np.abs(np.array(row, dtype) * np.array(scale, dtype)).tolist()
         order = sorted(range(n), key=lambda j: (counted[j], j))
         kept = []
         for j, value in enumerate(row):
@@ -46,13 +44,16 @@ VALUES = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 2.0]) | st.floats(-9, 9, wi
     st.floats(0, 1),
     st.floats(0, 0.5),
     st.integers(0, 2**64 - 1),
+    st.sampled_from([torch.float32, torch.float64]),
 )
-@example([[1.0, -1.0, 1.0]], 0.5, 0.5, 3)
-@example([[2.0]], 0.5, 0.15, 3)
-def test_entries_are_dropped_as_the_description_says(rows, density, spread, stream):
-    dropped = drop_by_rank(torch.tensor(rows), density, spread, stream, rescale=True)
+@example([[1.0, -1.0, 1.0]], 0.5, 0.5, 3, torch.float32)
+@example([[2.0]], 0.5, 0.15, 3, torch.float32)
+def test_entries_are_dropped_as_the_description_says(rows, density, spread, stream, dtype):
+    vector = torch.tensor(rows, dtype=dtype)
 
-    expected = torch.tensor(naive_drop_by_rank(rows, density, spread, stream))
+    dropped = drop_by_rank(vector, density, spread, stream, rescale=True)
+
+    expected = torch.tensor(naive_drop_by_rank(rows, density, spread, stream), dtype=dtype)
     torch.testing.assert_close(dropped, expected, rtol=1e-6, atol=0)
 
 
@@ -121,14 +122,19 @@ def test_della_elects_a_sign_and_averages_what_agrees():
 
 
 @settings(deadline=None)  # the first example loads torch's kernels
-@given(st.lists(st.floats(0, 9, width=32), min_size=4, max_size=4), st.integers(0, 2**64 - 1))
-def test_entries_are_ranked_by_what_their_input_counts_for(scale, stream):
-    rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+@given(
+    st.lists(st.floats(0, 9, width=32), min_size=4, max_size=4),
+    st.integers(0, 2**64 - 1),
+    st.sampled_from([(torch.float32, np.float32), (torch.float64, np.float64)]),
+)
+def test_entries_are_ranked_by_what_their_input_counts_for(scale, stream, dtypes):
+    dtype, of_numpy = dtypes
+    rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    dropped = drop_by_rank(rows, 0.5, 0.4, stream, torch.tensor(scale), rescale=True)
+    dropped = drop_by_rank(rows, 0.5, 0.4, stream, torch.tensor(scale, dtype=dtype), rescale=True)
 
-    expected = naive_drop_by_rank(rows.tolist(), 0.5, 0.4, stream, scale)
-    torch.testing.assert_close(dropped, torch.tensor(expected))
+    expected = naive_drop_by_rank(rows.tolist(), 0.5, 0.4, stream, scale, of_numpy)
+    torch.testing.assert_close(dropped, torch.tensor(expected, dtype=dtype))
 
 
 @pytest.mark.parametrize("method", [della, della_linear])
