@@ -49,6 +49,8 @@ ifdef MODELS
 	$(GUIDANCE) $(LAB) --best task_arithmetic ties linear --variants 'experts alone' \
 	    'regmean merged 0.9' 'regmean 0.5 lambda 1.0'
 	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.5 faithful 1.0' 'own 0.5' --split test
+	$(BIN)/python benchmarks/aim.py $(MODELS) evidence/data/skills evidence 'task_arithmetic 0.8' \
+	    'ties 0.5 lambda 1.0'
 endif
 LAB = --models $(MODELS) --data evidence/data/skills
 
