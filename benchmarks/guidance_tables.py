@@ -5,7 +5,9 @@ trim, of loss and exact match at each mean density: `+` where a loss is lower th
 and `-` where it is higher (p < .01). The twin is uniform; that of `uniform by activation` trims by
 magnitude. Then every merge against its twins: t is of the paired differences in loss, negative
 where the merge is better. p is two-sided, by the normal distribution (items are many), after Holm
-over all skills of all rows. Scores of several seeds are averaged item by item.
+over all skills of all rows. Scores of several seeds are averaged item by item, so a mark says
+nothing about other seeds: where entries are dropped at random, `lower` counts the densities, skills
+and seeds of which a loss is lower than the twin's of the same seed.
 """
 
 from __future__ import annotations
@@ -117,19 +119,35 @@ def _grid(
     }
     if not any(name in found for names in rows.values() for name in names):
         return
+    twins, draws = rows["uniform"], method != "ties"
     for what, values in (("loss", _losses), ("exact", _right)):
-        yield f"\n| {method}{trim}, {what} | " + " | ".join(map(str, MEAN_DENSITIES)) + " |"
-        yield "|---|" + "---:|" * len(MEAN_DENSITIES)
+        columns = [*map(str, MEAN_DENSITIES), *(["lower"] if what == "loss" and draws else [])]
+        yield f"\n| {method}{trim}, {what} | {' | '.join(columns)} |"
+        yield "|---|" + "---:|" * len(columns)
         for guide, names in rows.items():
             cells = [
-                [
+                " / ".join(
                     f"{statistics.fmean(values(found[name][skill])):.3f}"
                     + (tested.mark(name, skill) if what == "loss" else "")
                     for skill in (skills if name in found else ())
-                ]
+                )
                 for name in names
             ]
-            yield f"| {guide} | {' | '.join(' / '.join(cell) for cell in cells)} |"
+            if len(columns) > len(names):
+                cells.append("" if names == twins else lower(names, twins, skills, found))
+            yield f"| {guide} | {' | '.join(cells)} |"
+
+
+def lower(names: Sequence[str], twins: Sequence[str], skills: Sequence[str], found: Found) -> str:
+    """How often the loss is lower than the twin's of the same seed, of all skills and seeds."""
+    means = [
+        [statistics.fmean(scored.losses) for scored in (one, other)]
+        for name, twin in zip(names, twins, strict=True)
+        if name in found and twin in found
+        for skill in skills
+        for one, other in zip(found[name][skill], found[twin][skill], strict=True)
+    ]
+    return f"{sum(own < its_twin for own, its_twin in means)} of {len(means)}"
 
 
 def _tests(skills: Sequence[str], tested: Tested) -> Iterator[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from answers import Text, load, score, texts
-from guidance_tables import holm, paired_t
+from answers import Scored, Text, load, score, texts
+from guidance_tables import holm, lower, paired_t
 from third_expert import roman
 from torch.nn.functional import cross_entropy
 from zoo_items import write_items
@@ -33,6 +33,21 @@ def test_a_paired_t_is_the_mean_difference_over_its_standard_error():
     # differences 1, 2, 3: mean 2, standard deviation 1
     assert paired_t([2, 4, 6], [1, 2, 3]) == pytest.approx(2 * math.sqrt(3))
     assert paired_t([1, 2], [1, 2]) == 0
+
+
+def test_losses_are_counted_beside_those_of_the_same_seed():
+    def seeds(*losses: float) -> list[Scored]:
+        return [Scored([loss, loss], [0, 0]) for loss in losses]
+
+    found = {
+        "a 0.1": {"x": seeds(1, 5, 3), "y": seeds(1, 1, 1)},
+        "twin 0.1": {"x": seeds(2, 4, 4), "y": seeds(1, 2, 0)},
+        "a 0.2": {"x": seeds(0, 0, 0), "y": seeds(0, 0, 0)},  # whose twin was not run
+    }
+
+    counted = lower(["a 0.1", "a 0.2"], ["twin 0.1", "twin 0.2"], ["x", "y"], found)
+
+    assert counted == "3 of 6"  # x: of the first and third seed; y: of the second
 
 
 def test_numerals_are_written_by_subtraction():
