@@ -50,7 +50,7 @@ ifdef MODELS
 	    'regmean merged 0.9' 'regmean 0.5 lambda 1.0'
 	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.5 faithful 1.0' 'own 0.5' --split test
 	$(BIN)/python benchmarks/aim.py $(MODELS) evidence/data/skills evidence 'task_arithmetic 0.8' \
-	    'ties 0.5 lambda 1.0'
+	    'ties 0.5 lambda 1.0' --split tune
 endif
 LAB = --models $(MODELS) --data evidence/data/skills
 
