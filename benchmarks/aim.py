@@ -12,7 +12,6 @@ from the merge itself, which is the row without an omega; negative where the los
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from answers import Scored, Text, fill, load, score, texts
+from answers import SIZES, Scored, Text, fill, load, read_items, score, texts
 from guidance_merge import make
 from guidance_tables import paired_t
 from guidance_variants import SEEDS, Bench, variants
 from torch import Tensor, nn
 
-SIZES = {"tune": 250, "test": 1000}
 OMEGAS = (0.0, 0.4, 0.8)
 SAMPLES = 64  # calibration texts of each expert
 
@@ -112,8 +110,7 @@ def _drawn(bench: Bench, skill: str) -> list[Text]:
 
 
 def _texts(bench: Bench, skill: str, split: str) -> list[Text]:
-    lines = (bench.data / f"{skill}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return texts(bench.models / "base", [json.loads(line) for line in lines])
+    return texts(bench.models / "base", read_items(bench.data, skill, split))
 
 
 if __name__ == "__main__":

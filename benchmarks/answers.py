@@ -6,6 +6,7 @@ the right, where causal attention never looks. Logits are made of answers alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, TEXT = "Question: {question}\nAnswer:", "Question: {question}\nAnswer: {answer}"
 BATCH_TOKENS = 1024
+SIZES = {"tune": 250, "test": 1000}  # items of each skill
 
 Items = Sequence[Mapping[str, str]]  # each with `question` and `answer`
 
@@ -55,6 +57,12 @@ def fill(model: Any, folder: Path) -> None:
         missing, unexpected = model.load_state_dict(load_file(file), strict=False)
         assert not unexpected, (file, unexpected)
         assert set(missing) <= {"lm_head.weight"}, (file, missing)  # tied to the embeddings
+
+
+def read_items(data: Path, skill: str, split: str) -> list[dict[str, str]]:
+    """All items of a split of a skill, in the file's order."""
+    lines = (data / f"{skill}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def texts(folder: Path, items: Items) -> list[Text]:

@@ -32,15 +32,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from answers import Scored, Text, fill, load, score, texts
+from answers import SIZES, Scored, Text, fill, load, read_items, score, texts
 from guidance_merge import make
 from guidance_tables import Found, best_of, tables
 from guidance_variants import ALONE, BASE, SHOWN, Bench, Variant, variants
 from zoo_items import write_items
 
 from lewis_hub.demo.zoo import zoo_folder
-
-SIZES = {"tune": 250, "test": 1000}  # items of each skill
 
 
 class Scoring:
@@ -57,10 +55,9 @@ class Scoring:
 
     @cache  # noqa: B019 (one a process)
     def items(self, skill: str) -> list[Text]:
-        file = self.bench.data / f"{skill}_{self.split}.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines()[: self.n_items]
-        assert len(lines) == self.n_items, file
-        return texts(self.bench.models / "base", [json.loads(line) for line in lines])
+        items = read_items(self.bench.data, skill, self.split)[: self.n_items]
+        assert len(items) == self.n_items, (skill, self.split)
+        return texts(self.bench.models / "base", items)
 
     @cache  # noqa: B019
     def model(self) -> Any:

@@ -119,9 +119,9 @@ def _grid(
     }
     if not any(name in found for names in rows.values() for name in names):
         return
-    twins, draws = rows["uniform"], method != "ties"
     for what, values in (("loss", _losses), ("exact", _right)):
-        columns = [*map(str, MEAN_DENSITIES), *(["lower"] if what == "loss" and draws else [])]
+        counts = what == "loss" and method != "ties"
+        columns = [*map(str, MEAN_DENSITIES), *(["lower"] if counts else [])]
         yield f"\n| {method}{trim}, {what} | {' | '.join(columns)} |"
         yield "|---|" + "---:|" * len(columns)
         for guide, names in rows.items():
@@ -133,7 +133,8 @@ def _grid(
                 )
                 for name in names
             ]
-            if len(columns) > len(names):
+            if counts:
+                twins = rows["uniform"]
                 cells.append("" if names == twins else lower(names, twins, skills, found))
             yield f"| {guide} | {' | '.join(cells)} |"
 

@@ -27,11 +27,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from answers import Scored, load, score, texts
+from answers import SIZES, Scored, load, read_items, score, texts
 from guidance_tables import paired_t
 from refinements_merge import Merging, Refinement
-
-SIZES = {"tune": 250, "test": 1000}
 
 
 def refinements() -> dict[str, Refinement]:
@@ -71,8 +69,7 @@ def main() -> None:
     known, n_items = refinements(), SIZES[told.split]
     asked = {}
     for skill in told.skills:
-        lines = (told.data / f"{skill}_{told.split}.jsonl").read_text(encoding="utf-8").splitlines()
-        items = [json.loads(line) for line in lines[:n_items]]
+        items = read_items(told.data, skill, told.split)[:n_items]
         asked[skill] = texts(told.models / "base", items)
     folder = told.results / "+".join(told.skills) / f"refinements-{told.split}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from answers import TEXT, load, texts
+from answers import TEXT, load, read_items, texts
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -170,9 +169,8 @@ class Merging:
         return seen, made[0] if isinstance(made, tuple) else made
 
     def _texts(self, skill: str, asked: Refinement) -> Batch:
-        lines = (self.data / f"{skill}_train.jsonl").read_text(encoding="utf-8").splitlines()
-        drawn = random.Random(f"{SEED} {skill}").sample(lines, asked.samples)
-        items = [json.loads(line) for line in drawn]
+        lessons = read_items(self.data, skill, "train")
+        items = random.Random(f"{SEED} {skill}").sample(lessons, asked.samples)
         tokenizer = AutoTokenizer.from_pretrained(self.models / "base")
         rows = tokenizer([TEXT.format(**item) for item in items])["input_ids"]
         starts = [text.start for text in texts(self.models / "base", items)]

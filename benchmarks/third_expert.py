@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from answers import Text, load, texts
+from answers import Text, load, read_items, texts
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
@@ -62,8 +62,7 @@ def _asked(number: int) -> Iterator[dict[str, str]]:
 
 def train(base: Path, data: Path, out: Path) -> None:
     """Fine-tune on answers alone, and write the expert in bfloat16."""
-    lines = (data / f"{SKILL}_train.jsonl").read_text(encoding="utf-8").splitlines()
-    items = texts(base, [json.loads(line) for line in lines])
+    items = texts(base, read_items(data, SKILL, "train"))
     torch.manual_seed(SEED)
     model = load(base, "float32")
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2]

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from answers import SIZES
+
 from lewis_hub.demo import tasks
 from lewis_hub.demo.train import BASE, BUCKET, EXPERTS, SEED
 from lewis_hub.demo.zoo import zoo_folder
-
-SIZES = {"tune": 250, "test": 1000}
 
 
 def write_items(folder: Path) -> None:
