@@ -24,7 +24,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from answers import SIZES, Scored, load, read_items, score, texts
@@ -48,6 +48,7 @@ def refinements() -> dict[str, Refinement]:
                 name = f"cross {alpha} faithful {faithful}{more}"
                 one = Refinement(name, "cross", alpha, samples=samples, faithful=faithful)
                 told.append(one)
+            told.append(replace(one, name=f"{one.name} made good", made_good=1.0))
         told.append(Refinement(f"own {alpha} samples 256", alpha=alpha, samples=256))
     told += [Refinement(f"own 0.5 scale {x}", scale=x) for x in (0.95, 1.05, 1.1)]
     told += [Refinement(f"own 0.5 answers {x}", answers=x) for x in (3.0, 10.0)]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,8 @@ class Refinement:
         pull: ridge towards the mean of the task vectors, in mean diagonals of the moments.
         answers: how often a token counts whose next is the answer's.
         norm: what each expert's moments are divided by.
+        made_good: of `cross`: how much of what the hidden states are off by, the last Linear of a
+            block has to add besides.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Refinement:
     answers: float = 1.0
     norm: Literal["none", "trace"] = "none"
     scale: float = 1.0
+    made_good: float = 0.0
 
 
 class Merging:
@@ -82,7 +86,12 @@ class Merging:
         if asked.inputs == "cross":
             for place in range(len(GROUPS)):
                 inside = {s: self._inputs(block, seen[s])[0] for s in self.skills}
-                self._solve(number, place, asked, batches, inside, before)
+                gaps: dict[str, Tensor] = {}
+                if asked.made_good and place == len(GROUPS) - 1:
+                    for s in self.skills:
+                        wanted = self._before_mlp(experts[s], own[s])
+                        gaps[s] = asked.made_good * (wanted - self._before_mlp(block, seen[s]))
+                self._solve(number, place, asked, batches, inside, before, gaps)
         else:
             inside = before
             if asked.inputs == "mean":
@@ -104,8 +113,12 @@ class Merging:
         batches: Mapping[str, Batch],
         inside: Mapping[str, Sequence[Tensor]],
         before: Mapping[str, Sequence[Tensor]],
+        gaps: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """The weights of one group; `inside`: x of each skill, `before`: x in the expert."""
+        """The weights of one group; `inside`: x of each skill, `before`: x in the expert.
+
+        `gaps`: what the group has to add besides.
+        """
         down = place == len(GROUPS) - 1 and asked.down is not None
         alpha = asked.down if down and asked.down is not None else asked.alpha
         base = self.base.model.layers[number]
@@ -129,6 +142,9 @@ class Merging:
                 # W_e z - W_0 x, which the update has to make of x
                 w, w0 = expert.get_submodule(name).weight, base.get_submodule(name).weight
                 wanted[i] = wanted[i] + w @ crossed - w0 @ gram
+                if skill in gaps:
+                    gap = gaps[skill][kept] * counts[:, None]
+                    wanted[i] = wanted[i] + gap.T @ x / size
         assert isinstance(total, Tensor)
         ridge = (RIDGE + asked.pull) * total.diagonal().mean()
         total.diagonal().add_(ridge)
@@ -151,6 +167,16 @@ class Merging:
         states = [expert.state_dict() for expert in self.experts.values()]
         mean = {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
         self.merged.load_state_dict(mean)
+
+    def _before_mlp(self, block: Any, hidden: Tensor) -> Tensor:
+        """The hidden states that an MLP adds to."""
+        seen: list[Tensor] = []
+        hook = block.post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        self._inputs(block, hidden)
+        hook.remove()
+        return seen[0]
 
     def _inputs(self, block: Any, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the first Linear of each group is handed, and what the block makes of it all."""
