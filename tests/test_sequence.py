@@ -195,6 +195,29 @@ def copied(name, folder, change):
     return folder
 
 
+def test_check_counts_no_embedding_as_merged_whole(api, tmp_path):
+    more = 100_000  # rows
+
+    def longer(found):
+        rows = found["model.embed_tokens.weight"]
+        padding = rows.new_zeros(more, rows.shape[1])
+        return found | {"model.embed_tokens.weight": torch.cat([rows, padding])}
+
+    text = RECIPE
+    for name in ("base", "expert-reverse", "expert-cipher"):
+        folder = copied(name, tmp_path / name, longer)
+        config = json.loads((folder / "config.json").read_text())
+        config["vocab_size"] += more
+        (folder / "config.json").write_text(json.dumps(config))
+        text = text.replace(f"zoo/{name}", str(folder))
+
+    wide, narrow = (lewis_hub.check(recipe(one)) for one in (text, RECIPE))
+
+    assert wide.problems == ()
+    embedding = 4 * more * 128
+    assert wide.memory_bytes - narrow.memory_bytes == 4 * embedding  # one of each model
+
+
 def test_what_is_nan_in_a_fitted_matrix_is_told_where_it_is_allowed(api, tmp_path):
     def broken(found):
         found[Q][0, 0], found[NORM][0] = torch.nan, torch.inf

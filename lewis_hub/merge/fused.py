@@ -27,10 +27,11 @@ from lewis_hub.methods.sparsify import n_kept
 
 @dataclass(frozen=True)
 class Fused:
-    """A method in the kernel's terms."""
+    """A method in the kernel's terms, of tensors without second moments."""
 
     thins: int  # KEEP_ALL, TRIM, DRAW or RANK
     elects: bool
+    averages: bool = False  # whatever the options say
 
 
 FUSED = {
@@ -40,6 +41,7 @@ FUSED = {
     "dare_ties": Fused(DRAW, elects=True),
     "della_linear": Fused(RANK, elects=False),
     "della": Fused(RANK, elects=True),
+    "regmean": Fused(TRIM, elects=False, averages=True),
 }
 AVERAGED = "linear"
 NO_TABLE = Table(np.zeros((0, 0), np.uint64), np.zeros((0, 0), np.float32))
@@ -59,11 +61,9 @@ def row_of(tensor: TensorPlan) -> int:
 
 def is_fused(method: str, tensor: TensorPlan) -> bool:
     """Whether a kernel can make the tensor: it knows magnitudes, and no activations."""
-    if method not in FUSED or block_of(method, tensor) > LONGEST_ROW:
+    if method not in FUSED or tensor.grams or block_of(method, tensor) > LONGEST_ROW:
         return False
-    options = tensor.options
-    by_magnitude = options.get("trim", "magnitude") == "magnitude"
-    return by_magnitude and (FUSED[method].thins != TRIM or not options.get("rescale"))
+    return FUSED[method].thins != TRIM or not tensor.options.get("rescale")
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
@@ -97,7 +97,7 @@ def _table(tensor: TensorPlan, densities: Sequence[float], *, rescales: bool) ->
 
 def mix_of(tensor: TensorPlan, fused: Fused) -> Mix:
     """How the votes of the experts are combined."""
-    normalize = bool(tensor.options["normalize"])
+    normalize = fused.averages or bool(tensor.options["normalize"])
     total = _in_order(tensor.weights)
     divides = normalize and abs(total) >= np.float32(NEGLIGIBLE)
     return Mix(

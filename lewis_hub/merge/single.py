@@ -1,4 +1,4 @@
-"""Single tensors of a plan, in memory: by the method's definition."""
+"""Single tensors of a plan, in memory: in any order, and with moments that were just taken."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from lewis_hub.checkpoint.layout import ShardLayout
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.merge.assembled import assembling
 from lewis_hub.merge.definition import Moments, merge_by_definition
 from lewis_hub.merge.engine import open_source
+from lewis_hub.merge.held import HeldShard
 from lewis_hub.merge.mending import MendingReader, mending
-from lewis_hub.merge.plan import ShardPlan
+from lewis_hub.merge.plan import ShardPlan, TensorPlan
+from lewis_hub.merge.runners import Inline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,23 +38,30 @@ def singly(
         What makes a tensor by its name, in the output's dtype: with the moments of its inputs where
         they are, or without, on the CPU.
     """
+    from lewis_hub.merge.pieces import Desks, Job, Site  # imports llvmlite
+    from lewis_hub.merge.tensors import make_tensor
+
     tensors = {tensor.output.name: tensor for tensor in plan.tensors}
     with ExitStack() as opened:
         pairs = zip(plan.labels, plan.bases, strict=True)
         own = [opened.enter_context(open_source(label, base, reader)) for label, base in pairs]
         readers = assembling(plan, own)
+        desks = Desks(max(len(tensor.inputs) for tensor in plan.tensors))
+
+        def alone(tensor: TensorPlan) -> Tensor:
+            held = HeldShard(ShardLayout(tensor.output.name, (tensor.output,)))
+            [start] = held.layout.starts
+            make_tensor(Job(Site(plan, readers, held, desks), tensor, start), Inline())
+            return held.tensors()[tensor.output.name]
 
         def make(name: str, moments: Moments | None) -> Tensor:
             tensor = tensors[name]
+            if moments is None or tensor.is_copied:
+                return alone(tensor)
             found = tuple(readers[number] for number in tensor.sources)
             if plan.allow_nan:
                 found = mending(tensor, found)
             sources = [r.tensor(h) for r, h in zip(found, tensor.inputs, strict=True)]
-            if tensor.is_copied:
-                return sources[0]
-            if moments is None:
-                unknown = Moments([None] * len(tensor.weights))
-                return merge_by_definition(plan, tensor, sources, unknown)
             mended.update(
                 (plan.labels[number], name)
                 for number, one in zip(tensor.sources, found, strict=True)

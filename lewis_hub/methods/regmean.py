@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from lewis_hub.methods.combine import summed
+from lewis_hub.methods.combine import all_votes, summed
 from lewis_hub.methods.registry import register
 from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, trimmed
 from lewis_hub.methods.systems import factor, product, solve
@@ -24,6 +24,7 @@ LARGER_RIDGES = (1e-4, 1e-2)  # where rounded moments are not positive definite 
     "regmean",
     paper="https://arxiv.org/abs/2212.09849",
     accepted={"trim": TRIMS, "inputs": INPUTS},
+    version=2,
 )
 def regmean(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (out, in) float32; (in, out) where `transposed`; any shape without Grams
@@ -57,8 +58,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]
     if len(known) < len(vectors):
-        mixed = summed((w * v for w, v in zip(weights, vectors, strict=True)), base)
-        return base + lambda_ * mixed / summed(weights, weights[0])
+        votes = [w * vector for w, vector in zip(weights, vectors, strict=True)]
+        return base + lambda_ * all_votes(votes, weights, normalize=True)
     rows = [vector.T if transposed else vector for vector in vectors]
     solved = base.new_empty(rows[0].shape)
     width, still = known[0].shape[-1], base.T if transposed else base

@@ -141,7 +141,7 @@ def _matrices(output: Checkpoint) -> list[TensorHeader]:
 
 
 def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Checkpoint]) -> int:
-    """Kernels hold pieces; a definition holds its sources' largest tensor, in torch.
+    """Kernels hold pieces; a definition holds the largest tensor that it is asked for, in torch.
 
     Of an adapter the two narrow matrices of each module are held.
     """
@@ -151,10 +151,11 @@ def _merging_bytes(recipe: Recipe, output: Checkpoint, checkpoints: Sequence[Che
     rescales = (
         recipe.merge_method == "ties" and recipe.parameters.get("rescale", False) is not False
     )
-    by_definition = rescales or needs_grams(recipe)
-    if recipe.merge_method in (AVERAGED, *FUSED) and not by_definition:
+    has_kernel = recipe.merge_method in (AVERAGED, *FUSED) and not rescales
+    if has_kernel and not needs_grams(recipe):
         return ENGINE_BYTES + narrow_bytes
-    largest = max((t.n_elements for t in output.tensors.values()), default=0)
+    defined = _matrices(output) if has_kernel else output.tensors.values()
+    largest = max((tensor.n_elements for tensor in defined), default=0)
     held_bytes = (4 * len(checkpoints) + 8 * DEFINED_COPIES) * largest
     if registry.find(recipe.merge_method).needs_grams:
         held_bytes += _solving_bytes(output, len(checkpoints))

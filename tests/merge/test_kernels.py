@@ -26,6 +26,7 @@ METHODS = [
     "dare_ties",
     "della_linear",
     "della",
+    "regmean",  # of what has no second moments
 ]
 RANDOM = ("dare", "della")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -82,13 +83,15 @@ def cases(draw):
     density = st.just(1.0) | st.just(0.0) | st.floats(0.01, 0.99)
     parameters = []
     for _ in range(n_experts):
-        own = {"weight": draw(st.sampled_from([1.0, 0.3, -0.7, 0.0, 2.5]) | st.floats(-2, 2))}
+        least = 0.1 if method == "regmean" else -2
+        weights = [weight for weight in (1.0, 0.3, -0.7, 0.0, 2.5) if weight >= least]
+        own = {"weight": draw(st.sampled_from(weights) | st.floats(least, 2))}
         if method not in {"linear", "task_arithmetic"}:
             own["density"] = draw(density)
         if method.startswith("della"):
             own["epsilon"] = draw(st.sampled_from([0.0, 0.15, 0.5]))
         parameters.append(own)
-    common = {"normalize": draw(st.booleans())}
+    common = {} if method == "regmean" else {"normalize": draw(st.booleans())}
     if method != "linear":
         common["lambda"] = draw(st.sampled_from([1.0, 0.37, -1.5]))
     elif abs(sum(own["weight"] for own in parameters)) < 0.1:

@@ -1,5 +1,9 @@
 """Merging by second moments: the definition's bytes on every way, and plans that know them."""
 
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -74,6 +78,36 @@ def test_what_has_no_second_moments_is_averaged(zoo):
     base, *experts = (tensors(i)["embed.weight"].float() for i in range(4))
     mean = sum((i + 1) * (expert - base) for i, expert in enumerate(experts)) / 6
     torch.testing.assert_close(found.float(), base + mean, rtol=1e-2, atol=1e-2)
+
+
+PEAK = """
+import pickle, sys
+from pathlib import Path
+
+from lewis_hub.merge.engine import run
+from lewis_hub.merge.runners import Means, inline
+
+plan, folders, output = pickle.load(sys.stdin.buffer)
+run(plan, folders, output, Means(inline()), lambda _: None)
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("method", ["regmean", "ties", "della"])
+def test_a_large_tensor_without_second_moments_is_merged_in_pieces(zoo, tmp_path, method):
+    n = 10_000_000
+    base, *experts = (
+        zoo.source(name, {"embed.weight": torch.full((n // 100, 100), value).bfloat16()}, own)
+        for name, value, own in [("base", 1, {}), ("one", 2, {"weight": 1}), ("two", 3, {})]
+    )
+    parameters = {"density": 0.5, "trim": "activation"}
+    plan = make_plan(zoo.settings(method, base, experts, parameters=parameters), 10**9)
+    told = pickle.dumps((plan, zoo.folders, tmp_path))
+
+    done = subprocess.run([sys.executable, "-c", PEAK], input=told, capture_output=True, check=True)
+
+    assert int(done.stdout) * 1024 < 300_000_000  # by the definition: 12 bytes an entry and more
 
 
 def test_a_rerun_keeps_what_fits_and_makes_anew_what_was_measured_otherwise(zoo):
