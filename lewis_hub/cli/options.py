@@ -36,6 +36,16 @@ class Duration(click.ParamType[str]):
         return value
 
 
+class Template(click.ParamType[str]):
+    r"""A template over columns; `\n`, which a shell hands on as it is, is a new line."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+        """Put the new lines in."""
+        return value.replace(r"\n", "\n")
+
+
 class RecipePath(click.Path):
     """A recipe's file; a folder stands for the `recipe.yaml` in it."""
 

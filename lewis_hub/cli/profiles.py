@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lewis_hub.cli.options import (
+    Template,
     code_option,
     device_option,
     memory_option,
@@ -30,7 +31,11 @@ N_SHOWN = 20  # modules in a table; --json has them all
 @click.argument("recipe_or_model", metavar="[RECIPE | MODEL]", default="recipe.yaml")
 @click.option("--dataset", help="For MODEL: a repo, repo@revision, or a .jsonl or .parquet file.")
 @click.option("--config", help="Configuration (subset) of the dataset.")
-@click.option("--text", help="Template over the dataset's columns: `{question} {answer}`.")
+@click.option(
+    "--text",
+    type=Template(),
+    help="Template over the dataset's columns: `{question} {answer}`; \\n is a new line.",
+)
 @click.option("--messages", help="Column of chat messages instead of --text.")
 @click.option("--task", help="For MODEL: an lm-eval task whose items are put through its prompt.")
 @click.option("--include", help="Folder with own lm-eval task files.")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lewis_hub.cli.actions import write_workflow
+from lewis_hub.cli.options import Template
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.errors import LewisHubError
 
@@ -35,7 +36,12 @@ ACCESS = "It publishes with the secret HF_TOKEN, or without one: the variable HF
     help="A dataset like the benchmark: one for each expert in order, or one for all [the "
     "training items of --task, where there is one for each expert].",
 )
-@click.option("--text", default="{question} {answer}", help="Template over the dataset's columns.")
+@click.option(
+    "--text",
+    type=Template(),
+    default="{question} {answer}",
+    help="Template over the dataset's columns; \\n is a new line.",
+)
 @click.option("--repo", help="Where to publish: owner/name.")
 @click.option(
     "-o",

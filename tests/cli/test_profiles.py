@@ -9,6 +9,7 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 TASKS = str(zoo_folder() / "tasks")
 TEXT = "Question: {question}\nAnswer: {answer}"
+SHELL_TEXT = TEXT.replace("\n", r"\n")
 
 
 def run(*words):
@@ -31,11 +32,12 @@ def test_one_model_is_measured_on_a_task_or_a_dataset_and_the_two_are_compared(s
     words = ("importance", model, "--samples", 8, "--json")
 
     by_task = run(*words, "--task", "zoo_reverse", "--include", TASKS, "-o", task)
-    run(*words, "--dataset", "zoo/cipher@main", "--text", TEXT, "-o", data)
+    run(*words, "--dataset", "zoo/cipher@main", "--text", SHELL_TEXT, "-o", data)
     compared = run("compare", task, data / "importance.json", "-o", plots, "--json")
 
     told = json.loads(by_task.stdout)
     profile = json.loads((task / "importance.json").read_text())
+    assert json.loads((data / "importance.json").read_text())["calibration"]["text"] == TEXT
     assert told["importance"] == profile
     schema = json.loads(run("schema", "importance").stdout)
     jsonschema.Draft202012Validator(schema).validate(profile)

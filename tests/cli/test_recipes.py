@@ -43,14 +43,14 @@ def test_init_merges_by_statistics_when_there_is_a_calibration_for_each_expert(t
     output = tmp_path / "recipe.yaml"
     words = ["init", "--base", "b", "--expert", "e1", "--expert", "e2"]
     words += ["--calibration", "org/d1", "--calibration", "org/d2", "-o", str(output)]
+    words += ["--text", r"Q: {q}\nA: {a}"]  # as a shell hands it on
 
     CliRunner().invoke(cli, words, catch_exceptions=False)
 
     recipe = read_recipe(output)
-    assert [entry.calibration.dataset for entry in recipe.models if entry.calibration] == [
-        "org/d1",
-        "org/d2",
-    ]
+    own = [entry.calibration for entry in recipe.models if entry.calibration]
+    assert [one.dataset for one in own] == ["org/d1", "org/d2"]
+    assert own[0].text == own[1].text == "Q: {q}\nA: {a}"
     assert (recipe.merge_method, recipe.guide) == ("regmean", None)
     assert recipe.parameters == {"inputs": "merged", "off_diagonal": 0.7}
 
