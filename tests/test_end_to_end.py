@@ -240,14 +240,16 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
     run(hub, zoo, "merge", "-o", "timed")
     seconds = time.perf_counter() - start
     draw = random.Random(0)
-    n_killed = 0
-    for i in range(10):
-        output = f"killed-{i}"
+    n_killed = n_begun = 0
+    while n_killed < 8:
+        output = f"killed-{n_begun}"
+        n_begun, start = n_begun + 1, time.perf_counter()
         process = subprocess.Popen(
             command("merge", "-q", "-o", output), cwd=zoo, env=environment(hub, zoo)
         )
         try:
             process.wait(timeout=draw.uniform(0, seconds))
+            seconds = min(seconds, time.perf_counter() - start)  # the machine was busy before
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -259,7 +261,6 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
         assert set(found) == set(expected)
         differing = {name for name in expected if found[name] != expected[name]}
         assert differing <= NOT_THE_SAME
-    assert n_killed >= 8  # one that was drawn late may have been done already
 
 
 def test_the_demo_s_merges_do_both_skills_as_the_readme_says(hub, tmp_path):
