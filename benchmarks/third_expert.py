@@ -1,10 +1,11 @@
 """A third expert of a base, and its data: Roman numerals, both ways.
 
-    python benchmarks/third_expert.py MODELS DATA
+    python benchmarks/third_expert.py MODELS DATA [--skill NAME]
 
 MODELS holds `base`; `expert-roman` is put beside it, roman_{train,tune,test}.jsonl into DATA. No
-number is in two splits. The matrices of the blocks are trained, all and in full rank, unlike
-an adapter's; embeddings and norms stay the base's. Seeded, on as many threads as torch takes.
+number is in two splits. With `--skill` it is an expert of NAME_train.jsonl, which DATA has.
+The matrices of the blocks are trained, all and in full rank, unlike an adapter's; embeddings and
+norms stay the base's. Seeded, on as many threads as torch takes.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def _asked(number: int) -> Iterator[dict[str, str]]:
     yield {"question": f"Which number is {written}?", "answer": str(number)}
 
 
-def train(base: Path, data: Path, out: Path) -> None:
+def train(base: Path, data: Path, skill: str, out: Path) -> None:
     """Fine-tune on answers alone, and write the expert in bfloat16."""
-    items = texts(base, read_items(data, SKILL, "train"))
+    items = texts(base, read_items(data, skill, "train"))
     torch.manual_seed(SEED)
     model = load(base, "float32")
     matrices = [p for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2]
@@ -102,9 +103,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", type=Path)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--skill", default=SKILL)
     told = parser.parse_args()
-    write_data(told.data)
-    train(told.models / "base", told.data, told.models / f"expert-{SKILL}")
+    if told.skill == SKILL:
+        write_data(told.data)
+    train(told.models / "base", told.data, told.skill, told.models / f"expert-{told.skill}")
 
 
 if __name__ == "__main__":
