@@ -122,9 +122,10 @@ def _tokens(expert: SourceImportance | Measured) -> str:
 
 
 def _template(told: Mapping[str, Any]) -> str:
-    """How rows became texts."""
+    """How rows became texts, in one line."""
     task = told.get("task")
-    return f"task {task}" if task else str(told.get("text") or told.get("messages"))
+    named = f"task {task}" if task else str(told.get("text") or told.get("messages"))
+    return named.replace("\n", r"\n")
 
 
 def cost(costs: Sequence[StageCost]) -> str | None:

@@ -28,7 +28,7 @@ CALIBRATION = {
     "dataset_sha": SHA["data"],
     "config": None,
     "split": "train",
-    "text": "{question} {answer}",
+    "text": "Q: {question}\nA: {answer}",
     "samples": 64,
     "max_tokens": 32,
     "seed": 42,

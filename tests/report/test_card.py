@@ -219,7 +219,8 @@ def test_inputs_are_pinned_and_linked_to_their_commits(make_facts, make_source):
     assert "| role | model | revision asked | pinned to | licence |" in part
     assert f"`v1.0` | [`bbbbbbbbbbbb`](<{HUB}/zoo/base/tree/{'b' * 40}>) | apache-2.0 |" in part
     assert "[`zoo/sums`](<https://huggingface.co/datasets/zoo/sums>) at [`000000000000`]" in part
-    assert "| `train` | `{question} {answer}` | 63 | 1,234 | 2 |" in part
+    template = "Q: &#123;question&#125;&#92;nA: &#123;answer&#125;"
+    assert f"| `train` | {template} | 63 | 1,234 | 2 |" in part
 
 
 def test_local_folders_are_named_without_their_path_and_stay_out_of_the_metadata(make_facts):
