@@ -36,7 +36,7 @@ ROUNDED = --items 250 --variants 'experts alone' 'task_arithmetic 0.7' 'ties 0.5
 evidence: .venv/dev
 	$(GUIDANCE) --dtype float32 --all
 	$(REFINEMENTS) lewis_hub/demo/zoo evidence/items evidence '*' --skills reverse cipher --dtype float32
-	$(REFINEMENTS) lewis_hub/demo/zoo evidence/items evidence 'cross 0.9 faithful 1.0*' 'merged 0.9' \
+	$(REFINEMENTS) lewis_hub/demo/zoo evidence/items evidence 'cross 0.[79] faithful 1.0*' 'merged 0.9' \
 	    'own 0.5' --skills reverse cipher --dtype float32 --split test
 ifdef MODELS
 	mkdir -p evidence/data
@@ -47,8 +47,10 @@ ifdef MODELS
 	$(GUIDANCE) $(LAB) --skills math strings --dtype float32 $(ROUNDED)
 	$(GUIDANCE) $(LAB) --split tune --variants 'task_arithmetic *' 'ties * lambda *' linear
 	$(GUIDANCE) $(LAB) --best task_arithmetic ties linear --variants 'experts alone' \
-	    'regmean merged 0.9' 'regmean 0.5 lambda 1.0'
+	    'regmean merged 0.[79]' 'regmean 0.5 lambda 1.0'
 	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.5 faithful 1.0' 'own 0.5' --split test
+	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.7 faithful 1.0' \
+	    'cross 0.[37] faithful 1.0 made good*' --skills math strings roman
 	$(BIN)/python benchmarks/aim.py $(MODELS) evidence/data/skills evidence 'task_arithmetic 0.8' \
 	    'ties 0.5 lambda 1.0' --split tune
 endif

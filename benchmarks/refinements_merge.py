@@ -34,8 +34,8 @@ class Refinement:
         pull: ridge towards the mean of the task vectors, in mean diagonals of the moments.
         answers: how often a token counts whose next is the answer's.
         norm: what each expert's moments are divided by.
-        made_good: of `cross`: how much of what the hidden states are off by, the last Linear of a
-            block has to add besides.
+        made_good: of `cross`: whether the last Linear of a block has to add what the hidden states
+            are off by besides; `scaled`: as much of it as leaves the smallest squares.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Refinement:
     answers: float = 1.0
     norm: Literal["none", "trace"] = "none"
     scale: float = 1.0
-    made_good: float = 0.0
+    made_good: Literal["no", "whole", "scaled"] = "no"
 
 
 class Merging:
@@ -87,10 +87,10 @@ class Merging:
             for place in range(len(GROUPS)):
                 inside = {s: self._inputs(block, seen[s])[0] for s in self.skills}
                 gaps: dict[str, Tensor] = {}
-                if asked.made_good and place == len(GROUPS) - 1:
+                if asked.made_good != "no" and place == len(GROUPS) - 1:
                     for s in self.skills:
                         wanted = self._before_mlp(experts[s], own[s])
-                        gaps[s] = asked.made_good * (wanted - self._before_mlp(block, seen[s]))
+                        gaps[s] = wanted - self._before_mlp(block, seen[s])
                 self._solve(number, place, asked, batches, inside, before, gaps)
         else:
             inside = before
@@ -123,6 +123,7 @@ class Merging:
         alpha = asked.down if down and asked.down is not None else asked.alpha
         base = self.base.model.layers[number]
         total, wanted = 0, [0] * len(GROUPS[place])
+        missing, grams = 0, 0  # of the gaps, and not shrunk
         for skill in self.skills:
             kept, counts = batches[skill].kept, batches[skill].counts.sqrt()
             x = inside[skill][place][kept] * counts[:, None]
@@ -142,9 +143,9 @@ class Merging:
                 # W_e z - W_0 x, which the update has to make of x
                 w, w0 = expert.get_submodule(name).weight, base.get_submodule(name).weight
                 wanted[i] = wanted[i] + w @ crossed - w0 @ gram
-                if skill in gaps:
-                    gap = gaps[skill][kept] * counts[:, None]
-                    wanted[i] = wanted[i] + gap.T @ x / size
+            if skill in gaps:
+                gap = gaps[skill][kept] * counts[:, None]
+                missing, grams = missing + gap.T @ x / size, grams + x.T @ x / size
         assert isinstance(total, Tensor)
         ridge = (RIDGE + asked.pull) * total.diagonal().mean()
         total.diagonal().add_(ridge)
@@ -153,6 +154,10 @@ class Merging:
             w0 = base.get_submodule(name).weight
             average = self._mean_vector(number, name)
             update = torch.cholesky_solve((rows + ridge * average).T, factor).T
+            if gaps:
+                more = torch.cholesky_solve(missing.T, factor).T
+                best = (more * missing).sum() / (more @ grams * more).sum()
+                update += (best.clamp(0, 1) if asked.made_good == "scaled" else 1) * more
             self.merged.model.layers[number].get_submodule(name).weight.copy_(
                 w0 + asked.scale * update
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -134,15 +134,27 @@ def second_moments(rows: Tensor, widest: int) -> Tensor:
 
 def products(left: Tensor, right: Tensor, widest: int) -> Tensor:
     """Sum z x^T over tokens: twice (n_tokens, in_features) -> (n_parts, width, width) float32."""
-    n = right.shape[1]
-    width = part_width(n, widest)
-    z, x = left.float(), right.float()
-    total = x.new_zeros(n // width, width, width)
-    for start in range(0, len(x), STEP):
+    width = part_width(right.shape[1], widest)
+    return _summed(_parts(left, width), _parts(right, width))
+
+
+def outer_products(left: Tensor, right: Tensor, widest: int) -> Tensor:
+    """Sum d x^T over tokens: (n_tokens, n), (n_tokens, in_features) -> (n_parts, n, width)."""
+    parts = _parts(right, part_width(right.shape[1], widest))
+    return _summed([left.float()] * len(parts), parts)
+
+
+def _parts(rows: Tensor, width: int) -> list[Tensor]:
+    x = rows.float()
+    return [x[:, start : start + width] for start in range(0, x.shape[1], width)]
+
+
+def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    total = right[0].new_zeros(len(right), left[0].shape[1], right[0].shape[1])
+    for start in range(0, len(right[0]), STEP):
         tokens = slice(start, start + STEP)
-        for number, sums in enumerate(total):
-            part = slice(number * width, (number + 1) * width)
-            sums.addmm_(z[tokens, part].T, x[tokens, part])
+        for sums, z, x in zip(total, left, right, strict=True):
+            sums.addmm_(z[tokens].T, x[tokens])
     return total
 
 

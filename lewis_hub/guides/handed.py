@@ -1,4 +1,8 @@
-"""What the Linears of a block are handed: in a model that is being merged, and in its experts."""
+"""What the Linears of a block are handed: in a model that is being merged, and in its experts.
+
+The last Linear of a block, where what it makes is added to what the block returns, can make good
+what the block is off by then: the hidden states that it was handed, and all that is added to them.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 
+import torch
 from torch import Tensor
 
 from lewis_hub.guides.activations import hooked, require_finite
 from lewis_hub.guides.blocks import linears
 from lewis_hub.guides.by_block import run_block
 from lewis_hub.guides.flow import Flow
-from lewis_hub.guides.grams import products, second_moments
+from lewis_hub.guides.grams import outer_products, products, second_moments
 from lewis_hub.guides.recording import (
     First,
     HandedError,
@@ -23,18 +28,23 @@ from lewis_hub.guides.recording import (
 )
 from lewis_hub.guides.skeleton import Skeleton
 
+ROUNDINGS = 16  # that a sum may be off by, of its dtype and of the largest that is added
+
 
 @dataclass(frozen=True)
 class Seen:
-    """What one Linear is handed on one expert's texts: (n_parts, width, width) float32 each.
+    """What one Linear is handed on one expert's texts, float32.
 
     Attributes:
-        gram: E[x x^T].
-        cross: E[z x^T]; None: z is x.
+        gram: E[x x^T], (n_parts, width, width).
+        cross: E[z x^T], of that shape; None: z is x.
+        gap: E[d x^T], (n_parts, out, width): d is what the expert's block returns more than the
+            merged one, beside what the Linear adds in each; None: that is not known.
     """
 
     gram: Tensor
     cross: Tensor | None = None
+    gap: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,37 @@ def levels(merged: Skeleton, number: int, trial: Flow) -> list[list[str]]:
     return [level for level in paired if level]
 
 
-def seen_beside(
-    models: tuple[Skeleton, Skeleton], number: int, pairs: Sequence[Pair], path: str, widest: int
+def is_added(made: Skeleton, number: int, trial: Flow, path: str) -> bool:
+    """Whether a block returns what a Linear makes, as it is, added to what does not depend on it.
+
+    Args:
+        made: has the block's weights.
+        number: of the block.
+        trial: a few tokens, which stay before it.
+        path: of the Linear in the block.
+    """
+    _, added, plain = _passed(made, number, trial, path)
+    push = added * (plain.abs().max() / added.abs().max())
+    module = made.blocks[number].get_submodule(path)
+    handle = module.register_forward_hook(lambda _, _given, returned: returned + push)
+    try:
+        moved = run_block(made, number, trial) - plain
+    finally:
+        handle.remove()
+    if moved.shape != push.shape:
+        return False
+    most = ROUNDINGS * torch.finfo(push.dtype).eps * push.abs().max()
+    return bool(((moved - push).abs() <= most).all())
+
+
+def seen_beside(  # noqa: PLR0913
+    models: tuple[Skeleton, Skeleton],
+    number: int,
+    pairs: Sequence[Pair],
+    path: str,
+    widest: int,
+    *,
+    with_gap: bool,
 ) -> Seen:
     """What a Linear is handed in the merged model, and beside it in an expert.
 
@@ -74,6 +113,7 @@ def seen_beside(
         pairs: texts, which stay before it.
         path: of the Linear in the block.
         widest: inputs of one matrix.
+        with_gap: where it `is_added`: ask what is missing beside it.
 
     Raises:
         OutOfStepError: it is not handed a row for every token.
@@ -81,16 +121,26 @@ def seen_beside(
     """
     merged, expert = models
 
-    def summed(pair: Pair) -> tuple[InputSum, InputSum]:
-        x = _handed(merged, number, pair.merged, path)
-        z = _handed(expert, number, pair.own, path)
-        return InputSum(products(x, x, widest), len(x)), InputSum(products(z, x, widest), len(x))
+    def summed(pair: Pair) -> list[InputSum]:
+        gaps = []
+        if with_gap:
+            x, others = _beside(merged, number, pair.merged, path)
+            z, wanted = _beside(expert, number, pair.own, path)
+            gaps.append(outer_products(wanted - others, x, widest))
+        else:
+            x = _handed(merged, number, pair.merged, path)
+            z = _handed(expert, number, pair.own, path)
+        found = (products(x, x, widest), products(z, x, widest), *gaps)
+        return [InputSum(one, len(x)) for one in found]
 
-    gram, cross = reduce(lambda one, two: (one[0] + two[0], one[1] + two[1]), map(summed, pairs))
+    totals = reduce(
+        lambda one, two: [a + b for a, b in zip(one, two, strict=True)], map(summed, pairs)
+    )
     whole = f"{merged.path}.{number}.{path}"
-    require_finite({whole: gram}, merged.name)
-    require_finite({whole: cross}, expert.name)
-    return Seen(gram.mean(), cross.mean())
+    require_finite({whole: totals[0]}, merged.name)
+    for one in totals[1:]:
+        require_finite({whole: one}, expert.name)
+    return Seen(*(one.mean() for one in totals))
 
 
 def seen_apart(
@@ -131,8 +181,40 @@ def _handed(made: Skeleton, number: int, flow: Flow, path: str) -> Tensor:
         try:
             run_block(made, number, flow)
         except HandedError as handed:
-            x, mask = handed.x, flow.batch.attention_mask.flatten().bool()
-            rows = x.detach().reshape(-1, x.shape[-1])
-            if len(rows) == len(mask):
-                return rows[mask.to(rows.device)]
+            return _rows(handed.x, flow)
     raise OutOfStepError
+
+
+def _beside(made: Skeleton, number: int, flow: Flow, path: str) -> tuple[Tensor, Tensor]:
+    """Of the tokens that count: the input of a Linear, and what the block returns without it.
+
+    Its bias is no part of it.
+    """
+    x, added, returned = _passed(made, number, flow, path)
+    others = returned - added
+    bias = dict(linears("", made.blocks[number]))[path].bias
+    return _rows(x, flow), _rows(others if bias is None else others + bias, flow)
+
+
+def _passed(made: Skeleton, number: int, flow: Flow, path: str) -> tuple[Tensor, Tensor, Tensor]:
+    """What a Linear of a block is handed, what it makes of it, and what the block returns."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    module = made.blocks[number].get_submodule(path)
+    handle = module.register_forward_hook(
+        lambda _, given, returned: seen.append((given[0], returned.clone()))
+    )
+    try:
+        returned = run_block(made, number, flow)
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise OutOfStepError
+    return *seen[0], returned
+
+
+def _rows(x: Tensor, flow: Flow) -> Tensor:
+    """Those of the tokens that count."""
+    mask, rows = flow.batch.attention_mask.flatten().bool(), x.detach().reshape(-1, x.shape[-1])
+    if len(rows) != len(mask):
+        raise OutOfStepError
+    return rows[mask.to(rows.device)]

@@ -3,8 +3,9 @@
 The texts of each expert run through the expert and, beside it, through the merged model as far as
 it is fitted. A Linear is fitted by E[x x^T] and E[z x^T]: x is what the merged model hands it, z
 what the expert is handed in the same place. Within a block one level follows the other: q, k and v
-are fitted and put in before the input of o is looked at. A module that sees chosen tokens alone,
-such as a routed expert, has no x beside each z: there E[z z^T] is all.
+are fitted and put in before the input of o is looked at. The last one of a block is fitted so that
+the block returns what the expert's does, where it can be (`Seen.gap`). A module that sees chosen
+tokens alone, such as a routed expert, has no x beside each z: there E[z z^T] is all.
 
 In memory are what `by_block` holds of the merged model and of every expert, and the moments of one
 level; on the disk the hidden states of all texts, twice.
@@ -30,7 +31,7 @@ from lewis_hub.guides.by_block import Grouped, entered, run_block
 from lewis_hub.guides.flow import Flow
 from lewis_hub.guides.gram_files import save_whole
 from lewis_hub.guides.grams import n_inputs
-from lewis_hub.guides.handed import Pair, Seen, levels, seen_apart, seen_beside
+from lewis_hub.guides.handed import Pair, Seen, is_added, levels, seen_apart, seen_beside
 from lewis_hub.guides.recording import OutOfStepError
 from lewis_hub.guides.skeleton import Skeleton, skeleton
 from lewis_hub.guides.states import States
@@ -192,9 +193,13 @@ def _fit_block(
     apart = modules.keys() - {path for level in in_order for path in level}
     found = _fit_apart(told, number, each, [path for path in modules if path in apart])
     for level in in_order:
+        last = level is in_order[-1] and len(level) == 1
         try:
+            with_gap = last and is_added(told.merged, number, trial, level[0])
             seen = [
-                seen_beside((told.merged, expert), number, own, level[0], told.widest)
+                seen_beside(
+                    (told.merged, expert), number, own, level[0], told.widest, with_gap=with_gap
+                )
                 for expert, own in each
             ]
         except OutOfStepError:

@@ -24,11 +24,13 @@ class Moments:
         grams: E[x x^T], one an expert; None where there are none.
         crosses: E[z x^T], where what the expert is handed, z, is not x; none at all: it is.
         transposed: whether the matrix lies as (in, out).
+        gaps: E[d x^T], where d is to be added to what the matrix makes of x; none at all: nothing.
     """
 
     grams: Sequence[Tensor | None]
     crosses: Sequence[Tensor | None] = ()
     transposed: bool = False
+    gaps: Sequence[Tensor | None] = ()
 
 
 def merge_by_definition(
@@ -61,6 +63,7 @@ def merge_by_definition(
         "grams": moments.grams,
         "crosses": moments.crosses,
         "transposed": moments.transposed,
+        "gaps": moments.gaps,
         **tensor.own,
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}

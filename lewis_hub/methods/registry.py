@@ -4,7 +4,8 @@ It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, o
 then keywords. Some are given by the merge, one value per source: those of PER_SOURCE, `streams` (of
 random bits) and `grams` (second moments E[x x^T] of a Linear's inputs on the source's calibration
 texts, None where there are none; with them `transposed` says that its weight lies as (in, out), and
-`crosses` are E[z x^T] where x is what the merged model is handed and z what the source is). A
+`crosses` are E[z x^T] where x is what the merged model is handed and z what the source is, `gaps`
+E[d x^T] where d is what else the matrix has to make of x to mend what others left amiss). A
 method whose `grams` have a default needs them for `trim: activation` alone. All other keywords are
 options of the recipe, by the same name; a trailing underscore, as in `lambda_`, is dropped. An
 option without a default is a number that the recipe must give.
@@ -34,7 +35,7 @@ PER_SOURCE = {  # keyword -> the recipe's name
     "spreads": "epsilon",  # of della: how far an entry's probability lies from the density
     "scales": "scale",
 }
-GIVEN = {"base", "task_vectors", "tensors", "streams", "grams", "crosses", "transposed"}
+GIVEN = {"base", "task_vectors", "tensors", "streams", "grams", "crosses", "gaps", "transposed"}
 GIVEN |= PER_SOURCE.keys()
 ANY_NUMBER = (1, None)
 

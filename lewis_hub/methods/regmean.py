@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from lewis_hub.methods.combine import all_votes, summed
 from lewis_hub.methods.registry import register
 from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, trimmed
-from lewis_hub.methods.systems import factor, product, solve
+from lewis_hub.methods.systems import Factor, factor, product, solve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     densities: Sequence[float],  # n_sources fractions kept, each in [0, 1]
     grams: Sequence[Tensor | None],  # n_sources second moments E[x x^T]: (n_parts, width, width)
     crosses: Sequence[Tensor | None] = (),  # n_sources E[z x^T], as long; none at all: z is x
+    gaps: Sequence[Tensor | None] = (),  # n_sources E[d x^T]: (n_parts, out, width); none: d is 0
     transposed: bool = False,
     off_diagonal: float = 0.5,  # alpha in the paper
     lambda_: float = 1.0,
@@ -52,7 +53,8 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     With `inputs: merged` x is what the merged model itself is handed there, whose earlier matrices
     are merged already, and z what the expert is: base + X minimises the weighted squares of
     (base + X) x - (base + task vector) z. RegMean++ (arXiv 2508.03121) takes x from the merged
-    model too, and z = x.
+    model too, and z = x. Where `gaps` are known, (base + X) x is to make up for d as well: for what
+    the merged model's block lacks beside. Of that each part of long inputs takes an equal share.
     """
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
@@ -63,12 +65,17 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     rows = [vector.T if transposed else vector for vector in vectors]
     solved = base.new_empty(rows[0].shape)
     width, still = known[0].shape[-1], base.T if transposed else base
-    apart = crosses if inputs == "merged" else ()
-    for number in range(len(known[0])):
+    apart, lacking = (crosses, gaps) if inputs == "merged" else ((), ())
+    n_parts = len(known[0])
+    for number in range(n_parts):
         part = slice(number * width, (number + 1) * width)
         moments = [
-            _Moments(gram[number].to(base), cross if cross is None else cross[number].to(base))
-            for gram, cross in zip_longest(known, apart)
+            _Moments(
+                gram[number].to(base),
+                None if cross is None else cross[number].to(base),
+                None if gap is None else gap[number].to(base) / n_parts,
+            )
+            for gram, cross, gap in zip_longest(known, apart, lacking)
         ]
         parts = [still[:, part], *(row[:, part] for row in rows)]
         solved[:, part] = _nearest(parts, moments, weights, off_diagonal)
@@ -76,10 +83,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
 
 
 class _Moments(NamedTuple):
-    """Of a source: E[x x^T] and E[z x^T]; None: z is x."""
+    """Of a source: E[x x^T]; E[z x^T], None: z is x; a part's share of E[d x^T], None: d is 0."""
 
     gram: Tensor
     cross: Tensor | None
+    gap: Tensor | None
 
 
 def _nearest(
@@ -87,7 +95,7 @@ def _nearest(
 ) -> Tensor:
     """X with X (sum of w G) = sum of w (rows C + base (C - G)), G and C shrunk and with a ridge.
 
-    `rows` are the base's, then each source's.
+    And what mends the gaps. `rows` are the base's, then each source's.
     """
     base, *vectors = rows
     for ridge in (RIDGE, *LARGER_RIDGES):
@@ -98,7 +106,8 @@ def _nearest(
                 w * _wanted(base, vector, gram, one, off_diagonal, ridge)
                 for w, vector, gram, one in zip(weights, vectors, shrunk, moments, strict=True)
             )
-            return solve(summed(wanted, base), found)
+            nearest = solve(summed(wanted, base), found)
+            return nearest + _mending(moments, weights, found, base)
     raise AssertionError("weights are positive and moments are, up to rounding")
 
 
@@ -115,6 +124,29 @@ def _wanted(  # noqa: PLR0913
         return product(vector, gram)
     cross = _shrunk(moments.cross, moments.gram, off_diagonal, ridge)
     return product(vector, cross) + product(base, cross - gram)
+
+
+def _mending(
+    moments: Sequence[_Moments], weights: Tensor, found: Factor, base: Tensor
+) -> Tensor | float:
+    """X with X (sum of w G) = sum of w D, as much of it as leaves the least of d.
+
+    `found` is of shrunk G, by which correlated inputs would each make up for the same: times too
+    much where they count little. So X is scaled to the smallest squares of X x - d, never up.
+    """
+    gaps = [one.gap for one in moments if one.gap is not None]
+    if not gaps:
+        return 0.0
+    missing = summed((w * gap for w, gap in zip(weights, gaps, strict=True)), base)
+    gram = summed((w * m.gram for w, m in zip(weights, moments, strict=True)), moments[0].gram)
+    update = solve(missing, found)
+    squares = _inner(product(update, gram), update)
+    return min(max(_inner(missing, update) / squares, 0.0), 1.0) * update if squares > 0 else 0.0
+
+
+def _inner(one: Tensor, two: Tensor) -> float:
+    """Sum of products, in numpy: torch's differs by the number of threads."""
+    return float((one * two).double().cpu().numpy().sum())
 
 
 def _shrunk(matrix: Tensor, gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:

@@ -211,7 +211,7 @@ def _measuring_bytes(
 
 
 def _fitting_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
-    """Blocks of all models at once, one batch of texts, and moments of two kinds.
+    """Blocks of all models at once, one batch of texts, moments of two kinds, and gaps.
 
     `checkpoints` are the output's and those of all sources.
     """
@@ -219,7 +219,9 @@ def _fitting_bytes(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> int:
     drawn = most_tokens(recipe)
     n_tokens = 2 * sum(drawn[one] for one in calibrations(recipe))
     texts = max(_texts_bytes(recipe, one, n_tokens) for one in checkpoints)
-    return TORCH_BYTES + blocks + texts + 2 * _solving_bytes(checkpoints[0], len(checkpoints))
+    largest = max((tensor.n_elements for tensor in _matrices(checkpoints[0])), default=0)
+    moments = 2 * _solving_bytes(checkpoints[0], len(checkpoints)) + 4 * len(checkpoints) * largest
+    return TORCH_BYTES + blocks + texts + moments
 
 
 def _texts_bytes(recipe: Recipe, checkpoint: Checkpoint, n_tokens: int) -> int:

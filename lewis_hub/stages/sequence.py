@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lewis_hub.guides.handed import Seen
     from lewis_hub.merge.single import Single
 
-VERSION = 1  # of the arithmetic
+VERSION = 2  # of the arithmetic
 FOLDER = "fitted"  # in `scratch`
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
@@ -242,6 +242,6 @@ class _Merged:
     def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
         """Fit a tensor of the list that was brought last."""
         assert self._make
-        crosses = [one.cross for one in seen]
-        known = () if None in crosses else crosses
-        return self._make(tensor, Moments([one.gram for one in seen], known, transposed))
+        crosses, gaps = [one.cross for one in seen], [one.gap for one in seen]
+        grams, known = [one.gram for one in seen], () if None in crosses else crosses
+        return self._make(tensor, Moments(grams, known, transposed, () if None in gaps else gaps))

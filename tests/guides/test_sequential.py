@@ -70,6 +70,29 @@ def rows(model, path, texts):
     return torch.cat(seen)
 
 
+def beside(model, block, path, texts):
+    """What a block returns less what a Linear of it makes of its input, bias apart; in float64."""
+    returned, added = [], []
+    module = model.get_submodule(path)
+    bias = 0 if module.bias is None else module.bias.detach()
+
+    def keep(of, found, bias=0):
+        of.append((found - bias).detach().reshape(-1, found.shape[-1]).double())
+
+    handles = [
+        module.register_forward_hook(lambda _, _given, found: keep(added, found, bias)),
+        model.get_submodule(block).register_forward_hook(
+            lambda _, _given, found: keep(returned, found[0] if type(found) is tuple else found)
+        ),
+    ]
+    with torch.no_grad():
+        for ids in texts:
+            model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return torch.cat(returned) - torch.cat(added)
+
+
 def shrunk(matrix, gram, alpha):
     found = alpha * matrix
     found.diagonal().copy_(matrix.diagonal() + RIDGE * gram.diagonal().mean())
@@ -87,6 +110,13 @@ def naive(architecture, models, alpha):
                 (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
                 for expert, texts in zip(experts, TEXTS, strict=True)
             ]
+            gaps = []
+            if level is LEVELS[architecture][-1]:
+                block = f"{BLOCKS[architecture]}.{number}"
+                gaps = [
+                    beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)
+                    for expert, texts in zip(experts, TEXTS, strict=True)
+                ]
             for path in paths:
                 w0, *ws = (
                     turned(architecture, m.get_submodule(path).weight.detach().double())
@@ -99,6 +129,12 @@ def naive(architecture, models, alpha):
                     gram = shrunk(gram, gram, alpha)
                     total, wanted = total + gram, wanted + w @ cross - w0 @ gram
                 fitted = w0 + torch.linalg.solve(total, wanted.T).T
+                if level is LEVELS[architecture][-1]:
+                    missing = sum(g.T @ x / len(x) for (x, _), g in zip(pairs, gaps, strict=True))
+                    more = torch.linalg.solve(total, missing.T).T
+                    made = [more @ x.T / len(x) ** 0.5 for x, _ in pairs]
+                    most = (more * missing).sum() / sum((one**2).sum() for one in made)
+                    fitted += min(max(most, 0), 1) * more
                 found[path] = turned(architecture, fitted).float()
             for path in paths:
                 with torch.no_grad():
@@ -124,6 +160,7 @@ def solver(models, alpha, asked=None):
             densities=[1, 1],
             grams=[one.gram for one in seen],
             crosses=[one.cross for one in seen],
+            gaps=[one.gap for one in seen],
             transposed=transposed,
             off_diagonal=alpha,
             inputs="merged",
@@ -220,6 +257,29 @@ def test_what_chosen_tokens_reach_is_fitted_on_the_experts_own(models, tmp_path,
             assert seen.cross is None
         gate = seen_of[f"model.layers.{block}.mlp.gate_proj.weight"]
         assert all(one.cross is not None for one in gate)
+
+
+def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
+    models, tmp_path, monkeypatch
+):
+    made, folders = models("llama")
+
+    def gaps(name):
+        found = {}
+
+        def solve(tensor, seen, transposed):
+            found[tensor] = [one.gap is not None for one in seen]
+            return solver(made, 0.5)(tensor, seen, transposed)
+
+        run(folders, solve, tmp_path / name)
+        return {tensor for tensor, known in found.items() if all(known)}
+
+    assert gaps("added") == {f"model.layers.{block}.mlp.down_proj.weight" for block in range(3)}
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward",
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) / 2,
+    )
+    assert gaps("halved") == set()
 
 
 def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, monkeypatch):

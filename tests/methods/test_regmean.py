@@ -115,6 +115,44 @@ def test_on_the_merges_inputs_it_gives_what_experts_give_on_theirs(n, rows, widt
     assert torch.equal(turned, found.T)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_the_block_lacks_is_mended_each_part_an_equal_share(transposed):
+    generator = torch.Generator().manual_seed(5)
+    base, *vectors = torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
+    x, z = torch.randn(2, 2, 2, 40, 3, generator=generator, dtype=torch.float64)  # in two parts
+    d = torch.randn(2, 1, 40, 4, generator=generator, dtype=torch.float64)
+    grams, crosses, gaps = x.mT @ x / 40, z.mT @ x / 40, d.mT @ x / 40
+    weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    given = {"weights": weights, "densities": [1, 1], "off_diagonal": 1.0, "inputs": "merged"}
+    given |= {"grams": list(grams), "crosses": list(crosses), "transposed": transposed}
+    if transposed:
+        base, vectors = base.T, [vector.T for vector in vectors]
+
+    found = regmean(base, torch.stack(vectors), gaps=list(gaps), **given)
+
+    without = regmean(base, torch.stack(vectors), **given)
+    mended = (found - without).T if transposed else found - without
+    for part in range(2):
+        total = (weights[:, None, None] * grams[:, part]).sum(0)
+        wanted = (weights[:, None, None] * gaps[:, part]).sum(0) / 2
+        expected = torch.linalg.solve(total, wanted.T).T
+        columns = slice(3 * part, 3 * part + 3)
+        torch.testing.assert_close(mended[:, columns], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_where_correlations_count_nothing_inputs_that_are_alike_mend_a_gap_once():
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(1)).double()
+    alike, d = x.repeat(1, 4), 2 * x  # four inputs, and what is missing is twice each
+    given = {"weights": torch.ones(1).double(), "densities": [1], "inputs": "merged"}
+    given |= {"grams": [(alike.T @ alike / 40)[None]], "crosses": [(alike.T @ alike / 40)[None]]}
+    base, vectors = torch.zeros(1, 4).double(), torch.zeros(1, 1, 4).double()
+
+    for alpha in (0.0, 0.5, 1.0):
+        found = regmean(base, vectors, gaps=[(d.T @ alike / 40)[None]], off_diagonal=alpha, **given)
+
+        torch.testing.assert_close(found, torch.full((1, 4), 0.5).double(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_merges_inputs_play_no_part_unless_they_are_asked_for():
     vectors = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(1))
     grams, crosses = ([g.float() for g in moments(2, 10, seed)] for seed in (1, 2))
