@@ -191,7 +191,7 @@ def _beside(made: Skeleton, number: int, flow: Flow, path: str) -> tuple[Tensor,
     Its bias is no part of it.
     """
     x, added, returned = _passed(made, number, flow, path)
-    others = returned - added
+    others = returned.float() - added.float()
     bias = dict(linears("", made.blocks[number]))[path].bias
     return _rows(x, flow), _rows(others if bias is None else others + bias, flow)
 
