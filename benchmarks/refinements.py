@@ -48,8 +48,9 @@ def refinements() -> dict[str, Refinement]:
                 name = f"cross {alpha} faithful {faithful}{more}"
                 one = Refinement(name, "cross", alpha, samples=samples, faithful=faithful)
                 told.append(one)
-            told.append(replace(one, name=f"{one.name} made good", made_good="scaled"))
-            told.append(replace(one, name=f"{one.name} made good in whole", made_good="whole"))
+            whole = told[-1]  # faithful to 1
+            told.append(replace(whole, name=f"{whole.name} made good", made_good="scaled"))
+            told.append(replace(whole, name=f"{whole.name} made good in whole", made_good="whole"))
         told.append(Refinement(f"own {alpha} samples 256", alpha=alpha, samples=256))
     told += [Refinement(f"own 0.5 scale {x}", scale=x) for x in (0.95, 1.05, 1.1)]
     told += [Refinement(f"own 0.5 answers {x}", answers=x) for x in (3.0, 10.0)]

@@ -85,12 +85,13 @@ class Merging:
             before[skill], after[skill] = self._inputs(experts[skill], own[skill])
         if asked.inputs == "cross":
             for place in range(len(GROUPS)):
-                inside = {s: self._inputs(block, seen[s])[0] for s in self.skills}
+                ran = {s: self._inputs(block, seen[s]) for s in self.skills}
+                inside = {s: inputs for s, (inputs, _) in ran.items()}
                 gaps: dict[str, Tensor] = {}
                 if asked.made_good != "no" and place == len(GROUPS) - 1:
-                    for s in self.skills:
-                        wanted = self._before_mlp(experts[s], own[s])
-                        gaps[s] = wanted - self._before_mlp(block, seen[s])
+                    for s, (inputs, made) in ran.items():
+                        wanted = after[s] - experts[s].mlp.down_proj(before[s][place])
+                        gaps[s] = wanted - (made - block.mlp.down_proj(inputs[place]))
                 self._solve(number, place, asked, batches, inside, before, gaps)
         else:
             inside = before
@@ -172,16 +173,6 @@ class Merging:
         states = [expert.state_dict() for expert in self.experts.values()]
         mean = {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
         self.merged.load_state_dict(mean)
-
-    def _before_mlp(self, block: Any, hidden: Tensor) -> Tensor:
-        """The hidden states that an MLP adds to."""
-        seen: list[Tensor] = []
-        hook = block.post_attention_layernorm.register_forward_pre_hook(
-            lambda _, args: seen.append(args[0])
-        )
-        self._inputs(block, hidden)
-        hook.remove()
-        return seen[0]
 
     def _inputs(self, block: Any, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the first Linear of each group is handed, and what the block makes of it all."""

@@ -241,7 +241,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_in_the_same_bytes(hub, zoo):
     seconds = time.perf_counter() - start
     draw = random.Random(0)
     n_killed = n_begun = 0
-    while n_killed < 8:
+    while n_begun < 10 or n_killed < 8:
         output = f"killed-{n_begun}"
         n_begun, start = n_begun + 1, time.perf_counter()
         process = subprocess.Popen(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lewis_hub.guides.activations import hooked, require_finite
-from lewis_hub.guides.blocks import linears
+from lewis_hub.guides.blocks import Linear, linears
 from lewis_hub.guides.by_block import run_block
 from lewis_hub.guides.flow import Flow
 from lewis_hub.guides.grams import outer_products, products, second_moments
@@ -84,7 +84,7 @@ def is_added(made: Skeleton, number: int, trial: Flow, path: str) -> bool:
     """
     _, added, plain = _passed(made, number, trial, path)
     push = added * (plain.abs().max() / added.abs().max())
-    module = made.blocks[number].get_submodule(path)
+    module = _linear(made, number, path)
     handle = module.register_forward_hook(lambda _, _given, returned: returned + push)
     try:
         moved = run_block(made, number, trial) - plain
@@ -176,8 +176,7 @@ def _handed(made: Skeleton, number: int, flow: Flow, path: str) -> Tensor:
     The texts stay before the block, of which no more is run than it takes.
     """
     first = First()
-    module = dict(linears("", made.blocks[number]))[path]
-    with hooked({path: module}, first):
+    with hooked({path: _linear(made, number, path)}, first):
         try:
             run_block(made, number, flow)
         except HandedError as handed:
@@ -192,15 +191,14 @@ def _beside(made: Skeleton, number: int, flow: Flow, path: str) -> tuple[Tensor,
     """
     x, added, returned = _passed(made, number, flow, path)
     others = returned.float() - added.float()
-    bias = dict(linears("", made.blocks[number]))[path].bias
+    bias = _linear(made, number, path).bias
     return _rows(x, flow), _rows(others if bias is None else others + bias, flow)
 
 
 def _passed(made: Skeleton, number: int, flow: Flow, path: str) -> tuple[Tensor, Tensor, Tensor]:
     """What a Linear of a block is handed, what it makes of it, and what the block returns."""
     seen: list[tuple[Tensor, Tensor]] = []
-    module = made.blocks[number].get_submodule(path)
-    handle = module.register_forward_hook(
+    handle = _linear(made, number, path).register_forward_hook(
         lambda _, given, returned: seen.append((given[0], returned.clone()))
     )
     try:
@@ -210,6 +208,11 @@ def _passed(made: Skeleton, number: int, flow: Flow, path: str) -> tuple[Tensor,
     if len(seen) != 1:
         raise OutOfStepError
     return *seen[0], returned
+
+
+def _linear(made: Skeleton, number: int, path: str) -> Linear:
+    """A Linear of a block, by its path in it."""
+    return dict(linears("", made.blocks[number]))[path]
 
 
 def _rows(x: Tensor, flow: Flow) -> Tensor:

@@ -23,7 +23,7 @@ class HeldShard:
     def __init__(self, layout: ShardLayout) -> None:
         import torch
 
-        self.layout = layout
+        self._layout = layout
         self._held = torch.empty(layout.n_bytes, dtype=torch.uint8)
         self._bytes = self._held.numpy()
 
@@ -36,7 +36,7 @@ class HeldShard:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name; they share its memory."""
-        pairs = zip(self.layout.tensors, self.layout.starts, strict=True)
+        pairs = zip(self._layout.tensors, self._layout.starts, strict=True)
         return {
             tensor.name: self._held[start : start + tensor.n_bytes]
             .view(torch_dtypes()[tensor.dtype])

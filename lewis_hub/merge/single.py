@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from lewis_hub.merge.runners import Inline
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lewis_hub.merge.pieces import Desks
 
 Single = Callable[[str, Moments | None], "Tensor"]
 
@@ -38,8 +40,7 @@ def singly(
         What makes a tensor by its name, in the output's dtype: with the moments of its inputs where
         they are, or without, on the CPU.
     """
-    from lewis_hub.merge.pieces import Desks, Job, Site  # imports llvmlite
-    from lewis_hub.merge.tensors import make_tensor
+    from lewis_hub.merge.pieces import Desks  # imports llvmlite
 
     tensors = {tensor.output.name: tensor for tensor in plan.tensors}
     with ExitStack() as opened:
@@ -48,16 +49,10 @@ def singly(
         readers = assembling(plan, own)
         desks = Desks(max(len(tensor.inputs) for tensor in plan.tensors))
 
-        def alone(tensor: TensorPlan) -> Tensor:
-            held = HeldShard(ShardLayout(tensor.output.name, (tensor.output,)))
-            [start] = held.layout.starts
-            make_tensor(Job(Site(plan, readers, held, desks), tensor, start), Inline())
-            return held.tensors()[tensor.output.name]
-
         def make(name: str, moments: Moments | None) -> Tensor:
             tensor = tensors[name]
             if moments is None or tensor.is_copied:
-                return alone(tensor)
+                return _alone(plan, readers, desks, tensor)
             found = tuple(readers[number] for number in tensor.sources)
             if plan.allow_nan:
                 found = mending(tensor, found)
@@ -72,3 +67,14 @@ def singly(
             return merge_by_definition(plan, tensor, there, moments)
 
         yield make
+
+
+def _alone(plan: ShardPlan, readers: Sequence[Reader], desks: Desks, tensor: TensorPlan) -> Tensor:
+    """Make a tensor as a shard of its own, as the engine does."""
+    from lewis_hub.merge.pieces import Job, Site
+    from lewis_hub.merge.tensors import make_tensor
+
+    layout = ShardLayout(tensor.output.name, (tensor.output,))
+    held = HeldShard(layout)
+    make_tensor(Job(Site(plan, readers, held, desks), tensor, *layout.starts), Inline())
+    return held.tensors()[tensor.output.name]

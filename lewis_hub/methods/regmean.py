@@ -107,7 +107,8 @@ def _nearest(
                 for w, vector, gram, one in zip(weights, vectors, shrunk, moments, strict=True)
             )
             nearest = solve(summed(wanted, base), found)
-            return nearest + _mending(moments, weights, found, base)
+            gaps = [one.gap for one in moments if one.gap is not None]
+            return nearest + _mending(gaps, moments, weights, found) if gaps else nearest
     raise AssertionError("weights are positive and moments are, up to rounding")
 
 
@@ -127,21 +128,19 @@ def _wanted(  # noqa: PLR0913
 
 
 def _mending(
-    moments: Sequence[_Moments], weights: Tensor, found: Factor, base: Tensor
-) -> Tensor | float:
+    gaps: Sequence[Tensor], moments: Sequence[_Moments], weights: Tensor, found: Factor
+) -> Tensor:
     """X with X (sum of w G) = sum of w D, as much of it as leaves the least of d.
 
     `found` is of shrunk G, by which correlated inputs would each make up for the same: times too
     much where they count little. So X is scaled to the smallest squares of X x - d, never up.
     """
-    gaps = [one.gap for one in moments if one.gap is not None]
-    if not gaps:
-        return 0.0
-    missing = summed((w * gap for w, gap in zip(weights, gaps, strict=True)), base)
+    missing = summed((w * gap for w, gap in zip(weights, gaps, strict=True)), gaps[0])
     gram = summed((w * m.gram for w, m in zip(weights, moments, strict=True)), moments[0].gram)
     update = solve(missing, found)
     squares = _inner(product(update, gram), update)
-    return min(max(_inner(missing, update) / squares, 0.0), 1.0) * update if squares > 0 else 0.0
+    best = _inner(missing, update) / squares if squares > 0 else 0.0
+    return min(max(best, 0.0), 1.0) * update
 
 
 def _inner(one: Tensor, two: Tensor) -> float:

@@ -110,8 +110,8 @@ def naive(architecture, models, alpha):
                 (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
                 for expert, texts in zip(experts, TEXTS, strict=True)
             ]
-            gaps = []
-            if level is LEVELS[architecture][-1]:
+            gaps, last = [], level is LEVELS[architecture][-1]
+            if last:
                 block = f"{BLOCKS[architecture]}.{number}"
                 gaps = [
                     beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)
@@ -129,7 +129,7 @@ def naive(architecture, models, alpha):
                     gram = shrunk(gram, gram, alpha)
                     total, wanted = total + gram, wanted + w @ cross - w0 @ gram
                 fitted = w0 + torch.linalg.solve(total, wanted.T).T
-                if level is LEVELS[architecture][-1]:
+                if last:
                     missing = sum(g.T @ x / len(x) for (x, _), g in zip(pairs, gaps, strict=True))
                     more = torch.linalg.solve(total, missing.T).T
                     made = [more @ x.T / len(x) ** 0.5 for x, _ in pairs]
