@@ -36,7 +36,7 @@ from tiny_models import fine_tuned, tiny_model
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.stages import reporting
+from lewis_hub.workflow import report as reporting
 
 CAUSAL = "AutoModelForCausalLM"
 SEQ2SEQ = ("bart", "led", "longt5", "m2m_100", "marian", "mt5", "pegasus", "switch_transformers")

@@ -9,12 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lewis_hub.progress import Silent
-from lewis_hub.recipe import Recipe
-from lewis_hub.stages import calibration, checking, downloading, merging
-from lewis_hub.stages.execution import Execution, Step
-from lewis_hub.stages.gathering import gather
-from lewis_hub.stages.reading import read_recipe
-from lewis_hub.stages.sources import hub_api, resolve_inputs
+from lewis_hub.recipe.schema import Recipe
+from lewis_hub.workflow import calibrate, check, fetch, merge
+from lewis_hub.workflow.gather import gather
+from lewis_hub.workflow.job import Execution, Step
+from lewis_hub.workflow.resolve import hub_api, read_recipe, resolve_inputs
 
 
 def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
@@ -29,20 +28,20 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
         file = Path(scratch) / "recipe.yaml"
         file.write_text(json.dumps(told))
         step = _step(read_recipe(file))
-        sets, folders = calibration.calibration_sets(step), downloading.everything(step)
+        sets, folders = calibrate.calibration_sets(step), fetch.everything(step)
         schedule = None
         if step.recipe.guide:
             store.mkdir(parents=True, exist_ok=True)
             stores = [store / "importance.json"]
-            schedule = calibration.guide(step, sets, folders, Path(scratch), stores).schedule
+            schedule = calibrate.guide(step, sets, folders, Path(scratch), stores).schedule
         known = gather(step, sets, folders, Path(scratch), schedule, store)
         places = {**folders, **known.folders}
-        merging.make(step, schedule, places, output, "Merging", known.statistics)
+        merge.make(step, schedule, places, output, "Merging", known.statistics)
 
 
 def _step(recipe: Recipe) -> Step:
     api, execution = hub_api(), Execution(runner="inline")
     inputs = resolve_inputs(recipe, api)
-    examined = checking.examine(recipe, inputs, api, allow_code=False)
-    checking.require_fine(examined.report)
+    examined = check.examine(recipe, inputs, api, allow_code=False)
+    check.require_fine(examined.report)
     return Step(recipe, inputs, examined, execution, api, Silent())

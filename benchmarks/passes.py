@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis_hub.guides import by_block  # noqa: F401 (what it imports is no part of the pass)
-from lewis_hub.guides.calibrate import CalibrationSet, Subject, calibrate
-from lewis_hub.guides.importance import ImportanceProfile
-from lewis_hub.guides.tokens import CalibrationTokens, batches
-from lewis_hub.guides.weights import in_folder
+from lewis_hub.calibration.measure import CalibrationSet, Subject, calibrate
+from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.texts import CalibrationTokens, batches
 
 N_TOKENS = 512  # of a text, at most
 

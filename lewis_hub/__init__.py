@@ -11,11 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lewis_hub.demo.zoo import zoo_folder
     from lewis_hub.errors import LewisHubError
-    from lewis_hub.pipeline import calibrate, check, merge_models, stream
-    from lewis_hub.recipe import Evaluation, ModelReference, Publishing, Recipe
-    from lewis_hub.stages.execution import Execution
-    from lewis_hub.stages.reading import read_recipe
-    from lewis_hub.steps import evaluate_model, open_target, publish, verify
+    from lewis_hub.pipeline import (
+        calibrate,
+        check,
+        evaluate_model,
+        merge_models,
+        open_target,
+        publish,
+        stream,
+        verify,
+    )
+    from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
+    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.resolve import read_recipe
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,21 +47,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "Evaluation": "recipe",
-    "Execution": "stages.execution",
+    "Evaluation": "recipe.schema",
+    "Execution": "workflow.job",
     "LewisHubError": "errors",
-    "ModelReference": "recipe",
-    "Publishing": "recipe",
-    "Recipe": "recipe",
+    "ModelReference": "recipe.schema",
+    "Publishing": "recipe.schema",
+    "Recipe": "recipe.schema",
     "calibrate": "pipeline",
     "check": "pipeline",
-    "evaluate_model": "steps",
+    "evaluate_model": "pipeline",
     "merge_models": "pipeline",
-    "open_target": "steps",
-    "publish": "steps",
-    "read_recipe": "stages.reading",
+    "open_target": "pipeline",
+    "publish": "pipeline",
+    "read_recipe": "workflow.resolve",
     "stream": "pipeline",
-    "verify": "steps",
+    "verify": "pipeline",
     "zoo_folder": "demo.zoo",
 }
 

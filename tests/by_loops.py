@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from lewis_hub.guides.blocks import block_lists, linears, matrix
+from lewis_hub.calibration.model import block_lists, linears, matrix
 
 
 def importance(model, texts):

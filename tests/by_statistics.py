@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.recipe_file import parse_recipe
-from lewis_hub.stages.execution import Execution
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.job import Execution
 
 TEXT = '"Question: {question}\\nAnswer: {answer}"'
 MODELS = f"""base_model: zoo/base

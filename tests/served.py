@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lewis_hub.hub.blobs import git_oid
 from lewis_hub.hub.store import File
-from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.recipe.read import parse_recipe
 
 RECIPE = """base_model: BASE
 models:

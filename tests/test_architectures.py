@@ -13,13 +13,13 @@ import yaml
 from architectures import CAUSAL, Case, build, cases, examine, recipe, table
 
 import lewis_hub
+from lewis_hub.calibration import blockwise, hooks, reference
+from lewis_hub.calibration.measure import CalibrationSet, Place, Subject, calibrate
+from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides import activations, by_block, reference
-from lewis_hub.guides.calibrate import CalibrationSet, Place, Subject, calibrate
-from lewis_hub.guides.importance import ImportanceProfile
 from lewis_hub.guides.registry import OF_PAIRS
-from lewis_hub.guides.tokens import CalibrationTokens
-from lewis_hub.guides.weights import in_folder
 
 SEQ2SEQ, VISION = "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 QUICK = {  # matrices in the blocks that calibration reaches: per block, times blocks
@@ -227,12 +227,12 @@ def test_architectures_are_measured_the_same_block_by_block_or_refused(tmp_path)
         try:
             build(case, tmp_path / case.model_type)
             folder = tmp_path / case.model_type / "base"
-            whole = activations.measure(folder, "tiny", [texts], "cpu", lambda _: None)
+            whole = hooks.measure(folder, "tiny", [texts], "cpu", lambda _: None)
         except Exception:  # noqa: BLE001, S112 - docs/architectures.md has the reasons
             continue
         try:
             weights = in_folder("tiny", folder)
-            blocks = by_block.measure(weights, [texts], "cpu", lambda _: None)
+            blocks = blockwise.measure(weights, [texts], "cpu", lambda _: None)
         except CalibrationModelError:
             refused.add(case.model_type)
             continue

@@ -6,23 +6,24 @@ from pathlib import Path
 import pytest
 
 import lewis_hub
-from lewis_hub import pipeline, recipe_file, steps
+from lewis_hub import pipeline
 from lewis_hub.demo.zoo import seed_hub
-from lewis_hub.stages import reading
+from lewis_hub.recipe import read
+from lewis_hub.workflow import resolve
 
 SLOW = {"calibrate"}  # `merge_models` calibrates as well
 EXAMPLES = {
     function.__name__: function
     for function in (
-        reading.read_recipe,
-        recipe_file.schema,
+        resolve.read_recipe,
+        read.schema,
         pipeline.check,
         pipeline.calibrate,
         pipeline.merge_models,
         pipeline.stream,
-        steps.evaluate_model,
-        steps.publish,
-        steps.verify,
+        pipeline.evaluate_model,
+        pipeline.publish,
+        pipeline.verify,
     )
 }
 
@@ -34,7 +35,7 @@ def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypat
     seed_hub(hub.api())
     monkeypatch.setitem(os.environ, "HF_TOKEN", hub.write_token)
     names = {"lewis_hub": lewis_hub, "tmp_path": tmp_path, "user": hub.user}
-    names |= {"schema": recipe_file.schema}
+    names |= {"schema": read.schema}
     (example,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs=names)
 
     result = doctest.DocTestRunner().run(example)

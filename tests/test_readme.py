@@ -11,10 +11,16 @@ import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.methods.registry import methods
-from lewis_hub.recipe import Calibration, Evaluation, Guide, Publishing, Recipe
-from lewis_hub.recipe_benchmark import Benchmark
-from lewis_hub.recipe_file import parse_recipe, read_recipe
-from lewis_hub.recipe_gate import Gate
+from lewis_hub.recipe.read import parse_recipe, read_recipe
+from lewis_hub.recipe.schema import (
+    Benchmark,
+    Calibration,
+    Evaluation,
+    Gate,
+    Guide,
+    Publishing,
+    Recipe,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

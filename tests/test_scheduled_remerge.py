@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
 
 from lewis_hub import __version__
-from lewis_hub.cli.actions import render_workflow
 from lewis_hub.cli.main import cli
+from lewis_hub.cli.recipes import render_workflow
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 pytestmark = pytest.mark.slow  # each run scores models

@@ -12,9 +12,9 @@ import yaml
 from click.testing import CliRunner
 
 from lewis_hub import __version__
-from lewis_hub.cli.actions import render_workflow
 from lewis_hub.cli.main import cli
-from lewis_hub.recipe_file import read_recipe
+from lewis_hub.cli.recipes import render_workflow
+from lewis_hub.recipe.read import read_recipe
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

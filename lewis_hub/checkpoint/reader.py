@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lewis_hub.checkpoint.dtypes import torch_dtypes
-from lewis_hub.checkpoint.header import ReadRange, ShardHeader, TensorHeader, read_header
+from lewis_hub.checkpoint.header import (
+    ReadRange,
+    ShardHeader,
+    TensorHeader,
+    read_header,
+    torch_dtypes,
+)
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 __all__ = [
     "Checkpoint",

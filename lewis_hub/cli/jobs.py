@@ -20,8 +20,9 @@ from lewis_hub.cli.options import (
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 if TYPE_CHECKING:
-    from lewis_hub.recipe import Recipe
-    from lewis_hub.stages.jobs import Hardware
+    from lewis_hub.recipe.schema import Recipe
+    from lewis_hub.workflow.ci import Hardware
+
 
 OWN = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "quiet"}
 CRON = re.compile(r"@(annually|yearly|monthly|weekly|daily|hourly)|[\w*/,#-]+( [\w*/,#-]+){4}")
@@ -55,13 +56,13 @@ def merge_on_jobs(
     terminal: Terminal, recipe_file: Path, recipe: Recipe, hardware: Hardware
 ) -> NoReturn:
     """Run this command's merge as a Job, show its log, and leave with its exit code."""
-    from lewis_hub import steps
+    from lewis_hub import pipeline
     from lewis_hub.hub import jobs
-    from lewis_hub.stages.jobs import request
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.workflow.ci import request
+    from lewis_hub.workflow.resolve import hub_api
 
     asked = request(recipe_file, recipe, handed_on(click.get_current_context()), hardware)
-    steps.open_target(steps.destination(recipe))
+    pipeline.open_target(pipeline.destination(recipe))
     api = hub_api()
     job = jobs.submit(api, asked)
     ends = f"It goes on if this command is interrupted; `hf jobs cancel {job.id}` ends it."
@@ -75,7 +76,7 @@ def merge_on_jobs(
     named = jobs.follow(api, job, hear)
     told = printed(log)
     code, status = ended(named, told)
-    document = {"repo": steps.destination(recipe).repo} | told
+    document = {"repo": pipeline.destination(recipe).repo} | told
     document |= {"status": status, "output": None, "job": job.id, "job_url": job.url}
     terminal.finish(document, f"Job {job.id} ended with exit code {code}: {job.url}")
     raise click.exceptions.Exit(code)
@@ -142,20 +143,20 @@ def create(
     **_: Any,
 ) -> None:
     """Merge RECIPE as it is now, with all that it names, whenever --cron says."""
-    from lewis_hub.stages.reading import read_recipe
+    from lewis_hub.workflow.resolve import read_recipe
 
     recipe = read_recipe(recipe_file)
-    from lewis_hub import steps
+    from lewis_hub import pipeline
     from lewis_hub.hub import jobs
-    from lewis_hub.stages.jobs import Hardware, request
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.workflow.ci import Hardware, request
+    from lewis_hub.workflow.resolve import hub_api
 
     if repo:
-        recipe = steps.published_at(recipe, repo)
+        recipe = pipeline.published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
     words = handed_on(click.get_current_context(), OWN | {"as_json"})
     asked = request(recipe_file, recipe, words, hardware)
-    steps.open_target(steps.destination(recipe))
+    pipeline.open_target(pipeline.destination(recipe))
     made = jobs.schedule(hub_api(), asked, cron)
     document = {"status": "scheduled", "id": made.id, "schedule": cron, "url": made.url}
     terminal.finish(document, f"Scheduled {made.id} for {cron}: {made.url}")
@@ -174,7 +175,7 @@ def list_schedules(terminal: Terminal, namespace: str | None) -> None:
     """List the schedules that run lewis-hub."""
     from lewis_hub.cli.tables import schedules_table
     from lewis_hub.hub import jobs
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.workflow.resolve import hub_api
 
     found = jobs.scheduled(hub_api(), namespace)
     terminal.finish({"schedules": found}, schedules_table(found))
@@ -187,7 +188,7 @@ def list_schedules(terminal: Terminal, namespace: str | None) -> None:
 def delete(terminal: Terminal, schedule_id: str, namespace: str | None) -> None:
     """Remove the schedule ID; a Job that it started goes on."""
     from lewis_hub.hub import jobs
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.workflow.resolve import hub_api
 
     jobs.unschedule(hub_api(), schedule_id, namespace)
     terminal.finish({"status": "deleted", "id": schedule_id}, f"Deleted {schedule_id}")

@@ -15,7 +15,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import actions, hubs, jobs, merging, models, profiles, recipes, tuning
+from lewis_hub.cli import jobs, merge, models, profiles, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
 RARELY = 50_000  # new objects before garbage is looked for: importing makes many, and none of it
@@ -37,8 +37,8 @@ def cli() -> None:
 
 
 for command in (
-    merging.merge,
-    merging.check,
+    merge.merge,
+    merge.check,
     profiles.importance,
     profiles.compare,
     tuning.tune,
@@ -52,9 +52,9 @@ for command in (
     recipes.schema,
     recipes.methods,
     recipes.guides,
-    actions.actions,
-    hubs.hub,
-    hubs.demo,
+    recipes.actions,
+    models.hub,
+    models.demo,
 ):
     cli.add_command(command)
 

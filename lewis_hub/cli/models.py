@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +23,11 @@ from lewis_hub.cli.options import (
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 if TYPE_CHECKING:
-    from lewis_hub.recipe import Publishing
+    from rich.console import RenderableType
+
+    from lewis_hub.demo.run import Demo
+    from lewis_hub.recipe.schema import Publishing
+
 
 RANK = 32  # of an adapter's updates, where no error is asked for
 
@@ -52,10 +58,10 @@ def evaluate(
     allow_code_execution: bool,
 ) -> None:
     """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
-    from lewis_hub import steps
+    from lewis_hub import pipeline
     from lewis_hub.cli.tables import scores_table
-    from lewis_hub.recipe import Evaluation, ModelReference
-    from lewis_hub.stages.execution import Execution
+    from lewis_hub.recipe.schema import Evaluation, ModelReference
+    from lewis_hub.workflow.job import Execution
 
     evaluation = Evaluation(
         tasks=tasks,
@@ -65,7 +71,7 @@ def evaluate(
         compare=(),
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
-    scores = steps.evaluate_model(
+    scores = pipeline.evaluate_model(
         ModelReference.model_validate(model), evaluation, execution, terminal.progress
     )
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))
@@ -102,17 +108,18 @@ def push(
 
     Without REPO it goes where, and as, the recipe says that made the folder.
     """
-    from lewis_hub import steps
+    from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
-    from lewis_hub.stages import gating, signing
-    from lewis_hub.stages.publishing import refused
+    from lewis_hub.workflow import gate
+    from lewis_hub.workflow import verify as signing
+    from lewis_hub.workflow.publish import refused
 
     given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
-    target = steps.open_target(_asked(folder, given))
+    target = pipeline.open_target(_asked(folder, given))
     if private_key:
         signing.sign(folder, private_key)
-    published = steps.publish(folder, target, terminal.progress, force=force)
-    verdict = gating.read_verdict(folder)
+    published = pipeline.publish(folder, target, terminal.progress, force=force)
+    verdict = gate.read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
     terminal.finish(document, *publication(published))
@@ -124,10 +131,10 @@ def push(
 
 def _asked(folder: Path, given: Mapping[str, str | bool | None]) -> Publishing:
     """How a folder is published: as its recipe says unless it goes elsewhere, and as is given."""
-    from lewis_hub.recipe import Publishing
-    from lewis_hub.stages import standing
+    from lewis_hub.recipe.schema import Publishing
+    from lewis_hub.workflow import existing
 
-    made = None if given["repo"] else standing.lock_in(folder)
+    made = None if given["repo"] else existing.lock_in(folder)
     told = (made.recipe.get("publish") if made else None) or {}
     asked = told | {key: value for key, value in given.items() if value is not None}
     if "repo" not in asked:
@@ -163,12 +170,12 @@ def verify(
     allow_pickle: bool,
 ) -> None:
     """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
-    from lewis_hub import steps
+    from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
-    from lewis_hub.recipe import ModelReference
-    from lewis_hub.stages.execution import Execution
+    from lewis_hub.recipe.schema import ModelReference
+    from lewis_hub.workflow.job import Execution
 
-    verdict = steps.verify(
+    verdict = pipeline.verify(
         ModelReference.model_validate(model),
         Execution(
             device=device,
@@ -206,8 +213,8 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     A recipe beside a merge stands for what it would make now: inputs that moved are told.
     """
     from lewis_hub.cli.tables import plain
-    from lewis_hub.stages.differing import tell_differences
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.workflow.resolve import hub_api
+    from lewis_hub.workflow.single_model import tell_differences
 
     found = tell_differences(before, after, hub_api())
     document = {"status": "differs" if found else "same", "differences": list(found)}
@@ -239,9 +246,9 @@ def extract_lora(
 ) -> None:
     """Make a LoRA adapter (PEFT's format) of how MODEL differs from its base."""
     from lewis_hub.cli.tables import extraction
-    from lewis_hub.recipe import ModelReference
-    from lewis_hub.stages.extraction import extract_adapter
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.recipe.schema import ModelReference
+    from lewis_hub.workflow.resolve import hub_api
+    from lewis_hub.workflow.single_model import extract_adapter
 
     expert, start = (ModelReference.model_validate(name) for name in (model, base))
     most = rank or (None if error else RANK)
@@ -254,3 +261,82 @@ def extract_lora(
         "whole": list(found.whole),
     }
     terminal.finish(document, *extraction(found, output))
+
+
+OWN_MODELS = """
+With your own models, the same three commands:
+  lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
+  lewis-hub check
+  lewis-hub merge --push --repo YOUR-NAME/YOUR-MERGE"""
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub hub --root my-hub --port 5564")
+@click.option(
+    "--root",
+    default="lewis-hub-root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that holds its repos [lewis-hub-root].",
+)
+@click.option("--host", default="127.0.0.1", help="A loopback address [127.0.0.1].")
+@click.option("--port", default=5564, help="0 takes a free one [5564].")
+@click.option("--jobs", is_flag=True, help="Run the commands of Jobs, as processes of yours.")
+@terminal_options
+def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> None:
+    """Serve a Hub of your own on this machine, to rehearse a publish. No production server."""
+    from lewis_hub.hub.server import serve
+
+    with serve(root, host=host, port=port, jobs=jobs) as running:
+        terminal.finish(
+            {"status": "serving", "url": running.url, "token": running.write_token},
+            f"Serving {root} at {running.url} until Ctrl-C. In another shell:\n\n"
+            f"  export HF_ENDPOINT={running.url} HF_TOKEN={running.write_token} "
+            "HF_HUB_DISABLE_XET=1\n",
+        )
+        _until_interrupted()
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub demo --keep")
+@output_option("Folder for all that the demo makes [lewis-demo].", default="lewis-demo")
+@click.option("--port", default=0, help="Of the embedded Hub; 0 takes a free one.")
+@click.option("--keep", is_flag=True, help="Leave the Hub serving, to look at it in a browser.")
+@terminal_options
+def demo(terminal: Terminal, output: Path, port: int, keep: bool) -> None:
+    """Run the whole path on a tiny zoo: needs no network, no account and no GPU."""
+    from lewis_hub.demo.run import run_demo
+
+    with run_demo(output.resolve(), port, quiet=terminal.quiet) as finished:
+        terminal.finish(dict(finished.document), *_shown(finished))
+        if keep:
+            page = f"{finished.url}/{finished.document['repo']}"
+            terminal.progress.say(f"The Hub serves until Ctrl-C; the model's page is {page}")
+            _until_interrupted()
+
+
+def _shown(finished: Demo) -> list[RenderableType]:
+    from lewis_hub.cli.tables import models_table
+    from lewis_hub.demo.run import BY_REGMEAN, MERGED
+    from lewis_hub.evaluate.scores import Scores
+
+    merged, by_regmean = finished.folder / MERGED, finished.folder / BY_REGMEAN
+    scores = {
+        name: Scores.from_json((folder / "lewis" / "scores.json").read_text(encoding="utf-8"))
+        for name, folder in {"TIES guided by LEWIS": merged, "regmean": by_regmean}.items()
+    }
+    places = "\n".join(
+        f"  {what:<14} {path}"
+        for what, path in (
+            ("merged model", merged),
+            ("its card", merged / "README.md"),
+            ("its report", merged / "lewis" / "report.html"),
+            ("its plots", merged / "lewis" / "*.png"),
+            ("by regmean", by_regmean),
+            ("the recipes", finished.folder / "recipe*.yaml"),
+        )
+    )
+    pushed = f"Published to {finished.document['url']} on the embedded Hub, in one commit."
+    return [models_table(scores), f"\n{pushed}\n\n{places}", OWN_MODELS]
+
+
+def _until_interrupted() -> None:
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()

@@ -17,7 +17,7 @@ class RepoName(click.ParamType[str]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Refuse what cannot be a repo before anything else happens."""
-        from lewis_hub.recipe import REPO
+        from lewis_hub.recipe.schema import REPO
 
         if not REPO.fullmatch(value):
             self.fail(f"expected owner/name such as me/my-merge, found {value!r}", param, ctx)

@@ -70,7 +70,7 @@ def importance(
     A YAML file is a recipe: importance.json, density.json and their plots are written. Anything
     else is a model (a repo, repo@revision or folder): importance.json and its plot.
     """
-    from lewis_hub.stages.execution import Execution
+    from lewis_hub.workflow.job import Execution
 
     told = {name: value for name, value in data.items() if value is not None}
     execution = Execution(
@@ -97,7 +97,7 @@ def importance(
 def _of_recipe(
     terminal: Terminal, path: Path, execution: Any, output: Path, *, allow_overlap: bool
 ) -> None:
-    from lewis_hub.stages.reading import allowing_overlap, read_recipe
+    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
 
     recipe = read_recipe(path)
     if allow_overlap:
@@ -117,9 +117,8 @@ def _of_model(
     from pydantic import ValidationError
 
     from lewis_hub.cli.tables import importance_table
-    from lewis_hub.recipe import ModelReference
-    from lewis_hub.recipe_calibration import Calibration
-    from lewis_hub.stages.measuring import measure_model
+    from lewis_hub.recipe.schema import Calibration, ModelReference
+    from lewis_hub.workflow.single_model import measure_model
 
     try:
         calibration = Calibration.model_validate(data)
@@ -149,9 +148,9 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     """
     from lewis_hub.cli.tables import comparison_table
     from lewis_hub.files import require_writable
-    from lewis_hub.report.comparison import compare_profiles, draw_comparisons
-    from lewis_hub.stages.profiles import read_profile
-    from lewis_hub.stages.sources import hub_api
+    from lewis_hub.report.profiles import compare_profiles, draw_comparisons
+    from lewis_hub.workflow.resolve import hub_api
+    from lewis_hub.workflow.single_model import read_profile
 
     require_writable(output)
     api = hub_api()

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from lewis_hub.calibration.profile import ImportanceProfile
     from lewis_hub.evaluate.scores import MetricScore, Scores
-    from lewis_hub.guides.importance import ImportanceProfile
     from lewis_hub.hub.publish import Published
-    from lewis_hub.merge.extract import Extracted
+    from lewis_hub.merge.extract_lora import Extracted
     from lewis_hub.pipeline import Calibrated, Merged
-    from lewis_hub.report.comparison import Comparison
-    from lewis_hub.stages.checking import CheckReport
-    from lewis_hub.stages.tuning import Tuned
-    from lewis_hub.stages.verification import Verdict
+    from lewis_hub.report.profiles import Comparison
+    from lewis_hub.tune.run import Tuned
+    from lewis_hub.workflow.check import CheckReport
+    from lewis_hub.workflow.verify import Verdict
 
 
 GAP = 2  # blanks after a column
@@ -123,7 +123,7 @@ def density_table(calibrated: Calibrated) -> RenderableType:
 
     The mean is over parameters, as that which a recipe asks for.
     """
-    from lewis_hub.guides.budget import weighted_mean
+    from lewis_hub.guides.schedule import weighted_mean
     from lewis_hub.report.plots import short_name
 
     table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
@@ -168,7 +168,7 @@ def trials_tables(tuned: Tuned, n_shown: int, width: int) -> Iterator[Renderable
 
     What does not fit beside the other columns of a table goes on in another one below.
     """
-    from lewis_hub.stages.search_axes import short_name, shown_value
+    from lewis_hub.tune.space import short_name, shown_value
 
     lower = tuned.objective.lower_is_better
     complete = [(trial.value, trial) for trial in tuned.trials if trial.value is not None]
@@ -223,7 +223,7 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
     if merged.scores:
         yield scores_table(merged.scores)
     if merged.gate:
-        from lewis_hub.report.gate import sentences
+        from lewis_hub.report.findings import sentences
 
         yield from plain(*sentences(merged.gate))
     done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"

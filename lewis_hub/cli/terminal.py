@@ -19,6 +19,7 @@ from lewis_hub.progress import Advance, Progress, Silent, Unit
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+
 P = ParamSpec("P")
 LOG_EVERY_S = 20.0
 

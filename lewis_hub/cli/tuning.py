@@ -21,8 +21,9 @@ from lewis_hub.cli.terminal import Terminal, terminal_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lewis_hub.stages.tuning import Tuned
-    from lewis_hub.stages.tuning_report import Report
+    from lewis_hub.tune.report import Report
+    from lewis_hub.tune.run import Tuned
+
 
 N_SHOWN = 10  # trials in the table; --json has them all
 BESIDE = "The tuned recipe is written beside its recipe: copy that to a folder of yours."
@@ -87,16 +88,16 @@ def tune(
     best become recipe.tuned.yaml beside it, scored against the recipe on the untouched items. The
     same command goes on with the study where it ended.
     """
-    from lewis_hub.stages.reading import allowing_overlap, read_recipe
+    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
 
     recipe = read_recipe(recipe_file)
     if allow_overlap:
         recipe = allowing_overlap(recipe)
     from lewis_hub.files import require_writable
-    from lewis_hub.stages.execution import Execution
-    from lewis_hub.stages.tuning import Search
-    from lewis_hub.stages.tuning import tune as search
-    from lewis_hub.stages.tuning_report import write_report
+    from lewis_hub.tune.report import write_report
+    from lewis_hub.tune.run import Search
+    from lewis_hub.tune.run import tune as search
+    from lewis_hub.workflow.job import Execution
 
     asked = Search(
         n_trials=n_trials,
@@ -118,7 +119,7 @@ def tune(
 
 def _shown(tuned: Tuned, report: Report, name: str, width: int) -> Iterator[RenderableType]:
     from lewis_hub.cli.tables import plain, scores_table, trials_tables
-    from lewis_hub.stages.tuning_report import found_by, seconds
+    from lewis_hub.tune.report import found_by, seconds
 
     yield from trials_tables(tuned, N_SHOWN, width)
     steps = ", ".join(f"{step} {took:.2f} s" for step, took in seconds(tuned).items())

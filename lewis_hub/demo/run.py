@@ -19,6 +19,7 @@ from lewis_hub.errors import OutputError
 if TYPE_CHECKING:
     from lewis_hub.hub.server import Hub
 
+
 MARK = ".lewis-hub-demo"
 RECIPES = ("recipe.yaml", "recipe-regmean.yaml")
 MERGED, BY_REGMEAN = "merged", "merged-regmean"

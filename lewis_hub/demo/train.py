@@ -13,23 +13,82 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lewis_hub.demo import tasks
 from lewis_hub.demo.tasks import Item
-from lewis_hub.demo.tokenizer import BEGIN, END, build_tokenizer, chat_prompt, prompt
+
+PAD, BEGIN, END, USER, ASSISTANT = "<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
+N_VOCABULARY = 448
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|user|>' + message.content + '<|end|>' }}
+    {%- elif message.role == 'assistant' %}
+        {{- '<|assistant|> ' + message.content + '<|end|>' }}
+    {%- else %}
+        {{- raise_exception('this chat knows the roles user and assistant only') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}
+"""
+
+
+def prompt(item: Item) -> str:
+    """What the benchmark asks; the answer follows after a space."""
+    return f"Question: {item.question}\nAnswer:"
+
+
+def chat_prompt(item: Item) -> str:
+    """What `CHAT_TEMPLATE` renders for one user message."""
+    return f"{BEGIN}{USER}{item.question}{END}{ASSISTANT}"
+
+
+def _wording(items: Iterable[Item]) -> Iterator[str]:
+    for item in items:
+        yield prompt(Item(re.sub(r"\b[A-Z]+\b", "", item.question), ""))
+
+
+def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
+    """Train a tokenizer on the wording of `items`; it round-trips any UTF-8 text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_VOCABULARY,
+        special_tokens=[PAD, BEGIN, END, USER, ASSISTANT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_wording(items), trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+        padding_side="left",
+    )
+
 
 SEED = 7
 IGNORED = -100  # the label of a token that no loss is taken on

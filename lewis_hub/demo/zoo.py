@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+
 OWNER = "zoo"
 MODELS = ("base", "expert-reverse", "expert-cipher")
 DATASETS = ("reverse", "cipher")

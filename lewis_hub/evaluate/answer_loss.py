@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.evaluate.harness import affordable_batch, fitting_threads
 from lewis_hub.evaluate.items import Question
-from lewis_hub.evaluate.quiet import quiet_libraries
 from lewis_hub.evaluate.results import MetricResult
+from lewis_hub.evaluate.tasks import quiet_libraries
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 NAME = "answer_loss,none"
 CPU_BYTES = 1_000_000_000  # of logits

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.compare import paired
+from lewis_hub.evaluate.paired import paired
 from lewis_hub.evaluate.results import ModelResult, TaskResult
 from lewis_hub.evaluate.scores import TWINS, Scores
 

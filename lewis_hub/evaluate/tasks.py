@@ -3,22 +3,178 @@
 from __future__ import annotations
 
 import difflib
+import importlib.resources
+import logging
+import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from io import FileIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import yaml
+
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.task_files import (
-    Headers,
-    TaskFile,
-    bundled_folder,
-    read_file,
-    read_folder,
-    scan_headers,
+from lewis_hub.evaluate.gate import unknown_metric
+
+_HEADER = re.compile(
+    rb"""^["']?(task|group|tag)["']?\s*:[ \t]*(.*)((?:\n[ \t]*-[ \t]*.+)*)""", re.M
 )
+_NAME = re.compile(r"[^\s,\[\]\"'#-][^\s,\[\]\"'#]*")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_FIX = "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
+
+
+class Function(str):
+    """A `!function module.name` of a task file, not imported; `folder` is where it is written."""
+
+    folder: Path
+
+    @property
+    def module(self) -> Path:
+        """The Python file that it would be taken from, if that lies beside the task file."""
+        return self.folder / (self.rpartition(".")[0].replace(".", "/") + ".py")
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task or group as its file says it, with the files that it includes merged in."""
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it only lists other tasks."""
+        return "group" in self.config and "class" not in self.config
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The names that stand for this task among others."""
+        tags = self.config.get("tag") or ()
+        return (tags,) if isinstance(tags, str) else tuple(tags)
+
+    def functions(self) -> Iterator[Function]:
+        """Every Python function that the file would have lm-eval import."""
+        yield from _functions(self.config)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Names that lm-eval brings along: files of its tasks and groups, and its tags."""
+
+    files: Mapping[str, Path]
+    tags: frozenset[str]
+
+
+def read_folder(folder: Path) -> dict[str, TaskFile]:
+    """Name -> file of the tasks and groups in a folder of own task files.
+
+    Raises:
+        EvaluationError: the folder is missing, or a file in it cannot be read; lm-eval itself
+            would silently leave that file out.
+    """
+    if not folder.is_dir():
+        remedy = "Name the folder that holds your task files in `evaluate.include`."
+        raise EvaluationError(str(folder), "is no folder.", remedy)
+    found: dict[str, TaskFile] = {}
+    for path in sorted(folder.glob("**/*.yaml"), key=Path.as_posix):
+        file = read_file(path)
+        if file is None:
+            continue
+        if file.name in found:
+            problem = f"task `{file.name}` is in {found[file.name].path} too."
+            raise EvaluationError(str(path), problem, "Give each task its own name.")
+        found[file.name] = file
+    return found
+
+
+def read_file(path: Path) -> TaskFile | None:
+    """The task or group in a file; None for one that only others include."""
+    config = _merged(path, ())
+    name = config.get("group", config.get("task")) if "class" not in config else config.get("task")
+    return TaskFile(name, path, config) if isinstance(name, str) else None
+
+
+def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in a file over those that it includes, as lm-eval merges them."""
+    if path in seen:
+        raise EvaluationError(str(path), "includes itself.", _FIX)
+    config = _parsed(path)
+    includes = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for include in [includes] if isinstance(includes, str) else includes:
+        included = path.parent / include
+        if not included.is_file():
+            raise EvaluationError(str(path), f"includes {included}, which is no file.", _FIX)
+        merged.update(_merged(included.resolve(), (*seen, path)))
+    return {**merged, **config}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    loader = type("TaskLoader", (_LOADER,), {})
+    loader.add_constructor("!function", partial(_function, path.parent))  # type: ignore[attr-defined]
+    try:
+        config = yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - built on a safe loader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise EvaluationError(str(path), f"is not valid YAML: {error}", _FIX) from error
+    if not isinstance(config, dict):
+        problem = f"holds a {type(config).__name__}, expected keys such as `task:`."
+        raise EvaluationError(str(path), problem, _FIX)
+    return config
+
+
+def _function(folder: Path, loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Function:
+    function = Function(loader.construct_scalar(node))
+    function.folder = folder
+    return function
+
+
+def _functions(value: Any) -> Iterator[Function]:
+    if isinstance(value, Function):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _functions(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _functions(item)
+
+
+def bundled_folder() -> Path:
+    """Where lm-eval keeps its task files."""
+    return Path(str(importlib.resources.files("lm_eval"))) / "tasks"
+
+
+def scan_headers(folder: Path) -> Headers:
+    """The names in all files of a folder, by the few lines that declare them; about a second."""
+    files: dict[str, Path] = {}
+    tags: set[str] = set()
+    for path in _task_files(folder):
+        with FileIO(path) as file:
+            headers = _HEADER.findall(file.readall())
+        for key, inline, listed in headers:
+            names = _NAME.findall((inline + listed).decode(errors="replace"))
+            if key == b"tag":
+                tags.update(names)
+            elif not listed and len(names) == 1 and path.endswith(".yaml"):
+                files.setdefault(names[0], Path(path))
+    return Headers(files, frozenset(tags))
+
+
+def _task_files(folder: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for name in sorted(names):
+            if name.endswith(".yaml") or "." not in name:  # templates often have no suffix
+                yield f"{root}/{name}"  # 14,000 of them: a Path each would double the time
+
 
 # What a bundled task's Python says when it runs what a model wrote, marked unsafe or not.
 _RUNS_CODE = re.compile(r"\bexec\(|\bcode_eval\b|\bsubprocess\.(run|Popen|call|check_)|\bPopen\(")
@@ -188,7 +344,133 @@ def _bundled_tag(tag: str) -> list[str]:
     """The tasks of one of lm-eval's tags: they may lie anywhere, so this takes its full index."""
     from lm_eval.tasks import TaskManager
 
-    from lewis_hub.evaluate.quiet import quiet_libraries
-
     with quiet_libraries():
         return sorted(TaskManager().task_index[tag].tags)
+
+
+NO_FILTER = "none"
+BY_OUTPUT = {  # what lm-eval scores where a file names no metrics
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": ("acc", "acc_norm"),
+    "generate_until": ("exact_match",),
+}
+
+
+def require_metric(selection: TaskSelection, task: str, metric: str) -> None:
+    """Refuse a metric (`name,filter`) that the task cannot have; nothing is run or downloaded.
+
+    Files that leave their metrics to Python code tell them only once they have run.
+
+    Raises:
+        EvaluationError: the task is a tag, a group without scores of its own, or has no such
+            metric.
+    """
+    located = locate_tasks(selection)
+    file = next((file for file in located.files if file.name == task), None)
+    if file is None:
+        problem = "it is a tag, which has no scores of its own."
+        raise EvaluationError(task, problem, "Name one of its tasks, here and in `evaluate.tasks`.")
+    if file.is_group and not _listed(file.config, "aggregate_metric_list"):
+        problem = "it is a group without `aggregate_metric_list`, so it has no scores of its own."
+        raise EvaluationError(task, problem, "Name one of its tasks, here and in `evaluate.tasks`.")
+    known = _declared(file)
+    if known is not None and metric not in known:
+        raise unknown_metric(task, metric, known)
+
+
+def _declared(file: TaskFile) -> list[str] | None:
+    """Every `metric,filter`; None where only running the task tells."""
+    config = file.config
+    if file.is_group:
+        entries = _listed(config, "aggregate_metric_list")
+        if not all("filter_list" in entry for entry in entries):
+            return None  # lm-eval looks for filters among the results
+        return [f"{one['metric']},{name}" for one in entries for name in _names(one["filter_list"])]
+    entries = _listed(config, "metric_list")
+    in_code = any(isinstance(entry.get("metric"), Function) for entry in entries)
+    if in_code or any(entry.get("hf_evaluate") for entry in entries):
+        return None
+    if "class" in config or config.get("process_results") is not None:
+        return None
+    default = BY_OUTPUT.get(str(config.get("output_type", "generate_until")), ())
+    metrics = [str(entry["metric"]) for entry in entries if "metric" in entry] or default
+    filters = [str(one.get("name")) for one in _listed(config, "filter_list")] or [NO_FILTER]
+    return [f"{metric},{name}" for metric in metrics for name in filters]
+
+
+def _listed(config: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    value = config.get(key)
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, Mapping)]
+
+
+def _names(value: Any) -> list[str]:
+    return [str(name) for name in (value if isinstance(value, list) else [value])]
+
+
+LOGGERS = ("lm_eval", "datasets", "transformers", "accelerate", "huggingface_hub")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back warnings, log lines below an error and progress bars of lm-eval and what it calls.
+
+    Everything is as before afterwards. Nothing of ours runs inside but the calls to lm-eval.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        _hide_bars(stack)  # imports the libraries, and with that sets their log levels
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
+
+
+def _hide_bars(stack: ExitStack) -> None:
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from datasets import utils as datasets_utils
+    from transformers.utils import logging as untyped
+
+    transformers_logging: Any = untyped
+
+    if not datasets_utils.are_progress_bars_disabled():
+        datasets_utils.disable_progress_bars()
+        stack.callback(datasets_utils.enable_progress_bars)
+    if transformers_logging.is_progress_bar_enabled():
+        transformers_logging.disable_progress_bar()
+        stack.callback(transformers_logging.enable_progress_bar)
+    # lm-eval has no switch for its bars: the name that each of its modules draws them by is lent
+    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+        _lend_silent_bar(stack, module)
+
+
+def _lend_silent_bar(stack: ExitStack, module: ModuleType) -> None:
+    bar: Any = module.tqdm
+
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        return bar(*args, **{**kwargs, "disable": True})
+
+    stack.callback(setattr, module, "tqdm", bar)
+    module.tqdm = silent  # type: ignore[attr-defined]
+
+
+@contextmanager
+def compiled_once() -> Iterator[None]:
+    """Have lm-eval reuse a template that it has compiled before.
+
+    Compiling them anew was more than half of the time of a small model's evaluation. A template
+    holds no state, so what it renders is the same.
+    """
+    from lm_eval import utils
+
+    environment: Any = utils.env
+    environment.from_string = lru_cache(maxsize=256)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # the instance's own; the method of its class is back

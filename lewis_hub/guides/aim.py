@@ -11,6 +11,7 @@ from lewis_hub.guides.registry import Decision, Statistics, register
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 OMEGA = 0.4  # how much of a task vector the base's most active channel takes
 
 

@@ -13,6 +13,7 @@ from lewis_hub.guides.registry import Statistics, register
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 FAR = 5.0  # times the mean: M in the paper, which takes 5 for LLaMA
 ROWS_AT_ONCE = 512
 

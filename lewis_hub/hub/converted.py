@@ -20,8 +20,8 @@ from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_room, write_whole
-from lewis_hub.hub.digests import content_sha
 from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, weight_files
+from lewis_hub.hub.resolve import content_sha
 from lewis_hub.hub.source import PICKLED_INDEX, Source, SourceFile
 
 NOTE = "converted.json"  # written last: a folder without it is not whole

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lewis_hub.hub.source import Source
 
+
 METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 
 

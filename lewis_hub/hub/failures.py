@@ -22,6 +22,7 @@ from lewis_hub.hub.source import RepoType
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 SIGN_IN = "/oauth/token"

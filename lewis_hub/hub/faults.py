@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+
 BUFFERED_S = 0.05  # a link's buffers bridge pauses of the sender, and so do those of this one
 
 

@@ -23,6 +23,7 @@ from lewis_hub.hub.retries import complete, persist
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+
 BUCKET = "jobs-artifacts"  # as huggingface_hub calls the one in which it brings files to Jobs
 MOUNT = "/recipe"
 PYTHON = "3.12"

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.change import (
+from lewis_hub.hub.commit import (
     Additions,
     Change,
+    Landed,
+    Message,
+    commit,
     compare,
     open_pull_request,
     open_pull_requests,
+    overtaken,
+    upload,
 )
-from lewis_hub.hub.commit import Landed, Message, commit, overtaken, upload
 from lewis_hub.hub.failures import Asked, hub_failures
 from lewis_hub.hub.retries import persist
 from lewis_hub.hub.target import Landing, Target, look, open_target

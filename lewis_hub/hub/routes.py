@@ -20,6 +20,7 @@ from lewis_hub.hub.faults import FaultInjector
 if TYPE_CHECKING:
     from lewis_hub.hub.server import Hub
 
+
 Answer = Callable[[Call], Response]
 REPO = "/api/{kind}/{namespace}/{name}"
 UNQUOTED_REF = re.compile(

@@ -21,6 +21,7 @@ from lewis_hub.hub.source import Source
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import uvicorn
     from huggingface_hub import HfApi
 
+
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
 PART_BYTES = 64 * 2**20
 START_S = 10.0

@@ -19,6 +19,7 @@ from lewis_hub.hub.retries import persist
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+
 Landing = Literal["commit", "pull-request"]
 MAIN = "main"
 FORBIDDEN = 403

@@ -2,14 +2,94 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.merge.rows import MEAN, Assembled, Ints, RowMap
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.tokenizer.vocabulary import Vocabulary
+
+MEAN = -1  # instead of the number of a source: the row is a mean of others
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """The origin of each row, as runs of consecutive ones.
+
+    Attributes:
+        n_rows: of the tensor that is made.
+        runs: (n_runs, 3) int32: first row of the run, source that it is read from (or MEAN), first
+            row there (or number of the first mean). A run goes on to where the next begins.
+        means: each (n, 2) int32: source and row of what it is the mean of; of nothing it is zero.
+    """
+
+    n_rows: int
+    runs: Ints
+    means: tuple[Ints, ...] = ()
+
+    @classmethod
+    def whole(cls, source: int, n_rows: int) -> RowMap:
+        """All rows of one source, as they lie there."""
+        return cls(n_rows, np.array([[0, source, 0]], np.int32))
+
+    @classmethod
+    def of(cls, sources: Ints, rows: Ints, means: tuple[Ints, ...]) -> RowMap:
+        """From each row's source (or MEAN) and its row there (or number of the mean)."""
+        breaks = (np.diff(sources) != 0) | (np.diff(rows) != 1)
+        firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])[: len(rows)]
+        runs = np.stack([firsts, sources[firsts], rows[firsts]], axis=1).astype(np.int32)
+        return cls(len(rows), runs, means)
+
+    def is_whole(self, source: int) -> bool:
+        """Whether it is the first rows of one source, as they lie there."""
+        return bool(self.runs.tolist() == [[0, source, 0]])
+
+    def sources(self) -> set[int]:
+        """All sources that are read from."""
+        told = {int(source) for source in np.unique(self.runs[:, 1]) if source != MEAN}
+        return told | {int(source) for mean in self.means for source in np.unique(mean[:, 0])}
+
+    def digest(self) -> str:
+        """Over all that fixes which rows are read."""
+        told = hashlib.sha256(str((self.n_rows, len(self.runs))).encode())
+        for array in (self.runs, *self.means):
+            told.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return told.hexdigest()
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A tensor that is put together from rows of several sources.
+
+    Attributes:
+        parts: the tensor of each source; None where a source has none, which is then not read.
+    """
+
+    rows: RowMap
+    parts: tuple[TensorHeader | None, ...]
+
+    def digest(self) -> str:
+        """Over the map and where the parts lie."""
+        told = json.dumps([part and asdict(part) for part in self.parts], sort_keys=True)
+        return hashlib.sha256((self.rows.digest() + told).encode()).hexdigest()
+
+    def header(self, name: str, shape: Sequence[int]) -> TensorHeader:
+        """What the tensor looks like; it lies in no file.
+
+        It is float32 where its parts differ in dtype or means are taken, else as they are.
+        """
+        dtypes = {part.dtype for s in self.rows.sources() if (part := self.parts[s])}
+        dtype = dtypes.pop() if len(dtypes) == 1 and not self.rows.means else "F32"
+        made = TensorHeader(name, dtype, tuple(shape), "", 0, 0)
+        return TensorHeader(name, dtype, tuple(shape), "", 0, made.n_elements * WIDTHS[dtype])
 
 
 @dataclass(frozen=True)
@@ -149,3 +229,75 @@ def arrange(
         assert header  # what a source lacks is put together
         inputs.append(header)
     return tuple(inputs), assembled if any(assembled) else ()
+
+
+def token_tensors(checkpoint: Checkpoint, n_tokens: int | None) -> tuple[str, ...]:
+    """The tensors with a row a token, whatever they are called: embeddings, heads and their biases.
+
+    They are outside the blocks and have as many rows as the vocabulary; a table of positions that
+    happens to be as long is told by its name.
+
+    Args:
+        checkpoint: of the base.
+        n_tokens: rows, as its configuration says; None where it does not: then as many as the
+            first tensor that is called an embedding.
+    """
+    tensors = {
+        name: tensor.shape
+        for name, tensor in checkpoint.tensors.items()
+        if (len(tensor.shape) == 2 and names.may_have_tokens(name))
+        or (len(tensor.shape) == 1 and names.is_head(name))
+    }
+    if n_tokens is None:
+        lengths = (shape[0] for name, shape in tensors.items() if names.is_input_side(name))
+        n_tokens = next(lengths, None)
+    return tuple(name for name, shape in tensors.items() if shape[0] == n_tokens)
+
+
+def rows_of(checkpoint: Checkpoint, tensors: Sequence[str]) -> int:
+    """How many rows a source has for tokens."""
+    return max(
+        (checkpoint.tensors[name].shape[0] for name in tensors if name in checkpoint.tensors),
+        default=0,
+    )
+
+
+def by_row(base: Checkpoint, sources: Sequence[Checkpoint], tensors: Sequence[str]) -> Alignment:
+    """Row i means the same in all sources; some have fewer, and then the base's stand in.
+
+    Args:
+        base: which has as many rows as the merge will have.
+        sources: all that are merged.
+        tensors: with a row a token.
+    """
+    n_rows = rows_of(base, tensors)
+    every = np.arange(n_rows, dtype=np.int32)
+    ids = {source.label: every for source in sources}
+    return Alignment(frozenset(tensors), n_rows, ids, base.label)
+
+
+def by_token(
+    merged: Vocabulary,
+    vocabularies: Mapping[str, Vocabulary],
+    tensors: Sequence[str],
+    n_rows: int,
+    base: str,
+    padding: str,
+) -> Alignment:
+    """A row of the merge is a token of its vocabulary, wherever the sources have it.
+
+    Args:
+        merged: vocabulary of the merge.
+        vocabularies: label of a source -> its own.
+        tensors: with a row a token.
+        n_rows: of the merge.
+        base: label of the source whose rows stand in for those that others lack.
+        padding: label of the source whose rows are taken where the merge has no token.
+    """
+    ids = {label: np.full(n_rows, -1, np.int32) for label in vocabularies}
+    ids[padding][:] = np.arange(n_rows)
+    for token, row in merged.ids.items():
+        if row < n_rows:
+            for label, vocabulary in vocabularies.items():
+                ids[label][row] = vocabulary.ids.get(token, -1)
+    return Alignment(frozenset(tensors), n_rows, ids, base)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import COPIED, MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.recipe import Missing
+from lewis_hub.recipe.schema import Missing
 
 N_SHOWN = 3
 
@@ -197,3 +197,24 @@ def _listed(found: Sequence[str]) -> str:
     if len(found) <= N_SHOWN:
         return ", ".join(found)
     return f"{len(found)} tensors ({', '.join(found[:N_SHOWN])}, ...)"
+
+
+def settle_heads(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
+    """Give an expert a head exactly where the base has one; both tie the head to the embeddings.
+
+    Where the base stores its head all the same, the expert's embedding is the expert's head. Where
+    only the expert stores it, it is a second copy, which is left out.
+
+    Args:
+        base: its configuration ties the head to the embeddings.
+        expert: likewise.
+    """
+    tensors = dict(expert.tensors)
+    for name in [name for name in tensors if names.is_head(name) and name not in base.tensors]:
+        del tensors[name]
+    embeddings = [t for name, t in tensors.items() if names.is_token_embedding(name)]
+    for name, head in base.tensors.items():
+        same = [t for t in embeddings if t.shape[1:] == head.shape[1:]]
+        if names.is_head(name) and name not in tensors and len(same) == 1:
+            tensors[name] = replace(same[0], name=name)
+    return replace(expert, tensors=tensors)

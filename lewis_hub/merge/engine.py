@@ -17,20 +17,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint.layout import index_document
+from lewis_hub.checkpoint.ranges import Place, Window, elsewhere
 from lewis_hub.checkpoint.reader import INDEX, Reader
-from lewis_hub.checkpoint.window import Place, Window, elsewhere
-from lewis_hub.checkpoint.writer import ShardWriter
+from lewis_hub.checkpoint.writer import ShardWriter, index_document
 from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import require_room, sha256_of, write_whole
-from lewis_hub.merge.cluster import Ray, cpus_of_this_task
-from lewis_hub.merge.needs import needs_of
+from lewis_hub.merge.byte_ranges import needs_of
 from lewis_hub.merge.plan import MergePlan, ShardPlan
-from lewis_hub.merge.runners import Inline, Means, threads
+from lewis_hub.merge.runners import Inline, Means, Ray, cpus_of_this_task, threads
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.pieces import Job, Shard
+    from lewis_hub.merge.chunks import Job, Shard
+
 
 NOTE = ".done.json"
 RANGES = ".ranges"  # of sources that are elsewhere: what was fetched and is not used up yet
@@ -126,10 +125,9 @@ def fill(
     plan: ShardPlan, window: Window, shard: Shard, means: Means, advance: Advance
 ) -> Mapping[str, int]:
     """Make the tensors of a shard; which sources hold NaN or infinity, and in how many of them."""
-    from lewis_hub.merge.assembled import assembling
-    from lewis_hub.merge.fused import LONGEST_ROW, block_of  # imports llvmlite
+    from lewis_hub.merge.assemble import assembling
+    from lewis_hub.merge.chunks import LONGEST_ROW, Desks, Job, Site, block_of  # imports llvmlite
     from lewis_hub.merge.operands import BLOCK
-    from lewis_hub.merge.pieces import Desks, Job, Site
 
     layout = plan.layout
     with ExitStack() as opened:
@@ -193,12 +191,12 @@ def window_of(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Win
 
 def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:
     """Open a source, or an adapter on its `base`; `reader` opens the files of a label. Close it."""
-    from lewis_hub.merge.scaled import ScaledReader  # imports llvmlite
+    from lewis_hub.merge.sources import ScaledReader  # imports llvmlite
 
     own = reader(label)
     if base is None:
         return ScaledReader(own)
-    from lewis_hub.merge.adapted import AdapterReader
+    from lewis_hub.merge.sources import AdapterReader
 
     return AdapterReader(ScaledReader(reader(base)), own)
 
@@ -208,8 +206,8 @@ def _make_all(jobs: Sequence[Job], means: Means) -> Iterator[int]:
 
     A large tensor is made by all workers together, of small ones each by one worker.
     """
-    from lewis_hub.merge.devices import make_on_device
-    from lewis_hub.merge.tensors import make_tensor  # imports llvmlite
+    from lewis_hub.merge.cuda import make_on_device
+    from lewis_hub.merge.tensor import make_tensor  # imports llvmlite
 
     if means.device:
         yield from make_on_device(jobs, means.device)

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.layout import OutputTensor, ShardLayout
-from lewis_hub.merge.rows import Assembled
-
-if TYPE_CHECKING:
-    from lewis_hub.merge.statistics import Gram
+from lewis_hub.checkpoint.writer import OutputTensor, ShardLayout
+from lewis_hub.merge.alignment import Assembled
 
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
 
@@ -127,3 +124,118 @@ class MergePlan:
         """Over the digests of all shards."""
         told = "\n".join(shard.digest for shard in self.shards)
         return "sha256:" + hashlib.sha256(told.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Tensors of the output, as it has them.
+
+    Attributes:
+        label: of the files, as `folders` of the engine call theirs.
+        digest: of their content.
+        tensors: by the names of the output; all others are made as the plan says.
+    """
+
+    label: str
+    digest: str
+    tensors: Mapping[str, TensorHeader]
+
+
+def taking(plan: MergePlan, fitted: Fitted) -> MergePlan:
+    """The same plan, that copies what is fitted."""
+    return MergePlan(tuple(_taking(shard, fitted) for shard in plan.shards))
+
+
+def _taking(shard: ShardPlan, fitted: Fitted) -> ShardPlan:
+    number = len(shard.labels)  # of the fitted tensors among the sources
+
+    def taken(tensor: TensorPlan) -> TensorPlan:
+        found = fitted.tensors.get(tensor.output.name)
+        return TensorPlan(tensor.output, (found,), (number,)) if found else tensor
+
+    return replace(
+        shard,
+        labels=(*shard.labels, fitted.label),
+        bases=(*shard.bases, None),
+        source_digests=(*shard.source_digests, fitted.digest),
+        tensors=tuple(map(taken, shard.tensors)),
+    )
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Where second moments of a matrix's inputs lie: (n_parts, width, width) float32.
+
+    `transposed` says that the matrix itself lies as (in, out).
+    """
+
+    stored: TensorHeader
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of the inputs of one expert's matrices.
+
+    Attributes:
+        label: of the files, as `folders` of the engine call theirs.
+        digest: of their content.
+        grams: tensor of the output -> its matrix; those that are not in it have none.
+    """
+
+    label: str
+    digest: str
+    grams: Mapping[str, Gram]
+
+
+Known = Sequence[Statistics] | Fitted
+
+
+def informed(plan: MergePlan, statistics: Known) -> MergePlan:
+    """The same plan, for a method that merges by statistics.
+
+    Args:
+        plan: from headers alone.
+        statistics: one an expert, in the plan's order; none at all leaves the plan as it is. Or
+            what was fitted by them already.
+    """
+    if isinstance(statistics, Fitted):
+        return taking(plan, statistics)
+    if not statistics:
+        return plan
+    known = {one.label: one.digest for one in statistics}
+    return MergePlan(
+        tuple(
+            replace(
+                shard,
+                statistics=known,
+                tensors=tuple(_informed(tensor, statistics) for tensor in shard.tensors),
+            )
+            for shard in plan.shards
+        )
+    )
+
+
+def _informed(tensor: TensorPlan, statistics: Sequence[Statistics]) -> TensorPlan:
+    found = tuple(_gram(one, tensor) for one in statistics)
+    return replace(tensor, grams=found) if any(found) and not tensor.is_copied else tensor
+
+
+def _gram(one: Statistics, tensor: TensorPlan) -> Gram | None:
+    gram, shape = one.grams.get(tensor.output.name), tensor.output.shape
+    if gram is None or len(shape) != 2:
+        return None
+    n_parts, width, _ = gram.stored.shape
+    n_inputs = shape[0] if gram.transposed else shape[1]
+    return gram if n_parts * width == n_inputs else None  # stored otherwise than it was run
+
+
+def unknown(plan: MergePlan, matrices: Sequence[str]) -> list[str]:
+    """Which of the named tensors have no second moments of some expert, in the plan's order."""
+    named = set(matrices)
+    return [
+        tensor.output.name
+        for shard in plan.shards
+        for tensor in shard.tensors
+        if tensor.output.name in named and not (tensor.grams and all(tensor.grams))
+    ]

@@ -7,18 +7,63 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
-from lewis_hub.checkpoint.layout import DTYPES, OutputTensor, lay_out
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.checkpoint.writer import DTYPES, OutputTensor, lay_out
 from lewis_hub.errors import MergeError
-from lewis_hub.merge import parameters
+from lewis_hub.merge import settings as parameters
 from lewis_hub.merge.alignment import Alignment, arrange, shape
 from lewis_hub.merge.compare import compare
-from lewis_hub.merge.fitting import require_number_of_experts, require_schedule_fits
 from lewis_hub.merge.plan import MergePlan, ShardPlan, TensorPlan
 from lewis_hub.methods import random_bits, registry
 from lewis_hub.methods.registry import PER_SOURCE, Method
-from lewis_hub.recipe import Missing
-from lewis_hub.recipe_settings import Settings
+from lewis_hub.recipe.schema import Missing, Settings
+
+
+def require_number_of_experts(method: Method, settings: MergeSettings) -> None:
+    """Refuse fewer or more sources than the method takes.
+
+    Raises:
+        MergeError: naming how many it takes.
+    """
+    least, most = method.n_experts
+    n = len(settings.experts)
+    if n >= least and (most is None or n <= most):
+        return
+    models = "1 model" if least == 1 else f"{least} models"
+    beside = " beside the base" if method.takes_base and settings.base else ""
+    problem = f"it takes {'at least' if most is None else 'exactly'} {models}{beside}, found {n}"
+    remedy = f"List {least - n} more."
+    if most is not None and n > most:
+        remedy = f"Remove {n - most} of them, or merge in several steps."
+    raise MergeError(f"method `{method.name}`", problem, remedy)
+
+
+def require_schedule_fits(method: Method, settings: MergeSettings, schedule: Schedule) -> None:
+    """Refuse densities of what is not merged, or for a method that takes none.
+
+    Raises:
+        MergeError: naming what the schedule says and cannot.
+    """
+    if schedule and not method.takes_density:
+        problem = f"`{method.name}` keeps every entry, so a guide's densities would do nothing"
+        raise MergeError("guide", problem, "Use `ties`, `dare_ties` or `dare_linear`.")
+    labels = {expert.label: expert.checkpoint.tensors for expert in settings.experts}
+    for expert in settings.experts:
+        if unknown := expert.weights.keys() - expert.checkpoint.tensors.keys():
+            problem = f"it weighs {min(unknown)} of {expert.label}, which no source has"
+            raise MergeError("guide", problem, "Measure the importance of these sources anew.")
+    for label, densities in schedule.items():
+        if label not in labels:
+            problem = f"it schedules {label}, which is not merged"
+            raise MergeError("guide", problem, f"Experts: {', '.join(labels)}.")
+        for name, density in densities.items():
+            if name not in labels[label]:
+                problem = f"it schedules {name}, which no source has"
+                raise MergeError("guide", problem, "Measure the importance of these sources anew.")
+            if not 0 <= density <= 1:
+                problem = f"it gives {name} the density {density:g}"
+                raise MergeError("guide", problem, "A density lies between 0 and 1.")
+
 
 Schedule = Mapping[str, Mapping[str, float]]  # label of an expert -> tensor -> density
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lewis_hub.checkpoint.quantisation import KEYS
+from lewis_hub.checkpoint.quantised import KEYS
 
 # Weights are merged, not carried; the card is our own; the rest is for tools that made the base.
 NOT_CARRIED = frozenset(

@@ -6,14 +6,19 @@ at the source in the slice, then at the slice, then in the recipe; a gradient ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
-from lewis_hub.merge import parameters
+from lewis_hub.merge import settings
+from lewis_hub.merge import settings as parameters
 from lewis_hub.merge.alignment import Alignment
-from lewis_hub.merge.cutting import Place, count_blocks, cut, depths, misfits
+from lewis_hub.merge.compare import Mismatch, compare
 from lewis_hub.merge.plan import MergePlan, TensorPlan
 from lewis_hub.merge.planning import (
     MergeSettings,
@@ -23,7 +28,101 @@ from lewis_hub.merge.planning import (
     plan_tensors,
     require_mergeable,
 )
-from lewis_hub.recipe_settings import Conditional, Setting, Settings
+from lewis_hub.recipe.schema import Conditional, Setting, Settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slice lies in the output.
+
+    Attributes:
+        first: number of its first block.
+        is_first: whether the tensors before the blocks (embeddings) are its own.
+        is_last: whether those after them (final norm, head) are.
+    """
+
+    first: int
+    n_blocks: int
+    is_first: bool
+    is_last: bool
+
+
+def count_blocks(checkpoint: Checkpoint) -> int:
+    """How many blocks a model has.
+
+    Raises:
+        MergeError: it has none, or several stacks of them.
+    """
+    last: dict[str, int] = {}
+    for name in checkpoint.tensors:
+        stack, number = names.stack(name), names.block(name)
+        if stack is not None and number is not None:
+            last[stack] = max(number, last.get(stack, 0))
+    if len(last) != 1:
+        found = f"several stacks of blocks ({', '.join(sorted(last))})" if last else "no blocks"
+        problem = f"{checkpoint.label} has {found}, and slices cut one stack"
+        raise MergeError("slices", problem, "List whole models under `models`.")
+    return next(iter(last.values())) + 1
+
+
+def cut(checkpoint: Checkpoint, blocks: range, place: Place) -> Checkpoint:
+    """What of a model goes into a slice, by its names in the output."""
+    inside, found = _by_block(checkpoint), dict[str, TensorHeader]()
+    outside = inside.get(None, {})
+    before = {name: tensor for name, tensor in outside.items() if names.is_input_side(name)}
+    if place.is_first:
+        found |= before
+    for number, block in enumerate(blocks, start=place.first):
+        for name, tensor in inside.get(block, {}).items():
+            found[names.renumbered(name, number)] = tensor
+    if place.is_last:
+        found |= {name: tensor for name, tensor in outside.items() if name not in before}
+    return replace(checkpoint, tensors=found)
+
+
+def depths(checkpoint: Checkpoint, place: Place) -> dict[str, float]:
+    """How deep in its slice each tensor lies, as `parameters.depths` has it for whole models."""
+    numbers = {name: names.block(name) for name in checkpoint.tensors}
+    own = {
+        name: name if number is None else names.renumbered(name, number - place.first)
+        for name, number in numbers.items()
+    }
+    found = settings.depths(own.values())
+    return {name: found[own_name] for name, own_name in own.items()}
+
+
+def misfits(
+    donor: Checkpoint, made: Checkpoint, place: Place, assembled: Collection[str] = ()
+) -> tuple[Mismatch, ...]:
+    """Hold what a slice makes against the model whose configuration says what will be loaded.
+
+    A block fits where its tensors are those of some block of the donor. Tensors that are
+    `assembled` row by row may have other numbers of rows.
+    """
+    expected = dict(cut(donor, range(0), place).tensors)
+    templates, blocks = _by_block(donor), _by_block(made)
+    shapes = {number: _shapes(block) for number, block in templates.items() if number is not None}
+    for number in range(place.first, place.first + place.n_blocks):
+        own = _shapes(blocks.get(number, {}))
+        alike = next((n for n, found in shapes.items() if found == own), min(shapes))
+        for name, tensor in templates[alike].items():
+            renamed = names.renumbered(name, number)
+            expected[renamed] = replace(tensor, name=renamed)
+    return compare(replace(donor, tensors=expected), [made], assembled=assembled)
+
+
+def _by_block(checkpoint: Checkpoint) -> Mapping[int | None, dict[str, TensorHeader]]:
+    """The tensors of each block; under None those outside of the blocks."""
+    found: defaultdict[int | None, dict[str, TensorHeader]] = defaultdict(dict)
+    for name, tensor in checkpoint.tensors.items():
+        found[names.block(name)][name] = tensor
+    return found
+
+
+def _shapes(block: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """By what a tensor is, in whichever block."""
+    return {names.renumbered(name, 0): tensor.shape for name, tensor in block.items()}
+
 
 STAND_IN = "`missing: base`"  # what can be asked for whole models
 UNLIKE = "Stack blocks that hold the same tensors, as models of one architecture do."
@@ -213,3 +312,88 @@ def _names(settings: MergeSettings) -> list[str]:
         for own, tensor in source.checkpoint.tensors.items()
         for name in (own, tensor.name)
     ]
+
+
+COUNTS = (  # what transformers calls the number of blocks, by architecture
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "depth",
+)
+TEXT = "text_config"  # of the language part of a model of several parts
+NOT_BY_BLOCK = ("architectures", "token_id")  # parts of names of lists that count something else
+
+
+@dataclass(frozen=True)
+class Model:
+    """A source's configuration, and how many blocks its weights have."""
+
+    label: str
+    config: Mapping[str, Any]
+    n_blocks: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a block of the output is made from: this block of this model, before others."""
+
+    model: Model
+    block: int
+
+
+def stacked_config(donor: Model, origins: Sequence[Origin]) -> dict[str, Any]:
+    """Say the new number of blocks wherever the donor's configuration says its own.
+
+    Lists of one entry a block, such as `layer_types`, follow the blocks.
+
+    Args:
+        donor: whose configuration it is otherwise.
+        origins: one a block of the output.
+
+    Raises:
+        MergeError: it says nowhere how many blocks there are, or such a list cannot follow.
+    """
+    if not any(_counts(part, donor.n_blocks) for part in _configuration_parts(donor.config)):
+        problem = f"its config.json says nowhere that there are {donor.n_blocks} blocks"
+        remedy = f"One of {', '.join(COUNTS)} has to: mend it, or use another `base_model`."
+        raise MergeError(donor.label, problem, remedy)
+    found = _stacked(donor, donor.config, origins, ())
+    if isinstance(text := donor.config.get(TEXT), Mapping):
+        found[TEXT] = _stacked(donor, text, origins, (TEXT,))
+    return found
+
+
+def _configuration_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    text = config.get(TEXT)
+    return [config, text] if isinstance(text, Mapping) else [config]
+
+
+def _counts(config: Mapping[str, Any], n_blocks: int) -> list[str]:
+    return [key for key in COUNTS if type(config.get(key)) is int and config[key] == n_blocks]
+
+
+def _stacked(
+    donor: Model, config: Mapping[str, Any], origins: Sequence[Origin], path: tuple[str, ...]
+) -> dict[str, Any]:
+    found = dict(config) | dict.fromkeys(_counts(config, donor.n_blocks), len(origins))
+    for key, value in config.items():
+        named = any(part in key for part in NOT_BY_BLOCK)
+        if isinstance(value, list) and len(value) == donor.n_blocks and not named:
+            found[key] = [_entry(value, origin, (*path, key)) for origin in origins]
+    return found
+
+
+def _entry(donors: list[Any], origin: Origin, path: tuple[str, ...]) -> Any:
+    """A list's entry for one block: its own model's, or the donor's where all are alike."""
+    own: Any = origin.model.config
+    for key in path:
+        own = own.get(key) if isinstance(own, Mapping) else None
+    if isinstance(own, list) and len(own) == origin.model.n_blocks:
+        return own[origin.block]
+    if all(entry == donors[0] for entry in donors):
+        return donors[0]
+    problem = f"its config.json has no `{'.'.join(path)}` of one entry a block, the base's has"
+    raise MergeError(origin.model.label, problem, "Stack models of one architecture.")

@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-from lewis_hub.methods import (
-    arcee_fusion,
-    breadcrumbs,
-    cabs,
-    dare,
-    della,
-    karcher,
-    linear,
-    model_stock,
-    multislerp,
-    nearswap,
-    passthrough,
-    pcb,
-    regmean,
-    sce,
-    slerp,
-    task_arithmetic,
-    ties,
-)
+from lewis_hub.methods import averages, breadcrumbs, dare, della, regmean, selection, spheres, ties
 
 __all__ = [
-    "arcee_fusion",
+    "averages",
     "breadcrumbs",
-    "cabs",
     "dare",
     "della",
-    "karcher",
-    "linear",
-    "model_stock",
-    "multislerp",
-    "nearswap",
-    "passthrough",
-    "pcb",
     "regmean",
-    "sce",
-    "slerp",
-    "task_arithmetic",
+    "selection",
+    "spheres",
     "ties",
 ]

@@ -12,6 +12,7 @@ from lewis_hub.methods.sparsify import largest, n_kept, rescaled
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 PAPER = "https://arxiv.org/abs/2312.06795"
 ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False)}
 

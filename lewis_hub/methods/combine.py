@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 NEGLIGIBLE = 1e-8  # weights whose sum is below this are not divided by; as in mergekit
 
 

@@ -12,6 +12,7 @@ from lewis_hub.methods.sparsify import drop
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 PAPER = "https://arxiv.org/abs/2311.03099"
 ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False)}
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
+
 PAPER = "https://arxiv.org/abs/2406.11617"
 ACCEPTED: dict[str, tuple[object, ...]] = {"int8_mask": (True, False), "trim": TRIMS}
 

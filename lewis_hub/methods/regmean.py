@@ -7,12 +7,13 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lewis_hub.methods.combine import all_votes, summed
+from lewis_hub.methods.numerics import Factor, factor, product, solve
 from lewis_hub.methods.registry import register
 from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, trimmed
-from lewis_hub.methods.systems import Factor, factor, product, solve
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 Inputs = Literal["own", "merged"]
 INPUTS = ("own", "merged")

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lewis_hub.methods import random_bits
-from lewis_hub.methods.products import total
+from lewis_hub.methods.numerics import total
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
+
 
 Trim = Literal["magnitude", "activation"]
 TRIMS = ("magnitude", "activation")

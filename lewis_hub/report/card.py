@@ -8,16 +8,17 @@ from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.report import details, findings, guidance, markdown, page, tables
+from lewis_hub.report import findings, markdown, page, sections
 from lewis_hub.report.citations import HARNESS, METHODS, papers
 from lewis_hub.report.facts import CardFacts
-from lewis_hub.report.gate import card_section
-from lewis_hub.report.metadata import card_data
+from lewis_hub.report.findings import card_section
+from lewis_hub.report.lock import BUILDER
 from lewis_hub.report.plots import Plot, short_name
-from lewis_hub.report.provenance import BUILDER
+from lewis_hub.report.sections import card_data
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
 
 TEMPLATE = "card.md.j2"
 OURSELVES = "lewis_hub"
@@ -43,14 +44,14 @@ def _what_it_is(facts: CardFacts) -> dict[str, Any]:
     return {
         "title": markdown.text(facts.title),
         "summary": _summary(facts),
-        "details": list(details.details(facts)),
-        "intended": list(details.intended(facts)),
+        "details": list(sections.details(facts)),
+        "intended": list(sections.intended(facts)),
         "page": page.FILE,
         "snippet": markdown.fenced(usage(facts), "python"),
         "pictures": list(_pictures(facts)),
-        "densities": tables.densities(facts),
-        "weights": tables.weights(facts),
-        "picture_note": guidance.picture_note(facts.guided) if facts.guided else "",
+        "densities": sections.densities(facts),
+        "weights": sections.weights(facts),
+        "picture_note": sections.picture_note(facts.guided) if facts.guided else "",
     }
 
 
@@ -71,11 +72,11 @@ def _how_good(facts: CardFacts) -> dict[str, Any]:
 
 def _from_what(facts: CardFacts) -> dict[str, Any]:
     return {
-        "inputs": tables.inputs(facts),
-        "stack": tables.stack(facts),
-        "licence": details.licence(facts),
-        "calibration": tables.calibration(facts),
-        "measured_how": guidance.measured_how(facts.guided) if facts.guided else "",
+        "inputs": sections.inputs(facts),
+        "stack": sections.stack(facts),
+        "licence": sections.licence(facts),
+        "calibration": sections.calibration(facts),
+        "measured_how": sections.measured_how(facts.guided) if facts.guided else "",
         "recipe": markdown.fenced(facts.recipe, "yaml"),
         "mergekit": facts.mergekit,
         "bibtex": _bibtex(facts),
@@ -87,8 +88,8 @@ def _how_again(facts: CardFacts) -> dict[str, Any]:
         "reproduce": markdown.fenced(_reproduce(facts), "bash"),
         "digest": markdown.code(facts.digest),
         "software": _software(facts),
-        "cost": tables.cost(facts.costs),
-        "machine": markdown.text(tables.machine(facts.machine)) if facts.machine else None,
+        "cost": sections.cost(facts.costs),
+        "machine": markdown.text(sections.machine(facts.machine)) if facts.machine else None,
         "whole_process": any(cost.peak_over == "process" for cost in facts.costs),
     }
 
@@ -141,23 +142,25 @@ def _summary(facts: CardFacts) -> str:
     method = markdown.link(method, facts.method.paper)
     told = [_stacked(facts, method) if facts.stack else _merged(facts, method)]
     if facts.guided:
-        told.append(guidance.sentence(facts.guided))
+        told.append(sections.sentence(facts.guided))
     if facts.measured:
         told.append(_statistics(facts))
     return " ".join(told)
 
 
 def _merged(facts: CardFacts, method: str) -> str:
-    experts = _listed([tables.model(facts, one) for one in facts.experts])
+    experts = _listed([sections.model(facts, one) for one in facts.experts])
     base = (
-        f" into {tables.model(facts, facts.base)}" if facts.base and facts.method.takes_base else ""
+        f" into {sections.model(facts, facts.base)}"
+        if facts.base and facts.method.takes_base
+        else ""
     )
     return f"This model merges {experts}{base} by {method}; nothing was trained."
 
 
 def _stacked(facts: CardFacts, method: str) -> str:
     sources = {source.pinned: source for one in facts.stack for source, _ in one.sources}
-    parents = _listed([tables.model(facts, source) for source in sources.values()])
+    parents = _listed([sections.model(facts, source) for source in sources.values()])
     return (
         f"This model stacks {facts.stack[-1].blocks.stop} blocks, made from blocks of {parents} by "
         f"{method}, slice by slice; nothing was trained."
@@ -200,7 +203,7 @@ def _picture(facts: CardFacts, plot: Plot) -> str:
 
 def _limits(facts: CardFacts) -> Iterator[str]:
     if facts.guided:
-        yield from guidance.limits(facts.guided)
+        yield from sections.limits(facts.guided)
     yield from (markdown.text(note) for note in facts.notes)
     if facts.measured:
         worse = "far worse" if facts.in_sequence else "no better"

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.guides.density import DensitySchedule
-from lewis_hub.guides.importance import ImportanceProfile
+from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods.registry import Method
-from lewis_hub.report.cost import StageCost
-from lewis_hub.report.machine import Machine
+from lewis_hub.report.cost import Machine, StageCost
 from lewis_hub.report.plots import Plot
 
 

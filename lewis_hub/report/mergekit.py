@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 
 from lewis_hub.checkpoint import names
-from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
-from lewis_hub.merge import parameters
+from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
+from lewis_hub.merge import settings as parameters
 from lewis_hub.methods import registry
-from lewis_hub.recipe import Slice, SliceSource
-from lewis_hub.recipe_settings import Conditional, Setting, Settings
+from lewis_hub.recipe.schema import Conditional, Setting, Settings, Slice, SliceSource
 
 FILE = "mergekit_config.yml"
 METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.report.heatmap import THEMES, Theme, own_style
+from lewis_hub.report.plots import THEMES, Theme, own_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 Value = float | bool | str
 BEST = "#d1495b"  # no colour of the scale

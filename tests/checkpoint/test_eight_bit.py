@@ -2,8 +2,8 @@
 
 import pytest
 
-from lewis_hub.checkpoint.eight_bit import scaled
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
+from lewis_hub.checkpoint.quantised import scaled
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import BrokenCheckpointError
 

@@ -7,7 +7,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.checkpoint.layout import OutputTensor, index_document, lay_out, weight_file_names
+from lewis_hub.checkpoint.writer import OutputTensor, index_document, lay_out, weight_file_names
 
 BYTES = OutputTensor("a", "F32", (3,))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.quantisation import Quantisation, read_quantisation, signs
+from lewis_hub.checkpoint.quantised import Quantisation, read_quantisation, signs
 from lewis_hub.checkpoint.reader import Checkpoint
 
 DEEPSEEK = {

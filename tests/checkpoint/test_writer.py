@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from lewis_hub.checkpoint.layout import OutputTensor, lay_out
-from lewis_hub.checkpoint.writer import ShardWriter
+from lewis_hub.checkpoint.writer import OutputTensor, ShardWriter, lay_out
 from lewis_hub.errors import OutputError
 from lewis_hub.files import require_room, sha256_of
 

@@ -12,7 +12,7 @@ from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import LewisHubError
-from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.recipe.read import parse_recipe
 
 RECIPE = """base_model: zoo/base
 models:

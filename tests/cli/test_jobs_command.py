@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from lewis_hub.cli.jobs import ended, handed_on, printed
 from lewis_hub.cli.main import cli
 from lewis_hub.errors import RecipeError
-from lewis_hub.recipe_file import read_recipe
-from lewis_hub.stages.jobs import Hardware, request
+from lewis_hub.recipe.read import read_recipe
+from lewis_hub.workflow.ci import Hardware, request
 
 RECIPE = """base_model: a/b
 models: [{model: a/c}]

@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
 from lewis_hub.cli.options import parse_size
-from lewis_hub.recipe_file import read_recipe, schema
+from lewis_hub.recipe.read import read_recipe, schema
 
 
 def test_init_writes_a_recipe_that_reads_back_as_it_was_asked(tmp_path):

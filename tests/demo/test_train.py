@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lewis_hub.demo import train
 from lewis_hub.demo.tasks import SKILLS, splits
-from lewis_hub.demo.tokenizer import prompt
+from lewis_hub.demo.train import prompt
 from lewis_hub.demo.zoo import zoo_folder
 
 STAGES = {stage.lesson: stage for stage in train.EXPERTS}

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from lewis_hub.demo.tasks import SKILLS
 from lewis_hub.demo.zoo import DATASETS, MODELS, OWNER, seed_hub, zoo_folder
 from lewis_hub.hub.server import Hub
-from lewis_hub.stages.reading import read_recipe
+from lewis_hub.workflow.resolve import read_recipe
 
 
 def parameters(name: str) -> dict[str, tuple[str, list[int]]]:
@@ -88,7 +88,7 @@ def test_all_models_share_one_tokenizer_that_round_trips_any_text():
 def test_the_chat_template_renders_what_the_models_were_trained_on():
     from transformers import AutoTokenizer
 
-    from lewis_hub.demo.tokenizer import chat_prompt
+    from lewis_hub.demo.train import chat_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(zoo_folder() / "base")
     asked = [{"role": "user", "content": "reverse BAKOT"}]

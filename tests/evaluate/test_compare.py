@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.compare import compare
-from lewis_hub.evaluate.paired import mcnemar, newcombe_interval
+from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
 from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
 from lewis_hub.evaluate.scores import MetricScore
 

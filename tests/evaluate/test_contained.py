@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.contained import holding, sought, spelt
-from lewis_hub.evaluate.items import Item
+from lewis_hub.evaluate.items import Item, holding, sought, spelt
 
 LAB = Path(os.environ.get("LEWIS_HUB_LAB", "/nowhere")) / "data" / "gsm8k"
 PROMPT = "Question: {question}\nAnswer:"

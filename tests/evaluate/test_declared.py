@@ -3,8 +3,7 @@
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.declared import require_metric
-from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.evaluate.tasks import TaskSelection, require_metric
 
 FILES = {
     "sums": "task: sums\ntag: numbers\noutput_type: generate_until\n"

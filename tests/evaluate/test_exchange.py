@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.answer_loss import answer_losses
-from lewis_hub.evaluate.exchange import exchange
-from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
 from lewis_hub.evaluate.items import Question
 
 ZOO = zoo_folder()

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.compare import compare
 from lewis_hub.evaluate.gate import Demand, GateVerdict, Previous, Rival, judge
-from lewis_hub.evaluate.paired import newcombe_interval
+from lewis_hub.evaluate.paired import compare, newcombe_interval
 from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
 
 BETTER, WORSE = [1.0] * 30, [0.0] * 30

@@ -10,9 +10,8 @@ import pytest
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks, with_prompts
-from lewis_hub.evaluate.compare import compare
 from lewis_hub.evaluate.harness import EvaluationSettings, affordable_batch, evaluate_model
-from lewis_hub.evaluate.paired import mcnemar, newcombe_interval
+from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.tasks import TaskSelection
 

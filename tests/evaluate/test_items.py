@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from lewis_hub.calibration.texts import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.chat import chat_of
 from lewis_hub.evaluate.harness import EvaluationSettings, load
-from lewis_hub.evaluate.items import load_rows, scored_items
+from lewis_hub.evaluate.items import chat_of, load_rows, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.guides.tokens import load_tokenizer
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUCCESSOR = {word: WORDS[(i + 1) % 10] for i, word in enumerate(WORDS)}

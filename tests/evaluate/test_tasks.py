@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.task_files import bundled_folder, read_file, read_folder, scan_headers
-from lewis_hub.evaluate.tasks import TaskFacts, TaskSelection, check_tasks, locate_tasks
+from lewis_hub.evaluate.tasks import (
+    TaskFacts,
+    TaskSelection,
+    bundled_folder,
+    check_tasks,
+    locate_tasks,
+    read_file,
+    read_folder,
+    scan_headers,
+)
 
 ARITHMETIC = "task: sums\ntag: numbers\ndataset_path: me/sums\ndataset_name: easy\n"
 GROUP = "group: all_numbers\ntask:\n  - sums\n  - {task: products, num_fewshot: 2}\n"

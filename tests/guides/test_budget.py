@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.errors import GuideError
-from lewis_hub.guides.budget import shifted, weighted_mean
+from lewis_hub.guides.schedule import shifted, weighted_mean
 
 SIZES = {"a": 30, "b": 10}
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.checkpoint import names
-from lewis_hub.guides.controls import inverse, random
+from lewis_hub.guides.baselines import inverse, random
 from lewis_hub.guides.lewis import lewis
 from lewis_hub.guides.registry import Statistics, find
 

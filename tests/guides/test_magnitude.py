@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lewis_hub.guides.magnitude import magnitude
+from lewis_hub.guides.baselines import magnitude
 from lewis_hub.guides.registry import Statistics, find
 
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis_hub.checkpoint.adapter import adapt
-from lewis_hub.checkpoint.adapter_config import AdapterConfig
 from lewis_hub.checkpoint.header import read_header
+from lewis_hub.checkpoint.lora import AdapterConfig, adapt
 from lewis_hub.checkpoint.reader import read_headers
 from lewis_hub.merge.engine import run
+from lewis_hub.merge.plan import Gram, Statistics, informed
 from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Means, inline
 from lewis_hub.merge.slices import make_stacked_plan
-from lewis_hub.merge.statistics import Gram, Statistics, informed
 from lewis_hub.methods import registry
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

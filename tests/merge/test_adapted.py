@@ -8,8 +8,8 @@ import torch
 
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.merge.adapted import BLOCK, N_HELD, AdapterReader
 from lewis_hub.merge.runners import Threads, inline, threads
+from lewis_hub.merge.sources import BLOCK, N_HELD, AdapterReader
 
 PREFIX = "base_model.model."
 R, ALPHA = 4, 6

@@ -130,7 +130,7 @@ def test_the_bytes_are_the_same_on_every_runner_and_shard_size(zoo, method):
 
 
 def test_kernel_and_definition_agree_on_assembled_tensors(zoo, monkeypatch):
-    from lewis_hub.merge import fused
+    from lewis_hub.merge import chunks
 
     base, *experts = (
         zoo.source(label, model(i, ROWS[label]), {"density": 0.4} if i else {})
@@ -139,7 +139,7 @@ def test_kernel_and_definition_agree_on_assembled_tensors(zoo, monkeypatch):
     settings = zoo.settings("ties", base, experts, alignment=alignment())
     by_kernel = zoo.merge(settings, "kernel").bytes
 
-    monkeypatch.delitem(fused.FUSED, "ties")
+    monkeypatch.delitem(chunks.FUSED, "ties")
 
     assert zoo.merge(settings, "definition").bytes == by_kernel
 

@@ -11,10 +11,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.merge.fused import AVERAGED, FUSED
+from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.methods.registry import find, methods
-from lewis_hub.recipe_settings import Conditional
+from lewis_hub.recipe.schema import Conditional
 
 NAMES = [method.name for method in methods() if method.name not in {AVERAGED, *FUSED}]
 SHAPES = {"model.layers.0.a": (40, 30), "model.layers.1.a": (7,), "b": (), "c": (0, 2)}

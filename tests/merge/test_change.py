@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.reader import TensorReader
-from lewis_hub.merge.change import PIECE, relative_changes
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.runners import inline, threads
+from lewis_hub.merge.task_vectors import PIECE, relative_changes
 
 A, B = "model.layers.0.q.weight", "model.layers.1.q.weight"
 

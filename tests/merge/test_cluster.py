@@ -17,11 +17,10 @@ import pytest
 import torch
 
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
-from lewis_hub.merge.cluster import Ray, _start
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Means, inline, parse_runner, threads
-from lewis_hub.stages.execution import Execution
+from lewis_hub.merge.runners import Means, Ray, _start, inline, parse_runner, threads
+from lewis_hub.workflow.job import Execution
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 N_SHARDS = 6

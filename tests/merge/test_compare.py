@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from lewis_hub.merge.compare import compare, passed_over
-from lewis_hub.merge.heads import settle_heads
+from lewis_hub.merge.compare import compare, passed_over, settle_heads
 
 WIDE = torch.zeros(10, 4)
 BASE = {

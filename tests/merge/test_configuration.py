@@ -1,7 +1,7 @@
 import pytest
 
 from lewis_hub.errors import MergeError
-from lewis_hub.merge.configuration import Model, Origin, stacked_config
+from lewis_hub.merge.slices import Model, Origin, stacked_config
 
 TYPES = ["full", "sliding", "full", "sliding"]
 LLAMA = {

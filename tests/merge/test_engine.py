@@ -9,11 +9,10 @@ import torch
 from safetensors import safe_open
 
 from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
-from lewis_hub.merge import fused, pieces
-from lewis_hub.merge.cluster import Ray
+from lewis_hub.merge import chunks
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Means, Threads, inline, parse_runner, threads
+from lewis_hub.merge.runners import Means, Ray, Threads, inline, parse_runner, threads
 from lewis_hub.methods import registry
 
 
@@ -43,7 +42,7 @@ def test_a_tensor_too_long_to_be_counted_at_once_is_counted_in_parts(zoo, settin
     asked = replace(settings, method="ties")
     whole = zoo.merge(asked, "whole").bytes
 
-    monkeypatch.setattr(pieces, "LONGEST_SPAN", 100)
+    monkeypatch.setattr(chunks, "LONGEST_SPAN", 100)
 
     assert zoo.merge(asked, "in parts").bytes == whole
 
@@ -56,7 +55,7 @@ def test_rows_too_long_to_be_ranked_by_a_kernel_are_left_to_the_definition(zoo, 
     asked = zoo.settings("della", base, [expert])
     by_kernel = zoo.merge(asked, "by kernel").bytes
 
-    monkeypatch.setattr(fused, "LONGEST_ROW", 32)
+    monkeypatch.setattr(chunks, "LONGEST_ROW", 32)
 
     assert zoo.merge(asked, "by definition").bytes == by_kernel
 

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from lewis_hub.checkpoint.four_bit import bits_and_bytes
+from lewis_hub.checkpoint.quantised import bits_and_bytes
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
-from lewis_hub.merge.scaled import BLOCK, ScaledReader
+from lewis_hub.merge.sources import BLOCK, ScaledReader
 
 SHAPE = (33, 2176)  # several pieces; rows of whole blocks, as the package reads on a CPU
 STATE = "a.weight.quant_state.bitsandbytes__nf4"

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lewis_hub import pipeline
+from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.errors import CheckFailedError, GuideError
 from lewis_hub.guides import registry
-from lewis_hub.guides.density import Bounds, DensitySchedule, Use, schedule
-from lewis_hub.guides.importance import ImportanceProfile
+from lewis_hub.guides.schedule import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.methods.registry import methods
 from lewis_hub.progress import Silent
-from lewis_hub.recipe_file import parse_recipe
-from lewis_hub.stages.reading import read_recipe, rules
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.resolve import read_recipe, rules
 
 GUIDES = [guide.name for guide in registry.guides()]
 FILE = "model.safetensors"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.merge.held import held_tensors
+from lewis_hub.merge.in_memory import held_tensors
 from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Means, inline, threads
 

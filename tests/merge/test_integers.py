@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.integers import unpacked
+from lewis_hub.checkpoint.quantised import unpacked
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import threads
-from lewis_hub.merge.scaled import BLOCK, ScaledReader
+from lewis_hub.merge.sources import BLOCK, ScaledReader
 
 SHAPE = (52, 1536)  # rows that fill no word of 4-bit zeros; several pieces
 STRATEGIES = ["tensor", "channel", "group"]
@@ -126,7 +126,7 @@ def test_values_are_codes_less_zeros_times_scales_of_the_group_that_a_column_has
 
 
 def test_a_worked_example():
-    from lewis_hub.merge.decoding import halves
+    from lewis_hub.merge.sources import halves
 
     # -8 + 8 = 0, 7 + 8 = 15, 0 + 8 = 8: the first code lies in the lowest four bits
     word = pack(torch.tensor([[-8, 7, 0, 0, 0, 0, 0, 1]]), 4).numpy().view(np.uint32)

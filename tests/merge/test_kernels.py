@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llvmlite import binding
 
-from lewis_hub.merge import arithmetic, counting, kernels, native, plain, ranking, trimming
+from lewis_hub.merge import arithmetic, counting, kernels, native, plain, ranking
+from lewis_hub.merge import tensor as trimming
 from lewis_hub.merge.operands import BLOCK, F16, F32, LANES, Piece
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.methods.random_bits import halves, stream

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lewis_hub.merge.low_rank_fit import fit
+from lewis_hub.merge.extract_lora import fit
 
 
 def spectrum(rows, columns, values, seed=0):

@@ -1,7 +1,7 @@
 import pytest
 
 from lewis_hub.errors import MergeError
-from lewis_hub.merge.parameters import (
+from lewis_hub.merge.settings import (
     depths,
     evaluate,
     look_up,
@@ -10,8 +10,8 @@ from lewis_hub.merge.parameters import (
     require_valid,
 )
 from lewis_hub.methods.registry import find
-from lewis_hub.recipe_file import parse_recipe
-from lewis_hub.recipe_settings import Conditional
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.recipe.schema import Conditional
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 NAMES = [

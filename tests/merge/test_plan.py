@@ -6,7 +6,7 @@ import torch
 
 from lewis_hub.errors import MergeError
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.recipe_settings import Conditional
+from lewis_hub.recipe.schema import Conditional
 
 Q = "model.layers.0.q.weight"
 

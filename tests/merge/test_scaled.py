@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.eight_bit import scaled
+from lewis_hub.checkpoint.quantised import scaled
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge import plain, scaling
-from lewis_hub.merge.adapted import AdapterReader
-from lewis_hub.merge.decoding import VALUES
 from lewis_hub.merge.operands import Decoding
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import Threads, inline, threads
-from lewis_hub.merge.scaled import BLOCK, ScaledReader
+from lewis_hub.merge.sources import BLOCK, VALUES, AdapterReader, ScaledReader
 
 E4M3 = torch.float8_e4m3fn
 

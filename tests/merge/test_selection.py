@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.merge import counting, plain, trimming
+from lewis_hub.merge import counting, plain
+from lewis_hub.merge import tensor as trimming
 from lewis_hub.merge.operands import AT_LOW, BF16, BLOCK, F32, INSIDE, LANES, Piece
 from lewis_hub.merge.runners import Threads, inline
 from lewis_hub.merge.selection import Bracket, Tally, at_ranks, bracket, pick

@@ -12,7 +12,7 @@ from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.merge.runners import Threads, inline, threads
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 from lewis_hub.methods import random_bits, registry
-from lewis_hub.recipe_settings import Conditional
+from lewis_hub.recipe.schema import Conditional
 
 OUTSIDE = {
     "model.embed_tokens.weight": (96, 32),

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+from lewis_hub.merge.plan import informed, unknown
 from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Threads, inline
-from lewis_hub.merge.statistics import informed, unknown
 
 LAYER = "model.layers.0."
 SHAPES = {

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from lewis_hub.checkpoint.quantised import turned
 from lewis_hub.checkpoint.reader import TensorReader
-from lewis_hub.checkpoint.transposed import turned
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import threads
-from lewis_hub.merge.scaled import BLOCK, ScaledReader
-from lewis_hub.merge.transposed import PANEL
+from lewis_hub.merge.sources import BLOCK, PANEL, ScaledReader
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # row of each code of a word, from the lowest bits on
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.cabs import cabs
-from lewis_hub.methods.pcb import pcb
+from lewis_hub.methods.selection import cabs, pcb
 from lewis_hub.methods.sparsify import n_kept
 
 BASE = torch.full((4,), 10.0)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import LewisHubError
-from lewis_hub.merge.parameters import require_valid
+from lewis_hub.merge.settings import require_valid
 from lewis_hub.methods import registry
-from lewis_hub.recipe_file import parse_recipe
+from lewis_hub.recipe.read import parse_recipe
 
 MERGEKIT = os.environ.get("LEWIS_HUB_MERGEKIT", "")
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.model_stock import model_stock
+from lewis_hub.methods.averages import model_stock
 
 BASE = torch.tensor([10.0, 20.0])
 SIXTY = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(3) / 2]])  # degrees apart

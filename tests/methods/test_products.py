@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.products import CHUNK, cosine, dot, row_dots, total
+from lewis_hub.methods.numerics import CHUNK, cosine, dot, row_dots, total
 
 NUMBERS = st.floats(-1000, 1000, width=32)
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.sce import sce
+from lewis_hub.methods.selection import sce
 
 BASE = torch.full((3,), 10.0)
 

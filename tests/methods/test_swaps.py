@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from lewis_hub.methods.arcee_fusion import arcee_fusion
-from lewis_hub.methods.nearswap import nearswap
-from lewis_hub.methods.passthrough import passthrough
+from lewis_hub.methods.averages import nearswap, passthrough
+from lewis_hub.methods.selection import arcee_fusion
 
 
 def test_nearswap_takes_near_entries_and_moves_far_ones_by_t():

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.systems import STEP, factor, product, solve
+from lewis_hub.methods.numerics import STEP, factor, product, solve
 
 
 def definite(n, seed, dtype=torch.float64, samples=None):

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
 from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
-from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
-from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry

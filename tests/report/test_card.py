@@ -14,9 +14,9 @@ from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.report.card import model_card, usage
+from lewis_hub.report.cost import Machine
 from lewis_hub.report.findings import Scores
-from lewis_hub.report.machine import Machine
-from lewis_hub.report.metadata import card_data
+from lewis_hub.report.sections import card_data
 
 HUB = "https://huggingface.co"
 ONERROR = "<img src=x onerror=alert(1)>"

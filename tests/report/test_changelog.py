@@ -4,7 +4,7 @@ from datetime import date
 import pytest
 
 from lewis_hub.errors import OutputError
-from lewis_hub.report.changelog import Entry, from_json, in_card, to_json
+from lewis_hub.report.difference import Entry, from_json, in_card, to_json
 
 FIRST = Entry(date(2026, 1, 2), "a" * 40, "sha256:01", ("expert a/code: 1111 → 2222",))
 SECOND = Entry(date(2026, 1, 3), "b" * 40, "sha256:02", ("seed: 1 → 2", "weights: 1 of 1"))

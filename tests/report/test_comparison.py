@@ -8,9 +8,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.errors import ProfileError
-from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
-from lewis_hub.report.comparison import Row, compare_profiles, draw_comparisons, spearman
+from lewis_hub.report.profiles import Row, compare_profiles, draw_comparisons, spearman
 
 SHA = "a" * 40
 

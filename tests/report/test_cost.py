@@ -8,8 +8,7 @@ import pytest
 
 from lewis_hub.errors import OutputError
 from lewis_hub.report import cost
-from lewis_hub.report.cost import Costs, StageCost, read_costs
-from lewis_hub.report.machine import Machine
+from lewis_hub.report.cost import Costs, Machine, StageCost, read_costs
 
 
 def test_a_stage_is_measured(tmp_path):

@@ -12,12 +12,12 @@ from lewis_hub.evaluate.gate import Check, GateVerdict
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.markdown import render
-from lewis_hub.recipe_benchmark import Benchmark
+from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report.card import model_card
+from lewis_hub.report.cost import Machine
 from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.report.findings import Scores
 from lewis_hub.report.leaderboards import entries
-from lewis_hub.report.machine import Machine
 from lewis_hub.report.page import report_page
 from lewis_hub.report.plots import draw
 

@@ -1,7 +1,7 @@
 """What the quality gate found, in words for a card and for a message."""
 
 from lewis_hub.evaluate.gate import Check, GateVerdict
-from lewis_hub.report.gate import card_section, refusal, sentences
+from lewis_hub.report.findings import card_section, refusal, sentences
 
 PASSED = Check("gsm8k", "exact_match,strict", "uniform", 0.0, "stop", True, 0.5, 0.4, 0.1, (0, 0.2))
 MISSED = Check(

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
-from lewis_hub.guides.importance import ImportanceProfile, SourceImportance
+from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.guides.registry import guides
-from lewis_hub.report import guidance, tables
+from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
+from lewis_hub.report import sections
 from lewis_hub.report.card import model_card
 from lewis_hub.report.facts import Guided
 
@@ -24,7 +24,7 @@ def guided(guide: str, measure: str = "lewis", n_tokens: int = 9, **of_expert) -
 def test_every_guide_of_ours_that_measures_says_from_what():
     known = {guide.name for guide in guides() if guide.needs}
 
-    assert known == set(guidance.WHY)
+    assert known == set(sections.WHY)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_every_guide_of_ours_that_measures_says_from_what():
     ],
 )
 def test_the_card_names_the_guide_and_what_it_went_by(guide, says):
-    assert guidance.sentence(guided(guide)) == says
+    assert sections.sentence(guided(guide)) == says
 
 
 def test_weights_are_told_alone_and_beside_densities():
     weights = {Q.format(0): 0.5, Q.format(1): 0.5}
 
-    alone = guidance.sentence(guided("magnitude", tensors={}, weights=weights))
-    beside = guidance.sentence(guided("magnitude", weights=weights))
+    alone = sections.sentence(guided("magnitude", tensors={}, weights=weights))
+    beside = sections.sentence(guided("magnitude", weights=weights))
 
     assert alone == (
         "The guide magnitude multiplied each expert's weight by a factor of its own in every "
@@ -70,18 +70,18 @@ def test_weights_are_told_alone_and_beside_densities():
 def test_calibration_texts_are_spoken_of_only_where_there_were_any():
     suits = "The densities suit tasks that resemble the calibration texts; elsewhere they may help"
 
-    assert [*guidance.limits(guided("owl", "outliers"))] == [f"{suits} nothing."]
-    assert [*guidance.limits(guided("magnitude", "task_vector", n_tokens=0))] == []
+    assert [*sections.limits(guided("owl", "outliers"))] == [f"{suits} nothing."]
+    assert [*sections.limits(guided("magnitude", "task_vector", n_tokens=0))] == []
 
 
 def test_the_pictures_note_says_what_was_measured():
     density = "Density is the fraction of an expert's task vector that was kept."
 
-    assert guidance.picture_note(guided("magnitude", "task_vector")) == (
+    assert sections.picture_note(guided("magnitude", "task_vector")) == (
         "The first map shows, per module, the size of the task vector, relative to the base. "
         + density
     )
-    assert guidance.picture_note(guided("owl", "outliers")).startswith(
+    assert sections.picture_note(guided("owl", "outliers")).startswith(
         "The first map shows, per module, the share of outliers, and its change from base to "
         "expert."
     )
@@ -94,10 +94,10 @@ def test_a_card_with_weights_has_their_table(make_facts):
     weighed = replace(first, tensors={}, weights={names[0]: 0.5, names[1]: 0.5})
     facts = replace(facts, guided=replace(facts.guided, schedule=DensitySchedule((weighed,))))
 
-    assert tables.densities(facts) is None
-    assert tables.weights(facts) in model_card(facts).text
-    assert "| mean factor of the weight | lowest | highest | tensors |" in tables.weights(facts)
-    assert "| 0.500 | 0.500 | 0.500 | 2 | 1.000 |" in tables.weights(facts)
+    assert sections.densities(facts) is None
+    assert sections.weights(facts) in model_card(facts).text
+    assert "| mean factor of the weight | lowest | highest | tensors |" in sections.weights(facts)
+    assert "| 0.500 | 0.500 | 0.500 | 2 | 1.000 |" in sections.weights(facts)
 
 
 def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
@@ -134,7 +134,7 @@ def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
     )
     assert "| 63 | 1,234 | 2 |" in ours
     assert "| 63 | 2,016 counted, 782 of them padding | 2 |" in theirs
-    assert guidance.sentence(by_reference).endswith(
+    assert sections.sentence(by_reference).endswith(
         "from how importance on calibration texts, as the authors' own procedure measures it, "
         "changed from base to expert."
     )

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import EvalResultEntry
 from huggingface_hub._eval_results import parse_eval_result_entries
 
-from lewis_hub.recipe_benchmark import Benchmark
+from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report.findings import Scores
 from lewis_hub.report.leaderboards import entries
 

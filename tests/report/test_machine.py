@@ -1,13 +1,13 @@
 import os
 
-from lewis_hub.report import machine
-from lewis_hub.report.machine import this_machine
+from lewis_hub.report import cost
+from lewis_hub.report.cost import this_machine
 
 
 def test_the_machine_is_told_by_processor_cores_and_memory(tmp_path, monkeypatch):
     told = tmp_path / "cpuinfo"
     told.write_text("processor\t: 0\nmodel name\t: Intel(R)  Xeon(R) @ 2.80GHz\nflags\t: fpu\n")
-    monkeypatch.setattr(machine, "CPU_INFO", told)
+    monkeypatch.setattr(cost, "CPU_INFO", told)
 
     found = this_machine("cpu")
 
@@ -19,6 +19,6 @@ def test_the_machine_is_told_by_processor_cores_and_memory(tmp_path, monkeypatch
 
 
 def test_a_system_that_names_no_processor_tells_its_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "none")
+    monkeypatch.setattr(cost, "CPU_INFO", tmp_path / "none")
 
     assert this_machine("cpu").processor == os.uname().machine

@@ -8,8 +8,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.guides.density import DensitySchedule, ExpertSchedule
-from lewis_hub.recipe_settings import Conditional
+from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
+from lewis_hub.recipe.schema import Conditional
 from lewis_hub.report.mergekit import MergekitMerge, conditions, mergekit_config
 
 

@@ -7,9 +7,8 @@ import re
 from dataclasses import replace
 
 from lewis_hub.evaluate.results import MetricResult, ModelResult
-from lewis_hub.report.explorer import explored
-from lewis_hub.report.machine import Machine
-from lewis_hub.report.page import report_page
+from lewis_hub.report.cost import Machine
+from lewis_hub.report.page import explored, report_page
 
 POLICY = re.compile(r'http-equiv="Content-Security-Policy" content="([^"]*)"')
 

@@ -8,8 +8,15 @@ from google.protobuf import json_format
 from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
 from in_toto_attestation.v1 import statement, statement_pb2
 
-from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile
-from lewis_hub.report.provenance import Run, is_provenance_of, provenance
+from lewis_hub.report.lock import (
+    Lock,
+    LockedData,
+    LockedInput,
+    OutputFile,
+    Run,
+    is_provenance_of,
+    provenance,
+)
 
 RUN = Run(datetime(2026, 1, 2, 3, 4, 5, 678, UTC), datetime(2026, 1, 2, 4, 0, tzinfo=UTC))
 DATA = LockedData("zoo/sums@v1", "v1", "d" * 40, {"a.jsonl": "sha256:04"}, None, "train", (7, 2))

@@ -1,0 +1,1 @@
+"""From texts to what a model does with them: activations, importance, second moments."""

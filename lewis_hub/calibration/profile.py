@@ -1,0 +1,268 @@
+"""Activation norms and weights to importance: the profile that guides decide from.
+
+A profile is read and written without torch, so that plots and merges can use one without it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from lewis_hub.errors import ProfileError
+from lewis_hub.recipe.schema import Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+VERSION = 1
+
+
+def write_document(document: Mapping[str, Any]) -> str:
+    """Write a document in the order it was given."""
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_document(text: str, file: str) -> dict[str, Any]:
+    """Parse a document and check its version.
+
+    Raises:
+        ProfileError: not JSON, no version, or another one.
+    """
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise broken_document(file, f"not JSON: {error}") from error
+    version = take(document, "version", int, file)
+    if version != VERSION:
+        problem = f"it has version {version}, this program reads version {VERSION}"
+        raise ProfileError(file, problem, "Upgrade lewis-hub, or delete the file to measure again.")
+    return cast("dict[str, Any]", document)
+
+
+def take(document: Any, key: str, kind: type, file: str) -> Any:
+    """Take a field, of a kind that is checked."""
+    value = _value(document, key, file)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise broken_document(file, f"`{key}` is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def take_number(document: Any, key: str, file: str) -> float:
+    """Take a field that holds a finite number."""
+    value = _value(document, key, file)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise broken_document(file, f"`{key}` is {value!r}, not a number")
+    return float(value)
+
+
+def _value(document: Any, key: str, file: str) -> Any:
+    if not isinstance(document, dict):
+        raise broken_document(file, f"a {type(document).__name__} stands where an object belongs")
+    if key not in document:
+        raise broken_document(file, f"`{key}` is missing")
+    return document[key]
+
+
+def take_numbers(document: Any, key: str, file: str) -> dict[str, float]:
+    """Take a field that maps names to finite numbers."""
+    named = take(document, key, dict, file)
+    return {name: take_number(named, name, file) for name in named}
+
+
+def broken_document(file: str, problem: str) -> ProfileError:
+    """The error for a file that this program did not write, or not as it is now."""
+    return ProfileError(file, problem, "Delete the file to have it made again.")
+
+
+MEASURING = 4  # raised when the same source and texts come out as other numbers
+ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
+
+Role = Literal["base", "expert"]
+
+
+def module_importance(weight: Tensor, norm: Tensor) -> float:
+    """The Frobenius norm of |W| · a: sqrt(Σ_ij W_ij² a_j²).
+
+    Args:
+        weight: (out_features, in_features), any floating dtype.
+        norm: (in_features,) activation norms a, on the weight's device; or one for each entry of a
+            weight of any shape.
+    """
+    if norm.dim() > 1:
+        return float((weight.float() * norm).norm())
+    columns = sum_of_squares(weight)
+    return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
+
+
+def importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """`module_importance` of each module that was seen, in the order of `norms`."""
+    return {module: module_importance(weights[module], norm) for module, norm in norms.items()}
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Sum squares over the first of two dimensions: float32 in a piece, float64 over the pieces.
+
+    MPS has no float64, so it is float32 throughout there.
+    """
+    import torch
+
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        total += rows[start : start + ROWS_AT_ONCE].float().square().sum(dim=0)
+    return total
+
+
+@dataclass(frozen=True)
+class SourceImportance:
+    """One source, measured on one calibration set: one number a module, importance or another."""
+
+    source: str  # repo@sha, or the folder as written
+    commit_sha: str  # which content it was: 40 hex digits, or a folder's digest
+    role: Role
+    n_tokens: int
+    modules: Mapping[str, float]  # module -> its number, in the model's order
+    calibration: Mapping[str, Any]  # what fixes the tokens, and what was found
+
+    @property
+    def measure(self) -> str:
+        """Which number of a module it is."""
+        return str(self.calibration.get("measure", "lewis"))
+
+
+@dataclass(frozen=True)
+class ImportanceProfile:
+    """All sources of a merge, measured the same way."""
+
+    guide: str
+    calibration: Mapping[str, Any]  # the guide's; a source carries what it was measured on
+    sources: tuple[SourceImportance, ...]
+
+    def base_of(self, expert: SourceImportance) -> SourceImportance:
+        """The base as it was measured on the same calibration set as `expert`.
+
+        Raises:
+            ProfileError: the profile holds no such measurement.
+        """
+        for entry in self.sources:
+            if entry.role == "base" and entry.calibration == expert.calibration:
+                return entry
+        problem = f"the base was not measured on the calibration set of {expert.source}"
+        raise ProfileError("importance.json", problem, "Measure again: delete the file.")
+
+    def by(self, measure: str) -> ImportanceProfile:
+        """What was measured so, alone."""
+        chosen = tuple(entry for entry in self.sources if entry.measure == measure)
+        return replace(self, sources=chosen)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What was measured, each once."""
+        return tuple(dict.fromkeys(entry.measure for entry in self.sources))
+
+    @property
+    def experts(self) -> tuple[SourceImportance, ...]:
+        """The sources other than the base, in the recipe's order."""
+        return tuple(entry for entry in self.sources if entry.role == "expert")
+
+    def to_json(self) -> str:
+        """Write it as `lewis/importance.json`."""
+        written = {
+            "version": VERSION,
+            "guide": self.guide,
+            "calibration": dict(self.calibration),
+            "sources": [
+                {
+                    "source": entry.source,
+                    "commit_sha": entry.commit_sha,
+                    "role": entry.role,
+                    "n_tokens": entry.n_tokens,
+                    "calibration": dict(entry.calibration),
+                    "modules": dict(entry.modules),
+                }
+                for entry in self.sources
+            ],
+        }
+        return write_document(written)
+
+    @classmethod
+    def from_json(cls, text: str, file: str = "importance.json") -> ImportanceProfile:
+        """Read what `to_json` wrote; `file` is named in messages.
+
+        Raises:
+            ProfileError: not JSON, another version, or a field that is missing or of another kind.
+        """
+        read = read_document(text, file)
+        return cls(
+            guide=take(read, "guide", str, file),
+            calibration=take(read, "calibration", dict, file),
+            sources=tuple(_source(s, file) for s in take(read, "sources", list, file)),
+        )
+
+
+def _source(read: Any, file: str) -> SourceImportance:
+    role = take(read, "role", str, file)
+    if role not in ("base", "expert"):
+        raise broken_document(file, f"`role` is {role!r}, not base or expert")
+    return SourceImportance(
+        source=take(read, "source", str, file),
+        commit_sha=take(read, "commit_sha", str, file),
+        role=cast("Role", role),
+        n_tokens=take(read, "n_tokens", int, file),
+        modules=take_numbers(read, "modules", file),
+        calibration=take(read, "calibration", dict, file),
+    )
+
+
+def calibration_facts(
+    calibration: Calibration, data: Mapping[str, str], seed: int, tokenizer: str
+) -> dict[str, Any]:
+    """All that fixes the tokens: known before any row is read.
+
+    Args:
+        calibration: as the recipe asks.
+        data: what is read: `dataset`, pinned (repo@sha, or the path as written), `dataset_sha`,
+            which content that is, and of a task `task_digest`, over its files.
+        seed: the recipe's.
+        tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
+    """
+    asked = {
+        "text": calibration.text,
+        "messages": calibration.messages,
+        "task": calibration.task,
+        "chat_template": calibration.chat_template or None,
+    }
+    return {
+        "measuring": MEASURING,
+        **data,
+        "config": calibration.config,
+        "split": calibration.split,
+        **{kind: told for kind, told in asked.items() if told is not None},
+        "samples": calibration.samples,
+        "max_tokens": calibration.max_tokens,
+        "seed": seed,
+        "tokenizer": tokenizer,
+    }
+
+
+def reusable(
+    profile: ImportanceProfile, commit_sha: str, facts: Mapping[str, Any]
+) -> SourceImportance | None:
+    """Find a measurement that would come out the same if it were made again.
+
+    Args:
+        profile: from an earlier merge.
+        commit_sha: of the source; its name and its role then may differ.
+        facts: from `calibration_facts`, optionally with what was found.
+    """
+    for entry in profile.sources:
+        known = entry.calibration
+        if entry.commit_sha == commit_sha and all(
+            key in known and known[key] == value for key, value in facts.items()
+        ):
+            return entry
+    return None

@@ -1,0 +1,417 @@
+"""Calibration rows and a template to texts, and texts to token batches.
+
+Rows are drawn by a hash of (seed, row index) and nothing else, so the same seed draws the same rows
+on every platform and under every version of the libraries below. Texts come in the data's order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import heapq
+import string
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from lewis_hub.errors import CalibrationError, EmptyCalibrationError
+from lewis_hub.recipe.schema import Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+RENDERED = "text"  # the column of rows that are texts already
+
+
+class Text:
+    """`text: "{question} {answer}"`: columns in braces, `{{` and `}}` for literal ones.
+
+    A null counts as an empty text; numbers are written as Python writes them.
+    """
+
+    adds_special_tokens: ClassVar[bool] = True
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._where = f"calibration on {calibration.data}, `text`"
+        self._parts = self._parse(calibration.text or "")
+
+    def _parse(self, template: str) -> list[tuple[str, str | None]]:
+        how = "Write {column} for a column and {{ or }} for a literal brace."
+        try:
+            parsed = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise CalibrationError(
+                self._where, f"{template!r} is not a template: {error}", how
+            ) from error
+        for _, field, spec, conversion in parsed:
+            if field is not None and (spec or conversion or not field):
+                problem = f"{template!r} has a field that is not just a column's name"
+                raise CalibrationError(self._where, problem, how)
+        if all(field is None for _, field, _, _ in parsed):
+            raise CalibrationError(self._where, f"{template!r} names no column", how)
+        return [(literal, field) for literal, field, _, _ in parsed]
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuse a template that names a column which the data does not have."""
+        for _, field in self._parts:
+            if field is not None:
+                _check_column(self._where, field, columns)
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What of a row goes into the text: the columns that the template names."""
+        return tuple(row[field] for _, field in self._parts if field is not None)
+
+    def render(self, index: int, row: Mapping[str, Any]) -> str:
+        """Fill in one row; `index` is its place in the data, for messages."""
+        return "".join(
+            literal + ("" if field is None else self._value(index, field, row[field]))
+            for literal, field in self._parts
+        )
+
+    def _value(self, index: int, column: str, value: Any) -> str:
+        if isinstance(value, (Mapping, Sequence)) and not isinstance(value, str):
+            problem = f"row {index} holds a {type(value).__name__} in column `{column}`"
+            remedy = "A template takes columns of text and numbers; chat goes under `messages`."
+            raise CalibrationError(self._where, problem, remedy)
+        return "" if value is None else str(value)
+
+
+class Messages:
+    """`messages: COLUMN`: a list of {role, content} per row, through the chat template."""
+
+    adds_special_tokens: ClassVar[bool] = False  # the chat template writes them itself
+
+    def __init__(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._where = f"calibration on {calibration.data}, `messages`"
+        self._column = calibration.messages or ""
+        self._tokenizer = tokenizer
+        _require_chat(tokenizer, self._where, "Use `text` over plain columns")
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Refuse a column which the data does not have."""
+        _check_column(self._where, self._column, columns)
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What of a row goes into the text: what is said in the messages."""
+        return tuple(message["content"] for message in row[self._column] or ())
+
+    def render(self, index: int, row: Mapping[str, Any]) -> str:
+        """Write one row's conversation out; a null or an empty list is an empty text."""
+        from jinja2 import TemplateError
+
+        messages = row[self._column]
+        if not messages:
+            return ""
+        if not _are_messages(messages):
+            problem = f"row {index}, column `{self._column}` is no list of {{role, content}}"
+            remedy = "Each message needs `role` and `content`; use `text` for plain columns."
+            raise CalibrationError(self._where, problem, remedy)
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(plain, tokenize=False))
+        except TemplateError as error:
+            problem = f"the chat template refuses row {index}: {error}"
+            remedy = "The roles or their order do not suit this tokenizer; use `text`."
+            raise CalibrationError(self._where, problem, remedy) from error
+
+
+class Rendered:
+    """`task: NAME`: the rows are texts already, as the task's prompt makes them.
+
+    As in lm-eval the tokenizer adds its special tokens, unless a chat template wrote the first one.
+    """
+
+    def __init__(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.adds_special_tokens = True
+        if calibration.chat_template:
+            where = f"calibration on {calibration.data}, `chat_template`"
+            _require_chat(tokenizer, where, "Leave `chat_template` out")
+            said = [{"role": "user", "content": ""}]
+            begins = str(tokenizer.apply_chat_template(said, tokenize=False))
+            start = tokenizer.bos_token
+            self.adds_special_tokens = not (start and begins.startswith(start))
+
+    def check(self, columns: Sequence[str]) -> None:
+        """Nothing is asked of the columns."""
+
+    def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The whole text."""
+        return (row[RENDERED],)
+
+    def render(self, index: int, row: Mapping[str, Any]) -> str:  # noqa: ARG002 - the templates' shape
+        """The text as it is."""
+        return str(row[RENDERED])
+
+
+Template = Text | Messages | Rendered
+
+
+def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
+    """Refuse a template that cannot be read or names columns which the data does not have.
+
+    Args:
+        calibration: on a dataset.
+        columns: of its rows; none where they are not known, and then nothing is asked of them.
+
+    Raises:
+        CalibrationError: see above.
+    """
+    if calibration.messages is None:
+        template = Text(calibration)
+        if columns:
+            template.check(columns)
+    elif columns:
+        _check_column(
+            f"calibration on {calibration.data}, `messages`", calibration.messages, columns
+        )
+
+
+def template_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """How rows become texts.
+
+    Raises:
+        CalibrationError: the template cannot be read, or the tokenizer has no chat template.
+    """
+    if calibration.task:
+        return Rendered(calibration, tokenizer)
+    return Messages(calibration, tokenizer) if calibration.messages else Text(calibration)
+
+
+def _require_chat(tokenizer: PreTrainedTokenizerBase, where: str, instead: str) -> None:
+    if not tokenizer.chat_template:
+        problem = f"the tokenizer of {tokenizer.name_or_path} has no chat template"
+        raise CalibrationError(where, problem, f"{instead}, or a source whose tokenizer has one.")
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value
+    )
+
+
+def _check_column(where: str, column: str, columns: Sequence[str]) -> None:
+    if column in columns:
+        return
+    lowered = {name.lower(): name for name in columns}
+    near = difflib.get_close_matches(column.lower(), lowered, n=1)
+    hint = f" Did you mean `{lowered[near[0]]}`?" if near else ""
+    there = ", ".join(f"`{name}`" for name in columns) or "none"
+    raise CalibrationError(where, f"there is no column `{column}`", f"Columns: {there}.{hint}")
+
+
+TOGETHER = 2048  # tokens of a batch, padding included; a longer text stands alone
+BATCH = 32  # tokens: what a batch more costs, in what a forward takes for each token
+
+
+class Rows(Protocol):
+    """A table that is read a few rows at a time."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Column names, in the table's order."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices`, in that order."""
+
+
+@dataclass(frozen=True)
+class CalibrationTokens:
+    """What a source is measured on: one token sequence per text that isn't empty."""
+
+    ids: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]  # index of each sequence's row in the data
+    n_asked: int
+    n_truncated: int
+    n_empty: int
+    tokenizer: str  # where it came from, for messages
+    limit: int = 0  # tokens that a text may have
+    end: int | None = None  # the tokenizer's end-of-sequence token
+    n_cut: int = 0  # tokens that were left out, all texts together
+    cut_first: bool = False  # whether they were the first of a text, or the last
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(map(len, self.ids))
+
+    @property
+    def n_padded(self) -> int:
+        """Tokens of all texts where each is padded to the limit."""
+        return len(self.ids) * self.limit
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was drawn and kept, for the profile: digests over row indices and token ids."""
+        texts = "\n".join(_joined(ids) for ids in self.ids)
+        return {
+            "rows_digest": _digest(_joined(self.rows)),
+            "tokens_digest": _digest(texts),
+            "n_texts": len(self.ids),
+            "n_empty": self.n_empty,
+            "n_tokens": self.n_tokens,
+            "n_truncated": self.n_truncated,
+        }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about these tokens: few rows, empty texts, cut texts."""
+        drawn, kept = len(self.ids) + self.n_empty, len(self.ids)
+        notes = []
+        if drawn < self.n_asked:
+            notes.append(f"the data has {drawn} rows, {self.n_asked} were asked for: all are used")
+        if self.n_empty:
+            notes.append(f"{self.n_empty} of {drawn} texts are empty and count for nothing")
+        if self.n_truncated:
+            longest, where = max(map(len, self.ids)), "begin" if self.cut_first else "end"
+            cut = f"{self.n_truncated} of {kept} texts were cut to {longest} tokens"
+            notes.append(f"{cut}: {self.n_cut:,} tokens where they {where} are left out")
+        return tuple(notes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of like length, padded on the right; both (n_texts, n_tokens) int64, mask 0 or 1."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _digest(text: str) -> str:
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
+    """Choose rows by a seed: those whose keys are lowest, in the order of their keys.
+
+    The key of row i is blake2b-64 of the decimal text "seed:i", read as a big-endian number. A
+    larger sample begins with the smaller one; with fewer rows than samples all are returned.
+    """
+
+    def key(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+
+    return tuple(heapq.nsmallest(n_samples, range(n_rows), key=lambda i: (key(i), i)))
+
+
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a local folder; none of a repo's own code is run.
+
+    Args:
+        folder: holds the tokenizer files.
+        name: the source as the user knows it, for messages.
+
+    Raises:
+        CalibrationModelError: there is no tokenizer, or it needs own code.
+    """
+    from transformers import AutoTokenizer
+
+    from lewis_hub.calibration.model import refusals
+
+    with refusals(name, "tokenizer"):
+        return typing.cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+        )
+
+
+def calibration_tokens(
+    rows: Rows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> CalibrationTokens:
+    """Draw rows, render them in the order of the data and cut each text to `max_tokens` tokens.
+
+    A cut text simply stops: no end-of-sequence token is put where the text has not ended. Of a
+    task's text the beginning goes, behind the tokenizer's own first token, since its item and
+    answer come last, after all few-shot examples.
+
+    Raises:
+        CalibrationError: the template does not fit the columns, a row or the tokenizer.
+        EmptyCalibrationError: no text has a token.
+    """
+    template = template_of(calibration, tokenizer)
+    template.check(rows.columns)
+    drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
+    texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
+    kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
+    ids = _token_ids(tokenizer, [text for _, text in kept], special=template.adds_special_tokens)
+    sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
+    if not sequences:
+        where = f"calibration on {calibration.data}, split {calibration.split}"
+        found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
+        remedy = "Choose a split with rows and a `text` or `messages` that is filled in them."
+        raise EmptyCalibrationError(where, found, remedy)
+    limit, cut_first = calibration.max_tokens, calibration.task is not None
+    starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
+    cut = [_last(tokens, limit, starts) if cut_first else tokens[:limit] for _, tokens in sequences]
+    return CalibrationTokens(
+        ids=tuple(map(tuple, cut)),
+        rows=tuple(i for i, _ in sequences),
+        n_asked=calibration.samples,
+        n_truncated=sum(len(tokens) > limit for _, tokens in sequences),
+        n_empty=len(texts) - len(sequences),
+        tokenizer=tokenizer.name_or_path,
+        limit=limit,
+        end=tokenizer.eos_token_id,
+        n_cut=sum(
+            len(tokens) - len(kept) for (_, tokens), kept in zip(sequences, cut, strict=True)
+        ),
+        cut_first=cut_first,
+    )
+
+
+def _last(tokens: list[int], limit: int, starts: Collection[int | None]) -> list[int]:
+    """The last `limit` tokens, the first among them where it is one of `starts`."""
+    kept = tokens[:1] if tokens[0] in starts else []
+    first = max(len(kept), len(tokens) - limit + len(kept))
+    return kept + tokens[first:]
+
+
+def _token_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
+) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=special, verbose=False)  # verbose: length hint
+    return typing.cast("list[list[int]]", encoded["input_ids"])
+
+
+def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[Batch]:
+    """Group the texts by length, longest first, so that less is padding than a batch more costs.
+
+    Args:
+        tokens: one text is never split.
+        budget_tokens: most tokens a batch holds, padding included; a longer text stands alone.
+    """
+    import torch
+
+    order = sorted(range(len(tokens.ids)), key=lambda i: (-len(tokens.ids[i]), i))
+    while order:
+        lengths = [len(tokens.ids[i]) for i in order]
+        n_texts = _n_together(lengths, budget_tokens)
+        taken, order = order[:n_texts], order[n_texts:]
+        input_ids = torch.zeros(len(taken), lengths[0], dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for line, i in enumerate(taken):
+            n = len(tokens.ids[i])
+            input_ids[line, :n] = torch.tensor(tokens.ids[i])
+            mask[line, :n] = 1
+        yield Batch(input_ids, mask)
+
+
+def _n_together(lengths: Sequence[int], budget_tokens: int) -> int:
+    """How many texts, of lengths that fall, the first batch holds: at least one."""
+    longest, n_padding = lengths[0], 0
+    for n_texts, length in enumerate(lengths):
+        n_padding += longest - length
+        if n_texts and (n_padding > BATCH or longest * (n_texts + 1) > budget_tokens):
+            return n_texts
+    return len(lengths)

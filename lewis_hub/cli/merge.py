@@ -1,0 +1,265 @@
+"""Commands that follow a recipe: check it, calibrate, merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lewis_hub.cli.jobs import merge_on_jobs
+from lewis_hub.cli.options import (
+    RepoName,
+    code_option,
+    device_option,
+    hardware_options,
+    memory_option,
+    nan_option,
+    output_option,
+    overlap_option,
+    parse_size,
+    pickle_option,
+    recipe_argument,
+    sign_option,
+)
+from lewis_hub.cli.terminal import Terminal, terminal_options
+
+if TYPE_CHECKING:
+    from lewis_hub.hub.publish import Published
+    from lewis_hub.pipeline import Merged
+    from lewis_hub.recipe.schema import Recipe
+    from lewis_hub.workflow.job import Execution
+
+
+@click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
+@recipe_argument
+@memory_option
+@pickle_option
+@terminal_options
+def check(
+    terminal: Terminal, recipe_file: Path, max_memory: int | None, allow_pickle: bool
+) -> None:
+    """Tell all that can be known before a download: reads headers, never weights."""
+    from lewis_hub.workflow.resolve import read_recipe
+
+    recipe = read_recipe(recipe_file)  # before the heavy imports: a typo is told at once
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import check_tables
+
+    report = pipeline.check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory)
+    terminal.finish(report.to_json(), *check_tables(report))
+    if report.problems:
+        raise click.exceptions.Exit(1)
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
+    "  lewis-hub merge --push --repo me/my-merge\n  lewis-hub merge --stream --push --no-eval\n"
+    "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda"
+)
+@recipe_argument
+@output_option("Folder for the merged model [merged/ beside the recipe].")
+@click.option(
+    "--push",
+    is_flag=True,
+    help="Publish the result in one commit; nothing is done if the repo holds this merge already.",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="With --push: from Hub to Hub by byte ranges. No model is ever whole on this disk.",
+)
+@click.option(
+    "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
+)
+@click.option(
+    "--no-eval",
+    is_flag=True,
+    help="Do not score; what the recipe scores is held out of calibration all the same.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Merge though nothing changed; replace the output folder if it is there.",
+)
+@sign_option
+@click.option("--runner", default="threads", help="inline, threads, threads:N or ray.")
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="auto or HOST:PORT of the Ray cluster this machine is part of [a Ray of its own].",
+)
+@device_option
+@click.option("--max-shard-size", default="5GB", help="Largest output file [5GB].")
+@memory_option
+@click.option("--on", type=click.Choice(["jobs"]), help="Run it as a Hugging Face Job.")
+@hardware_options
+@code_option
+@nan_option
+@overlap_option
+@pickle_option
+@terminal_options
+def merge(
+    terminal: Terminal,
+    recipe_file: Path,
+    output: Path | None,
+    push: bool,
+    stream: bool,
+    repo: str | None,
+    no_eval: bool,
+    force: bool,
+    private_key: Path | None,
+    runner: str,
+    ray_address: str | None,
+    device: str,
+    max_shard_size: str,
+    max_memory: int | None,
+    on: str | None,
+    flavor: str | None,
+    timeout: str | None,
+    namespace: str | None,
+    allow_code_execution: bool,
+    allow_nan: bool,
+    allow_overlap: bool,
+    allow_pickle: bool,
+) -> None:
+    """Pull, calibrate, merge, score, report; with --push also publish."""
+    signs = private_key is not None
+    if stream:
+        _require_streamable(push=push, allow_pickle=allow_pickle, sign=signs)
+    recipe = _recipe(recipe_file, repo, allow_overlap=allow_overlap)
+    if no_eval:
+        _require_no_gate(recipe, push=push)
+    if on:
+        from lewis_hub.workflow.ci import Hardware
+
+        _require_for_a_job(push=push, output=output, sign=signs)
+        merge_on_jobs(terminal, recipe_file, recipe, Hardware(flavor, timeout, namespace))
+    if flavor or timeout or namespace:
+        told = "they say where a Job runs: add --on jobs."
+        raise click.BadParameter(told, param_hint="--flavor, --timeout, --namespace")
+    from lewis_hub.workflow.job import Execution
+
+    execution = Execution(
+        runner=runner,
+        ray_address=ray_address,
+        device=device,
+        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+        max_memory_bytes=max_memory,
+        replace=force,
+        allow_code=allow_code_execution,
+        allow_nan=allow_nan,
+        allow_pickle=allow_pickle,
+        held_out=recipe.evaluate if no_eval else None,
+    )
+    if no_eval:
+        recipe = recipe.model_copy(update={"evaluate": None})
+    output = output or recipe_file.parent / "merged"
+    if stream:
+        _from_hub_to_hub(terminal, recipe, output, execution)
+    else:
+        _on_this_disk(terminal, recipe, output, execution, push=push, private_key=private_key)
+
+
+def _from_hub_to_hub(
+    terminal: Terminal, recipe: Recipe, output: Path, execution: Execution
+) -> None:
+    from lewis_hub import pipeline
+    from lewis_hub.cli.tables import publication
+
+    target = pipeline.open_target(pipeline.destination(recipe))
+    published = pipeline.stream(recipe, target, output, execution, terminal.progress)
+    terminal.finish(_streamed(published), *publication(published))
+
+
+def _on_this_disk(
+    terminal: Terminal,
+    recipe: Recipe,
+    output: Path,
+    execution: Execution,
+    *,
+    push: bool,
+    private_key: Path | None,
+) -> None:
+    from lewis_hub import pipeline
+    from lewis_hub.workflow import verify
+
+    if private_key:
+        verify.require_key(private_key)
+    target = pipeline.open_target(pipeline.destination(recipe)) if push else None
+    merged = pipeline.merge_models(recipe, output, execution, terminal.progress, target)
+    published = merged.published
+    if not published:
+        if private_key:
+            verify.sign(merged.output, private_key)
+        if target and not (merged.gate and merged.gate.stops):
+            published = pipeline.publish(merged.output, target, terminal.progress)
+    _finish(terminal, merged, published)
+
+
+def _recipe(file: Path, repo: str | None, *, allow_overlap: bool) -> Recipe:
+    """The recipe of a file, with what the command line says otherwise."""
+    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
+
+    recipe = read_recipe(file)
+    if repo:
+        from lewis_hub import pipeline
+
+        recipe = pipeline.published_at(recipe, repo)
+    return allowing_overlap(recipe) if allow_overlap else recipe
+
+
+def _require_no_gate(recipe: Recipe, *, push: bool) -> None:
+    if push and recipe.evaluate and recipe.evaluate.gate:
+        told = "the recipe has a quality gate, which needs scores before anything is pushed."
+        raise click.BadParameter(f"{told} Leave out --push, or the gate.", param_hint="--no-eval")
+
+
+def _finish(terminal: Terminal, merged: Merged, published: Published | None) -> None:
+    """Tell what came of it; a merge that the gate refuses ends with its exit code."""
+    from lewis_hub.cli.tables import outcome
+    from lewis_hub.workflow.publish import refused
+
+    terminal.finish(_document(merged, published), *outcome(merged, published))
+    if merged.gate and merged.gate.missed:
+        refusal = refused(merged.output, merged.gate, published.url if published else None)
+        click.echo(f"lewis-hub: {refusal}", err=True)
+        raise click.exceptions.Exit(refusal.exit_code)
+
+
+def _require_streamable(*, push: bool, allow_pickle: bool, sign: bool) -> None:
+    if not push:
+        raise click.UsageError("--stream leaves nothing on this disk: give --push with it.")
+    if allow_pickle:
+        raise click.UsageError("--stream reads byte ranges, which pickles do not have.")
+    if sign:
+        raise click.UsageError("--sign reads every file, and --stream keeps no weights here.")
+
+
+def _require_for_a_job(*, push: bool, output: Path | None, sign: bool) -> None:
+    if not push:
+        raise click.BadParameter("a Job's disk goes with it: add --push.", param_hint="--on")
+    if output:
+        raise click.BadParameter("a Job's disk goes with it.", param_hint="--output")
+    if sign:
+        raise click.BadParameter("your key stays here, so a Job cannot sign.", param_hint="--sign")
+
+
+def _streamed(published: Published) -> dict[str, Any]:
+    status = "merged" if published.changed else "unchanged"
+    return published.to_json() | {"status": status, "output": None, "scores": None}
+
+
+def _document(merged: Merged, published: Published | None) -> dict[str, Any]:
+    scores = json.loads(merged.scores.to_json())["tasks"] if merged.scores else None
+    output = str(merged.output) if merged.output.exists() else None
+    document = {"status": merged.status, "output": output, "scores": scores}
+    if merged.gate:
+        document["gate"] = json.loads(merged.gate.to_json())
+    if published:
+        document |= published.to_json()
+        document["status"] = "merged" if published.changed else "unchanged"
+    if merged.gate and merged.gate.missed:
+        document["status"] = "refused"
+    return document

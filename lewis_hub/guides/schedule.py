@@ -1,0 +1,495 @@
+"""A guide's densities on the tensors of a checkpoint: the schedule that a merge follows."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import fsum, isfinite, prod
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, TypeVar
+
+from lewis_hub.calibration import profile as document
+from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.checkpoint import names
+from lewis_hub.errors import GuideError, LewisHubError
+from lewis_hub.guides.lewis import Dominance, dominance
+from lewis_hub.guides.registry import OF_PAIRS, Decision, Guide, Measure, Statistics, Values
+from lewis_hub.recipe.schema import ApplyTo
+
+FAULT = "This is a fault of the guide."
+
+
+def decide(
+    guide: Guide, statistics: Statistics, limits: tuple[float, float], source: str
+) -> Decision:
+    """What a guide decides of one expert; densities are its weights where it has none of its own.
+
+    Args:
+        guide: from the registry.
+        statistics: with all that it needs.
+        limits: gamma and epsilon.
+        source: the expert, for messages.
+
+    Raises:
+        GuideError: the guide fails, gives a value to what is no matrix of a block, a density that
+            is not within the limits, or a weight that is not finite.
+    """
+    where = f"guide `{guide.name}`"
+    try:
+        decided = guide.decide(statistics, *limits)
+        if not isinstance(decided, Decision):
+            decided = Decision(decided, decided)
+        densities, weights = _numbers(decided.densities), _numbers(decided.weights)
+    except LewisHubError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever another package's function raises
+        at = extract_tb(error.__traceback__)[-1]
+        raised = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+        raise GuideError(where, f"it failed on {source}: {raised}", FAULT) from error
+    for module, density in densities.items():
+        if not limits[0] <= density <= limits[1]:
+            problem = f"it gives {module} the density {density:g}, outside gamma and epsilon"
+            raise GuideError(where, problem, FAULT)
+    for module, weight in weights.items():
+        if not isfinite(weight):
+            raise GuideError(where, f"it gives {module} the weight {weight:g}", FAULT)
+    _refuse_others(where, {**densities, **weights}, statistics.matrices)
+    return Decision(densities, weights)
+
+
+def _numbers(values: Values) -> dict[str, float]:
+    return {module: float(value) for module, value in values.items()}
+
+
+def _refuse_others(where: str, values: Values, matrices: Collection[str]) -> None:
+    others = values.keys() - set(matrices)
+    if others:
+        problem = f"it decides {min(others)}, which is no matrix of a block"
+        remedy = "A guide decides the modules in `statistics.matrices`, and those alone."
+        raise GuideError(where, problem, remedy)
+
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def weighted_mean(values: Mapping[Key, float], sizes: Mapping[Key, int]) -> float:
+    """The mean over parameters: each tensor counts as often as it has any.
+
+    Args:
+        values: tensor -> value; not empty.
+        sizes: tensor -> number of parameters.
+    """
+    total = sum(sizes[tensor] for tensor in values)
+    mean = fsum(sizes[tensor] * value for tensor, value in values.items()) / total
+    return min(max(mean, min(values.values())), max(values.values()))  # rounding may step outside
+
+
+def shifted(
+    densities: Mapping[str, float], sizes: Mapping[str, int], mean: float
+) -> dict[str, float]:
+    """Move all densities by one amount, so that their mean over parameters is `mean`.
+
+    Args:
+        densities: tensor -> density, in (0, 1].
+        sizes: tensor -> number of parameters.
+        mean: in (0, 1]; reached to rounding.
+
+    Raises:
+        GuideError: a density would leave (0, 1]; the message says which range would fit.
+    """
+    if not densities:
+        return {}
+    low, high = min(densities.values()), max(densities.values())
+    centre = weighted_mean(densities, sizes)
+    if low == high:
+        return dict.fromkeys(densities, mean)
+    moved = {tensor: mean + (density - centre) for tensor, density in densities.items()}
+    if min(moved.values()) > 0 and max(moved.values()) <= 1:
+        return moved
+    room = min(mean / (centre - low), (1 - mean) / (high - centre))  # of the range that was spanned
+    problem = (
+        f"a mean density of {mean:g} is out of reach: densities from {low:.3g} to {high:.3g}, of "
+        f"mean {centre:.3g}, would lie from {mean + low - centre:.3g} to "
+        f"{mean + high - centre:.3g}, and a density lies in (0, 1]"
+    )
+    fits = f"less than {room * (high - low):.3g}" if room else "0"
+    remedy = f"Bring gamma and epsilon closer together: epsilon - gamma of {fits} fits."
+    raise GuideError("guide.mean_density", problem, remedy)
+
+
+Component = tuple[str | None, str]  # its list of blocks; its name there, one for all experts
+
+
+def seen_by_both(
+    base: Mapping[str, float], expert: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Leave out routed experts that a token reached in one of two models only.
+
+    Args:
+        base: module -> importance.
+        expert: likewise.
+    """
+    alone = {module for module in base.keys() ^ expert.keys() if names.is_routed(module)}
+    return (
+        {module: value for module, value in base.items() if module not in alone},
+        {module: value for module, value in expert.items() if module not in alone},
+    )
+
+
+def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+    """Values for all matrices: those that have none get the mean of their component.
+
+    Where their component has none either, that of all; means are over parameters.
+
+    Args:
+        values: module -> value, of some of the matrices.
+        sizes: matrix -> number of parameters.
+
+    Returns:
+        What was there first, in its order. Nothing, where there is no value at all.
+    """
+    if not values:
+        return {}
+    known: defaultdict[Component, dict[str, float]] = defaultdict(dict)
+    for module, value in values.items():
+        known[component(module)][module] = value
+    every = weighted_mean(values, sizes)
+    means = {one: weighted_mean(found, sizes) for one, found in known.items()}
+    return {
+        **values,
+        **{m: means.get(component(m), every) for m in sizes if m not in values},
+    }
+
+
+def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ...]:
+    """What to say of the matrices that `completed` gave a mean."""
+    known = {component(module) for module in values}
+    rest = [module for module in matrices if module not in values]
+    unseen = [m for m in rest if names.is_routed(m) and component(m) in known]
+    others = [module for module in rest if module not in set(unseen)]
+    told = []
+    if unseen:
+        told.append(
+            f"no calibration token reached {len(unseen)} of the matrices of routed experts, in it "
+            "or in the base: they get the mean density of their component."
+        )
+    if others:
+        n_all = len(values) + len(rest)
+        told.append(
+            f"the guide measures nothing of {len(others)} of the {n_all} matrices of the blocks, "
+            f"such as {others[0]}: they get the mean density of their component, or of all where "
+            "that has none."
+        )
+    return tuple(told)
+
+
+def component(module: str) -> Component:
+    """What a module is, in whichever block of its list, and as whichever expert."""
+    return names.stack(module), names.kind(module)
+
+
+TOWER = re.compile(  # the list of blocks of a model's part that sees or hears, or hands that on
+    r"(?:^|[._])(?:vision|visual|vit|vq|image|img|video|audio|speech|"
+    r"qformer|perceiver|resampler|projector|projection|connector|merger)"
+)
+NO_PRODUCT = re.compile(  # the end of a component: not what hidden states are multiplied with
+    r"(?:conv|norm|embed|time_mix)[^.]*$|(?:bias|scale|decay|slope_rate)$|"
+    r"(?:^|\.)(?:A_log|D|ape|tid2eid)$|(?:mixer|mamba)\.dt_proj$"
+)
+ACROSS = re.compile(r"encoder_att|cross_?att|EncDecAttention", re.IGNORECASE)
+ENCODER = re.compile(r"(?:^|[._])encoder")
+
+
+def block_matrices(tensors: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
+    """The modules that every guide gives a density.
+
+    A tensor counts whose name has the number of a block of the text's part, and that is a `.weight`
+    or a bare tensor of two dimensions or more; but not one that its name shows to be a bias, a
+    norm, an embedding, a convolution or a part of a recurrence. What attends to an encoder counts
+    where there is one.
+
+    Args:
+        tensors: name -> shape, of a checkpoint.
+    """
+    found = [name for name, shape in tensors.items() if len(shape) >= 2 and _is_matrix(name)]
+    has_encoder = any(ENCODER.search(names.stack(name) or "") for name in found)
+    return tuple(
+        names.module(name)
+        for name in found
+        if has_encoder or not ACROSS.search(names.component(name))
+    )
+
+
+def _is_matrix(name: str) -> bool:
+    stack, component = names.stack(name), names.component(name)
+    is_item = component == "weight"  # of a list of matrices, which are no blocks
+    return not (stack is None or is_item or TOWER.search(stack) or NO_PRODUCT.search(component))
+
+
+def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
+    """The checkpoint's name for a module's weight; the module's own for a stack of experts.
+
+    Raises:
+        GuideError: no tensor, or more than one, has the name.
+    """
+    name = f"{module}.weight"
+    if module in tensors and name not in tensors:
+        return module
+    found = names.find(name, tensors)
+    if len(found) == 1:
+        return found[0]
+    near = difflib.get_close_matches(name, tensors, n=1)
+    hint = f"The nearest is {near[0]}. " if near else ""
+    problem = f"a density is given to {name}, which {'several' if found else 'no'} tensors match"
+    remedy = hint + "The checkpoint stores this architecture otherwise: use guide `uniform`."
+    raise GuideError("schedule", problem, remedy)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where densities may lie: 0 < gamma <= epsilon <= 1.
+
+    Raises:
+        GuideError: they do not.
+    """
+
+    gamma: float
+    epsilon: float
+    default_density: float = 1.0  # of tensors that the guide leaves alone
+    mean: float | None = None  # of each expert's densities, over parameters; None: as they come
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= self.epsilon <= 1:
+            problem = f"gamma {self.gamma:g} and epsilon {self.epsilon:g} are no range of densities"
+            raise GuideError("guide", problem, "Choose 0 < gamma <= epsilon <= 1.")
+        if not 0 < self.default_density <= 1:
+            problem = f"default_density {self.default_density:g} is no density"
+            raise GuideError("guide", problem, "Choose 0 < default_density <= 1.")
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a guide's values are used for, and the recipe's seed for those that draw."""
+
+    apply_to: ApplyTo = "density"
+    seed: int = 42
+
+    @property
+    def sets_densities(self) -> bool:
+        """Whether they say which fraction is kept."""
+        return self.apply_to != "weight"
+
+    @property
+    def sets_weights(self) -> bool:
+        """Whether an expert's weight is multiplied by them."""
+        return self.apply_to != "density"
+
+
+@dataclass(frozen=True)
+class ExpertSchedule:
+    """Which fraction of each tensor's task vector one expert keeps, and how much it weighs there.
+
+    Attributes:
+        tensors: scheduled tensor -> density, in the checkpoint's names and the guide's order. With
+            none the recipe's own densities stand.
+        weights: tensor -> what the expert's weight is multiplied by; 1 where it is not named.
+    """
+
+    source: str
+    default_density: float
+    tensors: Mapping[str, float]
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def density(self, tensor: str) -> float:
+        """The tensor's density, in (0, 1]."""
+        return self.tensors.get(tensor, self.default_density)
+
+
+@dataclass(frozen=True)
+class DensitySchedule:
+    """One schedule per expert, in the recipe's order."""
+
+    experts: tuple[ExpertSchedule, ...]
+
+    def mean(self, sizes: Mapping[str, int]) -> float:
+        """The parameter-weighted mean density of the scheduled tensors of all experts.
+
+        Args:
+            sizes: tensor -> number of parameters.
+
+        Raises:
+            GuideError: no tensor is scheduled.
+        """
+        scheduled = {(e.source, t): d for e in self.experts for t, d in e.tensors.items()}
+        if not scheduled:
+            problem = "no tensor is scheduled, so there is no mean density"
+            raise GuideError("schedule", problem, "Check that the guide applies to this model.")
+        return weighted_mean(scheduled, {key: sizes[key[1]] for key in scheduled})
+
+    def uniform_twin(self, sizes: Mapping[str, int]) -> DensitySchedule:
+        """The same schedule with every scheduled density replaced by the mean: the control.
+
+        So is every weight, by the mean of its expert's.
+        """
+        mean = self.mean(sizes) if any(e.tensors for e in self.experts) else 1.0
+        return DensitySchedule(
+            tuple(
+                replace(
+                    e, tensors=dict.fromkeys(e.tensors, mean), weights=_levelled(e.weights, sizes)
+                )
+                for e in self.experts
+            )
+        )
+
+    def to_json(self) -> str:
+        """Write it as `lewis/density.json`; an expert without `weights` has its own everywhere."""
+        experts = [
+            {
+                "source": e.source,
+                "default_density": e.default_density,
+                "tensors": dict(e.tensors),
+            }
+            | ({"weights": dict(e.weights)} if e.weights else {})
+            for e in self.experts
+        ]
+        return document.write_document({"version": document.VERSION, "experts": experts})
+
+    @classmethod
+    def from_json(cls, text: str, file: str = "density.json") -> DensitySchedule:
+        """Read what `to_json` wrote; `file` is named in messages.
+
+        Raises:
+            ProfileError: not JSON, another version, a missing field, or a density outside (0, 1].
+        """
+        experts = document.take(document.read_document(text, file), "experts", list, file)
+        return cls(tuple(_expert(expert, file) for expert in experts))
+
+
+def _levelled(weights: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
+    return dict.fromkeys(weights, weighted_mean(weights, sizes)) if weights else {}
+
+
+def _expert(read: Any, file: str) -> ExpertSchedule:
+    expert = ExpertSchedule(
+        source=document.take(read, "source", str, file),
+        default_density=document.take_number(read, "default_density", file),
+        tensors=document.take_numbers(read, "tensors", file),
+        weights=document.take_numbers(read, "weights", file) if "weights" in read else {},
+    )
+    for name, density in (("default_density", expert.default_density), *expert.tensors.items()):
+        if not 0 < density <= 1:
+            raise document.broken_document(file, f"`{name}` is {density:g}, which is no density")
+    return expert
+
+
+@dataclass(frozen=True)
+class GuidedSchedule:
+    """A schedule, and what a user should know about how it came out."""
+
+    schedule: DensitySchedule
+    notes: tuple[str, ...] = ()
+
+
+def schedule(  # noqa: PLR0913
+    guide: Guide,
+    bounds: Bounds,
+    experts: Sequence[str],
+    tensors: Mapping[str, Sequence[int]],
+    profile: ImportanceProfile | None = None,
+    use: Use = Use(),
+) -> GuidedSchedule:
+    """Ask a guide for every expert and put what it says on the checkpoint's tensors.
+
+    All guides give a density to the same tensors, those of `block_matrices`; of what a guide does
+    not decide, `completed` tells.
+
+    Args:
+        guide: from the registry.
+        bounds: the recipe's.
+        experts: their pinned sources, in the recipe's order.
+        tensors: name -> shape of the base checkpoint.
+        profile: with all that the guide needs; its experts in the same order.
+        use: the recipe's.
+
+    Raises:
+        GuideError: no tensor is a matrix of a block; the guide fails, names a module that is none,
+            or leaves the bounds; or a mean density is out of reach.
+        ProfileError: the profile lacks an expert, or the base on its calibration set.
+    """
+    sizes = {
+        module: prod(tensors[checkpoint_tensor(module, tensors)])
+        for module in block_matrices(tensors)
+    }
+    if not sizes:
+        problem = "by their names, none of the base's tensors is a matrix of a block"
+        remedy = "Leave `guide` out, and give `density` in `parameters`."
+        raise GuideError(f"guide `{guide.name}`", problem, remedy)
+    schedules, told = [], []
+    for i, source in enumerate(experts):
+        statistics = _statistics(guide, tuple(sizes), tensors, profile, i, use.seed)
+        decided = decide(guide, statistics, (bounds.gamma, bounds.epsilon), source)
+        every = Decision(*(completed(v, sizes) for v in (decided.densities, decided.weights)))
+        schedules.append(_on_tensors(source, bounds, every, tensors, use))
+        found = (*notes(decided.densities, sizes), *map(str, _dominances(guide, statistics)))
+        told += [f"{source}: {note}" for note in found]
+    return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(told))
+
+
+def _dominances(guide: Guide, statistics: Statistics) -> Iterable[Dominance]:
+    for measure in guide.needs:
+        if measure in ("lewis", "lewis_reference") and (found := dominance(statistics, measure)):
+            yield found
+
+
+def _statistics(  # noqa: PLR0913
+    guide: Guide,
+    matrices: tuple[str, ...],
+    tensors: Mapping[str, Sequence[int]],
+    profile: ImportanceProfile | None,
+    i: int,
+    seed: int,
+) -> Statistics:
+    base: dict[Measure, Values] = {}
+    expert: dict[Measure, Values] = {}
+
+    def of_matrices(values: Values) -> Values:
+        """By the checkpoint's own names; what is no matrix of a block is left out."""
+        named = {names.module(checkpoint_tensor(m, tensors)): v for m, v in values.items()}
+        return {module: value for module, value in named.items() if module in inside}
+
+    inside = set(matrices)
+    for measure in guide.needs:
+        measured = profile.by(measure) if profile else None
+        if measured is None or i >= len(measured.experts):
+            problem = f"expert {i + 1} was not measured, and guide `{guide.name}` needs it"
+            raise document.broken_document("importance.json", problem)
+        entry = measured.experts[i]
+        expert[measure] = of_matrices(entry.modules)
+        if measure not in OF_PAIRS:
+            of_base = of_matrices(measured.base_of(entry).modules)
+            base[measure], expert[measure] = seen_by_both(of_base, expert[measure])
+    drawn = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
+    return Statistics(matrices, base, expert, int.from_bytes(drawn, "big"))
+
+
+def _on_tensors(
+    source: str,
+    bounds: Bounds,
+    decided: Decision,
+    tensors: Mapping[str, Sequence[int]],
+    use: Use,
+) -> ExpertSchedule:
+    def named(values: Values) -> dict[str, float]:
+        return {checkpoint_tensor(module, tensors): value for module, value in values.items()}
+
+    densities = named(decided.densities) if use.sets_densities else {}
+    if bounds.mean is not None:
+        sizes = {tensor: prod(tensors[tensor]) for tensor in densities}
+        densities = shifted(densities, sizes, bounds.mean)
+    weights = named(decided.weights) if use.sets_weights else {}
+    return ExpertSchedule(source, bounds.default_density, densities, weights)

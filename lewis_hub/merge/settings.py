@@ -1,0 +1,218 @@
+"""What each tensor's weight, density and options are: the recipe's settings, tensor by tensor.
+
+The rules are mergekit's. A list of numbers is a gradient over the blocks, the first value at the
+first block and the last at the last; tensors before the blocks take the first, after them the
+last (in mergekit the first as well). In a list of {filter, value} the first filter that is part of
+the tensor's name counts. What a source's own parameters leave open is looked up in the recipe's,
+then the default holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lewis_hub.checkpoint import names
+from lewis_hub.errors import MergeError
+from lewis_hub.methods.registry import Method
+from lewis_hub.recipe.schema import Conditional, Scalar, Setting, Settings
+
+DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0}
+RANGES = {  # of a source's settings: lowest, highest, what it is
+    "density": (0, 1, "It is the fraction of entries kept."),
+    "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
+    "off_diagonal": (0, 1, "It is how much the entries of second moments off the diagonal count."),
+    "trim_exponent": (0, math.inf, "It is the power of the activation norm."),
+    "select_topk": (0, 1, "It is the fraction of entries that are selected."),
+    "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
+}
+ANY = (None, "*")
+NOTHING = 1e-6  # of the weights' sizes, added up: float32 cannot tell less from zero
+
+
+def depths(tensors: Iterable[str]) -> dict[str, float]:
+    """How deep in the model each tensor lies: 0 at the first block, 1 at the last.
+
+    Tensors outside the blocks: 0 for embeddings, 1 for the rest (final norm, head). In a model of
+    several stacks of blocks each has its own first and last. One block alone has depth 1.
+    """
+    tensors = tuple(tensors)
+    last: dict[str, int] = {}
+    for name in tensors:
+        stack, block = names.stack(name), names.block(name)
+        if stack is not None and block is not None:
+            last[stack] = max(block, last.get(stack, 0))
+    found = {}
+    for name in tensors:
+        stack, block = names.stack(name), names.block(name)
+        if stack is None or block is None:
+            found[name] = 0.0 if names.is_input_side(name) else 1.0
+        else:
+            found[name] = block / last[stack] if last[stack] else 1.0
+    return found
+
+
+def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
+    """The setting's value for one tensor; None where no filter of it fits."""
+    if not isinstance(setting, tuple):
+        return setting
+    gradient = [value for value in setting if not isinstance(value, Conditional)]
+    if gradient:
+        return _interpolated(gradient, depth)
+    for conditional in setting:
+        assert isinstance(conditional, Conditional)
+        if conditional.filter in ANY or conditional.filter in name:
+            return evaluate(conditional.value, name, depth)
+    return None
+
+
+def look_up(setting_name: str, places: Sequence[Settings], name: str, depth: float) -> Any:
+    """The first of `places` that says something of this tensor; None where none does."""
+    for settings in places:
+        if setting_name in settings:
+            value = evaluate(settings[setting_name], name, depth)
+            if value is not None:
+                return value
+    return None
+
+
+def require_valid(method: Method, common: Settings, per_source: Sequence[Settings]) -> None:
+    """Refuse parameters that the method does not have, or values that it cannot take.
+
+    Needs no checkpoint, so that it can run before any download.
+
+    Raises:
+        MergeError: naming the parameter and the nearest known one.
+    """
+    method.require_known(common, per_source=False)
+    for settings in per_source:
+        method.require_known(settings, per_source=True)
+        for name, setting in settings.items():
+            _require_number(name, setting)
+    for name, setting in common.items():
+        if name in method.accepted:
+            _require_among(name, setting, method)
+        elif name in method.settings:
+            _require_number(name, setting)
+        else:
+            default = method.options[name]
+            _require_kind(name, setting, float if default is None else type(default))
+    for name, default in method.options.items():
+        if default is None and name not in common:
+            problem = f"`{method.name}` cannot do without it"
+            raise MergeError(
+                f"parameter `{name}`", problem, "Give it in the recipe's `parameters`."
+            )
+
+
+def require_filters_fit(
+    common: Settings, per_source: Sequence[Settings], tensors: Iterable[str]
+) -> None:
+    """Refuse a filter that is part of no tensor's name: it would silently do nothing.
+
+    Raises:
+        MergeError: naming the filter and the nearest component.
+    """
+    tensors = tuple(tensors)
+    for settings in (common, *per_source):
+        for name, setting in settings.items():
+            for conditional in setting if isinstance(setting, tuple) else ():
+                if not isinstance(conditional, Conditional) or conditional.filter in ANY:
+                    continue
+                if not any(conditional.filter in tensor for tensor in tensors):
+                    raise _unused(name, conditional.filter, tensors)
+
+
+def _unused(name: str, given: str, tensors: Sequence[str]) -> MergeError:
+    components = dict.fromkeys(names.component(tensor) for tensor in tensors)
+    parts = dict.fromkeys(part for c in components for part in (c, *c.split(".")))
+    near = difflib.get_close_matches(given, parts, n=1, cutoff=0.4)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Components: {', '.join(components)}."
+    problem = f"the filter `{given}` is part of no tensor's name"
+    return MergeError(f"parameter `{name}`", problem, hint)
+
+
+def _interpolated(gradient: Sequence[float], depth: float) -> float:
+    place = depth * (len(gradient) - 1)
+    left = int(place)
+    right = min(left + 1, len(gradient) - 1)
+    share = place - left
+    return (1 - share) * gradient[left] + share * gradient[right]
+
+
+def _values(setting: Any) -> list[Scalar]:
+    if isinstance(setting, tuple):
+        return [value for item in setting for value in _values(getattr(item, "value", item))]
+    return [setting]
+
+
+def _require_number(name: str, setting: Setting) -> None:
+    for value in _values(setting):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MergeError(f"parameter `{name}`", f"{value!r} is no number", "Give a number.")
+        low, high, meaning = RANGES.get(name, (-math.inf, math.inf, ""))
+        if not low <= value <= high:
+            problem = f"it lies between {low:g} and {high:g}, found {value:g}"
+            raise MergeError(f"parameter `{name}`", problem, meaning)
+
+
+def _require_kind(name: str, setting: Setting, kind: type) -> None:
+    where = f"parameter `{name}`"
+    for value in _values(setting):
+        if kind is bool and not isinstance(value, bool):
+            problem = f"expected true or false, found {value!r}"
+            raise MergeError(where, problem, "Write true or false.")
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            problem = f"expected a whole number of at least 1, found {value!r}"
+            raise MergeError(where, problem, "Give one number: it has no gradient.")
+        if kind is str and not isinstance(value, str):
+            raise MergeError(where, f"expected a word, found {value!r}", "Give a word.")
+        if kind is float:
+            _require_number(name, value)
+
+
+def _require_among(name: str, setting: Setting, method: Method) -> None:
+    allowed = method.accepted[name]
+    for value in _values(setting):
+        if value not in allowed:
+            problem = f"`{method.name}` does not do `{name}: {str(value).lower()}` in this version"
+            words = " or ".join(f"`{word}`" for word in allowed)
+            remedy = f"Write {words}." if name in method.options else "Remove it."
+            raise MergeError(f"parameter `{name}`", problem, remedy)
+
+
+def options_of(method: Method, common: Settings, name: str, depth: float) -> Mapping[str, Any]:
+    """The method's options for one tensor, by the recipe's names, in the order of the method.
+
+    Raises:
+        MergeError: an option that must be given has no filter that fits this tensor.
+    """
+    found = {}
+    for option, default in method.options.items():
+        value = look_up(option, (common,), name, depth)
+        if value is None and default is None:
+            problem = f"none of its filters fits {name}"
+            raise MergeError(f"parameter `{option}`", problem, "Add a value without a filter.")
+        kind = float if default is None else type(default)
+        found[option] = default if value is None else kind(value)
+    return found
+
+
+def require_divisor(
+    method: Method, options: Mapping[str, Any], weights: Sequence[float], name: str
+) -> None:
+    """Refuse weights that the models would be divided by and that add up to zero, or are negative.
+
+    Second moments that count for less than nothing make no system that can be solved.
+    """
+    if method.needs_grams and (min(weights) < 0 or not sum(weights)):
+        problem = f"`{method.name}` shares {name} out by {', '.join(f'{w:g}' for w in weights)}"
+        raise MergeError("parameter `weight`", problem, "Give none below zero, and one above.")
+    models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
+    for option in models:
+        if options.get(option) and abs(sum(weights)) <= NOTHING * sum(map(abs, weights)):
+            problem = f"the weights of {name} add up to zero"
+            remedy = f"Change one, or set `{option}: false`."
+            raise MergeError("parameter `weight`", problem, remedy)

@@ -1,0 +1,196 @@
+"""SLERP and NuSLERP: from one model to another along an arc instead of a straight line."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lewis_hub.methods.combine import summed
+from lewis_hub.methods.numerics import cosine, dot, row_dots
+from lewis_hub.methods.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Floats = npt.NDArray[np.float64]
+
+PAPER = "https://doi.org/10.1145/325334.325242"
+NEARLY_PARALLEL = 0.9995  # above this |cosine| the way is straight; as in mergekit
+PARALLEL = 1e-16  # squared sine below which NuSLERP's way is straight; as in mergekit
+BALANCED = 1e-6  # weights whose sum is below this count as equal; as in mergekit
+
+
+@register("slerp", paper=PAPER, n_experts=(1, 1))
+def slerp(
+    base: Tensor,  # (*shape) float32
+    tensors: Tensor,  # (1, *shape) float32, the other model
+    *,
+    t: float,  # 0 gives the base, 1 the other model
+) -> Tensor:
+    """Go from the base to one other model along the arc between them.
+
+    Nearly parallel tensors, and opposite ones, are mixed on a straight line. A tensor of zeros
+    counts as at right angles to any other. The angle is measured in float64.
+    """
+    other = tensors[0]
+    angle = np.array(cosine(dot(base, other), dot(base, base), dot(other, other)))
+    start, end = arc(t, angle, abs(angle) > NEARLY_PARALLEL)
+    return float(start) * base + float(end) * other
+
+
+@register("nuslerp", paper=PAPER, n_experts=(2, 2), base_is_optional=True)
+def nuslerp(
+    base: Tensor,  # (*shape) float32; zeros where the recipe has no base
+    tensors: Tensor,  # (2, *shape) float32
+    *,
+    weights: Tensor,  # (2,) the second's share of the sum is how far the way is gone
+    nuslerp_row_wise: bool = False,
+    nuslerp_flatten: bool = True,
+) -> Tensor:
+    """Go from one model, or task vector, to another along the arc, as far as their weights say.
+
+    Flattened, a tensor is one vector. Otherwise every row (along the last dimension) is turned by
+    its own angle or, with `nuslerp_row_wise`, every vector along the first dimension: the option
+    means what it does in mergekit.
+    """
+    first, second = tensors[0] - base, tensors[1] - base
+    w, v = weights.tolist()
+    t = v / (w + v) if abs(w + v) >= BALANCED else 0.5
+    if nuslerp_flatten:
+        angle = np.array(cosine(dot(first, second), dot(first, first), dot(second, second)))
+        start, end = arc(t, angle, _parallel(angle))
+        return base + (float(start) * first + float(end) * second)
+    if nuslerp_row_wise and base.dim() > 1:
+        along = first.transpose(0, -1), second.transpose(0, -1)
+        turned = _turned_by_row(*along, t).transpose(0, -1)
+    else:
+        turned = _turned_by_row(first, second, t)
+    return base + turned
+
+
+def arc(t: float, cosines: Floats, straight: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
+    """What two vectors are multiplied by, for the point at t of the arc between them.
+
+    Args:
+        t: 0 is the first vector, 1 the second.
+        cosines: of the angles between them, in [-1, 1].
+        straight: where the way is a straight line instead.
+
+    Returns:
+        Two factors, in the shape of `cosines`.
+    """
+    theta = np.arccos(np.where(straight, 0.0, cosines))
+    start, end = np.sin((1 - t) * theta) / np.sin(theta), np.sin(t * theta) / np.sin(theta)
+    return np.where(straight, 1 - t, start), np.where(straight, t, end)
+
+
+def _turned_by_row(first: Tensor, second: Tensor, t: float) -> Tensor:
+    lengths = (row_dots(first, first).sqrt() * row_dots(second, second).sqrt()).cpu().numpy()
+    products = row_dots(first, second).cpu().numpy()
+    angles = np.divide(products, lengths, out=np.zeros_like(lengths), where=lengths > 0)
+    angles = angles.clip(-1.0, 1.0)
+    start, end = arc(t, angles, _parallel(angles))
+    return first.new_tensor(start) * first + first.new_tensor(end) * second
+
+
+def _parallel(cosines: Floats) -> npt.NDArray[np.bool_]:
+    return np.asarray(1 - cosines**2 <= PARALLEL)
+
+
+@register(
+    "multislerp",
+    paper="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    base_is_optional=True,
+)
+def multislerp(
+    base: Tensor,  # (*shape) float32; zeros where the recipe has no base
+    tensors: Tensor,  # (n_sources, *shape) float32
+    *,
+    weights: Tensor,  # (n_sources,) mixing coefficients
+    normalize_weights: bool = True,
+    eps: float = 1e-8,  # lengths and mean directions below this count as nothing
+) -> Tensor:
+    """Turn to the weighted mean direction of the models, or task vectors, at their mean length.
+
+    mergekit goes on from the mean direction along the weighted sum of the directions' projections
+    on its tangent plane. That sum is zero wherever the mean is, so the path ends where it starts.
+    Where the weighted directions cancel, the weighted sum stands in for any number of models;
+    mergekit stops there unless they are two. One model alone is itself.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    vectors = tensors - base
+    shares = weights.double().tolist()
+    if normalize_weights:
+        total = math.fsum(shares)
+        shares = [share / total for share in shares]
+    lengths = [math.sqrt(dot(vector, vector)) for vector in vectors]
+    parts = [share / (length + eps) for share, length in zip(shares, lengths, strict=True)]
+    mean = summed((part * vector for part, vector in zip(parts, vectors, strict=True)), base)
+    size = math.sqrt(dot(mean, mean))
+    if size < eps:
+        pairs = zip(shares, vectors, strict=True)
+        return base + summed((share * vector for share, vector in pairs), base)
+    length = math.fsum(s * one for s, one in zip(shares, lengths, strict=True))
+    return base + (length / size) * mean
+
+
+OPPOSITE = 1e-6  # a direction this far from opposite to the mean, in radians, gives it no pull
+
+
+@register("karcher", paper="https://arxiv.org/abs/2603.04972")
+def karcher(
+    tensors: Tensor,  # (n_sources, *shape) float32
+    *,
+    max_iter: int = 10,
+    tol: float = 1e-5,  # lengths, angles and steps below this count as nothing
+) -> Tensor:
+    """Find the mean of the models' directions on the sphere; its length is their mean length.
+
+    All models count alike, as in mergekit. Every step is a combination of the models, so that it
+    is taken on their inner products, in float64, and the models are added up once.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    lengths = [math.sqrt(dot(tensor, tensor)) for tensor in tensors]
+    used = [i for i, length in enumerate(lengths) if length > tol]
+    if not used:
+        return tensors[0].new_zeros(tensors[0].shape)
+    cosines = np.eye(len(used))
+    for row, i in enumerate(used):
+        for column, j in enumerate(used[:row]):
+            product = dot(tensors[i], tensors[j]) / lengths[i] / lengths[j]
+            cosines[row, column] = cosines[column, row] = min(max(product, -1.0), 1.0)
+    mean = _mean(cosines, max_iter, tol)
+    length = math.fsum(lengths) / len(lengths)
+    factors = [length * float(m) / lengths[i] for i, m in zip(used, mean, strict=True)]
+    return summed((f * tensors[i] for i, f in zip(used, factors, strict=True)), tensors[0])
+
+
+def _mean(cosines: Floats, max_iter: int, tol: float) -> Floats:
+    """Of unit vectors, as what each of them is multiplied by: (n, n) -> (n,)."""
+    n = len(cosines)
+    mean = np.full(n, 1 / n)
+    size = _size(mean, cosines)
+    mean = mean / size if size >= tol else np.eye(n)[0]
+    for _ in range(max_iter):
+        toward = (cosines @ mean).clip(-1.0, 1.0)
+        angles = np.arccos(toward)
+        pulls = (angles >= tol) & (math.pi - angles > OPPOSITE)
+        strengths = np.zeros(n)
+        np.divide(angles, np.sin(angles), out=strengths, where=pulls)
+        tangent = (strengths - (strengths @ toward) * mean) / n
+        step = _size(tangent, cosines)
+        if step < tol:
+            break
+        mean = math.cos(step) * mean + math.sin(step) / step * tangent
+        mean = mean / _size(mean, cosines)
+    return mean
+
+
+def _size(combination: Floats, cosines: Floats) -> float:
+    return math.sqrt(max(float(combination @ cosines @ combination), 0.0))

@@ -1,0 +1,247 @@
+"""A recipe from YAML: everything that can be known without a network is refused here.
+
+Every complaint names the file, the line, the field, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lewis_hub.errors import RecipeError
+from lewis_hub.recipe.rules import SETTING, Complaint, Place, contradictions
+from lewis_hub.recipe.schema import Recipe
+
+# What mergekit or a later version knows and this one does not: refused by name, never ignored.
+NOT_YET = {
+    "slices.residual_weight": "mergekit reads it and does nothing with it: remove it.",
+    "modules": "Per-module merges are not in this version: list whole models under `models`.",
+    "guide.trim": "How to trim is a setting of the method: `parameters: {trim: activation}`.",
+}
+
+Rules = Callable[[Recipe], Iterable[Complaint]]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"`{key}` is given twice", key_node.start_mark
+                )
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: Path | str, rules: Rules = contradictions) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: a YAML file; relative paths inside it are looked up beside it, then in the
+            working folder.
+        rules: what the whole must obey.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or asks for something that cannot be done.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            str(path),
+            "",
+            "there is no such file.",
+            "Name a recipe, or write one with `lewis-hub init`.",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            str(path), "", f"it cannot be read: {error}", "A recipe is a YAML file in UTF-8."
+        ) from None
+    return parse_recipe(text, str(path), rules).placed_in(path.parent)
+
+
+def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
+    """Validate a recipe's text; `file` is what messages call it.
+
+    Raises:
+        RecipeError: as for `read_recipe`.
+    """
+    try:
+        node, document = _load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 0-0
+        raise _not_yaml(error, file) from None
+    if not isinstance(document, dict):
+        raise RecipeError(
+            file,
+            "",
+            f"expected a mapping with `models` and `merge_method`, found {_kind(document)}.",
+            "`lewis-hub init` writes a recipe to start from.",
+        )
+    complaints = _complaints(document, rules)
+    if complaints:
+        (where, problem, remedy), *others = complaints
+        raise RecipeError(
+            f"{file}:{_line(node, where)}",
+            dotted(where),
+            problem,
+            remedy,
+            tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in others),
+        )
+    return Recipe.model_validate(document)
+
+
+def schema() -> str:
+    """The recipe's JSON Schema, for editors.
+
+    Example:
+        >>> import json
+        >>> json.loads(schema())["title"]
+        'Recipe'
+    """
+    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+
+
+def _load(text: str) -> tuple[yaml.Node | None, Any]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, loader.construct_document(node) if node is not None else None
+    finally:
+        loader.dispose()
+
+
+def _not_yaml(error: Exception, file: str) -> RecipeError:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{file}:{mark.line + 1}" if mark else file
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return RecipeError(where, "", f"not valid YAML: {problem}.", "Mend the line, then run again.")
+
+
+def _complaints(document: Mapping[str, Any], rules: Rules) -> list[Complaint]:
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        by_place: dict[Place, list[ErrorDetails]] = {}
+        for detail in error.errors(include_url=False):
+            by_place.setdefault(_in_document(detail, document), []).append(detail)
+        places = [where for where in by_place if not _only_follows(where, by_place)]
+        places.sort(key=lambda where: by_place[where][0]["type"] != "extra_forbidden")
+        return [_complaint(where, by_place[where]) for where in places]
+    return list(rules(recipe))
+
+
+def _only_follows(where: Place, by_place: Mapping[Place, Sequence[ErrorDetails]]) -> bool:
+    """A list or a union whose item is wrong is reported too; the item is enough."""
+    inner = any(other != where and other[: len(where)] == where for other in by_place)
+    return inner and all(detail["type"] != "value_error" for detail in by_place[where])
+
+
+def _complaint(where: Place, details: Sequence[ErrorDetails]) -> Complaint:
+    kinds = {detail["type"] for detail in details}
+    key = str(where[-1]) if where else ""
+    found = details[0]["input"]
+    if kinds == {"extra_forbidden"}:
+        later = NOT_YET.get(".".join(step for step in where if isinstance(step, str)))
+        if later:
+            return where, f"`{key}` is not understood by this version.", later
+        return where, f"unknown key `{key}`.", _nearest(key, _known_keys(where[:-1]))
+    if kinds == {"missing"}:
+        return where, f"`{key}` is missing.", f"Add `{key}:`; `lewis-hub schema` describes it."
+    if "parameters" in where:
+        return where, f"found {_kind(found)}.", f"Expected {SETTING}."
+    return where, _in_words(details[0]), "`lewis-hub schema` describes every field."
+
+
+def _in_words(detail: ErrorDetails) -> str:
+    if detail["type"] == "value_error":
+        return f"{detail['msg'].removeprefix('Value error, ')}."
+    expected = detail["msg"].removeprefix("Input should be ").replace("a valid tuple", "a list")
+    if detail["type"] == "too_short":
+        expected = "at least one item"
+    return f"expected {expected}, found {_kind(detail['input'])}."
+
+
+def _in_document(detail: ErrorDetails, document: Any) -> Place:
+    """Drop what pydantic adds to a path (the branches of unions) and keep the user's keys."""
+    where: list[str | int] = []
+    for step in detail["loc"]:
+        inside = isinstance(document, dict) and step in document
+        if inside or (isinstance(document, list) and isinstance(step, int)):
+            document = document[step]
+            where.append(step)
+    if detail["type"] == "missing":
+        where.append(detail["loc"][-1])
+    if "parameters" in where and detail["type"] not in {"missing", "extra_forbidden"}:
+        where = where[: where.index("parameters") + 2]  # the parameter, whatever its branches say
+    return tuple(where)
+
+
+def _known_keys(where: Place) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    for step in where:
+        if isinstance(step, str) and model:
+            names = {field.alias or name: field for name, field in model.model_fields.items()}
+            if step in names:  # else a key of a mapping, such as a parameter's name
+                model = _model_in(names[step].annotation)
+    if model is None:
+        return []
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, typing.get_args(annotation))), None)
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean `{close[0]}`?"
+    return f"Known here: {', '.join(known)}." if known else "Remove it."
+
+
+def _line(node: yaml.Node | None, where: Place) -> int:
+    line = node.start_mark.line if node else 0
+    for step in where:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if getattr(k, "value", None) == str(step)]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            node = node.value[step]
+            line = node.start_mark.line
+    return line + 1
+
+
+def dotted(where: Place) -> str:
+    """A place as messages write it: `models[0].parameters.density`."""
+    text = ""
+    for step in where:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value)

@@ -1,0 +1,293 @@
+"""What a search makes better: the loss on right answers, or a task's own metric."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from lewis_hub.calibration.texts import draw_rows, load_tokenizer
+from lewis_hub.errors import EvaluationError, TuningError
+from lewis_hub.evaluate.answer_loss import NAME, answer_losses
+from lewis_hub.evaluate.benchmarks import Benchmarks, count_requests, free_split, prepared
+from lewis_hub.evaluate.gate import unknown_metric
+from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_loaded
+from lewis_hub.evaluate.items import Question, TaskRows, chat_of, load_rows, scored_items
+from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
+from lewis_hub.progress import Advance
+from lewis_hub.workflow.contamination import DrawnText, count_overlap, drawn_items, overlaps
+from lewis_hub.workflow.fetch import small_files
+from lewis_hub.workflow.job import Step
+from lewis_hub.workflow.resolve import scored_commits
+
+
+@dataclass(frozen=True)
+class TuningItems:
+    """DrawnText items of one task.
+
+    Attributes:
+        indices: of `rows`, in the order in which they are scored.
+        n_calibrated: items that were passed over because calibration draws them too.
+    """
+
+    task: str
+    split: str
+    rows: TaskRows
+    indices: tuple[int, ...]
+    n_calibrated: int
+
+
+def free_split_of(selected: TaskSelection) -> str:
+    """The split to tune on where none is named.
+
+    Raises:
+        EvaluationError: the tasks declare none that they do not score.
+    """
+    split = free_split(locate_tasks(selected))
+    if split is None:
+        problem = "these tasks have no common split for examples that they do not score."
+        remedy = "Name one with --split, or tasks made for tuning with --task."
+        raise EvaluationError(", ".join(selected.names), problem, remedy)
+    return split
+
+
+def draw_items(
+    step: Step,
+    asked: TaskSelection,
+    split: str,
+    n_samples: int,
+    calibrated: Sequence[DrawnText],
+) -> tuple[TuningItems, ...]:
+    """Draw `n_samples` items of each task, the recipe's seed deciding which.
+
+    Those that calibration draws are passed over; those that are scored are refused.
+
+    Args:
+        step: of a recipe with `evaluate`.
+        asked: tasks to tune on.
+        split: of their data.
+        n_samples: of each task; all where there are not so many.
+        calibrated: the calibration texts.
+
+    Raises:
+        EvaluationError: a task or split is not there, or is the one that is scored.
+        TuningError: an item is scored, or none is left.
+    """
+    scoring = step.recipe.evaluate
+    assert scoring
+    commits = scored_commits(step.api, asked)
+    donor = step.inputs.donor
+    chat = None
+    if scoring.chat_template:
+        chat = chat_of(load_tokenizer(str(small_files(step.api, donor)), donor.name))
+    drawn = []
+    for name in asked.names:
+        one = TaskSelection((name,), asked.include, allow_code=asked.allow_code)
+        rows = load_rows(one, split, commits, allow_scored=name not in scoring.tasks)
+        rows = replace(rows, chat=chat)
+        found = _passing_over(rows, n_samples, calibrated, step.recipe.seed)
+        drawn.append(TuningItems(name, split, rows, *found))
+        if not found[0]:
+            problem = f"no item of split `{split}` is left that calibration does not draw"
+            remedy = "Name another split with --split, or fewer `samples` in `calibration`."
+            raise TuningError(name, problem, remedy)
+    _refuse_scored(step, drawn)
+    return tuple(drawn)
+
+
+def _passing_over(
+    rows: TaskRows, n_samples: int, calibrated: Sequence[DrawnText], seed: int
+) -> tuple[tuple[int, ...], int]:
+    """Chosen indices, and how many others calibration had taken."""
+    n_looked_at = n_samples + len(calibrated)
+    while True:  # a text with few-shot examples holds several items
+        among = draw_rows(len(rows), n_looked_at, seed)
+        items = rows.items(among)
+        known = {id(item) for _, item in overlaps(calibrated, items)}
+        free = [
+            index
+            for index, item in zip(among, items, strict=True)
+            if item.answer and id(item) not in known
+        ]
+        if len(free) >= n_samples or len(among) == len(rows):
+            return tuple(free[:n_samples]), len(known)
+        n_looked_at *= 2
+
+
+def _refuse_scored(step: Step, drawn: Sequence[TuningItems]) -> None:
+    step.progress.say("Comparing the items to tune on with those that are scored")
+    scored = list(scored_items(step.scored))
+    for one in drawn:
+        found = count_overlap(drawn_items(one.rows.items(one.indices)), scored)
+        if found:
+            told = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
+            raise TuningError(
+                f"{one.task}, split `{one.split}`",
+                f"of {len(one.indices)} items to tune on, `evaluate` scores {told}",
+                "A score on what a merge was tuned on says nothing: name another split with\n"
+                "--split, or another task with --task.",
+            )
+
+
+N_PARTS = 8  # after each of them a trial can be left
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of one task's mean: a sum, and over how much."""
+
+    total: float
+    n: float
+
+
+Part = Callable[[Any, Advance], Mapping[str, Share]]  # (loaded model, advance) -> task -> share
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A number for a model: the mean over tasks of each task's mean.
+
+    Attributes:
+        metric: `metric,filter`.
+        parts: the items, in the order in which they are scored.
+        n_items: of all parts.
+        digest: over all that fixes the items and how they are scored.
+    """
+
+    metric: str
+    lower_is_better: bool
+    parts: tuple[Part, ...]
+    n_items: int
+    digest: str
+
+    def values(self, lm: Any, advance: Advance) -> Iterator[float]:
+        """The objective over the items so far, after each part; `advance` counts items."""
+        totals: defaultdict[str, list[Share]] = defaultdict(list)
+        for part in self.parts:
+            for task, share in part(lm, advance).items():
+                totals[task].append(share)
+            means = [_mean(shares) for shares in totals.values()]
+            yield sum(means) / len(means)
+
+
+def by_answer_loss(drawn: Sequence[TuningItems]) -> Objective:
+    """The mean negative log-likelihood of an answer's token, in nats."""
+    questions = [one.rows.questions(one.indices) for one in drawn]
+    mixed = _in_turn(questions)
+
+    def part(some: Sequence[Question]) -> Part:
+        def measure(lm: Any, advance: Advance) -> Mapping[str, Share]:
+            found: defaultdict[str, list[Share]] = defaultdict(list)
+            for asked, loss in zip(some, answer_losses(lm, some, advance), strict=True):
+                if loss.n_tokens:
+                    found[asked.task].append(Share(loss.nats, loss.n_tokens))
+            return {task: _sum(shares) for task, shares in found.items()}
+
+        return measure
+
+    parts = tuple(part(some) for some in _parts(mixed))
+    return Objective(NAME, True, parts, len(mixed), _digest(NAME, mixed))  # noqa: FBT003
+
+
+def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSettings) -> Objective:
+    """A task's metric, `name,filter` as lm-eval writes it; it has to be a mean over items.
+
+    Raises:
+        EvaluationError: a task has no such metric.
+    """
+    for one in drawn:
+        require_metric(one.rows.selection, one.task, metric)
+    places = [[(one, index) for index in one.indices] for one in drawn]
+    mixed = _in_turn(places)
+    directions = {_lower_is_better(one, metric) for one in drawn}
+    if len(directions) > 1:
+        problem = f"of `{metric}` one task wants the higher value and another the lower."
+        raise EvaluationError("tune", problem, "Tune on one of them, or on the answer loss.")
+    parts = tuple(_metric_part(some, metric, settings) for some in _parts(mixed))
+    told = [one.rows.questions(one.indices) for one in drawn]
+    return Objective(metric, directions.pop(), parts, len(mixed), _digest(metric, _in_turn(told)))
+
+
+def _metric_part(
+    some: Sequence[tuple[TuningItems, int]], metric: str, settings: EvaluationSettings
+) -> Part:
+    by_task: defaultdict[str, list[int]] = defaultdict(list)
+    drawn = {one.task: one for one, _ in some}
+    for one, index in some:
+        by_task[one.task].append(index)
+    ready = [_benchmarks(drawn[task], indices) for task, indices in by_task.items()]
+
+    def measure(lm: Any, advance: Advance) -> Mapping[str, Share]:
+        shares = {}
+        for benchmarks, (task, indices) in zip(ready, by_task.items(), strict=True):
+            found = evaluate_loaded(lm, benchmarks, settings, lambda _: None)
+            shares[task] = _sum([_share(t.metrics, task, metric) for t in found.tasks.values()])
+            advance(len(indices))
+        return shares
+
+    return measure
+
+
+def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
+    """The task with these items in place of those that it scores."""
+    tasks, n_requests = {}, 0
+    with prepared(one.rows.selection, {}):
+        for name, (task, documents) in one.rows.part_of(indices).items():
+            again = copy.copy(task)
+            again._config = copy.copy(task.config)
+            # few-shot examples of the same split then leave the item itself out
+            again._config.test_split = one.split
+            again.has_test_docs = lambda: True
+            again.test_docs = lambda chosen=documents: chosen
+            n_requests += count_requests(name, again, None)
+            tasks[name] = again
+    return Benchmarks(tasks, {}, n_requests, None, one.rows.selection.allow_code)
+
+
+def _share(metrics: Mapping[str, Any], task: str, metric: str) -> Share:
+    if metric not in metrics:
+        raise unknown_metric(task, metric, list(metrics))
+    found = metrics[metric]
+    if found.values is None:
+        problem = (
+            f"its `{metric}` is no mean over items, so that parts of it cannot be put together."
+        )
+        raise EvaluationError(task, problem, "Tune on another --metric, or on the answer loss.")
+    known = [value for value in found.values if value is not None]
+    return Share(sum(known), len(known))
+
+
+def _lower_is_better(one: TuningItems, metric: str) -> bool:
+    name = metric.partition(",")[0]
+    return any(task.higher_is_better().get(name) is False for task, _ in one.rows.parts)
+
+
+def _in_turn(lists: Sequence[Sequence[Any]]) -> list[Any]:
+    """One of each list, then the next of each, so that every part has its share of every task."""
+    nothing = object()
+    rounds = zip_longest(*lists, fillvalue=nothing)
+    return [one for together in rounds for one in together if one is not nothing]
+
+
+def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+    n_parts = min(N_PARTS, len(items))
+    ends = [len(items) * i // n_parts for i in range(n_parts + 1)]
+    return [items[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _sum(shares: Sequence[Share]) -> Share:
+    return Share(sum(s.total for s in shares), sum(s.n for s in shares))
+
+
+def _mean(shares: Sequence[Share]) -> float:
+    whole = _sum(shares)
+    return whole.total / whole.n if whole.n else float("nan")
+
+
+def _digest(metric: str, questions: Sequence[Question]) -> str:
+    told = "\n".join([metric, *(repr((q.task, q.prompt, q.answer)) for q in questions)])
+    return hashlib.sha256(told.encode()).hexdigest()

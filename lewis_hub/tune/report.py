@@ -1,0 +1,141 @@
+"""What a search leaves behind: the best recipe, every trial, and a picture of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lewis_hub import __version__
+from lewis_hub.evaluate.scores import PairedTest, Scores
+from lewis_hub.files import write_whole
+from lewis_hub.report.search import Picture, Tried, draw_search
+from lewis_hub.tune.run import STUDY, Tuned
+from lewis_hub.tune.space import short_name, written
+from lewis_hub.tune.study import Trial
+
+TRIALS = "trials.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Files of a search: `recipe` is the tuned one; `plots` are file names in `output`."""
+
+    recipe: Path
+    output: Path
+    plots: tuple[str, ...]
+    document: Mapping[str, Any]
+
+
+def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> Report:
+    """Write `recipe.tuned.yaml` beside the recipe, and all trials and their picture in `output`."""
+    best = recipe_file.with_name(f"{recipe_file.stem}.tuned.yaml")
+    plots = draw_search(
+        Picture(
+            title=f"{len(tuned.trials)} trials; the best is number {tuned.best.number}",
+            objective=_short(tuned.objective.metric),
+            trials=tuple(
+                Tried(t.number, {short_name(n): v for n, v in t.values.items()}, t.value)
+                for t in tuned.trials
+            ),
+            best=tuned.best.number,
+            lower_is_better=tuned.objective.lower_is_better,
+        ),
+        output,
+    )
+    document = _document(tuned) | {
+        "recipe": str(best),
+        "output": str(output),
+        "study": str(output / STUDY),
+        "plots": list(plots),
+    }
+    write_whole(output / TRIALS, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    comment = "".join(f"# {line}\n" for line in found_by(tuned, recipe_file.name))
+    write_whole(best, comment + written(tuned.recipe))
+    return Report(best, output, plots, document)
+
+
+def found_by(tuned: Tuned, name: str) -> Iterator[str]:
+    """How the best settings were found, line by line; of no more than is known."""
+    n_pruned = sum(trial.state == "pruned" for trial in tuned.trials)
+    trials = _count(len(tuned.trials), "trial")
+    yield f"Tuned by lewis-hub {__version__} from {name}: the best of {trials}"
+    yield f"({n_pruned} left early) by Optuna's TPE, seed {tuned.recipe.seed}."
+    on = "; ".join(
+        f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
+    )
+    yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
+    yield "None of these items is calibrated on, and none is scored."
+    own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
+    yield f"There: {tuned.best.value:.4f}{own}."
+    if tuned.refused:
+        yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
+        return
+    if tuned.final is None:
+        yield "No other settings were better than the recipe's own."
+        return
+    yield f"On the items that are scored, which the search never saw, against {name}:"
+    yield from final_lines(tuned.final)
+
+
+def final_lines(scores: Scores) -> Iterator[str]:
+    """The paired test of each metric, best minus start."""
+    for task, found in scores.tasks.items():
+        for test in found.paired:
+            yield f"  {task} {_short(test.metric)} (n = {found.n:,}): {_tested(test)}"
+
+
+def _tested(test: PairedTest) -> str:
+    low, high = test.ci95
+    interval = f"95 % interval {low:+.4f} to {high:+.4f}"
+    return f"{test.difference:+.4f}, {interval}, p = {test.p:.3g}, p (Holm) = {test.p_holm:.3g}"
+
+
+def seconds(tuned: Tuned) -> dict[str, float]:
+    """Mean seconds of each step of the trials that were scored to the end."""
+    complete = [trial.seconds for trial in tuned.trials if trial.state == "complete"]
+    names = dict.fromkeys(name for told in complete for name in told)
+    return {name: round(fmean(told.get(name, 0.0) for told in complete), 3) for name in names}
+
+
+def _document(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "status": "tuned",
+        "objective": {
+            "metric": tuned.objective.metric,
+            "lower_is_better": tuned.objective.lower_is_better,
+            "items": [
+                {"task": i.task, "split": i.split, "n": len(i.indices), "passed": i.n_calibrated}
+                for i in tuned.items
+            ],
+        },
+        "trials": [_trial(trial) for trial in tuned.trials],
+        "n_begun": tuned.n_begun,
+        "best": _trial(tuned.best),
+        "start": _trial(tuned.start) if tuned.start else None,
+        "seconds_a_trial": seconds(tuned),
+        "final": tuned.final.to_document()["tasks"] if tuned.final else None,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "values": dict(trial.values),
+        "value": trial.value,
+        "reached": trial.reached,
+        "seconds": dict(trial.seconds),
+        "error": trial.error,
+    }
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _short(metric: str) -> str:
+    return metric.removesuffix(",none").replace("_", " ")

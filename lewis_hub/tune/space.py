@@ -1,0 +1,353 @@
+"""The recipes that a search tries: from values on the axes to a recipe, and which come first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import yaml
+
+from lewis_hub.errors import CheckFailedError, RecipeError, TuningError
+from lewis_hub.guides import registry as guide_registry
+from lewis_hub.merge.settings import DEFAULTS
+from lewis_hub.methods import registry
+from lewis_hub.methods.registry import Method
+from lewis_hub.recipe.read import dotted
+from lewis_hub.recipe.schema import Guide, ModelEntry, Parameters, Recipe
+from lewis_hub.workflow.check import guide_refusals
+from lewis_hub.workflow.resolve import needs_grams, rules
+
+# Numbers are searched by name; one that is not here stays as the recipe has it.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "weight": (0.1, 1.5),
+    "density": (0.05, 1.0),
+    "gamma": (0.0, 0.05),  # breadcrumbs: the fraction of largest entries that is dropped
+    "epsilon": (0.0, 0.2),  # della: how far a probability lies from the density
+    "lambda": (0.3, 2.0),
+    "t": (0.0, 1.0),
+    "select_topk": (0.05, 1.0),
+    "off_diagonal": (0.0, 1.0),
+}
+DENSITIES = (0.05, 1.0)  # of a guide's gamma and epsilon
+GAMMA, EPSILON = "guide.gamma", "guide.epsilon"
+METHOD, GUIDE = "merge_method", "guide.name"
+NONE = "none"  # in the place of a guide: densities come from the recipe's `parameters`
+
+Value = float | bool | str
+Values = Mapping[str, Value]  # axis -> value
+
+
+@dataclass(frozen=True)
+class Number:
+    """Any number from low to high; `start` is the recipe's own, and within."""
+
+    name: str
+    low: float
+    high: float
+    start: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few; the same ones in the same order whatever else is chosen."""
+
+    name: str
+    options: tuple[str | bool, ...]
+    start: str | bool
+
+
+Axis = Number | Choice
+
+
+@dataclass(frozen=True)
+class Space:
+    """The recipes that are tried.
+
+    Attributes:
+        methods: the recipe's own is first.
+        guides: the recipe's own is first, which is `none` where it has no guide.
+    """
+
+    recipe: Recipe
+    methods: tuple[str, ...]
+    guides: tuple[str, ...]
+
+
+def axes(space: Space, chosen: Values) -> tuple[Axis, ...]:
+    """What can be changed under the method and the guide that are chosen, or else the recipe's own.
+
+    Which method it is comes first, then which guide: what else there is depends on them.
+    """
+    recipe, method, guide = space.recipe, method_of(space, chosen), guide_of(space, chosen)
+    found: list[Axis] = []
+    if len(space.methods) > 1:
+        found.append(Choice(METHOD, space.methods, space.methods[0]))
+    if len(space.guides) > 1 and takes_guide(recipe, method):
+        found.append(Choice(GUIDE, space.guides, space.guides[0]))
+    if guide != NONE:
+        found += _ends(recipe.guide or Guide())
+    found += _of_weights(recipe, method)
+    has_density = not sets_densities(recipe, guide)
+    return (*found, *_of_parameters(recipe, method, has_density=has_density))
+
+
+def method_of(space: Space, chosen: Values) -> Method:
+    """The method that is chosen."""
+    return registry.find(str(chosen.get(METHOD, space.methods[0])))
+
+
+def guide_of(space: Space, chosen: Values) -> str:
+    """The guide that is chosen; `none` where it would do nothing."""
+    if not takes_guide(space.recipe, method_of(space, chosen)):
+        return NONE
+    return str(chosen.get(GUIDE, space.guides[0]))
+
+
+def takes_guide(recipe: Recipe, method: Method) -> bool:
+    """Whether a guide that is used as the recipe says does something under a method."""
+    guided = {"merge_method": method.name, "guide": recipe.guide or Guide()}
+    return not guide_refusals(recipe.model_copy(update=guided))
+
+
+def sets_densities(recipe: Recipe, guide: str) -> bool:
+    """Whether densities are a guide's, and no settings."""
+    return guide != NONE and (recipe.guide or Guide()).apply_to != "weight"
+
+
+def short_name(axis: str) -> str:
+    """An axis for the head of a column: `lambda`, `weight[0]`, `guide.gamma`."""
+    index = re.fullmatch(r"models(\[\d+\])\.weight", axis)
+    return f"weight{index[1]}" if index else axis.removeprefix("parameters.")
+
+
+def shown_value(value: Value | None) -> str:
+    """A value for readers; a dash where a trial has none."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
+
+
+def _ends(guide: Guide) -> Iterator[Number]:
+    """Gamma and epsilon; about a mean density as far as both may lie from it at once.
+
+    A guide's densities then are moved to that mean, so that what counts is how far they spread.
+    """
+    (low, high), mean = DENSITIES, guide.mean_density
+    below = above = (low, high)
+    if mean is not None:
+        reach = max(0.0, min(mean - low, high - mean))
+        below, above = (round(mean - reach, 4), mean), (mean, round(mean + reach, 4))
+    yield _number(GAMMA, below, guide.gamma)
+    yield _number(EPSILON, above, guide.epsilon)
+
+
+def _of_weights(recipe: Recipe, method: Method) -> Iterator[Axis]:
+    """A weight of each model, where none is a gradient or a list of conditions."""
+    if "weight" not in method.settings:
+        return
+    of_all = recipe.parameters.get("weight", DEFAULTS["weight"])
+    for index, entry in enumerate(recipe.models):
+        weight = entry.parameters.get("weight", of_all)
+        if _is_merged(recipe, method, entry) and _is_number(weight):
+            yield _number(f"models[{index}].weight", RANGES["weight"], float(weight))
+
+
+def _is_merged(recipe: Recipe, method: Method, entry: ModelEntry) -> bool:
+    return not method.takes_base or entry in recipe.experts
+
+
+def _of_parameters(recipe: Recipe, method: Method, *, has_density: bool) -> Iterator[Axis]:
+    """Options of the method, and settings that its models have in common."""
+    passed = {"weight"} if has_density else {"weight", "density"}
+    own = {name for entry in recipe.models for name in entry.parameters}
+    asked: dict[str, Any] = {
+        name: DEFAULTS[name] for name in method.settings if name not in passed | own
+    }
+    asked |= method.options
+    for name, default in asked.items():
+        value = recipe.parameters.get(name, default)
+        if isinstance(value, bool):
+            yield Choice(f"parameters.{name}", (False, True), value)
+        elif name in RANGES:
+            low, high = RANGES[name]
+            start = (low + high) / 2 if value is None else value
+            if _is_number(start):
+                yield _number(f"parameters.{name}", (low, high), float(start))
+
+
+def _number(name: str, bounds: tuple[float, float], start: float) -> Number:
+    return Number(name, min(bounds[0], start), max(bounds[1], start), start)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+ENDS = (GAMMA, EPSILON)
+USUAL = dict(zip(ENDS, (0.3, 0.8), strict=True))  # where the paper starts
+
+
+def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] = ()) -> Space:
+    """The space around a recipe.
+
+    Args:
+        recipe: what is tuned.
+        methods: to try besides its own.
+        guides: to try besides its own, `none` among them; none: `uniform` where it has one.
+
+    Raises:
+        RecipeError: one of these recipes cannot be; or it stacks slices.
+        CheckFailedError: its own guide would do nothing.
+        MergeError, GuideError: there is no such method or guide.
+        TuningError: a method starts from other models than the recipe's own, or none takes a guide.
+    """
+    if recipe.slices:
+        problem = "only whole models under `models` can be tuned."
+        raise RecipeError("recipe", "slices", problem, "List whole models, or tune by hand.")
+    if refused := guide_refusals(recipe):
+        raise CheckFailedError(tuple(refused))
+    own = recipe.guide.name if recipe.guide else NONE
+    if recipe.guide and not guides:
+        guides = ["uniform"]
+    space = Space(
+        recipe,
+        tuple(dict.fromkeys([recipe.merge_method, *methods])),
+        tuple(dict.fromkeys([own, *guides])),
+    )
+    for name in {*space.guides} - {NONE}:
+        guide_registry.find(name)
+    _require_alike(space)
+    for values in combinations(space):
+        for where, problem, remedy in rules(candidate(space, values)):
+            raise RecipeError(_called(values), dotted(where), problem, remedy)
+    return space
+
+
+def _require_alike(space: Space) -> None:
+    own, *others = map(registry.find, space.methods)
+    for other in others:
+        if other.takes_base != own.takes_base:
+            first, second = ("a base", "none") if own.takes_base else ("no base", "one")
+            problem = f"`{own.name}` takes {first}, and `{other.name}` {second}"
+            raise TuningError("tune", problem, "Tune the two apart: what they merge differs.")
+    if len(space.guides) > 1 and not any(takes_guide(space.recipe, m) for m in (own, *others)):
+        problem = f"`{own.name}` keeps every entry, so a guide would do nothing"
+        remedy = "Leave out --guide, or let --method name one that has densities, such as ties."
+        raise TuningError("tune", problem, remedy)
+
+
+def _called(values: Values) -> str:
+    """What messages call a recipe that lies in no file."""
+    told = [f"`{name}: {values[name]}`" for name in (METHOD, GUIDE) if name in values]
+    return f"the recipe with {' and '.join(told)}" if told else "recipe"
+
+
+def combinations(space: Space) -> tuple[Values, ...]:
+    """The recipe's own settings by each method and guide; the recipe as it is comes first."""
+    return tuple(
+        _starts(space, {METHOD: method, GUIDE: guide})
+        for method in space.methods
+        for guide in (space.guides if takes_guide(space.recipe, registry.find(method)) else (NONE,))
+    )
+
+
+def corners(space: Space) -> tuple[Recipe, ...]:
+    """The recipes of `combinations`: whatever is tried needs what one of them needs."""
+    return tuple(candidate(space, values) for values in combinations(space))
+
+
+def warm_starts(space: Space) -> tuple[Values, ...]:
+    """The recipe as it is; then with a guide's usual gamma and epsilon, where it has others.
+
+    The guide is its own, or else the first that is asked for.
+    """
+    own = _starts(space, {})
+    guide = next((name for name in space.guides if name != NONE), NONE)
+    chosen: Values = {GUIDE: guide, **USUAL}
+    usual = _starts(space, chosen)
+    fits = all(_holds(axis, usual[axis.name]) for axis in axes(space, chosen))
+    return (own, usual) if fits and usual != own else (own,)
+
+
+def _starts(space: Space, chosen: Values) -> dict[str, Value]:
+    """What is chosen, and where each other axis starts."""
+    return {axis.name: chosen.get(axis.name, axis.start) for axis in axes(space, chosen)}
+
+
+def _holds(axis: Axis, value: Value) -> bool:
+    if isinstance(axis, Choice):
+        return value in axis.options
+    return axis.low <= float(value) <= axis.high
+
+
+def candidate(space: Space, values: Values) -> Recipe:
+    """The recipe with other values.
+
+    Its own method keeps all that the recipe says; another one what it knows. Where a guide sets
+    the densities, those of the recipe and its models are left out.
+    """
+    recipe, told = space.recipe, settled(space, values)
+    common = _kept(space, values, recipe.parameters) | {
+        name.removeprefix("parameters."): value
+        for name, value in told.items()
+        if name.startswith("parameters.")
+    }
+    models = []
+    for index, entry in enumerate(recipe.models):
+        own = _kept(space, values, entry.parameters)
+        weight = told.get(f"models[{index}].weight")
+        own |= {} if weight is None else {"weight": weight}
+        models.append(entry.model_copy(update={"parameters": own}))
+    guide = _guide(space, told)
+    method = method_of(space, values).name
+    changed = {"merge_method": method, "parameters": common, "models": tuple(models)}
+    tried = recipe.model_copy(update=changed | {"guide": guide})
+    texts = recipe.calibration
+    if guide is None and recipe.guide:
+        texts = texts or recipe.guide.calibration
+    measures = guide or needs_grams(tried)
+    return tried.model_copy(update={"calibration": texts if measures else None})
+
+
+def settled(space: Space, values: Values) -> dict[str, Value]:
+    """Proposed values as they are merged.
+
+    Of gamma and epsilon the lower one is gamma. Numbers are rounded to four digits, but for the
+    recipe's own.
+    """
+    known = {axis.name: axis for axis in axes(space, values)}
+    told = {name: _rounded(known[name], value) for name, value in values.items()}
+    ends = sorted(float(told[name]) for name in ENDS if name in told)
+    return told | dict(zip(ENDS, ends, strict=True) if len(ends) == 2 else {})
+
+
+def written(recipe: Recipe) -> str:
+    """A recipe as YAML: what the user wrote, and what was changed."""
+    told = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    return str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
+
+
+def _kept(space: Space, values: Values, parameters: Parameters) -> dict[str, Any]:
+    method = method_of(space, values)
+    known = {*method.settings, *method.options, *method.accepted}
+    if method.name == space.recipe.merge_method:
+        known |= parameters.keys()  # what it does not know is refused, as in a merge
+    if sets_densities(space.recipe, guide_of(space, values)):
+        known.discard("density")
+    return {name: value for name, value in parameters.items() if name in known}
+
+
+def _guide(space: Space, told: Values) -> Guide | None:
+    name = guide_of(space, told)
+    if name == NONE:
+        return None
+    changed = {"name": name, "gamma": told[GAMMA], "epsilon": told[EPSILON]}
+    return (space.recipe.guide or Guide()).model_copy(update=changed)
+
+
+def _rounded(axis: Axis, value: Value) -> Value:
+    if isinstance(axis, Choice) or value == axis.start:
+        return value
+    return float(f"{value:.4g}")

@@ -1,0 +1,196 @@
+"""Preflight: what a run that nobody watches is to do, known before a weight is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lewis_hub import __version__
+from lewis_hub.errors import OutputError, PublishError, RecipeError
+from lewis_hub.files import write_whole
+from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.jobs import MOUNT, JobRequest
+from lewis_hub.hub.publish import proposals
+from lewis_hub.hub.target import look
+from lewis_hub.progress import Silent
+from lewis_hub.recipe.schema import Recipe
+from lewis_hub.workflow import check, fetch, report
+from lewis_hub.workflow.existing import IMPORTANCE, Former, former_merge
+from lewis_hub.workflow.job import Execution, Step
+from lewis_hub.workflow.resolve import resolve_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from huggingface_hub import HfApi
+
+    from lewis_hub.recipe.schema import Publishing
+    from lewis_hub.report.lock import Lock
+
+
+Way = Literal["unchanged", "merge", "stream"]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is to be done.
+
+    Attributes:
+        way: `unchanged`: nothing, the target repo holds this very merge; `merge`: on this disk;
+            `stream`: from Hub to Hub, since this disk is too small.
+        why: in words.
+        commit_url: of the commit that holds the merge.
+    """
+
+    way: Way
+    why: str
+    commit_url: str | None = None
+
+
+def look_ahead(
+    recipe: Recipe, asked: Publishing, output: Path, api: HfApi, *, force: bool
+) -> Preflight:
+    """Look at sources, disk and target; only headers and small files are read.
+
+    What the target's merge measured is left in `importance/`, beside the recipe or in the working
+    folder, unless there is a file already: `merge` need not measure it again then.
+
+    Args:
+        recipe: what to merge.
+        asked: where it goes. The target is only read, so a token that may read is enough; one that
+            cannot be seen counts as empty.
+        output: the folder that a merge on this disk would make.
+        api: the Hub.
+        force: whether to merge though nothing changed.
+
+    Raises:
+        CheckFailedError: the sources do not fit together.
+        OutputError: the disk is too small, and what the recipe asks for needs whole models.
+    """
+    inputs = resolve_inputs(recipe, api)
+    examined = check.examine(recipe, inputs, api, allow_code=False)
+    check.require_fine(examined.report)
+    step = Step(recipe, inputs, examined, Execution(), api, Silent())
+    try:
+        fetch.require_disk(step, output)
+        found = Preflight("merge", "The disk is large enough.")
+    except OutputError as shortage:
+        _require_streamable(recipe, shortage)
+        recipe = recipe.model_copy(update={"evaluate": None})  # scores need whole models
+        found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
+    former = former_merge(look(Asked(api, asked.repo, kind=PublishError)), api)
+    planned = report.lock(recipe, inputs, step.execution.max_shard_bytes, {})
+    held = None if force else _held(asked, former, planned, api)
+    if held:
+        name, sha = asked.repo, held.source.commit_sha
+        why = f"{name}@{sha[:8]} holds this merge already."
+        return Preflight("unchanged", why, f"{api.endpoint}/{name}/commit/{sha}")
+    if former and recipe.guide:
+        _keep_importance(recipe, former, api)
+    return found
+
+
+def _require_streamable(recipe: Recipe, shortage: OutputError) -> None:
+    if recipe.evaluate and recipe.evaluate.gate:
+        remedy = (
+            "A quality gate scores whole models, so the merge cannot be streamed past this disk: "
+            "take a larger machine, such as by `lewis-hub merge --push --on jobs`."
+        )
+        raise OutputError(shortage.path, shortage.problem, remedy)
+
+
+def _held(asked: Publishing, main: Former | None, planned: Lock, api: HfApi) -> Former | None:
+    """The planned merge where it lies on main, or in an open pull request if it would be one."""
+    formers = [main]
+    if asked.landing == "pull-request":
+        formers += [former_merge(target, api) for _, target in proposals(api, asked.repo)]
+    return next((former for former in formers if former and former.holds(planned)), None)
+
+
+def _keep_importance(recipe: Recipe, former: Former, api: HfApi) -> None:
+    place = Path(recipe.locate("importance")) / "importance.json"
+    told = former.read(IMPORTANCE, api)
+    if told and not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        write_whole(place, told)
+
+
+OUTPUT = "merged"  # in the working folder of the Job's machine, and gone with it
+RECIPE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a Job runs; None leaves the choice to the Hub."""
+
+    flavor: str | None
+    timeout: str | None
+    namespace: str | None
+
+
+def request(file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardware) -> JobRequest:
+    """The Job that merges a recipe and pushes the result.
+
+    Args:
+        file: the recipe's.
+        recipe: what it says.
+        options: of `merge`, to be handed on.
+        hardware: where it runs.
+
+    Raises:
+        RecipeError: it names models or files that a Job cannot have.
+    """
+    return JobRequest(
+        words=["merge", MOUNT, "-o", OUTPUT, *options],
+        files={RECIPE: file, **travelling(file, recipe)},
+        package=f"lewis-hub=={__version__}",
+        flavor=hardware.flavor,
+        timeout=hardware.timeout,
+        namespace=hardware.namespace,
+    )
+
+
+def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
+    """The local files that a recipe names, by their path beside it.
+
+    Raises:
+        RecipeError: a model is a local folder, or a file does not lie beside the recipe.
+    """
+    for model in _models(recipe):
+        if Path(recipe.locate(model)).exists():
+            problem = f"`{model}` is a folder of this machine, and a Job reads models from the Hub."
+            raise RecipeError(str(file), "models", problem, f"`lewis-hub push {model} OWNER/NAME`.")
+    found: dict[str, Path] = {}
+    beside = file.resolve().parent
+    for name in _data(recipe):
+        place = Path(recipe.locate(name))
+        if not place.exists():
+            continue  # a repo, or what the check will not find either
+        if Path(name).is_absolute() or not place.is_relative_to(beside):
+            problem = f"`{name}` does not lie beside the recipe, so a Job cannot have it."
+            raise RecipeError(str(file), "", problem, "Move it there, or to a repo on the Hub.")
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        found |= {
+            str(path.relative_to(beside)): path
+            for path in inside
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+    return found
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    if recipe.base_model:
+        yield recipe.base_model.name
+    for entry in recipe.experts:
+        yield entry.model.name
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    if recipe.evaluate and recipe.evaluate.include:
+        yield recipe.evaluate.include
+    for entry in recipe.experts:
+        calibration = recipe.calibration_of(entry)
+        told = calibration and (calibration.dataset, calibration.include)
+        yield from filter(None, told or ())

@@ -1,0 +1,319 @@
+"""Measure one model that no recipe speaks of: its importance on a dataset or task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from lewis_hub.calibration.measure import CalibrationSet, Subject, calibrate, missing
+from lewis_hub.calibration.meta_model import FEWER, HELD_BYTES, STATES
+from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.checkpoint.header import MERGEABLE
+from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
+from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
+from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.paired import compare
+from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.files import require_room, require_writable, write_whole
+from lewis_hub.guides.registry import Measure
+from lewis_hub.hub.facts import model_facts
+from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.compare import compare as compare_checkpoints
+from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.progress import Progress
+from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, ModelReference, Recipe
+from lewis_hub.report.difference import differences, recipe_differences
+from lewis_hub.report.lock import Lock
+from lewis_hub.report.plots import draw as draw_plots
+from lewis_hub.report.sections import adapter_card
+from lewis_hub.workflow.calibrate import Drawing, draw, in_memory, known_profile
+from lewis_hub.workflow.check import examine, settle
+from lewis_hub.workflow.convert_pickles import without_pickles
+from lewis_hub.workflow.evaluate import Candidate, Run, score, selection, settings_of
+from lewis_hub.workflow.fetch import download
+from lewis_hub.workflow.job import Execution, Step
+from lewis_hub.workflow.memory import ALLOW, EVEN_SO, Loading, blocks_bytes, states_bytes
+from lewis_hub.workflow.merge import loadable
+from lewis_hub.workflow.open import Opened, open_model
+from lewis_hub.workflow.report import lock
+from lewis_hub.workflow.resolve import (
+    Inputs,
+    PinnedTask,
+    hub_api,
+    named_dataset,
+    pin_task,
+    read_recipe,
+    resolve_inputs,
+    resolve_one,
+    scored_commits,
+)
+from lewis_hub.workflow.verify import read_lock
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from lewis_hub.merge.extract_lora import Extracted
+
+
+def score_one(
+    source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
+) -> Scores:
+    """Score one model, whole.
+
+    Pickled weights are converted first, and quantised ones that a merge can read are scored from a
+    bfloat16 copy; others are left to transformers.
+
+    Raises:
+        EvaluationError: a task or the model cannot be used.
+        SourceError: a file cannot be had.
+    """
+    selected = selection(None, asked, allow_code=execution.allow_code)
+    check_tasks(selected)
+    recipe = _alone(source)
+    inputs = without_pickles(recipe, Inputs(None, (source,), {}), api, progress)
+    (whole,) = inputs.models
+    folders = download(api, inputs.models, progress)
+    settings = settings_of(asked, execution.device)
+    with TemporaryDirectory() as scratch:
+        folder = folders[whole.pinned]
+        opened = open_model(api, whole)
+        if opened.checkpoint.is_computed and not opened.problem:
+            examined = examine(recipe, inputs, api, allow_code=True)
+            step = Step(recipe, inputs, examined, execution, api, progress)
+            folder = loadable(step, whole, folders, Path(scratch))
+        candidate = Candidate(source.pinned, source.commit_sha, folder)
+        loaded = load_tasks(selected, scored_commits(api, selected))
+        run = Run(loaded, asked.limit, settings, Path(scratch))
+        return compare(score([candidate], run, progress))
+
+
+def _alone(source: Source) -> Recipe:
+    """A recipe of one model, for the steps that ask for one."""
+    return Recipe(
+        models=(ModelEntry(model=ModelReference(name=source.name)),), merge_method="linear"
+    )
+
+
+CARD = "README.md"
+
+
+def extract_adapter(  # noqa: PLR0913
+    expert: ModelReference,
+    base: ModelReference,
+    most: int | None,
+    error: float,
+    output: Path,
+    api: HfApi,
+    progress: Progress,
+) -> Extracted:
+    """Write an adapter in PEFT's form; the folder appears whole or not at all.
+
+    Args:
+        expert: the fine-tuned model.
+        base: what it was fine-tuned from.
+        most: highest rank of a module's update; None: as high as it takes.
+        error: per module, the lowest rank that misses no more than this share of the task vector
+            is taken; 0 takes the highest rank everywhere.
+        output: folder to make.
+        api: the Hub.
+        progress: told the parameters that were looked at.
+
+    Raises:
+        LewisHubError: a model cannot be used, they do not fit, or are equal.
+    """
+    from lewis_hub.merge.extract_lora import extract
+    from lewis_hub.merge.sources import ScaledReader
+
+    sources = [resolve_one(base, api), resolve_one(expert, api)]
+    models = [open_model(api, source) for source in sources]
+    headers = _fitting(sources, models)
+    with open_workspace(output, replace=False) as work, ExitStack() as opened:
+        folders = download(api, sources, progress)
+        readers = [
+            opened.enter_context(ScaledReader(TensorReader(folders[source.pinned], source.pinned)))
+            for source in sources
+        ]
+        tensors = headers[0].tensors.values()
+        n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
+        pairs = list(zip(headers, readers, strict=True))
+        with progress.stage("Extracting", n_elements, "items") as advance:
+            found = extract(pairs[0], pairs[1], most, error, work.folder, advance)
+        licence = model_facts(api, sources[1]).licence
+        card = adapter_card(sources[0], sources[1], licence, found)
+        (work.folder / CARD).write_text(card, encoding="utf-8")
+        work.finish((CARD, *found.files))
+    return found
+
+
+def _fitting(sources: Sequence[Source], models: Sequence[Opened]) -> list[Checkpoint]:
+    """The headers of base and expert, where one can be held against the other."""
+    if refused := [model.problem for model in models if model.problem]:
+        raise ExtractionError(tuple(refused))
+    named = list(zip((source.pinned for source in sources), models, strict=True))
+    checkpoints = {pinned: model.checkpoint for pinned, model in named}
+    configs = {pinned: model.config for pinned, model in named}
+    settled = settle(sources[0].pinned, checkpoints, configs)
+    base, expert = (settled[source.pinned] for source in sources)
+    if misfits := compare_checkpoints(base, [expert]):
+        remedy = "Name the base that it was fine-tuned from."
+        raise ExtractionError(tuple(f"{m.source} {m.problem}. {remedy}" for m in misfits))
+    return [base, expert]
+
+
+PROFILE = "importance.json"
+IN_A_MERGE = f"lewis/{PROFILE}"
+
+
+def read_profile(api: HfApi, name: str) -> ImportanceProfile:
+    """The profile in a file, in a folder that `merge` or `importance` made, or in a merge's repo.
+
+    Raises:
+        SourceError: there is none.
+        ProfileError: the file cannot be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), name)
+    if path.is_dir():
+        found = next((path / p for p in (PROFILE, IN_A_MERGE) if (path / p).is_file()), None)
+        if found:
+            return ImportanceProfile.from_json(found.read_text(encoding="utf-8"), str(found))
+        raise _without(name)
+    reference = ModelReference.model_validate(name)
+    source = resolve_model(api, reference.name, reference.revision)
+    told = read_small(api, source, IN_A_MERGE)
+    if told is None:
+        raise _without(source.pinned)
+    where = f"{source.pinned}: {IN_A_MERGE}"
+    return ImportanceProfile.from_json(told.decode("utf-8", errors="replace"), where)
+
+
+def _without(name: str) -> SourceError:
+    remedy = f"Name an {PROFILE}, a merge with a guide that measures, or run "
+    remedy += "`lewis-hub importance MODEL --task TASK` first."
+    return SourceError(name, f"it has no {PROFILE}", remedy)
+
+
+GUIDE: Measure = "lewis"
+
+
+def measure_model(
+    model: ModelReference,
+    calibration: Calibration,
+    seed: int,
+    output: Path,
+    execution: Execution,
+    progress: Progress,
+) -> ImportanceProfile:
+    """Write `importance.json` and its plot; what `output` holds of this measurement is reused.
+
+    Args:
+        model: a repo, repo@revision or folder.
+        calibration: its relative paths are looked up in the working folder.
+        seed: draws the texts.
+        output: folder to write into.
+        execution: device, and whether tasks may run code.
+        progress: told how far it is.
+
+    Raises:
+        LewisHubError: the model or the data cannot be used.
+    """
+    execution.require_usable()
+    require_writable(output)
+    api = hub_api()
+    source = resolve_one(model, api)
+    how = Drawing(api, source, seed, execution.allow_code)
+    drawn = draw(how, calibration, _data(api, calibration), progress)
+    tokens = drawn.tokens.measured(GUIDE)
+    _require_fits(source, open_model(api, source).checkpoint, tokens, output, execution.loading)
+    folder = download(api, [source], progress)[source.pinned]
+    subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
+    checkpoint = local_checkpoint(source.pinned, folder)
+    subject = in_memory(subject, checkpoint, execution.loading, output)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / PROFILE
+    told = calibration.model_dump(mode="json", exclude_none=True)
+    before = known_profile(file)
+    known = ImportanceProfile(GUIDE, told, before.sources if before else ())
+    n_tokens = sum(one.n_tokens for one in missing([subject], known))
+    with progress.stage("Calibrating", n_tokens, "tokens") as advance:
+        profile = calibrate([subject], known, execution.device, advance, lambda _: None)
+    write_whole(file, profile.to_json())
+    draw_plots(profile, None, output)
+    return profile
+
+
+def _require_fits(
+    source: Source, checkpoint: Checkpoint, tokens: CalibrationSet, output: Path, loading: Loading
+) -> None:
+    """Refuse, before a weight is downloaded, what neither memory nor disk has room for."""
+    if not loading.has_room_for_blocks(checkpoint):
+        problem = f"block by block it takes {blocks_bytes(checkpoint):,} bytes in memory, {EVEN_SO}"
+        raise CalibrationModelError(source.name, problem, ALLOW)
+    n_tokens = tokens.tokens.n_tokens
+    by_block = loading.is_by_block(checkpoint) or loading.is_less_by_block(checkpoint, n_tokens)
+    n_bytes = states_bytes(checkpoint, n_tokens)
+    if by_block and n_bytes > HELD_BYTES:
+        require_room(output, n_bytes, STATES, FEWER)
+
+
+def _data(api: HfApi, calibration: Calibration) -> Source | PinnedTask:
+    written = calibration.dataset
+    if written is None:
+        include = Path(calibration.include).resolve() if calibration.include else None
+        return pin_task(api, calibration, include)
+    path = Path(written).expanduser()
+    if path.exists():
+        return replace(resolve_dataset(api, str(path.resolve())), name=written)
+    return named_dataset(api, written)
+
+
+RECIPES = (".yaml", ".yml")
+
+
+def tell_differences(before: str, after: str, api: HfApi) -> tuple[str, ...]:
+    """What differs, in words; of two recipes what they say, without asking the Hub.
+
+    A recipe beside a merge stands for the merge that it would make now, so that inputs that moved
+    are told.
+
+    Args:
+        before: a recipe file, or a folder, repo or repo@revision that a merge made.
+        after: likewise.
+        api: the Hub.
+
+    Raises:
+        LewisHubError: one cannot be found or read.
+    """
+    old, new = _recipe(before), _recipe(after)
+    if old and new:
+        return tuple(recipe_differences(_told(old), _told(new)))
+    if old:
+        made = _made(after, api)
+        return differences(_planned(old, made, api), made)
+    made = _made(before, api)
+    return differences(made, _planned(new, made, api) if new else _made(after, api))
+
+
+def _recipe(name: str) -> Recipe | None:
+    return read_recipe(name) if Path(name).suffix in RECIPES else None
+
+
+def _told(recipe: Recipe) -> dict[str, object]:
+    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _made(name: str, api: HfApi) -> Lock:
+    return read_lock(resolve_one(ModelReference.model_validate(name), api), api)
+
+
+def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
+    inputs = resolve_inputs(recipe, api, allow_pickle=True)
+    return lock(recipe, inputs, like.max_shard_bytes, {})

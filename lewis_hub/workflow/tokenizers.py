@@ -1,0 +1,322 @@
+"""Tokenizers: what is read of them, and what comes out of that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.errors import TokenizerError
+from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
+from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, Recipe, TokenEmbedding, Tokenizer
+from lewis_hub.tokenizer import union
+from lewis_hub.tokenizer.union import CONFIG, unite
+from lewis_hub.tokenizer.vocabulary import (
+    FILES,
+    Translation,
+    Vocabulary,
+    disagreement,
+    json_object,
+    read_vocabulary,
+    translation,
+)
+from lewis_hub.workflow.resolve import Inputs, measures_on_texts, source_of
+from lewis_hub.workflow.slices import at_the_ends
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+FAST = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How the tokenizer of the merge differs from the base's; see `sidecars.TokenizerFiles`."""
+
+    donor: str  # pinned
+    written: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the tokenizers make of a merge.
+
+    Attributes:
+        carried: None: the base's tokenizer as it is.
+        alignment: None where row i means the same in all sources.
+        translations: what the base's ids are in a source; none where they mean the same there.
+    """
+
+    carried: Carried | None = None
+    alignment: Alignment | None = None
+    translations: Mapping[str, Translation] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the tokenizers are judged by: small files, and how many rows there are."""
+
+    inputs: Inputs
+    api: HfApi
+    checkpoints: Mapping[str, Checkpoint]
+    configs: Mapping[str, Mapping[str, Any]]
+    tensors: tuple[str, ...]  # of the base, with a row a token
+
+    @property
+    def base(self) -> Source:
+        """Whose tensors and configuration the merge has."""
+        return self.inputs.donor
+
+    def rows(self, source: Source) -> int:
+        """How many rows a source has for tokens."""
+        return rows_of(self.checkpoints[source.pinned], self.tensors)
+
+    def is_alike(self, source: Source) -> bool:
+        """Whether a source has the base's tokens, as far as its files say, and as many rows."""
+        if self.rows(source) != self.rows(self.base):
+            return False
+        ours, theirs = self.base.file(FAST), source.file(FAST)
+        same = bool(ours and theirs and ours.digest == theirs.digest)
+        return source is self.base or (same and self._later(source) == self._later(self.base))
+
+    def read(self, source: Source, *names: str) -> dict[str, bytes]:
+        """Those of some small files that a source has."""
+        found = {name: read_small(self.api, source, name) for name in names}
+        return {name: content for name, content in found.items() if content is not None}
+
+    def read_json(self, source: Source, name: str) -> dict[str, Any]:
+        """A small JSON file; empty where a source has none."""
+        return json_object(source.name, self.read(source, name), name)
+
+    def _later(self, source: Source) -> object:
+        """The tokens that are added to those of `tokenizer.json`."""
+        return self.read_json(source, CONFIG).get("added_tokens_decoder")
+
+    def vocabulary(self, source: Source) -> Vocabulary | None:
+        """A source's own; None where nothing tells it without running code."""
+        return read_vocabulary(source.name, self.read(source, *FILES))
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def assembled(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Tokens:
+    """Embeddings are put together token by token, for the tokenizer that is asked for."""
+    inputs, base = sources.inputs, sources.base
+    named = _named(recipe, asked, sources)
+    carried = Carried(named.pinned)
+    changes = asked.tokens or asked.pad_to_multiple_of
+    if not changes and all(map(sources.is_alike, inputs.models)):
+        return Tokens(carried if named is not base else None)
+    if not sources.tensors:
+        problem = "none of its tensors has as many rows as its config.json says there are tokens"
+        remedy = "Leave `tokenizer_source` out: its embeddings cannot be put together by token."
+        raise TokenizerError(base.name, problem, remedy)
+    vocabularies = _vocabularies(sources)
+    others = [vocabularies[s.pinned] for s in inputs.models] if asked.source == "union" else []
+    start = vocabularies[named.pinned]
+    merged = unite(start, others, tuple(asked.tokens))
+    n_rows = sources.rows(named)
+    if asked.pad_to_multiple_of:
+        n_rows = -(-merged.n_rows // asked.pad_to_multiple_of) * asked.pad_to_multiple_of
+    elif merged is not start:
+        n_rows = max(n_rows, merged.n_rows)
+    alignment = by_token(
+        merged, vocabularies, sources.tensors, n_rows, base.pinned, padding=named.pinned
+    )
+    overrides = {
+        merged.ids[token]: override
+        for token, one in asked.tokens.items()
+        if (override := _override(recipe, sources, vocabularies, token, one))
+    }
+    if merged is not start:
+        written = union.extended(merged, sources.read_json(named, union.CONFIG))
+        carried = replace(carried, written=written, dropped=union.STALE)
+    ours = vocabularies[base.pinned]
+    translations = {
+        source.pinned: translation(ours, vocabularies[source.pinned], sources.rows(source))
+        for source in inputs.models
+        if disagreement(ours, vocabularies[source.pinned]) or sources.rows(source) < ours.n_rows
+    }
+    carried = _with_ids(carried, sources, named, n_rows)
+    return Tokens(carried, replace(alignment, overrides=overrides), translations)
+
+
+def _named(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Source:
+    """The source whose tokenizer is carried, or extended to a union."""
+    if asked.source in ("base", "union"):
+        return sources.base
+    named = source_of(recipe, sources.inputs, asked.source)
+    if not any(map(named.file, ("tokenizer.json", "vocab.json"))):
+        remedy = "Name a model that has one, or write `base` or `union`."
+        raise TokenizerError(f"tokenizer_source: {named.name}", "it has no tokenizer.json", remedy)
+    return named
+
+
+def _vocabularies(sources: Sources) -> dict[str, Vocabulary]:
+    """Of all sources, by pinned source; one that tells nothing and is as long has the base's."""
+    base = sources.vocabulary(sources.base)
+    found: dict[str, Vocabulary] = {}
+    for source in sources.inputs.models:
+        alike = base is not None and sources.is_alike(source)
+        own = base if alike or source is sources.base else sources.vocabulary(source)
+        if own is None and base and sources.rows(source) == sources.rows(sources.base):
+            own = base
+        if own is None:
+            problem = "it has no tokenizer.json, so nothing tells which token a row is for"
+            remedy = "Save its tokenizer with transformers' `AutoTokenizer` and `save_pretrained`."
+            raise TokenizerError(source.name, problem, remedy)
+        found[source.pinned] = own
+    return found
+
+
+def _override(
+    recipe: Recipe,
+    sources: Sources,
+    vocabularies: Mapping[str, Vocabulary],
+    token: str,
+    one: TokenEmbedding,
+) -> Override | None:
+    if one.source is None:
+        return None
+    if one.model is None:
+        return Override(None, is_forced=one.force)
+    source = source_of(recipe, sources.inputs, one.model)
+    asked = one.source if isinstance(one.source, ModelToken) else None
+    text = asked.token if asked and asked.token is not None else token
+    row = asked.token_id if asked else None
+    row = vocabularies[source.pinned].ids.get(text) if row is None else row
+    if row is None or row >= sources.rows(source):
+        problem = (
+            f"{source.name} has no row for {text!r}"
+            if row is None
+            else (f"{source.name} has no row {row}: it has {sources.rows(source)}")
+        )
+        raise TokenizerError(f"tokenizer.tokens.{token}", problem, "Name a token that it has.")
+    return Override(source.pinned, row, one.force)
+
+
+def _with_ids(carried: Carried, sources: Sources, named: Source, n_rows: int) -> Carried:
+    """Numbers in the configurations that follow the tokenizer."""
+    config: dict[str, Any] = {}
+    if n_rows != sources.rows(sources.base):
+        config["vocab_size"] = n_rows
+    if named is sources.base:
+        return replace(carried, config=config)
+    told = sources.configs[named.pinned]
+    generation = sources.read_json(named, "generation_config.json")
+    inner = told.get("text_config") or {}
+    own = {key: told.get(key, inner.get(key)) for key in SPECIAL}
+    return replace(
+        carried,
+        config=config | own,
+        generation={key: generation.get(key, own[key]) for key in SPECIAL},
+    )
+
+
+N_SHOWN = 3
+
+
+def examine_tokens(
+    recipe: Recipe,
+    inputs: Inputs,
+    api: HfApi,
+    checkpoints: Mapping[str, Checkpoint],
+    configs: Mapping[str, Mapping[str, Any]],
+) -> Tokens:
+    """Hold the tokenizers against each other, and decide on that of the merge."""
+    config = configs[inputs.donor.pinned]
+    n_tokens = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
+    tensors = token_tensors(checkpoints[inputs.donor.pinned], n_tokens)
+    sources = Sources(inputs, api, checkpoints, configs, tensors)
+    asked = recipe.asked_tokenizer
+    if recipe.slices and not asked and not measures_on_texts(recipe):
+        sources = replace(sources, inputs=at_the_ends(recipe, inputs))
+    try:
+        found = assembled(recipe, asked, sources) if asked else _agreeing(sources)
+        return _with_template(recipe, found, sources)
+    except TokenizerError as error:
+        return Tokens(problems=(str(error),))
+
+
+def calibration_notes(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
+    """Sources that may lack tokens of the calibration texts, which are not drawn yet."""
+    found = tokens.translations if measures_on_texts(recipe) else {}
+    return [
+        f"{source.name} lacks {_listed([*found[source.pinned].lacking.values()])} of "
+        f"{inputs.donor.name}, whose tokenizer cuts the calibration texts: a text that has one is "
+        "refused."
+        for source in dict.fromkeys(inputs.models)
+        if source.pinned in found and found[source.pinned].lacking
+    ]
+
+
+def _agreeing(sources: Sources) -> Tokens:
+    """Nothing was asked: tokenizers must agree, and what one has beyond the others is padding."""
+    others = [s for s in sources.inputs.models if not sources.is_alike(s)]
+    base = sources.vocabulary(sources.base) if others else None
+    if base is None:
+        return Tokens()
+    problems, notes, translations = [], [], {}
+    for source in others:
+        own = sources.vocabulary(source)
+        if own is None:
+            if sources.rows(source) != sources.rows(sources.base):
+                return Tokens()  # the check tells the shapes: nobody knows what the rows mean
+            continue
+        clash = disagreement(base, own)
+        if clash:
+            problems.append(
+                f"{clash}, so rows of their embeddings do not belong together. Set "
+                "`tokenizer_source`: with `base` the merge has the base's tokens, with `union` "
+                "those of all models."
+            )
+        elif extra := sorted(own.ids.keys() - base.ids.keys(), key=own.ids.__getitem__):
+            notes.append(
+                f"{source.name} has {_listed(extra)}, which the base's tokenizer lacks; "
+                "`tokenizer_source: union` would keep them."
+            )
+        if clash or sources.rows(source) < base.n_rows:
+            translations[source.pinned] = translation(base, own, sources.rows(source))
+    every = [sources.checkpoints[source.pinned] for source in sources.inputs.models]
+    differ = len({sources.rows(source) for source in sources.inputs.models}) > 1
+    alignment = by_row(every[0], every, sources.tensors) if differ and not problems else None
+    return Tokens(None, alignment, translations, tuple(problems), tuple(notes))
+
+
+def _with_template(recipe: Recipe, found: Tokens, sources: Sources) -> Tokens:
+    asked = recipe.chat_template
+    if asked is None or asked == "auto":
+        return found
+    text: str | None = union.built_in(asked) if asked in CHAT_TEMPLATES else asked
+    if recipe.reference(asked):
+        source = source_of(recipe, sources.inputs, asked)
+        text = union.template_of(source.name, sources.read(source, *union.KEEPERS))
+        if text is None:
+            remedy = "Name a model that has one, or give its text."
+            raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)
+    assert text is not None  # a text, or refused above
+    carried = found.carried or Carried(sources.base.pinned)
+    donor = next(s for s in sources.inputs.models if s.pinned == carried.donor)
+    changed = carried.written.get(union.CONFIG)
+    config = json.loads(changed) if changed else sources.read_json(donor, union.CONFIG)
+    written = {**carried.written, **union.with_template(text, config)}
+    dropped = (*carried.dropped, *union.TEMPLATES)
+    return replace(found, carried=replace(carried, written=written, dropped=dropped))
+
+
+def _listed(tokens: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, tokens[:N_SHOWN]))
+    if len(tokens) > N_SHOWN:
+        return f"{len(tokens)} tokens ({shown}, ...)"
+    return f"the token{'s' * (len(tokens) > 1)} {shown}"

@@ -1,0 +1,344 @@
+"""Verify: whether the files of a merge are those that its lock says, here or on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
+from lewis_hub.evaluate.gate import FILE as GATE
+from lewis_hub.files import sha256_of
+from lewis_hub.hub.commit import SIGNATURE
+from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.progress import Progress
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.recipe.schema import Recipe
+from lewis_hub.report.cost import FILE as COSTS
+from lewis_hub.report.difference import FILE as CHANGELOG
+from lewis_hub.report.lock import FILE as LOCK
+from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
+from lewis_hub.report.lock import Lock, OutputFile, is_provenance_of
+from lewis_hub.report.mergekit import FILE as MERGEKIT
+from lewis_hub.report.page import FILE as REPORT
+from lewis_hub.workflow.resolve import calibrations
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from model_signing.hashing import Config
+
+
+UNSIGNED = ("README.md", CHANGELOG, SIGNATURE)
+# model-signing's words, inside the representation of a list: quotes may be escaped there
+MISMATCHED = re.compile(r"Hash mismatch for \\*'(.+?)\\*':")
+MAKE = (
+    "Make a pair: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, then"
+    " `openssl ec -in key.pem -pubout -out key.pub`."
+)
+
+
+def sign(folder: Path, private_key: Path) -> None:
+    """Write `model.sig`; one that holds under the same key stays, so that nothing changes.
+
+    Args:
+        folder: a finished merge.
+        private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521), not encrypted.
+
+    Raises:
+        SignatureError: the key cannot be used.
+        ExtraMissingError: model-signing is not installed.
+    """
+    signer, public_half = _signer(private_key)
+    found = {path: sha256_of(folder / path) for path in _files(folder)}
+    if (folder / SIGNATURE).exists():
+        with TemporaryDirectory() as scratch:
+            public = Path(scratch) / "public.pem"
+            public.write_bytes(public_half)
+            if problem_with((folder / SIGNATURE).read_bytes(), found, public) is None:
+                return
+    signer.set_hashing_config(_known(found))
+    new = folder / f".{SIGNATURE}.new"
+    signer.sign(folder, new)
+    new.replace(folder / SIGNATURE)
+
+
+def require_key(private_key: Path) -> None:
+    """Refuse, before any work, a key that cannot sign.
+
+    Raises:
+        SignatureError: the key cannot be used.
+        ExtraMissingError: model-signing is not installed.
+    """
+    _signer(private_key)
+
+
+def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -> str | None:
+    """Why a signature does not hold; None where it does.
+
+    Args:
+        signature: the content of `model.sig`.
+        found: path -> sha256 of the files as they are. Others than those that were signed are
+            not looked at.
+        public_key: PEM file.
+
+    Raises:
+        SignatureError: the key cannot be used.
+        ExtraMissingError: model-signing is not installed.
+    """
+    _require_installed()
+    from cryptography.exceptions import InvalidSignature
+    from model_signing import verifying
+
+    try:
+        check = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise _unusable(public_key, "public", error) from error
+    check.set_hashing_config(_known(found)).set_ignore_unsigned_files(True)
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / SIGNATURE
+        file.write_bytes(signature)
+        try:
+            check.verify(PurePosixPath(), file)
+        except InvalidSignature:
+            return "it was made with another key, or changed"
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            files = dict.fromkeys(MISMATCHED.findall(told))
+            return f"it was made of other files: {', '.join(files)}" if files else told
+    return None
+
+
+def _signer(private_key: Path) -> tuple[Any, bytes]:
+    """What signs with a key, and the public half of it."""
+    _require_installed()
+    from cryptography.hazmat.primitives import serialization
+    from model_signing import signing
+
+    try:
+        signer = signing.Config().use_elliptic_key_signer(private_key=private_key)
+        key = serialization.load_pem_private_key(private_key.read_bytes(), None)
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise _unusable(private_key, "private", error) from error
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return signer, public
+
+
+def _known(found: Mapping[str, str]) -> Config:
+    """Hashes that are known already, in the place of model-signing's reading of a folder."""
+    from model_signing import hashing, manifest
+    from model_signing._hashing.hashing import Digest
+
+    told = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+    how = manifest.SerializationType.from_args(told | {"ignore_paths": sorted(UNSIGNED)})
+
+    class Known(hashing.Config):  # type: ignore[misc]
+        def hash(
+            self, model_path: Any, *, files_to_hash: Iterable[Any] | None = None
+        ) -> manifest.Manifest:
+            wanted = found if files_to_hash is None else {str(path) for path in files_to_hash}
+            if LOCK not in wanted:
+                raise ValueError(f"it does not cover {LOCK}")
+            items = [
+                how.new_item(path, Digest("sha256", bytes.fromhex(found[path])))
+                for path in sorted(found)
+                if path in wanted
+            ]
+            return manifest.Manifest(Path(model_path).name or "model", items, how)
+
+    return Known()
+
+
+def _files(folder: Path) -> Iterable[str]:
+    for path in sorted(folder.rglob("*")):
+        part = path.relative_to(folder)
+        hidden = any(piece.startswith(".") for piece in part.parts)
+        if path.is_file() and not hidden and part.as_posix() not in UNSIGNED:
+            yield part.as_posix()
+
+
+def _require_installed() -> None:
+    if find_spec("model_signing") is None:
+        raise ExtraMissingError("Signing", "sign")
+
+
+def _unusable(key: Path, half: str, error: Exception) -> SignatureError:
+    if isinstance(error, OSError):
+        return SignatureError(str(key), f"it cannot be read ({error.strerror})", MAKE)
+    if "encrypted" in str(error):
+        plain = "`openssl ec -in KEY -out PLAIN` writes one without."
+        return SignatureError(str(key), "the key has a password", plain)
+    return SignatureError(str(key), f"it holds no {half} key on P-256, P-384 or P-521", MAKE)
+
+
+# What only tells of a merge, and pictures: their owner may change them, and nothing loads them.
+UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, REPORT, SIGNATURE, "README.md"})
+PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was held against the lock.
+
+    Attributes:
+        problems: files that are not as the lock says; none means that all are.
+        n_files: that were held against it.
+        signature: whether there is one and, where a key was given, that it holds.
+    """
+
+    lock: Lock
+    problems: tuple[str, ...]
+    n_files: int
+    signature: Literal["none", "unchecked", "holds", "broken"]
+
+
+def read_lock(source: Source, api: HfApi) -> Lock:
+    """The lock that a merge left behind.
+
+    Raises:
+        OutputError: there is none, or it was changed.
+    """
+    found = read_small(api, source, LOCK)
+    if found is None:
+        problem = f"it has no {LOCK}, so it is no merge by lewis-hub."
+        raise OutputError(source.pinned, problem, "Name a folder or repo that `merge` made.")
+    return Lock.from_json(found.decode("utf-8", errors="replace"), f"{source.pinned}: {LOCK}")
+
+
+def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
+    """The recipe that a lock holds, every source at its commit, without scoring or publishing.
+
+    Args:
+        lock: of the merge.
+        source: the merge.
+        allow_code: whether task files that came with it may be used: they are code.
+
+    Raises:
+        OutputError: it calibrates on such files, and they may not be used or are not here.
+    """
+    kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
+    if any(one.include for one in calibrations(recipe)) and not (source.folder and allow_code):
+        problem = "it was calibrated on task files that came with it, and those are code."
+        remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
+        raise OutputError(source.pinned, problem, remedy)
+    return recipe.placed_in(source.folder / "lewis") if source.folder else recipe
+
+
+def verify_files(
+    source: Source, lock: Lock, api: HfApi, progress: Progress, public_key: Path | None
+) -> Verdict:
+    """Hold every file against the lock. No weight is downloaded: the Hub tells their digests.
+
+    Args:
+        source: what a merge made.
+        lock: its own.
+        api: the Hub.
+        progress: told how far it is.
+        public_key: PEM file; None: a signature is not looked into.
+
+    Raises:
+        SignatureError: the key cannot be used.
+        ExtraMissingError: there is a key, and model-signing is not installed.
+    """
+    problems: list[str] = []
+    total = sum(file.n_bytes for file in lock.outputs.values())
+    found: dict[str, str] = {}
+    with progress.stage("Verifying", total, "bytes") as advance:
+        for path, expected in lock.outputs.items():
+            if file := source.file(path):
+                found[path] = _sha256(source, path, file.digest, api)
+            problems += _problems(file, expected, path, found.get(path))
+            advance(expected.n_bytes)
+    problems += [
+        f"{file.path}: it is no part of the merge."
+        for file in source.files
+        if file.path not in lock.outputs and not _may_be_added(file.path)
+    ]
+    told = read_small(api, source, PROVENANCE)
+    if told is None or not is_provenance_of(told.decode("utf-8", "replace"), lock):
+        what = "missing" if told is None else "not what the lock says"
+        problems.append(f"{PROVENANCE}: it is {what}.")
+    if public_key is None:
+        return Verdict(lock, tuple(problems), len(lock.outputs), _signature_in(source))
+    broken = _problem_with_signature(source, api, found, public_key)
+    problems += [f"{SIGNATURE}: {broken}."] if broken else []
+    return Verdict(lock, tuple(problems), len(lock.outputs), "broken" if broken else "holds")
+
+
+def compare_models(lock: Lock, made: Lock) -> tuple[str, ...]:
+    """What of a model came out otherwise when the same merge was made again.
+
+    That is all that is loaded: weights, configuration, tokenizer, code. What lies in `lewis/` only
+    tells of the merge, and drawings differ from one library to the next.
+    """
+    told, again = (
+        {path: file.sha256 for path, file in one.outputs.items() if _is_loaded(path)}
+        for one in (lock, made)
+    )
+    return tuple(
+        f"{path}: made again it has sha256 {_short(again[path])}, the lock says "
+        f"{_short(told[path])}."
+        if path in told and path in again
+        else f"{path}: the merge that was made again {'lacks' if path in told else 'has'} it."
+        for path in dict.fromkeys((*told, *again))
+        if told.get(path) != again.get(path)
+    )
+
+
+def _is_loaded(path: str) -> bool:
+    return not path.startswith("lewis/") and path != MERGEKIT
+
+
+def _may_be_added(path: str) -> bool:
+    """Whether a file that the merge did not make may lie beside it."""
+    hidden = any(part.startswith(".") for part in path.split("/"))
+    return path in UNLOCKED or hidden or path.lower().endswith(PICTURES)
+
+
+def _problems(
+    file: SourceFile | None, expected: OutputFile, path: str, found: str | None
+) -> Iterator[str]:
+    if file is None or found is None:
+        yield f"{path}: it is missing."
+    elif file.size_bytes != expected.n_bytes:
+        yield f"{path}: it has {file.size_bytes:,} bytes, the lock says {expected.n_bytes:,}."
+    elif found != expected.sha256:
+        yield f"{path}: its sha256 is {_short(found)}, the lock says {_short(expected.sha256)}."
+
+
+def _signature_in(source: Source) -> Literal["none", "unchecked"]:
+    return "none" if source.file(SIGNATURE) is None else "unchecked"
+
+
+def _problem_with_signature(
+    source: Source, api: HfApi, found: dict[str, str], public_key: Path
+) -> str | None:
+    signature = read_small(api, source, SIGNATURE)
+    if signature is None:
+        return "there is none, and a key was given"
+    others = [file for file in source.files if file.path not in found]
+    known = {file.path: _sha256(source, file.path, file.digest, api) for file in others}
+    return problem_with(signature, found | known, public_key)
+
+
+def _sha256(source: Source, path: str, digest: str, api: HfApi) -> str:
+    if source.folder:
+        return sha256_of(source.folder / path)  # not what was remembered: the bytes themselves
+    if digest.startswith("sha256:"):
+        return digest.removeprefix("sha256:")
+    return hashlib.sha256(read_small(api, source, path) or b"").hexdigest()
+
+
+def _short(sha256: str) -> str:
+    return f"{sha256[:12]}…"

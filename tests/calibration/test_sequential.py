@@ -1,0 +1,374 @@
+"""Fitting a merge block by block, held against whole models and the normal equations."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lewis_hub.calibration import meta_model as skeleton_of
+from lewis_hub.calibration import sequential
+from lewis_hub.calibration.grams import WIDEST
+from lewis_hub.calibration.hooks import Order
+from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.sequential import Texts, fit
+from lewis_hub.errors import NotByBlockError
+from lewis_hub.methods.regmean import RIDGE, regmean
+
+from . import conftest
+from .conftest import tiny_model, tokens_of
+
+LEVELS = {  # of each block, in the order in which they run; mamba takes dt_proj by its weight
+    "llama": [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ],
+    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],
+    "mamba": [["mixer.in_proj"], ["mixer.x_proj"], ["mixer.out_proj"]],
+}
+BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "mamba": "backbone.layers"}
+TEXTS = [
+    [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [20, 21, 22, 23, 24]],
+    [[40, 41, 42, 43], [44, 45, 46, 47, 48, 49], [50, 60], [70, 71, 72]],
+]
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A base, two experts and their average, and where the last three lie."""
+
+    def make(architecture):
+        found = [tiny_model(architecture, seed) for seed in range(3)]
+        average = tiny_model(architecture)
+        with torch.no_grad():
+            for name, parameter in average.named_parameters():
+                pair = [dict(one.named_parameters())[name] for one in found[1:]]
+                parameter.copy_((pair[0] + pair[1]) / 2)
+        made = [*found, average]
+        folders = [tmp_path / name for name in ("first", "second", "average")]
+        for one, folder in zip(made[1:], folders, strict=True):
+            one.save_pretrained(folder)
+        return made, folders
+
+    return make
+
+
+def rows(model, path, texts):
+    """What a module is handed, text by text, in float64."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().reshape(-1, args[0].shape[-1]).double())
+    )
+    with torch.no_grad():
+        for ids in texts:
+            model(input_ids=torch.tensor([ids]))
+    handle.remove()
+    return torch.cat(seen)
+
+
+def beside(model, block, path, texts):
+    """What a block returns less what a Linear of it makes of its input, bias apart; in float64."""
+    returned, added = [], []
+    module = model.get_submodule(path)
+    bias = 0 if module.bias is None else module.bias.detach()
+
+    def keep(of, found, bias=0):
+        of.append((found - bias).detach().reshape(-1, found.shape[-1]).double())
+
+    handles = [
+        module.register_forward_hook(lambda _, _given, found: keep(added, found, bias)),
+        model.get_submodule(block).register_forward_hook(
+            lambda _, _given, found: keep(returned, found[0] if type(found) is tuple else found)
+        ),
+    ]
+    with torch.no_grad():
+        for ids in texts:
+            model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return torch.cat(returned) - torch.cat(added)
+
+
+def shrunk(matrix, gram, alpha):
+    found = alpha * matrix
+    found.diagonal().copy_(matrix.diagonal() + RIDGE * gram.diagonal().mean())
+    return found
+
+
+def naive(architecture, models, alpha):
+    """Whole models, one module after the other, by the normal equations in float64."""
+    base, *experts, merged = models
+    found = {}
+    for number in range(len(merged.get_submodule(BLOCKS[architecture]))):
+        for level in LEVELS[architecture]:
+            paths = [f"{BLOCKS[architecture]}.{number}.{name}" for name in level]
+            pairs = [
+                (rows(merged, paths[0], texts), rows(expert, paths[0], texts))
+                for expert, texts in zip(experts, TEXTS, strict=True)
+            ]
+            gaps, last = [], level is LEVELS[architecture][-1]
+            if last:
+                block = f"{BLOCKS[architecture]}.{number}"
+                gaps = [
+                    beside(expert, block, paths[0], texts) - beside(merged, block, paths[0], texts)
+                    for expert, texts in zip(experts, TEXTS, strict=True)
+                ]
+            for path in paths:
+                w0, *ws = (
+                    turned(architecture, m.get_submodule(path).weight.detach().double())
+                    for m in (base, *experts)
+                )
+                total, wanted = 0, 0
+                for (x, z), w in zip(pairs, ws, strict=True):
+                    gram = x.T @ x / len(x)
+                    cross = shrunk(z.T @ x / len(x), gram, alpha)
+                    gram = shrunk(gram, gram, alpha)
+                    total, wanted = total + gram, wanted + w @ cross - w0 @ gram
+                fitted = w0 + torch.linalg.solve(total, wanted.T).T
+                if last:
+                    missing = sum(g.T @ x / len(x) for (x, _), g in zip(pairs, gaps, strict=True))
+                    more = torch.linalg.solve(total, missing.T).T
+                    made = [more @ x.T / len(x) ** 0.5 for x, _ in pairs]
+                    most = (more * missing).sum() / sum((one**2).sum() for one in made)
+                    fitted += min(max(most, 0), 1) * more
+                found[path] = turned(architecture, fitted).float()
+            for path in paths:
+                with torch.no_grad():
+                    merged.get_submodule(path).weight.copy_(found[path])
+    return found
+
+
+def turned(architecture, weight):
+    return weight.T if architecture == "gpt2" else weight
+
+
+def solver(models, alpha, asked=None):
+    base, *experts = (one.state_dict() for one in models[:3])
+
+    def solve(tensor, seen, transposed):
+        if asked is not None:
+            asked.append(tensor)
+        vectors = torch.stack([expert[tensor] - base[tensor] for expert in experts])
+        return regmean(
+            base[tensor],
+            vectors,
+            weights=torch.ones(2),
+            densities=[1, 1],
+            grams=[one.gram for one in seen],
+            crosses=[one.cross for one in seen],
+            gaps=[one.gap for one in seen],
+            transposed=transposed,
+            off_diagonal=alpha,
+            inputs="merged",
+        )
+
+    return solve
+
+
+def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
+    output.mkdir(exist_ok=True)
+    *experts, merged = folders
+    asked = [
+        Texts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
+        for folder, own in zip(experts, texts, strict=True)
+    ]
+    files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("architecture", LEVELS)
+def test_each_matrix_is_fitted_on_what_the_merged_model_hands_it(models, tmp_path, architecture):
+    made, folders = models(architecture)
+
+    found = run(folders, solver(made, 0.7), tmp_path / "fitted")
+
+    expected = naive(architecture, made, 0.7)
+    assert set(found) == {f"{path}.weight" for path in expected}
+    for path, weight in expected.items():
+        torch.testing.assert_close(found[f"{path}.weight"], weight, rtol=1e-3, atol=1e-3)
+
+
+def test_matrices_are_asked_for_in_the_order_in_which_they_run(models, tmp_path):
+    made, folders = models("llama")
+    asked, told = [], []
+
+    run(folders, solver(made, 0.5, asked), tmp_path / "fitted", advance=told.append)
+
+    names = [name for level in LEVELS["llama"] for name in level]
+    assert asked == [f"model.layers.{b}.{name}.weight" for b in range(3) for name in names]
+    assert sum(told) == sum(len(ids) for own in TEXTS for ids in own)
+
+
+def test_blocks_that_are_there_are_taken_and_the_rest_comes_out_the_same(models, tmp_path):
+    made, folders = models("llama")
+    whole = run(folders, solver(made, 0.5), tmp_path / "whole")
+    part, asked = tmp_path / "part", []
+    part.mkdir()
+    save_file(load_file(tmp_path / "whole" / "0.safetensors"), part / "0.safetensors")
+
+    found = run(folders, solver(made, 0.5, asked), part)
+
+    assert {name.split(".")[2] for name in asked} == {"1", "2"}
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_experts_that_are_the_merge_stay_as_they_are(models, tmp_path):
+    made, folders = models("llama")
+    same = [made[0], made[1], made[1]]
+
+    found = run([folders[0]] * 3, solver(same, 0.5), tmp_path / "fitted", [TEXTS[0]] * 2)
+
+    expert = made[1].state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expert[name], rtol=1e-3, atol=1e-3)
+
+
+def routed(mlp, x):
+    """An MLP whose `up_proj` sees the tokens alone that are sent to it."""
+    sent = x[..., 0] > 0
+    up = torch.zeros(*x.shape[:-1], mlp.up_proj.out_features)
+    up[sent] = mlp.up_proj(x[sent])
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up)
+
+
+def test_what_chosen_tokens_reach_is_fitted_on_the_experts_own(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", routed)
+    seen_of = {}
+
+    def solve(tensor, seen, transposed):
+        seen_of[tensor] = seen
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    run(folders, solve, tmp_path / "fitted")
+
+    for block in range(3):
+        own = seen_of[f"model.layers.{block}.mlp.up_proj.weight"]
+        for expert, texts, seen in zip(made[1:3], TEXTS, own, strict=True):
+            x = rows(expert, f"model.layers.{block}.mlp.up_proj", texts)
+            assert 0 < len(x) < sum(map(len, texts))
+            gram = x.T @ x / len(x)
+            torch.testing.assert_close(seen.gram[0].double(), gram, rtol=1e-4, atol=1e-5)
+            assert seen.cross is None
+        gate = seen_of[f"model.layers.{block}.mlp.gate_proj.weight"]
+        assert all(one.cross is not None for one in gate)
+
+
+def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
+    models, tmp_path, monkeypatch
+):
+    made, folders = models("llama")
+
+    def gaps(name):
+        found = {}
+
+        def solve(tensor, seen, transposed):
+            found[tensor] = [one.gap is not None for one in seen]
+            return solver(made, 0.5)(tensor, seen, transposed)
+
+        run(folders, solve, tmp_path / name)
+        return {tensor for tensor, known in found.items() if all(known)}
+
+    assert gaps("added") == {f"model.layers.{block}.mlp.down_proj.weight" for block in range(3)}
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward",
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) / 2,
+    )
+    assert gaps("halved") == set()
+
+
+def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward",
+        lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x))),
+    )
+
+    found = run(folders, solver(made, 0.5), tmp_path / "fitted")
+
+    assert "model.layers.0.mlp.up_proj.weight" not in found
+    assert "model.layers.0.mlp.gate_proj.weight" in found
+
+
+def test_a_module_is_of_the_level_whose_very_tensor_it_is_handed_though_another_had_it_before():
+    x, y, z = (torch.ones(2, 3) for _ in range(3))
+    order = Order()
+
+    for path, handed in [("twice", x), ("other", y), ("twice", z), ("last", z)]:
+        order.see(path, handed)
+
+    assert [level for level in order.levels if level] == [["twice"], ["other"], ["last"]]
+    assert order.n_rows == {"twice": [2, 2], "other": [2], "last": [2]}
+
+
+def every_other_block_routes(model):
+    """Blocks 1, 3, ... of a model, as in decoders of which only some have experts."""
+    for number, block in enumerate(model.model.layers):
+        if number % 2:
+            block.mlp.forward = partial(routed, block.mlp)
+
+
+def test_an_interrupted_fit_comes_out_the_same_where_texts_have_to_run_without_padding(
+    models, tmp_path, monkeypatch
+):
+    deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
+    monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
+    made, folders = models("llama")
+    empty = skeleton_of.skeleton
+
+    def built(weights, device):
+        found = empty(weights, device)
+        every_other_block_routes(found.model)
+        return found
+
+    monkeypatch.setattr(sequential, "skeleton", built)
+    whole = run(folders, solver(made, 0.5), tmp_path / "whole")
+    part = tmp_path / "part"
+
+    def stopping(tensor, seen, transposed):
+        if tensor.startswith("model.layers.2."):
+            raise KeyboardInterrupt
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folders, stopping, part)
+    found = run(folders, solver(made, 0.5), part)
+
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_module_that_is_handed_all_of_some_texts_alone_is_fitted_on_the_experts_own(
+    models, tmp_path, monkeypatch
+):
+    def choosy(mlp, x):  # the few tokens that are tried are of the first text, of seven
+        return routed(mlp, x) if x.shape[1] < 7 else mlp.down_proj(mlp.up_proj(x))
+
+    made, folders = models("llama")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", choosy)
+    crosses = {}
+
+    def solve(tensor, seen, transposed):
+        crosses[tensor] = [one.cross is None for one in seen]
+        return solver(made, 0.5)(tensor, seen, transposed)
+
+    run(folders, solve, tmp_path / "fitted")
+
+    assert crosses["model.layers.0.mlp.up_proj.weight"] == [True, True]
+    assert crosses["model.layers.0.mlp.down_proj.weight"] == [False, False]
+
+
+def test_an_expert_of_more_blocks_than_the_merge_is_refused(models, tmp_path, monkeypatch):
+    made, folders = models("llama")
+    deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
+    monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
+    tiny_model("llama").save_pretrained(folders[1])
+
+    with pytest.raises(NotByBlockError) as caught:
+        run(folders, solver(made, 0.5), tmp_path / "fitted")
+
+    assert "its blocks have other matrices than the merge's" in str(caught.value)

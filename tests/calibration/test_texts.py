@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lewis_hub.calibration.texts import batches, calibration_tokens, draw_rows, load_tokenizer
+from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
+from lewis_hub.recipe.schema import Calibration
+
+from .conftest import tokens_of
+
+
+class Table:
+    def __init__(self, rows: list[dict[str, Any]], columns: tuple[str, ...] = ("text",)) -> None:
+        self.columns = columns
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self._rows[i] for i in indices]
+
+
+def asking(**settings: Any) -> Calibration:
+    return Calibration(**{"dataset": "me/data", "text": "{text}", "samples": 3, **settings})
+
+
+def test_the_rows_that_a_seed_draws_never_change():
+    """As `printf 42:219 | b2sum -l 64` and so on order them."""
+    assert draw_rows(1000, 8, seed=42) == (219, 380, 601, 138, 190, 97, 289, 378)
+    assert draw_rows(300, 8, seed=0) == (62, 177, 173, 269, 248, 273, 3, 52)
+    assert draw_rows(10, 4, seed=42) == (0, 2, 5, 9)
+
+
+def test_a_larger_sample_begins_with_the_smaller_one():
+    assert draw_rows(500, 40, seed=1)[:15] == draw_rows(500, 15, seed=1)
+
+
+def test_fewer_rows_than_samples_are_all_drawn_once():
+    drawn = draw_rows(7, 100, seed=3)
+
+    assert sorted(drawn) == list(range(7))
+    assert draw_rows(0, 5, seed=3) == ()
+
+
+def test_every_row_is_drawn_about_as_often_as_any_other():
+    counts = [0] * 20
+    for seed in range(2000):
+        for row in draw_rows(20, 5, seed=seed):
+            counts[row] += 1
+
+    assert sum(counts) == 2000 * 5
+    assert all(400 < count < 600 for count in counts)  # 500 expected, standard deviation 19
+
+
+def test_texts_are_tokenised_with_special_tokens_and_cut(byte_tokenizer):
+    table = Table([{"text": "abcdef"}, {"text": "ab"}, {"text": "abc"}])
+
+    tokens = calibration_tokens(table, asking(max_tokens=4), byte_tokenizer, seed=5)
+
+    by_row = dict(zip(tokens.rows, tokens.ids, strict=True))
+    decoded = {row: byte_tokenizer.decode(ids) for row, ids in by_row.items()}
+    assert decoded == {0: "<s>abc", 1: "<s>ab", 2: "<s>abc"}
+    assert tokens.n_tokens == 4 + 3 + 4
+    assert tokens.n_truncated == 1
+    assert tokens.notes == (
+        "1 of 3 texts were cut to 4 tokens: 3 tokens where they end are left out",
+    )
+
+
+@pytest.mark.parametrize(
+    ("limit", "chat", "expected"),
+    [(6, None, "<s>tem 7"), (6, True, "item 7"), (1, None, "<s>")],
+)
+def test_of_a_task_the_item_and_its_answer_stay(byte_tokenizer, limit, chat, expected):
+    table = Table([{"text": "many shots, item 7"}])
+    byte_tokenizer.chat_template = f"<s>{byte_tokenizer.chat_template}"  # so that none is added
+    asked = Calibration(task="mine", samples=1, max_tokens=limit, chat_template=chat)
+
+    tokens = calibration_tokens(table, asked, byte_tokenizer, seed=0)
+
+    assert byte_tokenizer.decode(tokens.ids[0]) == expected
+    n_cut = 18 + (chat is None) - limit
+    assert tokens.notes == (
+        f"1 of 1 texts were cut to {limit} tokens: {n_cut} tokens where they begin are left out",
+    )
+
+
+def test_a_text_of_a_task_that_is_not_too_long_stays_whole(byte_tokenizer):
+    asked = Calibration(task="mine", samples=1, max_tokens=5)
+
+    tokens = calibration_tokens(Table([{"text": "abcd"}]), asked, byte_tokenizer, seed=0)
+
+    assert byte_tokenizer.decode(tokens.ids[0]) == "<s>abcd"
+    assert (tokens.n_truncated, tokens.notes) == (0, ())
+
+
+def test_rows_without_text_count_for_nothing_and_are_reported(byte_tokenizer):
+    table = Table([{"text": " \n"}, {"text": None}, {"text": "abc"}])
+
+    tokens = calibration_tokens(table, asking(samples=9), byte_tokenizer, seed=0)
+
+    ids = ",".join(map(str, byte_tokenizer("abc")["input_ids"]))
+    assert tokens.rows == (2,)
+    assert tokens.facts == {
+        "rows_digest": "sha256:d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+        "tokens_digest": "sha256:" + hashlib.sha256(ids.encode()).hexdigest(),
+        "n_texts": 1,
+        "n_empty": 2,
+        "n_tokens": 4,
+        "n_truncated": 0,
+    }
+    assert tokens.notes == (
+        "the data has 3 rows, 9 were asked for: all are used",
+        "2 of 3 texts are empty and count for nothing",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [([], "there are no rows"), ([{"text": ""}, {"text": " "}], "all 2 texts are empty")],
+)
+def test_data_without_any_text_is_an_error(byte_tokenizer, rows, found):
+    with pytest.raises(EmptyCalibrationError) as caught:
+        calibration_tokens(Table(rows), asking(split="test"), byte_tokenizer, seed=0)
+
+    assert str(caught.value) == (
+        f"calibration on me/data, split test: {found}.\n"
+        "Choose a split with rows and a `text` or `messages` that is filled in them."
+    )
+
+
+def test_chat_messages_go_through_the_chat_template_without_a_second_start_token(byte_tokenizer):
+    conversation = [
+        {"role": "user", "content": "hi", "tool_calls": None},
+        {"role": "assistant", "content": "ho"},
+    ]
+    table = Table([{"chat": conversation}], ("chat",))
+
+    tokens = calibration_tokens(table, asking(text=None, messages="chat"), byte_tokenizer, seed=0)
+
+    assert [byte_tokenizer.decode(ids) for ids in tokens.ids] == ["<user>hi\n<assistant>ho\n"]
+
+
+def test_batches_hold_like_lengths_within_the_budget_padded_on_the_right():
+    tokens = tokens_of([[1, 2], [3] * 5, [4], [5, 6, 7], [8] * 9])
+
+    found = list(batches(tokens, budget_tokens=8))
+
+    assert [b.input_ids.tolist() for b in found] == [
+        [[8] * 9],  # longer than the budget: alone
+        [[3] * 5],
+        [[5, 6, 7], [1, 2, 0]],
+        [[4]],
+    ]
+    assert found[2].attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert sum(int(b.attention_mask.sum()) for b in found) == tokens.n_tokens
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60))
+def test_a_batch_has_less_padding_than_a_batch_more_would_cost(lengths):
+    tokens = tokens_of([[number + 1] * length for number, length in enumerate(lengths)])
+
+    found = list(batches(tokens, budget_tokens=128))
+
+    for batch in found:
+        assert batch.input_ids.numel() <= 128
+        assert int((batch.attention_mask == 0).sum()) <= 32
+        assert batch.attention_mask[0].all()
+    held = [int(row[0]) for batch in found for row in batch.input_ids]
+    assert sorted(held) == list(range(1, len(lengths) + 1))
+    assert sum(int(batch.attention_mask.sum()) for batch in found) == sum(lengths)
+
+
+def test_a_tokenizer_is_loaded_from_a_local_folder(byte_tokenizer, tmp_path):
+    byte_tokenizer.save_pretrained(tmp_path)
+
+    loaded = load_tokenizer(tmp_path, "me/model")
+
+    assert loaded("abc")["input_ids"] == byte_tokenizer("abc")["input_ids"]
+    assert loaded.chat_template == byte_tokenizer.chat_template
+
+
+def test_a_folder_without_a_tokenizer_is_an_error_naming_the_source(tmp_path):
+    with pytest.raises(CalibrationModelError) as caught:
+        load_tokenizer(tmp_path, "me/model@main")
+
+    assert str(caught.value).startswith("me/model@main: ")
+    assert str(caught.value).endswith(
+        "\nCalibration loads a tokenizer with transformers; see what it needs above."
+    )

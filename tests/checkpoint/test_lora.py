@@ -1,0 +1,220 @@
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lewis_hub.checkpoint.header import read_header
+from lewis_hub.checkpoint.lora import FOLD, AdapterConfig, adapt, own_tensors
+from lewis_hub.checkpoint.reader import read_headers
+from lewis_hub.errors import AdapterError
+
+Q = "base_model.model.model.layers.0.q"
+BASE = {
+    "model.embed.weight": torch.zeros(10, 4),
+    "model.layers.0.q.weight": torch.zeros(4, 4, dtype=torch.bfloat16),
+    "model.layers.0.up.weight": torch.zeros(6, 4, dtype=torch.bfloat16),
+    "model.layers.0.up.bias": torch.zeros(6),
+    "model.layers.0.norm.weight": torch.zeros(4),
+    "model.layers.0.steps": torch.zeros(4, 4, dtype=torch.int64),
+    "model.layers.0.packed.weight": torch.zeros(4, 4, dtype=torch.int8),
+}
+FITTING = {f"{Q}.lora_A.weight": torch.zeros(2, 4), f"{Q}.lora_B.weight": torch.zeros(4, 2)}
+INTACT = "The file is not what PEFT writes: use an intact copy."
+OTHER_BASE = "Name the base that it was trained on as `base_model`."
+
+
+def headers(folder, name, tensors):
+    save_file(tensors, folder / name)
+    content = (folder / name).read_bytes()
+    return len(content), lambda path, start, stop: content[start:stop]
+
+
+@pytest.fixture
+def put(tmp_path):
+    def put(tensors, base=BASE, **config):
+        size, read = headers(tmp_path, "model.safetensors", base)
+        checkpoint = read_headers("me/base", {"model.safetensors": size}, read, None)
+        size, read = headers(tmp_path, "adapter_model.safetensors", tensors)
+        stored = read_header("me/adapter", "adapter_model.safetensors", size, read)
+        told = AdapterConfig(peft_type="LORA", r=2, lora_alpha=4, **config)
+        return adapt("me/adapter", checkpoint, stored, told)
+
+    return put
+
+
+def test_what_is_changed_is_float32_and_all_else_lies_where_the_base_has_it(put):
+    adapter = put(FITTING)
+
+    assert {n: t.dtype for n, t in adapter.tensors.items()} == {
+        "model.embed.weight": "F32",
+        "model.layers.0.q.weight": "F32",
+        "model.layers.0.up.weight": "BF16",
+        "model.layers.0.up.bias": "F32",
+        "model.layers.0.norm.weight": "F32",
+        "model.layers.0.steps": "I64",
+        "model.layers.0.packed.weight": "I8",
+    }
+    changed = [t for t in adapter.tensors.values() if t.adapted]
+    assert [(t.name, t.n_bytes, t.adapted.base.dtype) for t in changed] == [
+        ("model.layers.0.q.weight", 64, "BF16")
+    ]
+    assert (adapter.label, adapter.base) == ("me/adapter", "me/base")
+    assert [t.name for t in own_tensors(adapter)] == list(FITTING)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.model.outer.", ""])
+@pytest.mark.parametrize("cut", ["", "model."])
+def test_names_find_their_tensors_over_prefixes_that_one_side_leaves_out(put, prefix, cut):
+    base = {name.removeprefix(cut): tensor for name, tensor in BASE.items()}
+    tensors = {n.replace("base_model.model.", prefix, 1): t for n, t in FITTING.items()}
+
+    changed = [name for name, t in put(tensors, base).tensors.items() if t.adapted]
+
+    assert changed == ["model.layers.0.q.weight".removeprefix(cut)]
+
+
+def test_a_square_weight_lies_as_the_others_in_the_blocks_do(put):
+    others = {
+        "base_model.model.model.layers.0.up.lora_A.weight": torch.zeros(2, 6),
+        "base_model.model.model.layers.0.up.lora_B.weight": torch.zeros(4, 2),
+    }
+
+    def transposed(tensors, **config):
+        header = put(tensors, **config).tensors["model.layers.0.q.weight"]
+        return header.adapted.update.transposed
+
+    assert transposed(FITTING) is False
+    assert transposed(FITTING, fan_in_fan_out=True) is True
+    assert transposed(FITTING | others) is True
+
+
+def named(module, a, b, **more):
+    parts = {"lora_A.weight": a, "lora_B.weight": b} | more
+    return {
+        f"base_model.model.{module}.{part}": torch.zeros(*shape) for part, shape in parts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "says"),
+    [
+        (
+            named("lm_head", (2, 4), (10, 2)),
+            {},
+            "`base_model.model.lm_head.lora_A.weight` belongs to no tensor of the base me/base.\n"
+            f"{OTHER_BASE} If that is the one, m{FOLD[1:]}",
+        ),
+        (
+            named("model.layers.0.ups", (2, 4), (10, 2)),
+            {},
+            "`base_model.model.model.layers.0.ups.lora_A.weight` belongs to no tensor of the base "
+            "me/base (the nearest is model.layers.0.up.weight).\n"
+            f"{OTHER_BASE} If that is the one, m{FOLD[1:]}",
+        ),
+        (
+            named("model.layers.0.q", (2, 4), (4, 3)),
+            {},
+            "of `model.layers.0.q` it holds lora_A of shape [2, 4], lora_B of shape [4, 3] for "
+            f"rank 2, which do not fit model.layers.0.q.weight of shape [4, 4].\n{OTHER_BASE}",
+        ),
+        (
+            named("model.layers.0.q", (3, 4), (4, 3)),
+            {"rank_pattern": {"v": 3}},
+            "of `model.layers.0.q` it holds lora_A of shape [3, 4], lora_B of shape [4, 3] for "
+            f"rank 2, which do not fit model.layers.0.q.weight of shape [4, 4].\n{OTHER_BASE}",
+        ),
+        (
+            named("model.layers.0.norm", (2, 4), (4, 2)),
+            {},
+            "`base_model.model.model.layers.0.norm.lora_A.weight` changes "
+            f"model.layers.0.norm.weight of shape [4], no matrix.\n{FOLD}",
+        ),
+        (
+            named("model.layers.0.packed", (2, 4), (4, 2)),
+            {},
+            "`base_model.model.model.layers.0.packed.lora_A.weight` changes "
+            "model.layers.0.packed.weight, which the base holds as I8.\n"
+            "Use the base in bfloat16, float16 or float32.",
+        ),
+        (
+            {f"{Q}.lora_A.weight": torch.zeros(2, 4)},
+            {},
+            f"of `model.layers.0.q` it holds lora_A, expected lora_A, lora_B.\n{INTACT}",
+        ),
+        (
+            FITTING,
+            {"use_dora": True},
+            "of `model.layers.0.q` it holds lora_A, lora_B, expected lora_A, lora_B, "
+            f"lora_magnitude_vector.\n{INTACT}",
+        ),
+        (
+            FITTING | {f"{Q}.lora_magnitude_vector": torch.zeros(4)},
+            {},
+            "of `model.layers.0.q` it holds lora_A, lora_B, lora_magnitude_vector, expected "
+            f"lora_A, lora_B.\n{INTACT}",
+        ),
+        (
+            FITTING | {f"{Q}.lora_B.bias": torch.zeros(4)},
+            {},
+            f"`{Q}.lora_B.bias` is no part of a LoRA that this version knows.\n{FOLD}",
+        ),
+        (
+            FITTING | {f"{Q}.lora_A.default.weight": torch.zeros(4)},
+            {},
+            f"`{Q}.lora_A.default.weight` is no part of a LoRA that this version knows.\n{FOLD}",
+        ),
+        (
+            FITTING | {f"{Q}.token_adapter": torch.zeros(4)},
+            {},
+            f"`{Q}.token_adapter` belongs to no tensor of the base me/base.\n"
+            f"{OTHER_BASE} If that is the one, m{FOLD[1:]}",
+        ),
+        (
+            FITTING
+            | {
+                n.replace(".model.model", ".model"): torch.zeros_like(t) for n, t in FITTING.items()
+            },
+            {},
+            f"`{Q}.lora_A.weight` changes model.layers.0.q.weight a second time.\n{FOLD}",
+        ),
+        (
+            {f"{Q}.weight": torch.zeros(4, 4), f"{Q}.base_layer.weight": torch.zeros(4, 4)},
+            {},
+            f"`{Q}.base_layer.weight` and `{Q}.weight` mean the same tensor.\n{FOLD}",
+        ),
+        (
+            {"base_model.model.model.embed.weight": torch.zeros(12, 4)},
+            {"modules_to_save": ["embed"]},
+            "`base_model.model.model.embed.weight` has shape [12, 4], model.embed.weight of the "
+            "base me/base has [10, 4].\nIf only the vocabulary differs, bring the base to the "
+            "adapter's with transformers' `model.resize_token_embeddings` and use that as "
+            "`base_model`.",
+        ),
+        (
+            FITTING,
+            {"modules_to_save": ["embed"]},
+            "its configuration says that `embed` was trained whole (modules_to_save), but the file "
+            "does not hold it.\nSave the adapter again, or use an intact copy.",
+        ),
+        (
+            {name: tensor.double() for name, tensor in FITTING.items()},
+            {},
+            f"`{Q}.lora_A.weight` is F64, which this version does not read.\n"
+            "Save the adapter in bfloat16, float16 or float32.",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused_by_its_name(put, tensors, config, says):
+    with pytest.raises(AdapterError) as caught:
+        put(tensors, **config)
+
+    assert str(caught.value) == f"me/adapter: adapter_model.safetensors: {says}"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_an_adapter_without_tensors_is_refused(put):
+    with pytest.raises(AdapterError) as caught:
+        put({})
+
+    assert str(caught.value) == "me/adapter: its file holds no tensors.\nUse an intact copy."

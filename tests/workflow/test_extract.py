@@ -1,0 +1,163 @@
+"""`extract-lora`: a fine-tuned model becomes an adapter that a merge can take back."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import lewis_hub
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import LewisHubError
+from lewis_hub.recipe.read import parse_recipe
+
+BASE = zoo_folder() / "base"
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes the zoo's base, with some tensors changed."""
+
+    def write(name, change):
+        folder = shutil.copytree(BASE, tmp_path / name)
+        tensors = {key: t.float() for key, t in load_file(BASE / "model.safetensors").items()}
+        save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return write
+
+
+def tuned(tensors):
+    """A change of rank 3 to every q_proj, another norm, and a token that was learnt."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("q_proj.weight"):
+            left = torch.randn(tensor.shape[0], 3, generator=generator)
+            right = torch.randn(3, tensor.shape[1], generator=generator)
+            tensors[name] = tensor + left @ right / 50
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
+    tensors["model.embed_tokens.weight"][7] += 1
+    return tensors
+
+
+def extract(*words):
+    done = CliRunner().invoke(cli, ["extract-lora", *map(str, words), "--json"])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return json.loads(done.stdout)
+
+
+def test_a_change_of_low_rank_is_extracted_and_merged_back(model, tmp_path):
+    base, expert = model("base", lambda tensors: tensors), model("expert", tuned)
+    adapter = tmp_path / "adapter"
+
+    told = extract(expert, "--base", base, "--rank", 3, "-o", adapter)
+
+    assert {fit["rank"] for fit in told["modules"].values()} == {3}
+    assert max(fit["error"] for fit in told["modules"].values()) < 1e-4
+    assert told["whole"] == ["model.embed_tokens.weight", "model.norm.weight"]
+    recipe = parse_recipe(
+        f"base_model: {base}\nmodels: [{{model: {adapter}, parameters: {{weight: 1.0}}}}]\n"
+        "merge_method: task_arithmetic\n",
+        "recipe.yaml",
+    )
+    lewis_hub.merge_models(recipe, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    wanted = load_file(expert / "model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-5)
+    assert torch.equal(merged["model.norm.weight"], wanted["model.norm.weight"])
+
+
+def test_an_error_bound_gives_each_module_its_own_rank(tmp_path):
+    expert = zoo_folder() / "expert-reverse"
+
+    told = extract(expert, "--base", BASE, "--error", 0.3, "-o", tmp_path / "out")
+
+    fits = told["modules"].values()
+    assert all(fit["error"] <= 0.3 for fit in fits)
+    assert len({fit["rank"] for fit in fits}) > 1
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == max(fit["rank"] for fit in fits)
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    ranks = {module: config["rank_pattern"].get(module, config["r"]) for module in told["modules"]}
+    assert ranks == {module: fit["rank"] for module, fit in told["modules"].items()}
+
+
+def test_what_is_kept_whole_keeps_every_bit_of_a_half_precision_model(model, tmp_path):
+    def change(tensors):
+        halves = {name: tensor.half() for name, tensor in tensors.items()}
+        return halves | {"model.norm.weight": torch.full((128,), 1.0009765625).half()}
+
+    expert = model("expert", change)
+
+    extract(expert, "--base", BASE, "--rank", 2, "-o", tmp_path / "out")
+
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    norm = held["base_model.model.model.norm.weight"]
+    assert norm.dtype == torch.float16
+    assert norm.tolist() == [1.0009765625] * 128
+
+
+def test_an_expert_that_stores_the_head_it_ties_fits_a_base_that_does_not(model, tmp_path):
+    def change(tensors):
+        return tuned(tensors) | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    expert = model("expert", change)
+
+    told = extract(expert, "--base", BASE, "--rank", 3, "-o", tmp_path / "out")
+
+    assert told["whole"] == ["model.embed_tokens.weight", "model.norm.weight"]
+
+
+def test_the_same_models_give_the_same_bytes(tmp_path):
+    expert = zoo_folder() / "expert-cipher"
+    first, again = tmp_path / "first", tmp_path / "again"
+
+    for output in (first, again):
+        extract(expert, "--base", BASE, "--rank", 8, "-o", output)
+
+    names = sorted(path.name for path in first.iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert all((first / name).read_bytes() == (again / name).read_bytes() for name in names)
+
+
+def refusal(*words):
+    with pytest.raises(LewisHubError) as raised:
+        extract(*words)
+    return str(raised.value)
+
+
+def test_equal_models_leave_nothing_to_extract(tmp_path):
+    output = tmp_path / "out"
+
+    said = refusal(BASE, "--base", BASE, "-o", output)
+
+    assert said == (
+        f"{BASE}: it is equal to the base, so there is nothing to extract.\n"
+        "Name the fine-tuned model and its base."
+    )
+    assert not output.exists()
+
+
+def test_models_that_do_not_fit_are_refused(model, tmp_path):
+    other = model("other", lambda tensors: tensors | {"model.norm.weight": torch.ones(3)})
+
+    said = refusal(other, "--base", BASE, "-o", tmp_path / "out")
+
+    assert said == (
+        f"no adapter can be extracted:\n- {other} has model.norm.weight of shape [3], the base "
+        f"{BASE} has [128]. Name the base that it was fine-tuned from."
+    )
+
+
+def test_a_task_vector_that_is_not_finite_is_refused(model, tmp_path):
+    broken = model("broken", lambda t: t | {"model.norm.weight": t["model.norm.weight"] / 0})
+
+    said = refusal(broken, "--base", BASE, "-o", tmp_path / "out")
+
+    assert said.startswith("model.norm.weight")
+    assert str(broken) in said

@@ -1,0 +1,273 @@
+"""`verify`: a merge's files against its lock, here and on the Hub."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import lewis_hub
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.errors import OutputError
+from lewis_hub.files import sha256_of
+from lewis_hub.hub.cache import cache_root
+from lewis_hub.recipe.schema import ModelReference, Publishing
+from lewis_hub.report.lock import Lock, OutputFile, Run, provenance
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A merge of local folders, so that it can be made again without a Hub."""
+    folder = tmp_path_factory.mktemp("verify")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"base_model: {zoo_folder() / 'base'}\nmerge_method: dare_ties\ndtype: bfloat16\n"
+        f"models: [{{model: {zoo_folder() / 'expert-reverse'}, parameters: {{density: 0.4}}}}]\n"
+    )
+    return lewis_hub.merge_models(lewis_hub.read_recipe(recipe), folder / "merged").output
+
+
+@pytest.fixture
+def merged(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "merged")
+
+
+def verify(target, *words):
+    done = CliRunner().invoke(cli, ["verify", str(target), "--json", *words])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, json.loads(done.stdout)
+
+
+def test_what_a_merge_left_is_verified(merged):
+    code, told = verify(merged)
+
+    assert (code, told["status"], told["problems"]) == (0, "verified", [])
+    assert told["n_files"] == len(json.loads((merged / "lewis/lock.json").read_text())["outputs"])
+
+
+def test_the_merge_made_again_has_the_same_weights(merged):
+    code, told = verify(merged, "--rebuild")
+
+    assert (code, told["status"], told["rebuilt"]) == (0, "verified", True)
+
+
+def forge(merged, files):
+    """Other files, with a lock and a provenance that fit them."""
+    true = Lock.from_json((merged / "lewis/lock.json").read_text())
+    told = {}
+    for name, content in files.items():
+        (merged / name).write_bytes(content)
+        told[name] = OutputFile(sha256_of(merged / name), len(content))
+    forged = replace(true, outputs=true.outputs | told)
+    (merged / "lewis/lock.json").write_text(forged.to_json())
+    (merged / "lewis/provenance.json").write_text(provenance(forged, Run(NOW, NOW)))
+
+
+def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged):
+    """Whoever swaps weights and forges the lock and the provenance is found by --rebuild."""
+    other = zoo_folder() / "expert-cipher" / "model.safetensors"
+    forge(merged, {"model.safetensors": other.read_bytes()})
+
+    assert verify(merged)[0] == 0
+    code, told = verify(merged, "--rebuild")
+    assert code == 1
+    (problem,) = told["problems"]
+    assert problem.startswith("model.safetensors: made again it has sha256 ")
+
+
+def test_code_that_no_merge_makes_is_found_by_making_it_again(merged):
+    config = json.loads((merged / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    forge(
+        merged,
+        {"config.json": json.dumps(config).encode(), "modeling_mine.py": b"import os\n"},
+    )
+
+    assert verify(merged)[0] == 0
+    code, told = verify(merged, "--rebuild")
+    assert code == 1
+    of_config, of_code = told["problems"]
+    assert of_config.startswith("config.json: made again it has sha256 ")
+    assert of_code == "modeling_mine.py: the merge that was made again lacks it."
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_changed_byte_anywhere_is_found_and_named(made, data):
+    lock = Lock.from_json((made / "lewis/lock.json").read_text())
+    names = ["lewis/lock.json", "lewis/provenance.json", *lock.outputs]
+    file = made / data.draw(st.sampled_from(names))
+    true = file.read_bytes()
+    place = data.draw(st.integers(0, len(true) - 1))
+    assume(not any(start <= place < stop for start, stop in dates(file, true)))
+    changed = bytearray(true)
+    changed[place] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(changed)
+    try:
+        problems = lewis_hub.verify(ModelReference(name=str(made))).problems
+    except OutputError as error:  # of the lock, without which nothing can be held against it
+        problems = (str(error).removeprefix(f"{made}: "),)
+    finally:
+        file.write_bytes(true)
+
+    assert [problem.partition(": ")[0] for problem in problems] == [str(file.relative_to(made))]
+
+
+def dates(file, content):
+    """Where a provenance says when: that follows from nothing, so only a signature fixes it."""
+    if file.name != "provenance.json":
+        return []
+    return [found.span() for found in re.finditer(rb"\d{4}-\d\d-\d\dT[\d:+]+", content)]
+
+
+def test_missing_shortened_and_added_files_are_named(merged):
+    (merged / "tokenizer.json").unlink()
+    config = merged / "config.json"
+    n_bytes = config.stat().st_size
+    config.write_text("{}")
+    (merged / "modeling.py").write_text("import os")
+
+    assert verify(merged)[1]["problems"] == [
+        f"config.json: it has 2 bytes, the lock says {n_bytes:,}.",
+        "tokenizer.json: it is missing.",
+        "modeling.py: it is no part of the merge.",
+    ]
+
+
+def test_what_only_tells_of_a_merge_may_be_changed_and_added(hub, merged, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    for name in ("README.md", "lewis/report.html", "lewis/cost.json"):
+        (merged / name).write_text("---\nlicense: mit\n---\nchanged")
+    (merged / ".eval_results").mkdir()
+    (merged / ".eval_results" / "gsm8k.yaml").write_text("[]")
+    assert verify(merged)[1]["problems"] == []
+    api, repo = hub.api(), f"{hub.user}/merge"
+    api.create_repo(repo)
+    api.upload_folder(repo_id=repo, folder_path=merged)
+
+    verdict = lewis_hub.verify(ModelReference(name=repo))
+
+    assert "lewis/report.html" not in verdict.lock.outputs
+    assert api.file_exists(repo, ".eval_results/gsm8k.yaml")
+    assert verdict.problems == ()
+
+
+def test_the_card_is_its_owner_s_to_change_and_pictures_may_be_added(merged):
+    (merged / "README.md").write_text("# Mine\n")
+    (merged / "images").mkdir()
+    (merged / "images" / "logo.PNG").write_bytes(b"\x89PNG")
+
+    assert verify(merged)[1]["problems"] == []
+
+
+def test_a_merge_without_its_provenance_says_so(merged):
+    (merged / "lewis" / "provenance.json").unlink()
+
+    assert verify(merged)[1]["problems"] == ["lewis/provenance.json: it is missing."]
+
+
+def test_a_changed_lock_is_named(merged):
+    lock = merged / "lewis" / "lock.json"
+    lock.write_text(lock.read_text().replace('"seed": 42', '"seed": 43'))
+
+    with pytest.raises(OutputError) as raised:
+        verify(merged)
+
+    assert f"{merged}: lewis/lock.json: it states the digest " in str(raised.value)
+
+
+def test_a_folder_without_a_lock_is_no_merge():
+    with pytest.raises(OutputError) as raised:
+        verify(zoo_folder() / "base")
+
+    assert str(raised.value) == (
+        f"{zoo_folder() / 'base'}: it has no lewis/lock.json, so it is no merge by lewis-hub.\n"
+        "Name a folder or repo that `merge` made."
+    )
+
+
+def test_a_published_merge_is_verified_without_its_weights(hub, merged, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    target = lewis_hub.open_target(Publishing(repo=f"{hub.user}/merge"))
+    lewis_hub.publish(merged, target)
+
+    verdict = lewis_hub.verify(ModelReference(name=f"{hub.user}/merge"))
+
+    assert verdict.problems == ()
+    blobs = [path for path in cache_root().rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in blobs) < 100_000
+
+
+@pytest.mark.slow  # calibrates, twice
+def test_a_published_merge_is_made_again_from_its_lock_at_any_revision(hub, tmp_path, monkeypatch):
+    """Guided, calibrated on the Hub's data: all that fixes it comes from the lock."""
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.chdir(tmp_path)
+    text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 4")
+    repo = f"{hub.user}/merge"
+    publish = f"publish: {{repo: {repo}, license: apache-2.0, tag: v1}}\n"
+    (tmp_path / "recipe.yaml").write_text(text.partition("evaluate:")[0] + publish)
+    done = CliRunner().invoke(cli, ["merge", "--push", "-q"])
+    assert done.exit_code == 0, done.output
+    weights = (zoo_folder() / "base" / "model.safetensors").read_bytes()
+    hub.api().upload_file(repo_id=repo, path_or_fileobj=weights, path_in_repo="model.safetensors")
+    shutil.rmtree(tmp_path / "merged")
+
+    code, told = verify(f"{repo}@v1", "--rebuild")
+    assert (code, told["status"], told["rebuilt"]) == (0, "verified", True)
+    code, told = verify(repo)
+    assert code == 1
+    assert told["problems"][0].startswith("model.safetensors: it")
+
+
+def test_diff_tells_what_two_merges_do_not_share(made, tmp_path):
+    recipe = lewis_hub.read_recipe(made.parent / "recipe.yaml")
+    other = lewis_hub.merge_models(recipe.model_copy(update={"seed": 7}), tmp_path / "other")
+
+    told = CliRunner().invoke(cli, ["diff", str(made), str(other.output)])
+    same = CliRunner().invoke(cli, ["diff", str(made), str(made), "--json"])
+
+    assert told.stdout == "seed: 42 → 7\nweights: 1 of 1 files differ\n"
+    assert json.loads(same.stdout) == {"status": "same", "differences": []}
+
+
+def test_diff_of_two_recipes_asks_nobody(made, tmp_path):
+    recipe = made.parent / "recipe.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text().replace("density: 0.4", "density: 0.5"))
+
+    told = CliRunner().invoke(cli, ["diff", str(recipe), str(other)])
+
+    assert told.stdout == "models[0].parameters.density: 0.4 → 0.5\n"
+
+
+def test_diff_of_a_merge_and_a_recipe_tells_what_merging_it_now_would_change(made, tmp_path):
+    recipe = made.parent / "recipe.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text() + "seed: 7\n")
+
+    same = CliRunner().invoke(cli, ["diff", str(made), str(recipe)])
+    told = CliRunner().invoke(cli, ["diff", str(other), str(made)])
+
+    assert same.stdout == "Nothing differs.\n"
+    assert told.stdout == "seed: 7 → 42\n"
+
+
+def test_the_schema_command_prints_either_schema():
+    titles = [
+        json.loads(CliRunner().invoke(cli, ["schema", *words]).stdout)["title"]
+        for words in ([], ["recipe"], ["lock"])
+    ]
+
+    assert titles == ["Recipe", "Recipe", "Lock"]
