@@ -8,11 +8,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lewis_hub.workflow.gather import gather
+
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow import calibrate, check, fetch, merge
-from lewis_hub.workflow.gather import gather
-from lewis_hub.workflow.job import Execution, Step
+from lewis_hub.workflow.execution import Execution, Step
 from lewis_hub.workflow.resolve import hub_api, read_recipe, resolve_inputs
 
 

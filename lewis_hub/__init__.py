@@ -22,8 +22,8 @@ if TYPE_CHECKING:
         verify,
     )
     from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
-    from lewis_hub.workflow.job import Execution
-    from lewis_hub.workflow.resolve import read_recipe
+    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.read import read_recipe
 
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ __all__ = [
 
 _HOME = {
     "Evaluation": "recipe.schema",
-    "Execution": "workflow.job",
+    "Execution": "workflow.execution",
     "LewisHubError": "errors",
     "ModelReference": "recipe.schema",
     "Publishing": "recipe.schema",
@@ -59,7 +59,7 @@ _HOME = {
     "merge_models": "pipeline",
     "open_target": "pipeline",
     "publish": "pipeline",
-    "read_recipe": "workflow.resolve",
+    "read_recipe": "workflow.read",
     "stream": "pipeline",
     "verify": "pipeline",
     "zoo_folder": "demo.zoo",

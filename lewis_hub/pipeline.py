@@ -1,56 +1,60 @@
 """START HERE: a recipe becomes a published model, in the order in which it happens.
 
-    recipe - resolve - check - calibrate - guide - plan - merge - evaluate - report - publish
+    prepare: recipe - MergeJob        run: fetch - calibrate - merge - evaluate - report
 
-Each step lives in its own file of `workflow/`, which puts the recipe's words in those of the rooms.
+`workflow/` has a module for each of these steps. A sink is the folder or the Hub repo that a run
+writes to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lewis_hub.calibration.meta_model import FEWER, STATES
 from lewis_hub.calibration.profile import ImportanceProfile
-from lewis_hub.errors import RecipeError
+from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.files import require_writable
+from lewis_hub.files import require_room, require_writable
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.publish import Published
-from lewis_hub.merge.workspace import Workspace, open_workspace
+from lewis_hub.merge.runners import Ray
+from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
-from lewis_hub.workflow import calibrate as calibration
-from lewis_hub.workflow import check as checking
-from lewis_hub.workflow import (
-    convert_pickles,
-    evaluate,
-    existing,
-    fetch,
-    gather,
-    merge,
-    report,
-    single_model,
-)
-from lewis_hub.workflow import gate as gating
+from lewis_hub.workflow import existing, fetch, report, single_model
 from lewis_hub.workflow import publish as publishing
-from lewis_hub.workflow import stream as streaming
 from lewis_hub.workflow import verify as verification
-from lewis_hub.workflow.calibrate import Sets
+from lewis_hub.workflow.calibrate import (
+    Guidance,
+    Sets,
+    calibration_sets,
+    draw_texts,
+    guide,
+    loaded_whole,
+)
 from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.evaluate import Scored
-from lewis_hub.workflow.existing import Former
-from lewis_hub.workflow.grams import Gathered
-from lewis_hub.workflow.job import Execution, Step
-from lewis_hub.workflow.memory import Loading
+from lewis_hub.workflow.contamination import ScoredTasks
+from lewis_hub.workflow.evaluate import Scored, TwinMaker, score_merge
+from lewis_hub.workflow.examine import examine, resolve_inputs
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.gate import judge_again, judge_scores, published_verdict
+from lewis_hub.workflow.job import MergeJob, compile_job, prepare
+from lewis_hub.workflow.load import ModelLoader
+from lewis_hub.workflow.merge import finish_model
 from lewis_hub.workflow.publish import Destination
-from lewis_hub.workflow.resolve import hub_api, needs_grams, resolve_inputs, resolve_one
+from lewis_hub.workflow.resolve import hub_api, resolve_one
+from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
+from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
 from lewis_hub.workflow.verify import Verdict
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,25 @@ def check(
         ()
     """
     api = hub_api()
+    execution = Execution(max_memory_bytes=max_memory_bytes, allow_code=True)
     inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
-    loading = Loading(max_memory_bytes=max_memory_bytes)
-    examined = checking.examine(recipe, inputs, api, allow_code=True, loading=loading)
-    step = Step(recipe, inputs, examined, Execution(), api, Silent())
-    problems = examined.report.problems or gather.problems(step)
-    notes = (
-        *examined.report.notes,
-        *fetch.shortages(step, Path(recipe.locate("merged.partial"))),
-    )
-    return replace(examined.report, problems=problems, notes=notes)
+    examined = examine(recipe, execution, inputs, api)
+    found, notes = examined.report, [*examined.report.notes]
+    problems = found.problems
+    if not problems:
+        job = compile_job(recipe, execution, examined, api)
+        try:
+            if job.statistics:
+                require_by_block(job.statistics, api)
+        except CalibrationError as error:
+            problems = (" ".join(str(error).split("\n")),)
+    try:
+        made_bytes = found.disk_bytes - found.states_bytes
+        fetch.require_disk(Path(recipe.locate("merged.partial")), found.download_bytes, made_bytes)
+    except OutputError as error:
+        told = "A merge on this machine is refused before the download, but with `--stream`."
+        notes.append(f"{error.path}: {error.problem} {told}")
+    return replace(found, problems=problems, notes=tuple(notes))
 
 
 def calibrate(
@@ -141,31 +154,23 @@ def calibrate(
         >>> min(densities), max(densities)
         (0.3, 0.8)
     """
-    output = Path(output)
-    execution, progress = execution or Execution(), progress or Silent()
-    execution.require_usable()
+    output, progress, api = Path(output), progress or Silent(), hub_api()
     require_writable(output)
-    if recipe.guide is None:
+    measured = recipe.model_copy(update={"evaluate": None, "publish": None})
+    job = prepare(measured, execution or Execution(), api, progress) if recipe.guide else None
+    if job is None or job.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
-    api = hub_api()
-    measured = recipe.model_copy(update={"evaluate": None, "publish": None})
-    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
-    inputs = convert_pickles.without_pickles(measured, inputs, api, progress)
-    examined = checking.examine(
-        measured, inputs, api, allow_code=execution.allow_code, loading=execution.loading
-    )
-    checking.require_fine(examined.report)
-    step = Step(recipe, inputs, examined, execution, api, progress)
-    sets = calibration.calibration_sets(step)
+    sets = _draw(job, job.scored_tasks(api, progress), api, progress)
     output.mkdir(parents=True, exist_ok=True)
-    fetch.require_room_for_texts(step, sets, output)
-    folders = fetch.everything(step)
+    if n_bytes := job.disk_needs(sets).states_bytes:
+        require_room(output, n_bytes, STATES, FEWER)
+    files = fetch.fetch_whole(api, [one.source for one in job.sources.models], progress)
     with TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
-        stores = [output / "importance.json"]
-        guidance = calibration.guide(step, sets, folders, Path(scratch), stores)
+        loader = job.loader(files, Path(scratch), progress)
+        guidance = guide(job.guide, sets, loader, [output / "importance.json"])
     report.write_guidance(output, guidance)
-    return Calibrated(output, guidance.profile, guidance.schedule, merge.sizes(step))
+    return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
 
 
 def merge_models(
@@ -195,35 +200,35 @@ def merge_models(
         >>> lewis_hub.merge_models(unscored, tmp_path / "merged").status
         'merged'
     """
-    output = Path(output)
-    execution, progress = execution or Execution(), progress or Silent()
-    execution.require_usable()
-    api = hub_api()
-    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
-    inputs = convert_pickles.without_pickles(recipe, inputs, api, progress)
-    planned = report.lock(recipe, inputs, execution.max_shard_bytes, {})
-    if not execution.replace:
-        if target and (held := publishing.published_already(target, planned, api)):
-            told = None if held.pull_request_url else target.former
-            scores, gate = existing.published_scores(told, api), gating.published_verdict(told, api)
-            return Merged("unchanged", output, scores, gate, held)
-        if existing.is_this_merge(output, planned):
-            gate = gating.judged_again(recipe, output, api)
-            return Merged("unchanged", output, existing.read_scores(output), gate)
-    examined = checking.examine(
-        recipe, inputs, api, allow_code=execution.allow_code, loading=execution.loading
-    )
-    checking.require_fine(examined.report)
-    step = Step(recipe, inputs, examined, execution, api, progress)
-    gather.require_possible(step)
+    output, progress, api = Path(output), progress or Silent(), hub_api()
+    job = prepare(recipe, execution or Execution(), api, progress)
+    if not job.replaces and (unchanged := _made_before(job, output, target, api)):
+        return unchanged
+    if job.statistics:
+        require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
-    with open_workspace(output, replace=execution.replace or gives_way) as work:
-        fetch.require_disk(step, work.folder)
-        sets = calibration.calibration_sets(step)  # small files; the weights come after
-        fetch.require_disk(step, work.folder, sets)  # again, now that they are known
-        scored, files = _merge(step, sets, work, target.former if target else None)
+    with open_workspace(output, replace=job.replaces or gives_way) as work:
+        sink = FolderSink(work, target, api, progress)
+        outcome = run(job, sink, api, progress)
+        scored = outcome.scored
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
-        return Merged("merged", work.finish(files), scores, gate)
+        return Merged("merged", sink.finish(outcome.files), scores, gate)
+
+
+def _made_before(
+    job: MergeJob, output: Path, target: Destination | None, api: HfApi
+) -> Merged | None:
+    """What the target repo or the output folder holds already, if it is this very merge."""
+    held = publishing.published_already(target, job.planned, api) if target else None
+    if target and held:
+        previous = None if held.pull_request_url else target.previous
+        scores = existing.published_scores(previous, api)
+        return Merged("unchanged", output, scores, published_verdict(previous, api), held)
+    if existing.is_this_merge(output, job.planned):
+        demands = job.evaluation.demands if job.evaluation else ()
+        gate = judge_again(demands, output, job.repo, api)
+        return Merged("unchanged", output, existing.read_scores(output), gate)
+    return None
 
 
 def stream(
@@ -254,53 +259,112 @@ def stream(
         >>> lewis_hub.stream(unscored, target, tmp_path / "work").changed
         True
     """
-    execution, progress = execution or Execution(), progress or Silent()
-    execution.require_usable()
-    streaming.require_streamable(recipe)
-    api = hub_api()
-    inputs = resolve_inputs(recipe, api)
-    planned = report.lock(recipe, inputs, execution.max_shard_bytes, {})
-    if not execution.replace and (held := publishing.published_already(target, planned, api)):
-        streaming.forget(Path(output))
+    output, progress, api = Path(output), progress or Silent(), hub_api()
+    _require_streamable(recipe)
+    execution = replace(execution or Execution(), allow_code=False, allow_pickle=False)
+    job = prepare(recipe, execution, api, progress)
+    if not job.replaces and (held := publishing.published_already(target, job.planned, api)):
+        discard_work(output)
         return held
-    examined = checking.examine(recipe, inputs, api, allow_code=False)
-    checking.require_fine(examined.report)
-    step = Step(recipe, inputs, examined, execution, api, progress)
-    gather.require_possible(step)
-    with open_workspace(streaming.work_folder(Path(output)), replace=False) as work:
-        published = streaming.run(step, calibration.calibration_sets(step), target, work)
-        work.discard()
-    return published
+    if job.statistics:
+        require_by_block(job.statistics, api)
+    with open_workspace(work_folder(output), replace=False) as work:
+        sink = HubSink(work, target, api, progress)
+        run(job, sink, api, progress)
+        return sink.finish()
 
 
-def _merge(
-    step: Step, sets: Sets, work: Workspace, former: Former | None
-) -> tuple[Scored | None, tuple[str, ...]]:
-    """From the sources' files to all files of the result."""
+def _require_streamable(recipe: Recipe) -> None:
+    """Refuse what needs whole models on the disk."""
+    if recipe.evaluate is None:
+        return
+    problem = "scoring needs whole models on the disk, and --stream keeps none."
+    where = "evaluate"
+    remedy = "Add --no-eval, and score the result where it fits: `lewis-hub evaluate REPO`."
+    if recipe.evaluate.gate:
+        where = "evaluate.gate"
+        remedy = (
+            "A gate decides by them before anything is pushed. Merge without --stream where the "
+            "models fit, such as by `--on jobs`; or remove the gate, then add --no-eval."
+        )
+    raise RecipeError("recipe", where, problem, remedy)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run wrote.
+
+    Attributes:
+        files: paths of all files of the model.
+        scored: None where nothing was scored.
+    """
+
+    files: tuple[str, ...]
+    scored: Scored | None
+
+
+def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
+    """Fetch, calibrate, merge, evaluate and report: the one sequence of every merge.
+
+    Args:
+        job: what to merge.
+        sink: where the result goes; it decides how sources are read.
+        api: the Hub.
+        progress: told how far it is.
+
+    Raises:
+        LewisHubError: see the subclasses in `errors`.
+    """
+    sink.require_room(job.disk_needs(keeps_models=sink.keeps_models))
+    tasks = job.scored_tasks(api, progress)
+    sets = _draw(job, tasks, api, progress)  # small files; the weights come after
+    sink.require_room(job.disk_needs(sets, keeps_models=sink.keeps_models))
     costs = Costs()
     with costs.measure("download"):
-        folders = fetch.everything(step)
-    guidance, gathered = None, Gathered()
-    if step.recipe.guide:
-        with costs.measure("calibrate"):
-            beside = Path(step.recipe.locate("importance"))  # where `calibrate` leaves it
-            known_in = (work.scratch, work.output / "lewis", beside)
-            stores = [folder / "importance.json" for folder in known_in]
-            stores += existing.published_importance(former, step.api, work.scratch)
-            left = gather.wanted(step, sets, folders, work.scratch)
-            guidance = calibration.guide(step, sets, folders, work.scratch, stores, left)
-    schedule = guidance.schedule if guidance else None
-    known = partial(gather.gather, step, sets, folders, work.scratch)
-    if needs_grams(step.recipe):
-        with costs.measure("gather"):
-            gathered = known(schedule)
-    there = {**folders, **gathered.folders}
-    with costs.measure("merge"):
-        merged = merge.make(step, schedule, there, work.folder, "Merging", gathered.statistics)
-    with costs.measure("evaluate"):
-        scored = evaluate.score_merge(step, merged, guidance, folders, work.scratch, known)
-    scored = gating.judged(step.recipe, scored, step.api)
-    return scored, report.write(step, merged, guidance, gathered, scored, costs)
+        fetch.code_files(api, job.code)
+        files = sink.open_sources([one.source for one in job.sources.models])
+    loader = job.loader(files, sink.scratch, progress)
+    guidance, gathered = _measure(job, sets, loader, sink, costs)
+    counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
+    with costs.measure("merge", counts):
+        planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
+        places = {**files.places, **gathered.folders}
+        shards = sink.write(planned, places, job.means)
+        merged = finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
+    scored = None
+    if job.evaluation and tasks:
+        maker = TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
+        with costs.measure("evaluate"):
+            scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
+        scored = judge_scores(job.evaluation.demands, scored, job.repo, api)
+    written = report.write(job.reporting, merged, guidance, gathered, scored, costs)
+    return Outcome(written, scored)
+
+
+def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progress) -> Sets:
+    """Draw each expert's calibration texts; none of them holds an item that is scored."""
+    drawn = draw_texts(job.texts, tasks, api, progress)
+    return calibration_sets(job.texts, drawn, job.sources.experts)
+
+
+def _measure(
+    job: MergeJob, sets: Sets, loader: ModelLoader, sink: Sink, costs: Costs
+) -> tuple[Guidance | None, Gathered]:
+    """Run the texts through the sources, for the guide and for second moments."""
+    guidance, gathered, counts = None, Gathered(), loader.files.count_bytes
+    statistics, scratch = job.statistics, sink.scratch
+    if job.guide:
+        stores = sink.profiles(job.guide.beside)
+        if not sink.keeps_models:
+            sink.refuse_whole_models(loaded_whole(job.guide, sets, loader, stores))
+        with costs.measure("calibrate", counts):
+            left = wanted(statistics, sets, loader, scratch) if statistics else ()
+            guidance = guide(job.guide, sets, loader, stores, left)
+    if statistics:
+        with costs.measure("gather", counts):
+            schedule = guidance.schedule if guidance else None
+            gathered = gather(statistics, sets, loader, schedule, scratch)
+    return guidance, gathered
 
 
 def evaluate_model(
@@ -378,28 +442,6 @@ def verify(
         again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
     differing = verification.compare_models(lock, again)
     return replace(verdict, problems=(*verdict.problems, *differing))
-
-
-def published_at(recipe: Recipe, repo: str) -> Recipe:
-    """The same recipe, to be published in another repo."""
-    asked = recipe.publish or Publishing(repo=repo)
-    return recipe.model_copy(update={"publish": asked.model_copy(update={"repo": repo})})
-
-
-def destination(recipe: Recipe) -> Publishing:
-    """Where a recipe wants to be published.
-
-    Raises:
-        RecipeError: it does not say.
-    """
-    if recipe.publish is None:
-        raise RecipeError(
-            "recipe",
-            "publish.repo",
-            "the recipe does not say where to publish.",
-            "Add `publish: {repo: owner/name}`, or give --repo owner/name.",
-        )
-    return recipe.publish
 
 
 def open_target(asked: Publishing) -> Destination:

@@ -59,10 +59,11 @@ def merge_on_jobs(
     from lewis_hub import pipeline
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.ci import request
+    from lewis_hub.workflow.read import destination
     from lewis_hub.workflow.resolve import hub_api
 
     asked = request(recipe_file, recipe, handed_on(click.get_current_context()), hardware)
-    pipeline.open_target(pipeline.destination(recipe))
+    pipeline.open_target(destination(recipe))
     api = hub_api()
     job = jobs.submit(api, asked)
     ends = f"It goes on if this command is interrupted; `hf jobs cancel {job.id}` ends it."
@@ -76,7 +77,7 @@ def merge_on_jobs(
     named = jobs.follow(api, job, hear)
     told = printed(log)
     code, status = ended(named, told)
-    document = {"repo": pipeline.destination(recipe).repo} | told
+    document = {"repo": destination(recipe).repo} | told
     document |= {"status": status, "output": None, "job": job.id, "job_url": job.url}
     terminal.finish(document, f"Job {job.id} ended with exit code {code}: {job.url}")
     raise click.exceptions.Exit(code)
@@ -143,7 +144,7 @@ def create(
     **_: Any,
 ) -> None:
     """Merge RECIPE as it is now, with all that it names, whenever --cron says."""
-    from lewis_hub.workflow.resolve import read_recipe
+    from lewis_hub.workflow.read import destination, published_at, read_recipe
 
     recipe = read_recipe(recipe_file)
     from lewis_hub import pipeline
@@ -152,11 +153,11 @@ def create(
     from lewis_hub.workflow.resolve import hub_api
 
     if repo:
-        recipe = pipeline.published_at(recipe, repo)
+        recipe = published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
     words = handed_on(click.get_current_context(), OWN | {"as_json"})
     asked = request(recipe_file, recipe, words, hardware)
-    pipeline.open_target(pipeline.destination(recipe))
+    pipeline.open_target(destination(recipe))
     made = jobs.schedule(hub_api(), asked, cron)
     document = {"status": "scheduled", "id": made.id, "schedule": cron, "url": made.url}
     terminal.finish(document, f"Scheduled {made.id} for {cron}: {made.url}")

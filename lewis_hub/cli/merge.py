@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lewis_hub.hub.publish import Published
     from lewis_hub.pipeline import Merged
     from lewis_hub.recipe.schema import Recipe
-    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.execution import Execution
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
@@ -41,7 +41,7 @@ def check(
     terminal: Terminal, recipe_file: Path, max_memory: int | None, allow_pickle: bool
 ) -> None:
     """Tell all that can be known before a download: reads headers, never weights."""
-    from lewis_hub.workflow.resolve import read_recipe
+    from lewis_hub.workflow.read import read_recipe
 
     recipe = read_recipe(recipe_file)  # before the heavy imports: a typo is told at once
     from lewis_hub import pipeline
@@ -139,7 +139,7 @@ def merge(
     if flavor or timeout or namespace:
         told = "they say where a Job runs: add --on jobs."
         raise click.BadParameter(told, param_hint="--flavor, --timeout, --namespace")
-    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.execution import Execution
 
     execution = Execution(
         runner=runner,
@@ -167,8 +167,9 @@ def _from_hub_to_hub(
 ) -> None:
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
+    from lewis_hub.workflow.read import destination
 
-    target = pipeline.open_target(pipeline.destination(recipe))
+    target = pipeline.open_target(destination(recipe))
     published = pipeline.stream(recipe, target, output, execution, terminal.progress)
     terminal.finish(_streamed(published), *publication(published))
 
@@ -184,10 +185,11 @@ def _on_this_disk(
 ) -> None:
     from lewis_hub import pipeline
     from lewis_hub.workflow import verify
+    from lewis_hub.workflow.read import destination
 
     if private_key:
         verify.require_key(private_key)
-    target = pipeline.open_target(pipeline.destination(recipe)) if push else None
+    target = pipeline.open_target(destination(recipe)) if push else None
     merged = pipeline.merge_models(recipe, output, execution, terminal.progress, target)
     published = merged.published
     if not published:
@@ -200,13 +202,11 @@ def _on_this_disk(
 
 def _recipe(file: Path, repo: str | None, *, allow_overlap: bool) -> Recipe:
     """The recipe of a file, with what the command line says otherwise."""
-    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
+    from lewis_hub.workflow.read import allowing_overlap, published_at, read_recipe
 
     recipe = read_recipe(file)
     if repo:
-        from lewis_hub import pipeline
-
-        recipe = pipeline.published_at(recipe, repo)
+        recipe = published_at(recipe, repo)
     return allowing_overlap(recipe) if allow_overlap else recipe
 
 

@@ -61,7 +61,7 @@ def evaluate(
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import scores_table
     from lewis_hub.recipe.schema import Evaluation, ModelReference
-    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.execution import Execution
 
     evaluation = Evaluation(
         tasks=tasks,
@@ -173,7 +173,7 @@ def verify(
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
     from lewis_hub.recipe.schema import ModelReference
-    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.execution import Execution
 
     verdict = pipeline.verify(
         ModelReference.model_validate(model),

@@ -70,7 +70,7 @@ def importance(
     A YAML file is a recipe: importance.json, density.json and their plots are written. Anything
     else is a model (a repo, repo@revision or folder): importance.json and its plot.
     """
-    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.execution import Execution
 
     told = {name: value for name, value in data.items() if value is not None}
     execution = Execution(
@@ -97,7 +97,7 @@ def importance(
 def _of_recipe(
     terminal: Terminal, path: Path, execution: Any, output: Path, *, allow_overlap: bool
 ) -> None:
-    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
+    from lewis_hub.workflow.read import allowing_overlap, read_recipe
 
     recipe = read_recipe(path)
     if allow_overlap:

@@ -82,17 +82,16 @@ def preflight(
 
     The answer (merge, stream or unchanged) is also the step's output `way`.
     """
-    from lewis_hub.workflow.resolve import read_recipe
+    from lewis_hub.workflow.read import destination, published_at, read_recipe
 
     recipe = read_recipe(recipe_file)
-    from lewis_hub import pipeline
     from lewis_hub.cli.tables import plain
     from lewis_hub.workflow.ci import look_ahead
     from lewis_hub.workflow.resolve import hub_api
 
     if repo:
-        recipe = pipeline.published_at(recipe, repo)
-    asked = pipeline.destination(recipe)
+        recipe = published_at(recipe, repo)
+    asked = destination(recipe)
     output = output or recipe_file.parent / "merged"
     found = look_ahead(recipe, asked, output, hub_api(), force=force)
     _tell_github("GITHUB_OUTPUT", f"way={found.way}\n")

@@ -88,7 +88,7 @@ def tune(
     best become recipe.tuned.yaml beside it, scored against the recipe on the untouched items. The
     same command goes on with the study where it ended.
     """
-    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
+    from lewis_hub.workflow.read import allowing_overlap, read_recipe
 
     recipe = read_recipe(recipe_file)
     if allow_overlap:
@@ -97,7 +97,7 @@ def tune(
     from lewis_hub.tune.report import write_report
     from lewis_hub.tune.run import Search
     from lewis_hub.tune.run import tune as search
-    from lewis_hub.workflow.job import Execution
+    from lewis_hub.workflow.execution import Execution
 
     asked = Search(
         n_trials=n_trials,

@@ -16,12 +16,18 @@ from lewis_hub.evaluate.answer_loss import NAME, answer_losses
 from lewis_hub.evaluate.benchmarks import Benchmarks, count_requests, free_split, prepared
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_loaded
-from lewis_hub.evaluate.items import Question, TaskRows, chat_of, load_rows, scored_items
+from lewis_hub.evaluate.items import Question, TaskRows, chat_of, load_rows
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
+from lewis_hub.hub.source import Source
 from lewis_hub.progress import Advance
-from lewis_hub.workflow.contamination import DrawnText, count_overlap, drawn_items, overlaps
+from lewis_hub.workflow.contamination import (
+    DrawnText,
+    ScoredTasks,
+    count_overlap,
+    drawn_items,
+    overlaps,
+)
 from lewis_hub.workflow.fetch import small_files
-from lewis_hub.workflow.job import Step
 from lewis_hub.workflow.resolve import scored_commits
 
 
@@ -55,47 +61,57 @@ def free_split_of(selected: TaskSelection) -> str:
     return split
 
 
-def draw_items(
-    step: Step,
-    asked: TaskSelection,
-    split: str,
-    n_samples: int,
-    calibrated: Sequence[DrawnText],
-) -> tuple[TuningItems, ...]:
-    """Draw `n_samples` items of each task, the recipe's seed deciding which.
+@dataclass(frozen=True)
+class ItemRequest:
+    """Which items a search tunes on.
 
-    Those that calibration draws are passed over; those that are scored are refused.
-
-    Args:
-        step: of a recipe with `evaluate`.
-        asked: tasks to tune on.
+    Attributes:
+        selection: tasks to tune on.
         split: of their data.
         n_samples: of each task; all where there are not so many.
+        seed: decides which.
+        chat_model: model whose chat template prompts go through; None: through none.
+    """
+
+    selection: TaskSelection
+    split: str
+    n_samples: int
+    seed: int
+    chat_model: Source | None
+
+
+def draw_items(
+    asked: ItemRequest, scored: ScoredTasks, calibrated: Sequence[DrawnText]
+) -> tuple[TuningItems, ...]:
+    """Draw items of each task.
+
+    Items that calibration draws are passed over; items that are scored are refused.
+
+    Args:
+        asked: which items.
+        scored: tasks that the recipe scores.
         calibrated: the calibration texts.
 
     Raises:
         EvaluationError: a task or split is not there, or is the one that is scored.
         TuningError: an item is scored, or none is left.
     """
-    scoring = step.recipe.evaluate
-    assert scoring
-    commits = scored_commits(step.api, asked)
-    donor = step.inputs.donor
-    chat = None
-    if scoring.chat_template:
-        chat = chat_of(load_tokenizer(str(small_files(step.api, donor)), donor.name))
+    commits, chat = scored_commits(scored.api, asked.selection), None
+    if model := asked.chat_model:
+        chat = chat_of(load_tokenizer(str(small_files(scored.api, model)), model.name))
     drawn = []
-    for name in asked.names:
-        one = TaskSelection((name,), asked.include, allow_code=asked.allow_code)
-        rows = load_rows(one, split, commits, allow_scored=name not in scoring.tasks)
+    for name in asked.selection.names:
+        one = replace(asked.selection, names=(name,))
+        allow_scored = name not in scored.selection.names
+        rows = load_rows(one, asked.split, commits, allow_scored=allow_scored)
         rows = replace(rows, chat=chat)
-        found = _passing_over(rows, n_samples, calibrated, step.recipe.seed)
-        drawn.append(TuningItems(name, split, rows, *found))
+        found = _passing_over(rows, asked.n_samples, calibrated, asked.seed)
+        drawn.append(TuningItems(name, asked.split, rows, *found))
         if not found[0]:
-            problem = f"no item of split `{split}` is left that calibration does not draw"
+            problem = f"no item of split `{asked.split}` is left that calibration does not draw"
             remedy = "Name another split with --split, or fewer `samples` in `calibration`."
             raise TuningError(name, problem, remedy)
-    _refuse_scored(step, drawn)
+    _refuse_scored(scored, drawn)
     return tuple(drawn)
 
 
@@ -118,11 +134,11 @@ def _passing_over(
         n_looked_at *= 2
 
 
-def _refuse_scored(step: Step, drawn: Sequence[TuningItems]) -> None:
-    step.progress.say("Comparing the items to tune on with those that are scored")
-    scored = list(scored_items(step.scored))
+def _refuse_scored(scored: ScoredTasks, drawn: Sequence[TuningItems]) -> None:
+    scored.progress.say("Comparing the items to tune on with those that are scored")
+    known = scored.items()
     for one in drawn:
-        found = count_overlap(drawn_items(one.rows.items(one.indices)), scored)
+        found = count_overlap(drawn_items(one.rows.items(one.indices)), known)
         if found:
             told = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise TuningError(

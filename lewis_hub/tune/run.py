@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.texts import load_tokenizer
 from lewis_hub.errors import (
@@ -32,14 +32,15 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.files import require_writable
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.plan import Known
+from lewis_hub.merge.engine import Places
+from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.progress import Advance, Progress, Silent
-from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
 from lewis_hub.tune.objective import (
+    ItemRequest,
     Objective,
     TuningItems,
     by_answer_loss,
@@ -49,49 +50,59 @@ from lewis_hub.tune.objective import (
 )
 from lewis_hub.tune.space import Space, Values, axes
 from lewis_hub.tune.study import ERROR, SECONDS, Trial
-from lewis_hub.workflow import calibrate, check, convert_pickles, fetch
-from lewis_hub.workflow import merge as merging
-from lewis_hub.workflow.calibrate import Guidance, Sets
-from lewis_hub.workflow.evaluate import Candidate, Run, score, selection, settings_of
-from lewis_hub.workflow.gather import gather, require_possible, wanted
-from lewis_hub.workflow.job import Execution, Folders, Step
-from lewis_hub.workflow.merge import MergedModel
-from lewis_hub.workflow.resolve import (
-    hub_api,
-    measures_on_texts,
-    needs_grams,
-    resolve_inputs,
-    widest_input,
+from lewis_hub.workflow.calibrate import Sets, calibration_sets, draw_texts, guide
+from lewis_hub.workflow.contamination import ScoredTasks
+from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, Run, score
+from lewis_hub.workflow.examine import (
+    Examined,
+    calibrations_of,
+    examine_sources,
+    measurement_of,
 )
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.fetch import SourceFiles, code_files, fetch_whole, require_disk
+from lewis_hub.workflow.job import MergeJob, compile_job
+from lewis_hub.workflow.load import ModelLoader
+from lewis_hub.workflow.merge import (
+    MergedModel,
+    finish_model,
+    merge_in_memory,
+    write_weights,
+)
+from lewis_hub.workflow.resolve import hub_api, resolve_data
+from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 IMPORTANCE = "importance.json"
 
 
 @dataclass
-class Seat:
-    """The place in memory that all merges of a search take in turn.
+class ResidentModel:
+    """The model in memory whose weights every trial replaces.
 
-    The first is written to a folder and loaded from there; each of the others comes in its stead
-    without a file.
+    The first merge is written to a folder and loaded from there; later merges are made in memory.
     """
 
     lm: Any = None
 
-    def take(self, tuner: Tuner, values: Values, clock: Clock) -> Any:
-        """The merge of some values, to be scored before the next is asked for."""
+    def load(self, tuner: Tuner, values: Values, clock: Clock) -> Any:
+        """Make the merge of some values; it stays until the next one is made."""
         if self.lm is None:
-            merged = merge(tuner, values, "trial")
+            merged = tuner.merge(values, "trial")
             clock.split("merge")
-            self.lm = load(merged.folder, EvaluationSettings(device=tuner.step.execution.device))
+            self.lm = load(merged.folder, EvaluationSettings(device=tuner.execution.device))
         else:
-            tensors = merging.make_in_memory(*_given(tuner, values), tuner.scratch)
+            job, planned, places = tuner.plan(values)
+            tensors = merge_in_memory(planned, places, tuner.scratch, job.means)
             clock.split("merge")
             exchange(self.lm.model, tensors)
         clock.split("load")
         return self.lm
 
-    def leave(self) -> None:
-        """Let the model go: only one is in memory at a time."""
+    def release(self) -> None:
+        """Free the model: only one is in memory at a time."""
         self.lm = None
         gc.collect()
 
@@ -101,18 +112,64 @@ class Tuner:
     """What every trial needs; nothing of it is measured or loaded twice.
 
     Attributes:
+        examined: the sources of all recipes that are tried.
+        files: of the sources.
         sets: calibration texts.
         output: where what was measured stays, `importance.json` among it.
     """
 
-    step: Step
+    examined: Examined
+    execution: Execution
+    api: HfApi
+    progress: Progress
     space: Space
     objective: Objective
-    folders: Folders
+    files: SourceFiles
     sets: Sets
     output: Path
     scratch: Path
-    seat: Seat = field(default_factory=Seat)
+    model: ResidentModel = field(default_factory=ResidentModel)
+
+    def compile(self, recipe: Recipe) -> MergeJob:
+        """Compile a recipe of the same sources."""
+        return compile_job(recipe, self.execution, self.examined, self.api)
+
+    def loader(self, job: MergeJob, progress: Progress) -> ModelLoader:
+        """Return what loads the sources."""
+        return job.loader(self.files, self.scratch, progress)
+
+    def gather(
+        self, job: MergeJob, schedule: DensitySchedule | None, progress: Progress
+    ) -> Gathered:
+        """Gather the second moments that a job needs."""
+        if job.statistics is None:
+            return Gathered()
+        loader = self.loader(job, progress)
+        return gather(job.statistics, self.sets, loader, schedule, self.output)
+
+    def guide(self, job: MergeJob, progress: Progress) -> DensitySchedule | None:
+        """Let the job's guide decide, from what was measured before; None: it has none."""
+        if job.guide is None:
+            return None
+        stores = [folder / IMPORTANCE for folder in (self.output, job.guide.beside)]
+        loader, needed = self.loader(job, progress), job.statistics
+        left = wanted(needed, self.sets, loader, self.output) if needed else ()
+        return guide(job.guide, self.sets, loader, stores, left).schedule
+
+    def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Places]:
+        """Plan the merge of some values; returns its job, its plan and where its sources are."""
+        job, silent = self.compile(search_space.candidate(self.space, values)), Silent()
+        schedule = self.guide(job, silent)
+        known = self.gather(job, schedule, silent)
+        planned = job.plan.plan(schedule, known.statistics)
+        return job, planned, {**self.files.places, **known.folders}
+
+    def merge(self, values: Values, folder: str) -> MergedModel:
+        """Make the merge of some values in a folder."""
+        job, planned, places = self.plan(values)
+        output, folders = self.scratch / folder, self.files.folders
+        shards = write_weights(planned, places, output, job.means, Silent())
+        return finish_model(planned, shards, job.sidecars, folders, output)
 
 
 def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
@@ -129,7 +186,7 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
         advance(n)
 
     try:
-        lm = tuner.seat.take(tuner, values, clock)
+        lm = tuner.model.load(tuner, values, clock)
     except LewisHubError as error:
         if not is_of_settings(error):
             raise
@@ -174,7 +231,7 @@ def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:
 
     trial.set_user_attr(ERROR, why)
     opened.tell(trial, state=TrialState.FAIL)
-    tuner.step.progress.say(f"Trial {trial.number} failed: {why}")
+    tuner.progress.say(f"Trial {trial.number} failed: {why}")
 
 
 class Clock:
@@ -189,51 +246,26 @@ class Clock:
         self.seconds[name], self.last = round(now - self.last, 3), now
 
 
-def merge(tuner: Tuner, values: Values, folder: str) -> MergedModel:
-    """The merge of some values, in a folder."""
-    step, schedule, folders, statistics = _given(tuner, values)
-    output = tuner.scratch / folder
-    return merging.make(step, schedule, folders, output, "Merging", statistics)
-
-
-def _given(tuner: Tuner, values: Values) -> tuple[Step, DensitySchedule | None, Folders, Known]:
-    """What the merge of some values is made of."""
-    recipe = search_space.candidate(tuner.space, values)
-    step = replace(tuner.step, recipe=recipe, progress=Silent())
-    schedule = guidance(tuner, recipe, Silent()).schedule if recipe.guide else None
-    known = gather(step, tuner.sets, tuner.folders, tuner.scratch, schedule, tuner.output)
-    return step, schedule, {**tuner.folders, **known.folders}, known.statistics
-
-
-def guidance(tuner: Tuner, recipe: Recipe, progress: Progress) -> Guidance:
-    """What a recipe's guide decides, from what was measured before."""
-    assert recipe.guide
-    step = replace(tuner.step, recipe=recipe, progress=progress)
-    beside = Path(recipe.locate("importance")) / IMPORTANCE
-    stores = [tuner.output / IMPORTANCE, beside]
-    left = wanted(step, tuner.sets, tuner.folders, tuner.output)
-    return calibrate.guide(step, tuner.sets, tuner.folders, tuner.scratch, stores, left)
-
-
-def score_both(step: Step, models: Mapping[str, MergedModel], scratch: Path) -> Scores:
+def score_both(
+    evaluation: EvaluationPlan, tasks: ScoredTasks, models: Mapping[str, MergedModel], scratch: Path
+) -> Scores:
     """Score models as the recipe's `evaluate` says, their answer loss among the metrics.
 
     Args:
-        step: of a recipe with `evaluate`.
+        evaluation: how they are scored.
+        tasks: that score them.
         models: label -> model; `merged` is tested against each of the others.
         scratch: for results.
     """
-    asked = step.recipe.evaluate
-    assert asked
-    settings = settings_of(asked, step.execution.device)
-    run = Run(step.scored, asked.limit, settings, scratch / "scored")
+    settings, loaded, limit = evaluation.settings, tasks.loaded, evaluation.limit
+    run = Run(loaded, limit, settings, scratch / "scored")
     candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
-    results = dict(score(candidates, run, step.progress))
+    results = dict(score(candidates, run, tasks.progress))
     merged = models["merged"].folder  # all have its tokenizer
-    chat = chat_of(load_tokenizer(str(merged), "merged")) if asked.chat_template else None
-    questions = scored_questions(step.scored, asked.limit, chat)
+    chat = chat_of(load_tokenizer(str(merged), "merged")) if settings.chat_template else None
+    questions = scored_questions(loaded, limit, chat)
     n_items = len(models) * sum(map(len, questions.values()))
-    with step.progress.stage("Scoring right answers", n_items, "items") as advance:
+    with tasks.progress.stage("Scoring right answers", n_items, "items") as advance:
         for label, one in models.items():
             lm = load(one.folder, settings)
             losses = {task: answer_losses(lm, some, advance) for task, some in questions.items()}
@@ -327,53 +359,82 @@ def tune(
     execution.require_usable()
     space = search_space.space_of(recipe, asked.methods, asked.guides)
     if recipe.evaluate is None:
-        problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
-        raise RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
+        raise _scores_nothing()
     require_writable(output)
-    corners = search_space.corners(space)
-    measured = next((one for one in corners if measures_on_texts(one)), corners[0])
-    step = _examined(measured, execution, progress)
-    _require_plans(step, corners)
-    if fitted := [one for one in corners if fits_in_sequence(one)]:
-        require_possible(replace(step, recipe=fitted[0]))  # all are of the same models
-    drawn, sets = _draw(step, asked)
-    settings = settings_of(recipe.evaluate, execution.device)
-    objective = by_metric(drawn, asked.metric, settings) if asked.metric else by_answer_loss(drawn)
+    api, corners = hub_api(), search_space.corners(space)
+    measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
+    examined = examine_sources(measured, execution, api, progress)
+    examined = _with_data_of(corners, examined, api)
+    jobs = [compile_job(one, execution, examined, api) for one in corners]
+    _require_mergeable(jobs, api)
+    job = jobs[corners.index(measured)]
+    tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
+    if tasks is None or evaluation is None:
+        raise _scores_nothing()
+    drawn, sets = _draw(job, asked, tasks, chat=evaluation.settings.chat_template)
+    objective = by_answer_loss(drawn)
+    if asked.metric:
+        objective = by_metric(drawn, asked.metric, evaluation.settings)
     output.mkdir(parents=True, exist_ok=True)
     with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
-        fetch.require_disk(step, output, sets)
-        folders = fetch.everything(step)
-        tuner = Tuner(step, space, objective, folders, sets, output, Path(scratch))
-        for one in _by_guide(corners).values():  # here, where it is told how far it is
-            guidance(tuner, _at_any_mean(one), progress)
-        for one in _by_width(corners).values():
-            gather(replace(step, recipe=one), sets, folders, Path(scratch), store=output)
+        needs = job.disk_needs(sets)
+        require_disk(output, needs.download_bytes, needs.made_bytes + needs.states_bytes)
+        files = fetch_whole(api, [one.source for one in job.sources.models], progress)
+        code_files(api, job.code)
+        shared = (examined, execution, api, progress, space, objective, files, sets, output)
+        tuner = Tuner(*shared, Path(scratch))
+        _measure(tuner, corners)
         tried, n_begun = _search(tuner, output / STUDY, asked)
-        tuner.seat.leave()
+        tuner.model.release()
         best = study.best_of(tried, lower_is_better=objective.lower_is_better)
         first = search_space.warm_starts(space)[0]
         own = [trial for trial in tried if trial.values == first]
         start = next((trial for trial in own if trial.value is not None), None)
         refused = next((trial.error for trial in own if trial.error), None)
-        compared = {"merged": best.values} | ({} if refused else {"start": first})
-        final = None if best is start else _final(tuner, compared)
+        final = None
+        if best is not start:
+            chosen = {"merged": best.values} | ({} if refused else {"start": first})
+            models = {label: tuner.merge(values, label) for label, values in chosen.items()}
+            final = score_both(evaluation, tasks, models, tuner.scratch)
     tuned = search_space.candidate(space, best.values)
     return Tuned(tuned, space, objective, drawn, tried, n_begun, best, start, refused, final)
 
 
-def _examined(recipe: Recipe, execution: Execution, progress: Progress) -> Step:
-    api = hub_api()
-    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
-    inputs = convert_pickles.without_pickles(recipe, inputs, api, progress)
-    examined = check.examine(recipe, inputs, api, allow_code=execution.allow_code)
-    check.require_fine(examined.report)
-    return Step(recipe, inputs, examined, execution, api, progress)
+def _scores_nothing() -> RecipeError:
+    problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
+    return RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
+
+
+def _with_data_of(recipes: Sequence[Recipe], examined: Examined, api: HfApi) -> Examined:
+    """Pin the calibration data of all recipes: they differ in which of it they use."""
+    known = examined.inputs.data
+    asked = {one: recipe for recipe in recipes for one in calibrations_of(recipe)}
+    left = [one for one in asked if one not in known]
+    found = resolve_data(left, api, asked[left[0]].locate) if left else {}
+    return replace(examined, inputs=replace(examined.inputs, data={**known, **found}))
+
+
+def _require_mergeable(jobs: Sequence[MergeJob], api: HfApi) -> None:
+    """Refuse a method that cannot merge these sources, from their headers."""
+    for job in {one.planned.method: one for one in jobs}.values():
+        job.plan.plan(None)
+    fitted = [one for one in jobs if one.statistics and one.statistics.moments.in_sequence]
+    for statistics in [one.statistics for one in fitted[:1] if one.statistics]:
+        require_by_block(statistics, api)  # all are of the same models
+
+
+def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
+    """Measure once what many trials need, here, where progress is shown."""
+    for one in _by_guide(corners).values():
+        tuner.guide(tuner.compile(_at_any_mean(one)), tuner.progress)
+    for one in _by_width(corners).values():
+        tuner.gather(tuner.compile(one), None, tuner.progress)
 
 
 def _by_width(recipes: Sequence[Recipe]) -> dict[int, Recipe]:
     """One recipe of each kind of second moments that merges need and that are gathered once."""
-    once = (one for one in recipes if needs_grams(one) and not fits_in_sequence(one))
-    return {widest_input(one): one for one in once}
+    needed = ((measurement_of(one).moments, one) for one in recipes)
+    return {m.widest: one for m, one in needed if m and not m.in_sequence}
 
 
 def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
@@ -382,40 +443,27 @@ def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
 
 def _at_any_mean(recipe: Recipe) -> Recipe:
     """For a guide to be measured: whether its mean density is in reach, each trial finds out."""
-    assert recipe.guide
-    guide = recipe.guide.model_copy(update={"mean_density": None})
+    guide = recipe.guide and recipe.guide.model_copy(update={"mean_density": None})
     return recipe.model_copy(update={"guide": guide})
 
 
-def _require_plans(step: Step, recipes: Sequence[Recipe]) -> None:
-    """Refuse a method that cannot merge these sources, from their headers."""
-    for recipe in {one.merge_method: one for one in recipes}.values():
-        merging.plan(
-            recipe,
-            step.inputs,
-            step.examined.checkpoints,
-            step.examined.tokens.alignment,
-            None,
-            step.execution.max_shard_bytes,
-        )
-
-
-def _draw(step: Step, asked: Search) -> tuple[tuple[TuningItems, ...], Sets]:
-    """The items to tune on, and the texts to measure on."""
-    scoring = step.recipe.evaluate
-    assert scoring
-    on = scoring.model_copy(update={"tasks": asked.tasks or scoring.tasks})
-    selected = selection(step.recipe, on, allow_code=step.execution.allow_code)
+def _draw(
+    job: MergeJob, asked: Search, tasks: ScoredTasks, *, chat: bool
+) -> tuple[tuple[TuningItems, ...], Sets]:
+    """Draw the items to tune on, and the texts to measure on."""
+    selected = replace(tasks.selection, names=asked.tasks or tasks.selection.names)
     check_tasks(selected)
     split = asked.split or free_split_of(selected)
-    drawn = calibrate.drawn_sets(step)
+    drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
     calibrated = [values for one in drawn.values() for values in one.values]
-    items = draw_items(step, selected, split, asked.samples, calibrated)
+    donor = job.sources.donor.source if chat else None
+    request = ItemRequest(selected, split, asked.samples, job.texts.seed, donor)
+    items = draw_items(request, tasks, calibrated)
     for one in items:
         passed = f"; {one.n_calibrated} that calibration draws are passed over"
         told = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
-        step.progress.say(f"{told}{passed if one.n_calibrated else ''}.")
-    return items, calibrate.in_order(step.recipe, drawn)
+        tasks.progress.say(f"{told}{passed if one.n_calibrated else ''}.")
+    return items, calibration_sets(job.texts, drawn, job.sources.experts)
 
 
 def _name(tuner: Tuner) -> str:
@@ -425,8 +473,8 @@ def _name(tuner: Tuner) -> str:
         tuner.space.methods,
         tuner.space.guides,
         tuner.objective.digest,
-        [tuner.step.inputs.content(source) for source in tuner.step.inputs.models],
-        [source.commit_sha for source in tuner.step.inputs.calibration_data],
+        [source.digest for source in tuner.examined.sources.models],
+        [source.commit_sha for source in tuner.examined.inputs.datasets],
         [
             sorted(axis.__dict__.items())
             for values in search_space.combinations(tuner.space)
@@ -438,15 +486,15 @@ def _name(tuner: Tuner) -> str:
 
 def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...], int]:
     """Try until there are enough trials or the time is over; all of them, and how many are new."""
-    lower, seed = tuner.objective.lower_is_better, tuner.step.recipe.seed
+    lower, seed = tuner.objective.lower_is_better, tuner.space.recipe.seed
     opened = study.open_study(file, _name(tuner), lower_is_better=lower, seed=seed)
     study.enqueue(opened, search_space.warm_starts(tuner.space))
     began, n_begun = time.monotonic(), 0
     n_left = max(0, asked.n_trials - len(_tried(tuner.space, opened)))
-    with tuner.step.progress.stage("Tuning", n_left * tuner.objective.n_items, "items") as advance:
+    with tuner.progress.stage("Tuning", n_left * tuner.objective.n_items, "items") as advance:
         while n_begun < n_left:
             if asked.budget_s is not None and time.monotonic() - began >= asked.budget_s:
-                tuner.step.progress.say("The budget is spent; the same command goes on.")
+                tuner.progress.say("The budget is spent; the same command goes on.")
                 break
             n_begun += 1
             attempt(tuner, opened, advance)
@@ -459,8 +507,3 @@ def _tried(space: Space, opened: Any) -> tuple[Trial, ...]:
     return tuple(
         replace(trial, values=search_space.settled(space, trial.values)) for trial in found
     )
-
-
-def _final(tuner: Tuner, chosen: Mapping[str, Values]) -> Scores:
-    models = {label: merge(tuner, values, label) for label, values in chosen.items()}
-    return score_both(tuner.step, models, tuner.scratch)

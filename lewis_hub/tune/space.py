@@ -17,7 +17,8 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.read import dotted
 from lewis_hub.recipe.schema import Guide, ModelEntry, Parameters, Recipe
 from lewis_hub.workflow.check import guide_refusals
-from lewis_hub.workflow.resolve import needs_grams, rules
+from lewis_hub.workflow.examine import needs_moments
+from lewis_hub.workflow.read import rules
 
 # Numbers are searched by name; one that is not here stays as the recipe has it.
 RANGES: Mapping[str, tuple[float, float]] = {
@@ -107,8 +108,8 @@ def guide_of(space: Space, chosen: Values) -> str:
 
 def takes_guide(recipe: Recipe, method: Method) -> bool:
     """Whether a guide that is used as the recipe says does something under a method."""
-    guided = {"merge_method": method.name, "guide": recipe.guide or Guide()}
-    return not guide_refusals(recipe.model_copy(update=guided))
+    apply_to = (recipe.guide or Guide()).apply_to
+    return not guide_refusals(apply_to, method, is_stack=False)
 
 
 def sets_densities(recipe: Recipe, guide: str) -> bool:
@@ -206,8 +207,10 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
     if recipe.slices:
         problem = "only whole models under `models` can be tuned."
         raise RecipeError("recipe", "slices", problem, "List whole models, or tune by hand.")
-    if refused := guide_refusals(recipe):
-        raise CheckFailedError(tuple(refused))
+    if recipe.guide:
+        method = registry.find(recipe.merge_method)
+        if refused := guide_refusals(recipe.guide.apply_to, method, is_stack=False):
+            raise CheckFailedError(tuple(refused))
     own = recipe.guide.name if recipe.guide else NONE
     if recipe.guide and not guides:
         guides = ["uniform"]
@@ -307,7 +310,7 @@ def candidate(space: Space, values: Values) -> Recipe:
     texts = recipe.calibration
     if guide is None and recipe.guide:
         texts = texts or recipe.guide.calibration
-    measures = guide or needs_grams(tried)
+    measures = guide or needs_moments(tried)
     return tried.model_copy(update={"calibration": texts if measures else None})
 
 

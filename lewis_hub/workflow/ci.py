@@ -16,10 +16,10 @@ from lewis_hub.hub.publish import proposals
 from lewis_hub.hub.target import look
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.workflow import check, fetch, report
-from lewis_hub.workflow.existing import IMPORTANCE, Former, former_merge
-from lewis_hub.workflow.job import Execution, Step
-from lewis_hub.workflow.resolve import resolve_inputs
+from lewis_hub.workflow import fetch
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.existing import IMPORTANCE, PreviousMerge, previous_merge, without_scores
+from lewis_hub.workflow.job import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,49 +69,44 @@ def look_ahead(
         CheckFailedError: the sources do not fit together.
         OutputError: the disk is too small, and what the recipe asks for needs whole models.
     """
-    inputs = resolve_inputs(recipe, api)
-    examined = check.examine(recipe, inputs, api, allow_code=False)
-    check.require_fine(examined.report)
-    step = Step(recipe, inputs, examined, Execution(), api, Silent())
+    job = prepare(recipe, Execution(replace=force), api, Silent())
+    needs, planned = job.disk_needs(), job.planned
     try:
-        fetch.require_disk(step, output)
+        fetch.require_disk(output, needs.download_bytes, needs.made_bytes)
         found = Preflight("merge", "The disk is large enough.")
     except OutputError as shortage:
-        _require_streamable(recipe, shortage)
-        recipe = recipe.model_copy(update={"evaluate": None})  # scores need whole models
+        if job.evaluation and job.evaluation.demands:
+            remedy = (
+                "A quality gate scores whole models, so the merge cannot be streamed past this "
+                "disk: take a larger machine, such as by `lewis-hub merge --push --on jobs`."
+            )
+            raise OutputError(shortage.path, shortage.problem, remedy) from None
         found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
-    former = former_merge(look(Asked(api, asked.repo, kind=PublishError)), api)
-    planned = report.lock(recipe, inputs, step.execution.max_shard_bytes, {})
-    held = None if force else _held(asked, former, planned, api)
+        planned = without_scores(planned)  # scores need whole models
+    previous = previous_merge(look(Asked(api, asked.repo, kind=PublishError)), api)
+    held = None if force else _held(asked, previous, planned, api)
     if held:
         name, sha = asked.repo, held.source.commit_sha
         why = f"{name}@{sha[:8]} holds this merge already."
         return Preflight("unchanged", why, f"{api.endpoint}/{name}/commit/{sha}")
-    if former and recipe.guide:
-        _keep_importance(recipe, former, api)
+    if previous and job.guide:
+        _keep_importance(job.guide.beside, previous, api)
     return found
 
 
-def _require_streamable(recipe: Recipe, shortage: OutputError) -> None:
-    if recipe.evaluate and recipe.evaluate.gate:
-        remedy = (
-            "A quality gate scores whole models, so the merge cannot be streamed past this disk: "
-            "take a larger machine, such as by `lewis-hub merge --push --on jobs`."
-        )
-        raise OutputError(shortage.path, shortage.problem, remedy)
-
-
-def _held(asked: Publishing, main: Former | None, planned: Lock, api: HfApi) -> Former | None:
+def _held(
+    asked: Publishing, main: PreviousMerge | None, planned: Lock, api: HfApi
+) -> PreviousMerge | None:
     """The planned merge where it lies on main, or in an open pull request if it would be one."""
-    formers = [main]
+    merges = [main]
     if asked.landing == "pull-request":
-        formers += [former_merge(target, api) for _, target in proposals(api, asked.repo)]
-    return next((former for former in formers if former and former.holds(planned)), None)
+        merges += [previous_merge(target, api) for _, target in proposals(api, asked.repo)]
+    return next((previous for previous in merges if previous and previous.holds(planned)), None)
 
 
-def _keep_importance(recipe: Recipe, former: Former, api: HfApi) -> None:
-    place = Path(recipe.locate("importance")) / "importance.json"
-    told = former.read(IMPORTANCE, api)
+def _keep_importance(folder: Path, previous: PreviousMerge, api: HfApi) -> None:
+    place = folder / "importance.json"
+    told = previous.read(IMPORTANCE, api)
     if told and not place.exists():
         place.parent.mkdir(exist_ok=True)
         write_whole(place, told)

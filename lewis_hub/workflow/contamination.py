@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.texts import CalibrationTokens, Rows, Template
 from lewis_hub.errors import CalibrationError, EvaluationError
+from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
 from lewis_hub.evaluate.items import Item, TaskRows, holding, scored_items
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Calibration
-from lewis_hub.workflow.job import Step
+from lewis_hub.workflow.resolve import scored_commits
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 Values = frozenset[str]  # texts without case and white space
 
@@ -96,20 +103,63 @@ def overlaps(drawn: Sequence[DrawnText], scored: Sequence[Item]) -> Iterator[tup
             yield from ((index, item) for index, one in by_longest[text] if one <= there)
 
 
-def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[DrawnText]]) -> None:
-    """Hold every calibration against what the recipe scores, now or later.
+@dataclass(frozen=True)
+class ScoredTasks:
+    """Tasks that are scored, now or later; they are loaded when they are first needed.
+
+    Attributes:
+        selection: the tasks.
+        are_scored_now: whether this run scores them; else another run is going to.
+    """
+
+    selection: TaskSelection
+    are_scored_now: bool
+    api: HfApi
+    progress: Progress
+
+    @cached_property
+    def loaded(self) -> LoadedTasks:
+        """The tasks.
+
+        Raises:
+            EvaluationError: a task cannot be built.
+        """
+        self.progress.say("Loading the benchmarks")
+        return load_tasks(self.selection, scored_commits(self.api, self.selection))
+
+    def items(self) -> list[Item]:
+        """Return every item of every task.
+
+        Raises:
+            EvaluationError: a task cannot be built.
+        """
+        try:
+            return list(scored_items(self.loaded))
+        except EvaluationError as error:
+            if self.are_scored_now:
+                raise
+            remedy = f"{error.remedy}\nOr merge without comparing: `--allow-overlap`."
+            raise EvaluationError(error.subject, error.problem, remedy) from error
+
+
+def refuse_overlap(
+    scored: ScoredTasks | None,
+    drawn: Mapping[Calibration, Sequence[DrawnText]],
+    progress: Progress,
+) -> None:
+    """Compare every calibration with the items that are scored, now or later.
 
     Raises:
         CalibrationError: an item is in both, and the recipe does not allow it.
         EvaluationError: what is scored cannot be loaded.
     """
     held = {one: items for one, items in drawn.items() if not one.allow_overlap}
-    if step.scoring is None or not held:
+    if scored is None or not held:
         return
-    step.progress.say("Comparing calibration texts with the items that are scored")
-    scored = _scored(step)
+    progress.say("Comparing calibration texts with the items that are scored")
+    known = scored.items()
     for calibration, items in held.items():
-        found = count_overlap(items, scored)
+        found = count_overlap(items, known)
         if found:
             told = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise CalibrationError(
@@ -119,13 +169,3 @@ def refuse_overlap(step: Step, drawn: Mapping[Calibration, Sequence[DrawnText]])
                 "another `seed`.\n`allow_overlap: true` in this calibration, or "
                 "`--allow-overlap`, carries on all the same.",
             )
-
-
-def _scored(step: Step) -> list[Item]:
-    try:
-        return list(scored_items(step.scored))
-    except EvaluationError as error:
-        if step.recipe.evaluate:
-            raise
-        remedy = f"{error.remedy}\nOr merge without comparing: `--allow-overlap`."
-        raise EvaluationError(error.subject, error.problem, remedy) from error

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
-from lewis_hub.evaluate.gate import GateVerdict
+from lewis_hub.evaluate.gate import Demand, GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.methods import registry
+from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.merge.plan import MergePlan
 from lewis_hub.progress import Progress
-from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
-from lewis_hub.workflow.merge import MergedModel, loadable, make, uniform_twin
-from lewis_hub.workflow.resolve import needs_grams
-
-if TYPE_CHECKING:
-    from lewis_hub.guides.schedule import DensitySchedule
-    from lewis_hub.workflow.calibrate import Guidance
-    from lewis_hub.workflow.grams import Gathered
-    from lewis_hub.workflow.job import Folders, Step
+from lewis_hub.recipe.schema import Benchmark
+from lewis_hub.workflow.calibrate import Guidance, Sets
+from lewis_hub.workflow.contamination import ScoredTasks
+from lewis_hub.workflow.load import ModelLoader
+from lewis_hub.workflow.merge import (
+    MergedModel,
+    PlanSettings,
+    SidecarSettings,
+    finish_model,
+    write_weights,
+)
+from lewis_hub.workflow.open import OpenedSource
+from lewis_hub.workflow.statistics import Gathered, StatisticsSettings, gather
 
 
 @dataclass(frozen=True)
@@ -69,103 +72,117 @@ class Scored:
         return self.results["merged"]
 
 
-def selection(recipe: Recipe | None, evaluation: Evaluation, *, allow_code: bool) -> TaskSelection:
-    """The tasks that are asked for, own task files found beside the recipe where there is one."""
-    include = None
-    if evaluation.include:
-        include = Path(recipe.locate(evaluation.include) if recipe else evaluation.include)
-    return TaskSelection(evaluation.tasks, include, allow_code=allow_code)
+@dataclass(frozen=True)
+class PlainTwin:
+    """The same merge without statistics, to be scored beside it.
 
-
-def settings_of(evaluation: Evaluation, device: str) -> EvaluationSettings:
-    """How its models are run."""
-    return EvaluationSettings(device=device, chat_template=evaluation.chat_template)
-
-
-def has_uniform_twin(recipe: Recipe) -> bool:
-    """Whether the merge is made again, with uniform densities, to be scored beside it."""
-    asked = recipe.evaluate
-    return recipe.guide is not None and asked is not None and "uniform" in asked.compare
-
-
-def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
-    """The label and the recipe of the same merge without statistics, to be scored beside it.
-
-    Of a method that cannot do without it is what equal second moments would give, the mean of the
-    task vectors by the same weights; else entries are trimmed by their magnitude.
+    Attributes:
+        label: of its scores.
+        plan: of its weights.
+        takes_schedule: whether a guide's densities are its own too.
     """
-    asked = recipe.evaluate
-    if asked is None or "uniform" not in asked.compare or not needs_grams(recipe):
-        return None
-    if not registry.find(recipe.merge_method).needs_grams:
-        kept = {k: v for k, v in recipe.parameters.items() if k not in ("trim", "trim_exponent")}
-        return "by_magnitude", recipe.model_copy(update={"parameters": kept})
-    plain = registry.find("task_arithmetic")
 
-    def known(settings: Settings) -> Settings:
-        names = (*plain.settings, *plain.options)
-        return {name: value for name, value in settings.items() if name in names}
-
-    models = tuple(
-        entry.model_copy(update={"parameters": known(entry.parameters)}) for entry in recipe.models
-    )
-    mean = {**known(recipe.parameters), "normalize": True}
-    changed = {"merge_method": plain.name, "parameters": mean, "models": models}
-    return plain.name, recipe.model_copy(update=changed)
+    label: str
+    plan: PlanSettings
+    takes_schedule: bool
 
 
-def n_twins(recipe: Recipe) -> int:
-    """How many times more the merge is made, to be scored beside it."""
-    return has_uniform_twin(recipe) + (plain_twin(recipe) is not None)
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is scored.
+
+    Attributes:
+        limit: only so many first items of each task.
+        settings: how models are run.
+        rivals: label -> source that is scored beside the merge.
+        uniform_twin: whether the merge is made again, with uniform densities.
+        plain_twin: None: there is none.
+        demands: of the quality gate.
+        benchmarks: task -> the Hub's benchmark on whose leaderboard the score appears.
+    """
+
+    limit: int | None
+    settings: EvaluationSettings
+    rivals: Mapping[str, OpenedSource]
+    uniform_twin: bool
+    plain_twin: PlainTwin | None
+    demands: tuple[Demand, ...]
+    benchmarks: Mapping[str, Benchmark]
+
+
+@dataclass(frozen=True)
+class TwinMaker:
+    """Makes merges to be scored beside the merge itself; they stay in the scratch folder.
+
+    Attributes:
+        plan: of the merge.
+        sidecars: of the merge.
+        loader: of the sources.
+        statistics: how second moments are gathered; None: the method needs none.
+        sets: calibration texts, one an expert.
+    """
+
+    plan: PlanSettings
+    sidecars: SidecarSettings
+    loader: ModelLoader
+    statistics: StatisticsSettings | None
+    sets: Sets
+
+    def uniform(self, schedule: DensitySchedule) -> Candidate:
+        """Make the merge with every density replaced by the mean: what guidance must beat."""
+        uniform = schedule.uniform_twin(self.plan.sizes())
+        known, scratch = Gathered(), self.loader.scratch
+        if self.statistics:
+            known = gather(self.statistics, self.sets, self.loader, uniform, scratch)
+        planned = self.plan.plan(uniform, known.statistics)
+        return self._make("uniform", planned, "Merging the uniform twin", known)
+
+    def plain(self, twin: PlainTwin, schedule: DensitySchedule | None) -> Candidate:
+        """Make the merge without statistics."""
+        planned = twin.plan.plan(schedule if twin.takes_schedule else None)
+        title = f"Merging its twin {twin.label.replace('_', ' ')}"
+        return self._make(twin.label, planned, title, Gathered())
+
+    def _make(self, label: str, planned: MergePlan, title: str, known: Gathered) -> Candidate:
+        loader, output = self.loader, self.loader.scratch / label
+        places = {**loader.places, **known.folders}
+        shards = write_weights(planned, places, output, loader.means, loader.progress, title)
+        made = finish_model(planned, shards, self.sidecars, loader.files.folders, output)
+        return Candidate(label, made.identity, made.folder)
 
 
 def score_merge(
-    step: Step,
+    evaluation: EvaluationPlan,
+    tasks: ScoredTasks,
     merged: MergedModel,
     guidance: Guidance | None,
-    folders: Folders,
-    scratch: Path,
-    gather: Callable[[DensitySchedule], Gathered],
-) -> Scored | None:
-    """Score the merge beside what the recipe compares it with; None where it asks for nothing.
-
-    Its twins are made for this and stay in `scratch`.
+    maker: TwinMaker,
+) -> Scored:
+    """Score the merge beside its rivals; its twins are made for this.
 
     Args:
-        step: what was merged.
+        evaluation: what is scored.
+        tasks: that score it.
         merged: the merge.
         guidance: of its guide, where it has one.
-        folders: of all sources.
-        scratch: for what is made and found on the way.
-        gather: tells the statistics of a merge with other densities.
+        maker: of the twins.
+
+    Raises:
+        EvaluationError: a task or a model cannot be used.
     """
-    asked = step.recipe.evaluate
-    if asked is None:
-        return None
-    inputs, candidates = step.inputs, [Candidate("merged", merged.identity, merged.folder)]
-    if plain := plain_twin(step.recipe):
-        label, recipe = plain
-        schedule = guidance.schedule if guidance and label == "by_magnitude" else None
-        title = f"Merging its twin {label.replace('_', ' ')}"
-        twin = make(replace(step, recipe=recipe), schedule, folders, scratch / label, title)
-        candidates.insert(0, Candidate(label, twin.identity, twin.folder))
-    if has_uniform_twin(step.recipe) and guidance:
-        uniform = uniform_twin(step, guidance.schedule)
-        title, output = "Merging the uniform twin", scratch / "uniform"
-        known = gather(uniform)
-        there = {**folders, **known.folders}
-        twin = make(step, uniform, there, output, title, known.statistics)
-        candidates.insert(0, Candidate("uniform", twin.identity, twin.folder))
-    others = [(f"expert:{e.pinned}", e) for e in inputs.experts if "experts" in asked.compare]
-    if inputs.base and "base" in asked.compare:
-        others.insert(0, ("base", inputs.base))
-    named = [
-        Candidate(label, inputs.content(source), loadable(step, source, folders, scratch))
-        for label, source in others
+    loader, twins = maker.loader, [Candidate("merged", merged.identity, merged.folder)]
+    schedule = guidance.schedule if guidance else None
+    if evaluation.plain_twin:
+        twins.insert(0, maker.plain(evaluation.plain_twin, schedule))
+    if evaluation.uniform_twin and schedule:
+        twins.insert(0, maker.uniform(schedule))
+    rivals = [
+        Candidate(label, source.digest, loader.materialize_checkpoint(source))
+        for label, source in evaluation.rivals.items()
     ]
-    settings = settings_of(asked, step.execution.device)
-    run = Run(step.scored, asked.limit, settings, scratch / "scored")
-    results = score([*named, *candidates], run, step.progress)
+    kept = loader.scratch / "scored"
+    run = Run(tasks.loaded, evaluation.limit, evaluation.settings, kept)
+    results = score([*rivals, *twins], run, loader.progress)
     return Scored(compare(results), results)
 
 

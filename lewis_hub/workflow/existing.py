@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ LATER = ("evaluate", "publish")  # what is asked for beside the bytes
 
 
 @dataclass(frozen=True)
-class Former:
+class PreviousMerge:
     """The merge that lies in the target repo now.
 
     Attributes:
@@ -58,7 +58,7 @@ class Former:
         return content.decode("utf-8", errors="replace")
 
 
-def former_merge(target: Target, api: HfApi) -> Former | None:
+def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
     """The merge that a push would replace: lock and changelog are read, no weights.
 
     A repo without a lock that can be read has none.
@@ -76,7 +76,7 @@ def former_merge(target: Target, api: HfApi) -> Former | None:
         changes = difference.from_json(told)
     except OutputError:
         changes = ()
-    return Former(source, lock, changes)
+    return PreviousMerge(source, lock, changes)
 
 
 def same_merge(found: Lock, planned: Lock) -> bool:
@@ -86,15 +86,21 @@ def same_merge(found: Lock, planned: Lock) -> bool:
     )
 
 
-def published_scores(former: Former | None, api: HfApi) -> Scores | None:
+def without_scores(planned: Lock) -> Lock:
+    """Return the lock of the same merge, if it is not scored."""
+    recipe = {key: value for key, value in planned.recipe.items() if key != "evaluate"}
+    return replace(planned, recipe=recipe)
+
+
+def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
     """The scores of the merge in the target repo."""
-    told = former.read(SCORES, api) if former else None
+    told = previous.read(SCORES, api) if previous else None
     return Scores.from_json(told) if told else None
 
 
-def published_importance(former: Former | None, api: HfApi, scratch: Path) -> list[Path]:
+def published_importance(previous: PreviousMerge | None, api: HfApi, scratch: Path) -> list[Path]:
     """A file with what the merge in the target repo measured; none where it measured nothing."""
-    told = former.read(IMPORTANCE, api) if former else None
+    told = previous.read(IMPORTANCE, api) if previous else None
     if told is None:
         return []
     file = scratch / "published-importance.json"

@@ -1,27 +1,53 @@
-"""Fetch: the small files first, so that what is wrong shows before the weights are pulled."""
+"""Fetch: small files first, so that what is wrong shows before the weights are downloaded."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.meta_model import FEWER, STATES
-from lewis_hub.errors import OutputError
+from lewis_hub.checkpoint.pickles import convert
+from lewis_hub.checkpoint.ranges import Place
 from lewis_hub.files import existing, require_room
+from lewis_hub.hub import converted
 from lewis_hub.hub.cache import cache_root
-from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, bytes_to_download, fetch
-from lewis_hub.hub.source import Source
+from lewis_hub.hub.fetch import (
+    CODE_FILES,
+    SIDECAR_FILES,
+    bytes_to_download,
+    fetch,
+    read_small,
+    weight_files,
+)
+from lewis_hub.hub.ranges import Arrived, RemoteFiles
+from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.progress import Progress
-from lewis_hub.workflow.memory import Loading, on_disk_bytes
-from lewis_hub.workflow.resolve import calibrations
+from lewis_hub.workflow.open import ties
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from lewis_hub.calibration.measure import CalibrationSet
-    from lewis_hub.workflow.job import Step
+Folders = Mapping[str, Path]  # pinned source -> a folder with at least its small files
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Where the files of sources are.
+
+    Attributes:
+        folders: pinned source -> folder with at least its configuration and tokenizer.
+        places: pinned source -> where its weights are read.
+        keeps_models: whether whole models may lie on this disk; else weights are read by ranges.
+        count_bytes: counts the bytes that came by ranges so far.
+    """
+
+    folders: Folders
+    places: Mapping[str, Place]
+    keeps_models: bool
+    count_bytes: Callable[[], int] | None = None
 
 
 def small_files(api: HfApi, source: Source) -> Path:
@@ -29,21 +55,59 @@ def small_files(api: HfApi, source: Source) -> Path:
     return fetch(api, source, lambda _: None, only=SIDECAR_FILES)
 
 
-def require_disk(step: Step, work: Path, sets: Sequence[CalibrationSet] = ()) -> None:
+def code_files(api: HfApi, sources: Sequence[Source]) -> None:
+    """Fetch the Python files of sources."""
+    for source in sources:
+        fetch(api, source, lambda _: None, only=CODE_FILES)
+
+
+def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
+    """Fetch sources, weights included; what is in the cache already is not fetched again."""
+    total = sum(bytes_to_download(api, source) for source in sources)
+    with progress.stage("Downloading", total, "bytes") as advance:
+        return {source.pinned: fetch(api, source, advance) for source in sources}
+
+
+def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> SourceFiles:
+    """Fetch sources, weights included."""
+    folders = download(api, sources, progress)
+    return SourceFiles(folders, folders, keeps_models=True)
+
+
+def open_ranges(api: HfApi, sources: Sequence[Source]) -> SourceFiles:
+    """Fetch small files; weights that are not here already are read by byte ranges."""
+    folders: dict[str, Path] = {}
+    places: dict[str, Place] = {}
+    counts: list[Arrived] = []
+    for source in dict.fromkeys(sources):
+        folders[source.pinned] = small_files(api, source)
+        if bytes_to_download(api, source) == 0:
+            places[source.pinned] = fetch(api, source, lambda _: None)
+        else:
+            files = RemoteFiles(source, api.endpoint)
+            places[source.pinned] = files.fetch
+            counts.append(files.arrived)
+    return SourceFiles(
+        folders,
+        places,
+        keeps_models=False,
+        count_bytes=lambda: sum(one.n_bytes for one in counts),
+    )
+
+
+def require_disk(work: Path, download_bytes: int, made_bytes: int) -> None:
     """Refuse before the first byte what the disks cannot hold: sources, merge and twin together.
 
     Args:
-        step: of a merge that was examined.
         work: folder that the merge is made in; what an earlier run left there counts as free.
-        sets: of calibration texts, one an expert; none where they are not drawn yet.
+        download_bytes: of sources that are not in the cache.
+        made_bytes: of all that is written into `work`.
 
     Raises:
         OutputError: a disk is too small.
     """
-    report = step.examined.report
     left = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    made = report.disk_bytes - report.states_bytes + _waiting_bytes(step, sets)
-    needs = ((cache_root(), report.download_bytes), (work, max(0, made - left)))
+    needs = ((cache_root(), download_bytes), (work, max(0, made_bytes - left)))
     of_disk: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
     for folder, n_bytes in needs:
         of_disk[existing(folder).stat().st_dev].append((folder, n_bytes))
@@ -54,44 +118,42 @@ def require_disk(step: Step, work: Path, sets: Sequence[CalibrationSet] = ()) ->
         require_room(shares[0][0], needed, "download and merge", f"{remedy}the merge", where)
 
 
-def shortages(step: Step, work: Path) -> tuple[str, ...]:
-    """What `require_disk` refuses here, for a merge that may be made elsewhere."""
-    try:
-        require_disk(step, work)
-    except OutputError as error:
-        told = "A merge on this machine is refused before the download, but with `--stream`."
-        return (f"{error.path}: {error.problem} {told}",)
-    return ()
+def convert_pickles(
+    sources: Sequence[Source], code: Collection[str], api: HfApi, progress: Progress
+) -> dict[Source, Source]:
+    """Download pickled weights and convert them to safetensors; returns source -> converted source.
 
-
-def require_room_for_texts(step: Step, sets: Sequence[CalibrationSet], scratch: Path) -> None:
-    """Refuse, before a weight is read, texts of which a disk cannot hold the hidden states.
+    Args:
+        sources: of pickled weights alone.
+        code: names of the sources whose Python files are carried along.
+        api: the Hub.
+        progress: told the bytes that arrive and that are written.
 
     Raises:
-        OutputError: it is too small.
+        SourceError: a file cannot be had, or there is not enough room.
+        PickleError: a pickle asks for more than tensors, or is damaged.
     """
-    if n_bytes := _waiting_bytes(step, sets):
-        require_room(scratch, n_bytes, STATES, FEWER)
+    folders = download(api, sources, progress)
+    return {
+        source: _converted(source, folders[source.pinned], api, progress, code=source.name in code)
+        for source in sources
+    }
 
 
-def _waiting_bytes(step: Step, sets: Sequence[CalibrationSet]) -> int:
-    """Of hidden states on the disk, now that the texts are known; in a stream all go by block."""
-    asked = calibrations(step.recipe) if sets else ()
-    n_tokens = {one: own.tokens.n_tokens for one, own in zip(asked, sets, strict=True)}
-    loading = Loading(max_memory_bytes=0) if step.places else step.execution.loading
-    return on_disk_bytes(step.recipe, n_tokens, step.examined.checkpoints.values(), loading)
-
-
-def everything(step: Step) -> dict[str, Path]:
-    """Fetch all sources of a merge; returns pinned source -> folder with its files."""
-    folders = download(step.api, step.inputs.models, step.progress)
-    if step.inputs.donor.name in step.recipe.allow_code:
-        fetch(step.api, step.inputs.donor, lambda _: None, only=CODE_FILES)
-    return folders
-
-
-def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
-    """Fetch sources, weights included; what is in the cache already is not fetched again."""
-    total = sum(bytes_to_download(api, source) for source in sources)
-    with progress.stage("Downloading", total, "bytes") as advance:
-        return {source.pinned: fetch(api, source, advance) for source in sources}
+def _converted(
+    source: Source, folder: Path, api: HfApi, progress: Progress, *, code: bool
+) -> Source:
+    if code:
+        code_files(api, [source])
+    config = json.loads(read_small(api, source, "config.json") or b"{}")
+    files = {path: folder / path for path in converted.pickles_of(source)}
+    work = converted.begin(source, folder, code=code)
+    try:
+        total = source.size_bytes(weight_files(source))
+        with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
+            written = convert(source.pinned, files, work, advance, ties=ties(config))
+        told = [SourceFile(one.name, one.n_bytes, f"sha256:{one.sha256}") for one in written]
+        converted.finish(source, work, told, code=code)
+    finally:
+        converted.abandon(work)
+    return converted.with_converted(source, code=code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,51 +14,55 @@ from lewis_hub.files import write_whole
 from lewis_hub.hub.failures import Asked
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.target import look, read_text
-from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.findings import card_section
-from lewis_hub.workflow.existing import Former, read_scores
+from lewis_hub.workflow.evaluate import Scored
+from lewis_hub.workflow.existing import PreviousMerge, read_scores
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-    from lewis_hub.workflow.evaluate import Scored
 
 
 CARD, LOCK = "README.md", "lewis/lock.json"
 ITEMS = "lewis/items.json"
 
 
-def judged(recipe: Recipe, scored: Scored | None, api: HfApi) -> Scored | None:
-    """The same scores with the gate's verdict, where the recipe has a gate.
+def judge_scores(demands: Sequence[Demand], scored: Scored, repo: str | None, api: HfApi) -> Scored:
+    """Return the same scores with the gate's verdict, where there is a gate.
+
+    Args:
+        demands: of the gate; none: there is no gate.
+        scored: the merge and its rivals.
+        repo: that the merge is published in, and compared with; None: it stays on disk.
+        api: the Hub.
 
     Raises:
         EvaluationError: the gate names a metric that is not there, or cannot be tested.
         PublishError: what was published before cannot be read.
     """
-    demands = _demands(recipe)
-    if scored is None or not demands:
+    if not demands:
         return scored
-    verdict = judge(demands, scored.scores, scored.items, _previous(recipe, demands, api))
-    return replace(scored, gate=verdict)
+    previous = _previous(demands, repo, api)
+    return replace(scored, gate=judge(demands, scored.scores, scored.items, previous))
 
 
-def judged_again(recipe: Recipe, output: Path, api: HfApi) -> GateVerdict | None:
-    """The verdict on a merge that was made before: what it is held against may have changed.
+def judge_again(
+    demands: Sequence[Demand], output: Path, repo: str | None, api: HfApi
+) -> GateVerdict | None:
+    """Return the verdict on a merge that was made before: its rivals may have changed.
 
-    Where it did, the folder's verdict and card change with it. What is published already is not
-    held against itself.
+    If they did, the folder's verdict and card change too. A merge that is published already is not
+    compared with itself.
     """
-    verdict, demands = read_verdict(output), _demands(recipe)
+    verdict = read_verdict(output)
     if verdict is None or not any("previous" in demand.not_worse_than for demand in demands):
         return verdict
-    asked = _asked(recipe, api)
+    asked = _asked(repo, api)
     lock = (output / LOCK).read_text(encoding="utf-8")
-    if asked and read_text(asked, look(asked), LOCK) == lock:
-        return verdict
     scores = read_scores(output)
-    assert scores  # there is a verdict on them
+    if scores is None or (asked and read_text(asked, look(asked), LOCK) == lock):
+        return verdict
     items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
-    found = judge(demands, scores, items, _previous(recipe, demands, api))
+    found = judge(demands, scores, items, _previous(demands, repo, api))
     if found != verdict:
         card = (output / CARD).read_text(encoding="utf-8")
         write_whole(output / CARD, card.replace(card_section(verdict), card_section(found)))
@@ -65,12 +70,12 @@ def judged_again(recipe: Recipe, output: Path, api: HfApi) -> GateVerdict | None
     return found
 
 
-def published_verdict(former: Former | None, api: HfApi) -> GateVerdict | None:
+def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
     """What the gate said of the merge in the target repo; None where it was pushed in spite of it.
 
     The file is no part of the lock, so one that cannot be read says nothing.
     """
-    told = read_small(api, former.source, FILE) if former else None
+    told = read_small(api, previous.source, FILE) if previous else None
     if told is None:
         return None
     try:
@@ -90,21 +95,13 @@ def read_verdict(folder: Path) -> GateVerdict | None:
     return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _demands(recipe: Recipe) -> list[Demand]:
-    gates = (recipe.evaluate.gate or ()) if recipe.evaluate else ()
-    return [
-        Demand(gate.task, gate.metric, gate.not_worse_than, gate.tolerance, gate.on_refusal)
-        for gate in gates
-    ]
+def _asked(repo: str | None, api: HfApi) -> Asked | None:
+    return Asked(api, repo, kind=PublishError) if repo else None
 
 
-def _asked(recipe: Recipe, api: HfApi) -> Asked | None:
-    return Asked(api, recipe.publish.repo, kind=PublishError) if recipe.publish else None
-
-
-def _previous(recipe: Recipe, demands: list[Demand], api: HfApi) -> Previous:
-    """What lies in the repo that the recipe publishes to."""
-    asked = _asked(recipe, api)
+def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
+    """Read what lies in the repo that the merge is published in."""
+    asked = _asked(repo, api)
     wanted = any("previous" in demand.not_worse_than for demand in demands)
     if asked is None or not wanted:
         return Previous("what was published before", why="the recipe names no repo to publish to")

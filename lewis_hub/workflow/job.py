@@ -1,159 +1,384 @@
-"""How a merge runs, and what every step of one merge knows."""
+"""Compile a recipe into a job: `prepare` answers every question about it, once.
+
+    recipe + execution - resolve - open - check - MergeJob
+
+Nothing below takes a recipe: each step takes the values of the job that it uses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from platform import python_version
 from typing import TYPE_CHECKING
 
-from lewis_hub import __version__
-from lewis_hub.errors import DeviceError
-from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
-from lewis_hub.merge.runners import Means, Ray, Runner, parse_runner
+from lewis_hub.errors import PublishError
+from lewis_hub.evaluate.gate import Demand
+from lewis_hub.evaluate.harness import EvaluationSettings
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.guides import registry as guides
+from lewis_hub.guides.schedule import Bounds, Use
+from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.runners import Means
+from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
+from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe
-from lewis_hub.workflow.check import Examined
-from lewis_hub.workflow.evaluate import selection
-from lewis_hub.workflow.memory import Loading
-from lewis_hub.workflow.resolve import Inputs, scored_commits
+from lewis_hub.report.facts import CardFacts
+from lewis_hub.report.lock import Lock
+from lewis_hub.report.mergekit import METHODS, MergekitMerge
+from lewis_hub.workflow.calibrate import GuideSettings, Sets, TextSettings
+from lewis_hub.workflow.check import (
+    CheckReport,
+)
+from lewis_hub.workflow.contamination import ScoredTasks
+from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
+from lewis_hub.workflow.examine import (
+    Examined,
+    calibrations_of,
+    examine_sources,
+    has_uniform_twin,
+    measurement_of,
+    merged_entries,
+    needs_moments,
+    plain_twin,
+    plan_settings,
+    rivals_of,
+    sources_by_reference,
+    task_selection,
+    workload_of,
+)
+from lewis_hub.workflow.execution import Execution, software
+from lewis_hub.workflow.fetch import SourceFiles
+from lewis_hub.workflow.load import ModelLoader
+from lewis_hub.workflow.memory_budget import (
+    Loading,
+    Measurement,
+)
+from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
+from lewis_hub.workflow.open import (
+    MergeSources,
+)
+from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot, snapshot
+from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
+from lewis_hub.workflow.resolve import Inputs
+from lewis_hub.workflow.resource_estimate import Workload
+from lewis_hub.workflow.sinks import DiskNeeds
+from lewis_hub.workflow.slices import (
+    name_by_pin,
+    stack_config,
+    stacked_blocks,
+)
+from lewis_hub.workflow.statistics import StatisticsSettings
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from lewis_hub.checkpoint.ranges import Place
-
-
-SOFTWARE = (
-    *("torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
-    *("datasets", "lm_eval", "numpy", "llvmlite"),
-)
-Folders = Mapping[str, Path]  # pinned source -> a complete local snapshot
-
 
 @dataclass(frozen=True)
-class Execution:
-    """Where and how the work is done; the merged weights are the same whatever is chosen here.
+class MergeJob:
+    """A merge with nothing left to ask.
 
     Attributes:
-        runner: `inline`, `threads` (one a core), `threads:N` or `ray`.
-        ray_address: of the cluster; None: a Ray of our own on this machine.
-        device: where models run to be measured and scored, as torch names it. On `cuda` the weights
-            are merged there too, unless Ray's workers do it.
-        max_shard_bytes: largest file of weights.
-        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
-            None: any may be.
-        replace: whether a folder that is there already may be replaced.
-        allow_code: whether benchmarks may run code that a model wrote.
-        allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
-        allow_pickle: whether sources may have pickled weights alone.
-        held_out: what is scored later, where the recipe scores nothing now: calibration does not
-            draw its items all the same.
+        report: what the check found; it has no problems.
+        sources: pinned and opened.
+        code: sources whose Python files are carried along.
+        measurement: what is measured before the merge.
+        texts: what calibration texts are drawn from.
+        guide: how densities are decided; None: the settings alone decide.
+        statistics: how second moments are gathered; None: the method needs none.
+        plan: of the merged weights.
+        sidecars: the files beside them.
+        evaluation: what is scored; None: nothing.
+        held_out: tasks whose items no calibration text may hold, scored now or later.
+        reporting: what is known of the report before the merge.
+        repo: that the merge is published in; None: it stays on disk.
+        workload: what decides the resources that the merge takes.
+        means: what the weights are made with.
+        replaces: whether an output folder that is there already may be replaced.
     """
 
-    runner: str = "threads"
-    ray_address: str | None = None
-    device: str = "cpu"
-    max_shard_bytes: int = 5_000_000_000
-    max_memory_bytes: int | None = None
-    replace: bool = False
-    allow_code: bool = False
-    allow_nan: bool = False
-    allow_pickle: bool = False
-    held_out: Evaluation | None = None
+    report: CheckReport
+    sources: MergeSources
+    code: tuple[Source, ...]
+    measurement: Measurement
+    texts: TextSettings
+    guide: GuideSettings | None
+    statistics: StatisticsSettings | None
+    plan: PlanSettings
+    sidecars: SidecarSettings
+    evaluation: EvaluationPlan | None
+    held_out: TaskSelection | None
+    reporting: ReportSettings
+    repo: str | None
+    workload: Workload
+    means: Means
+    replaces: bool
 
     @property
-    def workers(self) -> Runner | Ray:
-        """The runner by its name."""
-        return parse_runner(self.runner, self.ray_address)
+    def planned(self) -> Lock:
+        """The lock of the merge that will be made, without its outputs."""
+        return self.reporting.planned
 
-    @property
-    def loading(self) -> Loading:
-        """How models are brought into memory to be measured."""
-        return Loading(self.device, self.max_memory_bytes)
+    def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
+        """Say what the merge takes of the disk.
 
-    def means(self, *, is_read_next: bool) -> Means:
-        """What the weights are made with, which are or are not read soon after."""
-        device = self.device if self.device.startswith("cuda") else None
-        return Means(self.workers, device, is_read_next)
-
-    def require_usable(self) -> None:
-        """Refuse what this machine does not have, before any work.
-
-        Raises:
-            MergeError: there is no such runner, or the address is none.
-            ExtraMissingError: Ray is not installed.
-            DeviceError: torch does not find the device.
+        Args:
+            sets: calibration texts, one an expert; none: they are not drawn yet.
+            keeps_models: whether whole models may lie on this disk.
         """
-        workers = self.workers
-        if isinstance(workers, Ray):
-            workers.require_installed()
-        _require_device(self.device)
+        report, asked = self.report, self.measurement.calibrations if sets else ()
+        n_tokens = {one: own.tokens.n_tokens for one, own in zip(asked, sets, strict=True)}
+        loading = self.workload.loading if keeps_models else Loading(max_memory_bytes=0)
+        checkpoints = self.sources.checkpoints.values()
+        return DiskNeeds(
+            report.download_bytes,
+            report.output_bytes,
+            report.disk_bytes - report.states_bytes,
+            self.workload.statistics_bytes(),
+            self.measurement.waiting_bytes(n_tokens, checkpoints, loading),
+            self.plan.max_shard_bytes,
+        )
+
+    def scored_tasks(self, api: HfApi, progress: Progress) -> ScoredTasks | None:
+        """Return the tasks that are scored, now or later; they are loaded when they are needed."""
+        if self.held_out is None:
+            return None
+        return ScoredTasks(self.held_out, self.evaluation is not None, api, progress)
+
+    def loader(self, files: SourceFiles, scratch: Path, progress: Progress) -> ModelLoader:
+        """Return what loads the sources, to measure and score them.
+
+        Args:
+            files: of the sources.
+            scratch: folder for what nobody keeps.
+            progress: shows what is written out.
+        """
+        loading = self.workload.loading
+        if not files.keeps_models:
+            loading = replace(loading, max_memory_bytes=0)
+        size = self.plan.max_shard_bytes
+        return ModelLoader(files, scratch, loading, self.means, size, progress)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What every step after the check knows.
+def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress) -> MergeJob:
+    """Compile a recipe: pin, open and check its sources, and answer every question about it.
 
-    Attributes:
-        places: of a stream: pinned source -> where its weights are read. Else nothing: they are in
-            the folders of the sources.
+    Args:
+        recipe: what to merge.
+        execution: how the work is done.
+        api: the Hub.
+        progress: told what is converted.
+
+    Raises:
+        CheckFailedError: the sources do not fit together, or the recipe asks for what they lack.
+        LewisHubError: a source cannot be found or read; this machine lacks a device or runner.
     """
-
-    recipe: Recipe
-    inputs: Inputs
-    examined: Examined
-    execution: Execution
-    api: HfApi
-    progress: Progress
-    places: Mapping[str, Place] = field(default_factory=dict)
-
-    @property
-    def scoring(self) -> Evaluation | None:
-        """What is scored, now or later."""
-        return self.recipe.evaluate or self.execution.held_out
-
-    @cached_property
-    def scored(self) -> LoadedTasks:
-        """The tasks that `scoring` names, loaded when they are first asked for.
-
-        Raises:
-            EvaluationError: one cannot be built.
-        """
-        assert self.scoring
-        self.progress.say("Loading the benchmarks")
-        allow_code = self.execution.allow_code
-        selected = selection(self.recipe, self.scoring, allow_code=allow_code)
-        return load_tasks(selected, scored_commits(self.api, selected))
+    return compile_job(recipe, execution, examine_sources(recipe, execution, api, progress), api)
 
 
-def software() -> dict[str, str]:
-    """What the work is done with: name -> version; what is not installed is left out."""
-    found = {"lewis_hub": __version__, "python": python_version()}
-    for name in SOFTWARE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def planned_lock(recipe: Recipe, inputs: Inputs, max_shard_bytes: int) -> Lock:
+    """Return the lock of a merge that will be made: without outputs and calibration rows."""
+    guide = guides.find(recipe.guide.name) if recipe.guide else None
+    return Lock(
+        inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
+        calibration=tuple(locked_data(inputs.data[one], one) for one in calibrations_of(recipe)),
+        recipe=_snapshot(recipe, inputs).document,
+        method=recipe.merge_method,
+        method_version=registry.find(recipe.merge_method).version,
+        guide=guide.name if guide else None,
+        guide_version=guide.version if guide else None,
+        seed=recipe.seed,
+        max_shard_bytes=max_shard_bytes,
+        outputs={},
+        software=software(),
+    )
 
 
-def _require_device(name: str) -> None:
-    if name == "cpu":
-        return
-    import torch
+def _snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
+    return snapshot(recipe, sources_by_reference(recipe, inputs), inputs.data)
 
+
+def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: HfApi) -> MergeJob:
+    """Answer every question about a recipe whose sources were examined; nothing is read.
+
+    Args:
+        recipe: the one that was examined, or another one of the same sources.
+        execution: how the work is done.
+        examined: its report has no problems.
+        api: the Hub.
+
+    Raises:
+        MergeError: the settings do not fit the method or the sources.
+    """
+    inputs, sources, tokens = examined.inputs, examined.sources, examined.tokens
+    measurement, slices = measurement_of(recipe), examined.slices
+    plan = plan_settings(recipe, execution, sources, tokens, slices)
+    sidecars = SidecarSettings(
+        donor=sources.donor.pinned,
+        dtype=recipe.output_dtype or new_dtype(sources.donor.checkpoint),
+        code=inputs.donor.name in recipe.allow_code,
+        tokenizer=tokens.carried,
+        config=stack_config(slices, sources) if slices else None,
+    )
+    reporting = _report_settings(recipe, execution, examined, api)
+    guide = _guide_settings(recipe, sources, measurement, plan)
+    output = examined.workload.output
+    asked, allow_code = recipe.evaluate, execution.allow_code
+    scored = asked or execution.held_out
+    return MergeJob(
+        report=examined.report,
+        sources=sources,
+        code=(inputs.donor,) if sidecars.code else (),
+        measurement=measurement,
+        texts=TextSettings(
+            inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations
+        ),
+        guide=guide,
+        statistics=_statistics_settings(recipe, examined, measurement, plan, sidecars),
+        plan=plan,
+        sidecars=sidecars,
+        evaluation=_evaluation(recipe, asked, execution, examined) if asked else None,
+        held_out=task_selection(scored, recipe.locate, allow_code=allow_code) if scored else None,
+        reporting=reporting,
+        repo=recipe.publish.repo if recipe.publish else None,
+        workload=workload_of(recipe, execution, sources, measurement, output),
+        means=execution.means(is_read_next=recipe.evaluate is not None),
+        replaces=execution.replace,
+    )
+
+
+def _guide_settings(
+    recipe: Recipe, sources: MergeSources, measurement: Measurement, plan: PlanSettings
+) -> GuideSettings | None:
+    asked, guide = recipe.guide, measurement.guide
+    if asked is None or guide is None or sources.base is None:
+        return None
+    told = asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {}
+    return GuideSettings(
+        guide=guide,
+        base=sources.base,
+        experts=sources.experts,
+        tokenizer=sources.donor.name,
+        bounds=Bounds(asked.gamma, asked.epsilon, asked.default_density, asked.mean_density),
+        use=Use(asked.apply_to, recipe.seed),
+        calibration=told,
+        beside=Path(recipe.locate("importance")),
+        plan=plan,
+    )
+
+
+def _statistics_settings(
+    recipe: Recipe,
+    examined: Examined,
+    measurement: Measurement,
+    plan: PlanSettings,
+    sidecars: SidecarSettings,
+) -> StatisticsSettings | None:
+    if measurement.moments is None:
+        return None
+    sources, carried = examined.sources, examined.tokens.carried
+    reader = carried.donor if carried else sources.donor.pinned
+    return StatisticsSettings(
+        method=recipe.merge_method,
+        moments=measurement.moments,
+        sources=sources,
+        tokenizer=sources.donor.name,
+        reader=next(one for one in sources.models if one.pinned == reader),
+        plan=plan,
+        sidecars=sidecars,
+        digest=planned_lock(recipe, examined.inputs, plan.max_shard_bytes).digest,
+    )
+
+
+def _evaluation(
+    recipe: Recipe, asked: Evaluation, execution: Execution, examined: Examined
+) -> EvaluationPlan:
+    twin = None
+    if plain := plain_twin(recipe):
+        label, other = plain
+        sources, tokens, slices = examined.sources, examined.tokens, examined.slices
+        plan = plan_settings(other, execution, sources, tokens, slices)
+        twin = PlainTwin(label, plan, takes_schedule=label == "by_magnitude")
+    return EvaluationPlan(
+        limit=asked.limit,
+        settings=EvaluationSettings(device=execution.device, chat_template=asked.chat_template),
+        rivals=rivals_of(asked, examined.sources),
+        uniform_twin=has_uniform_twin(recipe),
+        plain_twin=twin,
+        demands=tuple(
+            Demand(gate.task, gate.metric, gate.not_worse_than, gate.tolerance, gate.on_refusal)
+            for gate in asked.gate or ()
+        ),
+        benchmarks=asked.benchmarks or {},
+    )
+
+
+def _report_settings(
+    recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
+) -> ReportSettings:
+    inputs = examined.inputs
+    planned = planned_lock(recipe, inputs, execution.max_shard_bytes)
+    taken = _snapshot(recipe, inputs)
+    mergekit = _mergekit(recipe, examined, taken)
+    repo = recipe.publish.repo if recipe.publish else None
+    chosen = recipe.publish.license if recipe.publish else None
+    facts = {one.pinned: one.facts for one in examined.sources.models}
+    card = CardFacts(
+        title=repo.partition("/")[2] if repo else "Merged model",
+        repo=repo,
+        endpoint=api.endpoint,
+        base=inputs.base,
+        experts=inputs.experts,
+        models=facts,
+        datasets=inputs.datasets,
+        parameters={},
+        dtype=recipe.output_dtype,
+        method=registry.find(recipe.merge_method),
+        guided=None,
+        scores=None,
+        costs=(),
+        recipe=taken.to_yaml(),
+        licence=_licence([facts[one.pinned] for one in inputs.models], chosen),
+        licence_chosen=chosen is not None,
+        config={},
+        chat=False,
+        custom_code=inputs.donor.name in recipe.allow_code,
+        mergekit=mergekit is not None,
+        digest=planned.digest,
+        software=planned.software,
+        stack=stacked_blocks(examined.slices),
+        in_sequence=fits_in_sequence(recipe),
+        scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,
+    )
+    benchmarks = (recipe.evaluate.benchmarks or {}) if recipe.evaluate else {}
+    return ReportSettings(card, planned, taken, mergekit, benchmarks, execution.device)
+
+
+def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
+    """What follows from the parents; nothing where they differ and nobody decided."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        problem = "torch knows no such device"
-        raise DeviceError(f"device `{name}`", problem, "Write cpu, cuda or cuda:1.") from None
-    n_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= n_found:
-        found = f"only {n_found}, counted from cuda:0" if n_found else "none"
-        problem = f"torch {torch.__version__} finds {found}"
-        remedy = "Use `--device cpu`, or install a driver and a torch that was built for CUDA."
-        raise DeviceError(f"device `{name}`", problem, remedy)
+        return combined_licence(facts, chosen)
+    except PublishError:
+        return None
+
+
+def _mergekit(recipe: Recipe, examined: Examined, taken: RecipeSnapshot) -> MergekitMerge | None:
+    inputs = examined.inputs
+    if recipe.merge_method not in METHODS or needs_moments(recipe):
+        return None
+    entries = zip(merged_entries(recipe), inputs.experts, strict=True)
+    told = taken.document
+    return MergekitMerge(
+        method=recipe.merge_method,
+        base=inputs.base.pinned if inputs.base else None,
+        models={expert.pinned: entry.parameters for entry, expert in entries},
+        slices=name_by_pin(recipe.slices, sources_by_reference(recipe, inputs)),
+        parameters=recipe.parameters,
+        dtype=recipe.output_dtype,
+        schedule=None,
+        tensors=tuple(examined.sources.donor.checkpoint.tensors),
+        adapters=tuple(one.pinned for one in inputs.experts if one.is_adapter),
+        tokenizer={key: told[key] for key in ("tokenizer_source", "tokenizer") if key in told},
+    )

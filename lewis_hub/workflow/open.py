@@ -1,14 +1,14 @@
-"""Open: a source's configuration and headers. What is quantised becomes float32, or is refused."""
+"""Open: configuration and headers of each source; quantised tensors are read or refused."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.calibration.profile import Role
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import AdapterConfig, adapt, own_tensors, read_config
@@ -23,12 +23,12 @@ from lewis_hub.checkpoint.quantised import (
 )
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
-from lewis_hub.hub.facts import quantised_from
+from lewis_hub.hub.facts import ModelFacts, quantised_from
 from lewis_hub.hub.fetch import read_small, weight_files
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.source import ADAPTERS, Source
-from lewis_hub.recipe.schema import REPO, Recipe
-from lewis_hub.workflow.resolve import Inputs
+from lewis_hub.recipe.schema import REPO
+from lewis_hub.tokenizer.vocabulary import Translation
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -106,23 +106,25 @@ def _dequantised(
     return unpacked(loose, found.block, found.n_packed_bits) if found.integers else loose
 
 
-def ties(config: Mapping[str, Any]) -> bool | None:
-    """Whether a model's head is its embeddings; None where its configuration is silent."""
-    text_config = config.get("text_config") or config
-    found = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
-    return None if found is None else bool(found)
+def quantised_notes(
+    sources: Sequence[Source], opened: Mapping[str, Opened], donor: Source, dtype: str | None
+) -> list[str]:
+    """Say how quantised tensors are read, and how they are written.
 
-
-def quantised_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]) -> list[str]:
-    """What becomes of quantised tensors; `opened` is by pinned source."""
+    Args:
+        sources: base and experts.
+        opened: pinned source -> what is known of it.
+        donor: the source whose configuration the merge carries.
+        dtype: of the output; None keeps the dtype of each tensor.
+    """
     notes = []
-    for source in dict.fromkeys(inputs.models):
+    for source in dict.fromkeys(sources):
         model = opened.get(source.pinned)
         tensors = model.checkpoint.tensors.values() if model and not model.problem else ()
         for codes, n in Counter(tensor.scaled.codes for tensor in tensors if tensor.scaled).items():
             text = f"{source.name} holds {n} tensors as {CALLED[codes]} with scales: they are read "
             text += "as float32, each value times its scale"
-            if source is inputs.donor and recipe.output_dtype is None:
+            if source is donor and dtype is None:
                 text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
             notes.append(f"{text}.")
         if any(isinstance(t.scaled, Transposed) and t.scaled.layout == "AWQ" for t in tensors):
@@ -130,13 +132,13 @@ def quantised_notes(recipe: Recipe, inputs: Inputs, opened: Mapping[str, Opened]
     return notes
 
 
-def pickle_notes(inputs: Inputs) -> list[str]:
-    """What cannot be told of pickles before they are downloaded and converted."""
+def pickle_notes(sources: Sequence[Source]) -> list[str]:
+    """Say that the content of pickles is unknown until they are downloaded and converted."""
     return [
         f"{source.name} has pickled weights alone: what they hold shows only once they are "
         "downloaded and converted to safetensors, so nothing here says whether it fits; its sizes "
         "are those of its files."
-        for source in dict.fromkeys(inputs.models)
+        for source in dict.fromkeys(sources)
         if source.is_pickled
     ]
 
@@ -221,24 +223,24 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
 
 
 def adapter_notes(
-    recipe: Recipe, inputs: Inputs, adapters: Mapping[str, Adapter], *, tied: bool
+    base: Source,
+    adapters: Mapping[Source, Adapter],
+    is_base: Callable[[str], bool],
+    *,
+    tied: bool,
 ) -> list[str]:
-    """What may make an adapter something else than it was in training.
+    """Say where an adapter is used otherwise than in its training.
 
     Args:
-        recipe: knows where local folders lie.
-        inputs: pinned.
-        adapters: by pinned source; those that are not there say nothing yet.
+        base: the model that the adapters are put on.
+        adapters: source -> opened adapter.
+        is_base: whether a name in an adapter's configuration means the base.
         tied: whether the base's embeddings are its head as well.
     """
     notes = []
-    for source in inputs.adapters:
-        if source.pinned not in adapters:
-            continue
-        adapter, base = adapters[source.pinned], inputs.base
-        assert base  # an adapter without one does not resolve
+    for source, adapter in adapters.items():
         trained_on = adapter.config.base_model_name_or_path
-        if trained_on and not _is(recipe, base, trained_on):
+        if trained_on and not is_base(trained_on):
             notes.append(
                 f"{source.name} was trained on {trained_on!r} and is put on {base.name}: every "
                 "tensor fits, but a task vector means most on the model that it was learnt on."
@@ -253,8 +255,128 @@ def adapter_notes(
     return notes
 
 
-def _is(recipe: Recipe, base: Source, name: str) -> bool:
-    """Whether a name in an adapter's configuration is the base's, or that of the same folder."""
-    if base.folder:
-        return Path(recipe.locate(name)).resolve() == base.folder.resolve()
-    return name == base.name
+@dataclass(frozen=True)
+class OpenedSources:
+    """Headers and configurations of all sources.
+
+    Attributes:
+        models: pinned source -> whole model; adapters are not among them.
+        adapters: adapter -> what its file changes in the base.
+        checkpoints: pinned source -> its headers, those of an adapter on its base; without tensors
+            where the weights are pickles that were not converted yet.
+        configs: pinned source -> its `config.json`; an adapter has that of its base.
+    """
+
+    models: Mapping[str, Opened]
+    adapters: Mapping[Source, Adapter]
+    checkpoints: Mapping[str, Checkpoint]
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why a source cannot be merged, one message each."""
+        return tuple(one.problem for one in self.models.values() if one.problem)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the tensors of all sources are known."""
+        return all(checkpoint.tensors for checkpoint in self.checkpoints.values())
+
+
+def open_sources(sources: Sequence[Source], api: HfApi) -> OpenedSources:
+    """Read configurations and headers of a merge's sources; no weight is read.
+
+    Args:
+        sources: first the one that adapters are put on.
+        api: the Hub.
+
+    Raises:
+        CheckFailedError: there are adapters, and their base cannot be read.
+        CheckpointError: a header is broken.
+    """
+    models = {s.pinned: open_model(api, s) for s in sources if not s.is_adapter}
+    adapters = [source for source in sources if source.is_adapter]
+    base = models[sources[0].pinned]
+    problems = tuple(one.problem for one in models.values() if one.problem)
+    if problems and adapters:
+        raise CheckFailedError(problems)
+    checkpoints = {pinned: one.checkpoint for pinned, one in models.items()}
+    checkpoints |= {source.pinned: Checkpoint(source.pinned, {}, {}) for source in adapters}
+    opened = {s: open_adapter(api, s, base.checkpoint) for s in adapters if base.checkpoint.tensors}
+    checkpoints |= {source.pinned: adapter.checkpoint for source, adapter in opened.items()}
+    configs = {pinned: one.config for pinned, one in models.items()}
+    configs |= {source.pinned: base.config for source in adapters}
+    return OpenedSources(models, opened, checkpoints, configs)
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source of a merge, pinned and opened.
+
+    Attributes:
+        role: `base`: task vectors start from it.
+        digest: of its content: a commit sha, or a digest over the files of a folder; an adapter's
+            has its base's in front.
+        checkpoint: its headers; an adapter's are those of its base, changed.
+        config: its `config.json`.
+        facts: what its card says.
+        translation: from the token ids of the merge's texts to its own; None: they are the same.
+    """
+
+    source: Source
+    role: Role
+    digest: str
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    facts: ModelFacts
+    translation: Translation | None
+
+    @property
+    def pinned(self) -> str:
+        """The source as `repo@sha`, or the folder as it is written."""
+        return self.source.pinned
+
+    @property
+    def name(self) -> str:
+        """The source as the recipe names it."""
+        return self.source.name
+
+
+@dataclass(frozen=True)
+class MergeSources:
+    """The models of a merge.
+
+    Attributes:
+        base: what task vectors start from; None for a method that takes none.
+        experts: what is merged, in the recipe's order.
+    """
+
+    base: OpenedSource | None
+    experts: tuple[OpenedSource, ...]
+
+    @property
+    def models(self) -> tuple[OpenedSource, ...]:
+        """Base first, then the experts."""
+        return (self.base, *self.experts) if self.base else self.experts
+
+    @property
+    def distinct(self) -> tuple[OpenedSource, ...]:
+        """The same, each source once."""
+        return tuple({one.pinned: one for one in reversed(self.models)}.values())[::-1]
+
+    @property
+    def donor(self) -> OpenedSource:
+        """The source whose configuration and tokenizer the merge carries."""
+        return self.models[0]
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Pinned source -> headers."""
+        return {one.pinned: one.checkpoint for one in self.models}
+
+
+def ties(config: Mapping[str, Any]) -> bool | None:
+    """Whether a model's head is its embeddings; None where its configuration does not say."""
+    text_config = config.get("text_config") or config
+    found = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
+    return None if found is None else bool(found)

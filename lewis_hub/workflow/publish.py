@@ -31,7 +31,7 @@ from lewis_hub.report.difference import differences
 from lewis_hub.report.findings import refusal, scores_table, sentences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.sections import DISAGREE
-from lewis_hub.workflow.existing import Former, former_merge, lock_in, read_scores
+from lewis_hub.workflow.existing import PreviousMerge, lock_in, previous_merge, read_scores
 from lewis_hub.workflow.gate import read_verdict
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class Destination:
     """A repo as it was before the work began, and how the result is to land in it.
 
     Attributes:
-        former: the merge that lies there; None: another model, or none.
+        previous: the merge that lies there; None: another model, or none.
     """
 
     asked: Publishing
     target: Target
-    former: Former | None
+    previous: PreviousMerge | None
 
 
 def open_destination(asked: Publishing, api: HfApi) -> Destination:
@@ -64,7 +64,7 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
         PublishError: no token, one that may not write there, or no such namespace.
     """
     target = open_target(api, asked.repo, asked.landing)
-    return Destination(asked, target, former_merge(target, api))
+    return Destination(asked, target, previous_merge(target, api))
 
 
 def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
@@ -72,12 +72,12 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
 
     Pull requests are looked into only where the merge would land as one.
     """
-    asked, former = destination.asked, destination.former
-    if former and former.holds(planned):
-        return keep(api, asked.repo, Landed(former.source.commit_sha), asked.tag)
+    asked, previous = destination.asked, destination.previous
+    if previous and previous.holds(planned):
+        return keep(api, asked.repo, Landed(previous.source.commit_sha), asked.tag)
     if asked.landing == "pull-request":
         for url, target in proposals(api, asked.repo):
-            proposed = former_merge(target, api)
+            proposed = previous_merge(target, api)
             if proposed and proposed.holds(planned):
                 return keep(api, asked.repo, Landed(proposed.source.commit_sha, url), None)
     return None
@@ -85,8 +85,8 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
 
 def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
     """Whether a folder is, file by file, the merge in the target repo: nothing is lost with it."""
-    former = destination.former
-    same = former is not None and lock_in(folder) == former.lock
+    previous = destination.previous
+    same = previous is not None and lock_in(folder) == previous.lock
     return same and holds(api, folder, destination.target)
 
 
@@ -123,7 +123,7 @@ def push(
     missed = verdict if verdict and verdict.missed else None
     if missed and missed.stops and not force:
         raise refused(folder, missed, None)
-    changes = _record_changes(folder, destination.former)
+    changes = _record_changes(folder, destination.previous)
     told = [f"- {change}" for change in changes]
     proposes = missed is not None and not force
     publication = Publication(
@@ -185,22 +185,24 @@ def _title(changes: Sequence[str], title: str) -> str:
     return f"{title}: {first if len(first) <= room else first[: room - 1] + '…'}{more}"
 
 
-def _record_changes(folder: Path, former: Former | None) -> tuple[str, ...]:
-    """What a folder changes against a former merge, in words; its changelog and card tell it."""
+def _record_changes(folder: Path, previous: PreviousMerge | None) -> tuple[str, ...]:
+    """What a folder changes against a previous merge, in words; its changelog and card tell it."""
     lock = lock_in(folder)
-    if not former or not lock:
+    if not previous or not lock:
         return ()
-    changes = differences(former.lock, lock)
-    _write_changelog(folder, former, lock, changes)
+    changes = differences(previous.lock, lock)
+    _write_changelog(folder, previous, lock, changes)
     return changes
 
 
-def _write_changelog(folder: Path, former: Former, lock: Lock, changes: tuple[str, ...]) -> None:
+def _write_changelog(
+    folder: Path, previous: PreviousMerge, lock: Lock, changes: tuple[str, ...]
+) -> None:
     """Put what the folder changes, and what its forerunners did, into changelog and card."""
-    entries, card = former.changes, folder / CARD
+    entries, card = previous.changes, folder / CARD
     if changes:
         today = datetime.now(UTC).date()
-        new = difference.Entry(today, former.source.commit_sha, lock.digest, changes)
+        new = difference.Entry(today, previous.source.commit_sha, lock.digest, changes)
         entries = (new, *entries)
     if not entries or not card.exists():
         return

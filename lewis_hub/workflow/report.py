@@ -1,26 +1,18 @@
-"""Report: plots, lock and costs of a finished merge, and what tells of them."""
+"""Report: plots, lock, costs, card and page of a finished merge."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
-from lewis_hub.errors import PublishError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.guides import registry as guides
-from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
-from lewis_hub.methods import registry
-from lewis_hub.recipe.rules import fits_in_sequence
-from lewis_hub.recipe.schema import Calibration, Recipe
+from lewis_hub.recipe.schema import Benchmark, Calibration
 from lewis_hub.report import leaderboards, page
 from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import FILE as COSTS
@@ -38,226 +30,84 @@ from lewis_hub.report.lock import (
     provenance,
 )
 from lewis_hub.report.mergekit import FILE as MERGEKIT
-from lewis_hub.report.mergekit import METHODS, MergekitMerge, mergekit_config
+from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.workflow.calibrate import Guidance
 from lewis_hub.workflow.evaluate import Scored
-from lewis_hub.workflow.grams import Gathered
-from lewis_hub.workflow.job import Step, software
 from lewis_hub.workflow.merge import MergedModel
-from lewis_hub.workflow.resolve import (
-    Inputs,
-    PinnedTask,
-    by_reference,
-    calibrations,
-    merged_entries,
-    needs_grams,
-    source_of,
-)
-from lewis_hub.workflow.slices import pinned_slices, stacked_blocks
+from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot
+from lewis_hub.workflow.resolve import PinnedTask
+from lewis_hub.workflow.statistics import Gathered
 
 CARD = "README.md"
 
 
-def describe(step: Step, folder: Path, facts: CardFacts, scored: Scored | None) -> tuple[str, ...]:
-    """Write them into the model's folder; returns their paths, relative to it.
+@dataclass(frozen=True)
+class ReportSettings:
+    """What is known of a report before the merge.
 
-    None of them is part of the lock: they tell of one run, and their owner may change them.
+    Attributes:
+        facts: of the card; what the merge adds is still empty.
+        planned: the lock without outputs and rows.
+        snapshot: the recipe as run.
+        mergekit: the merge as mergekit needs to know it; None where mergekit has no such merge.
+        benchmarks: task -> the Hub's benchmark on whose leaderboard the score appears.
+        device: that models run on.
     """
-    asked = step.recipe.evaluate
-    results = scored.results if scored else {}
-    texts = {CARD: str(model_card(facts)), page.FILE: page.report_page(facts, results)}
-    if facts.scores and asked and asked.benchmarks:
-        texts |= leaderboards.entries(facts.scores, asked.benchmarks, facts)
-    for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        write_whole(folder / name, text)
-    return tuple(texts)
+
+    facts: CardFacts
+    planned: Lock
+    snapshot: RecipeSnapshot
+    mergekit: MergekitMerge | None
+    benchmarks: Mapping[str, Benchmark]
+    device: str
 
 
-def guided(step: Step, guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
-    """What the card says of the guide; None where there is none."""
-    if guidance is None or step.recipe.guide is None:
-        return None
-    name = step.recipe.guide.name
-    return Guided(name, guidance.profile, guidance.schedule, guidance.notes, plots)
-
-
-def card_facts(
-    step: Step,
+def write(
+    settings: ReportSettings,
     merged: MergedModel,
-    guided: Guided | None,
+    guidance: Guidance | None,
+    gathered: Gathered,
     scored: Scored | None,
     costs: Costs,
-    locked: Lock,
-) -> CardFacts:
-    """Gather all that a card states; the recipe as run lies in the folder already."""
-    recipe, inputs, examined = step.recipe, step.inputs, step.examined
-    repo = recipe.publish.repo if recipe.publish else None
-    chosen = recipe.publish.license if recipe.publish else None
-    return CardFacts(
-        title=repo.partition("/")[2] if repo else "Merged model",
-        repo=repo,
-        endpoint=step.api.endpoint,
-        base=inputs.base,
-        experts=inputs.experts,
-        models=examined.facts,
-        datasets=inputs.calibration_data,
+) -> tuple[str, ...]:
+    """Write all that a merge leaves behind beside the model itself.
+
+    Returns:
+        Paths of all files of the result, relative to its folder.
+    """
+    folder, machine = merged.folder, this_machine(settings.device)
+    (folder / "lewis").mkdir(exist_ok=True)
+    plots = write_guidance(folder / "lewis", guidance) if guidance else ()
+    locked_files = _write_locked(settings, folder, guidance, plots, scored)
+    written = [*merged.sidecars, *locked_files]
+    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
+    outputs |= {name: _output(folder / name) for name in written}
+    rows = guidance.rows if guidance and guidance.rows else gathered.rows
+    lock = _finished(settings.planned, outputs, rows)
+    # Costs, times and the gate's verdict are no part of what was merged: equal merges have equal
+    # locks.
+    beside = {COSTS: costs.to_json(machine), LOCK: lock.to_json()}
+    beside[PROVENANCE] = provenance(lock, Run(costs.began, datetime.now(UTC)))
+    if scored and scored.gate:
+        beside[GATE] = scored.gate.to_json()
+    for name, text in beside.items():
+        write_whole(folder / name, text)
+    facts = replace(
+        settings.facts,
         parameters=merged.parameters,
-        dtype=recipe.output_dtype,
-        method=registry.find(recipe.merge_method),
-        guided=guided,
+        guided=_guided(guidance, plots),
         scores=scored.scores if scored else None,
         gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
-        recipe=(merged.folder / "lewis" / "recipe.yaml").read_text(encoding="utf-8"),
-        licence=_licence([examined.facts[s.pinned] for s in inputs.models], chosen),
-        licence_chosen=chosen is not None,
-        config=json.loads((merged.folder / "config.json").read_text(encoding="utf-8")),
-        chat=_chats(merged.folder),
-        custom_code=inputs.donor.name in recipe.allow_code,
-        mergekit=MERGEKIT in locked.outputs,
-        digest=locked.digest,
-        software=locked.software,
-        stack=stacked_blocks(recipe, inputs),
-        scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        chat=_has_chat_template(folder),
+        digest=lock.digest,
+        measured=gathered.measured,
+        notes=gathered.notes,
+        machine=machine,
     )
-
-
-def _chats(folder: Path) -> bool:
-    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
-    config = folder / "tokenizer_config.json"
-    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return inside or (folder / "chat_template.jinja").exists()
-
-
-def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """What follows from the parents; nothing where they differ and nobody decided."""
-    try:
-        return combined_licence(facts, chosen)
-    except PublishError:
-        return None
-
-
-TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml; further folders get numbers
-TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
-
-
-def pin_calibration(told: dict[str, Any], inputs: Inputs) -> None:
-    """Write a dataset's commit, or that of a task's, into a calibration as plain data.
-
-    One that nothing is drawn from stays as it was.
-    """
-    if "task" not in told:
-        dataset = inputs.datasets.get(told["dataset"])
-        told["dataset"] = dataset.pinned if dataset else told["dataset"]
-        return
-    task = inputs.tasks.get(Calibration.model_validate(told))
-    commits = set(task.commits.values()) if task else set()
-    if len(commits) == 1:
-        told["revision"] = commits.pop()
-
-
-def task_folders(recipe: Recipe) -> dict[str, str]:
-    """Folders with own task files -> where their files are carried beside lewis/recipe.yaml."""
-    guide = recipe.guide.calibration if recipe.guide else None
-    places = [
-        recipe.evaluate,
-        recipe.calibration,
-        guide,
-        *(entry.calibration for entry in recipe.models),
-    ]
-    named = [place.include for place in places if place and place.include]
-    folders = dict.fromkeys(map(recipe.locate, named))
-    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
-
-
-def carry_tasks(recipe: Recipe, own: Path) -> list[str]:
-    """Copy own task files into a merge's own folder; returns their paths in it."""
-    carried = []
-    for folder, name in task_folders(recipe).items():
-        source, target = Path(folder), own / name
-        for file in sorted(source.rglob("*")):
-            part = file.relative_to(source)
-            if file.is_file() and file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts:
-                (target / part).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target / part)
-                carried.append(f"{name}/{part.as_posix()}")
-    return carried
-
-
-def pinned(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """The recipe as plain data, defaults spelt out and every revision pinned.
-
-    It reads back as a recipe beside `lewis/tasks`, where own task files are carried.
-    """
-    told = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    names = {str(model): source.pinned for model, source in by_reference(recipe, inputs).items()}
-    del told["models" if recipe.slices else "slices"]
-    models = told.get("models", [])
-    slices = told.get("slices", [])
-    for place in (told, *slices):
-        if "base_model" in place:
-            place["base_model"] = names[place["base_model"]]
-    for model in (*models, *(source for one in slices for source in one["sources"])):
-        model["model"] = names[model["model"]]
-    _pin_tokenizer(told, recipe, inputs)
-    places = [told, told.get("guide", {}), *models]
-    drawn = [place["calibration"] for place in places if "calibration" in place]
-    for calibration in drawn:
-        pin_calibration(calibration, inputs)
-    carried = task_folders(recipe)
-    for place in (told.get("evaluate", {}), *drawn):
-        if "include" in place:
-            place["include"] = carried[recipe.locate(place["include"])]
-    return told
-
-
-def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, inputs: Inputs) -> None:
-    """Models that are named for their tokenizer, a token or their chat template."""
-
-    def pin(place: dict[str, Any], key: str) -> None:
-        name = place.get(key)
-        if isinstance(name, str) and name not in ("base", "union") and recipe.reference(name):
-            place[key] = source_of(recipe, inputs, name).pinned
-
-    pin(told, "tokenizer_source")
-    pin(told, "chat_template")
-    asked = told.get("tokenizer", {})
-    pin(asked, "source")
-    for token in asked.get("tokens", {}).values():
-        pin(token, "source")
-        if isinstance(token.get("source"), dict):
-            pin(token["source"], "model")
-
-
-def lock(
-    recipe: Recipe,
-    inputs: Inputs,
-    max_shard_bytes: int,
-    outputs: Mapping[str, OutputFile],
-    rows: Sequence[tuple[int, ...]] = (),
-) -> Lock:
-    """What is merged, and what came out; without outputs and rows, what will be merged."""
-    calibrated = calibrations(recipe)
-    drawn: Sequence[tuple[int, ...] | None] = rows or [None] * len(calibrated)
-    inputs_locked = [_locked(source, source is inputs.base) for source in inputs.models]
-    return Lock(
-        inputs=tuple(inputs_locked),
-        calibration=tuple(
-            _locked_data(inputs.data_of(calibration), calibration, own)
-            for calibration, own in zip(calibrated, drawn, strict=True)
-        ),
-        recipe=pinned(recipe, inputs),
-        method=recipe.merge_method,
-        method_version=registry.find(recipe.merge_method).version,
-        guide=recipe.guide.name if recipe.guide else None,
-        guide_version=guides.find(recipe.guide.name).version if recipe.guide else None,
-        seed=recipe.seed,
-        max_shard_bytes=max_shard_bytes,
-        outputs=outputs,
-        software=software(),
-    )
+    return (*outputs, *beside, *_write_card(settings, folder, facts, scored))
 
 
 def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
@@ -273,114 +123,88 @@ def _documents(guidance: Guidance) -> dict[str, str]:
     return measured | {"density.json": guidance.schedule.to_json()}
 
 
-def write(
-    step: Step,
-    merged: MergedModel,
-    guidance: Guidance | None,
-    gathered: Gathered,
-    scored: Scored | None,
-    costs: Costs,
-) -> tuple[str, ...]:
-    """Write all that a merge leaves behind beside the model itself.
-
-    Returns:
-        Paths of all files of the result, relative to its folder.
-    """
-    folder, machine = merged.folder, this_machine(step.execution.device)
-    (folder / "lewis").mkdir(exist_ok=True)
-    plots = write_guidance(folder / "lewis", guidance) if guidance else ()
-    written = [*merged.sidecars, *_write_told(step, folder, guidance, plots, scored)]
-    outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
-    outputs |= {name: _output(folder / name) for name in written}
-    rows = guidance.rows if guidance and guidance.rows else gathered.rows
-    locked = lock(step.recipe, step.inputs, step.execution.max_shard_bytes, outputs, rows)
-    # what a run cost, when it ran and what its result was held against is no part of what was
-    # merged: equal merges have equal locks
-    run = Run(costs.began, datetime.now(UTC))
-    beside = {COSTS: costs.to_json(machine), LOCK: locked.to_json()}
-    beside[PROVENANCE] = provenance(locked, run)
-    if scored and scored.gate:
-        beside[GATE] = scored.gate.to_json()
-    for name, text in beside.items():
-        write_whole(folder / name, text)
-    shown = guided(step, guidance, plots)
-    facts = card_facts(step, merged, shown, scored, costs, locked)
-    facts = replace(
-        facts,
-        measured=gathered.measured,
-        in_sequence=fits_in_sequence(step.recipe),
-        notes=gathered.notes,
-        machine=machine,
-    )
-    return (*outputs, *beside, *describe(step, folder, facts, scored))
-
-
-def _write_told(
-    step: Step,
+def _write_locked(
+    settings: ReportSettings,
     folder: Path,
     guidance: Guidance | None,
     plots: Sequence[Plot],
     scored: Scored | None,
 ) -> list[str]:
-    """Write what tells of a merge and is part of its lock.
+    """Write the files that describe a merge and are part of its lock.
 
     Returns:
-        Paths of all of it, those of the guidance, which is written already, included.
+        Paths of all of them, those of the guidance, which is written already, included.
     """
-    texts = {"lewis/recipe.yaml": _yaml(pinned(step.recipe, step.inputs))}
+    texts = {"lewis/recipe.yaml": settings.snapshot.to_yaml()}
     if scored:
         texts["lewis/scores.json"] = scored.scores.to_json()
         texts["lewis/items.json"] = scored.items.to_json()
     others = [*(_documents(guidance) if guidance else ())]
     others += [file for plot in plots for file in plot.files]
-    others += carry_tasks(step.recipe, folder / "lewis")
-    told = _mergekit(step, guidance)
-    if told:
-        texts[MERGEKIT] = told
+    others += settings.snapshot.copy_tasks(folder / "lewis")
+    if settings.mergekit:
+        schedule = guidance.schedule if guidance else None
+        texts[MERGEKIT] = mergekit_config(replace(settings.mergekit, schedule=schedule))
     for name, text in texts.items():
         write_whole(folder / name, text)
     return [*texts, *(f"lewis/{name}" for name in others)]
 
 
-def _mergekit(step: Step, guidance: Guidance | None) -> str | None:
-    recipe, inputs = step.recipe, step.inputs
-    if recipe.merge_method not in METHODS or needs_grams(recipe):
+def _guided(guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
+    """What the card says of the guide; None where there is none."""
+    if guidance is None:
         return None
-    entries = zip(merged_entries(recipe), inputs.experts, strict=True)
-    told = pinned(recipe, inputs)
-    merge = MergekitMerge(
-        method=recipe.merge_method,
-        base=inputs.base.pinned if inputs.base else None,
-        models={expert.pinned: entry.parameters for entry, expert in entries},
-        slices=pinned_slices(recipe, inputs),
-        parameters=recipe.parameters,
-        dtype=recipe.output_dtype,
-        schedule=guidance.schedule if guidance else None,
-        tensors=tuple(step.examined.checkpoints[inputs.donor.pinned].tensors),
-        adapters=tuple(adapter.pinned for adapter in inputs.adapters),
-        tokenizer={key: told[key] for key in ("tokenizer_source", "tokenizer") if key in told},
+    return Guided(guidance.guide, guidance.profile, guidance.schedule, guidance.notes, plots)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
+    config = folder / "tokenizer_config.json"
+    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
+    return inside or (folder / "chat_template.jinja").exists()
+
+
+def _write_card(
+    settings: ReportSettings, folder: Path, facts: CardFacts, scored: Scored | None
+) -> tuple[str, ...]:
+    """Write card, page and leaderboard entries; returns their paths, relative to the folder.
+
+    None of them is part of the lock: they describe one run, and their owner may change them.
+    """
+    results = scored.results if scored else {}
+    texts = {CARD: str(model_card(facts)), page.FILE: page.report_page(facts, results)}
+    if facts.scores and settings.benchmarks:
+        texts |= leaderboards.entries(facts.scores, settings.benchmarks, facts)
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_whole(folder / name, text)
+    return tuple(texts)
+
+
+def _finished(
+    planned: Lock, outputs: Mapping[str, OutputFile], rows: Sequence[tuple[int, ...]]
+) -> Lock:
+    """The lock of a merge that was made: what came out, and which rows were measured."""
+    drawn: Sequence[tuple[int, ...] | None] = rows or [None] * len(planned.calibration)
+    calibration = tuple(
+        replace(one, rows=own) for one, own in zip(planned.calibration, drawn, strict=True)
     )
-    return mergekit_config(merge)
+    return replace(planned, outputs=outputs, calibration=calibration)
 
 
 def _output(path: Path) -> OutputFile:
     return OutputFile(sha256_of(path), path.stat().st_size)
 
 
-def _yaml(document: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
-
-
-def _locked(source: Source, is_base: bool) -> LockedInput:  # noqa: FBT001
+def locked_input(source: Source, *, is_base: bool) -> LockedInput:
+    """Return what a lock says of a source."""
     files = {f.path: f.digest for f in source.files if can_change_the_result(f.path)}
     role: Literal["base", "expert"] = "base" if is_base else "expert"
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 
 
-def _locked_data(
-    data: Source | PinnedTask, asked: Calibration, rows: tuple[int, ...] | None
-) -> LockedData:
-    """A dataset's files (a card says which make up a split), or a task's and those of its data."""
+def locked_data(data: Source | PinnedTask, asked: Calibration) -> LockedData:
+    """Return what a lock says of a dataset, or of a task and its data."""
     if isinstance(data, Source):
         files = {file.path: file.digest for file in data.files}
         name, revision, sha = data.name, data.revision, data.commit_sha
@@ -389,4 +213,4 @@ def _locked_data(
         for number, source in enumerate(data.datasets):
             files |= {f"data {number}: {file.path}": file.digest for file in source.files}
         name, revision, sha = f"task {data.selection.names[0]}", asked.revision, data.digest
-    return LockedData(name, revision, sha, files, asked.config, asked.split, rows)
+    return LockedData(name, revision, sha, files, asked.config, asked.split, None)

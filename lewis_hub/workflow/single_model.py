@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
-from lewis_hub.evaluate.benchmarks import load_tasks
+from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
@@ -23,37 +22,35 @@ from lewis_hub.files import require_room, require_writable, write_whole
 from lewis_hub.guides.registry import Measure
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import resolve_dataset, resolve_model
+from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress
-from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, ModelReference, Recipe
+from lewis_hub.recipe.schema import Calibration, Evaluation, ModelReference, Recipe
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.plots import draw as draw_plots
 from lewis_hub.report.sections import adapter_card
-from lewis_hub.workflow.calibrate import Drawing, draw, in_memory, known_profile
-from lewis_hub.workflow.check import examine, settle
-from lewis_hub.workflow.convert_pickles import without_pickles
-from lewis_hub.workflow.evaluate import Candidate, Run, score, selection, settings_of
-from lewis_hub.workflow.fetch import download
-from lewis_hub.workflow.job import Execution, Step
-from lewis_hub.workflow.memory import ALLOW, EVEN_SO, Loading, blocks_bytes, states_bytes
-from lewis_hub.workflow.merge import loadable
-from lewis_hub.workflow.open import Opened, open_model
-from lewis_hub.workflow.report import lock
-from lewis_hub.workflow.resolve import (
-    Inputs,
-    PinnedTask,
-    hub_api,
-    named_dataset,
-    pin_task,
-    read_recipe,
-    resolve_inputs,
-    resolve_one,
-    scored_commits,
+from lewis_hub.workflow.calibrate import TextSettings, draw, known_profile
+from lewis_hub.workflow.check import settle
+from lewis_hub.workflow.contamination import ScoredTasks
+from lewis_hub.workflow.evaluate import Candidate, Run, score
+from lewis_hub.workflow.examine import resolve_inputs, task_selection
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.fetch import convert_pickles, download, fetch_whole
+from lewis_hub.workflow.job import planned_lock
+from lewis_hub.workflow.load import ModelLoader, choose_loading
+from lewis_hub.workflow.memory_budget import (
+    ALLOW,
+    EVEN_SO,
+    Loading,
+    blocks_bytes,
+    states_bytes,
 )
+from lewis_hub.workflow.open import Opened, OpenedSource, open_model
+from lewis_hub.workflow.read import read_recipe
+from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_one
 from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:
@@ -74,31 +71,36 @@ def score_one(
         EvaluationError: a task or the model cannot be used.
         SourceError: a file cannot be had.
     """
-    selected = selection(None, asked, allow_code=execution.allow_code)
+    selected = task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     check_tasks(selected)
-    recipe = _alone(source)
-    inputs = without_pickles(recipe, Inputs(None, (source,), {}), api, progress)
-    (whole,) = inputs.models
-    folders = download(api, inputs.models, progress)
-    settings = settings_of(asked, execution.device)
+    whole = source
+    if source.is_pickled:
+        whole = convert_pickles([source], (), api, progress)[source]
+    files = fetch_whole(api, [whole], progress)
     with TemporaryDirectory() as scratch:
-        folder = folders[whole.pinned]
+        folder = files.folders[whole.pinned]
         opened = open_model(api, whole)
         if opened.checkpoint.is_computed and not opened.problem:
-            examined = examine(recipe, inputs, api, allow_code=True)
-            step = Step(recipe, inputs, examined, execution, api, progress)
-            folder = loadable(step, whole, folders, Path(scratch))
+            means = execution.means(is_read_next=True)
+            size, loading = execution.max_shard_bytes, execution.loading
+            loader = ModelLoader(files, Path(scratch), loading, means, size, progress)
+            folder = loader.materialize_checkpoint(_opened(whole, opened, api))
         candidate = Candidate(source.pinned, source.commit_sha, folder)
-        loaded = load_tasks(selected, scored_commits(api, selected))
-        run = Run(loaded, asked.limit, settings, Path(scratch))
+        tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
+        how = EvaluationSettings(device=execution.device, chat_template=asked.chat_template)
+        run = Run(tasks.loaded, asked.limit, how, Path(scratch))
         return compare(score([candidate], run, progress))
 
 
-def _alone(source: Source) -> Recipe:
-    """A recipe of one model, for the steps that ask for one."""
-    return Recipe(
-        models=(ModelEntry(model=ModelReference(name=source.name)),), merge_method="linear"
-    )
+def _opened(source: Source, opened: Opened, api: HfApi) -> OpenedSource:
+    facts, digest = model_facts(api, source), source.commit_sha
+    return OpenedSource(source, "expert", digest, opened.checkpoint, opened.config, facts, None)
+
+
+def _in_working_folder(name: str) -> str:
+    """The path of a file here, or the name itself."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 CARD = "README.md"
@@ -229,14 +231,15 @@ def measure_model(
     require_writable(output)
     api = hub_api()
     source = resolve_one(model, api)
-    how = Drawing(api, source, seed, execution.allow_code)
-    drawn = draw(how, calibration, _data(api, calibration), progress)
+    data = resolve_data([calibration], api, _in_working_folder)
+    texts = TextSettings(source, seed, execution.allow_code, data, (calibration,))
+    drawn = draw(texts, calibration, api, progress)
     tokens = drawn.tokens.measured(GUIDE)
     _require_fits(source, open_model(api, source).checkpoint, tokens, output, execution.loading)
     folder = download(api, [source], progress)[source.pinned]
     subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
     checkpoint = local_checkpoint(source.pinned, folder)
-    subject = in_memory(subject, checkpoint, execution.loading, output)
+    subject = choose_loading(subject, checkpoint, execution.loading, output)
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     told = calibration.model_dump(mode="json", exclude_none=True)
@@ -262,17 +265,6 @@ def _require_fits(
     n_bytes = states_bytes(checkpoint, n_tokens)
     if by_block and n_bytes > HELD_BYTES:
         require_room(output, n_bytes, STATES, FEWER)
-
-
-def _data(api: HfApi, calibration: Calibration) -> Source | PinnedTask:
-    written = calibration.dataset
-    if written is None:
-        include = Path(calibration.include).resolve() if calibration.include else None
-        return pin_task(api, calibration, include)
-    path = Path(written).expanduser()
-    if path.exists():
-        return replace(resolve_dataset(api, str(path.resolve())), name=written)
-    return named_dataset(api, written)
 
 
 RECIPES = (".yaml", ".yml")
@@ -316,4 +308,4 @@ def _made(name: str, api: HfApi) -> Lock:
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return lock(recipe, inputs, like.max_shard_bytes, {})
+    return planned_lock(recipe, inputs, like.max_shard_bytes)

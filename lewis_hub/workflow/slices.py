@@ -1,16 +1,16 @@
-"""A recipe's `slices` in the words of the merge: what is stacked, and what `config.json` says."""
+"""Slices: which blocks are stacked, and what `config.json` and the card say of the stack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.alignment import Alignment
+from lewis_hub.hub.source import Source
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.slices import (
@@ -23,67 +23,135 @@ from lewis_hub.merge.slices import (
     make_stacked_plan,
     stacked_config,
 )
-from lewis_hub.methods import registry
-from lewis_hub.recipe.schema import ModelReference, Recipe, Slice, SliceSource
+from lewis_hub.recipe.schema import ModelReference, Settings, Slice, SliceSource
 from lewis_hub.report.facts import StackedBlocks
-from lewis_hub.workflow.resolve import Inputs, by_reference
+from lewis_hub.workflow.open import MergeSources, OpenedSource
 
 
-def stack(
-    recipe: Recipe,
-    inputs: Inputs,
-    checkpoints: Mapping[str, Checkpoint],
-    alignment: Alignment | None,
-) -> StackSettings:
-    """Say what is stacked.
+@dataclass(frozen=True)
+class SourceBlocks:
+    """Consecutive blocks of one source.
+
+    Attributes:
+        blocks: their numbers in the source.
+        parameters: settings of these blocks alone.
+    """
+
+    source: Source
+    blocks: range
+    parameters: Settings
+
+
+@dataclass(frozen=True)
+class PinnedSlice:
+    """The next blocks of a stack, every model pinned.
+
+    Attributes:
+        base: which of the listed sources task vectors start from; None for a method without base.
+        experts: the others.
+        listed: all sources, as the recipe lists them.
+        parameters: settings of this slice.
+    """
+
+    base: SourceBlocks | None
+    experts: tuple[SourceBlocks, ...]
+    listed: tuple[SourceBlocks, ...]
+    parameters: Settings
+
+
+def pin_slices(
+    slices: Sequence[Slice],
+    base_model: ModelReference | None,
+    sources: Mapping[ModelReference, Source],
+    *,
+    takes_base: bool,
+) -> tuple[PinnedSlice, ...]:
+    """Say which blocks of which sources are stacked.
 
     Args:
-        recipe: with slices.
-        inputs: pinned.
-        checkpoints: pinned source -> its headers.
-        alignment: of vocabularies that differ.
+        slices: a recipe's.
+        base_model: the recipe's, for slices without a base of their own.
+        sources: every model that a slice names -> its source.
+        takes_base: whether the method starts from a base.
 
     Raises:
         MergeError: a slice does not list the base that its method starts from.
     """
-    sources = by_reference(recipe, inputs)
 
-    def blocks(one: SliceSource) -> Blocks:
-        source = sources[one.model]
-        headers = checkpoints[source.pinned]
-        return Blocks(MergeSource(headers, inputs.content(source), one.parameters), one.blocks)
+    def blocks(one: SliceSource) -> SourceBlocks:
+        return SourceBlocks(sources[one.model], one.blocks, one.parameters)
 
-    slices = []
-    for index, one in enumerate(recipe.slices):
-        base, experts = _divided(recipe, index, one)
-        slices.append(
-            MergeSlice(
-                blocks(base) if base else None,
-                tuple(blocks(source) for source in experts),
-                one.parameters,
-            )
+    found = []
+    for index, one in enumerate(slices):
+        base = (one.base_model or base_model) if takes_base else None
+        listed = tuple(blocks(source) for source in one.sources)
+        if base is None:
+            found.append(PinnedSlice(None, listed, listed, one.parameters))
+            continue
+        bases = [blocks(source) for source in one.sources if source.model == base]
+        if not bases:
+            problem = f"the base `{base}` is not among the slice's sources"
+            remedy = "Which of its blocks are meant has to be said: add it with its `layer_range`."
+            raise MergeError(f"slices[{index}]", problem, remedy)
+        experts = tuple(blocks(source) for source in one.sources if source.model != base)
+        found.append(PinnedSlice(bases[0], experts, listed, one.parameters))
+    return tuple(found)
+
+
+def merge_slices(slices: Sequence[PinnedSlice], sources: MergeSources) -> tuple[MergeSlice, ...]:
+    """Give each slice the headers of its sources."""
+    opened = {one.source: one for one in sources.models}
+
+    def blocks(one: SourceBlocks) -> Blocks:
+        source = opened[one.source]
+        return Blocks(MergeSource(source.checkpoint, source.digest, one.parameters), one.blocks)
+
+    return tuple(
+        MergeSlice(
+            blocks(one.base) if one.base else None,
+            tuple(blocks(expert) for expert in one.experts),
+            one.parameters,
         )
-    return StackSettings(
-        method=recipe.merge_method,
-        slices=tuple(slices),
-        donor=checkpoints[inputs.donor.pinned],
-        parameters=recipe.parameters,
-        dtype=recipe.output_dtype,
-        seed=recipe.seed,
-        alignment=alignment,
+        for one in slices
     )
 
 
-def at_the_ends(recipe: Recipe, inputs: Inputs) -> Inputs:
-    """The models whose embeddings, final norm or head become the stack's, and the donor."""
-    sources = by_reference(recipe, inputs)
-    ends = [one.model for piece in (recipe.slices[0], recipe.slices[-1]) for one in piece.sources]
-    used = {inputs.donor, *(sources[model] for model in ends)}
-    return replace(inputs, experts=tuple(one for one in inputs.experts if one in used))
+def stack_config(slices: Sequence[PinnedSlice], sources: MergeSources) -> dict[str, Any]:
+    """Make the stack's `config.json`.
+
+    Raises:
+        MergeError: the donor's configuration cannot be given another number of blocks.
+    """
+    opened = {one.source: one for one in sources.models}
+
+    def model(source: OpenedSource) -> Model:
+        return Model(source.pinned, source.config, count_blocks(source.checkpoint))
+
+    origins = []
+    for one in slices:
+        first = one.base or one.experts[0]
+        made_from = model(opened[first.source])
+        origins += [Origin(made_from, block) for block in first.blocks]
+    return stacked_config(model(sources.donor), origins)
+
+
+def stack_headers(settings: StackSettings) -> Checkpoint:
+    """Make the headers of the stack.
+
+    Raises:
+        MergeError: it cannot be made.
+    """
+    planned = make_stacked_plan(settings, 1 << 40)
+    made = [(layout.name, tensor) for layout in planned.layouts for tensor in layout.tensors]
+    headers = [
+        TensorHeader(tensor.name, tensor.dtype, tensor.shape, shard, 0, tensor.n_bytes)
+        for shard, tensor in made
+    ]
+    return Checkpoint("the stack", {header.name: header for header in headers}, {})
 
 
 def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
-    """Densities of whole models as those of a stack: by the names in the output.
+    """Give densities of whole models to the tensors of a stack, by their names in the output.
 
     Args:
         schedule: by the names that tensors have in the sources.
@@ -102,33 +170,33 @@ def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
     )
 
 
-def uncompared(inputs: Inputs, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """Models that a guide cannot hold against the base, block by block."""
-    depths = {source: count_blocks(checkpoints[source.pinned]) for source in inputs.models}
+def depth_refusals(sources: MergeSources) -> list[str]:
+    """Refuse models that a guide cannot compare with the base, block by block."""
+    donor = count_blocks(sources.donor.checkpoint)
+    depths = [(expert.name, count_blocks(expert.checkpoint)) for expert in sources.experts]
     return [
-        f"guide: {expert.name} has {depths[expert]} blocks, its base {depths[inputs.donor]}: their "
-        "importance cannot be compared block by block. Use guide `uniform`, or give `density`."
-        for expert in inputs.experts
-        if depths[expert] != depths[inputs.donor]
+        f"guide: {name} has {depth} blocks, its base {donor}: their importance cannot be compared "
+        "block by block. Use guide `uniform`, or give `density`."
+        for name, depth in depths
+        if depth != donor
     ]
 
 
-def stacked_blocks(recipe: Recipe, inputs: Inputs) -> tuple[StackedBlocks, ...]:
-    """Which blocks became which, for the card; none where whole models were merged."""
-    sources = by_reference(recipe, inputs)
+def stacked_blocks(slices: Sequence[PinnedSlice]) -> tuple[StackedBlocks, ...]:
+    """Say for the card which blocks became which; none where whole models were merged."""
     rows, first = [], 0
-    for index, one in enumerate(recipe.slices):
-        base, _ = _divided(recipe, index, one)
-        blocks = range(first, first + len(one.sources[0].blocks))
-        made_from = tuple((sources[source.model], source.blocks) for source in one.sources)
-        rows.append(StackedBlocks(blocks, made_from, sources[base.model] if base else None))
+    for one in slices:
+        blocks = range(first, first + len(one.listed[0].blocks))
+        made_from = tuple((source.source, source.blocks) for source in one.listed)
+        rows.append(StackedBlocks(blocks, made_from, one.base.source if one.base else None))
         first = blocks.stop
     return tuple(rows)
 
 
-def pinned_slices(recipe: Recipe, inputs: Inputs) -> tuple[Slice, ...]:
-    """The slices with every model named by what it is pinned to."""
-    sources = by_reference(recipe, inputs)
+def name_by_pin(
+    slices: Sequence[Slice], sources: Mapping[ModelReference, Source]
+) -> tuple[Slice, ...]:
+    """Return slices in which every model has the name that it is pinned to."""
 
     def pinned(model: ModelReference) -> ModelReference:
         return ModelReference(name=sources[model].pinned)
@@ -143,75 +211,5 @@ def pinned_slices(recipe: Recipe, inputs: Inputs) -> tuple[Slice, ...]:
                 ),
             }
         )
-        for one in recipe.slices
+        for one in slices
     )
-
-
-def outline(
-    recipe: Recipe,
-    inputs: Inputs,
-    checkpoints: Mapping[str, Checkpoint],
-    configs: Mapping[str, Mapping[str, Any]],
-    alignment: Alignment | None,
-) -> Checkpoint:
-    """The stack as a checkpoint that is not there yet; the arguments are those of `configuration`.
-
-    Beside them `alignment`, of vocabularies that differ.
-
-    Raises:
-        MergeError: it cannot be made, or not be told in a `config.json`.
-    """
-    configuration(recipe, inputs, checkpoints, configs)
-    planned = make_stacked_plan(stack(recipe, inputs, checkpoints, alignment), 1 << 40)
-    made = [(layout.name, tensor) for layout in planned.layouts for tensor in layout.tensors]
-    headers = [
-        TensorHeader(tensor.name, tensor.dtype, tensor.shape, shard, 0, tensor.n_bytes)
-        for shard, tensor in made
-    ]
-    return Checkpoint("the stack", {header.name: header for header in headers}, {})
-
-
-def configuration(
-    recipe: Recipe,
-    inputs: Inputs,
-    checkpoints: Mapping[str, Checkpoint],
-    configs: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """The stack's `config.json`.
-
-    Args:
-        recipe: with slices.
-        inputs: pinned.
-        checkpoints: pinned source -> its headers.
-        configs: pinned source -> its `config.json`; an adapter's is that of its base.
-
-    Raises:
-        MergeError: the donor's configuration cannot be given another number of blocks.
-    """
-    sources = by_reference(recipe, inputs)
-
-    def model(pinned: str) -> Model:
-        return Model(pinned, configs[pinned], count_blocks(checkpoints[pinned]))
-
-    origins = []
-    for index, one in enumerate(recipe.slices):
-        base, experts = _divided(recipe, index, one)
-        first = base or experts[0]
-        made_from = model(sources[first.model].pinned)
-        origins += [Origin(made_from, block) for block in first.blocks]
-    return stacked_config(model(inputs.donor.pinned), origins)
-
-
-def _divided(
-    recipe: Recipe, index: int, one: Slice
-) -> tuple[SliceSource | None, tuple[SliceSource, ...]]:
-    """The slice's base, where the method takes one, and its experts."""
-    base = one.base_model or recipe.base_model
-    if base is None or not registry.find(recipe.merge_method).takes_base:
-        return None, one.sources
-    listed = [source for source in one.sources if source.model == base]
-    if not listed:
-        problem = f"the base `{base}` is not among the slice's sources"
-        remedy = "Which of its blocks are meant has to be said: add it with its `layer_range`."
-        raise MergeError(f"slices[{index}]", problem, remedy)
-    return listed[0], tuple(source for source in one.sources if source.model != base)

@@ -12,7 +12,7 @@ from lewis_hub.errors import TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
-from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, Recipe, TokenEmbedding, Tokenizer
+from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, TokenEmbedding, Tokenizer
 from lewis_hub.tokenizer import union
 from lewis_hub.tokenizer.union import CONFIG, unite
 from lewis_hub.tokenizer.vocabulary import (
@@ -24,8 +24,7 @@ from lewis_hub.tokenizer.vocabulary import (
     read_vocabulary,
     translation,
 )
-from lewis_hub.workflow.resolve import Inputs, measures_on_texts, source_of
-from lewis_hub.workflow.slices import at_the_ends
+from lewis_hub.workflow.open import MergeSources, OpenedSources
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -63,10 +62,26 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What the tokenizers are judged by: small files, and how many rows there are."""
+class TokenizerRequest:
+    """What a recipe says of the tokenizer.
 
-    inputs: Inputs
+    Attributes:
+        tokenizer: None: the tokenizers must agree.
+        chat_template: a name, a model or a text; None or `auto`: as it is.
+        named: a model that the recipe names for its tokenizer, a token or its chat template -> its
+            source.
+    """
+
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    named: Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class TokenizerSources:
+    """What the tokenizers are compared by: small files, and the number of rows for tokens."""
+
+    models: tuple[Source, ...]  # first the one whose tensors and configuration the merge has
     api: HfApi
     checkpoints: Mapping[str, Checkpoint]
     configs: Mapping[str, Mapping[str, Any]]
@@ -74,8 +89,8 @@ class Sources:
 
     @property
     def base(self) -> Source:
-        """Whose tensors and configuration the merge has."""
-        return self.inputs.donor
+        """The source whose tensors and configuration the merge has."""
+        return self.models[0]
 
     def rows(self, source: Source) -> int:
         """How many rows a source has for tokens."""
@@ -110,20 +125,22 @@ class Sources:
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def assembled(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Tokens:
-    """Embeddings are put together token by token, for the tokenizer that is asked for."""
-    inputs, base = sources.inputs, sources.base
-    named = _named(recipe, asked, sources)
+def _assembled(
+    asked: Tokenizer, named_sources: Mapping[str, Source], sources: TokenizerSources
+) -> Tokens:
+    """Put embeddings together token by token, for the tokenizer that the recipe asks for."""
+    base = sources.base
+    named = _named(asked, named_sources, sources)
     carried = Carried(named.pinned)
     changes = asked.tokens or asked.pad_to_multiple_of
-    if not changes and all(map(sources.is_alike, inputs.models)):
+    if not changes and all(map(sources.is_alike, sources.models)):
         return Tokens(carried if named is not base else None)
     if not sources.tensors:
         problem = "none of its tensors has as many rows as its config.json says there are tokens"
         remedy = "Leave `tokenizer_source` out: its embeddings cannot be put together by token."
         raise TokenizerError(base.name, problem, remedy)
     vocabularies = _vocabularies(sources)
-    others = [vocabularies[s.pinned] for s in inputs.models] if asked.source == "union" else []
+    others = [vocabularies[s.pinned] for s in sources.models] if asked.source == "union" else []
     start = vocabularies[named.pinned]
     merged = unite(start, others, tuple(asked.tokens))
     n_rows = sources.rows(named)
@@ -137,7 +154,7 @@ def assembled(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Tokens:
     overrides = {
         merged.ids[token]: override
         for token, one in asked.tokens.items()
-        if (override := _override(recipe, sources, vocabularies, token, one))
+        if (override := _override(named_sources, sources, vocabularies, token, one))
     }
     if merged is not start:
         written = union.extended(merged, sources.read_json(named, union.CONFIG))
@@ -145,29 +162,29 @@ def assembled(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Tokens:
     ours = vocabularies[base.pinned]
     translations = {
         source.pinned: translation(ours, vocabularies[source.pinned], sources.rows(source))
-        for source in inputs.models
+        for source in sources.models
         if disagreement(ours, vocabularies[source.pinned]) or sources.rows(source) < ours.n_rows
     }
     carried = _with_ids(carried, sources, named, n_rows)
     return Tokens(carried, replace(alignment, overrides=overrides), translations)
 
 
-def _named(recipe: Recipe, asked: Tokenizer, sources: Sources) -> Source:
+def _named(asked: Tokenizer, named: Mapping[str, Source], sources: TokenizerSources) -> Source:
     """The source whose tokenizer is carried, or extended to a union."""
     if asked.source in ("base", "union"):
         return sources.base
-    named = source_of(recipe, sources.inputs, asked.source)
-    if not any(map(named.file, ("tokenizer.json", "vocab.json"))):
+    found = named[asked.source]
+    if not any(map(found.file, ("tokenizer.json", "vocab.json"))):
         remedy = "Name a model that has one, or write `base` or `union`."
-        raise TokenizerError(f"tokenizer_source: {named.name}", "it has no tokenizer.json", remedy)
-    return named
+        raise TokenizerError(f"tokenizer_source: {found.name}", "it has no tokenizer.json", remedy)
+    return found
 
 
-def _vocabularies(sources: Sources) -> dict[str, Vocabulary]:
+def _vocabularies(sources: TokenizerSources) -> dict[str, Vocabulary]:
     """Of all sources, by pinned source; one that tells nothing and is as long has the base's."""
     base = sources.vocabulary(sources.base)
     found: dict[str, Vocabulary] = {}
-    for source in sources.inputs.models:
+    for source in sources.models:
         alike = base is not None and sources.is_alike(source)
         own = base if alike or source is sources.base else sources.vocabulary(source)
         if own is None and base and sources.rows(source) == sources.rows(sources.base):
@@ -181,8 +198,8 @@ def _vocabularies(sources: Sources) -> dict[str, Vocabulary]:
 
 
 def _override(
-    recipe: Recipe,
-    sources: Sources,
+    named: Mapping[str, Source],
+    sources: TokenizerSources,
     vocabularies: Mapping[str, Vocabulary],
     token: str,
     one: TokenEmbedding,
@@ -191,7 +208,7 @@ def _override(
         return None
     if one.model is None:
         return Override(None, is_forced=one.force)
-    source = source_of(recipe, sources.inputs, one.model)
+    source = named[one.model]
     asked = one.source if isinstance(one.source, ModelToken) else None
     text = asked.token if asked and asked.token is not None else token
     row = asked.token_id if asked else None
@@ -206,7 +223,7 @@ def _override(
     return Override(source.pinned, row, one.force)
 
 
-def _with_ids(carried: Carried, sources: Sources, named: Source, n_rows: int) -> Carried:
+def _with_ids(carried: Carried, sources: TokenizerSources, named: Source, n_rows: int) -> Carried:
     """Numbers in the configurations that follow the tokenizer."""
     config: dict[str, Any] = {}
     if n_rows != sources.rows(sources.base):
@@ -227,43 +244,49 @@ def _with_ids(carried: Carried, sources: Sources, named: Source, n_rows: int) ->
 N_SHOWN = 3
 
 
-def examine_tokens(
-    recipe: Recipe,
-    inputs: Inputs,
+def compare_tokenizers(
+    request: TokenizerRequest,
+    models: Sequence[Source],
     api: HfApi,
+    opened: OpenedSources,
     checkpoints: Mapping[str, Checkpoint],
-    configs: Mapping[str, Mapping[str, Any]],
 ) -> Tokens:
-    """Hold the tokenizers against each other, and decide on that of the merge."""
-    config = configs[inputs.donor.pinned]
+    """Compare the tokenizers of a merge's sources, and decide on the merge's.
+
+    Args:
+        request: what the recipe says.
+        models: that count; first the one whose tensors and configuration the merge has.
+        api: the Hub.
+        opened: configurations.
+        checkpoints: pinned source -> headers.
+    """
+    donor = models[0].pinned
+    config = opened.configs[donor]
     n_tokens = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
-    tensors = token_tensors(checkpoints[inputs.donor.pinned], n_tokens)
-    sources = Sources(inputs, api, checkpoints, configs, tensors)
-    asked = recipe.asked_tokenizer
-    if recipe.slices and not asked and not measures_on_texts(recipe):
-        sources = replace(sources, inputs=at_the_ends(recipe, inputs))
+    tensors = token_tensors(checkpoints[donor], n_tokens)
+    sources = TokenizerSources(tuple(models), api, checkpoints, opened.configs, tensors)
+    asked = request.tokenizer
     try:
-        found = assembled(recipe, asked, sources) if asked else _agreeing(sources)
-        return _with_template(recipe, found, sources)
+        found = _assembled(asked, request.named, sources) if asked else _agreeing(sources)
+        return _with_template(request, found, sources)
     except TokenizerError as error:
         return Tokens(problems=(str(error),))
 
 
-def calibration_notes(recipe: Recipe, inputs: Inputs, tokens: Tokens) -> list[str]:
-    """Sources that may lack tokens of the calibration texts, which are not drawn yet."""
-    found = tokens.translations if measures_on_texts(recipe) else {}
+def calibration_notes(sources: MergeSources) -> list[str]:
+    """Name sources that may lack tokens of the calibration texts, which are not drawn yet."""
     return [
-        f"{source.name} lacks {_listed([*found[source.pinned].lacking.values()])} of "
-        f"{inputs.donor.name}, whose tokenizer cuts the calibration texts: a text that has one is "
+        f"{source.name} lacks {_listed([*source.translation.lacking.values()])} of "
+        f"{sources.donor.name}, whose tokenizer cuts the calibration texts: a text that has one is "
         "refused."
-        for source in dict.fromkeys(inputs.models)
-        if source.pinned in found and found[source.pinned].lacking
+        for source in sources.distinct
+        if source.translation and source.translation.lacking
     ]
 
 
-def _agreeing(sources: Sources) -> Tokens:
+def _agreeing(sources: TokenizerSources) -> Tokens:
     """Nothing was asked: tokenizers must agree, and what one has beyond the others is padding."""
-    others = [s for s in sources.inputs.models if not sources.is_alike(s)]
+    others = [s for s in sources.models if not sources.is_alike(s)]
     base = sources.vocabulary(sources.base) if others else None
     if base is None:
         return Tokens()
@@ -288,31 +311,34 @@ def _agreeing(sources: Sources) -> Tokens:
             )
         if clash or sources.rows(source) < base.n_rows:
             translations[source.pinned] = translation(base, own, sources.rows(source))
-    every = [sources.checkpoints[source.pinned] for source in sources.inputs.models]
-    differ = len({sources.rows(source) for source in sources.inputs.models}) > 1
+    every = [sources.checkpoints[source.pinned] for source in sources.models]
+    differ = len({sources.rows(source) for source in sources.models}) > 1
     alignment = by_row(every[0], every, sources.tensors) if differ and not problems else None
     return Tokens(None, alignment, translations, tuple(problems), tuple(notes))
 
 
-def _with_template(recipe: Recipe, found: Tokens, sources: Sources) -> Tokens:
-    asked = recipe.chat_template
+def _with_template(request: TokenizerRequest, found: Tokens, sources: TokenizerSources) -> Tokens:
+    asked = request.chat_template
     if asked is None or asked == "auto":
         return found
-    text: str | None = union.built_in(asked) if asked in CHAT_TEMPLATES else asked
-    if recipe.reference(asked):
-        source = source_of(recipe, sources.inputs, asked)
-        text = union.template_of(source.name, sources.read(source, *union.KEEPERS))
-        if text is None:
-            remedy = "Name a model that has one, or give its text."
-            raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)
-    assert text is not None  # a text, or refused above
+    text = union.built_in(asked) if asked in CHAT_TEMPLATES else asked
+    if asked in request.named:
+        text = _template_of(request.named[asked], sources)
     carried = found.carried or Carried(sources.base.pinned)
-    donor = next(s for s in sources.inputs.models if s.pinned == carried.donor)
+    donor = next(s for s in sources.models if s.pinned == carried.donor)
     changed = carried.written.get(union.CONFIG)
     config = json.loads(changed) if changed else sources.read_json(donor, union.CONFIG)
     written = {**carried.written, **union.with_template(text, config)}
     dropped = (*carried.dropped, *union.TEMPLATES)
     return replace(found, carried=replace(carried, written=written, dropped=dropped))
+
+
+def _template_of(source: Source, sources: TokenizerSources) -> str:
+    text = union.template_of(source.name, sources.read(source, *union.KEEPERS))
+    if text is None:
+        remedy = "Name a model that has one, or give its text."
+        raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)
+    return text
 
 
 def _listed(tokens: Sequence[str]) -> str:

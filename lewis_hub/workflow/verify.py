@@ -29,7 +29,7 @@ from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
 from lewis_hub.report.lock import Lock, OutputFile, is_provenance_of
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.page import FILE as REPORT
-from lewis_hub.workflow.resolve import calibrations
+from lewis_hub.workflow.examine import calibrations_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -228,7 +228,7 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
-    if any(one.include for one in calibrations(recipe)) and not (source.folder and allow_code):
+    if any(one.include for one in calibrations_of(recipe)) and not (source.folder and allow_code):
         problem = "it was calibrated on task files that came with it, and those are code."
         remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
         raise OutputError(source.pinned, problem, remedy)

@@ -13,7 +13,7 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import AdapterError, CheckFailedError, SourceError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow.job import Execution
+from lewis_hub.workflow.execution import Execution
 
 RECIPE = """base_model: zoo/base
 models:

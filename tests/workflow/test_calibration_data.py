@@ -29,7 +29,7 @@ from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.schema import ModelReference
 from lewis_hub.workflow.calibrate import Drawing, draw
-from lewis_hub.workflow.job import Execution
+from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.resolve import pin_task, scored_commits
 
 TASKS = zoo_folder() / "tasks"

@@ -7,6 +7,7 @@ from collections import namedtuple
 
 import pytest
 from click.testing import CliRunner
+from lewis_hub.workflow.memory import Loading
 
 import lewis_hub
 from lewis_hub.calibration.measure import Subject
@@ -18,8 +19,7 @@ from lewis_hub.hub.cache import cache_root
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.calibrate import in_memory
-from lewis_hub.workflow.job import Execution
-from lewis_hub.workflow.memory import Loading
+from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.single_model import measure_model
 
 TEXT = "Question: {question}\\nAnswer: {answer}"

@@ -26,7 +26,7 @@ import lewis_hub
 from lewis_hub.errors import LewisHubError
 from lewis_hub.hub.faults import Fault
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.job import Execution
+from lewis_hub.workflow.execution import Execution
 
 RECIPE = """base_model: tests/base
 models: [{model: tests/expert}]

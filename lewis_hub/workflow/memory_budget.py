@@ -1,4 +1,4 @@
-"""How models are brought into memory to be measured: whole, or block by block."""
+"""How models are loaded to be measured, whole or block by block, and what measures them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from lewis_hub.calibration.texts import TOGETHER
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.guides import registry
-from lewis_hub.guides.registry import WITHOUT_TEXTS
-from lewis_hub.recipe.rules import fits_in_sequence
-from lewis_hub.recipe.schema import Calibration, Recipe
-from lewis_hub.workflow.resolve import Inputs, calibrations, measures_on_texts, needs_grams
+from lewis_hub.guides.registry import WITHOUT_TEXTS, Guide
+from lewis_hub.recipe.schema import Calibration
+from lewis_hub.workflow.open import MergeSources
 
 WIDTH = 4  # bytes of a float32
 EVEN_SO = (
@@ -25,6 +23,79 @@ EVEN_SO = (
 )
 ALLOW = "Allow as many, or leave the option out where there is memory for the whole model."
 ROWS = 8  # of the widest matrix's inputs or outputs, that a token takes at most on its way
+
+
+@dataclass(frozen=True)
+class MomentSettings:
+    """Which second moments a merge needs.
+
+    Attributes:
+        widest: how many inputs one matrix of second moments covers.
+        are_solved: whether matrices are fitted by them; else entries are trimmed by their diagonal.
+        in_sequence: whether matrices are fitted one after the other, on what the merged model
+            hands them.
+    """
+
+    widest: int
+    are_solved: bool
+    in_sequence: bool
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured before a merge.
+
+    Attributes:
+        guide: that decides by what is measured; None: there is none.
+        moments: None: the method needs none.
+        calibrations: of each expert, in order; none where nothing is measured on texts.
+    """
+
+    guide: Guide | None
+    moments: MomentSettings | None
+    calibrations: tuple[Calibration, ...]
+
+    @property
+    def in_sequence(self) -> bool:
+        """Whether matrices are fitted one after the other."""
+        return self.moments is not None and self.moments.in_sequence
+
+    @property
+    def measures(self) -> frozenset[str]:
+        """What the guide needs of each source."""
+        return frozenset(self.guide.needs if self.guide else ())
+
+    @property
+    def n_tokens(self) -> dict[Calibration, int]:
+        """Tokens of each calibration's texts, at most."""
+        return {one: one.samples * one.max_tokens for one in self.calibrations}
+
+    def waiting_bytes(
+        self,
+        n_tokens: Mapping[Calibration, int],
+        checkpoints: Iterable[Checkpoint],
+        loading: Loading,
+    ) -> int:
+        """Bytes of hidden states that wait on the disk, of the largest step that measures.
+
+        Args:
+            n_tokens: of the texts of each calibration.
+            checkpoints: of all sources.
+            loading: whether they are measured whole.
+        """
+        if not n_tokens or not (self.moments or self.measures & {*SUMMARIES}):
+            return 0
+        n_measured = sum(n_tokens.values())
+        n_fitted = 2 * sum(n_tokens[c] for c in self.calibrations) if self.in_sequence else 0
+        found = [
+            states_bytes(one, max(n_fitted, n_measured))
+            for one in checkpoints
+            if self.in_sequence
+            or loading.is_by_block(one)
+            or loading.is_less_by_block(one, n_measured)
+        ]
+        most = max(found, default=0)
+        return most if most > HELD_BYTES else 0
 
 
 @dataclass(frozen=True)
@@ -104,40 +175,6 @@ def batch_bytes(drawn: Iterable[Calibration], checkpoint: Checkpoint) -> int:
     return WIDTH * ROWS * n_tokens * max((max(s[-2:]) for s in shapes if len(s) > 1), default=0)
 
 
-def on_disk_bytes(
-    recipe: Recipe,
-    n_tokens: Mapping[Calibration, int],
-    checkpoints: Iterable[Checkpoint],
-    loading: Loading,
-) -> int:
-    """Bytes of hidden states that wait on the disk, of the largest step that measures.
-
-    Args:
-        recipe: what is asked.
-        n_tokens: of the texts of each calibration.
-        checkpoints: of all sources.
-        loading: whether they are measured whole.
-    """
-    guide = registry.find(recipe.guide.name) if recipe.guide else None
-    if not n_tokens or not (needs_grams(recipe) or (guide and {*guide.needs} & {*SUMMARIES})):
-        return 0
-    in_sequence = fits_in_sequence(recipe)
-    n_measured = sum(n_tokens.values())
-    n_fitted = 2 * sum(n_tokens[one] for one in calibrations(recipe)) if in_sequence else 0
-    found = [
-        states_bytes(one, max(n_fitted, n_measured))
-        for one in checkpoints
-        if in_sequence or loading.is_by_block(one) or loading.is_less_by_block(one, n_measured)
-    ]
-    most = max(found, default=0)
-    return most if most > HELD_BYTES else 0
-
-
-def most_tokens(recipe: Recipe) -> dict[Calibration, int]:
-    """Of the texts of each calibration, where each is as long as it may be."""
-    return {one: one.samples * one.max_tokens for one in calibrations(recipe)}
-
-
 def _width(checkpoint: Checkpoint) -> int:
     """Of hidden states, by the embedding of tokens; 0 where none is called so."""
     widths = (
@@ -149,38 +186,35 @@ def _width(checkpoint: Checkpoint) -> int:
 
 
 def loading_problems(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], loading: Loading
+    measurement: Measurement, sources: MergeSources, loading: Loading
 ) -> list[str]:
-    """Measures that look at a whole model, asked of one that does not fit; or not even a part."""
-    guide = registry.find(recipe.guide.name) if recipe.guide else None
-    whole = [m for m in guide.needs if m not in {*SUMMARIES, *WITHOUT_TEXTS}] if guide else []
+    """Refuse measures of a whole model, or blocks, that do not fit into the allowed memory."""
+    guide = measurement.guide
+    whole = measurement.measures - {*SUMMARIES, *WITHOUT_TEXTS}
     if guide is None or not whole:
-        return _block_problems(recipe, inputs, checkpoints, loading)
+        return _block_problems(measurement, sources, loading)
     return [
         f"guide `{guide.name}` runs whole models, and {label} takes {size:,} bytes in memory, "
         f"more than `--max-memory`. Allow more, or take a guide that measures block by block, such "
         "as `lewis`."
-        for label, size in _too_large(inputs, checkpoints, loading)
+        for label, size in _too_large(sources, loading)
     ]
 
 
-def _block_problems(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], loading: Loading
-) -> list[str]:
+def _block_problems(measurement: Measurement, sources: MergeSources, loading: Loading) -> list[str]:
     """Models of which a part takes more than is allowed for a model."""
     limit = loading.max_memory_bytes
-    if limit is None or not measures_on_texts(recipe):
+    if limit is None or not measurement.calibrations:
         return []
-    if fits_in_sequence(recipe):
-        experts = [checkpoints[one.pinned] for one in inputs.experts]
-        merged = checkpoints[inputs.donor.pinned]
-        n_bytes = sum(map(blocks_bytes, (merged, *experts)))
+    if measurement.in_sequence:
+        fitted = (sources.donor, *sources.experts)
+        n_bytes = sum(blocks_bytes(one.checkpoint) for one in fitted)
         whose = "`inputs: merged` fits the merge beside all experts, block by block, which"
         return [_too_small(whose, n_bytes)] if n_bytes > limit else []
     return [
-        _too_small(f"block by block {source.name}", blocks_bytes(checkpoints[source.pinned]))
-        for source in dict.fromkeys(inputs.models)
-        if not loading.has_room_for_blocks(checkpoints[source.pinned])
+        _too_small(f"block by block {source.name}", blocks_bytes(source.checkpoint))
+        for source in sources.distinct
+        if not loading.has_room_for_blocks(source.checkpoint)
     ]
 
 
@@ -189,28 +223,25 @@ def _too_small(what: str, n_bytes: int) -> str:
 
 
 def loading_notes(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], loading: Loading
+    measurement: Measurement, sources: MergeSources, loading: Loading, *, scores: bool
 ) -> list[str]:
-    """Which models are measured block by block, and that scoring does not go so."""
-    too_large = list(_too_large(inputs, checkpoints, loading))
+    """Say which models are measured block by block, and that scoring loads whole models."""
+    too_large = list(_too_large(sources, loading))
     if not too_large:
         return []
     notes = [
         f"{label} takes {size:,} bytes in memory, more than `--max-memory`: it is measured block "
         "by block."
         for label, size in too_large
-        if measures_on_texts(recipe)
+        if measurement.calibrations
     ]
-    if recipe.evaluate:
+    if scores:
         text = "Scoring loads whole models, whatever `--max-memory` says: leave it out by "
         notes.append(text + "`--no-eval`, and score the merge where it fits.")
     return notes
 
 
-def _too_large(
-    inputs: Inputs, checkpoints: Mapping[str, Checkpoint], loading: Loading
-) -> Iterator[tuple[str, int]]:
-    for source in dict.fromkeys(inputs.models):
-        checkpoint = checkpoints[source.pinned]
-        if loading.is_by_block(checkpoint):
-            yield source.name, loading.model_bytes(checkpoint)
+def _too_large(sources: MergeSources, loading: Loading) -> Iterator[tuple[str, int]]:
+    for source in sources.distinct:
+        if loading.is_by_block(source.checkpoint):
+            yield source.name, loading.model_bytes(source.checkpoint)

@@ -1,0 +1,542 @@
+"""Examine: a recipe's sources pinned and opened, and the recipe checked against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lewis_hub.calibration.grams import DIAGONAL, WIDEST
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.errors import MergeError, PublishError, SourceError
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.guides import registry as guides
+from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
+from lewis_hub.hub.fetch import bytes_to_download
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.chunks import AVERAGED, FUSED
+from lewis_hub.merge.planning import MergeSettings, MergeSource
+from lewis_hub.merge.slices import StackSettings
+from lewis_hub.methods import registry
+from lewis_hub.progress import Progress
+from lewis_hub.recipe.rules import asks_for_statistics, fits_in_sequence
+from lewis_hub.recipe.schema import (
+    Calibration,
+    Evaluation,
+    ModelEntry,
+    ModelReference,
+    Recipe,
+    Settings,
+)
+from lewis_hub.workflow.check import (
+    CheckReport,
+    benchmark_refusals,
+    chat_refusals,
+    data_refusals,
+    guide_refusals,
+    left_alone,
+    misfits,
+    padding_refusals,
+    report_source,
+    require_fine,
+    settle,
+)
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.fetch import convert_pickles
+from lewis_hub.workflow.memory_budget import (
+    Measurement,
+    MomentSettings,
+    loading_notes,
+    loading_problems,
+)
+from lewis_hub.workflow.merge import PlanSettings
+from lewis_hub.workflow.open import (
+    MergeSources,
+    OpenedSource,
+    OpenedSources,
+    adapter_notes,
+    open_sources,
+    pickle_notes,
+    quantised_notes,
+    ties,
+)
+from lewis_hub.workflow.read import require_guide
+from lewis_hub.workflow.resolve import Inputs, require_whole, resolve_data, resolve_source
+from lewis_hub.workflow.resource_estimate import Workload
+from lewis_hub.workflow.slices import (
+    PinnedSlice,
+    depth_refusals,
+    merge_slices,
+    pin_slices,
+    stack_config,
+    stack_headers,
+)
+from lewis_hub.workflow.tokenizers import (
+    TokenizerRequest,
+    Tokens,
+    calibration_notes,
+    compare_tokenizers,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
+    """What is merged: the experts, or all that is listed where the method takes no base.
+
+    Of slices the experts: which of them the base goes into, the slices say.
+    """
+    takes_base = registry.find(recipe.merge_method).takes_base
+    return recipe.experts if takes_base or recipe.slices else recipe.models
+
+
+def sources_by_reference(recipe: Recipe, inputs: Inputs) -> dict[ModelReference, Source]:
+    """What each model of a recipe is pinned to."""
+    models = [entry.model for entry in merged_entries(recipe)]
+    found = dict(zip(models, inputs.experts, strict=True))
+    if recipe.base_model and inputs.base:
+        found[recipe.base_model] = inputs.base
+    return found
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether the method merges by second moments of its experts' inputs, or trims by them."""
+    return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
+
+
+def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
+    """The texts of each expert, in order; none where neither guide nor method wants any."""
+    if recipe.guide is None and not needs_moments(recipe):
+        return ()
+    wanted = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
+    return tuple(calibration for calibration in wanted if calibration)
+
+
+def measurement_of(recipe: Recipe) -> Measurement:
+    """Say what is measured before a merge."""
+    guide = guides.find(recipe.guide.name) if recipe.guide else None
+    moments = None
+    if needs_moments(recipe):
+        solved = registry.find(recipe.merge_method).needs_grams
+        widest = WIDEST if solved else DIAGONAL  # a trim needs the diagonal alone
+        moments = MomentSettings(widest, solved, fits_in_sequence(recipe))
+    on_texts = moments is not None or (guide is not None and guide.needs_texts)
+    return Measurement(guide, moments, calibrations_of(recipe) if on_texts else ())
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was read of a recipe's sources, and what follows from it.
+
+    Attributes:
+        report: what the check found.
+        inputs: pinned.
+        sources: opened; those with pickled weights have no tensors yet.
+        tokens: what the tokenizers make of the merge.
+        measurement: what is measured before the merge.
+        slices: of a stack, pinned.
+        workload: what decides the resources that the merge takes.
+    """
+
+    report: CheckReport
+    inputs: Inputs
+    sources: MergeSources
+    tokens: Tokens
+    measurement: Measurement
+    slices: tuple[PinnedSlice, ...]
+    workload: Workload
+
+
+def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:
+    """Pin every source of a recipe.
+
+    Args:
+        recipe: what to merge.
+        api: the Hub.
+        allow_pickle: whether models of pickled weights alone will do.
+
+    Raises:
+        RecipeError: its guide is unknown, or lacks calibration data.
+        SourceError: a source cannot be found or may not be read.
+    """
+    require_guide(recipe)
+
+    def model(reference: ModelReference) -> Source:
+        code = reference.name in recipe.allow_code
+        return resolve_source(reference, api, recipe.locate, allow_pickle=allow_pickle, code=code)
+
+    base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
+    entries = merged_entries(recipe)
+    experts = tuple(model(entry.model) for entry in entries)
+    for entry, expert in zip(entries, experts, strict=True):
+        if entry.model.on and not expert.is_adapter:
+            problem = "this is a whole model, and `+` puts a LoRA adapter on one"
+            raise SourceError(expert.pinned, problem, "List it without what is before the `+`.")
+        if base is None:
+            require_whole(api, expert)
+    return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
+
+
+def examine_sources(
+    recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
+) -> Examined:
+    """Pin, open and check the sources of a recipe; nothing stands in the way of its merge.
+
+    Pickled weights are converted, once all is checked that can be without them.
+
+    Args:
+        recipe: what to merge.
+        execution: how the work is done.
+        api: the Hub.
+        progress: told what is converted.
+
+    Raises:
+        CheckFailedError: the sources do not fit together, or the recipe asks for what they lack.
+        LewisHubError: a source cannot be found or read; this machine lacks a device or runner.
+    """
+    execution.require_usable()
+    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
+    pickled = tuple(dict.fromkeys(source for source in inputs.models if source.is_pickled))
+    if pickled:
+        require_fine(examine(recipe, replace(execution, allow_code=True), inputs, api).report)
+        found = convert_pickles(pickled, recipe.allow_code, api, progress)
+        base = found.get(inputs.base, inputs.base) if inputs.base else None
+        experts = tuple(found.get(expert, expert) for expert in inputs.experts)
+        inputs = replace(inputs, base=base, experts=experts)
+    examined = examine(recipe, execution, inputs, api)
+    require_fine(examined.report)
+    return examined
+
+
+def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) -> Examined:
+    """Read headers, configurations and cards of all sources, and check the recipe against them.
+
+    Args:
+        recipe: what to merge.
+        execution: how the work is done.
+        inputs: pinned; pickles are not looked into.
+        api: the Hub.
+
+    Raises:
+        SourceError: a file cannot be read.
+        CheckpointError: a header is broken.
+    """
+    facts = {source.pinned: model_facts(api, source) for source in inputs.models}
+    opened, measurement = open_sources(inputs.models, api), measurement_of(recipe)
+    checkpoints, tokens, problems = opened.checkpoints, Tokens(), list(opened.problems)
+    if opened.is_read and not problems:
+        if not recipe.slices:
+            checkpoints = settle(inputs.donor.pinned, checkpoints, opened.configs)
+        request, models = _tokenizer_request(recipe, inputs, measurement)
+        tokens = compare_tokenizers(request, models, api, opened, checkpoints)
+        problems = [*tokens.problems]
+        if not recipe.slices:  # a stack is compared when it is planned
+            problems += _misfits(recipe, inputs, checkpoints, tokens)
+    sources = _merge_sources(inputs, checkpoints, opened, facts, tokens)
+    slices: tuple[PinnedSlice, ...] = ()
+    output = sources.donor.checkpoint
+    if not problems:
+        try:
+            slices = _slices(recipe, inputs)
+            output = _check_plan(recipe, sources, tokens, slices)
+            problems += _guide_problems(recipe, sources, measurement)
+        except MergeError as error:
+            problems.append(str(error))
+        problems += _licence_problems(recipe, facts.values())
+        problems += _refusals(recipe, execution, inputs, sources, measurement, api)
+    workload = workload_of(recipe, execution, sources, measurement, output)
+    notes = _notes(recipe, inputs, sources, opened, workload)
+    notes += [*tokens.notes, *(calibration_notes(sources) if measurement.calibrations else ())]
+    report = _report(sources, problems, notes, workload, api)
+    return Examined(report, inputs, sources, tokens, measurement, slices, workload)
+
+
+def _tokenizer_request(
+    recipe: Recipe, inputs: Inputs, measurement: Measurement
+) -> tuple[TokenizerRequest, tuple[Source, ...]]:
+    """What is asked of the tokenizer, and the models whose tokenizers count.
+
+    Of a stack without texts the models count whose embeddings, final norm or head it takes.
+    """
+    sources = sources_by_reference(recipe, inputs)
+    asked = recipe.asked_tokenizer
+    written = [recipe.chat_template] if recipe.chat_template else []
+    if asked:
+        tokens = (token.model for token in asked.tokens.values())
+        written += [asked.source, *(model for model in tokens if model)]
+    references = {name: recipe.reference(name) for name in written}
+    named = {name: sources[model] for name, model in references.items() if model}
+    models = inputs.models
+    if recipe.slices and not asked and not measurement.calibrations:
+        ends = (recipe.slices[0], recipe.slices[-1])
+        used = {sources[source.model] for one in ends for source in one.sources}
+        models = tuple(one for one in models if one in used or one is inputs.donor)
+    return TokenizerRequest(asked, recipe.chat_template, named), models
+
+
+def _misfits(
+    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], tokens: Tokens
+) -> list[str]:
+    donor, *others = (checkpoints[source.pinned] for source in inputs.models)
+    rows = tokens.alignment.tensors if tokens.alignment else ()
+    return misfits(donor, others, recipe.missing, rows, tokenizers_clash=bool(tokens.problems))
+
+
+def _merge_sources(
+    inputs: Inputs,
+    checkpoints: Mapping[str, Checkpoint],
+    opened: OpenedSources,
+    facts: Mapping[str, ModelFacts],
+    tokens: Tokens,
+) -> MergeSources:
+    def source(one: Source) -> OpenedSource:
+        pinned = one.pinned
+        return OpenedSource(
+            source=one,
+            role="base" if one is inputs.base else "expert",
+            digest=inputs.digest(one),
+            checkpoint=checkpoints[pinned],
+            config=opened.configs[pinned],
+            facts=facts[pinned],
+            translation=tokens.translations.get(pinned),
+        )
+
+    base = source(inputs.base) if inputs.base else None
+    return MergeSources(base, tuple(source(expert) for expert in inputs.experts))
+
+
+def _slices(recipe: Recipe, inputs: Inputs) -> tuple[PinnedSlice, ...]:
+    takes_base = registry.find(recipe.merge_method).takes_base
+    sources = sources_by_reference(recipe, inputs)
+    return pin_slices(recipe.slices, recipe.base_model, sources, takes_base=takes_base)
+
+
+def plan_settings(
+    recipe: Recipe,
+    execution: Execution,
+    sources: MergeSources,
+    tokens: Tokens,
+    slices: Sequence[PinnedSlice],
+) -> PlanSettings:
+    """Say what fixes the plan of a merge."""
+    settings: MergeSettings | StackSettings
+    if slices:
+        settings = StackSettings(
+            method=recipe.merge_method,
+            slices=merge_slices(slices, sources),
+            donor=sources.donor.checkpoint,
+            parameters=recipe.parameters,
+            dtype=recipe.output_dtype,
+            seed=recipe.seed,
+            alignment=tokens.alignment,
+        )
+    else:
+        base, entries = sources.base, merged_entries(recipe)
+        settings = MergeSettings(
+            method=recipe.merge_method,
+            base=MergeSource(base.checkpoint, base.digest) if base else None,
+            experts=tuple(
+                MergeSource(expert.checkpoint, expert.digest, entry.parameters)
+                for expert, entry in zip(sources.experts, entries, strict=True)
+            ),
+            parameters=recipe.parameters,
+            dtype=recipe.output_dtype,
+            seed=recipe.seed,
+            missing=recipe.missing,
+            alignment=tokens.alignment,
+        )
+    return PlanSettings(settings, execution.max_shard_bytes, execution.allow_nan)
+
+
+def _check_plan(
+    recipe: Recipe, sources: MergeSources, tokens: Tokens, slices: Sequence[PinnedSlice]
+) -> Checkpoint:
+    """Plan the merge, where all tensors are known; returns the headers of what is made.
+
+    Raises:
+        MergeError: the settings do not fit the method or the sources.
+    """
+    output = sources.donor.checkpoint
+    if not all(one.checkpoint.tensors for one in sources.models):
+        return output
+    planned = plan_settings(recipe, Execution(max_shard_bytes=1 << 40), sources, tokens, slices)
+    planned.plan(None)
+    if isinstance(planned.settings, StackSettings):
+        stack_config(slices, sources)
+        return stack_headers(planned.settings)
+    return output
+
+
+def _licence_problems(recipe: Recipe, facts: Iterable[ModelFacts]) -> list[str]:
+    try:
+        if recipe.publish:
+            combined_licence([*facts], recipe.publish.license)
+    except PublishError as error:
+        return [str(error)]
+    return []
+
+
+def _guide_problems(recipe: Recipe, sources: MergeSources, measurement: Measurement) -> list[str]:
+    if recipe.guide is None:
+        return []
+    method = registry.find(recipe.merge_method)
+    is_stack = bool(recipe.slices)
+    found = guide_refusals(recipe.guide.apply_to, method, is_stack=is_stack)
+    return found + (depth_refusals(sources) if is_stack and measurement.measures else [])
+
+
+def _refusals(
+    recipe: Recipe,
+    execution: Execution,
+    inputs: Inputs,
+    sources: MergeSources,
+    measurement: Measurement,
+    api: HfApi,
+) -> list[str]:
+    """What later steps would refuse: texts, tasks, models that do not fit into memory."""
+    found = padding_refusals(measurement, sources)
+    asked, allow_code = recipe.evaluate, execution.allow_code
+    if asked:
+        gates = [(gate.task, gate.metric) for gate in asked.gate or ()]
+        boards = [(task, one.metric) for task, one in (asked.benchmarks or {}).items()]
+        selected = task_selection(asked, recipe.locate, allow_code=allow_code)
+        found += benchmark_refusals(selected, [*gates, *boards])
+        if asked.chat_template:
+            merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
+            rivals = [one.source for one in rivals_of(asked, sources).values()]
+            found += chat_refusals([*merged, *rivals], api)
+    found += data_refusals(measurement.calibrations, inputs.data, api, allow_code=allow_code)
+    return found + loading_problems(measurement, sources, execution.loading)
+
+
+def task_selection(
+    asked: Evaluation, locate: Callable[[str], str], *, allow_code: bool
+) -> TaskSelection:
+    """Return the tasks of an evaluation; `locate` finds its folder of own task files."""
+    include = Path(locate(asked.include)) if asked.include else None
+    return TaskSelection(asked.tasks, include, allow_code=allow_code)
+
+
+def rivals_of(asked: Evaluation, sources: MergeSources) -> dict[str, OpenedSource]:
+    """Sources that are scored beside the merge, by the labels of their scores."""
+    base = {"base": sources.base} if sources.base and "base" in asked.compare else {}
+    experts = sources.experts if "experts" in asked.compare else ()
+    return base | {f"expert:{expert.pinned}": expert for expert in experts}
+
+
+def has_uniform_twin(recipe: Recipe) -> bool:
+    """Whether the merge is made again, with uniform densities, to be scored beside it."""
+    asked = recipe.evaluate
+    return recipe.guide is not None and asked is not None and "uniform" in asked.compare
+
+
+def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
+    """Return label and recipe of the same merge without statistics, to be scored beside it.
+
+    A method that is solved by second moments gets what equal moments would give: the mean of the
+    task vectors by the same weights. Else entries are trimmed by their magnitude.
+    """
+    asked = recipe.evaluate
+    if asked is None or "uniform" not in asked.compare or not needs_moments(recipe):
+        return None
+    if not registry.find(recipe.merge_method).needs_grams:
+        kept = {k: v for k, v in recipe.parameters.items() if k not in ("trim", "trim_exponent")}
+        return "by_magnitude", recipe.model_copy(update={"parameters": kept})
+    plain = registry.find("task_arithmetic")
+
+    def known(settings: Settings) -> Settings:
+        names = (*plain.settings, *plain.options)
+        return {name: value for name, value in settings.items() if name in names}
+
+    models = tuple(
+        entry.model_copy(update={"parameters": known(entry.parameters)}) for entry in recipe.models
+    )
+    mean = {**known(recipe.parameters), "normalize": True}
+    changed = {"merge_method": plain.name, "parameters": mean, "models": models}
+    return plain.name, recipe.model_copy(update=changed)
+
+
+def workload_of(
+    recipe: Recipe,
+    execution: Execution,
+    sources: MergeSources,
+    measurement: Measurement,
+    output: Checkpoint,
+) -> Workload:
+    """Say what decides the resources that a merge takes."""
+    rescales = recipe.merge_method == "ties" and bool(recipe.parameters.get("rescale", False))
+    uniform = has_uniform_twin(recipe)
+    measured = sources.experts if measurement.moments else ()
+    if measurement.guide and measurement.guide.needs_texts:
+        measured = sources.models
+    rivals = rivals_of(recipe.evaluate, sources).values() if recipe.evaluate else ()
+    return Workload(
+        sources=sources,
+        output=output,
+        dtype=recipe.output_dtype,
+        has_kernel=recipe.merge_method in (AVERAGED, *FUSED) and not rescales,
+        measurement=measurement,
+        loading=execution.loading,
+        scores=recipe.evaluate is not None,
+        n_twins=uniform + (plain_twin(recipe) is not None),
+        uniform_twin=uniform,
+        loaded=frozenset(one.pinned for one in (*measured, *rivals)),
+    )
+
+
+def _notes(
+    recipe: Recipe,
+    inputs: Inputs,
+    sources: MergeSources,
+    opened: OpenedSources,
+    workload: Workload,
+) -> list[str]:
+    """What a user should know and need not answer."""
+    notes = []
+    donor, config = inputs.donor, sources.donor.config
+    if "auto_map" in config and donor.name not in recipe.allow_code:
+        notes.append(
+            f"{donor.name} comes with Python code, which is not carried into the merge; list it "
+            "under `allow_code` if its architecture needs it."
+        )
+    asked, measurement = recipe.evaluate, workload.measurement
+    told = asked is not None and "compare" in asked.model_fields_set and "uniform" in asked.compare
+    if told and recipe.guide is None and measurement.moments is None:
+        notes.append("without a guide the merge is its own uniform twin: it is scored once.")
+
+    def is_base(name: str) -> bool:
+        if donor.folder:
+            return Path(recipe.locate(name)).resolve() == donor.folder.resolve()
+        return name == donor.name
+
+    notes += adapter_notes(donor, opened.adapters, is_base, tied=bool(ties(config)))
+    notes += quantised_notes(inputs.models, opened.models, donor, recipe.output_dtype)
+    notes += pickle_notes(inputs.models)
+    scores = recipe.evaluate is not None
+    notes += loading_notes(measurement, sources, workload.loading, scores=scores)
+    if opened.is_read:
+        first, *others = (one.checkpoint for one in sources.models)
+        notes += left_alone(first, others, recipe.missing)
+    return notes
+
+
+def _report(
+    sources: MergeSources,
+    problems: Sequence[str],
+    notes: Sequence[str],
+    workload: Workload,
+    api: HfApi,
+) -> CheckReport:
+    needed = workload.needs()
+    return CheckReport(
+        sources=tuple(report_source(source) for source in sources.models),
+        problems=tuple(problems),
+        notes=tuple(notes),
+        download_bytes=sum(bytes_to_download(api, one.source) for one in sources.models),
+        output_bytes=needed.output_bytes,
+        disk_bytes=needed.disk_bytes + needed.states_bytes,
+        states_bytes=needed.states_bytes,
+        memory_bytes=needed.memory_bytes,
+    )

@@ -1,0 +1,160 @@
+"""Load: bring a source into memory to measure or score it, whole or block by block."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lewis_hub.calibration.measure import Subject
+from lewis_hub.calibration.meta_model import Weights, in_folder
+from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
+from lewis_hub.checkpoint.ranges import Window, elsewhere
+from lewis_hub.checkpoint.reader import Checkpoint, Reader
+from lewis_hub.merge.byte_ranges import stored
+from lewis_hub.merge.engine import Places, open_source
+from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
+from lewis_hub.merge.runners import Means
+from lewis_hub.merge.sidecars import write_sidecars
+from lewis_hub.progress import Progress
+from lewis_hub.workflow.fetch import SourceFiles
+from lewis_hub.workflow.memory_budget import Loading
+from lewis_hub.workflow.merge import new_dtype, write_weights
+from lewis_hub.workflow.open import OpenedSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REMEDY = (
+    "So --stream cannot measure it: merge without --stream where it fits. For a guide `lewis-hub "
+    "importance` is enough there: the folder importance/ that it leaves beside the recipe is used."
+)
+
+
+@dataclass(frozen=True)
+class ModelLoader:
+    """How the sources of a merge are loaded.
+
+    Attributes:
+        files: of all sources.
+        scratch: folder for what measuring needs and nobody keeps.
+        loading: device, and how much of a model may be in memory.
+        means: what makes weights that are written out.
+        max_shard_bytes: size of the largest file, and of what is fetched ahead.
+        progress: shows what is written out.
+    """
+
+    files: SourceFiles
+    scratch: Path
+    loading: Loading
+    means: Means
+    max_shard_bytes: int
+    progress: Progress
+
+    @property
+    def places(self) -> Places:
+        """Pinned source -> where its weights are read."""
+        return self.files.places
+
+    def materialize_checkpoint(self, source: OpenedSource) -> Path:
+        """Return a folder of a source that transformers can load.
+
+        It is the source's own where its files hold the weights as they are merged. An adapter's
+        expert is written out in `scratch`, in the dtypes of its base, and so is a model of 8-bit
+        floats, in bfloat16: transformers runs 8-bit floats on a GPU only, and measures take plain
+        weights. An earlier call's folder is kept.
+
+        Raises:
+            CheckpointError: a source is broken, or holds NaN or infinity.
+            OutputError: there is not enough room.
+        """
+        if not source.checkpoint.is_computed:
+            return self.files.folders[source.pinned]
+        expert = MergeSource(source.checkpoint, source.digest)
+        alone = make_plan(MergeSettings("linear", None, (expert,)), self.max_shard_bytes)
+        output = self._write_configuration(source)
+        as_what = "on its base" if source.source.is_adapter else "in bfloat16"
+        title = f"Writing out {source.name} {as_what}"
+        means = replace(self.means, is_read_next=True)
+        write_weights(alone, self.places, output, means, self.progress, title)
+        return output
+
+    def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
+        """Return the same subject in a folder that can be loaded, or block by block.
+
+        Block by block goes a model that is too large to be in memory, and every model where none
+        may lie on this disk; and where it is possible, a model that takes less memory so.
+
+        Raises:
+            CheckpointError: a source is broken.
+            OutputError: there is not enough room.
+        """
+        if not self.files.keeps_models:
+            return replace(subject, weights=self._weights_by_ranges(source))
+        placed = replace(subject, folder=self.materialize_checkpoint(source))
+        return choose_loading(placed, source.checkpoint, self.loading, self.scratch)
+
+    def _write_configuration(self, source: OpenedSource) -> Path:
+        """Return a folder in `scratch` with the configuration of a source."""
+        name = hashlib.sha256(f"{source.pinned} {source.digest}".encode()).hexdigest()[:16]
+        output = self.scratch / "materialized" / name
+        output.mkdir(parents=True, exist_ok=True)
+        beside = self.files.folders[source.checkpoint.base or source.pinned]
+        write_sidecars(beside, output, new_dtype(source.checkpoint), code=False)
+        return output
+
+    def _weights_by_ranges(self, source: OpenedSource) -> Weights:
+        """Read the weights of a block while the block before it is measured."""
+        checkpoint = source.checkpoint
+        folder = self.files.folders[source.pinned]
+        if checkpoint.is_computed:
+            folder = self._write_configuration(source)
+        name = hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
+        ranges = self.scratch / f"ranges-{name}"  # several may be on their way
+
+        def parts(
+            lists: Sequence[Sequence[TensorHeader]],
+        ) -> Generator[dict[str, Tensor], None, None]:
+            remote = elsewhere(self.places)
+            needs = [
+                [need for tensor in some for need in stored(source.pinned, checkpoint.base, tensor)]
+                for some in lists
+            ]
+            steps = [[need for need in some if need.source in remote] for some in needs]
+            with (
+                Window(self.places, steps, ranges, self.max_shard_bytes) as window,
+                open_source(source.pinned, checkpoint.base, window.reader) as reader,
+            ):
+                for tensors in lists:
+                    found = {tensor.name: _as_written(reader, tensor) for tensor in tensors}
+                    window.step_done()
+                    yield found
+
+        return Weights(folder, checkpoint, parts, REMEDY, self.scratch)
+
+
+def _as_written(reader: Reader, tensor: TensorHeader) -> Tensor:
+    """Read a tensor in float32; a computed tensor is rounded as it is where it is written out."""
+    found = reader.tensor(tensor)
+    if not tensor.is_computed:
+        return found
+    return found.to(torch_dtypes()[tensor.kept_dtype]).float()
+
+
+def choose_loading(
+    subject: Subject, checkpoint: Checkpoint, loading: Loading, scratch: Path
+) -> Subject:
+    """Return a subject of a complete folder, block by block where it must be or takes less memory.
+
+    Args:
+        subject: its folder holds the weights.
+        checkpoint: its headers.
+        loading: device, and how much of a model may be in memory.
+        scratch: folder for hidden states.
+    """
+    must_be = loading.is_by_block(checkpoint)
+    by_block = must_be or loading.is_less_by_block(checkpoint, subject.n_tokens)
+    weights = in_folder(subject.source, subject.folder, scratch) if by_block else None
+    return replace(subject, weights=weights, may_be_whole=not must_be)

@@ -1,0 +1,402 @@
+"""Gather second moments of each expert's inputs; or fit matrices in sequence by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.calibration.grams import GramFiles, Wanted, facts_of, gather_grams, read_grams
+from lewis_hub.calibration.measure import Subject
+from lewis_hub.calibration.meta_model import Weights, in_folder
+from lewis_hub.calibration.model import run_refusals
+from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.ranges import Window, elsewhere
+from lewis_hub.checkpoint.reader import Checkpoint, local_header
+from lewis_hub.errors import MERGE
+from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.merge.byte_ranges import needs_of
+from lewis_hub.merge.engine import Places
+from lewis_hub.merge.in_memory import singly
+from lewis_hub.merge.plan import Fitted, Gram, Known, ShardPlan, Statistics, unknown
+from lewis_hub.merge.reference import Moments
+from lewis_hub.progress import Advance
+from lewis_hub.report.facts import Measured
+from lewis_hub.workflow.calibrate import Sets, remap_token_ids
+from lewis_hub.workflow.fetch import Folders, small_files
+from lewis_hub.workflow.load import ModelLoader
+from lewis_hub.workflow.memory_budget import MomentSettings
+from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, report_nan
+from lewis_hub.workflow.open import MergeSources, OpenedSource
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from torch import Tensor
+
+    from lewis_hub.calibration.sequential import Seen
+    from lewis_hub.merge.in_memory import Single
+
+VERSION = 2  # of the arithmetic of fitting in sequence
+FOLDER = "fitted"  # in the scratch folder
+INDEX = "fitted.json"
+LABEL = "matrices fitted in sequence"
+REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
+N_SHOWN = 3  # tensors that a note names
+
+
+@dataclass(frozen=True)
+class StatisticsSettings:
+    """How second moments are gathered, and how matrices are fitted by them.
+
+    Attributes:
+        method: of the merge, for messages.
+        moments: which second moments it needs.
+        sources: opened.
+        tokenizer: name of the model whose tokenizer cuts the texts.
+        reader: source in whose token ids the merged model reads the texts.
+        plan: of the merge.
+        sidecars: of the merge, for its configuration.
+        digest: over all that fixes the merge.
+    """
+
+    method: str
+    moments: MomentSettings
+    sources: MergeSources
+    tokenizer: str
+    reader: OpenedSource
+    plan: PlanSettings
+    sidecars: SidecarSettings
+    digest: str
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What was gathered of each expert, in the recipe's order.
+
+    Attributes:
+        statistics: of each expert, or what was fitted by them.
+        folders: label of the statistics -> folder with their files.
+        measured: what they were gathered on.
+        rows: of each expert, the rows of its data.
+        notes: what a user should know about them.
+    """
+
+    statistics: Known = ()
+    folders: Folders = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def gather(
+    settings: StatisticsSettings,
+    sets: Sets,
+    loader: ModelLoader,
+    schedule: DensitySchedule | None,
+    store: Path,
+) -> Gathered:
+    """Run each expert's calibration texts through it; what an earlier run gathered is kept.
+
+    Args:
+        settings: which second moments are needed.
+        sets: one an expert.
+        loader: of the sources.
+        schedule: a guide's; matrices that are fitted in sequence are fitted with it. None: the
+            settings alone decide.
+        store: folder in which statistics that do not depend on the schedule stay.
+
+    Raises:
+        CalibrationError: a model cannot be loaded or measured, or not block by block.
+        CheckpointError: a source is broken, or holds NaN or infinity.
+    """
+    if settings.moments.in_sequence:
+        return _fit_in_sequence(settings, sets, loader, schedule)
+    return _gather_each(settings, sets, loader, store)
+
+
+def wanted(
+    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
+) -> tuple[Wanted, ...]:
+    """Return the second moments that `gather` looks for in a folder, one an expert, or none.
+
+    A pass that measures the experts for a guide can leave them there.
+    """
+    if settings.moments.in_sequence:
+        return ()
+    widest = settings.moments.widest
+    facts = [facts_of(subject, widest) for subject in _subjects(settings, sets, loader)]
+    places = [store / "statistics" / _short_digest(one) for one in facts]
+    return tuple(Wanted(place, widest, one) for place, one in zip(places, facts, strict=True))
+
+
+def _gather_each(
+    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
+) -> Gathered:
+    subjects = _subjects(settings, sets, loader)
+    asked = wanted(settings, sets, loader, store)
+    found = [read_grams(one) for one in asked]
+    placed = [  # before the stage begins, for writing out is one of its own
+        subject if files else loader.load_for_calibration(subject, expert)
+        for subject, files, expert in zip(subjects, found, settings.sources.experts, strict=True)
+    ]
+    n_tokens = sum(s.n_tokens for s, files in zip(placed, found, strict=True) if not files)
+    with loader.progress.stage("Gathering statistics", n_tokens, "tokens") as advance:
+        gathered = [
+            files or _gather_one(settings.method, subject, one, loader.loading.device, advance)
+            for subject, one, files in zip(placed, asked, found, strict=True)
+        ]
+    tensors = settings.sources.donor.checkpoint.tensors
+    known = tuple(
+        _statistics(tensors, subject.source, one.folder, files)
+        for subject, one, files in zip(subjects, asked, gathered, strict=True)
+    )
+    lacking = unknown(settings.plan.plan(None, known), _matrices(_shapes(tensors)))
+    solved = settings.moments.are_solved
+    then = "their task vectors are averaged" if solved else "they are trimmed by magnitude"
+    notes = _lacking_note(lacking, then, loader)
+    folders = {own.label: one.folder for own, one in zip(known, asked, strict=True)}
+    return Gathered(known, folders, _measured(subjects), _rows(sets), notes)
+
+
+def _gather_one(
+    method: str, subject: Subject, one: Wanted, device: str, advance: Advance
+) -> GramFiles:
+    with run_refusals(subject.source, f"method `{method}`"):
+        return gather_grams(subject, one, device, advance)
+
+
+def _subjects(settings: StatisticsSettings, sets: Sets, loader: ModelLoader) -> tuple[Subject, ...]:
+    """Each expert, with its own texts in its own ids."""
+    folders = loader.files.folders
+    return tuple(
+        Subject(
+            *(e.pinned, e.digest, "expert", folders[e.pinned]),
+            (remap_token_ids(own, e, settings.tokenizer),),
+        )
+        for e, own in zip(settings.sources.experts, sets, strict=True)
+    )
+
+
+def _measured(subjects: Sequence[Subject]) -> tuple[Measured, ...]:
+    return tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects)
+
+
+def _rows(sets: Sets) -> tuple[tuple[int, ...], ...]:
+    return tuple(one.tokens.rows for one in sets)
+
+
+def _statistics(
+    tensors: Mapping[str, TensorHeader], source: str, folder: Path, files: GramFiles
+) -> Statistics:
+    """The files, by the names of the checkpoint's tensors."""
+    label = f"statistics of {source}"
+    headers: dict[str, TensorHeader] = {
+        f"{file}/{tensor.name}": tensor
+        for file in files.files
+        for tensor in local_header(label, folder / file).tensors
+    }
+    grams: dict[str, Gram] = {}
+    for module, gram in files.modules.items():
+        named = names.find(f"{module}.weight", tensors)
+        if len(named) == 1:
+            grams[named[0]] = Gram(headers[f"{gram.file}/{gram.tensor}"], gram.transposed)
+    return Statistics(label, files.digest, grams)
+
+
+def _shapes(tensors: Mapping[str, TensorHeader]) -> dict[str, Sequence[int]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the tensors that are matrices of a block, or stacks of them."""
+    return [
+        name
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) >= 2 and names.block(name) is not None
+    ]
+
+
+def _lacking_note(lacking: Sequence[str], then: str, loader: ModelLoader) -> tuple[str, ...]:
+    """Say which matrices have no statistics; nothing where all have them."""
+    if not lacking:
+        return ()
+    shown = ", ".join(lacking[:N_SHOWN]) + (", ..." if len(lacking) > N_SHOWN else "")
+    note = (
+        f"{len(lacking)} weight matrices of the blocks have no statistics ({shown}): no token "
+        f"reached them, or they are stored otherwise than they are run. So {then}."
+    )
+    loader.progress.say(note)
+    return (note,)
+
+
+def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
+    """Refuse, before any weight is downloaded, an architecture that cannot be fitted in sequence.
+
+    Raises:
+        NotByBlockError: its blocks share weights, it is an encoder-decoder, or an expert lacks
+            matrices of its blocks.
+    """
+    if not settings.moments.in_sequence:
+        return
+    from lewis_hub.calibration.meta_model import skeleton
+    from lewis_hub.calibration.sequential import require_beside
+
+    donor = settings.sources.donor
+
+    def parts(_: Sequence[Sequence[TensorHeader]]) -> Generator[dict[str, Tensor], None, None]:
+        yield from ()
+
+    folder = small_files(api, donor.source)
+    made = skeleton(Weights(folder, donor.checkpoint, parts, REMEDY), "cpu")
+    require_beside(made, (expert.checkpoint for expert in settings.sources.experts))
+
+
+def _fit_in_sequence(
+    settings: StatisticsSettings,
+    sets: Sets,
+    loader: ModelLoader,
+    schedule: DensitySchedule | None,
+) -> Gathered:
+    """Fit all matrices of the blocks; what an earlier run fitted is kept."""
+    whole = replace(settings.plan, max_shard_bytes=sys.maxsize)
+    [planned] = whole.plan(schedule).shards
+    subjects = _subjects(settings, sets, loader)
+    folder = _folder_of_merge(loader.scratch / FOLDER, settings.digest)
+    place = folder / _short_digest(_facts(planned, subjects, settings.moments.widest))
+    place.mkdir(parents=True, exist_ok=True)
+    if not (place / INDEX).exists():
+        loader = _sharing(loader, 1 + len(subjects))
+        placed = [
+            loader.load_for_calibration(subject, expert)
+            for subject, expert in zip(subjects, settings.sources.experts, strict=True)
+        ]
+        files = _fit(settings, sets, placed, planned, loader, place)
+        write_whole(place / INDEX, json.dumps({file.name: sha256_of(file) for file in files}))
+    digests: dict[str, str] = json.loads((place / INDEX).read_text(encoding="utf-8"))
+    tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file).tensors}
+    digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    asked = _matrices({t.output.name: t.output.shape for t in planned.tensors})
+    lacking = [name for name in asked if name not in tensors]
+    notes = _lacking_note(lacking, "their task vectors are averaged", loader)
+    fitted = Fitted(LABEL, digest, tensors)
+    return Gathered(fitted, {LABEL: place}, _measured(subjects), _rows(sets), notes)
+
+
+def _sharing(loader: ModelLoader, n_models: int) -> ModelLoader:
+    """In a stream, all models together fetch no more than two shards ahead."""
+    if loader.files.keeps_models:
+        return loader
+    return replace(loader, max_shard_bytes=2 * loader.max_shard_bytes // n_models)
+
+
+def _facts(planned: ShardPlan, subjects: Sequence[Subject], widest: int) -> dict[str, Any]:
+    """All that fixes the fitted matrices."""
+    sets = [{**subject.sets[0].facts} for subject in subjects]
+    return {"version": VERSION, "plan": planned.digest, "calibration": sets, "widest": widest}
+
+
+def _folder_of_merge(folder: Path, digest: str) -> Path:
+    """Return the folder of one merge and its uniform twin.
+
+    What an interrupted run of another merge fitted is deleted: it may be as large as a model.
+    """
+    place = folder / _short_digest(digest)
+    for other in folder.glob("*"):
+        if other != place:
+            shutil.rmtree(other)
+    return place
+
+
+def _short_digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _fit(
+    settings: StatisticsSettings,
+    sets: Sets,
+    subjects: Sequence[Subject],
+    planned: ShardPlan,
+    loader: ModelLoader,
+    place: Path,
+) -> list[Path]:
+    from lewis_hub.calibration.sequential import Texts
+    from lewis_hub.calibration.sequential import fit as fit_blocks
+
+    merged = _MergedBlocks(planned, loader.places, place / "ranges", loader.max_shard_bytes)
+    texts = [
+        Texts(
+            replace(subject.weights or in_folder(subject.source, subject.folder), remedy=REMEDY),
+            subject.sets[0].tokens,
+            remap_token_ids(one, settings.reader, settings.tokenizer).tokens,
+        )
+        for subject, one in zip(subjects, sets, strict=True)
+    ]
+    configuration = place / "configuration"
+    configuration.mkdir(exist_ok=True)
+    settings.sidecars.write(loader.files.folders, configuration)
+    weights = Weights(configuration, merged.checkpoint, merged.parts, REMEDY)
+    widest, device = settings.moments.widest, loader.loading.device
+    n_tokens = sum(one.merged.n_tokens for one in texts)
+    asked = f"method `{settings.method}`"
+    with (
+        loader.progress.stage("Fitting block by block", n_tokens, "tokens") as advance,
+        run_refusals(settings.sources.donor.pinned, asked),
+    ):
+        files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
+    report_nan([Counter(label for label, _ in merged.mended)], loader.progress)
+    return files
+
+
+class _MergedBlocks:
+    """The blocks of a merge without statistics, made one by one; tensors are fitted meanwhile.
+
+    Args:
+        planned: all of it.
+        places: label of a source -> where its files are.
+        scratch: for what is fetched of them.
+        most_bytes: that are fetched ahead.
+    """
+
+    def __init__(self, planned: ShardPlan, places: Places, scratch: Path, most_bytes: int) -> None:
+        self._planned, self._places, self._scratch = planned, places, scratch
+        self._most_bytes = most_bytes
+        self._make: Single | None = None
+        self.mended: set[tuple[str, str]] = set()  # source and fitted tensor, with NaN or infinity
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Its headers; its tensors lie nowhere."""
+        outputs = [tensor.output for tensor in self._planned.tensors]
+        headers = (TensorHeader(o.name, o.dtype, o.shape, "", 0, o.n_bytes) for o in outputs)
+        return Checkpoint(MERGE, {header.name: header for header in headers}, {})
+
+    def parts(
+        self, lists: Sequence[Sequence[TensorHeader]]
+    ) -> Generator[dict[str, Tensor], None, None]:
+        """Make one list of tensors after the other, without statistics."""
+        remote = elsewhere(self._places)
+        outputs = [tensor.output.name for tensor in self._planned.tensors]
+        needed = dict(zip(outputs, needs_of(self._planned, remote), strict=True))
+        steps = [[need for tensor in tensors for need in needed[tensor.name]] for tensors in lists]
+        with (
+            Window(self._places, steps, self._scratch, self._most_bytes) as window,
+            singly(self._planned, window.reader, self.mended) as self._make,
+        ):
+            for tensors in lists:
+                yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
+                window.step_done()
+
+    def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
+        """Fit a tensor of the list that was made last."""
+        assert self._make
+        crosses, gaps = [one.cross for one in seen], [one.gap for one in seen]
+        grams, known = [one.gram for one in seen], () if None in crosses else crosses
+        return self._make(tensor, Moments(grams, known, transposed, () if None in gaps else gaps))
