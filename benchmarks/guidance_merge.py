@@ -8,13 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lewis_hub.workflow.gather import gather
-
 from lewis_hub.progress import Silent
-from lewis_hub.recipe.schema import Recipe
-from lewis_hub.workflow import calibrate, check, fetch, merge
-from lewis_hub.workflow.execution import Execution, Step
-from lewis_hub.workflow.resolve import hub_api, read_recipe, resolve_inputs
+from lewis_hub.workflow.calibrate import calibration_sets, draw_texts, guide
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.fetch import fetch_whole
+from lewis_hub.workflow.job import prepare
+from lewis_hub.workflow.merge import finish_model, write_weights
+from lewis_hub.workflow.read import read_recipe
+from lewis_hub.workflow.resolve import hub_api
+from lewis_hub.workflow.statistics import Gathered, gather
 
 
 def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
@@ -28,21 +30,19 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         file.write_text(json.dumps(told))
-        step = _step(read_recipe(file))
-        sets, folders = calibrate.calibration_sets(step), fetch.everything(step)
-        schedule = None
-        if step.recipe.guide:
+        api, progress = hub_api(), Silent()
+        job = prepare(read_recipe(file), Execution(runner="inline"), api, progress)
+        sets = calibration_sets(
+            job.texts, draw_texts(job.texts, None, api, progress), job.sources.experts
+        )
+        files = fetch_whole(api, [one.source for one in job.sources.models], progress)
+        loader, schedule, known = job.loader(files, Path(scratch), progress), None, Gathered()
+        if job.guide:
             store.mkdir(parents=True, exist_ok=True)
-            stores = [store / "importance.json"]
-            schedule = calibrate.guide(step, sets, folders, Path(scratch), stores).schedule
-        known = gather(step, sets, folders, Path(scratch), schedule, store)
-        places = {**folders, **known.folders}
-        merge.make(step, schedule, places, output, "Merging", known.statistics)
-
-
-def _step(recipe: Recipe) -> Step:
-    api, execution = hub_api(), Execution(runner="inline")
-    inputs = resolve_inputs(recipe, api)
-    examined = check.examine(recipe, inputs, api, allow_code=False)
-    check.require_fine(examined.report)
-    return Step(recipe, inputs, examined, execution, api, Silent())
+            schedule = guide(job.guide, sets, loader, [store / "importance.json"]).schedule
+        if job.statistics:
+            known = gather(job.statistics, sets, loader, schedule, store)
+        planned = job.plan.plan(schedule, known.statistics)
+        places = {**files.places, **known.folders}
+        shards = write_weights(planned, places, output, job.means, progress)
+        finish_model(planned, shards, job.sidecars, files.folders, output)

@@ -36,7 +36,7 @@ from lewis_hub.workflow.calibrate import (
     calibration_sets,
     draw_texts,
     guide,
-    loaded_whole,
+    require_by_ranges,
 )
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.contamination import ScoredTasks
@@ -356,7 +356,7 @@ def _measure(
     if job.guide:
         stores = sink.profiles(job.guide.beside)
         if not sink.keeps_models:
-            sink.refuse_whole_models(loaded_whole(job.guide, sets, loader, stores))
+            require_by_ranges(job.guide, sets, loader, stores)
         with costs.measure("calibrate", counts):
             left = wanted(statistics, sets, loader, scratch) if statistics else ()
             guidance = guide(job.guide, sets, loader, stores, left)

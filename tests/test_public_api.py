@@ -9,13 +9,13 @@ import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import seed_hub
 from lewis_hub.recipe import read
-from lewis_hub.workflow import resolve
+from lewis_hub.workflow import read
 
 SLOW = {"calibrate"}  # `merge_models` calibrates as well
 EXAMPLES = {
     function.__name__: function
     for function in (
-        resolve.read_recipe,
+        read.read_recipe,
         read.schema,
         pipeline.check,
         pipeline.calibrate,

@@ -32,7 +32,7 @@ from lewis_hub.calibration.texts import (
     template_of,
 )
 from lewis_hub.checkpoint.ranges import Need, Window, elsewhere
-from lewis_hub.errors import CalibrationError, ProfileError
+from lewis_hub.errors import CalibrationError, ProfileError, RecipeError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.items import chat_of
 from lewis_hub.files import write_whole
@@ -374,17 +374,30 @@ def _on_texts(
         return calibrate(subjects, known, loader.loading.device, advance, keep, measure)
 
 
-def loaded_whole(
+def require_by_ranges(
     settings: GuideSettings, sets: Sets, loader: ModelLoader, stores: Sequence[Path]
-) -> tuple[str, ...]:
-    """Return the sources that `guide` cannot measure block by block; nothing is loaded."""
+) -> None:
+    """Refuse sources that have to be loaded whole to be measured; nothing is loaded.
+
+    Raises:
+        RecipeError: the guide measures whole models.
+    """
     known = _known(settings, stores)
-    return tuple(
+    unknown = [
         subject.source
         for measure in settings.guide.needs
         if measure not in {*SUMMARIES, *WITHOUT_TEXTS}
         for subject in missing(_subjects(settings, sets, loader, measure), known)
-    )
+    ]
+    if unknown:
+        found = ", ".join(dict.fromkeys(unknown))
+        problem = f"it has to load {found} whole, and --stream keeps no whole model."
+        remedy = (
+            "Run `lewis-hub importance` where they fit: the folder importance/ that it leaves "
+            "beside the recipe is used here. Or name a guide that measures block by block, such "
+            "as `lewis`."
+        )
+        raise RecipeError("recipe", "guide", problem, remedy)
 
 
 def _known(settings: GuideSettings, stores: Sequence[Path]) -> ImportanceProfile:

@@ -27,9 +27,9 @@ from lewis_hub.merge.compare import compare, passed_over, settle_heads
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import ApplyTo, Calibration, Missing
 from lewis_hub.tokenizer.union import KEEPERS, template_of
-from lewis_hub.workflow.memory_budget import Measurement
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 from lewis_hub.workflow.resolve import PinnedTask
+from lewis_hub.workflow.resources import Measurement
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

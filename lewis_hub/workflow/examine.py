@@ -44,12 +44,6 @@ from lewis_hub.workflow.check import (
 )
 from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.fetch import convert_pickles
-from lewis_hub.workflow.memory_budget import (
-    Measurement,
-    MomentSettings,
-    loading_notes,
-    loading_problems,
-)
 from lewis_hub.workflow.merge import PlanSettings
 from lewis_hub.workflow.open import (
     MergeSources,
@@ -63,7 +57,13 @@ from lewis_hub.workflow.open import (
 )
 from lewis_hub.workflow.read import require_guide
 from lewis_hub.workflow.resolve import Inputs, require_whole, resolve_data, resolve_source
-from lewis_hub.workflow.resource_estimate import Workload
+from lewis_hub.workflow.resources import (
+    Measurement,
+    MomentSettings,
+    Workload,
+    loading_notes,
+    loading_problems,
+)
 from lewis_hub.workflow.slices import (
     PinnedSlice,
     depth_refusals,

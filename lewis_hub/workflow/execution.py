@@ -10,7 +10,7 @@ from lewis_hub import __version__
 from lewis_hub.errors import DeviceError
 from lewis_hub.merge.runners import Means, Ray, Runner, parse_runner
 from lewis_hub.recipe.schema import Evaluation
-from lewis_hub.workflow.memory_budget import Loading
+from lewis_hub.workflow.resources import Loading
 
 SOFTWARE = (
     *("torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),

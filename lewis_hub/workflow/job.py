@@ -52,10 +52,6 @@ from lewis_hub.workflow.examine import (
 from lewis_hub.workflow.execution import Execution, software
 from lewis_hub.workflow.fetch import SourceFiles
 from lewis_hub.workflow.load import ModelLoader
-from lewis_hub.workflow.memory_budget import (
-    Loading,
-    Measurement,
-)
 from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
 from lewis_hub.workflow.open import (
     MergeSources,
@@ -63,7 +59,11 @@ from lewis_hub.workflow.open import (
 from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot, snapshot
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.resolve import Inputs
-from lewis_hub.workflow.resource_estimate import Workload
+from lewis_hub.workflow.resources import (
+    Loading,
+    Measurement,
+    Workload,
+)
 from lewis_hub.workflow.sinks import DiskNeeds
 from lewis_hub.workflow.slices import (
     name_by_pin,

@@ -20,9 +20,9 @@ from lewis_hub.merge.runners import Means
 from lewis_hub.merge.sidecars import write_sidecars
 from lewis_hub.progress import Progress
 from lewis_hub.workflow.fetch import SourceFiles
-from lewis_hub.workflow.memory_budget import Loading
 from lewis_hub.workflow.merge import new_dtype, write_weights
 from lewis_hub.workflow.open import OpenedSource
+from lewis_hub.workflow.resources import Loading
 
 if TYPE_CHECKING:
     from torch import Tensor

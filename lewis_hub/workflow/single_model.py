@@ -41,16 +41,16 @@ from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.fetch import convert_pickles, download, fetch_whole
 from lewis_hub.workflow.job import planned_lock
 from lewis_hub.workflow.load import ModelLoader, choose_loading
-from lewis_hub.workflow.memory_budget import (
+from lewis_hub.workflow.open import Opened, OpenedSource, open_model
+from lewis_hub.workflow.read import read_recipe
+from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_one
+from lewis_hub.workflow.resources import (
     ALLOW,
     EVEN_SO,
     Loading,
     blocks_bytes,
     states_bytes,
 )
-from lewis_hub.workflow.open import Opened, OpenedSource, open_model
-from lewis_hub.workflow.read import read_recipe
-from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_one
 from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:

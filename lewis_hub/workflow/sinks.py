@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.meta_model import FEWER, STATES
 from lewis_hub.checkpoint.ranges import elsewhere, most_held
-from lewis_hub.errors import OutputError, PublishError, RecipeError
+from lewis_hub.errors import OutputError, PublishError
 from lewis_hub.files import require_room
 from lewis_hub.hub.commit import recall, send
 from lewis_hub.hub.failures import Asked
@@ -53,45 +53,6 @@ class DiskNeeds:
     shard_bytes: int
 
 
-class Sink(Protocol):
-    """Where a merge goes; it decides how sources are read."""
-
-    @property
-    def folder(self) -> Path:
-        """Of the model: what is not weights is written there."""
-
-    @property
-    def scratch(self) -> Path:
-        """A folder for what a rerun takes up and nobody keeps."""
-
-    @property
-    def keeps_models(self) -> bool:
-        """Whether whole models may lie on this disk."""
-
-    def require_room(self, needs: DiskNeeds) -> None:
-        """Refuse, before a weight is read, what a disk cannot hold.
-
-        Raises:
-            OutputError: it is too small.
-        """
-
-    def open_sources(self, sources: Sequence[Source]) -> SourceFiles:
-        """Bring what has to be here before anything is measured."""
-
-    def profiles(self, beside: Path) -> list[Path]:
-        """Files `importance.json` of earlier measurements; the first one is written."""
-
-    def refuse_whole_models(self, unknown: Sequence[str]) -> None:
-        """Refuse sources that must be loaded whole to be measured, where none may be here.
-
-        Raises:
-            RecipeError: this sink keeps no whole model.
-        """
-
-    def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
-        """Make the shards of a plan; what an earlier run finished is kept."""
-
-
 @dataclass(frozen=True)
 class FolderSink:
     """A folder, which appears whole or not at all.
@@ -106,6 +67,8 @@ class FolderSink:
     api: HfApi
     progress: Progress
 
+    keeps_models = True  # sources and twins lie on the disk
+
     @property
     def folder(self) -> Path:
         """The folder that is made."""
@@ -113,13 +76,8 @@ class FolderSink:
 
     @property
     def scratch(self) -> Path:
-        """Inside the folder's work."""
+        """Folder for what a rerun takes up and nobody keeps."""
         return self.work.scratch
-
-    @property
-    def keeps_models(self) -> bool:
-        """Sources and twins lie on the disk."""
-        return True
 
     def require_room(self, needs: DiskNeeds) -> None:
         """Download, merge and twins lie on disks of this machine at once."""
@@ -135,9 +93,6 @@ class FolderSink:
         previous = self.destination.previous if self.destination else None
         published = published_importance(previous, self.api, self.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
-
-    def refuse_whole_models(self, unknown: Sequence[str]) -> None:
-        """Nothing is refused: whole models lie on the disk."""
 
     def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
         """Write them into the folder."""
@@ -171,20 +126,17 @@ class HubSink:
     progress: Progress
     sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
 
+    keeps_models = False  # neither a source nor the merge is whole here
+
     @property
     def folder(self) -> Path:
-        """Small files of the model."""
+        """Folder with small files of the model."""
         return self.work.scratch / "model"
 
     @property
     def scratch(self) -> Path:
-        """Inside the work."""
+        """Folder for what a rerun takes up and nobody keeps."""
         return self.work.scratch
-
-    @property
-    def keeps_models(self) -> bool:
-        """Neither sources nor the merge are whole here."""
-        return False
 
     def require_room(self, needs: DiskNeeds) -> None:
         """Hidden states, and statistics beside two shards, lie on this disk."""
@@ -206,18 +158,6 @@ class HubSink:
         """In the work, in the target repo, and beside the recipe."""
         published = published_importance(self.destination.previous, self.api, self.scratch)
         return [self.scratch / "importance.json", *published, beside / "importance.json"]
-
-    def refuse_whole_models(self, unknown: Sequence[str]) -> None:
-        """Refuse all of them."""
-        if unknown:
-            found = ", ".join(dict.fromkeys(unknown))
-            problem = f"it has to load {found} whole, and --stream keeps no whole model."
-            remedy = (
-                "Run `lewis-hub importance` where they fit: the folder importance/ that it leaves "
-                "beside the recipe is used here. Or name a guide that measures block by block, "
-                "such as `lewis`."
-            )
-            raise RecipeError("recipe", "guide", problem, remedy)
 
     def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
         """Make every shard that the Hub does not have yet, and upload each before the next.
@@ -277,6 +217,9 @@ class HubSink:
             if addition:
                 results[told.name], self.sent[told.name] = told, addition
         return results
+
+
+Sink = FolderSink | HubSink
 
 
 def work_folder(output: Path) -> Path:

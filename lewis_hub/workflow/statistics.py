@@ -33,9 +33,9 @@ from lewis_hub.report.facts import Measured
 from lewis_hub.workflow.calibrate import Sets, remap_token_ids
 from lewis_hub.workflow.fetch import Folders, small_files
 from lewis_hub.workflow.load import ModelLoader
-from lewis_hub.workflow.memory_budget import MomentSettings
 from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, report_nan
 from lewis_hub.workflow.open import MergeSources, OpenedSource
+from lewis_hub.workflow.resources import MomentSettings
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -30,9 +30,9 @@ from lewis_hub.evaluate.items import load_rows
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe.read import read_recipe
+from lewis_hub.tune import run as tuning
 from lewis_hub.tune.run import Search, is_of_settings, tune
 from lewis_hub.tune.space import candidate
-from lewis_hub.workflow import merge
 
 from .conftest import CALIBRATION
 
@@ -259,8 +259,13 @@ def test_later_trials_are_merged_in_memory_with_the_scores_of_their_recipes(
 ):
     recipe, output = read_recipe(recipe_file), tmp_path / "tuning"
     folders = []
-    make = merge.make
-    monkeypatch.setattr(merge, "make", lambda *told: folders.append(told[3].name) or make(*told))
+    write = tuning.write_weights
+
+    def noting(planned, places, folder, *others):
+        folders.append(folder.name)
+        return write(planned, places, folder, *others)
+
+    monkeypatch.setattr(tuning, "write_weights", noting)
 
     tuned = tune(recipe, Search(n_trials=3, samples=8, methods=("dare_ties",)), output)
 

@@ -28,7 +28,7 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.schema import ModelReference
-from lewis_hub.workflow.calibrate import Drawing, draw
+from lewis_hub.workflow.calibrate import TextSettings, draw
 from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.resolve import pin_task, scored_commits
 
@@ -305,12 +305,14 @@ def test_of_a_task_with_many_examples_the_item_and_its_answer_are_measured(seede
     many = (TASKS / "zoo_reverse.yaml").read_text() + "num_fewshot: 40\n"
     (tmp_path / "many.yaml").write_text(many)
     asked = recipe(f"task: zoo_reverse, include: {tmp_path}, max_tokens: 40")
-    pinned = pin_task(seeded.api(), asked.guide.calibration, tmp_path)
-    how = Drawing(seeded.api(), resolve_model(seeded.api(), "zoo/base"), 42, allow_code=False)
+    api, calibration = seeded.api(), asked.guide.calibration
+    pinned = pin_task(api, "zoo_reverse", None, tmp_path)
+    base = resolve_model(api, "zoo/base")
+    settings = TextSettings(base, 42, False, {calibration: pinned}, (calibration,))
 
     heard = Heard()
 
-    drawn = draw(how, asked.guide.calibration, pinned, heard)
+    drawn = draw(settings, calibration, api, heard)
 
     tokens = drawn.tokens.tokens
     tokenizer = load_tokenizer(str(zoo_folder() / "base"), "zoo/base")
@@ -460,11 +462,9 @@ def test_local_data_files_of_a_task_are_pinned_by_their_content(seeded, tmp_path
         f"dataset_path: json\ndataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}",
     )  # fmt: skip
     (tmp_path / "local.yaml").write_text(local)
-    calibration = recipe(f"task: zoo_reverse, include: {tmp_path}").guide.calibration
-
-    before = pin_task(seeded.api(), calibration, tmp_path)
+    before = pin_task(seeded.api(), "zoo_reverse", None, tmp_path)
     rows.write_text('{"question": "reverse AB", "answer": "BA"}\n')
-    after = pin_task(seeded.api(), calibration, tmp_path)
+    after = pin_task(seeded.api(), "zoo_reverse", None, tmp_path)
 
     assert before.digest == after.digest
     assert before.facts["dataset_sha"] != after.facts["dataset_sha"]

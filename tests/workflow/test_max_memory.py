@@ -7,7 +7,6 @@ from collections import namedtuple
 
 import pytest
 from click.testing import CliRunner
-from lewis_hub.workflow.memory import Loading
 
 import lewis_hub
 from lewis_hub.calibration.measure import Subject
@@ -18,8 +17,8 @@ from lewis_hub.errors import OutputError
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.calibrate import in_memory
 from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Loading
 from lewis_hub.workflow.single_model import measure_model
 
 TEXT = "Question: {question}\\nAnswer: {answer}"
@@ -114,7 +113,7 @@ def test_a_limit_forbids_to_load_a_model_whole(loading, by_block, may_be_whole, 
     folder = zoo_folder() / "base"
     subject = Subject("zoo/base", "sha", "base", folder, ())
 
-    found = in_memory(subject, local_checkpoint("zoo/base", folder), loading, tmp_path)
+    found = choose_loading(subject, local_checkpoint("zoo/base", folder), loading, tmp_path)
 
     assert (found.weights is not None, found.may_be_whole) == (by_block, may_be_whole)
 
@@ -198,8 +197,8 @@ def one_model(recipe, output, execution):
 def test_texts_whose_states_the_disk_cannot_hold_are_refused_before_a_download(
     free, what, run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lewis_hub.stages.loading.HELD_BYTES", 0)
-    monkeypatch.setattr("lewis_hub.stages.measuring.HELD_BYTES", 0)
+    monkeypatch.setattr("lewis_hub.workflow.resources.HELD_BYTES", 0)
+    monkeypatch.setattr("lewis_hub.workflow.single_model.HELD_BYTES", 0)
     monkeypatch.setattr("lewis_hub.hub.fetch.SPARE_BYTES", 0)
     words = RECIPE.replace("samples: 4", "samples: 400").replace("regmean", "ties")
     recipe = parse_recipe(words, "recipe.yaml")
