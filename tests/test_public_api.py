@@ -8,15 +8,15 @@ import pytest
 import lewis_hub
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import seed_hub
-from lewis_hub.recipe import read
-from lewis_hub.workflow import read
+from lewis_hub.recipe.read import schema
+from lewis_hub.workflow.read import read_recipe
 
 SLOW = {"calibrate"}  # `merge_models` calibrates as well
 EXAMPLES = {
     function.__name__: function
     for function in (
-        read.read_recipe,
-        read.schema,
+        read_recipe,
+        schema,
         pipeline.check,
         pipeline.calibrate,
         pipeline.merge_models,
@@ -35,7 +35,7 @@ def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypat
     seed_hub(hub.api())
     monkeypatch.setitem(os.environ, "HF_TOKEN", hub.write_token)
     names = {"lewis_hub": lewis_hub, "tmp_path": tmp_path, "user": hub.user}
-    names |= {"schema": read.schema}
+    names |= {"schema": schema}
     (example,) = doctest.DocTestFinder(recurse=False).find(EXAMPLES[name], name, globs=names)
 
     result = doctest.DocTestRunner().run(example)

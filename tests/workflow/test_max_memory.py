@@ -18,6 +18,7 @@ from lewis_hub.hub.cache import cache_root
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.load import choose_loading
 from lewis_hub.workflow.resources import Loading
 from lewis_hub.workflow.single_model import measure_model
 
