@@ -1,0 +1,100 @@
+"""The recipe is compiled once: what takes it, where a job is made, and what a job answers."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lewis_hub
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.progress import Silent
+from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.job import prepare
+
+PACKAGE = Path(lewis_hub.__file__).parent
+# They read a recipe, or answer questions about it; every other module takes values of a job.
+BORDER = {
+    *("pipeline.py", "workflow/read.py", "workflow/examine.py", "workflow/job.py"),
+    *("workflow/recipe_snapshot.py", "workflow/ci.py", "workflow/single_model.py"),
+    *("tune/run.py", "tune/space.py"),
+}
+RECIPE = """base_model: zoo/base
+models: [{model: zoo/expert-reverse}, {model: zoo/expert-cipher}]
+merge_method: ties
+parameters: {density: 0.5}
+"""
+
+
+def parameters(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                if argument.annotation:
+                    yield node.name, ast.unparse(argument.annotation)
+
+
+def test_only_the_border_takes_a_recipe():
+    taking = {
+        str(file.relative_to(PACKAGE))
+        for package in ("workflow", "tune", "report", "evaluate", "merge", "calibration", "guides")
+        for file in (PACKAGE / package).glob("*.py")
+        for _, annotation in parameters(file)
+        if annotation.split(" | ")[0] in ("Recipe", "Sequence[Recipe]")
+    }
+
+    assert taking <= BORDER
+
+
+def test_a_job_is_made_at_one_place():
+    made = [
+        file.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "MergeJob"
+    ]
+
+    assert made == ["job.py"]
+
+
+@pytest.fixture
+def job(hub):
+    seed_hub(hub.api())
+
+    def make(text, recipe=RECIPE, **execution):
+        recipe = parse_recipe(recipe + text, "recipe.yaml")
+        return prepare(recipe.placed_in(zoo_folder()), Execution(**execution), hub.api(), Silent())
+
+    return make
+
+
+def test_a_plain_merge_measures_and_scores_nothing(job):
+    plain = job("")
+
+    assert (plain.guide, plain.statistics, plain.evaluation, plain.held_out) == (None,) * 4
+    assert plain.measurement.calibrations == ()
+    assert [one.role for one in plain.sources.models] == ["base", "expert", "expert"]
+    assert plain.disk_needs().statistics_bytes == 0
+    assert plain.planned.outputs == {}
+
+
+def test_a_trim_by_activation_needs_one_number_an_input_and_regmean_a_matrix(job):
+    texts = 'calibration: {dataset: zoo/reverse, text: "{question}", samples: 4}\n'
+    base = RECIPE.replace("density: 0.5", "density: 0.5, trim: activation")
+    trimmed = job(texts, recipe=base)
+    solved = job(texts, recipe=RECIPE.replace("ties", "regmean"))
+
+    moments = [one.statistics.moments for one in (trimmed, solved)]
+    assert [(one.are_solved, one.in_sequence) for one in moments] == [(False, False), (True, False)]
+    assert moments[0].widest < moments[1].widest
+    assert len(trimmed.texts.calibrations) == 2
+
+
+def test_a_lock_does_not_change_with_the_way_that_the_work_is_done(job):
+    first = job("")
+    other = job("", runner="inline", max_memory_bytes=1 << 30)
+
+    assert other.planned == first.planned
+    assert other.plan == first.plan
