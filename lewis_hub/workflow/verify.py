@@ -136,8 +136,8 @@ def _signer(private_key: Path) -> tuple[Any, bytes]:
 def _known(found: Mapping[str, str]) -> Config:
     """Hashes that are known already, in the place of model-signing's reading of a folder."""
     from model_signing import hashing, manifest
-    from model_signing._hashing.hashing import Digest
 
+    digest = _digest_class()
     told = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
     how = manifest.SerializationType.from_args(told | {"ignore_paths": sorted(UNSIGNED)})
 
@@ -149,13 +149,23 @@ def _known(found: Mapping[str, str]) -> Config:
             if LOCK not in wanted:
                 raise ValueError(f"it does not cover {LOCK}")
             items = [
-                how.new_item(path, Digest("sha256", bytes.fromhex(found[path])))
+                how.new_item(path, digest("sha256", bytes.fromhex(found[path])))
                 for path in sorted(found)
                 if path in wanted
             ]
             return manifest.Manifest(Path(model_path).name or "model", items, how)
 
     return Known()
+
+
+def _digest_class() -> Any:
+    """Return the class of model-signing's digests, which it does not export."""
+    from model_signing import hashing
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "file").touch()
+        [item] = hashing.Config().hash(folder).resource_descriptors()
+    return type(item.digest)
 
 
 def _files(folder: Path) -> Iterable[str]:
