@@ -157,7 +157,9 @@ def calibrate(
     output, progress, api = Path(output), progress or Silent(), hub_api()
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
-    job = prepare(measured, execution or Execution(), api, progress) if recipe.guide else None
+    execution = execution or Execution()
+    execution = replace(execution, held_out=recipe.evaluate or execution.held_out)
+    job = prepare(measured, execution, api, progress) if recipe.guide else None
     if job is None or job.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
