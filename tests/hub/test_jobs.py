@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import jobs
 from lewis_hub.hub.jobs import JobRequest, Submitted
-from lewis_hub.hub.jobs_server import without_uv
-from lewis_hub.hub.server import serve
+from lewis_hub.localhub.jobs import without_uv
+from lewis_hub.localhub.server import serve
 
 ME = "lewis"
 
