@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from lewis_hub import __version__
 from lewis_hub.errors import OutputError, PublishError, RecipeError
 from lewis_hub.files import write_whole
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import proposals
-from lewis_hub.hub.target import look
+from lewis_hub.hub.target import read_target
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow import check, fetch, report
@@ -80,7 +80,7 @@ def look_ahead(
         _require_streamable(recipe, shortage)
         recipe = recipe.model_copy(update={"evaluate": None})  # scores need whole models
         found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
-    former = former_merge(look(Asked(api, asked.repo, kind=PublishError)), api)
+    former = former_merge(read_target(HubRepo(api, asked.repo, error_type=PublishError)), api)
     planned = report.lock(recipe, inputs, step.execution.max_shard_bytes, {})
     held = None if force else _held(asked, former, planned, api)
     if held:

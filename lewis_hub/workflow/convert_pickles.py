@@ -55,13 +55,13 @@ def _converted(
         fetch(api, source, lambda _: None, only=CODE_FILES)
     config = json.loads(read_small(api, source, "config.json") or b"{}")
     files = {path: folder / path for path in converted.pickles_of(source)}
-    work = converted.begin(source, folder, code=code)
+    work = converted.begin_conversion(source, folder, code=code)
     try:
         total = source.size_bytes(weight_files(source))
         with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
             written = convert(source.pinned, files, work, advance, ties=ties(config))
         told = [SourceFile(one.name, one.n_bytes, f"sha256:{one.sha256}") for one in written]
-        converted.finish(source, work, told, code=code)
+        converted.finish_conversion(source, work, told, code=code)
     finally:
-        converted.abandon(work)
+        converted.abandon_conversion(work)
     return converted.with_converted(source, code=code)

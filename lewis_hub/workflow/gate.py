@@ -10,9 +10,9 @@ from lewis_hub.errors import EvaluationError, PublishError
 from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.files import write_whole
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.target import look, read_text
+from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.findings import card_section
 from lewis_hub.workflow.existing import Former, read_scores
@@ -52,7 +52,7 @@ def judged_again(recipe: Recipe, output: Path, api: HfApi) -> GateVerdict | None
         return verdict
     asked = _asked(recipe, api)
     lock = (output / LOCK).read_text(encoding="utf-8")
-    if asked and read_text(asked, look(asked), LOCK) == lock:
+    if asked and read_text(asked, read_target(asked), LOCK) == lock:
         return verdict
     scores = read_scores(output)
     assert scores  # there is a verdict on them
@@ -98,8 +98,8 @@ def _demands(recipe: Recipe) -> list[Demand]:
     ]
 
 
-def _asked(recipe: Recipe, api: HfApi) -> Asked | None:
-    return Asked(api, recipe.publish.repo, kind=PublishError) if recipe.publish else None
+def _asked(recipe: Recipe, api: HfApi) -> HubRepo | None:
+    return HubRepo(api, recipe.publish.repo, error_type=PublishError) if recipe.publish else None
 
 
 def _previous(recipe: Recipe, demands: list[Demand], api: HfApi) -> Previous:
@@ -108,10 +108,10 @@ def _previous(recipe: Recipe, demands: list[Demand], api: HfApi) -> Previous:
     wanted = any("previous" in demand.not_worse_than for demand in demands)
     if asked is None or not wanted:
         return Previous("what was published before", why="the recipe names no repo to publish to")
-    target = look(asked)
+    target = read_target(asked)
     if target.head is None:
-        return Previous(asked.repo, why="there is no such repo yet")
-    name = f"{asked.repo}@{target.head}"
+        return Previous(asked.name, why="there is no such repo yet")
+    name = f"{asked.name}@{target.head}"
     text = read_text(asked, target, ITEMS)
     if text is None:
         return Previous(name, why=f"it has no {ITEMS}")

@@ -15,7 +15,7 @@ from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import is_path, not_there, resolve_dataset, resolve_model
+from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, resolve_model
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
@@ -373,7 +373,7 @@ def _located(recipe: Recipe, written: str) -> str:
     located = recipe.locate(written)
     if is_path(written) and not Path(located).exists():
         path = Path(written).expanduser()
-        raise not_there(written, [Path(recipe.locate(".")) / path, path])
+        raise missing_path_error(written, [Path(recipe.locate(".")) / path, path])
     return located
 
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from lewis_hub.checkpoint.ranges import Place, elsewhere, most_held
 from lewis_hub.errors import OutputError, PublishError, RecipeError
 from lewis_hub.files import require_room
-from lewis_hub.hub.commit import recall, send
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.commit import find_uploaded, preupload
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import CODE_FILES, bytes_to_download, fetch
 from lewis_hub.hub.publish import Published, open_repo
-from lewis_hub.hub.ranges import Arrived, RemoteFiles
+from lewis_hub.hub.ranges import ByteCounter, RemoteFiles
 from lewis_hub.merge.byte_ranges import needs_of
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan, informed
@@ -142,14 +142,14 @@ def _placed(step: Step) -> tuple[Step, Callable[[], int]]:
     Also what counts the bytes that came.
     """
     places: dict[str, Place] = {}
-    counts: list[Arrived] = []
+    counts: list[ByteCounter] = []
     for source in dict.fromkeys(step.inputs.models):
         if bytes_to_download(step.api, source) == 0:
             places[source.pinned] = fetch(step.api, source, lambda _: None)
         else:
             files = RemoteFiles(source, step.api.endpoint)
             places[source.pinned] = files.fetch
-            counts.append(files.arrived)
+            counts.append(files.received)
     return replace(step, places=places), lambda: sum(one.n_bytes for one in counts)
 
 
@@ -181,7 +181,7 @@ def _require_statistics_fit(step: Step, scratch: Path) -> None:
 def _make(
     step: Step, planned: MergePlan, folders: Folders, destination: Destination, model: Path
 ) -> tuple[MergedModel, Mapping[str, CommitOperationAdd]]:
-    asked = Asked(step.api, destination.asked.repo, kind=PublishError)
+    asked = HubRepo(step.api, destination.asked.repo, error_type=PublishError)
     open_repo(asked, destination.asked.landing, private=destination.asked.private)
     shards = model.with_name("shards")
     shards.mkdir(exist_ok=True)
@@ -194,7 +194,7 @@ def _make(
 
 
 def _send_all(
-    step: Step, planned: MergePlan, folder: Path, asked: Asked, destination: Destination
+    step: Step, planned: MergePlan, folder: Path, asked: HubRepo, destination: Destination
 ) -> Sent:
     """Make every shard that the Hub does not have yet, and send each before the next is made.
 
@@ -210,7 +210,7 @@ def _send_all(
         means = execution.means(is_read_next=True)
         for result in make_shards(left, step.places, folder, means, advance):
             file = folder / result.name
-            sent.additions[result.name] = send(asked, landing, file, result.sha256)
+            sent.additions[result.name] = preupload(asked, landing, file, result.sha256)
             sent.results[result.name] = result
             file.unlink()
     return sent
@@ -224,7 +224,9 @@ def _clear(planned: MergePlan, folder: Path) -> None:
             path.unlink()
 
 
-def _sent_before(planned: MergePlan, folder: Path, asked: Asked, destination: Destination) -> Sent:
+def _sent_before(
+    planned: MergePlan, folder: Path, asked: HubRepo, destination: Destination
+) -> Sent:
     """What an interrupted run sent, as far as the Hub still has it."""
     sent = Sent({}, {})
     for shard in planned.shards:
@@ -232,7 +234,7 @@ def _sent_before(planned: MergePlan, folder: Path, asked: Asked, destination: De
         if told is None or (folder / told.name).exists():
             continue
         landing = destination.asked.landing
-        addition = recall(asked, landing, told.name, told.n_bytes, told.sha256)
+        addition = find_uploaded(asked, landing, told.name, told.n_bytes, told.sha256)
         if addition:
             sent.results[told.name], sent.additions[told.name] = told, addition
     return sent

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import fetch, read_small, weight_files
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
@@ -284,7 +284,7 @@ def test_a_gated_repo_says_where_to_ask_for_access(hub, api, push):
 
     assert resolve_model(api, "tests/gated").file("config.json").size_bytes == 2
     assert refusal(hub.api("hf_visitor"), "tests/gated") == (
-        "tests/gated: access is gated and this token has not been granted it.\n"
+        "tests/gated: access is gated and this token has no access.\n"
         f"Ask for access at {hub.url}/tests/gated, then run the same command again."
     )
     assert refusal(HfApi(endpoint=hub.url, token=False), "tests/gated") == (
@@ -304,7 +304,7 @@ def test_a_token_that_the_hub_does_not_know_is_never_shown(hub, push):
 
 
 def test_what_looks_like_a_token_never_reaches_a_message(hub):
-    asked = Asked(hub.api(), "tests/model")
+    asked = HubRepo(hub.api(), "tests/model")
 
     error = asked.failed(f"sent {hub.write_token} as Bearer abc.def", "not hf_abcdefghijklmnop")
 
@@ -348,7 +348,7 @@ def test_a_server_error_that_stays_is_told(api, push, hub, no_pauses):
     hub.fail("/api/models/tests/model", 503, times=100)
 
     assert refusal(api, "tests/model").startswith(
-        f"tests/model: {api.endpoint} failed with 503 again and again"
+        f"tests/model: {api.endpoint} still fails with 503 after several attempts"
     )
 
 
@@ -357,7 +357,7 @@ def test_a_rate_limit_that_stays_is_told(api, push, hub, no_pauses):
     hub.fail("/api/models/tests/model", 429, times=100)
 
     assert refusal(api, "tests/model") == (
-        f"tests/model: {api.endpoint} asks to slow down (429).\n"
+        f"tests/model: {api.endpoint} limits the rate of requests (429).\n"
         "Wait a few minutes, then run the same command again: finished work is kept."
     )
 
@@ -390,7 +390,7 @@ def test_offline_uses_what_is_cached_and_refuses_what_is_not(api, push, monkeypa
     assert source.files == online.matching(("*.json", "*.safetensors"))
     assert read_range(api, source, "model.safetensors", 0, 4) == WEIGHTS[:4]
     assert refusal(api, "tests/other") == (
-        "tests/other: HF_HUB_OFFLINE is set and not all of it is in the cache.\nUnset "
+        "tests/other: HF_HUB_OFFLINE is set and the cache does not hold all its files.\nUnset "
         "HF_HUB_OFFLINE, then run the same command again: finished work is kept. It is not in "
         f"the cache ({constants.HF_HUB_CACHE})."
     )
