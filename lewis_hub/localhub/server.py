@@ -6,6 +6,7 @@ rehearsing a publish. It is no production server. Needs the extra ``demo``.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.util
 import ipaddress
@@ -49,7 +50,7 @@ def serve(
     for module in ("starlette", "uvicorn", "markdown_it"):
         if importlib.util.find_spec(module) is None:
             raise ExtraMissingError("The embedded Hub", "demo")
-    with _locked(root), _bound(host, port) as api, _bound_elsewhere(host) as storage:
+    with _locked(root), _bound(host, port) as api, _bound_elsewhere(api) as storage:
         hub = Hub(root)
         hub.url, hub.storage_url = _url(api), _url(storage)
         if jobs:
@@ -121,16 +122,21 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _bound_elsewhere(host: str) -> Iterator[socket.socket]:
+def _bound_elsewhere(api: socket.socket) -> Iterator[socket.socket]:
     """Bind the other origin, since the Hub serves large files from a storage service.
 
-    It is another loopback address, or another port where the system has only 127.0.0.1 (macOS).
+    It is another loopback address, with the same port if that is free; where the system has only
+    127.0.0.1 (macOS), it is another port.
     """
+    host, port = api.getsockname()
     other = "127.0.0.2" if host == "127.0.0.1" else "127.0.0.1"
     with socket.socket() as listener:
-        try:
-            listener.bind((other, 0))
-        except OSError:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for address in ((other, port), (other, 0)):
+            with contextlib.suppress(OSError):
+                listener.bind(address)
+                break
+        else:
             listener.bind((host, 0))
         yield listener
 

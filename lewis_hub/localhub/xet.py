@@ -98,8 +98,8 @@ def _join(upload: Path, sha256: str | None, xet_hash: str, target: Path) -> None
 
 
 def _link_data(source: str, target: str) -> None:
-    """Link the chunks and shards; copy the index, which is what the client locks."""
-    is_data = Path(source).parent.name in ("shards", "xorbs")
+    """Link the files of ``xet/xorbs/xorbs`` and ``shards``; copy the index, which is locked."""
+    is_data = Path(source).parent.parent.name == "xorbs"
     (os.link if is_data else shutil.copy)(source, target)
 
 
