@@ -45,7 +45,7 @@ GRANTS = TypeAdapter(list[Grant])
 
 @dataclass(eq=False)
 class Refusal(Exception):  # noqa: N818 - an answer, not a failure of ours
-    """An answer that says no, as the Hub says it."""
+    """An answer that refuses a call, as the Hub words it."""
 
     status: int
     message: str

@@ -16,6 +16,7 @@ from lewis_hub.localhub.access import Refusal
 from lewis_hub.localhub.call import Call
 from lewis_hub.localhub.store import SHA256, File, lfs_pointer, replacing, short_digest
 
+TEXT = "text/plain; charset=utf-8"
 FILE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
@@ -84,16 +85,16 @@ def resolve(call: Call) -> Response:
     if not file.lfs:
         headers |= FILE_HEADERS | {"ETag": f'"{file.oid}"'}
         stored = call.store.blobs.path(file.sha256)
-        return FileResponse(stored, headers=headers, media_type=media_type(path))
+        return FileResponse(stored, headers=headers, media_type=media_type(path, TEXT))
     headers |= {"X-Linked-Size": str(file.size_bytes), "X-Linked-Etag": f'"{file.sha256}"'}
     name = quote(PurePosixPath(path).name, safe="")
     return RedirectResponse(f"{call.hub.storage_url}/lfs/{file.sha256}/{name}", 302, headers)
 
 
-def media_type(path: str) -> str:
-    """The type of an image; any other file is plain text, so that no browser runs it."""
+def media_type(path: str, otherwise: str) -> str:
+    """The type of an image; `otherwise` for any other file, so that no browser runs it."""
     guessed = mimetypes.guess_type(path)[0] or ""
-    return guessed if guessed.startswith("image/") else "text/plain; charset=utf-8"
+    return guessed if guessed.startswith("image/") else otherwise
 
 
 def lfs_batch(call: Call) -> Response:
@@ -141,8 +142,10 @@ def lfs_download(request: Request) -> Response:
     """GET /lfs/OID/NAME: an object, Range included; only who may read its repository knows OID."""
     oid = _object_id(request)
     stored = request.app.state.hub.store.blobs.path(oid)
+    if not stored.exists():
+        raise Refusal(404, "Object not found")
     headers = {**FILE_HEADERS, "ETag": f'"{oid}"'}
-    media = media_type(request.path_params["name"])
+    media = media_type(request.path_params["name"], "application/octet-stream")
     return FileResponse(stored, headers=headers, media_type=media)
 
 

@@ -54,14 +54,14 @@ class Job:
         """Whether the Job has not ended yet."""
         return self.stage in ("SCHEDULING", "RUNNING")
 
-    def move(self, stage: str, message: str | None = None) -> None:
+    def enter(self, stage: str, message: str | None = None) -> None:
         """Enter a stage, unless the Job has ended."""
         if self.active:
             self.stage, self.message = stage, message
 
     def stop(self, stage: str, message: str | None = None) -> None:
         """Enter a last stage, and end the process with its children."""
-        self.move(stage, message)
+        self.enter(stage, message)
         if self.process and self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -69,7 +69,7 @@ class Job:
 
 @dataclass
 class Schedule:
-    """A Job that is to run again and again."""
+    """A scheduled Job."""
 
     namespace: str
     user: str
@@ -193,10 +193,10 @@ def _run(job: Job, words: list[str], folder: Path, environment: Mapping[str, str
             start_new_session=True,
         )
     except OSError as error:
-        job.move("ERROR", f"Job failed with exit code: 127. Reason: {error.strerror}")
+        job.enter("ERROR", f"Job failed with exit code: 127. Reason: {error.strerror}")
         return
     job.process = process
-    job.move("RUNNING")
+    job.enter("RUNNING")
     if not job.active:  # it was cancelled before the process started
         job.stop(job.stage)
     timeout_s = job.spec.get("timeoutSeconds", DEFAULT_TIMEOUT_S)
@@ -210,6 +210,6 @@ def _run(job: Job, words: list[str], folder: Path, environment: Mapping[str, str
     code = process.wait()
     timer.cancel()
     if code:
-        job.move("ERROR", f"Job failed with exit code: {code}. Reason: Error")
+        job.enter("ERROR", f"Job failed with exit code: {code}. Reason: Error")
     else:
-        job.move("COMPLETED")
+        job.enter("COMPLETED")

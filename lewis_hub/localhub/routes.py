@@ -95,14 +95,16 @@ def application(hub: Hub) -> ASGIApp:
         for method, path, answer in table:
             answered = endpoint(hub, answer, kind=kind)
             routes.append(Route(prefix + REPO + path, answered, methods=[method]))
-        routes.append(Route(prefix + "/{rest:path}", endpoint(hub, nothing), methods=METHODS))
+        routes.append(
+            Route(prefix + "/{rest:path}", endpoint(hub, unknown_address), methods=METHODS)
+        )
     app = Starlette(routes=routes, exception_handlers={Refusal: refused})
     app.state.hub = hub
-    return FaultInjector(undecoded(app), hub.faults)
+    return FaultInjector(by_raw_path(app), hub.faults)
 
 
 def refused(_request: Request, refusal: Exception) -> Response:
-    """Say no as the Hub does: in the body, and in headers that its clients read."""
+    """Send a refusal as the Hub does: in the body, and in headers that its clients read."""
     assert isinstance(refusal, Refusal)
     plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in refusal.message)
     headers = {"X-Error-Message": plain}
@@ -111,7 +113,7 @@ def refused(_request: Request, refusal: Exception) -> Response:
     return JSONResponse({"error": refusal.message, **refusal.fields}, refusal.status, headers)
 
 
-def undecoded(app: ASGIApp) -> ASGIApp:
+def by_raw_path(app: ASGIApp) -> ASGIApp:
     """Route by the path as it was sent: a revision may hold a percent-encoded slash.
 
     The few refs that clients also write with plain slashes (``refs/pr/1``) are encoded here.
@@ -125,8 +127,8 @@ def undecoded(app: ASGIApp) -> ASGIApp:
     return routed
 
 
-def nothing(call: Call) -> Response:
-    """Any other address; a repository without a namespace, such as gpt2, is not found."""
+def unknown_address(call: Call) -> Response:
+    """Answer any other address with 404; gpt2 and the like are repositories that do not exist."""
     path = call.request.url.path
     if re.match(r"/api/(models|datasets)/[^/]+($|/revision/)|/(datasets/)?[^/]+/resolve/", path):
         raise call.not_found()
