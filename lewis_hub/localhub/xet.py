@@ -2,7 +2,8 @@
 
 The client has no fallback to LFS, and buckets take uploads by Xet only. But hf_xet can keep its
 chunks in a local folder, and client and Hub share a file system here. When a request names a file
-that is not stored yet, the shards in those folders contain its Xet hash, and hf_xet joins its chunks.
+that is not stored yet, its Xet hash is looked up in the shards of those folders, and hf_xet joins
+its chunks.
 
 Shard format: https://huggingface.co/docs/xet/shard
 """
