@@ -148,7 +148,7 @@ def _require_licence(folder: Path) -> None:
         raise PublishError(
             str(folder),
             f"its parents' licences differ, and {CARD} states none",
-            "Which one a merge of them may carry is yours to judge: write `license: ...` into the "
+            "Decide which licence a merge of them may have: write `license: ...` into the "
             f"metadata at the top of {CARD}, or set `publish.license` and merge again.",
         )
 

@@ -142,5 +142,5 @@ def test_other_bytes_than_were_asked_for_are_refused(files, told):
     assert str(raised.value) == (
         f"{files.source.pinned}: bytes 0-9/300000 of `model.safetensors` were requested, "
         f"{told.removeprefix('bytes ')} received.\n"
-        "A proxy on the way may be broken: merge without --stream."
+        "A proxy may be broken: merge without --stream."
     )

@@ -78,7 +78,7 @@ def test_hidden_files_and_caches_are_no_part_of_a_folder(tmp_path, api):
             "this folder has pickled weights only, and reading those can run code.\n"
             "Only safetensors are read. Convert it: load it in transformers, then "
             "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
-            "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+            "With `--allow-pickle` torch reads it without running its code, but a flaw in "
             "that reader would let its author run code here: allow it for authors that you trust.",
         ),
         (
@@ -213,7 +213,7 @@ def test_a_range_beyond_the_file_is_refused(tmp_path, api, path, found):
         read_range(api, source, path, 2040, 2060)
 
     assert str(raised.value) == (
-        f"{tmp_path}: bytes 2040 to 2060 of `{path}` were wanted, but it {found}.\n"
+        f"{tmp_path}: bytes 2040 to 2060 of `{path}` were requested, but it {found}.\n"
         "The file is cut short or its index is wrong: use an intact copy."
     )
 
@@ -318,7 +318,7 @@ def test_a_repo_with_pickled_weights_only_is_refused(api, push):
         f"tests/model@{sha}: this repo has pickled weights only, and reading those can run code.\n"
         "Only safetensors are read. Convert it: load it in transformers, then "
         "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
-        "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+        "With `--allow-pickle` torch reads it without running its code, but a flaw in "
         "that reader would let its author run code here: allow it for authors that you trust."
     )
     assert resolve_model(api, "tests/model", allow_pickle=True).commit_sha == sha
