@@ -22,7 +22,7 @@ from lewis_hub.hub.fetch import (
     read_small,
     weight_files,
 )
-from lewis_hub.hub.ranges import Arrived, RemoteFiles
+from lewis_hub.hub.ranges import ByteCounter, RemoteFiles
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.progress import Progress
 from lewis_hub.workflow.open import ties
@@ -78,7 +78,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> SourceFiles:
     """Fetch small files; weights that are not here already are read by byte ranges."""
     folders: dict[str, Path] = {}
     places: dict[str, Place] = {}
-    counts: list[Arrived] = []
+    counts: list[ByteCounter] = []
     for source in dict.fromkeys(sources):
         folders[source.pinned] = small_files(api, source)
         if bytes_to_download(api, source) == 0:
@@ -86,7 +86,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> SourceFiles:
         else:
             files = RemoteFiles(source, api.endpoint)
             places[source.pinned] = files.fetch
-            counts.append(files.arrived)
+            counts.append(files.received)
     return SourceFiles(
         folders,
         places,
@@ -147,13 +147,13 @@ def _converted(
         code_files(api, [source])
     config = json.loads(read_small(api, source, "config.json") or b"{}")
     files = {path: folder / path for path in converted.pickles_of(source)}
-    work = converted.begin(source, folder, code=code)
+    work = converted.begin_conversion(source, folder, code=code)
     try:
         total = source.size_bytes(weight_files(source))
         with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
             written = convert(source.pinned, files, work, advance, ties=ties(config))
         told = [SourceFile(one.name, one.n_bytes, f"sha256:{one.sha256}") for one in written]
-        converted.finish(source, work, told, code=code)
+        converted.finish_conversion(source, work, told, code=code)
     finally:
-        converted.abandon(work)
+        converted.abandon_conversion(work)
     return converted.with_converted(source, code=code)

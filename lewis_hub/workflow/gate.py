@@ -11,9 +11,9 @@ from lewis_hub.errors import EvaluationError, PublishError
 from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.files import write_whole
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.target import look, read_text
+from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.report.findings import card_section
 from lewis_hub.workflow.evaluate import Scored
 from lewis_hub.workflow.existing import PreviousMerge, read_scores
@@ -59,7 +59,7 @@ def judge_again(
     asked = _asked(repo, api)
     lock = (output / LOCK).read_text(encoding="utf-8")
     scores = read_scores(output)
-    if scores is None or (asked and read_text(asked, look(asked), LOCK) == lock):
+    if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
         return verdict
     items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
     found = judge(demands, scores, items, _previous(demands, repo, api))
@@ -95,8 +95,8 @@ def read_verdict(folder: Path) -> GateVerdict | None:
     return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _asked(repo: str | None, api: HfApi) -> Asked | None:
-    return Asked(api, repo, kind=PublishError) if repo else None
+def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
+    return HubRepo(api, repo, error_type=PublishError) if repo else None
 
 
 def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
@@ -105,10 +105,10 @@ def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previo
     wanted = any("previous" in demand.not_worse_than for demand in demands)
     if asked is None or not wanted:
         return Previous("what was published before", why="the recipe names no repo to publish to")
-    target = look(asked)
+    target = read_target(asked)
     if target.head is None:
-        return Previous(asked.repo, why="there is no such repo yet")
-    name = f"{asked.repo}@{target.head}"
+        return Previous(asked.name, why="there is no such repo yet")
+    name = f"{asked.name}@{target.head}"
     text = read_text(asked, target, ITEMS)
     if text is None:
         return Previous(name, why=f"it has no {ITEMS}")

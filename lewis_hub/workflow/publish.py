@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 from lewis_hub.errors import GateRefusedError, PublishError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.files import write_whole
-from lewis_hub.hub.commit import Additions, Landed
+from lewis_hub.hub.commit import Additions, PushedCommit
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.publish import (
     Publication,
     Published,
     folder_bytes,
-    holds,
-    keep,
+    matches_folder,
     proposals,
     publish,
+    publish_tag,
 )
 from lewis_hub.hub.target import Target, open_target
 from lewis_hub.progress import Progress
@@ -74,12 +74,14 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     """
     asked, previous = destination.asked, destination.previous
     if previous and previous.holds(planned):
-        return keep(api, asked.repo, Landed(previous.source.commit_sha), asked.tag)
+        return publish_tag(api, asked.repo, PushedCommit(previous.source.commit_sha), asked.tag)
     if asked.landing == "pull-request":
         for url, target in proposals(api, asked.repo):
             proposed = previous_merge(target, api)
             if proposed and proposed.holds(planned):
-                return keep(api, asked.repo, Landed(proposed.source.commit_sha, url), None)
+                return publish_tag(
+                    api, asked.repo, PushedCommit(proposed.source.commit_sha, url), None
+                )
     return None
 
 
@@ -87,7 +89,7 @@ def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
     """Whether a folder is, file by file, the merge in the target repo: nothing is lost with it."""
     previous = destination.previous
     same = previous is not None and lock_in(folder) == previous.lock
-    return same and holds(api, folder, destination.target)
+    return same and matches_folder(api, folder, destination.target)
 
 
 def push(
@@ -146,7 +148,7 @@ def _require_licence(folder: Path) -> None:
         raise PublishError(
             str(folder),
             f"its parents' licences differ, and {CARD} states none",
-            "Which one a merge of them may carry is yours to judge: write `license: ...` into the "
+            "Decide which licence a merge of them may have: write `license: ...` into the "
             f"metadata at the top of {CARD}, or set `publish.license` and merge again.",
         )
 

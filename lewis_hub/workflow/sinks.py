@@ -13,8 +13,8 @@ from lewis_hub.calibration.meta_model import FEWER, STATES
 from lewis_hub.checkpoint.ranges import elsewhere, most_held
 from lewis_hub.errors import OutputError, PublishError
 from lewis_hub.files import require_room
-from lewis_hub.hub.commit import recall, send
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.commit import find_uploaded, preupload
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.publish import Published, open_repo
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.byte_ranges import needs_of
@@ -171,7 +171,7 @@ class HubSink:
         means = replace(means, is_read_next=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        asked = Asked(self.api, self.destination.asked.repo, kind=PublishError)
+        asked = HubRepo(self.api, self.destination.asked.repo, error_type=PublishError)
         landing = self.destination.asked.landing
         open_repo(asked, landing, private=self.destination.asked.private)
         shards = self.scratch / "shards"
@@ -184,7 +184,7 @@ class HubSink:
             advance(sum(result.n_bytes for result in results.values()))
             for result in make_shards(left, places, shards, means, advance):
                 file = shards / result.name
-                self.sent[result.name] = send(asked, landing, file, result.sha256)
+                self.sent[result.name] = preupload(asked, landing, file, result.sha256)
                 results[result.name] = result
                 file.unlink()
         report_nan((result.mended for result in results.values()), self.progress)
@@ -204,7 +204,7 @@ class HubSink:
         return pushed
 
     def _sent_before(
-        self, planned: MergePlan, folder: Path, asked: Asked
+        self, planned: MergePlan, folder: Path, asked: HubRepo
     ) -> dict[str, ShardResult]:
         """What an interrupted run uploaded, as far as the Hub still has it."""
         results = {}
@@ -213,7 +213,7 @@ class HubSink:
             told = noted(shard, folder)
             if told is None or (folder / told.name).exists():
                 continue
-            addition = recall(asked, landing, told.name, told.n_bytes, told.sha256)
+            addition = find_uploaded(asked, landing, told.name, told.n_bytes, told.sha256)
             if addition:
                 results[told.name], self.sent[told.name] = told, addition
         return results

@@ -116,7 +116,7 @@ def test_without_the_flag_pickles_are_refused_with_the_risk_and_nothing_is_downl
             f"zoo/pickles@{sha}: this repo has pickled weights only, and reading those can run "
             "code.\nOnly safetensors are read. Convert it: load it in transformers, then "
             "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
-            "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+            "With `--allow-pickle` torch reads it without running its code, but a flaw in "
             "that reader would let its author run code here: allow it for authors that you trust."
         )
     assert cached("*.bin") == []

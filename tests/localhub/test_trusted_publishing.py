@@ -79,8 +79,8 @@ def test_a_push_without_a_stored_token_needs_a_repo_that_is_there_and_trusts_it(
 
     assert untrusted.returncode == missing.returncode == 1
     assert untrusted.stderr == (
-        "lewis-hub: acme/new: keyless sign-in was refused: No trusted publisher of acme/new matches"
-        f" this identity.\nName this workflow in {hub.url}/acme/new/settings as a trusted"
+        "lewis-hub: acme/new: trusted publishing was refused: No trusted publisher of acme/new"
+        f" matches this identity.\nName this workflow in {hub.url}/acme/new/settings as a trusted"
         " publisher.\n"
     )
     assert missing.stderr == (
@@ -98,5 +98,7 @@ def test_without_an_identity_there_is_no_push_and_no_stack_of_calls(hub, monkeyp
     done = subprocess.run(push, capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert done.stderr.startswith("lewis-hub: acme/mine: keyless sign-in failed: HF_OIDC_RESOURCE")
+    assert done.stderr.startswith(
+        "lewis-hub: acme/mine: trusted publishing failed: HF_OIDC_RESOURCE"
+    )
     assert "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
 from lewis_hub.errors import ExtraMissingError, HubServerError
-from lewis_hub.hub.server import serve
+from lewis_hub.localhub.server import serve
 
 
 def test_too_many_requests_on_the_preupload_is_tried_again(hub, api, no_pauses):
@@ -27,8 +27,7 @@ def test_too_many_requests_on_the_preupload_is_tried_again(hub, api, no_pauses):
 def test_a_storage_error_on_a_large_file_is_tried_again(hub, api, no_pauses):
     weights = os.urandom(3000)
     api.create_repo("acme/base")
-    hub.part_bytes = 1000
-    hub.fail(r"/lfs-upload/[0-9a-f]+/2\?", 500, method="PUT")
+    hub.fail("/lfs-upload/", 500, method="PUT")
 
     api.upload_file(path_or_fileobj=weights, path_in_repo="m.bin", repo_id="acme/base")
 
@@ -124,11 +123,13 @@ def test_an_address_that_others_could_reach_is_refused(tmp_path, host):
 
 
 def test_a_port_that_is_taken_is_said_to_be(hub, tmp_path):
-    with pytest.raises(HubServerError) as raised, serve(tmp_path, port=hub.port):
+    port = int(hub.url.rpartition(":")[2])
+
+    with pytest.raises(HubServerError) as raised, serve(tmp_path, port=port):
         pass
 
     assert str(raised.value) == (
-        f"127.0.0.1:{hub.port}: the embedded Hub cannot listen there (Address already in use).\n"
+        f"127.0.0.1:{port}: the embedded Hub cannot listen there (Address already in use).\n"
         "Stop what listens there, or choose another port with --port."
     )
 

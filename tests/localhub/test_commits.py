@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 
-from lewis_hub.hub.server import serve
+from lewis_hub.localhub.server import serve
 
 
 def add(path: str, content: bytes) -> CommitOperationAdd:
@@ -50,17 +50,6 @@ def test_a_binary_file_is_large_whatever_its_name(api, push, hub):
     assert stored["empty.bin"] is None
 
 
-@pytest.mark.parametrize("n_bytes", [1000, 1001, 5500])
-def test_a_file_sent_in_parts_is_the_same_file(api, push, hub, n_bytes):
-    hub.part_bytes = 1000
-    weights = os.urandom(n_bytes)
-
-    push("acme/base", {"model.safetensors": weights})
-
-    assert content(api, "model.safetensors") == weights
-    assert not list((hub.root / "uploads").glob("*"))
-
-
 def test_a_large_file_that_is_stored_already_is_not_sent_again(api, push, hub):
     weights = os.urandom(5000)
     push("acme/base", {"model.safetensors": weights})
@@ -74,19 +63,16 @@ def test_a_large_file_that_is_stored_already_is_not_sent_again(api, push, hub):
 def test_bytes_that_are_not_what_they_claim_are_refused(hub):
     oid = hashlib.sha256(b"promised").hexdigest()
 
-    answer = httpx.put(hub.upload_url(oid), content=b"sent instead")
+    answer = httpx.put(f"{hub.storage_url}/lfs-upload/{oid}", content=b"sent instead")
 
     assert answer.status_code == 400
     assert f"not {oid}" in answer.json()["error"]
     assert hub.store.blobs.size_bytes(oid) is None
 
 
-def test_an_address_for_bytes_must_be_signed(hub, push):
-    push("acme/base", {"model.safetensors": b"weights"})
-    oid = hashlib.sha256(b"weights").hexdigest()
-
-    assert httpx.get(f"{hub.storage_url}/lfs/{oid}/x?signature=00").status_code == 403
-    assert httpx.put(f"{hub.storage_url}/lfs-upload/{oid}", content=b"").status_code == 403
+def test_an_address_without_a_digest_stores_and_gives_nothing(hub):
+    assert httpx.get(f"{hub.storage_url}/lfs/%2e%2e/x").status_code == 404
+    assert httpx.put(f"{hub.storage_url}/lfs-upload/%2e%2e", content=b"").status_code == 404
 
 
 def test_a_large_file_nobody_sent_cannot_be_committed(hub, api):
@@ -125,21 +111,12 @@ def test_a_path_outside_the_repository_is_refused(hub, api, path):
     assert answer.json()["error"] == f"Invalid path in repository: {path!r}"
 
 
-def test_files_and_folders_are_deleted_and_copied(api, push, hub):
-    push("acme/base", {"a.txt": b"a", "old/b.txt": b"b", "old/c.txt": b"c", "m.bin": b"\0m"})
+def test_files_are_deleted(api, push, hub):
+    push("acme/base", {"a.txt": b"a", "old/b.txt": b"b", "m.bin": b"\0m"})
 
-    commit(
-        api,
-        CommitOperationCopy("a.txt", "new/a.txt"),
-        CommitOperationCopy("m.bin", "new/m.bin"),
-        CommitOperationDelete("a.txt"),
-        CommitOperationDelete("old/"),
-    )
+    commit(api, CommitOperationDelete("a.txt"), CommitOperationDelete("old/b.txt"))
 
-    files = sorted(api.list_repo_files("acme/base"))
-    assert files == [".gitattributes", "m.bin", "new/a.txt", "new/m.bin"]
-    assert content(api, "new/a.txt") == b"a"
-    assert content(api, "new/m.bin") == b"\0m"
+    assert sorted(api.list_repo_files("acme/base")) == [".gitattributes", "m.bin"]
 
 
 def test_deleting_what_is_not_there_is_an_error(api, push, hub):
@@ -191,7 +168,7 @@ def test_branches_may_have_slashes_and_tags_stay_where_they_are(api, push, hub):
     assert titles == ["Change", "Put files", "initial commit"]
 
 
-def test_refs_are_made_once_and_removed(api, push, hub):
+def test_refs_are_made_once(api, push, hub):
     push("acme/base", {"a.txt": b"one"})
     api.create_branch("acme/base", branch="dev")
     api.create_tag("acme/base", tag="v1")
@@ -202,18 +179,17 @@ def test_refs_are_made_once_and_removed(api, push, hub):
         api.create_tag("acme/base", tag="v1")
     api.create_branch("acme/base", branch="dev", exist_ok=True)
     api.create_tag("acme/base", tag="v1", exist_ok=True)
-    api.delete_branch("acme/base", branch="dev")
-    api.delete_tag("acme/base", tag="v1")
 
     refs = api.list_repo_refs("acme/base")
-    assert ([ref.name for ref in refs.branches], refs.tags) == (["main"], [])
+    assert [ref.name for ref in refs.branches] == ["main", "dev"]
+    assert [ref.name for ref in refs.tags] == ["v1"]
     with pytest.raises(RevisionNotFoundError):
-        api.model_info("acme/base", revision="dev")
+        api.model_info("acme/base", revision="nowhere")
     with pytest.raises(RevisionNotFoundError):
         commit(api, add("a.txt", b"x"), revision="nowhere")
 
 
-def test_a_commit_can_become_a_pull_request_and_be_merged(api, push, hub):
+def test_a_commit_can_become_a_pull_request(api, push, hub):
     push("acme/base", {"a.txt": b"one"})
 
     made = commit(api, add("b.txt", b"new"), create_pr=True, commit_description="Because.")
@@ -224,18 +200,11 @@ def test_a_commit_can_become_a_pull_request_and_be_merged(api, push, hub):
     assert "b.txt" not in api.list_repo_files("acme/base")
     (item,) = api.get_repo_discussions("acme/base")
     assert (item.title, item.status, item.is_pull_request) == ("Change", "open", True)
-
-    push("acme/base", {"a.txt": b"two"})
-    api.merge_pull_request("acme/base", 1)
-
-    details = api.get_discussion_details("acme/base", 1)
-    assert details.status == "merged"
-    assert details.merge_commit_oid == api.model_info("acme/base").sha
-    assert content(api, "a.txt") == b"two"
-    assert content(api, "b.txt") == b"new"
+    assert api.get_discussion_details("acme/base", 1).events[0].content == "Because."
+    assert list(api.get_repo_discussions("acme/base", discussion_status="closed")) == []
 
 
-def test_a_stranger_may_propose_weights_but_not_push_or_merge_them(api, push, hub):
+def test_a_stranger_may_propose_weights_but_not_push_them(api, push, hub):
     push("acme/base", {"a.txt": b"one"})
     hub.add_token("hf_stranger", "stranger", "write")
     stranger = hub.api("hf_stranger")
@@ -243,8 +212,6 @@ def test_a_stranger_may_propose_weights_but_not_push_or_merge_them(api, push, hu
     with pytest.raises(HfHubHTTPError, match="403"):
         commit(stranger, add("m.safetensors", b"\0weights"))
     made = commit(stranger, add("m.safetensors", b"\0weights"), create_pr=True)
-    with pytest.raises(HfHubHTTPError, match="403"):
-        stranger.merge_pull_request("acme/base", made.pr_num)
 
     assert content(api, "m.safetensors", made.pr_revision) == b"\0weights"
     assert api.get_discussion_details("acme/base", made.pr_num).author == "stranger"
@@ -257,13 +224,9 @@ def test_a_pull_request_can_be_opened_first_and_filled_later(api, push, hub):
     commit(api, add("a.txt", b"two"), revision=request.git_reference)
     push("acme/base", {"a.txt": b"three"})
 
-    details = api.get_discussion_details("acme/base", request.num)
+    assert api.get_discussion_details("acme/base", request.num).title == "Draft"
     assert content(api, "a.txt", "refs/pr/1") == b"two"
-    assert details.conflicting_files == ["a.txt"]
-    with pytest.raises(HfHubHTTPError, match="main changed the same files: a.txt"):
-        api.merge_pull_request("acme/base", request.num)
-    api.change_discussion_status("acme/base", request.num, "closed")
-    assert list(api.get_repo_discussions("acme/base", discussion_status="open")) == []
+    assert content(api, "a.txt") == b"three"
 
 
 def test_commits_at_the_same_time_all_land(api, push, hub):

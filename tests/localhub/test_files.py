@@ -88,8 +88,7 @@ def test_a_snapshot_is_the_repository_and_a_second_one_downloads_nothing(hub, pu
     assert {path: (folder / path).read_bytes() for path in files} == files
 
 
-def test_a_tree_has_folders_and_is_read_page_by_page(hub, api, push, monkeypatch):
-    monkeypatch.setattr("lewis_hub.hub.contents.TREE_PAGE_SIZE", 2)
+def test_a_tree_has_folders(hub, api, push):
     push("acme/base", {"a.txt": b"a", "x/b.txt": b"b", "x/y/c.txt": b"c"})
 
     top = [item.path for item in api.list_repo_tree("acme/base")]
@@ -101,16 +100,12 @@ def test_a_tree_has_folders_and_is_read_page_by_page(hub, api, push, monkeypatch
     assert everything == [".gitattributes", "a.txt", "x", "x/b.txt", "x/y", "x/y/c.txt"]
 
 
-def test_a_tree_tells_the_last_commit_of_each_file(hub, api, push):
-    first = push("acme/base", {"a.txt": b"a", "x/b.txt": b"b"})
-    second = push("acme/base", {"x/b.txt": b"c"})
+def test_paths_are_looked_up_and_missing_ones_left_out(hub, api, push):
+    push("acme/base", {"a.txt": b"a", "x/b.txt": b"b"})
 
-    tree = api.list_repo_tree("acme/base", expand=True, recursive=True)
-    infos = api.get_paths_info("acme/base", ["a.txt", "x", "nothing"], expand=True)
+    infos = api.get_paths_info("acme/base", ["a.txt", "x", "nothing"])
 
-    last = {item.path: item.last_commit.oid for item in tree}
-    assert (last["a.txt"], last["x"], last["x/b.txt"]) == (first, second, second)
-    assert {info.path: info.last_commit.oid for info in infos} == {"a.txt": first, "x": second}
+    assert [info.path for info in infos] == ["a.txt", "x"]
 
 
 def test_the_file_system_view_reads_whole_files_and_pieces(hub, push):

@@ -1,13 +1,10 @@
-"""Renders a card as HTML on the embedded Hub: Markdown, tables, and pictures in two versions.
+"""The web page of a repository on the embedded Hub: its rendered card, files and newest commits.
 
-Raw HTML is not let through, it shows as text. The one exception is a picture with a version for
-dark pages, as cards on the Hub write it::
+The card's Markdown is rendered without raw HTML, which shows as text, and without its comments.
+The only exception is a picture with a version for dark pages, as cards on the Hub write it::
 
     <picture><source media="(prefers-color-scheme: dark)" srcset="dark.png"><img src="light.png">
     </picture>
-
-It is read by a pattern and written anew, attribute by attribute. A comment is left out, as any
-reader of HTML would.
 """
 
 from __future__ import annotations
@@ -15,30 +12,71 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from html import unescape
+from importlib import resources
+from itertools import islice
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import jinja2
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
+from markupsafe import Markup
+from starlette.responses import HTMLResponse, Response
+
+from lewis_hub.localhub.call import Call
+from lewis_hub.localhub.repositories import FRONT_MATTER, card_text
 
 DARK = "(prefers-color-scheme: dark)"
 PICTURE = re.compile(r"<picture>\s*<source\s+([^<>]*)>\s*<img\s+([^<>]*)>\s*</picture>")
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 ATTRIBUTE = re.compile(r'([a-z]+)="([^"]*)"')
 WITH_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:|/", re.IGNORECASE)
+N_COMMITS = 20
 
-Place = Callable[[str], str]
+
+def repository(call: Call) -> Response:
+    """A repository at a revision or pull request; the page loads no scripts and no other site."""
+    repo = call.read_repo()
+    number = call.parts.get("number")
+    commit = call.commit(repo, f"refs/pr/{number}" if number else None)
+    files = f"{repo.page}/resolve/{commit.sha}"
+    card = FRONT_MATTER.sub("", card_text(call.store, commit), count=1)
+    rendered = render_markdown(card, lambda path: f"{files}/{quote(path, safe='/%')}")
+    shown = {
+        "repo": repo,
+        "commit": commit,
+        "card": Markup(rendered),  # noqa: S704 - made by render_markdown, which escapes
+        "files": [(path, f"{files}/{quote(path)}") for path in sorted(commit.files)],
+        "commits": list(islice(repo.history(commit), N_COMMITS)),
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = environment.from_string(_template("page.html")).render(**shown)
+    headers = {
+        "Content-Security-Policy": "default-src 'none'; style-src 'self'; base-uri 'none'; "
+        f"form-action 'none'; frame-ancestors 'none'; img-src 'self' data: {call.hub.storage_url}",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return HTMLResponse(html, headers=headers)
 
 
-def render(text: str, image: Place, link: Place) -> str:
+def style(_call: Call) -> Response:
+    """The style sheet of the page."""
+    return Response(_template("style.css"), media_type="text/css")
+
+
+def _template(name: str) -> str:
+    return resources.files("lewis_hub.templates").joinpath("hub", name).read_text("utf-8")
+
+
+def render_markdown(text: str, address: Callable[[str], str]) -> str:
     """HTML of a card's Markdown.
 
     Args:
         text: without the metadata.
-        image: gives the address of a picture from its path in the repository.
-        link: gives the page of a file from its path in the repository.
+        address: gives the address of a file from its path in the repository.
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     markdown.inline.ruler.before("autolink", "picture", _read_picture)
@@ -46,23 +84,23 @@ def render(text: str, image: Place, link: Place) -> str:
     markdown.add_render_rule("picture", _write_picture)
     tokens = markdown.parse(text)
     for token in [*tokens, *(child for block in tokens for child in block.children or ())]:
-        _place(token, "src", image)
-        _place(token, "srcset", image)
-        _place(token, "href", link)
-        if alignment := token.attrs.pop("style", None):  # a page without inline styles
+        for attribute in ("src", "srcset", "href"):
+            path = token.attrs.get(attribute)
+            if isinstance(path, str) and path:
+                token.attrs[attribute] = _placed(path, address)
+        if alignment := token.attrs.pop("style", None):  # the page allows no inline styles
             token.attrs["class"] = str(alignment).removeprefix("text-align:")
     rendered: str = markdown.renderer.render(tokens, markdown.options, {})
     return rendered
 
 
-def _place(token: Token, attribute: str, place: Place) -> None:
-    """Turn a path in the repository into an address; leave addresses and anchors alone."""
-    path = token.attrs.get(attribute)
-    if isinstance(path, str) and path and not WITH_SCHEME.match(path) and path[0] not in "#?":
-        parts = urlsplit(path)
-        token.attrs[attribute] = place(parts.path.removeprefix("./")) + (
-            f"#{quote(parts.fragment)}" if parts.fragment else ""
-        )
+def _placed(path: str, address: Callable[[str], str]) -> str:
+    """The address of a path in the repository; addresses and anchors stay as they are."""
+    if WITH_SCHEME.match(path) or path[0] in "#?":
+        return path
+    parts = urlsplit(path)
+    fragment = f"#{quote(parts.fragment)}" if parts.fragment else ""
+    return address(parts.path.removeprefix("./")) + fragment
 
 
 def _read_picture(state: StateInline, silent: bool) -> bool:  # noqa: FBT001 - markdown-it calls it
