@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from lewis_hub.calibration.texts import (
     template_of,
 )
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
-from lewis_hub.checkpoint.ranges import Need, Window, elsewhere
+from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint, Reader
 from lewis_hub.errors import CalibrationError, ProfileError
 from lewis_hub.evaluate import items
@@ -51,8 +51,7 @@ from lewis_hub.guides.schedule import (
 )
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.byte_ranges import stored
-from lewis_hub.merge.engine import Places, open_source
+from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.runners import Ray, threads
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Calibration, Recipe
@@ -188,25 +187,20 @@ def _on_the_way(step: Step, source: Source, folders: Folders, scratch: Path) -> 
     def parts(
         lists: Sequence[Sequence[TensorHeader]],
     ) -> Generator[dict[str, Tensor], None, None]:
-        remote = elsewhere(places)
-        needs = [
-            [need for tensor in tensors for need in stored(source.pinned, base, tensor)]
-            for tensors in lists
-        ]
-        steps = [[need for need in one if need.source in remote] for one in needs]
+        steps = [[SourceTensor(source.pinned, t, base) for t in tensors] for tensors in lists]
         with (
-            Window(places, steps, ranges, step.execution.max_shard_bytes) as window,
-            open_source(source.pinned, base, window.reader) as reader,
+            SourceFiles(places, steps, ranges, step.execution.max_shard_bytes) as files,
+            open_source(source.pinned, base, files.reader) as reader,
         ):
             for tensors in lists:
-                yield _part(tensors, reader, window)
+                yield _part(tensors, reader, files)
 
     return Weights(folder, checkpoint, parts, REMEDY, scratch)
 
 
-def _part(tensors: Sequence[TensorHeader], reader: Reader, window: Window) -> dict[str, Tensor]:
+def _part(tensors: Sequence[TensorHeader], reader: Reader, files: SourceFiles) -> dict[str, Tensor]:
     found = {tensor.name: _as_written(reader, tensor) for tensor in tensors}
-    window.step_done()
+    files.step_done()
     return found
 
 
@@ -253,7 +247,7 @@ def _measured(  # noqa: PLR0913
     base: Source,
     expert: Source,
     matrices: Sequence[str],
-    places: Places,
+    places: Locations,
     scratch: Path,
 ) -> dict[str, float]:
     """Module -> how far the expert's weight is from the base's, as a share of it."""
@@ -264,17 +258,20 @@ def _measured(  # noqa: PLR0913
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
     both = {base.pinned: first, expert.pinned: second}
-    needs = [_needs(name, both, elsewhere(places)) for name in tensors]
+    steps = [
+        [SourceTensor(k, c.tensors[name], c.base) for k, c in both.items() if name in c.tensors]
+        for name in tensors
+    ]
     workers, most_bytes = step.execution.workers, step.execution.max_shard_bytes
     with (
-        Window(places, needs, scratch / "ranges", most_bytes) as window,
-        open_source(base.pinned, first.base, window.reader) as of_base,
-        open_source(expert.pinned, second.base, window.reader) as of_expert,
+        SourceFiles(places, steps, scratch / "ranges", most_bytes) as files,
+        open_source(base.pinned, first.base, files.reader) as of_base,
+        open_source(expert.pinned, second.base, files.reader) as of_expert,
         step.progress.stage(f"Measuring {expert.name}", n_elements, "items") as advance,
     ):
 
         def done(n_elements: int) -> None:
-            window.step_done()
+            files.step_done()
             advance(n_elements)
 
         changes = relative_changes(
@@ -285,17 +282,6 @@ def _measured(  # noqa: PLR0913
             done,
         )
     return {modules[name]: change for name, change in changes.items()}
-
-
-def _needs(name: str, models: Mapping[str, Checkpoint], remote: Collection[str]) -> list[Need]:
-    """What has to be fetched of one tensor, of all models that have it."""
-    return [
-        need
-        for pinned, checkpoint in models.items()
-        if name in checkpoint.tensors
-        for need in stored(pinned, checkpoint.base, checkpoint.tensors[name])
-        if need.source in remote
-    ]
 
 
 def translated(step: Step, source: Source, one: CalibrationSet) -> CalibrationSet:

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,11 @@ from lewis_hub.calibration.measure import CalibrationSet, Subject
 from lewis_hub.calibration.meta_model import Weights, in_folder
 from lewis_hub.calibration.model import run_refusals
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.ranges import Place, Window, elsewhere
+from lewis_hub.checkpoint.ranges import Locations, SourceFiles
 from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.errors import MERGE, CalibrationError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.byte_ranges import needs_of
 from lewis_hub.merge.in_memory import singly
 from lewis_hub.merge.plan import Fitted, MergePlan, ShardPlan
 from lewis_hub.merge.reference import Moments
@@ -211,7 +210,7 @@ class _Merged:
     """
 
     def __init__(
-        self, planned: ShardPlan, places: Mapping[str, Place], scratch: Path, execution: Execution
+        self, planned: ShardPlan, places: Locations, scratch: Path, execution: Execution
     ) -> None:
         self._planned, self._places, self._scratch = planned, places, scratch
         self._most_bytes = execution.max_shard_bytes
@@ -229,17 +228,16 @@ class _Merged:
         self, lists: Sequence[Sequence[TensorHeader]]
     ) -> Generator[dict[str, Tensor], None, None]:
         """Make one list of tensors after the other, without statistics."""
-        remote = elsewhere(self._places)
         names = [tensor.output.name for tensor in self._planned.tensors]
-        needed = dict(zip(names, needs_of(self._planned, remote), strict=True))
-        steps = [[need for tensor in tensors for need in needed[tensor.name]] for tensors in lists]
+        reads = dict(zip(names, self._planned.reads, strict=True))
+        steps = [[read for tensor in tensors for read in reads[tensor.name]] for tensors in lists]
         with (
-            Window(self._places, steps, self._scratch, self._most_bytes) as window,
-            singly(self._planned, window.reader, self.mended) as self._make,
+            SourceFiles(self._places, steps, self._scratch, self._most_bytes) as files,
+            singly(self._planned, files.reader, self.mended) as self._make,
         ):
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
-                window.step_done()
+                files.step_done()
 
     def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
         """Fit a tensor of the list that was brought last."""

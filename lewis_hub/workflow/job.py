@@ -24,7 +24,7 @@ from lewis_hub.workflow.resolve import Inputs, scored_commits
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from lewis_hub.checkpoint.ranges import Place
+    from lewis_hub.checkpoint.ranges import Location
 
 
 SOFTWARE = (
@@ -109,7 +109,7 @@ class Step:
     execution: Execution
     api: HfApi
     progress: Progress
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, Location] = field(default_factory=dict)
 
     @property
     def scoring(self) -> Evaluation | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.checkpoint.ranges import Place, elsewhere, most_held
+from lewis_hub.checkpoint.ranges import Location, Locations, scratch_bytes
 from lewis_hub.errors import OutputError, PublishError, RecipeError
 from lewis_hub.files import require_room
 from lewis_hub.hub.commit import recall, send
@@ -17,7 +17,6 @@ from lewis_hub.hub.failures import Asked
 from lewis_hub.hub.fetch import CODE_FILES, bytes_to_download, fetch
 from lewis_hub.hub.publish import Published, open_repo
 from lewis_hub.hub.ranges import Arrived, RemoteFiles
-from lewis_hub.merge.byte_ranges import needs_of
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan, informed
 from lewis_hub.merge.runners import Ray
@@ -141,7 +140,7 @@ def _placed(step: Step) -> tuple[Step, Callable[[], int]]:
 
     Also what counts the bytes that came.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, Location] = {}
     counts: list[Arrived] = []
     for source in dict.fromkeys(step.inputs.models):
         if bytes_to_download(step.api, source) == 0:
@@ -238,12 +237,12 @@ def _sent_before(planned: MergePlan, folder: Path, asked: Asked, destination: De
     return sent
 
 
-def _require_room(left: MergePlan, places: Mapping[str, Place], folder: Path, step: Step) -> None:
+def _require_room(left: MergePlan, places: Locations, folder: Path, step: Step) -> None:
     sizes = [layout.n_bytes for layout in left.layouts]
     largest = max(sizes, default=0)
     means = step.execution.means(is_read_next=True)
     on_disk = sum(sizes) if isinstance(means.runner, Ray) else largest  # they do not wait
-    needs = [needs for shard in left.shards for needs in needs_of(shard, elsewhere(places))]
+    steps = [tensors for shard in left.shards for tensors in shard.reads]
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    n_bytes = on_disk + most_held(needs, largest, means.n_together) - there
+    n_bytes = on_disk + scratch_bytes(places, steps, largest, means.n_together) - there
     require_room(folder, n_bytes, "two shards and what is fetched ahead", "lower --max-shard-size")
