@@ -6,21 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import AdapterConfig, adapt, own_tensors, read_config
-from lewis_hub.checkpoint.quantised import (
-    Quantisation,
-    bits_and_bytes,
-    read_quantisation,
-    scaled,
-    signs,
-    turned,
-    unpacked,
-)
+from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
@@ -83,27 +76,15 @@ def open_model(api: HfApi, source: Source) -> Opened:
     beside = read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
     if found is None or found.is_read:
-        plain = Quantisation("none", is_read=True)
-        checkpoint = _dequantised(api, source, checkpoint, found or plain)
+        checkpoint = dequantise(checkpoint, found, partial(_read_tensor, api, source))
     how = found.method if found and not found.is_read else None
-    if how is None and (sign := signs(checkpoint)):
+    if how is None and (sign := quantised_tensor(checkpoint)):
         how = f"it holds {sign}"
     return Opened(config, checkpoint, _refusal(api, source, how, config) if how else None)
 
 
-def _dequantised(
-    api: HfApi, source: Source, checkpoint: Checkpoint, found: Quantisation
-) -> Checkpoint:
-    """The headers as if the model had never been quantised."""
-
-    def read(tensor: TensorHeader) -> bytes:
-        stop = tensor.start + tensor.n_bytes
-        return read_range(api, source, tensor.shard, tensor.start, stop)
-
-    loose = bits_and_bytes(scaled(checkpoint, found.block), read)
-    if found.layout:
-        return turned(loose, found.layout, found.n_packed_bits or 4, found.offset)
-    return unpacked(loose, found.block, found.n_packed_bits) if found.integers else loose
+def _read_tensor(api: HfApi, source: Source, tensor: TensorHeader) -> bytes:
+    return read_range(api, source, tensor.shard, tensor.start, tensor.start + tensor.n_bytes)
 
 
 def ties(config: Mapping[str, Any]) -> bool | None:
