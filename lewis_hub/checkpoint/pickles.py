@@ -98,7 +98,7 @@ def convert(
 
 
 def _load(where: str, path: Path) -> dict[str, Tensor]:
-    """Load the tensors of one pickle; a zip file is mapped, so that they stay on disk until used."""
+    """Load the tensors of one pickle; those of a zip file stay on disk until they are used."""
     import torch
 
     is_zip = zipfile.is_zipfile(path)
@@ -110,7 +110,7 @@ def _load(where: str, path: Path) -> dict[str, Tensor]:
         refused = REFUSED_GLOBAL.search(str(error))
         if not refused:
             raise PickleError(where, "it is not a pickle that torch wrote", DAMAGED) from None
-        problem = f"it calls `{refused[1]}`, but only tensors are read from a pickle"
+        problem = f"it contains `{refused[1]}`, but only tensors are read from a pickle"
         raise PickleError(where, problem, UNSAFE) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         line = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
@@ -122,7 +122,7 @@ def _tensors(where: str, loaded: object) -> Iterator[tuple[str, Tensor]]:
     import torch
 
     if not isinstance(loaded, dict) or not loaded:
-        kind = "an empty dict" if loaded == {} else f"a {type(loaded).__name__}"
+        kind = "an empty dict" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
         problem = f"it contains {kind}, expected a dict from names to tensors"
         raise PickleError(where, problem, UNSAFE)
     for name, tensor in loaded.items():

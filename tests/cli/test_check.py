@@ -75,7 +75,7 @@ BROKEN = {
     ),
     "tokenizer that cannot be united": (
         RECIPE.replace("zoo/expert-reverse", "TMP/slow") + "tokenizer_source: union\n",
-        "TMP/slow: it has no tokenizer.json, which a tokenizer that gets new tokens needs",
+        "TMP/slow: it has no tokenizer.json, which is needed to add tokens",
     ),
     "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "none of the models"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),

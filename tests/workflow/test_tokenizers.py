@@ -316,7 +316,8 @@ def test_tokenizers_that_cannot_be_united_are_refused(zoo):
 
     assert "its tokenizer (WordLevel, plain letters) cannot be united with that of" in problem
     assert (
-        "(BPE, bytes as letters): 1 of its tokens, such as 'word', would never be met." in problem
+        "(BPE, bytes as letters): 1 of its tokens, such as 'word', could never occur in a text."
+        in problem
     )
 
 
