@@ -77,7 +77,7 @@ BROKEN = {
         RECIPE.replace("zoo/expert-reverse", "TMP/slow") + "tokenizer_source: union\n",
         "TMP/slow: it has no tokenizer.json, which is needed to add tokens",
     ),
-    "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "none of the models"),
+    "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "not one of the models"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
     "method of a later version": (RECIPE.replace("ties", "ram"), "there is none in this version"),
     "parameter is unknown": (

@@ -534,5 +534,5 @@ def test_an_adapter_has_the_vocabulary_of_its_base(zoo):
 
 
 def test_a_model_that_is_not_listed_is_refused_on_reading(zoo):
-    with pytest.raises(RecipeError, match="is none of the models"):
+    with pytest.raises(RecipeError, match="is not one of the models"):
         zoo.recipe("tokenizer_source: ROOT/z\n")
