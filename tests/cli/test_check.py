@@ -79,7 +79,7 @@ BROKEN = {
     ),
     "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "not one of the models"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
-    "method of a later version": (RECIPE.replace("ties", "ram"), "there is none in this version"),
+    "method of a later version": (RECIPE.replace("ties", "ram"), "it is not known in this version"),
     "parameter is unknown": (
         RECIPE.replace("weight: 1.0", "wieght: 1.0"),
         "Did you mean `weight`?",
