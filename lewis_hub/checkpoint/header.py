@@ -205,14 +205,6 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class ShardHeader:
-    """The tensors of one file in the order of their bytes."""
-
-    tensors: tuple[TensorHeader, ...]
-    metadata: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class _File:
     """A file that is being read, as messages name it."""
 
@@ -227,7 +219,7 @@ class _File:
         )
 
 
-def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> ShardHeader:
+def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[TensorHeader, ...]:
     """Read and check the header of one safetensors file. The file may be hostile.
 
     Args:
@@ -235,6 +227,9 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> ShardHe
         path: the file within the source.
         n_bytes: size of the whole file.
         read: called once, or twice if the header is long.
+
+    Returns:
+        The tensors in the order of their bytes.
 
     Raises:
         BrokenCheckpointError: the header is too large, is not in the safetensors format, or its
@@ -257,11 +252,11 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> ShardHe
     if len(text) < length:
         text += read(path, len(begin), 8 + length)
     entries = _parse(file, text)
-    metadata = _metadata(file, entries.pop("__metadata__", {}))
+    _require_strings(file, entries.pop("__metadata__", {}))
     tensors = tuple(_tensor(file, name, entry, 8 + length) for name, entry in entries.items())
     ordered = tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.n_bytes)))
     _require_tiling(file, ordered, 8 + length, n_bytes)
-    return ShardHeader(ordered, metadata)
+    return ordered
 
 
 def _parse(file: _File, text: bytes) -> dict[str, Any]:
@@ -282,10 +277,9 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
     return header
 
 
-def _metadata(file: _File, value: object) -> Mapping[str, str]:
+def _require_strings(file: _File, value: object) -> None:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise file.broken("its `__metadata__` is not a mapping from strings to strings")
-    return value
 
 
 def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHeader:

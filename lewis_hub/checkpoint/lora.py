@@ -11,14 +11,14 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from lewis_hub.checkpoint import names
-from lewis_hub.checkpoint.header import MERGEABLE, Adapted, LowRank, ShardHeader, TensorHeader
+from lewis_hub.checkpoint.header import MERGEABLE, Adapted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import AdapterError
 
@@ -144,22 +144,24 @@ def _require_computed(where: str, config: AdapterConfig) -> None:
             raise AdapterError(where, problem, FOLD)
 
 
-def adapt(label: str, base: Checkpoint, stored: ShardHeader, config: AdapterConfig) -> Checkpoint:
+def adapt(
+    label: str, base: Checkpoint, stored: Sequence[TensorHeader], config: AdapterConfig
+) -> Checkpoint:
     """Apply an adapter to a base: all tensors of the base, the changed ones in float32.
 
     Args:
         label: the adapter, for messages; becomes the label of the result.
         base: the checkpoint that is changed.
-        stored: header of the adapter's file.
+        stored: the tensors of the adapter's file.
         config: of the adapter.
 
     Raises:
         AdapterError: a tensor of the file is unknown, matches no tensor of the base, or has
             another shape.
     """
-    if not stored.tensors:
+    if not stored:
         raise AdapterError(label, "its file contains no tensors", "Use an intact copy.")
-    file = stored.tensors[0].shard
+    file = stored[0].shard
     changes = _changes(_AdapterFile(f"{label}: {file}", base, config), stored)
     tensors = {
         name: TensorHeader(name, "F32", t.shape, file, 0, 4 * t.n_elements, changes[name])
@@ -167,7 +169,7 @@ def adapt(label: str, base: Checkpoint, stored: ShardHeader, config: AdapterConf
         else t
         for name, t in base.tensors.items()
     }
-    return Checkpoint(label, tensors, base.metadata, base.label)
+    return Checkpoint(label, tensors, base.label)
 
 
 def own_tensors(adapter: Checkpoint) -> tuple[TensorHeader, ...]:
@@ -204,7 +206,7 @@ class _AdapterFile:
         return tensor
 
 
-def _changes(file: _AdapterFile, stored: ShardHeader) -> dict[str, Adapted]:
+def _changes(file: _AdapterFile, stored: Sequence[TensorHeader]) -> dict[str, Adapted]:
     """The changed tensors of the base by name."""
     modules, saved = _by_module(file, stored)
     _require_saved(file, saved)
@@ -230,12 +232,12 @@ def _changes(file: _AdapterFile, stored: ShardHeader) -> dict[str, Adapted]:
 
 
 def _by_module(
-    file: _AdapterFile, stored: ShardHeader
+    file: _AdapterFile, stored: Sequence[TensorHeader]
 ) -> tuple[dict[str, dict[str, TensorHeader]], dict[str, TensorHeader]]:
     """The parts of each module's update, and the tensors that replace those of their name."""
     modules: defaultdict[str, dict[str, TensorHeader]] = defaultdict(dict)
     saved: dict[str, TensorHeader] = {}
-    for tensor in stored.tensors:
+    for tensor in stored:
         if tensor.dtype not in MERGEABLE:
             problem = f"`{tensor.name}` is {tensor.dtype}, which this version does not read"
             raise file.error(problem, "Save the adapter in bfloat16, float16 or float32.")

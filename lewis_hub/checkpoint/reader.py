@@ -6,19 +6,13 @@ import json
 import mmap
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from lewis_hub.checkpoint.header import (
-    ReadRange,
-    ShardHeader,
-    TensorHeader,
-    read_header,
-    torch_dtypes,
-)
+from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
@@ -38,13 +32,11 @@ class Checkpoint:
 
     Attributes:
         label: the source, for messages.
-        metadata: the `__metadata__` of all shards.
         base: of an adapter: the label of the checkpoint that stores the base's tensors.
     """
 
     label: str
     tensors: Mapping[str, TensorHeader]
-    metadata: Mapping[str, str]
     base: str | None = None
 
     @property
@@ -75,15 +67,14 @@ def read_headers(
     with ThreadPoolExecutor(min(N_REQUESTS, len(shards))) as pool:
         headers = pool.map(lambda shard: read_header(label, shard, sizes[shard], read), shards)
         by_shard = dict(zip(shards, headers, strict=True))
-    stored = {(tensor.name, shard) for shard in shards for tensor in by_shard[shard].tensors}
+    stored = {(tensor.name, shard) for shard in shards for tensor in by_shard[shard]}
     for name, shard in located.items():
         if (name, shard) not in stored:
             raise _bad_index(label, f"it maps `{name}` to `{shard}`, which does not contain it")
-    metadata = {k: value for header in by_shard.values() for k, value in header.metadata.items()}
-    return Checkpoint(label, _by_name(label, by_shard, located), metadata)
+    return Checkpoint(label, _by_name(label, by_shard, located))
 
 
-def local_header(label: str, file: Path) -> ShardHeader:
+def local_header(label: str, file: Path) -> tuple[TensorHeader, ...]:
     """Read the header of one local file.
 
     Raises:
@@ -115,11 +106,11 @@ def local_checkpoint(label: str, folder: Path) -> Checkpoint:
 
 
 def _by_name(
-    label: str, by_shard: Mapping[str, ShardHeader], located: Mapping[str, str]
+    label: str, by_shard: Mapping[str, Sequence[TensorHeader]], located: Mapping[str, str]
 ) -> dict[str, TensorHeader]:
     tensors: dict[str, TensorHeader] = {}
-    for shard, header in by_shard.items():
-        for tensor in header.tensors:
+    for shard, stored in by_shard.items():
+        for tensor in stored:
             if located.get(tensor.name, shard) != shard:
                 continue  # a copy that the index does not use
             if tensor.name in tensors:

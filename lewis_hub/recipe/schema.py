@@ -135,17 +135,8 @@ class Calibration(Part):
         return self.dataset or f"task {self.task}"
 
 
-def as_scored(document: Any) -> Any:
-    """The document of a recipe, with `chat_template: true` in the calibrations on tasks.
-
-    Only if `evaluate` uses the chat template, and not in a calibration that sets it.
-    """
-    scoring = document.get("evaluate") if isinstance(document, Mapping) else None
-    in_chat = isinstance(scoring, Mapping) and scoring.get("chat_template") is True
-    return _in_chat(document) if in_chat else document
-
-
 def _in_chat(node: Any) -> Any:
+    """Set `chat_template: true` in calibrations on tasks that do not set it."""
     if isinstance(node, list):
         return [_in_chat(item) for item in node]
     if not isinstance(node, Mapping):
@@ -506,7 +497,9 @@ class Recipe(Part):
     @classmethod
     def _calibrated_as_scored(cls, document: Any) -> Any:
         """Calibration on a task uses the chat template if `evaluate` does."""
-        return as_scored(document)
+        scoring = document.get("evaluate") if isinstance(document, Mapping) else None
+        in_chat = isinstance(scoring, Mapping) and scoring.get("chat_template") is True
+        return _in_chat(document) if in_chat else document
 
     def placed_in(self, folder: Path) -> Recipe:
         """The same recipe; relative paths are searched in `folder` first."""

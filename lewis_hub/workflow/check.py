@@ -615,7 +615,7 @@ def _open(inputs: Inputs, api: HfApi) -> _Read:
     put_on = inputs.adapters if base.checkpoint.tensors else ()
     adapters = {s.pinned: open_adapter(api, s, base.checkpoint) for s in put_on}
     checkpoints = {pinned: one.checkpoint for pinned, one in models.items()}
-    checkpoints |= {s.pinned: Checkpoint(s.pinned, {}, {}) for s in inputs.adapters}
+    checkpoints |= {s.pinned: Checkpoint(s.pinned, {}) for s in inputs.adapters}
     checkpoints |= {pinned: adapter.checkpoint for pinned, adapter in adapters.items()}
     configs = {pinned: one.config for pinned, one in models.items()}
     configs |= {source.pinned: base.config for source in inputs.adapters}

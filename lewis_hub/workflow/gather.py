@@ -78,7 +78,7 @@ def fit(
         files = _run(step, sets, whole, planned, folders, place)
         write_whole(place / INDEX, json.dumps({file.name: sha256_of(file) for file in files}))
     digests: dict[str, str] = json.loads((place / INDEX).read_text(encoding="utf-8"))
-    tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file).tensors}
+    tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file)}
     digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     notes = _notes(planned, tensors)
     for note in notes:
@@ -222,7 +222,7 @@ class _Merged:
         """Its headers; its tensors lie nowhere."""
         outputs = [tensor.output for tensor in self._planned.tensors]
         headers = (TensorHeader(o.name, o.dtype, o.shape, "", 0, o.n_bytes) for o in outputs)
-        return Checkpoint(MERGE, {header.name: header for header in headers}, {})
+        return Checkpoint(MERGE, {header.name: header for header in headers})
 
     def parts(
         self, lists: Sequence[Sequence[TensorHeader]]

@@ -140,7 +140,7 @@ def _statistics(step: Step, source: str, place: Path, files: GramFiles) -> Stati
     headers: dict[str, TensorHeader] = {
         f"{file}/{tensor.name}": tensor
         for file in files.files
-        for tensor in local_header(label, place / file).tensors
+        for tensor in local_header(label, place / file)
     }
     grams: dict[str, Gram] = {}
     for module, gram in files.modules.items():

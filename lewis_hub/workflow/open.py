@@ -71,7 +71,7 @@ def open_model(api: HfApi, source: Source) -> Opened:
         CheckpointError: a header is broken, or a scale does not fit its tensor.
     """
     config = _config(api, source)
-    pickled = Checkpoint(source.pinned, {}, {})
+    pickled = Checkpoint(source.pinned, {})
     checkpoint = pickled if source.is_pickled else _headers(api, source)
     beside = read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)

@@ -168,7 +168,7 @@ def outline(
         TensorHeader(tensor.name, tensor.dtype, tensor.shape, shard, 0, tensor.n_bytes)
         for shard, tensor in made
     ]
-    return Checkpoint("the stack", {header.name: header for header in headers}, {})
+    return Checkpoint("the stack", {header.name: header for header in headers})
 
 
 def configuration(

@@ -16,7 +16,7 @@ def checkpoint(*tensors):
         header = TensorHeader(name, dtype, shape, "model.safetensors", 0, 0)
         n_bytes = header.n_elements * WIDTHS[dtype]
         headers[name] = TensorHeader(name, dtype, shape, "model.safetensors", 0, n_bytes)
-    return Checkpoint("me/model", headers, {})
+    return Checkpoint("me/model", headers)
 
 
 @pytest.mark.parametrize(

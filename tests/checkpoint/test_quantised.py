@@ -163,7 +163,7 @@ def checkpoint(**tensors):
         name: TensorHeader(name, dtype, shape, "model.safetensors", 0, 0)
         for name, (dtype, shape) in tensors.items()
     }
-    return Checkpoint("me/model", headers, {})
+    return Checkpoint("me/model", headers)
 
 
 @pytest.mark.parametrize(
