@@ -51,9 +51,7 @@ class Part(BaseModel):
 class Conditional(Part):
     """A value for the tensors whose names contain `filter`. The first match counts."""
 
-    filter: str | None = Field(
-        None, description="Part of a tensor's name. `*` or no filter matches every tensor."
-    )
+    filter: str | None = Field(None, description="Part of a tensor's name; `*` or absent: any.")
     value: Scalar | Gradient
 
 
@@ -86,10 +84,7 @@ class Calibration(Part):
         None,
         description="A repo, repo@revision, or a local .jsonl or .parquet file. Or set `task`.",
     )
-    task: str | None = Field(
-        None,
-        description="An lm-eval task; its items are formatted with its own prompt and target.",
-    )
+    task: str | None = Field(None, description="lm-eval task: its prompts and targets.")
     include: str | None = Field(None, description="Folder with your own lm-eval task files.")
     revision: str | None = Field(
         None, description="Revision of the task's dataset. Default: the newest commit."
@@ -111,9 +106,7 @@ class Calibration(Part):
         ge=1,
         description="Truncate longer texts: those of a task at the beginning, others at the end.",
     )
-    allow_overlap: bool = Field(
-        default=False, description="Allow samples that `evaluate` scores too."
-    )
+    allow_overlap: bool = Field(default=False, description="Allow samples that are also scored.")
 
     @model_validator(mode="after")
     def _one_template(self) -> Calibration:
@@ -186,9 +179,7 @@ class TokenEmbedding(Part):
     """The embedding of one token, where the default rule does not fit."""
 
     source: Origin | None = Field(
-        None,
-        description="Where the embedding comes from: one of the models, {kind: model_token, ...} "
-        "or {kind: zero}.",
+        None, description="One of the models, {kind: model_token, ...} or {kind: zero}."
     )
     force: bool = Field(
         default=False, description="Use `source` also in models that have the token themselves."
@@ -211,7 +202,7 @@ class Tokenizer(Part):
         description="Settings of single tokens, by their text. A new token is added.",
     )
     pad_to_multiple_of: int | None = Field(
-        None, ge=1, description="Pad the embeddings to a multiple of this number of rows."
+        None, ge=1, description="Pad the number of embedding rows to a multiple of this."
     )
 
 
@@ -226,13 +217,9 @@ class Gate(Part):
         description="What the merge is compared with. `uniform`: the same merge with one density "
         "for all tensors, or without statistics. `previous`: the merge that is in `publish.repo`.",
     )
-    tolerance: float = Field(
-        0.0, ge=0, description="The merge may be worse by this much and still pass."
-    )
+    tolerance: float = Field(0.0, ge=0, description="How much worse the merge may be.")
     on_refusal: Literal["stop", "pull-request"] = Field(
-        "stop",
-        description="What --push does if the condition fails: push nothing, or open a pull request "
-        "that says so.",
+        "stop", description="On failure --push pushes nothing, or opens a marked pull request."
     )
 
 
@@ -249,9 +236,7 @@ class Benchmark(Part):
     dataset: str = Field(description="owner/name of a dataset that the Hub lists as a benchmark.")
     task_id: str = Field(min_length=1, description="The task's id in the dataset's `eval.yaml`.")
     metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
-    scale: float = Field(
-        100.0, gt=0, description="Factor of the metric. 100 for leaderboards in percent."
-    )
+    scale: float = Field(100.0, gt=0, description="Factor of the metric; 100 gives percent.")
 
 
 DType = Annotated[
@@ -327,10 +312,8 @@ class ModelEntry(Part):
     """An expert, or any source of a method without a base."""
 
     model: ModelReference
-    parameters: Parameters = Field(
-        default_factory=dict, description="Parameters of this model: weight, density, ..."
-    )
-    calibration: Calibration | None = Field(None, description="Calibration texts for this expert.")
+    parameters: Parameters = Field(default_factory=dict, description="weight, density, ...")
+    calibration: Calibration | None = Field(None, description="Texts for this expert.")
 
 
 class SliceSource(Part):
@@ -340,9 +323,7 @@ class SliceSource(Part):
     layer_range: tuple[int, int] = Field(
         description="First block and last block + 1: [0, 16] are blocks 0 to 15."
     )
-    parameters: Parameters = Field(
-        default_factory=dict, description="Parameters of this source: weight, density, scale, ..."
-    )
+    parameters: Parameters = Field(default_factory=dict, description="weight, density, scale, ...")
 
     @field_validator("layer_range", mode="before")
     @classmethod
@@ -402,9 +383,7 @@ class Evaluation(Part):
 
     tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval tasks.")
     include: str | None = Field(None, description="Folder with your own lm-eval task files.")
-    limit: int | None = Field(
-        None, ge=1, description="Score only the first items of each task: at most this many."
-    )
+    limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")
     chat_template: bool = Field(
         default=False, description="Format prompts with each model's own chat template."
     )
