@@ -59,12 +59,16 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
         yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
-    asked = recipe.asked_tokenizer
-    place: FieldPath = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
-    if asked and asked.source not in ("base", "union") and not recipe.reference(asked.source):
-        problem = f"`{asked.source}` is not one of the models."
-        yield place, problem, f"Write `base`, `union` or one of {models}."
-    for token, embedding in (asked.tokens if asked else {}).items():
+    tokenizer = recipe.asked_tokenizer
+    path: FieldPath = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
+    if (
+        tokenizer
+        and tokenizer.source not in ("base", "union")
+        and not recipe.reference(tokenizer.source)
+    ):
+        problem = f"`{tokenizer.source}` is not one of the models."
+        yield path, problem, f"Write `base`, `union` or one of {models}."
+    for token, embedding in (tokenizer.tokens if tokenizer else {}).items():
         model = embedding.model
         if embedding.source is None and embedding.force:
             remedy = "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
@@ -116,8 +120,8 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         for twice in sorted({name for name in names if names.count(name) > 1}):
             remedy = "List each model once in a slice; another slice may list it again."
             yield (*where, "sources"), f"`{twice}` is listed twice.", remedy
-        for place, source in enumerate(one.sources):
-            inner = (*where, "sources", place, "model")
+        for number, source in enumerate(one.sources):
+            inner = (*where, "sources", number, "model")
             yield from _adapter_contradictions(recipe, inner, source.model)
 
 
@@ -161,23 +165,27 @@ def _guided_slice(recipe: Recipe, where: FieldPath, one: Slice) -> Iterator[Comp
             yield (*where, "sources", number, "layer_range"), problem, remedy
 
 
-def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complaint]:
-    gates = asked.gate or ()
+def _gate_contradictions(recipe: Recipe, evaluation: Evaluation) -> Iterator[Complaint]:
+    gates = evaluation.gate or ()
     for index, gate in enumerate(gates):
         where: FieldPath = ("evaluate", "gate", *([index] if len(gates) > 1 else []))
-        if gate.task not in asked.tasks:
+        if gate.task not in evaluation.tasks:
             problem = f"`{gate.task}` is not in `evaluate.tasks`."
-            yield (*where, "task"), problem, f"Write one of {', '.join(asked.tasks)}, or add it."
-        place = (*where, "not_worse_than")
+            yield (
+                (*where, "task"),
+                problem,
+                f"Write one of {', '.join(evaluation.tasks)}, or add it.",
+            )
+        path = (*where, "not_worse_than")
         for rival in gate.not_worse_than:
-            if rival != "previous" and rival not in asked.compare:
+            if rival != "previous" and rival not in evaluation.compare:
                 problem = f"`{rival}` is not scored: it is not in `evaluate.compare`."
-                yield place, problem, f"Add `{rival}` to `evaluate.compare`."
+                yield path, problem, f"Add `{rival}` to `evaluate.compare`."
             elif rival == "uniform" and not (recipe.guide or asks_for_statistics(recipe)):
                 problem = "without a guide the merge and its uniform twin are the same."
-                yield place, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
+                yield path, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
             elif rival == "base" and recipe.base_model is None:
-                yield place, "the recipe has no `base_model`.", "Write `experts` or `previous`."
+                yield path, "the recipe has no `base_model`.", "Write `experts` or `previous`."
 
 
 def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -193,28 +201,28 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if isinstance(recipe.parameters.get("inputs"), tuple):
         problem = "`inputs` takes one value for all matrices."
         yield ("parameters", "inputs"), problem, "Write `own` or `merged`."
-    what = (
+    option = (
         f"`{recipe.merge_method}`" if recipe.merge_method in STATISTICAL else "`trim: activation`"
     )
     if recipe.slices:
         remedy = "List whole models under `models`, or take another method."
-        yield ("slices",), f"{what} works with `models` only.", remedy
+        yield ("slices",), f"{option} works with `models` only.", remedy
         return
     for entry in recipe.experts:
         if recipe.calibration_of(entry) is None:
-            problem = f"{what} needs calibration data, but `{entry.model}` has none."
+            problem = f"{option} needs calibration data, but `{entry.model}` has none."
             remedy = "Add `calibration` to this model, or to the recipe for all models without: "
             remedy += "some of the expert's own training texts, in the benchmark's prompt format."
             yield ("models",), problem, remedy
 
 
-def _benchmark_contradictions(asked: Evaluation) -> Iterator[Complaint]:
-    for task, benchmark in (asked.benchmarks or {}).items():
+def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:
+    for task, benchmark in (evaluation.benchmarks or {}).items():
         where: FieldPath = ("evaluate", "benchmarks", task)
-        if task not in asked.tasks:
+        if task not in evaluation.tasks:
             problem = f"`{task}` is not in `evaluate.tasks`."
-            yield where, problem, f"Write one of {', '.join(asked.tasks)}, or add it."
-        if asked.limit is not None:
+            yield where, problem, f"Write one of {', '.join(evaluation.tasks)}, or add it."
+        if evaluation.limit is not None:
             problem = "`limit` scores a part of the items, which is not a benchmark result."
             yield where, problem, "Remove `limit`, or `benchmarks`."
         if not REPO.fullmatch(benchmark.dataset):
