@@ -60,16 +60,11 @@ def read_recipe(path: Path | str, rules: Rules = contradictions) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(
-            str(path),
-            "",
-            "the file does not exist.",
-            "Name a recipe, or write one with `lewis-hub init`.",
-        ) from None
+        remedy = "Name a recipe, or write one with `lewis-hub init`."
+        raise RecipeError(str(path), "", "the file does not exist.", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            str(path), "", f"it cannot be read: {error}", "A recipe is a YAML file in UTF-8."
-        ) from None
+        remedy = "A recipe is a YAML file in UTF-8."
+        raise RecipeError(str(path), "", f"it cannot be read: {error}", remedy) from None
     return parse_recipe(text, str(path), rules).placed_in(path.parent)
 
 
@@ -84,22 +79,13 @@ def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 0-0
         raise _not_yaml(error, file) from None
     if not isinstance(document, dict):
-        raise RecipeError(
-            file,
-            "",
-            f"expected a mapping with `models` and `merge_method`, found {_kind(document)}.",
-            "`lewis-hub init` writes a recipe to start from.",
-        )
+        problem = f"expected a mapping with `models` and `merge_method`, found {_kind(document)}."
+        raise RecipeError(file, "", problem, "`lewis-hub init` writes a recipe to start from.")
     complaints = _complaints(document, rules)
     if complaints:
-        (where, problem, remedy), *others = complaints
-        raise RecipeError(
-            f"{file}:{_line(node, where)}",
-            dotted(where),
-            problem,
-            remedy,
-            tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in others),
-        )
+        (where, problem, remedy), *rest = complaints
+        others = tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in rest)
+        raise RecipeError(f"{file}:{_line(node, where)}", dotted(where), problem, remedy, others)
     return Recipe.model_validate(document)
 
 
