@@ -212,6 +212,6 @@ def _divided(
     listed = [source for source in one.sources if source.model == base]
     if not listed:
         problem = f"the base `{base}` is not among the slice's sources"
-        remedy = "Which of its blocks are meant has to be said: add it with its `layer_range`."
+        remedy = "Add it to `sources` with its `layer_range`."
         raise MergeError(f"slices[{index}]", problem, remedy)
     return listed[0], tuple(source for source in one.sources if source.model != base)
