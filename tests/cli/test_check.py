@@ -61,7 +61,7 @@ BROKEN = {
     "adapter as base": (RECIPE.replace("zoo/base", "TMP/adapter"), "no whole model to put it on"),
     "adapter on another base": (
         RECIPE.replace("zoo/expert-reverse", "zoo/other+TMP/ia3"),
-        "an adapter is put on `zoo/other`, and the base is `zoo/base`",
+        "the adapter's base is `zoo/other`, but `base_model` is `zoo/base`",
     ),
     "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (hqq)"),
     "no configuration": (RECIPE.replace("zoo/expert-reverse", "TMP/bare"), "no config.json"),
