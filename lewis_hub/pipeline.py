@@ -330,8 +330,8 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
     with costs.measure("merge", counts):
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
-        places = {**files.places, **gathered.folders}
-        shards = sink.write(planned, places, job.means)
+        locations = {**files.locations, **gathered.folders}
+        shards = sink.write(planned, locations, job.means)
         merged = finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
     scored = None
     if job.evaluation and tasks:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.pickles import convert
-from lewis_hub.checkpoint.ranges import Place
+from lewis_hub.checkpoint.ranges import Location, Locations
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
 from lewis_hub.hub.cache import cache_root
@@ -34,18 +34,18 @@ Folders = Mapping[str, Path]  # pinned source -> a folder with at least its smal
 
 
 @dataclass(frozen=True)
-class SourceFiles:
+class FetchedSources:
     """Where the files of sources are.
 
     Attributes:
         folders: pinned source -> folder with at least its configuration and tokenizer.
-        places: pinned source -> where its weights are read.
+        locations: pinned source -> where its weights are read.
         keeps_models: whether whole models may lie on this disk; else weights are read by ranges.
         count_bytes: counts the bytes that came by ranges so far.
     """
 
     folders: Folders
-    places: Mapping[str, Place]
+    locations: Locations
     keeps_models: bool
     count_bytes: Callable[[], int] | None = None
 
@@ -68,28 +68,28 @@ def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[
         return {source.pinned: fetch(api, source, advance) for source in sources}
 
 
-def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> SourceFiles:
+def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> FetchedSources:
     """Fetch sources, weights included."""
     folders = download(api, sources, progress)
-    return SourceFiles(folders, folders, keeps_models=True)
+    return FetchedSources(folders, folders, keeps_models=True)
 
 
-def open_ranges(api: HfApi, sources: Sequence[Source]) -> SourceFiles:
+def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
     """Fetch small files; weights that are not here already are read by byte ranges."""
     folders: dict[str, Path] = {}
-    places: dict[str, Place] = {}
+    locations: dict[str, Location] = {}
     counts: list[ByteCounter] = []
     for source in dict.fromkeys(sources):
         folders[source.pinned] = small_files(api, source)
         if bytes_to_download(api, source) == 0:
-            places[source.pinned] = fetch(api, source, lambda _: None)
+            locations[source.pinned] = fetch(api, source, lambda _: None)
         else:
             files = RemoteFiles(source, api.endpoint)
-            places[source.pinned] = files.fetch
+            locations[source.pinned] = files.fetch
             counts.append(files.received)
-    return SourceFiles(
+    return FetchedSources(
         folders,
-        places,
+        locations,
         keeps_models=False,
         count_bytes=lambda: sum(one.n_bytes for one in counts),
     )

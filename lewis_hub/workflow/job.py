@@ -50,7 +50,7 @@ from lewis_hub.workflow.examine import (
     workload_of,
 )
 from lewis_hub.workflow.execution import Execution, software
-from lewis_hub.workflow.fetch import SourceFiles
+from lewis_hub.workflow.fetch import FetchedSources
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
 from lewis_hub.workflow.open import (
@@ -147,7 +147,7 @@ class MergeJob:
             return None
         return ScoredTasks(self.held_out, self.evaluation is not None, api, progress)
 
-    def loader(self, files: SourceFiles, scratch: Path, progress: Progress) -> ModelLoader:
+    def loader(self, files: FetchedSources, scratch: Path, progress: Progress) -> ModelLoader:
         """Return what loads the sources, to measure and score them.
 
         Args:

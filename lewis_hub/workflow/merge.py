@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.engine import Places, ShardResult, run
+from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.in_memory import held_tensors
 from lewis_hub.merge.plan import Known, MergePlan, informed
 from lewis_hub.merge.planning import MergeSettings, Schedule, make_plan
@@ -159,7 +160,7 @@ class SidecarSettings:
 
 def write_weights(
     planned: MergePlan,
-    places: Places,
+    locations: Locations,
     output: Path,
     means: Means,
     progress: Progress,
@@ -169,7 +170,7 @@ def write_weights(
 
     Args:
         planned: what goes into which file.
-        places: of all sources, and of the statistics.
+        locations: of all sources, and of the statistics.
         output: made if it is not there.
         means: what the weights are made with.
         progress: shows a stage.
@@ -181,7 +182,7 @@ def write_weights(
     """
     output.mkdir(parents=True, exist_ok=True)
     with progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, places, output, means, advance)
+        found = run(planned, locations, output, means, advance)
     report_nan((result.mended for result in found.values()), progress)
     return found
 
@@ -199,13 +200,13 @@ def finish_model(
 
 
 def merge_in_memory(
-    planned: MergePlan, places: Places, scratch: Path, means: Means
+    planned: MergePlan, locations: Locations, scratch: Path, means: Means
 ) -> dict[str, Tensor]:
     """Make the tensors of a plan in this process, without a file.
 
     Args:
         planned: what is made.
-        places: of all sources, and of the statistics.
+        locations: of all sources, and of the statistics.
         scratch: folder.
         means: what the weights are made with; a Ray cluster gives way to threads.
 
@@ -214,7 +215,7 @@ def merge_in_memory(
     """
     if isinstance(means.runner, Ray):
         means = replace(means, runner=threads())
-    return held_tensors(planned, places, scratch, means)
+    return held_tensors(planned, locations, scratch, means)
 
 
 def report_nan(found: Iterable[Mapping[str, int]], progress: Progress) -> None:

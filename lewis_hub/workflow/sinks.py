@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.meta_model import FEWER, STATES
-from lewis_hub.checkpoint.ranges import elsewhere, most_held
+from lewis_hub.checkpoint.ranges import Locations, scratch_bytes
 from lewis_hub.errors import OutputError, PublishError
 from lewis_hub.files import require_room
 from lewis_hub.hub.commit import find_uploaded, preupload
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.publish import Published, open_repo
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.byte_ranges import needs_of
-from lewis_hub.merge.engine import Places, ShardResult, make_shards, noted, write_index
+from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Means, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.progress import Progress
 from lewis_hub.workflow.existing import published_importance
-from lewis_hub.workflow.fetch import SourceFiles, fetch_whole, open_ranges, require_disk
+from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.merge import report_nan, write_weights
 from lewis_hub.workflow.publish import Destination, push
 
@@ -83,7 +82,7 @@ class FolderSink:
         """Download, merge and twins lie on disks of this machine at once."""
         require_disk(self.folder, needs.download_bytes, needs.made_bytes + needs.states_bytes)
 
-    def open_sources(self, sources: Sequence[Source]) -> SourceFiles:
+    def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
         """Download them, weights included."""
         return fetch_whole(self.api, sources, self.progress)
 
@@ -94,9 +93,11 @@ class FolderSink:
         published = published_importance(previous, self.api, self.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
 
-    def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
+    def write(
+        self, planned: MergePlan, locations: Locations, means: Means
+    ) -> dict[str, ShardResult]:
         """Write them into the folder."""
-        return write_weights(planned, places, self.folder, means, self.progress)
+        return write_weights(planned, locations, self.folder, means, self.progress)
 
     def finish(self, files: Sequence[str]) -> Path:
         """Give the folder its name; returns it.
@@ -150,7 +151,7 @@ class HubSink:
             what = "the statistics of all experts and two shards"
             require_room(self.scratch, n_bytes, what, remedy)
 
-    def open_sources(self, sources: Sequence[Source]) -> SourceFiles:
+    def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
         """Fetch small files; weights are read by ranges."""
         return open_ranges(self.api, sources)
 
@@ -159,7 +160,9 @@ class HubSink:
         published = published_importance(self.destination.previous, self.api, self.scratch)
         return [self.scratch / "importance.json", *published, beside / "importance.json"]
 
-    def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
+    def write(
+        self, planned: MergePlan, locations: Locations, means: Means
+    ) -> dict[str, ShardResult]:
         """Make every shard that the Hub does not have yet, and upload each before the next.
 
         What the next one needs is fetched meanwhile, as much of it as a second shard would take.
@@ -179,10 +182,10 @@ class HubSink:
         _clear(planned, shards)
         results = self._sent_before(planned, shards, asked)
         left = MergePlan(tuple(s for s in planned.shards if s.layout.name not in results))
-        _require_room_for_shards(left, places, shards, means)
+        _require_room_for_shards(left, locations, shards, means)
         with self.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance:
             advance(sum(result.n_bytes for result in results.values()))
-            for result in make_shards(left, places, shards, means, advance):
+            for result in make_shards(left, locations, shards, means, advance):
                 file = shards / result.name
                 self.sent[result.name] = preupload(asked, landing, file, result.sha256)
                 results[result.name] = result
@@ -243,11 +246,13 @@ def _clear(planned: MergePlan, folder: Path) -> None:
             path.unlink()
 
 
-def _require_room_for_shards(left: MergePlan, places: Places, folder: Path, means: Means) -> None:
+def _require_room_for_shards(
+    left: MergePlan, locations: Locations, folder: Path, means: Means
+) -> None:
     sizes = [layout.n_bytes for layout in left.layouts]
     largest = max(sizes, default=0)
     on_disk = sum(sizes) if isinstance(means.runner, Ray) else largest  # they do not wait
-    needs = [needs for shard in left.shards for needs in needs_of(shard, elsewhere(places))]
+    steps = [tensors for shard in left.shards for tensors in shard.reads]
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    n_bytes = on_disk + most_held(needs, largest, means.n_together) - there
+    n_bytes = on_disk + scratch_bytes(locations, steps, largest, means.n_together) - there
     require_room(folder, n_bytes, "two shards and what is fetched ahead", "lower --max-shard-size")

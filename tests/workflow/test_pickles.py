@@ -193,8 +193,8 @@ def test_a_malicious_pickle_is_refused_and_not_executed(api, tmp_path, command):
         runs[command]()
 
     assert str(caught.value).startswith(
-        f"zoo/pickles@{sha}: pytorch_model.bin: it asks for `posix.system`, and nothing but "
-        "tensors is read from a pickle.\n"
+        f"zoo/pickles@{sha}: pytorch_model.bin: it contains `posix.system`, but only "
+        "tensors are read from a pickle.\n"
     )
     assert not proof.exists()
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 import pytest
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.quantised import Quantisation, read_quantisation, signs
+from lewis_hub.checkpoint.quantised import Quantisation, quantised_tensor, read_quantisation
 from lewis_hub.checkpoint.reader import Checkpoint
 
 DEEPSEEK = {
@@ -163,7 +163,7 @@ def checkpoint(**tensors):
         name: TensorHeader(name, dtype, shape, "model.safetensors", 0, 0)
         for name, (dtype, shape) in tensors.items()
     }
-    return Checkpoint("me/model", headers, {})
+    return Checkpoint("me/model", headers)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,14 @@ def checkpoint(**tensors):
     ],
 )
 def test_tensors_show_a_quantisation_that_the_configuration_is_silent_about(name, dtype, said):
-    assert signs(checkpoint(**{"norm.weight": ("BF16", (4,)), name: (dtype, (4, 4))})) == said
+    assert (
+        quantised_tensor(checkpoint(**{"norm.weight": ("BF16", (4,)), name: (dtype, (4, 4))}))
+        == said
+    )
 
 
 def test_counts_and_masks_show_none():
     plain = {"a.weight": ("BF16", (4, 4)), "a.position_ids": ("I64", (1, 4))}
     plain |= {"a.attn.bias": ("U8", (1, 1, 4, 4)), "norm.num_batches_tracked": ("I64", ())}
 
-    assert signs(checkpoint(**plain)) is None
+    assert quantised_tensor(checkpoint(**plain)) is None
