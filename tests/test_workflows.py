@@ -215,17 +215,17 @@ def init(*words):
     return CliRunner().invoke(cli, ["init", "--github", *words])
 
 
-def test_init_puts_the_workflow_at_the_top_of_the_repository(repository):
+def test_init_puts_the_workflow_in_the_root_of_the_repository(repository):
     done = init("--base", "org/base", "--expert", "org/one")
 
     assert done.exit_code == 0, done.output
     workflow = repository / ".github" / "workflows" / "remerge.yml"
     assert workflow.read_text() == render_workflow("merges/recipe.yaml")
     assert str(read_recipe(repository / "merges" / "recipe.yaml").base_model) == "org/base"
-    assert f"Wrote {workflow}. It publishes with the secret HF_TOKEN" in done.output
+    assert f"Wrote {workflow}. The workflow publishes with the secret HF_TOKEN" in done.output
 
 
-def test_init_leaves_a_recipe_that_is_there_as_it_is(repository):
+def test_init_keeps_an_existing_recipe(repository):
     Path("recipe.yaml").write_text(RECIPE)
 
     assert init().exit_code == 0
@@ -238,24 +238,24 @@ def test_init_leaves_a_recipe_that_is_there_as_it_is(repository):
 
 
 @pytest.mark.parametrize("name", ["re'cipe.yaml", "a b.yaml", "${{ x }}.yaml", "$(id).yaml"])
-def test_init_refuses_a_recipe_whose_path_a_shell_could_take_for_more(repository, name):
+def test_init_refuses_a_recipe_path_with_characters_that_a_shell_interprets(repository, name):
     Path(name).write_text(RECIPE)
 
     done = init("-o", name)
 
     assert done.exit_code == 2
-    assert "so that no shell takes it for more" in " ".join(done.output.split())
+    assert "which a shell passes on unchanged" in " ".join(done.output.split())
     assert not (repository / ".github").exists()
 
 
-def test_init_refuses_a_recipe_of_another_place(repository, tmp_path_factory):
+def test_init_refuses_a_recipe_outside_of_the_repository(repository, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "recipe.yaml"
     elsewhere.write_text(RECIPE)
 
     done = init("-o", str(elsewhere))
 
     assert done.exit_code == 2
-    assert "lies outside of" in done.output
+    assert f"recipe.yaml is not in {repository}, where the workflow would run." in done.output
 
 
 def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():

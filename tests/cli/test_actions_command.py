@@ -237,4 +237,4 @@ def test_a_folder_that_does_not_say_where_it_goes_needs_a_repo(place):
     done = run("push", "model")
 
     assert done.exit_code == 2
-    assert "model does not say where it goes: name the repo, owner/name." in done.stderr
+    assert "the recipe of model does not name a repo: add it as OWNER/NAME." in done.stderr

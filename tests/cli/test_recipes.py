@@ -117,14 +117,14 @@ def test_init_writes_the_schema_that_the_recipe_names(tmp_path):
     assert (tmp_path / "recipe.schema.json").read_text() == schema()
 
 
-def test_init_replaces_nothing_unless_told(tmp_path):
+def test_init_replaces_files_only_with_force(tmp_path):
     output = tmp_path / "recipe.yaml"
     output.write_text("mine")
 
     done = CliRunner().invoke(cli, ["init", "--base", "b", "--expert", "e", "-o", str(output)])
 
     assert done.exit_code == 2
-    assert "exists; name another with -o, or replace it with --force" in done.output
+    assert "exists; name another file with -o, or replace it with --force" in done.output
     assert output.read_text() == "mine"
 
 
@@ -197,6 +197,6 @@ def test_sizes_are_read_in_powers_of_1000(text, n_bytes):
 
 
 @pytest.mark.parametrize("text", ["", "0", "5GiB", "-1GB", "many"])
-def test_what_is_no_size_is_refused(text):
+def test_a_text_that_is_no_size_is_refused(text):
     with pytest.raises(click.BadParameter, match="expected a size such as 500MB or 5GB"):
         parse_size(text, "--max-shard-size")
