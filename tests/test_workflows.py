@@ -255,7 +255,7 @@ def test_init_refuses_a_recipe_outside_of_the_repository(repository, tmp_path_fa
     done = init("-o", str(elsewhere))
 
     assert done.exit_code == 2
-    assert f"recipe.yaml is not in {repository}, where the workflow would run." in done.output
+    assert f" is not in {repository / 'merges'}, where the workflow" in " ".join(done.output.split())
 
 
 def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():
