@@ -39,7 +39,9 @@ def test_the_example_of_a_method_keeps_the_largest_change():
     assert len(lines) <= 20
     assert merged.tolist() == [16.0, 14.0, 2.0]  # of 3 and 0.5 | -1 and 2 | 0.5 and -4, twice
     assert method.options == {"lambda": 1.0}
-    assert method.summary == "Keep, for each entry, the weighted task vector with the largest change."
+    assert (
+        method.summary == "Keep, for each entry, the weighted task vector with the largest change."
+    )
     assert '[project.entry-points."lewis_hub.methods"]\nboldest = "my_package.boldest"' in TEXT
 
 

@@ -63,7 +63,7 @@ def test_yamllint_finds_nothing(publisher):
     assert complaints("yamllint", "--strict", OURS, publisher) == ""
 
 
-def test_all_are_of_github_s_schema(publisher):
+def test_all_workflows_match_github_s_schema(publisher):
     known = "--builtin-schema"
     assert (
         complaints("check-jsonschema", known, "vendor.github-workflows", *workflows(publisher))
@@ -96,7 +96,7 @@ FOUND = {  # what each linter says of it
 
 
 @pytest.mark.parametrize("command", FOUND)
-def test_a_workflow_that_is_wrong_would_be_found(command, tmp_path):
+def test_the_linters_detect_a_wrong_workflow(command, tmp_path):
     broken = tmp_path / ".github" / "workflows" / "broken.yml"
     broken.parent.mkdir(parents=True)
     broken.write_text(BROKEN)
@@ -116,7 +116,7 @@ def documents(publisher):
     return {file: yaml.safe_load(file.read_text()) for file in files}
 
 
-def test_nothing_is_pasted_into_a_script(publisher):
+def test_no_expression_is_inserted_into_a_script(publisher):
     for file, document in documents(publisher).items():
         for step in steps_of(document):
             assert "${{" not in step.get("run", ""), file
@@ -169,7 +169,7 @@ def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
         assert isinstance(command.make_context("step", words), click.Context)
 
 
-def test_the_written_workflow_asks_for_little_and_ends_no_push():
+def test_the_written_workflow_has_few_permissions_and_cancels_no_push():
     document = yaml.safe_load(render_workflow("merges/recipe.yaml"))
     (job,) = document["jobs"].values()
 
@@ -187,7 +187,7 @@ def test_only_the_steps_that_push_sign_in_as_the_workflow():
 
     assert known == {
         "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL"},
-        "Look at sources, target and disk": {"HF_TOKEN"},
+        "Check sources, target and disk": {"HF_TOKEN"},
         "Merge and score": {"HF_TOKEN"},
         "Push": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
         "Merge from Hub to Hub": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
@@ -255,7 +255,9 @@ def test_init_refuses_a_recipe_outside_of_the_repository(repository, tmp_path_fa
     done = init("-o", str(elsewhere))
 
     assert done.exit_code == 2
-    assert f" is not in {repository / 'merges'}, where the workflow" in " ".join(done.output.split())
+    assert f" is not in {repository / 'merges'}, where the workflow" in " ".join(
+        done.output.split()
+    )
 
 
 def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():

@@ -43,14 +43,26 @@ def make_request(folder, text=RECIPE, options=("--push",)):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["merge", "--on", "jobs"], "the disk of a Job is deleted when it ends: add --push to keep the merge."),
-        (["merge", "--on", "jobs", "--push", "-o", "x"], "the disk of a Job is deleted when it ends: remove --output."),
+        (
+            ["merge", "--on", "jobs"],
+            "the disk of a Job is deleted when it ends: add --push to keep the merge.",
+        ),
+        (
+            ["merge", "--on", "jobs", "--push", "-o", "x"],
+            "the disk of a Job is deleted when it ends: remove --output.",
+        ),
         (
             ["merge", "--on", "jobs", "--push", "--sign", "recipe.yaml"],
             "a Job cannot sign, because your key is not sent to it: remove --sign.",
         ),
-        (["merge", "--flavor", "a100-large"], "these options select the machine of a Job: add --on jobs."),
-        (["merge", "--timeout", "2 hours"], "expected a duration such as 90m or 2h, found '2 hours'"),
+        (
+            ["merge", "--flavor", "a100-large"],
+            "these options select the machine of a Job: add --on jobs.",
+        ),
+        (
+            ["merge", "--timeout", "2 hours"],
+            "expected a duration such as 90m or 2h, found '2 hours'",
+        ),
         (["merge", "--on", "mars"], "'mars' is not 'jobs'"),
         (["schedule", "recipe.yaml"], "Missing option '--cron'"),
         (["schedule", "--cron", "17 4 * *"], "expected five fields such as '17 4 * * 1'"),

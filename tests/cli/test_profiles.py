@@ -124,10 +124,20 @@ def test_the_mean_in_the_table_is_the_recipe_s_mean_density(seeded, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("me/model",), "me/model is not a YAML file, so it is taken as a model: give `dataset` (with a template)"),
+        (
+            ("me/model",),
+            "me/model is not a YAML file, so it is taken as a model: "
+            "give `dataset` (with a template)",
+        ),
         (("me/model", "--dataset", "a/b"), "give `text` (a template over columns) or `messages`"),
-        (("recipe.yaml", "--task", "gsm8k"), "recipe.yaml is a recipe, and a recipe contains its calibration data and seed."),
-        (("recipe.yaml", "--seed", "3"), "recipe.yaml is a recipe, and a recipe contains its calibration data and seed."),
+        (
+            ("recipe.yaml", "--task", "gsm8k"),
+            "recipe.yaml is a recipe, and a recipe contains its calibration data and seed.",
+        ),
+        (
+            ("recipe.yaml", "--seed", "3"),
+            "recipe.yaml is a recipe, and a recipe contains its calibration data and seed.",
+        ),
     ],
 )
 def test_data_options_are_for_a_model_and_refused_for_a_recipe(words, message):

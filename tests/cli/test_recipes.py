@@ -9,7 +9,7 @@ from lewis_hub.cli.options import parse_size
 from lewis_hub.recipe.read import read_recipe, schema
 
 
-def test_init_writes_a_recipe_that_reads_back_as_it_was_asked(tmp_path):
+def test_init_writes_a_recipe_with_the_given_options(tmp_path):
     output = tmp_path / "recipe.yaml"
     words = ["init", "--base", "org/base", "--expert", "org/one", "--expert", "org/two@v1"]
     words += [
@@ -128,7 +128,7 @@ def test_init_replaces_files_only_with_force(tmp_path):
     assert output.read_text() == "mine"
 
 
-def test_init_survives_names_with_yaml_in_them(tmp_path):
+def test_init_quotes_names_that_contain_yaml(tmp_path):
     output = tmp_path / "recipe.yaml"
     name = 'a/b"\n  evil: "1'
 
