@@ -35,10 +35,10 @@ LEAKS = (
     "HF_OIDC_RESOURCE",
     "HF_HUB_OFFLINE",
 )
-SLOW_FIXTURES = {"hub", "own_tasks", "llama", "model", "saved"}
+SLOW_FIXTURES = {"hub", "datasets_cache"}  # a server, lm-eval
 SLOW_MARKERS = ("slow", "gpu", "ray")
 SLOW_IMPORT = re.compile(
-    r"^ *(?:from|import) (?:subprocess|transformers|lm_eval|lewis_hub\.(?:hub\.server|localhub"
+    r"^(?:from|import) (?:subprocess|transformers|lm_eval|lewis_hub\.(?:hub\.server|localhub"
     r"|demo\.train|evaluate\.harness|calibration\.(?:blockwise|measure|model|sequential)))\b",
     re.MULTILINE,
 )
@@ -90,14 +90,17 @@ def only_fast(config: pytest.Config) -> bool:
 
 @cache
 def is_slow(file: Path) -> bool:
-    """Whether the tests of a file start a server, a subprocess, lm-eval or a model."""
-    return SLOW_IMPORT.search(file.read_text(encoding="utf-8")) is not None
+    """Whether a file or the conftest of its folder imports what makes tests slow."""
+    files = {file, file.with_name("conftest.py")} - {Path(__file__)}
+    texts = (path.read_text(encoding="utf-8") for path in files if path.exists())
+    return any(map(SLOW_IMPORT.search, texts))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m fast`, do not even import the other files."""
-    ignored = only_fast(config) and collection_path.suffix == ".py" and is_slow(collection_path)
-    return True if ignored else None
+    folder = collection_path.is_dir()
+    file = collection_path / "conftest.py" if folder else collection_path
+    return True if only_fast(config) and file.suffix == ".py" and is_slow(file) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
