@@ -38,7 +38,7 @@ LEAKS = (
 SLOW_FIXTURES = {"hub", "datasets_cache"}  # a server, lm-eval
 SLOW_MARKERS = ("slow", "gpu", "ray")
 SLOW_IMPORT = re.compile(
-    r"^(?:from|import) (?:subprocess|transformers|lm_eval|lewis_hub\.(?:hub\.server|localhub"
+    r"^(?:from|import) (?:subprocess|transformers|lm_eval|lewis_hub\.(?:localhub"
     r"|demo\.train|evaluate\.harness|calibration\.(?:blockwise|measure|model|sequential)))\b",
     re.MULTILINE,
 )
