@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 N_TOKENS = 512  # of every text, once padded
-N_HELD = 128  # texts that the buffers have room for
+N_HELD = 128  # texts that fit into the buffers
 PRUNED = 0.5  # of every row
 
 
