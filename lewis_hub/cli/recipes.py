@@ -109,7 +109,7 @@ def report(documents: tuple[Path, ...]) -> None:
     One that is missing or empty belongs to a step that did not run. The step's outputs are
     `status` and `commit-url`.
     """
-    from lewis_hub.report.leaderboards import outcome, step_summary
+    from lewis_hub.report.findings import outcome, step_summary
 
     found: dict[str, Any] = {}
     for file in documents:
