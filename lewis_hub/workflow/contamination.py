@@ -88,8 +88,8 @@ def overlaps(
 ) -> Iterator[tuple[int, TaskItem]]:
     """The place of each drawn text that holds a scored item, with that item.
 
-    The item's question stands in it (`contained_items`), or all that fixes what was drawn stands in one
-    scored document, its prompt or answer.
+    The item's question stands in it (`contained_items`), or all that fixes what was drawn stands in
+    one scored document, its prompt or answer.
     """
     texts = [(index, text) for index, one in enumerate(drawn) for text in one.texts]
     for place, item in contained_items([text for _, text in texts], scored):
