@@ -90,7 +90,9 @@ def test_a_merge_on_jobs_is_published_and_ends_with_the_job_s_exit_code(jobs, tm
     assert refused.returncode == 3
     (job, *_) = jobs.api().list_jobs(namespace="lewis")
     assert refused.stdout == f"Job {job.id} ended with exit code 3: {job.url}\n"
-    assert "below the quality gate: on zoo_reverse (exact_match) worse than" in refused.stderr
+    assert (
+        "below the quality gate: on zoo_reverse (exact_match) the merged model is" in refused.stderr
+    )
     assert [one.commit_id for one in jobs.api().list_repo_commits("lewis/reverse")] == commits
 
     for said in (done.stdout, done.stderr, refused.stdout, refused.stderr):

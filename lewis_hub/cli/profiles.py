@@ -171,7 +171,8 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     """
     from lewis_hub.cli.tables import comparison_table
     from lewis_hub.files import require_writable
-    from lewis_hub.report.profiles import compare_profiles, draw_comparisons
+    from lewis_hub.report.plots import draw_comparisons
+    from lewis_hub.report.profiles import compare_profiles
     from lewis_hub.workflow.resolve import hub_api
     from lewis_hub.workflow.single_model import read_profile
 

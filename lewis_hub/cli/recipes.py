@@ -332,7 +332,7 @@ def report(documents: tuple[Path, ...]) -> None:
     file belongs to a step that did not run. The outputs of this step are `status` and
     `commit-url`.
     """
-    from lewis_hub.report.leaderboards import outcome, step_summary
+    from lewis_hub.report.findings import outcome, step_summary
 
     results: dict[str, Any] = {}
     for file in documents:

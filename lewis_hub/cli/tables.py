@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lewis_hub.hub.publish import Published
     from lewis_hub.merge.extract_lora import Extracted
     from lewis_hub.pipeline import Calibrated, Merged
-    from lewis_hub.report.profiles import Comparison
+    from lewis_hub.report.profiles import ProfileComparison
     from lewis_hub.tune.run import Tuned
     from lewis_hub.workflow.check import CheckReport
     from lewis_hub.workflow.verify import Verdict
@@ -93,8 +93,8 @@ def models_table(merges: Mapping[str, Scores]) -> RenderableType:
         merges: display name of each merge -> its scores and those of the models that it was
             compared with. No two merges have a twin of the same kind.
     """
-    from lewis_hub.evaluate.scores import TWINS
-    from lewis_hub.report.findings import MERGED, metric_name, model_name
+    from lewis_hub.evaluate.scores import MERGED, TWINS
+    from lewis_hub.report.findings import metric_name, model_name
 
     rows: dict[str, dict[str, MetricScore]] = {}
     for title, scores in merges.items():
@@ -123,7 +123,7 @@ def density_table(calibrated: Calibrated) -> RenderableType:
     The mean is over parameters, as `mean_density` is.
     """
     from lewis_hub.guides.schedule import weighted_mean
-    from lewis_hub.report.plots import short_name
+    from lewis_hub.report.profiles import short_name
 
     table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
     for expert in calibrated.schedule.experts:
@@ -139,7 +139,7 @@ def density_table(calibrated: Calibrated) -> RenderableType:
 
 def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType:
     """The modules with the highest importance."""
-    from lewis_hub.report.plots import short_name
+    from lewis_hub.report.profiles import short_name
 
     table = _table("source", "module", "importance")
     for entry in profile.sources:
@@ -149,9 +149,9 @@ def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType
     return table
 
 
-def comparison_table(pair: Comparison, n_shown: int) -> Iterator[RenderableType]:
+def comparison_table(pair: ProfileComparison, n_shown: int) -> Iterator[RenderableType]:
     """The modules with the largest change, and sentences about the rank correlation."""
-    from lewis_hub.report.plots import short_name
+    from lewis_hub.report.profiles import short_name
 
     table = _table("source", "module", "A", "B", "change")
     for row in pair.by_change[:n_shown]:
@@ -222,9 +222,9 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
     if merged.scores:
         yield scores_table(merged.scores)
     if merged.gate:
-        from lewis_hub.report.findings import sentences
+        from lewis_hub.report.findings import gate_sentences
 
-        yield from plain(*sentences(merged.gate))
+        yield from plain(*gate_sentences(merged.gate))
     status = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
     if not merged.published:
         yield from plain(f"{status} {merged.output}")

@@ -1,1 +1,1 @@
-"""Benchmark scores and what they allow one to say."""
+"""Scores of models on lm-eval tasks, paired tests and the quality gate."""

@@ -1,4 +1,4 @@
-"""How surprised a model is by the right answers: their negative log-likelihood, token by token."""
+"""The loss of a model on the right answers: their negative log-likelihood, summed over tokens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.evaluate.harness import affordable_batch, fitting_threads
+from lewis_hub.evaluate.harness import affordable_batch, quiet_libraries, threads_for
 from lewis_hub.evaluate.items import Question
-from lewis_hub.evaluate.results import MetricResult
-from lewis_hub.evaluate.tasks import quiet_libraries
+from lewis_hub.evaluate.scores import MetricResult
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 NAME = "answer_loss,none"
 CPU_BYTES = 1_000_000_000  # of logits
@@ -23,7 +21,7 @@ CPU_BYTES = 1_000_000_000  # of logits
 
 @dataclass(frozen=True)
 class AnswerLoss:
-    """Of one item: the sum over its answer's tokens, in nats, and how many they are."""
+    """The loss on one item: the sum over the answer's tokens, in nats, and their number."""
 
     nats: float
     n_tokens: int
@@ -32,31 +30,31 @@ class AnswerLoss:
 @dataclass(frozen=True)
 class _Encoded:
     place: int
-    tokens: tuple[int, ...]  # as the model reads them: without the last
-    targets: tuple[int, ...]  # the answer's
+    tokens: tuple[int, ...]  # the model's input: all but the last
+    targets: tuple[int, ...]  # of the answer
 
 
-def answer_losses(lm: Any, asked: Sequence[Question], advance: Advance) -> list[AnswerLoss]:
-    """Score the right answers, in the order of the questions; none is one without tokens.
+def answer_losses(lm: Any, questions: Sequence[Question], advance: Advance) -> list[AnswerLoss]:
+    """Score the right answers, in the order of the questions.
 
-    Prompt and answer become tokens as lm-eval's own loglikelihoods do; what is too long loses its
-    beginning. Padding comes last, where no token of a text sees it.
+    Prompt and answer are tokenized as in lm-eval's loglikelihood; a text that is too long loses its
+    beginning. Padding comes last, where no token of a text attends to it.
 
     Args:
         lm: from `harness.load`.
-        asked: texts. An empty answer has 0 nats over 0 tokens.
+        questions: an empty answer has 0 nats over 0 tokens.
         advance: called with the number of items done.
     """
     with quiet_libraries():
-        encoded = [_encoded(lm, place, one) for place, one in enumerate(asked)]
-    found = [AnswerLoss(0.0, 0)] * len(asked)
-    with fitting_threads(lm):
-        for batch in _batches(lm, [one for one in encoded if one.targets]):
-            for one, nats in zip(batch, _nats(lm, batch), strict=True):
-                found[one.place] = AnswerLoss(nats, len(one.targets))
+        encoded = [_encode(lm, place, question) for place, question in enumerate(questions)]
+    losses = [AnswerLoss(0.0, 0)] * len(questions)
+    with threads_for(lm.model):
+        for batch in _batches(lm, [text for text in encoded if text.targets]):
+            for text, nats in zip(batch, _nats(lm, batch), strict=True):
+                losses[text.place] = AnswerLoss(nats, len(text.targets))
             advance(len(batch))
-    advance(sum(not one.targets for one in encoded))
-    return found
+    advance(sum(not text.targets for text in encoded))
+    return losses
 
 
 def metric(losses: Sequence[AnswerLoss]) -> MetricResult:
@@ -68,21 +66,23 @@ def metric(losses: Sequence[AnswerLoss]) -> MetricResult:
     return MetricResult(mean, values, higher_is_better=False)
 
 
-def _encoded(lm: Any, place: int, one: Question) -> _Encoded:
-    if not one.answer:
+def _encode(lm: Any, place: int, question: Question) -> _Encoded:
+    """Tokens of a prompt and its answer; white space at the end of a prompt joins the answer."""
+    if not question.answer:
         return _Encoded(place, (), ())
-    if one.prompt:
-        prompt, answer = lm._encode_pair(one.prompt, one.answer)
+    if question.prompt:
+        before = question.prompt.rstrip()
+        prompt, whole = lm.tok_encode(before), lm.tok_encode(question.prompt + question.answer)
+        answer = whole[len(prompt) :]
     else:
-        prompt, answer = [lm.prefix_token_id], lm.tok_encode(one.answer)
-    whole = [*prompt, *answer][-lm.max_length - 1 :]
-    targets = tuple(answer[-len(whole) + 1 :])
-    return _Encoded(place, tuple(whole[:-1]), targets)
+        prompt, answer = [lm.prefix_token_id], lm.tok_encode(question.answer)
+    tokens = [*prompt, *answer][-lm.max_length - 1 :]
+    return _Encoded(place, tuple(tokens[:-1]), tuple(answer[-len(tokens) + 1 :]))
 
 
 def _batches(lm: Any, encoded: Sequence[_Encoded]) -> Iterator[list[_Encoded]]:
-    """Texts of like length together, the longest first, so that little is padding."""
-    left = sorted(encoded, key=lambda one: (-len(one.tokens), one.place))
+    """Batches of similar length, the longest first, so that there is little padding."""
+    left = sorted(encoded, key=lambda text: (-len(text.tokens), text.place))
     n_vocabulary = lm.model.config.get_text_config().vocab_size
     while left:
         n = affordable_batch(len(left[0].tokens), n_vocabulary, CPU_BYTES)
@@ -91,25 +91,25 @@ def _batches(lm: Any, encoded: Sequence[_Encoded]) -> Iterator[list[_Encoded]]:
 
 
 def _nats(lm: Any, batch: Sequence[_Encoded]) -> list[float]:
-    """Of each text of a batch, over its answer."""
+    """The loss of each text of a batch, summed over its answer."""
     import torch
 
-    longest = max(len(one.tokens) for one in batch)
-    rows = [one.tokens + (0,) * (longest - len(one.tokens)) for one in batch]
-    mask = [[int(i < len(one.tokens)) for i in range(longest)] for one in batch]
-    starts = [len(one.tokens) - len(one.targets) for one in batch]
-    first = min(starts)  # logits before every answer are never made, where the model can be told so
-    told = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
-    more = {"logits_to_keep": longest - first} if told else {}
+    longest = max(len(text.tokens) for text in batch)
+    rows = [text.tokens + (0,) * (longest - len(text.tokens)) for text in batch]
+    mask = [[int(i < len(text.tokens)) for i in range(longest)] for text in batch]
+    starts = [len(text.tokens) - len(text.targets) for text in batch]
+    first = min(starts)  # models with `logits_to_keep` compute no logits before the answers
+    keeps = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
+    options = {"logits_to_keep": longest - first} if keeps else {}
     with torch.inference_mode():
         logits: Tensor = lm.model(
             input_ids=torch.tensor(rows, device=lm.device),
             attention_mask=torch.tensor(mask, device=lm.device),
-            **more,
+            **options,
         ).logits[:, first - longest :]
-        found = []
-        for row, start, one in zip(logits, starts, batch, strict=True):
-            own = row[start - first : start - first + len(one.targets)].float()
-            targets = torch.tensor(one.targets, device=own.device)
-            found.append(float(torch.nn.functional.cross_entropy(own, targets, reduction="sum")))
-    return found
+        nats = []
+        for row, start, text in zip(logits, starts, batch, strict=True):
+            own = row[start - first : start - first + len(text.targets)].float()
+            targets = torch.tensor(text.targets, device=own.device)
+            nats.append(float(torch.nn.functional.cross_entropy(own, targets, reduction="sum")))
+    return nats

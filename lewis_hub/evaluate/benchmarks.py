@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.tasks import (
-    LocatedTasks,
-    TaskFile,
-    TaskSelection,
-    compiled_once,
-    locate_tasks,
+from lewis_hub.evaluate.harness import (
+    Benchmarks,
+    cached_templates,
+    code_execution,
     quiet_libraries,
+    reset_fewshot,
 )
+from lewis_hub.evaluate.tasks import LocatedTasks, TaskFile, TaskSelection, locate_tasks
 from lewis_hub.hub.rows import commit_cache
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
-Commits = Mapping[tuple[str, str | None], str]  # (repo, revision as the task asks) -> commit sha
+Commits = Mapping[tuple[str, str | None], str]  # (repo, revision in the task file) -> commit sha
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class TaskData:
     """Where a task's rows come from.
 
     Attributes:
-        repo: a dataset's repo or folder; None where `files` are named one by one.
-        revision: as the task's file asks.
-        files: local files, or whatever else `data_files` names.
-        by_code: made by a Python function, so that nothing can be told of it.
+        repo: a dataset's repo or folder; None where the task names `files`.
+        revision: as the task's file writes it.
+        files: what `data_files` names: local files or addresses.
+        by_code: whether a Python function makes the rows, so that their origin is unknown.
     """
 
     task: str
@@ -47,17 +47,18 @@ class TaskData:
 
 
 def task_data(located: LocatedTasks) -> tuple[TaskData, ...]:
-    """The data of every single task of a selection, as the task files say."""
+    """The data of every single task of a selection, from the task files alone."""
     return tuple(_data(file) for file in located.files if not file.is_group)
 
 
 def _data(file: TaskFile) -> TaskData:
     config = file.config
-    path, asked = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     by_code = "custom_dataset" in config or not isinstance(path, str)
     if path in FORMATS:
-        return TaskData(file.name, None, None, tuple(_texts(asked.get("data_files"))), by_code)
-    return TaskData(file.name, path, asked.get("revision"), (), by_code)
+        files = tuple(_texts(options.get("data_files")))
+        return TaskData(file.name, None, None, files, by_code)
+    return TaskData(file.name, path, options.get("revision"), (), by_code)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -69,7 +70,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def free_split(located: LocatedTasks) -> str | None:
-    """A split that all tasks of a selection give examples from and none of them scores."""
+    """A split with examples for all tasks of a selection that none of them scores."""
     free: list[set[str]] = []
     for config in (file.config for file in located.files if not file.is_group):
         scored = config.get("test_split") or config.get("validation_split")
@@ -80,29 +81,30 @@ def free_split(located: LocatedTasks) -> str | None:
 
 
 def files_digest(located: LocatedTasks) -> str:
-    """Over all that task files say, what they include and the Python that they name."""
-    told: dict[str, Any] = {}
+    """Digest of the task files, of the files that they include and of the Python that they name."""
+    contents: dict[str, Any] = {}
     for file in located.files:
         modules = {f.module for f in file.functions() if f.module.is_file()}
-        texts = sorted(hashlib.sha256(module.read_bytes()).hexdigest() for module in modules)
-        told[file.name] = [_without_data(file.config), texts]
-    written = json.dumps(told, sort_keys=True, default=str)
-    return "sha256:" + hashlib.sha256(written.encode()).hexdigest()
+        digests = sorted(hashlib.sha256(module.read_bytes()).hexdigest() for module in modules)
+        contents[file.name] = [_without_data(file.config), digests]
+    text = json.dumps(contents, sort_keys=True, default=str)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def _without_data(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The file without where its data lie: their content has digests of its own."""
-    asked = config.get("dataset_kwargs") or {}
-    kept = {key: value for key, value in asked.items() if key not in ("data_files", "revision")}
+    """The file without the place of its data, whose content has digests of its own."""
+    options = config.get("dataset_kwargs") or {}
+    kept = {key: value for key, value in options.items() if key not in ("data_files", "revision")}
     return {**config, "dataset_kwargs": kept}
 
 
 @contextmanager
 def at_commits(commits: Commits) -> Iterator[None]:
-    """Have lm-eval load each repo at its commit; others as the task's file says.
+    """Have lm-eval load each repo at its commit; other repos as the task's file says.
 
-    Each commit has a cache of its own: where a repo cannot be read, `datasets` takes whatever
-    commit of it lies in its cache.
+    lm-eval calls `datasets.load_dataset` and takes no revision from its caller, so the function is
+    replaced meanwhile. Each commit has its own cache: where a repo cannot be read, `datasets` takes
+    any commit of it that is in the cache.
     """
     import datasets
 
@@ -122,12 +124,8 @@ def at_commits(commits: Commits) -> Iterator[None]:
 
 
 def is_local(file: str) -> bool:
-    """Whether a data file lies on this machine."""
+    """Whether a data file is on this machine."""
     return "://" not in file and Path(file).is_file()
-
-
-FEWSHOT_SEED = 1234  # the same examples for every model and run
-UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ class LoadedTasks:
     """Tasks with their data.
 
     Attributes:
-        commits: what their datasets were pinned to.
+        commits: of their datasets.
         tasks: lm-eval's task objects by name, `groups` its group objects.
     """
 
@@ -145,32 +143,15 @@ class LoadedTasks:
     groups: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Benchmarks:
-    """Tasks that are ready for any number of models.
-
-    Attributes:
-        tasks: lm-eval's task objects by name, `groups` its group objects.
-        n_requests: what one model has to answer, the total for `advance`.
-        limit: only so many first items of each task are scored; None: all.
-    """
-
-    tasks: Mapping[str, Any]
-    groups: Mapping[str, Any]
-    n_requests: int
-    limit: int | None
-    allow_code: bool
-
-
 def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
     """Build the tasks and fetch their data.
 
     Args:
-        selection: which tasks.
-        commits: what datasets are pinned to; others are loaded at their newest.
+        selection: the tasks.
+        commits: of their datasets; a dataset without a commit is loaded at its newest.
 
     Raises:
-        EvaluationError: as `check_tasks`; or data that are missing or do not fit the task.
+        EvaluationError: as `check_tasks`; or data are missing or do not fit the task.
     """
     located = locate_tasks(selection)
     with prepared(selection, commits):
@@ -178,10 +159,10 @@ def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
 
 
 def with_prompts(loaded: LoadedTasks, limit: int | None = None) -> Benchmarks:
-    """Make the prompts of the first `limit` items of each task; None: of all.
+    """Build the prompts of the first `limit` items of each task; None: of all items.
 
     Raises:
-        EvaluationError: a task is empty, no text, or its prompts do not fit its data.
+        EvaluationError: a task is empty or not a text task, or its prompts do not fit its data.
     """
     tasks, selection = loaded.tasks, loaded.selection
     with prepared(selection, {}):
@@ -191,34 +172,14 @@ def with_prompts(loaded: LoadedTasks, limit: int | None = None) -> Benchmarks:
 
 @contextmanager
 def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
-    """All that lm-eval needs around it while tasks are built or their items rendered."""
-    code = code_allowed(allowed=selection.allow_code)
-    with quiet_libraries(), code, compiled_once(), at_commits(commits):
+    """The settings under which lm-eval builds tasks and renders their items."""
+    code = code_execution(allowed=selection.allow_code)
+    with quiet_libraries(), code, cached_templates(), at_commits(commits):
         yield
-
-
-@contextmanager
-def code_allowed(*, allowed: bool) -> Iterator[None]:
-    """Let the `evaluate` library run generated code meanwhile, if the user allowed it."""
-    before = os.environ.get("HF_ALLOW_CODE_EVAL")
-    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
-    try:
-        yield
-    finally:
-        del os.environ["HF_ALLOW_CODE_EVAL"]
-        if before is not None:
-            os.environ["HF_ALLOW_CODE_EVAL"] = before
-
-
-def reset_fewshot(task: Any) -> None:
-    """Draw the same few-shot examples again: lm-eval's sampler moves on with every model."""
-    if task.get_config("num_fewshot") is None:
-        task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(FEWSHOT_SEED)
 
 
 def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
-    """lm-eval's task and group objects by their names, with their data."""
+    """Build lm-eval's task and group objects, with their data, by their names."""
     from lm_eval.tasks import TaskManager
 
     include = located.selection.include
@@ -229,7 +190,7 @@ def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for name in located.selected:
-        with told_of(name, located):
+        with errors_named(name, located):
             loaded = manager.load([name])
         tasks.update(loaded["tasks"])
         groups.update(loaded["groups"])
@@ -237,19 +198,19 @@ def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def count_requests(name: str, task: Any, limit: int | None) -> int:
-    """Requests of the task's items, by building them once as every model's run will."""
+    """Build the requests of a task's items as the run of each model does, and count them."""
     if getattr(task, "MULTIMODAL", False):
-        problem = "asks about pictures or sound, and a merged language model reads text."
+        problem = "asks about images or sound, but a merged language model reads only text."
         raise EvaluationError(name, problem, "Choose a text task.")
-    with told_of(name):
+    with errors_named(name):
         reset_fewshot(task)
         task.build_all_requests(limit=limit)
     return sum(request.repeats for request in task.instances)
 
 
 @contextmanager
-def told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
-    """Turn what lm-eval and datasets raise over a task into one message about that task."""
+def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
+    """Turn errors of lm-eval and datasets into one message that names the task."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
 
@@ -265,8 +226,8 @@ def told_of(name: str, located: LocatedTasks | None = None) -> Iterator[None]:
         raise EvaluationError(name, "has no items to score.", remedy) from error
     except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
         key = UNKNOWN_KEY.search(str(error))
-        told = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {error}"
-        problem = f"cannot be built: {told}"
+        cause = f"lm-eval has no key `{key[1]}`." if key else f"{type(error).__name__}: {error}"
+        problem = f"cannot be built: {cause}"
         remedy = "Check the task's file: its keys, splits, columns and metrics."
         raise EvaluationError(name, problem, remedy) from error
 
@@ -279,6 +240,6 @@ def _data_error(name: str, located: LocatedTasks | None, error: Exception) -> Ev
     return EvaluationError(
         name,
         f"{data} cannot be loaded: {first_line}",
-        "Check `dataset_path`, `dataset_name` and `data_files` (a relative one starts at the\n"
+        "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
         "working folder), your network, and whether the dataset needs `hf auth login`.",
     )

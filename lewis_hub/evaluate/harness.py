@@ -1,29 +1,38 @@
-"""lm-eval on one model folder: the same items, prompts and seeds for every model."""
+"""lm-eval on one model: the same items, prompts and seeds for every model.
+
+All that reaches into lm-eval, transformers or datasets further than their documentation goes is in
+this file and in `benchmarks.at_commits`: progress bars are silenced, compiled templates are kept.
+tests/evaluate/test_harness.py fails where a library moves what is replaced here.
+"""
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import math
+import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import Benchmarks, code_allowed, reset_fewshot
-from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult, pooled
-from lewis_hub.evaluate.tasks import compiled_once, quiet_libraries
+from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
+LOGGERS = ("lm_eval", "datasets", "transformers", "accelerate", "huggingface_hub")
+FEWSHOT_SEED = 1234  # the same few-shot examples for every model and run
 CPU_BYTES = 2_000_000_000
-MOST_TOGETHER = 128  # more is not faster
+MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
 
 
@@ -45,15 +54,34 @@ class EvaluationSettings:
     seed: int = 1234
 
 
+@dataclass(frozen=True)
+class Benchmarks:
+    """Tasks whose data and prompts are ready for any number of models.
+
+    Attributes:
+        tasks: lm-eval's task objects by name, `groups` its group objects.
+        n_requests: requests that one model answers, the total for `advance`.
+        limit: number of first items of each task that are scored; None: all.
+        allow_code: whether tasks may run code that the model writes.
+    """
+
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    n_requests: int
+    limit: int | None
+    allow_code: bool
+
+
 def evaluate_model(
     folder: Path, benchmarks: Benchmarks, settings: EvaluationSettings, advance: Advance
 ) -> ModelResult:
     """Score the model in a folder; `advance` counts answered requests.
 
-    No code of the folder is run, and nothing but safetensors is read from it.
+    No code of the folder is run, and only its safetensors files are read as weights.
 
     Raises:
-        EvaluationError: the model cannot be loaded, or is too short for a task's answers.
+        EvaluationError: the model cannot be loaded, or its context is too short for the answers
+            of a task.
     """
     lm = load(folder, settings)
     result = evaluate_loaded(lm, benchmarks, settings, advance)
@@ -63,21 +91,79 @@ def evaluate_model(
 
 
 def load(folder: Path, settings: EvaluationSettings) -> Any:
-    """lm-eval's wrapper round the model in a folder, as every model is run here.
+    """Load the model in a folder as lm-eval's `HFLM`.
 
     Raises:
         EvaluationError: it cannot be loaded.
     """
+    path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     with quiet_libraries():
-        return _load(folder, settings)
+        from lm_eval.models.huggingface import HFLM
+        from safetensors import SafetensorError
+
+        try:
+            return HFLM(
+                pretrained=path,
+                tokenizer=path,
+                device=settings.device,
+                dtype="float32" if settings.device == "cpu" else "auto",
+                batch_size=settings.batch_size or 1,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            problem = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
+            remedy = (
+                "Expected: config.json, tokenizer files and safetensors that transformers can load."
+            )
+            raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def exchange(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a loaded model the weights that a checkpoint with these tensors has.
+
+    transformers maps tensors of a file to parameters in memory: it may join, split or rename them.
+    Tokenizer and configuration stay.
+
+    Args:
+        model: the `model` of what `load` returns.
+        tensors: all tensors of the other checkpoint by their names in a file.
+
+    Raises:
+        EvaluationError: a weight of the model is not among them, or has another shape. The model
+            has no weights then.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    dtype, device = model.dtype, model.device
+    for parameter in parameters.values():
+        parameter.data = parameter.data.new_empty(0)  # only one model in memory at a time
+    with quiet_libraries():
+        other, info = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            device_map={"": device},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    absent = parameters.keys() & {*info["missing_keys"], *mismatched}
+    if absent:
+        problem = f"{len(absent)} of its weights cannot be exchanged, {min(absent)} among them."
+        raise EvaluationError("the model", problem, "Expected: a merge with the same tensors.")
+    for name, parameter in other.named_parameters():
+        parameters[name].data = parameter.data
+    for name, buffer in other.named_buffers():
+        buffers[name].data = buffer.data
 
 
 def evaluate_loaded(
     lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings, advance: Advance
 ) -> ModelResult:
     """Score a model from `load`, as `evaluate_model` does."""
-    code = code_allowed(allowed=benchmarks.allow_code)
-    with quiet_libraries(), code, compiled_once(), _seeded(settings.seed):
+    code = code_execution(allowed=benchmarks.allow_code)
+    with quiet_libraries(), code, cached_templates(), _seeded(settings.seed):
         if settings.batch_size is None:
             lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
@@ -85,17 +171,17 @@ def evaluate_loaded(
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
-        with fitting_threads(lm):
-            return _result(_answered(lm, benchmarks, settings), benchmarks)
+        with threads_for(lm.model):
+            return _result(_run(lm, benchmarks, settings), benchmarks)
 
 
-def _answered(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:
-    """What lm-eval reports; a task that cannot score its answers is told by its name."""
+def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:
+    """lm-eval's report; an error names the tasks."""
     from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate
 
     try:
-        found: Mapping[str, Any] = evaluate(
+        report: Mapping[str, Any] = evaluate(
             lm=lm,
             task_dict={"tasks": benchmarks.tasks, "groups": benchmarks.groups},
             limit=benchmarks.limit,
@@ -107,11 +193,11 @@ def _answered(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> 
         problem = f"lm-eval could not score the answers: {type(error).__name__}: {error}"
         remedy = "Check the metrics, filters and columns of the task files."
         raise EvaluationError(", ".join(benchmarks.tasks), problem, remedy) from error
-    return found
+    return report
 
 
 class _Counter:
-    """lm-eval's cache hook: called once for each answered request, which is all it does here."""
+    """A cache hook of lm-eval, which calls it once for each answered request; it only counts."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
@@ -120,9 +206,16 @@ class _Counter:
         self.advance(1)
 
 
+def reset_fewshot(task: Any) -> None:
+    """Draw the same few-shot examples again: lm-eval's sampler moves on with every model."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The global generators that sampling tasks draw from, seeded and then put back."""
+    """Seed the global generators that sampling tasks draw from, and restore them afterwards."""
     import numpy as np
     import torch
 
@@ -139,40 +232,17 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def fitting_threads(lm: Any) -> Iterator[None]:
-    """One thread for a tiny model: several wait for each other longer than they work."""
+def threads_for(model: Any) -> Iterator[None]:
+    """Run a tiny model on one thread: several threads wait for each other longer than they work."""
     import torch
 
     before = torch.get_num_threads()
-    if lm.model.num_parameters() < TINY:
+    if model.num_parameters() < TINY:
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _load(folder: Path, settings: EvaluationSettings) -> Any:
-    from lm_eval.models.huggingface import HFLM
-    from safetensors import SafetensorError
-
-    path = str(folder.resolve())  # a relative one is taken for the name of a repo
-    try:
-        return HFLM(
-            pretrained=path,
-            tokenizer=path,
-            device=settings.device,
-            dtype="float32" if settings.device == "cpu" else "auto",
-            batch_size=settings.batch_size or 1,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        problem = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
-        remedy = (
-            "Expected: config.json, tokenizer files and safetensors that transformers can load."
-        )
-        raise EvaluationError(str(folder), problem, remedy) from error
 
 
 def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
@@ -181,55 +251,60 @@ def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
     on_gpu = lm.device.type == "cuda"
     memory = torch.cuda.get_device_properties(lm.device).total_memory // 8 if on_gpu else CPU_BYTES
     requests = (request for task in benchmarks.tasks.values() for request in task.instances)
-    longest = max(("".join(filter(_is_text, request.args)) for request in requests), key=len)
-    n_tokens = min(len(lm.tok_encode(longest)) + 1, lm.max_length)
+    texts = ("".join(a for a in request.args if isinstance(a, str)) for request in requests)
+    n_tokens = min(len(lm.tok_encode(max(texts, key=len))) + 1, lm.max_length)
     return affordable_batch(n_tokens, lm.model.config.get_text_config().vocab_size, memory)
 
 
 def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int) -> int:
-    """How many texts fit: lm-eval holds float32 logits of every token, and their log-softmax."""
-    return max(1, min(MOST_TOGETHER, memory_bytes // (n_tokens * n_vocabulary * 8)))
-
-
-def _is_text(argument: Any) -> bool:
-    return isinstance(argument, str)
+    """Number of texts that fit: lm-eval holds float32 logits and log-softmax of every token."""
+    return max(1, min(MAX_BATCH_SIZE, memory_bytes // (n_tokens * n_vocabulary * 8)))
 
 
 def _check_chat(lm: Any, settings: EvaluationSettings) -> None:
     if settings.chat_template and not lm.tokenizer.chat_template:
-        remedy = "Leave out `evaluate.chat_template`, or what it is compared with."
+        remedy = "Remove `evaluate.chat_template`, or compare with other models."
         raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
 
 
 def _check_length(name: str, task: Any, lm: Any) -> None:
-    """Refuse a task whose longest answer leaves no room for a prompt; lm-eval only asserts it."""
+    """Refuse a task whose longest answer leaves no space for a prompt; lm-eval only asserts it."""
     if task.get_config("output_type") != "generate_until":
         return
     options: Mapping[str, Any] = task.get_config("generation_kwargs") or {}
     longest = int(options.get("max_gen_toks", options.get("max_new_tokens", lm.max_gen_toks)))
     if longest >= lm.max_length:
-        problem = f"asks for {longest} tokens, and the model's context is {lm.max_length}."
-        raise EvaluationError(name, problem, "Set `generation_kwargs.max_gen_toks` in its file.")
+        problem = (
+            f"generates up to {longest} tokens, but the model's context is {lm.max_length} tokens."
+        )
+        remedy = "Set a smaller `generation_kwargs.max_gen_toks` in its file."
+        raise EvaluationError(name, problem, remedy)
 
 
-def _result(found: Mapping[str, Any], benchmarks: Benchmarks) -> ModelResult:
-    tasks = {name: _task_result(found, name, task) for name, task in benchmarks.tasks.items()}
+def _result(report: Mapping[str, Any], benchmarks: Benchmarks) -> ModelResult:
+    """Read lm-eval's report: tasks, then groups with scores of their own."""
+    tasks = {name: _task_result(report, name, task) for name, task in benchmarks.tasks.items()}
     for name, group in benchmarks.groups.items():
-        scores = _scores(found["results"][name])
+        scores = _scores(report["results"][name])
         if scores:
             parts = [tasks[task.task_name] for task in group.get_all_tasks()]
-            tasks[name] = _group_result(str(found["versions"].get(name)), parts, scores)
+            tasks[name] = TaskResult(
+                version=str(report["versions"].get(name)),
+                documents=tuple(item for part in parts for item in part.documents),
+                prompts=tuple(item for part in parts for item in part.prompts),
+                metrics={key: pooled(parts, key, value) for key, value in scores.items()},
+            )
     return ModelResult(tasks)
 
 
-def _task_result(found: Mapping[str, Any], name: str, task: Any) -> TaskResult:
+def _task_result(report: Mapping[str, Any], name: str, task: Any) -> TaskResult:
     from lm_eval.api.metrics import mean
 
-    rows: dict[str, dict[int, Mapping[str, Any]]] = {}  # filter -> item -> what it gave
-    for row in found["samples"][name]:
+    rows: dict[str, dict[int, Mapping[str, Any]]] = {}  # filter -> item -> row
+    for row in report["samples"][name]:
         rows.setdefault(row["filter"], {})[row["doc_id"]] = row
     items = next(iter(rows.values()))
-    scores = _scores(found["results"][name])
+    scores = _scores(report["results"][name])
     metrics: dict[str, MetricResult] = {}
     for key, value in scores.items():
         metric, _, filter_name = key.partition(",")
@@ -245,19 +320,8 @@ def _task_result(found: Mapping[str, Any], name: str, task: Any) -> TaskResult:
     )
 
 
-def _group_result(
-    version: str, parts: Sequence[TaskResult], scores: Mapping[str, float]
-) -> TaskResult:
-    return TaskResult(
-        version=version,
-        documents=tuple(item for part in parts for item in part.documents),
-        prompts=tuple(item for part in parts for item in part.prompts),
-        metrics={key: pooled(parts, key, value) for key, value in scores.items()},
-    )
-
-
 def _scores(results: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics among what lm-eval reports of a task: their keys are `metric,filter`."""
+    """The metrics in lm-eval's report of a task: their keys are `metric,filter`."""
     return {
         key: float(value)
         for key, value in results.items()
@@ -266,7 +330,7 @@ def _scores(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(answers: Sequence[Any]) -> tuple[float | None, ...] | None:
-    """One number per item, None where the task gave none; nothing if one is not finite."""
+    """A number per item, None where the task gives none; None if any number is not finite."""
     numbers = tuple(None if answer is None else float(answer) for answer in answers)
     finite = all(number is None or math.isfinite(number) for number in numbers)
     return numbers if finite else None
@@ -276,35 +340,78 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def exchange(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Make of a loaded model what would have been loaded from a folder with these tensors.
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Suppress warnings, log lines below an error and progress bars of lm-eval and its libraries.
 
-    transformers' own rules say what becomes of them: tensors of a file may be put together, split
-    or renamed in memory. Tokenizer and configuration stay.
-
-    Args:
-        model: of what `load` returns.
-        tensors: all of the other model, by the names that a file has for them.
-
-    Raises:
-        EvaluationError: a weight of the model is not among them, or has another shape.
+    Everything is restored afterwards. Only calls into lm-eval run inside.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        _hide_bars(stack)  # imports the libraries, which sets their log levels
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
-    loading = LoadStateDictConfig(
-        dtype=model.dtype,
-        dtype_plan=model._get_dtype_plan(model.dtype),
-        device_map={"": model.device},
-        weight_mapping=cast("Any", get_model_conversion_mapping(model)),
-    )
-    with quiet_libraries():
-        found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), loading)
-        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-        model._adjust_missing_and_unexpected_keys(found)
-    parameters = {name for name, _ in model.named_parameters()}
-    absent = parameters & {*found.missing_keys, *(key for key, *_ in found.mismatched_keys)}
-    if absent:
-        problem = f"{len(absent)} of its weights cannot be exchanged, {min(absent)} among them."
-        raise EvaluationError("the model", problem, "Expected: a merge with the same tensors.")
+
+def _hide_bars(stack: ExitStack) -> None:
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from datasets import utils as datasets_utils
+    from transformers.utils import logging as untyped
+
+    transformers_logging: Any = untyped
+
+    if not datasets_utils.are_progress_bars_disabled():
+        datasets_utils.disable_progress_bars()
+        stack.callback(datasets_utils.enable_progress_bars)
+    if transformers_logging.is_progress_bar_enabled():
+        transformers_logging.disable_progress_bar()
+        stack.callback(transformers_logging.enable_progress_bar)
+    # lm-eval has no switch for its bars, so the name `tqdm` of its modules is replaced
+    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+        _disable_tqdm(stack, module)
+
+
+def _disable_tqdm(stack: ExitStack, module: ModuleType) -> None:
+    bar: Any = module.tqdm
+
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        return bar(*args, **{**kwargs, "disable": True})
+
+    stack.callback(setattr, module, "tqdm", bar)
+    module.tqdm = silent  # type: ignore[attr-defined]
+
+
+@contextmanager
+def cached_templates() -> Iterator[None]:
+    """Compile each prompt template once; lm-eval compiles it again for every item.
+
+    That was more than half of the time of a small model's evaluation. A template holds no state, so
+    the prompts are the same.
+    """
+    from lm_eval import utils
+
+    environment: Any = utils.env
+    environment.from_string = lru_cache(maxsize=256)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # of the instance; its class has the method
+
+
+@contextmanager
+def code_execution(*, allowed: bool) -> Iterator[None]:
+    """Allow or forbid the `evaluate` library to run generated code meanwhile."""
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
+    try:
+        yield
+    finally:
+        del os.environ["HF_ALLOW_CODE_EVAL"]
+        if before is not None:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before

@@ -1,7 +1,7 @@
-"""A task's items as texts: one split through the task's own prompt, with the right answer.
+"""A task's items as texts: each item of a split as the task's own prompt with the right answer.
 
-What is rendered is what `evaluate` would send to the model, to the letter, followed by the answer:
-few-shot examples, delimiters, chat template and choices are those of lm-eval.
+The text is the request that `evaluate` sends to the model, character by character, followed by the
+answer: few-shot examples, delimiters, chat template and choices are lm-eval's.
 """
 
 from __future__ import annotations
@@ -14,59 +14,34 @@ from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import (
-    FEWSHOT_SEED,
-    Commits,
-    LoadedTasks,
-    build,
-    prepared,
-    reset_fewshot,
-    told_of,
-)
+from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, build, errors_named, prepared
+from lewis_hub.evaluate.harness import FEWSHOT_SEED, reset_fewshot
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEXT = "text"
+LONG_QUESTION = 13  # words that two texts do not share by chance, as in GPT-3's overlap analysis
+LONGEST_LABEL = 3  # words of a column that may be a label, a letter or a subject
+ANSWER_DISTANCE = 8  # words between a short question and its answer: "Answer:", a chat template's
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+PIECE = re.compile(rf"[^\W{UNSPACED}]+|\w|[^\w\s]")  # a word, a letter as in Chinese, or a mark
 
 Chat = Callable[..., str]  # (messages, add_generation_prompt) -> text
 
 
-def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
-    """What puts messages through a tokenizer's chat template; a system message only if it may be.
-
-    Args:
-        tokenizer: one that has a chat template.
-    """
-    from jinja2 import TemplateError
-
-    def written(messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        def render(some: Sequence[dict[str, str]]) -> str:
-            text = tokenizer.apply_chat_template(
-                list(some),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-            return str(text)
-
-        try:
-            return render(messages)
-        except TemplateError:  # many templates refuse a system message; lm-eval leaves it out then
-            return render([one for one in messages if one["role"] != "system"])
-
-    return written
-
-
-TEXT = "text"
-
-
 @dataclass(frozen=True)
-class Item:
-    """A document of a task, and what is made of it."""
+class TaskItem:
+    """A document of a task with its prompt and answer.
+
+    Attributes:
+        prompt: without few-shot examples; empty where the whole text is the answer.
+        document: the dataset's row.
+    """
 
     task: str
-    prompt: str  # without few-shot examples; empty where the answer is all
+    prompt: str
     answer: str
     document: Mapping[str, Any]
 
@@ -82,11 +57,11 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """One split of a task, or of all tasks of a group, one after the other.
+    """A split of a task, or of all tasks of a group, one after the other.
 
     Attributes:
         parts: lm-eval's task object and its documents, of each task.
-        chat: the chat template that prompts go through; None: they go as they are.
+        chat: the chat template that prompts go through; None: prompts stay as they are.
     """
 
     selection: TaskSelection
@@ -98,26 +73,25 @@ class TaskRows:
         return sum(len(documents) for _, documents in self.parts)
 
     def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The items at `indices`, each with its prompt, few-shot examples and answer as text.
+        """The items at `indices` as texts: few-shot examples, prompt and answer.
 
-        An item's few-shot examples depend on its index alone, and it is never among them. One
+        An item's few-shot examples depend on its index alone, and never include the item. An item
         without a right answer, as in hidden test sets, is an empty text.
         """
-        asked = self.questions(indices)
-        return [{TEXT: one.prompt + one.answer} for one in asked]
+        return [{TEXT: question.prompt + question.answer} for question in self.questions(indices)]
 
     def questions(self, indices: Sequence[int]) -> list[Question]:
-        """The same texts, cut where the answer begins."""
+        """The same texts, split where the answer begins."""
         with prepared(self.selection, {}):
             return [_question(*self._at(index), index, self.chat) for index in indices]
 
-    def items(self, indices: Sequence[int]) -> list[Item]:
-        """The same items, taken apart."""
+    def items(self, indices: Sequence[int]) -> list[TaskItem]:
+        """The same items without few-shot examples, with their documents."""
         with prepared(self.selection, {}):
             return [_item(*self._at(index)) for index in indices]
 
     def part_of(self, indices: Sequence[int]) -> dict[str, tuple[Any, list[Any]]]:
-        """Name of each task -> lm-eval's object of it and those of its documents."""
+        """Name of each task -> lm-eval's task object and the documents at `indices`."""
         chosen: dict[str, tuple[Any, list[Any]]] = {}
         for index in indices:
             task, document = self._at(index)
@@ -131,22 +105,50 @@ class TaskRows:
         return task, documents[index - end + len(documents)]
 
 
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """Make a function that renders messages by the tokenizer's chat template.
+
+    Many templates refuse a system message; it is left out then, as lm-eval does.
+
+    Args:
+        tokenizer: it has a chat template.
+    """
+    from jinja2 import TemplateError
+
+    def render(messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        def text(some: Sequence[dict[str, str]]) -> str:
+            rendered = tokenizer.apply_chat_template(
+                list(some),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+            return str(rendered)
+
+        try:
+            return text(messages)
+        except TemplateError:
+            return text([message for message in messages if message["role"] != "system"])
+
+    return render
+
+
 def load_rows(
     selection: TaskSelection, split: str, commits: Commits, *, allow_scored: bool = False
 ) -> TaskRows:
-    """Build a task and take one split of its data.
+    """Build a task and load a split of its data.
 
-    Few-shot examples come from where the task says. One that would show items that it scores shows
-    others of the split that is taken, unless that is the scored one itself.
+    Few-shot examples come from where the task says. If that is the split that the task scores, they
+    come from the loaded split instead.
 
     Args:
         selection: one task or group.
-        split: of its data, as the dataset calls it.
-        commits: what datasets are pinned to.
-        allow_scored: whether the split that the task scores will do.
+        split: name of the split in the dataset.
+        commits: of the datasets.
+        allow_scored: whether the split that the task scores may be loaded.
 
     Raises:
-        EvaluationError: no such split, one that is scored, or a task that is no text.
+        EvaluationError: there is no such split, the task scores it, or it is not a text task.
     """
     located = locate_tasks(selection)
     with prepared(selection, commits):
@@ -154,17 +156,17 @@ def load_rows(
         parts = []
         for name, task in tasks.items():
             _require_text(name, task)
-            with told_of(name):
+            with errors_named(name):
                 reset_fewshot(task)
                 documents = _documents(name, task, split, allow_scored=allow_scored)
                 if _shows_scored(task) and split != _scored_split(task):
-                    task.fewshot_cfg.split = split  # so that an item is never among its own
+                    task.fewshot_cfg.split = split  # lm-eval then leaves the item itself out
                     task.sampler.replace_df(list(documents))
                 parts.append((task, documents))
     return TaskRows(selection, tuple(parts))
 
 
-def scored_items(loaded: LoadedTasks) -> Iterator[Item]:
+def scored_items(loaded: LoadedTasks) -> Iterator[TaskItem]:
     """Every item of every split that the tasks score, whatever the limit.
 
     Raises:
@@ -172,7 +174,7 @@ def scored_items(loaded: LoadedTasks) -> Iterator[Item]:
     """
     with prepared(loaded.selection, {}):
         for name, task in loaded.tasks.items():
-            with told_of(name):
+            with errors_named(name):
                 yield from [_item(task, document) for document in task.eval_docs]
 
 
@@ -186,15 +188,15 @@ def scored_questions(
     """
     from lm_eval.api.task import ConfigurableTask
 
-    found = {}
+    questions = {}
     with prepared(loaded.selection, {}):
         for name, task in loaded.tasks.items():
             if isinstance(task, ConfigurableTask):
-                with told_of(name):
+                with errors_named(name):
                     reset_fewshot(task)
-                    first = islice(task.eval_docs, limit)
-                    found[name] = [_question(task, one, i, chat) for i, one in enumerate(first)]
-    return found
+                    documents = enumerate(islice(task.eval_docs, limit))
+                    questions[name] = [_question(task, doc, i, chat) for i, doc in documents]
+    return questions
 
 
 def _require_text(name: str, task: Any) -> None:
@@ -202,22 +204,20 @@ def _require_text(name: str, task: Any) -> None:
 
     remedy = "Calibrate on another task, or on its `dataset` with a template."
     if not isinstance(task, ConfigurableTask):
-        raise EvaluationError(name, "is a Python class, whose prompts cannot be told.", remedy)
+        raise EvaluationError(name, "is a Python class, whose prompts are unknown.", remedy)
     if getattr(task, "MULTIMODAL", False):
-        raise EvaluationError(name, "asks about pictures or sound.", remedy)
+        raise EvaluationError(name, "asks about images or sound.", remedy)
 
 
 def _documents(name: str, task: Any, split: str, *, allow_scored: bool) -> Any:
-    config, fewshot = task.config, task.fewshot_cfg
-    scored = _scored_split(task)
-    others = [found for found in task.dataset if found != scored]
-    listed = ", ".join(f"`{found}`" for found in others)
-    has = f"It has: {listed}." if others else "It has no other split: name a `dataset` instead."
+    config, fewshot, scored = task.config, task.fewshot_cfg, _scored_split(task)
+    others = ", ".join(f"`{other}`" for other in task.dataset if other != scored)
+    remedy = f"It has: {others}." if others else "It has no other split: use a `dataset` instead."
     if split not in task.dataset:
-        raise EvaluationError(name, f"its data have no split `{split}`.", has)
+        raise EvaluationError(name, f"its data have no split `{split}`.", remedy)
     if split == scored and not allow_scored:
-        problem = f"`{split}` is the split that it scores, and no merge may be fitted to its items."
-        raise EvaluationError(name, problem, has)
+        problem = f"it scores the split `{split}`, and a merge must not be fitted to its items."
+        raise EvaluationError(name, problem, remedy)
     declared = (config.training_split, config.validation_split, config.test_split)
     process = fewshot.process_docs if split not in declared else config.process_docs
     documents = task.dataset[split]
@@ -237,26 +237,26 @@ def _shows_scored(task: Any) -> bool:
     return bool(next(filter(None, declared), None) == _scored_split(task))
 
 
-class _Others:
+class _OtherDocuments:
     """A few-shot sampler that never shows an item its own answer."""
 
     def __init__(self, sampler: Any, document: Any) -> None:
         self.sampler, self.document = sampler, document
 
     def sample(self, n: int, eval_doc: Any = None) -> Any:  # noqa: ARG002 - lm-eval's signature
-        among = self.document in self.sampler.df
-        return self.sampler.sample(n=n, eval_doc=self.document if among else None)
+        contained = self.document in self.sampler.df
+        return self.sampler.sample(n=n, eval_doc=self.document if contained else None)
 
 
 def _question(task: Any, document: Any, index: int, chat: Chat | None) -> Question:
-    """The request that scores the right answer, or whose answer is generated, and the answer."""
+    """The request that scores the right answer, or that generates an answer, and the answer."""
     sampler = getattr(task, "sampler", None)
-    with told_of(task.task_name):
+    with errors_named(task.task_name):
         answer = _answer(task, document)
         if not answer:
             return Question(task.task_name, "", "")
         task.set_fewshot_seed(FEWSHOT_SEED + index)
-        task.sampler = _Others(sampler, document)
+        task.sampler = _OtherDocuments(sampler, document)
         try:
             context = task.fewshot_context(
                 document,
@@ -276,20 +276,20 @@ def _question(task: Any, document: Any, index: int, chat: Chat | None) -> Questi
         if task.OUTPUT_TYPE == "generate_until":
             delimiter = _delimiter(task, document, answer, in_chat=chat is not None)
             return Question(task.task_name, str(requests.args[0]), delimiter + answer)
-        asked = requests[_gold(task, document)] if isinstance(requests, list) else requests
-        *prompt, answer = map(str, asked.args)  # of a text as a whole the answer is all
+        request = requests[_gold(task, document)] if isinstance(requests, list) else requests
+        *prompt, answer = map(str, request.args)  # a rolling likelihood has no prompt
         return Question(task.task_name, "".join(prompt), answer)
 
 
-def _item(task: Any, document: Any) -> Item:
+def _item(task: Any, document: Any) -> TaskItem:
     from lm_eval.api.task import ConfigurableTask
 
-    if not isinstance(task, ConfigurableTask):  # a Python class, known by its documents alone
-        return Item(task.task_name, "", "", dict(document))
+    if not isinstance(task, ConfigurableTask):  # a Python class: only its documents are known
+        return TaskItem(task.task_name, "", "", dict(document))
     prompt = task.doc_to_text(document)
-    if isinstance(prompt, int):  # winogrande and its like: the answer is which text it is
+    if isinstance(prompt, int):  # as in winogrande: the answer is the number of a text
         prompt = task.doc_to_choice(document)[prompt]
-    return Item(task.task_name, str(prompt), _answer(task, document), dict(document))
+    return TaskItem(task.task_name, str(prompt), _answer(task, document), dict(document))
 
 
 def _answer(task: Any, document: Any) -> str:
@@ -303,109 +303,94 @@ def _answer(task: Any, document: Any) -> str:
 
 
 def _gold(task: Any, document: Any) -> int:
-    """Which of the choices is right; -1 where that is not told."""
-    told = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-    told = told[0] if isinstance(told, list) and told else told
-    if isinstance(told, str):
+    """The index of the right choice; -1 if the document does not have it."""
+    gold = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+    gold = gold[0] if isinstance(gold, list) and gold else gold
+    if isinstance(gold, str):
         choices = task.doc_to_choice(document)
-        return choices.index(told) if told in choices else -1
-    return told if isinstance(told, int) else -1
+        return choices.index(gold) if gold in choices else -1
+    return gold if isinstance(gold, int) else -1
 
 
 def _delimiter(task: Any, document: Any, answer: str, *, in_chat: bool) -> str:
-    """Between a prompt and its answer, as lm-eval puts it in few-shot examples; none in a chat."""
+    """The delimiter before the answer, as lm-eval puts it in few-shot examples; none in a chat."""
     prefix = task.doc_to_prefix(document)
     if not prefix:
         return "" if in_chat else str(task.config.target_delimiter)
     return "" if prefix[-1].isspace() or answer[0].isspace() else " "
 
 
-ENOUGH = 13  # words that no two texts share by chance: the n-grams of GPT-3's search for overlaps
-LABEL = 3  # words of a column that may be a label, a letter or a subject
-NEAR = 8  # words between a short question and its answer: "Answer:", a chat template's
-_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_PIECE = re.compile(rf"[^\W{_UNSPACED}]+|\w|[^\w\s]")  # a word, a letter as in Chinese, or a mark
-
-
 @dataclass(frozen=True)
-class Sought:
-    """What of an item is looked for; all in words between single spaces, as `spelt` writes them."""
+class SearchTerms:
+    """The parts of an item that a text is searched for, as `normalized` writes them."""
 
-    question: tuple[str, ...]  # columns, each of which must stand in the text
+    question: tuple[str, ...]  # columns of the document; the text must contain each of them
     answer: str
 
-    @property
-    def n_words(self) -> int:
-        """Words of the question."""
-        return sum(map(_n_words, self.question))
+
+def normalized(text: str) -> str:
+    """Words and marks in lower case, with one space before, between and after them."""
+    return f" {' '.join(PIECE.findall(text.casefold()))} "
 
 
-def spelt(text: str) -> str:
-    """Words and marks in lower case, one space before, between and after them."""
-    return f" {' '.join(_PIECE.findall(text.casefold()))} "
+def search_terms(item: TaskItem) -> SearchTerms:
+    """The columns of the document that the prompt shows, or else the prompt; and the answer.
 
-
-def sought(item: Item) -> Sought:
-    """The columns of its document that its prompt shows, or else the prompt; and its answer.
-
-    Short columns, which may be labels, count only where the prompt shows no other.
+    Short columns, which may be labels, count only where the prompt shows no longer column.
     """
-    prompt, answer = spelt(item.prompt or item.answer), spelt(item.answer)
-    columns = {spelt(value) for value in item.document.values() if isinstance(value, str)}
+    prompt, answer = normalized(item.prompt or item.answer), normalized(item.answer)
+    columns = {normalized(value) for value in item.document.values() if isinstance(value, str)}
     shown = sorted(column for column in columns if _n_words(column) and column in prompt)
-    longer = [column for column in shown if _n_words(column) > LABEL]
-    return Sought(tuple(longer or shown or ([prompt] if _n_words(prompt) else [])), answer)
+    longer = [column for column in shown if _n_words(column) > LONGEST_LABEL]
+    return SearchTerms(tuple(longer or shown or ([prompt] if _n_words(prompt) else [])), answer)
 
 
-def holding(texts: Sequence[str], items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-    """The place of each text that holds an item, with that item.
+def contained_items(
+    texts: Sequence[str], items: Iterable[TaskItem]
+) -> Iterator[tuple[int, TaskItem]]:
+    """Find the items that texts contain; yields the index of each such text with the item.
 
-    A text holds an item where the whole question stands in it. One of fewer than `ENOUGH` words
-    may be there by chance, so its answer has to follow, or the text to end where it would.
-
-    Args:
-        texts: as they are.
-        items: one after the other; only texts with all words of an item are looked through.
+    A text contains an item if it contains the whole question. A question of fewer than
+    `LONG_QUESTION` words may occur by chance: its answer must follow, or the text must end before
+    the answer.
     """
-    written = [spelt(text) for text in texts]
+    written = [normalized(text) for text in texts]
     places: dict[str, set[int]] = defaultdict(set)
     for index, text in enumerate(written):
         for word in set(text.split()):
             places[word].add(index)
     for item in items:
-        asked = sought(item)
-        words = {word for column in asked.question for word in column.split()}
+        terms = search_terms(item)
+        words = {word for column in terms.question for word in column.split()}
         if words and words <= places.keys():
             for index in set.intersection(*sorted((places[w] for w in words), key=len)):
-                if _holds(written[index], asked):
+                if _contains(written[index], terms):
                     yield index, item
 
 
-def _holds(text: str, asked: Sought) -> bool:
-    if not all(column in text for column in asked.question):
+def _contains(text: str, terms: SearchTerms) -> bool:
+    if not all(column in text for column in terms.question):
         return False
-    if asked.n_words >= ENOUGH:
+    n_words = sum(map(_n_words, terms.question))
+    if n_words >= LONG_QUESTION:
         return True
-    last = max(asked.question, key=len)
-    ends = (place.start() + len(last) for place in re.finditer(f"(?={re.escape(last)})", text))
-    return any(_is_over(text[end:], asked) for end in ends)
+    last = max(terms.question, key=len)
+    for place in re.finditer(f"(?={re.escape(last)})", text):
+        rest = text[place.start() + len(last) :]
+        if _answers(rest, terms.answer) or (n_words > 1 and _is_left_open(rest)):
+            return True
+    return False
 
 
-def _is_over(rest: str, asked: Sought) -> bool:
-    if asked.answer.strip() and _follows(rest, asked.answer):
-        return True
-    return asked.n_words > 1 and _is_left_open(rest)
-
-
-def _follows(rest: str, answer: str) -> bool:
+def _answers(rest: str, answer: str) -> bool:
     before, found, _ = f" {rest}".partition(answer)
-    return bool(found) and _n_words(before) <= NEAR
+    return bool(answer.strip() and found) and _n_words(before) <= ANSWER_DISTANCE
 
 
 def _is_left_open(rest: str) -> bool:
-    """Whether a text has no answer: nothing is left, or only what asks for one."""
+    """Whether a text ends before an answer: nothing is left, or a few words and a colon."""
     n_words = _n_words(rest)
-    return n_words == 0 or (n_words <= NEAR and rest.rstrip().endswith(":"))
+    return n_words == 0 or (n_words <= ANSWER_DISTANCE and rest.rstrip().endswith(":"))
 
 
 def _n_words(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Statistics of two models on the same items. Pure functions of numbers; nothing is assumed normal.
+"""Paired tests of models on the same items; no distribution is assumed.
 
 `first` and `second` are aligned sequences, one number per item; a difference is first minus second.
 """
@@ -14,15 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
-from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
+from lewis_hub.evaluate.scores import (
+    MERGED,
+    MetricResult,
+    MetricScore,
+    ModelResult,
+    PairedTest,
+    Scores,
+    TaskResult,
+    TaskScores,
+)
 
 RESAMPLES = 10_000
-Z95 = 1.959963984540054  # the 97.5 % point of the standard normal
+Z95 = 1.959963984540054  # the 97.5 % quantile of the standard normal
+SEED = 42  # of the paired bootstrap: the same items give the same interval
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MeanDifference:
     """A difference of means, its 95 % interval and a two-sided p-value."""
 
     difference: float
@@ -30,19 +39,19 @@ class Comparison:
     p: float
 
 
-def compare_items(first: Sequence[float], second: Sequence[float], seed: int) -> Comparison:
-    """Exact McNemar and Newcombe's interval for 0/1 items, the paired bootstrap for all others."""
+def compare_items(first: Sequence[float], second: Sequence[float], seed: int) -> MeanDifference:
+    """Compare 0/1 items by McNemar's exact test, other numbers by the paired bootstrap."""
     if {*first, *second} <= {0.0, 1.0}:
         return compare_binary(first, second)
     return compare_by_bootstrap(first, second, seed)
 
 
-def compare_binary(first: Sequence[float], second: Sequence[float]) -> Comparison:
+def compare_binary(first: Sequence[float], second: Sequence[float]) -> MeanDifference:
     """Exact McNemar's test, and Newcombe's interval for a difference of paired proportions."""
     pairs = list(zip(first, second, strict=True))
     both, neither = pairs.count((1, 1)), pairs.count((0, 0))
     only_first, only_second = pairs.count((1, 0)), pairs.count((0, 1))
-    return Comparison(
+    return MeanDifference(
         difference=(only_first - only_second) / len(pairs),
         ci95=newcombe_interval(both, only_first, only_second, neither),
         p=mcnemar(only_first, only_second),
@@ -52,7 +61,7 @@ def compare_binary(first: Sequence[float], second: Sequence[float]) -> Compariso
 def mcnemar(only_first: int, only_second: int) -> float:
     """The two-sided exact p-value: twice the smaller binomial(n, 1/2) tail of the discordant pairs.
 
-    Computed in integers, so it is right to the last bit for any count.
+    The sum is computed in integers, so it is exact for any count.
     """
     n = only_first + only_second
     term, tail = 1, 1  # term is (n over k), from k = 0
@@ -94,7 +103,7 @@ def wilson_interval(proportion: float, n: int) -> tuple[float, float]:
 
 
 def _phi(both: int, only_first: int, only_second: int, neither: int) -> float:
-    """The correlation of the two outcomes, a positive one corrected for continuity."""
+    """The correlation of the two outcomes; a positive one is corrected for continuity."""
     n = both + only_first + only_second + neither
     margins = (
         (both + only_first)
@@ -110,7 +119,9 @@ def _phi(both: int, only_first: int, only_second: int, neither: int) -> float:
     return covariance / math.sqrt(margins)
 
 
-def compare_by_bootstrap(first: Sequence[float], second: Sequence[float], seed: int) -> Comparison:
+def compare_by_bootstrap(
+    first: Sequence[float], second: Sequence[float], seed: int
+) -> MeanDifference:
     """The percentile interval and p-value of a mean difference over resampled items.
 
     The p-value is the share of resampled differences at least as far from the observed one as that
@@ -120,13 +131,13 @@ def compare_by_bootstrap(first: Sequence[float], second: Sequence[float], seed: 
     observed = float(differences.mean())
     means = _resampled_means(differences, seed)
     low, high = np.quantile(means, [0.025, 0.975])
-    slack = 1e-12 * float(np.abs(differences).max())  # equal up to rounding counts as equal
+    slack = 1e-12 * float(np.abs(differences).max())  # equal up to rounding is equal
     extreme = int(np.count_nonzero(np.abs(means - observed) >= abs(observed) - slack))
-    return Comparison(observed, (float(low), float(high)), (extreme + 1) / (RESAMPLES + 1))
+    return MeanDifference(observed, (float(low), float(high)), (extreme + 1) / (RESAMPLES + 1))
 
 
 def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Means of RESAMPLES samples with replacement, as many at a time as a cache holds."""
+    """Means of RESAMPLES samples with replacement, in chunks that fit into a cache."""
     generator = np.random.Generator(np.random.PCG64(seed))
     rows = max(1, 100_000 // len(values))
     means = [
@@ -148,11 +159,8 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     return tuple(adjusted)
 
 
-SEED = 42  # of the paired bootstrap: the same items give the same interval
-
-
 def compare(results: Mapping[str, ModelResult]) -> Scores:
-    """Put the models side by side; where one is `merged`, test it against each of the others.
+    """Put the models side by side, and test the model `merged` against each of the others.
 
     Raises:
         EvaluationError: two models did not answer the same items of the same tasks.
@@ -177,7 +185,7 @@ def compare(results: Mapping[str, ModelResult]) -> Scores:
 
 
 def _metric_scores(task: TaskResult) -> dict[str, MetricScore]:
-    """A task that does not say which way is better means the higher one."""
+    """A higher value is better unless the task says otherwise."""
     return {
         key: MetricScore(metric.value, metric.stderr, metric.higher_is_better is not False)
         for key, metric in task.metrics.items()
@@ -207,29 +215,25 @@ def _check_same_items(
 
 
 def _paired_tests(results: Mapping[str, ModelResult]) -> Iterator[tuple[str, PairedTest]]:
-    """(task, test) for each metric that is a mean over items, unadjusted."""
-    merged = results.get("merged", ModelResult({}))
+    """Yield (task, test) for each metric that is a mean over items, with unadjusted p."""
+    merged = results.get(MERGED, ModelResult({}))
     for label, other in results.items():
-        if label == "merged":
+        if label == MERGED:
             continue
         for name, task in merged.tasks.items():
             for key, metric in task.metrics.items():
                 rival = other.tasks[name].metrics.get(key)
                 found = paired(metric, rival) if rival else None
                 if found:
-                    yield (
-                        name,
-                        PairedTest(
-                            key, label, found.difference, found.ci95, p=found.p, p_holm=found.p
-                        ),
-                    )
+                    p = found.p
+                    yield name, PairedTest(key, label, found.difference, found.ci95, p=p, p_holm=p)
 
 
-def paired(mine: MetricResult, theirs: MetricResult) -> Comparison | None:
-    """Test two results over the items that both have a number for.
+def paired(mine: MetricResult, theirs: MetricResult) -> MeanDifference | None:
+    """Test two results over the items for which both have a number.
 
     Returns:
-        None where there is no such item, or the metric is no mean over items.
+        None if there is no such item, or the metric is not a mean over items.
     """
     if mine.values is None or theirs.values is None:
         return None
@@ -242,7 +246,7 @@ def paired(mine: MetricResult, theirs: MetricResult) -> Comparison | None:
 
 
 def _adjusted(tests: list[tuple[str, PairedTest]]) -> list[tuple[str, PairedTest]]:
-    """The same tests with Holm's p-values over all that are against the same model."""
+    """The same tests with Holm's p-values over all tests against the same model."""
     families: dict[str, list[int]] = defaultdict(list)
     for index, (_, test) in enumerate(tests):
         families[test.against].append(index)

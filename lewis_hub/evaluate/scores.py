@@ -1,17 +1,115 @@
-"""Scores of the models on each task, and the paired tests between them: `lewis/scores.json`."""
+"""Results of models on tasks: item by item (`lewis/items.json`), and side by side.
+
+`lewis/scores.json` holds the models side by side with the paired tests between them.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
 
-VERSION = 1
+VERSION = 1  # of `scores.json`
+ITEMS_VERSION = 1
+BASE, MERGED, EXPERT = "base", "merged", "expert:"
 TWINS = ("uniform", "task_arithmetic", "by_magnitude")  # labels of the merge without guidance
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """One metric of one model on one task.
+
+    Attributes:
+        value: as lm-eval aggregates it.
+        values: one number per item in the order of `TaskResult.documents`, None where the task
+            gives none; no numbers at all where the metric is not a mean over items.
+        higher_is_better: None where the task does not say.
+    """
+
+    value: float
+    values: tuple[float | None, ...] | None
+    higher_is_better: bool | None = None
+
+    @property
+    def stderr(self) -> float | None:
+        """The standard error of a mean, from the sample's standard deviation."""
+        known = [value for value in self.values or () if value is not None]
+        if len(known) < 2:
+            return None
+        mean = math.fsum(known) / len(known)
+        squares = math.fsum((value - mean) ** 2 for value in known)
+        return math.sqrt(squares / (len(known) - 1) / len(known))
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One model on one task: digests of the items and of their prompts, and its metrics."""
+
+    version: str
+    documents: tuple[str, ...]
+    prompts: tuple[str, ...]
+    metrics: Mapping[str, MetricResult]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model on all tasks; kept on disk while the others are evaluated."""
+
+    tasks: Mapping[str, TaskResult]
+
+    def to_json(self) -> str:
+        """A document that `from_json` reads back without loss."""
+        tasks = {
+            name: {
+                "version": task.version,
+                "documents": task.documents,
+                "prompts": task.prompts,
+                "metrics": {
+                    key: {**asdict(metric), "value": _finite(metric.value)}
+                    for key, metric in task.metrics.items()
+                },
+            }
+            for name, task in self.tasks.items()
+        }
+        document = {"version": ITEMS_VERSION, "tasks": tasks}
+        compact = (",", ":")  # with a line a number, white space would be most of the file
+        return json.dumps(document, separators=compact, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelResult:
+        """Read what `to_json` wrote.
+
+        Raises:
+            EvaluationError: the text has another version, or is no such document.
+        """
+        name = "evaluation result"
+        document = _read_document(text, name, ITEMS_VERSION)
+        try:
+            return cls({name: _task_result(task) for name, task in document["tasks"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"is damaged ({type(error).__name__}: {error})."
+            raise EvaluationError(name, problem, "Evaluate again.") from None
+
+
+def pooled(parts: Sequence[TaskResult], metric: str, value: float) -> MetricResult:
+    """A group's metric over the items of its tasks, where it is the mean over all of them."""
+    results = [part.metrics.get(metric) for part in parts]
+    values: list[float | None] = []
+    for result in results:
+        if result is None or result.values is None:
+            return MetricResult(value, None)
+        values.extend(result.values)
+    directions = {result.higher_is_better for result in results if result is not None}
+    direction = directions.pop() if len(directions) == 1 else None
+    known = [item for item in values if item is not None]
+    is_mean = bool(known) and math.isclose(
+        math.fsum(known) / len(known), value, rel_tol=1e-9, abs_tol=1e-12
+    )
+    return MetricResult(value, tuple(values) if is_mean else None, direction)
 
 
 @dataclass(frozen=True)
@@ -24,13 +122,13 @@ class MetricScore:
 
     @property
     def merit(self) -> float:
-        """The value, turned so that the better model has the higher one."""
+        """The value with the sign that gives the better model the higher number."""
         return self.value if self.higher_is_better else -self.value
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """The merged model against another one on the same items.
+    """The merged model against another model on the same items.
 
     `difference` is merged minus the other, with its 95 % interval; `p` is two-sided, and `p_holm`
     is adjusted over every task and metric that is tested against the same model.
@@ -58,7 +156,7 @@ class TaskScores:
 class Scores:
     """Task -> scores.
 
-    Labels are `base`, `expert:<source>`, `merged`, and of its twins `uniform` (one density
+    Labels are `base`, `expert:<source>`, `merged`, and those of its twins: `uniform` (one density
     everywhere), `task_arithmetic` or `by_magnitude` (no statistics).
     """
 
@@ -79,14 +177,14 @@ class Scores:
         """Read what `to_json` wrote.
 
         Raises:
-            EvaluationError: the text is of another version, or no such document.
+            EvaluationError: the text has another version, or is no such document.
         """
-        document = read_document(text, "scores.json", VERSION)
+        document = _read_document(text, "scores.json", VERSION)
         return cls({name: _task_scores(task) for name, task in document["tasks"].items()})
 
 
-def read_document(text: str, name: str, version: int) -> dict[str, Any]:
-    """The JSON object in `text`, if it is of the one version that this code reads."""
+def _read_document(text: str, name: str, version: int) -> dict[str, Any]:
+    """The JSON object in `text`, if it has the version that this code reads."""
     try:
         document = json.loads(text)
     except ValueError as error:
@@ -98,14 +196,29 @@ def read_document(text: str, name: str, version: int) -> dict[str, Any]:
     return dict(document)
 
 
-def finite(value: float) -> float | None:
-    """The number as JSON holds it: null where there is none (an overflown perplexity)."""
+def _finite(value: float) -> float | None:
+    """The number as JSON holds it: null for infinity or NaN, such as an overflown perplexity."""
     return value if math.isfinite(value) else None
 
 
-def number(value: float | None) -> float:
-    """The inverse of `finite`."""
+def _number(value: float | None) -> float:
+    """The inverse of `_finite`."""
     return math.nan if value is None else value
+
+
+def _task_result(document: Mapping[str, Any]) -> TaskResult:
+    documents, prompts = tuple(document["documents"]), tuple(document["prompts"])
+    metrics = {key: _metric_result(metric) for key, metric in document["metrics"].items()}
+    lengths = {len(metric.values) for metric in metrics.values() if metric.values is not None}
+    if {len(prompts), *lengths} != {len(documents)}:
+        raise ValueError(f"{len(documents)} items, but other numbers of prompts or values")
+    return TaskResult(document["version"], documents, prompts, metrics)
+
+
+def _metric_result(document: Mapping[str, Any]) -> MetricResult:
+    values = document["values"]
+    items = None if values is None else tuple(None if v is None else float(v) for v in values)
+    return MetricResult(_number(document["value"]), items, document["higher_is_better"])
 
 
 def _task_document(task: TaskScores) -> dict[str, Any]:
@@ -116,23 +229,13 @@ def _task_document(task: TaskScores) -> dict[str, Any]:
             label: {name: _score_document(score) for name, score in metrics.items()}
             for label, metrics in task.models.items()
         },
-        "paired": [
-            {
-                "metric": test.metric,
-                "against": test.against,
-                "difference": test.difference,
-                "ci95": list(test.ci95),
-                "p": test.p,
-                "p_holm": test.p_holm,
-            }
-            for test in task.paired
-        ],
+        "paired": [asdict(test) for test in task.paired],
     }
 
 
 def _score_document(score: MetricScore) -> dict[str, Any]:
     direction = {} if score.higher_is_better else {"higher_is_better": False}
-    return {"value": finite(score.value), "stderr": score.stderr, **direction}
+    return {"value": _finite(score.value), "stderr": score.stderr, **direction}
 
 
 def _task_scores(document: Mapping[str, Any]) -> TaskScores:
@@ -141,7 +244,7 @@ def _task_scores(document: Mapping[str, Any]) -> TaskScores:
         version=document["version"],
         models={
             label: {
-                name: MetricScore(**{**score, "value": number(score["value"])})
+                name: MetricScore(**{**score, "value": _number(score["value"])})
                 for name, score in metrics.items()
             }
             for label, metrics in document["models"].items()

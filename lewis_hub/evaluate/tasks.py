@@ -1,49 +1,63 @@
-"""Which benchmarks a recipe names: found and checked for safety, without running anything."""
+"""The lm-eval tasks that a recipe names: their files are read and checked, nothing is run."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.resources
-import logging
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.gate import unknown_metric
+from lewis_hub.evaluate.harness import quiet_libraries
 
-_HEADER = re.compile(
-    rb"""^["']?(task|group|tag)["']?\s*:[ \t]*(.*)((?:\n[ \t]*-[ \t]*.+)*)""", re.M
-)
-_NAME = re.compile(r"[^\s,\[\]\"'#-][^\s,\[\]\"'#]*")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_FIX = "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
+HEADER = re.compile(rb"""^["']?(task|group|tag)["']?\s*:[ \t]*(.*)((?:\n[ \t]*-[ \t]*.+)*)""", re.M)
+NAME = re.compile(r"[^\s,\[\]\"'#-][^\s,\[\]\"'#]*")
+# Python of a bundled task that runs what a model wrote, whether it is marked unsafe or not.
+RUNS_CODE = re.compile(r"\bexec\(|\bcode_eval\b|\bsubprocess\.(run|Popen|call|check_)|\bPopen\(")
+NO_FILTER = "none"
+DEFAULT_METRICS = {  # by output type: what lm-eval scores where a file names no metrics
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": ("acc", "acc_norm"),
+    "generate_until": ("exact_match",),
+}
+CORRECT = "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
+ALLOW = "Allow it with `--allow-code-execution`, best in a container without network."
+NAME_A_TASK = "Name one of its tasks, here and in `evaluate.tasks`."
 
 
 class Function(str):
-    """A `!function module.name` of a task file, not imported; `folder` is where it is written."""
+    """A `!function module.name` of a task file in `folder`; it is not imported."""
 
     folder: Path
 
     @property
     def module(self) -> Path:
-        """The Python file that it would be taken from, if that lies beside the task file."""
+        """The Python file that lm-eval imports it from, unless it is elsewhere on the path."""
         return self.folder / (self.rpartition(".")[0].replace(".", "/") + ".py")
+
+
+class TaskLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe YAML loader that also reads a `!function`."""
+
+
+TaskLoader.add_constructor(
+    "!function", lambda loader, node: Function(loader.construct_scalar(node))
+)
 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task or group as its file says it, with the files that it includes merged in."""
+    """A task or group as its file defines it, merged with the files that it includes."""
 
     name: str
     path: Path
@@ -56,84 +70,78 @@ class TaskFile:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """The names that stand for this task among others."""
+        """The tags that select this task among others."""
         tags = self.config.get("tag") or ()
         return (tags,) if isinstance(tags, str) else tuple(tags)
 
     def functions(self) -> Iterator[Function]:
-        """Every Python function that the file would have lm-eval import."""
+        """Every Python function that lm-eval would import for this file."""
         yield from _functions(self.config)
 
 
 @dataclass(frozen=True)
-class Headers:
-    """Names that lm-eval brings along: files of its tasks and groups, and its tags."""
+class TaskIndex:
+    """Names that lm-eval knows: the files of its tasks and groups, and its tags."""
 
     files: Mapping[str, Path]
     tags: frozenset[str]
 
 
 def read_folder(folder: Path) -> dict[str, TaskFile]:
-    """Name -> file of the tasks and groups in a folder of own task files.
+    """Read the tasks and groups in a folder of own task files: name -> file.
 
     Raises:
-        EvaluationError: the folder is missing, or a file in it cannot be read; lm-eval itself
-            would silently leave that file out.
+        EvaluationError: the folder is missing, or a file in it cannot be read. lm-eval itself
+            ignores such a file without a message.
     """
     if not folder.is_dir():
-        remedy = "Name the folder that holds your task files in `evaluate.include`."
-        raise EvaluationError(str(folder), "is no folder.", remedy)
+        remedy = "Set `evaluate.include` to the folder with your task files."
+        raise EvaluationError(str(folder), "is not a folder.", remedy)
     found: dict[str, TaskFile] = {}
     for path in sorted(folder.glob("**/*.yaml"), key=Path.as_posix):
         file = read_file(path)
         if file is None:
             continue
         if file.name in found:
-            problem = f"task `{file.name}` is in {found[file.name].path} too."
+            problem = f"task `{file.name}` is also defined in {found[file.name].path}."
             raise EvaluationError(str(path), problem, "Give each task its own name.")
         found[file.name] = file
     return found
 
 
 def read_file(path: Path) -> TaskFile | None:
-    """The task or group in a file; None for one that only others include."""
+    """Read the task or group in a file; None for a file that only others include."""
     config = _merged(path, ())
     name = config.get("group", config.get("task")) if "class" not in config else config.get("task")
     return TaskFile(name, path, config) if isinstance(name, str) else None
 
 
 def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in a file over those that it includes, as lm-eval merges them."""
+    """The file's keys over the keys of the files that it includes, as lm-eval merges them."""
     if path in seen:
-        raise EvaluationError(str(path), "includes itself.", _FIX)
+        raise EvaluationError(str(path), "includes itself.", CORRECT)
     config = _parsed(path)
     includes = config.pop("include", [])
     merged: dict[str, Any] = {}
     for include in [includes] if isinstance(includes, str) else includes:
         included = path.parent / include
         if not included.is_file():
-            raise EvaluationError(str(path), f"includes {included}, which is no file.", _FIX)
+            raise EvaluationError(str(path), f"includes {included}, which is not a file.", CORRECT)
         merged.update(_merged(included.resolve(), (*seen, path)))
     return {**merged, **config}
 
 
 def _parsed(path: Path) -> dict[str, Any]:
-    loader = type("TaskLoader", (_LOADER,), {})
-    loader.add_constructor("!function", partial(_function, path.parent))  # type: ignore[attr-defined]
     try:
-        config = yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 - built on a safe loader
+        config = yaml.load(path.read_bytes(), Loader=TaskLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EvaluationError(str(path), f"is not valid YAML: {error}", _FIX) from error
+        raise EvaluationError(str(path), f"is not valid YAML: {error}", CORRECT) from error
     if not isinstance(config, dict):
-        problem = f"holds a {type(config).__name__}, expected keys such as `task:`."
-        raise EvaluationError(str(path), problem, _FIX)
+        problem = f"contains a {type(config).__name__}, expected keys such as `task:`."
+        raise EvaluationError(str(path), problem, CORRECT)
+    for function in _functions(config):
+        function.folder = path.parent
     return config
-
-
-def _function(folder: Path, loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Function:
-    function = Function(loader.construct_scalar(node))
-    function.folder = folder
-    return function
 
 
 def _functions(value: Any) -> Iterator[Function]:
@@ -148,24 +156,24 @@ def _functions(value: Any) -> Iterator[Function]:
 
 
 def bundled_folder() -> Path:
-    """Where lm-eval keeps its task files."""
+    """The folder of lm-eval's own task files."""
     return Path(str(importlib.resources.files("lm_eval"))) / "tasks"
 
 
-def scan_headers(folder: Path) -> Headers:
-    """The names in all files of a folder, by the few lines that declare them; about a second."""
+def scan_headers(folder: Path) -> TaskIndex:
+    """Find the names that all files of a folder declare, without parsing them; about a second."""
     files: dict[str, Path] = {}
     tags: set[str] = set()
     for path in _task_files(folder):
         with FileIO(path) as file:
-            headers = _HEADER.findall(file.readall())
+            headers = HEADER.findall(file.readall())
         for key, inline, listed in headers:
-            names = _NAME.findall((inline + listed).decode(errors="replace"))
+            names = NAME.findall((inline + listed).decode(errors="replace"))
             if key == b"tag":
                 tags.update(names)
             elif not listed and len(names) == 1 and path.endswith(".yaml"):
                 files.setdefault(names[0], Path(path))
-    return Headers(files, frozenset(tags))
+    return TaskIndex(files, frozenset(tags))
 
 
 def _task_files(folder: Path) -> Iterator[str]:
@@ -173,12 +181,7 @@ def _task_files(folder: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(names):
             if name.endswith(".yaml") or "." not in name:  # templates often have no suffix
-                yield f"{root}/{name}"  # 14,000 of them: a Path each would double the time
-
-
-# What a bundled task's Python says when it runs what a model wrote, marked unsafe or not.
-_RUNS_CODE = re.compile(r"\bexec\(|\bcode_eval\b|\bsubprocess\.(run|Popen|call|check_)|\bPopen\(")
-_ALLOW = "Allow it with `--allow-code-execution`, best in a container without network."
+                yield f"{root}/{name}"  # 14,000 files: a Path each doubles the time
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,8 @@ class TaskSelection:
     Attributes:
         include: folder of own task files; they come before lm-eval's.
         own_include: whether that folder is the user's own. Task files are code (Python functions,
-            unrestricted templates), so one that came from a Hub repo needs `allow_code`.
-        allow_code: whether tasks may run what a model wrote.
+            unrestricted templates), so a folder from a Hub repo needs `allow_code`.
+        allow_code: whether tasks may run code that the model writes.
     """
 
     names: tuple[str, ...]
@@ -200,7 +203,7 @@ class TaskSelection:
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """A single task behind a selection; `dataset` is a repo, or a format such as `json`."""
+    """A single task of a selection; `dataset` is a repo, or a format such as `json`."""
 
     name: str
     dataset: str | None
@@ -209,11 +212,11 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class LocatedTasks:
-    """A selection's files.
+    """The files of a selection.
 
     Attributes:
-        selected: what lm-eval is asked for: tasks and groups; tags are already spelt out.
-        files: every group and task that is reached.
+        selected: names of the tasks and groups that lm-eval loads; tags are expanded.
+        files: every group and task of the selection.
         through_tag: whether a group lists a tag, which only lm-eval's full index can expand.
     """
 
@@ -224,13 +227,13 @@ class LocatedTasks:
 
 
 def check_tasks(selection: TaskSelection) -> tuple[TaskFacts, ...]:
-    """Find what is selected and refuse what is missing or unsafe; nothing is run or downloaded.
+    """Find the selected tasks and refuse unsafe ones; nothing is run or downloaded.
 
     Returns:
-        The single tasks that groups and tags stand for, so that their data can be checked.
+        The single tasks, with groups and tags expanded, so that their data can be checked.
 
     Raises:
-        EvaluationError: no task, an unknown one, a broken file, or code that is not allowed.
+        EvaluationError: no task, an unknown task, a broken file, or code that is not allowed.
     """
     return tuple(
         TaskFacts(file.name, file.config.get("dataset_path"), file.config.get("dataset_name"))
@@ -240,13 +243,13 @@ def check_tasks(selection: TaskSelection) -> tuple[TaskFacts, ...]:
 
 
 def locate_tasks(selection: TaskSelection) -> LocatedTasks:
-    """The files of what is selected, checked as `check_tasks` says."""
+    """Find the files of the selected tasks, checked as in `check_tasks`."""
     if not selection.names:
-        remedy = "Name at least one in `evaluate.tasks`, or by `--task`."
+        remedy = "Name at least one in `evaluate.tasks`, or with `--task`."
         raise EvaluationError("evaluate", "no task is named.", remedy)
     if selection.include is not None and not (selection.own_include or selection.allow_code):
-        problem = "task files are code, and these came from a Hub repo."
-        raise EvaluationError(str(selection.include), problem, f"Read them first. {_ALLOW}")
+        problem = "task files are code, and these come from a Hub repo."
+        raise EvaluationError(str(selection.include), problem, f"Read them first. {ALLOW}")
     catalog = _Catalog(selection.include)
     files: dict[str, TaskFile] = {}
     selected: dict[str, None] = {}
@@ -268,31 +271,31 @@ def _refuse_code(file: TaskFile, include: Path | None) -> None:
     if not unsafe and (include is None or not file.path.is_relative_to(include)):
         modules = {function.module for function in file.functions()}
         unsafe = any(
-            _RUNS_CODE.search(module.read_text(encoding="utf-8"))
+            RUNS_CODE.search(module.read_text(encoding="utf-8"))
             for module in modules
             if module.is_file()
         )
     if unsafe:
-        raise EvaluationError(file.name, "runs code that the model writes.", _ALLOW)
+        raise EvaluationError(file.name, "runs code that the model writes.", ALLOW)
 
 
 class _Catalog:
-    """Names to files: own ones first, then lm-eval's, which are only scanned when needed."""
+    """Files by name: own files first, then lm-eval's, which are scanned only if they are needed."""
 
     def __init__(self, include: Path | None) -> None:
         self.own = {} if include is None else read_folder(include)
         self.through_tag = False
 
     @cached_property
-    def bundled(self) -> Headers:
+    def bundled(self) -> TaskIndex:
         return scan_headers(bundled_folder())
 
     def expand(self, name: str, parent: TaskFile | None = None) -> Iterator[TaskFile]:
-        """The task, or the group and all that it lists, or all tasks of the tag.
+        """The task, or the group and its members, or all tasks of the tag.
 
         Args:
-            name: own names and tags hide those of lm-eval.
-            parent: the group that lists it.
+            name: own names and tags come before those of lm-eval.
+            parent: the group that lists the name.
         """
         file = self.own.get(name)
         tagged = sorted(own.name for own in self.own.values() if name in own.tags)
@@ -332,7 +335,7 @@ class _Catalog:
         return EvaluationError(
             name,
             f"{where}neither lm-eval nor your include folder has such a task.",
-            f"{remedy} Own task files go into a folder that `evaluate.include` names.",
+            f"{remedy} Put your own task files into the folder that `evaluate.include` names.",
         )
 
 
@@ -341,26 +344,17 @@ def _name(member: Mapping[str, Any]) -> Any:
 
 
 def _bundled_tag(tag: str) -> list[str]:
-    """The tasks of one of lm-eval's tags: they may lie anywhere, so this takes its full index."""
+    """The tasks of a tag of lm-eval. They may be in any file, so this loads its full index."""
     from lm_eval.tasks import TaskManager
 
     with quiet_libraries():
         return sorted(TaskManager().task_index[tag].tags)
 
 
-NO_FILTER = "none"
-BY_OUTPUT = {  # what lm-eval scores where a file names no metrics
-    "loglikelihood": ("perplexity", "acc"),
-    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
-    "multiple_choice": ("acc", "acc_norm"),
-    "generate_until": ("exact_match",),
-}
-
-
 def require_metric(selection: TaskSelection, task: str, metric: str) -> None:
     """Refuse a metric (`name,filter`) that the task cannot have; nothing is run or downloaded.
 
-    Files that leave their metrics to Python code tell them only once they have run.
+    Metrics that Python code of a task computes are known only after a run, and are not checked.
 
     Raises:
         EvaluationError: the task is a tag, a group without scores of its own, or has no such
@@ -370,107 +364,42 @@ def require_metric(selection: TaskSelection, task: str, metric: str) -> None:
     file = next((file for file in located.files if file.name == task), None)
     if file is None:
         problem = "it is a tag, which has no scores of its own."
-        raise EvaluationError(task, problem, "Name one of its tasks, here and in `evaluate.tasks`.")
+        raise EvaluationError(task, problem, NAME_A_TASK)
     if file.is_group and not _listed(file.config, "aggregate_metric_list"):
         problem = "it is a group without `aggregate_metric_list`, so it has no scores of its own."
-        raise EvaluationError(task, problem, "Name one of its tasks, here and in `evaluate.tasks`.")
+        raise EvaluationError(task, problem, NAME_A_TASK)
     known = _declared(file)
     if known is not None and metric not in known:
         raise unknown_metric(task, metric, known)
 
 
 def _declared(file: TaskFile) -> list[str] | None:
-    """Every `metric,filter`; None where only running the task tells."""
+    """Every `metric,filter` of the task; None if only a run shows them."""
     config = file.config
     if file.is_group:
         entries = _listed(config, "aggregate_metric_list")
         if not all("filter_list" in entry for entry in entries):
             return None  # lm-eval looks for filters among the results
-        return [f"{one['metric']},{name}" for one in entries for name in _names(one["filter_list"])]
+        return [
+            f"{entry['metric']},{name}"
+            for entry in entries
+            for name in _as_list(entry["filter_list"])
+        ]
     entries = _listed(config, "metric_list")
     in_code = any(isinstance(entry.get("metric"), Function) for entry in entries)
     if in_code or any(entry.get("hf_evaluate") for entry in entries):
         return None
     if "class" in config or config.get("process_results") is not None:
         return None
-    default = BY_OUTPUT.get(str(config.get("output_type", "generate_until")), ())
+    default = DEFAULT_METRICS.get(str(config.get("output_type", "generate_until")), ())
     metrics = [str(entry["metric"]) for entry in entries if "metric" in entry] or default
-    filters = [str(one.get("name")) for one in _listed(config, "filter_list")] or [NO_FILTER]
+    filters = [str(entry.get("name")) for entry in _listed(config, "filter_list")] or [NO_FILTER]
     return [f"{metric},{name}" for metric in metrics for name in filters]
 
 
 def _listed(config: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    value = config.get(key)
-    items = value if isinstance(value, list) else [value]
-    return [item for item in items if isinstance(item, Mapping)]
+    return [item for item in _as_list(config.get(key)) if isinstance(item, Mapping)]
 
 
-def _names(value: Any) -> list[str]:
-    return [str(name) for name in (value if isinstance(value, list) else [value])]
-
-
-LOGGERS = ("lm_eval", "datasets", "transformers", "accelerate", "huggingface_hub")
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Hold back warnings, log lines below an error and progress bars of lm-eval and what it calls.
-
-    Everything is as before afterwards. Nothing of ours runs inside but the calls to lm-eval.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        _hide_bars(stack)  # imports the libraries, and with that sets their log levels
-        for name in LOGGERS:
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
-        yield
-
-
-def _hide_bars(stack: ExitStack) -> None:
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
-    from datasets import utils as datasets_utils
-    from transformers.utils import logging as untyped
-
-    transformers_logging: Any = untyped
-
-    if not datasets_utils.are_progress_bars_disabled():
-        datasets_utils.disable_progress_bars()
-        stack.callback(datasets_utils.enable_progress_bars)
-    if transformers_logging.is_progress_bar_enabled():
-        transformers_logging.disable_progress_bar()
-        stack.callback(transformers_logging.enable_progress_bar)
-    # lm-eval has no switch for its bars: the name that each of its modules draws them by is lent
-    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-        _lend_silent_bar(stack, module)
-
-
-def _lend_silent_bar(stack: ExitStack, module: ModuleType) -> None:
-    bar: Any = module.tqdm
-
-    def silent(*args: Any, **kwargs: Any) -> Any:
-        return bar(*args, **{**kwargs, "disable": True})
-
-    stack.callback(setattr, module, "tqdm", bar)
-    module.tqdm = silent  # type: ignore[attr-defined]
-
-
-@contextmanager
-def compiled_once() -> Iterator[None]:
-    """Have lm-eval reuse a template that it has compiled before.
-
-    Compiling them anew was more than half of the time of a small model's evaluation. A template
-    holds no state, so what it renders is the same.
-    """
-    from lm_eval import utils
-
-    environment: Any = utils.env
-    environment.from_string = lru_cache(maxsize=256)(environment.from_string)
-    try:
-        yield
-    finally:
-        del environment.from_string  # the instance's own; the method of its class is back
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""What a card is made from: all that the path knows once the merge is scored."""
+"""The facts that a model card states, as one value that is complete once the merge is scored."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lewis_hub.report.plots import Plot
 
 @dataclass(frozen=True)
 class Guided:
-    """What a guide decided, and from what.
+    """The decision of a guide and its inputs.
 
     Attributes:
         guide: its name.
-        profile: None where it measures nothing.
-        notes: what a user should know about it, in plain words.
-        plots: they lie in the model's folder `lewis`.
+        profile: None if the guide measures nothing.
+        notes: warnings for the user, in plain words.
+        plots: their files are in the model's folder `lewis`.
     """
 
     guide: str
@@ -37,7 +37,7 @@ class Guided:
 
 @dataclass(frozen=True)
 class Measured:
-    """A source, and what fixes the calibration set that it was measured on."""
+    """A source and the settings that fix its calibration texts."""
 
     source: str  # pinned
     calibration: Mapping[str, Any]
@@ -45,10 +45,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class StackedBlocks:
-    """Blocks of the output, and the sources' blocks that they were made from, one by one.
+    """Blocks of the output, and the blocks of the sources that they are made from, in order.
 
     Attributes:
-        base: which of the sources task vectors start from; None for a method that takes none.
+        base: the source that task vectors start from; None for a method without a base.
     """
 
     blocks: range
@@ -58,37 +58,37 @@ class StackedBlocks:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card states. Strings are as they were found; the card escapes them.
+    """All facts that a card states. Strings may come from anywhere; the card escapes them.
 
     Attributes:
-        title: what the model is called, such as the last part of `repo`.
-        repo: where it goes; None where it stays on disk.
-        endpoint: of the Hub, without a slash at the end.
-        base: what the task vectors start from; None for a method that takes none.
-        experts: what was merged, in the recipe's order.
-        models: pinned source -> what its own card says.
+        title: the name of the model, such as the last part of `repo`.
+        repo: the Hub repo that it is published to; None if it stays on disk.
+        endpoint: address of the Hub, without a slash at the end.
+        base: the source that task vectors start from; None for a method without a base.
+        experts: the merged sources in the recipe's order.
+        models: pinned source -> facts from its own card.
         datasets: of the calibration, each once.
         parameters: tensor of the merge -> number of parameters.
-        dtype: of the merge; None where each tensor kept its own.
+        dtype: of the merge; None if each tensor kept its own dtype.
         method: from the registry.
-        guided: None where the recipe's own settings gave the densities.
-        measured: what statistics were gathered on, one an expert, where the method merges by them.
-        in_sequence: whether matrices were fitted one after the other, on the merge's own inputs.
-        notes: on those statistics, in plain words.
-        machine: that this run was made on; None where nobody looked.
-        scores: None where nothing was scored.
+        guided: None if the densities come from the recipe's own settings.
+        measured: for a method that merges by statistics, the calibration of each expert.
+        in_sequence: whether matrices were fitted one after the other, on the merged model's inputs.
+        notes: warnings about those statistics, in plain words.
+        machine: the machine of this run; None if unknown.
+        scores: None if nothing was scored.
         costs: of the run that finished the merge.
-        recipe: as run, revisions pinned, as YAML.
-        licence: None where nobody stated one.
-        licence_chosen: whether the recipe states it, rather than the parents alone.
-        config: the merge's `config.json`, as found.
+        recipe: as run, with pinned revisions, as YAML.
+        licence: None if no licence is stated.
+        licence_chosen: whether the recipe states it; otherwise it follows from the parents.
+        config: the content of the merge's `config.json`, unchecked.
         chat: whether the tokenizer has a chat template.
-        custom_code: whether transformers needs `trust_remote_code` to load it.
-        mergekit: whether `mergekit_config.yml` lies beside the card.
-        digest: the lock's.
-        software: name -> version, lewis_hub among them.
-        stack: the slices, where blocks were stacked.
-        gate: what the quality gate says; None where there is none.
+        custom_code: whether transformers needs `trust_remote_code` to load the model.
+        mergekit: whether there is a `mergekit_config.yml` beside the card.
+        digest: of the lock.
+        software: name -> version, with lewis_hub.
+        stack: the slices of a model whose blocks were stacked.
+        gate: the verdict of the quality gate; None without a gate.
         scored_in_chat: whether prompts went through each model's chat template.
     """
 
@@ -124,6 +124,6 @@ class CardFacts:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Base first; a base that is also merged stands once."""
-        others = tuple(one for one in self.experts if one != self.base)
+        """The base, then the experts; a base that is also merged occurs once."""
+        others = tuple(expert for expert in self.experts if expert != self.base)
         return (self.base, *others) if self.base else others

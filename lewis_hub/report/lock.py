@@ -1,20 +1,19 @@
-"""What was merged, exactly: `lewis/lock.json`.
+"""`lewis/lock.json`, the exact inputs and outputs of a merge, and `lewis/provenance.json` from it.
 
-The digest is "sha256:" and the hexadecimal SHA-256 of one JSON document in UTF-8: keys sorted, no
-white space, no escapes but those that JSON demands, numbers as Python's `repr` writes them and
-whole ones without a fraction. The document holds all that fixes the bytes of the weights and of the
-files beside them, and nothing else. Where an input lies, what it is called and which commit it came
-from do not fix them: the digests of its files do. So a commit upstream that touches only a README
-changes nothing, and neither do the scores, the versions of libraries, the machine or the date. Nor
-do the rows that calibration drew: they follow from the data, the split and the seed.
+The digest is "sha256:" and the hexadecimal SHA-256 of a JSON document in UTF-8: sorted keys, no
+white space, only the escapes that JSON requires, numbers as Python's `repr` writes them, whole
+numbers without a fraction. The document contains all inputs and settings that determine the bytes
+of the weights and of the files beside them, and nothing else. The name, place and commit of an
+input do not determine them; the digests of its files do. So an upstream commit that changes only a
+README changes nothing, nor do scores, versions of libraries, the machine or the date. The rows that
+calibration draws are left out: they follow from the data, the split and the seed.
 
-The seal is a digest of the same form over all of the lock but itself. It finds what was changed by
-accident; whoever means to forge a lock makes a new seal, and a signature finds that.
+The seal is a digest of the same form over the whole lock without the seal. It detects accidental
+changes. A forger can make a new seal; a signature detects that.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -31,32 +30,34 @@ from lewis_hub.errors import OutputError
 FILE = "lewis/lock.json"
 VERSION = 1
 SCHEMA = f"urn:lewis-hub:lock:{VERSION}"
-ARITHMETIC = 2  # raised when the same inputs and recipe come out as other bytes
+ARITHMETIC = 2  # increased when the same inputs and recipe give other bytes
+
+PROVENANCE_FILE = "lewis/provenance.json"
+BUILDER = "https://pypi.org/project/lewis-hub/"
+BUILD_TYPE = f"{BUILDER}#merge-v1"
+GIT_SHA_DIGITS = 40
 
 UNREAD_NAMES = frozenset({"README.md"})
 UNREAD_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".gif", ".h5", ".jpeg", ".jpg", ".msgpack", ".onnx"}
     | {".pdf", ".png", ".pt", ".pth", ".svg", ".webp"}
 )
-NAMING = frozenset(
-    {"model", "base_model", "dataset", "include", "revision"}
-)  # inputs by name, not content
-LATER = frozenset({"evaluate", "publish", "allow_overlap"})  # about scores, not about the bytes
-CHANGED = "It was changed after the merge: take the file that the merge wrote."
-
-
+# Keys of a recipe that do not determine the weights: names of inputs, and settings of later stages.
+NAMES = frozenset({"model", "base_model", "dataset", "include", "revision"})
+LATER = frozenset({"evaluate", "publish", "allow_overlap"})
+CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=CLOSED)
 class LockedInput:
-    """A model as it was read.
+    """A source model.
 
     Attributes:
         name: as the recipe writes it.
-        revision: what was asked; None is the default branch.
-        commit_sha: what it resolved to; of a folder the digest of its contents.
-        files: path -> digest, of those that can change the result.
+        revision: as the recipe writes it; None is the default branch.
+        commit_sha: the commit of that revision; for a folder, the digest of its contents.
+        files: path -> digest, for files that can change the result.
     """
 
     name: str
@@ -68,11 +69,10 @@ class LockedInput:
 
 @dataclass(frozen=True, config=CLOSED)
 class LockedData:
-    """What an expert was calibrated on; the first four as of `LockedInput`.
+    """The calibration data of an expert; the first four fields are as in `LockedInput`.
 
     Attributes:
-        rows: index of each row that was measured, in the order of the data; None before they
-            are drawn.
+        rows: index of each measured row, in the order of the data; None before rows are drawn.
     """
 
     name: str
@@ -86,7 +86,7 @@ class LockedData:
 
 @dataclass(frozen=True, config=CLOSED)
 class OutputFile:
-    """A file of the merge."""
+    """A file that the merge wrote."""
 
     sha256: str
     n_bytes: int
@@ -94,17 +94,17 @@ class OutputFile:
 
 @dataclass(frozen=True, config=CLOSED)
 class Lock:
-    """What was merged and what came out.
+    """The inputs, settings and outputs of a merge.
 
     Attributes:
-        inputs: base first, then the experts in the recipe's order.
-        calibration: the dataset of each expert, in the same order; none where nothing is measured.
-        recipe: as run, revisions pinned, as plain JSON.
-        method_version, guide_version: raised when what they make of the same inputs changes.
-        max_shard_bytes: how the weights were cut into files.
-        outputs: path -> file, of all that the merge left behind but what only tells of it: the
+        inputs: the base, then the experts in the recipe's order.
+        calibration: the dataset of each expert in the same order; empty if nothing is measured.
+        recipe: as run, with pinned revisions, as plain JSON.
+        method_version, guide_version: increased when their results for the same inputs change.
+        max_shard_bytes: largest file of weights.
+        outputs: path -> file, for all files of the merge but those that only describe it: the
             lock, the card, costs, provenance, changelog and signature.
-        software: name -> version; for the record, outside the digest.
+        software: name -> version; not part of the digest.
     """
 
     inputs: tuple[LockedInput, ...]
@@ -121,12 +121,14 @@ class Lock:
 
     @property
     def digest(self) -> str:
-        """Over all that fixes the bytes: equal digests, equal weights."""
+        """Digest of all that determines the bytes: equal digests mean equal weights."""
         fixed = {
             "arithmetic": ARITHMETIC,
-            "inputs": [{"role": one.role, "files": dict(one.files)} for one in self.inputs],
-            "calibration": [dict(one.files) for one in self.calibration],
-            "recipe": _fixing(self.recipe),
+            "inputs": [
+                {"role": source.role, "files": dict(source.files)} for source in self.inputs
+            ],
+            "calibration": [dict(data.files) for data in self.calibration],
+            "recipe": _determining(self.recipe),
             "method": [self.method, self.method_version],
             "guide": [self.guide, self.guide_version],
             "seed": self.seed,
@@ -146,10 +148,10 @@ class Lock:
 
     @classmethod
     def from_json(cls, text: str, file: str = FILE) -> Lock:
-        """Read what `to_json` wrote, to the byte; `file` is named in messages.
+        """Read exactly what `to_json` wrote; messages name `file`.
 
         Raises:
-            OutputError: another version, no such document, or one that was changed.
+            OutputError: the text has another version, is no such document, or was changed.
         """
         try:
             document = json.loads(text)
@@ -160,36 +162,44 @@ class Lock:
             lock = TypeAdapter(cls).validate_python(document)
             written = lock.to_json()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            problem = f"it is no lock of a merge ({_told(error)})."
-            raise OutputError(file, problem, "Take the file that the merge wrote.") from None
+            problem = f"it is not the lock of a merge ({_reason(error)})."
+            raise OutputError(file, problem, "Use the file that the merge wrote.") from None
         if stated["digest"] != lock.digest:
-            problem = f"it states the digest {stated['digest']}, its contents have {lock.digest}."
+            problem = (
+                f"it states the digest {stated['digest']}, but its contents have {lock.digest}."
+            )
             raise OutputError(file, problem, CHANGED)
         if written != text:
-            problem = "it is not as it was sealed: something in it was changed."
+            problem = "its contents do not match its seal."
             raise OutputError(file, problem, CHANGED)
         return lock
 
 
 def schema() -> str:
     """The lock's JSON Schema."""
-    told = TypeAdapter(Lock).json_schema()
-    own, digest = told.pop("properties"), {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
+    document = TypeAdapter(Lock).json_schema()
+    digest = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
+    own = document.pop("properties")
     first = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA}
-    told["properties"] = {"version": {"const": VERSION}, "digest": digest, **own, "seal": digest}
-    told["required"] = list(told["properties"])
-    return json.dumps(first | told, indent=2) + "\n"
+    document["properties"] = {
+        "version": {"const": VERSION},
+        "digest": digest,
+        **own,
+        "seal": digest,
+    }
+    document["required"] = list(document["properties"])
+    return json.dumps(first | document, indent=2) + "\n"
 
 
 def can_change_the_result(path: str) -> bool:
-    """Whether a model's file belongs in the lock: neither hidden, a card, a picture nor unread."""
+    """Whether a model's file belongs in the lock: hidden files, cards and pictures do not."""
     pure = PurePosixPath(path)
     hidden = any(part.startswith(".") for part in pure.parts)
     return not hidden and pure.name not in UNREAD_NAMES and pure.suffix not in UNREAD_SUFFIXES
 
 
 def canonical(document: Any) -> bytes:
-    """The one way to write a JSON document that digests are taken over."""
+    """Write a JSON document in the form that digests are computed over."""
     return json.dumps(
         _plain(document),
         sort_keys=True,
@@ -203,7 +213,7 @@ def _sha256(document: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         return f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
@@ -211,7 +221,7 @@ def _told(error: Exception) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The same value whichever way it was written: 1.0 is 1, a tuple a list."""
+    """The same value for equal numbers and lists: 1.0 becomes 1, a tuple becomes a list."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -221,22 +231,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _fixing(recipe: Any) -> Any:
-    """The recipe without what comes later and without the names of inputs."""
+def _determining(recipe: Any) -> Any:
+    """The recipe without the names of inputs and without settings of later stages."""
     if isinstance(recipe, Mapping):
-        dropped = NAMING | LATER
         return {
-            key: _fixing(value)
+            key: _determining(value)
             for key, value in recipe.items()
-            if key not in dropped and value is not None
+            if key not in NAMES | LATER and value is not None
         }
     if isinstance(recipe, (list, tuple)):
-        return [_fixing(item) for item in recipe]
+        return [_determining(item) for item in recipe]
     return recipe
 
 
 def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Which input each slice has where: numbers in the order of `inputs`, for names fix nothing."""
+    """The sources of each slice as numbers in the order of `inputs`, instead of names."""
     numbers: dict[str, int] = {}
 
     def number(name: str | None) -> int | None:
@@ -245,30 +254,22 @@ def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     number(recipe.get("base_model"))
     return [
         {
-            "sources": [number(source["model"]) for source in one["sources"]],
-            "base": number(one.get("base_model")),
+            "sources": [number(source["model"]) for source in part["sources"]],
+            "base": number(part.get("base_model")),
         }
-        for one in recipe["slices"]
+        for part in recipe["slices"]
     ]
 
 
-PROVENANCE_FILE = "lewis/provenance.json"
-BUILDER = "https://pypi.org/project/lewis-hub/"
-BUILD_TYPE = f"{BUILDER}#merge-v1"
-GIT_SHA_DIGITS = 40
+def provenance(lock: Lock, began: datetime, ended: datetime) -> str:
+    """The text of `provenance.json`; the same lock and times give the same text.
 
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """When the run that finished a merge began and ended, both with a time zone."""
-
-    began: datetime
-    ended: datetime
-
-
-def provenance(lock: Lock, run: Run) -> str:
-    """The text of `provenance.json`; the same lock and run give the same text."""
-    told = {
+    Args:
+        lock: of the merge.
+        began: start of the run that finished the merge, with a time zone.
+        ended: its end, with a time zone.
+    """
+    statement = {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": list(_subjects(lock)),
         "predicateType": "https://slsa.dev/provenance/v1",
@@ -284,31 +285,31 @@ def provenance(lock: Lock, run: Run) -> str:
                 "resolvedDependencies": [
                     descriptor
                     for kind, locked in (("", lock.inputs), ("datasets/", lock.calibration))
-                    for one in {(one.name, one.commit_sha): one for one in locked}.values()
-                    for descriptor in _dependencies(kind, one)
+                    for source in {(one.name, one.commit_sha): one for one in locked}.values()
+                    for descriptor in _dependencies(kind, source)
                 ],
             },
             "runDetails": {
                 "builder": {"id": BUILDER, "version": dict(sorted(lock.software.items()))},
                 "metadata": {
                     "invocationId": lock.digest,
-                    "startedOn": run.began.isoformat(timespec="seconds"),
-                    "finishedOn": run.ended.isoformat(timespec="seconds"),
+                    "startedOn": began.isoformat(timespec="seconds"),
+                    "finishedOn": ended.isoformat(timespec="seconds"),
                 },
             },
         },
     }
-    return json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(statement, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def is_provenance_of(text: str, lock: Lock) -> bool:
-    """Whether a text says of a lock what `provenance` does, whatever its dates."""
+    """Whether a text is the provenance of a lock, whatever its dates."""
     try:
-        told = json.loads(text)["predicate"]["runDetails"]["metadata"]
-        dates = [datetime.fromisoformat(told[key]) for key in ("startedOn", "finishedOn")]
+        metadata = json.loads(text)["predicate"]["runDetails"]["metadata"]
+        began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
-    return provenance(lock, Run(*dates)) == text
+    return provenance(lock, began, ended) == text
 
 
 def _subjects(lock: Lock) -> Iterator[dict[str, Any]]:
@@ -318,15 +319,15 @@ def _subjects(lock: Lock) -> Iterator[dict[str, Any]]:
     yield {"name": FILE, "digest": {"sha256": own}}
 
 
-def _dependencies(kind: str, one: LockedInput | LockedData) -> Iterator[dict[str, Any]]:
-    """The commit, where there is one, and each file that was read of it."""
-    on_hub = len(one.commit_sha) == GIT_SHA_DIGITS
-    place = f"hf://{kind}{one.name.partition('@')[0]}@{one.commit_sha}"
+def _dependencies(kind: str, source: LockedInput | LockedData) -> Iterator[dict[str, Any]]:
+    """The commit, if there is one, and each file that was read."""
+    on_hub = len(source.commit_sha) == GIT_SHA_DIGITS
+    place = f"hf://{kind}{source.name.partition('@')[0]}@{source.commit_sha}"
     if on_hub:
-        asked = {"annotations": {"revision": one.revision}} if one.revision else {}
-        yield {"uri": place, "digest": {"gitCommit": one.commit_sha}, **asked}
-    for path, digest in sorted(one.files.items()):
-        where = {"uri": f"{place}/{path}"} if on_hub else {"name": f"{one.name}/{path}"}
+        revision = {"annotations": {"revision": source.revision}} if source.revision else {}
+        yield {"uri": place, "digest": {"gitCommit": source.commit_sha}, **revision}
+    for path, digest in sorted(source.files.items()):
+        where = {"uri": f"{place}/{path}"} if on_hub else {"name": f"{source.name}/{path}"}
         yield {**where, "digest": _digest(digest)}
 
 

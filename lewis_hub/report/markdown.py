@@ -1,7 +1,7 @@
-"""Markdown from strings that anyone may have written: names, licences, texts from repos.
+"""Markdown from untrusted strings: names, licences, texts from repos.
 
-What these functions return can stand in a paragraph or in a table's cell, and shows exactly the
-characters that were given: nothing in them becomes markup, HTML, mathematics or a mention.
+The results can be put into a paragraph or a table cell. They show exactly the given characters:
+nothing in them becomes markup, HTML, mathematics or a mention.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from urllib.parse import quote, urlsplit
 
-LITERAL = re.compile(r"[A-Za-z0-9 ,./:;%()'-]")  # shows as itself wherever we put it
-PLAIN_CODE = re.compile(r"[ -~]*")  # but for what a table, HTML or mathematics might take up:
+LITERAL = re.compile(r"[A-Za-z0-9 ,./:;%()'-]")  # has no meaning in Markdown inside a line
+PLAIN_CODE = re.compile(r"[ -~]*")  # without characters that tables, HTML or mathematics use:
 NOT_IN_CODE = frozenset("`|<>&\\$")
-INTRAWORD = re.compile(r"(?<=[A-Za-z0-9])&#95;(?=[A-Za-z0-9])")  # an underscore that marks nothing
+INTRAWORD = re.compile(r"(?<=[A-Za-z0-9])&#95;(?=[A-Za-z0-9])")  # no emphasis inside a word
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, overrides of direction, ...
 
 
 def text(value: object) -> str:
     """Show a string as it is, on one line."""
-    told = "".join(
+    escaped = "".join(
         char if LITERAL.fullmatch(char) or ord(char) > 127 else f"&#{ord(char)};"
         for char in visible(value)
     )
-    told = re.sub(r"^(\d*)([-.)])", lambda m: f"{m[1]}&#{ord(m[2])};", told)  # opens no list
-    told = INTRAWORD.sub("_", told)
-    return told.replace("://", "&#58;//").replace("www.", "www&#46;")  # nor links itself
+    escaped = re.sub(r"^(\d*)([-.)])", lambda m: f"{m[1]}&#{ord(m[2])};", escaped)  # no list item
+    escaped = INTRAWORD.sub("_", escaped)
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")  # no automatic link
 
 
 def code(value: object) -> str:
-    """Show a name as code; one that no code span can hold, as text."""
+    """Show a name as code, or as text if a code span cannot contain it."""
     shown = visible(value)
     if shown and PLAIN_CODE.fullmatch(shown) and not NOT_IN_CODE & set(shown):
         return f"`{shown}`"
@@ -39,13 +39,13 @@ def code(value: object) -> str:
 
 
 def link(label: str, url: str | None) -> str:
-    """Link Markdown that is safe already to a web address; without one the label stays alone."""
+    """Link a label, which is safe Markdown, to a web address; without an address only the label."""
     address = web_address(url)
     return f"[{label}](<{address}>)" if address else label
 
 
 def web_address(url: str | None) -> str | None:
-    """A web address with everything unusual percent-encoded; None if it is none."""
+    """A web address with unusual characters percent-encoded; None if it is not a web address."""
     if not url:
         return None
     try:
@@ -58,9 +58,9 @@ def web_address(url: str | None) -> str | None:
 
 
 def visible(value: object) -> str:
-    """On one line, without what cannot be seen and may change what is."""
-    told = " ".join(str(value).split())
-    return "".join(char for char in told if unicodedata.category(char) not in INVISIBLE)
+    """A string on one line, without invisible characters."""
+    line = " ".join(str(value).split())
+    return "".join(char for char in line if unicodedata.category(char) not in INVISIBLE)
 
 
 def attribute(value: object) -> str:
@@ -69,15 +69,15 @@ def attribute(value: object) -> str:
 
 
 def fenced(content: str, language: str) -> str:
-    """A code block that its content cannot close."""
+    """A code block; its fence is longer than any in the content."""
     longest = max(map(len, re.findall(r"`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = content.rstrip("\n").splitlines()  # no lone carriage return, no exotic line break
+    lines = content.rstrip("\n").splitlines()  # any line break becomes a newline
     return "\n".join([f"{fence}{language}", *lines, fence])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """A table of cells that are safe Markdown already; columns in `right` align right."""
+    """A table of cells, which are safe Markdown; columns in `right` are aligned to the right."""
     aligned = set(right)
     rule = ["---:" if column in aligned else "---" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

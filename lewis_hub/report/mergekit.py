@@ -1,7 +1,7 @@
-"""The same merge for mergekit: `mergekit_config.yml`.
+"""`mergekit_config.yml`: the same merge as a configuration for mergekit.
 
-mergekit takes a setting per tensor as a list of {filter, value}: the first entry whose filter is
-part of the tensor's name counts, and an entry without a filter always does.
+mergekit reads a setting per tensor as a list of {filter, value}: the first entry whose filter is
+part of the tensor's name applies; an entry without a filter applies to every tensor.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe.schema import Conditional, Setting, Settings, Slice, SliceSource
 
 FILE = "mergekit_config.yml"
-METHODS = frozenset(  # without sce, which takes no densities there, and what mergekit has not
+METHODS = frozenset(  # without sce, whose densities mergekit ignores, and our own methods
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
     | {"della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp"}
     | {"passthrough", "slerp", "task_arithmetic", "ties"}
 )
 HEADER = """\
-# The same merge in mergekit's words, written by lewis-hub. mergekit rounds the number of kept
-# entries down and draws random masks of its own: its weights come out close to these, not equal.
+# The same merge for mergekit, written by lewis-hub. mergekit rounds the number of kept entries
+# down and draws other random masks, so its weights are close to these, but not equal.
 """
 
 
 @dataclass(frozen=True)
 class MergekitMerge:
-    """A merge as mergekit needs to know it.
+    """The parts of a merge that mergekit's configuration states.
 
     Attributes:
-        method: one of METHODS.
-        base: pinned; None for a method that takes none.
-        models: pinned source -> its own settings, in the recipe's order; none of a stack.
+        method: a member of METHODS.
+        base: pinned; None for a method without a base.
+        models: pinned source -> its own settings, in the recipe's order; empty for slices.
         parameters: settings of all models.
-        dtype: of the output; None where each tensor keeps its own.
-        schedule: densities that a guide gave; None where the settings have them.
+        dtype: of the output; None if each tensor keeps its own dtype.
+        schedule: the densities of a guide; None if they are in the settings.
         tensors: names of all tensors of the checkpoint.
-        adapters: those of the models that are LoRA adapters of the base.
-        tokenizer: what the recipe asks of it; empty where it is the base's.
-        slices: of a stack, in its order, sources by their pinned names.
+        adapters: the models that are LoRA adapters of the base.
+        tokenizer: the recipe's tokenizer settings; empty for the tokenizer of the base.
+        slices: in order, with pinned sources.
     """
 
     method: str
@@ -61,11 +61,13 @@ class MergekitMerge:
 
 
 def mergekit_config(merge: MergekitMerge) -> str:
-    """Write the merge as a configuration of mergekit's.
+    """Write the merge as a configuration for mergekit.
 
-    mergekit computes in `dtype` and we in float32, so that is what it is told.
+    mergekit computes in `dtype` and lewis_hub in float32, so `dtype` is float32 there and the dtype
+    of the output is `out_dtype`.
     """
-    scheduled = {one.source: one for one in merge.schedule.experts} if merge.schedule else {}
+    schedules = merge.schedule.experts if merge.schedule else ()
+    scheduled = {expert.source: expert for expert in schedules}
     models = []
     for source, settings in merge.models.items():
         own = _plain_settings(settings)
@@ -76,35 +78,35 @@ def mergekit_config(merge: MergekitMerge) -> str:
             own["weight"] = conditions(weighed, merge.tensors)
         models.append({"model": _model(merge, source)} | _given(own))
     document: dict[str, Any] = {"merge_method": merge.method}
-    # a base that is not listed would count there as one more model; in a slice it would not
-    is_told = registry.find(merge.method).takes_base or merge.base in merge.models
-    if merge.base and (is_told or merge.slices):
+    # mergekit merges a base that is not listed as one more model, but not in a slice
+    names_base = registry.find(merge.method).takes_base or merge.base in merge.models
+    if merge.base and (names_base or merge.slices):
         document |= {"base_model": merge.base, "tokenizer_source": "base"}
-    if merge.tokenizer and (is_told or not merge.base):
+    if merge.tokenizer and (names_base or not merge.base):
         document.pop("tokenizer_source", None)
         document |= merge.tokenizer
     if merge.slices:
-        firsts = accumulate((len(one.sources[0].blocks) for one in merge.slices), initial=0)
+        firsts = accumulate((len(part.sources[0].blocks) for part in merge.slices), initial=0)
         document["slices"] = [
-            _slice(merge, one, first) for one, first in zip(merge.slices, firsts, strict=False)
+            _slice(merge, part, first) for part, first in zip(merge.slices, firsts, strict=False)
         ]
     else:
         document["models"] = models
     document |= _given(_plain_settings(merge.parameters))
     if merge.dtype:
         document |= {"dtype": "float32", "out_dtype": merge.dtype}
-    told = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return HEADER + str(told)
+    text = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return HEADER + str(text)
 
 
 def _model(merge: MergekitMerge, source: str) -> str:
     return f"{merge.base}+{source}" if source in merge.adapters else source
 
 
-def _slice(merge: MergekitMerge, one: Slice, first: int) -> dict[str, Any]:
-    """A slice whose blocks are those from `first` on in the output."""
+def _slice(merge: MergekitMerge, part: Slice, first: int) -> dict[str, Any]:
+    """A slice that starts at block `first` of the output."""
     sources = []
-    for source in one.sources:
+    for source in part.sources:
         parameters = _plain_settings(source.parameters)
         for expert in merge.schedule.experts if merge.schedule else ():
             if expert.source == str(source.model):
@@ -113,12 +115,12 @@ def _slice(merge: MergekitMerge, one: Slice, first: int) -> dict[str, Any]:
         own_range = {"layer_range": _Flow(source.layer_range)}
         model = {"model": _model(merge, str(source.model))}
         sources.append(model | own_range | _given(parameters))
-    base = {"base_model": str(one.base_model)} if one.base_model else {}
-    return base | {"sources": sources} | _given(_plain_settings(one.parameters))
+    base = {"base_model": str(part.base_model)} if part.base_model else {}
+    return base | {"sources": sources} | _given(_plain_settings(part.parameters))
 
 
 def _unstacked(expert: ExpertSchedule, source: SliceSource, first: int) -> ExpertSchedule:
-    """An expert's densities in one slice, by its own names."""
+    """An expert's densities in a slice, by the expert's own tensor names."""
     tensors = {}
     for name, density in expert.tensors.items():
         number = names.block(name)
@@ -136,10 +138,10 @@ def _plain_settings(settings: Settings) -> dict[str, Any]:
 
 
 def conditions(expert: ExpertSchedule, tensors: Collection[str]) -> list[dict[str, Any]]:
-    """An expert's densities as mergekit's list: each tensor of `tensors` gets its own.
+    """An expert's densities as mergekit's list, so that each tensor gets its own density.
 
-    A filter is a tensor's whole name. Where one name is part of another, the longer comes first;
-    that includes names that only the default density is for.
+    A filter is the whole name of a tensor. If a name is part of another name, the longer comes
+    first, also if the longer has the default density.
     """
     scheduled = expert.tensors
     others = "\n".join(name for name in tensors if name not in scheduled)
@@ -151,7 +153,7 @@ def conditions(expert: ExpertSchedule, tensors: Collection[str]) -> list[dict[st
 
 
 def _weighed(expert: ExpertSchedule, settings: Settings, merge: MergekitMerge) -> ExpertSchedule:
-    """The expert's weight in every tensor, multiplied by the guide's factor, as `tensors`."""
+    """The expert's weight for every tensor, multiplied by the guide's factor, as a schedule."""
     places = (settings, merge.parameters, parameters.DEFAULTS)
     weights = {
         name: parameters.look_up("weight", places, name, depth) * expert.weights.get(name, 1.0)
@@ -168,11 +170,11 @@ def _plain(setting: Setting | Conditional) -> Any:
 
 
 class _Row(dict[str, Any]):
-    """Written on one line."""
+    """A mapping that is written on one line."""
 
 
 class _Flow(list[Any]):
-    """Written on one line too."""
+    """A list that is written on one line."""
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,151 +1,61 @@
-"""The pictures of a merge: what calibration measured and what the guide made of it."""
+"""Plots of a merge, of compared profiles and of a search, each in a light and a dark version."""
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import fsum, isnan, nan
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
-from lewis_hub.checkpoint import names
 from lewis_hub.errors import ProfileError
-from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
+from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.report.profiles import (
+    Clip,
+    Grid,
+    ProfileComparison,
+    arrange,
+    clip,
+    relative_change,
+    short_name,
+    unique_slugs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-
-ORDINARY_PERCENTILE = 95
-STANDS_OUT = 2.5  # times the percentile: below it a colour scale still shows the rest
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A value per component and block; NaN where a block has no such component.
-
-    Attributes:
-        components: in the model's order; routed experts of one block stand together as `*`.
-        blocks: their numbers, ascending.
-        values: one row per component, one column per block.
-        top: the module of the highest value, or the first among its routed experts.
-    """
-
-    components: tuple[str, ...]
-    blocks: tuple[int, ...]
-    values: tuple[tuple[float, ...], ...]
-    top: str
-
-    @property
-    def known(self) -> tuple[float, ...]:
-        """All values that there are, ascending."""
-        return tuple(sorted(value for row in self.values for value in row if not isnan(value)))
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Where the colour scale ends because few modules lie far above all others."""
-
-    limit: float  # the highest value that is shown as it is
-    percentile: float  # of the limit among all values
-    n_above: int
-    top: str  # the highest of them
-    top_value: float
-
-
-def arrange(values: Mapping[str, float]) -> Grid | None:
-    """Lay modules out by component and block; None where no module is in a block.
-
-    Args:
-        values: module or tensor -> value, in the model's order. Modules that differ only in an
-            index inside the component, such as routed experts, count with their mean.
-    """
-    cells: defaultdict[tuple[str, int], dict[str, float]] = defaultdict(dict)
-    for module, value in values.items():
-        block = names.block(module)
-        if block is not None and not isnan(value):
-            cells[_folded(names.component(module)), block][module] = value
-    if not cells:
-        return None
-    means = {place: _mean(modules.values()) for place, modules in cells.items()}
-    components = tuple(dict.fromkeys(component for component, _ in cells))
-    blocks = tuple(sorted({block for _, block in cells}))
-    rows = tuple(
-        tuple(means.get((component, block), nan) for block in blocks) for component in components
-    )
-    highest = cells[max(means, key=lambda place: means[place])]
-    return Grid(components, blocks, rows, max(highest, key=lambda module: highest[module]))
-
-
-def relative_change(
-    expert: Mapping[str, float], base: Mapping[str, float] | None
-) -> dict[str, float]:
-    """|importance(expert) - importance(base)| in percent of the base's, per module.
-
-    Without a base there is no change: the expert's own importance, in percent of its component's
-    mean over the blocks. A module of no importance to start from is NaN.
-    """
-    if base is not None:
-        return {
-            module: 100 * abs(value - base[module]) / base[module] if base[module] else nan
-            for module, value in expert.items()
-            if module in base
-        }
-    groups: defaultdict[str, list[float]] = defaultdict(list)
-    for module, value in expert.items():
-        groups[names.component(module)].append(value)
-    means = {component: _mean(values) for component, values in groups.items()}
-    return {
-        module: 100 * value / mean if (mean := means[names.component(module)]) else nan
-        for module, value in expert.items()
-    }
-
-
-def clip(grid: Grid) -> Clip | None:
-    """Find values so far above the rest that one colour scale could not show both.
-
-    Those are more than STANDS_OUT times the ORDINARY_PERCENTILE of all values. The scale then ends
-    at the highest of the others.
-    """
-    known = grid.known
-    ordinary = known[(len(known) - 1) * ORDINARY_PERCENTILE // 100]
-    shown = [value for value in known if value <= STANDS_OUT * ordinary]
-    if ordinary <= 0 or len(shown) == len(known):
-        return None
-    percentile = 100 * len(shown) / len(known)
-    return Clip(shown[-1], percentile, len(known) - len(shown), grid.top, known[-1])
-
-
-def _folded(component: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", component)
-
-
-def _mean(values: Collection[float]) -> float:
-    return fsum(values) / len(values)
-
+Kind = Literal["importance", "density", "weight"]
+Value = float | bool | str
 
 DPI = 144
-MOST_NUMBERED_BLOCKS = 16  # with more, a cell is too narrow for its number
-MOST_NUMBERS = 100  # each takes about a kilobyte of the file
-OUTLIER = "#d1495b"  # no colour of the scale
+MAX_NUMBERED_BLOCKS = 16  # with more, a cell is too narrow for its number
+MAX_NUMBERS = 100  # each takes about a kilobyte of the file
+HIGHLIGHT = "#d1495b"  # not a colour of the scale
+WORDS = {  # measure -> its name on a map
+    "lewis": "importance",
+    "lewis_reference": "importance",
+    "outliers": "share of outliers",
+    "evenness": "evenness of input channels",
+    "output_shift": "change of outputs",
+    "task_vector": "size of the task vector",
+}
+PAIRED = ("output_shift", "task_vector")  # measures that are already relative to the base
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one version of a picture."""
+    """The colours of a version of a plot."""
 
     name: Literal["light", "dark"]
     paper: str
     ink: str
-    faint: str  # where a block has no such component
+    faint: str  # of cells without a value
 
 
 THEMES = (
@@ -155,13 +65,136 @@ THEMES = (
 
 
 @dataclass(frozen=True)
-class HeatMap:
-    """What to draw.
+class Plot:
+    """A plot of an expert in its two versions.
 
     Attributes:
-        scale: what the colours mean.
-        percent: whether numbers are percentages, rather than fractions.
-        clipped: where the scale ends below the highest value; said in the picture.
+        expert: the source.
+        light: file name, such as `density-math-light.png`.
+        dark: the file of the version for dark pages.
+        caption: a description in words.
+        note: a sentence on values above the colour scale; empty if there are none.
+    """
+
+    kind: Kind
+    expert: str
+    light: str
+    dark: str
+    caption: str
+    note: str = ""
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """Both file names."""
+        return self.light, self.dark
+
+
+@dataclass(frozen=True)
+class PlottedTrial:
+    """A trial of a search; `value` is None if it was stopped early or failed."""
+
+    number: int
+    values: Mapping[str, Value]
+    value: float | None
+
+
+@dataclass(frozen=True)
+class SearchPlot:
+    """Trials as lines over the axes of a search.
+
+    Attributes:
+        trials: the completely scored ones are drawn.
+        best: number of the highlighted trial.
+    """
+
+    title: str
+    objective: str
+    trials: tuple[PlottedTrial, ...]
+    best: int
+    lower_is_better: bool
+
+
+def draw(
+    profile: ImportanceProfile | None, schedule: DensitySchedule | None, folder: Path
+) -> tuple[Plot, ...]:
+    """Draw each expert's importance, densities and weights into a folder.
+
+    The same data give the same bytes with the same version of matplotlib.
+
+    Args:
+        profile: None if nothing was measured; there are no importance maps then.
+        schedule: None without a guide; there are no density maps then.
+        folder: it is created if it does not exist.
+
+    Returns:
+        The plots, importance before density, experts in the recipe's order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    profile = profile.by(profile.measures[0]) if profile and profile.measures else None
+    measured = profile.experts if profile else ()
+    scheduled = schedule.experts if schedule else ()
+    sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
+    slugs = dict(zip(sources, unique_slugs(sources), strict=True))
+    maps: list[tuple[Kind, str, HeatMap | None]] = []
+    if profile:
+        maps += [("importance", e.source, _importance(profile, e)) for e in measured]
+    for expert in scheduled:
+        heat = _fractions("Density", expert.source, "fraction kept", expert.tensors)
+        maps.append(("density", expert.source, heat))
+    for expert in scheduled:
+        heat = _fractions("Weight", expert.source, "factor", expert.weights)
+        maps.append(("weight", expert.source, heat))
+    return tuple(
+        _plot(kind, source, heat, f"{kind}-{slugs[source]}", folder)
+        for kind, source, heat in maps
+        if heat
+    )
+
+
+def _plot(kind: Kind, source: str, heat: HeatMap, stem: str, folder: Path) -> Plot:
+    light, dark = _save_both(heat, stem, folder)
+    note = note_on(heat.clipped) if heat.clipped else ""
+    return Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.", note)
+
+
+def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap | None:
+    try:
+        base: Mapping[str, float] | None = profile.base_of(expert).modules
+    except ProfileError:
+        base = None
+    word, name = WORDS.get(expert.measure, expert.measure), short_name(expert.source)
+    title = f"Change of {word}, base to {name}" if base else f"{word.capitalize()} in {name}"
+    if expert.measure in PAIRED:
+        percentages = {module: 100 * value for module, value in expert.modules.items()}
+        return _percentages(title, "% of the base's", arrange(percentages))
+    scale = "% of the base's" if base else "% of the component's mean"
+    return _percentages(title, scale, arrange(relative_change(expert.modules, base)))
+
+
+def draw_comparisons(compared: Sequence[ProfileComparison], folder: Path) -> tuple[str, ...]:
+    """Draw a map of each comparison, light and dark, into a folder; returns the file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
+    slugs = unique_slugs([comparison.after for comparison in compared])
+    for comparison, slug in zip(compared, slugs, strict=True):
+        before = {row.module: row.before for row in comparison.rows}
+        after = {row.module: row.after for row in comparison.rows}
+        a, b = short_name(comparison.before), short_name(comparison.after)
+        pair = f"{a} to {b}" if a != b else f"{a}, A to B"
+        title = f"Change of {WORDS.get(comparison.measure, comparison.measure)}, {pair}"
+        if heat := _percentages(title, "% of A's", arrange(relative_change(after, before))):
+            names += _save_both(heat, f"change-{slug}", folder)
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A heat map: components by blocks.
+
+    Attributes:
+        scale: the label of the colour scale.
+        percent: whether values are percentages, rather than fractions.
+        clipped: the end of the scale if some values exceed it; a note under the map names them.
     """
 
     title: str
@@ -173,13 +206,29 @@ class HeatMap:
     clipped: Clip | None = None
 
 
+def _fractions(value: str, source: str, scale: str, tensors: Mapping[str, float]) -> HeatMap | None:
+    grid = arrange(tensors)
+    if grid is None:
+        return None
+    title = f"{value} of {short_name(source)}"
+    return HeatMap(title, scale, False, grid.known[0], grid.known[-1], grid)  # noqa: FBT003
+
+
+def _percentages(title: str, scale: str, grid: Grid | None) -> HeatMap | None:
+    if grid is None:
+        return None
+    clipped = clip(grid)
+    top = clipped.limit if clipped else grid.known[-1]
+    return HeatMap(title, scale, True, 0.0, top, grid, clipped)  # noqa: FBT003
+
+
 def note_on(clipped: Clip) -> str:
-    """Say where the colours end and what lies above, by name."""
+    """A sentence on the end of the colour scale and the modules above it."""
     others = clipped.n_above - 1
     more = f", and {others} more" if others else ""
     return (
-        f"Colours end at {_percent(clipped.limit)} (percentile {clipped.percentile:.1f}); above: "
-        f"{clipped.top}, {_percent(clipped.top_value)}{more}."
+        f"The colour scale ends at {_percent(clipped.limit)} (percentile "
+        f"{clipped.percentile:.1f}). Above it: {clipped.top}, {_percent(clipped.top_value)}{more}."
     )
 
 
@@ -187,46 +236,37 @@ def _percent(value: float) -> str:
     return f"{value:.1f} %" if value < 10 else f"{value:,.0f} %"
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Inches, from the lower left corner."""
-
-    left: float
-    below: float
-    width: float
-    height: float
-    size: tuple[float, float]
-
-    def box(self, left: float, width: float) -> tuple[float, float, float, float]:
-        """A rectangle as high as the map, in fractions of the figure."""
-        across, up = self.size
-        return left / across, self.below / up, width / across, self.height / up
+def _save_both(heat: HeatMap, stem: str, folder: Path) -> tuple[str, str]:
+    """Save the light and the dark version of a map; returns their file names."""
+    light, dark = (f"{stem}-{theme.name}.png" for theme in THEMES)
+    for theme, name in zip(THEMES, (light, dark), strict=True):
+        _save(heat, theme, folder / name)
+    return light, dark
 
 
-def _layout(grid: Grid, note: str) -> _Layout:
-    n_columns = len(grid.blocks)
-    cell = 0.62 if n_columns <= MOST_NUMBERED_BLOCKS else max(0.118, 9.4 / n_columns)
-    left = 0.3 + 0.078 * max(map(len, grid.components))
-    width, height = max(cell * n_columns, 3.2), max(0.3 * len(grid.components), 1.5)
-    below = 0.55 + (0.24 + 0.15 * note.count("\n") if note else 0)
-    return _Layout(left, below, width, height, (left + width + 1.0, below + height + 0.48))
-
-
-def save(heat: HeatMap, theme: Theme, path: Path) -> None:
-    """Draw it; the same map gives the same bytes under one version of matplotlib."""
+def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
+    """Draw a map; lengths are in inches from the lower left corner."""
     from matplotlib.figure import Figure
 
-    note = note_on(heat.clipped) if heat.clipped else ""
-    room = int(15 * _layout(heat.grid, "").size[0]) - 4  # characters of the note on a line
-    note = "\n".join(textwrap.wrap(_drawable(note), room, break_on_hyphens=False))
-    layout = _layout(heat.grid, note)
-    across, up = layout.size
+    n_columns, n_rows = len(heat.grid.blocks), len(heat.grid.components)
+    cell = 0.62 if n_columns <= MAX_NUMBERED_BLOCKS else max(0.118, 9.4 / n_columns)
+    left = 0.3 + 0.078 * max(map(len, heat.grid.components))
+    width, height = max(cell * n_columns, 3.2), max(0.3 * n_rows, 1.5)
+    across = left + width + 1.0
+    note = _drawable(note_on(heat.clipped)) if heat.clipped else ""
+    lines = textwrap.wrap(note, int(15 * across) - 4, break_on_hyphens=False)
+    below = 0.55 + (0.09 + 0.15 * len(lines) if lines else 0)
+    up = below + height + 0.48
+
+    def box(start: float, length: float) -> tuple[float, float, float, float]:
+        return start / across, below / up, length / across, height / up
+
     with own_style(theme):
-        figure = Figure(figsize=layout.size, dpi=DPI, facecolor=theme.paper)
-        image = _heat_map(figure.add_axes(layout.box(layout.left, layout.width)), heat, theme)
+        figure = Figure(figsize=(across, up), dpi=DPI, facecolor=theme.paper)
+        image = _heat_map(figure.add_axes(box(left, width)), heat, theme)
         bar = figure.colorbar(
             image,
-            cax=figure.add_axes(layout.box(layout.left + layout.width + 0.15, 0.14)),
+            cax=figure.add_axes(box(left + width + 0.15, 0.14)),
             extend="max" if heat.clipped else "neither",
             extendfrac=0.06,
             label=heat.scale,
@@ -236,7 +276,7 @@ def save(heat: HeatMap, theme: Theme, path: Path) -> None:
         title, most = _drawable(heat.title), int(9.5 * across)
         title = title if len(title) <= most else title[: most - 1] + "…"
         figure.text(0.14 / across, 1 - 0.14 / up, title, size=10, weight="bold", va="top")
-        figure.text(0.14 / across, 0.12 / up, note, size=8, va="bottom")
+        figure.text(0.14 / across, 0.12 / up, "\n".join(lines), size=8, va="bottom")
         figure.savefig(path, metadata={"Software": None})
 
 
@@ -249,7 +289,7 @@ def _heat_map(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
         grid.values,
         aspect="auto",
         interpolation="nearest",
-        cmap=colormaps["viridis"].with_extremes(over=OUTLIER, bad=theme.faint),
+        cmap=colormaps["viridis"].with_extremes(over=HIGHLIGHT, bad=theme.faint),
         vmin=heat.bottom,
         vmax=heat.top if heat.top > heat.bottom else heat.bottom + 1,
     )
@@ -260,10 +300,10 @@ def _heat_map(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
     axes.set_xlabel("block")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    line = 1.2 if n_columns <= MOST_NUMBERED_BLOCKS else 0.4
+    line = 1.2 if n_columns <= MAX_NUMBERED_BLOCKS else 0.4
     axes.hlines([i - 0.5 for i in range(1, n_rows)], -0.5, n_columns - 0.5, theme.paper, lw=line)
     axes.vlines([i - 0.5 for i in range(1, n_columns)], -0.5, n_rows - 0.5, theme.paper, lw=line)
-    if n_columns <= MOST_NUMBERED_BLOCKS and len(grid.known) <= MOST_NUMBERS:
+    if n_columns <= MAX_NUMBERED_BLOCKS and len(grid.known) <= MAX_NUMBERS:
         _write_numbers(axes, heat, image)
     return image
 
@@ -287,17 +327,112 @@ def _write_numbers(axes: Axes, heat: HeatMap, image: AxesImage) -> None:
 
 
 def _drawable(text: str) -> str:
-    """What the font surely has; names come from anywhere."""
+    """The text with `?` for characters that the font may not have."""
     return "".join(c if c.isprintable() and c < "\u0250" else "?" for c in text)
+
+
+def draw_search(search: SearchPlot, folder: Path) -> tuple[str, ...]:
+    """Draw a search, light and dark; returns the file names, none if there is nothing to draw."""
+    complete = [trial for trial in search.trials if trial.value is not None]
+    if not any(trial.values for trial in complete):
+        return ()
+    folder.mkdir(parents=True, exist_ok=True)
+    for theme in THEMES:
+        _save_search(search, complete, theme, folder / f"search-{theme.name}.png")
+    return tuple(f"search-{theme.name}.png" for theme in THEMES)
+
+
+def places(trials: Sequence[PlottedTrial], axis: str) -> dict[int, float]:
+    """Number of each trial with this axis -> its position on it, from 0 to 1.
+
+    Numbers are scaled from the lowest to the highest; choices are evenly spaced.
+    """
+    values = {trial.number: trial.values[axis] for trial in trials if axis in trial.values}
+    if any(isinstance(value, str | bool) for value in values.values()):
+        order = sorted({str(value) for value in values.values()})
+        last = max(len(order) - 1, 1)
+        return {number: order.index(str(value)) / last for number, value in values.items()}
+    numbers = {number: float(value) for number, value in values.items()}
+    low, high = min(numbers.values()), max(numbers.values())
+    span = high - low
+    return {number: (value - low) / span if span else 0.5 for number, value in numbers.items()}
+
+
+def _save_search(
+    search: SearchPlot, complete: Sequence[PlottedTrial], theme: Theme, path: Path
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for trial in complete for name in trial.values))
+    positions = {name: places(complete, name) for name in names}
+    values = [trial.value for trial in complete if trial.value is not None]
+    # the better a trial, the higher its contrast with the paper
+    low_is_dark = search.lower_is_better == (theme.name == "light")
+    scale = colormaps["viridis" if low_is_dark else "viridis_r"]
+    colours: Any = ScalarMappable(Normalize(min(values), max(values)), scale)
+    with own_style(theme):
+        width = max(5.0, 1.25 * len(names) + 1.6)
+        figure = Figure(figsize=(width, 3.6), dpi=DPI, facecolor=theme.paper, layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_facecolor(theme.paper)
+        for trial in sorted(complete, key=lambda trial: trial.number == search.best):
+            is_best = trial.number == search.best
+            across = [i for i, name in enumerate(names) if name in trial.values]
+            axes.plot(
+                across,
+                [positions[names[i]][trial.number] for i in across],
+                color=HIGHLIGHT if is_best else colours.to_rgba(trial.value),
+                lw=2.4 if is_best else 1.0,
+                alpha=1.0 if is_best else 0.8,
+                marker="o",
+                ms=3,
+            )
+        for i, name in enumerate(names):
+            axes.axvline(i, color=theme.faint, lw=1, zorder=0)
+            _label_ends(
+                axes,
+                i,
+                {positions[name][t.number]: t.values[name] for t in complete if name in t.values},
+                theme,
+            )
+        axes.set_xticks(range(len(names)), [name.replace(".", ".\n", 1) for name in names])
+        axes.set_yticks([])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_ylim(-0.12, 1.12)
+        axes.set_xlim(-0.4, len(names) - 0.6)
+        axes.set_title(search.title, loc="left", size=10, weight="bold", color=theme.ink)
+        bar = figure.colorbar(colours, ax=axes, label=search.objective)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        figure.savefig(path, metadata={"Software": None})
+
+
+def _label_ends(axes: Axes, x: int, values: Mapping[float, Value], theme: Theme) -> None:
+    """Write the values at both ends of an axis; `values` are by position."""
+    for y in {min(values), max(values)}:
+        value = values[y]
+        axes.text(
+            x,
+            y + (0.04 if y > 0.5 else -0.04),
+            f"{value:.3g}" if isinstance(value, float) else str(value).lower(),
+            size=7.5,
+            ha="center",
+            va="bottom" if y > 0.5 else "top",
+            color=theme.ink,
+        )
 
 
 @contextmanager
 def own_style(theme: Theme) -> Iterator[None]:
-    """Drawn the same whatever a user's matplotlibrc says."""
+    """Apply our style, whatever the user's matplotlibrc contains."""
     import matplotlib
 
     style: dict[str, Any] = {
-        "font.family": ["DejaVu Sans"],  # comes with matplotlib
+        "font.family": ["DejaVu Sans"],  # part of matplotlib
         "font.size": 8.5,
         "text.color": theme.ink,
         "axes.labelcolor": theme.ink,
@@ -309,141 +444,3 @@ def own_style(theme: Theme) -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style)
         yield
-
-
-Kind = Literal["importance", "density", "weight"]
-
-WORDS = {  # measure -> what a map of it shows
-    "lewis": "importance",
-    "lewis_reference": "importance",
-    "outliers": "share of outliers",
-    "evenness": "evenness of input channels",
-    "output_shift": "change of outputs",
-    "task_vector": "size of the task vector",
-}
-PAIRED = ("output_shift", "task_vector")  # relative to the base's already
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture in its two versions.
-
-    Attributes:
-        expert: the source that it is of.
-        light: file name, such as `density-math-light.png`.
-        dark: the same picture for dark pages.
-        caption: what it shows, in words.
-        note: where its colours end below the highest values; empty where they do not.
-    """
-
-    kind: Kind
-    expert: str
-    light: str
-    dark: str
-    caption: str
-    note: str = ""
-
-    @property
-    def files(self) -> tuple[str, str]:
-        """Both file names."""
-        return self.light, self.dark
-
-
-def draw(
-    profile: ImportanceProfile | None, schedule: DensitySchedule | None, folder: Path
-) -> tuple[Plot, ...]:
-    """Draw a map of what was measured and one of what was decided per expert into `folder`.
-
-    The same data gives the same bytes under one version of matplotlib.
-
-    Args:
-        profile: None where nothing was measured; its experts get no importance map.
-        schedule: None where no guide decided; no density map then.
-        folder: is made where it is not there.
-
-    Returns:
-        The plots, importance before density, experts in the recipe's order.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    profile = profile.by(profile.measures[0]) if profile and profile.measures else None
-    measured = profile.experts if profile else ()
-    scheduled = schedule.experts if schedule else ()
-    sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
-    slugs = dict(zip(sources, unique_slugs(sources), strict=True))
-    maps: list[tuple[Kind, str, HeatMap | None]] = []
-    if profile:
-        maps += [("importance", one.source, _importance(profile, one)) for one in measured]
-    maps += [("density", one.source, _density(one)) for one in scheduled]
-    maps += [("weight", one.source, _weight(one)) for one in scheduled if one.weights]
-    return tuple(
-        _draw(kind, source, heat, f"{kind}-{slugs[source]}", folder)
-        for kind, source, heat in maps
-        if heat
-    )
-
-
-def _draw(kind: Kind, source: str, heat: HeatMap, stem: str, folder: Path) -> Plot:
-    light, dark = (f"{stem}-{theme.name}.png" for theme in THEMES)
-    for theme, name in zip(THEMES, (light, dark), strict=True):
-        save(heat, theme, folder / name)
-    note = note_on(heat.clipped) if heat.clipped else ""
-    return Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.", note)
-
-
-def _density(expert: ExpertSchedule) -> HeatMap | None:
-    return _plain(f"Density of {short_name(expert.source)}", "fraction kept", expert.tensors)
-
-
-def _weight(expert: ExpertSchedule) -> HeatMap | None:
-    return _plain(f"Weight of {short_name(expert.source)}", "times its own", expert.weights)
-
-
-def _plain(title: str, scale: str, values: Mapping[str, float]) -> HeatMap | None:
-    grid = arrange(values)
-    if grid is None:
-        return None
-    low, high = grid.known[0], grid.known[-1]
-    return HeatMap(title, scale, percent=False, bottom=low, top=high, grid=grid)
-
-
-def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap | None:
-    try:
-        base: Mapping[str, float] | None = profile.base_of(expert).modules
-    except ProfileError:
-        base = None
-    paired = expert.measure in PAIRED
-    percents = {module: 100 * value for module, value in expert.modules.items()}
-    grid = arrange(percents if paired else relative_change(expert.modules, base))
-    if grid is None:
-        return None
-    clipped, name = clip(grid), short_name(expert.source)
-    word = WORDS.get(expert.measure, expert.measure)
-    return HeatMap(
-        title=f"Change of {word}, base to {name}" if base else f"{word.capitalize()} in {name}",
-        scale="% of the base's" if base or paired else "% of the component's mean",
-        percent=True,
-        bottom=0.0,
-        top=clipped.limit if clipped else grid.known[-1],
-        grid=grid,
-        clipped=clipped,
-    )
-
-
-def short_name(source: str) -> str:
-    """A pinned source for readers: a repo without its commit, a folder without the path to it."""
-    name = re.sub(r"@[0-9a-f]{40}$", "", source)
-    return Path(name).expanduser().resolve().name if name.startswith((".", "/", "~")) else name
-
-
-def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:
-    """A file name's part for each source: lower case letters, digits and `-`, no two alike."""
-    taken: list[str] = []
-    for source in sources:
-        name = short_name(source).rstrip("/").rpartition("/")[2]
-        plain = re.sub(r"[^a-z0-9]+", "-", name.lower())[:60].strip("-") or "expert"
-        slug, n = plain, 1
-        while slug in taken:
-            n += 1
-            slug = f"{plain}-{n}"
-        taken.append(slug)
-    return tuple(taken)

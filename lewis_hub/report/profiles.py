@@ -1,32 +1,133 @@
-"""Two importance profiles side by side: which modules differ, how alike their ranks are."""
+"""Importance by component and block, and two importance profiles compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import fsum, isnan, nan
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
+from lewis_hub.checkpoint import names
 from lewis_hub.errors import ProfileError
-from lewis_hub.report.plots import (
-    THEMES,
-    WORDS,
-    HeatMap,
-    arrange,
-    clip,
-    relative_change,
-    save,
-    short_name,
-    unique_slugs,
-)
+
+ORDINARY_PERCENTILE = 95
+STANDS_OUT = 2.5  # times the percentile: below it a colour scale still shows the other values
 
 
 @dataclass(frozen=True)
-class Row:
-    """One module in both; `change` is a fraction of A's importance, None where that is zero."""
+class Grid:
+    """A value per component and block; NaN where a block has no such component.
+
+    Attributes:
+        components: in the model's order; the routed experts of a block are one component, `*`.
+        blocks: their numbers, ascending.
+        values: one row per component, one column per block.
+        top: the module of the highest value; of routed experts the one with the highest value.
+    """
+
+    components: tuple[str, ...]
+    blocks: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
+    top: str
+
+    @property
+    def known(self) -> tuple[float, ...]:
+        """All values but NaN, ascending."""
+        return tuple(sorted(value for row in self.values for value in row if not isnan(value)))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The end of a colour scale that a few modules exceed by far."""
+
+    limit: float  # the highest value inside the scale
+    percentile: float  # of the limit among all values
+    n_above: int
+    top: str  # the module with the highest value
+    top_value: float
+
+
+def arrange(values: Mapping[str, float]) -> Grid | None:
+    """Arrange modules by component and block; None if no module is in a block.
+
+    Args:
+        values: module or tensor -> value, in the model's order. Modules that differ only in an
+            index inside the component, such as routed experts, are shown by their mean.
+    """
+    cells: defaultdict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for module, value in values.items():
+        block = names.block(module)
+        if block is not None and not isnan(value):
+            cells[_folded(names.component(module)), block][module] = value
+    if not cells:
+        return None
+    means = {place: _mean(modules.values()) for place, modules in cells.items()}
+    components = tuple(dict.fromkeys(component for component, _ in cells))
+    blocks = tuple(sorted({block for _, block in cells}))
+    rows = tuple(
+        tuple(means.get((component, block), nan) for block in blocks) for component in components
+    )
+    highest = cells[max(means, key=lambda place: means[place])]
+    return Grid(components, blocks, rows, max(highest, key=lambda module: highest[module]))
+
+
+def relative_change(
+    expert: Mapping[str, float], base: Mapping[str, float] | None
+) -> dict[str, float]:
+    """|importance(expert) - importance(base)| in percent of the base's, per module.
+
+    Without a base: the expert's own importance in percent of its component's mean over the blocks.
+    NaN where the percentage would be of zero.
+    """
+    if base is not None:
+        return {
+            module: 100 * abs(value - base[module]) / base[module] if base[module] else nan
+            for module, value in expert.items()
+            if module in base
+        }
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for module, value in expert.items():
+        groups[names.component(module)].append(value)
+    means = {component: _mean(values) for component, values in groups.items()}
+    return {
+        module: 100 * value / mean if (mean := means[names.component(module)]) else nan
+        for module, value in expert.items()
+    }
+
+
+def clip(grid: Grid) -> Clip | None:
+    """End the colour scale below values that are far above the others; None if there are none.
+
+    Such values are more than STANDS_OUT times the ORDINARY_PERCENTILE of all values. The scale ends
+    at the highest of the others.
+    """
+    known = grid.known
+    ordinary = known[(len(known) - 1) * ORDINARY_PERCENTILE // 100]
+    shown = [value for value in known if value <= STANDS_OUT * ordinary]
+    if ordinary <= 0 or len(shown) == len(known):
+        return None
+    percentile = 100 * len(shown) / len(known)
+    return Clip(shown[-1], percentile, len(known) - len(shown), grid.top, known[-1])
+
+
+def _folded(component: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", component)
+
+
+def _mean(values: Collection[float]) -> float:
+    return fsum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """A module in both; `change` is a fraction of A's importance, None where that is zero."""
 
     module: str
     before: float
@@ -35,17 +136,17 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One measurement of A beside one of B, of the same kind.
+class ProfileComparison:
+    """A measurement of profile A compared with one of profile B, by the same measure.
 
     Attributes:
-        measure: which number of a module it is.
-        texts_before: in words, what A was measured on; empty where no texts are needed.
-        texts_after: likewise.
-        rows: modules that both have, in the model's order.
-        spearman: rank correlation over them; None where it is not defined.
-        only_before: modules that A alone has.
-        only_after: modules that B alone has.
+        measure: the name of the measure.
+        texts_before: a description of the texts of A; empty if it needs no texts.
+        texts_after: the same of B.
+        rows: modules in both, in the model's order.
+        spearman: rank correlation over them; None if it is not defined.
+        only_before: modules in A only.
+        only_after: modules in B only.
     """
 
     before: str
@@ -53,62 +154,64 @@ class Comparison:
     measure: str
     texts_before: str
     texts_after: str
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleChange, ...]
     spearman: float | None
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
 
     @property
-    def by_change(self) -> tuple[Row, ...]:
+    def by_change(self) -> tuple[ModuleChange, ...]:
         """The largest relative change first."""
 
-        def key(row: Row) -> float:
+        def key(row: ModuleChange) -> float:
             return -np.inf if row.change is None else -abs(row.change)
 
         return tuple(sorted(self.rows, key=key))
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """What a reader should know, in words."""
-        told = [f"A {self.before}, B {self.after}: {len(self.rows)} modules in both"]
+        """The comparison in sentences."""
+        texts = [f"A: {self.before}, B: {self.after}, {len(self.rows)} modules in both"]
         if self.spearman is not None:
-            told[0] += f", Spearman's rank correlation {self.spearman:.4f} (n = {len(self.rows)})"
+            texts[0] += f", Spearman's rank correlation {self.spearman:.4f} (n = {len(self.rows)})"
         sides = {"A": self.texts_before, "B": self.texts_after}
         if self.texts_before == self.texts_after:
             sides = {"both": self.texts_before}
-        told += [f"Texts of {side}: {texts}" for side, texts in sides.items() if texts]
+        texts += [f"Texts of {side}: {data}" for side, data in sides.items() if data]
         for side, only in (("A", self.only_before), ("B", self.only_after)):
             if only:
-                told.append(f"{len(only)} modules in {side} alone, such as {only[0]}")
-        return tuple(told)
+                texts.append(f"{len(only)} modules only in {side}, such as {only[0]}")
+        return tuple(texts)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, largest change first; `n` is the number of modules that both have."""
+        """As plain data, largest change first; `n` is the number of modules in both."""
         rows = [asdict(row) for row in self.by_change]
         return {**asdict(self), "rows": rows, "n": len(rows)}
 
 
-def compare_profiles(before: ImportanceProfile, after: ImportanceProfile) -> tuple[Comparison, ...]:
-    """Compare the measurements of each source that both profiles hold, in A's order.
+def compare_profiles(
+    before: ImportanceProfile, after: ImportanceProfile
+) -> tuple[ProfileComparison, ...]:
+    """Compare the measurements of each source that is in both profiles, in A's order.
 
-    Only numbers of one measure are compared. Where each profile holds one measurement, those two
-    are, whatever their sources are.
+    Only values of the same measure are compared. If each profile holds one measurement, those two
+    are compared whatever their sources are.
 
     Raises:
         ProfileError: no source is in both, or none by the same measure.
     """
     if not set(before.measures) & set(after.measures) and before.sources and after.sources:
         held = [" and ".join(profile.measures) for profile in (before, after)]
-        problem = f"A holds the measure {held[0]}, B {held[1]}: numbers of another kind"
-        remedy = "Compare profiles of guides that measure the same."
+        problem = f"the measure of A is {held[0]}, that of B is {held[1]}"
+        remedy = "Compare profiles of guides with the same measure."
         raise ProfileError("compare", problem, remedy)
     pairs = _pairs(before.sources, after.sources)
     if not pairs:
         held = [_held(profile) for profile in (before, after)]
-        problem = f"no source is in both: A holds {held[0] or 'none'}; B {held[1] or 'none'}"
+        problem = f"no source is in both: A holds {held[0] or 'none'}; B holds {held[1] or 'none'}"
         remedy = "Measure one model each: `lewis-hub importance MODEL --task TASK -o FOLDER`."
         raise ProfileError("compare", problem, remedy)
-    return tuple(_compared(one, other) for one, other in pairs)
+    return tuple(_compared(first, second) for first, second in pairs)
 
 
 def _pairs(
@@ -117,29 +220,28 @@ def _pairs(
     if len(before) == len(after) == 1:
         return [(before[0], after[0])]
     left, pairs = list(after), []
-    for one in before:
-        alike = (short_name(one.source), one.measure)
-        named = (o for o in left if (short_name(o.source), o.measure) == alike)
-        other = next(named, None)
-        if other:
-            left.remove(other)
-            pairs.append((one, other))
+    for first in before:
+        key = (short_name(first.source), first.measure)
+        second = next((s for s in left if (short_name(s.source), s.measure) == key), None)
+        if second:
+            left.remove(second)
+            pairs.append((first, second))
     return pairs
 
 
-def _compared(one: SourceImportance, other: SourceImportance) -> Comparison:
-    a, b = one.modules, other.modules
+def _compared(first: SourceImportance, second: SourceImportance) -> ProfileComparison:
+    a, b = first.modules, second.modules
     rows = [
-        Row(module, a[module], b[module], b[module] / a[module] - 1 if a[module] else None)
+        ModuleChange(module, a[module], b[module], b[module] / a[module] - 1 if a[module] else None)
         for module in a
         if module in b
     ]
-    return Comparison(
-        one.source,
-        other.source,
-        one.measure,
-        _texts(one),
-        _texts(other),
+    return ProfileComparison(
+        first.source,
+        second.source,
+        first.measure,
+        _texts(first),
+        _texts(second),
         tuple(rows),
         spearman([row.before for row in rows], [row.after for row in rows]),
         tuple(module for module in a if module not in b),
@@ -148,64 +250,53 @@ def _compared(one: SourceImportance, other: SourceImportance) -> Comparison:
 
 
 def _held(profile: ImportanceProfile) -> str:
-    """The sources of a profile; each with its measure where there are several."""
+    """The sources of a profile; with their measures if there are several measures."""
     several = len(profile.measures) > 1
-    told = (f"{s.source} ({s.measure})" if several else s.source for s in profile.sources)
-    return ", ".join(dict.fromkeys(told))
+    names = (f"{s.source} ({s.measure})" if several else s.source for s in profile.sources)
+    return ", ".join(dict.fromkeys(names))
 
 
 def _texts(entry: SourceImportance) -> str:
-    """What a source was measured on, in words."""
-    told = entry.calibration
-    data = " ".join(str(told[key]) for key in ("dataset", "config", "split") if told.get(key))
+    """A description of the calibration texts of a source."""
+    settings = entry.calibration
+    keys = [key for key in ("dataset", "config", "split") if settings.get(key)]
+    data = " ".join(str(settings[key]) for key in keys)
     if not data:
         return ""
-    task = f"task {told['task']}, " if told.get("task") else ""
-    return f"{task}{data}: {told.get('n_texts', '?')} texts, {entry.n_tokens:,} tokens"
+    task = f"task {settings['task']}, " if settings.get("task") else ""
+    return f"{task}{data}: {settings.get('n_texts', '?')} texts, {entry.n_tokens:,} tokens"
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties having their mean rank; None where a side is constant."""
+    """Spearman's rank correlation with mean ranks for ties; None if a side is constant."""
     ranks = [_ranks(np.asarray(side, dtype=np.float64)) for side in (first, second)]
     a, b = (side - side.mean() for side in ranks) if len(first) else ranks
     norm = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / norm if norm else None
 
 
-def _ranks(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
-    means: np.ndarray[Any, np.dtype[np.float64]] = ends - (counts - 1) / 2
+    means: NDArray[np.float64] = ends - (counts - 1) / 2
     return means[place]
 
 
-def draw_comparisons(compared: Sequence[Comparison], folder: Path) -> tuple[str, ...]:
-    """Draw a map of each comparison, light and dark, into a folder; returns the files' names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    slugs = unique_slugs([one.after for one in compared])
-    for one, slug in zip(compared, slugs, strict=True):
-        heat = _map(one)
-        for theme in THEMES if heat else ():
-            names.append(f"change-{slug}-{theme.name}.png")
-            assert heat
-            save(heat, theme, folder / names[-1])
-    return tuple(names)
+def short_name(source: str) -> str:
+    """The name of a pinned source for readers: without a repo's commit or a folder's path."""
+    name = re.sub(r"@[0-9a-f]{40}$", "", source)
+    return Path(name).expanduser().resolve().name if name.startswith((".", "/", "~")) else name
 
 
-def _map(one: Comparison) -> HeatMap | None:
-    after: Mapping[str, float] = {row.module: row.after for row in one.rows}
-    grid = arrange(relative_change(after, {row.module: row.before for row in one.rows}))
-    if grid is None:
-        return None
-    clipped, a, b = clip(grid), short_name(one.before), short_name(one.after)
-    word = WORDS.get(one.measure, one.measure)
-    return HeatMap(
-        title=f"Change of {word}, {f'{a} to {b}' if a != b else f'{a}, A to B'}",
-        scale="% of A's",
-        percent=True,
-        bottom=0.0,
-        top=clipped.limit if clipped else grid.known[-1],
-        grid=grid,
-        clipped=clipped,
-    )
+def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:
+    """A unique part of a file name for each source: lower case letters, digits and `-`."""
+    taken: list[str] = []
+    for source in sources:
+        name = short_name(source).rstrip("/").rpartition("/")[2]
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower())[:60].strip("-") or "expert"
+        slug, n = plain, 1
+        while slug in taken:
+            n += 1
+            slug = f"{plain}-{n}"
+        taken.append(slug)
+    return tuple(taken)

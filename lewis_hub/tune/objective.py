@@ -13,9 +13,9 @@ from typing import Any
 from lewis_hub.calibration.texts import draw_rows, load_tokenizer
 from lewis_hub.errors import EvaluationError, TuningError
 from lewis_hub.evaluate.answer_loss import NAME, answer_losses
-from lewis_hub.evaluate.benchmarks import Benchmarks, count_requests, free_split, prepared
+from lewis_hub.evaluate.benchmarks import count_requests, free_split, prepared
 from lewis_hub.evaluate.gate import unknown_metric
-from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_loaded
+from lewis_hub.evaluate.harness import Benchmarks, EvaluationSettings, evaluate_loaded
 from lewis_hub.evaluate.items import Question, TaskRows, chat_of, load_rows
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.source import Source
@@ -254,9 +254,10 @@ def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
     with prepared(one.rows.selection, {}):
         for name, (task, documents) in one.rows.part_of(indices).items():
             again = copy.copy(task)
-            again._config = copy.copy(task.config)
-            # few-shot examples of the same split then leave the item itself out
-            again._config.test_split = one.split
+            again.fewshot_cfg = copy.copy(task.fewshot_cfg)
+            # lm-eval leaves an item out of its own few-shot examples if both splits have one name
+            is_shown = task.fewshot_cfg.split == one.split
+            again.fewshot_cfg.split = task.config.test_split if is_shown else "another"
             again.has_test_docs = lambda: True
             again.test_docs = lambda chosen=documents: chosen
             n_requests += count_requests(name, again, None)

@@ -12,7 +12,7 @@ from typing import Any
 from lewis_hub import __version__
 from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import write_whole
-from lewis_hub.report.search import Picture, Tried, draw_search
+from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune.run import STUDY, Tuned
 from lewis_hub.tune.space import short_name, written
 from lewis_hub.tune.study import Trial
@@ -34,11 +34,11 @@ def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> Report:
     """Write `recipe.tuned.yaml` beside the recipe, and all trials and their picture in `output`."""
     best = recipe_file.with_name(f"{recipe_file.stem}.tuned.yaml")
     plots = draw_search(
-        Picture(
+        SearchPlot(
             title=f"{len(tuned.trials)} trials; the best is number {tuned.best.number}",
             objective=_short(tuned.objective.metric),
             trials=tuple(
-                Tried(t.number, {short_name(n): v for n, v in t.values.items()}, t.value)
+                PlottedTrial(t.number, {short_name(n): v for n, v in t.values.items()}, t.value)
                 for t in tuned.trials
             ),
             best=tuned.best.number,

@@ -28,8 +28,7 @@ from lewis_hub.evaluate.answer_loss import NAME, AnswerLoss, answer_losses, metr
 from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
 from lewis_hub.evaluate.items import chat_of, scored_questions
 from lewis_hub.evaluate.paired import compare
-from lewis_hub.evaluate.results import ModelResult
-from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.files import require_writable
 from lewis_hub.guides.schedule import DensitySchedule

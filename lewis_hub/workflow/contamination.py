@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.calibration.texts import CalibrationTokens, Rows, Template
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
-from lewis_hub.evaluate.items import Item, TaskRows, holding, scored_items
+from lewis_hub.evaluate.items import TaskItem, TaskRows, contained_items, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Calibration
@@ -53,12 +53,12 @@ def drawn_texts(rows: Rows, template: Template, tokens: CalibrationTokens) -> li
     return drawn
 
 
-def drawn_items(items: Iterable[Item]) -> list[DrawnText]:
+def drawn_items(items: Iterable[TaskItem]) -> list[DrawnText]:
     """Each item by itself, without few-shot examples."""
     return [DrawnText((f"{item.prompt} {item.answer}",), _fixing(item)) for item in items]
 
 
-def _fixing(item: Item) -> tuple[Values, ...]:
+def _fixing(item: TaskItem) -> tuple[Values, ...]:
     return values(item.document), values((item.prompt, item.answer))
 
 
@@ -77,20 +77,22 @@ def _texts(told: Any) -> Iterator[str]:
         yield " ".join(str(told).split()).casefold()
 
 
-def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[Item]) -> Counter[str]:
+def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[TaskItem]) -> Counter[str]:
     """Task -> number of drawn items that it scores."""
     found = {(item.task, index) for index, item in overlaps(drawn, scored)}
     return Counter(task for task, _ in found)
 
 
-def overlaps(drawn: Sequence[DrawnText], scored: Sequence[Item]) -> Iterator[tuple[int, Item]]:
+def overlaps(
+    drawn: Sequence[DrawnText], scored: Sequence[TaskItem]
+) -> Iterator[tuple[int, TaskItem]]:
     """The place of each drawn text that holds a scored item, with that item.
 
-    The item's question stands in it (`holding`), or all that fixes what was drawn stands in one
-    scored document, its prompt or answer.
+    The item's question stands in it (`contained_items`), or all that fixes what was drawn stands in
+    one scored document, its prompt or answer.
     """
     texts = [(index, text) for index, one in enumerate(drawn) for text in one.texts]
-    for place, item in holding([text for _, text in texts], scored):
+    for place, item in contained_items([text for _, text in texts], scored):
         yield texts[place][0], item
     by_longest: defaultdict[str, list[tuple[int, Values]]] = defaultdict(list)
     for index, alternatives in enumerate(drawn):
@@ -127,7 +129,7 @@ class ScoredTasks:
         self.progress.say("Loading the benchmarks")
         return load_tasks(self.selection, scored_commits(self.api, self.selection))
 
-    def items(self) -> list[Item]:
+    def items(self) -> list[TaskItem]:
         """Return every item of every task.
 
         Raises:

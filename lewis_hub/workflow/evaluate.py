@@ -13,8 +13,7 @@ from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
 from lewis_hub.evaluate.gate import Demand, GateVerdict
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.paired import compare
-from lewis_hub.evaluate.results import ModelResult
-from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.plan import MergePlan

@@ -37,7 +37,7 @@ class PreviousMerge:
 
     source: Source
     lock: Lock
-    changes: tuple[difference.Entry, ...]
+    changes: tuple[difference.ChangelogEntry, ...]
 
     def holds(self, planned: Lock) -> bool:
         """Whether it is the planned merge, and every file is there as far as the Hub tells."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.errors import EvaluationError, PublishError
 from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
-from lewis_hub.evaluate.results import ModelResult
+from lewis_hub.evaluate.scores import ModelResult
 from lewis_hub.files import write_whole
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.target import read_target, read_text
-from lewis_hub.report.findings import card_section
+from lewis_hub.report.findings import gate_section
 from lewis_hub.workflow.evaluate import Scored
 from lewis_hub.workflow.existing import PreviousMerge, read_scores
 
@@ -65,7 +65,7 @@ def judge_again(
     found = judge(demands, scores, items, _previous(demands, repo, api))
     if found != verdict:
         card = (output / CARD).read_text(encoding="utf-8")
-        write_whole(output / CARD, card.replace(card_section(verdict), card_section(found)))
+        write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
         write_whole(output / FILE, found.to_json())
     return found
 

@@ -28,7 +28,7 @@ from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
 from lewis_hub.report.difference import differences
-from lewis_hub.report.findings import refusal, scores_table, sentences
+from lewis_hub.report.findings import gate_sentences, refusal, scores_table
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.sections import DISAGREE
 from lewis_hub.workflow.existing import PreviousMerge, lock_in, previous_merge, read_scores
@@ -172,7 +172,7 @@ def refused(folder: Path, verdict: GateVerdict, proposed_at: str | None) -> Gate
 
 def _below(folder: Path, verdict: GateVerdict) -> str:
     """Verdict and scores, as a pull request shows them."""
-    told = "\n".join(f"- {markdown.text(sentence)}" for sentence in sentences(verdict))
+    told = "\n".join(f"- {markdown.text(sentence)}" for sentence in gate_sentences(verdict))
     scores = read_scores(folder)
     table = scores_table(scores) if scores else ""
     return f"This merge missed its quality gate.\n\n{told}\n\n{table}"
@@ -204,7 +204,7 @@ def _write_changelog(
     entries, card = previous.changes, folder / CARD
     if changes:
         today = datetime.now(UTC).date()
-        new = difference.Entry(today, previous.source.commit_sha, lock.digest, changes)
+        new = difference.ChangelogEntry(today, previous.source.commit_sha, lock.digest, changes)
         entries = (new, *entries)
     if not entries or not card.exists():
         return

@@ -13,7 +13,7 @@ from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Benchmark, Calibration
-from lewis_hub.report import leaderboards, page
+from lewis_hub.report import page
 from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.cost import Costs, this_machine
@@ -25,12 +25,12 @@ from lewis_hub.report.lock import (
     LockedData,
     LockedInput,
     OutputFile,
-    Run,
     can_change_the_result,
     provenance,
 )
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
+from lewis_hub.report.metadata import eval_results
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.workflow.calibrate import Guidance
 from lewis_hub.workflow.evaluate import Scored
@@ -88,7 +88,7 @@ def write(
     # Costs, times and the gate's verdict are no part of what was merged: equal merges have equal
     # locks.
     beside = {COSTS: costs.to_json(machine), LOCK: lock.to_json()}
-    beside[PROVENANCE] = provenance(lock, Run(costs.began, datetime.now(UTC)))
+    beside[PROVENANCE] = provenance(lock, costs.began, datetime.now(UTC))
     if scored and scored.gate:
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
@@ -174,7 +174,7 @@ def _write_card(
     results = scored.results if scored else {}
     texts = {CARD: str(model_card(facts)), page.FILE: page.report_page(facts, results)}
     if facts.scores and settings.benchmarks:
-        texts |= leaderboards.entries(facts.scores, settings.benchmarks, facts)
+        texts |= eval_results(facts.scores, settings.benchmarks, facts)
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         write_whole(folder / name, text)

@@ -28,10 +28,10 @@ from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelReference, Recipe
+from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.plots import draw as draw_plots
-from lewis_hub.report.sections import adapter_card
 from lewis_hub.workflow.calibrate import TextSettings, draw, known_profile
 from lewis_hub.workflow.check import settle
 from lewis_hub.workflow.contamination import ScoredTasks

@@ -1,5 +1,5 @@
 "use strict";
-// Draws items and modules from the JSON of this page. Names reach the page as text, never as markup.
+// Draws items and modules from the JSON of this page. Names are inserted as text, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const tip = document.getElementById("tip");
@@ -25,8 +25,8 @@ function colour(share) {
   return `rgb(${mixed.join(",")})`;
 }
 
-// A grid of cells, each with a colour or class and a text that is shown when one points at it.
-// With `rows` and `columns` it has labels at its left and below.
+// A grid of cells, each with a colour or class and a text that appears under the pointer.
+// `rows` are labels on the left, `columns` are labels below.
 function grid(title, cells, nColumns, size, rows = [], columns = []) {
   const left = rows.length ? 12 + 6.2 * Math.max(...rows.map((name) => name.length)) : 0;
   const nRows = Math.ceil(cells.length / nColumns);
@@ -50,12 +50,12 @@ function grid(title, cells, nColumns, size, rows = [], columns = []) {
     const x = left + (i + 0.5) * size.width;
     if (i % step === 0) svg.append(make("text", { x, y: height - 4, "text-anchor": "middle" }, String(name)));
   });
-  explain(svg, drawn, cells, nColumns);
+  addTips(svg, drawn, cells, nColumns);
   return svg;
 }
 
-// The pointer and the arrow keys lead to a cell.
-function explain(svg, drawn, cells, nColumns) {
+// The pointer and the arrow keys select a cell.
+function addTips(svg, drawn, cells, nColumns) {
   const index = new Map(drawn.map((rect, i) => [rect, i]));
   let at = 0;
   const leave = () => {
@@ -65,7 +65,7 @@ function explain(svg, drawn, cells, nColumns) {
   svg.addEventListener("pointermove", (event) => {
     const i = index.get(event.target);
     if (i === undefined) leave();
-    else show(cells[i].told, event.clientX, event.clientY);
+    else show(cells[i].text, event.clientX, event.clientY);
   });
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
@@ -78,12 +78,12 @@ function explain(svg, drawn, cells, nColumns) {
     at = Math.min(Math.max(at + steps[event.key], 0), cells.length - 1);
     drawn[at].classList.add("at");
     const place = drawn[at].getBoundingClientRect();
-    show(cells[at].told, place.right, place.bottom);
+    show(cells[at].text, place.right, place.bottom);
   });
 }
 
-function show(told, x, y) {
-  tip.textContent = told;
+function show(text, x, y) {
+  tip.textContent = text;
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
   tip.style.left = `${Math.max(4, Math.min(x + 14, innerWidth - width - 8))}px`;
@@ -115,10 +115,10 @@ function map(expert, shown) {
   const cells = shown.components.flatMap((component, row) =>
     shown.blocks.map((block, column) => {
       const value = shown.values[row][column];
-      const told = [`block ${block}, ${component}`, ...expert.maps.map((one) => valueOf(one, component, block))];
-      if (value === null) return { kind: "none", told: `block ${block} has no ${component}` };
+      const text = [`block ${block}, ${component}`, ...expert.maps.map((one) => valueOf(one, component, block))];
+      if (value === null) return { kind: "none", text: `block ${block} has no ${component}` };
       const fill = value > shown.top ? null : colour((value - shown.bottom) / spread);
-      return { fill, kind: "over", told: told.join("\n") };
+      return { fill, kind: "over", text: text.join("\n") };
     }));
   const width = Math.max(14, 700 / shown.blocks.length);
   return grid(`${shown.title}, ${expert.name}`, cells, shown.blocks.length, { width, height: 22 }, shown.components, shown.blocks);
@@ -149,13 +149,13 @@ function compare(place, metric) {
   const rivals = metric.models.filter((_, i) => i !== metric.merged);
   const shown = make("div");
   const draw = (i) => shown.replaceChildren(...beside(metric, rivals[i]));
-  const controls = make("div", { class: "controls" }, choice("Merged beside", rivals.map((one) => one.name), draw));
+  const controls = make("div", { class: "controls" }, choice("Compare with", rivals.map((one) => one.name), draw));
   place.replaceChildren(...(rivals.length ? [controls, shown] : [shown]));
   draw(0);
 }
 
-const RIGHT_OR_WRONG = { win: "only merged right", loss: "only the other right", both: "both right", none: "neither right, or no answer" };
-const MORE_OR_LESS = { win: "merged better", loss: "merged worse", both: "equal", none: "not comparable" };
+const RIGHT_OR_WRONG = { win: "only the merged model is right", loss: "only the other model is right", both: "both are right", none: "neither is right, or no answer" };
+const MORE_OR_LESS = { win: "the merged model is better", loss: "the merged model is worse", both: "equal", none: "not comparable" };
 const ALONE = { both: "right, or a number", none: "wrong, or no answer" };
 
 function beside(metric, rival) {
@@ -165,12 +165,12 @@ function beside(metric, rival) {
   const words = !rival ? ALONE : marks ? RIGHT_OR_WRONG : MORE_OR_LESS;
   const kinds = Array.from(mine, (_, i) => kind(metric, valueAt(mine, i), rival ? valueAt(theirs, i) : undefined, marks));
   const cells = kinds.map((one, i) => {
-    const told = metric.models.map((model) => `${model.name}: ${said(metric, model.items, i)}`);
-    return { kind: one, told: [`item ${i}: ${words[one]}`, ...told].join("\n") };
+    const text = metric.models.map((model) => `${model.name}: ${said(metric, model.items, i)}`);
+    return { kind: one, text: [`item ${i}: ${words[one]}`, ...text].join("\n") };
   });
-  const key = Object.entries(words).map(([one, told]) => {
+  const key = Object.entries(words).map(([one, text]) => {
     const box = make("svg", { viewBox: "0 0 1 1", "aria-hidden": "true" }, make("rect", { class: one, width: 1, height: 1 }));
-    return make("li", {}, box, `${told}: ${kinds.filter((other) => other === one).length}`);
+    return make("li", {}, box, `${text}: ${kinds.filter((other) => other === one).length}`);
   });
   const nColumns = cells.length <= 600 ? 50 : cells.length <= 4000 ? 80 : 160;
   const width = 800 / nColumns;

@@ -192,11 +192,11 @@ def test_the_report_links_the_commit_and_shows_scores_and_verdict(place):
         "",
         "### Quality gate",
         "",
-        "The gate let this merge pass. A difference counts where its whole interval lies beyond "
-        "what is tolerated.",
+        "The gate accepted this merge. It refuses a merge if the whole interval of a difference is "
+        "worse than the tolerance.",
         "",
-        "- on t (acc) not worse than the base: 0.900 against 0.500 (difference &#43;0.400, 95 %"
-        " interval &#43;0.300 to &#43;0.500).",
+        "- On t (acc) the merged model is not significantly worse than the base: 0.900 against "
+        "0.500 (difference &#43;0.400, 95 % interval &#43;0.300 to &#43;0.500).",
     ]
     assert Path("outputs").read_text() == f"status=published\ncommit-url={url}/commit/{'c' * 40}\n"
 

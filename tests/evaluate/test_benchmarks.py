@@ -11,7 +11,7 @@ from lewis_hub.evaluate.tasks import TaskSelection
 
 FILE_REMEDY = "Check the task's file: its keys, splits, columns and metrics."
 DATA_REMEDY = (
-    "Check `dataset_path`, `dataset_name` and `data_files` (a relative one starts at the\n"
+    "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
     "working folder), your network, and whether the dataset needs `hf auth login`."
 )
 

@@ -4,8 +4,7 @@ import pytest
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
-from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
-from lewis_hub.evaluate.scores import MetricScore
+from lewis_hub.evaluate.scores import MetricResult, MetricScore, ModelResult, TaskResult
 
 
 def task(*values: float | None, version: str = "1", first: int = 0) -> TaskResult:

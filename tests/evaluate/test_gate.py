@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.gate import Demand, GateVerdict, Previous, Rival, judge
 from lewis_hub.evaluate.paired import compare, newcombe_interval
-from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
+from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 
 BETTER, WORSE = [1.0] * 30, [0.0] * 30
 MIXED = [1.0, 0.0] * 15
@@ -123,14 +123,14 @@ def test_what_was_published_before_is_compared_item_by_item():
         (Previous("me/x", why="there is no such repo yet"), "there is no such repo yet"),
         (
             Previous("me/x@abc", result(BETTER, version="2")),
-            "it was scored by version 2 of the task, this by 1",
+            "it was scored with version 2 of the task, this with 1",
         ),
         (
             Previous("me/x@abc", result(BETTER, items="other ")),
             "it was scored on other items or prompts",
         ),
         (Previous("me/x@abc", result(BETTER[:20])), "it was scored on other items or prompts"),
-        (Previous("me/x@abc", ModelResult({})), "it was not scored by this task and metric"),
+        (Previous("me/x@abc", ModelResult({})), "it was not scored on this task and metric"),
     ],
 )
 def test_what_was_published_before_counts_only_on_the_same_items(before, why):
@@ -159,8 +159,8 @@ def test_other_prompts_for_the_same_items_are_another_test():
         ),
         (
             "f1,none",
-            "t: `f1,none` is no mean over items, so the gate cannot test its differences.\n"
-            "Gate on `m,none` instead.",
+            "t: `f1,none` is not a mean over items, so the gate cannot test differences.\n"
+            "Use `m,none` in the gate.",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_verdict_is_read_back_without_loss():
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "checks": [{}]}'])
 def test_a_damaged_verdict_is_one_message(text):
-    with pytest.raises(EvaluationError, match=r"lewis/gate\.json: is no verdict of a gate"):
+    with pytest.raises(EvaluationError, match=r"lewis/gate\.json: is not a gate verdict"):
         GateVerdict.from_json(text)
 
 

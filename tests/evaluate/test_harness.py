@@ -9,10 +9,15 @@ import pytest
 
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.benchmarks import Benchmarks, load_tasks, with_prompts
-from lewis_hub.evaluate.harness import EvaluationSettings, affordable_batch, evaluate_model
+from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
+from lewis_hub.evaluate.harness import (
+    Benchmarks,
+    EvaluationSettings,
+    affordable_batch,
+    evaluate_model,
+)
 from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
-from lewis_hub.evaluate.results import ModelResult
+from lewis_hub.evaluate.scores import ModelResult
 from lewis_hub.evaluate.tasks import TaskSelection
 
 CPU = EvaluationSettings()
@@ -149,6 +154,20 @@ def test_nothing_is_written_to_the_terminal_and_all_is_put_back(benchmarks, good
     assert datasets.utils.are_progress_bars_disabled() == silent
 
 
+def test_the_libraries_still_have_what_the_harness_replaces():
+    import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    import lm_eval.utils
+    import tqdm
+
+    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+        assert issubclass(module.tqdm, tqdm.std.tqdm)
+    assert callable(lm_eval.utils.env.from_string)
+    assert lm_eval.api.task.datasets.load_dataset is datasets.load_dataset
+
+
 def test_a_folder_without_a_model_is_told_by_its_name(benchmarks, tmp_path):
     with pytest.raises(EvaluationError) as raised:
         evaluate_model(tmp_path, benchmarks, CPU, ignore)
@@ -178,8 +197,8 @@ def test_a_task_whose_answers_do_not_fit_the_context_is_refused(own_tasks, good_
         evaluate_model(good_model, long, CPU, ignore)
 
     assert str(raised.value) == (
-        "after: asks for 64 tokens, and the model's context is 64.\n"
-        "Set `generation_kwargs.max_gen_toks` in its file."
+        "after: generates up to 64 tokens, but the model's context is 64 tokens.\n"
+        "Set a smaller `generation_kwargs.max_gen_toks` in its file."
     )
 
 
@@ -218,5 +237,5 @@ def test_a_model_without_a_chat_template_is_named(own_tasks, good_model):
 
     assert str(caught.value) == (
         f"{good_model}: has no chat template.\n"
-        "Leave out `evaluate.chat_template`, or what it is compared with."
+        "Remove `evaluate.chat_template`, or compare with other models."
     )

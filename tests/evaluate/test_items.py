@@ -202,7 +202,7 @@ def test_a_group_is_its_tasks_one_after_the_other(own_tasks):
     [
         (
             "test",
-            "after: `test` is the split that it scores, and no merge may be fitted to its items.\n"
+            "after: it scores the split `test`, and a merge must not be fitted to its items.\n"
             "It has: `train`.",
         ),
         ("dev", "after: its data have no split `dev`.\nIt has: `train`."),

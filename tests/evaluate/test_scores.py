@@ -6,8 +6,16 @@ import math
 import pytest
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult, pooled
-from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
+from lewis_hub.evaluate.scores import (
+    MetricResult,
+    MetricScore,
+    ModelResult,
+    PairedTest,
+    Scores,
+    TaskResult,
+    TaskScores,
+    pooled,
+)
 
 SCORES = Scores(
     {

@@ -85,15 +85,15 @@ def test_included_files_are_merged_under_the_file_itself(tmp_path):
 
 def test_no_task_at_all_is_an_error():
     assert refusal() == (
-        "evaluate: no task is named.\nName at least one in `evaluate.tasks`, or by `--task`."
+        "evaluate: no task is named.\nName at least one in `evaluate.tasks`, or with `--task`."
     )
 
 
 def test_an_unknown_task_names_the_nearest_ones():
     assert refusal("gms8k") == (
         "gms8k: neither lm-eval nor your include folder has such a task.\n"
-        "Nearest: gsm8k, hrm8k. "
-        "Own task files go into a folder that `evaluate.include` names."
+        "Nearest: gsm8k, hrm8k. Put your own task files into the folder that `evaluate.include` "
+        "names."
     )
 
 
@@ -102,14 +102,14 @@ def test_a_group_with_an_unknown_member_names_its_file(tmp_path):
 
     assert refusal("all_numbers", include=include).startswith(
         f"qwertz: listed in {tmp_path}/group.yaml, neither lm-eval nor your include folder has "
-        "such a task.\n`lm-eval ls tasks` lists all names. Own task files go into"
+        "such a task.\n`lm-eval ls tasks` lists all names. Put your own task files into"
     )
 
 
 def test_a_missing_include_folder_is_an_error(tmp_path):
     assert refusal("sums", include=tmp_path / "gone") == (
-        f"{tmp_path}/gone: is no folder.\n"
-        "Name the folder that holds your task files in `evaluate.include`."
+        f"{tmp_path}/gone: is not a folder.\n"
+        "Set `evaluate.include` to the folder with your task files."
     )
 
 
@@ -123,7 +123,7 @@ def test_a_broken_task_file_is_told_by_its_line(tmp_path):
 
 def test_a_file_without_keys_is_an_error(tmp_path):
     assert refusal("sums", include=write(tmp_path, sums="- sums\n")) == (
-        f"{tmp_path}/sums.yaml: holds a list, expected keys such as `task:`.\n"
+        f"{tmp_path}/sums.yaml: contains a list, expected keys such as `task:`.\n"
         "Correct the file; docs/task_guide.md of lm-evaluation-harness describes its keys."
     )
 
@@ -132,7 +132,8 @@ def test_two_files_of_one_name_are_an_error(tmp_path):
     message = refusal("sums", include=write(tmp_path, a=ARITHMETIC, b=ARITHMETIC))
 
     assert message == (
-        f"{tmp_path}/b.yaml: task `sums` is in {tmp_path}/a.yaml too.\nGive each task its own name."
+        f"{tmp_path}/b.yaml: task `sums` is also defined in {tmp_path}/a.yaml.\n"
+        "Give each task its own name."
     )
 
 
@@ -140,7 +141,7 @@ def test_a_missing_and_a_circular_include_are_errors(tmp_path):
     lost = refusal("sums", include=write(tmp_path, sums="task: sums\ninclude: lost\n"))
     circular = refusal("sums", include=write(tmp_path, sums="task: sums\ninclude: sums.yaml\n"))
 
-    assert f"includes {tmp_path}/lost, which is no file." in lost
+    assert f"includes {tmp_path}/lost, which is not a file." in lost
     assert f"{tmp_path}/sums.yaml: includes itself." in circular
 
 
@@ -181,7 +182,7 @@ def test_task_files_from_a_repo_are_code_and_need_leave(tmp_path):
     include = write(tmp_path, sums=ARITHMETIC)
 
     assert refusal("sums", include=include, own_include=False) == (
-        f"{tmp_path}: task files are code, and these came from a Hub repo.\n"
+        f"{tmp_path}: task files are code, and these come from a Hub repo.\n"
         f"Read them first. {ALLOW}"
     )
     allowed = TaskSelection(("sums",), include, own_include=False, allow_code=True)

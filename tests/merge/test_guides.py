@@ -197,7 +197,7 @@ def test_weights_scale_the_expert_module_by_module_and_task_arithmetic_takes_the
         changes = a * (one[name] - base[name]) + b * (two[name] - base[name])
         torch.testing.assert_close(weights[name], base[name] + changes, rtol=0, atol=1e-6)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "multiplied each expert's weight by a factor of its own in every weight" in card
+    assert "multiplied the weight of each expert by a factor for each weight matrix" in card
     assert "mean factor of the weight" in card
 
 
@@ -388,4 +388,4 @@ def test_an_installed_package_adds_a_guide_that_a_recipe_may_name(
     for expert in schedule.experts:
         assert [expert.tensors[q.format(b)] for b in range(3)] == pytest.approx([0.3, 0.55, 0.8])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "the guide deep kept a fraction of its own" in card
+    assert "The guide deep chose the fraction of the task vector" in card

@@ -9,8 +9,15 @@ from typing import Any
 import pytest
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
-from lewis_hub.evaluate.results import MetricResult, ModelResult, TaskResult
-from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
+from lewis_hub.evaluate.scores import (
+    MetricResult,
+    MetricScore,
+    ModelResult,
+    PairedTest,
+    Scores,
+    TaskResult,
+    TaskScores,
+)
 from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source

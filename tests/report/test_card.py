@@ -10,13 +10,13 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from lewis_hub.evaluate.scores import Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.report.card import model_card, usage
 from lewis_hub.report.cost import Machine
-from lewis_hub.report.findings import Scores
-from lewis_hub.report.sections import card_data
+from lewis_hub.report.metadata import card_data
 
 HUB = "https://huggingface.co"
 ONERROR = "<img src=x onerror=alert(1)>"
@@ -36,11 +36,11 @@ def test_the_summary_says_what_was_merged_how_and_into_what(make_facts):
     assert heading == "# zoo-merge"
     assert summary == (
         f"This model merges [`zoo/math`](<{HUB}/zoo/math>) and [`zoo/text`](<{HUB}/zoo/text>) into "
-        f"[`zoo/base`](<{HUB}/zoo/base>) by [TIES-Merging](<https://arxiv.org/abs/2306.01708>); "
-        "nothing was trained. Of each task vector (expert minus base) the guide "
-        "[LEWIS](<https://arxiv.org/abs/2503.03874>) kept a fraction of its own in every weight "
-        "matrix of the blocks: between 0.30 and 0.80, from how importance on calibration texts "
-        "changed from base to expert."
+        f"[`zoo/base`](<{HUB}/zoo/base>) by [TIES-Merging](<https://arxiv.org/abs/2306.01708>), "
+        "without training. The guide [LEWIS](<https://arxiv.org/abs/2503.03874>) chose the "
+        "fraction of the task vector (expert minus base) that is kept in each weight matrix of "
+        "the blocks: between 0.30 and 0.80. It derives these values from the change of importance "
+        "from base to expert on calibration texts."
     )
 
 
@@ -115,13 +115,16 @@ def test_scores_are_shown_with_paired_tests_and_limits_in_words(make_facts):
     assert limits.splitlines()[0].startswith(
         "- On `sums` (exact_match) the merged model is worse than its best expert, `zoo/math`"
     )
-    assert "- On `sums` (exact_match) guided is not better than its uniform twin" in limits
+    assert (
+        "- On `sums` (exact_match) the merged model is not significantly better than its uniform "
+        "twin" in limits
+    )
     assert "- One block stands out.\n" in limits
     assert limits.count("\n- ") == limits.count("\n")
 
 
 def test_the_card_says_that_prompts_went_through_chat_templates(make_facts):
-    said = ", prompts through each model's own chat template. ± is the standard error"
+    said = ", with each model's own chat template. ± is the standard error"
 
     assert said in model_card(make_facts(scored_in_chat=True)).text
     assert said not in model_card(make_facts()).text
@@ -131,7 +134,10 @@ def test_gains_are_listed_under_the_scores(make_facts, make_scores):
     card = model_card(make_facts(scores=make_scores(merged=0.8, twin=0.6, p=0.01)))
 
     rendered = HTML.render(section(card, "Scores"))
-    assert "<li>On <code>sums</code> (exact_match) guidance gained over" in rendered
+    assert (
+        "<li>On <code>sums</code> (exact_match) the merged model is better than its uniform"
+        in rendered
+    )
 
 
 def test_a_merge_that_was_not_scored_says_so(make_facts, make_scores):
@@ -141,9 +147,7 @@ def test_a_merge_that_was_not_scored_says_so(make_facts, make_scores):
 
     for scores in (None, without):
         card = model_card(make_facts(scores=scores))
-        assert section(card, "Scores") == (
-            "This merge was not scored. How good it is, at anything, is not known."
-        )
+        assert section(card, "Scores") == ("This merge was not scored. Its quality is unknown.")
         assert "model-index" not in card.content
         assert "metrics:" not in card.content
         assert section(card, "Limits").startswith("- One block stands out.")
@@ -183,7 +187,7 @@ def test_a_method_of_a_package_is_named_and_cites_nothing(make_facts):
 
     card = model_card(make_facts(method=own, guided=None))
 
-    assert "by the method `my_method`; nothing was trained." in card.text
+    assert "by the method `my_method`, without training." in card.text
     assert re.findall(r"@\w+{([\w-]+),", section(card, "Citation")) == ["eval-harness"]
     assert "## Citation" not in model_card(make_facts(method=own, guided=None, scores=None)).text
 
@@ -216,7 +220,7 @@ def test_inputs_are_pinned_and_linked_to_their_commits(make_facts, make_source):
 
     part = section(model_card(replace(facts, models=models)), "Made from")
 
-    assert "| role | model | revision asked | pinned to | licence |" in part
+    assert "| role | model | revision | commit | licence |" in part
     assert f"`v1.0` | [`bbbbbbbbbbbb`](<{HUB}/zoo/base/tree/{'b' * 40}>) | apache-2.0 |" in part
     assert "[`zoo/sums`](<https://huggingface.co/datasets/zoo/sums>) at [`000000000000`]" in part
     template = "Q: &#123;question&#125;&#92;nA: &#123;answer&#125;"
@@ -251,7 +255,7 @@ def test_costs_and_the_commands_to_make_it_again_are_shown(make_facts):
     assert "| calibrate | 12.3 s | 1.2 GB | 3.0 MB | 2.5 kB |" in part
     assert "| merge | 1 min 16 s | 250.0 MB | – | – |" in part
     assert "| all | 1 min 28 s |  |  |  |" in part
-    assert "Peak memory is that of the process" not in part
+    assert "Peak memory is the peak of the process" not in part
 
 
 @pytest.mark.parametrize(
@@ -259,16 +263,16 @@ def test_costs_and_the_commands_to_make_it_again_are_shown(make_facts):
     [
         (
             Machine("Intel(R) Xeon(R) <b>", 8, 33_000_000_000),
-            "on 8 cores of Intel(R) Xeon(R) &#60;b&#62;, 33.0 GB of memory: what",
+            "on 8 cores of Intel(R) Xeon(R) &#60;b&#62;, 33.0 GB of memory. Cached",
         ),
-        (Machine("arm64", 1, None, "NVIDIA H100"), "on NVIDIA H100, and 1 core of arm64: what"),
+        (Machine("arm64", 1, None, "NVIDIA H100"), "on NVIDIA H100, and 1 core of arm64. Cached"),
     ],
 )
 def test_what_the_merge_was_made_on_and_with_is_told(make_facts, machine, told):
     part = section(model_card(make_facts(machine=machine)), "Make it again")
 
     assert told in " ".join(part.split())
-    assert "Energy was not measured: [a calculator](https://mlco2.github.io/" in " ".join(
+    assert "Energy was not measured; [this calculator](https://mlco2.github.io/" in " ".join(
         part.split()
     )
     assert (
@@ -282,7 +286,7 @@ def test_a_stream_tells_what_came_by_ranges(make_facts):
 
     part = section(model_card(make_facts(costs=costs)), "Make it again")
 
-    assert "| stage | time | peak memory | read | written | from the Hub by ranges |" in part
+    assert "| stage | time | peak memory | read | written | downloaded in ranges |" in part
     assert "| calibrate | 12.3 s | 1.2 GB | 3.0 MB | 2.5 kB | – |" in part
     assert "| merge | 1 min 16 s | 250.0 MB | – | – | 6.9 MB |" in part
     assert "| all | 1 min 28 s |  |  |  |  |" in part
@@ -295,7 +299,7 @@ def test_a_peak_over_the_whole_process_is_labelled(make_facts):
     part = section(model_card(make_facts(costs=(slow,))), "Make it again")
 
     assert "| calibrate | 2 h 3 min |" in part
-    assert "Peak memory is that of the process since its start." in part
+    assert "Peak memory is the peak of the process since its start." in part
 
 
 @pytest.mark.parametrize(
@@ -338,45 +342,45 @@ def stating(facts, *licences):
             ("mit", "mit", "mit"),
             Licence("mit"),
             False,
-            "The cards of all its parents say mit. So this model is under the same: mit.",
+            "The cards of all parents state mit. So this model has the same licence: mit.",
         ),
         (
             ("mit", "mit", "mit"),
             Licence("mit"),
             True,
-            "The cards of all its parents say mit. Its publisher states the same for this model: "
-            "mit.",
+            "The cards of all parents state mit. The publisher states the same licence for this "
+            "model: mit.",
         ),
         (
             ("mit", "mit", "mit"),
             Licence("gemma"),
             True,
-            "The cards of all its parents say mit. Its publisher states gemma for this model, "
-            "which is their own judgement.",
+            "The cards of all parents state mit. The publisher states gemma for this model, on "
+            "their own judgement.",
         ),
         (
             ("mit", "gemma", None),
             Licence("gemma"),
             True,
-            f"The parents do not agree: [`zoo/base`](<{HUB}/zoo/base>) says mit; [`zoo/math`]"
-            f"(<{HUB}/zoo/math>) says gemma; [`zoo/text`](<{HUB}/zoo/text>) says nothing. Its "
-            "publisher states gemma for this model, which is their own judgement: without it "
-            "lewis-hub refuses to publish.",
+            f"The licences of the parents differ: [`zoo/base`](<{HUB}/zoo/base>) states mit; "
+            f"[`zoo/math`](<{HUB}/zoo/math>) states gemma; [`zoo/text`](<{HUB}/zoo/text>) states "
+            "none. The publisher states gemma for this model, on their own judgement; without such "
+            "a statement lewis-hub refuses to publish.",
         ),
         (
             ("mit", "gemma", "mit"),
             None,
             False,
-            f"The parents do not agree: [`zoo/base`](<{HUB}/zoo/base>) says mit; [`zoo/math`]"
-            f"(<{HUB}/zoo/math>) says gemma; [`zoo/text`](<{HUB}/zoo/text>) says mit. No licence "
-            "is stated here. Ask their owners before you use or share it.",
+            f"The licences of the parents differ: [`zoo/base`](<{HUB}/zoo/base>) states mit; "
+            f"[`zoo/math`](<{HUB}/zoo/math>) states gemma; [`zoo/text`](<{HUB}/zoo/text>) states "
+            "mit. So none is stated here. Ask their owners before you use or share it.",
         ),
         (
             (None, None, None),
             None,
             False,
-            "None of the parents' cards states a licence. No licence is stated here. Ask their "
-            "owners before you use or share it.",
+            "The cards of the parents state no licence. So none is stated here. Ask their owners "
+            "before you use or share it.",
         ),
     ],
 )
@@ -393,8 +397,8 @@ def test_parents_that_mean_other_texts_by_one_name_do_not_agree(make_facts):
 
     part = section(model_card(replace(facts, models={base: linked, **dict(others)})), "Made from")
 
-    assert "The parents do not agree: [`zoo/base`]" in part
-    assert "says [other](<https://x.org/licence>); " in part
+    assert "The licences of the parents differ: [`zoo/base`]" in part
+    assert "states [other](<https://x.org/licence>); " in part
 
 
 def test_what_the_model_is_stands_in_a_list(make_facts):
@@ -413,10 +417,10 @@ def test_what_the_model_is_stands_in_a_list(make_facts):
                 "**Context:** 2,048 tokens",
                 "**Vocabulary:** 49,152 tokens",
                 "**Chat template:** yes",
-                "**Languages:** en, as its parents' cards say",
-                f"**Published by:** [me](<{HUB}/me>); questions and reports go to its "
-                f"[discussions](<{HUB}/me/zoo-merge/discussions>)",
-                "**Licence:** apache-2.0 ([why](#made-from))",
+                "**Languages:** en, according to its parents' cards",
+                f"**Published by:** [me](<{HUB}/me>). Please send questions and reports to the "
+                f"[discussions](<{HUB}/me/zoo-merge/discussions>).",
+                "**Licence:** apache-2.0 ([reason](#made-from))",
             ],
         ),
         (
@@ -426,14 +430,14 @@ def test_what_the_model_is_stands_in_a_list(make_facts):
                 "**Architecture:** `Gemma3`, 6 blocks",
                 "**Context:** 2,048 tokens",
                 "**Chat template:** none",
-                "**Languages:** its parents' cards say none",
-                "**Licence:** none stated ([why](#made-from))",
+                "**Languages:** not in its parents' cards",
+                "**Licence:** none stated ([reason](#made-from))",
             ],
         ),
     ):
         text = model_card(told).text
         assert re.findall(r"^- (.*)$", text.partition("## Use it")[0], flags=re.M) == lines
-        assert "[lewis/report.html](lewis/report.html) shows what lies behind this card" in text
+        assert "[lewis/report.html](lewis/report.html) shows the data behind this card" in text
 
 
 @pytest.mark.parametrize("broken", [{}, {"architectures": "x", "vocab_size": "many"}])
@@ -450,9 +454,9 @@ def test_the_intended_use_names_what_was_tested(make_facts):
         for scores in (make_facts().scores, None)
     )
 
-    meant = "- **Meant for:** Text generation of the kind that its parents were made for: see "
+    meant = "- **Intended for:** text generation of the kind that its parents are made for: see "
     assert f"{meant}[`zoo/base`](<{HUB}/zoo/base>), " in scored
-    assert "Beyond `sums` nothing was measured here." in scored
+    assert "Only `sums` was measured here." in scored
     assert "Nothing was measured here." in unscored
 
 

@@ -4,10 +4,10 @@ from datetime import date
 import pytest
 
 from lewis_hub.errors import OutputError
-from lewis_hub.report.difference import Entry, from_json, in_card, to_json
+from lewis_hub.report.difference import ChangelogEntry, from_json, in_card, to_json
 
-FIRST = Entry(date(2026, 1, 2), "a" * 40, "sha256:01", ("expert a/code: 1111 → 2222",))
-SECOND = Entry(date(2026, 1, 3), "b" * 40, "sha256:02", ("seed: 1 → 2", "weights: 1 of 1"))
+FIRST = ChangelogEntry(date(2026, 1, 2), "a" * 40, "sha256:01", ("expert a/code: 1111 → 2222",))
+SECOND = ChangelogEntry(date(2026, 1, 3), "b" * 40, "sha256:02", ("seed: 1 → 2", "weights: 1 of 1"))
 CARD = "---\nlicense: mit\n---\n\n# Mine\n\nText.\n"
 
 
@@ -22,10 +22,10 @@ def test_a_long_changelog_loses_its_oldest_entries():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "it is no changelog of merges."),
-        ("[]", "it is no changelog of merges."),
+        ("", "it is not a changelog of merges."),
+        ("[]", "it is not a changelog of merges."),
         ('{"version": 7}', "it has version 7, this program reads version 1."),
-        ('{"version": 1, "entries": [{"day": 3}]}', "it is no changelog of merges."),
+        ('{"version": 1, "entries": [{"day": 3}]}', "it is not a changelog of merges."),
     ],
 )
 def test_another_document_is_refused(text, problem):
@@ -33,7 +33,7 @@ def test_another_document_is_refused(text, problem):
         from_json(text, "x.json")
 
     assert str(refused.value) == (
-        f"x.json: {problem}\nRepair it, or delete it: the next push begins a new one."
+        f"x.json: {problem}\nRepair or delete it. The next push starts a new changelog."
     )
 
 
@@ -42,9 +42,9 @@ def test_the_card_gets_a_section_with_the_newest_first():
         "---\nlicense: mit\n---\n\n# Mine\n\nText.\n\n"
         "<!-- lewis-hub: changelog -->\n"
         "## Changelog\n\n"
-        "**2026-01-03**, in the place of `bbbbbbbbbbbb`:\n\n"
+        "**2026-01-03**, replaces `bbbbbbbbbbbb`:\n\n"
         "- seed: 1 → 2\n- weights: 1 of 1\n\n"
-        "**2026-01-02**, in the place of `aaaaaaaaaaaa`:\n\n"
+        "**2026-01-02**, replaces `aaaaaaaaaaaa`:\n\n"
         "- expert a/code: 1111 → 2222\n"
         "<!-- lewis-hub: end of changelog -->\n"
     )
@@ -62,7 +62,7 @@ def test_the_section_takes_the_place_of_the_former_one_and_leaves_other_text_alo
 
 
 def test_what_a_repo_wrote_into_its_changelog_shows_as_text():
-    evil = Entry(
+    evil = ChangelogEntry(
         date(2026, 1, 2), "`](<b>x)", "", ("<img src=x onerror=alert(1)>\n# Big", "x" * 900)
     )
 
@@ -77,5 +77,5 @@ def test_what_a_repo_wrote_into_its_changelog_shows_as_text():
 def test_the_card_shows_ten_and_links_to_all():
     card = in_card(CARD, (FIRST,) * 12)
 
-    assert card.count("in the place of") == 10
-    assert "All 12 are in [lewis/changelog.json](lewis/changelog.json)." in card
+    assert card.count("**, replaces `") == 10
+    assert "All 12 entries are in [lewis/changelog.json](lewis/changelog.json)." in card

@@ -46,8 +46,8 @@ def test_a_commit_that_changed_only_a_readme_says_so():
     moved = replace(LOCK, inputs=(LOCK.inputs[0], locked("a/code", "expert", "4", config="y")))
 
     assert differences(LOCK, moved) == (
-        "expert a/code: 222222222222 → 444444444444, which changed no file that counts",
-        "what fixes the weights is the same in both",
+        "expert a/code: 222222222222 → 444444444444, without a change of the files that are read",
+        "none of these changes affects the weights",
     )
 
 
@@ -84,7 +84,7 @@ def test_a_field_of_the_recipe_is_told_by_its_path(recipe, told):
 def test_another_size_of_files_is_told():
     smaller = replace(LOCK, max_shard_bytes=1_000)
 
-    assert differences(LOCK, smaller) == ("largest file of weights: 5,000,000,000 → 1,000 bytes",)
+    assert differences(LOCK, smaller) == ("maximum shard size: 5,000,000,000 → 1,000 bytes",)
 
 
 def test_a_method_that_works_otherwise_than_before_is_told():

@@ -9,15 +9,14 @@ import yaml
 from markdown_it import MarkdownIt
 
 from lewis_hub.evaluate.gate import Check, GateVerdict
-from lewis_hub.evaluate.results import ModelResult
+from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.localhub.pages import render_markdown
 from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import Machine
 from lewis_hub.report.facts import StackedBlocks
-from lewis_hub.report.findings import Scores
-from lewis_hub.report.leaderboards import entries
+from lewis_hub.report.metadata import eval_results
 from lewis_hub.report.page import report_page
 from lewis_hub.report.plots import draw
 
@@ -148,7 +147,7 @@ def test_hostile_names_stay_text_in_the_entries_for_leaderboards(make_facts):
     (metric,) = facts.scores.tasks[NAME].models["merged"]
     benchmark = Benchmark(dataset="a/b", task_id=NAME, metric=metric)
 
-    files = entries(facts.scores, {NAME: benchmark}, replace(facts, repo=NAME))
+    files = eval_results(facts.scores, {NAME: benchmark}, replace(facts, repo=NAME))
 
     ((path, text),) = files.items()
     assert path == ".eval_results/b.yaml"

@@ -40,9 +40,9 @@ def test_guidance_that_is_not_beyond_the_noise_is_said_not_to_be(make_scores):
 
     assert found.gains == ()
     assert found.limits[1] == (
-        "On `sums` (exact_match) guided is not better than its uniform twin beyond the noise: "
-        "0.700 against 0.680 (difference +0.020, 95 % interval −0.030 to +0.070, "
-        "adjusted p = 0.600)."
+        "On `sums` (exact_match) the merged model is not significantly better than its uniform "
+        "twin: 0.700 against 0.680 (difference +0.020, 95 % interval −0.030 to +0.070, adjusted p "
+        "= 0.600)."
     )
 
 
@@ -50,15 +50,15 @@ def test_guidance_that_helps_is_a_gain(make_scores):
     found = findings(make_scores(merged=0.8, twin=0.6, p=0.01))
 
     assert found.gains == (
-        "On `sums` (exact_match) guidance gained over the uniform twin: 0.800 against 0.600 "
-        "(difference +0.200, 95 % interval +0.150 to +0.250, adjusted p = 0.010).",
+        "On `sums` (exact_match) the merged model is better than its uniform twin: 0.800 against "
+        "0.600 (difference +0.200, 95 % interval +0.150 to +0.250, adjusted p = 0.010).",
     )
 
 
 def test_guidance_that_hurts_is_a_limit(make_scores):
     found = findings(make_scores(merged=0.4, twin=0.6, p=0.01))
 
-    assert "guidance lost against the uniform twin: 0.400 against 0.600" in found.limits[1]
+    assert "is worse than its uniform twin: 0.400 against 0.600" in found.limits[1]
 
 
 def test_a_gain_over_the_twin_without_statistics_is_told():
@@ -75,7 +75,7 @@ def test_a_gain_over_the_twin_without_statistics_is_told():
     )
     assert twins(scores) == (
         "The task arithmetic twin is the same merge without statistics: the mean of the task "
-        "vectors, by the same weights.",
+        "vectors, with the same weights.",
     )
 
 
@@ -84,8 +84,8 @@ def test_a_merge_worse_than_the_base_is_said_to_be_and_noise_is_named():
 
     assert findings(scores).limits == (
         "On `sums` (acc) the merged model is worse than the base: 0.480 against 0.500 "
-        "(difference −0.020, 95 % interval −0.120 to +0.080, adjusted p = 0.400), which is within "
-        "the noise.",
+        "(difference −0.020, 95 % interval −0.120 to +0.080, adjusted p = 0.400); the difference "
+        "is not significant.",
     )
 
 
@@ -105,7 +105,7 @@ def test_without_a_test_nothing_is_said_of_noise():
         "0.500.",
     )
     assert found.gains == (
-        "On `sums` (acc) guidance gained over the uniform twin: 0.400 against 0.200.",
+        "On `sums` (acc) the merged model is better than its uniform twin: 0.400 against 0.200.",
     )
 
 
@@ -116,7 +116,7 @@ def test_lower_is_better_where_the_task_says_so():
     found = findings(scores)
 
     assert "worse than its best expert, `zoo/math`: 14.000 against 12.000" in found.limits[0]
-    assert "gained over the uniform twin" in found.gains[0]
+    assert "better than its uniform twin" in found.gains[0]
     assert "| **12.000** |" in scores_table(scores)
 
 

@@ -1,7 +1,7 @@
 """What the quality gate found, in words for a card and for a message."""
 
 from lewis_hub.evaluate.gate import Check, GateVerdict
-from lewis_hub.report.findings import card_section, refusal, sentences
+from lewis_hub.report.findings import gate_section, gate_sentences, refusal
 
 PASSED = Check("gsm8k", "exact_match,strict", "uniform", 0.0, "stop", True, 0.5, 0.4, 0.1, (0, 0.2))
 MISSED = Check(
@@ -22,25 +22,27 @@ UNKNOWN = Check(
 
 
 def test_each_check_is_a_sentence_and_what_was_missed_comes_first():
-    assert list(sentences(GateVerdict((PASSED, MISSED, UNKNOWN)))) == [
-        "on wiki (ppl) worse than me/x: 9.000 against 7.000 (difference +2.000, 95 % interval "
-        "+1.000 to +3.000, 0.500 is tolerated).",
-        "on gsm8k (exact_match,strict) not worse than its uniform twin: 0.500 against 0.400 "
-        "(difference +0.100, 95 % interval 0.000 to +0.200).",
-        "on gsm8k (acc) not compared with me/y: there is no such repo yet.",
+    assert list(gate_sentences(GateVerdict((PASSED, MISSED, UNKNOWN)))) == [
+        "On wiki (ppl) the merged model is worse than me/x: 9.000 against 7.000 (difference "
+        "+2.000, 95 % interval +1.000 to +3.000, tolerance 0.500).",
+        "On gsm8k (exact_match,strict) the merged model is not significantly worse than its "
+        "uniform twin: 0.500 against 0.400 (difference +0.100, 95 % interval 0.000 to +0.200).",
+        "On gsm8k (acc) the merged model is not compared with me/y: there is no such repo yet.",
     ]
 
 
 def test_a_refusal_tells_only_what_was_missed():
-    assert refusal(GateVerdict((PASSED, MISSED))).startswith("on wiki (ppl) worse than me/x: ")
+    assert refusal(GateVerdict((PASSED, MISSED))).startswith(
+        "on wiki (ppl) the merged model is worse than me/x: "
+    )
     assert "gsm8k" not in refusal(GateVerdict((PASSED, MISSED)))
 
 
 def test_names_on_the_card_are_shown_as_they_are():
     evil = Check("<img src=x>", "a|b,none", "base", 0.0, "stop", True, 1.0, 1.0, 0.0, (0.0, 0.0))
 
-    section = card_section(GateVerdict((evil,)))
+    section = gate_section(GateVerdict((evil,)))
 
-    assert "The gate let this merge pass." in section
+    assert "The gate accepted this merge." in section
     assert "<img" not in section
     assert "a|b" not in section

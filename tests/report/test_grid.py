@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from math import isnan, nan
 
-from lewis_hub.report.plots import arrange, clip, relative_change
+from lewis_hub.report.profiles import arrange, clip, relative_change
 
 
 def test_modules_stand_by_component_in_model_order_and_block():

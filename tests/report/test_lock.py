@@ -228,8 +228,8 @@ def test_a_lock_that_was_changed_by_hand_is_refused():
         LOCK, inputs=(BASE, replace(MATH, files={"model.safetensors": "sha256:99"}), TEXT)
     ).digest
     assert str(refused.value) == (
-        f"lewis/lock.json: it states the digest {LOCK.digest}, its contents have {digest}.\n"
-        "It was changed after the merge: take the file that the merge wrote."
+        f"lewis/lock.json: it states the digest {LOCK.digest}, but its contents have {digest}.\n"
+        "It was changed after the merge. Use the file that the merge wrote."
     )
 
 
@@ -250,8 +250,8 @@ def test_what_no_digest_fixes_is_sealed():
         Lock.from_json(changed)
 
     assert str(refused.value) == (
-        "lewis/lock.json: it is not as it was sealed: something in it was changed.\n"
-        "It was changed after the merge: take the file that the merge wrote."
+        "lewis/lock.json: its contents do not match its seal.\n"
+        "It was changed after the merge. Use the file that the merge wrote."
     )
 
 
@@ -269,15 +269,16 @@ def test_a_lock_is_what_its_schema_says():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "it is no lock of a merge (JSONDecodeError: "),
-        ("[]", "it is no lock of a merge (TypeError: "),
+        ("{", "it is not the lock of a merge (JSONDecodeError: "),
+        ("[]", "it is not the lock of a merge (TypeError: "),
         ('{"version": 9}', "it has version 9, expected 1."),
-        ('{"version": 1}', "it is no lock of a merge (KeyError: 'digest')."),
+        ('{"version": 1}', "it is not the lock of a merge (KeyError: 'digest')."),
         (
             LOCK.to_json().replace('"seed": 42', '"seed": "many"'),
-            "it is no lock of a merge (`seed`: Input should be a valid integer, unable to parse",
+            "it is not the lock of a merge (`seed`: Input should be a valid integer, unable to "
+            "parse",
         ),
-        ("[" * 100_000, "it is no lock of a merge (RecursionError: "),
+        ("[" * 100_000, "it is not the lock of a merge (RecursionError: "),
     ],
     ids=["no JSON", "a list", "version", "empty", "a word", "deep"],
 )

@@ -69,7 +69,7 @@ def test_a_guided_merge_gives_each_tensor_its_density():
 def test_it_is_written_one_tensor_a_line():
     lines = mergekit_config(merge()).splitlines()
 
-    assert lines[0].startswith("# The same merge in mergekit's words")
+    assert lines[0].startswith("# The same merge for mergekit")
     assert f"    - {{filter: {TENSORS[1]}, value: 0.3}}" in lines
     assert "    - {value: 0.9}" in lines
 

@@ -6,9 +6,9 @@ import json
 import re
 from dataclasses import replace
 
-from lewis_hub.evaluate.results import MetricResult, ModelResult
+from lewis_hub.evaluate.scores import MetricResult, ModelResult
 from lewis_hub.report.cost import Machine
-from lewis_hub.report.page import explored, report_page
+from lewis_hub.report.page import page_data, report_page
 
 POLICY = re.compile(r'http-equiv="Content-Security-Policy" content="([^"]*)"')
 
@@ -42,7 +42,7 @@ def test_every_module_has_its_numbers(make_facts):
     facts = make_facts()
     (first, _) = facts.guided.schedule.experts
 
-    (expert, other) = explored(facts.guided, {})["experts"]
+    (expert, other) = page_data(facts.guided, {})["experts"]
 
     assert (expert["name"], other["name"]) == ("zoo/math", "zoo/text")
     assert [one["title"] for one in expert["maps"]] == [
@@ -68,9 +68,9 @@ def test_a_module_that_stands_out_ends_the_colours_early_and_is_named(make_facts
     louder = replace(expert, modules={**expert.modules, loud: 9 * expert.modules[loud]})
     profile = replace(guided.profile, sources=(base, louder, *rest))
 
-    change = explored(replace(guided, profile=profile), {})["experts"][0]["maps"][1]
+    change = page_data(replace(guided, profile=profile), {})["experts"][0]["maps"][1]
 
-    assert change["note"] == f"Colours end at 20; above: {loud}, 978.7."
+    assert change["note"] == f"The colour scale ends at 20. Above it: {loud}, 978.7."
     assert change["top"] == 20.0
     assert change["values"][3][1] == 978.7
 
@@ -83,7 +83,7 @@ def test_items_are_a_character_each_and_other_numbers_are_shortened(make_results
     merged = replace(plain, metrics={"exact_match,none": answered, "loss,none": texts})
     results = {**found, "merged": ModelResult({"sums": merged})}
 
-    first, second = explored(None, results)["metrics"]
+    first, second = page_data(None, results)["metrics"]
 
     assert (first["task"], first["metric"], first["merged"]) == ("sums", "exact_match", 4)
     assert first["models"][1] == {"name": "zoo/math", "items": "0111111111"}
@@ -98,7 +98,7 @@ def test_a_metric_that_is_no_mean_over_items_has_no_items(make_results, make_sco
     metric = MetricResult(0.5, None)
     results = {"merged": ModelResult({"sums": replace(plain, metrics={"f1,none": metric})})}
 
-    assert explored(None, results) == {"experts": [], "metrics": []}
+    assert page_data(None, results) == {"experts": [], "metrics": []}
 
 
 def test_a_merge_without_guide_scores_and_costs_has_a_page_that_says_so(make_facts):
@@ -129,7 +129,7 @@ def test_bars_are_as_long_as_what_they_stand_for(make_facts):
 def test_the_machine_that_the_costs_are_of_is_told_as_text(make_facts):
     page = report_page(make_facts(machine=Machine("<b>Xeon", 2, 8_000_000_000)), {})
 
-    assert "on 2 cores of &lt;b&gt;Xeon, 8.0 GB of memory: what a cache held" in page
+    assert "on 2 cores of &lt;b&gt;Xeon, 8.0 GB of memory. Cached files" in page
 
 
 def test_the_page_of_a_model_of_30_blocks_and_1300_items_is_small(

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from lewis_hub.report.plots import draw, short_name, unique_slugs
+from lewis_hub.report.plots import draw
+from lewis_hub.report.profiles import short_name, unique_slugs
 
 PAPER = {"light": (255, 255, 255), "dark": (11, 15, 25)}
 
@@ -79,7 +80,10 @@ def test_an_outlier_is_clipped_named_and_has_a_colour_of_its_own(make_fake, tmp_
     (plain,) = draw(fake.profile, None, tmp_path / "plain")
 
     assert clipped.caption == "Change of importance, base to zoo/math, % of the base's."
-    assert clipped.note == f"Colours end at 20 % (percentile 95.8); above: {module}, 979 %."
+    assert (
+        clipped.note
+        == f"The colour scale ends at 20 % (percentile 95.8). Above it: {module}, 979 %."
+    )
     assert plain.note == ""
     with (
         Image.open(tmp_path / "loud" / clipped.light) as loud_picture,
@@ -146,5 +150,5 @@ def test_a_map_says_what_its_guide_measured_and_weights_have_one_too(make_fake, 
 
     assert [(plot.kind, plot.caption) for plot in plots] == [
         ("importance", "Size of the task vector in zoo/math, % of the base's."),
-        ("weight", "Weight of zoo/math, times its own."),
+        ("weight", "Weight of zoo/math, factor."),
     ]

@@ -13,12 +13,11 @@ from lewis_hub.report.lock import (
     LockedData,
     LockedInput,
     OutputFile,
-    Run,
     is_provenance_of,
     provenance,
 )
 
-RUN = Run(datetime(2026, 1, 2, 3, 4, 5, 678, UTC), datetime(2026, 1, 2, 4, 0, tzinfo=UTC))
+RUN = (datetime(2026, 1, 2, 3, 4, 5, 678, UTC), datetime(2026, 1, 2, 4, 0, tzinfo=UTC))
 DATA = LockedData("zoo/sums@v1", "v1", "d" * 40, {"a.jsonl": "sha256:04"}, None, "train", (7, 2))
 LOCK = Lock(
     inputs=(
@@ -40,7 +39,7 @@ LOCK = Lock(
 
 @pytest.fixture
 def told():
-    return json.loads(provenance(LOCK, RUN))
+    return json.loads(provenance(LOCK, *RUN))
 
 
 def test_every_file_of_the_merge_and_its_lock_is_a_subject(told):
@@ -91,11 +90,11 @@ def test_in_toto_and_slsa_read_it_as_theirs(told):
     whole.validate()
     assert read.predicate_type == "https://slsa.dev/provenance/v1"
     assert predicate.build_definition.build_type.endswith("#merge-v1")
-    assert predicate.run_details.metadata.started_on.seconds == int(RUN.began.timestamp())
+    assert predicate.run_details.metadata.started_on.seconds == int(RUN[0].timestamp())
 
 
 def test_it_is_held_against_the_lock_but_for_its_dates():
-    text = provenance(LOCK, RUN)
+    text = provenance(LOCK, *RUN)
 
     assert is_provenance_of(text, LOCK)
     assert is_provenance_of(text.replace("2026-01-02T04", "2026-01-02T05"), LOCK)

@@ -1,9 +1,9 @@
-from lewis_hub.report.search import Picture, Tried, draw_search, places
+from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search, places
 
 TRIALS = (
-    Tried(0, {"guide.gamma": 0.3, "normalize": True, "merge_method": "ties"}, 0.4),
-    Tried(1, {"guide.gamma": 0.5, "normalize": False, "merge_method": "dare_ties"}, 0.2),
-    Tried(2, {"guide.gamma": 0.4, "merge_method": "linear"}, None),
+    PlottedTrial(0, {"guide.gamma": 0.3, "normalize": True, "merge_method": "ties"}, 0.4),
+    PlottedTrial(1, {"guide.gamma": 0.5, "normalize": False, "merge_method": "dare_ties"}, 0.2),
+    PlottedTrial(2, {"guide.gamma": 0.4, "merge_method": "linear"}, None),
 )
 
 
@@ -15,7 +15,7 @@ def test_numbers_lie_between_the_lowest_and_the_highest_and_choices_in_order():
 
 
 def test_a_search_is_drawn_light_and_dark_and_the_same_each_time(tmp_path):
-    picture = Picture("3 trials $", "answer loss", TRIALS, best=1, lower_is_better=True)
+    picture = SearchPlot("3 trials $", "answer loss", TRIALS, best=1, lower_is_better=True)
 
     names = draw_search(picture, tmp_path / "one")
     draw_search(picture, tmp_path / "two")
@@ -27,6 +27,6 @@ def test_a_search_is_drawn_light_and_dark_and_the_same_each_time(tmp_path):
 
 
 def test_nothing_is_drawn_where_no_trial_is_complete(tmp_path):
-    picture = Picture("none", "answer loss", TRIALS[2:], best=2, lower_is_better=True)
+    picture = SearchPlot("none", "answer loss", TRIALS[2:], best=2, lower_is_better=True)
 
     assert draw_search(picture, tmp_path) == ()

@@ -71,5 +71,5 @@ def test_the_recipe_decides(hub, place):
     assert done.exit_code == 0, done.output
     card = ModelCard.load(REPO)
     assert card.data.license == "gemma"
-    assert "The parents do not agree: " in card.text
-    assert "without it lewis-hub refuses to publish." in card.text
+    assert "The licences of the parents differ: " in card.text
+    assert "without such a statement lewis-hub refuses to publish." in card.text

@@ -29,8 +29,8 @@ publish: {{repo: {user}/reverse, license: apache-2.0}}
 GATE = "{task: zoo_reverse, metric: 'exact_match,none', not_worse_than: [base, previous]}"
 PROPOSES = GATE.replace("previous]", "previous], on_refusal: pull-request")
 FOUND = (
-    "on zoo_reverse (exact_match) worse than lewis/reverse at {sha}: 0.000 against 0.850 "
-    "(difference −0.850, 95 % interval −0.948 to −0.585)"
+    "zoo_reverse (exact_match) the merged model is worse than lewis/reverse at {sha}: 0.000 "
+    "against 0.850 (difference −0.850, 95 % interval −0.948 to −0.585)"
 )
 
 
@@ -73,7 +73,7 @@ def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
 
     assert (code, told["status"], told["gate"]["passed"]) == (0, "merged", True)
     assert [check["why"] for check in told["gate"]["checks"]] == ["", "there is no such repo yet"]
-    assert "The gate let this merge pass." in (place / "merged/README.md").read_text()
+    assert "The gate accepted this merge." in (place / "merged/README.md").read_text()
     published = commits(hub)
 
     code, again, _ = merge(hub, "--push")
@@ -87,7 +87,7 @@ def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
     assert "repo" not in told
     found = FOUND.format(sha=published[0][:8])
     assert message == (
-        f"lewis-hub: {place / 'bad'}: below the quality gate: {found}.\n"
+        f"lewis-hub: {place / 'bad'}: below the quality gate: on {found}.\n"
         f"Nothing was pushed. The merge is kept: `lewis-hub push {place / 'bad'} OWNER/NAME "
         "--force` publishes it all the same.\n"
     )
@@ -95,12 +95,12 @@ def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
     assert list(hub.api().get_repo_discussions(f"{hub.user}/reverse")) == []
     card = (place / "bad/README.md").read_text()
     assert "The gate refused this merge." in card
-    assert f"- {found}.".replace("@", "&#64;") in card
+    assert f"- On {found}.".replace("@", "&#64;") in card
 
     assert run("verify", "bad").exit_code == 0  # a verdict is no part of what was merged
     pushed = typed("push", "bad", f"{hub.user}/reverse", "--json")
     assert (pushed.returncode, json.loads(pushed.stdout)["status"]) == (3, "refused")
-    assert f"lewis-hub: bad: below the quality gate: {found}." in pushed.stderr
+    assert f"lewis-hub: bad: below the quality gate: on {found}." in pushed.stderr
     assert commits(hub) == published
 
     assert typed("merge", "-q", "--push", "-o", "bad").returncode == 3
@@ -125,7 +125,7 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     assert proposed.title.startswith("Merge with lewis-hub, below the quality gate: ")
     details = hub.api().get_discussion_details(f"{hub.user}/reverse", proposed.num)
     description = details.events[0].content
-    assert description.startswith("This merge missed its quality gate.\n\n- on zoo_reverse")
+    assert description.startswith("This merge missed its quality gate.\n\n- On zoo_reverse")
     assert "| `zoo_reverse` | exact_match | 20 |" in description
 
     again = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)

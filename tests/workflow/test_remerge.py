@@ -178,7 +178,7 @@ def test_the_changelog_keeps_what_was_before(hub, zoo):
         f"expert {EXPERT}",
     ]
     assert entries[0]["changes"][0] == "parameters.lambda: 1 → 0.5"
-    assert published(hub, zoo, "README.md").count("in the place of") == 2
+    assert published(hub, zoo, "README.md").count("**, replaces `") == 2
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,9 @@ def test_the_card_tells_what_was_fitted_on_what(api, tmp_path):
     card = " ".join((merge(tmp_path / "out", RECIPE) / "README.md").read_text().split())
 
     assert (
-        "The weight matrices in the blocks were fitted one after the other: on calibration" in card
+        "The weight matrices in the blocks were fitted one after the other on calibration" in card
     )
-    assert "with other texts the merge may be far worse than without them" in card
+    assert "on other tasks the merge may be far worse than a merge without them" in card
     assert "jin2023dataless" in card
 
 

@@ -99,12 +99,10 @@ def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
 
     card = " ".join(card.split())
     assert "[RegMean on task vectors](<https://arxiv.org/abs/2212.09849>)" in card
-    assert "second moments of the inputs that calibration texts of the expert's own drive" in card
+    assert "weighted by second moments of their inputs on calibration texts of that expert" in card
     assert "zoo/cipher" in card
     assert "jin2023dataless" in card
-    assert "with other texts the merge may be no better than without them" in card.replace(
-        "\n", " "
-    )
+    assert "on other tasks the merge may be no better than a merge without them" in card
 
 
 @pytest.mark.parametrize("text", [RECIPE, RECIPE + GUIDE, PLAIN + TRIM])
@@ -272,7 +270,7 @@ def test_a_gate_holds_a_merge_by_statistics_against_its_twin(api, tmp_path):
     twin = "The task arithmetic twin is the same merge without statistics: the mean of the task"
     assert twin in card
     assert twin in page
-    assert " not worse than its task arithmetic twin: " in card
+    assert " is not significantly worse than its task arithmetic twin: " in card
 
 
 def test_check_counts_the_disk_and_the_memory_of_statistics(api):

@@ -18,7 +18,7 @@ from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.recipe.schema import ModelReference, Publishing
-from lewis_hub.report.lock import Lock, OutputFile, Run, provenance
+from lewis_hub.report.lock import Lock, OutputFile, provenance
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -69,7 +69,7 @@ def forge(merged, files):
         told[name] = OutputFile(sha256_of(merged / name), len(content))
     forged = replace(true, outputs=true.outputs | told)
     (merged / "lewis/lock.json").write_text(forged.to_json())
-    (merged / "lewis/provenance.json").write_text(provenance(forged, Run(NOW, NOW)))
+    (merged / "lewis/provenance.json").write_text(provenance(forged, NOW, NOW))
 
 
 def test_weights_that_another_recipe_makes_are_found_by_making_them_again(merged):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.errors import ProfileError
-from lewis_hub.report.profiles import Row, compare_profiles, draw_comparisons, spearman
+from lewis_hub.report.plots import draw_comparisons
+from lewis_hub.report.profiles import ModuleChange, compare_profiles, spearman
 
 SHA = "a" * 40
 
@@ -30,16 +31,16 @@ def test_modules_are_listed_by_how_much_they_changed():
     (one,) = compare_profiles(profile(before), profile(after))
 
     assert one.by_change == (
-        Row("l.1.q", 1.0, 0.25, -0.75),
-        Row("l.0.q", 2.0, 3.0, 0.5),
-        Row("l.0.k", 4.0, 4.0, 0.0),
+        ModuleChange("l.1.q", 1.0, 0.25, -0.75),
+        ModuleChange("l.0.q", 2.0, 3.0, 0.5),
+        ModuleChange("l.0.k", 4.0, 4.0, 0.0),
     )
     assert one.spearman == 1.0  # 1 < 2 < 4 and .25 < 3 < 4
     assert one.sentences == (
-        f"A me/one@{SHA}, B other/two: 3 modules in both, Spearman's rank correlation 1.0000 "
+        f"A: me/one@{SHA}, B: other/two, 3 modules in both, Spearman's rank correlation 1.0000 "
         "(n = 3)",
-        "1 modules in A alone, such as gone",
-        "1 modules in B alone, such as new",
+        "1 modules only in A, such as gone",
+        "1 modules only in B, such as new",
     )
     assert one.to_json()["n"] == 3
 
@@ -49,7 +50,7 @@ def test_a_module_that_starts_from_nothing_comes_first_and_has_no_change():
 
     (one,) = compare_profiles(profile(before), profile(after))
 
-    assert one.by_change == (Row("y", 0.0, 1.0, None), Row("x", 1.0, 9.0, 8.0))
+    assert one.by_change == (ModuleChange("y", 0.0, 1.0, None), ModuleChange("x", 1.0, 9.0, 8.0))
 
 
 def test_sources_are_paired_by_name_whatever_their_commits():
@@ -60,9 +61,9 @@ def test_sources_are_paired_by_name_whatever_their_commits():
     pairs = [(one.before, one.after, one.rows[0]) for one in compare_profiles(before, after)]
 
     assert pairs == [
-        (f"me/base@{SHA}", "me/base", Row("x", 1, 5, 4.0)),
-        (f"me/base@{SHA}", "me/base", Row("x", 2, 6, 2.0)),
-        (f"me/math@{SHA}", "me/math", Row("x", 3, 7, 7 / 3 - 1)),
+        (f"me/base@{SHA}", "me/base", ModuleChange("x", 1, 5, 4.0)),
+        (f"me/base@{SHA}", "me/base", ModuleChange("x", 2, 6, 2.0)),
+        (f"me/math@{SHA}", "me/math", ModuleChange("x", 3, 7, 7 / 3 - 1)),
     ]
 
 
@@ -73,7 +74,7 @@ def test_profiles_without_a_source_in_common_are_refused():
         compare_profiles(two, profile(measured("me/three", {"x": 1.0})))
 
     assert str(caught.value) == (
-        "compare: no source is in both: A holds me/one, me/two; B me/three.\n"
+        "compare: no source is in both: A holds me/one, me/two; B holds me/three.\n"
         "Measure one model each: `lewis-hub importance MODEL --task TASK -o FOLDER`."
     )
 

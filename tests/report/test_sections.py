@@ -32,46 +32,55 @@ def test_every_guide_of_ours_that_measures_says_from_what():
     [
         (
             "aim",
-            "Of each task vector (expert minus base) the guide "
-            "[AIM](<https://arxiv.org/abs/2502.02421>) kept a fraction of its own in every weight "
-            "matrix of the blocks: between 0.30 and 0.80, the less, the more evenly the input "
-            "channels matter to the base on calibration texts.",
+            "The guide [AIM](<https://arxiv.org/abs/2502.02421>) chose the fraction of the task "
+            "vector (expert minus base) that is kept in each weight matrix of the blocks: between "
+            "0.30 and 0.80. It derives these values from the importance of input channels to the "
+            "base on calibration texts: a module gets the lower a value, the more evenly its "
+            "channels matter.",
         ),
         (
             "magnitude",
-            "Of each task vector (expert minus base) the guide magnitude kept a fraction of its "
-            "own in every weight matrix of the blocks: between 0.30 and 0.80, from how far the "
-            "weights moved, relative to the base's.",
+            "The guide magnitude chose the fraction of the task vector (expert minus base) that is "
+            "kept in each weight matrix of the blocks: between 0.30 and 0.80. It derives these "
+            "values from the size of the weight changes, relative to the base's weights.",
         ),
         (
             "some_package's",
-            "Of each task vector (expert minus base) the guide some_package's kept a fraction of "
-            "its own in every weight matrix of the blocks: between 0.30 and 0.80.",
+            "The guide some_package's chose the fraction of the task vector (expert minus base) "
+            "that is kept in each weight matrix of the blocks: between 0.30 and 0.80.",
         ),
     ],
 )
 def test_the_card_names_the_guide_and_what_it_went_by(guide, says):
-    assert sections.sentence(guided(guide)) == says
+    assert sections.guidance(guided(guide)) == says
 
 
 def test_weights_are_told_alone_and_beside_densities():
     weights = {Q.format(0): 0.5, Q.format(1): 0.5}
 
-    alone = sections.sentence(guided("magnitude", tensors={}, weights=weights))
-    beside = sections.sentence(guided("magnitude", weights=weights))
+    alone = sections.guidance(guided("magnitude", tensors={}, weights=weights))
+    beside = sections.guidance(guided("magnitude", weights=weights))
 
     assert alone == (
-        "The guide magnitude multiplied each expert's weight by a factor of its own in every "
-        "weight matrix of the blocks: 0.50, from how far the weights moved, relative to the base's."
+        "The guide magnitude multiplied the weight of each expert by a factor for each weight "
+        "matrix in the blocks: 0.50. It derives these values from the size of the weight changes, "
+        "relative to the base's weights."
     )
-    assert beside.endswith(" It multiplied the expert's weight there by a factor: 0.50.")
+    assert beside.endswith(" It also multiplied the weight of each expert there by a factor: 0.50.")
 
 
-def test_calibration_texts_are_spoken_of_only_where_there_were_any():
-    suits = "The densities suit tasks that resemble the calibration texts; elsewhere they may help"
+def test_calibration_texts_are_spoken_of_only_where_there_were_any(make_facts):
+    fit = (
+        "The densities fit tasks that resemble the calibration texts; on other tasks they may not "
+        "help."
+    )
+    on_texts, without = (
+        [*sections.limits(make_facts(guided=guide))]
+        for guide in (guided("owl", "outliers"), guided("magnitude", "task_vector", n_tokens=0))
+    )
 
-    assert [*sections.limits(guided("owl", "outliers"))] == [f"{suits} nothing."]
-    assert [*sections.limits(guided("magnitude", "task_vector", n_tokens=0))] == []
+    assert on_texts == [fit, *without]
+    assert len(without) == 1
 
 
 def test_the_pictures_note_says_what_was_measured():
@@ -115,26 +124,24 @@ def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
     ours = model_card(facts).text
     theirs = model_card(replace(facts, guided=by_reference)).text
 
-    differs = (
-        "texts {are} padded and padding {count}, no mask {is} handed on, each measured block {is} "
-        "pruned to half before the next one {run}, sums over a text's tokens {are} averaged over "
-        "texts, and shares {are} rounded to 5 decimals."
+    procedure = (
+        "texts are padded and padding counts, the model gets no attention mask, each measured "
+        "block is pruned to half before the next block runs, sums over a text's tokens are "
+        "averaged over texts, and shares are rounded to 5 decimals."
     )
-    now = differs.format(are="are", count="counts", **{"is": "is"}, run="runs")
-    then = differs.format(are="were", count="counted", **{"is": "was"}, run="ran")
     assert (
-        "\n\nImportance was measured in one forward pass of each unpruned model, over the texts' "
+        "\n\nImportance was measured in one forward pass of each unpruned model over the texts' "
         "own tokens. The procedure that the authors published, guide `lewis_reference`, differs: "
-        f"{now}\n\n" in ours
+        f"{procedure}\n\n" in ours
     )
     assert (
-        f"\n\nImportance was measured by the procedure that the authors published: {then} Guide "
-        "`lewis` differs: it takes one forward pass of the unpruned model over the texts' own "
+        f"\n\nImportance was measured by the procedure that the authors published: {procedure} "
+        "Guide `lewis` differs: it runs one forward pass of the unpruned model over the texts' own "
         "tokens.\n\n" in theirs
     )
     assert "| 63 | 1,234 | 2 |" in ours
     assert "| 63 | 2,016 counted, 782 of them padding | 2 |" in theirs
-    assert sections.sentence(by_reference).endswith(
-        "from how importance on calibration texts, as the authors' own procedure measures it, "
-        "changed from base to expert."
+    assert sections.guidance(by_reference).endswith(
+        "It derives these values from the change of importance from base to expert on calibration "
+        "texts, measured by the procedure of its authors."
     )

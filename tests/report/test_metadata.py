@@ -7,9 +7,9 @@ import yaml
 from huggingface_hub import EvalResultEntry
 from huggingface_hub._eval_results import parse_eval_result_entries
 
+from lewis_hub.evaluate.scores import Scores
 from lewis_hub.recipe.schema import Benchmark
-from lewis_hub.report.findings import Scores
-from lewis_hub.report.leaderboards import entries
+from lewis_hub.report.metadata import eval_results
 
 GSM8K = Benchmark(dataset="openai/gsm8k", task_id="gsm8k", metric="exact_match,none")
 
@@ -17,7 +17,7 @@ GSM8K = Benchmark(dataset="openai/gsm8k", task_id="gsm8k", metric="exact_match,n
 def test_a_named_benchmark_gets_an_entry_that_the_hub_reads(make_facts):
     facts = make_facts()
 
-    files = entries(facts.scores, {"sums": GSM8K}, facts)
+    files = eval_results(facts.scores, {"sums": GSM8K}, facts)
 
     assert list(files) == [".eval_results/gsm8k.yaml"]
     assert parse_eval_result_entries(yaml.safe_load(files[".eval_results/gsm8k.yaml"])) == [
@@ -36,7 +36,7 @@ def test_a_merge_without_a_repo_names_no_source_and_a_scale_is_followed(make_fac
     facts = make_facts(repo=None)
     fraction = GSM8K.model_copy(update={"scale": 1.0})
 
-    (text,) = entries(facts.scores, {"sums": fraction}, facts).values()
+    (text,) = eval_results(facts.scores, {"sums": fraction}, facts).values()
 
     assert text == (
         "- dataset:\n    id: openai/gsm8k\n    task_id: gsm8k\n  value: 0.7\n"
@@ -50,7 +50,7 @@ def test_tasks_of_one_dataset_share_a_file_and_equal_names_do_not(make_facts):
     scores = Scores({"a": sums, "b": sums, "c": sums})
     one, other = GSM8K, GSM8K.model_copy(update={"dataset": "other/gsm8k"})
 
-    files = entries(scores, {"a": one, "b": one, "c": other}, facts)
+    files = eval_results(scores, {"a": one, "b": one, "c": other}, facts)
 
     assert [(path, len(yaml.safe_load(text))) for path, text in files.items()] == [
         (".eval_results/gsm8k.yaml", 2),
@@ -66,6 +66,6 @@ def test_what_is_not_finite_or_was_not_scored_gets_none(make_facts, make_scores,
     models = {label: found for label, found in scored.models.items() if label != "merged"}
     unscored = Scores({"sums": replace(scored, models=models)})
 
-    assert entries(make_scores(merged=value), {"sums": GSM8K}, facts) == {}
-    assert entries(facts.scores, {"sums": other, "text": GSM8K}, facts) == {}
-    assert entries(unscored, {"sums": GSM8K}, facts) == {}
+    assert eval_results(make_scores(merged=value), {"sums": GSM8K}, facts) == {}
+    assert eval_results(facts.scores, {"sums": other, "text": GSM8K}, facts) == {}
+    assert eval_results(unscored, {"sums": GSM8K}, facts) == {}

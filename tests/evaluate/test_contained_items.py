@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.items import Item, holding, sought, spelt
+from lewis_hub.evaluate.items import TaskItem, contained_items, normalized, search_terms
 
 LAB = Path(os.environ.get("LEWIS_HUB_LAB", "/nowhere")) / "data" / "gsm8k"
 PROMPT = "Question: {question}\nAnswer:"
@@ -27,11 +27,11 @@ TEMPLATES = {
 
 
 def item(row, prompt=PROMPT, task="sums"):
-    return Item(task, prompt.format(**row), row.get("answer", ""), row)
+    return TaskItem(task, prompt.format(**row), row.get("answer", ""), row)
 
 
 def found(texts, *items):
-    return sorted({index for index, _ in holding(texts, items)})
+    return sorted({index for index, _ in contained_items(texts, items)})
 
 
 def rows(file):
@@ -45,8 +45,8 @@ def test_of_the_zoo_every_scored_text_holds_its_item_and_no_other_does(skill, te
         rows(zoo_folder() / f"data/{skill}/{split}.jsonl") for split in ("train", "test")
     )
 
-    held = list(holding([template.format(**row) for row in test], map(item, test)))
-    of_train = list(holding([template.format(**row) for row in train], map(item, test)))
+    held = list(contained_items([template.format(**row) for row in test], map(item, test)))
+    of_train = list(contained_items([template.format(**row) for row in train], map(item, test)))
 
     assert sorted((index, one.document["question"]) for index, one in held) == [
         (index, row["question"]) for index, row in enumerate(test)
@@ -88,21 +88,21 @@ def test_all_that_is_asked_must_stand_there_and_labels_count_only_where_there_is
     asked = item(row, "A. {passage}\n{question}?")
     pair = item({"word": "cat", "to": "French", "answer": "chat"}, "Write {word} in {to}:")
 
-    assert sought(asked).question == (spelt(passage), " who is the lazy one ")
+    assert search_terms(asked).question == (normalized(passage), " who is the lazy one ")
     assert found([f"{passage} Who is the lazy one?", f"{passage} Who is quick?"], asked) == [0]
     assert found(["cat in French: chat", "dog in French: chat", "cat in French: chien"], pair) == [
         0
     ]
 
 
-def test_where_no_column_is_shown_the_prompt_is_sought_and_where_there_is_none_the_answer():
+def test_where_no_column_is_shown_the_prompt_is_searched_and_without_a_prompt_the_answer():
     asked = "What comes after one, two, three, four, five, six, seven, eight, nine, ten?"
-    made = Item("made", asked, "eleven", {"n": 10})
-    page = Item("pages", "", "a page of many words " * 3, {})
+    made = TaskItem("made", asked, "eleven", {"n": 10})
+    page = TaskItem("pages", "", "a page of many words " * 3, {})
 
     assert found([f"Q: {asked} It is 12.", "What comes after one, two?"], made) == [0]
     assert found(["so: " + "A page of  many words " * 3, "a page of many words"], page) == [0]
-    assert found(["anything"], Item("by Python", "", "", {"question": "anything"})) == []
+    assert found(["anything"], TaskItem("by Python", "", "", {"question": "anything"})) == []
 
 
 def test_scripts_without_spaces_are_told_apart_letter_by_letter():
@@ -130,7 +130,7 @@ def test_it_finds_what_a_search_of_every_question_in_every_text_finds(texts, que
     }
 
     places = {id(one): at for at, one in enumerate(items)}
-    assert {(index, places[id(one)]) for index, one in holding(texts, items)} == naive
+    assert {(index, places[id(one)]) for index, one in contained_items(texts, items)} == naive
 
 
 @pytest.mark.slow
