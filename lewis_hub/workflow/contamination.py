@@ -143,9 +143,7 @@ class ScoredTasks:
 
 
 def refuse_overlap(
-    scored: ScoredTasks | None,
-    drawn: Mapping[Calibration, Sequence[DrawnText]],
-    progress: Progress,
+    scored: ScoredTasks | None, drawn: Mapping[Calibration, Sequence[DrawnText]], progress: Progress
 ) -> None:
     """Compare every calibration with the items that are scored, now or later.
 

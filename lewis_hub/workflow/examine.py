@@ -487,11 +487,7 @@ def workload_of(
 
 
 def _notes(
-    recipe: Recipe,
-    inputs: Inputs,
-    sources: MergeSources,
-    opened: OpenedSources,
-    workload: Workload,
+    recipe: Recipe, inputs: Inputs, sources: MergeSources, opened: OpenedSources, workload: Workload
 ) -> list[str]:
     """What a user should know and need not answer."""
     notes = []

@@ -88,10 +88,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> SourceFiles:
             places[source.pinned] = files.fetch
             counts.append(files.arrived)
     return SourceFiles(
-        folders,
-        places,
-        keeps_models=False,
-        count_bytes=lambda: sum(one.n_bytes for one in counts),
+        folders, places, keeps_models=False, count_bytes=lambda: sum(one.n_bytes for one in counts)
     )
 
 

@@ -29,9 +29,7 @@ from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow.calibrate import GuideSettings, Sets, TextSettings
-from lewis_hub.workflow.check import (
-    CheckReport,
-)
+from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
 from lewis_hub.workflow.examine import (
@@ -53,23 +51,13 @@ from lewis_hub.workflow.execution import Execution, software
 from lewis_hub.workflow.fetch import SourceFiles
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
-from lewis_hub.workflow.open import (
-    MergeSources,
-)
+from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot, snapshot
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.resolve import Inputs
-from lewis_hub.workflow.resources import (
-    Loading,
-    Measurement,
-    Workload,
-)
+from lewis_hub.workflow.resources import Loading, Measurement, Workload
 from lewis_hub.workflow.sinks import DiskNeeds
-from lewis_hub.workflow.slices import (
-    name_by_pin,
-    stack_config,
-    stacked_blocks,
-)
+from lewis_hub.workflow.slices import name_by_pin, stack_config, stacked_blocks
 from lewis_hub.workflow.statistics import StatisticsSettings
 
 if TYPE_CHECKING:

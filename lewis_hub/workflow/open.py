@@ -223,11 +223,7 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
 
 
 def adapter_notes(
-    base: Source,
-    adapters: Mapping[Source, Adapter],
-    is_base: Callable[[str], bool],
-    *,
-    tied: bool,
+    base: Source, adapters: Mapping[Source, Adapter], is_base: Callable[[str], bool], *, tied: bool
 ) -> list[str]:
     """Say where an adapter is used otherwise than in its training.
 

@@ -44,13 +44,7 @@ from lewis_hub.workflow.load import ModelLoader, choose_loading
 from lewis_hub.workflow.open import Opened, OpenedSource, open_model
 from lewis_hub.workflow.read import read_recipe
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_one
-from lewis_hub.workflow.resources import (
-    ALLOW,
-    EVEN_SO,
-    Loading,
-    blocks_bytes,
-    states_bytes,
-)
+from lewis_hub.workflow.resources import ALLOW, EVEN_SO, Loading, blocks_bytes, states_bytes
 from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:

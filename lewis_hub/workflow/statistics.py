@@ -260,10 +260,7 @@ def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
 
 
 def _fit_in_sequence(
-    settings: StatisticsSettings,
-    sets: Sets,
-    loader: ModelLoader,
-    schedule: DensitySchedule | None,
+    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, schedule: DensitySchedule | None
 ) -> Gathered:
     """Fit all matrices of the blocks; what an earlier run fitted is kept."""
     whole = replace(settings.plan, max_shard_bytes=sys.maxsize)
