@@ -27,7 +27,7 @@ from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
-from lewis_hub.workflow import existing, fetch, report, single_model
+from lewis_hub.workflow import fetch, report, single_model
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.calibrate import (
@@ -43,7 +43,6 @@ from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import Scored, TwinMaker, score_merge
 from lewis_hub.workflow.examine import examine, resolve_inputs
 from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.gate import judge_again, judge_scores, published_verdict
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import finish_model
@@ -222,12 +221,14 @@ def _made_before(
     held = publishing.published_already(target, job.planned, api) if target else None
     if target and held:
         previous = None if held.pull_request_url else target.previous
-        scores = existing.published_scores(previous, api)
-        return Merged("unchanged", output, scores, published_verdict(previous, api), held)
-    if existing.is_this_merge(output, job.planned):
+        scores = publishing.published_scores(previous, api)
+        return Merged(
+            "unchanged", output, scores, publishing.published_verdict(previous, api), held
+        )
+    if publishing.is_this_merge(output, job.planned):
         demands = job.evaluation.demands if job.evaluation else ()
-        gate = judge_again(demands, output, job.repo, api)
-        return Merged("unchanged", output, existing.read_scores(output), gate)
+        gate = publishing.judge_again(demands, output, job.repo, api)
+        return Merged("unchanged", output, publishing.read_scores(output), gate)
     return None
 
 
@@ -306,12 +307,6 @@ class Outcome:
 def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
     """Fetch, calibrate, merge, evaluate and report: the one sequence of every merge.
 
-    Args:
-        job: what to merge.
-        sink: where the result goes; it decides how sources are read.
-        api: the Hub.
-        progress: told how far it is.
-
     Raises:
         LewisHubError: see the subclasses in `errors`.
     """
@@ -336,7 +331,7 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
         maker = TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
         with costs.measure("evaluate"):
             scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
-        scored = judge_scores(job.evaluation.demands, scored, job.repo, api)
+        scored = publishing.judge_scores(job.evaluation.demands, scored, job.repo, api)
     written = report.write(job.reporting, merged, guidance, gathered, scored, costs)
     return Outcome(written, scored)
 

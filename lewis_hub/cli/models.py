@@ -110,16 +110,15 @@ def push(
     """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
-    from lewis_hub.workflow import gate
     from lewis_hub.workflow import verify as signing
-    from lewis_hub.workflow.publish import refused
+    from lewis_hub.workflow.publish import read_verdict, refused
 
     given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
     target = pipeline.open_target(_asked(folder, given))
     if private_key:
         signing.sign(folder, private_key)
     published = pipeline.publish(folder, target, terminal.progress, force=force)
-    verdict = gate.read_verdict(folder)
+    verdict = read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
     terminal.finish(document, *publication(published))
@@ -132,9 +131,9 @@ def push(
 def _asked(folder: Path, given: Mapping[str, str | bool | None]) -> Publishing:
     """How a folder is published: as its recipe says unless it goes elsewhere, and as is given."""
     from lewis_hub.recipe.schema import Publishing
-    from lewis_hub.workflow import existing
+    from lewis_hub.workflow.publish import lock_in
 
-    made = None if given["repo"] else existing.lock_in(folder)
+    made = None if given["repo"] else lock_in(folder)
     told = (made.recipe.get("publish") if made else None) or {}
     asked = told | {key: value for key, value in given.items() if value is not None}
     if "repo" not in asked:

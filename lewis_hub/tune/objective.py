@@ -87,11 +87,6 @@ def draw_items(
 
     Items that calibration draws are passed over; items that are scored are refused.
 
-    Args:
-        asked: which items.
-        scored: tasks that the recipe scores.
-        calibrated: the calibration texts.
-
     Raises:
         EvaluationError: a task or split is not there, or is the one that is scored.
         TuningError: an item is scored, or none is left.

@@ -239,14 +239,7 @@ class Clock:
 def score_both(
     evaluation: EvaluationPlan, tasks: ScoredTasks, models: Mapping[str, MergedModel], scratch: Path
 ) -> Scores:
-    """Score models as the recipe's `evaluate` says, their answer loss among the metrics.
-
-    Args:
-        evaluation: how they are scored.
-        tasks: that score them.
-        models: label -> model; `merged` is tested against each of the others.
-        scratch: for results.
-    """
+    """Score models as the recipe's `evaluate` says, their answer loss among the metrics."""
     settings, loaded, limit = evaluation.settings, tasks.loaded, evaluation.limit
     run = Run(loaded, limit, settings, scratch / "scored")
     candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]

@@ -142,12 +142,6 @@ def draw_texts(
 ) -> dict[Calibration, Drawn]:
     """Draw the texts of all calibrations; nothing here needs a weight.
 
-    Args:
-        settings: what they are drawn from.
-        scored: tasks whose items no text may hold; None: nothing is scored.
-        api: the Hub.
-        progress: told what was drawn.
-
     Raises:
         SourceError, EvaluationError: a configuration or split is not there.
         CalibrationError: the template does not fit, no text is left, or items are scored.
@@ -175,11 +169,6 @@ def calibration_sets(
 
 def remap_token_ids(one: CalibrationSet, source: OpenedSource, tokenizer: str) -> CalibrationSet:
     """Return a set in the token ids of a source; itself where they are the same.
-
-    Args:
-        one: in the ids of the tokenizer that cut the texts.
-        source: that the texts run through.
-        tokenizer: name of the model whose tokenizer it is.
 
     Raises:
         CalibrationError: the texts have a token that the source lacks.
@@ -421,11 +410,6 @@ def measure_task_vectors(
     settings: GuideSettings, loader: ModelLoader, known: ImportanceProfile
 ) -> Iterator[SourceImportance]:
     """Measure every expert against the base; adapters and 8-bit floats as they are merged.
-
-    Args:
-        settings: base and experts.
-        loader: tells where their weights are.
-        known: earlier measurements; those of the same sources are taken over.
 
     Raises:
         BrokenCheckpointError: a file is missing or ends too early.

@@ -18,8 +18,8 @@ from lewis_hub.progress import Silent
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow import fetch
 from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.existing import IMPORTANCE, PreviousMerge, previous_merge, without_scores
 from lewis_hub.workflow.job import prepare
+from lewis_hub.workflow.publish import IMPORTANCE, PreviousMerge, previous_merge, without_scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,12 +127,6 @@ class Hardware:
 
 def request(file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardware) -> JobRequest:
     """The Job that merges a recipe and pushes the result.
-
-    Args:
-        file: the recipe's.
-        recipe: what it says.
-        options: of `merge`, to be handed on.
-        hardware: where it runs.
 
     Raises:
         RecipeError: it names models or files that a Job cannot have.

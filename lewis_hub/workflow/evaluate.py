@@ -160,13 +160,6 @@ def score_merge(
 ) -> Scored:
     """Score the merge beside its rivals; its twins are made for this.
 
-    Args:
-        evaluation: what is scored.
-        tasks: that score it.
-        merged: the merge.
-        guidance: of its guide, where it has one.
-        maker: of the twins.
-
     Raises:
         EvaluationError: a task or a model cannot be used.
     """
@@ -190,11 +183,6 @@ def score(
     candidates: Sequence[Candidate], run: Run, progress: Progress
 ) -> Mapping[str, ModelResult]:
     """Score the candidates on the same items; label -> what it did.
-
-    Args:
-        candidates: in the order in which they are scored.
-        run: tasks, settings, and where results are kept as they come.
-        progress: told the requests of all candidates together.
 
     Raises:
         EvaluationError: a task or a model cannot be used.

@@ -120,12 +120,6 @@ def convert_pickles(
 ) -> dict[Source, Source]:
     """Download pickled weights and convert them to safetensors; returns source -> converted source.
 
-    Args:
-        sources: of pickled weights alone.
-        code: names of the sources whose Python files are carried along.
-        api: the Hub.
-        progress: told the bytes that arrive and that are written.
-
     Raises:
         SourceError: a file cannot be had, or there is not enough room.
         PickleError: a pickle asks for more than tensors, or is damaged.

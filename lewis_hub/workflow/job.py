@@ -136,13 +136,7 @@ class MergeJob:
         return ScoredTasks(self.held_out, self.evaluation is not None, api, progress)
 
     def loader(self, files: SourceFiles, scratch: Path, progress: Progress) -> ModelLoader:
-        """Return what loads the sources, to measure and score them.
-
-        Args:
-            files: of the sources.
-            scratch: folder for what nobody keeps.
-            progress: shows what is written out.
-        """
+        """Return what loads the sources, to measure and score them."""
         loading = self.workload.loading
         if not files.keeps_models:
             loading = replace(loading, max_memory_bytes=0)
@@ -152,12 +146,6 @@ class MergeJob:
 
 def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress) -> MergeJob:
     """Compile a recipe: pin, open and check its sources, and answer every question about it.
-
-    Args:
-        recipe: what to merge.
-        execution: how the work is done.
-        api: the Hub.
-        progress: told what is converted.
 
     Raises:
         CheckFailedError: the sources do not fit together, or the recipe asks for what they lack.
@@ -190,12 +178,6 @@ def _snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
 
 def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: HfApi) -> MergeJob:
     """Answer every question about a recipe whose sources were examined; nothing is read.
-
-    Args:
-        recipe: the one that was examined, or another one of the same sources.
-        execution: how the work is done.
-        examined: its report has no problems.
-        api: the Hub.
 
     Raises:
         MergeError: the settings do not fit the method or the sources.

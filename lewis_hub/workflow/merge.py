@@ -167,14 +167,6 @@ def write_weights(
 ) -> dict[str, ShardResult]:
     """Write the shards of a plan into a folder; shards that an earlier run finished are kept.
 
-    Args:
-        planned: what goes into which file.
-        places: of all sources, and of the statistics.
-        output: made if it is not there.
-        means: what the weights are made with.
-        progress: shows a stage.
-        title: of that stage.
-
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.
         OutputError: there is not enough room.
@@ -202,12 +194,6 @@ def merge_in_memory(
     planned: MergePlan, places: Places, scratch: Path, means: Means
 ) -> dict[str, Tensor]:
     """Make the tensors of a plan in this process, without a file.
-
-    Args:
-        planned: what is made.
-        places: of all sources, and of the statistics.
-        scratch: folder.
-        means: what the weights are made with; a Ray cluster gives way to threads.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.

@@ -69,10 +69,6 @@ class Opened:
 def open_model(api: HfApi, source: Source) -> Opened:
     """Read configuration and headers of a whole model: by byte ranges where it is a repo.
 
-    Args:
-        api: the Hub.
-        source: no adapter.
-
     Raises:
         CheckFailedError: it has no configuration that can be read.
         CheckpointError: a header is broken, or a scale does not fit its tensor.
@@ -109,14 +105,7 @@ def _dequantised(
 def quantised_notes(
     sources: Sequence[Source], opened: Mapping[str, Opened], donor: Source, dtype: str | None
 ) -> list[str]:
-    """Say how quantised tensors are read, and how they are written.
-
-    Args:
-        sources: base and experts.
-        opened: pinned source -> what is known of it.
-        donor: the source whose configuration the merge carries.
-        dtype: of the output; None keeps the dtype of each tensor.
-    """
+    """Say how quantised tensors are read, and how they are written."""
     notes = []
     for source in dict.fromkeys(sources):
         model = opened.get(source.pinned)
@@ -225,14 +214,7 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
 def adapter_notes(
     base: Source, adapters: Mapping[Source, Adapter], is_base: Callable[[str], bool], *, tied: bool
 ) -> list[str]:
-    """Say where an adapter is used otherwise than in its training.
-
-    Args:
-        base: the model that the adapters are put on.
-        adapters: source -> opened adapter.
-        is_base: whether a name in an adapter's configuration means the base.
-        tied: whether the base's embeddings are its head as well.
-    """
+    """Say where an adapter is used otherwise than in its training."""
     notes = []
     for source, adapter in adapters.items():
         trained_on = adapter.config.base_model_name_or_path
@@ -281,10 +263,6 @@ class OpenedSources:
 
 def open_sources(sources: Sequence[Source], api: HfApi) -> OpenedSources:
     """Read configurations and headers of a merge's sources; no weight is read.
-
-    Args:
-        sources: first the one that adapters are put on.
-        api: the Hub.
 
     Raises:
         CheckFailedError: there are adapters, and their base cannot be read.

@@ -91,13 +91,6 @@ def resolve_source(
 ) -> Source:
     """Pin a model of a recipe.
 
-    Args:
-        reference: the model as the recipe names it.
-        api: the Hub.
-        locate: finds local folders.
-        allow_pickle: whether a model of pickled weights alone will do.
-        code: whether its Python files are carried along.
-
     Raises:
         SourceError: it cannot be found or may not be read.
     """
@@ -190,12 +183,6 @@ class PinnedTask:
 
 def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) -> PinnedTask:
     """Find a task's files and pin what they read; nothing is run or loaded.
-
-    Args:
-        api: the Hub.
-        task: its name.
-        revision: of the one repo that it reads; None: as the task says.
-        include: its folder of own task files, located.
 
     Raises:
         EvaluationError: no such task, or its data cannot be pinned.

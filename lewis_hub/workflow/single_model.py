@@ -270,11 +270,6 @@ def tell_differences(before: str, after: str, api: HfApi) -> tuple[str, ...]:
     A recipe beside a merge stands for the merge that it would make now, so that inputs that moved
     are told.
 
-    Args:
-        before: a recipe file, or a folder, repo or repo@revision that a merge made.
-        after: likewise.
-        api: the Hub.
-
     Raises:
         LewisHubError: one cannot be found or read.
     """

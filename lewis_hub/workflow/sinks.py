@@ -23,10 +23,9 @@ from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Means, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.progress import Progress
-from lewis_hub.workflow.existing import published_importance
 from lewis_hub.workflow.fetch import SourceFiles, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.merge import report_nan, write_weights
-from lewis_hub.workflow.publish import Destination, push
+from lewis_hub.workflow.publish import Destination, published_importance, push
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -99,11 +98,7 @@ class FolderSink:
         return write_weights(planned, places, self.folder, means, self.progress)
 
     def finish(self, files: Sequence[str]) -> Path:
-        """Give the folder its name; returns it.
-
-        Args:
-            files: paths of all files of the model.
-        """
+        """Give the folder its name; returns it."""
         return self.work.finish(files)
 
 

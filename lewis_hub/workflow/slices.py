@@ -68,12 +68,6 @@ def pin_slices(
 ) -> tuple[PinnedSlice, ...]:
     """Say which blocks of which sources are stacked.
 
-    Args:
-        slices: a recipe's.
-        base_model: the recipe's, for slices without a base of their own.
-        sources: every model that a slice names -> its source.
-        takes_base: whether the method starts from a base.
-
     Raises:
         MergeError: a slice does not list the base that its method starts from.
     """
@@ -151,12 +145,7 @@ def stack_headers(settings: StackSettings) -> Checkpoint:
 
 
 def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
-    """Give densities of whole models to the tensors of a stack, by their names in the output.
-
-    Args:
-        schedule: by the names that tensors have in the sources.
-        planned: of the stack.
-    """
+    """Give densities of whole models to the tensors of a stack, by their names in the output."""
     found: dict[str, dict[str, float]] = {one.source: {} for one in schedule.experts}
     given = {one.source: one.tensors for one in schedule.experts}
     for shard in planned.shards:

@@ -353,14 +353,7 @@ def _fit(
 
 
 class _MergedBlocks:
-    """The blocks of a merge without statistics, made one by one; tensors are fitted meanwhile.
-
-    Args:
-        planned: all of it.
-        places: label of a source -> where its files are.
-        scratch: for what is fetched of them.
-        most_bytes: that are fetched ahead.
-    """
+    """The blocks of a merge without statistics, made one by one; tensors are fitted meanwhile."""
 
     def __init__(self, planned: ShardPlan, places: Places, scratch: Path, most_bytes: int) -> None:
         self._planned, self._places, self._scratch = planned, places, scratch

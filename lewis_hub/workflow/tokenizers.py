@@ -251,15 +251,7 @@ def compare_tokenizers(
     opened: OpenedSources,
     checkpoints: Mapping[str, Checkpoint],
 ) -> Tokens:
-    """Compare the tokenizers of a merge's sources, and decide on the merge's.
-
-    Args:
-        request: what the recipe says.
-        models: that count; first the one whose tensors and configuration the merge has.
-        api: the Hub.
-        opened: configurations.
-        checkpoints: pinned source -> headers.
-    """
+    """Compare the tokenizers of a merge's sources, and decide on the merge's."""
     donor = models[0].pinned
     config = opened.configs[donor]
     n_tokens = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))

@@ -83,12 +83,6 @@ def require_key(private_key: Path) -> None:
 def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -> str | None:
     """Why a signature does not hold; None where it does.
 
-    Args:
-        signature: the content of `model.sig`.
-        found: path -> sha256 of the files as they are. Others than those that were signed are
-            not looked at.
-        public_key: PEM file.
-
     Raises:
         SignatureError: the key cannot be used.
         ExtraMissingError: model-signing is not installed.
@@ -226,11 +220,6 @@ def read_lock(source: Source, api: HfApi) -> Lock:
 
 def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
     """The recipe that a lock holds, every source at its commit, without scoring or publishing.
-
-    Args:
-        lock: of the merge.
-        source: the merge.
-        allow_code: whether task files that came with it may be used: they are code.
 
     Raises:
         OutputError: it calibrates on such files, and they may not be used or are not here.
