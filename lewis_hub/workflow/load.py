@@ -134,7 +134,7 @@ class ModelLoader:
 
 
 def _as_written(reader: Reader, tensor: TensorHeader) -> Tensor:
-    """Read a tensor in float32; a computed tensor is rounded as if it had been written to a file."""
+    """Read a tensor in float32; a computed tensor is rounded as if it came from a file."""
     found = reader.tensor(tensor)
     if not tensor.is_computed:
         return found
