@@ -77,9 +77,8 @@ class FolderSink:
         """Folder for temporary files, which a rerun uses again."""
         return self.work.scratch
 
-        def require_room(self, needs: DiskNeeds) -> None:
-            """Refuse disks that cannot hold download, merge and twins at once."""
-
+    def require_room(self, needs: DiskNeeds) -> None:
+        """Refuse disks that cannot hold download, merge and twins at once."""
         require_disk(self.folder, needs.download_bytes, needs.made_bytes + needs.states_bytes)
 
     def open_sources(self, sources: Sequence[Source]) -> SourceFiles:
@@ -87,7 +86,7 @@ class FolderSink:
         return fetch_whole(self.api, sources, self.progress)
 
     def profiles(self, beside: Path) -> list[Path]:
-        """Return profiles in the workspace, the previous output, beside the recipe and on the Hub."""
+        """Return profiles: in the workspace, the former output, beside the recipe, on the Hub."""
         folders = (self.scratch, self.work.output / "lewis", beside)
         previous = self.destination.previous if self.destination else None
         published = published_importance(previous, self.api, self.scratch)
