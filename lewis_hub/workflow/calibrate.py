@@ -25,7 +25,6 @@ from lewis_hub.calibration.profile import (
     reusable,
 )
 from lewis_hub.calibration.texts import (
-    CalibrationTokens,
     Rows,
     calibration_tokens,
     load_tokenizer,
@@ -165,25 +164,25 @@ def calibration_sets(
 
 
 def remap_token_ids(texts: CalibrationSet, source: OpenedSource, tokenizer: str) -> CalibrationSet:
-"""Return a set in the token ids of a source; `tokenizer` names the model that cut the texts.
+    """Return a set in the token ids of a source; `tokenizer` names the model that cut the texts.
 
-Raises:
-    CalibrationError: the texts have a token that the source lacks.
-"""
-remap, tokens = source.translation, texts.tokens
-if remap is None:
-    return texts
-used = dict.fromkeys(i for text in tokens.ids for i in text)
-if lacking := [remap.lacking.get(i, f"number {i}") for i in used if i not in remap.ids]:
-    problem = f"{source.name} has no token {lacking[0]!r}"
-    more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-    remedy = "All models need the same tokens: choose other texts, use guide `uniform`, or "
-    remedy += "remove this model."
-    where = f"calibration texts, cut by the tokenizer of {tokenizer}"
-    raise CalibrationError(where, problem + more, remedy)
-ids = tuple(tuple(remap.ids[i] for i in text) for text in tokens.ids)
-end = None if tokens.end is None else remap.ids.get(tokens.end)
-return replace(texts, tokens=replace(tokens, ids=ids, end=end))
+    Raises:
+        CalibrationError: the texts have a token that the source lacks.
+    """
+    remap, tokens = source.translation, texts.tokens
+    if remap is None:
+        return texts
+    used = dict.fromkeys(i for text in tokens.ids for i in text)
+    if lacking := [remap.lacking.get(i, f"number {i}") for i in used if i not in remap.ids]:
+        problem = f"{source.name} has no token {lacking[0]!r}"
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        remedy = "All models need the same tokens: choose other texts, use guide `uniform`, or "
+        remedy += "remove this model."
+        where = f"calibration texts, cut by the tokenizer of {tokenizer}"
+        raise CalibrationError(where, problem + more, remedy)
+    ids = tuple(tuple(remap.ids[i] for i in text) for text in tokens.ids)
+    end = None if tokens.end is None else remap.ids.get(tokens.end)
+    return replace(texts, tokens=replace(tokens, ids=ids, end=end))
 
 
 @dataclass(frozen=True)

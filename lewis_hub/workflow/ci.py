@@ -76,8 +76,8 @@ def look_ahead(
     except OutputError as shortage:
         if job.evaluation and job.evaluation.demands:
             remedy = (
-                "A quality gate scores whole models, so the merge cannot be streamed: use a machine "
-                "with a larger disk, for example with `lewis-hub merge --push --on jobs`."
+                "A quality gate scores whole models, so the merge cannot be streamed: use a "
+                "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
             )
             raise OutputError(shortage.path, shortage.problem, remedy) from None
         found = Preflight("stream", f"{shortage.path}: {shortage.problem}")

@@ -131,7 +131,7 @@ class MergeJob:
         return ScoredTasks(self.held_out, self.evaluation is not None, api, progress)
 
     def loader(self, files: SourceFiles, scratch: Path, progress: Progress) -> ModelLoader:
-        """Return the loader that measures and scores the sources; temporary files go to `scratch`."""
+        """Return the loader of the sources; its temporary files go to `scratch`."""
         loading = self.workload.loading
         if not files.keeps_models:
             loading = replace(loading, max_memory_bytes=0)

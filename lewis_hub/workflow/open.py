@@ -127,8 +127,8 @@ def pickle_notes(sources: Sequence[Source]) -> list[str]:
     """Return notes that the content of pickles is unknown until they are converted."""
     return [
         f"{source.name} has only pickled weights. Their content is known once they are downloaded "
-        "and converted to safetensors, so this check cannot say whether they fit; the sizes shown are "
-        "those of the files."
+        "and converted to safetensors, so this check cannot say whether they fit; the sizes "
+        "shown are those of the files."
         for source in dict.fromkeys(sources)
         if source.is_pickled
     ]

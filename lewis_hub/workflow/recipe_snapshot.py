@@ -1,4 +1,4 @@
-"""The recipe as it was run: every revision pinned, its own task files beside it."""
+"""The snapshot of a recipe: every revision pinned, the user's task files beside it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Calibration, ModelReference, Recipe
 from lewis_hub.workflow.resolve import PinnedTask
 
-TASKS = "tasks"  # where own task files lie beside lewis/recipe.yaml; further folders get numbers
+TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 
 
 Sources = Mapping[ModelReference, Source]  # every model that a recipe names
-Data = Mapping[Calibration, Source | PinnedTask]  # what each calibration draws from
+Data = Mapping[Calibration, Source | PinnedTask]  # the data of each calibration
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,20 @@ class RecipeSnapshot:
     """A recipe as it was run.
 
     Attributes:
-        document: plain data, defaults spelt out and every revision pinned. It reads back as a
-            recipe beside `lewis/tasks`, which holds the recipe's own task files.
-        task_folders: folder with own task files -> where they are copied beside the document.
+        document: plain data with all defaults and pinned revisions. It can be read as a recipe
+            beside the copied task files.
+        task_folders: folder with the user's task files -> name of its copy beside the document.
     """
 
     document: Mapping[str, Any]
     task_folders: Mapping[str, str]
 
     def to_yaml(self) -> str:
-        """The document as text."""
+        """Return the document as text."""
         return str(yaml.safe_dump(self.document, sort_keys=False, allow_unicode=True, width=100))
 
     def copy_tasks(self, own: Path) -> list[str]:
-        """Copy own task files into a merge's own folder; returns their paths in it."""
+        """Copy the user's task files into a merge's folder; return their paths in it."""
         copied = []
         for folder, name in self.task_folders.items():
             source, target = Path(folder), own / name
@@ -79,10 +79,7 @@ def snapshot(recipe: Recipe, sources: Sources, data: Data) -> RecipeSnapshot:
 
 
 def _pin_calibration(told: dict[str, Any], data: Data) -> None:
-    """Write a dataset's commit, or that of a task's, into a calibration as plain data.
-
-    A calibration that nothing is drawn from stays as it was.
-    """
+    """Write the commit of a dataset or task into a calibration; unused calibrations stay."""
     if "task" not in told:
         datasets = {one.dataset: found for one, found in data.items()}
         dataset = datasets.get(told["dataset"])
@@ -95,7 +92,7 @@ def _pin_calibration(told: dict[str, Any], data: Data) -> None:
 
 
 def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, sources: Sources) -> None:
-    """Pin models that are named for their tokenizer, a token or their chat template."""
+    """Pin models that are named as source of the tokenizer, a token or the chat template."""
 
     def pin(place: dict[str, Any], key: str) -> None:
         name = place.get(key)
@@ -115,7 +112,7 @@ def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, sources: Sources) -> No
 
 
 def _task_folders(recipe: Recipe) -> dict[str, str]:
-    """Folders with own task files -> where their files are carried beside lewis/recipe.yaml."""
+    """Return the folders with the user's task files -> name of the copy."""
     guide = recipe.guide.calibration if recipe.guide else None
     places = [
         recipe.evaluate,
