@@ -74,12 +74,12 @@ def test_a_recipe_travels_with_what_lies_beside_it(folder):
     [
         (
             RECIPE.replace("a/c", "./tasks"),
-            "`./tasks` is a folder of this machine, and a Job reads models from the Hub.\n"
+            "`./tasks` is a local folder, but a Job reads models from the Hub.\n"
             "`lewis-hub push ./tasks OWNER/NAME`.",
         ),
         (
             RECIPE.replace("include: tasks", "include: /usr"),
-            "`/usr` does not lie beside the recipe, so a Job cannot have it.\n"
+            "`/usr` is not beside the recipe, so a Job cannot read it.\n"
             "Move it there, or to a repo on the Hub.",
         ),
     ],

@@ -241,13 +241,13 @@ def test_the_recipes_own_method_keeps_even_what_it_does_not_know():
 
 
 def test_a_guide_that_does_nothing_is_refused():
-    with pytest.raises(CheckFailedError, match="`slerp` keeps every entry, so densities would do"):
+    with pytest.raises(CheckFailedError, match="`slerp` keeps every entry, so densities would ha"):
         space_of(recipe("slerp", "{t: 0.5}"))
     with pytest.raises(TuningError) as caught:
         space_of(calibrated("task_arithmetic"), guides=["lewis"])
     assert str(caught.value) == (
-        "tune: `task_arithmetic` keeps every entry, so a guide would do nothing.\n"
-        "Leave out --guide, or let --method name one that has densities, such as ties."
+        "tune: `task_arithmetic` keeps every entry, so a guide would have no effect.\n"
+        "Remove --guide, or add a --method that has densities, such as ties."
     )
 
 
