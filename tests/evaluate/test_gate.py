@@ -120,7 +120,7 @@ def test_what_was_published_before_is_compared_item_by_item():
 @pytest.mark.parametrize(
     ("before", "why"),
     [
-        (Previous("me/x", why="the repo does not exist yet"), "there is no such repo yet"),
+        (Previous("me/x", why="the repo does not exist yet"), "the repo does not exist yet"),
         (
             Previous("me/x@abc", result(BETTER, version="2")),
             "it was scored by version 2 of the task, this by 1",

@@ -174,7 +174,8 @@ def test_calibration_on_scored_items_is_refused_with_their_number(seeded, tmp_pa
         CalibrationError,
         "calibration on zoo/reverse, split test: of 12 texts, `evaluate` scores 12 of zoo_reverse."
         "\nA score on calibration texts is meaningless: name another split, or another "
-        "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, continues anyway.",
+        "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, continues "
+        "anyway.",
     )
 
 

@@ -190,8 +190,8 @@ def test_a_folder_without_a_lock_is_no_merge():
         verify(zoo_folder() / "base")
 
     assert str(raised.value) == (
-        f"{zoo_folder() / 'base'}: it has no lewis/lock.json, so lewis-hub did not make this merge.\n"
-        "Name a folder or repo that `merge` made."
+        f"{zoo_folder() / 'base'}: it has no lewis/lock.json, so lewis-hub did not make this "
+        "merge.\nName a folder or repo that `merge` made."
     )
 
 
