@@ -7,7 +7,7 @@ from importlib import resources
 import lewis_hub
 
 OF_AN_EXTRA = {"starlette", "uvicorn", "markdown_it"}  # the embedded Hub's
-TEMPLATES = ("card.md.j2", "recipe.yaml.j2", "workflows/remerge.yml", "hub/base.html")
+TEMPLATES = ("card.md.j2", "recipe.yaml.j2", "workflows/remerge.yml", "hub/page.html")
 
 imported, left_out = [], []
 for module in pkgutil.walk_packages(lewis_hub.__path__, "lewis_hub."):

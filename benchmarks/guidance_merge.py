@@ -43,6 +43,6 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
         if job.statistics:
             known = gather(job.statistics, sets, loader, schedule, store)
         planned = job.plan.plan(schedule, known.statistics)
-        places = {**files.places, **known.folders}
+        places = {**files.locations, **known.folders}
         shards = write_weights(planned, places, output, job.means, progress)
         finish_model(planned, shards, job.sidecars, files.folders, output)

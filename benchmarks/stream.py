@@ -31,7 +31,7 @@ BAR = 1.3
 
 def serve_slowly(root: Path, asked: Connection) -> None:
     """Serve at full speed until told a latency and a bandwidth, then until told to end."""
-    from lewis_hub.hub.server import serve
+    from lewis_hub.localhub.server import serve
 
     with serve(root) as hub:
         asked.send((hub.url, hub.write_token))

@@ -1,8 +1,8 @@
-"""Every error that a user can act on, as one tree.
+"""All errors that a user can act on.
 
-A message says what, where, expected and found, and what to do next. The fields are the arguments,
-so an error pickles to a worker and back. The command line prints the message and exits with
-`exit_code`; anything else that is raised is a bug and keeps its traceback.
+A message says what is wrong and where, what was expected and found, and what to do next. The fields
+are the constructor's arguments, so an error can be pickled to a worker. The command line prints the
+message and exits with `exit_code`. Every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any, ClassVar
 
 @dataclass(eq=False)
 class LewisHubError(Exception):
-    """The root: catch this to catch all that a user can act on."""
+    """The base class of all errors that a user can act on."""
 
     exit_code: ClassVar[int] = 1
-    status: ClassVar[str] = "failed"  # in the document of --json
+    status: ClassVar[str] = "failed"  # in the output of --json
 
     def __reduce__(self) -> tuple[type[LewisHubError], tuple[Any, ...]]:
-        """Pickle by fields, whether they were given by position or by name."""
+        """Pickle by fields, so that keyword arguments survive too."""
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(eq=False)
 class LocatedError(LewisHubError):
-    """The usual shape of a message: where, what, and what to do next."""
+    """A message of three parts: where, what is wrong, and what to do next."""
 
     where: str
     problem: str
@@ -37,13 +37,13 @@ class LocatedError(LewisHubError):
 
 @dataclass(eq=False)
 class ListedError(LewisHubError):
-    """All that stands in the way at once, each with what to do about it."""
+    """Several problems at once, each with what to do about it."""
 
     problems: tuple[str, ...]
 
     @property
     def listed(self) -> str:
-        """One line a problem."""
+        """The problems, one a line."""
         return "\n".join(f"- {problem}" for problem in self.problems)
 
 
@@ -52,7 +52,7 @@ class ListedError(LewisHubError):
 
 @dataclass(eq=False)
 class RecipeError(LewisHubError):
-    """A recipe says something that cannot be done; `field` is a path such as `guide.gamma`."""
+    """A recipe is not valid, or cannot be run; `field` is a path such as `guide.gamma`."""
 
     file: str
     field: str
@@ -69,33 +69,33 @@ class RecipeError(LewisHubError):
 
 
 class SourceError(LocatedError):
-    """A model or dataset could not be found or read; `where` is the repo or path as written."""
+    """A model or dataset cannot be found or read; `where` is the repo or path as written."""
 
 
 # -- checkpoints
 
-MERGE = "the merged model"  # in the place of a source, where the merge itself is at fault
+MERGE = "the merged model"  # the `source` of an error in the result
 
 
 class CheckpointError(LewisHubError):
-    """Weight files that are broken, or that do not fit together."""
+    """Weight files are broken, or do not fit together."""
 
 
 class BrokenCheckpointError(CheckpointError, LocatedError):
-    """A weight file or its index is not what it should be; `where` is the source and the file."""
+    """A weight file or an index is damaged or missing; `where` is the source and the file."""
 
 
 class PickleError(CheckpointError, LocatedError):
-    """A pickle that holds more than tensors, or is damaged; `where` is the source and the file."""
+    """A pickle contains more than tensors, or is damaged; `where` is the source and the file."""
 
 
 class AdapterError(CheckpointError, LocatedError):
-    """A LoRA adapter that cannot be put on the base; `where` is the adapter, or its file."""
+    """A LoRA adapter cannot be applied to its base; `where` is the adapter or its file."""
 
 
 @dataclass(eq=False)
 class NonFiniteError(CheckpointError):
-    """A tensor holds NaN or infinity; `source` is whose, or MERGE."""
+    """A tensor contains NaN or infinity; `source` is its source, or MERGE."""
 
     tensor: str
     source: str
@@ -109,56 +109,56 @@ class NonFiniteError(CheckpointError):
 
 
 class MergeError(LocatedError):
-    """A merge that cannot be done as asked: method, parameter or schedule."""
+    """The method, a parameter or the schedule of a merge is wrong."""
 
 
 class TokenizerError(LocatedError):
-    """A tokenizer that cannot be read, or not be united with the others."""
+    """A tokenizer cannot be read, or cannot be united with the others."""
 
 
 class CheckFailedError(ListedError):
-    """The sources do not fit together, or cannot be merged as asked."""
+    """The sources do not fit together, or cannot be merged as the recipe says."""
 
     def __str__(self) -> str:
         return f"this recipe cannot be merged:\n{self.listed}\n`lewis-hub check` shows the sources."
 
 
 class ExtractionError(ListedError):
-    """Two models of whose difference no adapter can be made."""
+    """The difference of two models cannot be written as an adapter."""
 
     def __str__(self) -> str:
         return f"no adapter can be extracted:\n{self.listed}"
 
 
 class DeviceError(LocatedError):
-    """A device that this machine does not have, or that is too small; `where` is the device."""
+    """A device does not exist on this machine, or has too little memory; `where` is the device."""
 
 
 # -- calibration
 
 
 class CalibrationError(LocatedError):
-    """Calibration that cannot be done as asked: data, template, tokenizer or model."""
+    """The data, template, tokenizer or model of a calibration is wrong."""
 
 
 class EmptyCalibrationError(CalibrationError):
-    """No token of the calibration data counts."""
+    """The calibration data has no token that counts."""
 
 
 class CalibrationModelError(CalibrationError):
-    """A source that transformers cannot load, or that cannot be measured."""
+    """transformers cannot load a source, or it cannot be measured."""
 
 
 class NotByBlockError(CalibrationModelError):
-    """A source that cannot be measured block by block; it may be that it can be whole."""
+    """A source cannot be measured block by block; it may still be measured as a whole."""
 
 
 class GuideError(CalibrationError):
-    """A guide that is unknown, or whose statistics and bounds give no schedule."""
+    """A guide is unknown, or cannot make a schedule of its statistics and bounds."""
 
 
 class ProfileError(CalibrationError):
-    """An importance.json or density.json that cannot be read."""
+    """An importance.json or density.json cannot be read."""
 
 
 # -- the output folder
@@ -181,7 +181,7 @@ class OutputError(LewisHubError):
 
 @dataclass(eq=False)
 class EvaluationError(LewisHubError):
-    """A benchmark that is missing, unsafe or gave nothing; `subject` is a task, file or folder."""
+    """A benchmark is missing, unsafe or without result; `subject` is a task, file or folder."""
 
     subject: str
     problem: str
@@ -192,37 +192,37 @@ class EvaluationError(LewisHubError):
 
 
 class TuningError(LocatedError):
-    """A search that cannot be done as asked; `where` is the study, a task or a method."""
+    """A search cannot be run; `where` is the study, a task or a method."""
 
 
 # -- publishing
 
 
 class PublishError(LocatedError):
-    """A push that was refused; `where` is the repo, or the folder that was to be pushed."""
+    """A push was refused; `where` is the repo, or the folder to push."""
 
 
 class GateRefusedError(LocatedError):
-    """The quality gate was missed, and nothing was pushed; `where` is the merged model's folder."""
+    """The merge failed the quality gate and was not pushed; `where` is its folder."""
 
     exit_code = 3
     status = "refused"
 
 
 class SignatureError(LocatedError):
-    """A key that cannot be used; `where` is its file."""
+    """A signing key cannot be used; `where` is its file."""
 
 
 # -- the embedded Hub, optional extras
 
 
 class HubServerError(LocatedError):
-    """The embedded Hub cannot serve; `where` is the address asked for."""
+    """The embedded Hub cannot start; `where` is its address."""
 
 
 @dataclass(eq=False)
 class ExtraMissingError(LewisHubError):
-    """Something was asked for whose optional dependencies are not installed."""
+    """A feature needs optional dependencies that are not installed."""
 
     what: str
     extra: str

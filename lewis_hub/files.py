@@ -1,4 +1,4 @@
-"""Small things done to files on disk, so that each is done in one way."""
+"""Files on disk: digests, atomic writes, and checks for space and permission."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from lewis_hub.errors import OutputError
 
 
 def sha256_of(path: Path) -> str:
-    """The 64 hex digits of a file's sha256."""
+    """The sha256 of a file, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old one or the new one, never a part."""
+    """Write a text file atomically: a reader sees the old content or the new, never a part."""
     new = path.with_name(path.name + ".new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
 def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str = "") -> None:
-    """Refuse to begin what a disk cannot hold.
+    """Refuse work whose files the disk cannot hold.
 
     Args:
-        folder: on the disk; it need not be there yet.
-        n_bytes: that will be written.
-        what: needs them, for the message; in the plural.
-        remedy: beside freeing space.
-        where: in the message; the folder unless it is given.
+        folder: on the disk; it may not exist yet.
+        n_bytes: of the files that will be written.
+        what: the files, for the message; in the plural.
+        remedy: what to do instead of freeing space.
+        where: for the message; the folder if not given.
 
     Raises:
         OutputError: fewer bytes are free.
@@ -45,10 +45,10 @@ def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str 
 def require_writable(
     folder: Path, remedy: str = "Name a folder that you may write to with -o."
 ) -> None:
-    """Refuse, before any work, a folder that cannot be written; it need not be there yet.
+    """Refuse, before any work, a folder that cannot be written; it may not exist yet.
 
     Raises:
-        OutputError: nothing can be made in it, or in the nearest folder above that is there.
+        OutputError: no file can be created in it, or in its nearest existing parent.
     """
     try:
         with TemporaryDirectory(prefix=".lewis-hub-", dir=existing(folder)):
@@ -59,5 +59,5 @@ def require_writable(
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())

@@ -156,7 +156,9 @@ def calibrate(
     output, progress, api = Path(output), progress or Silent(), hub_api()
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
-    job = prepare(measured, execution or Execution(), api, progress) if recipe.guide else None
+    execution = execution or Execution()
+    execution = replace(execution, held_out=recipe.evaluate or execution.held_out)
+    job = prepare(measured, execution, api, progress) if recipe.guide else None
     if job is None or job.guide is None:
         problem = "the recipe has no `guide`, so there is nothing to calibrate."
         raise RecipeError("recipe", "guide", problem, "Add a `guide:` with its calibration data.")
@@ -317,8 +319,8 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
     with costs.measure("merge", counts):
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
-        places = {**files.places, **gathered.folders}
-        shards = sink.write(planned, places, job.means)
+        locations = {**files.locations, **gathered.folders}
+        shards = sink.write(planned, locations, job.means)
         merged = finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
     scored = None
     if job.evaluation and tasks:

@@ -1,4 +1,4 @@
-"""How long work says how far it is; the caller owns what is shown."""
+"""How long-running work reports its progress; the caller decides what is shown."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ Unit = Literal["bytes", "tokens", "items"]
 
 
 class Progress(Protocol):
-    """A place to report to: one stage at a time."""
+    """Receives reports, one stage at a time."""
 
     def stage(self, title: str, total: int, unit: Unit) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` units; leave it when the work is done or has failed."""
+        """Open a stage of `total` units; the context ends when the work is done or has failed."""
 
     def say(self, text: str) -> None:
-        """Tell the user something that is no error and needs no answer."""
+        """Show the user a note that needs no answer."""
 
 
 class Silent:
-    """Reports to nobody."""
+    """Ignores all reports."""
 
     @contextmanager
     def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:  # noqa: ARG002
-        """Count nothing."""
+        """Ignore the units."""
         yield lambda _: None
 
     def say(self, text: str) -> None:
-        """Say nothing."""
+        """Ignore the note."""
 
 
 def shared(advance: Advance, n_passes: int) -> Advance:
-    """Tell the units of all passes as if there were one."""
-    done, told = 0, 0
+    """Scale the units of `n_passes` passes over the same work to those of one."""
+    done, reported = 0, 0
 
     def advance_share(n: int) -> None:
-        nonlocal done, told
+        nonlocal done, reported
         done += n
-        advance(done // n_passes - told)
-        told = done // n_passes
+        advance(done // n_passes - reported)
+        reported = done // n_passes
 
     return advance_share

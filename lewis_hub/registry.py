@@ -1,4 +1,4 @@
-"""A table of names that installed packages may add to, by entry points."""
+"""Named entries that installed packages can add to by entry points."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ Entry = TypeVar("Entry")
 
 
 def choices(name: str, known: Sequence[str]) -> str:
-    """The known names, then the one that an unknown `name` may have meant."""
+    """The known names, and the one most similar to the unknown `name`."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
     return f"{', '.join(known)}.{hint}"
 
 
 class Registry(Generic[Entry]):
-    """Name to entry. A package is imported only for a name that is not built in, or for the list.
+    """Entries by name. A package is imported only for a name that is not built in, or for `all`.
 
     Args:
-        word: what an entry is called in messages.
-        group: of the entry points, each named as its entry, that load what calls `add`.
-        error: made from where, problem and remedy.
+        word: for an entry in messages, such as `method`.
+        group: of the entry points. Each has the name of its entry and loads code that calls `add`.
+        error: the class of the errors; takes where, problem and remedy.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Registry(Generic[Entry]):
         self._owners: dict[str, str] = {}
 
     def add(self, name: str, entry: Entry, function: Callable[..., object]) -> None:
-        """Put an entry under a name; `function` says whose it is.
+        """Add an entry; messages name its `function`.
 
         Raises:
             LewisHubError: the name is taken.
@@ -51,30 +51,30 @@ class Registry(Generic[Entry]):
         """Look an entry up.
 
         Raises:
-            LewisHubError: none has the name, or the package that offers it does not load.
+            LewisHubError: the name is unknown, or the package that provides it does not load.
         """
         if name not in self._entries:
             self._load(name)
         if name not in self._entries:
             known = sorted({*self._entries, *entry_points(group=self.group).names})
             remedy = f"{self.word.capitalize()}s: {choices(name, known)}"
-            raise self._refused(name, "there is none in this version", remedy)
+            raise self._refused(name, "it is not known in this version", remedy)
         return self._entries[name]
 
     def all(self) -> tuple[Entry, ...]:
-        """Every entry by name, those of installed packages too; `broken` tells what is missing."""
+        """All entries in the order of their names; `broken` lists those that do not load."""
         self.broken()
         return tuple(self._entries[name] for name in sorted(self._entries))
 
     def broken(self) -> tuple[LewisHubError, ...]:
-        """Of each name that an installed package offers and does not load, why."""
-        found = []
+        """An error for each name that an installed package provides and that does not load."""
+        errors = []
         for name in sorted(entry_points(group=self.group).names):
             try:
                 self.find(name)
             except LewisHubError as error:
-                found.append(error)
-        return tuple(found)
+                errors.append(error)
+        return tuple(errors)
 
     def _load(self, name: str) -> None:
         for offered in entry_points(group=self.group, name=name):
@@ -82,19 +82,19 @@ class Registry(Generic[Entry]):
             remedy = f"Repair or remove the package: pip uninstall {package}."
             try:
                 offered.load()
-            except Exception as error:  # noqa: BLE001 - whatever another package raises
-                problem = f"{package} offers it but does not load: {_told(error)}"
+            except Exception as error:  # noqa: BLE001 - another package may raise anything
+                problem = f"{package} provides it but does not load: {_one_line(error)}"
                 raise self._refused(name, problem, remedy) from error
             if name not in self._entries:
-                problem = f"{package} offers it but {offered.value} does not register it"
+                problem = f"{package} provides it but {offered.value} does not register it"
                 raise self._refused(name, problem, remedy)
 
     def _refused(self, name: str, problem: str, remedy: str) -> LewisHubError:
         return self.error(f"{self.word} `{name}`", problem, remedy)
 
 
-def _told(error: Exception) -> str:
-    """What was raised, in one line; of our own errors without their advice."""
+def _one_line(error: Exception) -> str:
+    """The message of an error in one line; of our own errors without the remedy."""
     line = str(error).partition("\n")[0].rstrip(".")
     own = isinstance(error, (ImportError, AttributeError, LewisHubError))
     return line if own else f"{type(error).__name__}: {line}"

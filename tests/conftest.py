@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from lewis_hub.hub.server import Hub, serve
+from lewis_hub.localhub.hub import Hub
+from lewis_hub.localhub.server import serve
 from lewis_hub.progress import Advance
 
 SESSION = ExitStack()
@@ -85,11 +86,11 @@ def own_cache() -> Iterator[None]:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """The embedded Hub, empty; `hub.api()` is a client with its write token."""
-    grants, part_bytes = dict(RUNNING.grants), RUNNING.part_bytes
+    grants = dict(RUNNING.grants)
     RUNNING.clear()
     yield RUNNING
     RUNNING.clear()
-    RUNNING.grants, RUNNING.part_bytes = grants, part_bytes
+    RUNNING.grants = grants
 
 
 class Said:

@@ -5,8 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lewis_hub.hub.blobs import git_oid
-from lewis_hub.hub.store import File
+from lewis_hub.localhub.store import git_file
 from lewis_hub.recipe.read import parse_recipe
 
 RECIPE = """base_model: BASE
@@ -37,11 +36,10 @@ def weights(folder):
 
 def push_meanwhile(hub, repo):
     """Somebody else's commit; not over HTTP, for the server is in the midst of a request."""
-    found = hub.store.find("models", *repo.split("/"))
-    head = hub.store.resolve(found, "main")
-    file = File(hub.store.blobs.add(b"x"), 1, git_oid(b"x"), lfs=False)
-    files = {**head.files, "theirs": file}
-    theirs = replace(head, parents=(head.sha,), title="Theirs", files=files)
+    found = hub.store.find("models", repo)
+    head = found.resolve("main")
+    files = {**head.files, "theirs": git_file(b"x", hub.store.blobs.add(b"x"))}
+    theirs = replace(head, parent=head.sha, title="Theirs", files=files)
     hub.store.add_commit(found, theirs, "refs/heads/main")
 
 

@@ -87,10 +87,10 @@ def stream(recipe, output, execution=SMALL, progress=None):
 
 def published(hub, repo=REPO):
     """Path -> the sha256 of its bytes, of what main holds; read from the store, not over HTTP."""
-    found = hub.store.find("models", *repo.split("/"))
+    found = hub.store.find("models", repo)
     if found is None:
         return {}
-    files = hub.store.resolve(found, "main").files
+    files = found.resolve("main").files
     return {path: file.sha256 for path, file in files.items() if path != ".gitattributes"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.hub.server import serve
+from lewis_hub.localhub.server import serve
 
 pytestmark = pytest.mark.slow  # each starts the command several times
 

@@ -135,10 +135,10 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     """Keyless: the secret may only read, and what GitHub says of the workflow is trusted."""
     hub.api().create_repo("lewis/reverse")
     hub.publishers["signed by GitHub"] = "lewis/reverse"
-    keyless = ["-s", f"HF_TOKEN={hub.read_token}", "--var", "HF_OIDC_RESOURCE=lewis/reverse"]
-    keyless += ["--env", "HF_OIDC_ID_TOKEN=signed by GitHub"]
+    trusted = ["-s", f"HF_TOKEN={hub.read_token}", "--var", "HF_OIDC_RESOURCE=lewis/reverse"]
+    trusted += ["--env", "HF_OIDC_ID_TOKEN=signed by GitHub"]
 
-    code, said = act(publisher, "schedule", *keyless)
+    code, said = act(publisher, "schedule", *trusted)
     assert code == 0, said
     first, *_ = commits(hub)
     assert f"[`lewis/reverse`](<{hub.url}/lewis/reverse>) at [`{first[:12]}`]" in said
@@ -147,7 +147,7 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     assert hub.read_token not in said
     assert "hf_jwt_" not in said
 
-    code, said = act(publisher, "schedule", *keyless)
+    code, said = act(publisher, "schedule", *trusted)
     assert code == 0, said
     assert "Summary - ## Nothing changed" in said
     assert "holds this merge already" in said
@@ -157,7 +157,7 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     weights = bytearray((zoo_folder() / "expert-reverse/model.safetensors").read_bytes())
     weights[-2] ^= 0x40  # one weight, a little
     moved = put(hub, bytes(weights))
-    code, said = act(publisher, "schedule", *keyless)
+    code, said = act(publisher, "schedule", *trusted)
     assert code == 0, said
     assert "Summary - ## Published" in said
     second = commits(hub)[0]
@@ -166,7 +166,7 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     assert moved[:8] in title
 
     put(hub, (zoo_folder() / "base/model.safetensors").read_bytes())
-    code, said = act(publisher, "schedule", *keyless)
+    code, said = act(publisher, "schedule", *trusted)
     assert code == 1
     assert "exit status 3" in said
     assert "Summary - ## Refused by the quality gate" in said

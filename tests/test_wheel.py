@@ -52,7 +52,7 @@ def test_a_wheel_without_extras_imports_every_module_and_holds_the_templates(tmp
     assert done.returncode == 0, done.stderr
     imported, left_out = done.stdout.splitlines()
     assert imported.endswith(f"modules of {installed}/lewis_hub")
-    assert "lewis_hub.hub.routes" in left_out
+    assert "lewis_hub.localhub.routes" in left_out
     assert "lewis_hub.hub.publish" not in left_out
 
 

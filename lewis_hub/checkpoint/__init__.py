@@ -1,1 +1,1 @@
-"""The only room that opens weight files."""
+"""Weight files: the only package that opens them."""

@@ -1,6 +1,6 @@
-"""What a tensor's name says: `model.layers.3.self_attn.q_proj.weight` is in block 3.
+"""Names of tensors: `model.layers.3.self_attn.q_proj.weight` is `self_attn.q_proj` of block 3.
 
-Pure string functions, for every architecture: the first number in a name counts blocks.
+String functions for every architecture: the first number in a name is the block.
 """
 
 from __future__ import annotations
@@ -30,61 +30,61 @@ def block(name: str) -> int | None:
 
 
 def stack(name: str) -> str | None:
-    """The list that a block is in, such as `model.layers`; None outside the blocks.
+    """The name of the block list, such as `model.layers`; None outside the blocks.
 
-    A model of several towers has several.
+    A model with several towers has several block lists.
     """
     found = BLOCK.search(name)
     return name[: found.start()] if found else None
 
 
 def renumbered(name: str, number: int) -> str:
-    """The same tensor of another block; the name as it is outside the blocks."""
+    """The same tensor of block `number`; outside the blocks the name is unchanged."""
     found = BLOCK.search(name)
     return f"{name[: found.start(1)]}{number}{name[found.end(1) :]}" if found else name
 
 
 def component(name: str) -> str:
-    """What a tensor is, in whichever block: `self_attn.q_proj`; outside blocks the module."""
+    """The module without its block: `self_attn.q_proj`; outside the blocks the whole module."""
     found = BLOCK.search(name)
     return module(name[found.end() :] if found else name)
 
 
 def kind(name: str) -> str:
-    """A component that is the same for all routed experts: `mlp.experts.*.up_proj`."""
+    """The component without the number of a mixture's expert: `mlp.experts.*.up_proj`."""
     return EXPERT.sub(r"\1*", component(name))
 
 
 def is_routed(name: str) -> bool:
-    """Whether a tensor belongs to one of the routed experts of a block."""
+    """Whether a tensor belongs to one of the routed experts of a mixture-of-experts block."""
     return EXPERT.search(component(name)) is not None
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor turns hidden states into one number a token: `lm_head.weight`, its bias."""
+    """Whether a tensor belongs to the output head: `lm_head.weight` or its bias."""
     return block(name) is None and HEAD.search(module(name)) is not None
 
 
 def may_have_tokens(name: str) -> bool:
-    """Whether a tensor may have a row a token: outside the blocks, and not called otherwise."""
+    """Whether a tensor may have one row for each token: outside the blocks, no position table."""
     return block(name) is None and NO_TOKENS.search(name) is None
 
 
 def is_token_embedding(name: str) -> bool:
-    """Whether a tensor is called an embedding of tokens, and not of positions or types."""
+    """Whether a name says that a tensor embeds tokens, and not positions or types."""
     return is_input_side(name) and may_have_tokens(name)
 
 
 def is_input_side(name: str) -> bool:
-    """Whether a tensor outside the blocks comes before them: an embedding, not norm or head."""
+    """Whether a tensor is used before the blocks: an embedding, not a final norm or head."""
     return block(name) is None and INPUT_SIDE.search(name) is not None
 
 
 def find(name: str, tensors: Collection[str]) -> list[str]:
-    """The checkpoint's tensors that a loaded model may mean by `name`: one where it is clear.
+    """The checkpoint's tensors that `name` of a loaded model can stand for; one if it is unique.
 
-    A loaded model may carry a prefix that its file leaves out (`transformer.h.0` for `h.0`), or
-    the file one that the model leaves out; the rest of the name must agree.
+    The model may have a prefix that its file lacks (`transformer.h.0` for `h.0`), or the file a
+    prefix that the model lacks; the rest of the name must agree.
     """
     parts = name.split(".")
     for start in range(len(parts) - 1):

@@ -1,7 +1,8 @@
-"""Files that stay where they are: ranges of them come ahead of their use and go after it.
+"""The weight files of several sources, each in a local folder or behind byte ranges.
 
-Each request's bytes wait in a scratch file until the tensors that need them are made, so that they
-may be read in any order and as often as a method wants, and cost no memory.
+`SourceFiles` is told which tensors will be read, step by step, and opens both kinds in one way.
+Remote ranges are fetched ahead of their step into a scratch folder and deleted after it, so that a
+step may read its tensors in any order and as often as it needs, and the ranges cost no memory.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import shutil
 import threading
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -29,16 +30,45 @@ if TYPE_CHECKING:
 N_REQUESTS = 8  # in flight
 REQUEST_BYTES = 8 << 20  # at most
 
-Take = Callable[[int, bytes], object]  # (where a piece begins in its file, the piece)
-Fetch = Callable[[str, int, int, Take], None]  # (file, start, stop, take) brings [start, stop)
-Place = Path | Fetch  # a folder here, or how to get at files elsewhere
+TakePiece = Callable[[int, bytes], object]  # (offset of a piece in its file, the piece)
+FetchRange = Callable[[str, int, int, TakePiece], None]  # (file, start, stop, take)
+Location = Path | FetchRange  # of weight files: a local folder, or what fetches [start, stop)
+Locations = Mapping[str, Location]  # by the label of the source
 
 
 @dataclass(frozen=True)
-class Need:
+class SourceTensor:
+    """A tensor that a step reads.
+
+    Attributes:
+        source: the label of its checkpoint.
+        header: of the tensor in this checkpoint.
+        base: `Checkpoint.base` of this checkpoint: where an adapter's other tensors are stored.
+    """
+
+    source: str
+    header: TensorHeader
+    base: str | None = None
+
+    def byte_ranges(self) -> Iterator[ByteRange]:
+        """The bytes that it is computed from; of a plain tensor its own."""
+        adapted = self.header.adapted
+        if adapted:
+            yield from SourceTensor(self.base or self.source, adapted.base).byte_ranges()
+            for part in adapted.own:
+                yield from SourceTensor(self.source, part).byte_ranges()
+            return
+        for part in _stored_parts(self.header.scaled or self.header):
+            yield ByteRange(
+                self.base or self.source, part.shard, part.start, part.start + part.n_bytes
+            )
+
+
+@dataclass(frozen=True)
+class ByteRange:
     """Bytes [start, stop) of a source's file."""
 
-    source: str  # its label
+    source: str
     file: str
     start: int
     stop: int
@@ -46,7 +76,7 @@ class Need:
 
 @dataclass(eq=False)
 class _Request:
-    """Neighbours in one file, and the steps of the work that need them, from first to last."""
+    """Adjacent bytes of one file, and the first and the last step that read them."""
 
     source: str
     file: str
@@ -55,53 +85,53 @@ class _Request:
     first: int
     last: int
     path: Path
-    arrival: Future[None] | None = None  # None: it was not sent yet
+    arrival: Future[None] | None = None  # None until the request is sent
 
     @property
     def n_bytes(self) -> int:
         return self.stop - self.start
 
 
-class Window:
-    """The files of several sources. Threads may share it; close it.
+class SourceFiles:
+    """Opened weight files of several sources. Threads may share it; close it.
 
-    What a step of the work needs is fetched before it comes, in the order of the steps and with
-    several requests at a time, and dropped after `step_done`. Whoever waits for a later step gets
-    it, so that no thread waits for another's work. `most_held` tells how much lies in `scratch` at
-    most.
+    The remote bytes of a step are fetched ahead, in the order of the steps and with several
+    requests in flight, and deleted after `step_done`. A thread that reads for a later step gets its
+    bytes at once, so no thread waits for another thread's work. `scratch_bytes` says how much
+    `scratch` holds at most.
 
     Args:
-        places: label of a source -> where its files are.
-        steps: what each step needs of the sources that are elsewhere.
-        scratch: a folder that this makes and deletes.
-        most_bytes: that lie ready; a step that needs more by itself gets that and nothing ahead.
+        locations: of the sources, and of the bases of adapters.
+        steps: the tensors that each step reads; a local source's may be left out.
+        scratch: a folder that this creates and deletes.
+        max_bytes: of the bytes fetched ahead. A step that needs more gets its own bytes only.
     """
 
     def __init__(
         self,
-        places: Mapping[str, Place],
-        steps: Sequence[Sequence[Need]],
+        locations: Locations,
+        steps: Sequence[Sequence[SourceTensor]],
         scratch: Path,
-        most_bytes: int,
+        max_bytes: int,
     ) -> None:
-        self._places, self._scratch, self._most_bytes = places, scratch, most_bytes
-        self._requests = _requests(steps, most_bytes, scratch)
+        self._locations, self._scratch, self._max_bytes = locations, scratch, max_bytes
+        self._requests = _requests(_remote_ranges(locations, steps), max_bytes, scratch)
         self._of_file: defaultdict[tuple[str, str], list[_Request]] = defaultdict(list)
-        self._last_needed: defaultdict[int, list[_Request]] = defaultdict(list)
-        for one in self._requests:
-            self._of_file[one.source, one.file].append(one)
-            self._last_needed[one.last].append(one)
-        for found in self._of_file.values():
-            found.sort(key=lambda one: one.start)
-        self._n_sent = self._step = self._held_bytes = 0
-        self._awaited = 0  # the last step that somebody waited for
-        self._n_leaving = 0  # requests that nobody needs any more, and that are still here
+        self._last_read: defaultdict[int, list[_Request]] = defaultdict(list)
+        for request in self._requests:
+            self._of_file[request.source, request.file].append(request)
+            self._last_read[request.last].append(request)
+        for requests in self._of_file.values():
+            requests.sort(key=lambda request: request.start)
+        self._n_sent = self._step = self._fetched_bytes = 0
+        self._awaited = 0  # the last step that a thread waited for
+        self._n_leaving = 0  # requests that no step needs any more and that are not deleted yet
         self._changed = threading.Condition()
         self._pool = ThreadPoolExecutor(N_REQUESTS, "lewis-hub-ranges")
         self._is_closed = False
 
-    def __enter__(self) -> Window:
-        shutil.rmtree(self._scratch, ignore_errors=True)  # what a killed run left
+    def __enter__(self) -> SourceFiles:
+        shutil.rmtree(self._scratch, ignore_errors=True)  # left by a run that was killed
         if self._requests:
             self._scratch.mkdir(parents=True)
         with self._changed:
@@ -109,174 +139,227 @@ class Window:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nobody is waited for: a request under way ends at its next piece."""
+        """Close without waiting: a request in flight ends at its next piece."""
         with self._changed:
             self._is_closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def reader(self, label: str) -> Reader:
-        """The tensors of a source, wherever it is."""
-        place = self._places[label]
-        return TensorReader(place, label) if isinstance(place, Path) else RangeReader(self, label)
+        """Open the tensors of one source as its files store them."""
+        location = self._locations[label]
+        if isinstance(location, Path):
+            return TensorReader(location, label)
+        return RangeReader(self, label)
 
     def step_done(self) -> None:
-        """Drop what no later step needs; steps are done in their order."""
+        """End the current step: delete the bytes that no later step reads."""
         with self._changed:
-            gone = self._last_needed.pop(self._step, [])
+            unneeded = self._last_read.pop(self._step, [])
             self._step += 1
-            self._n_leaving += len(gone)
-        for one in gone:
-            assert one.arrival  # the current step's are always sent
-            one.arrival.add_done_callback(partial(self._drop, one))
+            self._n_leaving += len(unneeded)
+        for request in unneeded:
+            assert request.arrival  # the current step's requests are always sent
+            request.arrival.add_done_callback(partial(self._delete, request))
         with self._changed:
             self._send()
 
-    def _drop(self, one: _Request, _: Future[None]) -> None:
-        """Make room, and only then ask for more."""
-        one.path.unlink(missing_ok=True)
+    def _delete(self, request: _Request, _: Future[None]) -> None:
+        """Delete the bytes of a request, then send the requests that fit instead."""
+        request.path.unlink(missing_ok=True)
         with self._changed:
-            self._held_bytes -= one.n_bytes
+            self._fetched_bytes -= request.n_bytes
             self._n_leaving -= 1
             self._send()
 
     def read(self, source: str, file: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of a file from `start` on, waiting until they are here.
+        """Fill `into` with the bytes of a remote file from `start` on, once they are fetched.
 
         Raises:
             LewisHubError: they could not be fetched.
         """
         into = into.cast("B")
         while into.nbytes:
-            one = self._arrived(source, file, start)
+            request = self._fetched(source, file, start)
             try:
-                descriptor = os.open(one.path, os.O_RDONLY)
+                descriptor = os.open(request.path, os.O_RDONLY)
             except FileNotFoundError:
-                if one.last >= self._step:
+                if request.last >= self._step:
                     raise
-                continue  # dropped meanwhile: a later step has it again
+                continue  # deleted meanwhile: a later step has the bytes again
             try:
-                n_read = os.preadv(descriptor, [into[: one.stop - start]], start - one.start)
+                n_read = os.preadv(
+                    descriptor, [into[: request.stop - start]], start - request.start
+                )
             finally:
                 os.close(descriptor)
             into, start = into[n_read:], start + n_read
 
-    def _arrived(self, source: str, file: str, position: int) -> _Request:
-        """The first request for a position that is not dropped, once it is here."""
-        found = self._of_file[source, file]
-        low = bisect_right(found, position - REQUEST_BYTES, key=lambda one: one.start)
-        high = bisect_right(found, position, key=lambda one: one.start)
+    def _fetched(self, source: str, file: str, position: int) -> _Request:
+        """Wait for the first request that holds a position and is not deleted."""
+        requests = self._of_file[source, file]
+        low = bisect_right(requests, position - REQUEST_BYTES, key=lambda request: request.start)
+        high = bisect_right(requests, position, key=lambda request: request.start)
         with self._changed:
-            assert not self._is_closed, "the window is read after it was closed"
-            one = min(
-                (o for o in found[low:high] if position < o.stop and o.last >= self._step),
-                key=lambda one: one.first,
+            assert not self._is_closed, "a reader was used after its SourceFiles were closed"
+            request = min(
+                (r for r in requests[low:high] if position < r.stop and r.last >= self._step),
+                key=lambda request: request.first,
             )
-            if one.arrival is None:
-                self._awaited = max(self._awaited, one.first)
+            if request.arrival is None:
+                self._awaited = max(self._awaited, request.first)
                 self._send()
-            while one.arrival is None:
+            while request.arrival is None:
                 self._changed.wait()
-        one.arrival.result()
-        return one
+        request.arrival.result()
+        return request
 
     def _send(self) -> None:
-        """Ask for as much more as there is room for, and tell who waits for it."""
+        """Send the requests that fit into `max_bytes`, and those that a thread waits for."""
         while self._n_sent < len(self._requests) and not self._is_closed:
-            one = self._requests[self._n_sent]
-            fits = self._held_bytes + one.n_bytes <= self._most_bytes
-            if not fits and (one.first > max(self._step, self._awaited) or self._n_leaving):
+            request = self._requests[self._n_sent]
+            fits = self._fetched_bytes + request.n_bytes <= self._max_bytes
+            is_ahead = request.first > max(self._step, self._awaited)
+            if not fits and (is_ahead or self._n_leaving):
                 return
-            one.arrival = self._pool.submit(self._fetch, one)
+            request.arrival = self._pool.submit(self._fetch, request)
             self._n_sent += 1
-            self._held_bytes += one.n_bytes
+            self._fetched_bytes += request.n_bytes
             self._changed.notify_all()
 
-    def _fetch(self, one: _Request) -> None:
-        fetch = self._places[one.source]
-        assert not isinstance(fetch, Path)  # only what is elsewhere is needed
-        with one.path.open("wb", buffering=0) as file:
+    def _fetch(self, request: _Request) -> None:
+        fetch = self._locations[request.source]
+        assert not isinstance(fetch, Path)  # only remote ranges are requested
+        with request.path.open("wb", buffering=0) as file:
 
             def take(position: int, piece: bytes) -> None:
                 if self._is_closed:
                     raise CancelledError
-                os.pwrite(file.fileno(), piece, position - one.start)
+                os.pwrite(file.fileno(), piece, position - request.start)
 
-            fetch(one.file, one.start, one.stop, take)
+            fetch(request.file, request.start, request.stop, take)
 
 
 class RangeReader:
-    """The tensors of a source that is elsewhere. Threads may share it.
+    """The tensors of a remote source. Threads may share it.
 
     Args:
-        window: holds what is read next; whoever opened it closes it.
+        files: fetches the bytes; stays open when this is closed.
         label: of the source.
     """
 
-    def __init__(self, window: Window, label: str) -> None:
-        self._window, self._label = window, label
+    def __init__(self, files: SourceFiles, label: str) -> None:
+        self._files, self._label = files, label
 
     def __enter__(self) -> RangeReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing: the window belongs to whoever opened it."""
+        """Close nothing: the `SourceFiles` are closed by their owner."""
 
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from `first_byte` on, once they are here.
+        """Fill `into` with the tensor's bytes from `first_byte` on, once they are fetched.
 
         Raises:
             LewisHubError: they could not be fetched.
         """
-        self._window.read(self._label, tensor.shard, tensor.start + first_byte, into)
+        self._files.read(self._label, tensor.shard, tensor.start + first_byte, into)
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
-        """None: what came may lie in several files."""
+        """None: the bytes may lie in several files of the scratch folder."""
         return None
 
     def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
+        """The whole tensor, in float32 if it is a float; imports torch."""
         return whole_tensor(self, tensor)
 
 
-def elsewhere(places: Mapping[str, Place]) -> list[str]:
-    """The labels of the sources whose files are not here."""
-    return [label for label, place in places.items() if not isinstance(place, Path)]
-
-
-def most_held(steps: Sequence[Sequence[Need]], most_bytes: int, n_together: int = 1) -> int:
-    """The most bytes that lie in a window's scratch folder at a time.
+def scratch_bytes(
+    locations: Locations,
+    steps: Sequence[Sequence[SourceTensor]],
+    max_bytes: int,
+    n_parallel: int = 1,
+) -> int:
+    """The most bytes that the scratch folder of `SourceFiles` holds at a time.
 
     Args:
-        steps: the window's.
-        most_bytes: the window's.
-        n_together: how many neighbouring steps are worked on at a time.
+        locations: as `SourceFiles` takes them; so are `steps` and `max_bytes`.
+        steps: the tensors that each step reads.
+        max_bytes: of the bytes fetched ahead.
+        n_parallel: consecutive steps that are worked on at a time.
     """
     changes = [0] * (len(steps) + 1)
-    requests = _requests(steps, most_bytes, Path())
-    for one in requests:
-        changes[max(one.first - n_together + 1, 0)] += one.n_bytes
-        changes[one.last + 1] -= one.n_bytes
+    requests = _requests(_remote_ranges(locations, steps), max_bytes, Path())
+    for request in requests:
+        changes[max(request.first - n_parallel + 1, 0)] += request.n_bytes
+        changes[request.last + 1] -= request.n_bytes
     largest_steps = max(accumulate(changes), default=0)
-    return min(sum(one.n_bytes for one in requests), max(most_bytes, largest_steps))
+    return min(sum(request.n_bytes for request in requests), max(max_bytes, largest_steps))
 
 
-def _requests(steps: Sequence[Sequence[Need]], most_bytes: int, scratch: Path) -> list[_Request]:
-    """One request for neighbours, several for what is large; in the order of their first use."""
-    longest = min(REQUEST_BYTES, max(1, most_bytes // N_REQUESTS))
-    made: list[_Request] = []
+def absolute_locations(locations: Locations) -> Locations:
+    """The same locations for a process that runs in another folder."""
+    return {
+        label: location.absolute() if isinstance(location, Path) else location
+        for label, location in locations.items()
+    }
+
+
+def missing_folders(locations: Locations) -> list[Path]:
+    """The local folders that this machine does not have."""
+    folders = (location for location in locations.values() if isinstance(location, Path))
+    return [folder for folder in folders if not folder.is_dir()]
+
+
+def _remote_ranges(
+    locations: Locations, steps: Sequence[Sequence[SourceTensor]]
+) -> list[list[ByteRange]]:
+    """The bytes that each step has to fetch."""
+    return [
+        [
+            needed
+            for tensor in tensors
+            for needed in tensor.byte_ranges()
+            if not isinstance(locations[needed.source], Path)
+        ]
+        for tensors in steps
+    ]
+
+
+def _stored_parts(part: object) -> Iterator[TensorHeader]:
+    """The stored tensors that a quantised tensor is computed from."""
+    if isinstance(part, TensorHeader):
+        yield part
+    elif is_dataclass(part):
+        for field in fields(part):
+            yield from _stored_parts(getattr(part, field.name))
+
+
+def _requests(
+    steps: Sequence[Sequence[ByteRange]], max_bytes: int, scratch: Path
+) -> list[_Request]:
+    """Join adjacent ranges into one request and split large ones; in the order of their first step.
+
+    Args:
+        steps: the bytes that each step reads.
+        max_bytes: of the bytes fetched ahead.
+        scratch: folder of the fetched bytes.
+    """
+    longest = min(REQUEST_BYTES, max(1, max_bytes // N_REQUESTS))
+    requests: list[_Request] = []
     newest: dict[tuple[str, str], _Request] = {}  # of each file
-    for step, needs in enumerate(steps):
-        for need in dict.fromkeys(needs):
-            start, before = need.start, newest.get((need.source, need.file))
-            neighbours = before and before.stop == start and before.last >= step - 1
-            if before and neighbours and before.n_bytes < longest:
-                before.stop = min(need.stop, before.start + longest)
+    for step, ranges in enumerate(steps):
+        for needed in dict.fromkeys(ranges):
+            start, before = needed.start, newest.get((needed.source, needed.file))
+            adjacent = before and before.stop == start and before.last >= step - 1
+            if before and adjacent and before.n_bytes < longest:
+                before.stop = min(needed.stop, before.start + longest)
                 before.last, start = step, before.stop
-            while start < need.stop:
-                stop = min(start + longest, need.stop)
-                path = scratch / str(len(made))
-                made.append(_Request(need.source, need.file, start, stop, step, step, path))
-                newest[need.source, need.file] = made[-1]
+            while start < needed.stop:
+                stop = min(start + longest, needed.stop)
+                path = scratch / str(len(requests))
+                request = _Request(needed.source, needed.file, start, stop, step, step, path)
+                requests.append(request)
+                newest[needed.source, needed.file] = request
                 start = stop
-    return made
+    return requests

@@ -1,4 +1,7 @@
-"""An output shard: preallocated, written in place by several threads, hashed as it fills."""
+"""Output shards: how tensors are laid out in files, and a file that several threads write.
+
+A shard is preallocated, its tensors are written in place, and its bytes are hashed meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +12,29 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from lewis_hub.checkpoint.header import WIDTHS
-from lewis_hub.checkpoint.reader import INDEX, SINGLE
+from lewis_hub.checkpoint.reader import SINGLE
 from lewis_hub.errors import OutputError
 
 ALIGNMENT = 8
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # as safetensors writes them
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # a recipe's -> safetensors'
+HASHED_BYTES = 1 << 20  # read back at a time
+UNWRITTEN_BYTES = 64 << 20  # the last bytes written, which the disk may not have taken yet
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written."""
+    """A tensor to write; `dtype` as safetensors spells it."""
 
     name: str
-    dtype: str  # as safetensors writes it
+    dtype: str
     shape: tuple[int, ...]
 
     @property
@@ -43,14 +50,14 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One file: its header, and where each tensor's bytes begin in it."""
+    """The header of one output file, and the offset of each tensor in it."""
 
     name: str
     tensors: tuple[OutputTensor, ...]  # in the order of their bytes
 
     @property
     def header(self) -> bytes:
-        """The file's first bytes, padded so that the tensors' bytes are aligned."""
+        """The first bytes of the file, padded so that the tensors are aligned."""
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
         for tensor in self.tensors:
@@ -66,7 +73,7 @@ class ShardLayout:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Per tensor the offset of its first byte from the beginning of the file."""
+        """The offset of each tensor's first byte from the beginning of the file."""
         position, starts = len(self.header), []
         for tensor in self.tensors:
             starts.append(position)
@@ -80,10 +87,10 @@ class ShardLayout:
 
 
 def lay_out(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> tuple[ShardLayout, ...]:
-    """Split tensors into shards as huggingface_hub does, greedily in the order given.
+    """Split tensors into shards as huggingface_hub does: greedily, in the order given.
 
     A tensor above `max_shard_bytes` gets a shard of its own. Within a shard wider dtypes come
-    first, as safetensors has it, so that every tensor is aligned; otherwise the order stays.
+    first, as in safetensors, so that every tensor is aligned; otherwise the order stays.
     """
     groups: list[list[OutputTensor]] = []
     current: list[OutputTensor] = []
@@ -108,14 +115,11 @@ def lay_out(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> tuple[Shar
 
 
 def index_document(shards: Sequence[ShardLayout]) -> str | None:
-    """The text of ``model.safetensors.index.json`` as transformers writes it.
-
-    None for a single shard, which has no index.
-    """
+    """The text of ``model.safetensors.index.json`` as in transformers; None for one shard."""
     if len(shards) == 1:
         return None
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    weight_map: Mapping[str, str] = {t.name: s.name for s in shards for t in s.tensors}
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     metadata = {
         "total_parameters": sum(tensor.n_elements for tensor in tensors),
         "total_size": sum(tensor.n_bytes for tensor in tensors),
@@ -124,35 +128,24 @@ def index_document(shards: Sequence[ShardLayout]) -> str | None:
     return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
-def weight_file_names(shards: Sequence[ShardLayout]) -> tuple[str, ...]:
-    """All files that hold or locate weights."""
-    return tuple(shard.name for shard in shards) + ((INDEX,) if len(shards) > 1 else ())
-
-
 def shard_name(i: int, n_shards: int) -> str:
-    """The file of the i-th of so many shards, as transformers calls it."""
+    """The file name of shard `i` of `n_shards`, as transformers writes it; `i` counts from 0."""
     return SINGLE if n_shards == 1 else f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
 
 
-HASHED_BYTES = 1 << 20  # read back at a time
-UNDER_WAY = 64 << 20  # bytes that the disk is given time to take
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
-
-
 class ShardWriter:
-    """A shard that is being written. Threads may share it; they write disjoint ranges.
+    """A shard that is being written. Threads may share it if they write disjoint ranges.
 
-    The bytes are hashed in the order of the file, by whichever thread completes the next range,
-    while they are still in the page cache.
+    The thread that completes the next range hashes it, in the order of the file, while it is still
+    in the page cache.
 
     Args:
-        folder: to write into.
-        layout: fixes the header and where each tensor goes.
-        stays_cached: whether the system keeps the bytes in memory that are on the disk.
+        folder: receives the file.
+        layout: of the shard.
+        stays_cached: whether the page cache keeps bytes that are already on the disk.
 
     Raises:
-        OutputError: there is no room for the whole shard, or it cannot be written.
+        OutputError: the disk cannot hold the whole shard, or the file cannot be written.
     """
 
     def __init__(self, folder: Path, layout: ShardLayout, *, stays_cached: bool) -> None:
@@ -161,12 +154,12 @@ class ShardWriter:
         self._stays_cached = stays_cached
         self._digest = hashlib.sha256()
         self._n_hashed = 0
-        self._complete: list[tuple[int, int]] = []  # heap of ranges written and not hashed
+        self._complete: list[tuple[int, int]] = []  # heap of ranges that are not hashed yet
         self._completing, self._hashing = threading.Lock(), threading.Lock()
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
-            raise _refused(self.path, error) from None
+            raise _output_error(self.path, error) from None
         try:
             _preallocate(self._descriptor, self.n_bytes)
             header = layout.header
@@ -174,7 +167,7 @@ class ShardWriter:
             self.complete(0, len(header))
         except OSError as error:
             os.close(self._descriptor)
-            raise _refused(self.path, error) from None
+            raise _output_error(self.path, error) from None
         except OutputError:
             os.close(self._descriptor)
             raise
@@ -196,10 +189,10 @@ class ShardWriter:
                 n_written = os.pwrite(self._descriptor, content, position)
                 content, position = content[n_written:], position + n_written
         except OSError as error:
-            raise _refused(self.path, error) from None
+            raise _output_error(self.path, error) from None
 
     def complete(self, start: int, stop: int) -> None:
-        """Say that the bytes [start, stop) are final; hashes what follows without a gap."""
+        """Mark the bytes [start, stop) as final, and hash all ranges that now follow each other."""
         if start == stop:
             return
         with self._completing:
@@ -213,7 +206,7 @@ class ShardWriter:
                 return
 
     def finish(self) -> str:
-        """Bring the shard to the disk; its sha256 as 64 hex digits.
+        """Flush the shard to the disk and return its sha256 as 64 hex digits.
 
         Raises:
             OutputError: the disk is full or failing.
@@ -224,7 +217,7 @@ class ShardWriter:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise _refused(self.path, error) from None
+            raise _output_error(self.path, error) from None
         if not self._stays_cached:
             self._advise(0, self.n_bytes)
         return self._digest.hexdigest()
@@ -234,27 +227,27 @@ class ShardWriter:
             if not self._complete or self._complete[0][0] != self._n_hashed:
                 return False
             start, stop = heapq.heappop(self._complete)
-        held = bytearray(min(HASHED_BYTES, stop - self._n_hashed))
+        buffer = bytearray(min(HASHED_BYTES, stop - self._n_hashed))
         while self._n_hashed < stop:
-            window = memoryview(held)[: stop - self._n_hashed]
+            window = memoryview(buffer)[: stop - self._n_hashed]
             n_read = os.preadv(self._descriptor, [window], self._n_hashed)
             if not n_read:
-                problem = "somebody cut it short while it was written."
+                problem = "another process truncated it while it was written."
                 raise OutputError(str(self.path), problem, "Run again: finished shards are kept.")
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
-        self._let_go(start, stop)
+        self._write_back(start, stop)
         return True
 
-    def _let_go(self, start: int, stop: int) -> None:
-        """Have the disk write a range now, so that nobody waits for it in the end."""
+    def _write_back(self, start: int, stop: int) -> None:
+        """Start writing a range to the disk now, so that `finish` waits less."""
         self._advise(start, stop)
         if not self._stays_cached:
-            self._advise(0, stop - UNDER_WAY)
+            self._advise(0, stop - UNWRITTEN_BYTES)
 
     def _advise(self, start: int, stop: int) -> None:
-        """Drop from the cache what is on the disk; of the rest, the disk begins to write it."""
-        if stop > start:  # no bytes would mean all
+        """Drop a range from the page cache where it is on the disk; start writing the rest."""
+        if stop > start:  # a length of 0 would mean the whole file
             os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
@@ -267,8 +260,8 @@ def _preallocate(descriptor: int, n_bytes: int) -> None:
         os.ftruncate(descriptor, n_bytes)
 
 
-def _refused(path: Path, error: OSError) -> OutputError:
+def _output_error(path: Path, error: OSError) -> OutputError:
     remedy = "Name a folder that you may write to with -o."
-    if error.errno in NO_ROOM:
+    if error.errno in DISK_FULL:
         remedy = "Free some space, or name a folder on another disk with -o; then run again."
     return OutputError(str(path), f"it cannot be written ({error.strerror}).", remedy)

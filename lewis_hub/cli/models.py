@@ -282,7 +282,7 @@ With your own models, the same three commands:
 @terminal_options
 def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> None:
     """Serve a Hub of your own on this machine, to rehearse a publish. No production server."""
-    from lewis_hub.hub.server import serve
+    from lewis_hub.localhub.server import serve
 
     with serve(root, host=host, port=port, jobs=jobs) as running:
         terminal.finish(

@@ -281,7 +281,7 @@ def schema(what: str) -> None:
     from lewis_hub.report.lock import schema as lock_schema
 
     if what == "importance":
-        file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
+        file = resources.files("lewis_hub.calibration").joinpath("importance.schema.json")
         click.echo(file.read_text("utf-8"), nl=False)
     else:
         click.echo(recipe_schema() if what == "recipe" else lock_schema(), nl=False)

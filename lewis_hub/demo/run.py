@@ -17,7 +17,7 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
 
 if TYPE_CHECKING:
-    from lewis_hub.hub.server import Hub
+    from lewis_hub.localhub.hub import Hub
 
 
 MARK = ".lewis-hub-demo"
@@ -53,7 +53,7 @@ def run_demo(folder: Path, port: int, *, quiet: bool) -> Iterator[Demo]:
     Raises:
         OutputError: `folder` holds something else.
     """
-    from lewis_hub.hub.server import serve
+    from lewis_hub.localhub.server import serve
 
     _make_anew(folder)
     for name in RECIPES:

@@ -1,1 +1,1 @@
-"""The only room that talks to the Hub."""
+"""The only package that connects to the Hub."""

@@ -1,4 +1,4 @@
-"""What huggingface_hub's cache on this machine holds of a repo.
+"""The files of a repo in huggingface_hub's cache on this machine.
 
 The layout is huggingface_hub's: `snapshots/<commit sha>/<path>` links to `blobs/<etag>`, where the
 etag is the file's sha256 (LFS) or its git sha1; `refs/<revision>` names a commit sha.
@@ -17,22 +17,22 @@ ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def cache_root() -> Path:
-    """Where the cache is; it may not be there yet."""
+    """The folder of the cache; it may not exist yet."""
     return Path(constants.HF_HUB_CACHE)
 
 
 def cache_folder(repo: str, repo_type: str) -> Path:
-    """Where the cache keeps everything of this repo."""
+    """The folder in which the cache stores a repo."""
     return cache_root() / repo_folder_name(repo_id=repo, repo_type=repo_type)
 
 
 def snapshot_folder(repo: str, repo_type: str, commit_sha: str) -> Path:
-    """Where the cache keeps the files of one commit; it may hold some of them or none."""
+    """The folder in which the cache stores a commit; it may hold some of its files or none."""
     return cache_folder(repo, repo_type) / "snapshots" / commit_sha
 
 
 def cached_sha(repo: str, repo_type: str, revision: str | None) -> str | None:
-    """The commit sha that a revision meant when it was last looked up, if the cache has it."""
+    """The commit sha that a revision resolved to last time, if the cache has that commit."""
     wanted = revision or constants.DEFAULT_REVISION
     ref = cache_folder(repo, repo_type) / "refs" / wanted
     sha = wanted if COMMIT_SHA.fullmatch(wanted) else ref.read_text() if ref.is_file() else ""
@@ -40,7 +40,7 @@ def cached_sha(repo: str, repo_type: str, revision: str | None) -> str | None:
 
 
 def remember_revision(repo: str, repo_type: str, revision: str | None, commit_sha: str) -> None:
-    """Note what a revision means now, so that it can be looked up without a network."""
+    """Store the commit sha of a revision, so that it can be resolved offline."""
     name = revision or constants.DEFAULT_REVISION
     ref = cache_folder(repo, repo_type) / "refs" / name
     if (
@@ -54,7 +54,7 @@ def remember_revision(repo: str, repo_type: str, revision: str | None, commit_sh
 
 
 def cached_revisions(repo: str, repo_type: str) -> list[str]:
-    """Branches, tags and commit shas of which the cache holds files."""
+    """Branches, tags and commit shas whose files are in the cache."""
     folder = cache_folder(repo, repo_type)
     snapshots = {path.name for path in folder.glob("snapshots/*")}
     refs = [path for path in sorted(folder.glob("refs/**/*")) if path.is_file()]

@@ -1,4 +1,4 @@
-"""What a model's card says about it, and under which licence a merge may go out."""
+"""The metadata of a model's card, and the licence of a merge."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import is_offline_mode
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import Asked, hub_failures
+from lewis_hub.hub.failures import HubRepo, hub_failures
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.retries import persist
+from lewis_hub.hub.retries import retry
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -26,11 +26,11 @@ METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DO
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The card's metadata as its author wrote it; None or empty where the card is silent."""
+    """The card's metadata as its author wrote it; None or empty if the card does not state it."""
 
     source: str  # as the user wrote it
     licence: str | None  # the Hub's identifier: apache-2.0, gemma, other, ...
-    license_name: str | None  # what `other` stands for
+    license_name: str | None  # the name of the licence if `licence` is `other`
     license_link: str | None
     languages: tuple[str, ...]
     tags: tuple[str, ...]
@@ -51,43 +51,43 @@ class Licence:
 
 
 def model_facts(api: HfApi, source: Source) -> ModelFacts:
-    """Read the metadata block of the source's README.md; a broken one counts as silent."""
+    """Read the metadata block of the source's README.md; an invalid block counts as empty."""
     card = _metadata(read_small(api, source, "README.md") or b"")
-    asked = Asked(api, source.name, "model", source.commit_sha)
-    licences = _words(card.get("license"))
+    hub_repo = HubRepo(api, source.name, "model", source.commit_sha)
+    licences = _texts(card.get("license"))
     return ModelFacts(
         source=source.name,
         licence=" or ".join(sorted(licences)).lower() or None,
-        license_name=_word(card.get("license_name")),
-        license_link=_word(card.get("license_link")),
-        languages=_words(card.get("language")),
-        tags=_words(card.get("tags")),
-        gated=source.folder is None and _gated(asked),
-        url=None if source.folder else asked.url,
+        license_name=_text(card.get("license_name")),
+        license_link=_text(card.get("license_link")),
+        languages=_texts(card.get("language")),
+        tags=_texts(card.get("tags")),
+        gated=source.folder is None and _gated(hub_repo),
+        url=None if source.folder else hub_repo.url,
     )
 
 
 def states_a_licence(readme: bytes) -> bool:
-    """Whether a card's metadata names any."""
-    return bool(_words(_metadata(readme).get("license")))
+    """Whether a card's metadata names a licence."""
+    return bool(_texts(_metadata(readme).get("license")))
 
 
 def quantised_from(api: HfApi, source: Source) -> str | None:
-    """What a quantised model was made from, where its card says it."""
+    """The model that a quantised model was made from, if its card names it."""
     card = _metadata(read_small(api, source, "README.md") or b"")
     if card.get("base_model_relation") not in (None, "quantized"):
         return None
-    return next(iter(_words(card.get("base_model"))), None)
+    return next(iter(_texts(card.get("base_model"))), None)
 
 
 def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """The licence of a merge: what was chosen, or what all parents agree on.
+    """The licence of a merge: the chosen one, or that of all parents.
 
     Returns:
-        None when no card says anything: then the merge's card says nothing either.
+        None if no parent states a licence: the merge's card states none either.
 
     Raises:
-        PublishError: the parents disagree, or some are silent, and nothing was chosen.
+        PublishError: the parents disagree, or some state none, and no licence was chosen.
     """
     stated = {stated_licence(parent) for parent in facts}
     if chosen:
@@ -101,12 +101,12 @@ def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence
     raise PublishError(
         "publish.license",
         f"the parents' licences differ ({parents})",
-        "Which one a merge of them may carry is yours to judge: set `publish.license`.",
+        "Decide which licence a merge of them may have, and set `publish.license`.",
     )
 
 
 def stated_licence(facts: ModelFacts) -> Licence | None:
-    """What a card states; None where it is silent."""
+    """The licence that a card states; None if it states none."""
     if facts.licence is None:
         return None
     return Licence(facts.licence, facts.license_name, facts.license_link)
@@ -121,19 +121,19 @@ def _metadata(readme: bytes) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
-def _gated(asked: Asked) -> bool:
+def _gated(hub_repo: HubRepo) -> bool:
     if is_offline_mode():
-        return False  # it is in the cache, so access was granted
-    with hub_failures(asked):
-        info = persist(lambda: asked.api.model_info(asked.repo, timeout=30))
+        return False  # the model is in the cache, so access was granted
+    with hub_failures(hub_repo):
+        info = retry(lambda: hub_repo.api.model_info(hub_repo.name, timeout=30))
     return bool(info.gated)
 
 
-def _words(value: object) -> tuple[str, ...]:
-    """YAML authors write one word or a list; `no` (Norwegian) arrives as False."""
+def _texts(value: object) -> tuple[str, ...]:
+    """The texts of a YAML value or list; YAML reads `no` (Norwegian) as False."""
     items = value if isinstance(value, list) else [] if value is None else [value]
     return tuple("no" if item is False else str(item) for item in items)
 
 
-def _word(value: object) -> str | None:
+def _text(value: object) -> str | None:
     return None if value is None else " ".join(str(value).split())

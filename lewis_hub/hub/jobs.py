@@ -17,14 +17,14 @@ from huggingface_hub import Volume
 from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import Asked, hub_failures, no_token
-from lewis_hub.hub.retries import complete, persist
+from lewis_hub.hub.failures import HubRepo, hub_failures, no_token
+from lewis_hub.hub.retries import retry, retry_transfer
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-BUCKET = "jobs-artifacts"  # as huggingface_hub calls the one in which it brings files to Jobs
+BUCKET = "jobs-artifacts"  # the bucket in which huggingface_hub uploads files of Jobs
 MOUNT = "/recipe"
 PYTHON = "3.12"
 COMPLETED = "COMPLETED"
@@ -33,15 +33,15 @@ EXIT_CODE = re.compile(r"exit code:? (\d+)")
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is to run, and on what.
+    """A command to run as a Job.
 
     Attributes:
         words: of the command line after `lewis-hub`.
-        files: path below `MOUNT` -> file here; they travel by a private bucket.
-        package: what is installed for it, as pip names it.
-        flavor: hardware as the Hub names it; None: the Hub's smallest.
-        timeout: such as `2h`; None: the Hub's half hour.
-        namespace: who pays; None: the token's user.
+        files: path below `MOUNT` -> local file; they are uploaded to a private bucket.
+        package: installed for the Job; a requirement as pip reads it.
+        flavor: hardware, by the Hub's name; None: the Hub's smallest.
+        timeout: such as `2h`; None: the Hub's default of 30 minutes.
+        namespace: the user or organisation that pays; None: the token's user.
     """
 
     words: Sequence[str]
@@ -53,8 +53,8 @@ class JobRequest:
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A Job, or with `schedule` one that runs again and again."""
+class SubmittedJob:
+    """A Job, or with `schedule` a scheduled Job."""
 
     id: str
     namespace: str
@@ -62,135 +62,134 @@ class Submitted:
     schedule: str | None = None
 
 
-def submit(api: HfApi, request: JobRequest) -> Submitted:
-    """Start a Job. Its token travels as a secret, and as nothing else.
+def submit(api: HfApi, request: JobRequest) -> SubmittedJob:
+    """Start a Job; it gets the token only as a secret.
 
     Raises:
         PublishError: no token, no right to run Jobs there, or the Hub failed.
     """
-    asked, options = _prepared(api, request)
-    with hub_failures(asked), _known_to_be_experimental():
+    hub_repo, options = _job_options(api, request)
+    with hub_failures(hub_repo), _without_experimental_warnings():
         job = api.run_uv_job("lewis-hub", **options)
-    return Submitted(job.id, asked.repo, job.url)
+    return SubmittedJob(job.id, hub_repo.name, job.url)
 
 
-def schedule(api: HfApi, request: JobRequest, cron: str) -> Submitted:
-    """Make a Job that runs whenever `cron` says so, in UTC.
+def schedule(api: HfApi, request: JobRequest, cron: str) -> SubmittedJob:
+    """Create a Job that runs on the schedule `cron`, in UTC.
 
     Raises:
         PublishError: as `submit`.
     """
-    asked, options = _prepared(api, request)
-    with hub_failures(asked), _known_to_be_experimental():
+    hub_repo, options = _job_options(api, request)
+    with hub_failures(hub_repo), _without_experimental_warnings():
         made = api.create_scheduled_uv_job("lewis-hub", schedule=cron, **options)
-    return Submitted(made.id, asked.repo, f"{api.endpoint}/settings/jobs", cron)
+    return SubmittedJob(made.id, hub_repo.name, f"{api.endpoint}/settings/jobs", cron)
 
 
-def follow(api: HfApi, job: Submitted, say: Callable[[str], None]) -> int | None:
-    """Hand on the lines of a Job's log until it ends, each once, whatever breaks on the way.
+def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | None:
+    """Pass on the lines of a Job's log until it ends, each line once even after interruptions.
 
     Returns:
-        The command's exit code; None where the Hub, which names it in the words of the Job's status
-        alone, does not.
+        The command's exit code; None if the message of the Job's status does not contain it.
 
     Raises:
-        PublishError: the Hub stays away. The Job goes on.
+        PublishError: the Hub does not answer. The Job continues.
     """
-    asked = Asked(api, job.namespace, kind=PublishError)
+    hub_repo = HubRepo(api, job.namespace, error_type=PublishError)
     n_said = 0
 
-    def hand_on() -> None:
+    def pass_on() -> None:
         nonlocal n_said
         lines = api.fetch_job_logs(job_id=job.id, follow=True, namespace=job.namespace)
-        for line in islice(lines, n_said, None):  # a log comes from its beginning each time
+        for line in islice(lines, n_said, None):  # each request gets the log from its beginning
             n_said += 1
             say(line)
 
-    with hub_failures(asked):
-        complete(hand_on, lambda: n_said)
-        status = persist(lambda: api.wait_for_job(job.id, namespace=job.namespace)).status
-        # A connection that breaks when the Job has ended is not told: read on until nothing comes.
+    with hub_failures(hub_repo):
+        retry_transfer(pass_on, lambda: n_said)
+        status = retry(lambda: api.wait_for_job(job.id, namespace=job.namespace)).status
+        # A connection that breaks after the Job ended raises no error: read until no line is new.
         n_before = -1
         while n_said > n_before:
             n_before = n_said
-            complete(hand_on, lambda: n_said)
+            retry_transfer(pass_on, lambda: n_said)
     if status.stage == COMPLETED:
         return 0
     say(f"Job {status.stage}: {status.message or 'the Hub does not say why'}")
-    told = EXIT_CODE.search(status.message or "")
-    return int(told[1]) if told else None
+    code = EXIT_CODE.search(status.message or "")
+    return int(code[1]) if code else None
 
 
 def scheduled(api: HfApi, namespace: str | None) -> list[dict[str, Any]]:
     """The schedules in a namespace that run this package."""
-    asked = _asked(api, namespace)
-    with hub_failures(asked):
-        found = persist(lambda: api.list_scheduled_jobs(namespace=asked.repo))
+    hub_repo = _namespace(api, namespace)
+    with hub_failures(hub_repo):
+        found = retry(lambda: api.list_scheduled_jobs(namespace=hub_repo.name))
     return [
         {
-            "id": one.id,
-            "schedule": one.schedule,
-            "command": " ".join(one.job_spec.command or ()),
-            "flavor": one.job_spec.flavor,
+            "id": item.id,
+            "schedule": item.schedule,
+            "command": " ".join(item.job_spec.command or ()),
+            "flavor": item.job_spec.flavor,
         }
-        for one in found
-        if "lewis-hub" in (one.job_spec.command or ())
+        for item in found
+        if "lewis-hub" in (item.job_spec.command or ())
     ]
 
 
 def unschedule(api: HfApi, job_id: str, namespace: str | None) -> None:
-    """Remove a schedule; what it started goes on."""
-    asked = _asked(api, namespace)
-    with hub_failures(asked):
-        api.delete_scheduled_job(scheduled_job_id=job_id, namespace=asked.repo)
+    """Remove a schedule; its running Jobs continue."""
+    hub_repo = _namespace(api, namespace)
+    with hub_failures(hub_repo):
+        api.delete_scheduled_job(scheduled_job_id=job_id, namespace=hub_repo.name)
 
 
-def _prepared(api: HfApi, request: JobRequest) -> tuple[Asked, dict[str, Any]]:
-    asked = _asked(api, request.namespace)
+def _job_options(api: HfApi, request: JobRequest) -> tuple[HubRepo, dict[str, Any]]:
+    hub_repo = _namespace(api, request.namespace)
     options = {
         "script_args": list(request.words),
         "dependencies": [request.package],
         "python": PYTHON,
         "flavor": request.flavor,
         "timeout": request.timeout,
-        "secrets": {"HF_TOKEN": asked.token},
-        "volumes": [_shipped(asked, request.files)],
-        "namespace": asked.repo,
+        "secrets": {"HF_TOKEN": hub_repo.token},
+        "volumes": [_upload_files(hub_repo, request.files)],
+        "namespace": hub_repo.name,
     }
-    return asked, options
+    return hub_repo, options
 
 
 @contextmanager
-def _known_to_be_experimental() -> Iterator[None]:
-    """huggingface_hub warns of its functions for uv; a user of ours can do nothing about it."""
+def _without_experimental_warnings() -> Iterator[None]:
+    """Hide huggingface_hub's warning about its functions for uv, which no user can act on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is experimental", UserWarning)
         yield
 
 
-def _asked(api: HfApi, namespace: str | None) -> Asked:
-    """The namespace in which Jobs run, for messages too."""
-    nobody = Asked(api, namespace or "Hugging Face Jobs", kind=PublishError)
+def _namespace(api: HfApi, namespace: str | None) -> HubRepo:
+    """The namespace in which Jobs run; the token's user by default."""
+    nobody = HubRepo(api, namespace or "Hugging Face Jobs", error_type=PublishError)
     if nobody.token is None:
         raise no_token(nobody)
     if namespace:
         return nobody
     with hub_failures(nobody):
-        return Asked(api, persist(lambda: api.whoami())["name"], kind=PublishError)
+        return HubRepo(api, retry(lambda: api.whoami())["name"], error_type=PublishError)
 
 
-def _shipped(asked: Asked, files: Mapping[str, Path]) -> Volume:
-    """Bring files to a folder of their own in the namespace's private bucket.
+def _upload_files(hub_repo: HubRepo, files: Mapping[str, Path]) -> Volume:
+    """Upload files to a new folder in the namespace's private bucket.
 
-    huggingface_hub's own shipping takes single files and no folders.
+    huggingface_hub itself uploads only single files for a Job.
     """
-    bucket = f"{asked.repo}/{BUCKET}"
+    bucket = f"{hub_repo.name}/{BUCKET}"
     folder = f"lewis-hub-{datetime.now(UTC):%Y%m%dT%H%M%S}-{time.monotonic_ns() % 10**6:06}"
     added: list[tuple[str | Path | bytes, str]] = [
         (file, f"{folder}/{path}") for path, file in files.items()
     ]
     disable_progress_bars()
-    with hub_failures(asked):
-        asked.api.create_bucket(bucket, exist_ok=True, private=True)
-        asked.api.batch_bucket_files(bucket, add=added)
+    with hub_failures(hub_repo):
+        hub_repo.api.create_bucket(bucket, exist_ok=True, private=True)
+        hub_repo.api.batch_bucket_files(bucket, add=added)
     return Volume(type="bucket", source=bucket, mount_path=MOUNT, path=folder, read_only=True)

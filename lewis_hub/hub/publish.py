@@ -1,4 +1,4 @@
-"""A finished folder -> one commit, one pull request, or nothing because nothing changed."""
+"""Publishes a folder by one commit or pull request, or by none if nothing changed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lewis_hub.errors import PublishError
 from lewis_hub.hub.commit import (
     Additions,
     Change,
-    Landed,
     Message,
+    PushedCommit,
     commit,
     compare,
+    head_moved,
     open_pull_request,
     open_pull_requests,
-    overtaken,
     upload,
 )
-from lewis_hub.hub.failures import Asked, hub_failures
-from lewis_hub.hub.retries import persist
-from lewis_hub.hub.target import Landing, Target, look, open_target
+from lewis_hub.hub.failures import HubRepo, hub_failures
+from lewis_hub.hub.retries import retry
+from lewis_hub.hub.target import Landing, Target, open_target, read_target
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
@@ -31,30 +31,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Publication:
-    """How a folder is to land."""
+    """How a folder is published."""
 
     message: str
     description: str = ""
     landing: Landing = "commit"
     tag: str | None = None
     private: bool = False  # of a repo that is created
-    expected_parent: str | None = None  # main's commit sha as the caller saw it; None: any
+    expected_parent: str | None = (
+        None  # commit sha of main that the caller compared with; None: any
+    )
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a push left on the Hub."""
+    """The result of a push."""
 
     repo: str
     url: str  # the model's page, or the pull request's
     commit_sha: str
     commit_url: str
-    changed: bool  # False: all of it was there already, and no commit was made
+    changed: bool  # False: the Hub had all files already, and no commit was made
     pull_request_url: str | None = None
     tag: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For the document of `--json`."""
+        """The result as `--json` prints it."""
         return {
             "status": "published" if self.changed else "unchanged",
             "repo": self.repo,
@@ -74,96 +76,96 @@ def publish(
     advance: Advance,
     sent: Additions | None = None,
 ) -> Published:
-    """Push a merged model; on any failure a rerun completes.
+    """Push a merged model.
 
-    The repo is then as it was; where the tag alone could not be made, which comes last, the error
-    says so.
+    After a failure the repo is unchanged and a rerun completes the push. Only if the tag, which is
+    the last step, fails, the commit exists; the error says so.
 
     Args:
         api: whose endpoint and token are used.
-        folder: the model; hidden files stay here.
-        repo_id: owner/name; created if it is not there.
-        publication: how it lands.
-        advance: called with the bytes uploaded or found there already, in all `folder_bytes`.
-        sent: files that belong to the model, were sent ahead and are in the folder no more.
+        folder: the model; hidden files are not pushed.
+        repo_id: owner/name; created if it does not exist.
+        publication: how it is published.
+        advance: called with the bytes uploaded or found on the Hub; they sum to `folder_bytes`.
+        sent: files of the model that were uploaded before and are no longer in the folder.
 
     Raises:
-        PublishError: no model in the folder, no right to write, somebody pushed meanwhile, or
-            the Hub failed.
+        PublishError: no model in the folder, no right to write, somebody else pushed in the
+            meantime, or the Hub failed.
     """
-    asked = Asked(api, repo_id, kind=PublishError)
+    hub_repo = HubRepo(api, repo_id, error_type=PublishError)
     files, sent = _files(folder), sent or {}
     _require_model(folder, [*files, *sent])
     if publication.tag and publication.landing == "pull-request":
         remedy = "Tag it once it is merged, or push it as a commit."
-        raise asked.failed("a pull request has no commit on main to tag yet", remedy)
-    target = open_repo(asked, publication.landing, private=publication.private)
-    change = compare(asked, target, files, sent)
-    _require_free_tag(asked, change, publication.tag)
+        raise hub_repo.failed("a pull request has no commit on main to tag yet", remedy)
+    target = open_repo(hub_repo, publication.landing, private=publication.private)
+    change = compare(hub_repo, target, files, sent)
+    _require_free_tag(hub_repo, change, publication.tag)
     if change.done_in(target):
         advance(folder_bytes(folder))
-        return _published(asked, Landed(str(target.head)), publication.tag, changed=False)
+        return _published(hub_repo, PushedCommit(str(target.head)), publication.tag, changed=False)
     if publication.expected_parent not in {None, target.head}:
-        raise overtaken(asked, target.head)
+        raise head_moved(hub_repo, target.head)
     landing = publication.landing
-    if landing == "pull-request" and (found := open_pull_request(asked, change)):
+    if landing == "pull-request" and (found := open_pull_request(hub_repo, change)):
         advance(folder_bytes(folder))
-        return _published(asked, Landed(found[1], found[0]), None, changed=False)
-    additions = upload(asked, change, landing, advance)
+        return _published(hub_repo, PushedCommit(found[1], found[0]), None, changed=False)
+    additions = upload(hub_repo, change, landing, advance)
     message = Message(publication.message, publication.description)
-    landed = commit(asked, change, additions, landing, message)
-    return _published(asked, landed, publication.tag, changed=True)
+    landed = commit(hub_repo, change, additions, landing, message)
+    return _published(hub_repo, landed, publication.tag, changed=True)
 
 
 def proposals(api: HfApi, repo_id: str) -> Iterator[tuple[str, Target]]:
-    """The address of each open pull request, and what the repo would hold with it."""
-    return open_pull_requests(Asked(api, repo_id, kind=PublishError))
+    """The address of each open pull request, and the state of the repo with it."""
+    return open_pull_requests(HubRepo(api, repo_id, error_type=PublishError))
 
 
-def keep(api: HfApi, repo_id: str, landed: Landed, tag: str | None) -> Published:
-    """What a push leaves that finds all of it there: no commit, but the tag if it is missing.
+def publish_tag(api: HfApi, repo_id: str, landed: PushedCommit, tag: str | None) -> Published:
+    """The result of a push whose commit exists already; adds the tag if it is missing.
 
     Raises:
         PublishError: the tag could not be made.
     """
-    asked = Asked(api, repo_id, kind=PublishError)
-    return _published(asked, landed, tag, changed=False)
+    hub_repo = HubRepo(api, repo_id, error_type=PublishError)
+    return _published(hub_repo, landed, tag, changed=False)
 
 
-def holds(api: HfApi, folder: Path, target: Target) -> bool:
-    """Whether a repo, as it was seen, holds just the files of a folder.
+def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
+    """Whether a repo has exactly the files of a folder.
 
     Raises:
-        PublishError: the Hub cannot be asked, or a file is a link to outside.
+        PublishError: the Hub failed, or a file is a link to outside of the folder.
     """
-    asked = Asked(api, target.repo, kind=PublishError)
-    return compare(asked, target, _files(folder), {}).done_in(target)
+    hub_repo = HubRepo(api, target.repo, error_type=PublishError)
+    return compare(hub_repo, target, _files(folder), {}).done_in(target)
 
 
-def open_repo(asked: Asked, landing: Landing, *, private: bool) -> Target:
-    """The repo to push to as it is now; created if it is not there.
+def open_repo(hub_repo: HubRepo, landing: Landing, *, private: bool) -> Target:
+    """The present state of the repo to push to; created if it does not exist.
 
     Args:
-        asked: of the repo.
-        landing: what the right to write is needed for.
+        hub_repo: the repo.
+        landing: a commit needs the right to write to it.
         private: of a repo that is created.
 
     Raises:
         PublishError: no right to write.
     """
-    target = open_target(asked.api, asked.repo, landing)
+    target = open_target(hub_repo.api, hub_repo.name, landing)
     if target.head is None:
-        with hub_failures(asked):
-            persist(lambda: asked.api.create_repo(asked.repo, private=private, exist_ok=True))
-        target = look(asked)
+        with hub_failures(hub_repo):
+            retry(lambda: hub_repo.api.create_repo(hub_repo.name, private=private, exist_ok=True))
+        target = read_target(hub_repo)
     if target.head is None:
-        remedy = f"Use a token that may ({asked.api.endpoint}/settings/tokens), or another name."
-        raise asked.failed("it exists already and this token may not see it", remedy)
+        remedy = f"Use a token that may ({hub_repo.api.endpoint}/settings/tokens), or another name."
+        raise hub_repo.failed("it exists already and this token may not see it", remedy)
     return target
 
 
 def folder_bytes(folder: Path) -> int:
-    """The size of what `publish` would push."""
+    """The bytes that `publish` would push."""
     return sum(path.stat().st_size for path in _files(folder).values())
 
 
@@ -189,38 +191,40 @@ def _require_model(folder: Path, paths: Sequence[str]) -> None:
         raise PublishError(str(folder), problem, "Name the folder that `lewis-hub merge` wrote.")
 
 
-def _require_free_tag(asked: Asked, change: Change, tag: str | None) -> None:
-    """A tag is never moved; one that is where it would go is fine."""
+def _require_free_tag(hub_repo: HubRepo, change: Change, tag: str | None) -> None:
+    """Refuse a tag that exists on another commit, since a tag is never moved."""
     if tag is None:
         return
-    with hub_failures(asked):
-        refs = persist(lambda: asked.api.list_repo_refs(asked.repo))
-    there = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
-    if there and not (there == change.target.head and change.done_in(change.target)):
-        problem = f"tag `{tag}` is already on {there}; nothing was changed"
-        raise asked.failed(problem, "Choose another tag.")
+    with hub_failures(hub_repo):
+        refs = retry(lambda: hub_repo.api.list_repo_refs(hub_repo.name))
+    tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
+    if tagged and not (tagged == change.target.head and change.done_in(change.target)):
+        problem = f"tag `{tag}` is already on {tagged}; nothing was changed"
+        raise hub_repo.failed(problem, "Choose another tag.")
 
 
-def _published(asked: Asked, landed: Landed, tag: str | None, *, changed: bool) -> Published:
+def _published(
+    hub_repo: HubRepo, landed: PushedCommit, tag: str | None, *, changed: bool
+) -> Published:
     if tag is not None:
-        _tag(asked, landed.commit_sha, tag)
+        _tag(hub_repo, landed.commit_sha, tag)
     return Published(
-        repo=asked.repo,
-        url=landed.pull_request_url or asked.url,
+        repo=hub_repo.name,
+        url=landed.pull_request_url or hub_repo.url,
         commit_sha=landed.commit_sha,
-        commit_url=f"{asked.url}/commit/{landed.commit_sha}",
+        commit_url=f"{hub_repo.url}/commit/{landed.commit_sha}",
         changed=changed,
         pull_request_url=landed.pull_request_url,
         tag=tag,
     )
 
 
-def _tag(asked: Asked, commit_sha: str, tag: str) -> None:
+def _tag(hub_repo: HubRepo, commit_sha: str, tag: str) -> None:
     try:
-        with hub_failures(asked):
-            persist(
-                lambda: asked.api.create_tag(
-                    asked.repo, tag=tag, revision=commit_sha, exist_ok=True
+        with hub_failures(hub_repo):
+            retry(
+                lambda: hub_repo.api.create_tag(
+                    hub_repo.name, tag=tag, revision=commit_sha, exist_ok=True
                 )
             )
     except PublishError as error:

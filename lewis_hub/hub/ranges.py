@@ -1,4 +1,4 @@
-"""The weights of a repo, range by range, for a merge that keeps no file of its sources."""
+"""Reads byte ranges of a repo's files, for a merge that stores no file of its sources."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.cache import snapshot_folder
-from lewis_hub.hub.failures import Asked, hub_failures
-from lewis_hub.hub.retries import complete, persist
+from lewis_hub.hub.failures import HubRepo, hub_failures
+from lewis_hub.hub.retries import retry, retry_transfer
 from lewis_hub.hub.source import Source
 
 if TYPE_CHECKING:
@@ -24,88 +24,89 @@ if TYPE_CHECKING:
 
 
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
-OUTDATED = frozenset({401, 403, 404, 410})  # of a signed address: it is asked for again
+OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
 
 
-class Arrived:
-    """A number of bytes that several threads add to."""
+class ByteCounter:
+    """A number of bytes to which several threads add."""
 
     def __init__(self) -> None:
         self.n_bytes, self._adding = 0, threading.Lock()
 
     def add(self, n_bytes: int) -> None:
-        """Count some more."""
+        """Add to the number."""
         with self._adding:
             self.n_bytes += n_bytes
 
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """The files of a repo at a commit. Threads may share it; it travels to other machines.
+    """The files of a repo at a commit.
 
-    There the token is that of the machine: it is no part of this.
+    Threads may share it. It can be pickled for other machines; it does not contain the token, since
+    each machine has its own.
 
     Attributes:
         endpoint: the Hub's address.
-        arrived: counts the bytes that came here.
+        received: counts the bytes received on this machine.
     """
 
     source: Source
     endpoint: str
-    arrived: Arrived = field(default_factory=Arrived, repr=False, compare=False)
+    received: ByteCounter = field(default_factory=ByteCounter, repr=False, compare=False)
     _located: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Signed addresses and what was counted stay here."""
+        """Pickle without signed addresses and counted bytes."""
         return type(self), (self.source, self.endpoint)
 
     def fetch(self, path: str, start: int, stop: int, take: Callable[[int, bytes], object]) -> None:
-        """Bring the bytes [start, stop) of a file, in pieces and in order.
+        """Download the bytes [start, stop) of a file, in pieces and in order.
 
-        What breaks off goes on behind the bytes that came.
+        After an interruption the download resumes behind the last byte received.
 
         Args:
             path: of the file.
             start: first byte.
-            stop: behind the last byte.
-            take: called with where a piece begins in the file, and the piece.
+            stop: one behind the last byte.
+            take: called with the offset of a piece in the file, and the piece.
 
         Raises:
-            SourceError: they cannot be had, or are no part of the file that was pinned.
+            SourceError: the download failed, or the file is not the pinned one.
         """
         api, position = HfApi(endpoint=self.endpoint), start
-        asked = Asked(api, self.source.name, self.source.repo_type, self.source.commit_sha)
+        hub_repo = HubRepo(api, self.source.name, self.source.repo_type, self.source.commit_sha)
 
-        def go_on() -> None:
+        def resume() -> None:
             nonlocal position
-            for piece in self._pieces(asked, path, position, stop):
-                self.arrived.add(len(piece))
+            for piece in self._stream_range(hub_repo, path, position, stop):
+                self.received.add(len(piece))
                 take(position, piece)
                 position += len(piece)
 
-        with hub_failures(asked):
-            complete(go_on, lambda: position)
+        with hub_failures(hub_repo):
+            retry_transfer(resume, lambda: position)
 
-    def _pieces(self, asked: Asked, path: str, start: int, stop: int) -> Iterator[bytes]:
-        """What one request brings of [start, stop), and no byte more."""
+    def _stream_range(self, hub_repo: HubRepo, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes [start, stop) that one request receives, and no more."""
         url = hf_hub_url(
-            asked.repo,
+            hub_repo.name,
             path,
-            repo_type=asked.repo_type,
-            revision=asked.revision,
+            repo_type=hub_repo.repo_type,
+            revision=hub_repo.revision,
             endpoint=self.endpoint,
         )
         located = self._located.get(path)
         headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        if located is None:  # whoever stores large files is told no token
-            headers |= build_hf_headers(token=asked.api.token)
+        if located is None:  # the storage of large files must not see the token
+            headers |= build_hf_headers(token=hub_repo.api.token)
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", located or url, headers=headers, timeout=timeout) as found:
             if located and found.status_code in OUTDATED:
                 self._located.pop(path, None)
                 raise ConnectionResetError("Consistency check failed: the address is outdated")
             hf_raise_for_status(found)
-            self._require_range(asked, path, (start, stop), found)
+            self._require_range(hub_repo, path, (start, stop), found)
             if located is None and found.history and found.url.host != found.history[0].url.host:
                 self._located[path] = str(found.url)
             left = stop - start
@@ -116,46 +117,50 @@ class RemoteFiles:
             raise ConnectionResetError("Consistency check failed: the range ended early")
 
     def _require_range(
-        self, asked: Asked, path: str, wanted: tuple[int, int], found: httpx2.Response
+        self, hub_repo: HubRepo, path: str, wanted: tuple[int, int], found: httpx2.Response
     ) -> None:
-        """Refuse an answer that is not these bytes of the pinned file."""
+        """Refuse an answer that does not contain these bytes of the pinned file."""
         file = self.source.file(path)
         assert file  # its header was read
         start, stop = wanted
-        told = found.headers.get("Content-Range", "")
-        numbers = CONTENT_RANGE.fullmatch(told)
+        content_range = found.headers.get("Content-Range", "")
+        numbers = CONTENT_RANGE.fullmatch(content_range)
         if found.status_code != 206 or numbers is None:
-            problem = f"`{path}` is not given out by byte ranges (status {found.status_code})"
-            raise asked.failed(problem, "Merge without --stream: it downloads whole files.")
+            problem = (
+                f"the server does not serve byte ranges of `{path}` (status {found.status_code})"
+            )
+            raise hub_repo.failed(problem, "Merge without --stream: it downloads whole files.")
         if tuple(map(int, numbers.groups())) != (start, stop - 1, file.size_bytes):
             problem = (
-                f"bytes {start}-{stop - 1}/{file.size_bytes} of `{path}` were asked for, "
-                f"{told.removeprefix('bytes ')} came"
+                f"bytes {start}-{stop - 1}/{file.size_bytes} of `{path}` were requested, "
+                f"{content_range.removeprefix('bytes ')} received"
             )
-            raise asked.failed(problem, "A proxy on the way may be broken: merge without --stream.")
-        tags = [one.headers.get("X-Linked-Etag", "") for one in found.history]
+            raise hub_repo.failed(problem, "A proxy may be broken: merge without --stream.")
+        tags = [answer.headers.get("X-Linked-Etag", "") for answer in found.history]
         if any(tag and tag.strip('"') != file.digest.partition(":")[2] for tag in tags):
-            problem = f"`{path}` is another file than {asked.api.endpoint} lists"
-            raise asked.failed(problem, "Run the same command again; it looks the files up anew.")
+            problem = f"`{path}` is another file than {hub_repo.api.endpoint} lists"
+            raise hub_repo.failed(
+                problem, "Run the same command again; it resolves the files again."
+            )
 
 
 def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> bytes:
-    """The bytes [start, stop) of a file, from disk where they are on disk.
+    """The bytes [start, stop) of a file, from disk if the file is there.
 
     Raises:
-        SourceError: the source has no such file, it is shorter, or it cannot be had.
+        SourceError: the source has no such file, it is shorter, or the download failed.
     """
     file = source.file(path)
     if file is None or not 0 <= start <= stop <= file.size_bytes:
         found = f"has {file.size_bytes} bytes" if file else "does not exist"
         raise SourceError(
             source.pinned,
-            f"bytes {start} to {stop} of `{path}` were wanted, but it {found}",
+            f"bytes {start} to {stop} of `{path}` were requested, but it {found}",
             "The file is cut short or its index is wrong: use an intact copy.",
         )
     if start == stop:
         return b""
-    local = source.here or snapshot_folder(source.name, source.repo_type, source.commit_sha)
+    local = source.local_folder or snapshot_folder(source.name, source.repo_type, source.commit_sha)
     if (local / path).exists():
         return _pread(local / path, start, stop)
     url = hf_hub_url(
@@ -165,8 +170,8 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
         revision=source.commit_sha,
         endpoint=api.endpoint,
     )
-    with hub_failures(Asked(api, source.name, source.repo_type, source.commit_sha)):
-        return persist(lambda: _get(api, url, start, stop))
+    with hub_failures(HubRepo(api, source.name, source.repo_type, source.commit_sha)):
+        return retry(lambda: _get(api, url, start, stop))
 
 
 def _pread(path: Path, start: int, stop: int) -> bytes:
@@ -175,7 +180,7 @@ def _pread(path: Path, start: int, stop: int) -> bytes:
 
 
 def _get(api: HfApi, url: str, start: int, stop: int) -> bytes:
-    """Read no further than `stop`, even where the server ignores ranges and sends all."""
+    """Read no further than `stop`, even if the server ignores ranges and sends the whole file."""
     headers = {
         **build_hf_headers(token=api.token),
         "Range": f"bytes={start}-{stop - 1}",

@@ -1,6 +1,6 @@
-"""Repo or folder + revision -> Source: what exactly is meant, pinned.
+"""Resolves a repo and revision, or a folder, to a pinned `Source`.
 
-Only names, sizes and digests are looked at on the Hub; a local folder is hashed.
+From the Hub only names, sizes and digests are read; the files of a local folder are hashed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lewis_hub.errors import SourceError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
 from lewis_hub.hub.facts import quantised_from
-from lewis_hub.hub.failures import Asked, hub_failures
-from lewis_hub.hub.retries import persist
+from lewis_hub.hub.failures import HubRepo, hub_failures
+from lewis_hub.hub.retries import retry
 from lewis_hub.hub.source import ADAPTERS, RepoType, Source, SourceFile
 
 if TYPE_CHECKING:
@@ -31,9 +31,16 @@ if TYPE_CHECKING:
 
 
 N_HASHING_THREADS = 2
-REMEMBERED_BYTES = 1 << 20  # a smaller file is hashed as quickly as looked up
+REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its stored digest
 SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
 SHA256 = re.compile(r"[0-9a-f]{64}")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+ALLOW = (
+    "\nWith `--allow-pickle` torch reads it without running its code, but a flaw in that reader "
+    "would let its author run code here: allow it for authors that you trust."
+)
+LOOKUP_TIMEOUT_S = 30.0
 
 
 def digests_of(paths: Sequence[Path]) -> list[str]:
@@ -50,7 +57,7 @@ def git_sha1_of(path: Path) -> str:
 
 
 def content_sha(digests: Iterable[tuple[str, str]]) -> str:
-    """One digest over (path, digest) pairs, whatever their order and place on disk."""
+    """One digest of (path, digest) pairs; it depends neither on their order nor on the folder."""
     total = hashlib.sha256()
     for path, digest in sorted(digests):
         total.update(f"{len(path)}:{path}:{digest}\n".encode())
@@ -75,10 +82,10 @@ def _sha256(path: Path) -> str:
 
 
 def _note(path: Path, seen: os.stat_result) -> Path:
-    """Where the digest of a file in this state is remembered."""
+    """The file that stores the digest of a file in this state."""
     state = (path.resolve(), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
-    told = hashlib.sha256(repr((*map(str, state), seen.st_ctime_ns)).encode()).hexdigest()
-    return Path(constants.HF_HOME) / "lewis-hub" / "digests" / told[:32]
+    digest = hashlib.sha256(repr((*map(str, state), seen.st_ctime_ns)).encode()).hexdigest()
+    return Path(constants.HF_HOME) / "lewis-hub" / "digests" / digest[:32]
 
 
 def _remember(note: Path, digest: str) -> None:
@@ -86,16 +93,7 @@ def _remember(note: Path, digest: str) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, digest)
     except OSError:
-        return  # it is hashed again next time
-
-
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-ALLOW = (
-    "\nWith `--allow-pickle` torch reads it without running what it asks for, but a flaw in that "
-    "reader would let its author run code here: allow it for authors that you trust."
-)
-LOOKUP_TIMEOUT_S = 30.0
+        return  # the next call hashes the file again
 
 
 def resolve_model(
@@ -105,15 +103,15 @@ def resolve_model(
 
     Args:
         api: whose endpoint and token are used.
-        name: `owner/name` on the Hub, or a folder: whatever exists here or looks like a path.
+        name: `owner/name` on the Hub, or a folder: a name that exists here or looks like a path.
         revision: branch, tag or commit sha; folders have none.
-        allow_pickle: whether a model of pickled weights alone will do.
+        allow_pickle: accept a model whose weights are all pickled.
 
     Raises:
         SourceError: it cannot be found, may not be read, or has no safetensors weights.
     """
-    path = _local(name, revision)
-    source = _folder(name, path) if path else _repo(Asked(api, name, "model", revision))
+    path = _local_path(name, revision)
+    source = _folder(name, path) if path else _repo(HubRepo(api, name, "model", revision))
     if not (allow_pickle and source.is_pickled):
         _require_weights(api, source)
     return source
@@ -125,9 +123,9 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
     Raises:
         SourceError: it cannot be found or may not be read.
     """
-    path = _local(name, revision)
+    path = _local_path(name, revision)
     if path is None:
-        return _repo(Asked(api, name, "dataset", revision))
+        return _repo(HubRepo(api, name, "dataset", revision))
     if path.is_dir():
         return _folder(name, path, repo_type="dataset")
     if path.suffix not in DATA_SUFFIXES:
@@ -135,32 +133,32 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
         raise SourceError(name, f"`{path.suffix}` files are not read as rows", remedy)
     files = _hashed([path], path.parent)
     if not files[0].size_bytes:
-        raise SourceError(name, "the file is empty", "Put one row a line into it.")
+        raise SourceError(name, "the file is empty", "Write one row per line into it.")
     return Source(name, "dataset", None, _content_sha(files), files, path)
 
 
 def is_path(written: str) -> bool:
-    """Whether it can only mean a file or folder, by its first letter, slashes or ending.
+    """Whether a name can only be a path, by its first letter, slashes or ending.
 
-    A repo whose name ends like a file is meant where its revision is told: `me/rows.json@main`.
+    With a revision, a name that ends like a file is a repo: `me/rows.json@main`.
     """
     is_file = Path(written).suffix in DATA_SUFFIXES
     return is_file or written.startswith((".", "/", "~")) or written.count("/") > 1
 
 
-def not_there(written: str, places: Iterable[Path]) -> SourceError:
-    """The error where nothing lies at a path, with all places that it may stand for."""
+def missing_path_error(written: str, places: Iterable[Path]) -> SourceError:
+    """The error for a path that does not exist; it names all paths that were tried."""
     looked_at = " and ".join(dict.fromkeys(str(place.absolute()) for place in places))
     problem = f"no such file or folder: looked for {looked_at}"
     return SourceError(written, problem, "Check the path; a repo is written owner/name.")
 
 
-def _local(name: str, revision: str | None) -> Path | None:
+def _local_path(name: str, revision: str | None) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
     if is_path(f"{name}@{revision}" if revision else name):
-        raise not_there(name, [path])
+        raise missing_path_error(name, [path])
     return None
 
 
@@ -175,7 +173,7 @@ def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
 
 
 def _visible(folder: Path) -> Iterable[str]:
-    """Paths of files, none of them hidden or inside a hidden folder such as .git or .cache."""
+    """Paths of files that are neither hidden nor in a hidden folder such as .git or .cache."""
     for path in folder.rglob("*"):
         part = path.relative_to(folder)
         if path.is_file() and not any(piece.startswith(".") for piece in part.parts):
@@ -193,23 +191,23 @@ def _content_sha(files: Sequence[SourceFile]) -> str:
     return content_sha((file.path, file.digest) for file in files)
 
 
-def _repo(asked: Asked) -> Source:
+def _repo(hub_repo: HubRepo) -> Source:
     try:
-        validate_repo_id(asked.repo)
+        validate_repo_id(hub_repo.name)
     except HFValidationError:
         raise SourceError(
-            asked.repo,
+            hub_repo.name,
             "this is neither an existing folder nor the name of a repo",
             "Write owner/name (letters, digits, `-`, `_`, `.`), or the path of a folder.",
         ) from None
     if is_offline_mode():
-        return _from_cache(asked)
-    with hub_failures(asked):
-        info = persist(
-            lambda: asked.api.repo_info(
-                asked.repo,
-                repo_type=asked.repo_type,
-                revision=asked.revision,
+        return _from_cache(hub_repo)
+    with hub_failures(hub_repo):
+        info = retry(
+            lambda: hub_repo.api.repo_info(
+                hub_repo.name,
+                repo_type=hub_repo.repo_type,
+                revision=hub_repo.revision,
                 files_metadata=True,
                 timeout=LOOKUP_TIMEOUT_S,
             )
@@ -224,33 +222,37 @@ def _repo(asked: Asked) -> Source:
         if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
     )
     sha = str(info.sha)
-    remember_revision(asked.repo, asked.repo_type, asked.revision, sha)
+    remember_revision(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha)
     if getattr(info, "gated", False) and files:
-        _ask_for_access(asked, files[0].path, sha)
-    return Source(asked.repo, asked.repo_type, asked.revision, sha, files, None)
+        _require_access(hub_repo, files[0].path, sha)
+    return Source(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha, files, None)
 
 
-def _ask_for_access(asked: Asked, path: str, sha: str) -> None:
-    """Anyone may list a gated repo; whether this token may read it shows on a file."""
+def _require_access(hub_repo: HubRepo, path: str, sha: str) -> None:
+    """Read the metadata of one file: anyone may list a gated repo, but not read its files."""
     url = hf_hub_url(
-        asked.repo, path, repo_type=asked.repo_type, revision=sha, endpoint=asked.api.endpoint
+        hub_repo.name,
+        path,
+        repo_type=hub_repo.repo_type,
+        revision=sha,
+        endpoint=hub_repo.api.endpoint,
     )
-    with hub_failures(asked):
-        persist(lambda: asked.api.get_hf_file_metadata(url=url))
+    with hub_failures(hub_repo):
+        retry(lambda: hub_repo.api.get_hf_file_metadata(url=url))
 
 
-def _from_cache(asked: Asked) -> Source:
-    sha = cached_sha(asked.repo, asked.repo_type, asked.revision)
+def _from_cache(hub_repo: HubRepo) -> Source:
+    sha = cached_sha(hub_repo.name, hub_repo.repo_type, hub_repo.revision)
     if sha is None:
-        with hub_failures(asked):
+        with hub_failures(hub_repo):
             raise OfflineModeIsEnabled
-    folder = snapshot_folder(asked.repo, asked.repo_type, sha)
+    folder = snapshot_folder(hub_repo.name, hub_repo.repo_type, sha)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = tuple(
         SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, _cached_digest(path))
         for path in paths
     )
-    return Source(asked.repo, asked.repo_type, asked.revision, sha, files, None)
+    return Source(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha, files, None)
 
 
 def _cached_digest(path: Path) -> str:
@@ -266,23 +268,23 @@ def _require_weights(api: HfApi, source: Source) -> None:
     if source.is_adapter or [name for name in weights if name not in ADAPTERS]:
         return
     if is_offline_mode() and source.folder is None:
-        with hub_failures(Asked(api, source.name, "model", source.revision)):
+        with hub_failures(HubRepo(api, source.name, "model", source.revision)):
             raise OfflineModeIsEnabled
-    here = "folder" if source.folder else "repo"
+    kind = "folder" if source.folder else "repo"
     if any(name in ADAPTERS for name in names):
         problem = f"this is a LoRA adapter without {' and '.join(sorted({*ADAPTERS} - {*names}))}"
         remedy = "Save it again with peft: `save_pretrained(FOLDER)` writes both files."
     elif any(name.endswith(PICKLES) for name in names):
-        problem = f"this {here} has pickled weights only, and reading those can run code"
+        problem = f"this {kind} has pickled weights only, and reading those can run code"
         remedy = "Only safetensors are read. Convert it: load it in transformers, then"
         remedy += " `save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors."
         remedy += ALLOW if source.is_pickled else ""
     elif any(file.path.endswith(".gguf") for file in source.files):
-        problem = f"this {here} has GGUF weights only"
+        problem = f"this {kind} has GGUF weights only"
         remedy = "Use the safetensors model that they were quantised from"
         parent = quantised_from(api, source)
         remedy += f": its card names {parent}." if parent else "."
     else:
-        problem = f"this {here} has no .safetensors file"
+        problem = f"this {kind} has no .safetensors file"
         remedy = "A model needs model.safetensors, or shards and their index, beside config.json."
     raise SourceError(source.pinned, problem, remedy)

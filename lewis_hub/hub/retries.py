@@ -1,6 +1,6 @@
-"""Calls that are worth repeating, with growing pauses.
+"""Retries of calls, with growing pauses.
 
-huggingface_hub itself repeats uploads and HEAD, but no lookup, download or commit.
+huggingface_hub itself retries uploads and HEAD requests, but no lookup, download or commit.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from huggingface_hub.utils import parse_ratelimit_headers
 T = TypeVar("T")
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-LONGEST_PAUSE_S = 60.0  # a server that asks for more gets an error that says so
-N_CONNECTION_RETRIES = 2  # nobody listening seldom changes within seconds
+LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
+N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 
 
-def persist(call: Callable[[], T]) -> T:
-    """Call until it works, while the failure may pass: 408, 429, 5xx, a broken connection."""
+def retry(call: Callable[[], T]) -> T:
+    """Call until it succeeds, as long as errors are transient: 408, 429, 5xx, lost connections."""
     for attempt, pause_s in enumerate(PAUSES_S):
         try:
             return call()
         except (HfHubHTTPError, httpx2.TransportError, OSError) as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
             if isinstance(error, httpx2.ConnectError) and attempt >= N_CONNECTION_RETRIES:
                 raise
-            asked_s = asked_pause_s(error)
-            if asked_s is not None and asked_s > LONGEST_PAUSE_S:
+            after_s = retry_after_s(error)
+            if after_s is not None and after_s > LONGEST_PAUSE_S:
                 raise
-            time.sleep(pause_s if asked_s is None else asked_s)
+            time.sleep(pause_s if after_s is None else after_s)
     return call()
 
 
-def complete(call: Callable[[], object], done: Callable[[], int]) -> None:
-    """Persist with a transfer that goes on where it broke off.
+def retry_transfer(call: Callable[[], object], done: Callable[[], int]) -> None:
+    """Retry a transfer that resumes where it stopped.
 
-    It is given up only when several attempts in a row brought nothing.
+    It fails only when several attempts in a row transferred nothing.
 
     Args:
-        call: one attempt; what it brought before it failed stays.
-        done: how many bytes are there.
+        call: one attempt; it keeps the bytes that it received before it failed.
+        done: gives the number of bytes received.
     """
     while True:
         before = done()
         try:
-            persist(call)
+            retry(call)
         except (httpx2.TransportError, ConnectionResetError):
             if done() <= before:
                 raise
@@ -57,8 +57,8 @@ def complete(call: Callable[[], object], done: Callable[[], int]) -> None:
             return
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same call may work a moment later."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a moment later."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status in {408, 429} or status >= 500
@@ -67,8 +67,8 @@ def may_pass(error: BaseException) -> bool:
     return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
 
-def asked_pause_s(error: BaseException) -> float | None:
-    """How long the server asks us to wait, if it does."""
+def retry_after_s(error: BaseException) -> float | None:
+    """The pause that the server requires before a retry, if it names one."""
     if not isinstance(error, HfHubHTTPError):
         return None
     headers = error.response.headers

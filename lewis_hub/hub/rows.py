@@ -1,4 +1,4 @@
-"""Rows of a pinned dataset, through `datasets`: only the rows asked for are decoded."""
+"""Rows of a pinned dataset, read by `datasets`; only the selected rows are decoded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.failures import Asked, hub_failures
-from lewis_hub.hub.retries import persist
+from lewis_hub.hub.failures import HubRepo, hub_failures
+from lewis_hub.hub.retries import retry
 from lewis_hub.hub.source import Source
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
-ONLY_SPLIT = "train"  # what `datasets` calls the rows of a bare file
+ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,34 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
         split: `train`, `test`, ..., or a slice of one such as `train[:100]`.
 
     Raises:
-        SourceError: no such configuration or split, no data files, none readable, or no rows.
+        SourceError: no such configuration or split, no readable data files, or no rows.
     """
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what fails becomes one SourceError
-    call = _single_file(source, config, split) if _is_file(source) else _named(source, config)
+    datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
+    call = (
+        _single_file(source, config, split) if _is_file(source) else _dataset_call(source, config)
+    )
     with _dataset_failures(api, source, config, split):
-        table = persist(lambda: datasets.load_dataset(**call, split=split, token=api.token))
+        table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
     if not len(table):
         raise SourceError(source.pinned, f"split `{split}` has no rows", "Name another split.")
     return Rows(source.pinned, tuple(table.column_names), table)
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a dataset says of one configuration; empty where it says nothing."""
+class DatasetDescription:
+    """Splits and columns of one configuration; empty if the dataset does not state them."""
 
     splits: tuple[str, ...]
     columns: tuple[str, ...]
 
 
-def describe(api: HfApi, source: Source, config: str | None, split: str) -> Described:
-    """Splits and columns of a dataset by its card and the names of its files; no row is read.
+def describe_dataset(
+    api: HfApi, source: Source, config: str | None, split: str
+) -> DatasetDescription:
+    """Read splits and columns from a dataset's card and file names, without reading a row.
 
     Raises:
         SourceError: no such configuration or split, or no data files.
@@ -88,15 +92,15 @@ def describe(api: HfApi, source: Source, config: str | None, split: str) -> Desc
     datasets.logging.set_verbosity(logging.CRITICAL)
     if _is_file(source):
         _single_file(source, config, split)
-        return Described((ONLY_SPLIT,), ())
+        return DatasetDescription((ONLY_SPLIT,), ())
     with _dataset_failures(api, source, config, split):
-        call = _named(source, config)
-        builder = persist(lambda: datasets.load_dataset_builder(**call, token=api.token))
+        call = _dataset_call(source, config)
+        builder = retry(lambda: datasets.load_dataset_builder(**call, token=api.token))
         splits = tuple(builder.info.splits or builder.config.data_files or ())
         columns = tuple(builder.info.features or ())
         if splits and re.split(r"\W", split)[0] not in splits:
             raise ValueError(f"Unknown split {split!r}. Should be one of {list(splits)}.")
-    return Described(splits, columns)
+    return DatasetDescription(splits, columns)
 
 
 def _is_file(source: Source) -> bool:
@@ -108,13 +112,13 @@ def _single_file(source: Source, config: str | None, split: str) -> dict[str, An
         remedy = "Leave out `config`."
         raise SourceError(source.name, f"a file has no configuration `{config}`", remedy)
     if re.split(r"\W", split)[0] != ONLY_SPLIT:
-        remedy = f"Leave out `split`, or write `{ONLY_SPLIT}`: that is all of the file."
+        remedy = f"Leave out `split`, or write `{ONLY_SPLIT}`, which is the whole file."
         raise SourceError(source.name, f"a file has no split `{split}`", remedy)
     path = source.folder or Path()
     return {"path": LOADERS[path.suffix], "data_files": str(path.resolve())}
 
 
-def _named(source: Source, config: str | None) -> dict[str, Any]:
+def _dataset_call(source: Source, config: str | None) -> dict[str, Any]:
     if source.folder:
         return {"path": str(source.folder.resolve()), "name": config}
     return {
@@ -126,9 +130,9 @@ def _named(source: Source, config: str | None) -> dict[str, Any]:
 
 
 def commit_cache(commit_sha: str) -> str:
-    """A cache of its own for each commit.
+    """The cache folder of a commit.
 
-    Where a repo cannot be read, `datasets` takes whatever commit of it lies in its cache.
+    Each commit has its own: if a repo cannot be read, `datasets` uses any commit in its cache.
     """
     from datasets.config import HF_DATASETS_CACHE
 
@@ -137,14 +141,14 @@ def commit_cache(commit_sha: str) -> str:
 
 @contextmanager
 def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str) -> Iterator[None]:
-    """`datasets` tells what is wrong with a name, a configuration or a split by its text."""
+    """Turn errors of `datasets`, which only differ in their text, into a `SourceError`."""
     from datasets.exceptions import DatasetsError
 
-    asked = Asked(api, source.name, "dataset", source.commit_sha)
+    hub_repo = HubRepo(api, source.name, "dataset", source.commit_sha)
     try:
-        with hub_failures(asked):
+        with hub_failures(hub_repo):
             yield
-    except StopIteration:  # what `datasets` says of a file without a row
+    except StopIteration:  # the error of `datasets` for a file without rows
         raise SourceError(source.pinned, *NO_ROWS) from None
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and SCRIPTS not in str(error):
@@ -171,7 +175,7 @@ def _unloadable(source: Source, config: str | None, split: str, error: Exception
         remedy = "Look on its page for a branch with .parquet files and write it after `@`"
         remedy += " (often `refs/convert/parquet`), or use another."
     elif "data files found" in text or isinstance(error, FileNotFoundError):
-        problem = "it has no data files that can be read, or misses one that it names"
+        problem = "it has no readable data files, or one that it names is missing"
         remedy = "Use one with .jsonl, .parquet or .csv files."
     elif isinstance(error.__cause__, httpx2.HTTPError) or isinstance(error, ConnectionError):
         problem = f"it could not be fetched ({text[:200]})"

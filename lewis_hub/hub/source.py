@@ -1,4 +1,4 @@
-"""A source of weights or rows, pinned: the same `Source` always means the same bytes."""
+"""A pinned source of weights or rows: the same `Source` always means the same bytes."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ class Source:
 
     name: str  # as the user wrote it
     repo_type: RepoType
-    revision: str | None  # as asked: a branch, tag, commit sha, or None
+    revision: str | None  # as the user wrote it: a branch, tag, commit sha, or None
     commit_sha: str  # 40 hex digits on the Hub; `sha256:<hex>` over a folder's names and contents
     files: tuple[SourceFile, ...]
     folder: Path | None  # a local folder, or a local dataset's one file; None: a repo on the Hub
     converted: Path | None = None  # the model with its pickled weights as safetensors
 
     @property
-    def here(self) -> Path | None:
-        """A folder with all that a model needs, outside of huggingface_hub's cache."""
+    def local_folder(self) -> Path | None:
+        """The folder with all files of a model, if it is outside of huggingface_hub's cache."""
         return self.converted or self.folder
 
     @property
     def is_pickled(self) -> bool:
-        """Whether its weights are pickles and nothing else."""
+        """Whether all its weights are pickles."""
         return bool(self.matching(PICKLED)) and not self.matching(("*.safetensors",))
 
     @property
     def is_adapter(self) -> bool:
-        """Whether its weights are a LoRA adapter's and nothing else."""
+        """Whether its only weights are those of a LoRA adapter."""
         weights = tuple(file.path for file in self.matching(("*.safetensors",)))
         return weights == ADAPTERS[1:] and self.file(ADAPTERS[0]) is not None
 
     @property
     def pinned(self) -> str:
-        """How to name exactly this: `repo@<commit sha>`, or the folder as written."""
+        """Its name with the revision pinned: `repo@<commit sha>`, or the folder as written."""
         return self.name if self.folder else f"{self.name}@{self.commit_sha}"
 
     def file(self, path: str) -> SourceFile | None:

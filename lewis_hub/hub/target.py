@@ -1,4 +1,4 @@
-"""Where a merge goes: whether this token may push there, and what lies there now."""
+"""The repo that a merge is published to: the right to push, and its present files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import Asked, hub_failures, no_token
-from lewis_hub.hub.retries import persist
+from lewis_hub.hub.failures import HubRepo, hub_failures, no_token
+from lewis_hub.hub.retries import retry
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,7 +27,7 @@ FORBIDDEN = 403
 
 @dataclass(frozen=True)
 class Target:
-    """A repo as it was seen once; `head` None: it does not exist yet."""
+    """The state of a repo at one moment; `head` is None if the repo does not exist."""
 
     repo: str
     head: str | None  # commit sha of main
@@ -35,48 +35,48 @@ class Target:
 
 
 def open_target(api: HfApi, repo: str, landing: Landing = "commit") -> Target:
-    """Make sure, before hours of work, that a push to `repo` can end well.
+    """Check, before hours of work, that a push to `repo` is allowed.
 
     Raises:
         PublishError: bad name, no token, a token that cannot write, or somebody else's namespace.
     """
-    asked = Asked(api, repo, kind=PublishError)
-    _require_name(asked)
-    target = look(asked)
-    _require_rights(asked, target, landing)
+    hub_repo = HubRepo(api, repo, error_type=PublishError)
+    _require_name(hub_repo)
+    target = read_target(hub_repo)
+    _require_rights(hub_repo, target, landing)
     return target
 
 
-def look(asked: Asked, revision: str = MAIN) -> Target:
-    """What lies in the repo now."""
-    with hub_failures(asked):
+def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
+    """The present state of the repo."""
+    with hub_failures(hub_repo):
         try:
-            info = persist(
-                lambda: asked.api.model_info(
-                    asked.repo, revision=revision, files_metadata=True, timeout=30
+            info = retry(
+                lambda: hub_repo.api.model_info(
+                    hub_repo.name, revision=revision, files_metadata=True, timeout=30
                 )
             )
         except RepositoryNotFoundError:
-            return Target(asked.repo, None, {})
+            return Target(hub_repo.name, None, {})
     digests = {
         file.rfilename: f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
         for file in info.siblings or ()
     }
-    return Target(asked.repo, info.sha, digests)
+    return Target(hub_repo.name, info.sha, digests)
 
 
-def read_text(asked: Asked, target: Target, path: str) -> str | None:
-    """A small text file of the repo as it was seen; None where it has none, or no text."""
+def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:
+    """A small text file of the repo; None if it does not exist or is not text."""
     if path not in target.digests:
         return None
-    with hub_failures(asked):
-        file = persist(
+    with hub_failures(hub_repo):
+        file = retry(
             lambda: hf_hub_download(
-                asked.repo,
+                hub_repo.name,
                 path,
                 revision=target.head,
-                endpoint=asked.api.endpoint,
-                token=asked.api.token,
+                endpoint=hub_repo.api.endpoint,
+                token=hub_repo.api.token,
             )
         )
     try:
@@ -85,74 +85,74 @@ def read_text(asked: Asked, target: Target, path: str) -> str | None:
         return None
 
 
-def _require_name(asked: Asked) -> None:
+def _require_name(hub_repo: HubRepo) -> None:
     try:
-        validate_repo_id(asked.repo)
+        validate_repo_id(hub_repo.name)
     except HFValidationError:
         well_formed = False
     else:
-        well_formed = "/" in asked.repo
+        well_formed = "/" in hub_repo.name
     if not well_formed:
         remedy = "Write owner/name: letters, digits, `-`, `_`, `.`; no `--` and no `..`."
-        raise asked.failed("this is not the name of a repo", remedy)
+        raise hub_repo.failed("this is not the name of a repo", remedy)
 
 
-def _require_rights(asked: Asked, target: Target, landing: Landing) -> None:
+def _require_rights(hub_repo: HubRepo, target: Target, landing: Landing) -> None:
     if resource := os.environ.get("HF_OIDC_RESOURCE"):
-        _require_publisher(asked, target, resource)  # the Hub tells nobody's name
+        _require_publisher(hub_repo, target, resource)  # such a token belongs to no user
         return
-    if asked.token is None:
-        raise no_token(asked)
-    with hub_failures(asked):
-        who = persist(lambda: asked.api.whoami())
+    if hub_repo.token is None:
+        raise no_token(hub_repo)
+    with hub_failures(hub_repo):
+        who = retry(lambda: hub_repo.api.whoami())
     if _role(who) == "read":
-        raise asked.failed(
+        raise hub_repo.failed(
             "this token may only read",
-            f"Make one with write access at {asked.api.endpoint}/settings/tokens, then set"
+            f"Make one with write access at {hub_repo.api.endpoint}/settings/tokens, then set"
             " HF_TOKEN to it or run `hf auth login`.",
         )
     if target.head is None:
-        _require_membership(asked, who)
+        _require_membership(hub_repo, who)
     elif landing == "commit":
-        _require_write(asked, who["name"])
+        _require_write(hub_repo, who["name"])
 
 
-def _require_publisher(asked: Asked, target: Target, resource: str) -> None:
-    """Without a stored token a push goes to one repo, which has to be there."""
-    if resource != asked.repo:
-        raise asked.failed(
+def _require_publisher(hub_repo: HubRepo, target: Target, resource: str) -> None:
+    """Trusted publishing pushes to one repo, which has to exist."""
+    if resource != hub_repo.name:
+        raise hub_repo.failed(
             f"HF_OIDC_RESOURCE lets this run write to {resource} alone",
-            f"Publish there, or set HF_OIDC_RESOURCE to {asked.repo}.",
+            f"Publish there, or set HF_OIDC_RESOURCE to {hub_repo.name}.",
         )
     if target.head is None:
-        raise asked.failed(
+        raise hub_repo.failed(
             "there is no such repo, and without a stored token none can be made",
-            f"Make it at {asked.api.endpoint}/new, and name this workflow in its settings as a"
+            f"Make it at {hub_repo.api.endpoint}/new, and name this workflow in its settings as a"
             " trusted publisher.",
         )
 
 
-def _require_membership(asked: Asked, who: Mapping[str, Any]) -> None:
-    """A new repo needs a namespace that is the user's or an organisation's of theirs."""
+def _require_membership(hub_repo: HubRepo, who: Mapping[str, Any]) -> None:
+    """A new repo needs a namespace of the user or of an organisation of theirs."""
     namespaces = [who["name"], *(organisation["name"] for organisation in who.get("orgs", ()))]
-    namespace, _, name = asked.repo.partition("/")
+    namespace, _, name = hub_repo.name.partition("/")
     if namespace not in namespaces and "*" not in namespaces:  # `*`: the embedded Hub's first user
-        raise asked.failed(
+        raise hub_repo.failed(
             f"`{who['name']}` may not make a repo under `{namespace}`",
             f"This token's namespaces are {', '.join(namespaces)}: push to"
             f" {who['name']}/{name}, or use a token of a member of `{namespace}`.",
         )
 
 
-def _require_write(asked: Asked, name: str) -> None:
-    with hub_failures(asked):
+def _require_write(hub_repo: HubRepo, name: str) -> None:
+    with hub_failures(hub_repo):
         try:
-            persist(lambda: asked.api.auth_check(asked.repo, write=True))
+            retry(lambda: hub_repo.api.auth_check(hub_repo.name, write=True))
         except HfHubHTTPError as error:
             if error.response.status_code != FORBIDDEN:
                 raise
-            own = f"{name}/{asked.repo.partition('/')[2]}"
-            raise asked.failed(
+            own = f"{name}/{hub_repo.name.partition('/')[2]}"
+            raise hub_repo.failed(
                 f"`{name}` may not push to it",
                 "Propose the change instead: `--as pull-request`. Or push to a repo of your own,"
                 f" such as {own}.",

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lewis_hub.checkpoint.reader import Reader, TensorHeader
+    from lewis_hub.checkpoint.header import TensorHeader
+    from lewis_hub.checkpoint.reader import Reader
 
 
 class Moved(NamedTuple):

@@ -17,12 +17,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint.ranges import Place, Window, elsewhere
+from lewis_hub.checkpoint.ranges import (
+    Locations,
+    SourceFiles,
+    absolute_locations,
+    missing_folders,
+)
 from lewis_hub.checkpoint.reader import INDEX, Reader
 from lewis_hub.checkpoint.writer import ShardWriter, index_document
 from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import require_room, sha256_of, write_whole
-from lewis_hub.merge.byte_ranges import needs_of
 from lewis_hub.merge.plan import MergePlan, ShardPlan
 from lewis_hub.merge.runners import Inline, Means, Ray, cpus_of_this_task, threads
 from lewis_hub.progress import Advance
@@ -32,9 +36,7 @@ if TYPE_CHECKING:
 
 
 NOTE = ".done.json"
-RANGES = ".ranges"  # of sources that are elsewhere: what was fetched and is not used up yet
-
-Places = Mapping[str, Place]  # label of a source, or of the base of one -> where its shards are
+RANGES = ".ranges"  # folder of the bytes that are fetched ahead of remote sources
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class ShardResult:
 
 
 def run(
-    plan: MergePlan, places: Places, output: Path, means: Means, advance: Advance
+    plan: MergePlan, locations: Locations, output: Path, means: Means, advance: Advance
 ) -> dict[str, ShardResult]:
     """Write all shards and their index into a folder.
 
     Args:
         plan: what goes into which file.
-        places: of all sources, and of statistics.
+        locations: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
         means: the bytes are the same whatever they are.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
@@ -73,13 +75,13 @@ def run(
     n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
     remedy = "name a folder on another disk with -o"
     require_room(output, n_bytes, "the merged weights", remedy)
-    made = {one.name: one for one in make_shards(plan, places, output, means, advance)}
+    made = {one.name: one for one in make_shards(plan, locations, output, means, advance)}
     results = {layout.name: made[layout.name] for layout in plan.layouts}
     return results | write_index(plan, output)
 
 
 def make_shards(
-    plan: MergePlan, places: Places, output: Path, means: Means, advance: Advance
+    plan: MergePlan, locations: Locations, output: Path, means: Means, advance: Advance
 ) -> Iterator[ShardResult]:
     """Each shard as it is finished, those that are kept first; the arguments are those of `run`.
 
@@ -91,11 +93,11 @@ def make_shards(
         advance(kept.n_bytes)
         yield kept
     if isinstance(means.runner, Ray):
-        yield from _elsewhere(remaining, places, output, means, advance)
+        yield from _elsewhere(remaining, locations, output, means, advance)
         return
-    with window_of(remaining, places, output / RANGES) as window:
+    with open_files(remaining, locations, output / RANGES) as files:
         for shard in remaining:
-            yield merge_shard(shard, window, output, means, advance)
+            yield merge_shard(shard, files, output, means, advance)
 
 
 def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
@@ -109,20 +111,20 @@ def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
 
 
 def merge_shard(
-    plan: ShardPlan, window: Window, output: Path, means: Means, advance: Advance
+    plan: ShardPlan, files: SourceFiles, output: Path, means: Means, advance: Advance
 ) -> ShardResult:
-    """Make one shard on this machine from the beginning; the sources are read by the window."""
+    """Make one shard on this machine from the beginning; the sources are read from `files`."""
     layout = plan.layout
     _note(output, layout.name).unlink(missing_ok=True)
     with ShardWriter(output, layout, stays_cached=means.is_read_next) as writer:
-        mended = fill(plan, window, writer, means, advance)
+        mended = fill(plan, files, writer, means, advance)
         result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
     _write_note(plan, result, output)
     return result
 
 
 def fill(
-    plan: ShardPlan, window: Window, shard: Shard, means: Means, advance: Advance
+    plan: ShardPlan, files: SourceFiles, shard: Shard, means: Means, advance: Advance
 ) -> Mapping[str, int]:
     """Make the tensors of a shard; which sources hold NaN or infinity, and in how many of them."""
     from lewis_hub.merge.assemble import assembling
@@ -132,14 +134,14 @@ def fill(
     layout = plan.layout
     with ExitStack() as opened:
         readers = [
-            opened.enter_context(open_source(label, base, window.reader))
+            opened.enter_context(open_source(label, base, files.reader))
             for label, base in zip(plan.labels, plan.bases, strict=True)
         ]
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
         n_together = max((len(tensor.inputs) for tensor in plan.tensors), default=1)
         desks = Desks(n_together, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
         read = assembling(plan, readers)
-        statistics = [opened.enter_context(window.reader(label)) for label in plan.statistics]
+        statistics = [opened.enter_context(files.reader(label)) for label in plan.statistics]
         site = Site(plan, read, shard, desks, statistics)
         jobs = [
             Job(site, tensor, start)
@@ -148,14 +150,14 @@ def fill(
         advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
         made = _make_all(jobs, means)
         for n_bytes in made:
-            window.step_done()
+            files.step_done()
             advance(n_bytes)
         return Counter(label for label, _ in {one for job in jobs for one in job.mended})
 
 
 def _elsewhere(
     shards: Sequence[ShardPlan],
-    places: Places,
+    locations: Locations,
     output: Path,
     means: Means,
     advance: Advance,
@@ -164,29 +166,28 @@ def _elsewhere(
     assert isinstance(means.runner, Ray)
     if not shards:
         return
-    shared = {k: one.absolute() if isinstance(one, Path) else one for k, one in places.items()}
+    shared = absolute_locations(locations)
     on_worker = partial(_on_worker, shared, output.absolute(), replace(means, runner=Inline()))
     for result in means.runner.map(on_worker, shards):
         advance(result.n_bytes)
         yield result
 
 
-def _on_worker(places: Places, output: Path, means: Means, plan: ShardPlan) -> ShardResult:
-    for place in (*places.values(), output):
-        if isinstance(place, Path) and not place.is_dir():
-            problem = f"the worker on {socket.gethostname()} does not see {place}"
-            remedy = "Keep sources and output where all machines mount them under the same path."
-            raise MergeError("runner `ray`", problem, remedy)
-    with window_of([plan], places, output / f"{RANGES}-{plan.layout.name}") as window:
+def _on_worker(locations: Locations, output: Path, means: Means, plan: ShardPlan) -> ShardResult:
+    for folder in missing_folders({**locations, "output": output}):
+        problem = f"the worker on {socket.gethostname()} does not see {folder}"
+        remedy = "Keep sources and output where all machines mount them under the same path."
+        raise MergeError("runner `ray`", problem, remedy)
+    with open_files([plan], locations, output / f"{RANGES}-{plan.layout.name}") as files:
         here = replace(means, runner=threads(cpus_of_this_task()), device=None)
-        return merge_shard(plan, window, output, here, lambda _: None)
+        return merge_shard(plan, files, output, here, lambda _: None)
 
 
-def window_of(shards: Sequence[ShardPlan], places: Places, scratch: Path) -> Window:
-    """How the sources are read; what is fetched ahead takes no more room than a shard."""
-    steps = [needs for shard in shards for needs in needs_of(shard, elsewhere(places))]
-    most_bytes = max((shard.layout.n_bytes for shard in shards), default=0)
-    return Window(places, steps, scratch, most_bytes)
+def open_files(shards: Sequence[ShardPlan], locations: Locations, scratch: Path) -> SourceFiles:
+    """Open the sources of some shards; at most the bytes of one shard are fetched ahead."""
+    steps = [tensors for shard in shards for tensors in shard.reads]
+    max_bytes = max((shard.layout.n_bytes for shard in shards), default=0)
+    return SourceFiles(locations, steps, scratch, max_bytes)
 
 
 def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:

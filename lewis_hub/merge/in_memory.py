@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lewis_hub.checkpoint.header import torch_dtypes
+from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardLayout
 from lewis_hub.merge.assemble import assembling
-from lewis_hub.merge.engine import RANGES, Places, fill, open_source, window_of
+from lewis_hub.merge.engine import RANGES, fill, open_files, open_source
 from lewis_hub.merge.nan import MendingReader, mending
 from lewis_hub.merge.plan import MergePlan, ShardPlan, TensorPlan
 from lewis_hub.merge.reference import Moments, merge_by_definition
@@ -53,13 +54,15 @@ class HeldShard:
         }
 
 
-def held_tensors(plan: MergePlan, places: Places, scratch: Path, means: Means) -> dict[str, Tensor]:
+def held_tensors(
+    plan: MergePlan, locations: Locations, scratch: Path, means: Means
+) -> dict[str, Tensor]:
     """Make all tensors of a plan, with the values that its files would have.
 
     Args:
         plan: what goes into which file.
-        places: of all sources, and of statistics.
-        scratch: folder for what is fetched of sources that are elsewhere.
+        locations: of all sources, and of statistics.
+        scratch: folder for the bytes that are fetched of remote sources.
         means: by which it is made, on this machine.
 
     Raises:
@@ -68,10 +71,10 @@ def held_tensors(plan: MergePlan, places: Places, scratch: Path, means: Means) -
         DeviceError: a tensor does not fit on the device.
     """
     made: dict[str, Tensor] = {}
-    with window_of(plan.shards, places, scratch / RANGES) as window:
+    with open_files(plan.shards, locations, scratch / RANGES) as files:
         for shard in plan.shards:
             held = HeldShard(shard.layout)
-            fill(shard, window, held, means, lambda _: None)
+            fill(shard, files, held, means, lambda _: None)
             made |= held.tensors()
     return made
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.ranges import SourceTensor
 from lewis_hub.checkpoint.writer import OutputTensor, ShardLayout
 from lewis_hub.merge.alignment import Assembled
 
@@ -82,6 +83,21 @@ class ShardPlan:
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
     allow_nan: bool = False  # whether sources may hold NaN and infinity; see `mending`
     statistics: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> list[list[SourceTensor]]:
+        """The source tensors that each tensor is made of."""
+        return [list(self._reads(tensor)) for tensor in self.tensors]
+
+    def _reads(self, tensor: TensorPlan) -> Iterator[SourceTensor]:
+        assembled = tensor.assembled or (None,) * len(tensor.inputs)
+        for number, header, made in zip(tensor.sources, tensor.inputs, assembled, strict=True):
+            if made is None:
+                yield SourceTensor(self.labels[number], header, self.bases[number])
+                continue
+            for source in sorted(made.rows.sources()):
+                if part := made.parts[source]:
+                    yield SourceTensor(self.labels[source], part, self.bases[source])
 
     @cached_property
     def digest(self) -> str:

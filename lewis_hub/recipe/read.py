@@ -1,6 +1,6 @@
-"""A recipe from YAML: everything that can be known without a network is refused here.
+"""Read a recipe from YAML. Every error that needs no network to be found is raised here.
 
-Every complaint names the file, the line, the field, what was expected and what to do.
+A message names the file, the line, the field, what was expected, and what to do.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lewis_hub.errors import RecipeError
-from lewis_hub.recipe.rules import SETTING, Complaint, Place, contradictions
+from lewis_hub.recipe.rules import SETTING, Complaint, FieldPath, contradictions
 from lewis_hub.recipe.schema import Recipe
 
-# What mergekit or a later version knows and this one does not: refused by name, never ignored.
-NOT_YET = {
-    "slices.residual_weight": "mergekit reads it and does nothing with it: remove it.",
-    "modules": "Per-module merges are not in this version: list whole models under `models`.",
-    "guide.trim": "How to trim is a setting of the method: `parameters: {trim: activation}`.",
+# keys that mergekit or another version knows: the message says what to write instead
+UNSUPPORTED = {
+    "slices.residual_weight": "mergekit reads it and ignores it: remove it.",
+    "modules": "Per-module merges are not supported: list whole models under `models`.",
+    "guide.trim": "Trimming is a setting of the method: `parameters: {trim: activation}`.",
 }
 
 Rules = Callable[[Recipe], Iterable[Complaint]]
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and refuses a key that is given twice."""
+    """A safe loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
         seen: set[Any] = set()
@@ -50,32 +50,26 @@ def read_recipe(path: Path | str, rules: Rules = contradictions) -> Recipe:
     """Read and validate a recipe file.
 
     Args:
-        path: a YAML file; relative paths inside it are looked up beside it, then in the
-            working folder.
-        rules: what the whole must obey.
+        path: a YAML file. Relative paths in it are searched beside it, then in the working folder.
+        rules: find contradictions in the whole recipe.
 
     Raises:
-        RecipeError: the file is missing, is not YAML, or asks for something that cannot be done.
+        RecipeError: the file is missing, is not YAML, or is not a valid recipe.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(
-            str(path),
-            "",
-            "there is no such file.",
-            "Name a recipe, or write one with `lewis-hub init`.",
-        ) from None
+        remedy = "Name a recipe, or write one with `lewis-hub init`."
+        raise RecipeError(str(path), "", "the file does not exist.", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            str(path), "", f"it cannot be read: {error}", "A recipe is a YAML file in UTF-8."
-        ) from None
+        remedy = "A recipe is a YAML file in UTF-8."
+        raise RecipeError(str(path), "", f"it cannot be read: {error}", remedy) from None
     return parse_recipe(text, str(path), rules).placed_in(path.parent)
 
 
 def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
-    """Validate a recipe's text; `file` is what messages call it.
+    """Validate the text of a recipe; messages name it `file`.
 
     Raises:
         RecipeError: as for `read_recipe`.
@@ -85,22 +79,13 @@ def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 0-0
         raise _not_yaml(error, file) from None
     if not isinstance(document, dict):
-        raise RecipeError(
-            file,
-            "",
-            f"expected a mapping with `models` and `merge_method`, found {_kind(document)}.",
-            "`lewis-hub init` writes a recipe to start from.",
-        )
+        problem = f"expected a mapping with `models` and `merge_method`, found {_kind(document)}."
+        raise RecipeError(file, "", problem, "`lewis-hub init` writes a recipe to start from.")
     complaints = _complaints(document, rules)
     if complaints:
-        (where, problem, remedy), *others = complaints
-        raise RecipeError(
-            f"{file}:{_line(node, where)}",
-            dotted(where),
-            problem,
-            remedy,
-            tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in others),
-        )
+        (where, problem, remedy), *rest = complaints
+        others = tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in rest)
+        raise RecipeError(f"{file}:{_line(node, where)}", dotted(where), problem, remedy, others)
     return Recipe.model_validate(document)
 
 
@@ -128,36 +113,36 @@ def _not_yaml(error: Exception, file: str) -> RecipeError:
     mark = getattr(error, "problem_mark", None)
     where = f"{file}:{mark.line + 1}" if mark else file
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return RecipeError(where, "", f"not valid YAML: {problem}.", "Mend the line, then run again.")
+    return RecipeError(where, "", f"not valid YAML: {problem}.", "Fix the line, then run again.")
 
 
 def _complaints(document: Mapping[str, Any], rules: Rules) -> list[Complaint]:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        by_place: dict[Place, list[ErrorDetails]] = {}
+        by_path: dict[FieldPath, list[ErrorDetails]] = {}
         for detail in error.errors(include_url=False):
-            by_place.setdefault(_in_document(detail, document), []).append(detail)
-        places = [where for where in by_place if not _only_follows(where, by_place)]
-        places.sort(key=lambda where: by_place[where][0]["type"] != "extra_forbidden")
-        return [_complaint(where, by_place[where]) for where in places]
+            by_path.setdefault(_in_document(detail, document), []).append(detail)
+        paths = [where for where in by_path if not _only_follows(where, by_path)]
+        paths.sort(key=lambda where: by_path[where][0]["type"] != "extra_forbidden")
+        return [_complaint(where, by_path[where]) for where in paths]
     return list(rules(recipe))
 
 
-def _only_follows(where: Place, by_place: Mapping[Place, Sequence[ErrorDetails]]) -> bool:
-    """A list or a union whose item is wrong is reported too; the item is enough."""
-    inner = any(other != where and other[: len(where)] == where for other in by_place)
-    return inner and all(detail["type"] != "value_error" for detail in by_place[where])
+def _only_follows(where: FieldPath, by_path: Mapping[FieldPath, Sequence[ErrorDetails]]) -> bool:
+    """Whether pydantic reports a list or a union only because an item of it is wrong."""
+    inner = any(other != where and other[: len(where)] == where for other in by_path)
+    return inner and all(detail["type"] != "value_error" for detail in by_path[where])
 
 
-def _complaint(where: Place, details: Sequence[ErrorDetails]) -> Complaint:
+def _complaint(where: FieldPath, details: Sequence[ErrorDetails]) -> Complaint:
     kinds = {detail["type"] for detail in details}
     key = str(where[-1]) if where else ""
     found = details[0]["input"]
     if kinds == {"extra_forbidden"}:
-        later = NOT_YET.get(".".join(step for step in where if isinstance(step, str)))
+        later = UNSUPPORTED.get(".".join(step for step in where if isinstance(step, str)))
         if later:
-            return where, f"`{key}` is not understood by this version.", later
+            return where, f"`{key}` is not supported by this version.", later
         return where, f"unknown key `{key}`.", _nearest(key, _known_keys(where[:-1]))
     if kinds == {"missing"}:
         return where, f"`{key}` is missing.", f"Add `{key}:`; `lewis-hub schema` describes it."
@@ -175,8 +160,8 @@ def _in_words(detail: ErrorDetails) -> str:
     return f"expected {expected}, found {_kind(detail['input'])}."
 
 
-def _in_document(detail: ErrorDetails, document: Any) -> Place:
-    """Drop what pydantic adds to a path (the branches of unions) and keep the user's keys."""
+def _in_document(detail: ErrorDetails, document: Any) -> FieldPath:
+    """The path of an error in the user's document: without pydantic's branches of unions."""
     where: list[str | int] = []
     for step in detail["loc"]:
         inside = isinstance(document, dict) and step in document
@@ -186,16 +171,16 @@ def _in_document(detail: ErrorDetails, document: Any) -> Place:
     if detail["type"] == "missing":
         where.append(detail["loc"][-1])
     if "parameters" in where and detail["type"] not in {"missing", "extra_forbidden"}:
-        where = where[: where.index("parameters") + 2]  # the parameter, whatever its branches say
+        where = where[: where.index("parameters") + 2]  # all branches of the union at once
     return tuple(where)
 
 
-def _known_keys(where: Place) -> list[str]:
+def _known_keys(where: FieldPath) -> list[str]:
     model: type[BaseModel] | None = Recipe
     for step in where:
         if isinstance(step, str) and model:
             names = {field.alias or name: field for name, field in model.model_fields.items()}
-            if step in names:  # else a key of a mapping, such as a parameter's name
+            if step in names:  # otherwise it is a key of a mapping, such as a parameter's name
                 model = _model_in(names[step].annotation)
     if model is None:
         return []
@@ -215,7 +200,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
     return f"Known here: {', '.join(known)}." if known else "Remove it."
 
 
-def _line(node: yaml.Node | None, where: Place) -> int:
+def _line(node: yaml.Node | None, where: FieldPath) -> int:
     line = node.start_mark.line if node else 0
     for step in where:
         if isinstance(node, yaml.MappingNode):
@@ -229,8 +214,8 @@ def _line(node: yaml.Node | None, where: Place) -> int:
     return line + 1
 
 
-def dotted(where: Place) -> str:
-    """A place as messages write it: `models[0].parameters.density`."""
+def dotted(where: FieldPath) -> str:
+    """A path as messages write it: `models[0].parameters.density`."""
     text = ""
     for step in where:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step

@@ -1,28 +1,37 @@
-"""What each field of a recipe allows and the whole does not."""
+"""Rules for the recipe as a whole: combinations of fields that are each valid by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lewis_hub.recipe.schema import CHAT_TEMPLATES, REPO, Evaluation, ModelReference, Recipe, Slice
+from lewis_hub.recipe.schema import (
+    CHAT_TEMPLATES,
+    REPO,
+    Evaluation,
+    ModelReference,
+    Recipe,
+    Settings,
+    Slice,
+)
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
 LEAVE_OUT = "Leave it out."
-STATISTICAL = frozenset({"regmean"})  # methods that merge by statistics of their experts' inputs
+WHOLE_BASE = "the base must be a whole model, not an adapter on a model."
+STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
 
-Place = tuple[str | int, ...]  # a path in the document, such as ("models", 0, "parameters")
-Complaint = tuple[Place, str, str]  # where, the problem, what to do
+FieldPath = tuple[str | int, ...]  # in the document, such as ("models", 0, "parameters")
+Complaint = tuple[FieldPath, str, str]  # where, the problem, what to do
 
 
 def contradictions(recipe: Recipe) -> Iterator[Complaint]:
-    """What each field allows and the whole does not."""
+    """Find all combinations that cannot be merged; needs no network."""
     yield from _tokenizer_contradictions(recipe)
     base = recipe.base_model
     if base and base.on:
         remedy = "Name the whole model, and list the adapter under `models`."
-        yield ("base_model",), "a base is a whole model, and this puts an adapter on one.", remedy
+        yield ("base_model",), WHOLE_BASE, remedy
     yield from _slice_contradictions(recipe) if recipe.slices else _model_contradictions(recipe)
     if recipe.guide:
         yield from _guide_contradictions(recipe)
@@ -34,13 +43,13 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
 
 
 def asks_for_statistics(recipe: Recipe) -> bool:
-    """Whether a method of ours has to know what its experts' inputs are like."""
+    """Whether the method needs statistics of the experts' inputs."""
     by_activation = "activation" in _values(recipe.parameters.get("trim", ()))
     return recipe.merge_method in STATISTICAL or by_activation
 
 
 def fits_in_sequence(recipe: Recipe) -> bool:
-    """Whether matrices are fitted one after the other, on what the merged model is handed."""
+    """Whether each matrix is fitted on the inputs that the merged model gives it, in sequence."""
     return recipe.merge_method in STATISTICAL and recipe.parameters.get("inputs") == "merged"
 
 
@@ -50,23 +59,27 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
         yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
-    asked = recipe.asked_tokenizer
-    place: Place = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
-    if asked and asked.source not in ("base", "union") and not recipe.reference(asked.source):
-        problem = f"`{asked.source}` is none of the models."
-        yield place, problem, f"Write `base`, `union` or one of {models}."
-    for token, embedding in (asked.tokens if asked else {}).items():
+    tokenizer = recipe.asked_tokenizer
+    path: FieldPath = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
+    if (
+        tokenizer
+        and tokenizer.source not in ("base", "union")
+        and not recipe.reference(tokenizer.source)
+    ):
+        problem = f"`{tokenizer.source}` is not one of the models."
+        yield path, problem, f"Write `base`, `union` or one of {models}."
+    for token, embedding in (tokenizer.tokens if tokenizer else {}).items():
         model = embedding.model
         if embedding.source is None and embedding.force:
             remedy = "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
-            yield ("tokenizer", "tokens", token), "it is forced to nothing.", remedy
+            yield ("tokenizer", "tokens", token), "`force` is set without a `source`.", remedy
         if model and not recipe.reference(model):
-            problem = f"`{model}` is none of the models."
+            problem = f"`{model}` is not one of the models."
             yield ("tokenizer", "tokens", token, "source"), problem, f"Write one of {models}."
     template = recipe.chat_template
     named = template in ("auto", *CHAT_TEMPLATES)
     if template and not named and "{" not in template and not recipe.reference(template):
-        problem = f"`{template}` is none of the models, and no template either."
+        problem = f"`{template}` is neither one of the models nor a template."
         listed = ", ".join(f"`{name}`" for name in CHAT_TEMPLATES)
         remedy = f"Write `auto`, one of {models}, {listed}, or the template's text (Jinja)."
         yield ("chat_template",), problem, remedy
@@ -88,36 +101,35 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         remedy = "List whole models under `models`, or ranges of their blocks under `slices`."
         yield ("slices",), "both `models` and `slices` are given.", remedy
     if recipe.missing != "error":
-        yield ("missing",), "slices take tensors as they are.", LEAVE_OUT
+        yield ("missing",), "`missing` does not apply to slices.", LEAVE_OUT
     for index, one in enumerate(recipe.slices):
-        where: Place = ("slices", index)
+        where: FieldPath = ("slices", index)
         if one.base_model and one.base_model.on:
             remedy = "Name the whole model, and list the adapter under `sources`."
-            problem = "a base is a whole model, and this puts an adapter on one."
-            yield (*where, "base_model"), problem, remedy
+            yield (*where, "base_model"), WHOLE_BASE, remedy
         elif one.base_model and one.base_model not in [source.model for source in one.sources]:
-            remedy = "Which of its blocks are meant has to be said: add it with its `layer_range`."
+            remedy = "Add it to `sources` with its `layer_range`."
             problem = f"the base `{one.base_model}` is not among the slice's sources."
             yield (*where, "base_model"), problem, remedy
         lengths = [len(source.blocks) for source in one.sources]
         if len(set(lengths)) > 1:
             problem = f"its sources have {_listed(lengths)} blocks."
-            remedy = "Block by block they become one: give ranges of equal length."
+            remedy = "The sources are merged block by block: give ranges of equal length."
             yield (*where, "sources"), problem, remedy
         names = [str(source.model.model_copy(update={"on": None})) for source in one.sources]
         for twice in sorted({name for name in names if names.count(name) > 1}):
-            remedy = "List each model once in a slice; another slice may have it again."
+            remedy = "List each model once in a slice; another slice may list it again."
             yield (*where, "sources"), f"`{twice}` is listed twice.", remedy
-        for place, source in enumerate(one.sources):
-            inner = (*where, "sources", place, "model")
+        for number, source in enumerate(one.sources):
+            inner = (*where, "sources", number, "model")
             yield from _adapter_contradictions(recipe, inner, source.model)
 
 
 def _adapter_contradictions(
-    recipe: Recipe, where: Place, model: ModelReference
+    recipe: Recipe, where: FieldPath, model: ModelReference
 ) -> Iterator[Complaint]:
     if model.on and model.on != recipe.base_model:
-        problem = f"an adapter is put on `{model.on}`, and the base is `{recipe.base_model}`."
+        problem = f"the adapter's base is `{model.on}`, but `base_model` is `{recipe.base_model}`."
         remedy = "It is merged as a task vector of `base_model`: name its base there, or merge "
         remedy += "it into its base with peft (`merge_and_unload`) and list the result."
         yield where, problem, remedy
@@ -127,54 +139,53 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     assert recipe.guide
     if recipe.base_model is None:
         yield ("guide",), "a guide needs a `base_model` to compare with.", "Name the base model."
-    places: list[tuple[Place, Mapping[str, Any]]] = [((), recipe.parameters)]
-    for index, entry in enumerate(recipe.models):
-        if entry.model != recipe.base_model:
-            places.append((("models", index), entry.parameters))
-    for index, one in enumerate(recipe.slices):
-        places.append((("slices", index), one.parameters))
-        for number, source in enumerate(one.sources):
-            places.append((("slices", index, "sources", number), source.parameters))
-        yield from _guided_slice(recipe, ("slices", index), one)
+    for index, part in enumerate(recipe.slices):
+        yield from _guided_slice(recipe, ("slices", index), part)
     if recipe.guide.apply_to == "weight":
-        return  # the densities are the recipe's own
-    for where, parameters in places:
-        if "density" in parameters:
-            place = (*where, "parameters", "density")
-            yield place, "both a guide and a density are given.", "Remove one of the two."
+        return  # the recipe sets the densities
+    for where, parameters in _all_parameters(recipe):
+        is_base = where[0] == "models" and recipe.models[int(where[1])].model == recipe.base_model
+        if "density" in parameters and not is_base:
+            problem = "both a guide and a density are given."
+            yield (*where, "density"), problem, "Remove one of the two."
 
 
-def _guided_slice(recipe: Recipe, where: Place, one: Slice) -> Iterator[Complaint]:
-    """A guide tells how a block of an expert differs from that block of the base."""
+def _guided_slice(recipe: Recipe, where: FieldPath, one: Slice) -> Iterator[Complaint]:
+    """A guide compares each block of an expert with the base's block of the same number."""
     if one.base_model and one.base_model != recipe.base_model:
-        problem = f"a guide compares with `{recipe.base_model}`, and this slice has another base."
+        problem = f"a guide compares with `{recipe.base_model}`, but this slice has another base."
         yield (*where, "base_model"), problem, "Leave it out, or give densities without a guide."
     ranges = {source.model: source.layer_range for source in one.sources}
     own = ranges.get(recipe.base_model) if recipe.base_model else None
     for number, source in enumerate(one.sources):
         if own and source.layer_range != own:
-            problem = f"a guide compares blocks of equal number, and the base has {[*own]} here."
+            problem = "a guide compares blocks with the same number, but the base has the range "
+            problem += f"{[*own]} in this slice."
             remedy = "Give the same range, or densities without a guide."
             yield (*where, "sources", number, "layer_range"), problem, remedy
 
 
-def _gate_contradictions(recipe: Recipe, asked: Evaluation) -> Iterator[Complaint]:
-    gates = asked.gate or ()
+def _gate_contradictions(recipe: Recipe, evaluation: Evaluation) -> Iterator[Complaint]:
+    gates = evaluation.gate or ()
     for index, gate in enumerate(gates):
-        where: Place = ("evaluate", "gate", *([index] if len(gates) > 1 else []))
-        if gate.task not in asked.tasks:
-            problem = f"`{gate.task}` is none of `evaluate.tasks`."
-            yield (*where, "task"), problem, f"Write one of {', '.join(asked.tasks)}, or add it."
-        place = (*where, "not_worse_than")
+        where: FieldPath = ("evaluate", "gate", *([index] if len(gates) > 1 else []))
+        if gate.task not in evaluation.tasks:
+            problem = f"`{gate.task}` is not in `evaluate.tasks`."
+            yield (
+                (*where, "task"),
+                problem,
+                f"Write one of {', '.join(evaluation.tasks)}, or add it.",
+            )
+        path = (*where, "not_worse_than")
         for rival in gate.not_worse_than:
-            if rival != "previous" and rival not in asked.compare:
-                problem = f"`{rival}` is not scored: it is none of `evaluate.compare`."
-                yield place, problem, f"Add `{rival}` to `evaluate.compare`."
+            if rival != "previous" and rival not in evaluation.compare:
+                problem = f"`{rival}` is not scored: it is not in `evaluate.compare`."
+                yield path, problem, f"Add `{rival}` to `evaluate.compare`."
             elif rival == "uniform" and not (recipe.guide or asks_for_statistics(recipe)):
-                problem = "without a guide the merge is its own uniform twin."
-                yield place, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
+                problem = "without a guide the merge and its uniform twin are the same."
+                yield path, problem, "Write `base`, `experts` or `previous`, or add a `guide`."
             elif rival == "base" and recipe.base_model is None:
-                yield place, "there is no `base_model`.", "Write `experts` or `previous`."
+                yield path, "the recipe has no `base_model`.", "Write `experts` or `previous`."
 
 
 def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -183,36 +194,36 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield ("calibration",), problem, "Keep one: guide and method measure on the same texts."
     asks = asks_for_statistics(recipe)
     if recipe.calibration and not asks and recipe.guide is None:
-        problem = f"`{recipe.merge_method}` measures nothing, and there is no guide."
+        problem = f"`{recipe.merge_method}` uses no calibration, and the recipe has no guide."
         yield ("calibration",), problem, LEAVE_OUT
     if not asks:
         return
     if isinstance(recipe.parameters.get("inputs"), tuple):
-        problem = "all matrices are fitted on inputs of one kind."
+        problem = "`inputs` takes one value for all matrices."
         yield ("parameters", "inputs"), problem, "Write `own` or `merged`."
-    what = (
+    option = (
         f"`{recipe.merge_method}`" if recipe.merge_method in STATISTICAL else "`trim: activation`"
     )
     if recipe.slices:
         remedy = "List whole models under `models`, or take another method."
-        yield ("slices",), f"{what} works with `models` only.", remedy
+        yield ("slices",), f"{option} works with `models` only.", remedy
         return
     for entry in recipe.experts:
         if recipe.calibration_of(entry) is None:
-            problem = f"{what} needs calibration data, and there is none for `{entry.model}`."
-            remedy = "Add `calibration` to this model, or to the recipe for all that have none: "
+            problem = f"{option} needs calibration data, but `{entry.model}` has none."
+            remedy = "Add `calibration` to this model, or to the recipe for all models without: "
             remedy += "some of the expert's own training texts, in the benchmark's prompt format."
             yield ("models",), problem, remedy
 
 
-def _benchmark_contradictions(asked: Evaluation) -> Iterator[Complaint]:
-    for task, benchmark in (asked.benchmarks or {}).items():
-        where: Place = ("evaluate", "benchmarks", task)
-        if task not in asked.tasks:
-            problem = f"`{task}` is none of `evaluate.tasks`."
-            yield where, problem, f"Write one of {', '.join(asked.tasks)}, or add it."
-        if asked.limit is not None:
-            problem = "with `limit` only a part of the items is scored: no result of a benchmark."
+def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:
+    for task, benchmark in (evaluation.benchmarks or {}).items():
+        where: FieldPath = ("evaluate", "benchmarks", task)
+        if task not in evaluation.tasks:
+            problem = f"`{task}` is not in `evaluate.tasks`."
+            yield where, problem, f"Write one of {', '.join(evaluation.tasks)}, or add it."
+        if evaluation.limit is not None:
+            problem = "`limit` scores a part of the items, which is not a benchmark result."
             yield where, problem, "Remove `limit`, or `benchmarks`."
         if not REPO.fullmatch(benchmark.dataset):
             problem = f"{benchmark.dataset!r} is not owner/name (letters, digits, `-`, `_`, `.`)."
@@ -220,25 +231,29 @@ def _benchmark_contradictions(asked: Evaluation) -> Iterator[Complaint]:
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:
-    places: list[tuple[Place, Mapping[str, Any]]] = [(("parameters",), recipe.parameters)]
-    for index, entry in enumerate(recipe.models):
-        places.append((("models", index, "parameters"), entry.parameters))
-    for index, one in enumerate(recipe.slices):
-        places.append((("slices", index, "parameters"), one.parameters))
-        for place, source in enumerate(one.sources):
-            inner = ("slices", index, "sources", place, "parameters")
-            places.append((inner, source.parameters))
-    for where, settings in places:
+    for where, parameters in _all_parameters(recipe):
         for name in ("weight", "density"):
-            for value in _values(settings.get(name, ())):
+            for value in _values(parameters.get(name, ())):
                 if isinstance(value, bool | str):
                     yield (*where, name), f"expected numbers, found {value!r}.", f"Give {SETTING}."
                 elif name == "density" and not 0 <= value <= 1:
-                    problem = f"a density lies between 0 and 1, found {value:g}."
+                    problem = f"expected a density between 0 and 1, found {value:g}."
                     yield (*where, name), problem, "It is the fraction of entries kept."
 
 
+def _all_parameters(recipe: Recipe) -> Iterator[tuple[FieldPath, Settings]]:
+    """Every `parameters` mapping of a recipe, with its path."""
+    yield ("parameters",), recipe.parameters
+    for index, entry in enumerate(recipe.models):
+        yield ("models", index, "parameters"), entry.parameters
+    for index, one in enumerate(recipe.slices):
+        yield ("slices", index, "parameters"), one.parameters
+        for number, source in enumerate(one.sources):
+            yield ("slices", index, "sources", number, "parameters"), source.parameters
+
+
 def _values(setting: Any) -> list[Any]:
+    """The numbers, switches and words in a setting, whatever its form."""
     if isinstance(setting, tuple):
         return [value for item in setting for value in _values(getattr(item, "value", item))]
     return [setting]

@@ -1,7 +1,7 @@
-"""What the user asks: the types of a recipe. `recipe.read` reads a recipe from YAML.
+"""The types of a recipe. `recipe.read` reads a recipe from YAML.
 
-A recipe is a superset of a mergekit configuration. Every type is frozen and refuses unknown keys;
-the field descriptions are the text that editors show through the JSON Schema.
+A recipe is a superset of a mergekit configuration. Every type is frozen and refuses unknown keys.
+Editors show the docstrings and field descriptions through the JSON Schema.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from pydantic import (
     model_validator,
 )
 
-ApplyTo = Literal["density", "weight", "both"]  # what a guide's schedule sets
+ApplyTo = Literal["density", "weight", "both"]
+Missing = Literal["error", "base"]
 
+CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped with the package
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
+REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def _number(value: bool | int | float | str) -> bool | int | float | str:  # noqa: FBT001
-    """YAML reads 1e-5, which has no point, as text."""
+    """YAML reads a number such as 1e-5, which has no point, as a string."""
     return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
@@ -40,20 +43,20 @@ Gradient = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class Part(BaseModel):
-    """A part of a recipe: it stays as it was read, and refuses unknown keys."""
+    """A part of a recipe: immutable, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class Conditional(Part):
-    """A value for the tensors whose names contain `filter`; the first that matches counts."""
+    """A value for the tensors whose names contain `filter`. The first match counts."""
 
-    filter: str | None = Field(None, description="Part of a tensor's name; absent or `*`: any.")
+    filter: str | None = Field(None, description="Part of a tensor's name; `*` or absent: any.")
     value: Scalar | Gradient
 
 
 def _listed(value: Any) -> Any:
-    """Mergekit takes a single condition without a list."""
+    """A single mapping stands for a list of one."""
     return [value] if isinstance(value, Mapping) else value
 
 
@@ -67,37 +70,43 @@ Settings = Mapping[str, Setting]
 
 
 def _present(value: Any) -> Any:
+    """A key without a value stands for an empty mapping."""
     return {} if value is None else value
 
 
-Parameters = Annotated[Settings, BeforeValidator(_present)]  # a key without a value is allowed
+Parameters = Annotated[Settings, BeforeValidator(_present)]
 
 
 class Calibration(Part):
-    """Texts to run through base and expert. They pay when they resemble the benchmark."""
+    """Texts that are run through base and expert. They help if they resemble the benchmark."""
 
     dataset: str | None = Field(
-        None, description="Repo, repo@revision, or a local .jsonl or .parquet file; or else `task`."
+        None,
+        description="A repo, repo@revision, or a local .jsonl or .parquet file. Or set `task`.",
     )
-    task: str | None = Field(
-        None, description="lm-eval task whose own items are put through its prompt and target."
+    task: str | None = Field(None, description="lm-eval task: its prompts and targets.")
+    include: str | None = Field(None, description="Folder with your own lm-eval task files.")
+    revision: str | None = Field(
+        None, description="Revision of the task's dataset. Default: the newest commit."
     )
-    include: str | None = Field(None, description="Folder with own lm-eval task files.")
-    revision: str | None = Field(None, description="Of the task's dataset; absent: its newest.")
     config: str | None = Field(None, description="Configuration (subset) of the dataset.")
-    split: str = Field("train", description="Split to draw from; never one that is scored.")
+    split: str = Field("train", description="Split to sample from. It must not be scored.")
     text: str | None = Field(None, description="Template over columns: `{question} {answer}`.")
-    messages: str | None = Field(None, description="Column of chat messages instead of `text`.")
+    messages: str | None = Field(
+        None, description="Column of chat messages; they are formatted with the chat template."
+    )
     chat_template: bool | None = Field(
-        None, description="Of a task: put prompts through it. Absent: as `evaluate` says."
+        None,
+        description="Whether the prompts of a task are formatted with the chat template. "
+        "Default: as `evaluate.chat_template`.",
     )
-    samples: int = Field(15, ge=1, description="Rows drawn by `seed`.")
+    samples: int = Field(15, ge=1, description="Number of rows, sampled with `seed`.")
     max_tokens: int = Field(
-        512, ge=1, description="Longer texts are cut: a task's at the beginning, others at the end."
+        512,
+        ge=1,
+        description="Truncate longer texts: those of a task at the beginning, others at the end.",
     )
-    allow_overlap: bool = Field(
-        default=False, description="Carry on where items are drawn that `evaluate` scores."
-    )
+    allow_overlap: bool = Field(default=False, description="Allow samples that are also scored.")
 
     @model_validator(mode="after")
     def _one_template(self) -> Calibration:
@@ -109,7 +118,8 @@ class Calibration(Part):
         other = of_data if self.task else of_task
         for key in other:
             if getattr(self, key) is not None:
-                raise ValueError(f"`{key}` does not go with `{'task' if self.task else 'dataset'}`")
+                kind = "task" if self.task else "dataset"
+                raise ValueError(f"`{key}` cannot be used with `{kind}`")
         return self
 
     @property
@@ -118,33 +128,21 @@ class Calibration(Part):
         return self.dataset or f"task {self.task}"
 
 
-def as_scored(document: Any) -> Any:
-    """A recipe's document, each calibration on a task told to use the chat template.
-
-    So it is where `evaluate` uses it and the calibration does not say; else nothing changes.
-    """
-    scoring = document.get("evaluate") if isinstance(document, Mapping) else None
-    in_chat = isinstance(scoring, Mapping) and scoring.get("chat_template") is True
-    return _in_chat(document) if in_chat else document
-
-
-def _in_chat(place: Any) -> Any:
-    if isinstance(place, list):
-        return [_in_chat(one) for one in place]
-    if not isinstance(place, Mapping):
-        return place
-    told = {key: _in_chat(value) for key, value in place.items()}
-    of = told.get("calibration")
-    if isinstance(of, Mapping) and of.get("task") is not None:
-        told["calibration"] = {"chat_template": True, **of}
-    return told
-
-
-CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # that come with the package
+def _in_chat(node: Any) -> Any:
+    """Set `chat_template: true` in calibrations on tasks that do not set it."""
+    if isinstance(node, list):
+        return [_in_chat(item) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    changed = {key: _in_chat(value) for key, value in node.items()}
+    calibration = changed.get("calibration")
+    if isinstance(calibration, Mapping) and calibration.get("task") is not None:
+        changed["calibration"] = {"chat_template": True, **calibration}
+    return changed
 
 
 class ModelToken(Part):
-    """A token of one of the models, by its text or its id."""
+    """A token of one of the models, given by its text or its id."""
 
     kind: Literal["model_token"]
     model: str = Field(min_length=1)
@@ -159,7 +157,7 @@ class ModelToken(Part):
 
 
 class Zero(Part):
-    """No token at all: zeros."""
+    """An embedding of zeros."""
 
     kind: Literal["zero"]
 
@@ -178,86 +176,79 @@ Origin = Annotated[
 
 
 class TokenEmbedding(Part):
-    """Whose row a token gets, instead of the usual rule."""
+    """The embedding of one token, where the default rule does not fit."""
 
     source: Origin | None = Field(
         None, description="One of the models, {kind: model_token, ...} or {kind: zero}."
     )
-    force: bool = Field(default=False, description="Also for the models that have the token.")
+    force: bool = Field(
+        default=False, description="Use `source` also in models that have the token themselves."
+    )
 
     @property
     def model(self) -> str | None:
-        """The model whose row it is, as it is written; None for zeros and for the usual rule."""
+        """The model that gives the embedding, as written; None for zeros or the default rule."""
         if isinstance(self.source, str):
             return self.source
         return self.source.model if isinstance(self.source, ModelToken) else None
 
 
 class Tokenizer(Part):
-    """The tokenizer of the merge, and how its embeddings are put together."""
+    """The tokenizer of the merge, and where the embeddings of its tokens come from."""
 
-    source: str = Field("union", description="base, union, or one of the models.")
-    tokens: Mapping[str, TokenEmbedding] = Field(
-        default_factory=dict, description="By the token's text; new ones are added."
+    source: str = Field("union", description="`base`, `union`, or one of the models.")
+    tokens: Annotated[Mapping[str, TokenEmbedding], BeforeValidator(_present)] = Field(
+        default_factory=dict,
+        description="Settings of single tokens, by their text. A new token is added.",
     )
-    pad_to_multiple_of: int | None = Field(None, ge=1, description="Of the rows of embeddings.")
-
-    @field_validator("tokens", mode="before")
-    @classmethod
-    def _absent(cls, value: Any) -> Any:
-        return {} if value is None else value
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, description="Pad the number of embedding rows to a multiple of this."
+    )
 
 
 class Gate(Part):
-    """What a merge has to reach on one metric of one task to be published."""
+    """A condition for publishing: the merge is compared by one metric of one task."""
 
     task: str = Field(description="One of `evaluate.tasks`.")
     metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
     not_worse_than: tuple[Literal["base", "experts", "uniform", "previous"], ...] = Field(
         ("uniform",),
         min_length=1,
-        description="`uniform`: each twin, the same merge with one density everywhere or without "
-        "statistics; `previous`: the merge now in `publish.repo`.",
+        description="What the merge is compared with. `uniform`: the same merge with one density "
+        "for all tensors, or without statistics. `previous`: the merge that is in `publish.repo`.",
     )
-    tolerance: float = Field(0.0, ge=0, description="How much worse is no matter.")
+    tolerance: float = Field(0.0, ge=0, description="How much worse the merge may be.")
     on_refusal: Literal["stop", "pull-request"] = Field(
-        "stop", description="With --push: nothing is pushed, or a marked pull request opened."
+        "stop", description="On failure --push pushes nothing, or opens a marked pull request."
     )
-
-
-def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, Mapping) else value
 
 
 Gates = Annotated[
     tuple[Gate, ...],
     Field(min_length=1),
-    BeforeValidator(_one_or_more, json_schema_input_type=Gate | tuple[Gate, ...]),
+    BeforeValidator(_listed, json_schema_input_type=Gate | tuple[Gate, ...]),
 ]
 
 
 class Benchmark(Part):
-    """The benchmark dataset on the Hub that a task is: its leaderboard is told the score."""
+    """A benchmark on the Hub that belongs to a task; the score is published to its leaderboard."""
 
     dataset: str = Field(description="owner/name of a dataset that the Hub lists as a benchmark.")
-    task_id: str = Field(min_length=1, description="As the dataset's `eval.yaml` names it.")
+    task_id: str = Field(min_length=1, description="The task's id in the dataset's `eval.yaml`.")
     metric: str = Field(description="`metric,filter` as lm-eval names it: `exact_match,none`.")
-    scale: float = Field(100.0, gt=0, description="Times the metric; most leaderboards: percent.")
+    scale: float = Field(100.0, gt=0, description="Factor of the metric; 100 gives percent.")
 
 
 DType = Annotated[
     Literal["float32", "float16", "bfloat16"],
     BeforeValidator(lambda name: name.removeprefix("torch.") if isinstance(name, str) else name),
 ]
-Missing = Literal["error", "base"]
-
-REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
 class ModelReference(Part):
     """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder.
 
-    `BASE+ADAPTER` is an adapter, `on` a base: which must be the recipe's own.
+    `BASE+ADAPTER` is an adapter on a base, which must be the recipe's `base_model`.
     """
 
     name: str = Field(min_length=1)
@@ -269,7 +260,7 @@ class ModelReference(Part):
     def _parse(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "model" in value:  # mergekit's long form
             if odd := value.keys() - {"model", "revision", "lora"}:
-                raise ValueError(f"`{min(odd)}` of a model is not understood")
+                raise ValueError(f"`{min(odd)}` is not a key of a model")
             whole = _long_form(value["model"], value.get("revision"))
             lora = value.get("lora")
             return {**_long_form(lora, None), "on": whole} if lora else whole
@@ -278,7 +269,7 @@ class ModelReference(Part):
         base, plus, adapter = value.partition("+")
         if plus and not _is_path_with_plus(value, adapter):
             if "+" in adapter:
-                raise ValueError("one adapter at a time: list each as an expert of its own")
+                raise ValueError("a base takes one adapter: list each adapter as an expert")
             return {**_name_and_revision(adapter), "on": base}
         return _name_and_revision(value)
 
@@ -307,7 +298,7 @@ def _name_and_revision(value: str) -> dict[str, Any]:
 
 
 def _is_path_with_plus(value: str, after: str) -> bool:
-    """Whether `value` is a folder whose name has a plus, and no adapter on a base."""
+    """Whether `value` is a folder with a plus in its name, and not an adapter on a base."""
     if Path(value).exists():
         return True
     return _is_path(value) and not (_is_path(after) or REPO.fullmatch(after.partition("@")[0]))
@@ -322,7 +313,7 @@ class ModelEntry(Part):
 
     model: ModelReference
     parameters: Parameters = Field(default_factory=dict, description="weight, density, ...")
-    calibration: Calibration | None = Field(None, description="Own texts for this expert.")
+    calibration: Calibration | None = Field(None, description="Texts for this expert.")
 
 
 class SliceSource(Part):
@@ -330,7 +321,7 @@ class SliceSource(Part):
 
     model: ModelReference
     layer_range: tuple[int, int] = Field(
-        description="The first block and the one after the last: [0, 16] are blocks 0 to 15."
+        description="First block and last block + 1: [0, 16] are blocks 0 to 15."
     )
     parameters: Parameters = Field(default_factory=dict, description="weight, density, scale, ...")
 
@@ -339,40 +330,43 @@ class SliceSource(Part):
     def _is_range(cls, value: Any) -> Any:
         pair = list(value) if isinstance(value, list | tuple) else []
         if len(pair) != 2 or any(type(number) is not int for number in pair):
-            raise ValueError(f"expected [first block, one after the last], found {value}")
+            raise ValueError(f"expected [first block, last block + 1], found {value}")
         if not 0 <= pair[0] < pair[1]:
-            raise ValueError(f"{pair} is no range of blocks: they count from 0, the end exclusive")
+            rule = "blocks count from 0, and the end is exclusive"
+            raise ValueError(f"{pair} is not a range of blocks: {rule}")
         return value
 
     @property
     def blocks(self) -> range:
-        """Their numbers in the model."""
+        """The numbers of the blocks in the model."""
         return range(*self.layer_range)
 
 
 class Slice(Part):
-    """The next blocks of the output: the same number from each source, merged one by one."""
+    """The next blocks of the output: equally many of each source, merged block by block."""
 
     sources: tuple[SliceSource, ...] = Field(min_length=1)
     base_model: ModelReference | None = Field(
-        None, description="One of `sources`: what task vectors start from in this slice."
+        None, description="One of `sources`: the base of the task vectors in this slice."
     )
-    parameters: Parameters = Field(default_factory=dict, description="For this slice alone.")
+    parameters: Parameters = Field(default_factory=dict, description="Parameters of this slice.")
 
 
 class Guide(Part):
-    """How calibration becomes densities."""
+    """How calibration determines the densities."""
 
-    name: str = Field("lewis", description="`lewis-hub guides` lists them.")
+    name: str = Field("lewis", description="The guide; `lewis-hub guides` lists all.")
     gamma: float = Field(0.3, gt=0, le=1, description="Lowest density of the schedule.")
     epsilon: float = Field(0.8, gt=0, le=1, description="Highest density of the schedule.")
     default_density: float = Field(
-        1.0, gt=0, le=1, description="Of embeddings, norms, biases and head."
+        1.0, gt=0, le=1, description="Density of embeddings, norms, biases and the head."
     )
-    mean_density: float | None = Field(None, gt=0, le=1, description="Shifts the schedule to it.")
-    apply_to: ApplyTo = Field("density", description="What the schedule sets.")
+    mean_density: float | None = Field(
+        None, gt=0, le=1, description="Shift the schedule so that its mean density is this."
+    )
+    apply_to: ApplyTo = Field("density", description="What the schedule sets for each tensor.")
     calibration: Calibration | None = Field(
-        None, description="For experts that carry no calibration of their own."
+        None, description="Calibration texts for experts without their own."
     )
 
     @model_validator(mode="after")
@@ -380,37 +374,44 @@ class Guide(Part):
         if self.gamma > self.epsilon:
             raise ValueError(f"gamma ({self.gamma:g}) is above epsilon ({self.epsilon:g})")
         if self.apply_to == "weight" and self.mean_density is not None:
-            raise ValueError("`mean_density` is given, and `apply_to: weight` sets no densities")
+            raise ValueError("`mean_density` has no effect with `apply_to: weight`")
         return self
 
 
 class Evaluation(Part):
-    """Which lm-eval tasks score the merge, and beside what."""
+    """The lm-eval tasks that score the merge, and the models that are scored with it."""
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval task names.")
-    include: str | None = Field(None, description="Folder with own lm-eval task files.")
-    limit: int | None = Field(None, ge=1, description="Score the first items only.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval tasks.")
+    include: str | None = Field(None, description="Folder with your own lm-eval task files.")
+    limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")
     chat_template: bool = Field(
-        default=False, description="Put prompts through each model's own chat template."
+        default=False, description="Format prompts with each model's own chat template."
     )
     compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
         ("base", "experts", "uniform"),
-        description="Scored on the same items as the merge; `uniform`: its twin without guidance.",
+        description="Models that are scored on the same items as the merge. `uniform`: the same "
+        "merge without guidance.",
     )
-    gate: Gates | None = Field(None, description="One or several; missed: not published.")
+    gate: Gates | None = Field(
+        None, description="One or several conditions. If one fails, the merge is not published."
+    )
     benchmarks: Mapping[str, Benchmark] | None = Field(
-        None, min_length=1, description="Task -> the Hub's benchmark whose leaderboard is told."
+        None, min_length=1, description="Task -> benchmark on the Hub that gets the score."
     )
 
 
 class Publishing(Part):
-    """Where the merge goes, and under which licence."""
+    """Where the merge is published, and under which licence."""
 
     repo: str = Field(description="owner/name on the Hub.")
-    private: bool = False
-    license: str | None = Field(None, description="Needed where the parents' licences differ.")
-    landing: Literal["commit", "pull-request"] = Field("commit", alias="as")
-    tag: str | None = None
+    private: bool = Field(default=False, description="Whether a new repo is private.")
+    license: str | None = Field(
+        None, description="Licence of the merge. Required if the licences of the models differ."
+    )
+    landing: Literal["commit", "pull-request"] = Field(
+        "commit", alias="as", description="Push a commit, or open a pull request."
+    )
+    tag: str | None = Field(None, description="Tag of the new commit.")
 
     @field_validator("repo")
     @classmethod
@@ -421,64 +422,74 @@ class Publishing(Part):
 
 
 class Recipe(Part):
-    """A whole merge, from sources to a published model."""
+    """A whole merge, from its sources to the published model."""
 
     base_model: ModelReference | None = Field(
-        None, description="What task vectors start from: repo, repo@revision or folder."
+        None, description="The base of the task vectors: a repo, repo@revision or folder."
     )
-    models: tuple[ModelEntry, ...] = Field((), min_length=1, description="Or else `slices`.")
+    models: tuple[ModelEntry, ...] = Field(
+        (), min_length=1, description="The models that are merged. Or set `slices`."
+    )
     slices: tuple[Slice, ...] = Field(
-        (), min_length=1, description="Ranges of blocks, stacked in this order; or else `models`."
+        (), min_length=1, description="Ranges of blocks, stacked in this order. Or set `models`."
     )
-    merge_method: str = Field(description="`lewis-hub methods` lists them.")
-    parameters: Parameters = Field(default_factory=dict, description="For all models.")
-    dtype: DType | None = Field(None, description="Of the output; absent: as in the base.")
-    out_dtype: DType | None = Field(None, description="mergekit's name for `dtype`; wins over it.")
+    merge_method: str = Field(description="The merge method; `lewis-hub methods` lists all.")
+    parameters: Parameters = Field(
+        default_factory=dict, description="Parameters of the method, for all models."
+    )
+    dtype: DType | None = Field(None, description="Dtype of the output. Default: the base's.")
+    out_dtype: DType | None = Field(
+        None, description="mergekit's name for `dtype`. If both are set, this one is used."
+    )
     missing: Missing = Field(
         "error",
-        description="An expert without some of the base's tensors: refused, or the base's stand in."
-        " Tensors that only an expert has are then left out.",
+        description="If an expert lacks a tensor of the base: stop with an error, or use the base's"
+        " tensor. With `base`, tensors that only an expert has are left out.",
     )
     tokenizer_source: str | None = Field(
         None,
-        description="base, union, or one of the models: embeddings are put together token by token."
-        " Absent: the base's tokenizer, which those of the others must agree with.",
+        description="`base`, `union`, or one of the models: embeddings are matched by token. "
+        "Default: the base's tokenizer; the tokenizers of the other models must agree with it.",
     )
-    tokenizer: Tokenizer | None = Field(None, description="The same, with settings for tokens.")
+    tokenizer: Tokenizer | None = Field(
+        None, description="`tokenizer_source` with settings for single tokens."
+    )
     chat_template: str | None = Field(
         None,
-        description="auto (that of the tokenizer), one of the models, a template's text, or one of "
-        f"{', '.join(CHAT_TEMPLATES)}.",
+        description="`auto` (the tokenizer's), one of the models, the text of a template, or one "
+        f"of {', '.join(CHAT_TEMPLATES)}.",
     )
     allow_code: tuple[str, ...] = Field(
-        (), description="Models whose *.py files are carried into the merge; never run here."
+        (), description="Models whose *.py files are copied into the merge. They are never run."
     )
-    seed: int = Field(42, ge=0, lt=2**63, description="Of random masks and of row sampling.")
-    guide: Guide | None = None
+    seed: int = Field(42, ge=0, lt=2**63, description="Seed of random masks and of sampling.")
+    guide: Guide | None = Field(None, description="Sets densities by calibration.")
     calibration: Calibration | None = Field(
-        None, description="Without a guide: for experts without calibration of their own."
+        None, description="Calibration texts for experts without their own, if there is no guide."
     )
-    evaluate: Evaluation | None = None
-    publish: Publishing | None = None
+    evaluate: Evaluation | None = Field(None, description="Scores the merge.")
+    publish: Publishing | None = Field(None, description="Publishes the merge to the Hub.")
 
     _folder: Path = PrivateAttr(default_factory=Path)
 
     @model_validator(mode="before")
     @classmethod
     def _calibrated_as_scored(cls, document: Any) -> Any:
-        """A task's items go through a chat template in calibration where they do in `evaluate`."""
-        return as_scored(document)
+        """Calibration on a task uses the chat template if `evaluate` does."""
+        scoring = document.get("evaluate") if isinstance(document, Mapping) else None
+        in_chat = isinstance(scoring, Mapping) and scoring.get("chat_template") is True
+        return _in_chat(document) if in_chat else document
 
     def placed_in(self, folder: Path) -> Recipe:
-        """The same recipe, its relative paths looked up in `folder` first."""
+        """The same recipe; relative paths are searched in `folder` first."""
         placed = self.model_copy()
         placed._folder = folder
         return placed
 
     def locate(self, name: str) -> str:
-        """The absolute path of a local file or folder; a repo's name comes back as it is.
+        """The absolute path of a local file or folder; the name of a repo is returned unchanged.
 
-        A relative path is looked up beside the recipe, then in the working folder.
+        A relative path is searched beside the recipe, then in the working folder.
         """
         for candidate in (self._folder / Path(name).expanduser(), Path(name).expanduser()):
             if candidate.exists():
@@ -487,9 +498,9 @@ class Recipe(Part):
 
     @property
     def experts(self) -> tuple[ModelEntry, ...]:
-        """The models other than the base; mergekit's configs often list the base among them.
+        """The models other than the base, which mergekit's configurations often list too.
 
-        Of `slices` each model stands once, in the order in which they name it.
+        With `slices`, each model once, in the order of its first slice.
         """
         named = dict.fromkeys(source.model for one in self.slices for source in one.sources)
         listed = self.models or tuple(ModelEntry(model=model) for model in named)
@@ -497,12 +508,12 @@ class Recipe(Part):
 
     @property
     def asked_tokenizer(self) -> Tokenizer | None:
-        """What is asked of the tokenizer, in whichever form; None: nothing."""
+        """The settings of the tokenizer, from either field; None: the base's tokenizer."""
         source = self.tokenizer_source
         return self.tokenizer if source is None else Tokenizer(source=source)
 
     def reference(self, name: str) -> ModelReference | None:
-        """The base or the model that is written so, with or without its revision."""
+        """The base or model with this name, given with or without its revision."""
         listed = [entry.model for entry in self.models or self.experts]
         known = [self.base_model, *listed] if self.base_model else listed
         exact = [model for model in known if str(model) == name]
@@ -510,10 +521,10 @@ class Recipe(Part):
 
     @property
     def output_dtype(self) -> DType | None:
-        """The dtype on disk; None keeps each tensor's own."""
+        """The dtype on disk; None keeps that of each tensor."""
         return self.out_dtype or self.dtype
 
     def calibration_of(self, entry: ModelEntry) -> Calibration | None:
-        """The expert's own calibration, or else the guide's or the recipe's."""
+        """The expert's own calibration, or that of the guide or the recipe."""
         common = self.guide.calibration if self.guide else None
         return entry.calibration or common or self.calibration

@@ -1,1 +1,1 @@
-"""Which token each id stands for, in every source and in the merge. Reads no file itself."""
+"""The tokens and ids of every source and of the merge. The caller reads and writes the files."""

@@ -1,4 +1,4 @@
-"""Several tokenizers as one: the base's, and what the others know besides."""
+"""Unite tokenizers: add the tokens of others to the base's, and write tokenizer files."""
 
 from __future__ import annotations
 
@@ -20,27 +20,33 @@ PLAIN: Flags = {  # a token that a recipe names, as transformers' `add_tokens` m
     "normalized": True,
     "special": False,
 }
-UNLIKELY = 10.0  # below all other scores: a Unigram piece that only added tokens lead to
+UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
+
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+# describe the base's vocabulary; tokenizer.json has it all
+STALE = ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
+KEEPERS = (TEMPLATE, CONFIG, "chat_template.json")  # files with a chat template; the first counts
+TEMPLATES = ("chat_template.json", "additional_chat_templates")  # would clash with `TEMPLATE`
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Tokens of one source's model that are new to the merge, in the order of their ids."""
+    """The tokens of one source's model that are new in the merge, in the order of their ids."""
 
     of: Vocabulary
     tokens: Sequence[str]
 
     @property
     def scores(self) -> Mapping[str, float]:
-        """Of a Unigram model."""
-        assert self.of.document  # a tokenizer without one is not united
-        told = dict(self.of.document["model"]["vocab"])
-        return {token: told[token] for token in self.tokens}
+        """Their scores in a Unigram model."""
+        assert self.of.document  # `unite` refuses a tokenizer without it
+        scores = dict(self.of.document["model"]["vocab"])
+        return {token: scores[token] for token in self.tokens}
 
     @property
     def merges(self) -> Iterator[tuple[str, str]]:
-        """Of a BPE model: those that lead to the new tokens."""
-        assert self.of.document  # a tokenizer without one is not united
+        """The merges of a BPE model that make the new tokens."""
+        assert self.of.document  # `unite` refuses a tokenizer without it
         model, new = self.of.document["model"], set(self.tokens)
         prefix = model.get("continuing_subword_prefix") or ""
         for left, right in _merges(model):
@@ -49,16 +55,16 @@ class _Pieces:
 
 
 def unite(base: Vocabulary, others: Sequence[Vocabulary], wanted: Sequence[str] = ()) -> Vocabulary:
-    """Add the tokens of other tokenizers to the base's; all ids of the base stay.
+    """Add the tokens of other tokenizers to the base's; the base's tokens keep their ids.
 
-    First come the pieces of the others' models, with the merges that lead to them after all of the
-    base's: texts are cut as the base cuts them, and the parts joined further. Then come the tokens
-    that were added to the others, with their flags: the first source's where several have one.
+    First come the tokens of the others' models; their merges follow all merges of the base, so a
+    text is split as the base splits it, then its parts are joined further. Then come the added
+    tokens of the others with their flags; those of the first source count.
 
     Args:
-        base: whose tokenizer is extended.
+        base: the tokenizer that is extended.
         others: in the order in which their tokens get ids.
-        wanted: tokens to add where none of them has them.
+        wanted: tokens to add if no tokenizer has them.
 
     Raises:
         TokenizerError: a tokenizer has no `tokenizer.json`, or spells its tokens in another way.
@@ -79,9 +85,10 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary], wanted: Sequence[str] 
     if not pieces and not added:
         return base
     document = _extended(base, ids, pieces, {**base.added, **added})
-    found = load("the merge", document).get_vocab(with_added_tokens=True)
-    if found != ids:
-        problem = f"{sum(found.get(t) != i for t, i in ids.items())} of its tokens get other ids"
+    loaded = load("the merge", document).get_vocab(with_added_tokens=True)
+    if loaded != ids:
+        n_moved = sum(loaded.get(token) != token_id for token, token_id in ids.items())
+        problem = f"{n_moved} of its tokens get other ids when it is loaded"
         raise TokenizerError("union of the tokenizers", problem, "Set `tokenizer_source: base`.")
     return Vocabulary("the merge", ids, {**base.added, **added}, document)
 
@@ -93,13 +100,14 @@ def _require_same_kind(base: Vocabulary, other: Vocabulary, own: Sequence[str]) 
         raise TokenizerError(
             f"{other.label}: tokenizer.json",
             f"its tokenizer ({other.kind}) cannot be united with that of {base.label} "
-            f"({base.kind}): {len(own)} of its tokens, such as {own[0]!r}, would never be met",
+            f"({base.kind}): {len(own)} of its tokens, such as {own[0]!r}, "
+            "could never occur in a text",
             "Set `tokenizer_source` to `base` or to one of the models.",
         )
 
 
 def _not_fast(vocabulary: Vocabulary) -> TokenizerError:
-    problem = "it has no tokenizer.json, which a tokenizer that gets new tokens needs"
+    problem = "it has no tokenizer.json, which is needed to add tokens"
     remedy = "Save its tokenizer again with transformers' `AutoTokenizer` and `save_pretrained`, "
     return TokenizerError(vocabulary.label, problem, remedy + "or set `tokenizer_source: base`.")
 
@@ -110,7 +118,7 @@ def _extended(
     pieces: Sequence[_Pieces],
     added: Mapping[str, Flags],
 ) -> dict[str, Any]:
-    """The base's `tokenizer.json` with new pieces and new added tokens."""
+    """The base's `tokenizer.json` with the new tokens of the models and new added tokens."""
     if base.document is None:
         raise _not_fast(base)
     document: dict[str, Any] = copy.deepcopy(dict(base.document))
@@ -121,41 +129,34 @@ def _extended(
     model = document["model"]
     if not pieces:
         return document
-    # pieces lie above the base's added tokens, which keep their ids only if the model has them
+    # new ids are above those of the base's added tokens, which keep theirs only inside the model
     if model["type"] == "Unigram":
         lowest = min((score for _, score in model["vocab"]), default=0.0) - UNLIKELY
-        scores = {token: score for one in pieces for token, score in one.scores.items()}
+        scores = {token: score for new in pieces for token, score in new.scores.items()}
         later = sorted(ids, key=ids.__getitem__)[len(model["vocab"]) :]
         model["vocab"] += [[token, scores.get(token, lowest)] for token in later]
     else:
-        new = {token for one in pieces for token in one.tokens} | set(added)
-        model["vocab"] |= {token: ids[token] for token in new}
+        tokens = {token for new in pieces for token in new.tokens} | set(added)
+        model["vocab"] |= {token: ids[token] for token in tokens}
     if model["type"] == "BPE":
-        merges = (*_merges(model), *(merge for one in pieces for merge in one.merges))
+        merges = (*_merges(model), *(merge for new in pieces for merge in new.merges))
         model["merges"] = [list(merge) for merge in dict.fromkeys(merges)]
     return document
 
 
 def _merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """As pairs, also where the file has them as texts with a space between."""
+    """The merges as pairs; older files write them as strings with a space."""
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         yield left, right
 
 
-# They would say something else than tokenizer.json, which has all that they say.
-STALE = ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
-TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-KEEPERS = (TEMPLATE, CONFIG, "chat_template.json")  # of a template; the first that has one counts
-TEMPLATES = ("chat_template.json", "additional_chat_templates")  # others; beside the one they clash
-
-
 def extended(vocabulary: Vocabulary, config: Mapping[str, Any]) -> dict[str, str]:
-    """The files of a tokenizer that got new tokens.
+    """The files of a tokenizer with new tokens, by name.
 
     Args:
         vocabulary: with its `tokenizer.json`.
-        config: the `tokenizer_config.json` that it extends; empty where there is none.
+        config: the content of the base's `tokenizer_config.json`; empty if it has none.
     """
     written = {"tokenizer.json": _json(vocabulary.document)}
     if "added_tokens_decoder" in config:
@@ -168,11 +169,11 @@ def extended(vocabulary: Vocabulary, config: Mapping[str, Any]) -> dict[str, str
 
 
 def with_template(template: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """The files that carry a chat template.
+    """The files of a chat template, by name.
 
     Args:
         template: its text.
-        config: the `tokenizer_config.json` beside it, from which any template is taken out.
+        config: the content of `tokenizer_config.json`, whose own template is removed.
     """
     kept = {key: value for key, value in config.items() if key != "chat_template"}
     return {TEMPLATE: template} | ({CONFIG: _json(kept)} if len(kept) < len(config) else {})
@@ -180,16 +181,16 @@ def with_template(template: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 def built_in(name: str) -> str:
     """The text of one of `recipe.schema.CHAT_TEMPLATES`."""
-    place = resources.files("lewis_hub.templates").joinpath("chat", f"{name}.jinja")
-    return place.read_text(encoding="utf-8")
+    file = resources.files("lewis_hub.templates").joinpath("chat", f"{name}.jinja")
+    return file.read_text(encoding="utf-8")
 
 
 def template_of(label: str, files: Mapping[str, bytes]) -> str | None:
-    """A source's chat template, wherever it keeps it; None where it has none.
+    """A source's chat template; None if it has none.
 
     Args:
         label: the source, for messages.
-        files: the content of those of `KEEPERS` that the source has.
+        files: name -> content of those of `KEEPERS` that the source has.
 
     Raises:
         TokenizerError: a file is broken.
@@ -197,14 +198,14 @@ def template_of(label: str, files: Mapping[str, bytes]) -> str | None:
     if TEMPLATE in files:
         return files[TEMPLATE].decode("utf-8", errors="replace")
     for name in KEEPERS[1:]:
-        found = json_object(label, files, name).get("chat_template")
-        if isinstance(found, list):  # several with names
-            named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-            found = named.get("default")
-        if isinstance(found, str):
-            return found
+        template = json_object(label, files, name).get("chat_template")
+        if isinstance(template, list):  # several with names
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
     return None
 
 
-def _json(document: Any) -> str:
+def _json(document: object) -> str:
     return json.dumps(document, ensure_ascii=False, indent=2) + "\n"

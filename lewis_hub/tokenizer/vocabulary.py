@@ -1,16 +1,20 @@
-"""A source's tokenizer as a list: which token has which id."""
+"""The vocabulary of a tokenizer: its tokens and their ids, and how two vocabularies differ."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import TokenizerError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 Flags = Mapping[str, bool]
 Document = Mapping[str, Any]
@@ -22,9 +26,9 @@ class Vocabulary:
 
     Attributes:
         label: the source, for messages.
-        ids: token -> id; those that were added to the model's own are among them.
-        added: token -> how it is found in a text; in the order of their ids.
-        document: `tokenizer.json`; None where the source has none.
+        ids: token -> id, of the model's vocab and of the added tokens.
+        added: added token -> its flags, in the order of the ids.
+        document: the content of `tokenizer.json`; None if the source has no such file.
     """
 
     label: str
@@ -34,32 +38,32 @@ class Vocabulary:
 
     @property
     def n_rows(self) -> int:
-        """The fewest rows that have one for each token."""
+        """The rows that an embedding needs to have one for each token."""
         return max(self.ids.values(), default=-1) + 1
 
     @property
     def kind(self) -> str:
-        """What two tokenizers share whose tokens mean the same: model, and how words are spelt."""
+        """Model and spelling of tokens. Tokenizers can be united only if they agree in both."""
         if self.document is None:
             return "unknown"
         model = self.document["model"]
         parts = [self.document.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
-        told = json.dumps(parts, ensure_ascii=False)
-        spelt = "bytes as letters" if '"ByteLevel"' in told else "plain letters"
-        spelt = "▁ for spaces" if "▁" in told else spelt
+        text = json.dumps(parts, ensure_ascii=False)
+        spelling = "bytes as letters" if '"ByteLevel"' in text else "plain letters"
+        spelling = "▁ for spaces" if "▁" in text else spelling
         marks = [model.get(mark) for mark in ("continuing_subword_prefix", "end_of_word_suffix")]
-        return ", ".join([model["type"], spelt, *(repr(mark) for mark in marks if mark)])
+        return ", ".join([model["type"], spelling, *(repr(mark) for mark in marks if mark)])
 
 
 def read_vocabulary(label: str, files: Mapping[str, bytes]) -> Vocabulary | None:
-    """Read which id each token has.
+    """Read the id of each token.
 
     Args:
         label: the source, for messages.
-        files: the content of those of `FILES` that the source has.
+        files: name -> content of those of `FILES` that the source has.
 
     Returns:
-        None where they do not say: a tokenizer that only its own code or SentencePiece can read.
+        None for a tokenizer that only its own code or SentencePiece can read.
 
     Raises:
         TokenizerError: a file is broken.
@@ -77,33 +81,30 @@ def read_vocabulary(label: str, files: Mapping[str, bytes]) -> Vocabulary | None
 
 
 def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabulary:
-    """As the library reads it, which numbers added tokens itself, whatever the file says."""
+    """Let the tokenizers library read it: it gives added tokens its own ids."""
     from tokenizers import AddedToken
 
     document = json_object(label, files, "tokenizer.json")
     tokenizer = load(label, document)
-    later = config.get("added_tokens_decoder")
-    for _, told in sorted(later.items(), key=_by_id) if isinstance(later, dict) else ():
-        flags = {flag: bool(told[flag]) for flag in FLAGS if flag in told}
-        tokenizer.add_tokens([AddedToken(told["content"], **flags)])  # passed over if it is there
+    decoder = config.get("added_tokens_decoder")
+    entries = decoder.items() if isinstance(decoder, dict) else ()
+    for _, entry in sorted(entries, key=lambda item: int(item[0])):
+        flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
+        tokenizer.add_tokens([AddedToken(entry["content"], **flags)])  # ignored if it exists
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     return Vocabulary(
         label,
         tokenizer.get_vocab(with_added_tokens=True),
-        {one.content: {flag: getattr(one, flag) for flag in FLAGS} for _, one in added},
+        {token.content: {flag: getattr(token, flag) for flag in FLAGS} for _, token in added},
         document,
     )
 
 
-def _by_id(item: tuple[str, Any]) -> int:
-    return int(item[0])
-
-
-def load(label: str, document: Document) -> Any:
-    """The tokenizer of a `tokenizer.json`.
+def load(label: str, document: Document) -> Tokenizer:
+    """Load the tokenizer of a `tokenizer.json`.
 
     Raises:
-        TokenizerError: the library cannot read it.
+        TokenizerError: the tokenizers library cannot read it.
     """
     from tokenizers import Tokenizer
 
@@ -111,54 +112,55 @@ def load(label: str, document: Document) -> Any:
         return Tokenizer.from_str(json.dumps(document))
     except Exception as error:  # noqa: BLE001 (the library raises no other class)
         remedy = "Save it again with transformers' `AutoTokenizer` and `save_pretrained`."
-        raise TokenizerError(f"{label}: tokenizer.json", f"{error}", remedy) from None
+        problem = f"the tokenizers library cannot read it ({error})"
+        raise TokenizerError(f"{label}: tokenizer.json", problem, remedy) from None
 
 
 def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The content of a JSON file; empty where a source has none.
+    """The content of a JSON file; empty if the source does not have it.
 
     Raises:
-        TokenizerError: it is something else.
+        TokenizerError: it is not a JSON object.
     """
     try:
-        found = json.loads(files.get(name, b"{}"))
+        document = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        document = None
+    if not isinstance(document, dict):
         remedy = "The file is damaged: use an intact copy."
         raise TokenizerError(f"{label}: {name}", "it is not a JSON object", remedy)
-    return found
+    return document
 
 
 def disagreement(base: Vocabulary, other: Vocabulary) -> str | None:
-    """The first id that means something else in two vocabularies; None where there is none.
+    """The first id with two meanings in two vocabularies; None if they agree.
 
-    What only one of them has is padding to the other.
+    An id that only one of them uses is padding in the other.
     """
     clashes = sorted(set(_clashes(base, other)))
     if not clashes:
         return None
-    row, ours, theirs = clashes[0]
+    token_id, ours, theirs = clashes[0]
     more = f" (and {len(clashes) - 1} more)" if len(clashes) > 1 else ""
-    return f"id {row} is {theirs!r} in {other.label} and {ours!r} in {base.label}{more}"
+    return f"id {token_id} is {theirs!r} in {other.label} and {ours!r} in {base.label}{more}"
 
 
 def _clashes(base: Vocabulary, other: Vocabulary) -> Iterator[tuple[int, str, str]]:
-    by_id = {row: token for token, row in base.ids.items()}
-    for token, row in other.ids.items():
-        if row in by_id and base.ids.get(token) != row:
-            yield row, by_id[row], token
-        elif base.ids.get(token, row) != row:
-            yield row, "nothing", token
+    by_id = {token_id: token for token, token_id in base.ids.items()}
+    for token, token_id in other.ids.items():
+        if token_id in by_id and base.ids.get(token) != token_id:
+            yield token_id, by_id[token_id], token
+        elif base.ids.get(token, token_id) != token_id:
+            yield token_id, "nothing", token
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What the ids of one vocabulary are in another.
+    """The ids of one vocabulary in another.
 
     Attributes:
         ids: id -> the other's id of the same token.
-        lacking: id -> the token, where the other has none or no row for it.
+        lacking: id -> the token, if the other does not have it or has no row for it.
     """
 
     ids: Mapping[int, int]
@@ -166,12 +168,12 @@ class Translation:
 
 
 def translation(ours: Vocabulary, theirs: Vocabulary, n_rows: int) -> Translation:
-    """Find each token of a vocabulary in another, whose embeddings have so many rows."""
+    """Find each token of a vocabulary in another, whose embeddings have `n_rows` rows."""
     ids, lacking = {}, {}
-    for token, row in sorted(ours.ids.items(), key=lambda item: item[1]):  # told in this order
-        own = theirs.ids.get(token, n_rows)
-        if own < n_rows:
-            ids[row] = own
+    for token, token_id in sorted(ours.ids.items(), key=lambda item: item[1]):
+        their_id = theirs.ids.get(token, n_rows)
+        if their_id < n_rows:
+            ids[token_id] = their_id
         else:
-            lacking[row] = token
+            lacking[token_id] = token
     return Translation(ids, lacking)

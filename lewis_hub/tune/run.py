@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.texts import load_tokenizer
+from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.errors import (
     MERGE,
     CalibrationModelError,
@@ -32,7 +33,6 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.files import require_writable
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.engine import Places
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.progress import Advance, Progress, Silent
@@ -55,7 +55,7 @@ from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, Run, score
 from lewis_hub.workflow.examine import Examined, calibrations_of, examine_sources, measurement_of
 from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.fetch import SourceFiles, code_files, fetch_whole, require_disk
+from lewis_hub.workflow.fetch import FetchedSources, code_files, fetch_whole, require_disk
 from lewis_hub.workflow.job import MergeJob, compile_job
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import MergedModel, finish_model, merge_in_memory, write_weights
@@ -112,7 +112,7 @@ class Tuner:
     progress: Progress
     space: Space
     objective: Objective
-    files: SourceFiles
+    files: FetchedSources
     sets: Sets
     output: Path
     scratch: Path
@@ -144,13 +144,13 @@ class Tuner:
         left = wanted(needed, self.sets, loader, self.output) if needed else ()
         return guide(job.guide, self.sets, loader, stores, left).schedule
 
-    def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Places]:
+    def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
         """Return the job and plan of some values, and the places of its sources."""
         job, silent = self.compile(search_space.candidate(self.space, values)), Silent()
         schedule = self.guide(job, silent)
         known = self.gather(job, schedule, silent)
         planned = job.plan.plan(schedule, known.statistics)
-        return job, planned, {**self.files.places, **known.folders}
+        return job, planned, {**self.files.locations, **known.folders}
 
     def merge(self, values: Values, folder: str) -> MergedModel:
         """Write the merge of some values into a folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from lewis_hub.calibration.texts import (
     load_tokenizer,
     template_of,
 )
-from lewis_hub.checkpoint.ranges import Need, Window, elsewhere
+from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.errors import CalibrationError, ProfileError, RecipeError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.items import chat_of
@@ -46,7 +46,6 @@ from lewis_hub.guides.schedule import (
 )
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.byte_ranges import stored
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.runners import Ray, threads
 from lewis_hub.progress import Progress
@@ -424,21 +423,30 @@ def _task_vector_sizes(
     """Return the size of each module's task vector, relative to the base's weight."""
     from lewis_hub.merge.task_vectors import relative_changes  # imports the compiler
 
-    first, second, places = base.checkpoint, expert.checkpoint, loader.places
+    first, second = base.checkpoint, expert.checkpoint
     modules = {checkpoint_tensor(module, first.tensors): module for module in matrices}
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
-    needs = [_needs(name, (base, expert), elsewhere(places)) for name in tensors]
+    steps = [
+        [
+            SourceTensor(one.label, one.tensors[name], one.base)
+            for one in (first, second)
+            if name in one.tensors
+        ]
+        for name in tensors
+    ]
     workers = loader.means.runner
     with (
-        Window(places, needs, loader.scratch / "ranges", loader.max_shard_bytes) as window,
-        open_source(base.pinned, first.base, window.reader) as of_base,
-        open_source(expert.pinned, second.base, window.reader) as of_expert,
+        SourceFiles(
+            loader.locations, steps, loader.scratch / "ranges", loader.max_shard_bytes
+        ) as files,
+        open_source(base.pinned, first.base, files.reader) as of_base,
+        open_source(expert.pinned, second.base, files.reader) as of_expert,
         loader.progress.stage(f"Measuring {expert.name}", n_elements, "items") as advance,
     ):
 
         def done(n_elements: int) -> None:
-            window.step_done()
+            files.step_done()
             advance(n_elements)
 
         changes = relative_changes(
@@ -449,14 +457,3 @@ def _task_vector_sizes(
             done,
         )
     return {modules[name]: change for name, change in changes.items()}
-
-
-def _needs(name: str, models: Sequence[OpenedSource], remote: Collection[str]) -> list[Need]:
-    """Return the byte ranges of a tensor in all models that have it and are not on this disk."""
-    return [
-        need
-        for source in models
-        if name in source.checkpoint.tensors
-        for need in stored(source.pinned, source.checkpoint.base, source.checkpoint.tensors[name])
-        if need.source in remote
-    ]

@@ -21,7 +21,7 @@ from lewis_hub.errors import (
 )
 from lewis_hub.evaluate.tasks import TaskSelection, check_tasks, locate_tasks, require_metric
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
-from lewis_hub.hub.rows import describe, load_rows
+from lewis_hub.hub.rows import describe_dataset, load_rows
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare, passed_over, settle_heads
 from lewis_hub.methods.registry import Method
@@ -222,7 +222,7 @@ def _problems(
 
 def _columns(api: HfApi, calibration: Calibration, source: Source) -> tuple[str, ...]:
     """Return the columns of the split; empty if only the rows of a large dataset show them."""
-    description = describe(api, source, calibration.config, calibration.split)
+    description = describe_dataset(api, source, calibration.config, calibration.split)
     n_bytes = sum(file.size_bytes for file in source.files)
     if description.columns or n_bytes > SMALL_BYTES:
         return description.columns

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from lewis_hub import __version__
 from lewis_hub.errors import OutputError, PublishError, RecipeError
 from lewis_hub.files import write_whole
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import proposals
-from lewis_hub.hub.target import look
+from lewis_hub.hub.target import read_target
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow import fetch
@@ -82,7 +82,7 @@ def look_ahead(
             raise OutputError(shortage.path, shortage.problem, remedy) from None
         found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
         planned = without_scores(planned)  # scores need whole models
-    previous = previous_merge(look(Asked(api, asked.repo, kind=PublishError)), api)
+    previous = previous_merge(read_target(HubRepo(api, asked.repo, error_type=PublishError)), api)
     held = None if force else _held(asked, previous, planned, api)
     if held:
         name, sha = asked.repo, held.source.commit_sha

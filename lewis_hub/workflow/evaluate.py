@@ -138,8 +138,8 @@ class TwinMaker:
 
     def _make(self, label: str, planned: MergePlan, title: str, known: Gathered) -> Candidate:
         loader, output = self.loader, self.loader.scratch / label
-        places = {**loader.places, **known.folders}
-        shards = write_weights(planned, places, output, loader.means, loader.progress, title)
+        locations = {**loader.locations, **known.folders}
+        shards = write_weights(planned, locations, output, loader.means, loader.progress, title)
         made = finish_model(planned, shards, self.sidecars, loader.files.folders, output)
         return Candidate(label, made.identity, made.folder)
 

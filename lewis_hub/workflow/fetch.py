@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.pickles import convert
-from lewis_hub.checkpoint.ranges import Place
+from lewis_hub.checkpoint.ranges import Location, Locations
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
 from lewis_hub.hub.cache import cache_root
@@ -22,7 +22,7 @@ from lewis_hub.hub.fetch import (
     read_small,
     weight_files,
 )
-from lewis_hub.hub.ranges import Arrived, RemoteFiles
+from lewis_hub.hub.ranges import ByteCounter, RemoteFiles
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.progress import Progress
 from lewis_hub.workflow.open import ties
@@ -34,18 +34,18 @@ Folders = Mapping[str, Path]  # pinned source -> a folder with at least its smal
 
 
 @dataclass(frozen=True)
-class SourceFiles:
+class FetchedSources:
     """The files of sources.
 
     Attributes:
         folders: pinned source -> folder with at least its configuration and tokenizer.
-        places: pinned source -> folder of its weights, or function that reads byte ranges.
+        locations: pinned source -> folder of its weights, or function that reads byte ranges.
         keeps_models: whether whole models may be on this disk; otherwise byte ranges are read.
         count_bytes: returns the number of bytes that were read by ranges.
     """
 
     folders: Folders
-    places: Mapping[str, Place]
+    locations: Locations
     keeps_models: bool
     count_bytes: Callable[[], int] | None = None
 
@@ -68,27 +68,30 @@ def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[
         return {source.pinned: fetch(api, source, advance) for source in sources}
 
 
-def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> SourceFiles:
+def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> FetchedSources:
     """Download whole sources."""
     folders = download(api, sources, progress)
-    return SourceFiles(folders, folders, keeps_models=True)
+    return FetchedSources(folders, folders, keeps_models=True)
 
 
-def open_ranges(api: HfApi, sources: Sequence[Source]) -> SourceFiles:
+def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
     """Fetch small files; weights that are not in the cache are read by byte ranges."""
     folders: dict[str, Path] = {}
-    places: dict[str, Place] = {}
-    counts: list[Arrived] = []
+    locations: dict[str, Location] = {}
+    counts: list[ByteCounter] = []
     for source in dict.fromkeys(sources):
         folders[source.pinned] = small_files(api, source)
         if bytes_to_download(api, source) == 0:
-            places[source.pinned] = fetch(api, source, lambda _: None)
+            locations[source.pinned] = fetch(api, source, lambda _: None)
         else:
             files = RemoteFiles(source, api.endpoint)
-            places[source.pinned] = files.fetch
-            counts.append(files.arrived)
-    return SourceFiles(
-        folders, places, keeps_models=False, count_bytes=lambda: sum(one.n_bytes for one in counts)
+            locations[source.pinned] = files.fetch
+            counts.append(files.received)
+    return FetchedSources(
+        folders,
+        locations,
+        keeps_models=False,
+        count_bytes=lambda: sum(one.n_bytes for one in counts),
     )
 
 
@@ -140,13 +143,13 @@ def _converted(
         code_files(api, [source])
     config = json.loads(read_small(api, source, "config.json") or b"{}")
     files = {path: folder / path for path in converted.pickles_of(source)}
-    work = converted.begin(source, folder, code=code)
+    work = converted.begin_conversion(source, folder, code=code)
     try:
         total = source.size_bytes(weight_files(source))
         with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
             written = convert(source.pinned, files, work, advance, ties=ties(config))
         files_made = [SourceFile(f.name, f.n_bytes, f"sha256:{f.sha256}") for f in written]
-        converted.finish(source, work, files_made, code=code)
+        converted.finish_conversion(source, work, files_made, code=code)
     finally:
-        converted.abandon(work)
+        converted.abandon_conversion(work)
     return converted.with_converted(source, code=code)

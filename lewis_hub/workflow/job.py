@@ -48,7 +48,7 @@ from lewis_hub.workflow.examine import (
     workload_of,
 )
 from lewis_hub.workflow.execution import Execution, software
-from lewis_hub.workflow.fetch import SourceFiles
+from lewis_hub.workflow.fetch import FetchedSources
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
 from lewis_hub.workflow.open import MergeSources
@@ -130,7 +130,7 @@ class MergeJob:
             return None
         return ScoredTasks(self.held_out, self.evaluation is not None, api, progress)
 
-    def loader(self, files: SourceFiles, scratch: Path, progress: Progress) -> ModelLoader:
+    def loader(self, files: FetchedSources, scratch: Path, progress: Progress) -> ModelLoader:
         """Return the loader of the sources; its temporary files go to `scratch`."""
         loading = self.workload.loading
         if not files.keeps_models:

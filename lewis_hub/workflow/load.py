@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 from lewis_hub.calibration.measure import Subject
 from lewis_hub.calibration.meta_model import Weights, in_folder
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
-from lewis_hub.checkpoint.ranges import Window, elsewhere
+from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint, Reader
-from lewis_hub.merge.byte_ranges import stored
-from lewis_hub.merge.engine import Places, open_source
+from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Means
 from lewis_hub.merge.sidecars import write_sidecars
 from lewis_hub.progress import Progress
-from lewis_hub.workflow.fetch import SourceFiles
+from lewis_hub.workflow.fetch import FetchedSources
 from lewis_hub.workflow.merge import new_dtype, write_weights
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.resources import Loading
@@ -44,7 +43,7 @@ class ModelLoader:
         max_shard_bytes: limit for a file, and for bytes that are fetched ahead.
     """
 
-    files: SourceFiles
+    files: FetchedSources
     scratch: Path
     loading: Loading
     means: Means
@@ -52,9 +51,9 @@ class ModelLoader:
     progress: Progress
 
     @property
-    def places(self) -> Places:
+    def locations(self) -> Locations:
         """Pinned source -> where its weights are read."""
-        return self.files.places
+        return self.files.locations
 
     def materialize_checkpoint(self, source: OpenedSource) -> Path:
         """Return a folder from which transformers can load a source.
@@ -76,7 +75,7 @@ class ModelLoader:
         as_what = "on its base" if source.source.is_adapter else "in bfloat16"
         title = f"Writing out {source.name} {as_what}"
         means = replace(self.means, is_read_next=True)
-        write_weights(alone, self.places, output, means, self.progress, title)
+        write_weights(alone, self.locations, output, means, self.progress, title)
         return output
 
     def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
@@ -115,19 +114,17 @@ class ModelLoader:
         def parts(
             lists: Sequence[Sequence[TensorHeader]],
         ) -> Generator[dict[str, Tensor], None, None]:
-            remote = elsewhere(self.places)
-            needs = [
-                [need for tensor in some for need in stored(source.pinned, checkpoint.base, tensor)]
-                for some in lists
+            steps = [
+                [SourceTensor(source.pinned, tensor, checkpoint.base) for tensor in tensors]
+                for tensors in lists
             ]
-            steps = [[need for need in some if need.source in remote] for some in needs]
             with (
-                Window(self.places, steps, ranges, self.max_shard_bytes) as window,
-                open_source(source.pinned, checkpoint.base, window.reader) as reader,
+                SourceFiles(self.locations, steps, ranges, self.max_shard_bytes) as files,
+                open_source(source.pinned, checkpoint.base, files.reader) as reader,
             ):
                 for tensors in lists:
                     found = {tensor.name: _as_written(reader, tensor) for tensor in tensors}
-                    window.step_done()
+                    files.step_done()
                     yield found
 
         return Weights(folder, checkpoint, parts, REMEDY, self.scratch)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.engine import Places, ShardResult, run
+from lewis_hub.merge.engine import ShardResult, run
 from lewis_hub.merge.in_memory import held_tensors
 from lewis_hub.merge.plan import Known, MergePlan, informed
 from lewis_hub.merge.planning import MergeSettings, Schedule, make_plan
@@ -157,7 +158,7 @@ class SidecarSettings:
 
 def write_weights(
     planned: MergePlan,
-    places: Places,
+    locations: Locations,
     output: Path,
     means: Means,
     progress: Progress,
@@ -173,7 +174,7 @@ def write_weights(
     """
     output.mkdir(parents=True, exist_ok=True)
     with progress.stage(title, planned.n_bytes, "bytes") as advance:
-        found = run(planned, places, output, means, advance)
+        found = run(planned, locations, output, means, advance)
     report_nan((result.mended for result in found.values()), progress)
     return found
 
@@ -191,7 +192,7 @@ def finish_model(
 
 
 def merge_in_memory(
-    planned: MergePlan, places: Places, scratch: Path, means: Means
+    planned: MergePlan, locations: Locations, scratch: Path, means: Means
 ) -> dict[str, Tensor]:
     """Make the tensors of a plan in memory; a Ray cluster is replaced by threads.
 
@@ -200,7 +201,7 @@ def merge_in_memory(
     """
     if isinstance(means.runner, Ray):
         means = replace(means, runner=threads())
-    return held_tensors(planned, places, scratch, means)
+    return held_tensors(planned, locations, scratch, means)
 
 
 def report_nan(found: Iterable[Mapping[str, int]], progress: Progress) -> None:

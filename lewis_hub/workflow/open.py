@@ -6,21 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.profile import Role
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import AdapterConfig, adapt, own_tensors, read_config
-from lewis_hub.checkpoint.quantised import (
-    Quantisation,
-    bits_and_bytes,
-    read_quantisation,
-    scaled,
-    signs,
-    turned,
-    unpacked,
-)
+from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import ModelFacts, quantised_from
@@ -74,32 +67,20 @@ def open_model(api: HfApi, source: Source) -> Opened:
         CheckpointError: a header is broken, or a scale does not fit its tensor.
     """
     config = _config(api, source)
-    pickled = Checkpoint(source.pinned, {}, {})
+    pickled = Checkpoint(source.pinned, {})
     checkpoint = pickled if source.is_pickled else _headers(api, source)
     beside = read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
     if found is None or found.is_read:
-        plain = Quantisation("none", is_read=True)
-        checkpoint = _dequantised(api, source, checkpoint, found or plain)
+        checkpoint = dequantise(checkpoint, found, partial(_read_tensor, api, source))
     how = found.method if found and not found.is_read else None
-    if how is None and (sign := signs(checkpoint)):
+    if how is None and (sign := quantised_tensor(checkpoint)):
         how = f"it holds {sign}"
     return Opened(config, checkpoint, _refusal(api, source, how, config) if how else None)
 
 
-def _dequantised(
-    api: HfApi, source: Source, checkpoint: Checkpoint, found: Quantisation
-) -> Checkpoint:
-    """Return the headers of the dequantised model."""
-
-    def read(tensor: TensorHeader) -> bytes:
-        stop = tensor.start + tensor.n_bytes
-        return read_range(api, source, tensor.shard, tensor.start, stop)
-
-    loose = bits_and_bytes(scaled(checkpoint, found.block), read)
-    if found.layout:
-        return turned(loose, found.layout, found.n_packed_bits or 4, found.offset)
-    return unpacked(loose, found.block, found.n_packed_bits) if found.integers else loose
+def _read_tensor(api: HfApi, source: Source, tensor: TensorHeader) -> bytes:
+    return read_range(api, source, tensor.shard, tensor.start, tensor.start + tensor.n_bytes)
 
 
 def quantised_notes(
@@ -272,7 +253,7 @@ def open_sources(sources: Sequence[Source], api: HfApi) -> OpenedSources:
     if problems and adapters:
         raise CheckFailedError(problems)
     checkpoints = {pinned: one.checkpoint for pinned, one in models.items()}
-    checkpoints |= {source.pinned: Checkpoint(source.pinned, {}, {}) for source in adapters}
+    checkpoints |= {source.pinned: Checkpoint(source.pinned, {}) for source in adapters}
     opened = {s: open_adapter(api, s, base.checkpoint) for s in adapters if base.checkpoint.tensors}
     checkpoints |= {source.pinned: adapter.checkpoint for source, adapter in opened.items()}
     configs = {pinned: one.config for pinned, one in models.items()}

@@ -21,21 +21,21 @@ from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
-from lewis_hub.hub.commit import Additions, Landed
+from lewis_hub.hub.commit import Additions, PushedCommit
 from lewis_hub.hub.facts import states_a_licence
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import (
     Publication,
     Published,
     folder_bytes,
-    holds,
-    keep,
+    matches_folder,
     proposals,
     publish,
+    publish_tag,
 )
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, look, open_target, read_text
+from lewis_hub.hub.target import Target, open_target, read_target, read_text
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
@@ -186,7 +186,7 @@ def judge_again(
     asked = _asked(repo, api)
     lock = (output / LOCK).read_text(encoding="utf-8")
     scores = read_scores(output)
-    if scores is None or (asked and read_text(asked, look(asked), LOCK) == lock):
+    if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
         return verdict
     items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
     found = judge(demands, scores, items, _previous(demands, repo, api))
@@ -222,8 +222,8 @@ def read_verdict(folder: Path) -> GateVerdict | None:
     return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _asked(repo: str | None, api: HfApi) -> Asked | None:
-    return Asked(api, repo, kind=PublishError) if repo else None
+def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
+    return HubRepo(api, repo, error_type=PublishError) if repo else None
 
 
 def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
@@ -232,10 +232,10 @@ def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previo
     wanted = any("previous" in demand.not_worse_than for demand in demands)
     if asked is None or not wanted:
         return Previous("the published model", why="the recipe names no repo to publish to")
-    target = look(asked)
+    target = read_target(asked)
     if target.head is None:
-        return Previous(asked.repo, why="the repo does not exist yet")
-    name = f"{asked.repo}@{target.head}"
+        return Previous(asked.name, why="the repo does not exist yet")
+    name = f"{asked.name}@{target.head}"
     text = read_text(asked, target, ITEMS)
     if text is None:
         return Previous(name, why=f"it has no {ITEMS}")
@@ -276,12 +276,14 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     """
     asked, previous = destination.asked, destination.previous
     if previous and previous.holds(planned):
-        return keep(api, asked.repo, Landed(previous.source.commit_sha), asked.tag)
+        return publish_tag(api, asked.repo, PushedCommit(previous.source.commit_sha), asked.tag)
     if asked.landing == "pull-request":
         for url, target in proposals(api, asked.repo):
             proposed = previous_merge(target, api)
             if proposed and proposed.holds(planned):
-                return keep(api, asked.repo, Landed(proposed.source.commit_sha, url), None)
+                return publish_tag(
+                    api, asked.repo, PushedCommit(proposed.source.commit_sha, url), None
+                )
     return None
 
 
@@ -289,7 +291,7 @@ def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
     """Return whether the target repo holds every file of a folder, so that it may be replaced."""
     previous = destination.previous
     same = previous is not None and lock_in(folder) == previous.lock
-    return same and holds(api, folder, destination.target)
+    return same and matches_folder(api, folder, destination.target)
 
 
 def push(
@@ -347,7 +349,7 @@ def _require_licence(folder: Path) -> None:
         raise PublishError(
             str(folder),
             f"its parents' licences differ, and {CARD} states none",
-            "You have to decide which licence the merge may have: write `license: ...` into the "
+            "Decide which licence a merge of them may have: write `license: ...` into the "
             f"metadata at the top of {CARD}, or set `publish.license` and merge again.",
         )
 

@@ -13,7 +13,7 @@ from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_lo
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.resolve import is_path, not_there, resolve_dataset, resolve_model
+from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, resolve_model
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.recipe.schema import Calibration, ModelReference
 
@@ -145,7 +145,7 @@ def _located(written: str, locate: Locate) -> str:
     located = locate(written)
     if is_path(written) and not Path(located).exists():
         path = Path(written).expanduser()
-        raise not_there(written, [Path(locate(".")) / path, path])
+        raise missing_path_error(written, [Path(locate(".")) / path, path])
     return located
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.meta_model import FEWER, STATES
-from lewis_hub.checkpoint.ranges import elsewhere, most_held
+from lewis_hub.checkpoint.ranges import Locations, scratch_bytes
 from lewis_hub.errors import OutputError, PublishError
 from lewis_hub.files import require_room
-from lewis_hub.hub.commit import recall, send
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.commit import find_uploaded, preupload
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.publish import Published, open_repo
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.byte_ranges import needs_of
-from lewis_hub.merge.engine import Places, ShardResult, make_shards, noted, write_index
+from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Means, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.progress import Progress
-from lewis_hub.workflow.fetch import SourceFiles, fetch_whole, open_ranges, require_disk
+from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.merge import report_nan, write_weights
 from lewis_hub.workflow.publish import Destination, published_importance, push
 
@@ -81,7 +80,7 @@ class FolderSink:
         """Refuse disks that cannot hold download, merge and twins at once."""
         require_disk(self.folder, needs.download_bytes, needs.made_bytes + needs.states_bytes)
 
-    def open_sources(self, sources: Sequence[Source]) -> SourceFiles:
+    def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
         """Download whole sources."""
         return fetch_whole(self.api, sources, self.progress)
 
@@ -92,9 +91,11 @@ class FolderSink:
         published = published_importance(previous, self.api, self.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
 
-    def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
+    def write(
+        self, planned: MergePlan, locations: Locations, means: Means
+    ) -> dict[str, ShardResult]:
         """Write the shards into the folder."""
-        return write_weights(planned, places, self.folder, means, self.progress)
+        return write_weights(planned, locations, self.folder, means, self.progress)
 
     def finish(self, files: Sequence[str]) -> Path:
         """Give the folder its name and return it; `files`: paths of all files of the model."""
@@ -140,7 +141,7 @@ class HubSink:
             content = "the statistics of all experts and two shards"
             require_room(self.scratch, n_bytes, content, remedy)
 
-    def open_sources(self, sources: Sequence[Source]) -> SourceFiles:
+    def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
         """Fetch small files; weights are read by byte ranges."""
         return open_ranges(self.api, sources)
 
@@ -149,7 +150,9 @@ class HubSink:
         published = published_importance(self.destination.previous, self.api, self.scratch)
         return [self.scratch / "importance.json", *published, beside / "importance.json"]
 
-    def write(self, planned: MergePlan, places: Places, means: Means) -> dict[str, ShardResult]:
+    def write(
+        self, planned: MergePlan, locations: Locations, means: Means
+    ) -> dict[str, ShardResult]:
         """Make and upload the shards that the Hub does not have yet, one after the other.
 
         Meanwhile byte ranges for the next shard are fetched, at most the size of a shard.
@@ -161,7 +164,7 @@ class HubSink:
         means = replace(means, is_read_next=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        asked = Asked(self.api, self.destination.asked.repo, kind=PublishError)
+        asked = HubRepo(self.api, self.destination.asked.repo, error_type=PublishError)
         landing = self.destination.asked.landing
         open_repo(asked, landing, private=self.destination.asked.private)
         shards = self.scratch / "shards"
@@ -169,12 +172,12 @@ class HubSink:
         _clear(planned, shards)
         results = self._sent_before(planned, shards, asked)
         left = MergePlan(tuple(s for s in planned.shards if s.layout.name not in results))
-        _require_room_for_shards(left, places, shards, means)
+        _require_room_for_shards(left, locations, shards, means)
         with self.progress.stage("Merging and uploading", planned.n_bytes, "bytes") as advance:
             advance(sum(result.n_bytes for result in results.values()))
-            for result in make_shards(left, places, shards, means, advance):
+            for result in make_shards(left, locations, shards, means, advance):
                 file = shards / result.name
-                self.sent[result.name] = send(asked, landing, file, result.sha256)
+                self.sent[result.name] = preupload(asked, landing, file, result.sha256)
                 results[result.name] = result
                 file.unlink()
         report_nan((result.mended for result in results.values()), self.progress)
@@ -194,7 +197,7 @@ class HubSink:
         return pushed
 
     def _sent_before(
-        self, planned: MergePlan, folder: Path, asked: Asked
+        self, planned: MergePlan, folder: Path, asked: HubRepo
     ) -> dict[str, ShardResult]:
         """Return the shards that an interrupted run uploaded and the Hub still has."""
         results = {}
@@ -203,7 +206,7 @@ class HubSink:
             note = noted(shard, folder)
             if note is None or (folder / note.name).exists():
                 continue
-            addition = recall(asked, landing, note.name, note.n_bytes, note.sha256)
+            addition = find_uploaded(asked, landing, note.name, note.n_bytes, note.sha256)
             if addition:
                 results[note.name], self.sent[note.name] = note, addition
         return results
@@ -233,12 +236,14 @@ def _clear(planned: MergePlan, folder: Path) -> None:
             path.unlink()
 
 
-def _require_room_for_shards(left: MergePlan, places: Places, folder: Path, means: Means) -> None:
+def _require_room_for_shards(
+    left: MergePlan, locations: Locations, folder: Path, means: Means
+) -> None:
     sizes = [layout.n_bytes for layout in left.layouts]
     largest = max(sizes, default=0)
     on_disk = sum(sizes) if isinstance(means.runner, Ray) else largest  # Ray makes all at once
-    needs = [needs for shard in left.shards for needs in needs_of(shard, elsewhere(places))]
+    steps = [tensors for shard in left.shards for tensors in shard.reads]
     present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    n_bytes = on_disk + most_held(needs, largest, means.n_together) - present
+    n_bytes = on_disk + scratch_bytes(locations, steps, largest, means.n_together) - present
     content = "two shards and the byte ranges that are fetched ahead"
     require_room(folder, n_bytes, content, "lower --max-shard-size")

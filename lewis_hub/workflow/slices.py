@@ -79,7 +79,7 @@ def pin_slices(
         bases = [blocks(source) for source in one.sources if source.model == base]
         if not bases:
             problem = f"the base `{base}` is not among the slice's sources"
-            remedy = "Add it with the `layer_range` of its blocks."
+            remedy = "Add it to `sources` with its `layer_range`."
             raise MergeError(f"slices[{index}]", problem, remedy)
         experts = tuple(blocks(source) for source in one.sources if source.model != base)
         found.append(PinnedSlice(bases[0], experts, listed, one.parameters))
@@ -135,7 +135,7 @@ def stack_headers(settings: StackSettings) -> Checkpoint:
         TensorHeader(tensor.name, tensor.dtype, tensor.shape, shard, 0, tensor.n_bytes)
         for shard, tensor in made
     ]
-    return Checkpoint("the stack", {header.name: header for header in headers}, {})
+    return Checkpoint("the stack", {header.name: header for header in headers})
 
 
 def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:

@@ -18,13 +18,11 @@ from lewis_hub.calibration.meta_model import Weights, in_folder
 from lewis_hub.calibration.model import run_refusals
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.ranges import Window, elsewhere
+from lewis_hub.checkpoint.ranges import Locations, SourceFiles
 from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.byte_ranges import needs_of
-from lewis_hub.merge.engine import Places
 from lewis_hub.merge.in_memory import singly
 from lewis_hub.merge.plan import Fitted, Gram, Known, ShardPlan, Statistics, unknown
 from lewis_hub.merge.reference import Moments
@@ -195,7 +193,7 @@ def _statistics(
     headers: dict[str, TensorHeader] = {
         f"{file}/{tensor.name}": tensor
         for file in files.files
-        for tensor in local_header(label, folder / file).tensors
+        for tensor in local_header(label, folder / file)
     }
     grams: dict[str, Gram] = {}
     for module, gram in files.modules.items():
@@ -272,7 +270,7 @@ def _fit_in_sequence(
         files = _fit(settings, sets, placed, planned, loader, place)
         write_whole(place / INDEX, json.dumps({file.name: sha256_of(file) for file in files}))
     digests: dict[str, str] = json.loads((place / INDEX).read_text(encoding="utf-8"))
-    tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file).tensors}
+    tensors = {t.name: t for file in digests for t in local_header(LABEL, place / file)}
     digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     asked = _matrices({t.output.name: t.output.shape for t in planned.tensors})
     lacking = [name for name in asked if name not in tensors]
@@ -321,7 +319,7 @@ def _fit(
     from lewis_hub.calibration.sequential import Texts
     from lewis_hub.calibration.sequential import fit as fit_blocks
 
-    merged = _MergedBlocks(planned, loader.places, place / "ranges", loader.max_shard_bytes)
+    merged = _MergedBlocks(planned, loader.locations, place / "ranges", loader.max_shard_bytes)
     texts = [
         Texts(
             replace(subject.weights or in_folder(subject.source, subject.folder), remedy=REMEDY),
@@ -349,8 +347,10 @@ def _fit(
 class _MergedBlocks:
     """The blocks of a merge, made one by one while their tensors are fitted."""
 
-    def __init__(self, planned: ShardPlan, places: Places, scratch: Path, most_bytes: int) -> None:
-        self._planned, self._places, self._scratch = planned, places, scratch
+    def __init__(
+        self, planned: ShardPlan, locations: Locations, scratch: Path, most_bytes: int
+    ) -> None:
+        self._planned, self._locations, self._scratch = planned, locations, scratch
         self._most_bytes = most_bytes
         self._make: Single | None = None
         self.mended: set[tuple[str, str]] = set()  # (source, fitted tensor) with NaN or infinity
@@ -360,23 +360,22 @@ class _MergedBlocks:
         """Its headers; no file holds its tensors."""
         outputs = [tensor.output for tensor in self._planned.tensors]
         headers = (TensorHeader(o.name, o.dtype, o.shape, "", 0, o.n_bytes) for o in outputs)
-        return Checkpoint(MERGE, {header.name: header for header in headers}, {})
+        return Checkpoint(MERGE, {header.name: header for header in headers})
 
     def parts(
         self, lists: Sequence[Sequence[TensorHeader]]
     ) -> Generator[dict[str, Tensor], None, None]:
         """Make the tensors of each list, without statistics."""
-        remote = elsewhere(self._places)
         outputs = [tensor.output.name for tensor in self._planned.tensors]
-        needed = dict(zip(outputs, needs_of(self._planned, remote), strict=True))
-        steps = [[need for tensor in tensors for need in needed[tensor.name]] for tensors in lists]
+        reads = dict(zip(outputs, self._planned.reads, strict=True))
+        steps = [[read for tensor in tensors for read in reads[tensor.name]] for tensors in lists]
         with (
-            Window(self._places, steps, self._scratch, self._most_bytes) as window,
-            singly(self._planned, window.reader, self.mended) as self._make,
+            SourceFiles(self._locations, steps, self._scratch, self._most_bytes) as files,
+            singly(self._planned, files.reader, self.mended) as self._make,
         ):
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
-                window.step_done()
+                files.step_done()
 
     def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
         """Fit a tensor of the list that `parts` made last."""

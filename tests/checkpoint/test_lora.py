@@ -102,72 +102,72 @@ def named(module, a, b, **more):
         (
             named("lm_head", (2, 4), (10, 2)),
             {},
-            "`base_model.model.lm_head.lora_A.weight` belongs to no tensor of the base me/base.\n"
+            "`base_model.model.lm_head.lora_A.weight` matches no tensor of the base me/base.\n"
             f"{OTHER_BASE} If that is the one, m{FOLD[1:]}",
         ),
         (
             named("model.layers.0.ups", (2, 4), (10, 2)),
             {},
-            "`base_model.model.model.layers.0.ups.lora_A.weight` belongs to no tensor of the base "
+            "`base_model.model.model.layers.0.ups.lora_A.weight` matches no tensor of the base "
             "me/base (the nearest is model.layers.0.up.weight).\n"
             f"{OTHER_BASE} If that is the one, m{FOLD[1:]}",
         ),
         (
             named("model.layers.0.q", (2, 4), (4, 3)),
             {},
-            "of `model.layers.0.q` it holds lora_A of shape [2, 4], lora_B of shape [4, 3] for "
+            "`model.layers.0.q` has lora_A of shape [2, 4], lora_B of shape [4, 3] for "
             f"rank 2, which do not fit model.layers.0.q.weight of shape [4, 4].\n{OTHER_BASE}",
         ),
         (
             named("model.layers.0.q", (3, 4), (4, 3)),
             {"rank_pattern": {"v": 3}},
-            "of `model.layers.0.q` it holds lora_A of shape [3, 4], lora_B of shape [4, 3] for "
+            "`model.layers.0.q` has lora_A of shape [3, 4], lora_B of shape [4, 3] for "
             f"rank 2, which do not fit model.layers.0.q.weight of shape [4, 4].\n{OTHER_BASE}",
         ),
         (
             named("model.layers.0.norm", (2, 4), (4, 2)),
             {},
             "`base_model.model.model.layers.0.norm.lora_A.weight` changes "
-            f"model.layers.0.norm.weight of shape [4], no matrix.\n{FOLD}",
+            f"model.layers.0.norm.weight of shape [4], expected a matrix.\n{FOLD}",
         ),
         (
             named("model.layers.0.packed", (2, 4), (4, 2)),
             {},
             "`base_model.model.model.layers.0.packed.lora_A.weight` changes "
-            "model.layers.0.packed.weight, which the base holds as I8.\n"
+            "model.layers.0.packed.weight, which the base stores as I8.\n"
             "Use the base in bfloat16, float16 or float32.",
         ),
         (
             {f"{Q}.lora_A.weight": torch.zeros(2, 4)},
             {},
-            f"of `model.layers.0.q` it holds lora_A, expected lora_A, lora_B.\n{INTACT}",
+            f"`model.layers.0.q` has lora_A, expected lora_A, lora_B.\n{INTACT}",
         ),
         (
             FITTING,
             {"use_dora": True},
-            "of `model.layers.0.q` it holds lora_A, lora_B, expected lora_A, lora_B, "
+            "`model.layers.0.q` has lora_A, lora_B, expected lora_A, lora_B, "
             f"lora_magnitude_vector.\n{INTACT}",
         ),
         (
             FITTING | {f"{Q}.lora_magnitude_vector": torch.zeros(4)},
             {},
-            "of `model.layers.0.q` it holds lora_A, lora_B, lora_magnitude_vector, expected "
+            "`model.layers.0.q` has lora_A, lora_B, lora_magnitude_vector, expected "
             f"lora_A, lora_B.\n{INTACT}",
         ),
         (
             FITTING | {f"{Q}.lora_B.bias": torch.zeros(4)},
             {},
-            f"`{Q}.lora_B.bias` is no part of a LoRA that this version knows.\n{FOLD}",
+            f"`{Q}.lora_B.bias` is not a LoRA tensor that this version knows.\n{FOLD}",
         ),
         (
             FITTING | {f"{Q}.lora_A.default.weight": torch.zeros(4)},
             {},
-            f"`{Q}.lora_A.default.weight` is no part of a LoRA that this version knows.\n{FOLD}",
+            f"`{Q}.lora_A.default.weight` is not a LoRA tensor that this version knows.\n{FOLD}",
         ),
         (
             FITTING | {f"{Q}.token_adapter": torch.zeros(4)},
             {},
-            f"`{Q}.token_adapter` belongs to no tensor of the base me/base.\n"
+            f"`{Q}.token_adapter` matches no tensor of the base me/base.\n"
             f"{OTHER_BASE} If that is the one, m{FOLD[1:]}",
         ),
         (
@@ -181,21 +181,21 @@ def named(module, a, b, **more):
         (
             {f"{Q}.weight": torch.zeros(4, 4), f"{Q}.base_layer.weight": torch.zeros(4, 4)},
             {},
-            f"`{Q}.base_layer.weight` and `{Q}.weight` mean the same tensor.\n{FOLD}",
+            f"`{Q}.base_layer.weight` and `{Q}.weight` are the same tensor.\n{FOLD}",
         ),
         (
             {"base_model.model.model.embed.weight": torch.zeros(12, 4)},
             {"modules_to_save": ["embed"]},
             "`base_model.model.model.embed.weight` has shape [12, 4], model.embed.weight of the "
-            "base me/base has [10, 4].\nIf only the vocabulary differs, bring the base to the "
-            "adapter's with transformers' `model.resize_token_embeddings` and use that as "
-            "`base_model`.",
+            "base me/base has [10, 4].\nIf only the vocabulary differs, resize the base to the "
+            "adapter's vocabulary with transformers' `model.resize_token_embeddings` and use that "
+            "as `base_model`.",
         ),
         (
             FITTING,
             {"modules_to_save": ["embed"]},
             "its configuration says that `embed` was trained whole (modules_to_save), but the file "
-            "does not hold it.\nSave the adapter again, or use an intact copy.",
+            "does not contain it.\nSave the adapter again, or use an intact copy.",
         ),
         (
             {name: tensor.double() for name, tensor in FITTING.items()},
@@ -217,4 +217,4 @@ def test_an_adapter_without_tensors_is_refused(put):
     with pytest.raises(AdapterError) as caught:
         put({})
 
-    assert str(caught.value) == "me/adapter: its file holds no tensors.\nUse an intact copy."
+    assert str(caught.value) == "me/adapter: its file contains no tensors.\nUse an intact copy."

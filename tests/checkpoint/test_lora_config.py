@@ -85,8 +85,8 @@ def test_what_leaves_the_base_alone_at_the_start_is_read(first):
         ({"r": 0}, f"`r` is not what PEFT writes: Input should be greater than 0.\n{DAMAGED}"),
         (
             {"rank_pattern": {"(": 4}},
-            "`rank_pattern` is not what PEFT writes: '(' is no pattern: missing ), unterminated "
-            f"subpattern at position 0.\n{DAMAGED}",
+            "`rank_pattern` is not what PEFT writes: '(' is not a regular expression: missing ), "
+            f"unterminated subpattern at position 0.\n{DAMAGED}",
         ),
         (
             {"bias": "some"},
@@ -96,7 +96,7 @@ def test_what_leaves_the_base_alone_at_the_start_is_read(first):
         *(
             (
                 {key: value},
-                f"`{key}` is set, and this version does not know what it does to weights.\n{FOLD}",
+                f"`{key}` is set, and this version does not know how it changes weights.\n{FOLD}",
             )
             for key, value in {
                 "layer_replication": [[0, 4], [2, 5]],

@@ -131,9 +131,9 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, newer):
     text = refusal(tmp_path, content, _use_new_zipfile_serialization=newer)
 
     assert text == (
-        "me/model: pytorch_model.bin: it asks for `posix.system`, and nothing but tensors is read "
-        "from a pickle.\nUse it as safetensors: ask its author, or convert it where nothing else "
-        "can be harmed."
+        "me/model: pytorch_model.bin: it contains `posix.system`, but only tensors are read "
+        "from a pickle.\nUse the model as safetensors: ask its author, or convert it on a machine "
+        "without secrets."
     )
     assert not proof.exists()
 
@@ -151,20 +151,23 @@ def test_a_bare_pickle_is_refused_and_not_executed(tmp_path, protocol):
 def test_a_whole_module_is_refused(tmp_path):
     text = refusal(tmp_path, torch.nn.Linear(2, 2))
 
-    assert "it asks for `torch.nn.modules.linear.Linear`, and nothing but tensors" in text
+    assert "it contains `torch.nn.modules.linear.Linear`, but only tensors" in text
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([torch.ones(2)], "it holds a list, expected names and their tensors"),
-        ({}, "it holds a dict, expected names and their tensors"),
-        ({"state_dict": {"a": torch.ones(2)}}, "it holds 'state_dict', which is no plain tensor"),
-        ({3: torch.ones(2)}, "it holds '3', which is no plain tensor with a name"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, "it holds `a` as torch.complex64, which is"),
-        ({"a": torch.eye(2).to_sparse()}, "it holds 'a', which is no plain tensor with a name"),
+        ([torch.ones(2)], "it contains a list, expected a dict from names to tensors"),
+        ({}, "it contains an empty dict, expected a dict from names to tensors"),
+        ({"state_dict": {"a": torch.ones(2)}}, "it contains 'state_dict', which is not a named"),
+        ({3: torch.ones(2)}, "it contains '3', which is not a named dense tensor"),
+        (
+            {"a": torch.ones(2, dtype=torch.complex64)},
+            "it contains `a` as torch.complex64, which is",
+        ),
+        ({"a": torch.eye(2).to_sparse()}, "it contains 'a', which is not a named dense tensor"),
         (b"", "torch cannot read it"),
-        (b"not a pickle", "it is no pickle that torch wrote"),
+        (b"not a pickle", "it is not a pickle that torch wrote"),
         (b"PK\x03\x04 cut short", "torch cannot read it"),
     ],
 )

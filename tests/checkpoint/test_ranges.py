@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import bytes_in
 
-from lewis_hub.checkpoint import ranges as windows
+from lewis_hub.checkpoint import ranges
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.ranges import Need, Window, most_held
+from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor, scratch_bytes
 from lewis_hub.errors import SourceError
 
 
-class Elsewhere:
+class Remote:
     """Files that are given out by ranges, in pieces; `asked` keeps the ranges."""
 
     def __init__(self, files):
@@ -32,18 +32,21 @@ ROOM = 64  # bytes
 @pytest.fixture
 def small(monkeypatch):
     """Requests of 16 bytes, of which four fit into the room."""
-    monkeypatch.setattr(windows, "N_REQUESTS", 4)
+    monkeypatch.setattr(ranges, "N_REQUESTS", 4)
 
 
-def read(window, need):
-    found = bytearray(need.stop - need.start)
-    tensor = TensorHeader("t", "U8", (len(found),), need.file, need.start, len(found))
-    window.reader(need.source).read(tensor, 0, memoryview(found))
-    return bytes(found)
+def stored(source, file, start, stop):
+    return SourceTensor(source, TensorHeader("t", "U8", (stop - start,), file, start, stop - start))
 
 
-needs = st.builds(
-    lambda source, file, start, n: Need(source, file, start, start + n),
+def read(files, tensor):
+    content = bytearray(tensor.header.n_bytes)
+    files.reader(tensor.source).read(tensor.header, 0, memoryview(content))
+    return bytes(content)
+
+
+tensors = st.builds(
+    lambda source, file, start, n: stored(source, file, start, start + n),
     st.sampled_from("ab"),
     st.sampled_from(["one", "two"]),
     st.integers(0, 150),
@@ -52,74 +55,78 @@ needs = st.builds(
 
 
 @settings(deadline=None)
-@given(steps=st.lists(st.lists(needs, max_size=4), max_size=8))
+@given(steps=st.lists(st.lists(tensors, max_size=4), max_size=8))
 def test_every_step_reads_its_bytes_as_often_as_it_likes_and_leaves_nothing(
     steps, tmp_path_factory
 ):
-    scratch = tmp_path_factory.mktemp("window") / "ranges"
+    scratch = tmp_path_factory.mktemp("files") / "ranges"
     dice = random.Random(1)
-    files = {source: {name: dice.randbytes(200) for name in ("one", "two")} for source in "ab"}
-    places = {source: Elsewhere(held).fetch for source, held in files.items()}
+    held = {source: {name: dice.randbytes(200) for name in ("one", "two")} for source in "ab"}
+    locations = {source: Remote(files).fetch for source, files in held.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "N_REQUESTS", 4)
-        with Window(places, steps, scratch, ROOM) as window:
+        patch.setattr(ranges, "N_REQUESTS", 4)
+        with SourceFiles(locations, steps, scratch, ROOM) as files:
             for step in steps:
-                for need in [*step, *reversed(step)]:
-                    held = files[need.source][need.file]
-                    assert read(window, need) == held[need.start : need.stop]
-                window.step_done()
+                for tensor in [*step, *reversed(step)]:
+                    header = tensor.header
+                    expected = held[tensor.source][header.shard][header.start :]
+                    assert read(files, tensor) == expected[: header.n_bytes]
+                files.step_done()
     assert not scratch.exists()
 
 
 def test_neighbours_come_by_one_request_and_a_large_tensor_by_several(small, tmp_path):
-    held = Elsewhere({"f": bytes(range(100))})
-    steps = [[Need("a", "f", 0, 5)], [Need("a", "f", 5, 12)], [Need("a", "f", 12, 60)]]
+    held = Remote({"f": bytes(range(100))})
+    steps = [[stored("a", "f", 0, 5)], [stored("a", "f", 5, 12)], [stored("a", "f", 12, 60)]]
 
-    with Window({"a": held.fetch}, steps, tmp_path / "ranges", ROOM) as window:
-        assert read(window, steps[2][0]) == bytes(range(12, 60))
+    with SourceFiles({"a": held.fetch}, steps, tmp_path / "ranges", ROOM) as files:
+        assert read(files, steps[2][0]) == bytes(range(12, 60))
 
     assert sorted(held.asked) == [("f", 0, 16), ("f", 16, 32), ("f", 32, 48), ("f", 48, 60)]
 
 
 def test_no_more_lies_ready_than_there_is_room_for(small, tmp_path):
-    held = Elsewhere({"f": bytes(400)})
-    steps = [[Need("a", "f", i * 20, i * 20 + 10)] for i in range(20)]  # gaps: a request each
+    held = Remote({"f": bytes(400)})
+    steps = [[stored("a", "f", i * 20, i * 20 + 10)] for i in range(20)]  # gaps: a request each
     most, room = 0, threading.Event()
 
-    with Window({"a": held.fetch}, steps, tmp_path / "ranges", ROOM) as window:
-        for i, (need,) in enumerate(steps):
-            read(window, need)
+    with SourceFiles({"a": held.fetch}, steps, tmp_path / "ranges", ROOM) as files:
+        for i, (tensor,) in enumerate(steps):
+            read(files, tensor)
             room.wait(0.01)  # for requests that should not be sent
             most = max(most, len(held.asked) - i)
-            window.step_done()
+            files.step_done()
 
     assert most == 6  # of 10 bytes each, in 64
-    assert most_held(steps, ROOM) == 64
+    assert scratch_bytes({"a": held.fetch}, steps, ROOM) == 64
 
 
 def test_a_step_that_needs_more_than_there_is_room_for_gets_it_alone(small, tmp_path):
-    held = Elsewhere({"f": bytes(1000)})
-    steps = [[Need("a", "f", 0, 304)], [Need("a", "f", 304, 608)], [Need("a", "f", 608, 912)]]
+    held = Remote({"f": bytes(1000)})
+    steps = [[stored("a", "f", 0, 304)], [stored("a", "f", 304, 608)], [stored("a", "f", 608, 912)]]
 
-    with Window({"a": held.fetch}, steps, tmp_path / "ranges", ROOM) as window:
-        for (need,) in steps:
-            assert len(read(window, need)) == 304
-            assert max(stop for _, _, stop in held.asked) == need.stop
-            window.step_done()
+    with SourceFiles({"a": held.fetch}, steps, tmp_path / "ranges", ROOM) as files:
+        for (tensor,) in steps:
+            assert len(read(files, tensor)) == 304
+            assert (
+                max(stop for _, _, stop in held.asked)
+                == tensor.header.start + tensor.header.n_bytes
+            )
+            files.step_done()
 
-    assert most_held(steps, ROOM) == 304
+    assert scratch_bytes({"a": held.fetch}, steps, ROOM) == 304
 
 
-def test_a_failed_request_is_told_to_whoever_needs_it_and_the_window_closes(small, tmp_path):
+def test_a_failed_request_is_told_to_the_thread_that_reads_and_the_files_close(small, tmp_path):
     def fetch(file, start, stop, take):
         raise SourceError("a@1", "the Hub is down", "Wait.")
 
-    need = Need("a", "f", 0, 10)
+    tensor = stored("a", "f", 0, 10)
     with (
         pytest.raises(SourceError, match="the Hub is down"),
-        Window({"a": fetch}, [[need]], tmp_path / "ranges", ROOM) as window,
+        SourceFiles({"a": fetch}, [[tensor]], tmp_path / "ranges", ROOM) as files,
     ):
-        read(window, need)
+        read(files, tensor)
 
     assert list(tmp_path.iterdir()) == []
 
@@ -137,7 +144,7 @@ def test_closing_waits_for_nobody_and_what_was_killed_leaves_no_file(small, tmp_
         finally:
             ended.set()
 
-    with Window({"a": fetch}, [[Need("a", "f", 0, 10)]], tmp_path / "ranges", ROOM):
+    with SourceFiles({"a": fetch}, [[stored("a", "f", 0, 10)]], tmp_path / "ranges", ROOM):
         begun.wait()
         assert [path.read_bytes() for path in (tmp_path / "ranges").iterdir()] == [b""]
     go_on.set()
@@ -149,25 +156,25 @@ def test_closing_waits_for_nobody_and_what_was_killed_leaves_no_file(small, tmp_
 def test_a_folder_that_is_here_is_read_as_it_lies(tmp_path):
     (tmp_path / "f").write_bytes(b"0123456789")
 
-    with Window({"a": Path(tmp_path)}, [], tmp_path / "ranges", ROOM) as window:
-        assert read(window, Need("a", "f", 2, 6)) == b"2345"
+    with SourceFiles({"a": Path(tmp_path)}, [], tmp_path / "ranges", ROOM) as files:
+        assert read(files, stored("a", "f", 2, 6)) == b"2345"
 
 
 @settings(deadline=None)
-@given(steps=st.lists(st.lists(needs, max_size=4), max_size=8), room=st.integers(1, 200))
+@given(steps=st.lists(st.lists(tensors, max_size=4), max_size=8), room=st.integers(1, 200))
 def test_what_lies_ready_is_what_was_said_at_most(steps, room, tmp_path_factory):
-    scratch = tmp_path_factory.mktemp("window") / "ranges"
-    held = Elsewhere({"one": bytes(200), "two": bytes(200)})
+    scratch = tmp_path_factory.mktemp("files") / "ranges"
+    held = Remote({"one": bytes(200), "two": bytes(200)})
     seen = [0]
 
     def fetch(file, start, stop, take):
         held.fetch(file, start, stop, take)
         seen.append(bytes_in(scratch))
 
-    with Window({"a": fetch, "b": fetch}, steps, scratch, room) as window:
+    with SourceFiles({"a": fetch, "b": fetch}, steps, scratch, room) as files:
         for step in steps:
-            for need in step:
-                assert read(window, need) == bytes(need.stop - need.start)
-            window.step_done()
+            for tensor in step:
+                assert read(files, tensor) == bytes(tensor.header.n_bytes)
+            files.step_done()
 
-    assert max(seen) <= most_held(steps, room)
+    assert max(seen) <= scratch_bytes({"a": fetch, "b": fetch}, steps, room)

@@ -61,7 +61,7 @@ BROKEN = {
     "adapter as base": (RECIPE.replace("zoo/base", "TMP/adapter"), "its base model is not given"),
     "adapter on another base": (
         RECIPE.replace("zoo/expert-reverse", "zoo/other+TMP/ia3"),
-        "an adapter is put on `zoo/other`, and the base is `zoo/base`",
+        "the adapter's base is `zoo/other`, but `base_model` is `zoo/base`",
     ),
     "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (hqq)"),
     "no configuration": (RECIPE.replace("zoo/expert-reverse", "TMP/bare"), "no config.json"),
@@ -75,11 +75,11 @@ BROKEN = {
     ),
     "tokenizer that cannot be united": (
         RECIPE.replace("zoo/expert-reverse", "TMP/slow") + "tokenizer_source: union\n",
-        "TMP/slow: it has no tokenizer.json, which a tokenizer that gets new tokens needs",
+        "TMP/slow: it has no tokenizer.json, which is needed to add tokens",
     ),
-    "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "none of the models"),
+    "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "not one of the models"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
-    "method of a later version": (RECIPE.replace("ties", "ram"), "there is none in this version"),
+    "method of a later version": (RECIPE.replace("ties", "ram"), "it is not known in this version"),
     "parameter is unknown": (
         RECIPE.replace("weight: 1.0", "wieght: 1.0"),
         "Did you mean `weight`?",

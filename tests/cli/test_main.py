@@ -74,7 +74,7 @@ def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        "lewis-hub: recipe.yaml: there is no such file.\n"
+        "lewis-hub: recipe.yaml: the file does not exist.\n"
         "Name a recipe, or write one with `lewis-hub init`.\n"
     )
 
@@ -121,7 +121,7 @@ def test_with_json_a_failure_is_one_document_on_stdout(tmp_path):
         "status": "failed",
         "error": {
             "kind": "RecipeError",
-            "message": "recipe.yaml: there is no such file.\n"
+            "message": "recipe.yaml: the file does not exist.\n"
             "Name a recipe, or write one with `lewis-hub init`.",
         },
     }

@@ -147,7 +147,7 @@ def test_a_broken_package_is_named_and_the_others_are_listed(what, tmp_path, mon
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[lewis_hub.{what}]\nodd = not_there\n")
     told = (
-        f"{what[:-1]} `odd`: broken offers it but does not load: No module named 'not_there'.\n"
+        f"{what[:-1]} `odd`: broken provides it but does not load: No module named 'not_there'.\n"
         "Repair or remove the package: pip uninstall broken."
     )
 

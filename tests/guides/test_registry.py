@@ -82,7 +82,7 @@ def test_an_unknown_guide_names_the_nearest(site):
     known = sorted(guide.name for guide in guides())
     assert {"lewis", "thirds", "uniform"} < set(known)
     assert str(caught.value) == (
-        "guide `unifrom`: there is none in this version.\n"
+        "guide `unifrom`: it is not known in this version.\n"
         f"Guides: {', '.join(known)}. Did you mean `uniform`?"
     )
 
@@ -101,7 +101,7 @@ def test_a_package_that_does_not_load_is_named(site, entry_point, problem):
         find("thirds")
 
     assert str(caught.value) == (
-        f"guide `thirds`: thirds offers it but does not load: {problem}.\n"
+        f"guide `thirds`: thirds provides it but does not load: {problem}.\n"
         "Repair or remove the package: pip uninstall thirds."
     )
 
@@ -113,7 +113,7 @@ def test_a_package_that_registers_another_name_is_told(site):
         find("quarters")
 
     assert str(caught.value) == (
-        "guide `quarters`: thirds offers it but thirds_plugin does not register it.\n"
+        "guide `quarters`: thirds provides it but thirds_plugin does not register it.\n"
         "Repair or remove the package: pip uninstall thirds."
     )
 
@@ -125,7 +125,8 @@ def test_a_package_that_raises_anything_is_named_and_the_others_are_listed(site)
     (error,) = broken()
 
     assert str(error) == (
-        "guide `thirds`: thirds offers it but does not load: ZeroDivisionError: division by zero.\n"
+        "guide `thirds`: thirds provides it but does not load: ZeroDivisionError: "
+        "division by zero.\n"
         "Repair or remove the package: pip uninstall thirds."
     )
 
@@ -150,7 +151,7 @@ def test_a_package_whose_guide_needs_what_nothing_measures_is_named(site):
         find("thirds")
 
     assert str(caught.value) == (
-        "guide `thirds`: thirds offers it but does not load: guide `thirds`: it needs `bogus`, "
+        "guide `thirds`: thirds provides it but does not load: guide `thirds`: it needs `bogus`, "
         "which nothing measures.\nRepair or remove the package: pip uninstall thirds."
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from lewis_hub.hub.server import Hub
+from lewis_hub.localhub.hub import Hub
 
 Push = Callable[..., str]
 

@@ -94,7 +94,7 @@ def test_parents_that_disagree_are_each_named():
     assert str(raised.value) == (
         "publish.license: the parents' licences differ (a/base: gemma; b/math: mit; "
         "c/code: not stated).\n"
-        "Which one a merge of them may carry is yours to judge: set `publish.license`."
+        "Decide which licence a merge of them may have, and set `publish.license`."
     )
 
 

@@ -147,5 +147,5 @@ def test_a_failing_download_names_the_hub_and_leaves_no_half_file(api, source, h
         fetch(api, source, lambda _: None)
 
     assert str(raised.value).startswith(
-        f"{source.pinned}: {api.endpoint} failed with 500 again and again"
+        f"{source.pinned}: {api.endpoint} still fails with 500 after several attempts"
     )

@@ -11,9 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub import jobs
-from lewis_hub.hub.jobs import JobRequest, Submitted
-from lewis_hub.hub.jobs_server import without_uv
-from lewis_hub.hub.server import serve
+from lewis_hub.hub.jobs import JobRequest, SubmittedJob
+from lewis_hub.localhub.jobs import without_uv
+from lewis_hub.localhub.server import serve
 
 ME = "lewis"
 
@@ -29,13 +29,13 @@ def api(running) -> HfApi:
     return running.api()
 
 
-def run(api: HfApi, code: str, **options: object) -> Submitted:
+def run(api: HfApi, code: str, **options: object) -> SubmittedJob:
     command = ["python", "-c", code]
     job = api.run_job(image="python:3.12", command=command, namespace=ME, **options)
-    return Submitted(job.id, ME, job.url)
+    return SubmittedJob(job.id, ME, job.url)
 
 
-def followed(api: HfApi, job: Submitted) -> tuple[int | None, list[str]]:
+def followed(api: HfApi, job: SubmittedJob) -> tuple[int | None, list[str]]:
     said: list[str] = []
     return jobs.follow(api, job, said.append), said
 
@@ -94,7 +94,7 @@ def test_a_hub_that_stays_away_is_told_and_the_job_goes_on(api, running, no_paus
     job = run(api, "import time; time.sleep(60)")
     running.fail("/logs", 503, times=100)
 
-    with pytest.raises(PublishError, match="failed with 503 again and again"):
+    with pytest.raises(PublishError, match="still fails with 503 after several attempts"):
         jobs.follow(api, job, lambda _: None)
 
     running.faults.clear()
@@ -125,7 +125,7 @@ def test_a_job_that_takes_too_long_is_ended(api):
 def test_a_command_that_is_not_there_fails_the_job(api):
     job = api.run_job(image="x", command=["no-such-command"], namespace=ME)
 
-    code, said = followed(api, Submitted(job.id, ME, job.url))
+    code, said = followed(api, SubmittedJob(job.id, ME, job.url))
 
     assert code == 127
     assert said == ["Job ERROR: Job failed with exit code: 127. Reason: No such file or directory"]
@@ -203,7 +203,7 @@ def test_a_schedule_is_made_listed_triggered_and_deleted(api, tmp_path):
     (found,) = [one for one in jobs.scheduled(api, ME) if one["id"] == made.id]
     assert (found["schedule"], found["flavor"]) == ("17 4 * * 1", "cpu-basic")
     started = api.trigger_scheduled_job(scheduled_job_id=made.id, namespace=ME)
-    assert followed(api, Submitted(started.id, ME, ""))[0] == 1  # an empty recipe
+    assert followed(api, SubmittedJob(started.id, ME, ""))[0] == 1  # an empty recipe
     jobs.unschedule(api, made.id, ME)
     assert made.id not in [one["id"] for one in jobs.scheduled(api, ME)]
     with pytest.raises(PublishError, match="Scheduled Job not found"):

@@ -290,9 +290,9 @@ def test_a_tag_that_cannot_be_made_is_told_with_the_commit_that_is_there(
 
     head = api.model_info(REPO).sha
     assert told == (
-        f"{REPO}: {head} is published, but tag `v1` is not on it: {api.endpoint} failed with 500 "
-        "again and again: injected fault.\n"
-        "Its trouble usually passes: wait a little, then run the same command again: finished work "
+        f"{REPO}: {head} is published, but tag `v1` is not on it: {api.endpoint} still fails "
+        "with 500 after several attempts: injected fault.\n"
+        "This is usually temporary: wait a little, then run the same command again: finished work "
         "is kept."
     )
     assert publish(api, folder, REPO, tagged, lambda _: None).commit_sha == head
@@ -340,7 +340,7 @@ def test_a_hub_that_stays_down_is_told_and_a_rerun_completes(api, folder, hub, n
     text = refusal(api, folder)
     publish(api, folder, REPO, PLAIN, lambda _: None)
 
-    assert text.startswith(f"{REPO}: {api.endpoint} failed with 500 again and again")
+    assert text.startswith(f"{REPO}: {api.endpoint} still fails with 500 after several attempts")
     assert content(api) == FILES
     assert commits(api).count("Merge with LEWIS") == 1
 

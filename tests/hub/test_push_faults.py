@@ -61,10 +61,10 @@ def write(folder, files):
 
 def content(hub, repo):
     """What main holds: nothing where there is no repo, or one that was only made."""
-    found = hub.store.find("models", *repo.split("/"))
+    found = hub.store.find("models", repo)
     if found is None:
         return {}
-    files = hub.store.resolve(found, "main").files
+    files = found.resolve("main").files
     return {p: hub.store.blobs.read(f.sha256) for p, f in files.items() if p != ".gitattributes"}
 
 

@@ -52,7 +52,7 @@ def test_what_breaks_off_goes_on_behind_the_bytes_that_came(files, hub, no_pause
     files.fetch("model.safetensors", 0, 300_000, lambda at, piece: taken.append((at, len(piece))))
 
     assert hub.faults.pending == []
-    assert sum(n for _, n in taken) == files.arrived.n_bytes == 300_000
+    assert sum(n for _, n in taken) == files.received.n_bytes == 300_000
     assert [at for at, _ in taken] == [sum(n for _, n in taken[:i]) for i in range(len(taken))]
 
 
@@ -63,9 +63,9 @@ def test_a_hub_that_stays_down_is_one_message(files, hub, no_pauses):
         fetched(files, 0, 10)
 
     assert str(raised.value) == (
-        f"{files.source.pinned}: {files.endpoint} failed with 503 again and again: injected "
-        "fault.\n"
-        "Its trouble usually passes: wait a little, then run the same command again: finished "
+        f"{files.source.pinned}: {files.endpoint} still fails with 503 after several "
+        "attempts: injected fault.\n"
+        "This is usually temporary: wait a little, then run the same command again: finished "
         "work is kept."
     )
 
@@ -128,8 +128,8 @@ def test_a_server_that_ignores_ranges_is_refused(files):
         fetched(RemoteFiles(files.source, url), 0, 10)
 
     assert str(raised.value) == (
-        f"{files.source.pinned}: `model.safetensors` is not given out by byte ranges (status 200)"
-        ".\nMerge without --stream: it downloads whole files."
+        f"{files.source.pinned}: the server does not serve byte ranges of `model.safetensors`"
+        " (status 200).\nMerge without --stream: it downloads whole files."
     )
 
 
@@ -140,7 +140,7 @@ def test_other_bytes_than_were_asked_for_are_refused(files, told):
         fetched(RemoteFiles(files.source, url), 0, 10)
 
     assert str(raised.value) == (
-        f"{files.source.pinned}: bytes 0-9/300000 of `model.safetensors` were asked for, "
-        f"{told.removeprefix('bytes ')} came.\n"
-        "A proxy on the way may be broken: merge without --stream."
+        f"{files.source.pinned}: bytes 0-9/300000 of `model.safetensors` were requested, "
+        f"{told.removeprefix('bytes ')} received.\n"
+        "A proxy may be broken: merge without --stream."
     )

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.failures import Asked
+from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import fetch, read_small, weight_files
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
@@ -78,7 +78,7 @@ def test_hidden_files_and_caches_are_no_part_of_a_folder(tmp_path, api):
             "this folder has pickled weights only, and reading those can run code.\n"
             "Only safetensors are read. Convert it: load it in transformers, then "
             "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
-            "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+            "With `--allow-pickle` torch reads it without running its code, but a flaw in "
             "that reader would let its author run code here: allow it for authors that you trust.",
         ),
         (
@@ -213,7 +213,7 @@ def test_a_range_beyond_the_file_is_refused(tmp_path, api, path, found):
         read_range(api, source, path, 2040, 2060)
 
     assert str(raised.value) == (
-        f"{tmp_path}: bytes 2040 to 2060 of `{path}` were wanted, but it {found}.\n"
+        f"{tmp_path}: bytes 2040 to 2060 of `{path}` were requested, but it {found}.\n"
         "The file is cut short or its index is wrong: use an intact copy."
     )
 
@@ -284,7 +284,7 @@ def test_a_gated_repo_says_where_to_ask_for_access(hub, api, push):
 
     assert resolve_model(api, "tests/gated").file("config.json").size_bytes == 2
     assert refusal(hub.api("hf_visitor"), "tests/gated") == (
-        "tests/gated: access is gated and this token has not been granted it.\n"
+        "tests/gated: access is gated and this token has no access.\n"
         f"Ask for access at {hub.url}/tests/gated, then run the same command again."
     )
     assert refusal(HfApi(endpoint=hub.url, token=False), "tests/gated") == (
@@ -304,7 +304,7 @@ def test_a_token_that_the_hub_does_not_know_is_never_shown(hub, push):
 
 
 def test_what_looks_like_a_token_never_reaches_a_message(hub):
-    asked = Asked(hub.api(), "tests/model")
+    asked = HubRepo(hub.api(), "tests/model")
 
     error = asked.failed(f"sent {hub.write_token} as Bearer abc.def", "not hf_abcdefghijklmnop")
 
@@ -318,7 +318,7 @@ def test_a_repo_with_pickled_weights_only_is_refused(api, push):
         f"tests/model@{sha}: this repo has pickled weights only, and reading those can run code.\n"
         "Only safetensors are read. Convert it: load it in transformers, then "
         "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
-        "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+        "With `--allow-pickle` torch reads it without running its code, but a flaw in "
         "that reader would let its author run code here: allow it for authors that you trust."
     )
     assert resolve_model(api, "tests/model", allow_pickle=True).commit_sha == sha
@@ -348,7 +348,7 @@ def test_a_server_error_that_stays_is_told(api, push, hub, no_pauses):
     hub.fail("/api/models/tests/model", 503, times=100)
 
     assert refusal(api, "tests/model").startswith(
-        f"tests/model: {api.endpoint} failed with 503 again and again"
+        f"tests/model: {api.endpoint} still fails with 503 after several attempts"
     )
 
 
@@ -357,7 +357,7 @@ def test_a_rate_limit_that_stays_is_told(api, push, hub, no_pauses):
     hub.fail("/api/models/tests/model", 429, times=100)
 
     assert refusal(api, "tests/model") == (
-        f"tests/model: {api.endpoint} asks to slow down (429).\n"
+        f"tests/model: {api.endpoint} limits the rate of requests (429).\n"
         "Wait a few minutes, then run the same command again: finished work is kept."
     )
 
@@ -390,7 +390,7 @@ def test_offline_uses_what_is_cached_and_refuses_what_is_not(api, push, monkeypa
     assert source.files == online.matching(("*.json", "*.safetensors"))
     assert read_range(api, source, "model.safetensors", 0, 4) == WEIGHTS[:4]
     assert refusal(api, "tests/other") == (
-        "tests/other: HF_HUB_OFFLINE is set and not all of it is in the cache.\nUnset "
+        "tests/other: HF_HUB_OFFLINE is set and the cache does not hold all its files.\nUnset "
         "HF_HUB_OFFLINE, then run the same command again: finished work is kept. It is not in "
         f"the cache ({constants.HF_HUB_CACHE})."
     )

@@ -72,7 +72,7 @@ def test_a_folder_of_files_gives_its_splits(tmp_path, api):
             "test",
             None,
             "a file has no split `test`.\n"
-            "Leave out `split`, or write `train`: that is all of the file.",
+            "Leave out `split`, or write `train`, which is the whole file.",
         ),
         ("train", "main", "a file has no configuration `main`.\nLeave out `config`."),
     ],
@@ -94,7 +94,7 @@ def test_an_empty_file_is_refused(tmp_path, api):
     path = tmp_path / "data.jsonl"
     path.touch()
 
-    assert message(api, path) == f"{path}: the file is empty.\nPut one row a line into it."
+    assert message(api, path) == f"{path}: the file is empty.\nWrite one row per line into it."
 
 
 def test_a_file_with_blank_lines_only_is_refused(tmp_path, api):
@@ -151,7 +151,7 @@ def test_a_commit_without_rows_never_gives_those_of_another(hub, api, push):
     sha = push("tests/sums", {"notes.xyz": b"hi"}, repo_type="dataset")
 
     assert message(api, "tests/sums") == (
-        f"tests/sums@{sha}: it has no data files that can be read, or misses one that it names.\n"
+        f"tests/sums@{sha}: it has no readable data files, or one that it names is missing.\n"
         "Use one with .jsonl, .parquet or .csv files."
     )
 
@@ -177,7 +177,7 @@ def test_a_missing_configuration_or_split_lists_what_there_is(hub, api, push):
     [
         (
             "notes.xyz",
-            "it has no data files that can be read, or misses one that it names.\n"
+            "it has no readable data files, or one that it names is missing.\n"
             "Use one with .jsonl, .parquet or .csv files.",
         ),
         (

@@ -215,7 +215,7 @@ class TestOnRay:
     def test_a_file_that_changed_is_told_as_on_one_machine(self, zoo, settings, cluster):
         os.truncate(zoo.folders["y"] / "model.safetensors", 10_000)
 
-        with pytest.raises(BrokenCheckpointError, match="y: model.safetensors: it ends within"):
+        with pytest.raises(BrokenCheckpointError, match="y: model.safetensors: it ends inside"):
             merge(zoo, settings, Ray(), "out")
 
     def test_folders_that_a_worker_does_not_see_are_told(self, zoo, settings, cluster):

@@ -99,7 +99,7 @@ def test_a_file_that_ends_too_early_is_told(zoo):
     asked = settings(zoo, "linear")
     os.truncate(zoo.folders["model 1"] / "model.safetensors", 10_000)
 
-    with pytest.raises(BrokenCheckpointError, match="it ends within"):
+    with pytest.raises(BrokenCheckpointError, match="it ends inside"):
         merge(zoo, asked, "cpu")
 
 

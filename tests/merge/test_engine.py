@@ -199,7 +199,7 @@ def test_a_result_that_overflows_is_told(zoo, method):
 def test_a_source_that_changed_since_the_check_is_told(zoo, settings):
     os.truncate(zoo.folders["y"] / "model.safetensors", 10_000)
 
-    with pytest.raises(BrokenCheckpointError, match="y: model.safetensors: it ends within"):
+    with pytest.raises(BrokenCheckpointError, match="y: model.safetensors: it ends inside"):
         zoo.merge(settings, runner=threads(2))
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lewis_hub.checkpoint.quantised import bits_and_bytes
+from lewis_hub.checkpoint.bitsandbytes import dequantise_bitsandbytes
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
@@ -28,7 +28,7 @@ def opened(zoo, tensors, label="source"):
             files.read(tensor, 0, memoryview(held))
             return bytes(held)
 
-    return MergeSource(bits_and_bytes(source.checkpoint, read), source.digest, {})
+    return MergeSource(dequantise_bitsandbytes(source.checkpoint, read), source.digest, {})
 
 
 def values(zoo, source):
@@ -124,19 +124,19 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo):
 
 
 BROKEN = {
-    "no table": ({"a.weight.quant_map": None}, "there is no `a.weight.quant_map`"),
+    "no table": ({"a.weight.quant_map": None}, "`a.weight.quant_map` is missing"),
     "scales of other blocks": (
         {"a.weight.absmax": torch.zeros(16, dtype=torch.uint8)},
-        "`a.weight.absmax` is U8 of 16 elements, where U8 of 17 are expected",
+        "`a.weight.absmax` is U8 of 16 elements, expected U8 of 17",
     ),
     "another shape": (
         {STATE: packed({"blocksize": 8, "shape": [5, 28]})},
-        "`a.weight` has 65 bytes, its state is of shape [5, 28]",
+        "`a.weight` has 65 bytes, its state has the shape [5, 28]",
     ),
-    "no shape": ({STATE: packed({"blocksize": 8})}, f"`{STATE}` gives no `shape` and `blocksize`"),
+    "no shape": ({STATE: packed({"blocksize": 8})}, f"`{STATE}` has no `shape` and `blocksize`"),
     "no offset": (
         {STATE: packed({"blocksize": 8, "shape": [5, 26]})},
-        "the state of `a.weight` gives no `nested_blocksize` and `nested_offset`",
+        "the state of `a.weight` has no `nested_blocksize` and `nested_offset`",
     ),
     "no JSON": ({STATE: torch.zeros(4, dtype=torch.uint8)}, f"`{STATE}` is not JSON"),
 }
@@ -159,5 +159,7 @@ def test_parts_that_do_not_fit_are_told_before_weights_are_read(zoo, kind):
 def test_scales_of_other_rows_are_told(zoo):
     tensors = {"a.weight": torch.zeros(4, 3, dtype=torch.int8), "a.SCB": torch.ones(3)}
 
-    with pytest.raises(BrokenCheckpointError, match=r"`a.SCB` is F32 of shape \[3\], which fits"):
+    with pytest.raises(
+        BrokenCheckpointError, match=r"`a.SCB` is F32 of shape \[3\], which does not fit the"
+    ):
         opened(zoo, tensors)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.quantised import unpacked
+from lewis_hub.checkpoint.block_scales import dequantise_integers
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
@@ -43,7 +43,7 @@ def pack(codes, n_bits):
 
 def opened(zoo, tensors, n_bits, label="source", parameters=None):
     source = zoo.source(label, tensors)
-    found = unpacked(source.checkpoint, (128, 128), n_bits)
+    found = dequantise_integers(source.checkpoint, (128, 128), n_bits)
     return MergeSource(found, source.digest, parameters or {})
 
 
@@ -183,18 +183,18 @@ PARTS = {
     "a.weight_scale": torch.ones(8, 2),
 }
 BROKEN = {
-    "without a scale": ({"a.weight_scale": None}, "`a.weight` has no scale beside it"),
+    "without a scale": ({"a.weight_scale": None}, "`a.weight` has no tensor of scales"),
     "a scale for nothing": (
         {"a.weight_scale": torch.ones(8, 5)},
         "`a.weight_scale` has shape [8, 5], which fits a.weight of shape [8, 32] neither by tensor",
     ),
     "zeros for nothing": (
         {"a.weight_zero_point": torch.zeros(2, 2, dtype=torch.int32)},
-        "`a.weight_zero_point` is I32 of shape [2, 2], which fits no scales of shape [8, 2]",
+        "`a.weight_zero_point` is I32 of shape [2, 2], which does not fit scales of shape [8, 2]",
     ),
     "an order of other columns": (
         {"a.weight_g_idx": torch.zeros(31, dtype=torch.int32)},
-        "`a.weight_g_idx` is no I32 of 32 columns",
+        "`a.weight_g_idx` is I32 of shape [31], expected I32 of 32 columns",
     ),
 }
 

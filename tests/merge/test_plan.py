@@ -113,7 +113,7 @@ def test_a_digest_changes_with_all_that_fixes_the_bytes_and_with_nothing_else(zo
 @pytest.mark.parametrize(
     ("method", "change", "schedule", "says"),
     [
-        ("tie", {}, None, "method `tie`: there is none"),
+        ("tie", {}, None, "method `tie`: it is not known"),
         ("ties", {"base": None}, None, "it needs a base to start from.\nName a `base_model`."),
         ("ties", {"experts": ()}, None, "there is nothing to merge"),
         ("ties", {"parameters": {"wieght": 1}}, None, "Did you mean `weight`?"),

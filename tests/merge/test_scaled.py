@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.quantised import scaled
+from lewis_hub.checkpoint.block_scales import dequantise_fp8
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge import plain, scaling
@@ -62,7 +62,7 @@ LAYOUTS = {
 
 def eight_bit(zoo, label, tensors, block=(128, 128), parameters=None):
     source = zoo.source(label, tensors)
-    return MergeSource(scaled(source.checkpoint, block), source.digest, parameters or {})
+    return MergeSource(dequantise_fp8(source.checkpoint, block), source.digest, parameters or {})
 
 
 def materialised(zoo, source):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.quantised import turned
+from lewis_hub.checkpoint.packed import dequantise_packed
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
@@ -59,7 +59,9 @@ def mxfp4(n=3, n_rows=64, n_columns=40, seed=0):
 
 def opened(zoo, tensors, layout, n_bits=4, offset=0, label="source"):
     source = zoo.source(label, tensors)
-    return MergeSource(turned(source.checkpoint, layout, n_bits, offset), source.digest, {})
+    return MergeSource(
+        dequantise_packed(source.checkpoint, layout, n_bits, offset), source.digest, {}
+    )
 
 
 def values(zoo, source):
@@ -236,15 +238,19 @@ BROKEN = {
     "words of another dtype": (
         "GPTQ",
         WORDS | {"a.qweight": torch.zeros(2, 8)},
-        "`a.qweight` is F32 of shape [2, 8], where I32 of two dimensions is expected",
+        "`a.qweight` is F32 of shape [2, 8], expected I32 of two dimensions",
     ),
-    "no scales": ("GPTQ", WORDS | {"a.scales": None}, "there is no `a.scales`"),
+    "no scales": ("GPTQ", WORDS | {"a.scales": None}, "`a.scales` is missing"),
     "scales of other rows": (
         "GPTQ",
         WORDS | {"a.scales": torch.ones(2, 9)},
         "`a.scales` is F32 of shape [2, 9], which does not fit a.qweight of shape [2, 8]",
     ),
-    "no zeros": ("AWQ", WORDS | {"a.qzeros": None, "a.scales": torch.ones(2, 64)}, "there is no"),
+    "no zeros": (
+        "AWQ",
+        WORDS | {"a.qzeros": None, "a.scales": torch.ones(2, 64)},
+        "`a.qzeros` is missing",
+    ),
     "zeros of other groups": (
         "GPTQ",
         WORDS | {"a.qzeros": torch.zeros(3, 1, dtype=torch.int32)},
@@ -258,18 +264,17 @@ BROKEN = {
     "groups of no equal size": (
         "GPTQ",
         WORDS | {"a.scales": torch.ones(3, 8), "a.qzeros": torch.zeros(3, 1, dtype=torch.int32)},
-        "`a.scales` is F32 of shape [3, 8], which are no equal groups of 16 columns",
+        "`a.scales` is F32 of shape [3, 8], which does not divide 16 columns into equal groups",
     ),
     "blocks of one matrix": (
         "MXFP4",
         {"x_blocks": torch.zeros(4, 2, 16, dtype=torch.uint8)},
-        "`x_blocks` is U8 of shape [4, 2, 16], where U8 of four dimensions, the last of 16, is "
-        "expected",
+        "`x_blocks` is U8 of shape [4, 2, 16], expected U8 of four dimensions, the last of 16",
     ),
     "blocks without scales": (
         "MXFP4",
         {"x_blocks": torch.zeros(1, 4, 2, 16, dtype=torch.uint8)},
-        "there is no `x_scales`",
+        "`x_scales` is missing",
     ),
     "scales of other blocks": (
         "MXFP4",

@@ -93,7 +93,9 @@ def test_a_method_says_what_it_takes():
 def test_an_unknown_method_names_the_nearest():
     text = message(lambda: find("tie"))
 
-    assert text.startswith("method `tie`: there is none in this version.\nMethods: arcee_fusion, ")
+    assert text.startswith(
+        "method `tie`: it is not known in this version.\nMethods: arcee_fusion, "
+    )
     assert text.endswith("Did you mean `ties`?")
 
 
@@ -139,7 +141,7 @@ def test_a_package_that_does_not_load_is_named(own_registry, monkeypatch):
 
     text = message(lambda: find("gone"))
 
-    assert "offers it but does not load: No module named 'no_such_package'" in text
+    assert "provides it but does not load: No module named 'no_such_package'" in text
     assert "pip uninstall" in text
 
 

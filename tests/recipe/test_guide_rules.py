@@ -32,7 +32,7 @@ def message(call):
 
 def test_an_unknown_guide_is_refused_with_its_line_and_the_nearest_known_name(read, tmp_path):
     assert message(lambda: read(f"{{name: lewi, {CALIBRATION}}}")) == (
-        f"{tmp_path}/r.yaml:5: `guide.name`: guide `lewi`: there is none in this version.\n"
+        f"{tmp_path}/r.yaml:5: `guide.name`: guide `lewi`: it is not known in this version.\n"
         "Guides: activation_shift, aim, inverse, lewis, lewis_reference, magnitude, owl, random, "
         "uniform. Did you mean `lewis`?"
     )
@@ -76,7 +76,7 @@ def test_a_recipe_that_was_made_in_python_is_refused_before_anything_is_looked_u
 
     said = message(lambda: resolve_inputs(recipe, None))
 
-    assert said.startswith("recipe: `guide.name`: guide `lewi`: there is none in this version.\n")
+    assert said.startswith("recipe: `guide.name`: guide `lewi`: it is not known in this version.\n")
 
 
 def test_a_guide_for_weights_leaves_the_densities_to_the_recipe(read):

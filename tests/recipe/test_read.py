@@ -27,18 +27,18 @@ BROKEN = {
         "Add `merge_method:`; `lewis-hub schema` describes it."
     ),
     GOOD + "merge_method: ties\n": (
-        "r.yaml:6: not valid YAML: `merge_method` is given twice.\nMend the line, then run again."
+        "r.yaml:6: not valid YAML: `merge_method` is given twice.\nFix the line, then run again."
     ),
     "": (
         "r.yaml: expected a mapping with `models` and `merge_method`, found nothing.\n"
         "`lewis-hub init` writes a recipe to start from."
     ),
     GOOD + "modules: {}\n": (
-        "r.yaml:6: `modules`: `modules` is not understood by this version.\n"
-        "Per-module merges are not in this version: list whole models under `models`."
+        "r.yaml:6: `modules`: `modules` is not supported by this version.\n"
+        "Per-module merges are not supported: list whole models under `models`."
     ),
     GOOD + "tokenizer_source: a/x\n": (
-        "r.yaml:6: `tokenizer_source`: `a/x` is none of the models.\n"
+        "r.yaml:6: `tokenizer_source`: `a/x` is not one of the models.\n"
         "Write `base`, `union` or one of `a/b`, `a/c@main`."
     ),
     GOOD + "tokenizer_source: base\ntokenizer: {}\n": (
@@ -46,11 +46,11 @@ BROKEN = {
         "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
     ),
     GOOD + "tokenizer: {tokens: {<x>: {source: a/x}}}\n": (
-        "r.yaml:6: `tokenizer.tokens.<x>.source`: `a/x` is none of the models.\n"
+        "r.yaml:6: `tokenizer.tokens.<x>.source`: `a/x` is not one of the models.\n"
         "Write one of `a/b`, `a/c@main`."
     ),
     GOOD + "tokenizer: {tokens: {<x>: {force: true}}}\n": (
-        "r.yaml:6: `tokenizer.tokens.<x>`: it is forced to nothing.\n"
+        "r.yaml:6: `tokenizer.tokens.<x>`: `force` is set without a `source`.\n"
         "Give its `source`: a model, {kind: model_token, ...} or {kind: zero}."
     ),
     GOOD + "tokenizer: {tokens: {<x>: {source: {kind: model_token, model: a/b}}}}\n": (
@@ -61,7 +61,7 @@ BROKEN = {
         "r.yaml:6: `tokenizer.pad_to`: unknown key `pad_to`.\nDid you mean `pad_to_multiple_of`?"
     ),
     GOOD + "chat_template: llama4\n": (
-        "r.yaml:6: `chat_template`: `llama4` is none of the models, and no template either.\n"
+        "r.yaml:6: `chat_template`: `llama4` is neither one of the models nor a template.\n"
         "Write `auto`, one of `a/b`, `a/c@main`, `alpaca`, `chatml`, `exaone`, `llama3`, "
         "`mistral`, or the template's text (Jinja)."
     ),
@@ -81,7 +81,7 @@ BROKEN = {
         "r.yaml:4: `models[0].parameters.weight[0].value`: `value` is missing."
     ),
     GOOD.replace("weight: 1.0", "density: 1.5"): (
-        "r.yaml:4: `models[0].parameters.density`: a density lies between 0 and 1, found 1.5.\n"
+        "r.yaml:4: `models[0].parameters.density`: expected a density between 0 and 1, found 1.5.\n"
         "It is the fraction of entries kept."
     ),
     GOOD + f"guide: {{gamma: 0.9, epsilon: 0.2, calibration: {CALIBRATION}}}\n": (
@@ -101,7 +101,7 @@ BROKEN = {
         "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {name: magnitude, mean_density: 0.5, apply_to: weight}\n": (
-        "r.yaml:6: `guide`: `mean_density` is given, and `apply_to: weight` sets no densities.\n"
+        "r.yaml:6: `guide`: `mean_density` has no effect with `apply_to: weight`.\n"
         "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k, dataset: x/y, text: '{q}'}}\n": (
@@ -109,25 +109,25 @@ BROKEN = {
         "task).\n`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {task: gsm8k, text: '{q}'}}\n": (
-        "r.yaml:6: `guide.calibration`: `text` does not go with `task`.\n"
+        "r.yaml:6: `guide.calibration`: `text` cannot be used with `task`.\n"
         "`lewis-hub schema` describes every field."
     ),
     GOOD + "guide: {calibration: {dataset: x/y, text: '{q}', include: tasks}}\n": (
-        "r.yaml:6: `guide.calibration`: `include` does not go with `dataset`.\n"
+        "r.yaml:6: `guide.calibration`: `include` cannot be used with `dataset`.\n"
         "`lewis-hub schema` describes every field."
     ),
     GOOD + "evaluate: {tasks: [a], gate: {task: a, metric: m}}\n": (
-        "r.yaml:6: `evaluate.gate.not_worse_than`: without a guide the merge is its own uniform "
-        "twin.\nWrite `base`, `experts` or `previous`, or add a `guide`."
+        "r.yaml:6: `evaluate.gate.not_worse_than`: without a guide the merge and its uniform "
+        "twin are the same.\nWrite `base`, `experts` or `previous`, or add a `guide`."
     ),
     GOOD + "evaluate: {tasks: [a, b], gate: {task: c, metric: m, not_worse_than: [base]}}\n": (
-        "r.yaml:6: `evaluate.gate.task`: `c` is none of `evaluate.tasks`.\n"
+        "r.yaml:6: `evaluate.gate.task`: `c` is not in `evaluate.tasks`.\n"
         "Write one of a, b, or add it."
     ),
     GOOD + "evaluate:\n  tasks: [a]\n  compare: [base]\n  gate:\n"
     "    - {task: a, metric: m, not_worse_than: [base]}\n"
     "    - {task: a, metric: m, not_worse_than: [experts]}\n": (
-        "r.yaml:11: `evaluate.gate[1].not_worse_than`: `experts` is not scored: it is none of "
+        "r.yaml:11: `evaluate.gate[1].not_worse_than`: `experts` is not scored: it is not in "
         "`evaluate.compare`.\nAdd `experts` to `evaluate.compare`."
     ),
     GOOD + "evaluate: {tasks: [a], gate: {task: a, metric: m, on_refusal: pr}}\n": (
@@ -145,13 +145,13 @@ BROKEN = {
     ),
     GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
     "    b: {dataset: o/b, task_id: x, metric: m}\n": (
-        "r.yaml:9: `evaluate.benchmarks.b`: `b` is none of `evaluate.tasks`.\n"
+        "r.yaml:9: `evaluate.benchmarks.b`: `b` is not in `evaluate.tasks`.\n"
         "Write one of a, or add it."
     ),
     GOOD + "evaluate:\n  tasks: [a]\n  limit: 5\n  benchmarks:\n"
     "    a: {dataset: o/b, task_id: x, metric: m}\n": (
-        "r.yaml:10: `evaluate.benchmarks.a`: with `limit` only a part of the items is scored: no "
-        "result of a benchmark.\nRemove `limit`, or `benchmarks`."
+        "r.yaml:10: `evaluate.benchmarks.a`: `limit` scores a part of the items, which is "
+        "not a benchmark result.\nRemove `limit`, or `benchmarks`."
     ),
     GOOD + "evaluate:\n  tasks: [a]\n  benchmarks:\n"
     "    a: {dataset: o/b, task_id: x, metric: m, scale: 0}\n": (
@@ -159,16 +159,16 @@ BROKEN = {
         "`lewis-hub schema` describes every field."
     ),
     GOOD.replace("a/c@main", "a/c+d/e"): (
-        "r.yaml:3: `models[0].model`: an adapter is put on `a/c`, and the base is `a/b`.\n"
+        "r.yaml:3: `models[0].model`: the adapter's base is `a/c`, but `base_model` is `a/b`.\n"
         "It is merged as a task vector of `base_model`: name its base there, or merge it into its "
         "base with peft (`merge_and_unload`) and list the result."
     ),
     GOOD.replace("a/c@main", "a/b+d/e+f/g"): (
-        "r.yaml:3: `models[0].model`: one adapter at a time: list each as an expert of its own.\n"
+        "r.yaml:3: `models[0].model`: a base takes one adapter: list each adapter as an expert.\n"
         "`lewis-hub schema` describes every field."
     ),
     GOOD.replace("base_model: a/b", "base_model: a/b+d/e"): (
-        "r.yaml:1: `base_model`: a base is a whole model, and this puts an adapter on one.\n"
+        "r.yaml:1: `base_model`: the base must be a whole model, not an adapter on a model.\n"
         "Name the whole model, and list the adapter under `models`."
     ),
     GOOD + "publish: {repo: '$(rm -rf x)/y'}\n": (
@@ -226,11 +226,11 @@ BROKEN |= {
         f"r.yaml:2: `slices`: expected at least one item, found a list.\n{SCHEMA}"
     ),
     SLICES + "tokenizer_source: a/d\n": (
-        "r.yaml:8: `tokenizer_source`: `a/d` is none of the models.\n"
+        "r.yaml:8: `tokenizer_source`: `a/d` is not one of the models.\n"
         "Write `base`, `union` or one of `a/b`, `a/c`."
     ),
     SLICES + "missing: base\n": (
-        "r.yaml:8: `missing`: slices take tensors as they are.\nLeave it out."
+        "r.yaml:8: `missing`: `missing` does not apply to slices.\nLeave it out."
     ),
     SLICES + "models: [{model: a/d}]\n": (
         "r.yaml:2: `slices`: both `models` and `slices` are given.\n"
@@ -238,22 +238,22 @@ BROKEN |= {
     ),
     SLICES.replace("[1, 5]", "[1, 6]"): (
         "r.yaml:3: `slices[0].sources`: its sources have 4 and 5 blocks.\n"
-        "Block by block they become one: give ranges of equal length."
+        "The sources are merged block by block: give ranges of equal length."
     ),
     SLICES.replace("[1, 5]", "[5, 5]"): (
-        "r.yaml:5: `slices[0].sources[1].layer_range`: [5, 5] is no range of blocks: they count "
-        f"from 0, the end exclusive.\n{SCHEMA}"
+        "r.yaml:5: `slices[0].sources[1].layer_range`: [5, 5] is not a range of blocks: "
+        f"blocks count from 0, and the end is exclusive.\n{SCHEMA}"
     ),
     SLICES.replace("[1, 5]", "[-4, 0]"): (
-        "r.yaml:5: `slices[0].sources[1].layer_range`: [-4, 0] is no range of blocks: they count "
-        f"from 0, the end exclusive.\n{SCHEMA}"
+        "r.yaml:5: `slices[0].sources[1].layer_range`: [-4, 0] is not a range of blocks: "
+        f"blocks count from 0, and the end is exclusive.\n{SCHEMA}"
     ),
     SLICES.replace("[1, 5]", "[1, 3, 5]"): (
-        "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, one after the last], "
+        "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, last block + 1], "
         f"found [1, 3, 5].\n{SCHEMA}"
     ),
     SLICES.replace("[1, 5]", "4"): (
-        "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, one after the last], "
+        "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, last block + 1], "
         f"found 4.\n{SCHEMA}"
     ),
     SLICES.replace(", layer_range: [1, 5]", ""): (
@@ -265,11 +265,11 @@ BROKEN |= {
         "Did you mean `parameters`?"
     ),
     SLICES.replace("    parameters", "    residual_weight: 0.1\n    parameters"): (
-        "r.yaml:6: `slices[0].residual_weight`: `residual_weight` is not understood by this "
-        "version.\nmergekit reads it and does nothing with it: remove it."
+        "r.yaml:6: `slices[0].residual_weight`: `residual_weight` is not supported by this "
+        "version.\nmergekit reads it and ignores it: remove it."
     ),
     SLICES.replace("{t: 0.5}", "{t: 0.5, density: 2}"): (
-        "r.yaml:6: `slices[0].parameters.density`: a density lies between 0 and 1, found 2.\n"
+        "r.yaml:6: `slices[0].parameters.density`: expected a density between 0 and 1, found 2.\n"
         "It is the fraction of entries kept."
     ),
     SLICES.replace("[1, 5]", "[1, 5], parameters: {weight: [a]}"): (
@@ -277,24 +277,25 @@ BROKEN |= {
     ),
     SLICES.replace("a/c", "a/b"): (
         "r.yaml:3: `slices[0].sources`: `a/b` is listed twice.\n"
-        "List each model once in a slice; another slice may have it again."
+        "List each model once in a slice; another slice may list it again."
     ),
     SLICES.replace("    parameters", "    base_model: a/d\n    parameters"): (
         "r.yaml:6: `slices[0].base_model`: the base `a/d` is not among the slice's sources.\n"
-        "Which of its blocks are meant has to be said: add it with its `layer_range`."
+        "Add it to `sources` with its `layer_range`."
     ),
     SLICES.replace("    parameters", "    base_model: a/b+d/e\n    parameters"): (
-        "r.yaml:6: `slices[0].base_model`: a base is a whole model, and this puts an adapter on "
-        "one.\nName the whole model, and list the adapter under `sources`."
+        "r.yaml:6: `slices[0].base_model`: the base must be a whole model, not an adapter "
+        "on a model.\nName the whole model, and list the adapter under `sources`."
     ),
     SLICES.replace("a/c", "a/c+d/e"): (
-        "r.yaml:5: `slices[0].sources[1].model`: an adapter is put on `a/c`, and the base is "
-        "`a/b`.\nIt is merged as a task vector of `base_model`: name its base there, or merge it "
-        "into its base with peft (`merge_and_unload`) and list the result."
+        "r.yaml:5: `slices[0].sources[1].model`: the adapter's base is `a/c`, but "
+        "`base_model` is `a/b`.\nIt is merged as a task vector of `base_model`: name its base "
+        "there, or merge it into its base with peft (`merge_and_unload`) and list the result."
     ),
     SLICES + f"guide: {{calibration: {CALIBRATION}}}\n": (
-        "r.yaml:5: `slices[0].sources[1].layer_range`: a guide compares blocks of equal number, "
-        "and the base has [0, 4] here.\nGive the same range, or densities without a guide."
+        "r.yaml:5: `slices[0].sources[1].layer_range`: a guide compares blocks with the "
+        "same number, but the base has the range [0, 4] in this slice.\n"
+        "Give the same range, or densities without a guide."
     ),
     SLICES.replace("[1, 5]", "[0, 4]").replace("{t: 0.5}", "{density: 0.5}")
     + "guide: {name: uniform}\n": (
@@ -305,7 +306,7 @@ BROKEN |= {
         "    parameters", "    base_model: a/c\n    parameters"
     )
     + "guide: {name: uniform}\n": (
-        "r.yaml:6: `slices[0].base_model`: a guide compares with `a/b`, and this slice has another "
+        "r.yaml:6: `slices[0].base_model`: a guide compares with `a/b`, but this slice has another "
         "base.\nLeave it out, or give densities without a guide."
     ),
 }
@@ -334,7 +335,7 @@ def test_a_missing_file_says_how_to_write_one(tmp_path):
         read_recipe(tmp_path / "recipe.yaml")
 
     assert str(caught.value) == (
-        f"{tmp_path}/recipe.yaml: there is no such file.\n"
+        f"{tmp_path}/recipe.yaml: the file does not exist.\n"
         "Name a recipe, or write one with `lewis-hub init`."
     )
 

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from lewis_hub.evaluate.gate import Check, GateVerdict
 from lewis_hub.evaluate.results import ModelResult
 from lewis_hub.hub.facts import Licence, ModelFacts
-from lewis_hub.hub.markdown import render
+from lewis_hub.localhub.pages import render_markdown
 from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report.card import model_card
 from lewis_hub.report.cost import Machine
@@ -115,10 +115,10 @@ def test_hostile_names_do_no_harm(make_facts):
 
 def test_the_embedded_hubs_own_page_shows_the_card(make_facts):
     for facts in (make_facts(), hostile_facts(make_facts)):
-        page = render(model_card(facts).text, lambda path: f"/i/{path}", lambda path: f"/f/{path}")
+        page = render_markdown(model_card(facts).text, lambda path: f"/f/{path}")
 
         assert page.count("<picture>") == 4
-        assert '<img src="/i/lewis/importance-math-light.png"' in page
+        assert '<img src="/f/lewis/importance-math-light.png"' in page
         assert '<a href="/f/lewis/lock.json">' in page
         assert not re.search(r"<[^>]*\sonerror=[^>]*>", re.sub(r'"[^"]*"', '""', page))
 

@@ -103,7 +103,8 @@ def test_tokenizers_that_spell_in_other_ways_are_refused_by_name():
 
     assert str(refused.value) == (
         "other: tokenizer.json: its tokenizer (Unigram, ▁ for spaces) cannot be united with that "
-        "of base (BPE, bytes as letters): 2 of its tokens, such as '<unk>', would never be met.\n"
+        "of base (BPE, bytes as letters): 2 of its tokens, such as '<unk>', could never occur in a "
+        "text.\n"
         "Set `tokenizer_source` to `base` or to one of the models."
     )
     with pytest.raises(TokenizerError, match=r"old: it has no tokenizer\.json"):

@@ -267,7 +267,7 @@ def test_an_adapter_that_asks_for_more_is_refused_with_nothing_downloaded(api, t
 
     assert text.startswith(
         f"zoo/lora@{sha}: adapter_config.json: `layer_replication` is set, and this version does "
-        "not know what it does to weights.\nMerge it into its base with peft"
+        "not know how it changes weights.\nMerge it into its base with peft"
     )
 
 

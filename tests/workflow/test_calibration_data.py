@@ -136,7 +136,7 @@ def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
     of_files = asked.guide.model_copy(update={"name": "magnitude"})
     pipeline.calibrate(asked.model_copy(update={"guide": of_files}), tmp_path / "files")
 
-    file = resources.files("lewis_hub.guides").joinpath("importance.schema.json")
+    file = resources.files("lewis_hub.calibration").joinpath("importance.schema.json")
     validator = jsonschema.Draft202012Validator(json.loads(file.read_text("utf-8")))
     validator.check_schema(validator.schema)
     pipeline.calibrate(recipe(f"{TASK}, chat_template: true"), tmp_path / "chat")

@@ -51,7 +51,7 @@ def test_a_folder_of_a_clash_is_pushed_once_its_card_states_a_licence(hub, place
 
     assert str(refused.exception) == (
         "merged: its parents' licences differ, and README.md states none.\n"
-        "You have to decide which licence the merge may have: write `license: ...` into the "
+        "Decide which licence a merge of them may have: write `license: ...` into the "
         "metadata at the top of README.md, or set `publish.license` and merge again."
     )
     assert not hub.api().repo_exists(REPO)

@@ -116,7 +116,7 @@ def test_without_the_flag_pickles_are_refused_with_the_risk_and_nothing_is_downl
             f"zoo/pickles@{sha}: this repo has pickled weights only, and reading those can run "
             "code.\nOnly safetensors are read. Convert it: load it in transformers, then "
             "`save_pretrained(FOLDER)`, and use FOLDER; or ask its author for safetensors.\n"
-            "With `--allow-pickle` torch reads it without running what it asks for, but a flaw in "
+            "With `--allow-pickle` torch reads it without running its code, but a flaw in "
             "that reader would let its author run code here: allow it for authors that you trust."
         )
     assert cached("*.bin") == []
@@ -193,8 +193,8 @@ def test_a_malicious_pickle_is_refused_and_not_executed(api, tmp_path, command):
         runs[command]()
 
     assert str(caught.value).startswith(
-        f"zoo/pickles@{sha}: pytorch_model.bin: it asks for `posix.system`, and nothing but "
-        "tensors is read from a pickle.\n"
+        f"zoo/pickles@{sha}: pytorch_model.bin: it contains `posix.system`, but only "
+        "tensors are read from a pickle.\n"
     )
     assert not proof.exists()
     assert not (tmp_path / "out").exists()

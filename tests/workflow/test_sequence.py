@@ -294,6 +294,4 @@ def test_inputs_are_of_one_kind_for_all_matrices():
     with pytest.raises(RecipeError) as caught:
         recipe(RECIPE.replace("merged,", "[{filter: mlp, value: own}, {value: merged}],"))
 
-    assert "`parameters.inputs`: all matrices are fitted on inputs of one kind." in str(
-        caught.value
-    )
+    assert "`parameters.inputs`: `inputs` takes one value for all matrices." in str(caught.value)

@@ -314,7 +314,7 @@ def test_a_slice_without_the_base_that_its_method_starts_from_is_refused(api):
     text = TIES.replace("      - {model: zoo/base, layer_range: [3, 6]}\n", "")
     assert one_problem(text) == (
         "slices[1]: the base `zoo/base` is not among the slice's sources.\n"
-        "Which of its blocks are meant has to be said: add it with its `layer_range`."
+        "Add it to `sources` with its `layer_range`."
     )
 
 

@@ -300,9 +300,9 @@ merge_method: regmean
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (WITHOUT, "`regmean` needs calibration data, and there is none for `zoo/expert-reverse`."),
+        (WITHOUT, "`regmean` needs calibration data, but `zoo/expert-reverse` has none."),
         (WITHOUT.replace("regmean", "ties") + TRIM, "`trim: activation` needs calibration data"),
-        (PLAIN + COMMON, "`ties` measures nothing, and there is no guide."),
+        (PLAIN + COMMON, "`ties` uses no calibration, and the recipe has no guide."),
         (
             RECIPE + COMMON + f"guide: {{{COMMON.strip()}}}\n",
             "both `calibration` and `guide.calibration` are given.",

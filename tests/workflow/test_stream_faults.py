@@ -24,7 +24,7 @@ from striking import FAULTS, NEVER, raced
 
 import lewis_hub
 from lewis_hub.errors import LewisHubError
-from lewis_hub.hub.faults import Fault
+from lewis_hub.localhub.faults import Fault
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.execution import Execution
 

@@ -316,7 +316,8 @@ def test_tokenizers_that_cannot_be_united_are_refused(zoo):
 
     assert "its tokenizer (WordLevel, plain letters) cannot be united with that of" in problem
     assert (
-        "(BPE, bytes as letters): 1 of its tokens, such as 'word', would never be met." in problem
+        "(BPE, bytes as letters): 1 of its tokens, such as 'word', could never occur in a text."
+        in problem
     )
 
 
@@ -533,5 +534,5 @@ def test_an_adapter_has_the_vocabulary_of_its_base(zoo):
 
 
 def test_a_model_that_is_not_listed_is_refused_on_reading(zoo):
-    with pytest.raises(RecipeError, match="is none of the models"):
+    with pytest.raises(RecipeError, match="is not one of the models"):
         zoo.recipe("tokenizer_source: ROOT/z\n")

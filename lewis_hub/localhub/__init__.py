@@ -1,0 +1,1 @@
+"""The embedded Hub: a server on the loopback interface, for demos, tests and rehearsals."""
