@@ -314,7 +314,7 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
     with costs.measure("download"):
         fetch.code_files(api, job.code)
         files = sink.open_sources([one.source for one in job.sources.models])
-    loader = job.loader(files, sink.scratch, progress)
+    loader = job.loader(files, sink.work.scratch, progress)
     guidance, gathered = _measure(job, sets, loader, sink, costs)
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
     with costs.measure("merge", counts):
@@ -343,7 +343,7 @@ def _measure(
 ) -> tuple[Guidance | None, Gathered]:
     """Measure the sources on the texts, for the guide and for second moments."""
     guidance, gathered, counts = None, Gathered(), loader.files.count_bytes
-    statistics, scratch = job.statistics, sink.scratch
+    statistics, scratch = job.statistics, sink.work.scratch
     if job.guide:
         stores = sink.profiles(job.guide.beside)
         if not sink.keeps_models:

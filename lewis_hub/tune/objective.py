@@ -30,6 +30,8 @@ from lewis_hub.workflow.contamination import (
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.resolve import scored_commits
 
+N_PARTS = 8  # a trial can be pruned after each part
+
 
 @dataclass(frozen=True)
 class TuningItems:
@@ -140,9 +142,6 @@ def _refuse_scored(scored: ScoredTasks, drawn: Sequence[TuningItems]) -> None:
                 "A score on items that a merge was tuned on is meaningless: name another split\n"
                 "with --split, or another task with --task.",
             )
-
-
-N_PARTS = 8  # a trial can be pruned after each part
 
 
 @dataclass(frozen=True)

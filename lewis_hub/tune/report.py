@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +15,6 @@ from lewis_hub.files import write_whole
 from lewis_hub.report.search import Picture, Tried, draw_search
 from lewis_hub.tune.run import STUDY, Tuned
 from lewis_hub.tune.space import short_name, written
-from lewis_hub.tune.study import Trial
 
 TRIALS = "trials.json"
 
@@ -112,24 +111,12 @@ def _document(tuned: Tuned) -> dict[str, Any]:
                 for i in tuned.items
             ],
         },
-        "trials": [_trial(trial) for trial in tuned.trials],
+        "trials": [asdict(trial) for trial in tuned.trials],
         "n_begun": tuned.n_begun,
-        "best": _trial(tuned.best),
-        "start": _trial(tuned.start) if tuned.start else None,
+        "best": asdict(tuned.best),
+        "start": asdict(tuned.start) if tuned.start else None,
         "seconds_a_trial": seconds(tuned),
         "final": tuned.final.to_document()["tasks"] if tuned.final else None,
-    }
-
-
-def _trial(trial: Trial) -> dict[str, Any]:
-    return {
-        "number": trial.number,
-        "state": trial.state,
-        "values": dict(trial.values),
-        "value": trial.value,
-        "reached": trial.reached,
-        "seconds": dict(trial.seconds),
-        "error": trial.error,
     }
 
 

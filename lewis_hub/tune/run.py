@@ -67,6 +67,8 @@ if TYPE_CHECKING:
 
 IMPORTANCE = "importance.json"
 
+STUDY = "study.journal"
+
 
 @dataclass
 class ResidentModel:
@@ -265,9 +267,6 @@ def _with_losses(result: ModelResult, losses: Mapping[str, Sequence[AnswerLoss]]
         metrics = {**tasks[name].metrics, NAME: metric(found)}
         tasks[name] = replace(tasks[name], metrics=metrics)
     return ModelResult(tasks)
-
-
-STUDY = "study.journal"
 
 
 @dataclass(frozen=True)

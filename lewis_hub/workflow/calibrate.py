@@ -54,7 +54,7 @@ from lewis_hub.workflow.contamination import DrawnText, ScoredTasks, drawn_texts
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings
-from lewis_hub.workflow.open import MergeSources, OpenedSource
+from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.resolve import PinnedTask
 
 if TYPE_CHECKING:
@@ -206,11 +206,6 @@ class GuideSettings:
     beside: Path
     plan: PlanSettings
 
-    @property
-    def sources(self) -> MergeSources:
-        """The base and the experts."""
-        return MergeSources(self.base, self.experts)
-
 
 @dataclass(frozen=True)
 class Guidance:
@@ -342,7 +337,7 @@ def _on_texts(
         base = settings.base
         against = Place(base.pinned, loader.materialize_checkpoint(base))
         subjects = tuple(replace(one, against=against) for one in subjects)
-    opened = {one.pinned: one for one in settings.sources.models}
+    opened = {one.pinned: one for one in (settings.base, *settings.experts)}
     subjects = tuple(
         loader.load_for_calibration(one, opened[one.source]) if one.source in left else one
         for one in subjects

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Way = Literal["unchanged", "merge", "stream"]
 
+OUTPUT = "merged"  # in the working folder of the Job, which is deleted with the Job
+RECIPE = "recipe.yaml"
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -109,10 +112,6 @@ def _keep_importance(folder: Path, previous: PreviousMerge, api: HfApi) -> None:
     if told and not place.exists():
         place.parent.mkdir(exist_ok=True)
         write_whole(place, told)
-
-
-OUTPUT = "merged"  # in the working folder of the Job, which is deleted with the Job
-RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)

@@ -200,11 +200,8 @@ def _file_name(candidate: Candidate, run: Run) -> str:
     """Return a name by model, tasks, the user's task files, data, settings and lm-eval version."""
     selected, commits = run.loaded.selection, run.loaded.commits
     own = selected.include
-    texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
+    files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
+    texts = {str(file.relative_to(own)): sha256_of(file) for file in files} if own else {}
     facts = [candidate.identity, selected.names, texts, run.limit, vars(run.settings)]
     document = json.dumps([*facts, sorted(commits.values()), version("lm_eval")])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())

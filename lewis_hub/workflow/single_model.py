@@ -52,6 +52,12 @@ if TYPE_CHECKING:
 
     from lewis_hub.merge.extract_lora import Extracted
 
+CARD = "README.md"
+PROFILE = "importance.json"
+IN_A_MERGE = f"lewis/{PROFILE}"
+GUIDE: Measure = "lewis"
+RECIPES = (".yaml", ".yml")
+
 
 def score_one(
     source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
@@ -95,9 +101,6 @@ def _in_working_folder(name: str) -> str:
     """Return the path of a file in the working folder, or the name if there is no such file."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-CARD = "README.md"
 
 
 def extract_adapter(  # noqa: PLR0913
@@ -163,10 +166,6 @@ def _fitting(sources: Sequence[Source], models: Sequence[Opened]) -> list[Checkp
     return [base, expert]
 
 
-PROFILE = "importance.json"
-IN_A_MERGE = f"lewis/{PROFILE}"
-
-
 def read_profile(api: HfApi, name: str) -> ImportanceProfile:
     """Read the profile in a file, in the output folder of `merge` or `importance`, or in a repo.
 
@@ -195,9 +194,6 @@ def _without(name: str) -> SourceError:
     remedy = f"Name an {PROFILE}, a merge with a guide that measures, or run "
     remedy += "`lewis-hub importance MODEL --task TASK` first."
     return SourceError(name, f"it has no {PROFILE}", remedy)
-
-
-GUIDE: Measure = "lewis"
 
 
 def measure_model(
@@ -253,9 +249,6 @@ def _require_fits(
     n_bytes = states_bytes(checkpoint, n_tokens)
     if by_block and n_bytes > HELD_BYTES:
         require_room(output, n_bytes, STATES, FEWER)
-
-
-RECIPES = (".yaml", ".yml")
 
 
 def tell_differences(before: str, after: str, api: HfApi) -> tuple[str, ...]:

@@ -71,11 +71,6 @@ class FolderSink:
         """The folder that is written."""
         return self.work.folder
 
-    @property
-    def scratch(self) -> Path:
-        """Folder for temporary files, which a rerun uses again."""
-        return self.work.scratch
-
     def require_room(self, needs: DiskNeeds) -> None:
         """Refuse disks that cannot hold download, merge and twins at once."""
         require_disk(self.folder, needs.download_bytes, needs.made_bytes + needs.states_bytes)
@@ -86,9 +81,9 @@ class FolderSink:
 
     def profiles(self, beside: Path) -> list[Path]:
         """Return profiles: in the workspace, the former output, beside the recipe, on the Hub."""
-        folders = (self.scratch, self.work.output / "lewis", beside)
+        folders = (self.work.scratch, self.work.output / "lewis", beside)
         previous = self.destination.previous if self.destination else None
-        published = published_importance(previous, self.api, self.scratch)
+        published = published_importance(previous, self.api, self.work.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
 
     def write(
@@ -124,22 +119,17 @@ class HubSink:
         """Folder with the small files of the model."""
         return self.work.scratch / "model"
 
-    @property
-    def scratch(self) -> Path:
-        """Folder for temporary files, which a rerun uses again."""
-        return self.work.scratch
-
     def require_room(self, needs: DiskNeeds) -> None:
         """Refuse a disk that cannot hold the hidden states, or statistics beside two shards."""
         if needs.states_bytes:
-            require_room(self.scratch, needs.states_bytes, STATES, FEWER)
+            require_room(self.work.scratch, needs.states_bytes, STATES, FEWER)
         if needs.statistics_bytes:
-            present = sum(path.stat().st_size for path in self.scratch.rglob("*.safetensors"))
+            present = sum(path.stat().st_size for path in self.work.scratch.rglob("*.safetensors"))
             shard = min(needs.shard_bytes, needs.output_bytes)
             n_bytes = needs.statistics_bytes + 2 * shard - present
             remedy = "use a larger disk, or a method that merges without statistics"
             content = "the statistics of all experts and two shards"
-            require_room(self.scratch, n_bytes, content, remedy)
+            require_room(self.work.scratch, n_bytes, content, remedy)
 
     def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
         """Fetch small files; weights are read by byte ranges."""
@@ -147,8 +137,8 @@ class HubSink:
 
     def profiles(self, beside: Path) -> list[Path]:
         """Return profiles in the workspace, on the Hub and beside the recipe."""
-        published = published_importance(self.destination.previous, self.api, self.scratch)
-        return [self.scratch / "importance.json", *published, beside / "importance.json"]
+        published = published_importance(self.destination.previous, self.api, self.work.scratch)
+        return [self.work.scratch / "importance.json", *published, beside / "importance.json"]
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Means
@@ -167,7 +157,7 @@ class HubSink:
         asked = HubRepo(self.api, self.destination.asked.repo, error_type=PublishError)
         landing = self.destination.asked.landing
         open_repo(asked, landing, private=self.destination.asked.private)
-        shards = self.scratch / "shards"
+        shards = self.work.scratch / "shards"
         shards.mkdir(exist_ok=True)
         _clear(planned, shards)
         results = self._sent_before(planned, shards, asked)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 FAST = "tokenizer.json"
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+N_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -119,9 +122,6 @@ class TokenizerSources:
     def vocabulary(self, source: Source) -> Vocabulary | None:
         """Read a source's vocabulary; None if that would need its code."""
         return read_vocabulary(source.name, self.read(source, *FILES))
-
-
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _assembled(
@@ -238,9 +238,6 @@ def _with_ids(carried: Carried, sources: TokenizerSources, named: Source, n_rows
         config=config | own,
         generation={key: generation.get(key, own[key]) for key in SPECIAL},
     )
-
-
-N_SHOWN = 3
 
 
 def compare_tokenizers(
