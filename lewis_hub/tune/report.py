@@ -96,8 +96,8 @@ def _tested(test: PairedTest) -> str:
 def seconds(tuned: Tuned) -> dict[str, float]:
     """Return the mean seconds of each step, over trials that were scored to the end."""
     complete = [trial.seconds for trial in tuned.trials if trial.state == "complete"]
-    names = dict.fromkeys(name for told in complete for name in told)
-    return {name: round(fmean(told.get(name, 0.0) for told in complete), 3) for name in names}
+    names = dict.fromkeys(name for steps in complete for name in steps)
+    return {name: round(fmean(steps.get(name, 0.0) for steps in complete), 3) for name in names}
 
 
 def _document(tuned: Tuned) -> dict[str, Any]:

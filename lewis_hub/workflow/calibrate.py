@@ -19,7 +19,6 @@ from lewis_hub.calibration.measure import (
 )
 from lewis_hub.calibration.profile import (
     ImportanceProfile,
-    Role,
     SourceImportance,
     calibration_facts,
     reusable,
@@ -275,25 +274,18 @@ def _subjects(
 
     A measure of pairs only has the experts, each compared with the base.
     """
-    base, folders = settings.base, loader.files.folders
-    against_base = {"base": base.digest} if measure in OF_PAIRS else {}
-    sets = [one.measured(measure, **against_base) for one in sets]
-    measured: list[tuple[OpenedSource, Role, tuple[CalibrationSet, ...]]] = []
-    if measure not in OF_PAIRS:
-        distinct = tuple({id(one.tokens): one for one in sets}.values())
-        measured.append((base, "base", distinct))
-    for expert, one in zip(settings.experts, sets, strict=True):
-        own = remap_token_ids(one, expert, settings.tokenizer)
-        measured.append((expert, "expert", (own,)))
-    against = Place(base.pinned, folders[base.pinned]) if measure in OF_PAIRS else None
-    left = [*[None] * (len(measured) - len(wanted)), *wanted]
-    return tuple(
-        Subject(
-            *(source.pinned, source.digest, role, folders[source.pinned], own, against),
-            wanted=leave,
-        )
-        for (source, role, own), leave in zip(measured, left, strict=True)
-    )
+    base, is_of_pairs = settings.base, measure in OF_PAIRS
+    facts = {"base": base.digest} if is_of_pairs else {}
+    sets = [texts.measured(measure, **facts) for texts in sets]
+    subjects: list[Subject] = []
+    if not is_of_pairs:
+        subjects.append(loader.subject(base, *{id(texts.tokens): texts for texts in sets}.values()))
+    against = Place(base.pinned, loader.files.folders[base.pinned]) if is_of_pairs else None
+    moments = wanted or [None] * len(sets)
+    for expert, texts, moment in zip(settings.experts, sets, moments, strict=True):
+        own = remap_token_ids(texts, expert, settings.tokenizer)
+        subjects.append(replace(loader.subject(expert, own), against=against, wanted=moment))
+    return tuple(subjects)
 
 
 def _measure(

@@ -108,10 +108,10 @@ def _held(
 
 def _keep_importance(folder: Path, previous: PreviousMerge, api: HfApi) -> None:
     place = folder / "importance.json"
-    told = previous.read(IMPORTANCE, api)
-    if told and not place.exists():
+    profile = previous.read(IMPORTANCE, api)
+    if profile and not place.exists():
         place.parent.mkdir(exist_ok=True)
-        write_whole(place, told)
+        write_whole(place, profile)
 
 
 @dataclass(frozen=True)
@@ -179,5 +179,5 @@ def _data(recipe: Recipe) -> Iterator[str]:
         yield recipe.evaluate.include
     for entry in recipe.experts:
         calibration = recipe.calibration_of(entry)
-        told = calibration and (calibration.dataset, calibration.include)
-        yield from filter(None, told or ())
+        named = calibration and (calibration.dataset, calibration.include)
+        yield from filter(None, named or ())

@@ -74,7 +74,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class PlainTwin:
-    """The same merge without statistics, to be scored beside it.
+    """A twin of the merge without statistics, to be scored beside it.
 
     Attributes:
         takes_schedule: whether the guide's densities apply to it.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.measure import Subject
+from lewis_hub.calibration.measure import CalibrationSet, Subject
 from lewis_hub.calibration.meta_model import Weights, in_folder
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
@@ -54,6 +54,11 @@ class ModelLoader:
     def locations(self) -> Locations:
         """Pinned source -> where its weights are read."""
         return self.files.locations
+
+    def subject(self, source: OpenedSource, *sets: CalibrationSet) -> Subject:
+        """Return a source and its texts, which are in its own token ids."""
+        folder = self.files.folders[source.pinned]
+        return Subject(source.pinned, source.digest, source.role, folder, sets)
 
     def materialize_checkpoint(self, source: OpenedSource) -> Path:
         """Return a folder from which transformers can load a source.

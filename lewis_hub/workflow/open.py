@@ -176,11 +176,11 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
         BrokenCheckpointError: its file is broken.
     """
     settings, weights = ADAPTERS
-    told = read_small(api, source, settings)
+    content = read_small(api, source, settings)
     file = source.file(weights)
-    assert told is not None  # an adapter has both files
+    assert content is not None  # an adapter has both files
     assert file
-    config = read_config(f"{source.pinned}: {settings}", told)
+    config = read_config(f"{source.pinned}: {settings}", content)
     stored = read_header(
         source.pinned,
         weights,
@@ -306,7 +306,7 @@ class MergeSources:
 
     @property
     def distinct(self) -> tuple[OpenedSource, ...]:
-        """The same, each source once."""
+        """The models without duplicates."""
         return tuple({one.pinned: one for one in reversed(self.models)}.values())[::-1]
 
     @property

@@ -103,8 +103,8 @@ def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
     except OutputError:
         return None
     try:
-        told = (read_small(api, source, difference.FILE) or b"").decode("utf-8", "replace")
-        changes = difference.from_json(told)
+        changelog = (read_small(api, source, difference.FILE) or b"").decode("utf-8", "replace")
+        changes = difference.from_json(changelog)
     except OutputError:
         changes = ()
     return PreviousMerge(source, lock, changes)
@@ -125,17 +125,17 @@ def without_scores(planned: Lock) -> Lock:
 
 def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
     """Return the scores of the merge in the target repo."""
-    told = previous.read(SCORES, api) if previous else None
-    return Scores.from_json(told) if told else None
+    document = previous.read(SCORES, api) if previous else None
+    return Scores.from_json(document) if document else None
 
 
 def published_importance(previous: PreviousMerge | None, api: HfApi, scratch: Path) -> list[Path]:
     """Write the importance profile of the merge in the target repo to a file, if it has one."""
-    told = previous.read(IMPORTANCE, api) if previous else None
-    if told is None:
+    document = previous.read(IMPORTANCE, api) if previous else None
+    if document is None:
         return []
     file = scratch / "published-importance.json"
-    write_whole(file, told)
+    write_whole(file, document)
     return [file]
 
 
@@ -202,11 +202,11 @@ def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict
 
     The file is not part of the lock, so a damaged file is ignored.
     """
-    told = read_small(api, previous.source, FILE) if previous else None
-    if told is None:
+    content = read_small(api, previous.source, FILE) if previous else None
+    if content is None:
         return None
     try:
-        verdict = GateVerdict.from_json(told.decode("utf-8", errors="replace"))
+        verdict = GateVerdict.from_json(content.decode("utf-8", errors="replace"))
     except EvaluationError:
         return None
     return None if verdict.missed else verdict
@@ -327,11 +327,11 @@ def push(
     if missed and missed.stops and not force:
         raise refused(folder, missed, None)
     changes = _record_changes(folder, destination.previous)
-    told = [f"- {change}" for change in changes]
+    lines = [f"- {change}" for change in changes]
     proposes = missed is not None and not force
     publication = Publication(
         message=_title(changes, BELOW if missed else TITLE),
-        description="\n".join([*([_below(folder, missed), ""] if missed else []), *told]),
+        description="\n".join([*([_below(folder, missed), ""] if missed else []), *lines]),
         landing="pull-request" if proposes else asked.landing,
         tag=None if proposes else asked.tag,
         private=asked.private,
@@ -344,8 +344,8 @@ def push(
 def _require_licence(folder: Path) -> None:
     """Refuse a merge whose parents' licences differ if its card states no licence."""
     card = folder / CARD
-    told = card.read_bytes() if card.exists() else b""
-    if DISAGREE.encode() in told and not states_a_licence(told):
+    content = card.read_bytes() if card.exists() else b""
+    if DISAGREE.encode() in content and not states_a_licence(content):
         raise PublishError(
             str(folder),
             f"its parents' licences differ, and {CARD} states none",
@@ -367,10 +367,10 @@ def refused(folder: Path, verdict: GateVerdict, proposed_at: str | None) -> Gate
 
 def _below(folder: Path, verdict: GateVerdict) -> str:
     """Return verdict and scores for a pull request."""
-    told = "\n".join(f"- {markdown.text(sentence)}" for sentence in sentences(verdict))
+    reasons = "\n".join(f"- {markdown.text(sentence)}" for sentence in sentences(verdict))
     scores = read_scores(folder)
     table = scores_table(scores) if scores else ""
-    return f"This merge missed its quality gate.\n\n{told}\n\n{table}"
+    return f"This merge missed its quality gate.\n\n{reasons}\n\n{table}"
 
 
 def _title(changes: Sequence[str], title: str) -> str:

@@ -57,41 +57,42 @@ class RecipeSnapshot:
 def snapshot(recipe: Recipe, sources: Sources, data: Data) -> RecipeSnapshot:
     """Pin every revision of a recipe."""
     task_folders = _task_folders(recipe)
-    told = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     names = {str(model): source.pinned for model, source in sources.items()}
-    del told["models" if recipe.slices else "slices"]
-    models = told.get("models", [])
-    slices = told.get("slices", [])
-    for place in (told, *slices):
+    del document["models" if recipe.slices else "slices"]
+    models = document.get("models", [])
+    slices = document.get("slices", [])
+    for place in (document, *slices):
         if "base_model" in place:
             place["base_model"] = names[place["base_model"]]
     for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
-    _pin_tokenizer(told, recipe, sources)
-    places = [told, told.get("guide", {}), *models]
+    _pin_tokenizer(document, recipe, sources)
+    places = [document, document.get("guide", {}), *models]
     drawn = [place["calibration"] for place in places if "calibration" in place]
     for calibration in drawn:
         _pin_calibration(calibration, data)
-    for place in (told.get("evaluate", {}), *drawn):
+    for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = task_folders[recipe.locate(place["include"])]
-    return RecipeSnapshot(told, task_folders)
+    return RecipeSnapshot(document, task_folders)
 
 
-def _pin_calibration(told: dict[str, Any], data: Data) -> None:
+def _pin_calibration(calibration: dict[str, Any], data: Data) -> None:
     """Write the commit of a dataset or task into a calibration; unused calibrations stay."""
-    if "task" not in told:
+    if "task" not in calibration:
         datasets = {one.dataset: found for one, found in data.items()}
-        dataset = datasets.get(told["dataset"])
-        told["dataset"] = dataset.pinned if isinstance(dataset, Source) else told["dataset"]
+        dataset = datasets.get(calibration["dataset"])
+        if isinstance(dataset, Source):
+            calibration["dataset"] = dataset.pinned
         return
-    task = data.get(Calibration.model_validate(told))
+    task = data.get(Calibration.model_validate(calibration))
     commits = set(task.commits.values()) if isinstance(task, PinnedTask) else set()
     if len(commits) == 1:
-        told["revision"] = commits.pop()
+        calibration["revision"] = commits.pop()
 
 
-def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, sources: Sources) -> None:
+def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, sources: Sources) -> None:
     """Pin models that are named as source of the tokenizer, a token or the chat template."""
 
     def pin(place: dict[str, Any], key: str) -> None:
@@ -101,9 +102,9 @@ def _pin_tokenizer(told: dict[str, Any], recipe: Recipe, sources: Sources) -> No
         if model := recipe.reference(name):
             place[key] = sources[model].pinned
 
-    pin(told, "tokenizer_source")
-    pin(told, "chat_template")
-    asked = told.get("tokenizer", {})
+    pin(document, "tokenizer_source")
+    pin(document, "chat_template")
+    asked = document.get("tokenizer", {})
     pin(asked, "source")
     for token in asked.get("tokens", {}).values():
         pin(token, "source")

@@ -167,13 +167,9 @@ def _gather_one(
 
 def _subjects(settings: StatisticsSettings, sets: Sets, loader: ModelLoader) -> tuple[Subject, ...]:
     """Return each expert with its texts in its own token ids."""
-    folders = loader.files.folders
     return tuple(
-        Subject(
-            *(e.pinned, e.digest, "expert", folders[e.pinned]),
-            (remap_token_ids(own, e, settings.tokenizer),),
-        )
-        for e, own in zip(settings.sources.experts, sets, strict=True)
+        loader.subject(expert, remap_token_ids(own, expert, settings.tokenizer))
+        for expert, own in zip(settings.sources.experts, sets, strict=True)
     )
 
 

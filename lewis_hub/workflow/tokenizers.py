@@ -229,10 +229,10 @@ def _with_ids(carried: Carried, sources: TokenizerSources, named: Source, n_rows
         config["vocab_size"] = n_rows
     if named is sources.base:
         return replace(carried, config=config)
-    told = sources.configs[named.pinned]
+    config_of_named = sources.configs[named.pinned]
     generation = sources.read_json(named, "generation_config.json")
-    inner = told.get("text_config") or {}
-    own = {key: told.get(key, inner.get(key)) for key in SPECIAL}
+    inner = config_of_named.get("text_config") or {}
+    own = {key: config_of_named.get(key, inner.get(key)) for key in SPECIAL}
     return replace(
         carried,
         config=config | own,

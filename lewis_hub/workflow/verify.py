@@ -134,8 +134,8 @@ def _known(found: Mapping[str, str]) -> Config:
     from model_signing import hashing, manifest
 
     digest = _digest_class()
-    told = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
-    how = manifest.SerializationType.from_args(told | {"ignore_paths": sorted(UNSIGNED)})
+    settings = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+    how = manifest.SerializationType.from_args(settings | {"ignore_paths": sorted(UNSIGNED)})
 
     class Known(hashing.Config):  # type: ignore[misc]
         def hash(
