@@ -148,7 +148,9 @@ def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
     for model in _models(recipe):
         if Path(recipe.locate(model)).exists():
             problem = f"`{model}` is a local folder, but a Job reads models from the Hub."
-            raise RecipeError(str(file), "models", problem, f"`lewis-hub push {model} OWNER/NAME`.")
+            raise RecipeError(
+                str(file), "models", problem, f"Push it: `lewis-hub push {model} OWNER/NAME`."
+            )
     found: dict[str, Path] = {}
     beside = file.resolve().parent
     for name in _data(recipe):

@@ -75,7 +75,7 @@ def test_a_recipe_travels_with_what_lies_beside_it(folder):
         (
             RECIPE.replace("a/c", "./tasks"),
             "`./tasks` is a local folder, but a Job reads models from the Hub.\n"
-            "`lewis-hub push ./tasks OWNER/NAME`.",
+            "Push it: `lewis-hub push ./tasks OWNER/NAME`.",
         ),
         (
             RECIPE.replace("include: tasks", "include: /usr"),
