@@ -203,16 +203,14 @@ def _block_problems(measurement: Measurement, sources: MergeSources, loading: Lo
         fitted = (sources.donor, *sources.experts)
         n_bytes = sum(blocks_bytes(source.checkpoint) for source in fitted)
         subject = "`inputs: merged` runs the merge and all experts block by block, which"
-        sizes = {subject: n_bytes} if n_bytes > limit else {}
+        sizes = [(subject, n_bytes)] if n_bytes > limit else []
     else:
-        sizes = {
-            f"block by block {source.name}": blocks_bytes(source.checkpoint)
+        sizes = [
+            (f"block by block {source.name}", blocks_bytes(source.checkpoint))
             for source in sources.distinct
             if not loading.has_room_for_blocks(source.checkpoint)
-        }
-    return [
-        f"{subject} takes {n:,} bytes in memory, {EVEN_SO}. {ALLOW}" for subject, n in sizes.items()
-    ]
+        ]
+    return [f"{label} takes {n:,} bytes in memory, {EVEN_SO}. {ALLOW}" for label, n in sizes]
 
 
 def loading_notes(
