@@ -281,7 +281,7 @@ def _subjects(
     if not is_of_pairs:
         subjects.append(loader.subject(base, *{id(texts.tokens): texts for texts in sets}.values()))
     against = Place(base.pinned, loader.files.folders[base.pinned]) if is_of_pairs else None
-    moments = wanted or [None] * len(sets)
+    moments: Sequence[Wanted | None] = wanted or [None] * len(sets)
     for expert, texts, moment in zip(settings.experts, sets, moments, strict=True):
         own = remap_token_ids(texts, expert, settings.tokenizer)
         subjects.append(replace(loader.subject(expert, own), against=against, wanted=moment))

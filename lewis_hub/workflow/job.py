@@ -207,7 +207,9 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         plan=plan,
         sidecars=sidecars,
         evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
-        held_out=held_out and task_selection(held_out, recipe.locate, allow_code=allow_code),
+        held_out=task_selection(held_out, recipe.locate, allow_code=allow_code)
+        if held_out
+        else None,
         reporting=reporting,
         repo=recipe.publish.repo if recipe.publish else None,
         workload=workload_of(recipe, execution, sources, measurement, output),
