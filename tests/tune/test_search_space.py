@@ -136,7 +136,7 @@ def test_what_is_written_reads_back_as_what_was_tried():
     [
         (MergeError, "method `tise`", ["tise"], []),
         (GuideError, "guide `leewis`", [], ["leewis"]),
-        (TuningError, "`ties` takes a base, and `linear` none", ["linear"], []),
+        (TuningError, "`ties` takes a base, but `linear` takes no base", ["linear"], []),
     ],
 )
 def test_what_is_not_there_or_does_not_go_together_is_refused(error, message, methods, guides):
