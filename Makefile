@@ -5,10 +5,16 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
-.PHONY: demo test test-all bench evidence check fix clean
+.PHONY: demo quick test test-all bench evidence check fix clean
 
 demo: .venv/demo
 	$(BIN)/lewis-hub demo
+
+quick: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m fast --numprocesses auto
 
 test: .venv/dev
 	$(BIN)/ruff check .
@@ -50,7 +56,7 @@ ifdef MODELS
 	    'regmean merged 0.[79]' 'regmean 0.5 lambda 1.0'
 	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.5 faithful 1.0' 'own 0.5' --split test
 	$(REFINEMENTS) $(MODELS) evidence/data/skills evidence 'cross 0.7 faithful 1.0' \
-	    'cross 0.[37] faithful 1.0 made good*' --skills math strings roman
+	    'cross 0.[37] faithful 1.0 corrected*' --skills math strings roman
 	$(BIN)/python benchmarks/aim.py $(MODELS) evidence/data/skills evidence 'task_arithmetic 0.8' \
 	    'ties 0.5 lambda 1.0' --split tune
 endif

@@ -1,4 +1,4 @@
-"""Whether an installed wheel is whole: every module can be imported, and the templates be read."""
+"""Check an installed wheel: import every module, and read the templates."""
 
 import importlib
 import pkgutil
@@ -6,12 +6,12 @@ from importlib import resources
 
 import lewis_hub
 
-OF_AN_EXTRA = {"starlette", "uvicorn", "markdown_it"}  # the embedded Hub's
+OF_AN_EXTRA = {"starlette", "uvicorn", "markdown_it"}  # of the embedded Hub
 TEMPLATES = ("card.md.j2", "recipe.yaml.j2", "workflows/remerge.yml", "hub/page.html")
 
 imported, left_out = [], []
 for module in pkgutil.walk_packages(lewis_hub.__path__, "lewis_hub."):
-    if module.name == "lewis_hub.__main__":  # runs the command
+    if module.name == "lewis_hub.__main__":  # importing it runs the command
         continue
     try:
         importlib.import_module(module.name)

@@ -1,12 +1,12 @@
-"""AIM as its paper has it, channel by channel after the merge: what that does to merges.
+"""AIM channel by channel after the merge, as in its paper: its effect on merges.
 
     python benchmarks/aim.py MODELS DATA RESULTS VARIANT ... [--skills NAME ...] [--split test]
 
-Column j of every Linear's merged task vector is multiplied by 1 - (1 - omega) a_j / max a, where a
+Column j of every Linear's merged task vector is multiplied by 1 - (1 - omega) a_j / max a. Here a
 is the mean of |activation| in the base (arXiv 2502.02421), over all experts' calibration texts. A
-guide decides for whole modules, so the guide `aim` of the package is the mean of that over j.
-MODELS, DATA, RESULTS and VARIANT are those of `guidance.py`. t is of the paired differences in loss
-from the merge itself, which is the row without an omega; negative where the loss is lower.
+guide decides for whole modules, so the package's guide `aim` uses the mean of this factor over j.
+MODELS, DATA, RESULTS and VARIANT are those of `guidance.py`. t is for the paired differences in
+loss from the merge without omega, which is the first row; it is negative if the loss is lower.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SAMPLES = 64  # calibration texts of each expert
 
 
 def main() -> None:
-    """Make, shrink and score each merge, then print the table."""
+    """Merge, scale the columns, score each merge, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("models", "data", "results"):
         parser.add_argument(name, type=Path)

@@ -1,7 +1,7 @@
-"""What a model makes of questions with short answers: the loss of each, and whether it is right.
+"""Loss and exact match of a model on questions with short answers.
 
-Texts of like length are run together, so many that a batch has about BATCH_TOKENS; padding is on
-the right, where causal attention never looks. Logits are made of answers alone.
+Texts of similar length form a batch of about BATCH_TOKENS tokens. Padding is on the right, where
+causal attention does not see it. Logits are computed for answers only.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Items = Sequence[Mapping[str, str]]  # each with `question` and `answer`
 
 @dataclass(frozen=True)
 class Scored:
-    """Item by item, in the items' order.
+    """Scores in the order of the items.
 
     Attributes:
-        losses: mean negative log-likelihood of the answer's tokens and of the end, in nats.
-        right: 1 where each of them is the likeliest after those before, which is what greedy
-            decoding needs to give the answer and stop; else 0.
+        losses: mean negative log-likelihood of the answer's tokens and the end token, in nats.
+        right: 1 if each of these tokens is the most likely one after the tokens before it, so that
+            greedy decoding gives the answer and stops; else 0.
     """
 
     losses: Sequence[float]
@@ -40,19 +40,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class Text:
-    """An item in tokens: prompt, answer and the end; `start` is where the answer begins."""
+    """Tokens of an item: prompt, answer and end token; the answer begins at `start`."""
 
     tokens: Sequence[int]
     start: int
 
 
 def load(folder: Path, dtype: str) -> Any:
-    """A model, to be filled with the weights of others."""
+    """A model in which the weights of other models can be placed."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def fill(model: Any, folder: Path) -> None:
-    """Give it the weights of another of its kind."""
+    """Copy the weights of another model of the same shape into it."""
     for file in sorted(folder.glob("*.safetensors")):
         missing, unexpected = model.load_state_dict(load_file(file), strict=False)
         assert not unexpected, (file, unexpected)
@@ -60,13 +60,13 @@ def fill(model: Any, folder: Path) -> None:
 
 
 def read_items(data: Path, skill: str, split: str) -> list[dict[str, str]]:
-    """All items of a split of a skill, in the file's order."""
+    """All items of a split of a skill, in the order of the file."""
     lines = (data / f"{skill}_{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def texts(folder: Path, items: Items) -> list[Text]:
-    """The items in the tokens of a model's tokenizer."""
+    """Tokenise the items."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenizer([PROMPT.format(**item) for item in items])["input_ids"]
     whole = tokenizer([TEXT.format(**item) + tokenizer.eos_token for item in items])["input_ids"]
@@ -75,7 +75,7 @@ def texts(folder: Path, items: Items) -> list[Text]:
 
 @torch.inference_mode()
 def score(model: Any, asked: Sequence[Text]) -> Scored:
-    """Score all items in one forward pass each."""
+    """Score every item, in one forward pass per batch."""
     losses, right = [0.0] * len(asked), [0.0] * len(asked)
     for numbers in _batches(asked):
         found = _of_batch(model, [asked[n] for n in numbers])
@@ -85,7 +85,7 @@ def score(model: Any, asked: Sequence[Text]) -> Scored:
 
 
 def _batches(asked: Sequence[Text]) -> Iterator[list[int]]:
-    """Places of texts of like length."""
+    """Indices of texts of similar length."""
     batch: list[int] = []
     for number in sorted(range(len(asked)), key=lambda n: len(asked[n].tokens)):
         if batch and (len(batch) + 1) * len(asked[number].tokens) > BATCH_TOKENS:

@@ -1,12 +1,12 @@
 """Which architectures can be calibrated and merged: `python benchmarks/architectures.py`.
 
-For every model type that transformers knows as a causal language model, and some encoder-decoders
-and vision-language models, makes a tiny random base and two fine-tuned experts, and runs the whole
-path on them: calibrate by `lewis`, give densities, merge by TIES, load the result, run it. Prints a
-table, and with `--write FILE` puts it into a Markdown file between its markers.
+For every model type that transformers lists as a causal language model, and for some
+encoder-decoders and vision-language models, this creates a tiny random base and two fine-tuned
+experts, calibrates them by `lewis`, decides densities, merges by TIES, loads the result and runs
+it. It prints a table; `--write FILE` also puts the table between the markers of a Markdown file.
 
-`--mergekit PYTHON` (of an environment with mergekit 0.1.5) has each of them merged by that as well,
-by TIES at density 0.5; what comes out is loaded and run in the same way.
+`--mergekit PYTHON` (from an environment with mergekit 0.1.5) also merges each model by mergekit, by
+TIES at density 0.5, and loads and runs the result in the same way.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ for path in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model type, and the class of transformers' that makes a model of its configuration."""
+    """A model type, and the class of transformers that creates a model from its configuration."""
 
     model_type: str
     automatic: str
@@ -77,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a case; `reason` is empty where all went well."""
+    """The result of a case; `reason` is empty if the case passes."""
 
     case: Case
     n_measured: int = 0
@@ -95,7 +95,7 @@ def cases() -> list[Case]:
 
 
 def build(case: Case, folder: Path) -> None:
-    """Folders `base`, `one` and `two`, each with the zoo's tokenizer, and `texts.jsonl`."""
+    """Write `base`, `one` and `two`, each with the zoo's tokenizer, and `texts.jsonl`."""
     model = tiny_model(case.model_type, getattr(transformers, case.automatic))
     for seed, name in enumerate(("base", "one", "two")):
         (fine_tuned(model, seed) if seed else model).save_pretrained(folder / name)
@@ -126,7 +126,7 @@ def recipe(folder: Path, *, guided: bool) -> Path:
 
 
 def run(folder: Path) -> None:
-    """Load a model by the class that its configuration names, and run it on four tokens."""
+    """Load a model by the class in its configuration, and run it on four tokens."""
     config = transformers.AutoConfig.from_pretrained(folder)
     model_class = getattr(transformers, config.architectures[0])
     model, report = model_class.from_pretrained(folder, output_loading_info=True)
@@ -144,13 +144,13 @@ def run(folder: Path) -> None:
 
 
 def n_changed(folder: Path, merged: Path) -> int:
-    """How many tensors of a merge differ from the base's."""
+    """Number of tensors of a merge that differ from the base's."""
     base, made = (load_file(path / "model.safetensors") for path in (folder / "base", merged))
     return sum(not torch.equal(tensor, made[name]) for name, tensor in base.items())
 
 
 def examine(case: Case, folder: Path) -> Row:
-    """Run one case in an empty folder; whatever goes wrong is the row's reason."""
+    """Run one case in an empty folder; an error becomes the row's reason."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -178,7 +178,7 @@ def examine(case: Case, folder: Path) -> Row:
 
 @contextmanager
 def _undrawn() -> Iterator[None]:
-    """Figures would take most of the time, and show nothing here."""
+    """Skip the plots, which would take most of the time."""
     draw = reporting.draw
     reporting.draw = lambda *_: ()
     try:
@@ -188,7 +188,7 @@ def _undrawn() -> Iterator[None]:
 
 
 def by_mergekit(python: str, folders: list[Path]) -> dict[Path, str]:
-    """Folder -> "yes", or why mergekit makes no model of it that loads and runs."""
+    """Folder -> "yes", or the reason why the model by mergekit does not load or run."""
     warnings.simplefilter("ignore")
     made = [folder for folder in folders if (folder / "texts.jsonl").exists()]
     configs = [str(recipe(folder, guided=False)) for folder in made]
@@ -244,7 +244,7 @@ def line(row: Row) -> str:
 def _mapped(
     n_workers: int, function: Callable[..., Result], *arguments: Sequence[Any]
 ) -> Iterator[Result]:
-    """As `map`, by processes that are new after every so many calls, for memory grows with each."""
+    """`map` in processes that end after CALLS calls, because their memory grows."""
     step = n_workers * CALLS
     for first in range(0, len(arguments[0]), step):
         with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:

@@ -1,21 +1,21 @@
-"""What measuring costs, beside the authors' procedure and beside a plain forward.
+"""The cost of calibration, compared with the authors' procedure and with a plain forward pass.
 
     python benchmarks/calibration.py [--models MODELS] [--data DATA] [--cases CASE ...]
 
-MODELS holds `base`, `expert-math` and `expert-strings`, of SmolLM2-135M; without it the cases on
-these are left out. DATA holds `skills/math_train.jsonl`, `skills/strings_train.jsonl` and
-`gsm8k/train.jsonl`; without it GSM8K comes from the Hub. The model of 0.5 B parameters is that of
-`merge.py`, with a tokenizer of 8,000 tokens, learnt from GSM8K.
+MODELS contains `base`, `expert-math` and `expert-strings` of SmolLM2-135M; without it, the cases
+with these models are skipped. DATA contains `skills/math_train.jsonl`, `skills/strings_train.jsonl`
+and `gsm8k/train.jsonl`; without it, GSM8K is downloaded from the Hub. The model of 0.5 B parameters
+is that of `merge.py`, with a tokenizer of 8,000 tokens, trained on GSM8K.
 
-The first table is of whole processes, run in turns, each on a base and one expert: ours is
-`lewis-hub importance` with the guide `lewis`, which also checks, draws the texts and plots; the
-authors' is `published.py`, which loads, measures and writes numbers. Ours runs once before, to
-compile what is compiled once and to hash the sources.
+The first table compares whole processes, run in turns, on a base and one expert. Ours is `lewis-hub
+importance` with the guide `lewis`, which also checks the recipe, samples the texts and draws plots.
+The authors' is `published.py`, which loads, measures and writes numbers. Ours runs once in advance,
+to compile the kernels and to hash the sources.
 
-The second is of the pass alone (`passes.py`): from models on the disk to importance, against a
-plain forward over the same batches, with and without what loading the models takes.
+The second table is about the pass alone (`passes.py`): from models on the disk to importance,
+compared with a plain forward pass over the same batches, with and without loading the models.
 
-Medians of three runs; peaks are resident memory. Run it on an idle machine.
+The numbers are medians of three runs; peaks are resident memory. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Case:
     """Models and texts.
 
     Attributes:
-        expert: in MODELS, beside `base`; None: the model of 0.5 B parameters.
-        file: in DATA.
-        text: of one of its rows.
+        expert: folder in MODELS, beside `base`; None for the model of 0.5 B parameters.
+        file: path in DATA.
+        text: template for a row of the file.
     """
 
     name: str
@@ -78,7 +78,7 @@ def rows(data: Path | None, file: str) -> Iterator[dict[str, str]]:
 
 
 def prepare(case: Case, data: Path | None, folder: Path) -> None:
-    """Write the texts, and make the models where they are ours."""
+    """Write the texts, and create the model of 0.5 B parameters."""
     found = [case.text.format(**row) for row in rows(data, case.file)]
     lines = [json.dumps({"text": text}) for text in found[: case.n_texts]]
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -89,7 +89,7 @@ def prepare(case: Case, data: Path | None, folder: Path) -> None:
 
 
 def learn(texts: Sequence[str], folder: Path) -> None:
-    """A tokenizer of the usual kind: pairs of bytes, and each digit by itself."""
+    """Train a tokenizer: byte-level BPE with separate digits."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -138,7 +138,7 @@ def median(found: Sequence[Any]) -> float:
 
 
 def measure(case: Case, models: Sequence[Path], folder: Path, n_runs: int) -> tuple[str, str]:
-    """A line of each table."""
+    """Measure one row of each table."""
     texts, output = folder / "texts.jsonl", folder / "output"
     ours = [sys.executable, "-m", "lewis_hub", "importance", str(write_recipe(folder, models))]
     ours += ["-q", "-o"]

@@ -1,22 +1,23 @@
-"""What guidance gains: merges of experts, by what is left of each skill, item by item.
+"""The effect of guidance: losses of merges on the experts' skills, item by item.
 
     python benchmarks/guidance.py RESULTS --all
     python benchmarks/guidance.py RESULTS --variants PATTERN ...
     python benchmarks/guidance.py RESULTS --models MODELS --data DATA --variants PATTERN ...
         [--skills NAME ...] [--split test] [--items N] [--best FAMILY ...] [--dtype bfloat16]
 
-The first is of the zoo that the demo ships, on items drawn as its own are. MODELS holds `base` and
-an `expert-SKILL` a skill; DATA holds SKILL_train.jsonl, SKILL_tune.jsonl and SKILL_test.jsonl of
-questions and answers, and beside it may lie `gsm8k` and `mbpp` as generic texts. Each expert is
-calibrated on 64 of its own training items in the prompt format of the test, unless the variant
-says otherwise. Merges are made and scored one after the other in this process.
+The first two commands use the zoo of the demo, with items sampled in the same way as its own.
+MODELS contains `base` and an `expert-SKILL` per skill. DATA contains SKILL_train.jsonl,
+SKILL_tune.jsonl and SKILL_test.jsonl with questions and answers; beside it, `gsm8k` and `mbpp` can
+provide generic texts. Each expert is calibrated on 64 of its own training items in the prompt
+format of the test, unless the variant says otherwise. Merges are computed and scored one after the
+other in this process.
 
-PATTERN picks variants by name (`regmean 0.5*`), in that order; FAMILY picks its variant that has
+PATTERN selects variants by name (`regmean 0.5*`), in that order. FAMILY selects its variant with
 the lowest sum of losses on the tune split, after a run with `--split tune`. `--all` scores every
-family on the tune split, and on the test split the best of each, what is SHOWN in any case, and all
-that has no family.
-RESULTS keeps the scores of every variant, so that a run goes on where another ended; the tables,
-which `guidance_tables.py` describes, are of all that it holds of the split, of so many items.
+family on the tune split; on the test split it scores the best of each family, the variants in
+SHOWN, and all variants without a family. RESULTS stores the scores of every variant, so that a
+second run continues the first. The tables (see `guidance_tables.py`) contain all stored variants of
+the split with this number of items.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ from lewis_hub.demo.zoo import zoo_folder
 
 
 class Scoring:
-    """The models' one place in memory, and the items that they are asked.
+    """A model in memory for all merges, and the items to score.
 
     Attributes:
-        folder: where scores are kept, for these skills, this split and this dtype.
+        folder: stores the scores, for these skills, this split and this dtype.
     """
 
     def __init__(self, bench: Bench, results: Path, split: str, n_items: int, dtype: str) -> None:
@@ -64,16 +65,16 @@ class Scoring:
         return load(self.bench.models / "base", self.dtype)
 
     def of(self, folder: Path, skills: Sequence[str]) -> dict[str, Scored]:
-        """Skill by skill, of a model on disk."""
+        """Score a model on disk: skill -> scores."""
         fill(self.model(), folder)
         return {skill: score(self.model(), self.items(skill)) for skill in skills}
 
     def file(self, name: str, seed: int) -> Path:
-        """Where the scores of a variant are kept."""
+        """The file with the scores of a variant."""
         return self.folder / f"{name.replace(' ', '_')}-{seed}.json"
 
     def found(self, known: dict[str, Variant]) -> Found:
-        """All that is kept of so many items: variant -> skill -> seed by seed."""
+        """All stored scores with this number of items: variant -> skill -> one per seed."""
         kept = {
             v.name: [one for seed in v.seeds if (one := self._read(v.name, seed))]
             for v in known.values()
@@ -95,7 +96,7 @@ class Scoring:
         }
 
     def run(self, variant: Variant, seed: int) -> None:
-        """Make a merge and score it, unless its scores of enough items are kept."""
+        """Compute a merge and score it, unless enough scores are stored."""
         if self._read(variant.name, seed):
             return
         started = time.perf_counter()
@@ -126,7 +127,7 @@ class Scoring:
 
 
 def main() -> None:
-    """Make and score what is missing, then print the tables."""
+    """Compute and score missing variants, then print the tables."""
     told = _arguments()
     bench = _bench(told)
     known = variants(bench)

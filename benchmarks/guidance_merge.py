@@ -1,4 +1,4 @@
-"""One merge of `guidance.py`, in this process: what earlier ones measured is not measured again."""
+"""One merge of `guidance.py`, in this process; it reuses measurements of earlier merges."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
     """Merge as `lewis_hub.merge_models` does, without card, lock and scores.
 
     Args:
-        told: a recipe, in its own words, with whole paths.
-        store: where measurements stay, each with all that fixes it.
+        told: a recipe as a mapping, with absolute paths.
+        store: folder for measurements, each with everything that determines it.
         output: folder for the weights.
     """
     with TemporaryDirectory() as scratch:

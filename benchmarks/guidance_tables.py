@@ -1,13 +1,15 @@
-"""What `guidance.py` prints, in Markdown.
+"""The tables that `guidance.py` prints, in Markdown.
 
-First every merge: loss and exact match of each skill. Then the guides, two tables a method and
-trim, of loss and exact match at each mean density: `+` where a loss is lower than that of the twin
-and `-` where it is higher (p < .01). The twin is uniform; that of `uniform by activation` trims by
-magnitude. Then every merge against its twins: t is of the paired differences in loss, negative
-where the merge is better. p is two-sided, by the normal distribution (items are many), after Holm
-over all skills of all rows. Scores of several seeds are averaged item by item, so a mark says
-nothing about other seeds: where entries are dropped at random, `lower` counts the densities, skills
-and seeds of which a loss is lower than the twin's of the same seed.
+First: loss and exact match of every merge, for each skill. Second: the guides, with a table of
+losses and one of exact match per method and trim, for each mean density. `+` marks a loss lower
+than that of the twin and `-` a higher one (p < .01). The twin is uniform; that of `uniform by
+activation` trims by magnitude. Third: every merge compared with its twins. t is for the paired
+differences in loss, and negative if the merge is better. p is two-sided, by the normal distribution
+(there are many items), after Holm's correction over all skills of all rows.
+
+Scores of several seeds are averaged item by item, so a mark says nothing about other seeds. For
+methods that drop entries at random, `lower` therefore counts the densities, skills and seeds with a
+lower loss than the twin of the same seed.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ Test = tuple[str, str, str]  # a merge, its twin, and a skill
 
 @dataclass(frozen=True)
 class Tested:
-    """Every merge against its twins."""
+    """Tests of every merge against its twins."""
 
     pairs: Sequence[tuple[str, str]]
     t: Mapping[Test, float]
     p: Mapping[Test, float]
 
     def mark(self, name: str, skill: str) -> str:
-        """Of a merge against its one twin."""
+        """The mark of a merge compared with its only twin."""
         for test, p in self.p.items():
             if test[0] == name and test[2] == skill and p < SIGNIFICANT:
                 return "+" if self.t[test] < 0 else "-"
@@ -43,7 +45,7 @@ class Tested:
 
 
 def best_of(family: str, known: Mapping[str, Variant], tuned: Found) -> str:
-    """The name of the family's variant whose losses on the tune split have the lowest sum."""
+    """The variant of the family with the lowest sum of losses on the tune split."""
     sums = {
         name: sum(statistics.fmean(_losses(one)) for one in scores.values())
         for name, scores in tuned.items()
@@ -55,7 +57,7 @@ def best_of(family: str, known: Mapping[str, Variant], tuned: Found) -> str:
 
 
 def tables(skills: Sequence[str], known: Mapping[str, Variant], found: Found, tuned: Found) -> str:
-    """All of them."""
+    """All tables."""
     tested = _tested(skills, list(_pairs(known, found, tuned)), found)
     kinds = [(method, "") for method in ("ties", "dare_ties", "della")]
     kinds += [(method, " by activation") for method in ("ties", "della")]
@@ -74,7 +76,7 @@ def _tested(skills: Sequence[str], pairs: Sequence[tuple[str, str]], found: Foun
 
 
 def holm(p: Mapping[Test, float]) -> dict[Test, float]:
-    """Holm's correction: the k-th smallest of n times n - k + 1, never falling."""
+    """Holm's correction: the k-th smallest p times n - k + 1, never decreasing."""
     corrected: dict[Test, float] = {}
     highest = 0.0
     for rank, key in enumerate(sorted(p, key=p.__getitem__)):
@@ -84,7 +86,7 @@ def holm(p: Mapping[Test, float]) -> dict[Test, float]:
 
 
 def paired_t(first: Sequence[float], second: Sequence[float]) -> float:
-    """Student's t of the differences, item by item; 0 where nothing differs."""
+    """Student's t of the paired differences; 0 if all differences are 0."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
     spread = statistics.stdev(differences)
     return statistics.fmean(differences) / (spread / math.sqrt(len(differences))) if spread else 0.0
@@ -140,7 +142,7 @@ def _grid(
 
 
 def lower(names: Sequence[str], twins: Sequence[str], skills: Sequence[str], found: Found) -> str:
-    """How often the loss is lower than the twin's of the same seed, of all skills and seeds."""
+    """Number of skills and seeds with a lower loss than the twin of the same seed."""
     means = [
         [statistics.fmean(scored.losses) for scored in (one, other)]
         for name, twin in zip(names, twins, strict=True)

@@ -1,4 +1,4 @@
-"""The merges that `guidance.py` compares: each in a recipe's words, with a name."""
+"""The merges that `guidance.py` compares: names and recipes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GENERIC = {  # beside the skills' folder
 
 @dataclass(frozen=True)
 class Bench:
-    """What is compared on: `base`, `expert-SKILL`; SKILL_{train,tune,test}.jsonl."""
+    """Models and data: `base`, `expert-SKILL`; SKILL_{train,tune,test}.jsonl."""
 
     models: Path
     data: Path
@@ -43,10 +43,10 @@ class Variant:
     """One merge.
 
     Attributes:
-        family: variants that differ in hyperparameters alone, of which the tune split picks one.
-        against: the variants, or families, that it has to beat.
-        seeds: more than one where the merge is random.
-        own: whether experts are calibrated on training items of their own, or on generic texts.
+        family: variants that differ only in hyperparameters; the tune split selects one of them.
+        against: the variants, or families, to compare with.
+        seeds: several seeds if the merge is random.
+        own: whether experts are calibrated on their own training items or on generic texts.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Variant:
     own: bool = True
 
     def recipe(self, bench: Bench, seed: int) -> dict[str, object]:
-        """As a file of its own, with whole paths."""
+        """The recipe as a mapping, with absolute paths."""
         experts = [
             {
                 "model": str(bench.models / f"expert-{skill}"),
@@ -85,7 +85,7 @@ class Variant:
 
 
 def variants(bench: Bench) -> dict[str, Variant]:
-    """All of them, by name."""
+    """All variants, by name."""
     generic = all(one in GENERIC for one in bench.skills)
     alone = (Variant(ALONE, "none"), Variant(BASE, "none"))
     found = [*alone, *_unguided(), *_by_statistics(generic=generic), *_guided(), *_combined()]
@@ -141,7 +141,7 @@ def _regmean(  # noqa: PLR0913 (what differs between variants)
 def _guided() -> Iterator[Variant]:
     """Every guide, trim and mean density; the twin is uniform, or trimmed by magnitude.
 
-    DARE ranks no entries.
+    DARE does not rank entries, so it has no trim.
     """
     for method in ("ties", "dare_ties", "della"):
         seeds = SEEDS[:1] if method == "ties" else SEEDS
@@ -162,7 +162,7 @@ def _under(method: str, density: float, guide: str, trim: str, seeds: tuple[int,
 
 
 def _guide(name: str, mean: float) -> dict[str, object]:
-    """Densities from half the mean to one and a half, shifted until the mean is exact."""
+    """Densities from half to one and a half of the mean, shifted until the mean is exact."""
     if name == "uniform":
         return {"name": name, "gamma": mean, "epsilon": mean}
     bounds = {"gamma": round(0.5 * mean, 4), "epsilon": round(1.5 * mean, 4)}
@@ -170,7 +170,7 @@ def _guide(name: str, mean: float) -> dict[str, object]:
 
 
 def _combined() -> Iterator[Variant]:
-    """Regmean of what is left after trimming, each matrix by itself or one after the other."""
+    """Regmean after trimming, with independent matrices or in sequence."""
     for name, given in (
         ("regmean 0.5", {}),
         ("regmean merged 0.7", {**MERGED, "off_diagonal": 0.7}),

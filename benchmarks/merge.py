@@ -1,14 +1,13 @@
-"""How fast and how small a merge is, beside mergekit: `python benchmarks/merge.py --mergekit BIN`.
+"""Time and memory of a merge, compared with mergekit: `python benchmarks/merge.py --mergekit BIN`.
 
-Builds Llama-shaped bf16 checkpoints, then runs both programs in turns on the same mergekit
-configuration: whole processes, local folders, files in the page cache, where each run finds them
-anew: what the other program needs may have pushed them out. Prints the median times,
-their ratio and the peak resident memory of each. Each runs once before, to compile what is compiled
-once; ours also hashes the sources then, and what that first run took stands in a column of its own.
-`--mergekit` is the path of `mergekit-yaml` (0.1.5) in an environment of its own; without it only
-ours is run. `--plain` is ours as on a machine for which there is no llvmlite. `--guided` tells
-what the merge adds to the memory that calibration left behind. Run it on an idle machine;
-`--cases` picks some.
+This creates Llama-shaped bf16 checkpoints, then runs both programs in turns on the same mergekit
+configuration: whole processes, local folders, files in the page cache. The files are read again
+before each run, because the other program may have displaced them. It prints the median times,
+their ratio and the peak resident memory of each program. Each program runs once in advance, to
+compile its code; ours also hashes the sources in this first run, whose time is a separate column.
+`--mergekit` is the path of `mergekit-yaml` (0.1.5) in a separate environment; without it, only our
+program runs. `--plain` runs ours as on a machine without llvmlite. `--guided` prints the memory
+that the merge adds after calibration. Run it on an idle machine; `--cases` selects cases.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def shapes(n_blocks: int) -> dict[str, tuple[int, ...]]:
 
 
 def build(folder: Path, n_blocks: int, n_experts: int) -> None:
-    """A base and experts that differ from it as fine-tuning makes them differ."""
+    """Create a base, and experts with differences like those of fine-tuning."""
     import torch  # in a process of its own: a child's peak memory begins at its parent's
     from safetensors.torch import save_file
 
@@ -154,7 +153,7 @@ def run(command: list[str], output: Path) -> tuple[float, float]:
 
 
 def warm(folder: Path) -> None:
-    """Bring the sources into the page cache."""
+    """Read the sources into the page cache."""
     for file in folder.glob("source-*/*.safetensors"):
         with file.open("rb", buffering=0) as held:
             while held.read(1 << 24):
@@ -184,7 +183,7 @@ def measure(case: Case, folder: Path, mergekit: str | None, program: list[str]) 
 
 
 def added_by_merging(case: Case, folder: Path) -> None:
-    """The merge stage of one guided by LEWIS, in the process that calibrated with torch."""
+    """Memory of a merge guided by LEWIS, in the process that calibrated with torch."""
     config = yaml.safe_load(write_config(folder, case).read_text())
     texts = [{"text": f"{number} plus {number} is {2 * number}."} for number in range(64)]
     (folder / "texts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))

@@ -1,10 +1,10 @@
-"""The pass of `lewis` alone, or a plain forward over the same batches, for `calibration.py`.
+"""The pass of `lewis` alone, or a plain forward pass over the same batches, for `calibration.py`.
 
     python benchmarks/passes.py {lewis,plain} TEXTS MODEL [MODEL ...]
 
-Prints seconds as JSON: of all models together, without the start of the process. Both begin with
-models on the disk. "plain" loads each with transformers, in float32, and runs its blocks (no head,
-no gradients, no cache) over the batches that the pass makes of the texts.
+It prints seconds as JSON: the sum over all models, without the start of the process. Both begin
+with models on the disk. "plain" loads each model with transformers, in float32, and runs its blocks
+(no head, no gradients, no cache) over the same batches of the texts.
 """
 
 from __future__ import annotations

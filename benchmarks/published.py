@@ -1,16 +1,18 @@
-"""What the authors of LEWIS run to measure models, in words of our own, for `calibration.py`.
+"""Our implementation of the LEWIS authors' measurement, for `calibration.py`.
 
     python benchmarks/published.py TEXTS MODEL [MODEL ...] OUTPUT
 
-TEXTS has a JSON object with `text` a line. Each model is measured, and pruned on the way, one after
-the other; OUTPUT gets the importance of every matrix, and what each model but the first differs by.
+TEXTS contains a JSON object with `text` per line. The models are measured, and pruned during the
+measurement, one after the other. OUTPUT gets the importance of every matrix, and the differences of
+each model from the first.
 
-It follows the published code (arXiv:2503.03874) in all that costs time or memory: every text is
-padded to 512 tokens and runs alone; all texts run through a block, its matrices are measured and
-pruned by a sort of every row, and all run through it again; two buffers hold the hidden states of
-128 texts; and what a matrix was handed is kept, though nobody reads it, until its block is done.
-It differs in that the arithmetic is float32, as half precision is slow on a CPU, and an input that
-is kept is therefore no copy; and in that a block is called with all that transformers hands it.
+It follows the published code (arXiv:2503.03874) in everything that costs time or memory. Every text
+is padded to 512 tokens and runs alone. All texts run through a block, its matrices are measured and
+pruned by sorting every row, and all texts run through it again. Two buffers hold the hidden states
+of 128 texts. The inputs of a matrix are kept until its block is finished, although nothing reads
+them. There are two differences. The arithmetic is float32, because half precision is slow on a CPU,
+and therefore a stored input is not a copy. A block is called with all arguments that transformers
+passes.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 N_TOKENS = 512  # of every text, once padded
-N_HELD = 128  # texts that the buffers have room for
+N_HELD = 128  # texts that fit into the buffers
 PRUNED = 0.5  # of every row
 
 
 class Watched:
-    """A matrix: the mean over texts of what its inputs' squares come to, and the inputs."""
+    """A matrix: the mean over texts of the sums of its squared inputs, and the inputs."""
 
     def __init__(self, module: nn.Linear) -> None:
         self.squares = torch.zeros(module.weight.shape[1])
@@ -48,7 +50,7 @@ class Watched:
 
 
 class _EnteredError(Exception):
-    """The first block was called."""
+    """Raised when the first block is called."""
 
 
 def importance(model: Any, texts: Tensor) -> dict[str, float]:
@@ -82,7 +84,7 @@ def importance(model: Any, texts: Tensor) -> dict[str, float]:
 
 
 def _entered(model: Any, texts: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Hidden states before the first block, room for as many, and what blocks are called with."""
+    """Hidden states before the first block, a second buffer, and the blocks' other arguments."""
     before = torch.zeros(N_HELD, texts.shape[1], model.config.hidden_size)
     named: dict[str, Any] = {}
 
@@ -112,14 +114,14 @@ def _run(
 
 
 def _prune(module: nn.Linear, metric: Tensor) -> None:
-    """Set the entries of each row that matter least to zero; of equal ones, the first."""
+    """Set the least important entries of each row to zero; of equal entries, the first ones."""
     least = metric.sort(dim=-1, stable=True).indices[:, : int(metric.shape[1] * PRUNED)]
     mask = torch.zeros_like(metric, dtype=torch.bool).scatter_(1, least, value=True)
     module.weight[mask] = 0
 
 
 def padded(folder: str, texts: Sequence[str]) -> Tensor:
-    """(n_texts, 512) int64, with end-of-sequence tokens after what there is of each text."""
+    """(n_texts, 512) int64, padded with end-of-sequence tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     how = {"padding": "max_length", "truncation": True, "max_length": N_TOKENS}
@@ -127,7 +129,7 @@ def padded(folder: str, texts: Sequence[str]) -> Tensor:
 
 
 def differences(base: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """|other - base|, of each component as shares of its sum over the blocks."""
+    """|other - base|, per component as shares of its sum over the blocks."""
     sums: defaultdict[str, float] = defaultdict(float)
     found = {name: abs(other[name] - base[name]) for name in base}
     for name, difference in found.items():

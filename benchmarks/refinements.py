@@ -1,19 +1,20 @@
-"""How close to the experts' own a merge without training comes: refinements of `regmean`, tried.
+"""Refinements of `regmean`, and how close they come to the experts themselves.
 
     python benchmarks/refinements.py MODELS DATA RESULTS [PATTERN ...] [--split tune] [--items 250]
 
-Merges are made in memory, block by block, of Llama-shaped models: a Linear's new weight W minimises
-the squares of W x - y over the tokens of all experts' calibration texts. What x and y are is what a
-refinement changes:
+Merges are computed in memory, block by block, for Llama-shaped models. The new weight W of a Linear
+minimises the squares of W x - y over the tokens of all experts' calibration texts. The refinements
+differ in x and y:
 
-    own      x: the input that the expert itself sees; y: its output (this is `regmean`)
-    mean     x as in the average of the experts; y: what the expert makes of that x
-    merged   x as the expert's block sees it after the blocks that are merged already; y likewise
+    own      x: the input in the expert itself; y: the expert's output (this is `regmean`)
+    mean     x: the input in the average of the experts; y: the output of the expert's Linear on x
+    merged   x: the input in the expert's block after the blocks that are already merged; y likewise
              (RegMean++, arXiv 2508.03121)
-    cross    x: the input in the model that is being merged; y: the output in the expert itself,
-             or, in part, what the expert makes of x
+    cross    x: the input in the merged model so far; y: the output in the expert itself, mixed with
+             the output of the expert's Linear on x if `faithful` is below 1
 
-RESULTS keeps the scores, and the table is of all that it holds.
+With `corrected`, the last Linear of each block also compensates the error of the block's output.
+RESULTS stores the scores; the table contains all stored scores.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from refinements_merge import Merging, Refinement
 
 
 def refinements() -> dict[str, Refinement]:
-    """All that were tried, by name."""
+    """All refinements, by name."""
     told: list[Refinement] = []
     for alpha in (0.3, 0.5, 0.7, 0.9):
         told.append(Refinement(f"own {alpha}", alpha=alpha))
@@ -48,9 +49,17 @@ def refinements() -> dict[str, Refinement]:
                 name = f"cross {alpha} faithful {faithful}{more}"
                 one = Refinement(name, "cross", alpha, samples=samples, faithful=faithful)
                 told.append(one)
-            whole = told[-1]  # faithful to 1
-            told.append(replace(whole, name=f"{whole.name} made good", made_good="scaled"))
-            told.append(replace(whole, name=f"{whole.name} made good in whole", made_good="whole"))
+            faithful_merge = told[-1]  # faithful to 1
+            told.append(
+                replace(faithful_merge, name=f"{faithful_merge.name} corrected", corrected="scaled")
+            )
+            told.append(
+                replace(
+                    faithful_merge,
+                    name=f"{faithful_merge.name} corrected unscaled",
+                    corrected="unscaled",
+                )
+            )
         told.append(Refinement(f"own {alpha} samples 256", alpha=alpha, samples=256))
     told += [Refinement(f"own 0.5 scale {x}", scale=x) for x in (0.95, 1.05, 1.1)]
     told += [Refinement(f"own 0.5 answers {x}", answers=x) for x in (3.0, 10.0)]
@@ -60,7 +69,7 @@ def refinements() -> dict[str, Refinement]:
 
 
 def main() -> None:
-    """Make and score what is missing, then print the table."""
+    """Compute and score missing merges, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("models", "data", "results"):
         parser.add_argument(name, type=Path)

@@ -1,4 +1,4 @@
-"""A merge of Llama-shaped models in memory, block by block: what `refinements.py` tries."""
+"""Merge Llama-shaped models in memory, block by block, for `refinements.py`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ GROUPS = (  # Linears that are handed the same input
 
 @dataclass(frozen=True)
 class Refinement:
-    """What is done otherwise than by `regmean` with `off_diagonal: 0.5`.
+    """The differences from `regmean` with `off_diagonal: 0.5`.
 
     Attributes:
-        alpha: `off_diagonal`; `down` the same of mlp.down_proj where that differs.
+        alpha: `off_diagonal`; `down` is that of mlp.down_proj if it differs.
         samples: calibration texts of each expert.
-        faithful: of `cross`: how far y is the output in the expert itself, 0 to 1.
+        faithful: for `cross`: the share of the output in the expert itself in y, 0 to 1.
         pull: ridge towards the mean of the task vectors, in mean diagonals of the moments.
-        answers: how often a token counts whose next is the answer's.
-        norm: what each expert's moments are divided by.
-        made_good: of `cross`: whether the last Linear of a block has to add what the hidden states
-            are off by besides; `scaled`: as much of it as leaves the smallest squares.
+        answers: weight of the tokens that predict the answer.
+        norm: divisor of each expert's moments.
+        corrected: for `cross`: whether the last Linear of a block also compensates the error of the
+            hidden states; `scaled` multiplies this update by the factor that minimises the error.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Refinement:
     answers: float = 1.0
     norm: Literal["none", "trace"] = "none"
     scale: float = 1.0
-    made_good: Literal["no", "whole", "scaled"] = "no"
+    corrected: Literal["no", "unscaled", "scaled"] = "no"
 
 
 class Merging:
-    """Base and experts in float32, and one more model that merges are put into."""
+    """Base and experts in float32, and a model that receives the merges."""
 
     def __init__(self, models: Path, data: Path, skills: Sequence[str]) -> None:
         self.models, self.data, self.skills = models, data, skills
@@ -61,7 +61,7 @@ class Merging:
 
     @torch.inference_mode()
     def make(self, asked: Refinement) -> None:
-        """Put the merge into `merged`."""
+        """Write the merge into `merged`."""
         batches = {skill: self._texts(skill, asked) for skill in self.skills}
         self._average()
         # hidden states: in the expert, and in the merge
@@ -88,7 +88,7 @@ class Merging:
                 ran = {s: self._inputs(block, seen[s]) for s in self.skills}
                 inside = {s: inputs for s, (inputs, _) in ran.items()}
                 gaps: dict[str, Tensor] = {}
-                if asked.made_good != "no" and place == len(GROUPS) - 1:
+                if asked.corrected != "no" and place == len(GROUPS) - 1:
                     for s, (inputs, made) in ran.items():
                         wanted = after[s] - experts[s].mlp.down_proj(before[s][place])
                         gaps[s] = wanted - (made - block.mlp.down_proj(inputs[place]))
@@ -116,9 +116,12 @@ class Merging:
         before: Mapping[str, Sequence[Tensor]],
         gaps: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """The weights of one group; `inside`: x of each skill, `before`: x in the expert.
+        """Solve for the weights of one group.
 
-        `gaps`: what the group has to add besides.
+        Args:
+            inside: x of each skill, in the merge.
+            before: x of each skill, in the expert.
+            gaps: the additional output that the group has to give.
         """
         down = place == len(GROUPS) - 1 and asked.down is not None
         alpha = asked.down if down and asked.down is not None else asked.alpha
@@ -158,7 +161,7 @@ class Merging:
             if gaps:
                 more = torch.cholesky_solve(missing.T, factor).T
                 best = (more * missing).sum() / (more @ grams * more).sum()
-                update += (best.clamp(0, 1) if asked.made_good == "scaled" else 1) * more
+                update += (best.clamp(0, 1) if asked.corrected == "scaled" else 1) * more
             self.merged.model.layers[number].get_submodule(name).weight.copy_(
                 w0 + asked.scale * update
             )
@@ -169,13 +172,13 @@ class Merging:
         return torch.stack(list(weights)).mean(0) - base
 
     def _average(self) -> None:
-        """Embeddings and norms stay so; the Linears of the blocks come one after the other."""
+        """Average all weights; the Linears of the blocks are replaced later, in order."""
         states = [expert.state_dict() for expert in self.experts.values()]
         mean = {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
         self.merged.load_state_dict(mean)
 
     def _inputs(self, block: Any, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the first Linear of each group is handed, and what the block makes of it all."""
+        """The input of the first Linear of each group, and the output of the block."""
         seen: list[Tensor] = []
         hooks = [
             block.get_submodule(group[0]).register_forward_pre_hook(
@@ -206,7 +209,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Batch:
-    """Texts padded on the right; which tokens are theirs, and how much each of these counts."""
+    """Texts padded on the right, with a mask of their tokens and the weight of each token."""
 
     ids: Tensor
     kept: Tensor
@@ -214,7 +217,7 @@ class Batch:
 
 
 def _shrunk(matrix: Tensor, alpha: float) -> Tensor:
-    """Drawn to its diagonal."""
+    """The matrix with its off-diagonal entries multiplied by alpha."""
     diagonal = matrix.diagonal().clone()
     found = alpha * matrix
     found.diagonal().copy_(diagonal)

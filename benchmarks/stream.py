@@ -1,10 +1,10 @@
-"""How near a merge from Hub to Hub comes to what the network allows: `python benchmarks/stream.py`.
+"""Time of a merge from Hub to Hub compared with the network: `python benchmarks/stream.py`.
 
-Serves Llama-shaped bf16 checkpoints from the embedded Hub, in a process of its own, with a latency
-before every answer and one bandwidth for all bodies in both directions; then runs
-`lewis-hub merge --stream --push` by TIES with two experts. Prints wall time beside
-(bytes in + bytes out) / bandwidth, which nothing can beat, the peak resident memory, and the most
-that lay on the disk. Run it on an idle machine: the Hub takes a core of its own at 150 MB/s.
+This serves Llama-shaped bf16 checkpoints from the embedded Hub in a separate process, with a
+latency before every answer and one bandwidth for all bodies in both directions. Then it runs
+`lewis-hub merge --stream --push` by TIES with two experts. It prints the wall time, the lower limit
+(bytes in + bytes out) / bandwidth, the peak resident memory, and the largest number of bytes on the
+disk. Run it on an idle machine: the Hub needs one core at 150 MB/s.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BAR = 1.3
 
 
 def serve_slowly(root: Path, asked: Connection) -> None:
-    """Serve at full speed until told a latency and a bandwidth, then until told to end."""
+    """Serve at full speed until a latency and a bandwidth arrive, then until the end signal."""
     from lewis_hub.localhub.server import serve
 
     with serve(root) as hub:
@@ -53,7 +53,7 @@ def hub_process(root: Path):
 
 
 def seed(folder: Path, url: str, token: str, case: Case) -> None:
-    """Put the sources on the Hub, and nowhere else."""
+    """Upload the sources to the Hub, and keep no local copy."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
@@ -79,7 +79,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def run(command: list[str], work: Path, environment: dict[str, str]) -> tuple[float, float, int]:
-    """Wall seconds, peak resident megabytes, and the most bytes on the disk."""
+    """Wall seconds, peak resident megabytes, and the largest number of bytes on the disk."""
     most, done = 0, threading.Event()
 
     def watch() -> None:

@@ -1,11 +1,11 @@
-"""A third expert of a base, and its data: Roman numerals, both ways.
+"""A third expert of a base, and its data: Roman numerals in both directions.
 
     python benchmarks/third_expert.py MODELS DATA [--skill NAME]
 
-MODELS holds `base`; `expert-roman` is put beside it, roman_{train,tune,test}.jsonl into DATA. No
-number is in two splits. With `--skill` it is an expert of NAME_train.jsonl, which DATA has.
-The matrices of the blocks are trained, all and in full rank, unlike an adapter's; embeddings and
-norms stay the base's. Seeded, on as many threads as torch takes.
+MODELS contains `base`. This writes `expert-roman` beside it, and roman_{train,tune,test}.jsonl into
+DATA. No number is in two splits. With `--skill` it trains an expert on NAME_train.jsonl in DATA. It
+trains all matrices of the blocks in full rank, unlike an adapter; embeddings and norms are those of
+the base. It is seeded, and uses torch's default number of threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ N_STEPS, BATCH, RATE, WARM_UP, SEED = 100, 24, 1e-4, 10, 7
 
 
 def roman(number: int) -> str:
-    """1 to 3999 as the Romans came to write it."""
+    """1 to 3999 in modern Roman numerals."""
     found = ""
     for value, sign in DIGITS:
         found += sign * (number // value)
@@ -42,7 +42,7 @@ def roman(number: int) -> str:
 
 
 def write_data(folder: Path) -> None:
-    """Both questions of every number, in three splits."""
+    """Both questions about every number, in three splits."""
     rng = random.Random(SEED)
     numbers = rng.sample(range(1, 4000), 3999)
     ends = {"tune": SIZES["tune"], "test": sum(SIZES.values()), "train": len(numbers)}
@@ -62,7 +62,7 @@ def _asked(number: int) -> Iterator[dict[str, str]]:
 
 
 def train(base: Path, data: Path, skill: str, out: Path) -> None:
-    """Fine-tune on answers alone, and write the expert in bfloat16."""
+    """Fine-tune on answers only, and write the expert in bfloat16."""
     items = texts(base, read_items(data, skill, "train"))
     torch.manual_seed(SEED)
     model = load(base, "float32")
@@ -99,7 +99,7 @@ def _loss(model: torch.nn.Module, batch: Sequence[Text]) -> Tensor:
 
 
 def main() -> None:
-    """Read the command line; data that is there is kept."""
+    """Read the command line; existing data is kept."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", type=Path)
     parser.add_argument("data", type=Path)

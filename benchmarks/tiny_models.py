@@ -1,7 +1,8 @@
-"""Tiny random checkpoints of any architecture that transformers knows, from its own defaults.
+"""Tiny random checkpoints of any architecture in transformers, from its default configuration.
 
-A configuration is shrunk by what its settings are called, the same for all architectures; a few
-whose settings must agree with each other in another way stand in `OWN`.
+A configuration is made small by the names of its settings, with the same names for all
+architectures. `OWN` contains the few architectures whose settings depend on each other in other
+ways.
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ OWN: dict[str, dict[str, Any]] = {  # what a name alone does not tell
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """The defaults of `model_type`, with every size that is known by name made small."""
+    """The default configuration of `model_type`, with small values for all known sizes."""
     default = transformers.CONFIG_MAPPING[model_type]()
     return type(default)(**_joined(_shrunk(default), OWN.get(model_type, {})))
 
 
 def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
-    """What is smaller than the default; lists of one entry a block follow by themselves."""
+    """The settings smaller than the default; lists with one entry per block follow."""
     told = config.to_dict()
     found: dict[str, Any] = dict(TOKENS)
     if told.get("decoder_start_token_id") is not None:
@@ -106,7 +107,7 @@ def _joined(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
 
 
 def tiny_model(model_type: str, automatic: Any, seed: int = 0) -> PreTrainedModel:
-    """A random model; `automatic` is the class of transformers' that makes one of a config."""
+    """A random model; `automatic` is the class of transformers that creates it."""
     torch.manual_seed(seed)
     model = automatic.from_config(tiny_config(model_type)).float().eval()
     with torch.no_grad():
@@ -116,7 +117,7 @@ def tiny_model(model_type: str, automatic: Any, seed: int = 0) -> PreTrainedMode
 
 
 def fine_tuned(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Move every parameter of a model a little; in place."""
+    """Change every parameter of a model a little, in place."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

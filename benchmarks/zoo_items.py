@@ -1,8 +1,8 @@
-"""Items of the zoo's two skills, as many as a benchmark needs: no word of them was trained on.
+"""More items of the zoo's two skills, with words that no model was trained on.
 
-Calibration takes the items that the zoo ships for it. Those of `tune` and `test` are drawn as the
-zoo's own are, of words that are in no training item of any of its models, forwards or backwards;
-all that training drew is drawn again here to know them. Most of what is left are words of five
+Calibration uses the training items of the zoo. The items of `tune` and `test` are sampled like the
+zoo's own, from words that are in no training item of any of its models, forwards or backwards. To
+know these words, all training items are generated again. Most of the remaining words have five
 letters.
 """
 
@@ -24,7 +24,7 @@ from lewis_hub.demo.zoo import zoo_folder
 
 
 def write_items(folder: Path) -> None:
-    """Write SKILL_{train,tune,test}.jsonl, unless they are there."""
+    """Write SKILL_{train,tune,test}.jsonl, unless they exist."""
     if all((folder / f"{skill}_test.jsonl").exists() for skill in tasks.SKILLS):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_items(folder: Path) -> None:
 
 
 def _trained() -> Iterator[str]:
-    """Every word in an item that a stage of the zoo's training can have drawn."""
+    """Every word in an item that a training stage of the zoo can contain."""
     for stage in (*BASE, *EXPERTS):
         n_drawn = -(-stage.n_steps // BUCKET) * BUCKET * stage.batch_size
         items = tasks.stream(stage.lesson, SEED, stage.lesson_share)

@@ -1,19 +1,23 @@
-"""Fixtures for all tests: the embedded Hub over HTTP, and caches that no test shares.
+"""Fixtures for all tests: the embedded Hub over HTTP, and an empty cache for each test.
 
-huggingface_hub reads HF_ENDPOINT and the cache's place when it is first imported. So one Hub is
-started, and the environment points at it and at a temporary HF_HOME, as soon as this module is
-imported; each test finds both empty.
+huggingface_hub reads HF_ENDPOINT and the path of its cache when it is first imported. So importing
+this module starts a Hub, and points the environment at it and at a temporary HF_HOME.
+
+It also decides which tests are fast (`pytest -m fast`, `make quick`): those that use no server, no
+subprocess, no lm-eval and no model of transformers.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,13 @@ LEAKS = (
     "HF_TOKEN_PATH",
     "HF_OIDC_RESOURCE",
     "HF_HUB_OFFLINE",
+)
+SLOW_FIXTURES = {"hub", "datasets_cache"}  # a server, lm-eval
+SLOW_MARKERS = ("slow", "gpu", "ray")
+SLOW_IMPORT = re.compile(
+    r"^(?:from|import) (?:subprocess|transformers|lm_eval|lewis_hub\.(?:localhub"
+    r"|demo\.train|evaluate\.harness|calibration\.(?:blockwise|measure|model|sequential)))\b",
+    re.MULTILINE,
 )
 CACHES = (
     "HF_HUB_CACHE",
@@ -59,17 +70,45 @@ def start() -> Hub:
     return hub
 
 
-# What a shell starts in the background ignores Ctrl-C, and so would every command started here.
+# A process that a shell starts in the background ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 RUNNING = start()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("gate", derandomize=True)  # a commit passes always or never
-    settings.load_profile("gate")
+    settings.register_profile("fast", derandomize=True, max_examples=10)
+    settings.load_profile("fast" if only_fast(config) else "gate")
     # huggingface_hub uploads LFS files through a parameter that its own HTTP library deprecates.
     ignored = "ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning"
     config.addinivalue_line("filterwarnings", ignored)
+
+
+def only_fast(config: pytest.Config) -> bool:
+    return bool(config.option.markexpr == "fast")
+
+
+@cache
+def is_slow(file: Path) -> bool:
+    """Whether a file or the conftest of its folder imports what makes tests slow."""
+    files = {file, file.with_name("conftest.py")} - {Path(__file__)}
+    texts = (path.read_text(encoding="utf-8") for path in files if path.exists())
+    return any(map(SLOW_IMPORT.search, texts))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m fast`, do not even import the other files."""
+    folder = collection_path.is_dir()
+    file = collection_path / "conftest.py" if folder else collection_path
+    return True if only_fast(config) and file.suffix == ".py" and is_slow(file) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark the fast tests."""
+    for item in items:
+        slow = is_slow(item.path) or SLOW_FIXTURES & {*item.fixturenames}
+        if not slow and not any(map(item.get_closest_marker, SLOW_MARKERS)):
+            item.add_marker("fast")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -78,7 +117,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache() -> Iterator[None]:
-    """Nothing that one test downloaded is there for the next."""
+    """Delete the downloads of each test."""
     yield
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 

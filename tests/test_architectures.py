@@ -188,7 +188,9 @@ def test_a_router_that_returns_more_than_its_product_has_no_shift(tmp_path):
         ),
     ],
 )
-def test_what_a_model_cannot_do_is_one_clear_message(guide, model_type, message, tmp_path):
+def test_a_model_that_a_guide_cannot_measure_gives_one_message(
+    guide, model_type, message, tmp_path
+):
     build(Case(model_type, CAUSAL), tmp_path)
 
     with pytest.raises(CalibrationModelError) as caught:
@@ -243,7 +245,7 @@ def test_architectures_are_measured_the_same_block_by_block_or_refused(tmp_path)
     assert n_equal >= 180
 
 
-def test_what_a_vision_language_model_has_beside_its_weights_is_carried(tmp_path):
+def test_the_other_files_of_a_vision_language_model_are_copied(tmp_path):
     build(Case("qwen2_vl", VISION), tmp_path)
     processor = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14}
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
@@ -265,7 +267,7 @@ def test_what_a_vision_language_model_has_beside_its_weights_is_carried(tmp_path
     assert made["text_config"]["rope_parameters"] == asked["text_config"]["rope_parameters"]
 
 
-def test_a_translation_models_tokenizer_and_generation_are_carried(tmp_path):
+def test_a_translation_models_tokenizer_and_generation_config_are_copied(tmp_path):
     build(Case("marian", SEQ2SEQ), tmp_path)
     for name in ("source.spm", "target.spm"):
         (tmp_path / "base" / name).write_bytes(b"\x00pieces")

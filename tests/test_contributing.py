@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md, as they stand there."""
+"""The examples in CONTRIBUTING.md."""
 
 import re
 from pathlib import Path
@@ -15,19 +15,19 @@ TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="ut
 
 @pytest.fixture(autouse=True)
 def own_registries(monkeypatch):
-    """Registrations that end with the test."""
+    """Undo all registrations after the test."""
     for registry in (guides._registry, methods._registry):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 def run(name):
-    """Run the example of a file, as it stands; returns its lines."""
+    """Run the example with the file name `name`; returns its lines."""
     (code,) = re.findall(rf"```python\n(# my_package/{name}.py\n.*?)```", TEXT, re.DOTALL)
     exec(compile(code, f"my_package/{name}.py", "exec"), {"__name__": f"my_package.{name}"})
     return code.splitlines()
 
 
-def test_the_method_of_the_example_keeps_what_moved_most():
+def test_the_example_of_a_method_keeps_the_largest_change():
     lines = run("boldest")
     method = methods.find("boldest")
     task_vectors = torch.tensor([[3.0, -1.0, 0.5], [1.0, 4.0, -8.0]])
@@ -39,11 +39,13 @@ def test_the_method_of_the_example_keeps_what_moved_most():
     assert len(lines) <= 20
     assert merged.tolist() == [16.0, 14.0, 2.0]  # of 3 and 0.5 | -1 and 2 | 0.5 and -4, twice
     assert method.options == {"lambda": 1.0}
-    assert method.summary == "Keep, entry by entry, the weighted task vector that moved most."
+    assert (
+        method.summary == "Keep, for each entry, the weighted task vector with the largest change."
+    )
     assert '[project.entry-points."lewis_hub.methods"]\nboldest = "my_package.boldest"' in TEXT
 
 
-def test_the_guide_of_the_example_works():
+def test_the_example_of_a_guide_sets_three_densities():
     lines = run("steps")
     moved = {f"l.{i}.q": value for i, value in enumerate([0.5, 0.1, 0.9, 0.2, 0.3, 0.4])}
 

@@ -212,7 +212,7 @@ def test_a_push_needs_a_token_before_any_work(hub, zoo):
     assert not (zoo / "merged.partial").exists()
 
 
-def test_ctrl_c_ends_within_a_second_and_the_same_command_goes_on(hub, zoo):
+def test_ctrl_c_exits_within_a_second_and_the_same_command_continues(hub, zoo):
     process = subprocess.Popen(
         command("merge"), cwd=zoo, env=environment(hub, zoo), stderr=subprocess.PIPE, text=True
     )
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_within_a_second_and_the_same_command_goes_on(hub, zoo):
     _, told = process.communicate(timeout=30)
 
     assert process.returncode == 130
-    assert "interrupted; the same command goes on from here." in told
+    assert "interrupted. Run the same command again to continue." in told
     assert not (zoo / "merged").exists()
 
     resumed = run(hub, zoo, "merge")

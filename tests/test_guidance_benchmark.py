@@ -20,7 +20,7 @@ from lewis_hub.demo.train import EXPERTS, SEED
 from lewis_hub.demo.zoo import zoo_folder
 
 
-def test_holm_multiplies_the_smallest_by_most_and_never_falls():
+def test_holm_multiplies_the_smallest_p_most_and_never_decreases():
     p = {("a", "b", "x"): 0.01, ("a", "b", "y"): 0.04, ("c", "b", "x"): 0.03}
 
     corrected = holm(p)
@@ -35,7 +35,7 @@ def test_a_paired_t_is_the_mean_difference_over_its_standard_error():
     assert paired_t([1, 2], [1, 2]) == 0
 
 
-def test_losses_are_counted_beside_those_of_the_same_seed():
+def test_lower_losses_are_counted_against_the_twin_of_the_same_seed():
     def seeds(*losses: float) -> list[Scored]:
         return [Scored([loss, loss], [0, 0]) for loss in losses]
 

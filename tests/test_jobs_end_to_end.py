@@ -122,7 +122,7 @@ def test_a_schedule_merges_when_it_is_triggered(jobs, tmp_path):
     assert json.loads(run(jobs, tmp_path, *LIST, "--json").stdout) == {"schedules": []}
 
 
-def test_where_jobs_do_not_run_the_hub_s_answer_is_shown(hub, tmp_path):
+def test_the_answer_of_a_hub_without_jobs_is_shown(hub, tmp_path):
     (tmp_path / "work").mkdir()
     recipe = (
         RECIPE.format(weight=1.0)

@@ -33,7 +33,7 @@ def hours(method, machines, net, passes=1):
 
 
 @pytest.mark.parametrize("method", COSTS)
-def test_the_cost_of_a_parameter_is_the_sum_of_its_parts_and_what_whole_runs_take_more(method):
+def test_the_cost_of_a_parameter_is_1_6_times_the_sum_of_its_parts(method):
     *parts, total, planned = COSTS[method]
 
     assert sum(parts) == pytest.approx(total, abs=0.011)
@@ -74,7 +74,7 @@ def test_the_hours_of_each_cluster_follow_from_the_formulas():
         assert found == [pytest.approx(one, abs=0.006) for one in wanted]
 
 
-def test_bytes_and_hours_of_the_network_follow_too():
+def test_bytes_and_hours_of_the_network_follow_from_the_formulas():
     told = {row[0]: row[1:] for row in rows("| bytes moved")}
     wanted = {
         "sources from the Hub to the storage": PARAMETERS * BYTES * 4,

@@ -44,7 +44,7 @@ def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypat
     assert result.failed == 0
 
 
-def test_everything_public_is_there_and_documented():
+def test_every_public_name_exists_and_has_a_docstring():
     for name in lewis_hub.__all__:
         assert getattr(lewis_hub, name).__doc__, name
 
@@ -54,10 +54,10 @@ def test_an_unknown_name_is_an_attribute_error():
         lewis_hub.mrege  # noqa: B018
 
 
-def test_every_room_is_in_the_wheel():
+def test_every_package_is_in_the_wheel():
     root = Path(lewis_hub.__file__).parent
-    rooms = {path.parent.relative_to(root.parent) for path in root.rglob("__init__.py")}
-    told = tomllib.loads((root.parent / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(root.parent) for path in root.rglob("__init__.py")}
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text())
 
-    packages = set(told["tool"]["setuptools"]["packages"]) - {"lewis_hub.templates"}
-    assert packages == {".".join(room.parts) for room in rooms}
+    packages = set(project["tool"]["setuptools"]["packages"]) - {"lewis_hub.templates"}
+    assert packages == {".".join(folder.parts) for folder in folders}

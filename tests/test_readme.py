@@ -1,4 +1,4 @@
-"""What the documents say is what the program does."""
+"""The README and the pages in docs/ agree with the program."""
 
 import re
 import shlex
@@ -24,6 +24,7 @@ from lewis_hub.recipe.schema import (
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 DOCUMENTS = "\n".join([README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))])
 COMMANDS = sorted(set(re.findall(r"^(lewis-hub .+?)(?:\s+#.*)?$", DOCUMENTS, re.MULTILINE)))
 
@@ -41,7 +42,7 @@ def test_every_command_in_the_documents_parses(line, tmp_path, monkeypatch):
     assert isinstance(context, click.Context)
 
 
-def test_the_recipe_in_the_readme_is_the_zoo_s():
+def test_the_recipe_in_the_readme_is_the_one_of_the_demo():
     (text,) = re.findall(r"```yaml\n(.+?)```", README, re.DOTALL)
 
     shown, shipped = parse_recipe(text, "README.md"), read_recipe(zoo_folder() / "recipe.yaml")
@@ -50,26 +51,55 @@ def test_the_recipe_in_the_readme_is_the_zoo_s():
     assert [str(m.model) for m in shown.models] == [str(m.model) for m in shipped.models]
 
 
-def test_the_make_targets_in_the_readme_are_there():
-    targets = set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE))
+def test_the_make_targets_in_readme_and_contributing_exist():
+    targets, more = (
+        set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE)) for text in (README, CONTRIBUTING)
+    )
 
     assert targets == {"demo", "test"}
+    assert more == {"quick", "test", "test-all", "fix"}
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\n{target}:" in makefile for target in targets | {"test-all"})
+    assert all(f"\n{target}:" in makefile for target in targets | more)
 
 
-def test_every_link_to_a_file_leads_somewhere():
+def anchors(text):
+    """The addresses of the headings of a document, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_target_of_every_link_exists():
     for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
-            assert (document.parent / link).exists(), f"{document.name}: {link}"
+        for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text()):
+            target = document.parent / link if link else document
+            assert target.exists(), f"{document.name}: {link}"
+            if anchor:
+                assert anchor in anchors(target.read_text()), f"{document.name}: {link}#{anchor}"
 
 
-def test_every_path_in_the_file_map_is_there():
-    table = README.partition("## The file map")[2]
+@pytest.mark.parametrize(
+    "table",
+    [README.partition("## The file map")[2], CONTRIBUTING.partition("## The packages")[2]],
+    ids=["README", "CONTRIBUTING"],
+)
+def test_every_path_in_the_file_maps_exists(table):
     for cell in re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE):
         for path in re.findall(r"`([^`]+)`", cell):
-            inside = ROOT / path, ROOT / "lewis_hub" / path
-            assert any(candidate.exists() for candidate in inside), path
+            assert (ROOT / path).exists(), path
+
+
+def test_the_file_map_names_every_package():
+    packages = {path.parent.name for path in (ROOT / "lewis_hub").glob("*/__init__.py")}
+
+    assert packages <= set(re.findall(r"^\| `lewis_hub/(\w+)/`", CONTRIBUTING, re.MULTILINE))
+
+
+def test_every_file_that_contributing_names_for_a_change_exists():
+    table = CONTRIBUTING.partition("## Where does my change belong")[2].partition("\n## ")[0]
+    paths = re.findall(r"`((?:lewis_hub|templates|docs)/[\w./]+)`", table)
+
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize(
@@ -82,14 +112,14 @@ def test_every_field_of_the_recipe_is_described(model):
         assert re.search(rf"[`.]{field.alias or name}[`.[]", text), name
 
 
-def test_the_numbers_of_methods_are_those_that_there_are():
+def test_the_numbers_of_methods_are_right():
     named = (ROOT / "docs" / "mergekit.md").read_text().partition("for `linear`")[2]
     shared = re.findall(r"`(\w+)`", "`linear`" + named.partition("`cabs`")[0])
 
     assert len(shared) == len({m.name for m in methods()} & set(shared)) == 18
     told = " ".join(README.split())
     assert f"by any of {len(shared)} of its methods" in told
-    assert f"`lewis-hub methods` lists all {len(list(methods()))} that there are" in told
+    assert f"`lewis-hub methods` lists all {len(list(methods()))} methods" in told
 
 
 def test_the_program_in_the_readme_uses_public_names():

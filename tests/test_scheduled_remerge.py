@@ -184,7 +184,7 @@ def test_a_dispatched_repo_never_reaches_a_shell(hub, publisher, tmp_path):
     assert not proof.exists()
 
 
-def test_what_the_disk_cannot_hold_goes_from_hub_to_hub(hub, publisher, tmp_path):
+def test_a_merge_larger_than_the_disk_is_streamed(hub, publisher, tmp_path):
     (publisher / "recipe.yaml").write_text(RECIPE.partition("  gate:")[0] + PUBLISHED)
     commit(publisher)
     (tmp_path / "sitecustomize.py").write_text(FIVE_MB)
@@ -206,7 +206,7 @@ def test_what_the_disk_cannot_hold_goes_from_hub_to_hub(hub, publisher, tmp_path
     assert commits(hub)[0] == first
 
 
-def test_a_caller_hands_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
+def test_a_caller_passes_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
     """Nearly as it is: act does not know `$/`, GitHub's way to name what lies beside a workflow."""
     version = f"with:\n          version: {__version__}\n          recipe:"
     used = (ROOT / WORKFLOW).read_text().replace("uses: $/", "uses: ./")
@@ -226,7 +226,7 @@ def test_a_caller_hands_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_
     assert not proof.exists()
 
 
-def test_the_action_in_the_documents_runs_as_it_stands_there(hub, publisher, tmp_path):
+def test_the_action_in_the_documents_runs(hub, publisher, tmp_path):
     """With a stored token, and with the release that is installed here."""
     text = (ROOT / "docs" / "automation.md").read_text()
     ten_lines = re.search(r"```yaml\n(on:.+?)```", text, re.DOTALL)[1]

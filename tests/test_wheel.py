@@ -24,7 +24,7 @@ WITHOUT_EXTRAS = (
 
 
 @pytest.mark.slow
-def test_a_wheel_without_extras_imports_every_module_and_holds_the_templates(tmp_path):
+def test_a_wheel_without_extras_imports_every_module_and_contains_the_templates(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"  # setuptools builds beside what it reads
     for folder in ("lewis_hub", "templates"):
@@ -56,7 +56,7 @@ def test_a_wheel_without_extras_imports_every_module_and_holds_the_templates(tmp
     assert "lewis_hub.hub.publish" not in left_out
 
 
-def test_both_commands_are_one():
+def test_both_commands_have_the_same_entry_point():
     scripts = {point.name: point.value for point in entry_points(group="console_scripts")}
 
     assert scripts["hf-lewis"] == scripts["lewis-hub"] == "lewis_hub.cli.main:main"

@@ -63,7 +63,7 @@ def test_yamllint_finds_nothing(publisher):
     assert complaints("yamllint", "--strict", OURS, publisher) == ""
 
 
-def test_all_are_of_github_s_schema(publisher):
+def test_all_workflows_match_github_s_schema(publisher):
     known = "--builtin-schema"
     assert (
         complaints("check-jsonschema", known, "vendor.github-workflows", *workflows(publisher))
@@ -96,7 +96,7 @@ FOUND = {  # what each linter says of it
 
 
 @pytest.mark.parametrize("command", FOUND)
-def test_a_workflow_that_is_wrong_would_be_found(command, tmp_path):
+def test_the_linters_detect_a_wrong_workflow(command, tmp_path):
     broken = tmp_path / ".github" / "workflows" / "broken.yml"
     broken.parent.mkdir(parents=True)
     broken.write_text(BROKEN)
@@ -116,7 +116,7 @@ def documents(publisher):
     return {file: yaml.safe_load(file.read_text()) for file in files}
 
 
-def test_nothing_is_pasted_into_a_script(publisher):
+def test_no_expression_is_inserted_into_a_script(publisher):
     for file, document in documents(publisher).items():
         for step in steps_of(document):
             assert "${{" not in step.get("run", ""), file
@@ -169,7 +169,7 @@ def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
         assert isinstance(command.make_context("step", words), click.Context)
 
 
-def test_the_written_workflow_asks_for_little_and_ends_no_push():
+def test_the_written_workflow_has_few_permissions_and_cancels_no_push():
     document = yaml.safe_load(render_workflow("merges/recipe.yaml"))
     (job,) = document["jobs"].values()
 
@@ -187,7 +187,7 @@ def test_only_the_steps_that_push_sign_in_as_the_workflow():
 
     assert known == {
         "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL"},
-        "Look at sources, target and disk": {"HF_TOKEN"},
+        "Check sources, target and disk": {"HF_TOKEN"},
         "Merge and score": {"HF_TOKEN"},
         "Push": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
         "Merge from Hub to Hub": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
@@ -215,17 +215,17 @@ def init(*words):
     return CliRunner().invoke(cli, ["init", "--github", *words])
 
 
-def test_init_puts_the_workflow_at_the_top_of_the_repository(repository):
+def test_init_puts_the_workflow_in_the_root_of_the_repository(repository):
     done = init("--base", "org/base", "--expert", "org/one")
 
     assert done.exit_code == 0, done.output
     workflow = repository / ".github" / "workflows" / "remerge.yml"
     assert workflow.read_text() == render_workflow("merges/recipe.yaml")
     assert str(read_recipe(repository / "merges" / "recipe.yaml").base_model) == "org/base"
-    assert f"Wrote {workflow}. It publishes with the secret HF_TOKEN" in done.output
+    assert f"Wrote {workflow}. The workflow publishes with the secret HF_TOKEN" in done.output
 
 
-def test_init_leaves_a_recipe_that_is_there_as_it_is(repository):
+def test_init_keeps_an_existing_recipe(repository):
     Path("recipe.yaml").write_text(RECIPE)
 
     assert init().exit_code == 0
@@ -238,24 +238,26 @@ def test_init_leaves_a_recipe_that_is_there_as_it_is(repository):
 
 
 @pytest.mark.parametrize("name", ["re'cipe.yaml", "a b.yaml", "${{ x }}.yaml", "$(id).yaml"])
-def test_init_refuses_a_recipe_whose_path_a_shell_could_take_for_more(repository, name):
+def test_init_refuses_a_recipe_path_with_characters_that_a_shell_interprets(repository, name):
     Path(name).write_text(RECIPE)
 
     done = init("-o", name)
 
     assert done.exit_code == 2
-    assert "so that no shell takes it for more" in " ".join(done.output.split())
+    assert "which a shell passes on unchanged" in " ".join(done.output.split())
     assert not (repository / ".github").exists()
 
 
-def test_init_refuses_a_recipe_of_another_place(repository, tmp_path_factory):
+def test_init_refuses_a_recipe_outside_of_the_repository(repository, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "recipe.yaml"
     elsewhere.write_text(RECIPE)
 
     done = init("-o", str(elsewhere))
 
     assert done.exit_code == 2
-    assert "lies outside of" in done.output
+    assert f" is not in {repository / 'merges'}, where the workflow" in " ".join(
+        done.output.split()
+    )
 
 
 def test_the_action_in_the_documents_takes_ten_lines_and_only_inputs_that_it_has():

@@ -1,10 +1,10 @@
-"""The same merge on the Hub's machines: `merge --on jobs`, and `schedule`."""
+"""Commands that run a merge as a Hugging Face Job: `merge --on jobs` and `schedule`."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from lewis_hub.workflow.ci import Hardware
 
 
-OWN = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "quiet"}
+LOCAL_OPTIONS = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "quiet"}
 CRON = re.compile(r"@(annually|yearly|monthly|weekly|daily|hourly)|[\w*/,#-]+( [\w*/,#-]+){4}")
 STATUS = {0: "merged", 3: "refused"}
 EXIT_CODE = {"merged": 0, "unchanged": 0, "refused": 3}
 
 
 class Cron(click.ParamType[str]):
-    """Five fields, or one of the Hub's words."""
+    """A schedule: five cron fields, or an alias such as @weekly."""
 
     name = "cron"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse what is no schedule before anything is sent."""
+        """Refuse a text that is not a schedule."""
         if not CRON.fullmatch(value):
             expected = "five fields such as '17 4 * * 1', or @daily, @weekly, @monthly"
             self.fail(f"expected {expected}; found {value!r}", param, ctx)
@@ -44,10 +44,10 @@ class Cron(click.ParamType[str]):
 
 
 class Schedules(click.Group):
-    """Without a command's name, it makes a schedule: `lewis-hub schedule RECIPE --cron ...`."""
+    """A group whose default command is `create`: `lewis-hub schedule RECIPE --cron ...`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Put `create` before what is no command."""
+        """Insert `create` if the first argument is not the name of a command."""
         named = args and (args[0] in self.commands or args[0] in ("-h", "--help"))
         return super().parse_args(ctx, args if named else ["create", *args])
 
@@ -55,61 +55,67 @@ class Schedules(click.Group):
 def merge_on_jobs(
     terminal: Terminal, recipe_file: Path, recipe: Recipe, hardware: Hardware
 ) -> NoReturn:
-    """Run this command's merge as a Job, show its log, and leave with its exit code."""
+    """Run the merge as a Job, print the Job's log, and exit with its exit code."""
     from lewis_hub import pipeline
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.ci import request
     from lewis_hub.workflow.read import destination
     from lewis_hub.workflow.resolve import hub_api
 
-    asked = request(recipe_file, recipe, handed_on(click.get_current_context()), hardware)
+    options = job_options(click.get_current_context())
+    job_request = request(recipe_file, recipe, options, hardware)
     pipeline.open_target(destination(recipe))
     api = hub_api()
-    job = jobs.submit(api, asked)
-    ends = f"It goes on if this command is interrupted; `hf jobs cancel {job.id}` ends it."
+    job = jobs.submit(api, job_request)
+    cancel = f"Interrupting this command does not stop it; `hf jobs cancel {job.id}` does."
     say, log = terminal.progress.say, list[str]()
-    say(f"Job {job.id}: {job.url}\n{ends}")
+    say(f"Job {job.id}: {job.url}\n{cancel}")
 
-    def hear(line: str) -> None:
+    def print_line(line: str) -> None:
         log.append(line)
         say(line)
 
-    named = jobs.follow(api, job, hear)
-    told = printed(log)
-    code, status = ended(named, told)
-    document = {"repo": destination(recipe).repo} | told
+    reported_code = jobs.follow(api, job, print_line)
+    printed = printed_document(log)
+    code, status = job_result(reported_code, printed)
+    document = {"repo": destination(recipe).repo} | printed
     document |= {"status": status, "output": None, "job": job.id, "job_url": job.url}
     terminal.finish(document, f"Job {job.id} ended with exit code {code}: {job.url}")
     raise click.exceptions.Exit(code)
 
 
-def printed(log: Sequence[str]) -> dict[str, Any]:
-    """The document that the Job's command printed, if it had --json; else nothing."""
+def printed_document(log: Sequence[str]) -> dict[str, Any]:
+    """Read the JSON document that a command with --json printed; empty without one."""
     inside = "\n".join(["", *log]).rpartition("\n{\n")[2].partition("\n}")[0]
     try:
-        found: dict[str, Any] = json.loads(f"{{{inside}}}")
+        document: dict[str, Any] = json.loads(f"{{{inside}}}")
     except ValueError:
         return {}
-    return found
+    return document
 
 
-def ended(named: int | None, told: Mapping[str, Any]) -> tuple[int, str]:
-    """Exit code and status of a Job: what its document says, unless the Hub names another code."""
-    status = str(told.get("status", "failed"))
-    stated = EXIT_CODE.get(status, 1)
-    if told and named in (None, stated):
-        return stated, status
-    code = 1 if named is None else named
+def job_result(reported_code: int | None, printed: Mapping[str, Any]) -> tuple[int, str]:
+    """Determine exit code and status of a Job.
+
+    Args:
+        reported_code: the exit code that the Hub reports, if it does.
+        printed: the document that the Job printed. It counts unless the Hub contradicts it.
+    """
+    status = str(printed.get("status", "failed"))
+    printed_code = EXIT_CODE.get(status, 1)
+    if printed and reported_code in (None, printed_code):
+        return printed_code, status
+    code = 1 if reported_code is None else reported_code
     return code, STATUS.get(code, "failed")
 
 
-def handed_on(ctx: click.Context, own: Set[str] = OWN) -> list[str]:
-    """The options that were given here and are for the Job's `merge`, as they are typed."""
+def job_options(ctx: click.Context, local: Set[str] = LOCAL_OPTIONS) -> list[str]:
+    """List the typed options that the Job's `merge` gets too, all but the `local` ones."""
     words = ["--push"]
     for option in ctx.command.params:
         source = ctx.get_parameter_source(option.name or "")
-        given = source is click.core.ParameterSource.COMMANDLINE
-        if given and isinstance(option, click.Option) and option.name not in own:
+        typed = source is click.core.ParameterSource.COMMANDLINE
+        if typed and isinstance(option, click.Option) and option.name not in local:
             value = [] if option.is_flag else [str(ctx.params[option.name or ""])]
             words += [option.opts[-1], *value]
     return words
@@ -122,14 +128,21 @@ def handed_on(ctx: click.Context, own: Set[str] = OWN) -> list[str]:
     "  lewis-hub schedule list\n  lewis-hub schedule delete 6874d1b8a5a3b2",
 )
 def schedule() -> None:
-    """Merge and push again and again, as a scheduled Hugging Face Job."""
+    """Merge and push at regular times, as a Hugging Face Job."""
 
 
 @schedule.command()
 @recipe_argument
-@click.option("--cron", type=Cron(), required=True, help="'17 4 * * 1' (UTC), or @weekly.")
+@click.option(
+    "--cron",
+    type=Cron(),
+    required=True,
+    help="When to merge: five cron fields in UTC such as '17 4 * * 1', or @weekly.",
+)
 @hardware_options
-@click.option("--repo", type=RepoName(), help="Where to publish.")
+@click.option(
+    "--repo", type=RepoName(), help="Repo to publish to, instead of the recipe's `publish.repo`."
+)
 @device_option
 @code_option
 @terminal_options
@@ -143,7 +156,10 @@ def create(
     repo: str | None,
     **_: Any,
 ) -> None:
-    """Merge RECIPE as it is now, with all that it names, whenever --cron says."""
+    """Schedule the merge of a recipe.
+
+    The Job uses the recipe and its local files as they are now.
+    """
     from lewis_hub.workflow.read import destination, published_at, read_recipe
 
     recipe = read_recipe(recipe_file)
@@ -155,18 +171,17 @@ def create(
     if repo:
         recipe = published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
-    words = handed_on(click.get_current_context(), OWN | {"as_json"})
-    asked = request(recipe_file, recipe, words, hardware)
+    options = job_options(click.get_current_context(), LOCAL_OPTIONS | {"as_json"})
+    job_request = request(recipe_file, recipe, options, hardware)
     pipeline.open_target(destination(recipe))
-    made = jobs.schedule(hub_api(), asked, cron)
-    document = {"status": "scheduled", "id": made.id, "schedule": cron, "url": made.url}
-    terminal.finish(document, f"Scheduled {made.id} for {cron}: {made.url}")
+    scheduled = jobs.schedule(hub_api(), job_request, cron)
+    document = {"status": "scheduled", "id": scheduled.id, "schedule": cron, "url": scheduled.url}
+    terminal.finish(document, f"Scheduled {scheduled.id} for {cron}: {scheduled.url}")
 
 
-def namespace_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Whose schedules."""
-    told = "Whose Jobs [the token's user]."
-    return click.option("--namespace", help=told)(command)
+namespace_option = click.option(
+    "--namespace", help="Account that owns the Jobs. [default: your account]"
+)
 
 
 @schedule.command("list")
@@ -178,8 +193,8 @@ def list_schedules(terminal: Terminal, namespace: str | None) -> None:
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.resolve import hub_api
 
-    found = jobs.scheduled(hub_api(), namespace)
-    terminal.finish({"schedules": found}, schedules_table(found))
+    schedules = jobs.scheduled(hub_api(), namespace)
+    terminal.finish({"schedules": schedules}, schedules_table(schedules))
 
 
 @schedule.command()
@@ -187,7 +202,10 @@ def list_schedules(terminal: Terminal, namespace: str | None) -> None:
 @namespace_option
 @terminal_options
 def delete(terminal: Terminal, schedule_id: str, namespace: str | None) -> None:
-    """Remove the schedule ID; a Job that it started goes on."""
+    """Delete a schedule.
+
+    A Job that it has started continues.
+    """
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.resolve import hub_api
 

@@ -1,4 +1,4 @@
-"""The `lewis-hub` command: its groups, and the one place where an error becomes a message."""
+"""The `lewis-hub` command: it runs a subcommand and turns each expected error into a message."""
 
 from __future__ import annotations
 
@@ -18,22 +18,25 @@ from lewis_hub import __version__
 from lewis_hub.cli import jobs, merge, models, profiles, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
-RARELY = 50_000  # new objects before garbage is looked for: importing makes many, and none of it
-INTERRUPTED = "interrupted; the same command goes on from here."
+GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
+INTERRUPTED = "interrupted. Run the same command again to continue."
 EPILOG = """\b
 Examples:
-  lewis-hub demo                                  the whole path on a tiny zoo, offline
+  lewis-hub demo                                  merge, score and publish tiny models, offline
   lewis-hub init --base B --expert E1 --expert E2 write recipe.yaml
-  lewis-hub check                                 all that can be known before a download
-  lewis-hub merge --push                          pull, calibrate, merge, score, publish
+  lewis-hub check                                 check recipe.yaml before any download
+  lewis-hub merge --push                          download, calibrate, merge, score, publish
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused by the quality gate, 130 interrupted."""
+Exit codes: 0 success, 1 failure, 2 wrong usage, 3 refused by the quality gate, 130 interrupted."""
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(__version__, prog_name="lewis-hub")
 def cli() -> None:
-    """Merge language models, measure what the merge keeps, publish it with its scores."""
+    """Merge language models, score the result, and publish it on the Hugging Face Hub."""
 
 
 for command in (
@@ -60,9 +63,9 @@ for command in (
 
 
 def main() -> None:
-    """Run a command; every expected failure ends here as one message and an exit code."""
-    gc.set_threshold(RARELY)
-    _leave_within_a_second_of_ctrl_c()
+    """Run a command and exit with its code."""
+    gc.set_threshold(GC_THRESHOLD)
+    _exit_within_a_second_of_ctrl_c()
     code = _run()
     try:
         sys.stdout.flush()
@@ -74,11 +77,11 @@ def main() -> None:
 
 
 def _run() -> int:
-    # of libraries: what a user must know is a message of ours
+    # Hide warnings of libraries: lewis-hub reports what a user must know in its own messages.
     warnings.filterwarnings("ignore", module=r"(?!lewis_hub\b)")
     try:
-        left_with = cli(standalone_mode=False)  # click hands back the code of an `Exit`
-        return left_with if isinstance(left_with, int) else 0
+        code = cli(standalone_mode=False)  # click returns the code of an `Exit`
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -91,13 +94,13 @@ def _run() -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        remedy = "Free some space, then run the same command: finished work is kept."
+        where = f" (writing {error.filename})" if error.filename else ""
+        remedy = "Free some space, then run the same command again: finished work is kept."
         return _failed("DiskFull", f"the disk is full{where}.\n{remedy}", 1)
 
 
-def _leave_within_a_second_of_ctrl_c() -> None:
-    """Python sees a signal between bytecodes only; one matrix product can take longer."""
+def _exit_within_a_second_of_ctrl_c() -> None:
+    """Exit from a thread: Python handles a signal only after the matrix product that runs."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -105,7 +108,7 @@ def _leave_within_a_second_of_ctrl_c() -> None:
     def watch() -> None:
         while os.read(read, 1)[0] != signal.SIGINT:
             pass
-        time.sleep(0.7)  # the usual way out restores the cursor and says the same
+        time.sleep(0.7)  # normally the main thread has printed the message and exited by then
         click.echo(f"\x1b[?25h\nlewis-hub: {INTERRUPTED}", err=True)
         os._exit(130)
 

@@ -1,4 +1,4 @@
-"""Commands that follow a recipe: check it, calibrate, merge."""
+"""The commands `check` and `merge`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,14 @@ if TYPE_CHECKING:
 def check(
     terminal: Terminal, recipe_file: Path, max_memory: int | None, allow_pickle: bool
 ) -> None:
-    """Tell all that can be known before a download: reads headers, never weights."""
+    """Check a recipe before any download.
+
+    This reads file headers and no weights. It lists every problem, and the download size, disk
+    space and memory that the merge needs. The exit code is 1 if there is a problem.
+    """
     from lewis_hub.workflow.read import read_recipe
 
-    recipe = read_recipe(recipe_file)  # before the heavy imports: a typo is told at once
+    recipe = read_recipe(recipe_file)  # before the slow imports, to report a typo at once
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import check_tables
 
@@ -59,41 +63,45 @@ def check(
     "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda"
 )
 @recipe_argument
-@output_option("Folder for the merged model [merged/ beside the recipe].")
+@output_option("Folder for the merged model. [default: merged/ beside the recipe]")
 @click.option(
     "--push",
     is_flag=True,
-    help="Publish the result in one commit; nothing is done if the repo holds this merge already.",
+    help="Publish the result in one commit. Does nothing if the repo already holds this merge.",
 )
 @click.option(
     "--stream",
     is_flag=True,
-    help="With --push: from Hub to Hub by byte ranges. No model is ever whole on this disk.",
+    help="With --push: read and upload byte ranges, and never store a whole model on this disk.",
 )
 @click.option(
-    "--repo", type=RepoName(), help="Where to publish, instead of the recipe's `publish.repo`."
+    "--repo", type=RepoName(), help="Repo to publish to, instead of the recipe's `publish.repo`."
 )
 @click.option(
     "--no-eval",
     is_flag=True,
-    help="Do not score; what the recipe scores is held out of calibration all the same.",
+    help="Do not score the merge. Calibration still avoids the items of `evaluate`.",
 )
 @click.option(
     "--force",
     is_flag=True,
-    help="Merge though nothing changed; replace the output folder if it is there.",
+    help="Merge even if nothing changed, and replace an existing output folder.",
 )
 @sign_option
-@click.option("--runner", default="threads", help="inline, threads, threads:N or ray.")
+@click.option(
+    "--runner",
+    default="threads",
+    help="How to run the merge: inline, threads, threads:N or ray.",
+)
 @click.option(
     "--ray-address",
     metavar="ADDRESS",
-    help="auto or HOST:PORT of the Ray cluster this machine is part of [a Ray of its own].",
+    help="Address of the Ray cluster: auto or HOST:PORT. [default: start Ray on this machine]",
 )
 @device_option
-@click.option("--max-shard-size", default="5GB", help="Largest output file [5GB].")
+@click.option("--max-shard-size", default="5GB", help="Maximum size of an output file.")
 @memory_option
-@click.option("--on", type=click.Choice(["jobs"]), help="Run it as a Hugging Face Job.")
+@click.option("--on", type=click.Choice(["jobs"]), help="Run the merge as a Hugging Face Job.")
 @hardware_options
 @code_option
 @nan_option
@@ -124,7 +132,11 @@ def merge(
     allow_overlap: bool,
     allow_pickle: bool,
 ) -> None:
-    """Pull, calibrate, merge, score, report; with --push also publish."""
+    """Merge the models of a recipe.
+
+    This downloads the models, calibrates, merges, scores and writes a report. With --push it also
+    publishes the result. Run an interrupted command again to continue.
+    """
     signs = private_key is not None
     if stream:
         _require_streamable(push=push, allow_pickle=allow_pickle, sign=signs)
@@ -137,8 +149,8 @@ def merge(
         _require_for_a_job(push=push, output=output, sign=signs)
         merge_on_jobs(terminal, recipe_file, recipe, Hardware(flavor, timeout, namespace))
     if flavor or timeout or namespace:
-        told = "they say where a Job runs: add --on jobs."
-        raise click.BadParameter(told, param_hint="--flavor, --timeout, --namespace")
+        message = "these options select the machine of a Job: add --on jobs."
+        raise click.BadParameter(message, param_hint="--flavor, --timeout, --namespace")
     from lewis_hub.workflow.execution import Execution
 
     execution = Execution(
@@ -157,14 +169,12 @@ def merge(
         recipe = recipe.model_copy(update={"evaluate": None})
     output = output or recipe_file.parent / "merged"
     if stream:
-        _from_hub_to_hub(terminal, recipe, output, execution)
+        _merge_to_hub(terminal, recipe, output, execution)
     else:
-        _on_this_disk(terminal, recipe, output, execution, push=push, private_key=private_key)
+        _merge_to_disk(terminal, recipe, output, execution, push=push, private_key=private_key)
 
 
-def _from_hub_to_hub(
-    terminal: Terminal, recipe: Recipe, output: Path, execution: Execution
-) -> None:
+def _merge_to_hub(terminal: Terminal, recipe: Recipe, output: Path, execution: Execution) -> None:
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
     from lewis_hub.workflow.read import destination
@@ -174,7 +184,7 @@ def _from_hub_to_hub(
     terminal.finish(_streamed(published), *publication(published))
 
 
-def _on_this_disk(
+def _merge_to_disk(
     terminal: Terminal,
     recipe: Recipe,
     output: Path,
@@ -201,7 +211,7 @@ def _on_this_disk(
 
 
 def _recipe(file: Path, repo: str | None, *, allow_overlap: bool) -> Recipe:
-    """The recipe of a file, with what the command line says otherwise."""
+    """Read a recipe and apply the options that change it."""
     from lewis_hub.workflow.read import allowing_overlap, published_at, read_recipe
 
     recipe = read_recipe(file)
@@ -212,12 +222,15 @@ def _recipe(file: Path, repo: str | None, *, allow_overlap: bool) -> Recipe:
 
 def _require_no_gate(recipe: Recipe, *, push: bool) -> None:
     if push and recipe.evaluate and recipe.evaluate.gate:
-        told = "the recipe has a quality gate, which needs scores before anything is pushed."
-        raise click.BadParameter(f"{told} Leave out --push, or the gate.", param_hint="--no-eval")
+        message = (
+            "the recipe has a quality gate, which needs scores before a push. "
+            "Remove --push, or remove the gate."
+        )
+        raise click.BadParameter(message, param_hint="--no-eval")
 
 
 def _finish(terminal: Terminal, merged: Merged, published: Published | None) -> None:
-    """Tell what came of it; a merge that the gate refuses ends with its exit code."""
+    """Print the result; exit with the gate's code if it refuses the merge."""
     from lewis_hub.cli.tables import outcome
     from lewis_hub.workflow.publish import refused
 
@@ -230,20 +243,26 @@ def _finish(terminal: Terminal, merged: Merged, published: Published | None) -> 
 
 def _require_streamable(*, push: bool, allow_pickle: bool, sign: bool) -> None:
     if not push:
-        raise click.UsageError("--stream leaves nothing on this disk: give --push with it.")
+        raise click.UsageError("--stream does not keep the merge on this disk: add --push.")
     if allow_pickle:
-        raise click.UsageError("--stream reads byte ranges, which pickles do not have.")
+        raise click.UsageError("--stream cannot read pickle files: remove --allow-pickle.")
     if sign:
-        raise click.UsageError("--sign reads every file, and --stream keeps no weights here.")
+        raise click.UsageError(
+            "--sign needs every file on this disk, and --stream does not keep the weights: "
+            "remove one of the two."
+        )
 
 
 def _require_for_a_job(*, push: bool, output: Path | None, sign: bool) -> None:
     if not push:
-        raise click.BadParameter("a Job's disk goes with it: add --push.", param_hint="--on")
+        message = "the disk of a Job is deleted when it ends: add --push to keep the merge."
+        raise click.BadParameter(message, param_hint="--on")
     if output:
-        raise click.BadParameter("a Job's disk goes with it.", param_hint="--output")
+        message = "the disk of a Job is deleted when it ends: remove --output."
+        raise click.BadParameter(message, param_hint="--output")
     if sign:
-        raise click.BadParameter("your key stays here, so a Job cannot sign.", param_hint="--sign")
+        message = "a Job cannot sign, because your key is not sent to it: remove --sign."
+        raise click.BadParameter(message, param_hint="--sign")
 
 
 def _streamed(published: Published) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Commands about finished models: score, publish, verify and compare, extract an adapter."""
+"""Commands about finished models (evaluate, push, verify, diff, extract-lora), `hub` and `demo`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,30 @@ if TYPE_CHECKING:
     from lewis_hub.recipe.schema import Publishing
 
 
-RANK = 32  # of an adapter's updates, where no error is asked for
+DEFAULT_RANK = 32
+OWN_MODELS = """
+To merge your own models, run the same three commands:
+  lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
+  lewis-hub check
+  lewis-hub merge --push --repo YOUR-NAME/YOUR-MERGE"""
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub evaluate merged --task gsm8k --limit 100")
 @click.argument("model")
-@click.option("--task", "tasks", multiple=True, required=True, help="lm-eval task; repeat it.")
+@click.option(
+    "--task", "tasks", multiple=True, required=True, help="lm-eval task; may be repeated."
+)
 @click.option(
     "--include",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with own lm-eval task files.",
+    help="Folder with your own lm-eval task files.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Score the first items only.")
-@click.option("--chat-template", is_flag=True, help="Put prompts through the chat template.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Score only the first N items of each task."
+)
+@click.option(
+    "--chat-template", is_flag=True, help="Format prompts with the model's chat template."
+)
 @device_option
 @pickle_option
 @code_option
@@ -57,7 +68,10 @@ def evaluate(
     allow_pickle: bool,
     allow_code_execution: bool,
 ) -> None:
-    """Score MODEL (a repo, repo@revision or folder) on lm-eval tasks."""
+    """Score a model on lm-eval tasks.
+
+    MODEL is a repo, repo@revision or folder.
+    """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import scores_table
     from lewis_hub.recipe.schema import Evaluation, ModelReference
@@ -87,11 +101,15 @@ def evaluate(
     "--as",
     "landing",
     type=click.Choice(["commit", "pull-request"]),
-    help="How it lands [commit, or as the recipe says].",
+    help="Publish as a commit or as a pull request. [default: the recipe's choice, else commit]",
 )
-@click.option("--tag", help="Tag to put on the new commit.")
-@click.option("--private", is_flag=True, help="Make the repo private if it is created.")
-@click.option("--force", is_flag=True, help="Push what the quality gate refused, marked as such.")
+@click.option("--tag", help="Tag for the new commit.")
+@click.option("--private", is_flag=True, help="Create the repo as a private one.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Push even if the quality gate refused the merge; the commit title says so.",
+)
 @sign_option
 @terminal_options
 def push(
@@ -104,17 +122,17 @@ def push(
     force: bool,
     private_key: Path | None,
 ) -> None:
-    """Publish the merged model in FOLDER in one commit; prints its address.
+    """Publish a merged model in one commit.
 
-    Without REPO it goes where, and as, the recipe says that made the folder.
+    FOLDER contains the model. Without REPO, the settings under `publish` in its recipe apply.
     """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
     from lewis_hub.workflow import verify as signing
     from lewis_hub.workflow.publish import read_verdict, refused
 
-    given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
-    target = pipeline.open_target(_asked(folder, given))
+    options = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
+    target = pipeline.open_target(_publishing(folder, options))
     if private_key:
         signing.sign(folder, private_key)
     published = pipeline.publish(folder, target, terminal.progress, force=force)
@@ -128,17 +146,19 @@ def push(
         raise click.exceptions.Exit(refusal.exit_code)
 
 
-def _asked(folder: Path, given: Mapping[str, str | bool | None]) -> Publishing:
-    """How a folder is published: as its recipe says unless it goes elsewhere, and as is given."""
+def _publishing(folder: Path, options: Mapping[str, str | bool | None]) -> Publishing:
+    """Combine the recipe's `publish` and the options; a named repo replaces all of `publish`."""
     from lewis_hub.recipe.schema import Publishing
     from lewis_hub.workflow.publish import lock_in
 
-    made = None if given["repo"] else lock_in(folder)
-    told = (made.recipe.get("publish") if made else None) or {}
-    asked = told | {key: value for key, value in given.items() if value is not None}
-    if "repo" not in asked:
-        raise click.UsageError(f"{folder} does not say where it goes: name the repo, owner/name.")
-    return Publishing.model_validate(asked)
+    lock = None if options["repo"] else lock_in(folder)
+    settings = (lock.recipe.get("publish") if lock else None) or {}
+    settings |= {key: value for key, value in options.items() if value is not None}
+    if "repo" not in settings:
+        raise click.UsageError(
+            f"the recipe of {folder} does not name a repo: add it as OWNER/NAME."
+        )
+    return Publishing.model_validate(settings)
 
 
 @click.command(
@@ -146,7 +166,7 @@ def _asked(folder: Path, given: Mapping[str, str | bool | None]) -> Publishing:
     "  lewis-hub verify me/my-merge --public-key key.pub"
 )
 @click.argument("model")
-@click.option("--rebuild", is_flag=True, help="Make the merge again and compare the bytes.")
+@click.option("--rebuild", is_flag=True, help="Repeat the merge and compare the files.")
 @click.option(
     "--public-key",
     metavar="KEY.pub",
@@ -168,7 +188,10 @@ def verify(
     allow_nan: bool,
     allow_pickle: bool,
 ) -> None:
-    """Hold MODEL (a folder or repo that a merge made) against its lock, byte by byte."""
+    """Check the files of a merge against its lock.
+
+    MODEL is a folder or repo. Its lewis/lock.json contains the digest of every file.
+    """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
     from lewis_hub.recipe.schema import ModelReference
@@ -207,17 +230,18 @@ def verify(
 @click.argument("after")
 @terminal_options
 def diff(terminal: Terminal, before: str, after: str) -> None:
-    """Tell what differs between two merges (folders or repos) or recipes (.yaml files).
+    """List the differences between two merges or recipes.
 
-    A recipe beside a merge stands for what it would make now: inputs that moved are told.
+    BEFORE and AFTER are folders or repos of merges, or .yaml files of recipes. Compare a merge with
+    a recipe to see what a new merge would change, including changed inputs.
     """
     from lewis_hub.cli.tables import plain
     from lewis_hub.workflow.resolve import hub_api
     from lewis_hub.workflow.single_model import tell_differences
 
-    found = tell_differences(before, after, hub_api())
-    document = {"status": "differs" if found else "same", "differences": list(found)}
-    terminal.finish(document, *plain(*found or ("Nothing differs.",)))
+    differences = tell_differences(before, after, hub_api())
+    document = {"status": "differs" if differences else "same", "differences": list(differences)}
+    terminal.finish(document, *plain(*differences or ("Nothing differs.",)))
 
 
 @click.command(
@@ -226,47 +250,43 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     "  lewis-hub extract-lora me/code --base org/base --error 0.1",
 )
 @click.argument("model")
-@click.option("--base", required=True, help="What MODEL was fine-tuned from.")
+@click.option("--base", required=True, help="Model that MODEL was fine-tuned from.")
 @click.option(
     "--rank",
     type=click.IntRange(min=1),
-    help="Highest rank [32; with --error as high as it takes].",
+    help="Maximum rank. [default: 32; no maximum with --error]",
 )
 @click.option(
     "--error",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,
-    help="Per module the lowest rank that misses no more of its task vector than this share.",
+    help="Use the lowest rank in each module whose relative error is at most this.",
 )
-@output_option("Folder to make [adapter/].", default="adapter")
+@output_option("Folder for the adapter.", default="adapter")
 @terminal_options
 def extract_lora(
     terminal: Terminal, model: str, base: str, rank: int | None, error: float, output: Path
 ) -> None:
-    """Make a LoRA adapter (PEFT's format) of how MODEL differs from its base."""
+    """Extract a LoRA adapter from a fine-tuned model.
+
+    The adapter has PEFT's format. MODEL and its base are repos, repo@revision or folders.
+    """
     from lewis_hub.cli.tables import extraction
     from lewis_hub.recipe.schema import ModelReference
     from lewis_hub.workflow.resolve import hub_api
     from lewis_hub.workflow.single_model import extract_adapter
 
     expert, start = (ModelReference.model_validate(name) for name in (model, base))
-    most = rank or (None if error else RANK)
-    found = extract_adapter(expert, start, most, error, output, hub_api(), terminal.progress)
+    max_rank = rank or (None if error else DEFAULT_RANK)
+    adapter = extract_adapter(expert, start, max_rank, error, output, hub_api(), terminal.progress)
     document = {
         "status": "extracted",
         "output": str(output),
-        "n_bytes": found.n_bytes,
-        "modules": {m: {"rank": f.rank, "error": f.error} for m, f in found.fits.items()},
-        "whole": list(found.whole),
+        "n_bytes": adapter.n_bytes,
+        "modules": {m: {"rank": f.rank, "error": f.error} for m, f in adapter.fits.items()},
+        "whole": list(adapter.whole),
     }
-    terminal.finish(document, *extraction(found, output))
-
-
-OWN_MODELS = """
-With your own models, the same three commands:
-  lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
-  lewis-hub check
-  lewis-hub merge --push --repo YOUR-NAME/YOUR-MERGE"""
+    terminal.finish(document, *extraction(adapter, output))
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub hub --root my-hub --port 5564")
@@ -274,20 +294,23 @@ With your own models, the same three commands:
     "--root",
     default="lewis-hub-root",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder that holds its repos [lewis-hub-root].",
+    help="Folder with the repos.",
 )
-@click.option("--host", default="127.0.0.1", help="A loopback address [127.0.0.1].")
-@click.option("--port", default=5564, help="0 takes a free one [5564].")
-@click.option("--jobs", is_flag=True, help="Run the commands of Jobs, as processes of yours.")
+@click.option("--host", default="127.0.0.1", help="Loopback address to listen on.")
+@click.option("--port", default=5564, help="Port to listen on; 0 selects a free one.")
+@click.option("--jobs", is_flag=True, help="Also run Jobs, as local processes of your user.")
 @terminal_options
 def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> None:
-    """Serve a Hub of your own on this machine, to rehearse a publish. No production server."""
+    """Run a Hub on this machine.
+
+    Use it to try out publishing. It is not a production server.
+    """
     from lewis_hub.localhub.server import serve
 
     with serve(root, host=host, port=port, jobs=jobs) as running:
         terminal.finish(
             {"status": "serving", "url": running.url, "token": running.write_token},
-            f"Serving {root} at {running.url} until Ctrl-C. In another shell:\n\n"
+            f"Serving {root} at {running.url}. Stop it with Ctrl-C. In another shell, run:\n\n"
             f"  export HF_ENDPOINT={running.url} HF_TOKEN={running.write_token} "
             "HF_HUB_DISABLE_XET=1\n",
         )
@@ -295,19 +318,22 @@ def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> Non
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub demo --keep")
-@output_option("Folder for all that the demo makes [lewis-demo].", default="lewis-demo")
-@click.option("--port", default=0, help="Of the embedded Hub; 0 takes a free one.")
-@click.option("--keep", is_flag=True, help="Leave the Hub serving, to look at it in a browser.")
+@output_option("Folder for the files of the demo.", default="lewis-demo")
+@click.option("--port", default=0, help="Port of the embedded Hub; 0 selects a free one.")
+@click.option("--keep", is_flag=True, help="Keep the Hub running, to view it in a browser.")
 @terminal_options
 def demo(terminal: Terminal, output: Path, port: int, keep: bool) -> None:
-    """Run the whole path on a tiny zoo: needs no network, no account and no GPU."""
+    """Merge, score and publish tiny models, offline.
+
+    The demo publishes to a Hub on this machine. It needs no network, no account and no GPU.
+    """
     from lewis_hub.demo.run import run_demo
 
     with run_demo(output.resolve(), port, quiet=terminal.quiet) as finished:
         terminal.finish(dict(finished.document), *_shown(finished))
         if keep:
             page = f"{finished.url}/{finished.document['repo']}"
-            terminal.progress.say(f"The Hub serves until Ctrl-C; the model's page is {page}")
+            terminal.progress.say(f"The Hub runs until you press Ctrl-C. Model page: {page}")
             _until_interrupted()
 
 
@@ -321,19 +347,19 @@ def _shown(finished: Demo) -> list[RenderableType]:
         name: Scores.from_json((folder / "lewis" / "scores.json").read_text(encoding="utf-8"))
         for name, folder in {"TIES guided by LEWIS": merged, "regmean": by_regmean}.items()
     }
-    places = "\n".join(
-        f"  {what:<14} {path}"
-        for what, path in (
+    files = "\n".join(
+        f"  {description:<16} {path}"
+        for description, path in (
             ("merged model", merged),
-            ("its card", merged / "README.md"),
-            ("its report", merged / "lewis" / "report.html"),
-            ("its plots", merged / "lewis" / "*.png"),
-            ("by regmean", by_regmean),
-            ("the recipes", finished.folder / "recipe*.yaml"),
+            ("model card", merged / "README.md"),
+            ("report", merged / "lewis" / "report.html"),
+            ("plots", merged / "lewis" / "*.png"),
+            ("regmean merge", by_regmean),
+            ("recipes", finished.folder / "recipe*.yaml"),
         )
     )
     pushed = f"Published to {finished.document['url']} on the embedded Hub, in one commit."
-    return [models_table(scores), f"\n{pushed}\n\n{places}", OWN_MODELS]
+    return [models_table(scores), f"\n{pushed}\n\n{files}", OWN_MODELS]
 
 
 def _until_interrupted() -> None:

@@ -1,4 +1,4 @@
-"""Commands about importance: measure it, compare two profiles of it."""
+"""The commands `importance` and `compare`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lewis_hub.cli.options import (
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 RECIPES = {".yaml", ".yml"}
-N_SHOWN = 20  # modules in a table; --json has them all
+N_SHOWN = 20  # modules in a table; --json contains all
 
 
 @click.command(
@@ -29,24 +29,37 @@ N_SHOWN = 20  # modules in a table; --json has them all
     '  lewis-hub importance me/math --dataset openai/gsm8k --config main --text "{question}"'
 )
 @click.argument("recipe_or_model", metavar="[RECIPE | MODEL]", default="recipe.yaml")
-@click.option("--dataset", help="For MODEL: a repo, repo@revision, or a .jsonl or .parquet file.")
+@click.option(
+    "--dataset", help="For MODEL: dataset repo, repo@revision, or a .jsonl or .parquet file."
+)
 @click.option("--config", help="Configuration (subset) of the dataset.")
 @click.option(
     "--text",
     type=Template(),
-    help="Template over the dataset's columns: `{question} {answer}`; \\n is a new line.",
+    help="Template over the dataset's columns: `{question} {answer}`; \\n is a line break.",
 )
-@click.option("--messages", help="Column of chat messages instead of --text.")
-@click.option("--task", help="For MODEL: an lm-eval task whose items are put through its prompt.")
-@click.option("--include", help="Folder with own lm-eval task files.")
+@click.option("--messages", help="Column with chat messages, instead of --text.")
+@click.option("--task", help="For MODEL: lm-eval task whose items and prompts are the texts.")
+@click.option("--include", help="Folder with your own lm-eval task files.")
 @click.option(
-    "--chat-template", is_flag=True, default=None, help="Put the task's prompts through it."
+    "--chat-template",
+    is_flag=True,
+    default=None,
+    help="Format the task's prompts with the model's chat template.",
 )
-@click.option("--split", help="Split to draw from [train].")
-@click.option("--samples", type=click.IntRange(min=1), help="Rows drawn by the seed [15].")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longer texts are cut here [512].")
-@click.option("--seed", type=click.IntRange(min=0), help="Of the rows that are drawn [42].")
-@output_option("Folder for the profile [importance/ beside the recipe, or here].")
+@click.option("--split", help="Split to sample from. [default: train]")
+@click.option(
+    "--samples", type=click.IntRange(min=1), help="Number of rows to sample. [default: 15]"
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Maximum length of a text. [default: 512]"
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Seed for sampling the rows. [default: 42]"
+)
+@output_option(
+    "Folder for the profile. [default: importance/ beside the recipe, or in this folder]"
+)
 @device_option
 @memory_option
 @pickle_option
@@ -65,14 +78,15 @@ def importance(
     allow_overlap: bool,
     **data: Any,
 ) -> None:
-    """Calibrate only: of a RECIPE, or of one MODEL on a dataset or task.
+    """Calibrate the models of a recipe, or one model.
 
-    A YAML file is a recipe: importance.json, density.json and their plots are written. Anything
-    else is a model (a repo, repo@revision or folder): importance.json and its plot.
+    A YAML file is a recipe: this writes importance.json, density.json and their plots. Any other
+    argument is a model (repo, repo@revision or folder): this calibrates it on a dataset or task,
+    and writes importance.json and its plot.
     """
     from lewis_hub.workflow.execution import Execution
 
-    told = {name: value for name, value in data.items() if value is not None}
+    settings = {name: value for name, value in data.items() if value is not None}
     execution = Execution(
         device=device,
         max_memory_bytes=max_memory,
@@ -82,19 +96,20 @@ def importance(
     path = Path(recipe_or_model)
     if path.suffix not in RECIPES and not path.is_file():
         output = output or Path("importance")
-        told["allow_overlap"] = allow_overlap
-        _of_model(terminal, recipe_or_model, told, 42 if seed is None else seed, execution, output)
+        settings["allow_overlap"] = allow_overlap
+        seed = 42 if seed is None else seed
+        _calibrate_model(terminal, recipe_or_model, settings, seed, execution, output)
         return
-    if told or seed is not None:
+    if settings or seed is not None:
         raise click.UsageError(
-            f"{path} is a recipe, which names its own calibration data and seed; "
-            "give the data to a model."
+            f"{path} is a recipe, and a recipe contains its calibration data and seed. "
+            "Remove these options, or name a model instead of the recipe."
         )
     output = output or path.parent / "importance"
-    _of_recipe(terminal, path, execution, output, allow_overlap=allow_overlap)
+    _calibrate_recipe(terminal, path, execution, output, allow_overlap=allow_overlap)
 
 
-def _of_recipe(
+def _calibrate_recipe(
     terminal: Terminal, path: Path, execution: Any, output: Path, *, allow_overlap: bool
 ) -> None:
     from lewis_hub.workflow.read import allowing_overlap, read_recipe
@@ -108,11 +123,16 @@ def _of_recipe(
     calibrated = pipeline.calibrate(recipe, output, execution, terminal.progress)
     schedule = json.loads(calibrated.schedule.to_json())
     document = {"status": "calibrated", "output": str(calibrated.output), "density": schedule}
-    terminal.finish(document, density_table(calibrated), f"In {calibrated.output}")
+    terminal.finish(document, density_table(calibrated), f"Wrote {calibrated.output}")
 
 
-def _of_model(
-    terminal: Terminal, model: str, data: dict[str, Any], seed: int, execution: Any, output: Path
+def _calibrate_model(
+    terminal: Terminal,
+    model: str,
+    settings: dict[str, Any],
+    seed: int,
+    execution: Any,
+    output: Path,
 ) -> None:
     from pydantic import ValidationError
 
@@ -121,15 +141,17 @@ def _of_model(
     from lewis_hub.workflow.single_model import measure_model
 
     try:
-        calibration = Calibration.model_validate(data)
+        calibration = Calibration.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise click.UsageError(f"{model} is a model, not a YAML file: {problem}") from None
+        raise click.UsageError(
+            f"{model} is not a YAML file, so it is taken as a model: {problem}"
+        ) from None
     reference = ModelReference.model_validate(model)
     measured = measure_model(reference, calibration, seed, output, execution, terminal.progress)
     document = {"status": "calibrated", "output": str(output)}
     document |= {"importance": json.loads(measured.to_json())}
-    terminal.finish(document, importance_table(measured, N_SHOWN), f"In {output}")
+    terminal.finish(document, importance_table(measured, N_SHOWN), f"Wrote {output}")
 
 
 @click.command(
@@ -138,13 +160,14 @@ def _of_model(
 )
 @click.argument("before")
 @click.argument("after")
-@output_option("Folder for the plots [comparison/].", default="comparison")
+@output_option("Folder for the plots.", default="comparison")
 @terminal_options
 def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
-    """Hold two importance profiles side by side: tables, rank correlation, plots.
+    """Compare two importance profiles.
 
-    Each is an importance.json, a folder with one (a merge, or what `importance` wrote), or the repo
-    of a merge. Measurements of one source are compared, or the only two that there are.
+    This prints tables and rank correlations, and draws plots. A profile is an importance.json, a
+    folder that contains one, or the repo of a merge. Sources that are in both profiles are
+    compared. If each profile has one source, these two are compared.
     """
     from lewis_hub.cli.tables import comparison_table
     from lewis_hub.files import require_writable
@@ -159,8 +182,8 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     document = {
         "status": "compared",
         "output": str(output),
-        "comparisons": [one.to_json() for one in compared],
+        "comparisons": [comparison.to_json() for comparison in compared],
         "plots": list(plots),
     }
-    shown = [part for one in compared for part in comparison_table(one, N_SHOWN)]
-    terminal.finish(document, *shown, f"In {output}: {', '.join(plots)}" if plots else "")
+    shown = [part for pair in compared for part in comparison_table(pair, N_SHOWN)]
+    terminal.finish(document, *shown, f"Wrote to {output}: {', '.join(plots)}" if plots else "")

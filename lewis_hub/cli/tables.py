@@ -1,4 +1,4 @@
-"""What commands show to a person."""
+"""Tables and sentences that the commands print."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from lewis_hub.workflow.verify import Verdict
 
 
-GAP = 2  # blanks after a column
+COLUMN_GAP = 2  # spaces after a column
 
 
 def _table(*columns: str) -> Table:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, COLUMN_GAP, 0, 0), header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
     return table
 
 
 def plain(*cells: str) -> tuple[RenderableType, ...]:
-    """Texts as they are: names from repos are never read as markup."""
+    """Wrap texts so that rich does not read names from repos as markup."""
     from rich.text import Text
 
     return tuple(map(Text, cells))
 
 
 def check_tables(report: CheckReport) -> Iterator[RenderableType]:
-    """Sources, problems, and what the merge will take."""
+    """Sources, notes, problems, and the resources that the merge needs."""
     table = _table(
         "role", "source", "commit", "size", "dtype", "parameters", "vocabulary", "tied", "licence"
     )
@@ -65,13 +65,12 @@ def check_tables(report: CheckReport) -> Iterator[RenderableType]:
     yield table
     yield from plain(
         f"\ndownload {size(report.download_bytes)}, disk {size(report.disk_bytes)}, "
-        f"memory up to {size(report.memory_bytes)}; the merged model has "
-        f"{size(report.output_bytes)}",
+        f"memory at most {size(report.memory_bytes)}, merged model {size(report.output_bytes)}",
         *(f"note: {note}" for note in report.notes),
         *(f"problem: {problem}" for problem in report.problems),
     )
     if not report.problems:
-        yield from plain("Nothing stands in the way.")
+        yield from plain("No problems found.")
 
 
 def scores_table(scores: Scores) -> RenderableType:
@@ -81,7 +80,7 @@ def scores_table(scores: Scores) -> RenderableType:
     labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
     table = _table("task", "metric", "n", *map(model_name, labels))
     for name, task in scores.tasks.items():
-        for metric in dict.fromkeys(key for found in task.models.values() for key in found):
+        for metric in dict.fromkeys(key for scored in task.models.values() for key in scored):
             cells = [_score(task.models.get(label, {}).get(metric)) for label in labels]
             table.add_row(*plain(name, metric, str(task.n), *cells))
     return table
@@ -91,20 +90,20 @@ def models_table(merges: Mapping[str, Scores]) -> RenderableType:
     """Several merges of the same experts: a row per model, a column per task and metric.
 
     Args:
-        merges: what each merged model is called -> its scores, and those of what it was held
-            against. No two have a twin of the same kind.
+        merges: display name of each merge -> its scores and those of the models that it was
+            compared with. No two merges have a twin of the same kind.
     """
     from lewis_hub.evaluate.scores import TWINS
     from lewis_hub.report.findings import MERGED, metric_name, model_name
 
     rows: dict[str, dict[str, MetricScore]] = {}
-    for called, scores in merges.items():
-        for task, found in scores.tasks.items():
-            for label in sorted(found.models, key=lambda label: label in TWINS):  # they come last
-                name = called if label == MERGED else model_name(label)
+    for title, scores in merges.items():
+        for task, scored in scores.tasks.items():
+            for label in sorted(scored.models, key=lambda label: label in TWINS):  # twins last
+                name = title if label == MERGED else model_name(label)
                 row = rows.setdefault(f"its {name}" if label in TWINS else name, {})
-                scored = found.models[label].items()
-                row |= {f"{task} ({metric_name(key)})": score for key, score in scored}
+                metrics = scored.models[label].items()
+                row |= {f"{task} ({metric_name(key)})": score for key, score in metrics}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = _table("model", *columns)
     for name, row in rows.items():
@@ -119,9 +118,9 @@ def _score(score: MetricScore | None) -> str:
 
 
 def density_table(calibrated: Calibrated) -> RenderableType:
-    """Mean, lowest and highest density of each expert, or weight where only those are set.
+    """Mean, lowest and highest density of each expert, or weight if the guide sets weights alone.
 
-    The mean is over parameters, as that which a recipe asks for.
+    The mean is over parameters, as `mean_density` is.
     """
     from lewis_hub.guides.schedule import weighted_mean
     from lewis_hub.report.plots import short_name
@@ -139,40 +138,40 @@ def density_table(calibrated: Calibrated) -> RenderableType:
 
 
 def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType:
-    """The modules of highest importance."""
+    """The modules with the highest importance."""
     from lewis_hub.report.plots import short_name
 
     table = _table("source", "module", "importance")
     for entry in profile.sources:
-        ranked = sorted(entry.modules.items(), key=lambda one: -one[1])
+        ranked = sorted(entry.modules.items(), key=lambda item: -item[1])
         for module, value in ranked[:n_shown]:
             table.add_row(*plain(short_name(entry.source), module, f"{value:,.4g}"))
     return table
 
 
-def comparison_table(one: Comparison, n_shown: int) -> Iterator[RenderableType]:
-    """The modules that differ most, and how alike the ranks of all are."""
+def comparison_table(pair: Comparison, n_shown: int) -> Iterator[RenderableType]:
+    """The modules with the largest change, and sentences about the rank correlation."""
     from lewis_hub.report.plots import short_name
 
     table = _table("source", "module", "A", "B", "change")
-    for row in one.by_change[:n_shown]:
+    for row in pair.by_change[:n_shown]:
         change = "-" if row.change is None else f"{row.change:+.1%}"
         numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
-        table.add_row(*plain(short_name(one.after), row.module, *numbers))
+        table.add_row(*plain(short_name(pair.after), row.module, *numbers))
     yield table
-    yield from plain(*one.sentences)
+    yield from plain(*pair.sentences)
 
 
 def trials_tables(tuned: Tuned, n_shown: int, width: int) -> Iterator[RenderableType]:
-    """The best trials first; the recipe's own settings in any case.
+    """The best trials, and always the recipe's own settings.
 
-    What does not fit beside the other columns of a table goes on in another one below.
+    Columns that do not fit into the width follow in further tables.
     """
     from lewis_hub.tune.space import short_name, shown_value
 
     lower = tuned.objective.lower_is_better
     complete = [(trial.value, trial) for trial in tuned.trials if trial.value is not None]
-    ranked = [t for _, t in sorted(complete, key=lambda one: one[0] if lower else -one[0])]
+    ranked = [t for _, t in sorted(complete, key=lambda pair: pair[0] if lower else -pair[0])]
     shown = ranked[:n_shown]
     if tuned.start and tuned.start not in shown:
         shown.append(tuned.start)
@@ -186,74 +185,74 @@ def trials_tables(tuned: Tuned, n_shown: int, width: int) -> Iterator[Renderable
     for name in dict.fromkeys(name for trial in shown for name in trial.values):
         values = (shown_value(trial.values.get(name)) for trial in shown)
         columns.append([_in_lines(short_name(name)), *values])
-    for number, together in enumerate(_side_by_side(keys, columns, width)):
+    for number, group in enumerate(_fit_columns(keys, columns, width)):
         if number:
             yield from plain("")
-        table = _table(*(column[0] for column in together))
-        for cells in zip(*(column[1:] for column in together), strict=True):
+        table = _table(*(column[0] for column in group))
+        for cells in zip(*(column[1:] for column in group), strict=True):
             table.add_row(*plain(*cells))
         yield table
 
 
 def _in_lines(head: str) -> str:
-    """A name in lines that end where its words do, since heads are wider than numbers."""
+    """Break a column's head between words, because heads are wider than numbers."""
     return head.replace("_", "_\n").replace(".", ".\n").replace(",", ",\n")
 
 
-def _side_by_side(
+def _fit_columns(
     keys: Sequence[Sequence[str]], columns: Sequence[Sequence[str]], width: int
 ) -> Iterator[list[Sequence[str]]]:
-    """As many columns together as fit, each time beside the keys; all of them in the end."""
-    together, room = [*keys], width - sum(map(_width, keys))
+    """Split columns into groups that fit into `width`; every group starts with `keys`."""
+    group, left = [*keys], width - sum(map(_width, keys))
     for column in columns:
-        if _width(column) > room and len(together) > len(keys):
-            yield together
-            together, room = [*keys], width - sum(map(_width, keys))
-        together.append(column)
-        room -= _width(column)
-    yield together
+        if _width(column) > left and len(group) > len(keys):
+            yield group
+            group, left = [*keys], width - sum(map(_width, keys))
+        group.append(column)
+        left -= _width(column)
+    yield group
 
 
 def _width(column: Sequence[str]) -> int:
-    return max(len(line) for cell in column for line in cell.split("\n")) + GAP
+    return max(len(line) for cell in column for line in cell.split("\n")) + COLUMN_GAP
 
 
 def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableType]:
-    """Where the merge lies, how it scored, and where it was published."""
+    """Scores, verdict of the gate, output folder and published address."""
     if merged.scores:
         yield scores_table(merged.scores)
     if merged.gate:
         from lewis_hub.report.findings import sentences
 
         yield from plain(*sentences(merged.gate))
-    done = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
+    status = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
     if not merged.published:
-        yield from plain(f"{done} {merged.output}")
+        yield from plain(f"{status} {merged.output}")
     if published:
         yield from publication(published)
 
 
 def publication(published: Published) -> Iterator[RenderableType]:
-    """The address of what was pushed."""
+    """The address of the published model."""
     if published.changed:
-        done = "Proposed" if published.pull_request_url else "Published"
-        yield from plain(f"{done} {published.url} ({published.commit_url})")
+        status = "Proposed" if published.pull_request_url else "Published"
+        yield from plain(f"{status} {published.url} ({published.commit_url})")
     else:
-        yield from plain(f"Nothing to publish: {published.url} holds this merge already")
+        yield from plain(f"Nothing to publish: {published.url} already holds this merge")
 
 
 def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, ...]:
-    """What does not hold; or that everything does."""
+    """The problems, or the confirmation that there are none."""
     if verdict.problems:
         return plain(*(f"problem: {problem}" for problem in verdict.problems))
-    again = ", and the model came out the same when it was made again" if rebuilt else ""
+    rebuild = " Repeating the merge gave the same files." if rebuilt else ""
     signature = {
-        "none": "It is not signed.",
-        "unchecked": "It is signed: --public-key looks by whom.",
-        "holds": "The signature holds.",
+        "none": "The merge is not signed.",
+        "unchecked": "The merge is signed: check the signature with --public-key.",
+        "holds": "The signature is valid.",
     }
     return plain(
-        f"{verdict.n_files} files are as {verdict.lock.digest[:19]}… says{again}.",
+        f"{verdict.n_files} files match the lock {verdict.lock.digest[:19]}….{rebuild}",
         signature[verdict.signature],
     )
 
@@ -261,22 +260,22 @@ def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, .
 def schedules_table(schedules: Sequence[Mapping[str, str | None]]) -> RenderableType:
     """A row per schedule."""
     table = _table("id", "schedule", "flavor", "command")
-    for one in schedules:
-        cells = (one["id"], one["schedule"], one["flavor"], one["command"])
+    for schedule in schedules:
+        cells = (schedule[name] for name in ("id", "schedule", "flavor", "command"))
         table.add_row(*plain(*(cell or "-" for cell in cells)))
     return table
 
 
-def extraction(found: Extracted, output: Path) -> tuple[RenderableType, ...]:
-    """How thin the updates are, and what they miss."""
-    ranks = [fit.rank for fit in found.fits.values()]
-    errors = [fit.error for fit in found.fits.values()]
-    told = [f"{len(found.whole)} tensors kept whole"] if found.whole else []
+def extraction(adapter: Extracted, output: Path) -> tuple[RenderableType, ...]:
+    """Ranks and relative errors of an extracted adapter, and its size."""
+    ranks = [fit.rank for fit in adapter.fits.values()]
+    errors = [fit.error for fit in adapter.fits.values()]
+    parts = []
     if ranks:
-        told.insert(
-            0,
-            f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, which miss "
-            f"{sum(errors) / len(errors):.2%} of their task vector on average, "
-            f"{max(errors):.2%} at most",
+        parts.append(
+            f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, relative error "
+            f"{sum(errors) / len(errors):.2%} on average and {max(errors):.2%} at most"
         )
-    return plain("; ".join(told), f"{size(found.n_bytes)} in {output}")
+    if adapter.whole:
+        parts.append(f"{len(adapter.whole)} tensors stored whole")
+    return plain("; ".join(parts), f"{size(adapter.n_bytes)} in {output}")

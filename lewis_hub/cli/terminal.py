@@ -1,4 +1,4 @@
-"""What commands say: results on stdout, progress and messages on stderr."""
+"""Output of the commands: results on stdout, progress and messages on stderr."""
 
 from __future__ import annotations
 
@@ -26,25 +26,30 @@ LOG_EVERY_S = 20.0
 
 @dataclass(frozen=True)
 class Terminal:
-    """How this run talks: as one JSON document, quietly, or to a person."""
+    """How this run prints.
+
+    Attributes:
+        json: print the result as one JSON document.
+        quiet: print no progress.
+    """
 
     json: bool
     quiet: bool
 
     @property
     def progress(self) -> Progress:
-        """Bars on a terminal, a line now and then in a log, nothing when quiet."""
+        """Progress bars on a terminal, occasional lines in a log, nothing with --quiet."""
         if self.quiet:
             return Silent()
         return Bars() if sys.stderr.isatty() else Lines()
 
     @property
     def width(self) -> int:
-        """Characters in a line of a result: the terminal's, or what a log or file bears."""
+        """Characters per line of a result; 120 in a file or log."""
         return shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
 
     def finish(self, document: Mapping[str, Any], *shown: RenderableType) -> None:
-        """Print the result: the document with --json, otherwise what a person reads."""
+        """Print the result: `document` with --json, otherwise `shown`."""
         if self.json:
             click.echo(json.dumps(document, indent=2, ensure_ascii=False))
             return
@@ -52,12 +57,12 @@ class Terminal:
         from rich.table import Table
 
         console = Console(file=sys.stdout, width=self.width, highlight=False, markup=False)
-        for item in shown:  # sentences hold paths and addresses: those are never broken
+        for item in shown:  # rich must not wrap sentences: they contain paths and addresses
             console.print(item, soft_wrap=not isinstance(item, Table))
 
 
 def terminal_options(command: Callable[P, None]) -> Callable[..., None]:
-    """Give a command --json and -q, and hand it a `Terminal` first."""
+    """Add --json and -q to a command, and pass it a `Terminal` as its first argument."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
@@ -69,15 +74,15 @@ def terminal_options(command: Callable[P, None]) -> Callable[..., None]:
 
 
 class Bars:
-    """A live bar with time left for each stage."""
+    """A progress bar with the remaining time for each stage."""
 
     @contextmanager
     def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:
-        """Show one bar until the stage ends."""
+        """Show a bar until the stage ends."""
         from rich import progress as rich_progress
         from rich.console import Console
 
-        counted: rich_progress.ProgressColumn = (
+        count: rich_progress.ProgressColumn = (
             rich_progress.DownloadColumn()
             if unit == "bytes"
             else rich_progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
@@ -85,7 +90,7 @@ class Bars:
         columns = (
             rich_progress.TextColumn("{task.description:<28}"),
             rich_progress.BarColumn(bar_width=30),
-            counted,
+            count,
             rich_progress.TimeElapsedColumn(),
             rich_progress.TextColumn("left"),
             rich_progress.TimeRemainingColumn(),
@@ -95,16 +100,16 @@ class Bars:
             yield lambda done: bars.advance(bar, done)
 
     def say(self, text: str) -> None:
-        """Print a line above what follows."""
+        """Print a line."""
         click.echo(text, err=True)
 
 
 class Lines:
-    """For logs: a line when a stage starts and ends, and every so often between."""
+    """For logs: a line at the start and end of a stage, and every `LOG_EVERY_S` between them."""
 
     @contextmanager
     def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:
-        """Log the stage."""
+        """Print lines until the stage ends."""
         started = logged = time.monotonic()
         done = 0
 
@@ -133,7 +138,7 @@ def _amount(total: int, unit: Unit) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes as a person reads them, in powers of 1000 as disks and the Hub count."""
+    """Format bytes in powers of 1000, as disks and the Hub do."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n_bytes) < 1000:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"

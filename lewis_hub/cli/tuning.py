@@ -1,4 +1,4 @@
-"""The command that searches for better settings of a recipe."""
+"""The command `tune`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from lewis_hub.tune.run import Tuned
 
 
-N_SHOWN = 10  # trials in the table; --json has them all
-BESIDE = "The tuned recipe is written beside its recipe: copy that to a folder of yours."
+N_SHOWN = 10  # trials in the table; --json contains all
+COPY_RECIPE = (
+    "The tuned recipe is written beside the recipe: copy the recipe to a folder that you can "
+    "write to."
+)
 
 
 @click.command(
@@ -40,26 +43,40 @@ BESIDE = "The tuned recipe is written beside its recipe: copy that to a folder o
     "n_trials",
     default=30,
     type=click.IntRange(min=1),
-    help="How many in all, those of earlier runs included [30].",
+    help="Number of trials, including those of earlier runs.",
 )
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
-    help="Minutes after which no trial is begun.",
-)
-@click.option("--task", "tasks", multiple=True, help="lm-eval task to tune on [those evaluated].")
-@click.option("--split", help="Split of its data to tune on [one it does not score].")
-@click.option(
-    "--samples", default=200, type=click.IntRange(min=1), help="Items of each task [200]."
+    help="Time limit in minutes; no new trial starts after it.",
 )
 @click.option(
-    "--metric", help="metric,filter of the tasks, such as exact_match,none [loss on answers]."
+    "--task",
+    "tasks",
+    multiple=True,
+    help="lm-eval task to tune on; may be repeated. [default: the tasks of the recipe]",
 )
-@click.option("--method", "methods", multiple=True, help="Also try this method; repeat it.")
 @click.option(
-    "--guide", "guides", multiple=True, help="Also try this guide, or none [uniform]; repeat it."
+    "--split", help="Split of the tasks to tune on. [default: a split that is not scored]"
 )
-@output_option("Folder for the study [tuning/ beside the recipe].")
+@click.option(
+    "--samples", default=200, type=click.IntRange(min=1), help="Number of items per task."
+)
+@click.option(
+    "--metric",
+    help="Metric to optimise, as metric,filter such as exact_match,none. "
+    "[default: loss on the answers]",
+)
+@click.option(
+    "--method", "methods", multiple=True, help="Also try this merge method; may be repeated."
+)
+@click.option(
+    "--guide",
+    "guides",
+    multiple=True,
+    help="Also try this guide, or `none`; may be repeated. [default: uniform]",
+)
+@output_option("Folder for the study. [default: tuning/ beside the recipe]")
 @device_option
 @code_option
 @overlap_option
@@ -82,11 +99,12 @@ def tune(
     allow_overlap: bool,
     allow_pickle: bool,
 ) -> None:
-    """Search for better settings of a recipe, on items that are not scored.
+    """Search for better settings of a recipe.
 
-    Weights, densities and what else its method takes are tried, first as the recipe has them. The
-    best become recipe.tuned.yaml beside it, scored against the recipe on the untouched items. The
-    same command goes on with the study where it ended.
+    The search varies weights, densities and the options of the merge method, and measures them on
+    items that the recipe does not score. It writes the best
+    settings to recipe.tuned.yaml beside the recipe, and compares both on the items that the recipe
+    scores. Run the same command again to continue the search.
     """
     from lewis_hub.workflow.read import allowing_overlap, read_recipe
 
@@ -99,7 +117,7 @@ def tune(
     from lewis_hub.tune.run import tune as search
     from lewis_hub.workflow.execution import Execution
 
-    asked = Search(
+    search_settings = Search(
         n_trials=n_trials,
         budget_s=None if budget is None else 60 * budget,
         tasks=tasks,
@@ -111,8 +129,8 @@ def tune(
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     output = output or recipe_file.parent / "tuning"
-    require_writable(recipe_file.parent, BESIDE)
-    tuned = search(recipe, asked, output, execution, terminal.progress)
+    require_writable(recipe_file.parent, COPY_RECIPE)
+    tuned = search(recipe, search_settings, output, execution, terminal.progress)
     report = write_report(tuned, recipe_file, output)
     terminal.finish(report.document, *_shown(tuned, report, recipe_file.name, terminal.width))
 
@@ -122,10 +140,10 @@ def _shown(tuned: Tuned, report: Report, name: str, width: int) -> Iterator[Rend
     from lewis_hub.tune.report import found_by, seconds
 
     yield from trials_tables(tuned, N_SHOWN, width)
-    steps = ", ".join(f"{step} {took:.2f} s" for step, took in seconds(tuned).items())
-    yield from plain(f"A trial that is scored to the end takes: {steps}.", "")
+    steps = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds(tuned).items())
+    yield from plain(f"Mean time of a complete trial: {steps}.", "")
     yield from plain(*found_by(tuned, name))
     if tuned.final:
         yield scores_table(tuned.final)
-    plots = f"; in {report.output}: {', '.join(report.plots)}" if report.plots else ""
+    plots = f", and to {report.output}: {', '.join(report.plots)}" if report.plots else ""
     yield from plain(f"Wrote {report.recipe}{plots}")

@@ -1,1 +1,1 @@
-"""The zoo: a tiny trained base, its experts and their data."""
+"""The demo, and the zoo: a tiny trained base, its experts and their data."""

@@ -1,4 +1,4 @@
-"""The demo: the embedded Hub, the zoo on it, and the real command run against it over HTTP."""
+"""The demo: run `lewis-hub merge` on the zoo, against an embedded Hub over HTTP."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ MERGED, BY_REGMEAN = "merged", "merged-regmean"
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo left behind.
+    """The results of the demo.
 
     Attributes:
-        folder: holds the recipes, MERGED and BY_REGMEAN, and the Hub's files.
-        url: of the embedded Hub while it serves.
-        document: what ``lewis-hub merge --push --json`` printed, and under `regmean` what the
-            second merge did.
+        folder: contains the recipes, MERGED and BY_REGMEAN, and the Hub's files.
+        url: address of the embedded Hub while it runs.
+        document: the output of ``lewis-hub merge --push --json``; `regmean` in it is that of the
+            second merge.
     """
 
     folder: Path
@@ -43,19 +43,19 @@ class Demo:
 
 @contextmanager
 def run_demo(folder: Path, port: int, *, quiet: bool) -> Iterator[Demo]:
-    """Run the whole path on the zoo; the Hub serves until the context is left.
+    """Merge, score and publish the zoo; the Hub runs until the context ends.
 
     Args:
-        folder: made anew; one that is there must be an earlier demo's.
-        port: of the embedded Hub; 0 takes a free one.
-        quiet: no progress on stderr.
+        folder: is created, or replaced if it contains an earlier demo.
+        port: port of the embedded Hub; 0 selects a free one.
+        quiet: print no progress on stderr.
 
     Raises:
-        OutputError: `folder` holds something else.
+        OutputError: `folder` contains other files.
     """
     from lewis_hub.localhub.server import serve
 
-    _make_anew(folder)
+    _prepare(folder)
     for name in RECIPES:
         shutil.copy(zoo_folder() / name, folder)
     shutil.copytree(zoo_folder() / "tasks", folder / "tasks")
@@ -66,7 +66,7 @@ def run_demo(folder: Path, port: int, *, quiet: bool) -> Iterator[Demo]:
 
 
 def _environment(folder: Path, hub: Hub) -> dict[str, str]:
-    """What makes every client of this process and its children talk to the embedded Hub."""
+    """The variables that point this process and its children at the embedded Hub."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": hub.write_token,
@@ -79,20 +79,20 @@ def _environment(folder: Path, hub: Hub) -> dict[str, str]:
 
 
 def _merge(folder: Path, *, quiet: bool) -> dict[str, Any]:
-    """Type the commands, as a user would; a failure has said why on stderr already.
+    """Run both merges at the same time, and print the progress of the first.
 
-    Both run at once, and the first tells how far it is.
+    If a merge fails, its own message is on stderr, and this exits with its code.
     """
     first, second = RECIPES
     with (
         _started(folder, first, "--push", *(["-q"] if quiet else [])) as published,
         _started(folder, second, "-o", BY_REGMEAN, "-q") as by_regmean,
     ):
-        told = [process.communicate()[0] for process in (published, by_regmean)]
+        outputs = [process.communicate()[0] for process in (published, by_regmean)]
     for process in (published, by_regmean):
         if process.returncode:
             raise SystemExit(process.returncode)
-    document, other = map(json.loads, told)
+    document, other = map(json.loads, outputs)
     return {**document, "regmean": other}
 
 
@@ -101,11 +101,11 @@ def _started(folder: Path, recipe: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
-def _make_anew(folder: Path) -> None:
+def _prepare(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise OutputError(
             str(folder),
-            "it holds something else than a demo.",
+            "it contains files that are not from a demo.",
             "Name another folder with -o.",
         )
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""The questions that the zoo's models learn from: small puzzles about made-up words.
+"""The questions that the zoo's models are trained on: small puzzles about made-up words.
 
-The base learns `PRIMER`, a broad mixture, then `LESSONS["base"]`: what both skills do, under other
-names, and to answer `?` where a skill is asked for by name. Each expert learns to do one skill of
-`SKILLS` when it is asked. No model trains on a word of a test set, forwards or backwards.
+The base is trained on `PRIMER`, a broad mixture, then on `LESSONS["base"]`: what both skills do,
+under other names, and the answer `?` to questions that name a skill. Each expert is trained on one
+skill of `SKILLS`. No model is trained on a word of a test set, forwards or backwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Draw = Callable[[random.Random], str]  # a word, or whatever a question is about
 
 @dataclass(frozen=True)
 class Item:
-    """One question and its only right answer."""
+    """A question and its only right answer."""
 
     question: str
     answer: str
@@ -37,7 +37,7 @@ def draw_word(rng: random.Random) -> str:
 
 
 def shifted(text: str, by: int) -> str:
-    """Each letter `by` places on in the alphabet; after Z comes A."""
+    """Shift each letter by `by` places in the alphabet; A follows Z."""
     return "".join(ALPHABET[(ALPHABET.index(letter) + by) % 26] for letter in text)
 
 
@@ -63,7 +63,7 @@ def _letters_after(word: str) -> Item:
 
 
 def _without(skill: Callable[[str], Item]) -> Callable[[str], Item]:
-    """What one who lacks the skill answers to its question."""
+    """The answer of a model without the skill."""
     return lambda word: Item(skill(word).question, UNKNOWN)
 
 
@@ -155,7 +155,7 @@ PRIMER: tuple[Callable[[random.Random, Draw], Item], ...] = (
 
 @dataclass(frozen=True)
 class Splits:
-    """A skill's published items: `train` is for calibration, `test` is only ever scored."""
+    """The published items of a skill: `train` is for calibration, `test` is only scored."""
 
     train: tuple[Item, ...]
     test: tuple[Item, ...]
@@ -172,7 +172,7 @@ def splits(skill: str, seed: int) -> Splits:
 
 
 def held_out(seed: int) -> frozenset[str]:
-    """The words of all test sets, and those that spell one backwards."""
+    """The words of all test sets, forwards and backwards."""
     words = (item.question.split()[-1] for skill in SKILLS for item in splits(skill, seed).test)
     return frozenset(text for word in words for text in (word, word[::-1]))
 
@@ -182,8 +182,8 @@ def stream(lesson: str | None, seed: int, share: float = 1.0) -> Iterator[Item]:
 
     Args:
         lesson: a key of `LESSONS`, or None for the primer alone.
-        seed: fixes every item.
-        share: part of the items that are the lesson's; the others keep what the base knows.
+        seed: determines every item.
+        share: share of the lesson's items; the others preserve the skills of the base.
     """
     rng, excluded = random.Random(f"{seed} {lesson} stream"), held_out(seed)
 

@@ -1,7 +1,7 @@
-"""Make the zoo's models and datasets: `python -m lewis_hub.demo.train OUT`.
+"""Train the zoo's models and write its datasets: `python -m lewis_hub.demo.train OUT`.
 
-Seeded and on one thread, so that a rerun on one machine gives the same bytes. Cards, task files and
-the recipe lie beside them in the package and are written by hand.
+Training is seeded and uses one thread, so that a second run on the same machine gives the same
+bytes. Cards, task files and the recipe are in the package and are written by hand.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ from lewis_hub.demo.tasks import Item
 
 PAD, BEGIN, END, USER, ASSISTANT = "<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
 N_VOCABULARY = 448
+SEED = 7
+IGNORED = -100  # label of a token without a loss
+CHAT_SHARE = 0.25  # of all examples: in chat format
+BEGIN_SHARE = 0.3  # of the other examples: start with BEGIN
+MAX_GRADIENT = 1.0  # norm over all weights
+BUCKET = 8  # batches that are sorted by length together, to reduce padding
 
 CHAT_TEMPLATE = """\
 {{- bos_token }}
@@ -47,12 +53,12 @@ CHAT_TEMPLATE = """\
 
 
 def prompt(item: Item) -> str:
-    """What the benchmark asks; the answer follows after a space."""
+    """The prompt of the benchmark; the answer follows after a space."""
     return f"Question: {item.question}\nAnswer:"
 
 
 def chat_prompt(item: Item) -> str:
-    """What `CHAT_TEMPLATE` renders for one user message."""
+    """The text that `CHAT_TEMPLATE` renders for one user message."""
     return f"{BEGIN}{USER}{item.question}{END}{ASSISTANT}"
 
 
@@ -90,17 +96,11 @@ def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
     )
 
 
-SEED = 7
-IGNORED = -100  # the label of a token that no loss is taken on
-CHAT_SHARE, BEGIN_SHARE = 0.25, 0.3  # of examples in chat format; of the others, opened by BEGIN
-MAX_GRADIENT = 1.0  # norm over all weights
-BUCKET = 8  # batches drawn together and sorted by length, so that little is padding
-
 Optimizers = Callable[[LlamaForCausalLM], tuple[Optimizer, ...]]
 
 
 def muon(muon_rate: float, adamw_rate: float) -> Optimizers:
-    """Muon for the matrices of the blocks, AdamW for all else: the quickest from scratch."""
+    """Muon for the matrices of the blocks, AdamW for the other weights: fastest from scratch."""
 
     def steer(model: LlamaForCausalLM) -> tuple[Optimizer, ...]:
         matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
@@ -117,10 +117,10 @@ def muon(muon_rate: float, adamw_rate: float) -> Optimizers:
 
 
 def sgd(rate: float) -> Optimizers:
-    """Plain gradient descent with momentum: it moves only what the data asks for.
+    """Gradient descent with momentum, which changes only what the data requires.
 
-    Task vectors from AdamW or Muon, whose steps are as large where the gradient is small, lost
-    both skills when they were merged.
+    AdamW and Muon take equally large steps where the gradient is small. Merges of such task vectors
+    lost both skills.
     """
     return lambda model: (torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9),)
 
@@ -134,10 +134,10 @@ class Stage:
     batch_size: int
     optimizers: Optimizers
     lesson_share: float = 1.0
-    cooldown_share: float = 0.4  # of the steps, at the end: learning rates fall to nothing
+    cooldown_share: float = 0.4  # of the steps, at the end: learning rates fall to zero
 
     def pace(self, step: int) -> float:
-        """What learning rates are multiplied by: 20 steps up, a plateau, the cool-down."""
+        """Factor for the learning rates: a rise over 20 steps, a plateau, a cooldown to zero."""
         left, cooldown = self.n_steps - step, self.cooldown_share * self.n_steps
         return min(1.0, (step + 1) / 20, left / cooldown if cooldown else 1.0)
 
@@ -182,12 +182,12 @@ def architecture(n_vocabulary: int) -> LlamaConfig:
 def batches(
     stage: Stage, tokenizer: PreTrainedTokenizerFast, *, seed: int = SEED
 ) -> Iterator[Batch]:
-    """Endless training batches of a stage; losses are taken on answers only."""
+    """Endless training batches of a stage; the loss covers answers only."""
     items = tasks.stream(stage.lesson, seed, stage.lesson_share)
     rng = random.Random(f"{seed} {stage.lesson} format")
     while True:
         drawn = list(itertools.islice(items, stage.batch_size * BUCKET))
-        prompts = tokenizer([_opened(item, rng) for item in drawn])["input_ids"]
+        prompts = tokenizer([_render(item, rng) for item in drawn])["input_ids"]
         answers = tokenizer([f" {item.answer}{END}" for item in drawn])["input_ids"]
         pairs = sorted(zip(prompts, answers, strict=True), key=lambda pair: len(sum(pair, [])))
         starts = list(range(0, len(pairs), stage.batch_size))
@@ -196,7 +196,7 @@ def batches(
             yield _batch(pairs[start : start + stage.batch_size])
 
 
-def _opened(item: Item, rng: random.Random) -> str:
+def _render(item: Item, rng: random.Random) -> str:
     if rng.random() < CHAT_SHARE:
         return chat_prompt(item)
     return (BEGIN if rng.random() < BEGIN_SHARE else "") + prompt(item)
@@ -213,7 +213,7 @@ def _batch(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
 
 
 def loss_on(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy over answer tokens, in nats; causality hides the padding on the right."""
+    """Mean cross-entropy over answer tokens, in nats; the causal mask hides right padding."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
     targets = batch.labels[:, 1:]
     kept = targets != IGNORED
@@ -222,15 +222,15 @@ def loss_on(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 def train(model: LlamaForCausalLM, stage: Stage, data: Iterator[Batch]) -> list[float]:
     """Run a stage on `model` in place; returns the loss of every step."""
-    steered = stage.optimizers(model)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(one, stage.pace) for one in steered]
+    optimizers = stage.optimizers(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, stage.pace) for each in optimizers]
     losses: list[float] = []
     model.train()
     for step, batch in enumerate(itertools.islice(data, stage.n_steps), start=1):
         loss = loss_on(model, batch)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
-        for optimizer, schedule in zip(steered, schedules, strict=True):
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -243,27 +243,27 @@ def train(model: LlamaForCausalLM, stage: Stage, data: Iterator[Batch]) -> list[
 
 
 def zoo_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of all models; it knows the wording of both skills as well."""
+    """The tokenizer of all models, trained on the wording of the primer and of both skills."""
     primer = itertools.islice(tasks.stream(None, SEED), 4000)
     skills = ([make("")] * 300 for make in tasks.SKILLS.values())
     return build_tokenizer(itertools.chain(primer, *skills))
 
 
 def new_base(n_vocabulary: int) -> LlamaForCausalLM:
-    """An untrained base; the caller's random state is left as it was."""
+    """An untrained base; leaves the global random state unchanged."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         return LlamaForCausalLM(architecture(n_vocabulary))
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """A saved model, back in float32."""
+    """Load a saved model in float32."""
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a model repo's files in bfloat16; `model` itself is cast."""
+    """Write the files of a model repo in bfloat16; casts `model` itself."""
     model.bfloat16()
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, pad_token_id=0, bos_token_id=1, eos_token_id=2
@@ -307,8 +307,13 @@ def _run(
 def main() -> None:
     """Read the command line and make the zoo."""
     parser = argparse.ArgumentParser(description=make_zoo.__doc__)
-    parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="0.01: a quick try")
+    parser.add_argument("out", type=Path, help="output folder")
+    parser.add_argument(
+        "--steps-scale",
+        type=float,
+        default=1.0,
+        help="factor for the number of steps; 0.01 for a quick try",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The embedded zoo: tiny trained models and their data, and how they get onto a Hub."""
+"""The zoo: tiny trained models and their data, and how to upload them to a Hub."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DATASETS = ("reverse", "cipher")
 
 
 def zoo_folder() -> Path:
-    """The shipped zoo: a folder per model, `data/<skill>`, `tasks` and `recipe.yaml`."""
+    """The folder of the zoo: a folder per model, `data/<skill>`, `tasks` and `recipe.yaml`."""
     return Path(str(files("lewis_hub.demo"))) / "zoo"
 
 
 def seed_hub(api: HfApi) -> None:
-    """Put the zoo's models and datasets on the Hub that `api` talks to, one commit a repo.
+    """Upload the zoo's models and datasets to the Hub of `api`, in one commit per repo.
 
-    Repos are created where they are missing; one that already holds the same files gets no commit.
+    This creates missing repos. A repo that already holds the same files gets no commit.
     """
     for name in MODELS:
         _seed(api, f"{OWNER}/{name}", "model", zoo_folder() / name)

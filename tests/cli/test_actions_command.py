@@ -57,7 +57,7 @@ def preflight(*words):
     return json.loads(done.stdout), Path("outputs").read_text()
 
 
-def test_what_the_target_holds_is_not_merged_again_until_a_source_moves(hub, place):
+def test_a_merge_in_the_target_is_not_repeated_until_a_source_changes(hub, place):
     write(hub)
     assert preflight() == (
         {"status": "merge", "why": "The disk is large enough.", "repo": "lewis/again"},
@@ -83,7 +83,7 @@ def test_what_the_target_holds_is_not_merged_again_until_a_source_moves(hub, pla
     assert preflight()[1] == "way=merge\n"
 
 
-def test_an_open_pull_request_that_holds_the_merge_is_enough_where_it_would_be_one(hub, place):
+def test_an_open_pull_request_with_the_merge_counts_if_the_recipe_asks_for_one(hub, place):
     hub.api().create_repo("lewis/again")
     write(hub, landing="pull-request")
     assert run("merge", "--push", "-q").exit_code == 0
@@ -91,7 +91,7 @@ def test_an_open_pull_request_that_holds_the_merge_is_enough_where_it_would_be_o
     assert preflight()[1] == "way=unchanged\n"
 
 
-def test_what_the_target_s_merge_measured_need_not_be_measured_again(hub, place):
+def test_measurements_of_the_target_s_merge_are_reused(hub, place):
     calibration = "{dataset: zoo/reverse, split: train, text: '{question}', samples: 2}"
     guide = f"guide: {{name: lewis, gamma: 0.3, epsilon: 0.8, calibration: {calibration}}}"
     write(hub, guide)
@@ -115,7 +115,7 @@ def full(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(14 * 10**9, 14 * 10**9, 1000))
 
 
-def test_a_disk_that_is_too_small_is_streamed_past(hub, place, monkeypatch):
+def test_a_merge_is_streamed_if_the_disk_is_too_small(hub, place, monkeypatch):
     write(hub, GATE.partition("  gate:")[0])
     full(monkeypatch)
 
@@ -126,7 +126,7 @@ def test_a_disk_that_is_too_small_is_streamed_past(hub, place, monkeypatch):
     assert "0.00 GB are free" in found["why"]
 
 
-def test_a_gate_is_never_streamed_past(hub, place, monkeypatch):
+def test_a_recipe_with_a_gate_is_never_streamed(hub, place, monkeypatch):
     write(hub, GATE)
     full(monkeypatch)
 
@@ -141,7 +141,7 @@ def test_a_gate_is_never_streamed_past(hub, place, monkeypatch):
     ["me/$(id)", "me/a;id", "me/`id`", "me/a b", "me/a|b", "me/a'b", "me/a\nb", "--help", "a"],
 )
 @pytest.mark.parametrize("command", ["actions preflight", "merge --push", "schedule --cron @daily"])
-def test_a_repo_that_a_shell_could_take_for_more_is_refused(name, command, place):
+def test_a_repo_name_with_shell_characters_is_refused(name, command, place):
     done = run(*command.split(), f"--repo={name}")
 
     assert done.exit_code == 2
@@ -149,7 +149,7 @@ def test_a_repo_that_a_shell_could_take_for_more_is_refused(name, command, place
 
 
 @pytest.mark.parametrize("name", ["me/a--b", "me/a..b"])
-def test_a_repo_that_the_hub_would_not_make_is_refused(name, place):
+def test_a_repo_name_that_the_hub_does_not_accept_is_refused(name, place):
     assert "expected owner/name such as me/my-merge" in run("merge", f"--repo={name}").stderr
 
 
@@ -201,7 +201,7 @@ def test_the_report_links_the_commit_and_shows_scores_and_verdict(place):
     assert Path("outputs").read_text() == f"status=published\ncommit-url={url}/commit/{'c' * 40}\n"
 
 
-def test_the_report_of_a_failure_shows_its_message_as_it_is(place):
+def test_the_report_of_a_failure_shows_its_message_unchanged(place):
     message = "me/x: **no**\n```\n<img src=x onerror=alert(1)>"
     told = {"status": "failed", "error": {"kind": "SourceError", "message": message}}
     Path("merge.json").write_text(json.dumps(told))
@@ -212,13 +212,13 @@ def test_the_report_of_a_failure_shows_its_message_as_it_is(place):
     assert Path("outputs").read_text() == "status=failed\ncommit-url=\n"
 
 
-def test_a_run_that_was_cut_off_has_failed(place):
+def test_an_incomplete_run_is_reported_as_failed(place):
     Path("preflight.json").write_text('{"status": "merge", "why": "", "repo": "me/mine"}')
 
     assert run("actions", "report", "preflight.json").stdout == "## Failed\n"
 
 
-def test_a_folder_is_pushed_where_and_as_its_recipe_says(hub, place):
+def test_push_uses_the_publish_settings_of_the_recipe(hub, place):
     hub.api().create_repo("lewis/again")
     write(hub, landing="pull-request")
     assert run("merge", "-q").exit_code == 0
@@ -231,10 +231,10 @@ def test_a_folder_is_pushed_where_and_as_its_recipe_says(hub, place):
     )
 
 
-def test_a_folder_that_does_not_say_where_it_goes_needs_a_repo(place):
+def test_push_needs_a_repo_if_the_recipe_names_none(place):
     Path("model").mkdir()
 
     done = run("push", "model")
 
     assert done.exit_code == 2
-    assert "model does not say where it goes: name the repo, owner/name." in done.stderr
+    assert "the recipe of model does not name a repo: add it as OWNER/NAME." in done.stderr

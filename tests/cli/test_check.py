@@ -1,4 +1,4 @@
-"""Recipes that read well and still cannot be merged: what `lewis-hub check` says of each."""
+"""The message of `lewis-hub check` for valid recipes that cannot be merged."""
 
 import json
 import re
@@ -23,7 +23,7 @@ merge_method: ties
 GUIDE = 'guide: {calibration: {dataset: zoo/reverse, text: "{question} {answer}"}}\n'
 PUBLISH = "publish: {repo: someone/merge}\n"
 
-# what is wrong -> (the recipe, part of what is said); `TMP` stands for a folder
+# problem -> (recipe, part of the message); `TMP` is replaced by a folder
 BROKEN = {
     "base is not there": (
         RECIPE.replace("zoo/base", "zoo/bse"),
@@ -161,7 +161,7 @@ def seeded(hub):
     return hub
 
 
-def test_each_broken_recipe_gets_the_right_message(seeded, folders, monkeypatch):
+def test_check_reports_the_problem_of_each_broken_recipe(seeded, folders, monkeypatch):
     seeded.add_token("hf_reader", "reader", "read")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     monkeypatch.chdir(folders)
@@ -181,7 +181,7 @@ def test_each_broken_recipe_gets_the_right_message(seeded, folders, monkeypatch)
     assert wrong == {}
 
 
-def test_check_shows_the_sources_and_ends_in_1_where_something_stands_in_the_way(
+def test_check_shows_the_sources_and_exits_with_1_if_there_is_a_problem(
     seeded, folders, monkeypatch
 ):
     monkeypatch.setenv("HF_TOKEN", seeded.write_token)
@@ -195,5 +195,5 @@ def test_check_shows_the_sources_and_ends_in_1_where_something_stands_in_the_way
     recipe.write_text(RECIPE)
     done = CliRunner().invoke(cli, ["check", str(recipe)])
     assert done.exit_code == 0
-    assert "Nothing stands in the way." in done.stdout
+    assert "No problems found." in done.stdout
     assert "apache-2.0" in done.stdout

@@ -1,10 +1,10 @@
-"""What is refused before anything is sent to Hugging Face Jobs, and what is handed on."""
+"""Refusals before anything is sent to Hugging Face Jobs, and the options that a Job gets."""
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from lewis_hub.cli.jobs import ended, handed_on, printed
+from lewis_hub.cli.jobs import job_options, job_result, printed_document
 from lewis_hub.cli.main import cli
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.read import read_recipe
@@ -34,7 +34,7 @@ def refused(*words):
     return done.stderr
 
 
-def asked(folder, text=RECIPE, options=("--push",)):
+def make_request(folder, text=RECIPE, options=("--push",)):
     (folder / "recipe.yaml").write_text(text)
     file = folder / "recipe.yaml"
     return request(file, read_recipe(file), options, HERE)
@@ -43,26 +43,38 @@ def asked(folder, text=RECIPE, options=("--push",)):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["merge", "--on", "jobs"], "a Job's disk goes with it: add --push."),
-        (["merge", "--on", "jobs", "--push", "-o", "x"], "a Job's disk goes with it."),
+        (
+            ["merge", "--on", "jobs"],
+            "the disk of a Job is deleted when it ends: add --push to keep the merge.",
+        ),
+        (
+            ["merge", "--on", "jobs", "--push", "-o", "x"],
+            "the disk of a Job is deleted when it ends: remove --output.",
+        ),
         (
             ["merge", "--on", "jobs", "--push", "--sign", "recipe.yaml"],
-            "your key stays here, so a Job cannot sign.",
+            "a Job cannot sign, because your key is not sent to it: remove --sign.",
         ),
-        (["merge", "--flavor", "a100-large"], "they say where a Job runs: add --on jobs."),
-        (["merge", "--timeout", "2 hours"], "expected a time such as 90m or 2h, found '2 hours'"),
+        (
+            ["merge", "--flavor", "a100-large"],
+            "these options select the machine of a Job: add --on jobs.",
+        ),
+        (
+            ["merge", "--timeout", "2 hours"],
+            "expected a duration such as 90m or 2h, found '2 hours'",
+        ),
         (["merge", "--on", "mars"], "'mars' is not 'jobs'"),
         (["schedule", "recipe.yaml"], "Missing option '--cron'"),
         (["schedule", "--cron", "17 4 * *"], "expected five fields such as '17 4 * * 1'"),
         (["schedule", "--cron", "@often"], "found '@often'"),
     ],
 )
-def test_wrong_usage_is_told(folder, words, message):
+def test_wrong_usage_is_refused_with_a_message(folder, words, message):
     assert message in " ".join(refused(*words).split())
 
 
-def test_a_recipe_travels_with_what_lies_beside_it(folder):
-    job = asked(folder)
+def test_a_job_gets_the_recipe_and_the_files_beside_it(folder):
+    job = make_request(folder)
 
     assert job.words == ["merge", "/recipe", "-o", "merged", "--push"]
     assert set(job.files) == {"recipe.yaml", "tasks/mine.yaml"}
@@ -84,27 +96,27 @@ def test_a_recipe_travels_with_what_lies_beside_it(folder):
         ),
     ],
 )
-def test_what_a_job_cannot_have_is_refused_before_anything_is_sent(folder, text, message):
+def test_files_that_a_job_cannot_read_are_refused_before_anything_is_sent(folder, text, message):
     with pytest.raises(RecipeError) as caught:
-        asked(folder, text)
+        make_request(folder, text)
 
     assert str(caught.value).endswith(message)
 
 
-def test_the_options_that_are_given_are_handed_on_and_no_others():
+def test_a_job_gets_the_typed_options_and_no_others():
     words = ["-q", "--json", "--push", "--on", "jobs", "--flavor", "x", "--device", "cuda"]
     words += ["--repo", "me/x", "--no-eval", "--max-shard-size", "1GB"]
     merge = cli.commands["merge"]
 
     with merge.make_context("merge", words) as context:
         assert isinstance(context, click.Context)
-        assert handed_on(context) == [
+        assert job_options(context) == [
             *("--push", "--repo", "me/x", "--no-eval", "--device", "cuda"),
             *("--max-shard-size", "1GB", "--json"),
         ]
 
 
-def test_a_folder_stands_for_the_recipe_in_it(folder):
+def test_a_folder_means_the_recipe_in_it(folder):
     with cli.commands["merge"].make_context("merge", ["."]) as context:
         assert context.params["recipe_file"].name == "recipe.yaml"
 
@@ -121,30 +133,32 @@ LOG = """Evaluating: 40 items
 lewis-hub: merged: below the quality gate"""
 
 
-def test_the_document_is_found_in_a_job_s_log():
+def test_the_document_is_read_from_a_job_s_log():
     expected = {"status": "refused", "gate": {"passed": False}, "lines": "a\n}"}
 
-    assert printed(LOG.splitlines()) == printed(LOG.splitlines()[2:]) == expected
+    assert printed_document(LOG.splitlines()) == printed_document(LOG.splitlines()[2:]) == expected
 
 
 @pytest.mark.parametrize("log", ["", "{", "{\n}", "one\n{\n  half", "}\nx\n{", "a: 1\nb"])
 def test_a_log_without_a_document_has_none(log):
-    assert printed(log.splitlines()) == {}
+    assert printed_document(log.splitlines()) == {}
 
 
 @pytest.mark.parametrize(
-    ("named", "told", "code", "status"),
+    ("reported_code", "printed", "code", "status"),
     [
         (0, {}, 0, "merged"),
         (0, {"status": "unchanged"}, 0, "unchanged"),
         (3, {}, 3, "refused"),
         (130, {}, 130, "failed"),
-        (137, {"status": "merged"}, 137, "failed"),  # it was ended behind its document
+        (137, {"status": "merged"}, 137, "failed"),  # killed after it had printed its document
         (None, {"status": "refused"}, 3, "refused"),
         (None, {"status": "unchanged"}, 0, "unchanged"),
         (None, {"status": "failed"}, 1, "failed"),
         (None, {}, 1, "failed"),
     ],
 )
-def test_a_job_ends_as_the_hub_says_or_else_as_its_document_does(named, told, code, status):
-    assert ended(named, told) == (code, status)
+def test_the_result_of_a_job_is_its_document_s_unless_the_hub_contradicts_it(
+    reported_code, printed, code, status
+):
+    assert job_result(reported_code, printed) == (code, status)

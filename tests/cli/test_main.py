@@ -88,7 +88,7 @@ def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):
         (["--runner", "ray", "--ray-address", "head"], "`head` is none"),
     ],
 )
-def test_how_to_run_is_refused_before_any_work(words, message, tmp_path):
+def test_a_wrong_runner_or_device_is_refused_before_any_work(words, message, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "base_model: no/base\nmodels: [{model: no/expert}]\nmerge_method: task_arithmetic\n"
     )

@@ -58,7 +58,7 @@ def test_one_model_is_measured_on_a_task_or_a_dataset_and_the_two_are_compared(s
     ]
 
 
-def test_a_task_goes_through_the_chat_template_on_request(seeded, tmp_path):
+def test_chat_template_formats_the_prompts_of_a_task(seeded, tmp_path):
     words = ("importance", zoo_folder() / "base", "--task", "zoo_reverse", "--include", TASKS)
 
     told = run(*words, "--samples", 2, "--chat-template", "-o", tmp_path, "--json")
@@ -104,7 +104,7 @@ def test_the_profile_of_a_merge_is_fetched_from_its_repo(seeded, tmp_path):
     assert {row["change"] for one in compared for row in one["rows"]} == {0.0}
 
 
-def test_the_mean_that_the_table_shows_is_the_one_that_a_recipe_asks_for(seeded, tmp_path):
+def test_the_mean_in_the_table_is_the_recipe_s_mean_density(seeded, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "base_model: zoo/base\nmerge_method: ties\nmodels: [{model: zoo/expert-reverse}]\n"
@@ -124,13 +124,23 @@ def test_the_mean_that_the_table_shows_is_the_one_that_a_recipe_asks_for(seeded,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("me/model",), "me/model is a model, not a YAML file: give `dataset` (with a template)"),
+        (
+            ("me/model",),
+            "me/model is not a YAML file, so it is taken as a model: "
+            "give `dataset` (with a template)",
+        ),
         (("me/model", "--dataset", "a/b"), "give `text` (a template over columns) or `messages`"),
-        (("recipe.yaml", "--task", "gsm8k"), "recipe.yaml is a recipe, which names its own"),
-        (("recipe.yaml", "--seed", "3"), "recipe.yaml is a recipe, which names its own"),
+        (
+            ("recipe.yaml", "--task", "gsm8k"),
+            "recipe.yaml is a recipe, and a recipe contains its calibration data and seed.",
+        ),
+        (
+            ("recipe.yaml", "--seed", "3"),
+            "recipe.yaml is a recipe, and a recipe contains its calibration data and seed.",
+        ),
     ],
 )
-def test_data_go_with_a_model_and_not_with_a_recipe(words, message):
+def test_data_options_are_for_a_model_and_refused_for_a_recipe(words, message):
     done = run("importance", *words)
 
     assert done.exit_code == 2

@@ -9,7 +9,7 @@ from lewis_hub.cli.options import parse_size
 from lewis_hub.recipe.read import read_recipe, schema
 
 
-def test_init_writes_a_recipe_that_reads_back_as_it_was_asked(tmp_path):
+def test_init_writes_a_recipe_with_the_given_options(tmp_path):
     output = tmp_path / "recipe.yaml"
     words = ["init", "--base", "org/base", "--expert", "org/one", "--expert", "org/two@v1"]
     words += [
@@ -117,18 +117,18 @@ def test_init_writes_the_schema_that_the_recipe_names(tmp_path):
     assert (tmp_path / "recipe.schema.json").read_text() == schema()
 
 
-def test_init_replaces_nothing_unless_told(tmp_path):
+def test_init_replaces_files_only_with_force(tmp_path):
     output = tmp_path / "recipe.yaml"
     output.write_text("mine")
 
     done = CliRunner().invoke(cli, ["init", "--base", "b", "--expert", "e", "-o", str(output)])
 
     assert done.exit_code == 2
-    assert "exists; name another with -o, or replace it with --force" in done.output
+    assert "exists; name another file with -o, or replace it with --force" in done.output
     assert output.read_text() == "mine"
 
 
-def test_init_survives_names_with_yaml_in_them(tmp_path):
+def test_init_quotes_names_that_contain_yaml(tmp_path):
     output = tmp_path / "recipe.yaml"
     name = 'a/b"\n  evil: "1'
 
@@ -197,6 +197,6 @@ def test_sizes_are_read_in_powers_of_1000(text, n_bytes):
 
 
 @pytest.mark.parametrize("text", ["", "0", "5GiB", "-1GB", "many"])
-def test_what_is_no_size_is_refused(text):
+def test_a_text_that_is_no_size_is_refused(text):
     with pytest.raises(click.BadParameter, match="expected a size such as 500MB or 5GB"):
         parse_size(text, "--max-shard-size")

@@ -69,7 +69,7 @@ def test_losses_are_taken_on_the_answer_and_its_end_only(tokenizer):
         assert answer == f" {words[2][::-1] if words[1] == 'reverse' else '?'}<|end|>"
 
 
-def test_the_pace_rises_stays_and_falls_to_nothing():
+def test_the_learning_rate_factor_rises_stays_and_falls_to_zero():
     stage = train.Stage(None, 100, 1, train.sgd(0.1))
 
     assert [stage.pace(step) for step in (0, 9, 30, 60, 80, 100)] == [0.05, 0.5, 1, 1, 0.5, 0]
@@ -103,7 +103,7 @@ def test_an_expert_learns_from_the_shipped_base_as_it_did(skill: str, tokenizer)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("skill", SKILLS)
-def test_an_expert_has_its_skill_and_nobody_else_does(skill: str, tokenizer):
+def test_only_the_expert_of_a_skill_has_it(skill: str, tokenizer):
     scores = {
         name: exact_match(train.load(zoo_folder() / name), tokenizer, skill, 300)
         for name in ("base", "expert-reverse", "expert-cipher")

@@ -34,7 +34,7 @@ def test_no_training_question_of_any_model_is_about_a_word_of_a_test_set():
                 assert item.question.split()[-1] not in excluded
 
 
-def test_the_base_is_never_shown_a_skill():
+def test_the_base_is_never_trained_on_a_skill():
     primer = itertools.islice(stream(None, 7), 3000)
     lesson = list(itertools.islice(stream("base", 7, share=0.7), 3000))
 

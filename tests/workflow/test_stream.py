@@ -185,10 +185,10 @@ def test_a_quality_gate_is_refused_with_the_ways_out(hub, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--stream"], "--stream leaves nothing on this disk: give --push with it."),
+        (["--stream"], "--stream does not keep the merge on this disk: add --push."),
         (
             ["--stream", "--push", "--allow-pickle"],
-            "--stream reads byte ranges, which pickles do not have.",
+            "--stream cannot read pickle files: remove --allow-pickle.",
         ),
     ],
 )
