@@ -147,7 +147,7 @@ def test_check_says_what_it_cannot_know_of_pickles_until_they_are_here(api, tmp_
     file.write_text(text)
     done = CliRunner().invoke(cli, ["check", "--allow-pickle", str(file)])
     assert done.exit_code == 0
-    assert "pickled weights alone" in done.stdout
+    assert "only pickled weights" in done.stdout
     pipeline.merge_models(recipe(expert="zoo/pickles"), tmp_path / "out", ALLOWED)
     known = pipeline.check(recipe(expert="zoo/pickles"), allow_pickle=True)
     assert known.notes == ()
