@@ -1,9 +1,8 @@
-"""START HERE: a recipe becomes a published model, in the order in which it happens.
+"""START HERE: the steps from a recipe to a published model, in order.
 
     prepare: recipe - MergeJob        run: fetch - calibrate - merge - evaluate - report
 
-`workflow/` has a module for each of these steps. A sink is the folder or the Hub repo that a run
-writes to.
+`workflow/` has a module for each step. A sink is the folder or the Hub repo that a run writes to.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
-from lewis_hub.workflow import existing, fetch, report, single_model
+from lewis_hub.workflow import fetch, report, single_model
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.calibrate import (
@@ -43,7 +42,6 @@ from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import Scored, TwinMaker, score_merge
 from lewis_hub.workflow.examine import examine, resolve_inputs
 from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.gate import judge_again, judge_scores, published_verdict
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import finish_model
@@ -62,9 +60,9 @@ class Merged:
     """A finished merge.
 
     Attributes:
-        output: its folder; not there where the target repo holds the merge already.
+        output: its folder; not created if the target repo holds the merge already.
         gate: the quality gate's verdict on the scores.
-        published: what the target repo holds, where that is this very merge.
+        published: the merge in the target repo, if it is this merge.
     """
 
     status: Literal["merged", "unchanged"]
@@ -91,16 +89,16 @@ class Calibrated:
 def check(
     recipe: Recipe, *, allow_pickle: bool = False, max_memory_bytes: int | None = None
 ) -> CheckReport:
-    """Tell all that can be known before a download: headers and JSON files are read, no weights.
+    """Check a merge before the download: only headers and JSON files are read, no weights.
 
     Args:
-        recipe: what to merge.
-        allow_pickle: whether sources may have pickled weights alone.
-        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
+        recipe: the recipe.
+        allow_pickle: whether sources may have only pickled weights.
+        max_memory_bytes: a model that needs more is measured block by block; None: no limit.
 
     Raises:
-        LewisHubError: a source cannot be found or read. Sources that are there and do not fit
-            together are `problems` of the report.
+        LewisHubError: a source cannot be found or read. Sources that do not fit together are
+            `problems` of the report.
 
     Example:
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
@@ -111,8 +109,8 @@ def check(
     execution = Execution(max_memory_bytes=max_memory_bytes, allow_code=True)
     inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
     examined = examine(recipe, execution, inputs, api)
-    found, notes = examined.report, [*examined.report.notes]
-    problems = found.problems
+    result, notes = examined.report, [*examined.report.notes]
+    problems = result.problems
     if not problems:
         job = compile_job(recipe, execution, examined, api)
         try:
@@ -121,12 +119,13 @@ def check(
         except CalibrationError as error:
             problems = (" ".join(str(error).split("\n")),)
     try:
-        made_bytes = found.disk_bytes - found.states_bytes
-        fetch.require_disk(Path(recipe.locate("merged.partial")), found.download_bytes, made_bytes)
+        made_bytes = result.disk_bytes - result.states_bytes
+        partial = Path(recipe.locate("merged.partial"))
+        fetch.require_disk(partial, result.download_bytes, made_bytes)
     except OutputError as error:
-        told = "A merge on this machine is refused before the download, but with `--stream`."
-        notes.append(f"{error.path}: {error.problem} {told}")
-    return replace(found, problems=problems, notes=tuple(notes))
+        remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
+        notes.append(f"{error.path}: {error.problem} {remedy}")
+    return replace(result, problems=problems, notes=tuple(notes))
 
 
 def calibrate(
@@ -135,14 +134,14 @@ def calibrate(
     execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
-    """Measure, decide and draw, without merging.
+    """Measure the profile, compute the density schedule and draw both, without a merge.
 
     Args:
         recipe: has a `guide`.
-        output: folder for `importance.json`, `density.json` and their plots; what it holds
-            already is reused where source, data and settings are the same.
-        execution: device, and what is allowed; None: on this machine's CPU.
-        progress: told how far it is; None: nobody is.
+        output: folder for `importance.json`, `density.json` and their plots; measurements of the
+            same source, data and settings in it are used again.
+        execution: device and permissions; None: this machine's CPU.
+        progress: shows progress; None: shows nothing.
 
     Raises:
         LewisHubError: a source cannot be used, or the calibration data does not fit.
@@ -182,19 +181,19 @@ def merge_models(
     progress: Progress | None = None,
     target: Destination | None = None,
 ) -> Merged:
-    """Pull, check, calibrate, merge, score and report; the folder appears whole or not at all.
+    """Fetch, calibrate, merge, score and report; the folder gets its name when it is complete.
 
     Args:
-        recipe: what to merge.
-        output: folder to make; an interrupted run's work in ``OUTPUT.partial`` is taken up.
-        execution: how to run; None: on all cores of this machine.
-        progress: told how far it is; None: nobody is.
-        target: from `open_target`: a repo that holds this very merge already ends the work before
-            any weight is downloaded, and what its merge measured is not measured again. A former
-            merge in `output` that it holds, file by file, is replaced.
+        recipe: the recipe.
+        output: folder to create; files of an interrupted run in ``OUTPUT.partial`` are used again.
+        execution: execution settings; None: all cores of this machine.
+        progress: shows progress; None: shows nothing.
+        target: from `open_target`. If the repo holds this merge already, nothing is downloaded;
+            known measurements in it are used again. A previous merge in `output` is replaced if
+            the repo holds all of its files.
 
     Raises:
-        LewisHubError: see the subclasses in `errors`; nothing half-done carries the name `output`.
+        LewisHubError: see the subclasses in `errors`; `output` does not exist.
 
     Example:
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
@@ -220,16 +219,17 @@ def merge_models(
 def _made_before(
     job: MergeJob, output: Path, target: Destination | None, api: HfApi
 ) -> Merged | None:
-    """What the target repo or the output folder holds already, if it is this very merge."""
-    held = publishing.published_already(target, job.planned, api) if target else None
-    if target and held:
-        previous = None if held.pull_request_url else target.previous
-        scores = existing.published_scores(previous, api)
-        return Merged("unchanged", output, scores, published_verdict(previous, api), held)
-    if existing.is_this_merge(output, job.planned):
+    """Return the merge in the target repo or the output folder, if it is the planned merge."""
+    published = publishing.published_already(target, job.planned, api) if target else None
+    if target and published:
+        previous = None if published.pull_request_url else target.previous
+        scores = publishing.published_scores(previous, api)
+        verdict = publishing.published_verdict(previous, api)
+        return Merged("unchanged", output, scores, verdict, published)
+    if publishing.is_this_merge(output, job.planned):
         demands = job.evaluation.demands if job.evaluation else ()
-        gate = judge_again(demands, output, job.repo, api)
-        return Merged("unchanged", output, existing.read_scores(output), gate)
+        gate = publishing.judge_again(demands, output, job.repo, api)
+        return Merged("unchanged", output, publishing.read_scores(output), gate)
     return None
 
 
@@ -240,19 +240,19 @@ def stream(
     execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Published:
-    """Merge from Hub to Hub: no model is ever whole on this disk, and one commit comes last.
+    """Merge from Hub to Hub: this disk never holds a whole model; one commit follows at the end.
 
     Args:
-        recipe: what to merge; it asks for no scores, and its guide measures block by block. What
-            is scored later goes into `execution`, as `held_out`.
+        recipe: the recipe; it has no `evaluate`, and its guide measures block by block. Tasks that
+            are scored later belong into `execution.held_out`.
         target: from `open_target`.
-        output: work lies beside it until all is on the Hub; then nothing is left here.
-        execution: how to run; None: on all cores of this machine.
-        progress: told how far it is; None: nobody is.
+        output: temporary files are beside this path until the commit.
+        execution: execution settings; None: all cores of this machine.
+        progress: shows progress; None: shows nothing.
 
     Raises:
-        LewisHubError: see the subclasses in `errors`; the repo is as it was, and a rerun goes on
-            from the shards that were sent.
+        LewisHubError: see the subclasses in `errors`; the repo is unchanged, and a rerun continues
+            after the uploaded shards.
 
     Example:
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
@@ -265,9 +265,9 @@ def stream(
     _require_streamable(recipe)
     execution = replace(execution or Execution(), allow_code=False, allow_pickle=False)
     job = prepare(recipe, execution, api, progress)
-    if not job.replaces and (held := publishing.published_already(target, job.planned, api)):
+    if not job.replaces and (published := publishing.published_already(target, job.planned, api)):
         discard_work(output)
-        return held
+        return published
     if job.statistics:
         require_by_block(job.statistics, api)
     with open_workspace(work_folder(output), replace=False) as work:
@@ -277,29 +277,24 @@ def stream(
 
 
 def _require_streamable(recipe: Recipe) -> None:
-    """Refuse what needs whole models on the disk."""
+    """Refuse a recipe that scores, because scoring needs whole models on the disk."""
     if recipe.evaluate is None:
         return
     problem = "scoring needs whole models on the disk, and --stream keeps none."
     where = "evaluate"
-    remedy = "Add --no-eval, and score the result where it fits: `lewis-hub evaluate REPO`."
+    remedy = "Add --no-eval, and score the result on a larger disk: `lewis-hub evaluate REPO`."
     if recipe.evaluate.gate:
         where = "evaluate.gate"
         remedy = (
-            "A gate decides by them before anything is pushed. Merge without --stream where the "
-            "models fit, such as by `--on jobs`; or remove the gate, then add --no-eval."
+            "A gate needs the scores before the push. Merge without --stream on a machine with "
+            "enough disk, for example with `--on jobs`; or remove the gate, then add --no-eval."
         )
     raise RecipeError("recipe", where, problem, remedy)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run wrote.
-
-    Attributes:
-        files: paths of all files of the model.
-        scored: None where nothing was scored.
-    """
+    """The files of a merged model, and its scores if it was scored."""
 
     files: tuple[str, ...]
     scored: Scored | None
@@ -308,24 +303,18 @@ class Outcome:
 def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
     """Fetch, calibrate, merge, evaluate and report: the one sequence of every merge.
 
-    Args:
-        job: what to merge.
-        sink: where the result goes; it decides how sources are read.
-        api: the Hub.
-        progress: told how far it is.
-
     Raises:
         LewisHubError: see the subclasses in `errors`.
     """
     sink.require_room(job.disk_needs(keeps_models=sink.keeps_models))
     tasks = job.scored_tasks(api, progress)
-    sets = _draw(job, tasks, api, progress)  # small files; the weights come after
+    sets = _draw(job, tasks, api, progress)  # needs only small files, so errors show early
     sink.require_room(job.disk_needs(sets, keeps_models=sink.keeps_models))
     costs = Costs()
     with costs.measure("download"):
         fetch.code_files(api, job.code)
         files = sink.open_sources([one.source for one in job.sources.models])
-    loader = job.loader(files, sink.scratch, progress)
+    loader = job.loader(files, sink.work.scratch, progress)
     guidance, gathered = _measure(job, sets, loader, sink, costs)
     counts = None if isinstance(job.means.runner, Ray) else files.count_bytes
     with costs.measure("merge", counts):
@@ -338,13 +327,13 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
         maker = TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
         with costs.measure("evaluate"):
             scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
-        scored = judge_scores(job.evaluation.demands, scored, job.repo, api)
+        scored = publishing.judge_scores(job.evaluation.demands, scored, job.repo, api)
     written = report.write(job.reporting, merged, guidance, gathered, scored, costs)
     return Outcome(written, scored)
 
 
 def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progress) -> Sets:
-    """Draw each expert's calibration texts; none of them holds an item that is scored."""
+    """Draw each expert's calibration texts, which must not contain scored items."""
     drawn = draw_texts(job.texts, tasks, api, progress)
     return calibration_sets(job.texts, drawn, job.sources.experts)
 
@@ -352,9 +341,9 @@ def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progre
 def _measure(
     job: MergeJob, sets: Sets, loader: ModelLoader, sink: Sink, costs: Costs
 ) -> tuple[Guidance | None, Gathered]:
-    """Run the texts through the sources, for the guide and for second moments."""
+    """Measure the sources on the texts, for the guide and for second moments."""
     guidance, gathered, counts = None, Gathered(), loader.files.count_bytes
-    statistics, scratch = job.statistics, sink.scratch
+    statistics, scratch = job.statistics, sink.work.scratch
     if job.guide:
         stores = sink.profiles(job.guide.beside)
         if not sink.keeps_models:
@@ -379,9 +368,9 @@ def evaluate_model(
 
     Args:
         model: a repo, repo@revision or folder.
-        asked: tasks, own task files and limit.
+        asked: tasks, the user's task files and the limit.
         execution: device, and whether benchmarks may run code.
-        progress: told how far it is; None: nobody is.
+        progress: shows progress; None: shows nothing.
 
     Raises:
         LewisHubError: the model or a task cannot be used.
@@ -409,19 +398,18 @@ def verify(
     rebuild: bool = False,
     public_key: Path | None = None,
 ) -> Verdict:
-    """Hold a merged model against its lock; nothing of it is run or loaded.
+    """Compare a merged model with its lock; the model is not run or loaded.
 
     Args:
-        model: a repo, repo@revision or folder that a merge made.
-        execution: how to make it again.
-        progress: told how far it is; None: nobody is.
-        rebuild: also make the merge again from the lock alone, and compare the bytes of all that
-            is loaded.
-        public_key: PEM file of the key that it must be signed with; None: no signature is looked
-            into.
+        model: a repo, repo@revision or folder of a merge.
+        execution: settings of a rebuild.
+        progress: shows progress; None: shows nothing.
+        rebuild: also repeat the merge from the lock, and compare weights, configuration, tokenizer
+            and code.
+        public_key: PEM file of the key that must have signed it; None: signatures are ignored.
 
     Raises:
-        LewisHubError: there is no lock, it was changed, or a source is no longer there.
+        LewisHubError: the lock is missing or was changed, or a source was deleted.
 
     Example:
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
@@ -447,10 +435,10 @@ def verify(
 
 
 def open_target(asked: Publishing) -> Destination:
-    """Look at the repo that will be pushed to, before any work.
+    """Open the target repo and check the token, before any work.
 
     Raises:
-        PublishError: no token, one that may not write there, or no such namespace.
+        PublishError: the token is missing or may not write there, or the namespace is unknown.
     """
     return publishing.open_destination(asked, hub_api())
 
@@ -458,20 +446,20 @@ def open_target(asked: Publishing) -> Destination:
 def publish(
     folder: Path, target: Destination, progress: Progress | None = None, *, force: bool = False
 ) -> Published:
-    """Push a merged model in one commit, or in none where nothing changed.
+    """Push a merged model in one commit; an unchanged model makes no commit.
 
-    What the quality gate refused becomes a pull request where the gate says so.
+    A model that missed its quality gate becomes a pull request if the gate says so.
 
     Args:
-        folder: what `merge` made.
-        target: from `open_target`, before the work began: what somebody pushed to the repo since
-            then is never overwritten.
-        progress: told how far it is; None: nobody is.
-        force: push what the quality gate refused, as if it had passed.
+        folder: output of `merge`.
+        target: from `open_target`, before the work began. Later commits of others to the repo are
+            never overwritten.
+        progress: shows progress; None: shows nothing.
+        force: push even if the quality gate was missed.
 
     Raises:
-        PublishError: the repo is as it was before, or lacks the tag alone.
-        GateRefusedError: so it is here.
+        PublishError: the repo is unchanged, or only the tag is missing.
+        GateRefusedError: the model missed its quality gate; the repo is unchanged.
 
     Example:
         >>> target = lewis_hub.open_target(lewis_hub.Publishing(repo=f"{user}/my-merge"))

@@ -128,16 +128,15 @@ def push(
     """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import publication
-    from lewis_hub.workflow import gate
     from lewis_hub.workflow import verify as signing
-    from lewis_hub.workflow.publish import refused
+    from lewis_hub.workflow.publish import read_verdict, refused
 
     options = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
     target = pipeline.open_target(_publishing(folder, options))
     if private_key:
         signing.sign(folder, private_key)
     published = pipeline.publish(folder, target, terminal.progress, force=force)
-    verdict = gate.read_verdict(folder)
+    verdict = read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
     terminal.finish(document, *publication(published))
@@ -150,9 +149,9 @@ def push(
 def _publishing(folder: Path, options: Mapping[str, str | bool | None]) -> Publishing:
     """Combine the recipe's `publish` and the options; a named repo replaces all of `publish`."""
     from lewis_hub.recipe.schema import Publishing
-    from lewis_hub.workflow import existing
+    from lewis_hub.workflow.publish import lock_in
 
-    lock = None if options["repo"] else existing.lock_in(folder)
+    lock = None if options["repo"] else lock_in(folder)
     settings = (lock.recipe.get("publish") if lock else None) or {}
     settings |= {key: value for key, value in options.items() if value is not None}
     if "repo" not in settings:

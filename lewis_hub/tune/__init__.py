@@ -1,1 +1,1 @@
-"""Search over recipes: what is tried, on what, and what came out."""
+"""Search over recipes: space, objective, study and report."""

@@ -1,4 +1,4 @@
-"""What a search makes better: the loss on right answers, or a task's own metric."""
+"""The objective of a search: the answer loss, or a metric of a task; and the items for it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ from lewis_hub.workflow.contamination import (
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.resolve import scored_commits
 
+N_PARTS = 8  # a trial can be pruned after each part
+
 
 @dataclass(frozen=True)
 class TuningItems:
-    """DrawnText items of one task.
+    """The items of a task that a search tunes on.
 
     Attributes:
         indices: of `rows`, in the order in which they are scored.
-        n_calibrated: items that were passed over because calibration draws them too.
+        n_calibrated: number of items that were skipped because calibration draws them.
     """
 
     task: str
@@ -48,14 +50,14 @@ class TuningItems:
 
 
 def free_split_of(selected: TaskSelection) -> str:
-    """The split to tune on where none is named.
+    """Return the default split to tune on.
 
     Raises:
-        EvaluationError: the tasks declare none that they do not score.
+        EvaluationError: the tasks only declare splits that they score.
     """
     split = free_split(locate_tasks(selected))
     if split is None:
-        problem = "these tasks have no common split for examples that they do not score."
+        problem = "these tasks have no common split for few-shot examples that they do not score."
         remedy = "Name one with --split, or tasks made for tuning with --task."
         raise EvaluationError(", ".join(selected.names), problem, remedy)
     return split
@@ -63,14 +65,12 @@ def free_split_of(selected: TaskSelection) -> str:
 
 @dataclass(frozen=True)
 class ItemRequest:
-    """Which items a search tunes on.
+    """The settings for drawing items to tune on.
 
     Attributes:
-        selection: tasks to tune on.
-        split: of their data.
-        n_samples: of each task; all where there are not so many.
-        seed: decides which.
-        chat_model: model whose chat template prompts go through; None: through none.
+        n_samples: number of items per task; fewer if the task has fewer.
+        seed: draws the items.
+        chat_model: model whose chat template formats the prompts; None: no template.
     """
 
     selection: TaskSelection
@@ -85,16 +85,11 @@ def draw_items(
 ) -> tuple[TuningItems, ...]:
     """Draw items of each task.
 
-    Items that calibration draws are passed over; items that are scored are refused.
-
-    Args:
-        asked: which items.
-        scored: tasks that the recipe scores.
-        calibrated: the calibration texts.
+    Items that calibration draws are skipped; items that are scored are refused.
 
     Raises:
-        EvaluationError: a task or split is not there, or is the one that is scored.
-        TuningError: an item is scored, or none is left.
+        EvaluationError: a task or split is unknown, or the split is scored.
+        TuningError: an item is scored, or no item is left.
     """
     commits, chat = scored_commits(scored.api, asked.selection), None
     if model := asked.chat_model:
@@ -118,7 +113,7 @@ def draw_items(
 def _passing_over(
     rows: TaskRows, n_samples: int, calibrated: Sequence[DrawnText], seed: int
 ) -> tuple[tuple[int, ...], int]:
-    """Chosen indices, and how many others calibration had taken."""
+    """Return the drawn indices, and the number of items that calibration draws."""
     n_looked_at = n_samples + len(calibrated)
     while True:  # a text with few-shot examples holds several items
         among = draw_rows(len(rows), n_looked_at, seed)
@@ -140,21 +135,18 @@ def _refuse_scored(scored: ScoredTasks, drawn: Sequence[TuningItems]) -> None:
     for one in drawn:
         found = count_overlap(drawn_items(one.rows.items(one.indices)), known)
         if found:
-            told = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
+            counts = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise TuningError(
                 f"{one.task}, split `{one.split}`",
-                f"of {len(one.indices)} items to tune on, `evaluate` scores {told}",
-                "A score on what a merge was tuned on says nothing: name another split with\n"
-                "--split, or another task with --task.",
+                f"of {len(one.indices)} items to tune on, `evaluate` scores {counts}",
+                "A score on items that a merge was tuned on is meaningless: name another split\n"
+                "with --split, or another task with --task.",
             )
-
-
-N_PARTS = 8  # after each of them a trial can be left
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of one task's mean: a sum, and over how much."""
+    """A part of a task's mean: a sum of values and their number."""
 
     total: float
     n: float
@@ -165,13 +157,12 @@ Part = Callable[[Any, Advance], Mapping[str, Share]]  # (loaded model, advance) 
 
 @dataclass(frozen=True)
 class Objective:
-    """A number for a model: the mean over tasks of each task's mean.
+    """The objective of a model: the mean over tasks of each task's mean.
 
     Attributes:
         metric: `metric,filter`.
-        parts: the items, in the order in which they are scored.
-        n_items: of all parts.
-        digest: over all that fixes the items and how they are scored.
+        parts: groups of items, in the order in which they are scored.
+        digest: over the items and the metric.
     """
 
     metric: str
@@ -181,7 +172,7 @@ class Objective:
     digest: str
 
     def values(self, lm: Any, advance: Advance) -> Iterator[float]:
-        """The objective over the items so far, after each part; `advance` counts items."""
+        """Yield the objective over the scored items after each part; `advance` counts items."""
         totals: defaultdict[str, list[Share]] = defaultdict(list)
         for part in self.parts:
             for task, share in part(lm, advance).items():
@@ -191,7 +182,7 @@ class Objective:
 
 
 def by_answer_loss(drawn: Sequence[TuningItems]) -> Objective:
-    """The mean negative log-likelihood of an answer's token, in nats."""
+    """Return the objective "negative log-likelihood per token of the answer", in nats."""
     questions = [one.rows.questions(one.indices) for one in drawn]
     mixed = _in_turn(questions)
 
@@ -210,7 +201,7 @@ def by_answer_loss(drawn: Sequence[TuningItems]) -> Objective:
 
 
 def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSettings) -> Objective:
-    """A task's metric, `name,filter` as lm-eval writes it; it has to be a mean over items.
+    """Return the objective of an lm-eval metric, `name,filter`, which is a mean over items.
 
     Raises:
         EvaluationError: a task has no such metric.
@@ -221,11 +212,11 @@ def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSet
     mixed = _in_turn(places)
     directions = {_lower_is_better(one, metric) for one in drawn}
     if len(directions) > 1:
-        problem = f"of `{metric}` one task wants the higher value and another the lower."
-        raise EvaluationError("tune", problem, "Tune on one of them, or on the answer loss.")
+        problem = f"`{metric}` is better if higher in one task, and if lower in another."
+        raise EvaluationError("tune", problem, "Tune on one of these tasks, or on the answer loss.")
     parts = tuple(_metric_part(some, metric, settings) for some in _parts(mixed))
-    told = [one.rows.questions(one.indices) for one in drawn]
-    return Objective(metric, directions.pop(), parts, len(mixed), _digest(metric, _in_turn(told)))
+    questions = _in_turn([one.rows.questions(one.indices) for one in drawn])
+    return Objective(metric, directions.pop(), parts, len(mixed), _digest(metric, questions))
 
 
 def _metric_part(
@@ -249,7 +240,7 @@ def _metric_part(
 
 
 def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
-    """The task with these items in place of those that it scores."""
+    """Return the task with these items instead of its scored items."""
     tasks, n_requests = {}, 0
     with prepared(one.rows.selection, {}):
         for name, (task, documents) in one.rows.part_of(indices).items():
@@ -270,9 +261,7 @@ def _share(metrics: Mapping[str, Any], task: str, metric: str) -> Share:
         raise unknown_metric(task, metric, list(metrics))
     found = metrics[metric]
     if found.values is None:
-        problem = (
-            f"its `{metric}` is no mean over items, so that parts of it cannot be put together."
-        )
+        problem = f"its `{metric}` is not a mean over items, so it cannot be computed in parts."
         raise EvaluationError(task, problem, "Tune on another --metric, or on the answer loss.")
     known = [value for value in found.values if value is not None]
     return Share(sum(known), len(known))
@@ -284,7 +273,7 @@ def _lower_is_better(one: TuningItems, metric: str) -> bool:
 
 
 def _in_turn(lists: Sequence[Sequence[Any]]) -> list[Any]:
-    """One of each list, then the next of each, so that every part has its share of every task."""
+    """Interleave lists, so that every part has items of every task."""
     nothing = object()
     rounds = zip_longest(*lists, fillvalue=nothing)
     return [one for together in rounds for one in together if one is not nothing]
@@ -306,5 +295,5 @@ def _mean(shares: Sequence[Share]) -> float:
 
 
 def _digest(metric: str, questions: Sequence[Question]) -> str:
-    told = "\n".join([metric, *(repr((q.task, q.prompt, q.answer)) for q in questions)])
-    return hashlib.sha256(told.encode()).hexdigest()
+    lines = "\n".join([metric, *(repr((q.task, q.prompt, q.answer)) for q in questions)])
+    return hashlib.sha256(lines.encode()).hexdigest()

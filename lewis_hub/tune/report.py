@@ -1,10 +1,10 @@
-"""What a search leaves behind: the best recipe, every trial, and a picture of them."""
+"""Write the result of a search: the best recipe, all trials and their plot."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,14 +15,13 @@ from lewis_hub.files import write_whole
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune.run import STUDY, Tuned
 from lewis_hub.tune.space import short_name, written
-from lewis_hub.tune.study import Trial
 
 TRIALS = "trials.json"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Files of a search: `recipe` is the tuned one; `plots` are file names in `output`."""
+    """The files of a search: the tuned recipe, and in `output` the plots by file name."""
 
     recipe: Path
     output: Path
@@ -31,7 +30,7 @@ class Report:
 
 
 def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> Report:
-    """Write `recipe.tuned.yaml` beside the recipe, and all trials and their picture in `output`."""
+    """Write `recipe.tuned.yaml` beside the recipe, and all trials and their plot into `output`."""
     best = recipe_file.with_name(f"{recipe_file.stem}.tuned.yaml")
     plots = draw_search(
         SearchPlot(
@@ -59,18 +58,18 @@ def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> Report:
 
 
 def found_by(tuned: Tuned, name: str) -> Iterator[str]:
-    """How the best settings were found, line by line; of no more than is known."""
+    """Yield lines that describe how the best settings were found."""
     n_pruned = sum(trial.state == "pruned" for trial in tuned.trials)
     trials = _count(len(tuned.trials), "trial")
     yield f"Tuned by lewis-hub {__version__} from {name}: the best of {trials}"
-    yield f"({n_pruned} left early) by Optuna's TPE, seed {tuned.recipe.seed}."
+    yield f"({n_pruned} pruned) by Optuna's TPE, seed {tuned.recipe.seed}."
     on = "; ".join(
         f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
     )
     yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
-    yield "None of these items is calibrated on, and none is scored."
+    yield "These items are neither calibrated on nor scored."
     own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
-    yield f"There: {tuned.best.value:.4f}{own}."
+    yield f"Result: {tuned.best.value:.4f}{own}."
     if tuned.refused:
         yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
         return
@@ -82,7 +81,7 @@ def found_by(tuned: Tuned, name: str) -> Iterator[str]:
 
 
 def final_lines(scores: Scores) -> Iterator[str]:
-    """The paired test of each metric, best minus start."""
+    """Yield the paired test of each metric, best minus start."""
     for task, found in scores.tasks.items():
         for test in found.paired:
             yield f"  {task} {_short(test.metric)} (n = {found.n:,}): {_tested(test)}"
@@ -95,10 +94,10 @@ def _tested(test: PairedTest) -> str:
 
 
 def seconds(tuned: Tuned) -> dict[str, float]:
-    """Mean seconds of each step of the trials that were scored to the end."""
+    """Return the mean seconds of each step, over trials that were scored to the end."""
     complete = [trial.seconds for trial in tuned.trials if trial.state == "complete"]
-    names = dict.fromkeys(name for told in complete for name in told)
-    return {name: round(fmean(told.get(name, 0.0) for told in complete), 3) for name in names}
+    names = dict.fromkeys(name for steps in complete for name in steps)
+    return {name: round(fmean(steps.get(name, 0.0) for steps in complete), 3) for name in names}
 
 
 def _document(tuned: Tuned) -> dict[str, Any]:
@@ -112,24 +111,12 @@ def _document(tuned: Tuned) -> dict[str, Any]:
                 for i in tuned.items
             ],
         },
-        "trials": [_trial(trial) for trial in tuned.trials],
+        "trials": [asdict(trial) for trial in tuned.trials],
         "n_begun": tuned.n_begun,
-        "best": _trial(tuned.best),
-        "start": _trial(tuned.start) if tuned.start else None,
+        "best": asdict(tuned.best),
+        "start": asdict(tuned.start) if tuned.start else None,
         "seconds_a_trial": seconds(tuned),
         "final": tuned.final.to_document()["tasks"] if tuned.final else None,
-    }
-
-
-def _trial(trial: Trial) -> dict[str, Any]:
-    return {
-        "number": trial.number,
-        "state": trial.state,
-        "values": dict(trial.values),
-        "value": trial.value,
-        "reached": trial.reached,
-        "seconds": dict(trial.seconds),
-        "error": trial.error,
     }
 
 

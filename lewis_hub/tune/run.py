@@ -1,4 +1,4 @@
-"""Tune: try settings of a recipe on items that are neither calibrated on nor scored."""
+"""Search better settings of a recipe on items that are neither calibrated on nor scored."""
 
 from __future__ import annotations
 
@@ -52,22 +52,12 @@ from lewis_hub.tune.study import ERROR, SECONDS, Trial
 from lewis_hub.workflow.calibrate import Sets, calibration_sets, draw_texts, guide
 from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, Run, score
-from lewis_hub.workflow.examine import (
-    Examined,
-    calibrations_of,
-    examine_sources,
-    measurement_of,
-)
+from lewis_hub.workflow.examine import Examined, calibrations_of, examine_sources, measurement_of
 from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.fetch import FetchedSources, code_files, fetch_whole, require_disk
 from lewis_hub.workflow.job import MergeJob, compile_job
 from lewis_hub.workflow.load import ModelLoader
-from lewis_hub.workflow.merge import (
-    MergedModel,
-    finish_model,
-    merge_in_memory,
-    write_weights,
-)
+from lewis_hub.workflow.merge import MergedModel, finish_model, merge_in_memory, write_weights
 from lewis_hub.workflow.resolve import hub_api, resolve_data
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
 
@@ -76,10 +66,12 @@ if TYPE_CHECKING:
 
 IMPORTANCE = "importance.json"
 
+STUDY = "study.journal"
+
 
 @dataclass
 class ResidentModel:
-    """The model in memory whose weights every trial replaces.
+    """The model in memory whose weights each trial replaces.
 
     The first merge is written to a folder and loaded from there; later merges are made in memory.
     """
@@ -87,7 +79,7 @@ class ResidentModel:
     lm: Any = None
 
     def load(self, tuner: Tuner, values: Values, clock: Clock) -> Any:
-        """Make the merge of some values; it stays until the next one is made."""
+        """Load the merge of some values; it stays in memory until the next trial."""
         if self.lm is None:
             merged = tuner.merge(values, "trial")
             clock.split("merge")
@@ -101,20 +93,18 @@ class ResidentModel:
         return self.lm
 
     def release(self) -> None:
-        """Free the model: only one is in memory at a time."""
+        """Free the model, because only one may be in memory at a time."""
         self.lm = None
         gc.collect()
 
 
 @dataclass(frozen=True)
 class Tuner:
-    """What every trial needs; nothing of it is measured or loaded twice.
+    """The sources, texts and items that all trials share.
 
     Attributes:
-        examined: the sources of all recipes that are tried.
-        files: of the sources.
         sets: calibration texts.
-        output: where what was measured stays, `importance.json` among it.
+        output: folder for `importance.json` and statistics.
     """
 
     examined: Examined
@@ -134,7 +124,7 @@ class Tuner:
         return compile_job(recipe, self.execution, self.examined, self.api)
 
     def loader(self, job: MergeJob, progress: Progress) -> ModelLoader:
-        """Return what loads the sources."""
+        """Return the loader of the sources."""
         return job.loader(self.files, self.scratch, progress)
 
     def gather(
@@ -147,7 +137,7 @@ class Tuner:
         return gather(job.statistics, self.sets, loader, schedule, self.output)
 
     def guide(self, job: MergeJob, progress: Progress) -> DensitySchedule | None:
-        """Let the job's guide decide, from what was measured before; None: it has none."""
+        """Return the schedule of the job's guide, with known measurements; None without a guide."""
         if job.guide is None:
             return None
         stores = [folder / IMPORTANCE for folder in (self.output, job.guide.beside)]
@@ -156,7 +146,7 @@ class Tuner:
         return guide(job.guide, self.sets, loader, stores, left).schedule
 
     def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
-        """Plan the merge of some values; returns its job, its plan and where its sources are."""
+        """Return the job and plan of some values, and the places of its sources."""
         job, silent = self.compile(search_space.candidate(self.space, values)), Silent()
         schedule = self.guide(job, silent)
         known = self.gather(job, schedule, silent)
@@ -164,7 +154,7 @@ class Tuner:
         return job, planned, {**self.files.locations, **known.folders}
 
     def merge(self, values: Values, folder: str) -> MergedModel:
-        """Make the merge of some values in a folder."""
+        """Write the merge of some values into a folder."""
         job, planned, places = self.plan(values)
         output, folders = self.scratch / folder, self.files.folders
         shards = write_weights(planned, places, output, job.means, Silent())
@@ -172,7 +162,7 @@ class Tuner:
 
 
 def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
-    """One trial; `advance` counts all of its items, those that are left out as well."""
+    """Run a trial; `advance` counts all of its items, including those that pruning skips."""
     from optuna.trial import TrialState
 
     trial = opened.ask()
@@ -205,7 +195,7 @@ def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
 
 
 def _score(objective: Objective, trial: Any, lm: Any, done: Advance) -> tuple[float, bool]:
-    """The value of the parts that were scored, and whether the others are left out as hopeless."""
+    """Return the objective over the scored parts, and whether the trial is pruned."""
     value = float("nan")
     for number, value in enumerate(objective.values(lm, done), start=1):
         if not isfinite(value):
@@ -217,7 +207,7 @@ def _score(objective: Objective, trial: Any, lm: Any, done: Advance) -> tuple[fl
 
 
 def is_of_settings(error: LewisHubError) -> bool:
-    """Whether other settings might do: no source, disk or task is to blame."""
+    """Return whether the tried settings caused the error, rather than a source, disk or task."""
     if isinstance(error, NonFiniteError):
         return error.source == MERGE
     if isinstance(error, CalibrationModelError):
@@ -234,13 +224,13 @@ def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:
 
 
 class Clock:
-    """Seconds of each step of a trial."""
+    """A clock with the seconds of each step of a trial."""
 
     def __init__(self) -> None:
         self.last, self.seconds = time.monotonic(), dict[str, float]()
 
     def split(self, name: str) -> None:
-        """Say that a step has just ended."""
+        """Record the time of the step that ended now."""
         now = time.monotonic()
         self.seconds[name], self.last = round(now - self.last, 3), now
 
@@ -248,13 +238,9 @@ class Clock:
 def score_both(
     evaluation: EvaluationPlan, tasks: ScoredTasks, models: Mapping[str, MergedModel], scratch: Path
 ) -> Scores:
-    """Score models as the recipe's `evaluate` says, their answer loss among the metrics.
+    """Score models by the recipe's `evaluate` and by their answer loss.
 
-    Args:
-        evaluation: how they are scored.
-        tasks: that score them.
-        models: label -> model; `merged` is tested against each of the others.
-        scratch: for results.
+    `merged` is compared with each of the other labels.
     """
     settings, loaded, limit = evaluation.settings, tasks.loaded, evaluation.limit
     run = Run(loaded, limit, settings, scratch / "scored")
@@ -270,7 +256,7 @@ def score_both(
             losses = {task: answer_losses(lm, some, advance) for task, some in questions.items()}
             results[label] = _with_losses(results[label], losses)
             del lm
-            gc.collect()  # one model in memory at a time
+            gc.collect()  # only one model fits into memory
     return compare(results)
 
 
@@ -282,22 +268,19 @@ def _with_losses(result: ModelResult, losses: Mapping[str, Sequence[AnswerLoss]]
     return ModelResult(tasks)
 
 
-STUDY = "study.journal"
-
-
 @dataclass(frozen=True)
 class Search:
-    """What is asked of a search.
+    """The settings of a search.
 
     Attributes:
-        n_trials: in all, those of earlier runs included.
-        budget_s: no trial is begun after so many seconds of this run; None: all are.
-        tasks: to tune on; none: those that the recipe scores.
-        split: of their data; None: one that they give examples from and do not score.
-        samples: items of each task.
-        metric: `metric,filter`; None: the loss on right answers.
-        methods: to try besides the recipe's.
-        guides: to try besides the recipe's, `none` for none; empty: `uniform` where it has one.
+        n_trials: total number, including those of earlier runs.
+        budget_s: no trial begins after this many seconds of this run; None: no limit.
+        tasks: tasks to tune on; empty: the tasks that the recipe scores.
+        split: split of their data; None: a split for few-shot examples that is not scored.
+        samples: number of items per task.
+        metric: `metric,filter`; None: the answer loss.
+        methods: tried besides the recipe's method.
+        guides: tried besides the recipe's guide, or `none`; empty: `uniform` if it has a guide.
     """
 
     n_trials: int = 30
@@ -312,14 +295,14 @@ class Search:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        n_begun: trials of this run; the others are of earlier ones.
-        start: the recipe's own settings; None where they were not scored to the end.
-        refused: why they cannot be merged or scored; None: they can.
-        final: best and start on the items that `evaluate` scores; None where they are the same. The
-            best alone where the start is refused.
+        n_begun: number of trials of this run.
+        start: the trial of the recipe's own settings; None if it was not scored to the end.
+        refused: the reason why these settings cannot be merged or scored, if there is one.
+        final: best and start on the items that `evaluate` scores; without start if it was refused.
+            None if best and start are the same.
     """
 
     recipe: Recipe
@@ -341,14 +324,14 @@ def tune(
     execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Search, going on where an earlier run of the same search ended.
+    """Search better settings; an earlier run of the same search is continued.
 
     Args:
         recipe: has `evaluate`, whose items the search never sees.
-        asked: how long, and on what.
-        output: folder for the study, and for what is measured.
+        asked: settings of the search.
+        output: folder for the study and for measurements.
         execution: device and runner; None: this machine's CPU.
-        progress: told how far it is; None: nobody is.
+        progress: shows progress; None: shows nothing.
 
     Raises:
         LewisHubError: a source, task or setting cannot be used.
@@ -400,12 +383,12 @@ def tune(
 
 
 def _scores_nothing() -> RecipeError:
-    problem = "the recipe scores nothing, so nothing would tell whether tuning helped."
+    problem = "the recipe scores nothing, so tuning could not be judged."
     return RecipeError("recipe", "evaluate", problem, "Add `evaluate:` with its tasks.")
 
 
 def _with_data_of(recipes: Sequence[Recipe], examined: Examined, api: HfApi) -> Examined:
-    """Pin the calibration data of all recipes: they differ in which of it they use."""
+    """Pin the calibration data of all recipes, which use different parts of it."""
     known = examined.inputs.data
     asked = {one: recipe for recipe in recipes for one in calibrations_of(recipe)}
     left = [one for one in asked if one not in known]
@@ -419,11 +402,11 @@ def _require_mergeable(jobs: Sequence[MergeJob], api: HfApi) -> None:
         job.plan.plan(None)
     fitted = [one for one in jobs if one.statistics and one.statistics.moments.in_sequence]
     for statistics in [one.statistics for one in fitted[:1] if one.statistics]:
-        require_by_block(statistics, api)  # all are of the same models
+        require_by_block(statistics, api)  # all have the same models
 
 
 def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
-    """Measure once what many trials need, here, where progress is shown."""
+    """Measure once, with progress, the profiles and second moments that many trials need."""
     for one in _by_guide(corners).values():
         tuner.guide(tuner.compile(_at_any_mean(one)), tuner.progress)
     for one in _by_width(corners).values():
@@ -431,7 +414,7 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
 
 
 def _by_width(recipes: Sequence[Recipe]) -> dict[int, Recipe]:
-    """One recipe of each kind of second moments that merges need and that are gathered once."""
+    """Return a recipe for each width of second moments that are gathered once."""
     needed = ((measurement_of(one).moments, one) for one in recipes)
     return {m.widest: one for m, one in needed if m and not m.in_sequence}
 
@@ -441,7 +424,7 @@ def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
 
 
 def _at_any_mean(recipe: Recipe) -> Recipe:
-    """For a guide to be measured: whether its mean density is in reach, each trial finds out."""
+    """Return the recipe without a mean density, which a guide may not reach with these settings."""
     guide = recipe.guide and recipe.guide.model_copy(update={"mean_density": None})
     return recipe.model_copy(update={"guide": guide})
 
@@ -449,25 +432,25 @@ def _at_any_mean(recipe: Recipe) -> Recipe:
 def _draw(
     job: MergeJob, asked: Search, tasks: ScoredTasks, *, chat: bool
 ) -> tuple[tuple[TuningItems, ...], Sets]:
-    """Draw the items to tune on, and the texts to measure on."""
+    """Draw the items to tune on and the calibration texts."""
     selected = replace(tasks.selection, names=asked.tasks or tasks.selection.names)
     check_tasks(selected)
     split = asked.split or free_split_of(selected)
     drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
-    calibrated = [values for one in drawn.values() for values in one.values]
+    calibrated = [text for one in drawn.values() for text in one.texts]
     donor = job.sources.donor.source if chat else None
     request = ItemRequest(selected, split, asked.samples, job.texts.seed, donor)
     items = draw_items(request, tasks, calibrated)
     for one in items:
-        passed = f"; {one.n_calibrated} that calibration draws are passed over"
-        told = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
-        tasks.progress.say(f"{told}{passed if one.n_calibrated else ''}.")
+        skipped = f"; {one.n_calibrated} calibration items are skipped" if one.n_calibrated else ""
+        drawn_items = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
+        tasks.progress.say(f"{drawn_items}{skipped}.")
     return items, calibration_sets(job.texts, drawn, job.sources.experts)
 
 
 def _name(tuner: Tuner) -> str:
-    """Of the study: another recipe, other items or other sources begin another one."""
-    told = [
+    """Return the name of the study, which depends on recipe, items and sources."""
+    facts = [
         search_space.written(tuner.space.recipe),
         tuner.space.methods,
         tuner.space.guides,
@@ -480,11 +463,11 @@ def _name(tuner: Tuner) -> str:
             for axis in axes(tuner.space, values)
         ],
     ]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...], int]:
-    """Try until there are enough trials or the time is over; all of them, and how many are new."""
+    """Run trials until their number or the budget is reached; return all, and how many are new."""
     lower, seed = tuner.objective.lower_is_better, tuner.space.recipe.seed
     opened = study.open_study(file, _name(tuner), lower_is_better=lower, seed=seed)
     study.enqueue(opened, search_space.warm_starts(tuner.space))
@@ -493,7 +476,7 @@ def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...],
     with tuner.progress.stage("Tuning", n_left * tuner.objective.n_items, "items") as advance:
         while n_begun < n_left:
             if asked.budget_s is not None and time.monotonic() - began >= asked.budget_s:
-                tuner.progress.say("The budget is spent; the same command goes on.")
+                tuner.progress.say("The budget is spent; the same command continues the search.")
                 break
             n_begun += 1
             attempt(tuner, opened, advance)
@@ -501,7 +484,7 @@ def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...],
 
 
 def _tried(space: Space, opened: Any) -> tuple[Trial, ...]:
-    """What tells something, with the values that were merged."""
+    """Return the informative trials with the values that were merged."""
     found = (trial for trial in study.trials(opened) if trial.tells)
     return tuple(
         replace(trial, values=search_space.settled(space, trial.values)) for trial in found

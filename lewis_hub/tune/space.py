@@ -1,4 +1,4 @@
-"""The recipes that a search tries: from values on the axes to a recipe, and which come first."""
+"""The search space around a recipe: its axes, and the recipe for values on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lewis_hub.workflow.check import guide_refusals
 from lewis_hub.workflow.examine import needs_moments
 from lewis_hub.workflow.read import rules
 
-# Numbers are searched by name; one that is not here stays as the recipe has it.
+# Ranges of numbers by name; other numbers are not searched.
 RANGES: Mapping[str, tuple[float, float]] = {
     "weight": (0.1, 1.5),
     "density": (0.05, 1.0),
@@ -34,7 +34,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
 DENSITIES = (0.05, 1.0)  # of a guide's gamma and epsilon
 GAMMA, EPSILON = "guide.gamma", "guide.epsilon"
 METHOD, GUIDE = "merge_method", "guide.name"
-NONE = "none"  # in the place of a guide: densities come from the recipe's `parameters`
+NONE = "none"  # no guide: densities come from the recipe's `parameters`
 
 Value = float | bool | str
 Values = Mapping[str, Value]  # axis -> value
@@ -42,7 +42,7 @@ Values = Mapping[str, Value]  # axis -> value
 
 @dataclass(frozen=True)
 class Number:
-    """Any number from low to high; `start` is the recipe's own, and within."""
+    """An axis of numbers from low to high; `start` is the recipe's value."""
 
     name: str
     low: float
@@ -52,7 +52,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few; the same ones in the same order whatever else is chosen."""
+    """An axis of options, which do not depend on other axes; `start` is the recipe's value."""
 
     name: str
     options: tuple[str | bool, ...]
@@ -64,11 +64,9 @@ Axis = Number | Choice
 
 @dataclass(frozen=True)
 class Space:
-    """The recipes that are tried.
+    """A recipe, and the methods and guides to try; the recipe's own are first.
 
-    Attributes:
-        methods: the recipe's own is first.
-        guides: the recipe's own is first, which is `none` where it has no guide.
+    A recipe without a guide has the guide `none`.
     """
 
     recipe: Recipe
@@ -77,9 +75,9 @@ class Space:
 
 
 def axes(space: Space, chosen: Values) -> tuple[Axis, ...]:
-    """What can be changed under the method and the guide that are chosen, or else the recipe's own.
+    """Return the axes for the chosen method and guide, by default the recipe's own.
 
-    Which method it is comes first, then which guide: what else there is depends on them.
+    Method and guide come first, because the other axes depend on them.
     """
     recipe, method, guide = space.recipe, method_of(space, chosen), guide_of(space, chosen)
     found: list[Axis] = []
@@ -95,45 +93,45 @@ def axes(space: Space, chosen: Values) -> tuple[Axis, ...]:
 
 
 def method_of(space: Space, chosen: Values) -> Method:
-    """The method that is chosen."""
+    """Return the chosen method."""
     return registry.find(str(chosen.get(METHOD, space.methods[0])))
 
 
 def guide_of(space: Space, chosen: Values) -> str:
-    """The guide that is chosen; `none` where it would do nothing."""
+    """Return the chosen guide; `none` if a guide has no effect with the method."""
     if not takes_guide(space.recipe, method_of(space, chosen)):
         return NONE
     return str(chosen.get(GUIDE, space.guides[0]))
 
 
 def takes_guide(recipe: Recipe, method: Method) -> bool:
-    """Whether a guide that is used as the recipe says does something under a method."""
+    """Return whether a guide with the recipe's `apply_to` has an effect with a method."""
     apply_to = (recipe.guide or Guide()).apply_to
     return not guide_refusals(apply_to, method, is_stack=False)
 
 
 def sets_densities(recipe: Recipe, guide: str) -> bool:
-    """Whether densities are a guide's, and no settings."""
+    """Return whether the guide sets the densities."""
     return guide != NONE and (recipe.guide or Guide()).apply_to != "weight"
 
 
 def short_name(axis: str) -> str:
-    """An axis for the head of a column: `lambda`, `weight[0]`, `guide.gamma`."""
+    """Return the name of an axis for a column: `lambda`, `weight[0]`, `guide.gamma`."""
     index = re.fullmatch(r"models(\[\d+\])\.weight", axis)
     return f"weight{index[1]}" if index else axis.removeprefix("parameters.")
 
 
 def shown_value(value: Value | None) -> str:
-    """A value for readers; a dash where a trial has none."""
+    """Return a value as text; a dash if a trial has none."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
 def _ends(guide: Guide) -> Iterator[Number]:
-    """Gamma and epsilon; about a mean density as far as both may lie from it at once.
+    """Yield gamma and epsilon; with a mean density their ranges are symmetric around it.
 
-    A guide's densities then are moved to that mean, so that what counts is how far they spread.
+    The densities are shifted to that mean, so only their spread matters.
     """
     (low, high), mean = DENSITIES, guide.mean_density
     below = above = (low, high)
@@ -145,7 +143,7 @@ def _ends(guide: Guide) -> Iterator[Number]:
 
 
 def _of_weights(recipe: Recipe, method: Method) -> Iterator[Axis]:
-    """A weight of each model, where none is a gradient or a list of conditions."""
+    """Yield the weight of each model that is a number, not a gradient or list of conditions."""
     if "weight" not in method.settings:
         return
     of_all = recipe.parameters.get("weight", DEFAULTS["weight"])
@@ -160,11 +158,11 @@ def _is_merged(recipe: Recipe, method: Method, entry: ModelEntry) -> bool:
 
 
 def _of_parameters(recipe: Recipe, method: Method, *, has_density: bool) -> Iterator[Axis]:
-    """Options of the method, and settings that its models have in common."""
-    passed = {"weight"} if has_density else {"weight", "density"}
+    """Yield options of the method, and settings that no model sets by itself."""
+    skipped = {"weight"} if has_density else {"weight", "density"}
     own = {name for entry in recipe.models for name in entry.parameters}
     asked: dict[str, Any] = {
-        name: DEFAULTS[name] for name in method.settings if name not in passed | own
+        name: DEFAULTS[name] for name in method.settings if name not in skipped | own
     }
     asked |= method.options
     for name, default in asked.items():
@@ -187,22 +185,22 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 ENDS = (GAMMA, EPSILON)
-USUAL = dict(zip(ENDS, (0.3, 0.8), strict=True))  # where the paper starts
+USUAL = dict(zip(ENDS, (0.3, 0.8), strict=True))  # values of the paper
 
 
 def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] = ()) -> Space:
-    """The space around a recipe.
+    """Return the search space around a recipe.
 
     Args:
-        recipe: what is tuned.
-        methods: to try besides its own.
-        guides: to try besides its own, `none` among them; none: `uniform` where it has one.
+        recipe: the recipe to tune.
+        methods: tried besides its own.
+        guides: tried besides its own, or `none`; empty: `uniform` if the recipe has a guide.
 
     Raises:
-        RecipeError: one of these recipes cannot be; or it stacks slices.
-        CheckFailedError: its own guide would do nothing.
-        MergeError, GuideError: there is no such method or guide.
-        TuningError: a method starts from other models than the recipe's own, or none takes a guide.
+        RecipeError: one of the recipes is contradictory, or it stacks slices.
+        CheckFailedError: its own guide has no effect.
+        MergeError, GuideError: a method or guide is unknown.
+        TuningError: a method needs a base and another takes none, or no method takes a guide.
     """
     if recipe.slices:
         problem = "only whole models under `models` can be tuned."
@@ -232,23 +230,23 @@ def _require_alike(space: Space) -> None:
     own, *others = map(registry.find, space.methods)
     for other in others:
         if other.takes_base != own.takes_base:
-            first, second = ("a base", "none") if own.takes_base else ("no base", "one")
-            problem = f"`{own.name}` takes {first}, and `{other.name}` {second}"
-            raise TuningError("tune", problem, "Tune the two apart: what they merge differs.")
+            first, second = ("a base", "no base") if own.takes_base else ("no base", "a base")
+            problem = f"`{own.name}` takes {first}, but `{other.name}` takes {second}"
+            raise TuningError("tune", problem, "Tune them separately: they merge other models.")
     if len(space.guides) > 1 and not any(takes_guide(space.recipe, m) for m in (own, *others)):
-        problem = f"`{own.name}` keeps every entry, so a guide would do nothing"
-        remedy = "Leave out --guide, or let --method name one that has densities, such as ties."
+        problem = f"`{own.name}` keeps every entry, so a guide would have no effect"
+        remedy = "Remove --guide, or add a --method that has densities, such as ties."
         raise TuningError("tune", problem, remedy)
 
 
 def _called(values: Values) -> str:
-    """What messages call a recipe that lies in no file."""
-    told = [f"`{name}: {values[name]}`" for name in (METHOD, GUIDE) if name in values]
-    return f"the recipe with {' and '.join(told)}" if told else "recipe"
+    """Return the name of a recipe without a file, for messages."""
+    changes = [f"`{name}: {values[name]}`" for name in (METHOD, GUIDE) if name in values]
+    return f"the recipe with {' and '.join(changes)}" if changes else "recipe"
 
 
 def combinations(space: Space) -> tuple[Values, ...]:
-    """The recipe's own settings by each method and guide; the recipe as it is comes first."""
+    """Return the recipe's settings with each method and guide; its own come first."""
     return tuple(
         _starts(space, {METHOD: method, GUIDE: guide})
         for method in space.methods
@@ -257,14 +255,14 @@ def combinations(space: Space) -> tuple[Values, ...]:
 
 
 def corners(space: Space) -> tuple[Recipe, ...]:
-    """The recipes of `combinations`: whatever is tried needs what one of them needs."""
+    """Return the recipes of `combinations`; every trial has the needs of one of them."""
     return tuple(candidate(space, values) for values in combinations(space))
 
 
 def warm_starts(space: Space) -> tuple[Values, ...]:
-    """The recipe as it is; then with a guide's usual gamma and epsilon, where it has others.
+    """Return the recipe's settings, and those with the usual gamma and epsilon if they differ.
 
-    The guide is its own, or else the first that is asked for.
+    The guide is the recipe's own, or else the first in the space.
     """
     own = _starts(space, {})
     guide = next((name for name in space.guides if name != NONE), NONE)
@@ -275,7 +273,7 @@ def warm_starts(space: Space) -> tuple[Values, ...]:
 
 
 def _starts(space: Space, chosen: Values) -> dict[str, Value]:
-    """What is chosen, and where each other axis starts."""
+    """Return the chosen values, and the start of every other axis."""
     return {axis.name: chosen.get(axis.name, axis.start) for axis in axes(space, chosen)}
 
 
@@ -286,24 +284,24 @@ def _holds(axis: Axis, value: Value) -> bool:
 
 
 def candidate(space: Space, values: Values) -> Recipe:
-    """The recipe with other values.
+    """Return the recipe with other values.
 
-    Its own method keeps all that the recipe says; another one what it knows. Where a guide sets
-    the densities, those of the recipe and its models are left out.
+    The recipe's own method keeps all settings; another method keeps those that it knows. If a
+    guide sets the densities, the recipe's densities are removed.
     """
-    recipe, told = space.recipe, settled(space, values)
+    recipe, chosen = space.recipe, settled(space, values)
     common = _kept(space, values, recipe.parameters) | {
         name.removeprefix("parameters."): value
-        for name, value in told.items()
+        for name, value in chosen.items()
         if name.startswith("parameters.")
     }
     models = []
     for index, entry in enumerate(recipe.models):
         own = _kept(space, values, entry.parameters)
-        weight = told.get(f"models[{index}].weight")
+        weight = chosen.get(f"models[{index}].weight")
         own |= {} if weight is None else {"weight": weight}
         models.append(entry.model_copy(update={"parameters": own}))
-    guide = _guide(space, told)
+    guide = _guide(space, chosen)
     method = method_of(space, values).name
     changed = {"merge_method": method, "parameters": common, "models": tuple(models)}
     tried = recipe.model_copy(update=changed | {"guide": guide})
@@ -315,38 +313,37 @@ def candidate(space: Space, values: Values) -> Recipe:
 
 
 def settled(space: Space, values: Values) -> dict[str, Value]:
-    """Proposed values as they are merged.
+    """Return proposed values as they are merged.
 
-    Of gamma and epsilon the lower one is gamma. Numbers are rounded to four digits, but for the
-    recipe's own.
+    Gamma is the lower of both ends. Numbers are rounded to four digits, except the recipe's own.
     """
     known = {axis.name: axis for axis in axes(space, values)}
-    told = {name: _rounded(known[name], value) for name, value in values.items()}
-    ends = sorted(float(told[name]) for name in ENDS if name in told)
-    return told | dict(zip(ENDS, ends, strict=True) if len(ends) == 2 else {})
+    chosen = {name: _rounded(known[name], value) for name, value in values.items()}
+    ends = sorted(float(chosen[name]) for name in ENDS if name in chosen)
+    return chosen | dict(zip(ENDS, ends, strict=True) if len(ends) == 2 else {})
 
 
 def written(recipe: Recipe) -> str:
-    """A recipe as YAML: what the user wrote, and what was changed."""
-    told = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
-    return str(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=100))
+    """Return a recipe as YAML, without defaults that the user did not write."""
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+    return str(yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100))
 
 
 def _kept(space: Space, values: Values, parameters: Parameters) -> dict[str, Any]:
     method = method_of(space, values)
     known = {*method.settings, *method.options, *method.accepted}
     if method.name == space.recipe.merge_method:
-        known |= parameters.keys()  # what it does not know is refused, as in a merge
+        known |= parameters.keys()  # unknown settings are refused, as in a merge
     if sets_densities(space.recipe, guide_of(space, values)):
         known.discard("density")
     return {name: value for name, value in parameters.items() if name in known}
 
 
-def _guide(space: Space, told: Values) -> Guide | None:
-    name = guide_of(space, told)
+def _guide(space: Space, chosen: Values) -> Guide | None:
+    name = guide_of(space, chosen)
     if name == NONE:
         return None
-    changed = {"name": name, "gamma": told[GAMMA], "epsilon": told[EPSILON]}
+    changed = {"name": name, "gamma": chosen[GAMMA], "epsilon": chosen[EPSILON]}
     return (space.recipe.guide or Guide()).model_copy(update=changed)
 
 

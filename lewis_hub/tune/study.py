@@ -1,4 +1,4 @@
-"""The search: Optuna proposes values, is told how good they were, and remembers all in a file."""
+"""The study: Optuna proposes values, and stores all trials in a file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Literal
 from lewis_hub.errors import ExtraMissingError, TuningError
 from lewis_hub.tune.space import Axis, Choice, Space, Value, Values, axes
 
-N_AT_RANDOM = 6  # trials before the sampler looks at what they gave, warm starts among them
-N_BEFORE_PRUNING = 5  # trials that are scored to the end before any is compared with a median
+N_AT_RANDOM = 6  # random trials before the sampler uses results, including warm starts
+N_BEFORE_PRUNING = 5  # trials that are scored to the end before any is pruned
 SECONDS, ERROR = "seconds", "error"
 
 State = Literal["complete", "pruned", "failed"]
@@ -20,13 +20,13 @@ State = Literal["complete", "pruned", "failed"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of values that was tried.
+    """The result of a set of values.
 
     Attributes:
-        value: the objective over all items; None where it was left before the last of them.
-        reached: the objective over the items that were scored.
-        seconds: step -> how long it took.
-        error: why these values cannot be merged or scored.
+        value: the objective over all items; None if it was not scored to the end.
+        reached: the objective over the scored items.
+        seconds: step -> duration.
+        error: the reason why these values cannot be merged or scored.
     """
 
     number: int
@@ -39,12 +39,12 @@ class Trial:
 
     @property
     def tells(self) -> bool:
-        """Whether it tells something of its values: what a killed run left does not."""
+        """Whether its values were tried, and not interrupted by the end of a run."""
         return self.state != "failed" or self.error is not None
 
 
 def require_optuna() -> None:
-    """Refuse to start without the extra.
+    """Refuse to start without Optuna.
 
     Raises:
         ExtraMissingError: it is not installed.
@@ -54,12 +54,12 @@ def require_optuna() -> None:
 
 
 def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> Any:
-    """Take up the study of that name in a file, or begin it.
+    """Open or create the study of this name in a file.
 
-    What a killed run was working on counts as failed.
+    Running trials of a killed run count as failed.
 
     Raises:
-        TuningError: the file is no journal of Optuna's.
+        TuningError: the file is not a journal of Optuna.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -76,10 +76,10 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
         )
     except (OSError, ValueError, KeyError) as error:
         problem = f"the study cannot be read: {type(error).__name__}: {error}"
-        raise TuningError(str(file), problem, "Delete the file to begin anew.") from error
+        raise TuningError(str(file), problem, "Delete the file to start again.") from error
     for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    # a run that goes on must not draw again what the one before it drew
+    # a continued run must not draw the values of the previous run again
     study.sampler = optuna.samplers.TPESampler(
         n_startup_trials=N_AT_RANDOM, seed=(seed + len(study.trials)) % 2**32
     )
@@ -87,9 +87,9 @@ def open_study(file: Path, name: str, *, lower_is_better: bool, seed: int) -> An
 
 
 def enqueue(study: Any, starts: Sequence[Values]) -> None:
-    """Have these values tried before any others, unless that was done or is due already.
+    """Queue these values before all others, unless they were tried or are queued.
 
-    What failed for a reason was done; what a killed run was at was not.
+    A failed trial with an error was tried; a trial that a killed run left was not.
     """
     import optuna
 
@@ -105,12 +105,12 @@ def enqueue(study: Any, starts: Sequence[Values]) -> None:
 
 
 def _asked(trial: Any) -> dict[str, Any]:
-    """The values of a trial, or those that it will have."""
+    """Return the values of a trial, or of a queued trial."""
     return trial.params or dict(trial.system_attrs.get("fixed_params", {}))
 
 
 def propose(trial: Any, space: Space) -> Values:
-    """A value on one axis after the other: which there are depends on what was chosen before."""
+    """Propose a value on each axis; the axes depend on the values before."""
     chosen: dict[str, Value] = {}
     while left := [axis for axis in axes(space, chosen) if axis.name not in chosen]:
         chosen[left[0].name] = _suggested(trial, left[0])
@@ -127,7 +127,7 @@ def _suggested(trial: Any, axis: Axis) -> Value:
 
 
 def trials(study: Any) -> tuple[Trial, ...]:
-    """What was tried so far and is over, in order; of killed runs as well."""
+    """Return the finished trials in order, including those of killed runs."""
     import optuna
 
     states: dict[Any, State] = {
@@ -150,17 +150,17 @@ def trials(study: Any) -> tuple[Trial, ...]:
 
 
 def best_of(tried: Sequence[Trial], *, lower_is_better: bool) -> Trial:
-    """The complete trial of the best value, the earliest of equals.
+    """Return the complete trial of the best value, the earliest if several are equal.
 
     Raises:
-        TuningError: none is complete.
+        TuningError: no trial is complete.
     """
     complete = [(trial.value, trial) for trial in tried if trial.value is not None]
     if not complete:
         problem = "no trial was scored to the end"
         errors = [trial.error for trial in tried if trial.error]
-        last = f"The last that failed: {errors[-1]}\n" if errors else ""
-        remedy = "Give it more --trials, or a longer --budget."
+        last = f"The last error: {errors[-1]}\n" if errors else ""
+        remedy = "Use more --trials, or a longer --budget."
         raise TuningError("tune", problem, last + remedy)
     pick = min if lower_is_better else max
     return pick(complete, key=lambda one: one[0])[1]

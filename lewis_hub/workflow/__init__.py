@@ -1,1 +1,1 @@
-"""One file a verb: what the recipe says, put in the words that each room takes."""
+"""The steps from a recipe to a published model, a module each."""

@@ -1,4 +1,4 @@
-"""Calibrate and guide: calibration texts to a profile, the profile to a density schedule."""
+"""Draw calibration texts, measure a profile with them, and turn it into a density schedule."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from lewis_hub.calibration.measure import (
 )
 from lewis_hub.calibration.profile import (
     ImportanceProfile,
-    Role,
     SourceImportance,
     calibration_facts,
     reusable,
 )
 from lewis_hub.calibration.texts import (
-    CalibrationTokens,
     Rows,
     calibration_tokens,
     load_tokenizer,
@@ -55,25 +53,22 @@ from lewis_hub.workflow.contamination import DrawnText, ScoredTasks, drawn_texts
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings
-from lewis_hub.workflow.open import MergeSources, OpenedSource
+from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.resolve import PinnedTask
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-Sets = Sequence[CalibrationSet]  # one an expert; none where nothing is measured on texts
+Sets = Sequence[CalibrationSet]  # one per expert; empty if nothing is measured on texts
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What calibration texts are drawn from.
+    """The data of the calibration texts.
 
     Attributes:
-        tokenizer: source whose tokenizer makes tokens of the texts.
-        seed: draws the rows.
-        allow_code: whether tasks may run code.
-        data: a calibration -> what it draws from.
-        calibrations: of each expert, in order; none where nothing is measured on texts.
+        tokenizer: source whose tokenizer cuts the texts.
+        calibrations: of each expert, in order; empty if nothing is measured on texts.
     """
 
     tokenizer: Source
@@ -85,17 +80,17 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens to measure on, and each text as `contamination` compares it."""
+    """Tokens to measure on, and the texts as `contamination` compares them."""
 
     tokens: CalibrationSet
-    values: list[DrawnText]
+    texts: list[DrawnText]
 
 
 def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress: Progress) -> Drawn:
-    """Draw the texts of one calibration, render and tokenise them.
+    """Draw, render and tokenise the texts of one calibration.
 
     Raises:
-        SourceError: a configuration or split is not there.
+        SourceError: a configuration or split is missing.
         EvaluationError: a task has no such split, or its items cannot be rendered.
         CalibrationError: the template does not fit, or no text is left.
     """
@@ -130,91 +125,74 @@ def _facts(data: Source | PinnedTask) -> dict[str, str]:
 
 
 def _tokenizer_digest(source: Source) -> str:
-    """Over the tokenizer's files: what fixes token ids, wherever the files lie."""
+    """Return a digest over the tokenizer's files, which determine the token ids."""
     files = [file for file in source.files if "token" in file.path or "vocab" in file.path]
-    told = "\n".join(f"{file.path} {file.digest}" for file in files)
-    return "sha256:" + hashlib.sha256(told.encode()).hexdigest()
+    lines = "\n".join(f"{file.path} {file.digest}" for file in files)
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 
 def draw_texts(
     settings: TextSettings, scored: ScoredTasks | None, api: HfApi, progress: Progress
 ) -> dict[Calibration, Drawn]:
-    """Draw the texts of all calibrations; nothing here needs a weight.
-
-    Args:
-        settings: what they are drawn from.
-        scored: tasks whose items no text may hold; None: nothing is scored.
-        api: the Hub.
-        progress: told what was drawn.
+    """Draw the texts of all calibrations; no text may hold an item that `scored` scores.
 
     Raises:
-        SourceError, EvaluationError: a configuration or split is not there.
-        CalibrationError: the template does not fit, no text is left, or items are scored.
+        SourceError, EvaluationError: a configuration or split is missing.
+        CalibrationError: the template does not fit, no text is left, or an item is scored.
     """
-    asked = dict.fromkeys(settings.calibrations)
-    drawn = {one: draw(settings, one, api, progress) for one in asked}
-    refuse_overlap(scored, {one: found.values for one, found in drawn.items()}, progress)
+    distinct = dict.fromkeys(settings.calibrations)
+    drawn = {texts: draw(settings, texts, api, progress) for texts in distinct}
+    refuse_overlap(scored, {key: one.texts for key, one in drawn.items()}, progress)
     return drawn
 
 
 def calibration_sets(
     settings: TextSettings, drawn: Mapping[Calibration, Drawn], experts: Sequence[OpenedSource]
 ) -> tuple[CalibrationSet, ...]:
-    """Return one set per expert, equal ones shared; none where nothing is measured on texts.
+    """Return a set per expert; equal sets are shared.
 
     Raises:
         CalibrationError: an expert lacks a token of its texts.
     """
-    sets = tuple(drawn[one].tokens for one in settings.calibrations)
+    sets = tuple(drawn[texts].tokens for texts in settings.calibrations)
     if sets:
-        for expert, one in zip(experts, sets, strict=True):
-            remap_token_ids(one, expert, settings.tokenizer.name)
+        for expert, texts in zip(experts, sets, strict=True):
+            remap_token_ids(texts, expert, settings.tokenizer.name)
     return sets
 
 
-def remap_token_ids(one: CalibrationSet, source: OpenedSource, tokenizer: str) -> CalibrationSet:
-    """Return a set in the token ids of a source; itself where they are the same.
-
-    Args:
-        one: in the ids of the tokenizer that cut the texts.
-        source: that the texts run through.
-        tokenizer: name of the model whose tokenizer it is.
+def remap_token_ids(texts: CalibrationSet, source: OpenedSource, tokenizer: str) -> CalibrationSet:
+    """Return a set in the token ids of a source; `tokenizer` names the model that cut the texts.
 
     Raises:
         CalibrationError: the texts have a token that the source lacks.
     """
-    found = source.translation
-    if found is None:
-        return one
-    used = dict.fromkeys(i for text in one.tokens.ids for i in text)
-    if lacking := [found.lacking.get(i, f"number {i}") for i in used if i not in found.ids]:
+    remap, tokens = source.translation, texts.tokens
+    if remap is None:
+        return texts
+    used = dict.fromkeys(i for text in tokens.ids for i in text)
+    if lacking := [remap.lacking.get(i, f"number {i}") for i in used if i not in remap.ids]:
         problem = f"{source.name} has no token {lacking[0]!r}"
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        remedy = "Both have to see the same tokens: choose other texts, use guide `uniform`, or "
-        remedy += "leave this model out."
+        remedy = "All models need the same tokens: choose other texts, use guide `uniform`, or "
+        remedy += "remove this model."
         where = f"calibration texts, cut by the tokenizer of {tokenizer}"
         raise CalibrationError(where, problem + more, remedy)
-    tokens = one.tokens
-    ids = tuple(tuple(found.ids[i] for i in text) for text in tokens.ids)
-    end = None if tokens.end is None else found.ids.get(tokens.end)
-    own: CalibrationTokens = replace(tokens, ids=ids, end=end)
-    return replace(one, tokens=own)
+    ids = tuple(tuple(remap.ids[i] for i in text) for text in tokens.ids)
+    end = None if tokens.end is None else remap.ids.get(tokens.end)
+    return replace(texts, tokens=replace(tokens, ids=ids, end=end))
 
 
 @dataclass(frozen=True)
 class GuideSettings:
-    """How a guide decides densities.
+    """The settings of a guide.
 
     Attributes:
-        guide: from the registry.
-        base: what its experts are compared with.
         experts: in the recipe's order.
         tokenizer: name of the model whose tokenizer cuts the texts.
-        bounds: of the densities.
         use: what the schedule sets, and its seed.
-        calibration: as the recipe says it, for the profile.
-        beside: folder in which `lewis-hub importance` leaves its files.
-        plan: of the merge.
+        calibration: the recipe's settings, for the profile.
+        beside: folder in which `lewis-hub importance` writes its files.
     """
 
     guide: Guide
@@ -227,20 +205,15 @@ class GuideSettings:
     beside: Path
     plan: PlanSettings
 
-    @property
-    def sources(self) -> MergeSources:
-        """Base and experts."""
-        return MergeSources(self.base, self.experts)
-
 
 @dataclass(frozen=True)
 class Guidance:
-    """What was measured, what the guide made of it, and what a user should know about it.
+    """The profile and the schedule of a guide.
 
     Attributes:
         guide: its name.
-        profile: None where the guide measures nothing.
-        rows: of each expert, the rows that it was measured on; none where nothing is measured.
+        profile: None if the guide measures nothing.
+        rows: rows of the data that each expert was measured on; empty if nothing is measured.
     """
 
     guide: str
@@ -257,18 +230,18 @@ def guide(
     stores: Sequence[Path],
     wanted: Sequence[Wanted] = (),
 ) -> Guidance:
-    """Measure what is not known yet, and let the guide decide.
+    """Measure the sources that are not in a profile yet, and compute the density schedule.
 
     Args:
         settings: the guide, its sources and bounds.
         sets: from `calibration_sets`.
-        loader: of the sources.
-        stores: files `importance.json`: the first is written after every source, from all of them
-            measurements are taken. Files that are missing or cannot be read are passed over.
-        wanted: one an expert, or none: second moments to leave where the same pass can.
+        loader: loads the sources.
+        stores: files `importance.json`: known measurements are read from all of them, and the
+            first is written after each source. Missing and damaged files are skipped.
+        wanted: per expert, or empty: second moments that the same pass can gather.
 
     Raises:
-        CalibrationError: a source cannot be measured, or the guide cannot decide.
+        CalibrationError: a source cannot be measured, or the guide has no valid schedule.
     """
     chosen, base = settings.guide, settings.base
     profile = None
@@ -297,29 +270,22 @@ def _subjects(
     measure: Measure,
     wanted: Sequence[Wanted] = (),
 ) -> tuple[Subject, ...]:
-    """The base with every distinct set, then each expert with its own, in its own ids.
+    """Return the base with every distinct set, then each expert with its set in its own ids.
 
-    For a measure of pairs the experts alone, each against the base.
+    A measure of pairs only has the experts, each compared with the base.
     """
-    base, folders = settings.base, loader.files.folders
-    against_base = {"base": base.digest} if measure in OF_PAIRS else {}
-    sets = [one.measured(measure, **against_base) for one in sets]
-    measured: list[tuple[OpenedSource, Role, tuple[CalibrationSet, ...]]] = []
-    if measure not in OF_PAIRS:
-        distinct = tuple({id(one.tokens): one for one in sets}.values())
-        measured.append((base, "base", distinct))
-    for expert, one in zip(settings.experts, sets, strict=True):
-        own = remap_token_ids(one, expert, settings.tokenizer)
-        measured.append((expert, "expert", (own,)))
-    against = Place(base.pinned, folders[base.pinned]) if measure in OF_PAIRS else None
-    left = [*[None] * (len(measured) - len(wanted)), *wanted]
-    return tuple(
-        Subject(
-            *(source.pinned, source.digest, role, folders[source.pinned], own, against),
-            wanted=leave,
-        )
-        for (source, role, own), leave in zip(measured, left, strict=True)
-    )
+    base, is_of_pairs = settings.base, measure in OF_PAIRS
+    facts = {"base": base.digest} if is_of_pairs else {}
+    sets = [texts.measured(measure, **facts) for texts in sets]
+    subjects: list[Subject] = []
+    if not is_of_pairs:
+        subjects.append(loader.subject(base, *{id(texts.tokens): texts for texts in sets}.values()))
+    against = Place(base.pinned, loader.files.folders[base.pinned]) if is_of_pairs else None
+    moments: Sequence[Wanted | None] = wanted or [None] * len(sets)
+    for expert, texts, moment in zip(settings.experts, sets, moments, strict=True):
+        own = remap_token_ids(texts, expert, settings.tokenizer)
+        subjects.append(replace(loader.subject(expert, own), against=against, wanted=moment))
+    return tuple(subjects)
 
 
 def _measure(
@@ -329,7 +295,7 @@ def _measure(
     stores: Sequence[Path],
     wanted: Sequence[Wanted],
 ) -> ImportanceProfile:
-    """Measure everything that the guide needs, one measure after the other."""
+    """Run each measure that the guide needs."""
     known = _known(settings, stores)
     entries: list[SourceImportance] = []
 
@@ -363,7 +329,7 @@ def _on_texts(
         base = settings.base
         against = Place(base.pinned, loader.materialize_checkpoint(base))
         subjects = tuple(replace(one, against=against) for one in subjects)
-    opened = {one.pinned: one for one in settings.sources.models}
+    opened = {one.pinned: one for one in (settings.base, *settings.experts)}
     subjects = tuple(
         loader.load_for_calibration(one, opened[one.source]) if one.source in left else one
         for one in subjects
@@ -376,7 +342,7 @@ def _on_texts(
 def require_by_ranges(
     settings: GuideSettings, sets: Sets, loader: ModelLoader, stores: Sequence[Path]
 ) -> None:
-    """Refuse sources that have to be loaded whole to be measured; nothing is loaded.
+    """Refuse a guide that would have to load whole models; nothing is loaded here.
 
     Raises:
         RecipeError: the guide measures whole models.
@@ -389,27 +355,27 @@ def require_by_ranges(
         for subject in missing(_subjects(settings, sets, loader, measure), known)
     ]
     if unknown:
-        found = ", ".join(dict.fromkeys(unknown))
-        problem = f"it has to load {found} whole, and --stream keeps no whole model."
+        models = ", ".join(dict.fromkeys(unknown))
+        problem = f"it has to load {models} as whole models, and --stream keeps no whole model."
         remedy = (
-            "Run `lewis-hub importance` where they fit: the folder importance/ that it leaves "
-            "beside the recipe is used here. Or name a guide that measures block by block, such "
-            "as `lewis`."
+            "Run `lewis-hub importance` on a machine with enough room: this run uses the folder "
+            "importance/ that it writes beside the recipe. Or name a guide that measures block by "
+            "block, such as `lewis`."
         )
         raise RecipeError("recipe", "guide", problem, remedy)
 
 
 def _known(settings: GuideSettings, stores: Sequence[Path]) -> ImportanceProfile:
-    found = [profile for path in stores if (profile := known_profile(path))]
+    profiles = [profile for path in stores if (profile := known_profile(path))]
     return ImportanceProfile(
         settings.guide.name,
         settings.calibration,
-        tuple(entry for profile in found for entry in profile.sources),
+        tuple(entry for profile in profiles for entry in profile.sources),
     )
 
 
 def known_profile(path: Path) -> ImportanceProfile | None:
-    """Read what an earlier run measured; None where there is nothing that can be read."""
+    """Read the profile of an earlier run; None if it is missing or damaged."""
     try:
         return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ProfileError):
@@ -419,16 +385,11 @@ def known_profile(path: Path) -> ImportanceProfile | None:
 def measure_task_vectors(
     settings: GuideSettings, loader: ModelLoader, known: ImportanceProfile
 ) -> Iterator[SourceImportance]:
-    """Measure every expert against the base; adapters and 8-bit floats as they are merged.
-
-    Args:
-        settings: base and experts.
-        loader: tells where their weights are.
-        known: earlier measurements; those of the same sources are taken over.
+    """Measure the task vector of each expert that `known` lacks, with the weights as merged.
 
     Raises:
         BrokenCheckpointError: a file is missing or ends too early.
-        SourceError: bytes of a source cannot be had.
+        SourceError: bytes of a source cannot be read.
     """
     base = settings.base
     facts = {"measure": "task_vector", "base": base.digest}
@@ -436,7 +397,7 @@ def measure_task_vectors(
     matrices = block_matrices({name: tensor.shape for name, tensor in tensors.items()})
     for expert in settings.experts:
         entry = reusable(known, expert.digest, facts)
-        if entry and entry.modules.keys() == set(matrices):  # another version may take others
+        if entry and entry.modules.keys() == set(matrices):  # versions may differ in their matrices
             modules = entry.modules
         else:
             modules = _task_vector_sizes(base, expert, matrices, loader)
@@ -446,7 +407,7 @@ def measure_task_vectors(
 def _task_vector_sizes(
     base: OpenedSource, expert: OpenedSource, matrices: Sequence[str], loader: ModelLoader
 ) -> dict[str, float]:
-    """Module -> how far the expert's weight is from the base's, as a share of it."""
+    """Return the size of each module's task vector, relative to the base's weight."""
     from lewis_hub.merge.task_vectors import relative_changes  # imports the compiler
 
     first, second = base.checkpoint, expert.checkpoint

@@ -1,4 +1,4 @@
-"""Check: all that can be known before a download, from headers and JSON files alone."""
+"""Check a merge before the download, with headers and JSON files only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lewis_hub.errors import (
     SourceError,
 )
 from lewis_hub.evaluate.tasks import TaskSelection, check_tasks, locate_tasks, require_metric
-from lewis_hub.hub.fetch import read_small, weight_files
+from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
 from lewis_hub.hub.rows import describe_dataset, load_rows
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare, passed_over, settle_heads
@@ -29,26 +29,26 @@ from lewis_hub.recipe.schema import ApplyTo, Calibration, Missing
 from lewis_hub.tokenizer.union import KEEPERS, template_of
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 from lewis_hub.workflow.resolve import PinnedTask
-from lewis_hub.workflow.resources import Measurement
+from lewis_hub.workflow.resources import Measurement, Workload
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-POSITIONS = ("max_position_embeddings", "n_positions")  # what configurations call their number
-SMALL_BYTES = 20_000_000  # of a dataset: then its rows are read to see their columns
+POSITIONS = ("max_position_embeddings", "n_positions")  # keys of `config.json`
+SMALL_BYTES = 20_000_000  # rows of a smaller dataset are read to find its columns
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What the headers and JSON files of one source say."""
+    """A source, described by its headers and JSON files."""
 
     role: str
     name: str
     commit_sha: str
     size_bytes: int
-    dtype: str  # the dtype that most parameters have; `?` of pickles, where nobody knows yet
-    n_parameters: int  # 0 there
+    dtype: str  # the dtype of most parameters; `?` for pickles, which are not opened yet
+    n_parameters: int  # 0 for pickles
     n_vocabulary: int | None
     licence: str | None
     tied: bool  # input and output embeddings share one tensor
@@ -56,17 +56,17 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Whether a merge can be done, and what it will take.
+    """The result of a check: problems, notes, and the resources of the merge.
 
     Attributes:
-        problems: what keeps it from being done; none means that it can.
-        notes: what a user should know and need not answer.
-        download_bytes: what is not in the cache yet.
-        disk_bytes: beside the download: the merged model, and for as long as they are measured or
-            scored its twins, statistics, each source that is written out for that, and
-            `states_bytes`; pickles as safetensors.
-        states_bytes: at most, of the hidden states of calibration texts: none where they are few.
-        memory_bytes: at most, of the largest step.
+        problems: reasons why the merge cannot run; empty if it can.
+        notes: facts that a user should know, without an action.
+        download_bytes: size of the files that are not in the cache yet.
+        disk_bytes: peak size of all other files: the merged model, its twins, statistics, sources
+            that are written out to be measured or scored, converted pickles, and `states_bytes`.
+        states_bytes: upper bound for hidden states of calibration texts on the disk; 0 if they
+            fit into memory.
+        memory_bytes: upper bound for the largest step.
     """
 
     sources: tuple[SourceReport, ...]
@@ -79,12 +79,12 @@ class CheckReport:
     memory_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `lewis-hub check --json`."""
+        """Return the document of `lewis-hub check --json`."""
         return {"status": "failed" if self.problems else "fine", **asdict(self)}
 
 
 def require_fine(report: CheckReport) -> None:
-    """Stop before any download.
+    """Refuse a merge with problems.
 
     Raises:
         CheckFailedError: the report has problems.
@@ -93,49 +93,59 @@ def require_fine(report: CheckReport) -> None:
         raise CheckFailedError(report.problems)
 
 
-def report_source(source: OpenedSource) -> SourceReport:
-    """Say what the headers and JSON files of a source say."""
-    checkpoint, found = source.checkpoint, source.source
-    tensors = own_tensors(checkpoint) if found.is_adapter else tuple(checkpoint.tensors.values())
-    role = "adapter" if found.is_adapter else "expert"
+def make_report(
+    workload: Workload, problems: Sequence[str], notes: Sequence[str], api: HfApi
+) -> CheckReport:
+    """Describe the sources, and estimate the disk and memory that the merge takes."""
+    models, states_bytes = workload.sources.models, workload.states_bytes()
+    return CheckReport(
+        sources=tuple(map(_report_source, models)),
+        problems=tuple(problems),
+        notes=tuple(notes),
+        download_bytes=sum(bytes_to_download(api, model.source) for model in models),
+        output_bytes=workload.output_bytes(),
+        disk_bytes=workload.disk_bytes() + states_bytes,
+        states_bytes=states_bytes,
+        memory_bytes=workload.memory_bytes(),
+    )
+
+
+def _report_source(opened: OpenedSource) -> SourceReport:
+    checkpoint, source = opened.checkpoint, opened.source
+    tensors = own_tensors(checkpoint) if source.is_adapter else tuple(checkpoint.tensors.values())
+    role = "adapter" if source.is_adapter else "expert"
     by_dtype: Counter[str] = Counter()
     for tensor in tensors:
         dtype = tensor.scaled.codes if tensor.scaled else tensor.dtype
         by_dtype[dtype] += tensor.n_elements
-    config = source.config
+    config = opened.config
     text_config = config.get("text_config") or config
     return SourceReport(
-        role="base" if source.role == "base" else role,
-        name=found.name + (f"@{found.revision}" if found.revision else ""),
-        commit_sha=found.commit_sha,
-        size_bytes=found.size_bytes(weight_files(found)),
+        role="base" if opened.role == "base" else role,
+        name=source.name + (f"@{source.revision}" if source.revision else ""),
+        commit_sha=source.commit_sha,
+        size_bytes=source.size_bytes(weight_files(source)),
         dtype=next((dtype for dtype, _ in by_dtype.most_common(1)), "?"),
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
-        licence=source.facts.licence,
+        licence=opened.facts.licence,
         tied=bool(ties(config)),
     )
 
 
 def guide_refusals(apply_to: ApplyTo, method: Method, *, is_stack: bool) -> list[str]:
-    """Say why a guide would do nothing under a method.
-
-    Args:
-        apply_to: what its schedule sets.
-        method: of the merge.
-        is_stack: whether blocks are stacked.
-    """
+    """Return the reason why a guide would have no effect with a method, if there is one."""
     if is_stack and apply_to != "density":
-        return ["guide: a stack takes densities alone. Set `apply_to: density`."]
+        return ["guide: in a stack a guide can only set densities. Set `apply_to: density`."]
     weighs = method.takes_task_vectors and method.takes("weights")
     if apply_to != "density" and not weighs:
         return [
-            f"guide: `{method.name}` has no weights of task vectors for `apply_to` to scale. "
+            f"guide: `{method.name}` has no task vector weights that `apply_to` could scale. "
             "Set `apply_to: density`, or use `ties`, `dare_ties` or `task_arithmetic`."
         ]
     if apply_to != "weight" and not method.takes_density:
         return [
-            f"guide: `{method.name}` keeps every entry, so densities would do nothing. "
+            f"guide: `{method.name}` keeps every entry, so densities would have no effect. "
             "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
         ]
     return []
@@ -146,24 +156,20 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
     if "lewis_reference" not in measurement.measures:
         return []
     longest = max((one.max_tokens for one in measurement.calibrations), default=0)
-    found = []
+    problems = []
     for source in sources.distinct:
-        text = source.config.get("text_config") or source.config
-        told = next((text[key] for key in POSITIONS if key in text), None)
+        text_config = source.config.get("text_config") or source.config
+        n_positions = next((text_config[key] for key in POSITIONS if key in text_config), None)
         try:
-            check_padding(source.name, longest, told if isinstance(told, int) else None)
+            known = n_positions if isinstance(n_positions, int) else None
+            check_padding(source.name, longest, known)
         except CalibrationModelError as error:
-            found.append(str(error))
-    return found
+            problems.append(str(error))
+    return problems
 
 
 def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, str]]) -> list[str]:
-    """Refuse tasks that are not there, and metrics that they lack.
-
-    Args:
-        selection: tasks to score.
-        metrics: (task, metric) of gates and of leaderboards.
-    """
+    """Refuse unknown tasks, and unknown metrics of gates and leaderboards as (task, metric)."""
     try:
         check_tasks(selection)
         for task, metric in metrics:
@@ -174,20 +180,17 @@ def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, st
 
 
 def chat_refusals(scored: Iterable[Source], api: HfApi) -> list[str]:
-    """Refuse models without a chat template, where prompts go through it.
-
-    An adapter's expert has its base's.
-    """
-    found = []
-    for source in {one.pinned: one for one in scored if not one.is_adapter}.values():
+    """Refuse whole models without a chat template; an adapter uses the template of its base."""
+    problems = []
+    for source in {model.pinned: model for model in scored if not model.is_adapter}.values():
         files = {name: read_small(api, source, name) for name in KEEPERS}
-        there = {name: content for name, content in files.items() if content is not None}
-        if template_of(source.name, there) is None:
-            found.append(
+        known = {name: content for name, content in files.items() if content is not None}
+        if template_of(source.name, known) is None:
+            problems.append(
                 f"evaluate.chat_template: {source.pinned} has no chat template.\n"
                 "Leave it out of `evaluate.compare`, or score without `chat_template`."
             )
-    return found
+    return problems
 
 
 def data_refusals(
@@ -197,14 +200,7 @@ def data_refusals(
     *,
     allow_code: bool,
 ) -> list[str]:
-    """Say what is known to be wrong with the calibration data.
-
-    Args:
-        calibrations: that are measured on.
-        data: what each draws from.
-        api: the Hub.
-        allow_code: whether tasks may run code.
-    """
+    """Return the problems of calibration data that are known before its rows are loaded."""
     return [
         problem
         for calibration in dict.fromkeys(calibrations)
@@ -225,22 +221,22 @@ def _problems(
 
 
 def _columns(api: HfApi, calibration: Calibration, source: Source) -> tuple[str, ...]:
-    """Of the split; none where only many rows would tell."""
-    told = describe_dataset(api, source, calibration.config, calibration.split)
+    """Return the columns of the split; empty if only the rows of a large dataset show them."""
+    description = describe_dataset(api, source, calibration.config, calibration.split)
     n_bytes = sum(file.size_bytes for file in source.files)
-    if told.columns or n_bytes > SMALL_BYTES:
-        return told.columns
+    if description.columns or n_bytes > SMALL_BYTES:
+        return description.columns
     return load_rows(api, source, calibration.config, calibration.split).columns
 
 
 def _check_task(selection: TaskSelection, calibration: Calibration) -> None:
-    """What its files tell; whether its data have the split shows when they are loaded."""
+    """Refuse a split that the task scores; whether the split exists is known once it is loaded."""
     for file in locate_tasks(selection).files:
         splits = [file.config.get(f"{kind}_split") for kind in ("training", "fewshot")]
         scored = file.config.get("test_split") or file.config.get("validation_split")
         if scored == calibration.split and not calibration.allow_overlap:
-            listed = " or ".join(f"`{one}`" for one in dict.fromkeys(filter(None, splits)))
-            problem = f"`{scored}` is the split that it scores, and calibration must not see it."
+            listed = " or ".join(f"`{split}`" for split in dict.fromkeys(filter(None, splits)))
+            problem = f"the task scores split `{scored}`, so calibration must not use it."
             remedy = f"Set `split` to {listed}." if listed else "Name a `dataset` instead."
             raise EvaluationError(file.name, problem, remedy)
 
@@ -251,10 +247,10 @@ Configs = Mapping[str, Mapping[str, Any]]  # pinned source -> its config.json
 def settle(
     donor: str, checkpoints: Mapping[str, Checkpoint], configs: Configs
 ) -> dict[str, Checkpoint]:
-    """Give sources that tie head and embeddings, as the base does, a head where the base has one.
+    """Give sources that tie head and embeddings, as the base does, a head if the base has one.
 
-    A configuration that is silent means what its architecture means by that: to tie, where a
-    source with a silent one stores no head. `donor` is the base's key in both mappings.
+    `donor` is the key of the base. If `tie_word_embeddings` is missing, the default of the
+    architecture holds: to tie, if a source without this key stores no head.
     """
     stated = {pinned: ties(configs[pinned]) for pinned in checkpoints}
     silent = any(
@@ -277,21 +273,21 @@ def misfits(
     *,
     tokenizers_clash: bool,
 ) -> list[str]:
-    """Say what keeps the sources from being merged tensor by tensor.
+    """Return the reasons why the sources cannot be merged tensor by tensor.
 
     Args:
         donor: headers that the others are compared with.
         experts: headers of the others.
-        missing: "base": the donor's tensors stand in for those that an expert lacks.
-        rows: tensors that are put together row by row.
-        tokenizers_clash: then that message comes first, and numbers of rows are not told.
+        missing: "base": tensors that an expert lacks are taken from the donor.
+        rows: tensors that are merged row by row.
+        tokenizers_clash: leave out different numbers of rows, as the tokenizers explain them.
     """
-    found = compare(donor, experts, missing, rows)
-    return [str(one) for one in found if not (tokenizers_clash and one.kind == "vocabulary")]
+    problems = compare(donor, experts, missing, rows)
+    return [str(p) for p in problems if not (tokenizers_clash and p.kind == "vocabulary")]
 
 
 def left_alone(
     donor: Checkpoint, experts: Sequence[Checkpoint], missing: Missing
 ) -> tuple[str, ...]:
-    """Say what `missing: base` keeps out of the merge, a sentence each."""
+    """Return a sentence for each group of tensors that `missing: base` keeps out of the merge."""
     return passed_over(donor, experts) if missing == "base" else ()

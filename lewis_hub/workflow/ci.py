@@ -1,4 +1,4 @@
-"""Preflight: what a run that nobody watches is to do, known before a weight is downloaded."""
+"""Plan unattended runs: a preflight before a download, and the request of a Hub Job."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lewis_hub.progress import Silent
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.workflow import fetch
 from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.existing import IMPORTANCE, PreviousMerge, previous_merge, without_scores
 from lewis_hub.workflow.job import prepare
+from lewis_hub.workflow.publish import IMPORTANCE, PreviousMerge, previous_merge, without_scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,15 +32,18 @@ if TYPE_CHECKING:
 
 Way = Literal["unchanged", "merge", "stream"]
 
+OUTPUT = "merged"  # in the working folder of the Job, which is deleted with the Job
+RECIPE = "recipe.yaml"
+
 
 @dataclass(frozen=True)
 class Preflight:
-    """What is to be done.
+    """The result of a preflight.
 
     Attributes:
-        way: `unchanged`: nothing, the target repo holds this very merge; `merge`: on this disk;
-            `stream`: from Hub to Hub, since this disk is too small.
-        why: in words.
+        way: `unchanged`: the target repo holds this merge already; `merge`: on this disk;
+            `stream`: from Hub to Hub, because this disk is too small.
+        why: the reason, as a sentence.
         commit_url: of the commit that holds the merge.
     """
 
@@ -52,22 +55,21 @@ class Preflight:
 def look_ahead(
     recipe: Recipe, asked: Publishing, output: Path, api: HfApi, *, force: bool
 ) -> Preflight:
-    """Look at sources, disk and target; only headers and small files are read.
+    """Compare sources, disk and target; only headers and small files are read.
 
-    What the target's merge measured is left in `importance/`, beside the recipe or in the working
-    folder, unless there is a file already: `merge` need not measure it again then.
+    The profile of the published merge is saved in `importance/` beside the recipe, if there is no
+    file yet, so that `merge` does not measure it again.
 
     Args:
-        recipe: what to merge.
-        asked: where it goes. The target is only read, so a token that may read is enough; one that
-            cannot be seen counts as empty.
-        output: the folder that a merge on this disk would make.
+        recipe: the recipe.
+        asked: the target. A token with read access is enough; an invisible repo counts as empty.
+        output: the folder that a merge on this disk would create.
         api: the Hub.
-        force: whether to merge though nothing changed.
+        force: whether to merge although nothing changed.
 
     Raises:
         CheckFailedError: the sources do not fit together.
-        OutputError: the disk is too small, and what the recipe asks for needs whole models.
+        OutputError: the disk is too small for the whole models that the recipe needs.
     """
     job = prepare(recipe, Execution(replace=force), api, Silent())
     needs, planned = job.disk_needs(), job.planned
@@ -77,8 +79,8 @@ def look_ahead(
     except OutputError as shortage:
         if job.evaluation and job.evaluation.demands:
             remedy = (
-                "A quality gate scores whole models, so the merge cannot be streamed past this "
-                "disk: take a larger machine, such as by `lewis-hub merge --push --on jobs`."
+                "A quality gate scores whole models, so the merge cannot be streamed: use a "
+                "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
             )
             raise OutputError(shortage.path, shortage.problem, remedy) from None
         found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
@@ -97,7 +99,7 @@ def look_ahead(
 def _held(
     asked: Publishing, main: PreviousMerge | None, planned: Lock, api: HfApi
 ) -> PreviousMerge | None:
-    """The planned merge where it lies on main, or in an open pull request if it would be one."""
+    """Return the planned merge if main, or an open pull request, holds it already."""
     merges = [main]
     if asked.landing == "pull-request":
         merges += [previous_merge(target, api) for _, target in proposals(api, asked.repo)]
@@ -106,19 +108,15 @@ def _held(
 
 def _keep_importance(folder: Path, previous: PreviousMerge, api: HfApi) -> None:
     place = folder / "importance.json"
-    told = previous.read(IMPORTANCE, api)
-    if told and not place.exists():
+    profile = previous.read(IMPORTANCE, api)
+    if profile and not place.exists():
         place.parent.mkdir(exist_ok=True)
-        write_whole(place, told)
-
-
-OUTPUT = "merged"  # in the working folder of the Job's machine, and gone with it
-RECIPE = "recipe.yaml"
+        write_whole(place, profile)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a Job runs; None leaves the choice to the Hub."""
+    """The hardware of a Job; None leaves the choice to the Hub."""
 
     flavor: str | None
     timeout: str | None
@@ -126,16 +124,10 @@ class Hardware:
 
 
 def request(file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardware) -> JobRequest:
-    """The Job that merges a recipe and pushes the result.
-
-    Args:
-        file: the recipe's.
-        recipe: what it says.
-        options: of `merge`, to be handed on.
-        hardware: where it runs.
+    """Return the Job that merges a recipe and pushes the result; `options` are those of `merge`.
 
     Raises:
-        RecipeError: it names models or files that a Job cannot have.
+        RecipeError: it names models or files that a Job cannot read.
     """
     return JobRequest(
         words=["merge", MOUNT, "-o", OUTPUT, *options],
@@ -148,23 +140,25 @@ def request(file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardwa
 
 
 def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
-    """The local files that a recipe names, by their path beside it.
+    """Return the local files that a recipe names, by their path beside it.
 
     Raises:
-        RecipeError: a model is a local folder, or a file does not lie beside the recipe.
+        RecipeError: a model is a local folder, or a file is not beside the recipe.
     """
     for model in _models(recipe):
         if Path(recipe.locate(model)).exists():
-            problem = f"`{model}` is a folder of this machine, and a Job reads models from the Hub."
-            raise RecipeError(str(file), "models", problem, f"`lewis-hub push {model} OWNER/NAME`.")
+            problem = f"`{model}` is a local folder, but a Job reads models from the Hub."
+            raise RecipeError(
+                str(file), "models", problem, f"Push it: `lewis-hub push {model} OWNER/NAME`."
+            )
     found: dict[str, Path] = {}
     beside = file.resolve().parent
     for name in _data(recipe):
         place = Path(recipe.locate(name))
         if not place.exists():
-            continue  # a repo, or what the check will not find either
+            continue  # a repo, or a missing file, which the check reports
         if Path(name).is_absolute() or not place.is_relative_to(beside):
-            problem = f"`{name}` does not lie beside the recipe, so a Job cannot have it."
+            problem = f"`{name}` is not beside the recipe, so a Job cannot read it."
             raise RecipeError(str(file), "", problem, "Move it there, or to a repo on the Hub.")
         inside = sorted(place.rglob("*")) if place.is_dir() else [place]
         found |= {
@@ -187,5 +181,5 @@ def _data(recipe: Recipe) -> Iterator[str]:
         yield recipe.evaluate.include
     for entry in recipe.experts:
         calibration = recipe.calibration_of(entry)
-        told = calibration and (calibration.dataset, calibration.include)
-        yield from filter(None, told or ())
+        named = calibration and (calibration.dataset, calibration.include)
+        yield from filter(None, named or ())

@@ -1,4 +1,4 @@
-"""Refuse to calibrate on what is scored: drawn items held against every item of every task."""
+"""Refuse calibration texts that contain scored items; every item of every task is compared."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Values = frozenset[str]  # texts without case and white space
 
 @dataclass(frozen=True)
 class DrawnText:
-    """What a model is fitted to.
+    """A calibration text or an item to tune on.
 
     Attributes:
-        texts: as it is, and what of it comes from the data alone.
-        fixing: what fixes an item; each of several will do.
+        texts: the rendered text, and the part of it that comes from the data.
+        fixing: sets of values of which each identifies the item.
     """
 
     texts: tuple[str, ...]
@@ -37,9 +37,10 @@ class DrawnText:
 
 
 def drawn_texts(rows: Rows, template: Template, tokens: CalibrationTokens) -> list[DrawnText]:
-    """A dataset's row is fixed by the columns that go into its text.
+    """Return drawn rows for the comparison.
 
-    A task's item by its document, and by its prompt with its answer.
+    The columns of its text identify a row of a dataset. Its document, or its prompt with its
+    answer, identifies an item of a task.
     """
     table = rows.rows(tokens.rows)
     if isinstance(rows, TaskRows):
@@ -54,7 +55,7 @@ def drawn_texts(rows: Rows, template: Template, tokens: CalibrationTokens) -> li
 
 
 def drawn_items(items: Iterable[TaskItem]) -> list[DrawnText]:
-    """Each item by itself, without few-shot examples."""
+    """Return items without few-shot examples for the comparison."""
     return [DrawnText((f"{item.prompt} {item.answer}",), _fixing(item)) for item in items]
 
 
@@ -62,23 +63,23 @@ def _fixing(item: TaskItem) -> tuple[Values, ...]:
     return values(item.document), values((item.prompt, item.answer))
 
 
-def values(told: Any) -> Values:
-    """All texts and numbers in a document."""
-    return frozenset(text for text in _texts(told) if text)
+def values(document: Any) -> Values:
+    """Return all texts and numbers in a document, without case and white space."""
+    return frozenset(text for text in _texts(document) if text)
 
 
-def _texts(told: Any) -> Iterator[str]:
-    if isinstance(told, Mapping):
-        yield from _texts(list(told.values()))
-    elif isinstance(told, list | tuple):
-        for one in told:
-            yield from _texts(one)
-    elif told is not None:
-        yield " ".join(str(told).split()).casefold()
+def _texts(document: Any) -> Iterator[str]:
+    if isinstance(document, Mapping):
+        yield from _texts(list(document.values()))
+    elif isinstance(document, list | tuple):
+        for part in document:
+            yield from _texts(part)
+    elif document is not None:
+        yield " ".join(str(document).split()).casefold()
 
 
 def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[TaskItem]) -> Counter[str]:
-    """Task -> number of drawn items that it scores."""
+    """Return the number of drawn items that each task scores."""
     found = {(item.task, index) for index, item in overlaps(drawn, scored)}
     return Counter(task for task, _ in found)
 
@@ -86,10 +87,10 @@ def count_overlap(drawn: Sequence[DrawnText], scored: Sequence[TaskItem]) -> Cou
 def overlaps(
     drawn: Sequence[DrawnText], scored: Sequence[TaskItem]
 ) -> Iterator[tuple[int, TaskItem]]:
-    """The place of each drawn text that holds a scored item, with that item.
+    """Yield the index of each drawn text that matches a scored item, with that item.
 
-    The item's question stands in it (`contained_items`), or all that fixes what was drawn stands in
-    one scored document, its prompt or answer.
+    The text contains the item's question (`contained_items`), or the item's document, prompt and
+    answer contain all values that identify the text.
     """
     texts = [(index, text) for index, one in enumerate(drawn) for text in one.texts]
     for place, item in contained_items([text for _, text in texts], scored):
@@ -100,18 +101,17 @@ def overlaps(
             by_longest[max(one, key=lambda text: (len(text), text))].append((index, one))
     for item in scored:
         whole = item.prompt + item.answer, f"{item.prompt} {item.answer}"
-        there = values((item.document, item.prompt, item.answer, whole))
-        for text in by_longest.keys() & there:
-            yield from ((index, item) for index, one in by_longest[text] if one <= there)
+        known = values((item.document, item.prompt, item.answer, whole))
+        for text in by_longest.keys() & known:
+            yield from ((index, item) for index, one in by_longest[text] if one <= known)
 
 
 @dataclass(frozen=True)
 class ScoredTasks:
-    """Tasks that are scored, now or later; they are loaded when they are first needed.
+    """Tasks that are scored now or later; they are loaded on first use.
 
     Attributes:
-        selection: the tasks.
-        are_scored_now: whether this run scores them; else another run is going to.
+        are_scored_now: whether this run scores them; otherwise a later run does.
     """
 
     selection: TaskSelection
@@ -121,7 +121,7 @@ class ScoredTasks:
 
     @cached_property
     def loaded(self) -> LoadedTasks:
-        """The tasks.
+        """The loaded tasks.
 
         Raises:
             EvaluationError: a task cannot be built.
@@ -145,29 +145,27 @@ class ScoredTasks:
 
 
 def refuse_overlap(
-    scored: ScoredTasks | None,
-    drawn: Mapping[Calibration, Sequence[DrawnText]],
-    progress: Progress,
+    scored: ScoredTasks | None, drawn: Mapping[Calibration, Sequence[DrawnText]], progress: Progress
 ) -> None:
-    """Compare every calibration with the items that are scored, now or later.
+    """Refuse calibrations whose texts contain items that are scored now or later.
 
     Raises:
         CalibrationError: an item is in both, and the recipe does not allow it.
-        EvaluationError: what is scored cannot be loaded.
+        EvaluationError: the tasks cannot be loaded.
     """
-    held = {one: items for one, items in drawn.items() if not one.allow_overlap}
-    if scored is None or not held:
+    compared = {one: items for one, items in drawn.items() if not one.allow_overlap}
+    if scored is None or not compared:
         return
     progress.say("Comparing calibration texts with the items that are scored")
     known = scored.items()
-    for calibration, items in held.items():
+    for calibration, items in compared.items():
         found = count_overlap(items, known)
         if found:
-            told = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
+            counts = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise CalibrationError(
                 f"calibration on {calibration.data}, split {calibration.split}",
-                f"of {len(items)} texts, `evaluate` scores {told}",
-                "A score on what a merge was fitted to says nothing: name another split, or "
-                "another `seed`.\n`allow_overlap: true` in this calibration, or "
-                "`--allow-overlap`, carries on all the same.",
+                f"of {len(items)} texts, `evaluate` scores {counts}",
+                "A score on calibration texts is meaningless: name another split, or another "
+                "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, "
+                "continues anyway.",
             )

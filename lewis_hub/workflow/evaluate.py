@@ -1,4 +1,4 @@
-"""Evaluate: every model of a merge on the same items; what is scored once is kept."""
+"""Score the merge, its twins and its rivals on the same items; known scores are used again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lewis_hub.workflow.statistics import Gathered, StatisticsSettings, gather
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to be scored: `identity` names its content, `label` its part in the merge."""
+    """A model to score: `identity` is a digest of its content, `label` its role in the merge."""
 
     label: str
     identity: str
@@ -44,11 +44,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation of several models.
+    """The evaluation of several models.
 
     Attributes:
-        limit: only so many first items of each task.
-        kept: folder with the results of models that were scored before.
+        limit: number of items of each task, from the first; None: all items.
+        kept: folder for results, which later runs use again.
     """
 
     loaded: LoadedTasks
@@ -59,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Scored:
-    """A merge beside its rivals, what all did item by item, and what the gate says of that."""
+    """The scores of a merge and its rivals, their results by item, and the gate's verdict."""
 
     scores: Scores
     results: Mapping[str, ModelResult]  # by label
@@ -67,18 +67,16 @@ class Scored:
 
     @property
     def items(self) -> ModelResult:
-        """What the merge itself did."""
+        """The results of the merge."""
         return self.results["merged"]
 
 
 @dataclass(frozen=True)
 class PlainTwin:
-    """The same merge without statistics, to be scored beside it.
+    """A twin of the merge without statistics, to be scored beside it.
 
     Attributes:
-        label: of its scores.
-        plan: of its weights.
-        takes_schedule: whether a guide's densities are its own too.
+        takes_schedule: whether the guide's densities apply to it.
     """
 
     label: str
@@ -88,16 +86,14 @@ class PlainTwin:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is scored.
+    """The models to score, and how.
 
     Attributes:
-        limit: only so many first items of each task.
-        settings: how models are run.
+        limit: number of items of each task, from the first; None: all items.
         rivals: label -> source that is scored beside the merge.
-        uniform_twin: whether the merge is made again, with uniform densities.
-        plain_twin: None: there is none.
+        uniform_twin: whether a twin with uniform densities is made.
         demands: of the quality gate.
-        benchmarks: task -> the Hub's benchmark on whose leaderboard the score appears.
+        benchmarks: task -> benchmark on the Hub whose leaderboard shows the score.
     """
 
     limit: int | None
@@ -111,14 +107,11 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class TwinMaker:
-    """Makes merges to be scored beside the merge itself; they stay in the scratch folder.
+    """Makes twins of a merge in the scratch folder.
 
     Attributes:
-        plan: of the merge.
-        sidecars: of the merge.
-        loader: of the sources.
-        statistics: how second moments are gathered; None: the method needs none.
-        sets: calibration texts, one an expert.
+        statistics: None: the method needs no second moments.
+        sets: calibration texts, one set per expert.
     """
 
     plan: PlanSettings
@@ -128,7 +121,7 @@ class TwinMaker:
     sets: Sets
 
     def uniform(self, schedule: DensitySchedule) -> Candidate:
-        """Make the merge with every density replaced by the mean: what guidance must beat."""
+        """Make the merge with the mean density everywhere, the baseline for the guide."""
         uniform = schedule.uniform_twin(self.plan.sizes())
         known, scratch = Gathered(), self.loader.scratch
         if self.statistics:
@@ -157,14 +150,7 @@ def score_merge(
     guidance: Guidance | None,
     maker: TwinMaker,
 ) -> Scored:
-    """Score the merge beside its rivals; its twins are made for this.
-
-    Args:
-        evaluation: what is scored.
-        tasks: that score it.
-        merged: the merge.
-        guidance: of its guide, where it has one.
-        maker: of the twins.
+    """Make the twins of the merge, and score it beside them and its rivals.
 
     Raises:
         EvaluationError: a task or a model cannot be used.
@@ -188,12 +174,7 @@ def score_merge(
 def score(
     candidates: Sequence[Candidate], run: Run, progress: Progress
 ) -> Mapping[str, ModelResult]:
-    """Score the candidates on the same items; label -> what it did.
-
-    Args:
-        candidates: in the order in which they are scored.
-        run: tasks, settings, and where results are kept as they come.
-        progress: told the requests of all candidates together.
+    """Score candidates on the same items; return label -> results.
 
     Raises:
         EvaluationError: a task or a model cannot be used.
@@ -215,15 +196,11 @@ def score(
 
 
 def _file_name(candidate: Candidate, run: Run) -> str:
-    """Changes with the model, the tasks, their own files and data, the settings and lm-eval."""
+    """Return a name by model, tasks, the user's task files, data, settings and lm-eval version."""
     selected, commits = run.loaded.selection, run.loaded.commits
     own = selected.include
-    texts = {str(file.relative_to(own)): sha256_of(file) for file in _files(own)} if own else {}
-    asked = [candidate.identity, selected.names, texts, run.limit, vars(run.settings)]
-    told = json.dumps([*asked, sorted(commits.values()), version("lm_eval")])
-    digest = hashlib.sha256(told.encode()).hexdigest()
-    return f"{digest[:32]}.json"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
+    texts = {str(file.relative_to(own)): sha256_of(file) for file in files} if own else {}
+    facts = [candidate.identity, selected.names, texts, run.limit, vars(run.settings)]
+    document = json.dumps([*facts, sorted(commits.values()), version("lm_eval")])
+    return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"

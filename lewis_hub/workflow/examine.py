@@ -1,4 +1,4 @@
-"""Examine: a recipe's sources pinned and opened, and the recipe checked against them."""
+"""Pin and open the sources of a recipe, and check the recipe against them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lewis_hub.errors import MergeError, PublishError, SourceError
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
-from lewis_hub.hub.fetch import bytes_to_download
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.planning import MergeSettings, MergeSource
@@ -36,9 +35,9 @@ from lewis_hub.workflow.check import (
     data_refusals,
     guide_refusals,
     left_alone,
+    make_report,
     misfits,
     padding_refusals,
-    report_source,
     require_fine,
     settle,
 )
@@ -84,43 +83,43 @@ if TYPE_CHECKING:
 
 
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
-    """What is merged: the experts, or all that is listed where the method takes no base.
+    """Return the models that are merged: the experts, or all models if the method takes no base.
 
-    Of slices the experts: which of them the base goes into, the slices say.
+    For slices it returns the experts; the slices themselves say where the base is used.
     """
     takes_base = registry.find(recipe.merge_method).takes_base
     return recipe.experts if takes_base or recipe.slices else recipe.models
 
 
 def sources_by_reference(recipe: Recipe, inputs: Inputs) -> dict[ModelReference, Source]:
-    """What each model of a recipe is pinned to."""
+    """Return the pinned source of each model of a recipe."""
     models = [entry.model for entry in merged_entries(recipe)]
-    found = dict(zip(models, inputs.experts, strict=True))
+    sources = dict(zip(models, inputs.experts, strict=True))
     if recipe.base_model and inputs.base:
-        found[recipe.base_model] = inputs.base
-    return found
+        sources[recipe.base_model] = inputs.base
+    return sources
 
 
 def needs_moments(recipe: Recipe) -> bool:
-    """Whether the method merges by second moments of its experts' inputs, or trims by them."""
+    """Return whether the method solves or trims with second moments of the experts' inputs."""
     return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
 
 
 def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
-    """The texts of each expert, in order; none where neither guide nor method wants any."""
+    """Return the calibration of each expert, in order; empty if guide and method need no texts."""
     if recipe.guide is None and not needs_moments(recipe):
         return ()
-    wanted = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
-    return tuple(calibration for calibration in wanted if calibration)
+    calibrations = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
+    return tuple(calibration for calibration in calibrations if calibration)
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
-    """Say what is measured before a merge."""
+    """Return which measurements a merge needs."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     moments = None
     if needs_moments(recipe):
         solved = registry.find(recipe.merge_method).needs_grams
-        widest = WIDEST if solved else DIAGONAL  # a trim needs the diagonal alone
+        widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
         moments = MomentSettings(widest, solved, fits_in_sequence(recipe))
     on_texts = moments is not None or (guide is not None and guide.needs_texts)
     return Measurement(guide, moments, calibrations_of(recipe) if on_texts else ())
@@ -128,16 +127,11 @@ def measurement_of(recipe: Recipe) -> Measurement:
 
 @dataclass(frozen=True)
 class Examined:
-    """What was read of a recipe's sources, and what follows from it.
+    """The opened sources of a recipe and the result of the check.
 
     Attributes:
-        report: what the check found.
-        inputs: pinned.
-        sources: opened; those with pickled weights have no tensors yet.
-        tokens: what the tokenizers make of the merge.
-        measurement: what is measured before the merge.
-        slices: of a stack, pinned.
-        workload: what decides the resources that the merge takes.
+        sources: sources with pickled weights have no tensors yet.
+        slices: the pinned slices of a stack; empty for a merge of whole models.
     """
 
     report: CheckReport
@@ -152,13 +146,8 @@ class Examined:
 def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:
     """Pin every source of a recipe.
 
-    Args:
-        recipe: what to merge.
-        api: the Hub.
-        allow_pickle: whether models of pickled weights alone will do.
-
     Raises:
-        RecipeError: its guide is unknown, or lacks calibration data.
+        RecipeError: the guide is unknown or lacks calibration data.
         SourceError: a source cannot be found or may not be read.
     """
     require_guide(recipe)
@@ -172,8 +161,8 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
     experts = tuple(model(entry.model) for entry in entries)
     for entry, expert in zip(entries, experts, strict=True):
         if entry.model.on and not expert.is_adapter:
-            problem = "this is a whole model, and `+` puts a LoRA adapter on one"
-            raise SourceError(expert.pinned, problem, "List it without what is before the `+`.")
+            problem = "this is a whole model, but `+` adds a LoRA adapter to a model"
+            raise SourceError(expert.pinned, problem, "Remove the part before the `+`.")
         if base is None:
             require_whole(api, expert)
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
@@ -182,18 +171,12 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
 def examine_sources(
     recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 ) -> Examined:
-    """Pin, open and check the sources of a recipe; nothing stands in the way of its merge.
+    """Pin, open and check the sources of a recipe; the returned report has no problems.
 
-    Pickled weights are converted, once all is checked that can be without them.
-
-    Args:
-        recipe: what to merge.
-        execution: how the work is done.
-        api: the Hub.
-        progress: told what is converted.
+    Everything that can be checked without pickled weights is checked before they are converted.
 
     Raises:
-        CheckFailedError: the sources do not fit together, or the recipe asks for what they lack.
+        CheckFailedError: the sources do not fit together or do not fit the recipe.
         LewisHubError: a source cannot be found or read; this machine lacks a device or runner.
     """
     execution.require_usable()
@@ -201,9 +184,9 @@ def examine_sources(
     pickled = tuple(dict.fromkeys(source for source in inputs.models if source.is_pickled))
     if pickled:
         require_fine(examine(recipe, replace(execution, allow_code=True), inputs, api).report)
-        found = convert_pickles(pickled, recipe.allow_code, api, progress)
-        base = found.get(inputs.base, inputs.base) if inputs.base else None
-        experts = tuple(found.get(expert, expert) for expert in inputs.experts)
+        converted = convert_pickles(pickled, recipe.allow_code, api, progress)
+        base = converted.get(inputs.base, inputs.base) if inputs.base else None
+        experts = tuple(converted.get(expert, expert) for expert in inputs.experts)
         inputs = replace(inputs, base=base, experts=experts)
     examined = examine(recipe, execution, inputs, api)
     require_fine(examined.report)
@@ -213,11 +196,7 @@ def examine_sources(
 def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) -> Examined:
     """Read headers, configurations and cards of all sources, and check the recipe against them.
 
-    Args:
-        recipe: what to merge.
-        execution: how the work is done.
-        inputs: pinned; pickles are not looked into.
-        api: the Hub.
+    Pickles are not opened.
 
     Raises:
         SourceError: a file cannot be read.
@@ -233,13 +212,17 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         tokens = compare_tokenizers(request, models, api, opened, checkpoints)
         problems = [*tokens.problems]
         if not recipe.slices:  # a stack is compared when it is planned
-            problems += _misfits(recipe, inputs, checkpoints, tokens)
+            donor, *others = (checkpoints[source.pinned] for source in inputs.models)
+            rows, clash = tokens.alignment.tensors if tokens.alignment else (), bool(problems)
+            problems += misfits(donor, others, recipe.missing, rows, tokenizers_clash=clash)
     sources = _merge_sources(inputs, checkpoints, opened, facts, tokens)
     slices: tuple[PinnedSlice, ...] = ()
     output = sources.donor.checkpoint
     if not problems:
         try:
-            slices = _slices(recipe, inputs)
+            takes_base = registry.find(recipe.merge_method).takes_base
+            references = sources_by_reference(recipe, inputs)
+            slices = pin_slices(recipe.slices, recipe.base_model, references, takes_base=takes_base)
             output = _check_plan(recipe, sources, tokens, slices)
             problems += _guide_problems(recipe, sources, measurement)
         except MergeError as error:
@@ -249,39 +232,31 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     workload = workload_of(recipe, execution, sources, measurement, output)
     notes = _notes(recipe, inputs, sources, opened, workload)
     notes += [*tokens.notes, *(calibration_notes(sources) if measurement.calibrations else ())]
-    report = _report(sources, problems, notes, workload, api)
+    report = make_report(workload, problems, notes, api)
     return Examined(report, inputs, sources, tokens, measurement, slices, workload)
 
 
 def _tokenizer_request(
     recipe: Recipe, inputs: Inputs, measurement: Measurement
 ) -> tuple[TokenizerRequest, tuple[Source, ...]]:
-    """What is asked of the tokenizer, and the models whose tokenizers count.
+    """Return the tokenizer settings, and the models whose tokenizers have to be compared.
 
-    Of a stack without texts the models count whose embeddings, final norm or head it takes.
+    A stack without texts only compares models whose embeddings, final norm or head it uses.
     """
     sources = sources_by_reference(recipe, inputs)
-    asked = recipe.asked_tokenizer
-    written = [recipe.chat_template] if recipe.chat_template else []
-    if asked:
-        tokens = (token.model for token in asked.tokens.values())
-        written += [asked.source, *(model for model in tokens if model)]
-    references = {name: recipe.reference(name) for name in written}
+    tokenizer = recipe.asked_tokenizer
+    names = [recipe.chat_template] if recipe.chat_template else []
+    if tokenizer:
+        tokens = (token.model for token in tokenizer.tokens.values())
+        names += [tokenizer.source, *(model for model in tokens if model)]
+    references = {name: recipe.reference(name) for name in names}
     named = {name: sources[model] for name, model in references.items() if model}
     models = inputs.models
-    if recipe.slices and not asked and not measurement.calibrations:
+    if recipe.slices and not tokenizer and not measurement.calibrations:
         ends = (recipe.slices[0], recipe.slices[-1])
-        used = {sources[source.model] for one in ends for source in one.sources}
-        models = tuple(one for one in models if one in used or one is inputs.donor)
-    return TokenizerRequest(asked, recipe.chat_template, named), models
-
-
-def _misfits(
-    recipe: Recipe, inputs: Inputs, checkpoints: Mapping[str, Checkpoint], tokens: Tokens
-) -> list[str]:
-    donor, *others = (checkpoints[source.pinned] for source in inputs.models)
-    rows = tokens.alignment.tensors if tokens.alignment else ()
-    return misfits(donor, others, recipe.missing, rows, tokenizers_clash=bool(tokens.problems))
+        used = {sources[source.model] for end in ends for source in end.sources}
+        models = tuple(model for model in models if model in used or model is inputs.donor)
+    return TokenizerRequest(tokenizer, recipe.chat_template, named), models
 
 
 def _merge_sources(
@@ -291,26 +266,20 @@ def _merge_sources(
     facts: Mapping[str, ModelFacts],
     tokens: Tokens,
 ) -> MergeSources:
-    def source(one: Source) -> OpenedSource:
-        pinned = one.pinned
+    def open_source(source: Source) -> OpenedSource:
+        pinned = source.pinned
         return OpenedSource(
-            source=one,
-            role="base" if one is inputs.base else "expert",
-            digest=inputs.digest(one),
+            source=source,
+            role="base" if source is inputs.base else "expert",
+            digest=inputs.digest(source),
             checkpoint=checkpoints[pinned],
             config=opened.configs[pinned],
             facts=facts[pinned],
             translation=tokens.translations.get(pinned),
         )
 
-    base = source(inputs.base) if inputs.base else None
-    return MergeSources(base, tuple(source(expert) for expert in inputs.experts))
-
-
-def _slices(recipe: Recipe, inputs: Inputs) -> tuple[PinnedSlice, ...]:
-    takes_base = registry.find(recipe.merge_method).takes_base
-    sources = sources_by_reference(recipe, inputs)
-    return pin_slices(recipe.slices, recipe.base_model, sources, takes_base=takes_base)
+    base = open_source(inputs.base) if inputs.base else None
+    return MergeSources(base, tuple(map(open_source, inputs.experts)))
 
 
 def plan_settings(
@@ -320,7 +289,7 @@ def plan_settings(
     tokens: Tokens,
     slices: Sequence[PinnedSlice],
 ) -> PlanSettings:
-    """Say what fixes the plan of a merge."""
+    """Return the settings that determine the plan of a merge."""
     settings: MergeSettings | StackSettings
     if slices:
         settings = StackSettings(
@@ -353,13 +322,13 @@ def plan_settings(
 def _check_plan(
     recipe: Recipe, sources: MergeSources, tokens: Tokens, slices: Sequence[PinnedSlice]
 ) -> Checkpoint:
-    """Plan the merge, where all tensors are known; returns the headers of what is made.
+    """Plan the merge if all tensors are known; return the headers of its output.
 
     Raises:
         MergeError: the settings do not fit the method or the sources.
     """
     output = sources.donor.checkpoint
-    if not all(one.checkpoint.tensors for one in sources.models):
+    if not all(source.checkpoint.tensors for source in sources.models):
         return output
     planned = plan_settings(recipe, Execution(max_shard_bytes=1 << 40), sources, tokens, slices)
     planned.plan(None)
@@ -383,8 +352,8 @@ def _guide_problems(recipe: Recipe, sources: MergeSources, measurement: Measurem
         return []
     method = registry.find(recipe.merge_method)
     is_stack = bool(recipe.slices)
-    found = guide_refusals(recipe.guide.apply_to, method, is_stack=is_stack)
-    return found + (depth_refusals(sources) if is_stack and measurement.measures else [])
+    problems = guide_refusals(recipe.guide.apply_to, method, is_stack=is_stack)
+    return problems + (depth_refusals(sources) if is_stack and measurement.measures else [])
 
 
 def _refusals(
@@ -395,51 +364,51 @@ def _refusals(
     measurement: Measurement,
     api: HfApi,
 ) -> list[str]:
-    """What later steps would refuse: texts, tasks, models that do not fit into memory."""
-    found = padding_refusals(measurement, sources)
-    asked, allow_code = recipe.evaluate, execution.allow_code
-    if asked:
-        gates = [(gate.task, gate.metric) for gate in asked.gate or ()]
-        boards = [(task, one.metric) for task, one in (asked.benchmarks or {}).items()]
-        selected = task_selection(asked, recipe.locate, allow_code=allow_code)
-        found += benchmark_refusals(selected, [*gates, *boards])
-        if asked.chat_template:
+    """Return the reasons why a later step would refuse: texts, tasks, too large models."""
+    problems = padding_refusals(measurement, sources)
+    evaluation, allow_code = recipe.evaluate, execution.allow_code
+    if evaluation:
+        gates = [(gate.task, gate.metric) for gate in evaluation.gate or ()]
+        boards = [(task, board.metric) for task, board in (evaluation.benchmarks or {}).items()]
+        selection = task_selection(evaluation, recipe.locate, allow_code=allow_code)
+        problems += benchmark_refusals(selection, [*gates, *boards])
+        if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
-            rivals = [one.source for one in rivals_of(asked, sources).values()]
-            found += chat_refusals([*merged, *rivals], api)
-    found += data_refusals(measurement.calibrations, inputs.data, api, allow_code=allow_code)
-    return found + loading_problems(measurement, sources, execution.loading)
+            rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
+            problems += chat_refusals([*merged, *rivals], api)
+    problems += data_refusals(measurement.calibrations, inputs.data, api, allow_code=allow_code)
+    return problems + loading_problems(measurement, sources, execution.loading)
 
 
 def task_selection(
-    asked: Evaluation, locate: Callable[[str], str], *, allow_code: bool
+    evaluation: Evaluation, locate: Callable[[str], str], *, allow_code: bool
 ) -> TaskSelection:
-    """Return the tasks of an evaluation; `locate` finds its folder of own task files."""
-    include = Path(locate(asked.include)) if asked.include else None
-    return TaskSelection(asked.tasks, include, allow_code=allow_code)
+    """Return the tasks of an evaluation; `locate` finds the folder of the user's task files."""
+    include = Path(locate(evaluation.include)) if evaluation.include else None
+    return TaskSelection(evaluation.tasks, include, allow_code=allow_code)
 
 
-def rivals_of(asked: Evaluation, sources: MergeSources) -> dict[str, OpenedSource]:
-    """Sources that are scored beside the merge, by the labels of their scores."""
-    base = {"base": sources.base} if sources.base and "base" in asked.compare else {}
-    experts = sources.experts if "experts" in asked.compare else ()
+def rivals_of(evaluation: Evaluation, sources: MergeSources) -> dict[str, OpenedSource]:
+    """Return the sources that are scored beside the merge, by the labels of their scores."""
+    base = {"base": sources.base} if sources.base and "base" in evaluation.compare else {}
+    experts = sources.experts if "experts" in evaluation.compare else ()
     return base | {f"expert:{expert.pinned}": expert for expert in experts}
 
 
 def has_uniform_twin(recipe: Recipe) -> bool:
-    """Whether the merge is made again, with uniform densities, to be scored beside it."""
-    asked = recipe.evaluate
-    return recipe.guide is not None and asked is not None and "uniform" in asked.compare
+    """Return whether a twin with uniform densities is made, to be scored beside the merge."""
+    evaluation = recipe.evaluate
+    return recipe.guide is not None and evaluation is not None and "uniform" in evaluation.compare
 
 
 def plain_twin(recipe: Recipe) -> tuple[str, Recipe] | None:
     """Return label and recipe of the same merge without statistics, to be scored beside it.
 
-    A method that is solved by second moments gets what equal moments would give: the mean of the
-    task vectors by the same weights. Else entries are trimmed by their magnitude.
+    The twin of a method that solves with second moments is the mean of the task vectors with the
+    same weights, which equal moments would give. The twin of a trim trims by magnitude.
     """
-    asked = recipe.evaluate
-    if asked is None or "uniform" not in asked.compare or not needs_moments(recipe):
+    evaluation = recipe.evaluate
+    if evaluation is None or "uniform" not in evaluation.compare or not needs_moments(recipe):
         return None
     if not registry.find(recipe.merge_method).needs_grams:
         kept = {k: v for k, v in recipe.parameters.items() if k not in ("trim", "trim_exponent")}
@@ -465,7 +434,7 @@ def workload_of(
     measurement: Measurement,
     output: Checkpoint,
 ) -> Workload:
-    """Say what decides the resources that a merge takes."""
+    """Return the values that determine the disk and memory of a merge."""
     rescales = recipe.merge_method == "ties" and bool(recipe.parameters.get("rescale", False))
     uniform = has_uniform_twin(recipe)
     measured = sources.experts if measurement.moments else ()
@@ -482,29 +451,29 @@ def workload_of(
         scores=recipe.evaluate is not None,
         n_twins=uniform + (plain_twin(recipe) is not None),
         uniform_twin=uniform,
-        loaded=frozenset(one.pinned for one in (*measured, *rivals)),
+        loaded=frozenset(source.pinned for source in (*measured, *rivals)),
     )
 
 
 def _notes(
-    recipe: Recipe,
-    inputs: Inputs,
-    sources: MergeSources,
-    opened: OpenedSources,
-    workload: Workload,
+    recipe: Recipe, inputs: Inputs, sources: MergeSources, opened: OpenedSources, workload: Workload
 ) -> list[str]:
-    """What a user should know and need not answer."""
+    """Return the notes of a check."""
     notes = []
     donor, config = inputs.donor, sources.donor.config
     if "auto_map" in config and donor.name not in recipe.allow_code:
         notes.append(
-            f"{donor.name} comes with Python code, which is not carried into the merge; list it "
+            f"{donor.name} contains Python code, which is not copied into the merge; list it "
             "under `allow_code` if its architecture needs it."
         )
-    asked, measurement = recipe.evaluate, workload.measurement
-    told = asked is not None and "compare" in asked.model_fields_set and "uniform" in asked.compare
-    if told and recipe.guide is None and measurement.moments is None:
-        notes.append("without a guide the merge is its own uniform twin: it is scored once.")
+    evaluation, measurement = recipe.evaluate, workload.measurement
+    names_uniform = (
+        evaluation is not None
+        and "compare" in evaluation.model_fields_set
+        and "uniform" in evaluation.compare
+    )
+    if names_uniform and recipe.guide is None and measurement.moments is None:
+        notes.append("without a guide the merge equals its uniform twin, so it is scored once.")
 
     def is_base(name: str) -> bool:
         if donor.folder:
@@ -514,29 +483,8 @@ def _notes(
     notes += adapter_notes(donor, opened.adapters, is_base, tied=bool(ties(config)))
     notes += quantised_notes(inputs.models, opened.models, donor, recipe.output_dtype)
     notes += pickle_notes(inputs.models)
-    scores = recipe.evaluate is not None
-    notes += loading_notes(measurement, sources, workload.loading, scores=scores)
+    notes += loading_notes(measurement, sources, workload.loading, scores=workload.scores)
     if opened.is_read:
         first, *others = (one.checkpoint for one in sources.models)
         notes += left_alone(first, others, recipe.missing)
     return notes
-
-
-def _report(
-    sources: MergeSources,
-    problems: Sequence[str],
-    notes: Sequence[str],
-    workload: Workload,
-    api: HfApi,
-) -> CheckReport:
-    needed = workload.needs()
-    return CheckReport(
-        sources=tuple(report_source(source) for source in sources.models),
-        problems=tuple(problems),
-        notes=tuple(notes),
-        download_bytes=sum(bytes_to_download(api, one.source) for one in sources.models),
-        output_bytes=needed.output_bytes,
-        disk_bytes=needed.disk_bytes + needed.states_bytes,
-        states_bytes=needed.states_bytes,
-        memory_bytes=needed.memory_bytes,
-    )

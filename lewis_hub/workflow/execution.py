@@ -1,4 +1,4 @@
-"""How the work is done: where models run, and what is allowed."""
+"""Execution settings: devices and runners, limits and permissions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ SOFTWARE = (
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how the work is done; the merged weights are the same whatever is chosen here.
+    """Execution settings; none of them changes the merged weights.
 
     Attributes:
-        runner: `inline`, `threads` (one a core), `threads:N` or `ray`.
-        ray_address: of the cluster; None: a Ray of our own on this machine.
-        device: where models run to be measured and scored, as torch names it. On `cuda` the weights
-            are merged there too, unless Ray's workers do it.
-        max_shard_bytes: largest file of weights.
-        max_memory_bytes: of a model while it is measured; a larger one is never loaded whole.
-            None: any may be.
-        replace: whether a folder that is there already may be replaced.
+        runner: `inline`, `threads` (one per core), `threads:N` or `ray`.
+        ray_address: of the cluster; None: Ray is started on this machine.
+        device: torch device on which models are measured and scored. With `cuda` the weights are
+            merged there too, unless Ray's workers merge them.
+        max_shard_bytes: limit for a file of weights.
+        max_memory_bytes: a model that needs more is measured block by block; None: no limit.
+        replace: whether an existing output folder may be replaced.
         allow_code: whether benchmarks may run code that a model wrote.
-        allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
-        allow_pickle: whether sources may have pickled weights alone.
-        held_out: what is scored later, where the recipe scores nothing now: calibration does not
-            draw its items all the same.
+        allow_nan: whether sources may hold NaN and infinity, which are replaced by the base's
+            values.
+        allow_pickle: whether sources may have only pickled weights.
+        held_out: tasks that are scored later if the recipe scores nothing; calibration does not
+            draw their items.
     """
 
     runner: str = "threads"
@@ -51,24 +51,24 @@ class Execution:
 
     @property
     def workers(self) -> Runner | Ray:
-        """The runner by its name."""
+        """The runner of this name."""
         return parse_runner(self.runner, self.ray_address)
 
     @property
     def loading(self) -> Loading:
-        """How models are brought into memory to be measured."""
+        """The device and memory limit for measured models."""
         return Loading(self.device, self.max_memory_bytes)
 
     def means(self, *, is_read_next: bool) -> Means:
-        """What weights are made with; `is_read_next`: whether they are read soon after."""
+        """Return runner and device of a merge; `is_read_next`: whether the files are read soon."""
         device = self.device if self.device.startswith("cuda") else None
         return Means(self.workers, device, is_read_next)
 
     def require_usable(self) -> None:
-        """Refuse what this machine does not have, before any work.
+        """Refuse a runner or device that this machine does not have.
 
         Raises:
-            MergeError: there is no such runner, or the address is none.
+            MergeError: the runner is unknown, or the address is invalid.
             ExtraMissingError: Ray is not installed.
             DeviceError: torch does not find the device.
         """
@@ -79,7 +79,7 @@ class Execution:
 
 
 def software() -> dict[str, str]:
-    """What the work is done with: name -> version; what is not installed is left out."""
+    """Return the versions of the installed libraries, by name."""
     found = {"lewis_hub": __version__, "python": python_version()}
     for name in SOFTWARE:
         try:

@@ -1,4 +1,4 @@
-"""Fetch: small files first, so that what is wrong shows before the weights are downloaded."""
+"""Fetch sources: small files, whole models or byte ranges; convert pickled weights."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Folders = Mapping[str, Path]  # pinned source -> a folder with at least its smal
 
 @dataclass(frozen=True)
 class FetchedSources:
-    """Where the files of sources are.
+    """The files of sources.
 
     Attributes:
         folders: pinned source -> folder with at least its configuration and tokenizer.
-        locations: pinned source -> where its weights are read.
-        keeps_models: whether whole models may lie on this disk; else weights are read by ranges.
-        count_bytes: counts the bytes that came by ranges so far.
+        locations: pinned source -> folder of its weights, or function that reads byte ranges.
+        keeps_models: whether whole models may be on this disk; otherwise byte ranges are read.
+        count_bytes: returns the number of bytes that were read by ranges.
     """
 
     folders: Folders
@@ -51,7 +51,7 @@ class FetchedSources:
 
 
 def small_files(api: HfApi, source: Source) -> Path:
-    """Fetch configuration and tokenizer; returns the folder that holds them."""
+    """Fetch configuration and tokenizer; return their folder."""
     return fetch(api, source, lambda _: None, only=SIDECAR_FILES)
 
 
@@ -62,20 +62,20 @@ def code_files(api: HfApi, sources: Sequence[Source]) -> None:
 
 
 def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
-    """Fetch sources, weights included; what is in the cache already is not fetched again."""
+    """Download whole sources that are not in the cache; return pinned source -> folder."""
     total = sum(bytes_to_download(api, source) for source in sources)
     with progress.stage("Downloading", total, "bytes") as advance:
         return {source.pinned: fetch(api, source, advance) for source in sources}
 
 
 def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> FetchedSources:
-    """Fetch sources, weights included."""
+    """Download whole sources."""
     folders = download(api, sources, progress)
     return FetchedSources(folders, folders, keeps_models=True)
 
 
 def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
-    """Fetch small files; weights that are not here already are read by byte ranges."""
+    """Fetch small files; weights that are not in the cache are read by byte ranges."""
     folders: dict[str, Path] = {}
     locations: dict[str, Location] = {}
     counts: list[ByteCounter] = []
@@ -96,12 +96,12 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
 
 
 def require_disk(work: Path, download_bytes: int, made_bytes: int) -> None:
-    """Refuse before the first byte what the disks cannot hold: sources, merge and twin together.
+    """Refuse disks that cannot hold the download and the written files together.
 
     Args:
-        work: folder that the merge is made in; what an earlier run left there counts as free.
-        download_bytes: of sources that are not in the cache.
-        made_bytes: of all that is written into `work`.
+        work: folder of the merge; files of an earlier run in it count as free.
+        download_bytes: size of the sources that are not in the cache.
+        made_bytes: size of the files that are written into `work`.
 
     Raises:
         OutputError: a disk is too small.
@@ -114,24 +114,20 @@ def require_disk(work: Path, download_bytes: int, made_bytes: int) -> None:
     for shares in of_disk.values():
         needed = sum(n_bytes for _, n_bytes in shares)
         where = " and ".join(str(folder) for folder, _ in shares)
-        remedy = "take another disk: HF_HUB_CACHE names the folder for the download, -o that for "
+        remedy = "use another disk: HF_HUB_CACHE names the folder for the download, -o that for "
         require_room(shares[0][0], needed, "download and merge", f"{remedy}the merge", where)
 
 
 def convert_pickles(
     sources: Sequence[Source], code: Collection[str], api: HfApi, progress: Progress
 ) -> dict[Source, Source]:
-    """Download pickled weights and convert them to safetensors; returns source -> converted source.
+    """Download pickled weights and convert them to safetensors; return source -> converted source.
 
-    Args:
-        sources: of pickled weights alone.
-        code: names of the sources whose Python files are carried along.
-        api: the Hub.
-        progress: told the bytes that arrive and that are written.
+    `code` names the sources whose Python files are copied.
 
     Raises:
-        SourceError: a file cannot be had, or there is not enough room.
-        PickleError: a pickle asks for more than tensors, or is damaged.
+        SourceError: a file cannot be fetched, or there is not enough room.
+        PickleError: a pickle loads something else than tensors, or is damaged.
     """
     folders = download(api, sources, progress)
     return {
@@ -152,8 +148,8 @@ def _converted(
         total = source.size_bytes(weight_files(source))
         with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
             written = convert(source.pinned, files, work, advance, ties=ties(config))
-        told = [SourceFile(one.name, one.n_bytes, f"sha256:{one.sha256}") for one in written]
-        converted.finish_conversion(source, work, told, code=code)
+        files_made = [SourceFile(f.name, f.n_bytes, f"sha256:{f.sha256}") for f in written]
+        converted.finish_conversion(source, work, files_made, code=code)
     finally:
         converted.abandon_conversion(work)
     return converted.with_converted(source, code=code)

@@ -1,8 +1,8 @@
-"""Compile a recipe into a job: `prepare` answers every question about it, once.
+"""Compile a recipe into a job: `prepare` computes all values that the steps of a merge need.
 
     recipe + execution - resolve - open - check - MergeJob
 
-Nothing below takes a recipe: each step takes the values of the job that it uses.
+The steps below take no recipe, only the values of the job that they use.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow.calibrate import GuideSettings, Sets, TextSettings
-from lewis_hub.workflow.check import (
-    CheckReport,
-)
+from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
 from lewis_hub.workflow.examine import (
@@ -53,23 +51,13 @@ from lewis_hub.workflow.execution import Execution, software
 from lewis_hub.workflow.fetch import FetchedSources
 from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
-from lewis_hub.workflow.open import (
-    MergeSources,
-)
+from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot, snapshot
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.resolve import Inputs
-from lewis_hub.workflow.resources import (
-    Loading,
-    Measurement,
-    Workload,
-)
+from lewis_hub.workflow.resources import Loading, Measurement, Workload
 from lewis_hub.workflow.sinks import DiskNeeds
-from lewis_hub.workflow.slices import (
-    name_by_pin,
-    stack_config,
-    stacked_blocks,
-)
+from lewis_hub.workflow.slices import name_by_pin, stack_config, stacked_blocks
 from lewis_hub.workflow.statistics import StatisticsSettings
 
 if TYPE_CHECKING:
@@ -78,25 +66,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeJob:
-    """A merge with nothing left to ask.
+    """A compiled recipe: all values that a merge needs.
 
     Attributes:
-        report: what the check found; it has no problems.
-        sources: pinned and opened.
-        code: sources whose Python files are carried along.
-        measurement: what is measured before the merge.
-        texts: what calibration texts are drawn from.
-        guide: how densities are decided; None: the settings alone decide.
-        statistics: how second moments are gathered; None: the method needs none.
-        plan: of the merged weights.
-        sidecars: the files beside them.
-        evaluation: what is scored; None: nothing.
+        report: the result of the check; it has no problems.
+        code: sources whose Python files are copied.
+        guide: None: densities come from the recipe's settings.
+        statistics: None: the method needs no second moments.
+        sidecars: the files beside the weights.
+        evaluation: None: nothing is scored.
         held_out: tasks whose items no calibration text may hold, scored now or later.
-        reporting: what is known of the report before the merge.
-        repo: that the merge is published in; None: it stays on disk.
-        workload: what decides the resources that the merge takes.
-        means: what the weights are made with.
-        replaces: whether an output folder that is there already may be replaced.
+        reporting: the values of the report that are known before the merge.
+        repo: target repo; None: the merge stays on disk.
+        means: runner and device that make the weights.
+        replaces: whether an existing output folder may be replaced.
     """
 
     report: CheckReport
@@ -118,18 +101,18 @@ class MergeJob:
 
     @property
     def planned(self) -> Lock:
-        """The lock of the merge that will be made, without its outputs."""
+        """The lock of the merge, without its outputs."""
         return self.reporting.planned
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
-        """Say what the merge takes of the disk.
+        """Return the bytes that the merge takes on the disk.
 
         Args:
-            sets: calibration texts, one an expert; none: they are not drawn yet.
-            keeps_models: whether whole models may lie on this disk.
+            sets: calibration texts, one set per expert; empty: they are not drawn yet.
+            keeps_models: whether whole models may be on this disk.
         """
-        report, asked = self.report, self.measurement.calibrations if sets else ()
-        n_tokens = {one: own.tokens.n_tokens for one, own in zip(asked, sets, strict=True)}
+        report, calibrations = self.report, self.measurement.calibrations if sets else ()
+        n_tokens = {c: own.tokens.n_tokens for c, own in zip(calibrations, sets, strict=True)}
         loading = self.workload.loading if keeps_models else Loading(max_memory_bytes=0)
         checkpoints = self.sources.checkpoints.values()
         return DiskNeeds(
@@ -142,19 +125,13 @@ class MergeJob:
         )
 
     def scored_tasks(self, api: HfApi, progress: Progress) -> ScoredTasks | None:
-        """Return the tasks that are scored, now or later; they are loaded when they are needed."""
+        """Return the tasks that are scored now or later; they are loaded on first use."""
         if self.held_out is None:
             return None
         return ScoredTasks(self.held_out, self.evaluation is not None, api, progress)
 
     def loader(self, files: FetchedSources, scratch: Path, progress: Progress) -> ModelLoader:
-        """Return what loads the sources, to measure and score them.
-
-        Args:
-            files: of the sources.
-            scratch: folder for what nobody keeps.
-            progress: shows what is written out.
-        """
+        """Return the loader of the sources; its temporary files go to `scratch`."""
         loading = self.workload.loading
         if not files.keeps_models:
             loading = replace(loading, max_memory_bytes=0)
@@ -163,23 +140,17 @@ class MergeJob:
 
 
 def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress) -> MergeJob:
-    """Compile a recipe: pin, open and check its sources, and answer every question about it.
-
-    Args:
-        recipe: what to merge.
-        execution: how the work is done.
-        api: the Hub.
-        progress: told what is converted.
+    """Pin, open and check the sources of a recipe, and compile it.
 
     Raises:
-        CheckFailedError: the sources do not fit together, or the recipe asks for what they lack.
+        CheckFailedError: the sources do not fit together or do not fit the recipe.
         LewisHubError: a source cannot be found or read; this machine lacks a device or runner.
     """
     return compile_job(recipe, execution, examine_sources(recipe, execution, api, progress), api)
 
 
 def planned_lock(recipe: Recipe, inputs: Inputs, max_shard_bytes: int) -> Lock:
-    """Return the lock of a merge that will be made: without outputs and calibration rows."""
+    """Return the lock of a planned merge, without outputs and calibration rows."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
@@ -201,13 +172,9 @@ def _snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
 
 
 def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: HfApi) -> MergeJob:
-    """Answer every question about a recipe whose sources were examined; nothing is read.
+    """Compile a recipe whose sources were examined; nothing is read.
 
-    Args:
-        recipe: the one that was examined, or another one of the same sources.
-        execution: how the work is done.
-        examined: its report has no problems.
-        api: the Hub.
+    It may be another recipe of the same sources.
 
     Raises:
         MergeError: the settings do not fit the method or the sources.
@@ -225,8 +192,8 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     reporting = _report_settings(recipe, execution, examined, api)
     guide = _guide_settings(recipe, sources, measurement, plan)
     output = examined.workload.output
-    asked, allow_code = recipe.evaluate, execution.allow_code
-    scored = asked or execution.held_out
+    evaluation, allow_code = recipe.evaluate, execution.allow_code
+    held_out = evaluation or execution.held_out
     return MergeJob(
         report=examined.report,
         sources=sources,
@@ -239,8 +206,10 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         statistics=_statistics_settings(recipe, examined, measurement, plan, sidecars),
         plan=plan,
         sidecars=sidecars,
-        evaluation=_evaluation(recipe, asked, execution, examined) if asked else None,
-        held_out=task_selection(scored, recipe.locate, allow_code=allow_code) if scored else None,
+        evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
+        held_out=task_selection(held_out, recipe.locate, allow_code=allow_code)
+        if held_out
+        else None,
         reporting=reporting,
         repo=recipe.publish.repo if recipe.publish else None,
         workload=workload_of(recipe, execution, sources, measurement, output),
@@ -252,18 +221,18 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
 def _guide_settings(
     recipe: Recipe, sources: MergeSources, measurement: Measurement, plan: PlanSettings
 ) -> GuideSettings | None:
-    asked, guide = recipe.guide, measurement.guide
-    if asked is None or guide is None or sources.base is None:
+    entry, guide = recipe.guide, measurement.guide
+    if entry is None or guide is None or sources.base is None:
         return None
-    told = asked.calibration.model_dump(mode="json", exclude_none=True) if asked.calibration else {}
+    texts = entry.calibration
     return GuideSettings(
         guide=guide,
         base=sources.base,
         experts=sources.experts,
         tokenizer=sources.donor.name,
-        bounds=Bounds(asked.gamma, asked.epsilon, asked.default_density, asked.mean_density),
-        use=Use(asked.apply_to, recipe.seed),
-        calibration=told,
+        bounds=Bounds(entry.gamma, entry.epsilon, entry.default_density, entry.mean_density),
+        use=Use(entry.apply_to, recipe.seed),
+        calibration=texts.model_dump(mode="json", exclude_none=True) if texts else {},
         beside=Path(recipe.locate("importance")),
         plan=plan,
     )
@@ -293,7 +262,7 @@ def _statistics_settings(
 
 
 def _evaluation(
-    recipe: Recipe, asked: Evaluation, execution: Execution, examined: Examined
+    recipe: Recipe, evaluation: Evaluation, execution: Execution, examined: Examined
 ) -> EvaluationPlan:
     twin = None
     if plain := plain_twin(recipe):
@@ -302,16 +271,18 @@ def _evaluation(
         plan = plan_settings(other, execution, sources, tokens, slices)
         twin = PlainTwin(label, plan, takes_schedule=label == "by_magnitude")
     return EvaluationPlan(
-        limit=asked.limit,
-        settings=EvaluationSettings(device=execution.device, chat_template=asked.chat_template),
-        rivals=rivals_of(asked, examined.sources),
+        limit=evaluation.limit,
+        settings=EvaluationSettings(
+            device=execution.device, chat_template=evaluation.chat_template
+        ),
+        rivals=rivals_of(evaluation, examined.sources),
         uniform_twin=has_uniform_twin(recipe),
         plain_twin=twin,
         demands=tuple(
             Demand(gate.task, gate.metric, gate.not_worse_than, gate.tolerance, gate.on_refusal)
-            for gate in asked.gate or ()
+            for gate in evaluation.gate or ()
         ),
-        benchmarks=asked.benchmarks or {},
+        benchmarks=evaluation.benchmarks or {},
     )
 
 
@@ -357,7 +328,7 @@ def _report_settings(
 
 
 def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """What follows from the parents; nothing where they differ and nobody decided."""
+    """Return the licence of the merge; None if the parents differ and none was chosen."""
     try:
         return combined_licence(facts, chosen)
     except PublishError:
@@ -369,7 +340,7 @@ def _mergekit(recipe: Recipe, examined: Examined, taken: RecipeSnapshot) -> Merg
     if recipe.merge_method not in METHODS or needs_moments(recipe):
         return None
     entries = zip(merged_entries(recipe), inputs.experts, strict=True)
-    told = taken.document
+    document = taken.document
     return MergekitMerge(
         method=recipe.merge_method,
         base=inputs.base.pinned if inputs.base else None,
@@ -380,5 +351,5 @@ def _mergekit(recipe: Recipe, examined: Examined, taken: RecipeSnapshot) -> Merg
         schedule=None,
         tensors=tuple(examined.sources.donor.checkpoint.tensors),
         adapters=tuple(one.pinned for one in inputs.experts if one.is_adapter),
-        tokenizer={key: told[key] for key in ("tokenizer_source", "tokenizer") if key in told},
+        tokenizer={k: document[k] for k in ("tokenizer_source", "tokenizer") if k in document},
     )

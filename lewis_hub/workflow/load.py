@@ -1,4 +1,4 @@
-"""Load: bring a source into memory to measure or score it, whole or block by block."""
+"""Load a source to measure or score it, as a whole or block by block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.measure import Subject
+from lewis_hub.calibration.measure import CalibrationSet, Subject
 from lewis_hub.calibration.meta_model import Weights, in_folder
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
@@ -27,22 +27,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REMEDY = (
-    "So --stream cannot measure it: merge without --stream where it fits. For a guide `lewis-hub "
-    "importance` is enough there: the folder importance/ that it leaves beside the recipe is used."
+    "So --stream cannot measure it: merge without --stream on a machine with enough room. For a "
+    "guide, `lewis-hub importance` is enough there: this run uses the folder importance/ that it "
+    "writes beside the recipe."
 )
 
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """How the sources of a merge are loaded.
+    """Loads the sources of a merge.
 
     Attributes:
-        files: of all sources.
-        scratch: folder for what measuring needs and nobody keeps.
-        loading: device, and how much of a model may be in memory.
-        means: what makes weights that are written out.
-        max_shard_bytes: size of the largest file, and of what is fetched ahead.
-        progress: shows what is written out.
+        scratch: folder for temporary files.
+        means: runner and device that write out weights.
+        max_shard_bytes: limit for a file, and for bytes that are fetched ahead.
     """
 
     files: FetchedSources
@@ -57,13 +55,18 @@ class ModelLoader:
         """Pinned source -> where its weights are read."""
         return self.files.locations
 
-    def materialize_checkpoint(self, source: OpenedSource) -> Path:
-        """Return a folder of a source that transformers can load.
+    def subject(self, source: OpenedSource, *sets: CalibrationSet) -> Subject:
+        """Return a source and its texts, which are in its own token ids."""
+        folder = self.files.folders[source.pinned]
+        return Subject(source.pinned, source.digest, source.role, folder, sets)
 
-        It is the source's own where its files hold the weights as they are merged. An adapter's
-        expert is written out in `scratch`, in the dtypes of its base, and so is a model of 8-bit
-        floats, in bfloat16: transformers runs 8-bit floats on a GPU only, and measures take plain
-        weights. An earlier call's folder is kept.
+    def materialize_checkpoint(self, source: OpenedSource) -> Path:
+        """Return a folder from which transformers can load a source.
+
+        It is the source's own folder if its files hold the weights as they are merged. An adapter
+        on its base is written to `scratch` in the dtypes of the base, and a quantised model in
+        bfloat16: transformers runs 8-bit floats only on a GPU, and measures need plain weights.
+        The folder of an earlier call is used again.
 
         Raises:
             CheckpointError: a source is broken, or holds NaN or infinity.
@@ -81,10 +84,10 @@ class ModelLoader:
         return output
 
     def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
-        """Return the same subject in a folder that can be loaded, or block by block.
+        """Return the same subject with weights that can be loaded.
 
-        Block by block goes a model that is too large to be in memory, and every model where none
-        may lie on this disk; and where it is possible, a model that takes less memory so.
+        They are read block by block if the model is too large for the memory, if no whole model
+        may be on this disk, or if this takes less memory.
 
         Raises:
             CheckpointError: a source is broken.
@@ -111,7 +114,7 @@ class ModelLoader:
         if checkpoint.is_computed:
             folder = self._write_configuration(source)
         name = hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
-        ranges = self.scratch / f"ranges-{name}"  # several may be on their way
+        ranges = self.scratch / f"ranges-{name}"  # several sources may be read at once
 
         def parts(
             lists: Sequence[Sequence[TensorHeader]],
@@ -133,7 +136,7 @@ class ModelLoader:
 
 
 def _as_written(reader: Reader, tensor: TensorHeader) -> Tensor:
-    """Read a tensor in float32; a computed tensor is rounded as it is where it is written out."""
+    """Read a tensor in float32; a computed tensor is rounded as if it came from a file."""
     found = reader.tensor(tensor)
     if not tensor.is_computed:
         return found
@@ -143,14 +146,7 @@ def _as_written(reader: Reader, tensor: TensorHeader) -> Tensor:
 def choose_loading(
     subject: Subject, checkpoint: Checkpoint, loading: Loading, scratch: Path
 ) -> Subject:
-    """Return a subject of a complete folder, block by block where it must be or takes less memory.
-
-    Args:
-        subject: its folder holds the weights.
-        checkpoint: its headers.
-        loading: device, and how much of a model may be in memory.
-        scratch: folder for hidden states.
-    """
+    """Return a subject of a complete folder, block by block if this is needed or saves memory."""
     must_be = loading.is_by_block(checkpoint)
     by_block = must_be or loading.is_less_by_block(checkpoint, subject.n_tokens)
     weights = in_folder(subject.source, subject.folder, scratch) if by_block else None

@@ -1,4 +1,4 @@
-"""Merge: headers, settings and a schedule to the shards of a model and the files beside them."""
+"""Plan a merge, and write its shards and the files beside them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A model that was made.
+    """A merged model.
 
     Attributes:
-        identity: digest of its plan: equal ones hold equal weights.
-        shards: by the names of their files; the index is among them. Of a stream they are on the
-            Hub and not in `folder`.
+        identity: digest of its plan; models with the same digest have the same weights.
+        shards: by file name, including the index. The shards of a stream are only on the Hub.
         sidecars: paths of the files beside the weights, relative to `folder`.
         parameters: tensor -> number of parameters.
     """
@@ -48,12 +47,12 @@ class MergedModel:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Everything that fixes a plan but densities and second moments.
+    """The settings of a plan, without densities and second moments.
 
     Attributes:
         settings: of whole models, or of a stack of their blocks.
-        max_shard_bytes: size of the largest file.
-        allow_nan: whether sources may hold NaN and infinity, which then count as the base's.
+        max_shard_bytes: limit for a file.
+        allow_nan: whether NaN and infinity in sources are replaced by the base's values.
     """
 
     settings: MergeSettings | StackSettings
@@ -61,12 +60,11 @@ class PlanSettings:
     allow_nan: bool
 
     def plan(self, schedule: DensitySchedule | None, statistics: Known = ()) -> MergePlan:
-        """Say what each output tensor is made of.
+        """Return the plan: sources and settings of each output tensor.
 
         Args:
-            schedule: a guide's; None: the settings alone decide. Of a stack its tensors have the
-                names of the output.
-            statistics: where the method merges by them.
+            schedule: of a guide, for a stack by the names of the output; None: no guide.
+            statistics: second moments or fitted matrices, if the method needs them.
 
         Raises:
             MergeError: the settings do not fit the method or the sources.
@@ -79,7 +77,7 @@ class PlanSettings:
         return output_sizes(self._plan(None))
 
     def restack(self, schedule: DensitySchedule) -> DensitySchedule:
-        """Give the densities of whole models to the tensors of the stack, where there is one."""
+        """Return the schedule by the tensors of the stack; unchanged for whole models."""
         if isinstance(self.settings, MergeSettings):
             return schedule
         return restacked(schedule, self._plan(None))
@@ -111,7 +109,7 @@ def output_sizes(planned: MergePlan) -> dict[str, int]:
 
 
 def _densities(schedule: DensitySchedule, names: Callable[[str], Iterable[str]]) -> Schedule:
-    """Every tensor's density, those that the guide leaves alone included; none of weights alone."""
+    """Return the density of every tensor, with the default for tensors outside of the guide."""
     return {
         expert.source: {name: expert.density(name) for name in names(expert.source)}
         for expert in schedule.experts
@@ -121,13 +119,13 @@ def _densities(schedule: DensitySchedule, names: Callable[[str], Iterable[str]])
 
 @dataclass(frozen=True)
 class SidecarSettings:
-    """What the files beside the weights are made of.
+    """The settings of the files beside the weights.
 
     Attributes:
-        donor: pinned source whose configuration is carried.
-        dtype: that `config.json` names; None: as the donor's does.
-        code: whether the donor's Python files are carried.
-        tokenizer: None: the donor's as it is.
+        donor: pinned source whose configuration is copied.
+        dtype: the dtype in `config.json`; None: the donor's.
+        code: whether the donor's Python files are copied.
+        tokenizer: None: the donor's, unchanged.
         config: `config.json` of a stack; None: the donor's.
     """
 
@@ -138,7 +136,7 @@ class SidecarSettings:
     config: Mapping[str, Any] | None
 
     def write(self, folders: Folders, output: Path) -> tuple[str, ...]:
-        """Write them; returns their paths, relative to `output`."""
+        """Write the files; return their paths, relative to `output`."""
         tokenizer = None
         if carried := self.tokenizer:
             tokenizer = TokenizerFiles(
@@ -166,15 +164,9 @@ def write_weights(
     progress: Progress,
     title: str = "Merging",
 ) -> dict[str, ShardResult]:
-    """Write the shards of a plan into a folder; shards that an earlier run finished are kept.
+    """Write the shards of a plan into a folder; finished shards of an earlier run are kept.
 
-    Args:
-        planned: what goes into which file.
-        locations: of all sources, and of the statistics.
-        output: made if it is not there.
-        means: what the weights are made with.
-        progress: shows a stage.
-        title: of that stage.
+    `title` names the stage that shows progress.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.
@@ -194,7 +186,7 @@ def finish_model(
     folders: Folders,
     output: Path,
 ) -> MergedModel:
-    """Write the files beside the weights that were made."""
+    """Write the files beside the shards that were made."""
     written = sidecars.write(folders, output)
     return MergedModel(planned.digest, output, shards, written, output_sizes(planned))
 
@@ -202,13 +194,7 @@ def finish_model(
 def merge_in_memory(
     planned: MergePlan, locations: Locations, scratch: Path, means: Means
 ) -> dict[str, Tensor]:
-    """Make the tensors of a plan in this process, without a file.
-
-    Args:
-        planned: what is made.
-        locations: of all sources, and of the statistics.
-        scratch: folder.
-        means: what the weights are made with; a Ray cluster gives way to threads.
+    """Make the tensors of a plan in memory; a Ray cluster is replaced by threads.
 
     Raises:
         CheckpointError: a source is broken, or holds NaN or infinity.
@@ -219,21 +205,18 @@ def merge_in_memory(
 
 
 def report_nan(found: Iterable[Mapping[str, int]], progress: Progress) -> None:
-    """Say which sources hold NaN or infinity, and in how many tensors.
-
-    Tensors that an earlier run made are not counted.
-    """
+    """Show which sources hold NaN or infinity, and in how many tensors made by this run."""
     total = Counter[str]()
-    for one in found:
-        total.update(one)
+    for counts in found:
+        total.update(counts)
     for label, n_tensors in total.items():
         progress.say(
-            f"{n_tensors} tensors of {label} hold NaN or infinity, which counts as the base's."
+            f"{n_tensors} tensors of {label} hold NaN or infinity; the base's values replace them."
         )
 
 
 def new_dtype(checkpoint: Checkpoint) -> str | None:
-    """Return what `config.json` has to name where a model keeps its dtypes; None: what it named."""
+    """Return the dtype for `config.json` if the model keeps its dtypes; None: unchanged."""
     holds_eight_bit = any(
         (tensor.adapted.base if tensor.adapted else tensor).scaled
         for tensor in checkpoint.tensors.values()

@@ -1,4 +1,4 @@
-"""Open: configuration and headers of each source; quantised tensors are read or refused."""
+"""Open sources: read configuration and headers, and dequantise or refuse quantised tensors."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ CALLED = {  # codes of quantised tensors
     "MXFP4": "4-bit floats",
 }
 RESCALED = (
-    " was quantised by AWQ, which first multiplies columns of its matrices and divides what feeds "
-    "them, norms too: beside models that it was not done to, these factors count as task vectors. "
-    "Use the model that it was quantised from where there is one."
+    " was quantised by AWQ, which first scales the columns of its matrices and divides the layers "
+    "before them, such as norms, by the same factors. Beside models without these factors they "
+    "count as task vectors. Use the unquantised model if there is one."
 )
 MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known of a whole model before its weights are read.
+    """Configuration and headers of a whole model.
 
     Attributes:
-        checkpoint: as it is merged: what is quantised in float32, without scales. It has no
-            tensors where the weights are pickles, which nobody has looked into yet.
-        problem: why it cannot be merged; None: it can.
+        checkpoint: the headers as merged: quantised tensors in float32, without scales. Empty if
+            the weights are pickles, which are not opened yet.
+        problem: the reason why it cannot be merged, if there is one.
     """
 
     config: Mapping[str, Any]
@@ -60,14 +60,10 @@ class Opened:
 
 
 def open_model(api: HfApi, source: Source) -> Opened:
-    """Read configuration and headers of a whole model: by byte ranges where it is a repo.
-
-    Args:
-        api: the Hub.
-        source: no adapter.
+    """Read configuration and headers of a whole model; a repo is read by byte ranges.
 
     Raises:
-        CheckFailedError: it has no configuration that can be read.
+        CheckFailedError: the configuration is missing or damaged.
         CheckpointError: a header is broken, or a scale does not fit its tensor.
     """
     config = _config(api, source)
@@ -90,14 +86,7 @@ def _read_tensor(api: HfApi, source: Source, tensor: TensorHeader) -> bytes:
 def quantised_notes(
     sources: Sequence[Source], opened: Mapping[str, Opened], donor: Source, dtype: str | None
 ) -> list[str]:
-    """Say how quantised tensors are read, and how they are written.
-
-    Args:
-        sources: base and experts.
-        opened: pinned source -> what is known of it.
-        donor: the source whose configuration the merge carries.
-        dtype: of the output; None keeps the dtype of each tensor.
-    """
+    """Return notes on how quantised tensors are read and written."""
     notes = []
     for source in dict.fromkeys(sources):
         model = opened.get(source.pinned)
@@ -106,7 +95,9 @@ def quantised_notes(
             text = f"{source.name} holds {n} tensors as {CALLED[codes]} with scales: they are read "
             text += "as float32, each value times its scale"
             if source is donor and dtype is None:
-                text += ", and merged ones are written as bfloat16, as the recipe asks for no dtype"
+                text += (
+                    ", and merged tensors are written as bfloat16, because the recipe has no dtype"
+                )
             notes.append(f"{text}.")
         if any(isinstance(t.scaled, Transposed) and t.scaled.layout == "AWQ" for t in tensors):
             notes.append(f"{source.name}{RESCALED}")
@@ -114,11 +105,11 @@ def quantised_notes(
 
 
 def pickle_notes(sources: Sequence[Source]) -> list[str]:
-    """Say that the content of pickles is unknown until they are downloaded and converted."""
+    """Return notes that the content of pickles is unknown until they are converted."""
     return [
-        f"{source.name} has pickled weights alone: what they hold shows only once they are "
-        "downloaded and converted to safetensors, so nothing here says whether it fits; its sizes "
-        "are those of its files."
+        f"{source.name} has only pickled weights. Their content is known once they are downloaded "
+        "and converted to safetensors, so this check cannot say whether they fit; the sizes "
+        "shown are those of the files."
         for source in dict.fromkeys(sources)
         if source.is_pickled
     ]
@@ -152,7 +143,7 @@ def _headers(api: HfApi, source: Source) -> Checkpoint:
 def _config(api: HfApi, source: Source) -> Mapping[str, Any]:
     text = read_small(api, source, "config.json")
     if text is None:
-        raise CheckFailedError((f"{source.name} has no config.json, so nothing can load it.",))
+        raise CheckFailedError((f"{source.name} has no config.json, so it cannot be loaded.",))
     return _document(source, "config.json", text)
 
 
@@ -166,34 +157,30 @@ def _document(source: Source, path: str, text: bytes) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on the recipe's base.
-
-    Attributes:
-        checkpoint: all tensors of the base, those that the adapter changes in float32.
-    """
+    """An adapter on the recipe's base; tensors that it changes are float32."""
 
     config: AdapterConfig
     checkpoint: Checkpoint
 
     @property
     def own(self) -> tuple[TensorHeader, ...]:
-        """What its file holds."""
+        """The tensors in its file."""
         return own_tensors(self.checkpoint)
 
 
 def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
-    """Read an adapter's configuration and header: by byte ranges where it is a repo.
+    """Read an adapter's configuration and header; a repo is read by byte ranges.
 
     Raises:
-        AdapterError: it cannot be put on the base, or asks for what is not computed here.
+        AdapterError: it does not fit the base, or uses an option that is not supported.
         BrokenCheckpointError: its file is broken.
     """
     settings, weights = ADAPTERS
-    told = read_small(api, source, settings)
+    content = read_small(api, source, settings)
     file = source.file(weights)
-    assert told is not None  # an adapter has both files
+    assert content is not None  # an adapter has both files
     assert file
-    config = read_config(f"{source.pinned}: {settings}", told)
+    config = read_config(f"{source.pinned}: {settings}", content)
     stored = read_header(
         source.pinned,
         weights,
@@ -204,27 +191,16 @@ def open_adapter(api: HfApi, source: Source, base: Checkpoint) -> Adapter:
 
 
 def adapter_notes(
-    base: Source,
-    adapters: Mapping[Source, Adapter],
-    is_base: Callable[[str], bool],
-    *,
-    tied: bool,
+    base: Source, adapters: Mapping[Source, Adapter], is_base: Callable[[str], bool], *, tied: bool
 ) -> list[str]:
-    """Say where an adapter is used otherwise than in its training.
-
-    Args:
-        base: the model that the adapters are put on.
-        adapters: source -> opened adapter.
-        is_base: whether a name in an adapter's configuration means the base.
-        tied: whether the base's embeddings are its head as well.
-    """
+    """Return notes on adapters that are used differently than in their training."""
     notes = []
     for source, adapter in adapters.items():
         trained_on = adapter.config.base_model_name_or_path
         if trained_on and not is_base(trained_on):
             notes.append(
-                f"{source.name} was trained on {trained_on!r} and is put on {base.name}: every "
-                "tensor fits, but a task vector means most on the model that it was learnt on."
+                f"{source.name} was trained on {trained_on!r} but is put on {base.name}. Every "
+                "tensor fits, but an adapter works best on the model that it was trained on."
             )
         changed = (t.name for t in adapter.checkpoint.tensors.values() if t.adapted)
         embeddings = [name for name in changed if names.is_input_side(name)]
@@ -241,11 +217,10 @@ class OpenedSources:
     """Headers and configurations of all sources.
 
     Attributes:
-        models: pinned source -> whole model; adapters are not among them.
-        adapters: adapter -> what its file changes in the base.
-        checkpoints: pinned source -> its headers, those of an adapter on its base; without tensors
-            where the weights are pickles that were not converted yet.
-        configs: pinned source -> its `config.json`; an adapter has that of its base.
+        models: pinned source -> whole model, without adapters.
+        checkpoints: pinned source -> headers; an adapter has those of its base, changed. Pickles
+            that are not converted yet have no tensors.
+        configs: pinned source -> `config.json`; an adapter has that of its base.
     """
 
     models: Mapping[str, Opened]
@@ -255,7 +230,7 @@ class OpenedSources:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why a source cannot be merged, one message each."""
+        """The reasons why sources cannot be merged."""
         return tuple(one.problem for one in self.models.values() if one.problem)
 
     @property
@@ -265,11 +240,7 @@ class OpenedSources:
 
 
 def open_sources(sources: Sequence[Source], api: HfApi) -> OpenedSources:
-    """Read configurations and headers of a merge's sources; no weight is read.
-
-    Args:
-        sources: first the one that adapters are put on.
-        api: the Hub.
+    """Read configurations and headers; adapters are applied to the first source.
 
     Raises:
         CheckFailedError: there are adapters, and their base cannot be read.
@@ -295,13 +266,11 @@ class OpenedSource:
     """A source of a merge, pinned and opened.
 
     Attributes:
-        role: `base`: task vectors start from it.
-        digest: of its content: a commit sha, or a digest over the files of a folder; an adapter's
-            has its base's in front.
-        checkpoint: its headers; an adapter's are those of its base, changed.
-        config: its `config.json`.
-        facts: what its card says.
-        translation: from the token ids of the merge's texts to its own; None: they are the same.
+        digest: a commit sha, or a digest over the files of a folder; an adapter's digest is
+            `base+adapter`.
+        checkpoint: headers; an adapter has those of its base, changed.
+        facts: from its card.
+        translation: from the token ids of the texts to its own; None: they are the same.
     """
 
     source: Source
@@ -325,12 +294,7 @@ class OpenedSource:
 
 @dataclass(frozen=True)
 class MergeSources:
-    """The models of a merge.
-
-    Attributes:
-        base: what task vectors start from; None for a method that takes none.
-        experts: what is merged, in the recipe's order.
-    """
+    """The models of a merge: the base, if the method takes one, and the experts in order."""
 
     base: OpenedSource | None
     experts: tuple[OpenedSource, ...]
@@ -342,7 +306,7 @@ class MergeSources:
 
     @property
     def distinct(self) -> tuple[OpenedSource, ...]:
-        """The same, each source once."""
+        """The models without duplicates."""
         return tuple({one.pinned: one for one in reversed(self.models)}.values())[::-1]
 
     @property
@@ -357,7 +321,7 @@ class MergeSources:
 
 
 def ties(config: Mapping[str, Any]) -> bool | None:
-    """Whether a model's head is its embeddings; None where its configuration does not say."""
+    """Return whether a model ties head and embeddings; None if its configuration does not say."""
     text_config = config.get("text_config") or config
     found = config.get("tie_word_embeddings", text_config.get("tie_word_embeddings"))
     return None if found is None else bool(found)

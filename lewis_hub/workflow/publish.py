@@ -1,19 +1,29 @@
-"""Publish: where a merge goes is looked at first and written to last, and says what it changes."""
+"""Publish a merge: compare it with the merge in the target repo, judge it, and push it."""
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.errors import GateRefusedError, PublishError
-from lewis_hub.evaluate.gate import GateVerdict
+from lewis_hub.errors import (
+    EvaluationError,
+    GateRefusedError,
+    LewisHubError,
+    OutputError,
+    PublishError,
+)
+from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
+from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import write_whole
 from lewis_hub.hub.commit import Additions, PushedCommit
 from lewis_hub.hub.facts import states_a_licence
+from lewis_hub.hub.failures import HubRepo
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import (
     Publication,
     Published,
@@ -23,33 +33,224 @@ from lewis_hub.hub.publish import (
     publish,
     publish_tag,
 )
-from lewis_hub.hub.target import Target, open_target
+from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.hub.target import Target, open_target, read_target, read_text
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
 from lewis_hub.report.difference import differences
-from lewis_hub.report.findings import gate_sentences, refusal, scores_table
+from lewis_hub.report.findings import gate_section, gate_sentences, refusal, scores_table
+from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.sections import DISAGREE
-from lewis_hub.workflow.existing import PreviousMerge, lock_in, previous_merge, read_scores
-from lewis_hub.workflow.gate import read_verdict
+from lewis_hub.workflow.evaluate import Scored
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
 CARD = "README.md"
+IMPORTANCE = "lewis/importance.json"
+ITEMS = "lewis/items.json"
+SCORES = "lewis/scores.json"
 TITLE = "Merge with lewis-hub"
 BELOW = f"{TITLE}, below the quality gate"
 LONGEST_TITLE = 100
+LATER = ("evaluate", "publish")  # parts of a recipe that do not change the weights
+
+
+@dataclass(frozen=True)
+class PreviousMerge:
+    """The merge in the target repo.
+
+    Attributes:
+        source: the repo at the commit that was read.
+        changes: entries of its changelog; empty if it cannot be read.
+    """
+
+    source: Source
+    lock: Lock
+    changes: tuple[difference.ChangelogEntry, ...]
+
+    def holds(self, planned: Lock) -> bool:
+        """Return whether it is the planned merge with all files, by the digests of the Hub."""
+        found = {file.path: file.digest for file in self.source.files}
+        return same_merge(self.lock, planned) and all(
+            path in found and found[path].startswith(("git-sha1:", f"sha256:{file.sha256}"))
+            for path, file in self.lock.outputs.items()
+        )
+
+    def read(self, path: str, api: HfApi) -> str | None:
+        """Read a small file as text; None if it is missing or differs from the lock."""
+        content = read_small(api, self.source, path)
+        expected = self.lock.outputs.get(path)
+        if content is None or expected is None:
+            return None
+        if hashlib.sha256(content).hexdigest() != expected.sha256:
+            return None
+        return content.decode("utf-8", errors="replace")
+
+
+def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
+    """Read lock and changelog of the merge that a push would replace; None without a valid lock."""
+    if target.head is None or LOCK not in target.digests:
+        return None
+    files = tuple(SourceFile(path, 0, digest) for path, digest in target.digests.items())
+    source = Source(target.repo, "model", None, target.head, files, None)
+    try:
+        lock = Lock.from_json((read_small(api, source, LOCK) or b"").decode("utf-8", "replace"))
+    except OutputError:
+        return None
+    try:
+        changelog = (read_small(api, source, difference.FILE) or b"").decode("utf-8", "replace")
+        changes = difference.from_json(changelog)
+    except OutputError:
+        changes = ()
+    return PreviousMerge(source, lock, changes)
+
+
+def same_merge(found: Lock, planned: Lock) -> bool:
+    """Return whether a merge is the planned merge, with the same scoring and publishing."""
+    return found.digest == planned.digest and all(
+        planned.recipe.get(key) in (None, found.recipe.get(key)) for key in LATER
+    )
+
+
+def without_scores(planned: Lock) -> Lock:
+    """Return the lock of the same merge without scoring."""
+    recipe = {key: value for key, value in planned.recipe.items() if key != "evaluate"}
+    return replace(planned, recipe=recipe)
+
+
+def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
+    """Return the scores of the merge in the target repo."""
+    document = previous.read(SCORES, api) if previous else None
+    return Scores.from_json(document) if document else None
+
+
+def published_importance(previous: PreviousMerge | None, api: HfApi, scratch: Path) -> list[Path]:
+    """Write the importance profile of the merge in the target repo to a file, if it has one."""
+    document = previous.read(IMPORTANCE, api) if previous else None
+    if document is None:
+        return []
+    file = scratch / "published-importance.json"
+    write_whole(file, document)
+    return [file]
+
+
+def lock_in(folder: Path) -> Lock | None:
+    """Return the lock of a folder; None if it has no valid lock."""
+    try:
+        return Lock.from_json((folder / LOCK).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, LewisHubError):
+        return None
+
+
+def is_this_merge(output: Path, planned: Lock) -> bool:
+    """Return whether a folder holds the planned merge with its scores."""
+    found = lock_in(output)
+    return found is not None and same_merge(found, planned)
+
+
+def read_scores(output: Path) -> Scores | None:
+    """Return the scores of a finished merge; None if it was not scored."""
+    file = output / SCORES
+    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def judge_scores(demands: Sequence[Demand], scored: Scored, repo: str | None, api: HfApi) -> Scored:
+    """Return the same scores with the gate's verdict, if there are demands.
+
+    Raises:
+        EvaluationError: the gate names an unknown metric, or one that cannot be tested.
+        PublishError: the published model cannot be read.
+    """
+    if not demands:
+        return scored
+    previous = _previous(demands, repo, api)
+    return replace(scored, gate=judge(demands, scored.scores, scored.items, previous))
+
+
+def judge_again(
+    demands: Sequence[Demand], output: Path, repo: str | None, api: HfApi
+) -> GateVerdict | None:
+    """Return the verdict on an existing merge, whose published rival may have changed.
+
+    A new verdict is written into the folder and its card. A merge that is published already is not
+    compared with itself.
+    """
+    verdict = read_verdict(output)
+    if verdict is None or not any("previous" in demand.not_worse_than for demand in demands):
+        return verdict
+    asked = _asked(repo, api)
+    lock = (output / LOCK).read_text(encoding="utf-8")
+    scores = read_scores(output)
+    if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
+        return verdict
+    items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
+    found = judge(demands, scores, items, _previous(demands, repo, api))
+    if found != verdict:
+        card = (output / CARD).read_text(encoding="utf-8")
+        write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
+        write_whole(output / FILE, found.to_json())
+    return found
+
+
+def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
+    """Return the gate's verdict on the merge in the target repo; None if it was pushed by force.
+
+    The file is not part of the lock, so a damaged file is ignored.
+    """
+    content = read_small(api, previous.source, FILE) if previous else None
+    if content is None:
+        return None
+    try:
+        verdict = GateVerdict.from_json(content.decode("utf-8", errors="replace"))
+    except EvaluationError:
+        return None
+    return None if verdict.missed else verdict
+
+
+def read_verdict(folder: Path) -> GateVerdict | None:
+    """Return the gate's verdict on the merge in a folder; None if there was no gate.
+
+    Raises:
+        EvaluationError: the file is damaged.
+    """
+    file = folder / FILE
+    return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
+    return HubRepo(api, repo, error_type=PublishError) if repo else None
+
+
+def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
+    """Read the results of the model that was published before."""
+    asked = _asked(repo, api)
+    wanted = any("previous" in demand.not_worse_than for demand in demands)
+    if asked is None or not wanted:
+        return Previous("the published model", why="the recipe names no repo to publish to")
+    target = read_target(asked)
+    if target.head is None:
+        return Previous(asked.name, why="the repo does not exist yet")
+    name = f"{asked.name}@{target.head}"
+    text = read_text(asked, target, ITEMS)
+    if text is None:
+        return Previous(name, why=f"it has no {ITEMS}")
+    try:
+        return Previous(name, ModelResult.from_json(text))
+    except EvaluationError as error:
+        return Previous(name, why=f"its {ITEMS} {error.problem.rstrip('.')}")
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A repo as it was before the work began, and how the result is to land in it.
+    """A repo as it was before the work began.
 
     Attributes:
-        previous: the merge that lies there; None: another model, or none.
+        asked: the publishing settings.
+        previous: the merge in the repo; None if it holds another model or no model.
     """
 
     asked: Publishing
@@ -58,7 +259,7 @@ class Destination:
 
 
 def open_destination(asked: Publishing, api: HfApi) -> Destination:
-    """Make sure, before any work, that a push can end well.
+    """Check before any work that a push can succeed.
 
     Raises:
         PublishError: no token, one that may not write there, or no such namespace.
@@ -68,9 +269,9 @@ def open_destination(asked: Publishing, api: HfApi) -> Destination:
 
 
 def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
-    """Main, or an open pull request, where it holds just the planned merge: nothing is pushed then.
+    """Return main, or an open pull request, if it already holds the planned merge.
 
-    Pull requests are looked into only where the merge would land as one.
+    Pull requests are only read if the merge would become a pull request.
     """
     asked, previous = destination.asked, destination.previous
     if previous and previous.holds(planned):
@@ -86,7 +287,7 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
 
 
 def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
-    """Whether a folder is, file by file, the merge in the target repo: nothing is lost with it."""
+    """Return whether the target repo holds every file of a folder, so that it may be replaced."""
     previous = destination.previous
     same = previous is not None and lock_in(folder) == previous.lock
     return same and matches_folder(api, folder, destination.target)
@@ -101,24 +302,23 @@ def push(
     *,
     force: bool,
 ) -> Published:
-    """Push a folder in one commit, unless somebody pushed to the repo since it was looked at.
+    """Push a folder in one commit, unless the repo changed since `destination` was opened.
 
-    What it changes against the merge that lies there goes into the commit's message, and into the
-    folder's changelog and card. What the quality gate refused goes nowhere, or into a pull request
-    that says so, as the gate asks; with `force` it goes where everything goes, and the commit says
-    so.
+    The commit's message and the folder's changelog and card list the changes against the previous
+    merge. A merge that missed the quality gate is not pushed, or becomes a pull request if the gate
+    says so; with `force` it is pushed as usual, and the commit names the gate.
 
     Args:
         folder: the model.
-        destination: where it goes.
+        destination: repo to push to.
         api: the Hub.
-        progress: told the bytes.
-        sent: files of the model that were sent ahead.
-        force: whether what the gate refused is pushed all the same.
+        progress: shows the uploaded bytes.
+        sent: files of the model that are uploaded already.
+        force: whether to push a merge that missed the gate.
 
     Raises:
-        PublishError: the repo is as it was before, or lacks the tag alone.
-        GateRefusedError: so it is here.
+        PublishError: the repo is unchanged, or only the tag is missing.
+        GateRefusedError: the merge missed its quality gate; the repo is unchanged.
     """
     _require_licence(folder)
     asked, verdict = destination.asked, read_verdict(folder)
@@ -126,11 +326,11 @@ def push(
     if missed and missed.stops and not force:
         raise refused(folder, missed, None)
     changes = _record_changes(folder, destination.previous)
-    told = [f"- {change}" for change in changes]
+    lines = [f"- {change}" for change in changes]
     proposes = missed is not None and not force
     publication = Publication(
         message=_title(changes, BELOW if missed else TITLE),
-        description="\n".join([*([_below(folder, missed), ""] if missed else []), *told]),
+        description="\n".join([*([_below(folder, missed), ""] if missed else []), *lines]),
         landing="pull-request" if proposes else asked.landing,
         tag=None if proposes else asked.tag,
         private=asked.private,
@@ -141,10 +341,10 @@ def push(
 
 
 def _require_licence(folder: Path) -> None:
-    """Refuse a merge of parents whose licences differ, while nobody has decided on one."""
+    """Refuse a merge whose parents' licences differ if its card states no licence."""
     card = folder / CARD
-    told = card.read_bytes() if card.exists() else b""
-    if DISAGREE.encode() in told and not states_a_licence(told):
+    content = card.read_bytes() if card.exists() else b""
+    if DISAGREE.encode() in content and not states_a_licence(content):
         raise PublishError(
             str(folder),
             f"its parents' licences differ, and {CARD} states none",
@@ -154,28 +354,22 @@ def _require_licence(folder: Path) -> None:
 
 
 def refused(folder: Path, verdict: GateVerdict, proposed_at: str | None) -> GateRefusedError:
-    """The gate's message: by how much, on what, and what can be done.
-
-    Args:
-        folder: the merged model's.
-        verdict: one that was missed.
-        proposed_at: the address of the pull request that was opened instead.
-    """
+    """Return the error for a missed gate; `proposed_at` is the address of the pull request."""
     problem = f"below the quality gate: {refusal(verdict)}"
     if proposed_at:
-        remedy = f"Main is as it was; the merge is proposed at {proposed_at}."
+        remedy = f"Main is unchanged; the merge is proposed at {proposed_at}."
     else:
         command = f"lewis-hub push {shlex.quote(str(folder))} OWNER/NAME --force"
-        remedy = f"Nothing was pushed. The merge is kept: `{command}` publishes it all the same."
+        remedy = f"Nothing was pushed, and the merge is kept. `{command}` publishes it anyway."
     return GateRefusedError(str(folder), problem, remedy)
 
 
 def _below(folder: Path, verdict: GateVerdict) -> str:
-    """Verdict and scores, as a pull request shows them."""
-    told = "\n".join(f"- {markdown.text(sentence)}" for sentence in gate_sentences(verdict))
+    """Return verdict and scores for a pull request."""
+    reasons = "\n".join(f"- {markdown.text(sentence)}" for sentence in gate_sentences(verdict))
     scores = read_scores(folder)
     table = scores_table(scores) if scores else ""
-    return f"This merge missed its quality gate.\n\n{told}\n\n{table}"
+    return f"This merge missed its quality gate.\n\n{reasons}\n\n{table}"
 
 
 def _title(changes: Sequence[str], title: str) -> str:
@@ -188,7 +382,7 @@ def _title(changes: Sequence[str], title: str) -> str:
 
 
 def _record_changes(folder: Path, previous: PreviousMerge | None) -> tuple[str, ...]:
-    """What a folder changes against a previous merge, in words; its changelog and card tell it."""
+    """Return the changes against a previous merge; write them into changelog and card."""
     lock = lock_in(folder)
     if not previous or not lock:
         return ()
@@ -200,7 +394,7 @@ def _record_changes(folder: Path, previous: PreviousMerge | None) -> tuple[str, 
 def _write_changelog(
     folder: Path, previous: PreviousMerge, lock: Lock, changes: tuple[str, ...]
 ) -> None:
-    """Put what the folder changes, and what its forerunners did, into changelog and card."""
+    """Write the new changes and those of earlier merges into changelog and card."""
     entries, card = previous.changes, folder / CARD
     if changes:
         today = datetime.now(UTC).date()

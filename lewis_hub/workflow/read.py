@@ -1,4 +1,4 @@
-"""Read a recipe: what its file says, and what its guide needs."""
+"""Read recipes, and change them for a command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_recipe(path: Path | str) -> Recipe:
             working folder.
 
     Raises:
-        RecipeError: the file is missing, is not YAML, or asks for something that cannot be done.
+        RecipeError: the file is missing, is not YAML, or has contradictory settings.
 
     Example:
         >>> import lewis_hub
@@ -32,7 +32,7 @@ def read_recipe(path: Path | str) -> Recipe:
 
 
 def allowing_overlap(recipe: Recipe) -> Recipe:
-    """The same recipe, `allow_overlap: true` in all that it says of calibration."""
+    """Return the same recipe with `allow_overlap: true` in every calibration."""
 
     def allowed(calibration: Calibration | None) -> dict[str, Calibration | None]:
         kept = calibration and calibration.model_copy(update={"allow_overlap": True})
@@ -48,16 +48,16 @@ def allowing_overlap(recipe: Recipe) -> Recipe:
 
 
 def rules(recipe: Recipe) -> Iterator[Complaint]:
-    """What the whole must obey, its guide among it."""
+    """Yield the contradictions of a recipe, including those of its guide."""
     yield from contradictions(recipe)
     yield from _guide_complaints(recipe)
 
 
 def require_guide(recipe: Recipe) -> None:
-    """Refuse a recipe from elsewhere than a file by the same rules.
+    """Refuse a recipe whose guide is not usable; a recipe from Python was not read from a file.
 
     Raises:
-        RecipeError: its guide is unknown, or lacks calibration data.
+        RecipeError: the guide is unknown or lacks calibration data.
     """
     for where, problem, remedy in _guide_complaints(recipe):
         raise RecipeError("recipe", read.dotted(where), problem, remedy)
@@ -84,10 +84,10 @@ def published_at(recipe: Recipe, repo: str) -> Recipe:
 
 
 def destination(recipe: Recipe) -> Publishing:
-    """Return where a recipe publishes.
+    """Return the publishing settings of a recipe.
 
     Raises:
-        RecipeError: it does not say.
+        RecipeError: it has none.
     """
     if recipe.publish is None:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Report: plots, lock, costs, card and page of a finished merge."""
+"""Write the report of a finished merge: plots, lock, costs, card and page."""
 
 from __future__ import annotations
 
@@ -44,15 +44,13 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What is known of a report before the merge.
+    """The values of a report that are known before the merge.
 
     Attributes:
-        facts: of the card; what the merge adds is still empty.
+        facts: of the card, without results of the merge.
         planned: the lock without outputs and rows.
-        snapshot: the recipe as run.
-        mergekit: the merge as mergekit needs to know it; None where mergekit has no such merge.
-        benchmarks: task -> the Hub's benchmark on whose leaderboard the score appears.
-        device: that models run on.
+        mergekit: the settings for mergekit; None if mergekit has no such merge.
+        benchmarks: task -> benchmark on the Hub whose leaderboard shows the score.
     """
 
     facts: CardFacts
@@ -71,11 +69,7 @@ def write(
     scored: Scored | None,
     costs: Costs,
 ) -> tuple[str, ...]:
-    """Write all that a merge leaves behind beside the model itself.
-
-    Returns:
-        Paths of all files of the result, relative to its folder.
-    """
+    """Write the report; return the paths of all files of the model, relative to its folder."""
     folder, machine = merged.folder, this_machine(settings.device)
     (folder / "lewis").mkdir(exist_ok=True)
     plots = write_guidance(folder / "lewis", guidance) if guidance else ()
@@ -85,8 +79,7 @@ def write(
     outputs |= {name: _output(folder / name) for name in written}
     rows = guidance.rows if guidance and guidance.rows else gathered.rows
     lock = _finished(settings.planned, outputs, rows)
-    # Costs, times and the gate's verdict are no part of what was merged: equal merges have equal
-    # locks.
+    # The lock has no costs, times and verdict, so that equal merges have equal locks.
     beside = {COSTS: costs.to_json(machine), LOCK: lock.to_json()}
     beside[PROVENANCE] = provenance(lock, costs.began, datetime.now(UTC))
     if scored and scored.gate:
@@ -111,14 +104,14 @@ def write(
 
 
 def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
-    """Write profile, schedule and their plots into a folder; returns the plots."""
+    """Write profile, schedule and their plots into a folder; return the plots."""
     for name, text in _documents(guidance).items():
         write_whole(folder / name, text)
     return draw(guidance.profile, guidance.schedule, folder)
 
 
 def _documents(guidance: Guidance) -> dict[str, str]:
-    """The profile, of a guide that measures anything, and the schedule."""
+    """Return the text of the profile, if there is one, and of the schedule, by file name."""
     measured = {"importance.json": guidance.profile.to_json()} if guidance.profile else {}
     return measured | {"density.json": guidance.schedule.to_json()}
 
@@ -130,10 +123,10 @@ def _write_locked(
     plots: Sequence[Plot],
     scored: Scored | None,
 ) -> list[str]:
-    """Write the files that describe a merge and are part of its lock.
+    """Write the descriptive files that are part of the lock.
 
     Returns:
-        Paths of all of them, those of the guidance, which is written already, included.
+        Paths of these files and of the guidance, which is written already.
     """
     texts = {"lewis/recipe.yaml": settings.snapshot.to_yaml()}
     if scored:
@@ -151,14 +144,14 @@ def _write_locked(
 
 
 def _guided(guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
-    """What the card says of the guide; None where there is none."""
+    """Return the guide's section of the card; None without a guide."""
     if guidance is None:
         return None
     return Guided(guidance.guide, guidance.profile, guidance.schedule, guidance.notes, plots)
 
 
 def _has_chat_template(folder: Path) -> bool:
-    """Whether the tokenizer has a chat template, in a file of its own or in its configuration."""
+    """Return whether the tokenizer has a chat template, as a file or in its configuration."""
     config = folder / "tokenizer_config.json"
     inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
     return inside or (folder / "chat_template.jinja").exists()
@@ -167,9 +160,9 @@ def _has_chat_template(folder: Path) -> bool:
 def _write_card(
     settings: ReportSettings, folder: Path, facts: CardFacts, scored: Scored | None
 ) -> tuple[str, ...]:
-    """Write card, page and leaderboard entries; returns their paths, relative to the folder.
+    """Write card, page and leaderboard entries; return their paths, relative to the folder.
 
-    None of them is part of the lock: they describe one run, and their owner may change them.
+    They are not part of the lock, because they describe a run and their owner may change them.
     """
     results = scored.results if scored else {}
     texts = {CARD: str(model_card(facts)), page.FILE: page.report_page(facts, results)}
@@ -184,7 +177,7 @@ def _write_card(
 def _finished(
     planned: Lock, outputs: Mapping[str, OutputFile], rows: Sequence[tuple[int, ...]]
 ) -> Lock:
-    """The lock of a merge that was made: what came out, and which rows were measured."""
+    """Return the planned lock with the outputs and the measured rows."""
     drawn: Sequence[tuple[int, ...] | None] = rows or [None] * len(planned.calibration)
     calibration = tuple(
         replace(one, rows=own) for one, own in zip(planned.calibration, drawn, strict=True)
@@ -197,14 +190,14 @@ def _output(path: Path) -> OutputFile:
 
 
 def locked_input(source: Source, *, is_base: bool) -> LockedInput:
-    """Return what a lock says of a source."""
+    """Return the entry of a source in the lock."""
     files = {f.path: f.digest for f in source.files if can_change_the_result(f.path)}
     role: Literal["base", "expert"] = "base" if is_base else "expert"
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 
 
 def locked_data(data: Source | PinnedTask, asked: Calibration) -> LockedData:
-    """Return what a lock says of a dataset, or of a task and its data."""
+    """Return the entry of a dataset, or of a task and its data, in the lock."""
     if isinstance(data, Source):
         files = {file.path: file.digest for file in data.files}
         name, revision, sha = data.name, data.revision, data.commit_sha

@@ -1,4 +1,4 @@
-"""Resolve: every model and dataset that a recipe names, pinned before anything is read."""
+"""Resolve models, datasets and tasks: pin each to a commit before anything is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Locate = Callable[[str], str]  # a name as written -> the path of a local file, 
 
 
 def hub_api() -> HfApi:
-    """The Hub of `HF_ENDPOINT`, with the token of `HF_TOKEN` or of `hf auth login`."""
+    """Return the Hub of `HF_ENDPOINT`, with the token of `HF_TOKEN` or `hf auth login`."""
     from huggingface_hub import HfApi
 
     from lewis_hub import __version__
@@ -35,13 +35,7 @@ def hub_api() -> HfApi:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a merge reads, pinned.
-
-    Attributes:
-        base: what task vectors start from; None for a method that takes none.
-        experts: the sources that are merged, in the recipe's order.
-        data: a calibration -> the dataset, or the task with its data, that it draws from.
-    """
+    """The pinned models and data of a merge; the experts are in the recipe's order."""
 
     base: Source | None
     experts: tuple[Source, ...]
@@ -66,20 +60,20 @@ class Inputs:
         return tuple({source.pinned: source for source in every}.values())
 
     def digest(self, source: Source) -> str:
-        """What fixes the weights of a source: an adapter's are those of its base, changed."""
+        """Return the digest of a source's weights; those of an adapter depend on its base."""
         if source.is_adapter and self.base:
             return f"{self.base.commit_sha}+{source.commit_sha}"
         return source.commit_sha
 
 
 def resolve_one(reference: ModelReference, api: HfApi, *, allow_pickle: bool = False) -> Source:
-    """Pin one model that is named on its own.
+    """Pin a model outside of a recipe.
 
     Raises:
         SourceError: it cannot be found or read, or is an adapter.
     """
     if reference.on:
-        problem = "this puts a LoRA adapter on a model, which only a merge does"
+        problem = "`+` adds a LoRA adapter to a model, which only a merge can do"
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."
         raise SourceError(str(reference), problem, remedy)
     found = resolve_model(api, reference.name, reference.revision, allow_pickle=allow_pickle)
@@ -90,13 +84,6 @@ def resolve_source(
     reference: ModelReference, api: HfApi, locate: Locate, *, allow_pickle: bool, code: bool
 ) -> Source:
     """Pin a model of a recipe.
-
-    Args:
-        reference: the model as the recipe names it.
-        api: the Hub.
-        locate: finds local folders.
-        allow_pickle: whether a model of pickled weights alone will do.
-        code: whether its Python files are carried along.
 
     Raises:
         SourceError: it cannot be found or may not be read.
@@ -110,14 +97,14 @@ def require_whole(api: HfApi, source: Source) -> Source:
     """Return a source that is a whole model.
 
     Raises:
-        SourceError: it is an adapter, and there is nothing to put it on.
+        SourceError: it is an adapter.
     """
     if not source.is_adapter:
         return source
     settings = ADAPTERS[0]
-    told = read_config(f"{source.pinned}: {settings}", read_small(api, source, settings) or b"")
-    problem = "this is a LoRA adapter, and there is no whole model to put it on"
-    named = told.base_model_name_or_path
+    config = read_config(f"{source.pinned}: {settings}", read_small(api, source, settings) or b"")
+    problem = "this is a LoRA adapter, and its base model is not given"
+    named = config.base_model_name_or_path
     said = f"Its {settings} names {named}: write `base_model: {named}`" if named else None
     said = said or "Name its base as the recipe's `base_model`"
     remedy = f"{said}, and list the adapter under `models`."
@@ -127,10 +114,10 @@ def require_whole(api: HfApi, source: Source) -> Source:
 def resolve_data(
     calibrations: Iterable[Calibration], api: HfApi, locate: Locate
 ) -> dict[Calibration, Source | PinnedTask]:
-    """Pin what calibrations draw from; a dataset that several of them name is looked up once.
+    """Pin the data of calibrations; equal datasets are looked up once.
 
     Raises:
-        EvaluationError: a task is not there, or its data cannot be pinned.
+        EvaluationError: a task is unknown, or its data cannot be pinned.
         SourceError: a dataset cannot be found or may not be read.
     """
     datasets: dict[str, Source] = {}
@@ -167,10 +154,9 @@ class PinnedTask:
     """A task or group that calibration draws from.
 
     Attributes:
-        selection: how lm-eval is asked for it. Who loads it says whether code is allowed.
-        digest: over its files, as lm-eval or the user wrote them.
-        datasets: what it reads, pinned; local files stand one by one.
-        commits: the same for lm-eval; folders and files have none.
+        digest: over the task files of lm-eval or the user.
+        datasets: its pinned data; each local file is a source.
+        commits: the commits of its repos, for lm-eval.
     """
 
     selection: TaskSelection
@@ -180,7 +166,7 @@ class PinnedTask:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What fixes its items, for a profile."""
+        """The facts that determine its items, for a profile."""
         return {
             "dataset": ", ".join(source.pinned for source in self.datasets),
             "dataset_sha": ", ".join(source.commit_sha for source in self.datasets),
@@ -189,16 +175,12 @@ class PinnedTask:
 
 
 def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) -> PinnedTask:
-    """Find a task's files and pin what they read; nothing is run or loaded.
+    """Find a task's files and pin the data that they name; nothing is run or loaded.
 
-    Args:
-        api: the Hub.
-        task: its name.
-        revision: of the one repo that it reads; None: as the task says.
-        include: its folder of own task files, located.
+    `revision` replaces the task's own revision of its repo; `include` holds the user's task files.
 
     Raises:
-        EvaluationError: no such task, or its data cannot be pinned.
+        EvaluationError: the task is unknown, or its data cannot be pinned.
         SourceError: a dataset cannot be found or may not be read.
     """
     asked = TaskSelection((task,), include, allow_code=True)
@@ -208,7 +190,7 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
         _require_pinnable(data)
     repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
     if revision and len(repos) != 1:
-        problem = f"it reads {len(repos)} repos, and `revision` names a commit of one."
+        problem = f"it reads {len(repos)} repos, but `revision` needs exactly one."
         raise EvaluationError(task, problem, "Leave `revision` out.")
     pinned = {(name, named): resolve_dataset(api, name, revision or named) for name, named in repos}
     files = dict.fromkeys(file for data in every for file in data.files)
@@ -217,10 +199,10 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
 
 
 def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
-    """The commits of the repos that scored tasks read.
+    """Return the commits of the repos that scored tasks read.
 
-    One that cannot be looked up stays unpinned: lm-eval then says what is wrong with it, or has
-    its rows in a cache.
+    A repo that cannot be found is not pinned: lm-eval reports the error, or has its rows in a
+    cache.
     """
     asked = ((data.repo, data.revision) for data in task_data(locate_tasks(selected)))
     repos = dict.fromkeys((name, revision) for name, revision in asked if name)
@@ -244,9 +226,9 @@ def _commits(pinned: dict[tuple[str, str | None], Source]) -> Commits:
 def _require_pinnable(data: TaskData) -> None:
     remedy = "Calibrate on another task, or name a `dataset` with a template."
     if data.by_code:
-        problem = "makes its items by Python, and what they are today cannot be pinned."
+        problem = "makes its items with Python code, so they cannot be pinned."
         raise EvaluationError(data.task, problem, remedy)
     for file in data.files:
         if not is_local(file):
-            problem = f"reads `{file}`, which is no file here, so that it cannot be pinned."
+            problem = f"reads `{file}`, which is not a local file, so it cannot be pinned."
             raise EvaluationError(data.task, problem, remedy)

@@ -1,4 +1,4 @@
-"""What a merge takes of memory and disk, and how models are loaded to be measured."""
+"""The memory and disk that a merge takes, and whether models are measured block by block."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from lewis_hub.hub.fetch import weight_files
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.open import MergeSources
 
-ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, whatever the models' size
+ENGINE_BYTES = 300_000_000  # interpreter and the engine's buffers, for models of any size
 TORCH_BYTES = 900_000_000  # torch and transformers, loaded to calibrate and to evaluate
-GRAM_COPIES = 3  # of a matrix, beside each expert's own and its shrunk one, while it is factored
-DEFINED_COPIES = 4  # of a tensor in float64, beside its sources, while a definition is at work
+GRAM_COPIES = 3  # matrices beside each expert's own and its shrunk matrix during a factorisation
+DEFINED_COPIES = 4  # float64 copies of a tensor, beside its sources, that a torch method makes
 WIDTH = 4  # bytes of a float32
 EVEN_SO = (
-    "more than `--max-memory`: embeddings and all else before the blocks, and a block twice while "
-    "it is put together"
+    "more than `--max-memory` allows: the embeddings and all other tensors before the blocks, and "
+    "one block twice while it is loaded"
 )
-ALLOW = "Allow as many, or leave the option out where there is memory for the whole model."
-ROWS = 8  # of the widest matrix's inputs or outputs, that a token takes at most on its way
+ALLOW = "Raise the limit, or leave the option out if the memory holds the whole model."
+ROWS = 8  # upper bound for vectors per token, as wide as the widest matrix, within a block
 
 
 @dataclass(frozen=True)
 class MomentSettings:
-    """Which second moments a merge needs.
+    """The second moments that a merge needs.
 
     Attributes:
-        widest: how many inputs one matrix of second moments covers.
-        are_solved: whether matrices are fitted by them; else entries are trimmed by their diagonal.
-        in_sequence: whether matrices are fitted one after the other, on what the merged model
-            hands them.
+        widest: number of inputs that one matrix of second moments covers at most.
+        are_solved: whether matrices are fitted; otherwise entries are trimmed by the diagonal.
+        in_sequence: whether matrices are fitted one after the other, on activations of the
+            merged model.
     """
 
     widest: int
@@ -51,12 +51,10 @@ class MomentSettings:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured before a merge.
+    """The measurements that a merge needs.
 
     Attributes:
-        guide: that decides by what is measured; None: there is none.
-        moments: None: the method needs none.
-        calibrations: of each expert, in order; none where nothing is measured on texts.
+        calibrations: of each expert, in order; empty if nothing is measured on texts.
     """
 
     guide: Guide | None
@@ -70,13 +68,13 @@ class Measurement:
 
     @property
     def measures(self) -> frozenset[str]:
-        """What the guide needs of each source."""
+        """The measures that the guide needs of each source."""
         return frozenset(self.guide.needs if self.guide else ())
 
     @property
     def n_tokens(self) -> dict[Calibration, int]:
-        """Tokens of each calibration's texts, at most."""
-        return {one: one.samples * one.max_tokens for one in self.calibrations}
+        """The largest possible number of tokens of each calibration's texts."""
+        return {texts: texts.samples * texts.max_tokens for texts in self.calibrations}
 
     def waiting_bytes(
         self,
@@ -84,75 +82,71 @@ class Measurement:
         checkpoints: Iterable[Checkpoint],
         loading: Loading,
     ) -> int:
-        """Bytes of hidden states that wait on the disk, of the largest step that measures.
+        """Return the bytes of hidden states on the disk, in the largest measuring step.
 
         Args:
-            n_tokens: of the texts of each calibration.
-            checkpoints: of all sources.
-            loading: whether they are measured whole.
+            n_tokens: number of tokens of each calibration's texts.
+            checkpoints: headers of all sources.
+            loading: decides which sources are measured block by block.
         """
         if not n_tokens or not (self.moments or self.measures & {*SUMMARIES}):
             return 0
         n_measured = sum(n_tokens.values())
         n_fitted = 2 * sum(n_tokens[c] for c in self.calibrations) if self.in_sequence else 0
-        found = [
-            states_bytes(one, max(n_fitted, n_measured))
-            for one in checkpoints
+        sizes = [
+            states_bytes(checkpoint, max(n_fitted, n_measured))
+            for checkpoint in checkpoints
             if self.in_sequence
-            or loading.is_by_block(one)
-            or loading.is_less_by_block(one, n_measured)
+            or loading.is_by_block(checkpoint)
+            or loading.is_less_by_block(checkpoint, n_measured)
         ]
-        most = max(found, default=0)
-        return most if most > HELD_BYTES else 0
+        largest = max(sizes, default=0)
+        return largest if largest > HELD_BYTES else 0
 
 
 @dataclass(frozen=True)
 class Loading:
-    """Where models are measured, and how much of one may be in memory there.
+    """The device on which models are measured, and the memory limit for a model.
 
     Attributes:
-        device: as torch names it.
-        max_memory_bytes: a model that takes more is never loaded whole; None: any may be.
+        device: torch device.
+        max_memory_bytes: a larger model is loaded block by block; None: no limit.
     """
 
     device: str = "cpu"
     max_memory_bytes: int | None = None
 
     def model_bytes(self, checkpoint: Checkpoint) -> int:
-        """Bytes of a model as it is loaded: in float32 on a CPU, elsewhere in its own dtypes."""
+        """Return the bytes of a loaded model: float32 on a CPU, otherwise its own dtypes."""
         return sum(
             tensor.n_elements * (WIDTH if self.device == "cpu" else WIDTHS[tensor.kept_dtype])
             for tensor in checkpoint.tensors.values()
         )
 
     def is_by_block(self, checkpoint: Checkpoint) -> bool:
-        """Whether a model is too large to be in memory as a whole."""
+        """Return whether a whole model is larger than the limit."""
         limit = self.max_memory_bytes
         return limit is not None and self.model_bytes(checkpoint) > limit
 
     def has_room_for_blocks(self, checkpoint: Checkpoint) -> bool:
-        """Whether a model may be in memory as a whole, or at least as it is block by block."""
+        """Return whether the limit allows the whole model, or at least block by block."""
         limit = self.max_memory_bytes
         return not self.is_by_block(checkpoint) or blocks_bytes(checkpoint) <= (limit or 0)
 
     def is_less_by_block(self, checkpoint: Checkpoint, n_tokens: int) -> bool:
-        """Whether a model that may be loaded whole takes less memory block by block.
+        """Return whether measuring a model block by block takes less memory than the whole model.
 
-        Not asked but on a CPU: to bring a block into another memory goes through this one, in
-        float32, which takes longer than to load the model there.
-
-        Args:
-            checkpoint: of the model.
-            n_tokens: that run through it, of all texts.
+        Always false on a GPU: a block is copied there as float32 through the CPU's memory, which
+        takes longer than loading the whole model.
         """
         blocks = blocks_bytes(checkpoint) + min(states_bytes(checkpoint, n_tokens), HELD_BYTES)
         return self.device == "cpu" and blocks < self.model_bytes(checkpoint)
 
 
 def blocks_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes in float32 of what is in memory at most, block by block, but for the texts.
+    """Return the peak bytes of float32 weights when a model runs block by block.
 
-    Embeddings and all else outside the blocks but the head, and the largest block twice.
+    They are all tensors outside the blocks except the head, and the largest block twice.
     """
     blocks: defaultdict[tuple[str | None, int], int] = defaultdict(int)
     outside = 0
@@ -166,86 +160,77 @@ def blocks_bytes(checkpoint: Checkpoint) -> int:
 
 
 def states_bytes(checkpoint: Checkpoint, n_tokens: int) -> int:
-    """Bytes in float32 of the hidden states of texts, block by block: on the disk if they are many.
+    """Return the bytes of the float32 hidden states of texts between two blocks.
 
-    As many as `HELD_BYTES` are in memory.
+    More than `HELD_BYTES` are kept on the disk. Without token embeddings it returns 0.
     """
-    return WIDTH * _width(checkpoint) * n_tokens
+    widths = [t.shape[-1] for n, t in checkpoint.tensors.items() if names.is_token_embedding(n)]
+    return WIDTH * max(widths, default=0) * n_tokens
 
 
-def batch_bytes(drawn: Iterable[Calibration], checkpoint: Checkpoint) -> int:
-    """Bytes in float32, at most, of what one batch of texts takes on its way through a block."""
+def batch_bytes(calibrations: Iterable[Calibration], checkpoint: Checkpoint) -> int:
+    """Return an upper bound for the float32 activations of one batch of texts in a block."""
     n_tokens = max(
-        (min(one.samples * one.max_tokens, max(one.max_tokens, TOGETHER)) for one in drawn),
+        (min(c.samples * c.max_tokens, max(c.max_tokens, TOGETHER)) for c in calibrations),
         default=0,
     )
     shapes = (t.shape for name, t in checkpoint.tensors.items() if names.block(name) is not None)
     return WIDTH * ROWS * n_tokens * max((max(s[-2:]) for s in shapes if len(s) > 1), default=0)
 
 
-def _width(checkpoint: Checkpoint) -> int:
-    """Of hidden states, by the embedding of tokens; 0 where none is called so."""
-    widths = (
-        tensor.shape[-1]
-        for name, tensor in checkpoint.tensors.items()
-        if names.is_token_embedding(name)
-    )
-    return max(widths, default=0)
-
-
 def loading_problems(
     measurement: Measurement, sources: MergeSources, loading: Loading
 ) -> list[str]:
-    """Refuse measures of a whole model, or blocks, that do not fit into the allowed memory."""
+    """Refuse models, or blocks, that do not fit into the allowed memory to be measured."""
     guide = measurement.guide
     whole = measurement.measures - {*SUMMARIES, *WITHOUT_TEXTS}
     if guide is None or not whole:
         return _block_problems(measurement, sources, loading)
     return [
         f"guide `{guide.name}` runs whole models, and {label} takes {size:,} bytes in memory, "
-        f"more than `--max-memory`. Allow more, or take a guide that measures block by block, such "
-        "as `lewis`."
+        "more than `--max-memory` allows. Raise the limit, or use a guide that measures block by "
+        "block, such as `lewis`."
         for label, size in _too_large(sources, loading)
     ]
 
 
 def _block_problems(measurement: Measurement, sources: MergeSources, loading: Loading) -> list[str]:
-    """Models of which a part takes more than is allowed for a model."""
+    """Refuse models that do not fit into the allowed memory even block by block."""
     limit = loading.max_memory_bytes
     if limit is None or not measurement.calibrations:
         return []
     if measurement.in_sequence:
         fitted = (sources.donor, *sources.experts)
-        n_bytes = sum(blocks_bytes(one.checkpoint) for one in fitted)
-        whose = "`inputs: merged` fits the merge beside all experts, block by block, which"
-        return [_too_small(whose, n_bytes)] if n_bytes > limit else []
-    return [
-        _too_small(f"block by block {source.name}", blocks_bytes(source.checkpoint))
-        for source in sources.distinct
-        if not loading.has_room_for_blocks(source.checkpoint)
-    ]
-
-
-def _too_small(what: str, n_bytes: int) -> str:
-    return f"{what} takes {n_bytes:,} bytes in memory, {EVEN_SO}. {ALLOW}"
+        n_bytes = sum(blocks_bytes(source.checkpoint) for source in fitted)
+        subject = "`inputs: merged` runs the merge and all experts block by block, which"
+        sizes = [(subject, n_bytes)] if n_bytes > limit else []
+    else:
+        sizes = [
+            (f"block by block {source.name}", blocks_bytes(source.checkpoint))
+            for source in sources.distinct
+            if not loading.has_room_for_blocks(source.checkpoint)
+        ]
+    return [f"{label} takes {n:,} bytes in memory, {EVEN_SO}. {ALLOW}" for label, n in sizes]
 
 
 def loading_notes(
     measurement: Measurement, sources: MergeSources, loading: Loading, *, scores: bool
 ) -> list[str]:
-    """Say which models are measured block by block, and that scoring loads whole models."""
+    """Return notes: which models are measured block by block, and that scoring loads them whole."""
     too_large = list(_too_large(sources, loading))
     if not too_large:
         return []
     notes = [
-        f"{label} takes {size:,} bytes in memory, more than `--max-memory`: it is measured block "
-        "by block."
+        f"{label} takes {size:,} bytes in memory, more than `--max-memory` allows, so it is "
+        "measured block by block."
         for label, size in too_large
         if measurement.calibrations
     ]
     if scores:
-        text = "Scoring loads whole models, whatever `--max-memory` says: leave it out by "
-        notes.append(text + "`--no-eval`, and score the merge where it fits.")
+        notes.append(
+            "Scoring loads whole models and ignores `--max-memory`: skip it with `--no-eval`, and "
+            "score the merge on a machine with enough memory."
+        )
     return notes
 
 
@@ -256,36 +241,17 @@ def _too_large(sources: MergeSources, loading: Loading) -> Iterator[tuple[str, i
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Bytes.
-
-    Attributes:
-        disk_bytes: beside the download and the hidden states.
-        states_bytes: of hidden states on the disk, at most, while models are measured.
-        memory_bytes: at most, of the largest step.
-    """
-
-    output_bytes: int
-    disk_bytes: int
-    states_bytes: int
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
 class Workload:
-    """What decides the resources that a merge takes.
+    """The values that determine the disk and memory of a merge.
 
     Attributes:
-        sources: opened.
-        output: what is made, in the dtypes of its sources.
-        dtype: of the output; None keeps the dtype of each tensor.
-        has_kernel: whether a compiled kernel computes every tensor without second moments.
-        measurement: what is measured before the merge.
-        loading: whether models are measured whole.
+        output: headers of the merge, in the dtypes of its sources.
+        dtype: dtype of the output; None keeps the dtype of each tensor.
+        has_kernel: whether compiled kernels compute all tensors that need no second moments.
         scores: whether models are scored.
-        n_twins: how many times more the merge is made, to be scored beside it.
-        uniform_twin: whether one of them is the same merge with uniform densities.
-        loaded: sources that are loaded as whole models, to be measured or scored.
+        n_twins: number of twins that are made to be scored beside the merge.
+        uniform_twin: whether one of them has uniform densities.
+        loaded: pinned sources that transformers loads as whole models.
     """
 
     sources: MergeSources
@@ -301,46 +267,49 @@ class Workload:
 
     @property
     def _checkpoints(self) -> tuple[Checkpoint, ...]:
-        return tuple(one.checkpoint for one in self.sources.distinct)
+        return tuple(source.checkpoint for source in self.sources.distinct)
 
     @property
     def _pickles(self) -> dict[str, int]:
         pickled = [s.source for s in self.sources.distinct if s.source.is_pickled]
         return {source.pinned: source.size_bytes(weight_files(source)) for source in pickled}
 
-    def needs(self) -> Needs:
-        """Estimate what the merge takes."""
-        pickles = self._pickles
-        largest_pickle_bytes = max(pickles.values(), default=0)
-        output_bytes = _output_bytes(self.output, self.dtype)
-        output_bytes = pickles.get(self.sources.donor.pinned, output_bytes)
-        written = [one.checkpoint for one in self.sources.distinct if one.pinned in self.loaded]
-        written_bytes = sum(_output_bytes(one, None) for one in written if one.is_computed)
-        disk_bytes = output_bytes * (1 + self.n_twins) + written_bytes + self.statistics_bytes()
-        measured = self.measurement
-        return Needs(
-            output_bytes,
-            disk_bytes + sum(pickles.values()),
-            measured.waiting_bytes(measured.n_tokens, self._checkpoints, self.loading),
-            max(
-                self._merging_bytes(),
-                self._scoring_bytes(largest_pickle_bytes),
-                self._measuring_bytes(largest_pickle_bytes),
-            ),
+    def output_bytes(self) -> int:
+        """Estimate the size of the merged weights."""
+        donor = self.sources.donor.pinned
+        return self._pickles.get(donor) or _weight_bytes(self.output.tensors.values(), self.dtype)
+
+    def disk_bytes(self) -> int:
+        """Estimate the size of all written files except hidden states; downloads do not count."""
+        written = [s.checkpoint for s in self.sources.distinct if s.pinned in self.loaded]
+        written_bytes = sum(
+            _weight_bytes(one.tensors.values(), None) for one in written if one.is_computed
+        )
+        merges_bytes = self.output_bytes() * (1 + self.n_twins)
+        return merges_bytes + written_bytes + self.statistics_bytes() + sum(self._pickles.values())
+
+    def states_bytes(self) -> int:
+        """Estimate the largest size of hidden states on the disk."""
+        measurement = self.measurement
+        return measurement.waiting_bytes(measurement.n_tokens, self._checkpoints, self.loading)
+
+    def memory_bytes(self) -> int:
+        """Estimate the memory of the largest step."""
+        pickle_bytes = max(self._pickles.values(), default=0)
+        return max(
+            self._merging_bytes(),
+            self._scoring_bytes(pickle_bytes),
+            self._measuring_bytes(pickle_bytes),
         )
 
     def statistics_bytes(self) -> int:
-        """Second moments of all experts on disk; or the matrices that are fitted by them."""
+        """Estimate the files of second moments, or of the matrices that are fitted with them."""
         if not self.measurement.in_sequence:
             return len(self.sources.experts) * self._grams_bytes(self.output)
-        asked = DTYPES[self.dtype] if self.dtype else None
-        fitted_bytes = sum(
-            one.n_elements * WIDTHS[asked or one.kept_dtype] for one in _matrices(self.output)
-        )
-        return fitted_bytes * (1 + self.uniform_twin)
+        return _weight_bytes(_matrices(self.output), self.dtype) * (1 + self.uniform_twin)
 
     def _grams_bytes(self, checkpoint: Checkpoint) -> int:
-        """Second moments of one expert, at most: modules that share inputs share them."""
+        """Return an upper bound for the second moments of one expert: some modules share them."""
         moments = self.measurement.moments
         if moments is None:
             return 0
@@ -348,9 +317,9 @@ class Workload:
         return sum(4 * n_entries(shape[1], moments.widest) for shape in shapes)
 
     def _merging_bytes(self) -> int:
-        """Kernels hold pieces; a definition holds the largest tensor that it computes, in torch.
+        """Estimate the memory of merging, where a torch method holds the largest whole tensor.
 
-        Of an adapter the two narrow matrices of each module are held.
+        Kernels only hold parts of tensors. Of an adapter all low-rank matrices are in memory.
         """
         tensors = [t for one in self._checkpoints for t in one.tensors.values()]
         updates = [t.adapted.update for t in tensors if t.adapted and t.adapted.update]
@@ -367,9 +336,9 @@ class Workload:
         return TORCH_BYTES + held_bytes + narrow_bytes
 
     def _scoring_bytes(self, largest_pickle_bytes: int) -> int:
-        """Evaluation holds one model, in float32 on a CPU.
+        """Estimate the memory of scoring: one model, in float32 on a CPU.
 
-        A pickle is taken to hold numbers of two bytes, the smallest that are merged.
+        A pickle is assumed to hold numbers of two bytes, the smallest that can be merged.
         """
         if not self.scores:
             return 0
@@ -380,9 +349,9 @@ class Workload:
         return TORCH_BYTES + 4 * max(*sizes, largest_pickle_bytes // 2)
 
     def _measuring_bytes(self, largest_pickle_bytes: int) -> int:
-        """Calibration holds one model, or a part; two where they are compared.
+        """Estimate the memory of calibration: a model or a block with its second moments.
 
-        Statistics are held beside the model that they are gathered of.
+        `output_shift` compares two models, so both are in memory.
         """
         if not self.measurement.calibrations:
             return 0
@@ -404,7 +373,7 @@ class Workload:
         return TORCH_BYTES + max(found)
 
     def _fitting_bytes(self) -> int:
-        """Blocks of all models at once, one batch of texts, moments of two kinds, and residuals."""
+        """Estimate fitting in sequence: a block of each model, a batch of texts, two moments."""
         checkpoints = (self.output, *self._checkpoints)
         drawn = self.measurement.n_tokens
         n_tokens = 2 * sum(drawn[one] for one in self.measurement.calibrations)
@@ -415,15 +384,14 @@ class Workload:
         return TORCH_BYTES + blocks + texts + moments + 4 * len(checkpoints) * largest
 
     def _texts_bytes(self, checkpoint: Checkpoint, n_tokens: int) -> int:
-        """One batch, and the hidden states of all texts as far as they are not on the disk."""
+        """Return the bytes of one batch and of the hidden states that are not on the disk."""
         held_bytes = min(states_bytes(checkpoint, n_tokens), HELD_BYTES)
         return batch_bytes(self.measurement.calibrations, checkpoint) + held_bytes
 
 
-def _output_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
-    asked = DTYPES[dtype] if dtype else None
-    tensors = checkpoint.tensors.values()
-    return sum(t.n_elements * WIDTHS[asked or t.kept_dtype] for t in tensors)
+def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str | None) -> int:
+    code = DTYPES[dtype] if dtype else None
+    return sum(tensor.n_elements * WIDTHS[code or tensor.kept_dtype] for tensor in tensors)
 
 
 def _matrices(output: Checkpoint) -> list[TensorHeader]:
@@ -436,7 +404,7 @@ def _matrices(output: Checkpoint) -> list[TensorHeader]:
 
 
 def _solving_bytes(output: Checkpoint, n_sources: int) -> int:
-    """Moments of the widest matrix, as gathered and shrunk, while one is factored."""
+    """Return the bytes of the widest matrix's second moments while one of them is factored."""
     widths = [tensor.shape[-1] for tensor in output.tensors.values() if tensor.shape]
     widest = min(max(widths, default=0), WIDEST)
     return 4 * (2 * n_sources + GRAM_COPIES) * widest**2

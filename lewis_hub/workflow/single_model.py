@@ -1,4 +1,4 @@
-"""Measure one model that no recipe speaks of: its importance on a dataset or task."""
+"""Work on models without a merge: score, measure, extract a LoRA adapter, compare."""
 
 from __future__ import annotations
 
@@ -44,13 +44,7 @@ from lewis_hub.workflow.load import ModelLoader, choose_loading
 from lewis_hub.workflow.open import Opened, OpenedSource, open_model
 from lewis_hub.workflow.read import read_recipe
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_one
-from lewis_hub.workflow.resources import (
-    ALLOW,
-    EVEN_SO,
-    Loading,
-    blocks_bytes,
-    states_bytes,
-)
+from lewis_hub.workflow.resources import ALLOW, EVEN_SO, Loading, blocks_bytes, states_bytes
 from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:
@@ -58,18 +52,24 @@ if TYPE_CHECKING:
 
     from lewis_hub.merge.extract_lora import Extracted
 
+CARD = "README.md"
+PROFILE = "importance.json"
+IN_A_MERGE = f"lewis/{PROFILE}"
+GUIDE: Measure = "lewis"
+RECIPES = (".yaml", ".yml")
+
 
 def score_one(
     source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
 ) -> Scores:
-    """Score one model, whole.
+    """Score a whole model.
 
-    Pickled weights are converted first, and quantised ones that a merge can read are scored from a
-    bfloat16 copy; others are left to transformers.
+    Pickled weights are converted first. Quantised weights that a merge can read are scored from a
+    bfloat16 copy; transformers loads all others.
 
     Raises:
         EvaluationError: a task or the model cannot be used.
-        SourceError: a file cannot be had.
+        SourceError: a file cannot be read.
     """
     selected = task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     check_tasks(selected)
@@ -98,12 +98,9 @@ def _opened(source: Source, opened: Opened, api: HfApi) -> OpenedSource:
 
 
 def _in_working_folder(name: str) -> str:
-    """The path of a file here, or the name itself."""
+    """Return the path of a file in the working folder, or the name if there is no such file."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
-
-
-CARD = "README.md"
 
 
 def extract_adapter(  # noqa: PLR0913
@@ -115,17 +112,17 @@ def extract_adapter(  # noqa: PLR0913
     api: HfApi,
     progress: Progress,
 ) -> Extracted:
-    """Write an adapter in PEFT's form; the folder appears whole or not at all.
+    """Write an adapter in PEFT's format; the folder gets its name when it is complete.
 
     Args:
         expert: the fine-tuned model.
-        base: what it was fine-tuned from.
-        most: highest rank of a module's update; None: as high as it takes.
-        error: per module, the lowest rank that misses no more than this share of the task vector
-            is taken; 0 takes the highest rank everywhere.
-        output: folder to make.
+        base: the model that it was fine-tuned from.
+        most: highest rank of a module's update; None: no limit.
+        error: each module gets the lowest rank whose relative error against the task vector is at
+            most this; 0 uses the highest rank everywhere.
+        output: folder to create.
         api: the Hub.
-        progress: told the parameters that were looked at.
+        progress: shows the number of parameters that are done.
 
     Raises:
         LewisHubError: a model cannot be used, they do not fit, or are equal.
@@ -155,7 +152,7 @@ def extract_adapter(  # noqa: PLR0913
 
 
 def _fitting(sources: Sequence[Source], models: Sequence[Opened]) -> list[Checkpoint]:
-    """The headers of base and expert, where one can be held against the other."""
+    """Return the headers of base and expert, which must fit each other."""
     if refused := [model.problem for model in models if model.problem]:
         raise ExtractionError(tuple(refused))
     named = list(zip((source.pinned for source in sources), models, strict=True))
@@ -169,15 +166,11 @@ def _fitting(sources: Sequence[Source], models: Sequence[Opened]) -> list[Checkp
     return [base, expert]
 
 
-PROFILE = "importance.json"
-IN_A_MERGE = f"lewis/{PROFILE}"
-
-
 def read_profile(api: HfApi, name: str) -> ImportanceProfile:
-    """The profile in a file, in a folder that `merge` or `importance` made, or in a merge's repo.
+    """Read the profile in a file, in the output folder of `merge` or `importance`, or in a repo.
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is no profile.
         ProfileError: the file cannot be read.
     """
     path = Path(name).expanduser()
@@ -190,20 +183,17 @@ def read_profile(api: HfApi, name: str) -> ImportanceProfile:
         raise _without(name)
     reference = ModelReference.model_validate(name)
     source = resolve_model(api, reference.name, reference.revision)
-    told = read_small(api, source, IN_A_MERGE)
-    if told is None:
+    content = read_small(api, source, IN_A_MERGE)
+    if content is None:
         raise _without(source.pinned)
     where = f"{source.pinned}: {IN_A_MERGE}"
-    return ImportanceProfile.from_json(told.decode("utf-8", errors="replace"), where)
+    return ImportanceProfile.from_json(content.decode("utf-8", errors="replace"), where)
 
 
 def _without(name: str) -> SourceError:
     remedy = f"Name an {PROFILE}, a merge with a guide that measures, or run "
     remedy += "`lewis-hub importance MODEL --task TASK` first."
     return SourceError(name, f"it has no {PROFILE}", remedy)
-
-
-GUIDE: Measure = "lewis"
 
 
 def measure_model(
@@ -214,15 +204,9 @@ def measure_model(
     execution: Execution,
     progress: Progress,
 ) -> ImportanceProfile:
-    """Write `importance.json` and its plot; what `output` holds of this measurement is reused.
+    """Write `importance.json` and its plot into `output`; known measurements there are used again.
 
-    Args:
-        model: a repo, repo@revision or folder.
-        calibration: its relative paths are looked up in the working folder.
-        seed: draws the texts.
-        output: folder to write into.
-        execution: device, and whether tasks may run code.
-        progress: told how far it is.
+    Relative paths in `calibration` are looked up in the working folder; `seed` draws the texts.
 
     Raises:
         LewisHubError: the model or the data cannot be used.
@@ -242,9 +226,9 @@ def measure_model(
     subject = choose_loading(subject, checkpoint, execution.loading, output)
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
-    told = calibration.model_dump(mode="json", exclude_none=True)
+    document = calibration.model_dump(mode="json", exclude_none=True)
     before = known_profile(file)
-    known = ImportanceProfile(GUIDE, told, before.sources if before else ())
+    known = ImportanceProfile(GUIDE, document, before.sources if before else ())
     n_tokens = sum(one.n_tokens for one in missing([subject], known))
     with progress.stage("Calibrating", n_tokens, "tokens") as advance:
         profile = calibrate([subject], known, execution.device, advance, lambda _: None)
@@ -256,7 +240,7 @@ def measure_model(
 def _require_fits(
     source: Source, checkpoint: Checkpoint, tokens: CalibrationSet, output: Path, loading: Loading
 ) -> None:
-    """Refuse, before a weight is downloaded, what neither memory nor disk has room for."""
+    """Refuse, before weights are downloaded, a model that does not fit into memory or disk."""
     if not loading.has_room_for_blocks(checkpoint):
         problem = f"block by block it takes {blocks_bytes(checkpoint):,} bytes in memory, {EVEN_SO}"
         raise CalibrationModelError(source.name, problem, ALLOW)
@@ -267,22 +251,15 @@ def _require_fits(
         require_room(output, n_bytes, STATES, FEWER)
 
 
-RECIPES = (".yaml", ".yml")
-
-
 def tell_differences(before: str, after: str, api: HfApi) -> tuple[str, ...]:
-    """What differs, in words; of two recipes what they say, without asking the Hub.
+    """Return the differences of two recipes or merges, as sentences.
 
-    A recipe beside a merge stands for the merge that it would make now, so that inputs that moved
-    are told.
-
-    Args:
-        before: a recipe file, or a folder, repo or repo@revision that a merge made.
-        after: likewise.
-        api: the Hub.
+    Each is a recipe file, or a folder, repo or repo@revision of a merge. Two recipes are compared
+    without the Hub. A recipe is compared with a merge by the merge that it would make now, so that
+    changed inputs appear.
 
     Raises:
-        LewisHubError: one cannot be found or read.
+        LewisHubError: a recipe or merge cannot be found or read.
     """
     old, new = _recipe(before), _recipe(after)
     if old and new:

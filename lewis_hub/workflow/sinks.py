@@ -1,4 +1,4 @@
-"""Sinks: where a merge goes while it is made. A folder, or a Hub repo shard by shard."""
+"""The sinks that a merge is written to: a folder, or a Hub repo shard by shard."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Means, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.progress import Progress
-from lewis_hub.workflow.existing import published_importance
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.merge import report_nan, write_weights
-from lewis_hub.workflow.publish import Destination, push
+from lewis_hub.workflow.publish import Destination, published_importance, push
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -33,13 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """Bytes that a merge takes on the disk.
+    """The bytes that a merge takes on the disk.
 
     Attributes:
         download_bytes: of sources that are not in the cache.
-        output_bytes: of the merged weights.
-        made_bytes: of all that is written beside the download, but for hidden states.
-        statistics_bytes: of second moments, or of matrices that are fitted by them.
+        made_bytes: of all written files except downloads and hidden states.
+        statistics_bytes: of second moments, or of matrices that are fitted with them.
         states_bytes: of the hidden states of calibration texts.
         shard_bytes: of the largest file of weights.
     """
@@ -54,11 +52,11 @@ class DiskNeeds:
 
 @dataclass(frozen=True)
 class FolderSink:
-    """A folder, which appears whole or not at all.
+    """A folder that gets its name when the merge is complete.
 
     Attributes:
-        work: of the merge; an interrupted run's work in it is taken up.
-        destination: of a push that may follow; None: the merge stays here.
+        work: the workspace; files of an interrupted run in it are used again.
+        destination: repo of a later push; its profile is read. None: the merge stays here.
     """
 
     work: Workspace
@@ -66,59 +64,46 @@ class FolderSink:
     api: HfApi
     progress: Progress
 
-    keeps_models = True  # sources and twins lie on the disk
+    keeps_models = True  # whole models may be on the disk
 
     @property
     def folder(self) -> Path:
-        """The folder that is made."""
+        """The folder that is written."""
         return self.work.folder
 
-    @property
-    def scratch(self) -> Path:
-        """Folder for what a rerun takes up and nobody keeps."""
-        return self.work.scratch
-
     def require_room(self, needs: DiskNeeds) -> None:
-        """Download, merge and twins lie on disks of this machine at once."""
+        """Refuse disks that cannot hold download, merge and twins at once."""
         require_disk(self.folder, needs.download_bytes, needs.made_bytes + needs.states_bytes)
 
     def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
-        """Download them, weights included."""
+        """Download whole sources."""
         return fetch_whole(self.api, sources, self.progress)
 
     def profiles(self, beside: Path) -> list[Path]:
-        """In the work, in the former output, beside the recipe, and in the target repo."""
-        folders = (self.scratch, self.work.output / "lewis", beside)
+        """Return profiles: in the workspace, the former output, beside the recipe, on the Hub."""
+        folders = (self.work.scratch, self.work.output / "lewis", beside)
         previous = self.destination.previous if self.destination else None
-        published = published_importance(previous, self.api, self.scratch)
+        published = published_importance(previous, self.api, self.work.scratch)
         return [*(folder / "importance.json" for folder in folders), *published]
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Means
     ) -> dict[str, ShardResult]:
-        """Write them into the folder."""
+        """Write the shards into the folder."""
         return write_weights(planned, locations, self.folder, means, self.progress)
 
     def finish(self, files: Sequence[str]) -> Path:
-        """Give the folder its name; returns it.
-
-        Args:
-            files: paths of all files of the model.
-        """
+        """Give the folder its name and return it; `files`: paths of all files of the model."""
         return self.work.finish(files)
 
 
 @dataclass
 class HubSink:
-    """A Hub repo: each shard is uploaded as it is finished, and one commit comes last.
-
-    Neither a source nor the merge is ever whole on this disk.
+    """A Hub repo: each shard is uploaded when it is finished, and one commit follows at the end.
 
     Attributes:
-        work: keeps what was measured, and notes of the shards that were uploaded, so that a rerun
-            does not make them again.
-        destination: of the commit.
-        sent: files that are uploaded and in no commit yet.
+        work: the workspace; it keeps measurements and a note on each uploaded shard for a rerun.
+        sent: files that are uploaded but not committed.
     """
 
     work: Workspace
@@ -127,48 +112,43 @@ class HubSink:
     progress: Progress
     sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
 
-    keeps_models = False  # neither a source nor the merge is whole here
+    keeps_models = False  # the disk never holds a whole source or merge
 
     @property
     def folder(self) -> Path:
-        """Folder with small files of the model."""
+        """Folder with the small files of the model."""
         return self.work.scratch / "model"
 
-    @property
-    def scratch(self) -> Path:
-        """Folder for what a rerun takes up and nobody keeps."""
-        return self.work.scratch
-
     def require_room(self, needs: DiskNeeds) -> None:
-        """Hidden states, and statistics beside two shards, lie on this disk."""
+        """Refuse a disk that cannot hold the hidden states, or statistics beside two shards."""
         if needs.states_bytes:
-            require_room(self.scratch, needs.states_bytes, STATES, FEWER)
+            require_room(self.work.scratch, needs.states_bytes, STATES, FEWER)
         if needs.statistics_bytes:
-            there = sum(path.stat().st_size for path in self.scratch.rglob("*.safetensors"))
+            present = sum(path.stat().st_size for path in self.work.scratch.rglob("*.safetensors"))
             shard = min(needs.shard_bytes, needs.output_bytes)
-            n_bytes = needs.statistics_bytes + 2 * shard - there
-            remedy = "take a disk that is larger, or a method that merges without statistics"
-            what = "the statistics of all experts and two shards"
-            require_room(self.scratch, n_bytes, what, remedy)
+            n_bytes = needs.statistics_bytes + 2 * shard - present
+            remedy = "use a larger disk, or a method that merges without statistics"
+            content = "the statistics of all experts and two shards"
+            require_room(self.work.scratch, n_bytes, content, remedy)
 
     def open_sources(self, sources: Sequence[Source]) -> FetchedSources:
-        """Fetch small files; weights are read by ranges."""
+        """Fetch small files; weights are read by byte ranges."""
         return open_ranges(self.api, sources)
 
     def profiles(self, beside: Path) -> list[Path]:
-        """In the work, in the target repo, and beside the recipe."""
-        published = published_importance(self.destination.previous, self.api, self.scratch)
-        return [self.scratch / "importance.json", *published, beside / "importance.json"]
+        """Return profiles in the workspace, on the Hub and beside the recipe."""
+        published = published_importance(self.destination.previous, self.api, self.work.scratch)
+        return [self.work.scratch / "importance.json", *published, beside / "importance.json"]
 
     def write(
         self, planned: MergePlan, locations: Locations, means: Means
     ) -> dict[str, ShardResult]:
-        """Make every shard that the Hub does not have yet, and upload each before the next.
+        """Make and upload the shards that the Hub does not have yet, one after the other.
 
-        What the next one needs is fetched meanwhile, as much of it as a second shard would take.
+        Meanwhile byte ranges for the next shard are fetched, at most the size of a shard.
 
         Raises:
-            PublishError: the repo cannot be made, or a shard cannot be uploaded.
+            PublishError: the repo cannot be created, or a shard cannot be uploaded.
             OutputError: there is not enough room for two shards.
         """
         means = replace(means, is_read_next=True)
@@ -177,13 +157,13 @@ class HubSink:
         asked = HubRepo(self.api, self.destination.asked.repo, error_type=PublishError)
         landing = self.destination.asked.landing
         open_repo(asked, landing, private=self.destination.asked.private)
-        shards = self.scratch / "shards"
+        shards = self.work.scratch / "shards"
         shards.mkdir(exist_ok=True)
         _clear(planned, shards)
         results = self._sent_before(planned, shards, asked)
         left = MergePlan(tuple(s for s in planned.shards if s.layout.name not in results))
         _require_room_for_shards(left, locations, shards, means)
-        with self.progress.stage("Merging on the way", planned.n_bytes, "bytes") as advance:
+        with self.progress.stage("Merging and uploading", planned.n_bytes, "bytes") as advance:
             advance(sum(result.n_bytes for result in results.values()))
             for result in make_shards(left, locations, shards, means, advance):
                 file = shards / result.name
@@ -195,10 +175,10 @@ class HubSink:
         return ordered | write_index(planned, self.folder)
 
     def finish(self) -> Published:
-        """Push all in one commit, and delete the work.
+        """Push all files in one commit, and delete the workspace.
 
         Raises:
-            PublishError: the repo is as it was before, or lacks the tag alone.
+            PublishError: the repo is unchanged, or only the tag is missing.
         """
         pushed = push(
             self.folder, self.destination, self.api, self.progress, self.sent, force=False
@@ -209,16 +189,16 @@ class HubSink:
     def _sent_before(
         self, planned: MergePlan, folder: Path, asked: HubRepo
     ) -> dict[str, ShardResult]:
-        """What an interrupted run uploaded, as far as the Hub still has it."""
+        """Return the shards that an interrupted run uploaded and the Hub still has."""
         results = {}
         landing = self.destination.asked.landing
         for shard in planned.shards:
-            told = noted(shard, folder)
-            if told is None or (folder / told.name).exists():
+            note = noted(shard, folder)
+            if note is None or (folder / note.name).exists():
                 continue
-            addition = find_uploaded(asked, landing, told.name, told.n_bytes, told.sha256)
+            addition = find_uploaded(asked, landing, note.name, note.n_bytes, note.sha256)
             if addition:
-                results[told.name], self.sent[told.name] = told, addition
+                results[note.name], self.sent[note.name] = note, addition
         return results
 
 
@@ -226,12 +206,12 @@ Sink = FolderSink | HubSink
 
 
 def work_folder(output: Path) -> Path:
-    """Return the folder that a stream works in; nothing of this name remains."""
+    """Return the workspace of a stream, which is deleted at the end."""
     return output.with_name(output.name + ".stream")
 
 
 def discard_work(output: Path) -> None:
-    """Delete what an interrupted stream left; all of it is on the Hub."""
+    """Delete the workspace of an interrupted stream whose merge is on the Hub."""
     folder = work_folder(output)
     if unfinished(folder).exists():
         with suppress(OutputError), open_workspace(folder, replace=False) as work:
@@ -239,8 +219,8 @@ def discard_work(output: Path) -> None:
 
 
 def _clear(planned: MergePlan, folder: Path) -> None:
-    """Delete useless shards of an interrupted run: those cut short, or of another plan."""
-    whole = {told.name for shard in planned.shards if (told := noted(shard, folder))}
+    """Delete the shards of an interrupted run that are incomplete or belong to another plan."""
+    whole = {note.name for shard in planned.shards if (note := noted(shard, folder))}
     for path in folder.glob("*.safetensors"):
         if path.name not in whole:
             path.unlink()
@@ -251,8 +231,9 @@ def _require_room_for_shards(
 ) -> None:
     sizes = [layout.n_bytes for layout in left.layouts]
     largest = max(sizes, default=0)
-    on_disk = sum(sizes) if isinstance(means.runner, Ray) else largest  # they do not wait
+    on_disk = sum(sizes) if isinstance(means.runner, Ray) else largest  # Ray makes all at once
     steps = [tensors for shard in left.shards for tensors in shard.reads]
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    n_bytes = on_disk + scratch_bytes(locations, steps, largest, means.n_together) - there
-    require_room(folder, n_bytes, "two shards and what is fetched ahead", "lower --max-shard-size")
+    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    n_bytes = on_disk + scratch_bytes(locations, steps, largest, means.n_together) - present
+    content = "two shards and the byte ranges that are fetched ahead"
+    require_room(folder, n_bytes, content, "lower --max-shard-size")

@@ -1,4 +1,4 @@
-"""Slices: which blocks are stacked, and what `config.json` and the card say of the stack."""
+"""Slices of a stack: their pinned sources, and the `config.json` and headers of the stack."""
 
 from __future__ import annotations
 
@@ -30,12 +30,7 @@ from lewis_hub.workflow.open import MergeSources, OpenedSource
 
 @dataclass(frozen=True)
 class SourceBlocks:
-    """Consecutive blocks of one source.
-
-    Attributes:
-        blocks: their numbers in the source.
-        parameters: settings of these blocks alone.
-    """
+    """Consecutive blocks of a source, by their numbers there, and their settings."""
 
     source: Source
     blocks: range
@@ -44,13 +39,12 @@ class SourceBlocks:
 
 @dataclass(frozen=True)
 class PinnedSlice:
-    """The next blocks of a stack, every model pinned.
+    """A slice of a stack with pinned sources.
 
     Attributes:
-        base: which of the listed sources task vectors start from; None for a method without base.
-        experts: the others.
-        listed: all sources, as the recipe lists them.
-        parameters: settings of this slice.
+        base: one of the listed sources; None for a method without a base.
+        experts: the other sources.
+        listed: all sources, in the recipe's order.
     """
 
     base: SourceBlocks | None
@@ -66,16 +60,10 @@ def pin_slices(
     *,
     takes_base: bool,
 ) -> tuple[PinnedSlice, ...]:
-    """Say which blocks of which sources are stacked.
-
-    Args:
-        slices: a recipe's.
-        base_model: the recipe's, for slices without a base of their own.
-        sources: every model that a slice names -> its source.
-        takes_base: whether the method starts from a base.
+    """Pin the sources of slices; `base_model` is the base of a slice that names no base.
 
     Raises:
-        MergeError: a slice does not list the base that its method starts from.
+        MergeError: a slice does not list its base.
     """
 
     def blocks(one: SliceSource) -> SourceBlocks:
@@ -99,7 +87,7 @@ def pin_slices(
 
 
 def merge_slices(slices: Sequence[PinnedSlice], sources: MergeSources) -> tuple[MergeSlice, ...]:
-    """Give each slice the headers of its sources."""
+    """Return the slices with the headers of their sources."""
     opened = {one.source: one for one in sources.models}
 
     def blocks(one: SourceBlocks) -> Blocks:
@@ -117,10 +105,10 @@ def merge_slices(slices: Sequence[PinnedSlice], sources: MergeSources) -> tuple[
 
 
 def stack_config(slices: Sequence[PinnedSlice], sources: MergeSources) -> dict[str, Any]:
-    """Make the stack's `config.json`.
+    """Return the stack's `config.json`.
 
     Raises:
-        MergeError: the donor's configuration cannot be given another number of blocks.
+        MergeError: the number of blocks in the donor's configuration cannot be changed.
     """
     opened = {one.source: one for one in sources.models}
 
@@ -136,7 +124,7 @@ def stack_config(slices: Sequence[PinnedSlice], sources: MergeSources) -> dict[s
 
 
 def stack_headers(settings: StackSettings) -> Checkpoint:
-    """Make the headers of the stack.
+    """Return the headers of the stack.
 
     Raises:
         MergeError: it cannot be made.
@@ -151,12 +139,7 @@ def stack_headers(settings: StackSettings) -> Checkpoint:
 
 
 def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
-    """Give densities of whole models to the tensors of a stack, by their names in the output.
-
-    Args:
-        schedule: by the names that tensors have in the sources.
-        planned: of the stack.
-    """
+    """Return a schedule of whole models by the names of the stack's tensors."""
     found: dict[str, dict[str, float]] = {one.source: {} for one in schedule.experts}
     given = {one.source: one.tensors for one in schedule.experts}
     for shard in planned.shards:
@@ -171,19 +154,19 @@ def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
 
 
 def depth_refusals(sources: MergeSources) -> list[str]:
-    """Refuse models that a guide cannot compare with the base, block by block."""
+    """Refuse experts whose blocks a guide cannot compare with those of the base."""
     donor = count_blocks(sources.donor.checkpoint)
     depths = [(expert.name, count_blocks(expert.checkpoint)) for expert in sources.experts]
     return [
-        f"guide: {name} has {depth} blocks, its base {donor}: their importance cannot be compared "
-        "block by block. Use guide `uniform`, or give `density`."
+        f"guide: {name} has {depth} blocks and the base {donor}, so their importance cannot be "
+        "compared block by block. Use guide `uniform`, or set `density`."
         for name, depth in depths
         if depth != donor
     ]
 
 
 def stacked_blocks(slices: Sequence[PinnedSlice]) -> tuple[StackedBlocks, ...]:
-    """Say for the card which blocks became which; none where whole models were merged."""
+    """Return the blocks of a stack and their sources, for the card."""
     rows, first = [], 0
     for one in slices:
         blocks = range(first, first + len(one.listed[0].blocks))
@@ -196,7 +179,7 @@ def stacked_blocks(slices: Sequence[PinnedSlice]) -> tuple[StackedBlocks, ...]:
 def name_by_pin(
     slices: Sequence[Slice], sources: Mapping[ModelReference, Source]
 ) -> tuple[Slice, ...]:
-    """Return slices in which every model has the name that it is pinned to."""
+    """Return slices with the pinned name of every model."""
 
     def pinned(model: ModelReference) -> ModelReference:
         return ModelReference(name=sources[model].pinned)

@@ -1,4 +1,4 @@
-"""Gather second moments of each expert's inputs; or fit matrices in sequence by them."""
+"""Gather second moments of each expert's inputs, or fit matrices in sequence with them."""
 
 from __future__ import annotations
 
@@ -47,22 +47,19 @@ FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
 REMEDY = "Set `inputs: own` in the recipe's `parameters`: then each matrix is fitted by itself."
-N_SHOWN = 3  # tensors that a note names
+N_SHOWN = 3  # tensors that a note lists
 
 
 @dataclass(frozen=True)
 class StatisticsSettings:
-    """How second moments are gathered, and how matrices are fitted by them.
+    """The settings for gathering second moments and fitting matrices with them.
 
     Attributes:
-        method: of the merge, for messages.
-        moments: which second moments it needs.
-        sources: opened.
+        method: merge method, for messages.
         tokenizer: name of the model whose tokenizer cuts the texts.
         reader: source in whose token ids the merged model reads the texts.
-        plan: of the merge.
-        sidecars: of the merge, for its configuration.
-        digest: over all that fixes the merge.
+        sidecars: they hold the configuration of the merged model.
+        digest: digest of the planned lock.
     """
 
     method: str
@@ -77,14 +74,12 @@ class StatisticsSettings:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What was gathered of each expert, in the recipe's order.
+    """The second moments of each expert, in the recipe's order, or the fitted matrices.
 
     Attributes:
-        statistics: of each expert, or what was fitted by them.
         folders: label of the statistics -> folder with their files.
-        measured: what they were gathered on.
-        rows: of each expert, the rows of its data.
-        notes: what a user should know about them.
+        measured: the sources and the data they were gathered on.
+        rows: rows of each expert's data.
     """
 
     statistics: Known = ()
@@ -101,15 +96,14 @@ def gather(
     schedule: DensitySchedule | None,
     store: Path,
 ) -> Gathered:
-    """Run each expert's calibration texts through it; what an earlier run gathered is kept.
+    """Run each expert's calibration texts through it; results of an earlier run are used again.
 
     Args:
         settings: which second moments are needed.
-        sets: one an expert.
-        loader: of the sources.
-        schedule: a guide's; matrices that are fitted in sequence are fitted with it. None: the
-            settings alone decide.
-        store: folder in which statistics that do not depend on the schedule stay.
+        sets: one per expert.
+        loader: loads the sources.
+        schedule: of a guide, for matrices that are fitted in sequence; None without a guide.
+        store: folder for statistics that do not depend on the schedule.
 
     Raises:
         CalibrationError: a model cannot be loaded or measured, or not block by block.
@@ -123,9 +117,9 @@ def gather(
 def wanted(
     settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
 ) -> tuple[Wanted, ...]:
-    """Return the second moments that `gather` looks for in a folder, one an expert, or none.
+    """Return the second moments that `gather` expects in a folder, one per expert, or none.
 
-    A pass that measures the experts for a guide can leave them there.
+    A pass that measures the experts for a guide can write them there.
     """
     if settings.moments.in_sequence:
         return ()
@@ -141,7 +135,7 @@ def _gather_each(
     subjects = _subjects(settings, sets, loader)
     asked = wanted(settings, sets, loader, store)
     found = [read_grams(one) for one in asked]
-    placed = [  # before the stage begins, for writing out is one of its own
+    placed = [  # before the stage begins, because writing out is a stage of its own
         subject if files else loader.load_for_calibration(subject, expert)
         for subject, files, expert in zip(subjects, found, settings.sources.experts, strict=True)
     ]
@@ -158,7 +152,7 @@ def _gather_each(
     )
     lacking = unknown(settings.plan.plan(None, known), _matrices(_shapes(tensors)))
     solved = settings.moments.are_solved
-    then = "their task vectors are averaged" if solved else "they are trimmed by magnitude"
+    then = "average their task vectors" if solved else "trim them by magnitude"
     notes = _lacking_note(lacking, then, loader)
     folders = {own.label: one.folder for own, one in zip(known, asked, strict=True)}
     return Gathered(known, folders, _measured(subjects), _rows(sets), notes)
@@ -172,14 +166,10 @@ def _gather_one(
 
 
 def _subjects(settings: StatisticsSettings, sets: Sets, loader: ModelLoader) -> tuple[Subject, ...]:
-    """Each expert, with its own texts in its own ids."""
-    folders = loader.files.folders
+    """Return each expert with its texts in its own token ids."""
     return tuple(
-        Subject(
-            *(e.pinned, e.digest, "expert", folders[e.pinned]),
-            (remap_token_ids(own, e, settings.tokenizer),),
-        )
-        for e, own in zip(settings.sources.experts, sets, strict=True)
+        loader.subject(expert, remap_token_ids(own, expert, settings.tokenizer))
+        for expert, own in zip(settings.sources.experts, sets, strict=True)
     )
 
 
@@ -194,7 +184,7 @@ def _rows(sets: Sets) -> tuple[tuple[int, ...], ...]:
 def _statistics(
     tensors: Mapping[str, TensorHeader], source: str, folder: Path, files: GramFiles
 ) -> Statistics:
-    """The files, by the names of the checkpoint's tensors."""
+    """Return the statistics by the names of the checkpoint's tensors."""
     label = f"statistics of {source}"
     headers: dict[str, TensorHeader] = {
         f"{file}/{tensor.name}": tensor
@@ -223,20 +213,20 @@ def _matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def _lacking_note(lacking: Sequence[str], then: str, loader: ModelLoader) -> tuple[str, ...]:
-    """Say which matrices have no statistics; nothing where all have them."""
+    """Return a note on matrices without statistics, if there are any; `then`: what is done."""
     if not lacking:
         return ()
     shown = ", ".join(lacking[:N_SHOWN]) + (", ..." if len(lacking) > N_SHOWN else "")
     note = (
-        f"{len(lacking)} weight matrices of the blocks have no statistics ({shown}): no token "
-        f"reached them, or they are stored otherwise than they are run. So {then}."
+        f"{len(lacking)} weight matrices of the blocks have no statistics ({shown}), because no "
+        f"token reached them or because their stored form differs. The merge will {then}."
     )
     loader.progress.say(note)
     return (note,)
 
 
 def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
-    """Refuse, before any weight is downloaded, an architecture that cannot be fitted in sequence.
+    """Refuse an architecture that cannot be fitted in sequence, before weights are downloaded.
 
     Raises:
         NotByBlockError: its blocks share weights, it is an encoder-decoder, or an expert lacks
@@ -258,12 +248,9 @@ def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
 
 
 def _fit_in_sequence(
-    settings: StatisticsSettings,
-    sets: Sets,
-    loader: ModelLoader,
-    schedule: DensitySchedule | None,
+    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, schedule: DensitySchedule | None
 ) -> Gathered:
-    """Fit all matrices of the blocks; what an earlier run fitted is kept."""
+    """Fit all matrices of the blocks; matrices of an earlier run are used again."""
     whole = replace(settings.plan, max_shard_bytes=sys.maxsize)
     [planned] = whole.plan(schedule).shards
     subjects = _subjects(settings, sets, loader)
@@ -283,28 +270,28 @@ def _fit_in_sequence(
     digest = "sha256:" + hashlib.sha256(json.dumps(digests).encode()).hexdigest()
     asked = _matrices({t.output.name: t.output.shape for t in planned.tensors})
     lacking = [name for name in asked if name not in tensors]
-    notes = _lacking_note(lacking, "their task vectors are averaged", loader)
+    notes = _lacking_note(lacking, "average their task vectors", loader)
     fitted = Fitted(LABEL, digest, tensors)
     return Gathered(fitted, {LABEL: place}, _measured(subjects), _rows(sets), notes)
 
 
 def _sharing(loader: ModelLoader, n_models: int) -> ModelLoader:
-    """In a stream, all models together fetch no more than two shards ahead."""
+    """Return a loader that limits a stream to two shards fetched ahead, for all models together."""
     if loader.files.keeps_models:
         return loader
     return replace(loader, max_shard_bytes=2 * loader.max_shard_bytes // n_models)
 
 
 def _facts(planned: ShardPlan, subjects: Sequence[Subject], widest: int) -> dict[str, Any]:
-    """All that fixes the fitted matrices."""
+    """Return the facts that determine the fitted matrices."""
     sets = [{**subject.sets[0].facts} for subject in subjects]
     return {"version": VERSION, "plan": planned.digest, "calibration": sets, "widest": widest}
 
 
 def _folder_of_merge(folder: Path, digest: str) -> Path:
-    """Return the folder of one merge and its uniform twin.
+    """Return the folder of a merge and its uniform twin.
 
-    What an interrupted run of another merge fitted is deleted: it may be as large as a model.
+    Matrices of another interrupted merge are deleted, because they may be as large as a model.
     """
     place = folder / _short_digest(digest)
     for other in folder.glob("*"):
@@ -354,14 +341,7 @@ def _fit(
 
 
 class _MergedBlocks:
-    """The blocks of a merge without statistics, made one by one; tensors are fitted meanwhile.
-
-    Args:
-        planned: all of it.
-        locations: label of a source -> where its files are.
-        scratch: for what is fetched of them.
-        most_bytes: that are fetched ahead.
-    """
+    """The blocks of a merge, made one by one while their tensors are fitted."""
 
     def __init__(
         self, planned: ShardPlan, locations: Locations, scratch: Path, most_bytes: int
@@ -369,11 +349,11 @@ class _MergedBlocks:
         self._planned, self._locations, self._scratch = planned, locations, scratch
         self._most_bytes = most_bytes
         self._make: Single | None = None
-        self.mended: set[tuple[str, str]] = set()  # source and fitted tensor, with NaN or infinity
+        self.mended: set[tuple[str, str]] = set()  # (source, fitted tensor) with NaN or infinity
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Its headers; its tensors lie nowhere."""
+        """Its headers; no file holds its tensors."""
         outputs = [tensor.output for tensor in self._planned.tensors]
         headers = (TensorHeader(o.name, o.dtype, o.shape, "", 0, o.n_bytes) for o in outputs)
         return Checkpoint(MERGE, {header.name: header for header in headers})
@@ -381,7 +361,7 @@ class _MergedBlocks:
     def parts(
         self, lists: Sequence[Sequence[TensorHeader]]
     ) -> Generator[dict[str, Tensor], None, None]:
-        """Make one list of tensors after the other, without statistics."""
+        """Make the tensors of each list, without statistics."""
         outputs = [tensor.output.name for tensor in self._planned.tensors]
         reads = dict(zip(outputs, self._planned.reads, strict=True))
         steps = [[read for tensor in tensors for read in reads[tensor.name]] for tensors in lists]
@@ -394,7 +374,7 @@ class _MergedBlocks:
                 files.step_done()
 
     def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
-        """Fit a tensor of the list that was made last."""
+        """Fit a tensor of the list that `parts` made last."""
         assert self._make
         crosses, gaps = [one.cross for one in seen], [one.gap for one in seen]
         grams, known = [one.gram for one in seen], () if None in crosses else crosses

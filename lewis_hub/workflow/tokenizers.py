@@ -1,4 +1,4 @@
-"""Tokenizers: what is read of them, and what comes out of that."""
+"""Compare the tokenizers of the sources, and decide tokenizer and embeddings of the merge."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 
 FAST = "tokenizer.json"
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+N_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Carried:
-    """How the tokenizer of the merge differs from the base's; see `sidecars.TokenizerFiles`."""
+    """The differences between the merge's and the base's tokenizer; see `TokenizerFiles`."""
 
     donor: str  # pinned
     written: Mapping[str, str] = field(default_factory=dict)
@@ -46,12 +49,12 @@ class Carried:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the tokenizers make of a merge.
+    """The tokenizer and token alignment of a merge.
 
     Attributes:
-        carried: None: the base's tokenizer as it is.
-        alignment: None where row i means the same in all sources.
-        translations: what the base's ids are in a source; none where they mean the same there.
+        carried: None: the base's tokenizer, unchanged.
+        alignment: None if row i is the same token in all sources.
+        translations: pinned source -> its ids of the base's tokens, if they differ.
     """
 
     carried: Carried | None = None
@@ -63,13 +66,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenizerRequest:
-    """What a recipe says of the tokenizer.
+    """The tokenizer settings of a recipe.
 
     Attributes:
         tokenizer: None: the tokenizers must agree.
-        chat_template: a name, a model or a text; None or `auto`: as it is.
-        named: a model that the recipe names for its tokenizer, a token or its chat template -> its
-            source.
+        chat_template: a name, a model or a text; None or `auto`: unchanged.
+        named: pinned sources of the models in these settings, by name.
     """
 
     tokenizer: Tokenizer | None
@@ -79,25 +81,25 @@ class TokenizerRequest:
 
 @dataclass(frozen=True)
 class TokenizerSources:
-    """What the tokenizers are compared by: small files, and the number of rows for tokens."""
+    """The small files of tokenizers, and the number of rows of their embeddings."""
 
-    models: tuple[Source, ...]  # first the one whose tensors and configuration the merge has
+    models: tuple[Source, ...]  # first the source of the merge's tensors and configuration
     api: HfApi
     checkpoints: Mapping[str, Checkpoint]
     configs: Mapping[str, Mapping[str, Any]]
-    tensors: tuple[str, ...]  # of the base, with a row a token
+    tensors: tuple[str, ...]  # names of the base's tensors with a row per token
 
     @property
     def base(self) -> Source:
-        """The source whose tensors and configuration the merge has."""
+        """The source of the merge's tensors and configuration."""
         return self.models[0]
 
     def rows(self, source: Source) -> int:
-        """How many rows a source has for tokens."""
+        """Return the number of rows of a source's embeddings."""
         return rows_of(self.checkpoints[source.pinned], self.tensors)
 
     def is_alike(self, source: Source) -> bool:
-        """Whether a source has the base's tokens, as far as its files say, and as many rows."""
+        """Return whether a source has the same tokenizer files and number of rows as the base."""
         if self.rows(source) != self.rows(self.base):
             return False
         ours, theirs = self.base.file(FAST), source.file(FAST)
@@ -105,30 +107,27 @@ class TokenizerSources:
         return source is self.base or (same and self._later(source) == self._later(self.base))
 
     def read(self, source: Source, *names: str) -> dict[str, bytes]:
-        """Those of some small files that a source has."""
+        """Read small files; missing files are left out."""
         found = {name: read_small(self.api, source, name) for name in names}
         return {name: content for name, content in found.items() if content is not None}
 
     def read_json(self, source: Source, name: str) -> dict[str, Any]:
-        """A small JSON file; empty where a source has none."""
+        """Read a small JSON file; empty if it is missing."""
         return json_object(source.name, self.read(source, name), name)
 
     def _later(self, source: Source) -> object:
-        """The tokens that are added to those of `tokenizer.json`."""
+        """Return the added tokens, which are not in `tokenizer.json`."""
         return self.read_json(source, CONFIG).get("added_tokens_decoder")
 
     def vocabulary(self, source: Source) -> Vocabulary | None:
-        """A source's own; None where nothing tells it without running code."""
+        """Read a source's vocabulary; None if that would need its code."""
         return read_vocabulary(source.name, self.read(source, *FILES))
-
-
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _assembled(
     asked: Tokenizer, named_sources: Mapping[str, Source], sources: TokenizerSources
 ) -> Tokens:
-    """Put embeddings together token by token, for the tokenizer that the recipe asks for."""
+    """Align embeddings token by token for the tokenizer that the recipe names."""
     base = sources.base
     named = _named(asked, named_sources, sources)
     carried = Carried(named.pinned)
@@ -136,8 +135,8 @@ def _assembled(
     if not changes and all(map(sources.is_alike, sources.models)):
         return Tokens(carried if named is not base else None)
     if not sources.tensors:
-        problem = "none of its tensors has as many rows as its config.json says there are tokens"
-        remedy = "Leave `tokenizer_source` out: its embeddings cannot be put together by token."
+        problem = "none of its tensors has as many rows as its config.json has tokens"
+        remedy = "Remove `tokenizer_source`: its embeddings cannot be aligned by token."
         raise TokenizerError(base.name, problem, remedy)
     vocabularies = _vocabularies(sources)
     others = [vocabularies[s.pinned] for s in sources.models] if asked.source == "union" else []
@@ -170,7 +169,7 @@ def _assembled(
 
 
 def _named(asked: Tokenizer, named: Mapping[str, Source], sources: TokenizerSources) -> Source:
-    """The source whose tokenizer is carried, or extended to a union."""
+    """Return the source whose tokenizer is copied, or extended to a union."""
     if asked.source in ("base", "union"):
         return sources.base
     found = named[asked.source]
@@ -181,7 +180,7 @@ def _named(asked: Tokenizer, named: Mapping[str, Source], sources: TokenizerSour
 
 
 def _vocabularies(sources: TokenizerSources) -> dict[str, Vocabulary]:
-    """Of all sources, by pinned source; one that tells nothing and is as long has the base's."""
+    """Return the vocabulary of each pinned source; an unknown one of equal length is the base's."""
     base = sources.vocabulary(sources.base)
     found: dict[str, Vocabulary] = {}
     for source in sources.models:
@@ -190,7 +189,7 @@ def _vocabularies(sources: TokenizerSources) -> dict[str, Vocabulary]:
         if own is None and base and sources.rows(source) == sources.rows(sources.base):
             own = base
         if own is None:
-            problem = "it has no tokenizer.json, so nothing tells which token a row is for"
+            problem = "it has no tokenizer.json, so the tokens of its rows are unknown"
             remedy = "Save its tokenizer with transformers' `AutoTokenizer` and `save_pretrained`."
             raise TokenizerError(source.name, problem, remedy)
         found[source.pinned] = own
@@ -224,24 +223,21 @@ def _override(
 
 
 def _with_ids(carried: Carried, sources: TokenizerSources, named: Source, n_rows: int) -> Carried:
-    """Numbers in the configurations that follow the tokenizer."""
+    """Set vocabulary size and special token ids in the configurations."""
     config: dict[str, Any] = {}
     if n_rows != sources.rows(sources.base):
         config["vocab_size"] = n_rows
     if named is sources.base:
         return replace(carried, config=config)
-    told = sources.configs[named.pinned]
+    config_of_named = sources.configs[named.pinned]
     generation = sources.read_json(named, "generation_config.json")
-    inner = told.get("text_config") or {}
-    own = {key: told.get(key, inner.get(key)) for key in SPECIAL}
+    inner = config_of_named.get("text_config") or {}
+    own = {key: config_of_named.get(key, inner.get(key)) for key in SPECIAL}
     return replace(
         carried,
         config=config | own,
         generation={key: generation.get(key, own[key]) for key in SPECIAL},
     )
-
-
-N_SHOWN = 3
 
 
 def compare_tokenizers(
@@ -251,14 +247,9 @@ def compare_tokenizers(
     opened: OpenedSources,
     checkpoints: Mapping[str, Checkpoint],
 ) -> Tokens:
-    """Compare the tokenizers of a merge's sources, and decide on the merge's.
+    """Compare the tokenizers of sources, and decide on the tokenizer of the merge.
 
-    Args:
-        request: what the recipe says.
-        models: that count; first the one whose tensors and configuration the merge has.
-        api: the Hub.
-        opened: configurations.
-        checkpoints: pinned source -> headers.
+    `models` begins with the source of the merge's tensors and configuration.
     """
     donor = models[0].pinned
     config = opened.configs[donor]
@@ -274,18 +265,18 @@ def compare_tokenizers(
 
 
 def calibration_notes(sources: MergeSources) -> list[str]:
-    """Name sources that may lack tokens of the calibration texts, which are not drawn yet."""
+    """Return notes on sources that may lack tokens of the calibration texts."""
     return [
         f"{source.name} lacks {_listed([*source.translation.lacking.values()])} of "
-        f"{sources.donor.name}, whose tokenizer cuts the calibration texts: a text that has one is "
-        "refused."
+        f"{sources.donor.name}, whose tokenizer cuts the calibration texts. A text with such a "
+        "token is refused."
         for source in sources.distinct
         if source.translation and source.translation.lacking
     ]
 
 
 def _agreeing(sources: TokenizerSources) -> Tokens:
-    """Nothing was asked: tokenizers must agree, and what one has beyond the others is padding."""
+    """Require that tokenizers agree; tokens that the base lacks are dropped as padding."""
     others = [s for s in sources.models if not sources.is_alike(s)]
     base = sources.vocabulary(sources.base) if others else None
     if base is None:
@@ -295,12 +286,12 @@ def _agreeing(sources: TokenizerSources) -> Tokens:
         own = sources.vocabulary(source)
         if own is None:
             if sources.rows(source) != sources.rows(sources.base):
-                return Tokens()  # the check tells the shapes: nobody knows what the rows mean
+                return Tokens()  # the tokens of the rows are unknown, so the check compares shapes
             continue
         clash = disagreement(base, own)
         if clash:
             problems.append(
-                f"{clash}, so rows of their embeddings do not belong together. Set "
+                f"{clash}, so the rows of their embeddings are different tokens. Set "
                 "`tokenizer_source`: with `base` the merge has the base's tokens, with `union` "
                 "those of all models."
             )

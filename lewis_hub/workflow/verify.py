@@ -1,4 +1,4 @@
-"""Verify: whether the files of a merge are those that its lock says, here or on the Hub."""
+"""Sign a merge, and verify its files and its signature against its lock."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 UNSIGNED = ("README.md", CHANGELOG, SIGNATURE)
-# model-signing's words, inside the representation of a list: quotes may be escaped there
+# model-signing's message, inside the repr of a list, where quotes may be escaped
 MISMATCHED = re.compile(r"Hash mismatch for \\*'(.+?)\\*':")
 MAKE = (
     "Make a pair: `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`, then"
@@ -46,7 +46,7 @@ MAKE = (
 
 
 def sign(folder: Path, private_key: Path) -> None:
-    """Write `model.sig`; one that holds under the same key stays, so that nothing changes.
+    """Write `model.sig`; a signature that is still valid for the key is kept unchanged.
 
     Args:
         folder: a finished merge.
@@ -71,7 +71,7 @@ def sign(folder: Path, private_key: Path) -> None:
 
 
 def require_key(private_key: Path) -> None:
-    """Refuse, before any work, a key that cannot sign.
+    """Refuse a key that cannot sign, before any work.
 
     Raises:
         SignatureError: the key cannot be used.
@@ -81,13 +81,9 @@ def require_key(private_key: Path) -> None:
 
 
 def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -> str | None:
-    """Why a signature does not hold; None where it does.
+    """Return the reason why a signature is invalid; None if it is valid.
 
-    Args:
-        signature: the content of `model.sig`.
-        found: path -> sha256 of the files as they are. Others than those that were signed are
-            not looked at.
-        public_key: PEM file.
+    Files that were not signed are ignored.
 
     Raises:
         SignatureError: the key cannot be used.
@@ -110,14 +106,14 @@ def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -
         except InvalidSignature:
             return "it was made with another key, or changed"
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            files = dict.fromkeys(MISMATCHED.findall(told))
-            return f"it was made of other files: {', '.join(files)}" if files else told
+            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            files = dict.fromkeys(MISMATCHED.findall(message))
+            return f"it was made of other files: {', '.join(files)}" if files else message
     return None
 
 
 def _signer(private_key: Path) -> tuple[Any, bytes]:
-    """What signs with a key, and the public half of it."""
+    """Return model-signing's signer for a key, and the public half of the key as PEM."""
     _require_installed()
     from cryptography.hazmat.primitives import serialization
     from model_signing import signing
@@ -134,12 +130,12 @@ def _signer(private_key: Path) -> tuple[Any, bytes]:
 
 
 def _known(found: Mapping[str, str]) -> Config:
-    """Hashes that are known already, in the place of model-signing's reading of a folder."""
+    """Return a hashing configuration of known hashes, so that model-signing reads no files."""
     from model_signing import hashing, manifest
 
     digest = _digest_class()
-    told = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
-    how = manifest.SerializationType.from_args(told | {"ignore_paths": sorted(UNSIGNED)})
+    settings = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
+    how = manifest.SerializationType.from_args(settings | {"ignore_paths": sorted(UNSIGNED)})
 
     class Known(hashing.Config):  # type: ignore[misc]
         def hash(
@@ -190,19 +186,19 @@ def _unusable(key: Path, half: str, error: Exception) -> SignatureError:
     return SignatureError(str(key), f"it holds no {half} key on P-256, P-384 or P-521", MAKE)
 
 
-# What only tells of a merge, and pictures: their owner may change them, and nothing loads them.
+# Files that describe a merge, and pictures: their owner may change them, and nothing loads them.
 UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, REPORT, SIGNATURE, "README.md"})
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was held against the lock.
+    """The result of a verification.
 
     Attributes:
-        problems: files that are not as the lock says; none means that all are.
-        n_files: that were held against it.
-        signature: whether there is one and, where a key was given, that it holds.
+        problems: files that differ from the lock; empty if all files match.
+        n_files: number of compared files.
+        signature: `unchecked` without a key; otherwise whether it is valid.
     """
 
     lock: Lock
@@ -212,34 +208,31 @@ class Verdict:
 
 
 def read_lock(source: Source, api: HfApi) -> Lock:
-    """The lock that a merge left behind.
+    """Read the lock of a merge.
 
     Raises:
-        OutputError: there is none, or it was changed.
+        OutputError: there is no lock, or it was changed.
     """
-    found = read_small(api, source, LOCK)
-    if found is None:
-        problem = f"it has no {LOCK}, so it is no merge by lewis-hub."
+    content = read_small(api, source, LOCK)
+    if content is None:
+        problem = f"it has no {LOCK}, so lewis-hub did not make this merge."
         raise OutputError(source.pinned, problem, "Name a folder or repo that `merge` made.")
-    return Lock.from_json(found.decode("utf-8", errors="replace"), f"{source.pinned}: {LOCK}")
+    return Lock.from_json(content.decode("utf-8", errors="replace"), f"{source.pinned}: {LOCK}")
 
 
 def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
-    """The recipe that a lock holds, every source at its commit, without scoring or publishing.
+    """Return the recipe in a lock, with pinned sources and without scoring or publishing.
 
-    Args:
-        lock: of the merge.
-        source: the merge.
-        allow_code: whether task files that came with it may be used: they are code.
+    Task files that came with the merge are code, so they need a folder and `allow_code`.
 
     Raises:
-        OutputError: it calibrates on such files, and they may not be used or are not here.
+        OutputError: it calibrates on such files, and they may not be used or are missing.
     """
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     recipe = parse_recipe(text, f"{source.pinned}: {LOCK}")
     if any(one.include for one in calibrations_of(recipe)) and not (source.folder and allow_code):
-        problem = "it was calibrated on task files that came with it, and those are code."
+        problem = "it was calibrated on its own task files, and those are code."
         remedy = "Read lewis/tasks, then verify its folder with `--allow-code-execution`."
         raise OutputError(source.pinned, problem, remedy)
     return recipe.placed_in(source.folder / "lewis") if source.folder else recipe
@@ -248,18 +241,18 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
 def verify_files(
     source: Source, lock: Lock, api: HfApi, progress: Progress, public_key: Path | None
 ) -> Verdict:
-    """Hold every file against the lock. No weight is downloaded: the Hub tells their digests.
+    """Compare every file with the lock; weights on the Hub are compared by the Hub's digests.
 
     Args:
-        source: what a merge made.
-        lock: its own.
+        source: the merge.
+        lock: its lock.
         api: the Hub.
-        progress: told how far it is.
-        public_key: PEM file; None: a signature is not looked into.
+        progress: shows the number of bytes.
+        public_key: PEM file; None: the signature is not checked.
 
     Raises:
         SignatureError: the key cannot be used.
-        ExtraMissingError: there is a key, and model-signing is not installed.
+        ExtraMissingError: a key was given, but model-signing is not installed.
     """
     problems: list[str] = []
     total = sum(file.n_bytes for file in lock.outputs.values())
@@ -271,14 +264,15 @@ def verify_files(
             problems += _problems(file, expected, path, found.get(path))
             advance(expected.n_bytes)
     problems += [
-        f"{file.path}: it is no part of the merge."
+        f"{file.path}: it is not part of the merge."
         for file in source.files
         if file.path not in lock.outputs and not _may_be_added(file.path)
     ]
-    told = read_small(api, source, PROVENANCE)
-    if told is None or not is_provenance_of(told.decode("utf-8", "replace"), lock):
-        what = "missing" if told is None else "not what the lock says"
-        problems.append(f"{PROVENANCE}: it is {what}.")
+    statement = read_small(api, source, PROVENANCE)
+    if statement is None:
+        problems.append(f"{PROVENANCE}: it is missing.")
+    elif not is_provenance_of(statement.decode("utf-8", "replace"), lock):
+        problems.append(f"{PROVENANCE}: it does not match the lock.")
     if public_key is None:
         return Verdict(lock, tuple(problems), len(lock.outputs), _signature_in(source))
     broken = _problem_with_signature(source, api, found, public_key)
@@ -287,22 +281,22 @@ def verify_files(
 
 
 def compare_models(lock: Lock, made: Lock) -> tuple[str, ...]:
-    """What of a model came out otherwise when the same merge was made again.
+    """Return the files of a model that differ when the same merge is made again.
 
-    That is all that is loaded: weights, configuration, tokenizer, code. What lies in `lewis/` only
-    tells of the merge, and drawings differ from one library to the next.
+    Weights, configuration, tokenizer and code are compared. Files in `lewis/` only describe the
+    merge, and plots differ between library versions.
     """
-    told, again = (
+    locked, again = (
         {path: file.sha256 for path, file in one.outputs.items() if _is_loaded(path)}
         for one in (lock, made)
     )
     return tuple(
         f"{path}: made again it has sha256 {_short(again[path])}, the lock says "
-        f"{_short(told[path])}."
-        if path in told and path in again
-        else f"{path}: the merge that was made again {'lacks' if path in told else 'has'} it."
-        for path in dict.fromkeys((*told, *again))
-        if told.get(path) != again.get(path)
+        f"{_short(locked[path])}."
+        if path in locked and path in again
+        else f"{path}: the merge that was made again {'lacks' if path in locked else 'has'} it."
+        for path in dict.fromkeys((*locked, *again))
+        if locked.get(path) != again.get(path)
     )
 
 
@@ -311,7 +305,7 @@ def _is_loaded(path: str) -> bool:
 
 
 def _may_be_added(path: str) -> bool:
-    """Whether a file that the merge did not make may lie beside it."""
+    """Return whether a file that is not in the lock may be in the folder or repo."""
     hidden = any(part.startswith(".") for part in path.split("/"))
     return path in UNLOCKED or hidden or path.lower().endswith(PICTURES)
 
@@ -336,7 +330,7 @@ def _problem_with_signature(
 ) -> str | None:
     signature = read_small(api, source, SIGNATURE)
     if signature is None:
-        return "there is none, and a key was given"
+        return "it is missing, but a key was given"
     others = [file for file in source.files if file.path not in found]
     known = {file.path: _sha256(source, file.path, file.digest, api) for file in others}
     return problem_with(signature, found | known, public_key)
@@ -344,7 +338,7 @@ def _problem_with_signature(
 
 def _sha256(source: Source, path: str, digest: str, api: HfApi) -> str:
     if source.folder:
-        return sha256_of(source.folder / path)  # not what was remembered: the bytes themselves
+        return sha256_of(source.folder / path)  # of the bytes, as a remembered digest may be old
     if digest.startswith("sha256:"):
         return digest.removeprefix("sha256:")
     return hashlib.sha256(read_small(api, source, path) or b"").hexdigest()

@@ -130,7 +130,7 @@ def test_a_recipe_with_a_gate_is_never_streamed(hub, place, monkeypatch):
     write(hub, GATE)
     full(monkeypatch)
 
-    with pytest.raises(Exception, match="so the merge cannot be streamed past this disk"):
+    with pytest.raises(Exception, match="so the merge cannot be streamed: use a machine"):
         run("actions", "preflight")
 
     assert not Path("outputs").exists()

@@ -58,7 +58,7 @@ BROKEN = {
         RECIPE.replace("zoo/expert-reverse", "TMP/ia3"),
         "adapter_config.json: it is an adapter of type 'IA3'",
     ),
-    "adapter as base": (RECIPE.replace("zoo/base", "TMP/adapter"), "no whole model to put it on"),
+    "adapter as base": (RECIPE.replace("zoo/base", "TMP/adapter"), "its base model is not given"),
     "adapter on another base": (
         RECIPE.replace("zoo/expert-reverse", "zoo/other+TMP/ia3"),
         "the adapter's base is `zoo/other`, but `base_model` is `zoo/base`",
@@ -71,7 +71,7 @@ BROKEN = {
     "other vocabulary": (RECIPE.replace("zoo/expert-reverse", "TMP/words"), "a vocabulary of"),
     "other tokens": (
         RECIPE.replace("zoo/expert-reverse", "TMP/renamed"),
-        "id 4 is '<|renamed|>' in TMP/renamed and '<|assistant|>' in zoo/base, so rows of their",
+        "id 4 is '<|renamed|>' in TMP/renamed and '<|assistant|>' in zoo/base, so the rows of",
     ),
     "tokenizer that cannot be united": (
         RECIPE.replace("zoo/expert-reverse", "TMP/slow") + "tokenizer_source: union\n",
@@ -95,7 +95,7 @@ BROKEN = {
     "no base for ties": (RECIPE.replace("base_model: zoo/base\n", ""), "needs a base"),
     "guide without densities": (
         RECIPE.replace("ties", "task_arithmetic") + GUIDE,
-        "keeps every entry, so densities would do nothing",
+        "keeps every entry, so densities would have no effect",
     ),
     "task is unknown": (RECIPE + "evaluate: {tasks: [zoo_revers]}\n", "zoo_revers"),
     "include is not there": (

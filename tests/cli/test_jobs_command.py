@@ -86,12 +86,12 @@ def test_a_job_gets_the_recipe_and_the_files_beside_it(folder):
     [
         (
             RECIPE.replace("a/c", "./tasks"),
-            "`./tasks` is a folder of this machine, and a Job reads models from the Hub.\n"
-            "`lewis-hub push ./tasks OWNER/NAME`.",
+            "`./tasks` is a local folder, but a Job reads models from the Hub.\n"
+            "Push it: `lewis-hub push ./tasks OWNER/NAME`.",
         ),
         (
             RECIPE.replace("include: tasks", "include: /usr"),
-            "`/usr` does not lie beside the recipe, so a Job cannot have it.\n"
+            "`/usr` is not beside the recipe, so a Job cannot read it.\n"
             "Move it there, or to a repo on the Hub.",
         ),
     ],

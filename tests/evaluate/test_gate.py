@@ -32,7 +32,7 @@ def demand(*rivals: Rival, tolerance: float = 0.0, metric: str = "m,none"):
 
 def verdict(demands, previous=None, **models):
     results = {label.replace("expert_", "expert:"): one for label, one in models.items()}
-    before = previous or Previous("me/x", why="there is no such repo yet")
+    before = previous or Previous("me/x", why="the repo does not exist yet")
     return judge([demands], compare(results), results["merged"], before)
 
 
@@ -120,7 +120,7 @@ def test_what_was_published_before_is_compared_item_by_item():
 @pytest.mark.parametrize(
     ("before", "why"),
     [
-        (Previous("me/x", why="there is no such repo yet"), "there is no such repo yet"),
+        (Previous("me/x", why="the repo does not exist yet"), "the repo does not exist yet"),
         (
             Previous("me/x@abc", result(BETTER, version="2")),
             "it was scored with version 2 of the task, this with 1",
@@ -183,7 +183,7 @@ def test_uniform_is_every_twin_that_was_scored():
 
 
 def test_a_verdict_is_read_back_without_loss():
-    before = Previous("me/x", why="there is no such repo yet")
+    before = Previous("me/x", why="the repo does not exist yet")
     found = verdict(demand("base", "previous"), before, base=result(MIXED), merged=result(WORSE))
 
     assert GateVerdict.from_json(found.to_json()) == found

@@ -17,7 +17,7 @@ MISSED = Check(
     (1.0, 3.0),
 )
 UNKNOWN = Check(
-    "gsm8k", "acc,none", "me/y", 0.0, "stop", True, 0.5, why="there is no such repo yet"
+    "gsm8k", "acc,none", "me/y", 0.0, "stop", True, 0.5, why="the repo does not exist yet"
 )
 
 
@@ -27,7 +27,7 @@ def test_each_check_is_a_sentence_and_what_was_missed_comes_first():
         "+2.000, 95 % interval +1.000 to +3.000, tolerance 0.500).",
         "On gsm8k (exact_match,strict) the merged model is not significantly worse than its "
         "uniform twin: 0.500 against 0.400 (difference +0.100, 95 % interval 0.000 to +0.200).",
-        "On gsm8k (acc) the merged model is not compared with me/y: there is no such repo yet.",
+        "On gsm8k (acc) the merged model is not compared with me/y: the repo does not exist yet.",
     ]
 
 

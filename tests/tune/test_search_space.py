@@ -136,7 +136,7 @@ def test_what_is_written_reads_back_as_what_was_tried():
     [
         (MergeError, "method `tise`", ["tise"], []),
         (GuideError, "guide `leewis`", [], ["leewis"]),
-        (TuningError, "`ties` takes a base, and `linear` none", ["linear"], []),
+        (TuningError, "`ties` takes a base, but `linear` takes no base", ["linear"], []),
     ],
 )
 def test_what_is_not_there_or_does_not_go_together_is_refused(error, message, methods, guides):
@@ -241,13 +241,13 @@ def test_the_recipes_own_method_keeps_even_what_it_does_not_know():
 
 
 def test_a_guide_that_does_nothing_is_refused():
-    with pytest.raises(CheckFailedError, match="`slerp` keeps every entry, so densities would do"):
+    with pytest.raises(CheckFailedError, match="`slerp` keeps every entry, so densities would ha"):
         space_of(recipe("slerp", "{t: 0.5}"))
     with pytest.raises(TuningError) as caught:
         space_of(calibrated("task_arithmetic"), guides=["lewis"])
     assert str(caught.value) == (
-        "tune: `task_arithmetic` keeps every entry, so a guide would do nothing.\n"
-        "Leave out --guide, or let --method name one that has densities, such as ties."
+        "tune: `task_arithmetic` keeps every entry, so a guide would have no effect.\n"
+        "Remove --guide, or add a --method that has densities, such as ties."
     )
 
 

@@ -128,7 +128,7 @@ def test_without_a_complete_trial_there_is_no_best():
     with pytest.raises(TuningError, match="no trial was scored to the end"):
         best_of((), lower_is_better=True)
     failed = Trial(0, "failed", {}, None, None, {}, "guide: out of reach")
-    with pytest.raises(TuningError, match="The last that failed: guide: out of reach"):
+    with pytest.raises(TuningError, match="The last error: guide: out of reach"):
         best_of((failed,), lower_is_better=True)
 
 

@@ -80,7 +80,7 @@ def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_f
     comment = (folder / "recipe.tuned.yaml").read_text().partition("\nbase_model")[0]
     assert "from recipe.yaml: the best of 3 trials" in comment
     assert "16 items of zoo_reverse, split train; 16 items of zoo_cipher, split train." in comment
-    assert f"There: {told['best']['value']:.4f}, {told['start']['value']:.4f} with" in comment
+    assert f"Result: {told['best']['value']:.4f}, {told['start']['value']:.4f} with" in comment
     (test,) = [
         one for one in told["final"]["zoo_reverse"]["paired"] if one["metric"] == "answer_loss,none"
     ]
@@ -183,8 +183,8 @@ def test_items_that_are_scored_are_refused_whatever_the_task_is_called(recipe_fi
         tune(recipe, Search(tasks=("copied",), split="test", samples=20), output)
     assert str(caught.value) == (
         "copied, split `test`: of 20 items to tune on, `evaluate` scores 20 of zoo_reverse.\n"
-        "A score on what a merge was tuned on says nothing: name another split with\n"
-        "--split, or another task with --task."
+        "A score on items that a merge was tuned on is meaningless: name another split\n"
+        "with --split, or another task with --task."
     )
     with pytest.raises(EvaluationError) as refused:
         tune(recipe, Search(split="test"), output)

@@ -205,7 +205,7 @@ def problem(recipe, error=SourceError):
 
 def test_an_adapter_needs_a_base_that_is_a_whole_model(api, adapter, tmp_path):
     needs = (
-        f"{adapter}: this is a LoRA adapter, and there is no whole model to put it on.\n"
+        f"{adapter}: this is a LoRA adapter, and its base model is not given.\n"
         "Its adapter_config.json names zoo/base: write `base_model: zoo/base`, and list the "
         "adapter under `models`."
     )
@@ -234,8 +234,8 @@ def test_a_model_with_an_adapter_on_it_is_not_scored_by_itself(api):
         pipeline.evaluate_model(model, tasks)
 
     assert str(caught.value) == (
-        "zoo/base+zoo/expert-reverse: this puts a LoRA adapter on a model, which only a merge "
-        "does.\nMerge it first: a recipe with `merge_method: linear` and the adapter alone."
+        "zoo/base+zoo/expert-reverse: `+` adds a LoRA adapter to a model, which only a merge can "
+        "do.\nMerge it first: a recipe with `merge_method: linear` and the adapter alone."
     )
 
 
@@ -244,8 +244,8 @@ def test_only_an_adapter_is_put_on_a_base(api):
 
     assert text.startswith("zoo/expert-reverse@")
     assert text.endswith(
-        ": this is a whole model, and `+` puts a LoRA adapter on one.\n"
-        "List it without what is before the `+`."
+        ": this is a whole model, but `+` adds a LoRA adapter to a model.\n"
+        "Remove the part before the `+`."
     )
 
 
@@ -290,8 +290,8 @@ def test_another_base_than_the_adapter_names_is_a_note(api, tmp_path):
 
     assert report.problems == ()
     assert report.notes == (
-        f"{adapter} was trained on 'other/base' and is put on zoo/base: every tensor fits, but a "
-        "task vector means most on the model that it was learnt on.",
+        f"{adapter} was trained on 'other/base' but is put on zoo/base. Every tensor fits, but an "
+        "adapter works best on the model that it was trained on.",
     )
 
 

@@ -173,9 +173,9 @@ def test_calibration_on_scored_items_is_refused_with_their_number(seeded, tmp_pa
     assert told(asked, tmp_path) == (
         CalibrationError,
         "calibration on zoo/reverse, split test: of 12 texts, `evaluate` scores 12 of zoo_reverse."
-        "\nA score on what a merge was fitted to says nothing: name another split, or another "
-        "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, carries on all "
-        "the same.",
+        "\nA score on calibration texts is meaningless: name another split, or another "
+        "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, continues "
+        "anyway.",
     )
 
 
@@ -451,7 +451,7 @@ def test_data_made_by_python_cannot_be_pinned(seeded, tmp_path):
     kind, message = told(recipe(f"task: zoo_reverse, include: {tmp_path}"), tmp_path / "out")
 
     assert kind is EvaluationError
-    assert message.startswith("zoo_reverse: makes its items by Python")
+    assert message.startswith("zoo_reverse: makes its items with Python")
 
 
 def test_local_data_files_of_a_task_are_pinned_by_their_content(seeded, tmp_path):
@@ -485,5 +485,5 @@ def test_a_merge_on_a_task_is_verified_by_making_it_again(seeded, tmp_path):
     _overwrite(seeded.api(), "train.jsonl")
     model, allowed = ModelReference(name=str(merged)), Execution(allow_code=True)
     assert pipeline.verify(model, allowed, rebuild=True).problems == ()
-    with pytest.raises(OutputError, match="task files that came with it, and those are code"):
+    with pytest.raises(OutputError, match="calibrated on its own task files, and those are code"):
         pipeline.verify(model, rebuild=True)

@@ -28,7 +28,7 @@ def test_sources_merge_and_twin_on_one_disk_are_added_up(recipe, tmp_path, monke
     assert str(raised.value) == (
         f"{cache_root()} and {tmp_path / 'merged.partial'}: download and merge need 0.01 GB, "
         "0.01 GB are free.\n"
-        "Free some space, or take another disk: HF_HUB_CACHE names the folder for the download, "
+        "Free some space, or use another disk: HF_HUB_CACHE names the folder for the download, "
         "-o that for the merge."
     )
     assert not any(path.suffix == ".safetensors" for path in cache_root().rglob("*"))
@@ -44,8 +44,8 @@ def test_check_tells_what_the_disks_here_cannot_hold_and_refuses_nothing(recipe,
     assert report.problems == ()
     assert report.notes[-1] == (
         f"{cache_root()} and {recipe.locate('merged.partial')}: download and merge need 0.01 GB, "
-        "0.01 GB are free. A merge on this machine is refused before the download, but with "
-        "`--stream`."
+        "0.01 GB are free. A merge on this machine needs `--stream`; without it, the merge is "
+        "refused."
     )
 
 

@@ -84,8 +84,8 @@ def test_check_tells_what_is_in_memory_at_once(tmp_path):
     assert 4 * (rows + 2 * block) == BLOCKS
     size = f"{4 * elements:,}"
     assert (
-        f"zoo/base takes {size} bytes in memory, more than `--max-memory`: it is measured block "
-        "by block."
+        f"zoo/base takes {size} bytes in memory, more than `--max-memory` allows, so it is "
+        "measured block by block."
     ) in blocks["notes"]
 
 
@@ -127,8 +127,8 @@ def test_a_guide_that_needs_whole_models_is_refused_before_a_download(tmp_path):
 
     assert report.problems[0] == (
         "guide `lewis_reference` runs whole models, and zoo/base takes 4,630,016 bytes in memory, "
-        "more than `--max-memory`. Allow more, or take a guide that measures block by block, such "
-        "as `lewis`."
+        "more than `--max-memory` allows. Raise the limit, or use a guide that measures block by "
+        "block, such as `lewis`."
     )
     assert lewis_hub.check(recipe, max_memory_bytes=5_000_000).problems == ()
 
@@ -150,9 +150,9 @@ def test_a_limit_that_two_blocks_do_not_fit_in_is_refused_before_a_download():
     report = lewis_hub.check(parse_recipe(RECIPE, "r.yaml"), max_memory_bytes=BLOCKS - 1)
 
     assert report.problems[0] == (
-        "block by block zoo/base takes 1,676,800 bytes in memory, more than `--max-memory`: "
-        "embeddings and all else before the blocks, and a block twice while it is put together. "
-        "Allow as many, or leave the option out where there is memory for the whole model."
+        "block by block zoo/base takes 1,676,800 bytes in memory, more than `--max-memory` allows: "
+        "the embeddings and all other tensors before the blocks, and one block twice while it is "
+        "loaded. Raise the limit, or leave the option out if the memory holds the whole model."
     )
     assert len(report.problems) == 3
     assert lewis_hub.check(parse_recipe(RECIPE, "r.yaml"), max_memory_bytes=BLOCKS).problems == ()
@@ -163,7 +163,7 @@ def test_one_model_is_refused_so_too(tmp_path):
 
     done = CliRunner().invoke(cli, [*words, "--max-memory", "1MB", "-o", str(tmp_path / "out")])
 
-    told = "zoo/base: block by block it takes 1,676,800 bytes in memory, more than `--max-memory`: "
+    told = "zoo/base: block by block it takes 1,676,800 bytes in memory, more than `--max-memory` "
     assert str(done.exception).startswith(told)
     assert not any(path.suffix == ".safetensors" for path in cache_root().rglob("*"))
 
@@ -175,7 +175,7 @@ def test_a_merge_fitted_in_sequence_counts_all_models_at_once():
     report = lewis_hub.check(recipe, max_memory_bytes=3 * BLOCKS - 1)
 
     assert report.problems[0].startswith(
-        "`inputs: merged` fits the merge beside all experts, block by block, which takes 5,030,400 "
+        "`inputs: merged` runs the merge and all experts block by block, which takes 5,030,400 "
         "bytes in memory, more than `--max-memory`"
     )
     assert lewis_hub.check(recipe, max_memory_bytes=3 * BLOCKS).problems == ()

@@ -132,9 +132,9 @@ def test_check_says_what_it_cannot_know_of_pickles_until_they_are_here(api, tmp_
 
     assert report.problems == ()
     assert report.notes == (
-        "zoo/pickles has pickled weights alone: what they hold shows only once they are "
-        "downloaded and converted to safetensors, so nothing here says whether it fits; its sizes "
-        "are those of its files.",
+        "zoo/pickles has only pickled weights. Their content is known once they are downloaded "
+        "and converted to safetensors, so this check cannot say whether they fit; the sizes shown "
+        "are those of the files.",
     )
     shown = report.sources[1]
     assert (shown.dtype, shown.n_parameters, shown.size_bytes) == ("?", 0, size)
@@ -147,7 +147,7 @@ def test_check_says_what_it_cannot_know_of_pickles_until_they_are_here(api, tmp_
     file.write_text(text)
     done = CliRunner().invoke(cli, ["check", "--allow-pickle", str(file)])
     assert done.exit_code == 0
-    assert "pickled weights alone" in done.stdout
+    assert "only pickled weights" in done.stdout
     pipeline.merge_models(recipe(expert="zoo/pickles"), tmp_path / "out", ALLOWED)
     known = pipeline.check(recipe(expert="zoo/pickles"), allow_pickle=True)
     assert known.notes == ()

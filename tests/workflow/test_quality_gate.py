@@ -72,7 +72,7 @@ def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
     code, told, _ = merge(hub, "--push")
 
     assert (code, told["status"], told["gate"]["passed"]) == (0, "merged", True)
-    assert [check["why"] for check in told["gate"]["checks"]] == ["", "there is no such repo yet"]
+    assert [check["why"] for check in told["gate"]["checks"]] == ["", "the repo does not exist yet"]
     assert "The gate accepted this merge." in (place / "merged/README.md").read_text()
     published = commits(hub)
 
@@ -88,8 +88,8 @@ def test_what_is_better_passes_and_what_is_worse_is_not_pushed(hub, place):
     found = FOUND.format(sha=published[0][:8])
     assert message == (
         f"lewis-hub: {place / 'bad'}: below the quality gate: on {found}.\n"
-        f"Nothing was pushed. The merge is kept: `lewis-hub push {place / 'bad'} OWNER/NAME "
-        "--force` publishes it all the same.\n"
+        f"Nothing was pushed, and the merge is kept. `lewis-hub push {place / 'bad'} OWNER/NAME "
+        "--force` publishes it anyway.\n"
     )
     assert commits(hub) == published
     assert list(hub.api().get_repo_discussions(f"{hub.user}/reverse")) == []
@@ -119,7 +119,7 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
 
     assert (code, told["status"]) == (3, "refused")
     assert told["url"] == told["pull_request"] == f"{hub.url}/{hub.user}/reverse/discussions/1"
-    assert message.endswith(f"Main is as it was; the merge is proposed at {told['url']}.\n")
+    assert message.endswith(f"Main is unchanged; the merge is proposed at {told['url']}.\n")
     assert commits(hub) == published
     (proposed,) = hub.api().get_repo_discussions(f"{hub.user}/reverse")
     assert proposed.title.startswith("Merge with lewis-hub, below the quality gate: ")
@@ -135,7 +135,7 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     step = json.loads(pushed.stdout)
     assert (pushed.returncode, step["status"]) == (3, "refused")
     assert step["pull_request"] == told["pull_request"]
-    assert pushed.stderr.endswith(f"Main is as it was; the merge is proposed at {told['url']}.\n")
+    assert pushed.stderr.endswith(f"Main is unchanged; the merge is proposed at {told['url']}.\n")
     assert len(list(hub.api().get_repo_discussions(f"{hub.user}/reverse"))) == 1
 
 

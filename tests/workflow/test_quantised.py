@@ -211,8 +211,8 @@ def test_check_shows_the_8_bit_floats_and_counts_no_scales(api, tmp_path):
     assert report.problems == ()
     assert report.notes == (
         f"zoo/fp8 holds {n_projections} tensors as 8-bit floats with scales: they are read as "
-        "float32, each value times its scale, and merged ones are written as bfloat16, as the "
-        "recipe asks for no dtype.",
+        "float32, each value times its scale, and merged tensors are written as bfloat16, because "
+        "the recipe has no dtype.",
     )
     assert report.sources[0].dtype == "F8_E4M3"
     assert report.sources[0].n_parameters == plain.sources[0].n_parameters

@@ -126,7 +126,8 @@ def test_a_merge_that_starts_from_mxfp4_is_plain_bfloat16_and_loads(api, tmp_pat
     assert report.problems == ()
     assert report.notes[0] == (
         f"{base} holds 4 tensors as 4-bit floats with scales: they are read as float32, each value "
-        "times its scale, and merged ones are written as bfloat16, as the recipe asks for no dtype."
+        "times its scale, and merged tensors are written as bfloat16, because the recipe has no "
+        "dtype."
     )
     assert report.sources[0].n_parameters == report.sources[1].n_parameters
     assert json.loads((merged / "config.json").read_text())["dtype"] == "bfloat16"
@@ -173,9 +174,9 @@ def test_check_counts_what_words_hold_and_warns_of_what_awq_did_before(api, tmp_
     )
     assert notes["awq"][0] == told
     assert notes["awq"][1:] == [
-        " was quantised by AWQ, which first multiplies columns of its matrices and divides what "
-        "feeds them, norms too: beside models that it was not done to, these factors count as task "
-        "vectors. Use the model that it was quantised from where there is one."
+        " was quantised by AWQ, which first scales the columns of its matrices and divides the "
+        "layers before them, such as norms, by the same factors. Beside models without these "
+        "factors they count as task vectors. Use the unquantised model if there is one."
     ]
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow.existing import same_merge
+from lewis_hub.workflow.publish import same_merge
 
 EXPERT = "zoo/expert-reverse"
 

@@ -131,7 +131,7 @@ def test_a_key_is_asked_for_and_nothing_is_signed(merged, keys):
     assert run("verify", merged)[1]["signature"] == "none"
     code, told = run("verify", merged, "--public-key", keys[1])
     assert code == 1
-    assert told["problems"] == ["model.sig: there is none, and a key was given."]
+    assert told["problems"] == ["model.sig: it is missing, but a key was given."]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"verificationMaterial": {}}'])

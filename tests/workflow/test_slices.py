@@ -269,8 +269,8 @@ def test_a_guide_on_slices_needs_models_of_one_depth(api, tmp_path):
     (problem,) = pipeline.check(recipe(asked + CALIBRATED.replace("NAME", "lewis"))).problems
 
     assert problem == (
-        f"guide: {deep} has 8 blocks, its base 6: their importance cannot be compared block by "
-        "block. Use guide `uniform`, or give `density`."
+        f"guide: {deep} has 8 blocks and the base 6, so their importance cannot be compared block "
+        "by block. Use guide `uniform`, or set `density`."
     )
     assert pipeline.check(recipe(asked + CALIBRATED.replace("NAME", "uniform"))).problems == ()
 

@@ -84,7 +84,7 @@ def test_statistics_are_gathered_on_a_tasks_items_which_are_carried_and_never_sc
     assert (output / "lewis" / "tasks" / "zoo_reverse.yaml").exists()
     assert "`task zoo_reverse`" in (output / "README.md").read_text()
     reference = lewis_hub.ModelReference(name=str(output))
-    with pytest.raises(OutputError, match="it was calibrated on task files that came with it"):
+    with pytest.raises(OutputError, match="it was calibrated on its own task files, and those"):
         lewis_hub.verify(reference, rebuild=True)
     allowed = Execution(allow_code=True)
     assert lewis_hub.verify(reference, allowed, rebuild=True).problems == ()

@@ -164,7 +164,7 @@ def test_a_recipe_that_asks_for_scores_is_refused_before_anything_is_read(hub, t
 
     assert str(raised.value) == (
         "recipe: `evaluate`: scoring needs whole models on the disk, and --stream keeps none.\n"
-        "Add --no-eval, and score the result where it fits: `lewis-hub evaluate REPO`."
+        "Add --no-eval, and score the result on a larger disk: `lewis-hub evaluate REPO`."
     )
 
 
@@ -177,8 +177,8 @@ def test_a_quality_gate_is_refused_with_the_ways_out(hub, tmp_path):
 
     assert str(raised.value) == (
         "recipe: `evaluate.gate`: scoring needs whole models on the disk, and --stream keeps none."
-        "\nA gate decides by them before anything is pushed. Merge without --stream where the "
-        "models fit, such as by `--on jobs`; or remove the gate, then add --no-eval."
+        "\nA gate needs the scores before the push. Merge without --stream on a machine with "
+        "enough disk, for example with `--on jobs`; or remove the gate, then add --no-eval."
     )
 
 

@@ -204,9 +204,10 @@ def test_a_guide_that_runs_whole_models_is_refused_and_a_profile_beside_the_reci
     pinned = [f"{name}@{api.model_info(name).sha}" for name in names]
     whole = ", ".join(pinned if guide == "lewis_reference" else pinned[1:])
     assert str(told.value) == (
-        f"recipe: `guide`: it has to load {whole} whole, and --stream keeps no whole model.\n"
-        "Run `lewis-hub importance` where they fit: the folder importance/ that it leaves beside "
-        "the recipe is used here. Or name a guide that measures block by block, such as `lewis`."
+        f"recipe: `guide`: it has to load {whole} as whole models, and --stream keeps no whole "
+        "model.\nRun `lewis-hub importance` on a machine with enough room: this run uses the "
+        "folder importance/ that it writes beside the recipe. Or name a guide that measures block "
+        "by block, such as `lewis`."
     )
     assert before == {}
     assert fetched(hub)["calibrate"] == 0
@@ -226,7 +227,7 @@ def test_statistics_that_do_not_fit_are_told_before_a_weight_is_fetched(
 
     assert str(raised.value) == (
         f"{tmp_path}/work.stream.partial/.scratch: the statistics of all experts and two shards "
-        "need 0.01 GB, 0.01 GB are free.\nFree some space, or take a disk that is larger, or a "
-        "method that merges without statistics."
+        "need 0.01 GB, 0.01 GB are free.\nFree some space, or use a larger disk, or a method that "
+        "merges without statistics."
     )
     assert published(hub) == {}

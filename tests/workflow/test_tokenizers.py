@@ -305,7 +305,7 @@ def test_rows_that_nothing_explains_are_refused(zoo):
     (asked,) = lewis_hub.check(zoo.recipe("tokenizer_source: base\n", names=["p"])).problems
 
     assert "has a vocabulary of 270 rows" in problem
-    assert "p: it has no tokenizer.json, so nothing tells which token a row is for" in asked
+    assert "p: it has no tokenizer.json, so the tokens of its rows are unknown" in asked
 
 
 def test_tokenizers_that_cannot_be_united_are_refused(zoo):
@@ -389,12 +389,12 @@ def test_a_text_with_a_token_that_a_model_lacks_is_refused_before_weights_are_re
     root = zoo.root
     assert notes[-1] == (
         f"{root}/y lacks the tokens 'hell', '<|pad|>' of {root}/base, whose tokenizer cuts the "
-        "calibration texts: a text that has one is refused."
+        "calibration texts. A text with such a token is refused."
     )
     assert str(caught.value) == (
         f"calibration texts, cut by the tokenizer of {root}/base: {root}/x has no token 'hell' and "
-        "1 more.\nBoth have to see the same tokens: choose other texts, use guide `uniform`, or "
-        "leave this model out."
+        "1 more.\nAll models need the same tokens: choose other texts, use guide `uniform`, or "
+        "remove this model."
     )
     uniform = more.replace("lewis", "uniform")
     assert lewis_hub.check(zoo.recipe(uniform)).problems == ()

@@ -139,7 +139,7 @@ def test_missing_shortened_and_added_files_are_named(merged):
     assert verify(merged)[1]["problems"] == [
         f"config.json: it has 2 bytes, the lock says {n_bytes:,}.",
         "tokenizer.json: it is missing.",
-        "modeling.py: it is no part of the merge.",
+        "modeling.py: it is not part of the merge.",
     ]
 
 
@@ -190,8 +190,8 @@ def test_a_folder_without_a_lock_is_no_merge():
         verify(zoo_folder() / "base")
 
     assert str(raised.value) == (
-        f"{zoo_folder() / 'base'}: it has no lewis/lock.json, so it is no merge by lewis-hub.\n"
-        "Name a folder or repo that `merge` made."
+        f"{zoo_folder() / 'base'}: it has no lewis/lock.json, so lewis-hub did not make this "
+        "merge.\nName a folder or repo that `merge` made."
     )
 
 
