@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lewis_hub import __version__
 from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import write_whole
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
@@ -61,7 +61,7 @@ def found_by(tuned: Tuned, name: str) -> Iterator[str]:
     """Yield lines that describe how the best settings were found."""
     n_pruned = sum(trial.state == "pruned" for trial in tuned.trials)
     trials = _count(len(tuned.trials), "trial")
-    yield f"Tuned by lewis-hub {__version__} from {name}: the best of {trials}"
+    yield f"Tuned by lewis-hub {version('lewis-hub')} from {name}: the best of {trials}"
     yield f"({n_pruned} pruned) by Optuna's TPE, seed {tuned.recipe.seed}."
     on = "; ".join(
         f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lewis_hub import __version__
 from lewis_hub.errors import OutputError, PublishError, RecipeError
 from lewis_hub.files import write_whole
 from lewis_hub.hub.failures import HubRepo
@@ -132,7 +132,7 @@ def request(file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardwa
     return JobRequest(
         words=["merge", MOUNT, "-o", OUTPUT, *options],
         files={RECIPE: file, **travelling(file, recipe)},
-        package=f"lewis-hub=={__version__}",
+        package=f"lewis-hub=={version('lewis-hub')}",
         flavor=hardware.flavor,
         timeout=hardware.timeout,
         namespace=hardware.namespace,

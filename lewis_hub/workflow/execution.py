@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 
-from lewis_hub import __version__
 from lewis_hub.errors import DeviceError
 from lewis_hub.merge.runners import Means, Ray, Runner, parse_runner
 from lewis_hub.recipe.schema import Evaluation
@@ -80,7 +79,7 @@ class Execution:
 
 def software() -> dict[str, str]:
     """Return the versions of the installed libraries, by name."""
-    found = {"lewis_hub": __version__, "python": python_version()}
+    found = {"lewis_hub": version("lewis-hub"), "python": python_version()}
     for name in SOFTWARE:
         try:
             found[name] = version(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,7 @@ def hub_api() -> HfApi:
     """Return the Hub of `HF_ENDPOINT`, with the token of `HF_TOKEN` or `hf auth login`."""
     from huggingface_hub import HfApi
 
-    from lewis_hub import __version__
-
-    return HfApi(library_name="lewis-hub", library_version=__version__)
+    return HfApi(library_name="lewis-hub", library_version=version("lewis-hub"))
 
 
 @dataclass(frozen=True)
