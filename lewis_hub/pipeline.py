@@ -359,7 +359,7 @@ def _measure(
 
 
 def evaluate_model(
-    model: ModelReference,
+    model: ModelReference | Path | str,
     asked: Evaluation,
     execution: Execution | None = None,
     progress: Progress | None = None,
@@ -378,8 +378,7 @@ def evaluate_model(
     Example:
         >>> tasks = str(lewis_hub.zoo_folder() / "tasks")
         >>> asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=tasks, limit=5)
-        >>> model = lewis_hub.ModelReference(name="zoo/expert-reverse")
-        >>> scores = lewis_hub.evaluate_model(model, asked)
+        >>> scores = lewis_hub.evaluate_model("zoo/expert-reverse", asked)
         >>> scores.tasks["zoo_reverse"].n
         5
     """
@@ -391,7 +390,7 @@ def evaluate_model(
 
 
 def verify(
-    model: ModelReference,
+    model: ModelReference | Path | str,
     execution: Execution | None = None,
     progress: Progress | None = None,
     *,
@@ -415,7 +414,7 @@ def verify(
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
         >>> plain = recipe.model_copy(update={"evaluate": None, "guide": None})
         >>> merged = lewis_hub.merge_models(plain, tmp_path / "merged")
-        >>> lewis_hub.verify(lewis_hub.ModelReference(name=str(merged.output))).problems
+        >>> lewis_hub.verify(merged.output).problems
         ()
     """
     progress, api = progress or Silent(), hub_api()
@@ -429,7 +428,7 @@ def verify(
         recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
         same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
-        again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
+        again = verification.read_lock(resolve_one(made.output, api), api)
     differing = verification.compare_models(lock, again)
     return replace(verdict, problems=(*verdict.problems, *differing))
 
@@ -439,12 +438,21 @@ def open_target(asked: Publishing) -> Destination:
 
     Raises:
         PublishError: the token is missing or may not write there, or the namespace is unknown.
+
+    Example:
+        >>> asked = lewis_hub.Publishing(repo=f"{user}/new-merge", private=True)
+        >>> lewis_hub.open_target(asked).previous is None
+        True
     """
     return publishing.open_destination(asked, hub_api())
 
 
 def publish(
-    folder: Path, target: Destination, progress: Progress | None = None, *, force: bool = False
+    folder: Path | str,
+    target: Destination,
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
 ) -> Published:
     """Push a merged model in one commit; an unchanged model makes no commit.
 
@@ -468,4 +476,4 @@ def publish(
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(folder, target, hub_api(), progress or Silent(), force=force)
+    return publishing.push(Path(folder), target, hub_api(), progress or Silent(), force=force)

@@ -317,26 +317,36 @@ class Tuned:
     final: Scores | None
 
 
-def tune(
+def tune_recipe(
     recipe: Recipe,
     asked: Search,
-    output: Path,
+    output: Path | str,
     execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Search better settings; an earlier run of the same search is continued.
+    """Search for better settings of a recipe; an earlier run of the same search is continued.
 
     Args:
         recipe: has `evaluate`, whose items the search never sees.
-        asked: settings of the search.
+        asked: number of trials, time, and the items to tune on.
         output: folder for the study and for measurements.
         execution: device and runner; None: this machine's CPU.
         progress: shows progress; None: shows nothing.
 
     Raises:
         LewisHubError: a source, task or setting cannot be used.
+        ExtraMissingError: Optuna is not installed.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> uniform = recipe.model_copy(update={"guide": None, "parameters": {"density": 0.5}})
+        >>> search = lewis_hub.Search(n_trials=1, samples=4)
+        >>> tuned = lewis_hub.tune_recipe(uniform, search, tmp_path / "tuning")
+        >>> tuned.recipe.merge_method
+        'ties'
     """
     execution, progress = execution or Execution(), progress or Silent()
+    output = Path(output)
     study.require_optuna()
     execution.require_usable()
     space = search_space.space_of(recipe, asked.methods, asked.guides)
