@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.calibration.meta_model import FEWER, STATES
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_room, require_writable
-from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.guides.schedule import DensitySchedule, weighted_mean
 from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
+from lewis_hub.report.findings import gate_sentences
+from lewis_hub.report.profiles import short_name
 from lewis_hub.workflow import fetch, report, single_model
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
@@ -71,6 +74,19 @@ class Merged:
     gate: GateVerdict | None = None
     published: Published | None = None
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What the gate says of the merge, and where the merge is."""
+        done = "Merged into" if self.status == "merged" else "Nothing changed: this merge is in"
+        where = str(self.published) if self.published else f"{done} {self.output}"
+        return (*(gate_sentences(self.gate) if self.gate else ()), where)
+
+    def __repr__(self) -> str:
+        return "\n".join([*self.lines, *([repr(self.scores)] if self.scores else [])])
+
+    def _repr_html_(self) -> str:
+        return to_html(*self.lines, *([self.scores.table] if self.scores else []))
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -84,6 +100,34 @@ class Calibrated:
     profile: ImportanceProfile | None
     schedule: DensitySchedule
     sizes: Mapping[str, int]
+
+    @property
+    def table(self) -> TextTable:
+        """Mean, lowest and highest density of each expert, or weight if only weights are set.
+
+        The mean is over parameters, as `mean_density` is.
+        """
+        rows = []
+        for expert in self.schedule.experts:
+            densities = expert.tensors or expert.weights
+            top = max(densities, key=lambda name: densities[name], default="-")
+            values = densities.values()
+            mean = weighted_mean(densities, self.sizes) if values else 0.0
+            numbers = (mean, min(values, default=0.0), max(values, default=0.0))
+            cells = (str(len(values)), *(f"{number:.3f}" for number in numbers))
+            rows.append((short_name(expert.source), top.removesuffix(".weight"), *cells))
+        header = ("expert", "highest at", "scheduled", "mean", "lowest", "highest")
+        return TextTable(header, tuple(rows))
+
+    def __repr__(self) -> str:
+        rows = (
+            f"{expert}: {n} tensors scheduled, mean {mean}, from {lowest} to {highest} at {top}"
+            for expert, top, n, mean, lowest, highest in self.table.rows
+        )
+        return "\n".join([f"Calibrated, in {self.output}", *rows])
+
+    def _repr_html_(self) -> str:
+        return to_html(self.table, f"In {self.output}")
 
 
 def check(

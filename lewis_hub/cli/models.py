@@ -124,7 +124,7 @@ def push(
     FOLDER contains the model. Without REPO, the settings under `publish` in its recipe apply.
     """
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import publication
+    from lewis_hub.cli.tables import plain
     from lewis_hub.workflow import verify as signing
     from lewis_hub.workflow.publish import read_verdict, refused
 
@@ -136,7 +136,7 @@ def push(
     verdict = read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
-    terminal.finish(document, *publication(published))
+    terminal.finish(document, *plain(str(published)))
     if verdict and proposed:
         refusal = refused(folder, verdict, published.url)
         click.echo(f"lewis-hub: {refusal}", err=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.texts import load_tokenizer
 from lewis_hub.checkpoint.ranges import Locations
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import (
     MERGE,
     CalibrationModelError,
@@ -315,6 +316,20 @@ class Tuned:
     start: Trial | None
     refused: str | None
     final: Scores | None
+
+    def __repr__(self) -> str:
+        told = f"{len(self.trials)} trials on {self.objective.metric}; the best is number "
+        told += f"{self.best.number}: {self.best.value:.4f}"
+        return told + (f", the recipe's own settings: {self.start.value:.4f}" if self.start else "")
+
+    def _repr_html_(self) -> str:
+        own = self.start.values if self.start else {}
+        rows = (
+            (search_space.short_name(name), *map(search_space.shown_value, (value, own.get(name))))
+            for name, value in self.best.values.items()
+        )
+        settings = TextTable(("setting", "best", "recipe"), tuple(rows))
+        return to_html(repr(self), settings, *([self.final.table] if self.final else []))
 
 
 def tune_recipe(
