@@ -65,6 +65,13 @@ def test_the_package_is_imported_without_torch_and_transformers():
     assert done.stdout == "set()\n"
 
 
+def test_a_recipe_made_in_python_obeys_the_rules_of_a_file():
+    recipe = lewis_hub.Recipe(models=["zoo/base", "zoo/base"], merge_method="linear")
+
+    with pytest.raises(lewis_hub.LewisHubError, match="`zoo/base` is listed twice"):
+        lewis_hub.check(recipe)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'lewis_hub' has no attribute 'mrege'"):
         lewis_hub.mrege  # noqa: B018

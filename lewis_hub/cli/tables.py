@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lewis_hub.calibration.profile import ImportanceProfile
+    from lewis_hub.demo.bench import Timing, Usage
     from lewis_hub.display import TextTable
     from lewis_hub.evaluate.scores import MetricScore, Scores
     from lewis_hub.hub.publish import Published
@@ -211,6 +212,22 @@ def schedules_table(schedules: Sequence[Mapping[str, str | None]]) -> Renderable
         cells = (schedule[name] for name in ("id", "schedule", "flavor", "command"))
         table.add_row(*plain(*(cell or "-" for cell in cells)))
     return table
+
+
+def timings_table(timings: Sequence[Timing]) -> RenderableType:
+    """A row per case; without mergekit our figures alone."""
+    table = _table("model", "merge", "lewis-hub", "peak", "first run", "mergekit", "peak", "ratio")
+    for timing in timings:
+        model, _, merge = timing.case.name.partition(", ")
+        ratio = f"{timing.ratio:.1f} ×" if timing.ratio else "-"
+        first = f"{timing.first.seconds:.2f} s"
+        cells = (*_usage(timing.ours), first, *_usage(timing.mergekit), ratio)
+        table.add_row(*plain(model, merge, *cells))
+    return table
+
+
+def _usage(usage: Usage | None) -> tuple[str, str]:
+    return (f"{usage.seconds:.2f} s", size(usage.peak_bytes)) if usage else ("-", "-")
 
 
 def extraction(adapter: Extracted, output: Path) -> tuple[RenderableType, ...]:
