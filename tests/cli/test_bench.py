@@ -25,7 +25,7 @@ def test_a_case_is_measured_without_mergekit(tmp_path):
 
     assert timing.mergekit is None
     assert timing.ratio is None
-    assert 0 < timing.ours.seconds < 60
+    assert timing.ours.seconds > 0
     assert 10e6 < timing.ours.peak_bytes < 1e9
     assert timing.to_json()["n_parameters"] == 2 * 32_000 * 64 + 4 * 64 * 64 + 3 * 64 * 170 + 3 * 64
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["0", "1", "2"]
