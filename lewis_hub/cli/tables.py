@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lewis_hub.display import size
@@ -61,13 +62,8 @@ def scores_table(scores: Scores) -> RenderableType:
     """A row per task and metric, a column per model."""
     from lewis_hub.report.findings import model_name
 
-    labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
-    table = _table("task", "metric", "n", *map(model_name, labels))
-    for name, task in scores.tasks.items():
-        for metric in dict.fromkeys(key for found in task.models.values() for key in found):
-            cells = [str(task.models.get(label, {}).get(metric, "-")) for label in labels]
-            table.add_row(*plain(name, metric, str(task.n), *cells))
-    return table
+    header = ("task", "metric", "n", *map(model_name, scores.labels))
+    return _of_texts(replace(scores.table, header=header))
 
 
 def models_table(merges: Mapping[str, Scores]) -> RenderableType:

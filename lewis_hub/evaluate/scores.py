@@ -168,10 +168,14 @@ class Scores:
     tasks: Mapping[str, TaskScores]
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Of all models, in the order in which tasks name them."""
+        return tuple(dict.fromkeys(label for task in self.tasks.values() for label in task.models))
+
+    @property
     def table(self) -> TextTable:
         """A row per task and metric, a column per model."""
-        labels = dict.fromkeys(label for task in self.tasks.values() for label in task.models)
-        rows = []
+        labels, rows = self.labels, []
         for name, task in self.tasks.items():
             for metric in dict.fromkeys(key for scored in task.models.values() for key in scored):
                 cells = (str(task.models.get(label, {}).get(metric, "-")) for label in labels)
