@@ -1,6 +1,6 @@
 """Merge language models by layer-wise sparsity, score the result and publish it.
 
-Everything public is here; each name is imported when it is first used.
+Every public name is here; its module is imported when the name is first used.
 """
 
 from __future__ import annotations
@@ -21,52 +21,84 @@ if TYPE_CHECKING:
         stream,
         verify,
     )
-    from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
+    from lewis_hub.recipe.schema import (
+        Calibration,
+        Evaluation,
+        Gate,
+        Guide,
+        ModelEntry,
+        ModelReference,
+        Publishing,
+        Recipe,
+    )
+    from lewis_hub.report.profiles import compare_profiles
+    from lewis_hub.tune.run import Search, tune_recipe
     from lewis_hub.workflow.execution import Execution
     from lewis_hub.workflow.read import read_recipe
+    from lewis_hub.workflow.single_model import (
+        diff_merges,
+        extract_lora,
+        measure_model,
+        read_profile,
+    )
 
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Evaluation",
     "Execution",
+    "Gate",
+    "Guide",
     "LewisHubError",
+    "ModelEntry",
     "ModelReference",
     "Publishing",
     "Recipe",
+    "Search",
     "calibrate",
     "check",
+    "compare_profiles",
+    "diff_merges",
     "evaluate_model",
+    "extract_lora",
+    "measure_model",
     "merge_models",
     "open_target",
     "publish",
+    "read_profile",
     "read_recipe",
     "stream",
+    "tune_recipe",
     "verify",
     "zoo_folder",
 ]
 
 _HOME = {
-    "Evaluation": "recipe.schema",
-    "Execution": "workflow.execution",
-    "LewisHubError": "errors",
-    "ModelReference": "recipe.schema",
-    "Publishing": "recipe.schema",
-    "Recipe": "recipe.schema",
-    "calibrate": "pipeline",
-    "check": "pipeline",
-    "evaluate_model": "pipeline",
-    "merge_models": "pipeline",
-    "open_target": "pipeline",
-    "publish": "pipeline",
-    "read_recipe": "workflow.read",
-    "stream": "pipeline",
-    "verify": "pipeline",
-    "zoo_folder": "demo.zoo",
+    "demo.zoo": ("zoo_folder",),
+    "errors": ("LewisHubError",),
+    "pipeline": (
+        *("calibrate", "check", "evaluate_model", "merge_models"),
+        *("open_target", "publish", "stream", "verify"),
+    ),
+    "recipe.schema": (
+        *("Calibration", "Evaluation", "Gate", "Guide"),
+        *("ModelEntry", "ModelReference", "Publishing", "Recipe"),
+    ),
+    "report.profiles": ("compare_profiles",),
+    "tune.run": ("Search", "tune_recipe"),
+    "workflow.execution": ("Execution",),
+    "workflow.read": ("read_recipe",),
+    "workflow.single_model": ("diff_merges", "extract_lora", "measure_model", "read_profile"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

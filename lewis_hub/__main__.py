@@ -2,4 +2,5 @@
 
 from lewis_hub.cli.main import main
 
-main()
+if __name__ == "__main__":  # not in a process that multiprocessing spawns
+    main()

@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.calibration.meta_model import FEWER, STATES
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_room, require_writable
-from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.guides.schedule import DensitySchedule, weighted_mean
 from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
+from lewis_hub.report.findings import gate_sentences
+from lewis_hub.report.profiles import short_name
 from lewis_hub.workflow import fetch, report, single_model
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
@@ -71,6 +74,19 @@ class Merged:
     gate: GateVerdict | None = None
     published: Published | None = None
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What the gate says of the merge, and where the merge is."""
+        done = "Merged into" if self.status == "merged" else "Nothing changed: this merge is in"
+        where = str(self.published) if self.published else f"{done} {self.output}"
+        return (*(gate_sentences(self.gate) if self.gate else ()), where)
+
+    def __repr__(self) -> str:
+        return "\n".join([*self.lines, *([repr(self.scores)] if self.scores else [])])
+
+    def _repr_html_(self) -> str:
+        return to_html(*self.lines, *([self.scores.table] if self.scores else []))
+
 
 @dataclass(frozen=True)
 class Calibrated:
@@ -84,6 +100,34 @@ class Calibrated:
     profile: ImportanceProfile | None
     schedule: DensitySchedule
     sizes: Mapping[str, int]
+
+    @property
+    def table(self) -> TextTable:
+        """Mean, lowest and highest density of each expert, or weight if only weights are set.
+
+        The mean is over parameters, as `mean_density` is.
+        """
+        rows = []
+        for expert in self.schedule.experts:
+            densities = expert.tensors or expert.weights
+            top = max(densities, key=lambda name: densities[name], default="-")
+            values = densities.values()
+            mean = weighted_mean(densities, self.sizes) if values else 0.0
+            numbers = (mean, min(values, default=0.0), max(values, default=0.0))
+            cells = (str(len(values)), *(f"{number:.3f}" for number in numbers))
+            rows.append((short_name(expert.source), top.removesuffix(".weight"), *cells))
+        header = ("expert", "highest at", "scheduled", "mean", "lowest", "highest")
+        return TextTable(header, tuple(rows))
+
+    def __repr__(self) -> str:
+        rows = (
+            f"{expert}: {n} tensors scheduled, mean {mean}, from {lowest} to {highest} at {top}"
+            for expert, top, n, mean, lowest, highest in self.table.rows
+        )
+        return "\n".join([f"Calibrated, in {self.output}", *rows])
+
+    def _repr_html_(self) -> str:
+        return to_html(self.table, f"In {self.output}")
 
 
 def check(
@@ -359,7 +403,7 @@ def _measure(
 
 
 def evaluate_model(
-    model: ModelReference,
+    model: ModelReference | Path | str,
     asked: Evaluation,
     execution: Execution | None = None,
     progress: Progress | None = None,
@@ -378,8 +422,7 @@ def evaluate_model(
     Example:
         >>> tasks = str(lewis_hub.zoo_folder() / "tasks")
         >>> asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=tasks, limit=5)
-        >>> model = lewis_hub.ModelReference(name="zoo/expert-reverse")
-        >>> scores = lewis_hub.evaluate_model(model, asked)
+        >>> scores = lewis_hub.evaluate_model("zoo/expert-reverse", asked)
         >>> scores.tasks["zoo_reverse"].n
         5
     """
@@ -391,7 +434,7 @@ def evaluate_model(
 
 
 def verify(
-    model: ModelReference,
+    model: ModelReference | Path | str,
     execution: Execution | None = None,
     progress: Progress | None = None,
     *,
@@ -415,7 +458,7 @@ def verify(
         >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
         >>> plain = recipe.model_copy(update={"evaluate": None, "guide": None})
         >>> merged = lewis_hub.merge_models(plain, tmp_path / "merged")
-        >>> lewis_hub.verify(lewis_hub.ModelReference(name=str(merged.output))).problems
+        >>> lewis_hub.verify(merged.output).problems
         ()
     """
     progress, api = progress or Silent(), hub_api()
@@ -429,7 +472,7 @@ def verify(
         recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
         same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
-        again = verification.read_lock(resolve_one(ModelReference(name=str(made.output)), api), api)
+        again = verification.read_lock(resolve_one(made.output, api), api)
     differing = verification.compare_models(lock, again)
     return replace(verdict, problems=(*verdict.problems, *differing))
 
@@ -439,12 +482,21 @@ def open_target(asked: Publishing) -> Destination:
 
     Raises:
         PublishError: the token is missing or may not write there, or the namespace is unknown.
+
+    Example:
+        >>> asked = lewis_hub.Publishing(repo=f"{user}/new-merge", private=True)
+        >>> lewis_hub.open_target(asked).previous is None
+        True
     """
     return publishing.open_destination(asked, hub_api())
 
 
 def publish(
-    folder: Path, target: Destination, progress: Progress | None = None, *, force: bool = False
+    folder: Path | str,
+    target: Destination,
+    progress: Progress | None = None,
+    *,
+    force: bool = False,
 ) -> Published:
     """Push a merged model in one commit; an unchanged model makes no commit.
 
@@ -468,4 +520,4 @@ def publish(
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(folder, target, hub_api(), progress or Silent(), force=force)
+    return publishing.push(Path(folder), target, hub_api(), progress or Silent(), force=force)

@@ -1,31 +1,22 @@
+import ast
 import doctest
+import inspect
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import lewis_hub
-from lewis_hub import pipeline
 from lewis_hub.demo.zoo import seed_hub
 from lewis_hub.recipe.read import schema
-from lewis_hub.workflow.read import read_recipe
 
-SLOW = {"calibrate"}  # `merge_models` calibrates as well
-EXAMPLES = {
-    function.__name__: function
-    for function in (
-        read_recipe,
-        schema,
-        pipeline.check,
-        pipeline.calibrate,
-        pipeline.merge_models,
-        pipeline.stream,
-        pipeline.evaluate_model,
-        pipeline.publish,
-        pipeline.verify,
-    )
-}
+SLOW = {"calibrate", "tune_recipe"}  # `merge_models` calibrates as well
+PUBLIC = {name: getattr(lewis_hub, name) for name in lewis_hub.__all__}
+EXAMPLES = {name: thing for name, thing in PUBLIC.items() if inspect.isfunction(thing)}
+EXAMPLES["schema"] = schema
 
 
 @pytest.mark.parametrize(
@@ -45,8 +36,40 @@ def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypat
 
 
 def test_every_public_name_exists_and_has_a_docstring():
-    for name in lewis_hub.__all__:
-        assert getattr(lewis_hub, name).__doc__, name
+    for name, thing in PUBLIC.items():
+        assert thing.__doc__, name
+
+
+def test_the_public_names_the_lazy_table_and_the_type_checked_imports_agree():
+    source = ast.parse(Path(lewis_hub.__file__).read_text())
+    (typed,) = (node for node in source.body if isinstance(node, ast.If))
+    imported = {i.module: tuple(alias.name for alias in i.names) for i in typed.body}
+    table = {f"lewis_hub.{module}": names for module, names in lewis_hub._HOME.items()}
+    names = [name for names in table.values() for name in names]
+
+    assert imported == table
+    assert lewis_hub.__all__ == sorted(names) == sorted(set(names))
+    assert set(names) <= set(dir(lewis_hub))
+
+
+def test_no_public_name_is_a_module_of_the_package():
+    modules = {path.stem for path in Path(lewis_hub.__file__).parent.iterdir()}
+
+    assert not modules & set(lewis_hub.__all__)
+
+
+def test_the_package_is_imported_without_torch_and_transformers():
+    code = "import sys, lewis_hub; print({'torch', 'transformers', 'pydantic'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "set()\n"
+
+
+def test_a_recipe_made_in_python_obeys_the_rules_of_a_file():
+    recipe = lewis_hub.Recipe(models=["zoo/base", "zoo/base"], merge_method="linear")
+
+    with pytest.raises(lewis_hub.LewisHubError, match="`zoo/base` is listed twice"):
+        lewis_hub.check(recipe)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -15,7 +15,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import jobs, merge, models, profiles, recipes, tuning
+from lewis_hub.cli import bench, jobs, merge, models, profiles, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
@@ -58,6 +58,7 @@ for command in (
     recipes.actions,
     models.hub,
     models.demo,
+    bench.bench,
 ):
     cli.add_command(command)
 

@@ -176,12 +176,12 @@ def merge(
 
 def _merge_to_hub(terminal: Terminal, recipe: Recipe, output: Path, execution: Execution) -> None:
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import publication
+    from lewis_hub.cli.tables import plain
     from lewis_hub.workflow.read import destination
 
     target = pipeline.open_target(destination(recipe))
     published = pipeline.stream(recipe, target, output, execution, terminal.progress)
-    terminal.finish(_streamed(published), *publication(published))
+    terminal.finish(_streamed(published), *plain(str(published)))
 
 
 def _merge_to_disk(

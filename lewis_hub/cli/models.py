@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lewis_hub.recipe.schema import Publishing
 
 
-DEFAULT_RANK = 32
 OWN_MODELS = """
 To merge your own models, run the same three commands:
   lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
@@ -74,7 +73,7 @@ def evaluate(
     """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import scores_table
-    from lewis_hub.recipe.schema import Evaluation, ModelReference
+    from lewis_hub.recipe.schema import Evaluation
     from lewis_hub.workflow.execution import Execution
 
     evaluation = Evaluation(
@@ -85,9 +84,7 @@ def evaluate(
         compare=(),
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
-    scores = pipeline.evaluate_model(
-        ModelReference.model_validate(model), evaluation, execution, terminal.progress
-    )
+    scores = pipeline.evaluate_model(model, evaluation, execution, terminal.progress)
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))
 
 
@@ -127,7 +124,7 @@ def push(
     FOLDER contains the model. Without REPO, the settings under `publish` in its recipe apply.
     """
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import publication
+    from lewis_hub.cli.tables import plain
     from lewis_hub.workflow import verify as signing
     from lewis_hub.workflow.publish import read_verdict, refused
 
@@ -139,7 +136,7 @@ def push(
     verdict = read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
-    terminal.finish(document, *publication(published))
+    terminal.finish(document, *plain(str(published)))
     if verdict and proposed:
         refusal = refused(folder, verdict, published.url)
         click.echo(f"lewis-hub: {refusal}", err=True)
@@ -194,11 +191,10 @@ def verify(
     """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
-    from lewis_hub.recipe.schema import ModelReference
     from lewis_hub.workflow.execution import Execution
 
     verdict = pipeline.verify(
-        ModelReference.model_validate(model),
+        model,
         Execution(
             device=device,
             allow_code=allow_code_execution,
@@ -236,10 +232,9 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     a recipe to see what a new merge would change, including changed inputs.
     """
     from lewis_hub.cli.tables import plain
-    from lewis_hub.workflow.resolve import hub_api
-    from lewis_hub.workflow.single_model import tell_differences
+    from lewis_hub.workflow.single_model import diff_merges
 
-    differences = tell_differences(before, after, hub_api())
+    differences = diff_merges(before, after)
     document = {"status": "differs" if differences else "same", "differences": list(differences)}
     terminal.finish(document, *plain(*differences or ("Nothing differs.",)))
 
@@ -272,13 +267,11 @@ def extract_lora(
     The adapter has PEFT's format. MODEL and its base are repos, repo@revision or folders.
     """
     from lewis_hub.cli.tables import extraction
-    from lewis_hub.recipe.schema import ModelReference
-    from lewis_hub.workflow.resolve import hub_api
-    from lewis_hub.workflow.single_model import extract_adapter
+    from lewis_hub.workflow import single_model
 
-    expert, start = (ModelReference.model_validate(name) for name in (model, base))
-    max_rank = rank or (None if error else DEFAULT_RANK)
-    adapter = extract_adapter(expert, start, max_rank, error, output, hub_api(), terminal.progress)
+    adapter = single_model.extract_lora(
+        model, base, output, terminal.progress, rank=rank, error=error
+    )
     document = {
         "status": "extracted",
         "output": str(output),

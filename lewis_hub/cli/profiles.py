@@ -137,7 +137,7 @@ def _calibrate_model(
     from pydantic import ValidationError
 
     from lewis_hub.cli.tables import importance_table
-    from lewis_hub.recipe.schema import Calibration, ModelReference
+    from lewis_hub.recipe.schema import Calibration
     from lewis_hub.workflow.single_model import measure_model
 
     try:
@@ -147,8 +147,7 @@ def _calibrate_model(
         raise click.UsageError(
             f"{model} is not a YAML file, so it is taken as a model: {problem}"
         ) from None
-    reference = ModelReference.model_validate(model)
-    measured = measure_model(reference, calibration, seed, output, execution, terminal.progress)
+    measured = measure_model(model, calibration, output, execution, terminal.progress, seed=seed)
     document = {"status": "calibrated", "output": str(output)}
     document |= {"importance": json.loads(measured.to_json())}
     terminal.finish(document, importance_table(measured, N_SHOWN), f"Wrote {output}")
@@ -173,12 +172,10 @@ def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
     from lewis_hub.files import require_writable
     from lewis_hub.report.plots import draw_comparisons
     from lewis_hub.report.profiles import compare_profiles
-    from lewis_hub.workflow.resolve import hub_api
     from lewis_hub.workflow.single_model import read_profile
 
     require_writable(output)
-    api = hub_api()
-    compared = compare_profiles(read_profile(api, before), read_profile(api, after))
+    compared = compare_profiles(read_profile(before), read_profile(after))
     plots = draw_comparisons(compared, output)
     document = {
         "status": "compared",

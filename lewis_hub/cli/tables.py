@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lewis_hub.cli.terminal import size
+from lewis_hub.display import size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lewis_hub.calibration.profile import ImportanceProfile
+    from lewis_hub.demo.bench import Timing, Usage
+    from lewis_hub.display import TextTable
     from lewis_hub.evaluate.scores import MetricScore, Scores
     from lewis_hub.hub.publish import Published
     from lewis_hub.merge.extract_lora import Extracted
@@ -43,47 +46,24 @@ def plain(*cells: str) -> tuple[RenderableType, ...]:
     return tuple(map(Text, cells))
 
 
-def check_tables(report: CheckReport) -> Iterator[RenderableType]:
-    """Sources, notes, problems, and the resources that the merge needs."""
-    table = _table(
-        "role", "source", "commit", "size", "dtype", "parameters", "vocabulary", "tied", "licence"
-    )
-    for source in report.sources:
-        table.add_row(
-            *plain(
-                source.role,
-                source.name,
-                source.commit_sha.removeprefix("sha256:")[:8],
-                size(source.size_bytes),
-                source.dtype,
-                f"{source.n_parameters:,}" if source.n_parameters else "?",
-                f"{source.n_vocabulary:,}" if source.n_vocabulary else "?",
-                "yes" if source.tied else "no",
-                source.licence or "none given",
-            )
-        )
-    yield table
-    yield from plain(
-        f"\ndownload {size(report.download_bytes)}, disk {size(report.disk_bytes)}, "
-        f"memory at most {size(report.memory_bytes)}, merged model {size(report.output_bytes)}",
-        *(f"note: {note}" for note in report.notes),
-        *(f"problem: {problem}" for problem in report.problems),
-    )
-    if not report.problems:
-        yield from plain("No problems found.")
+def check_tables(report: CheckReport) -> tuple[RenderableType, ...]:
+    """Sources, problems, and what the merge will take."""
+    return (_of_texts(report.table), "", *plain(*report.lines))
+
+
+def _of_texts(texts: TextTable) -> Table:
+    table = _table(*texts.header)
+    for row in texts.rows:
+        table.add_row(*plain(*row))
+    return table
 
 
 def scores_table(scores: Scores) -> RenderableType:
     """A row per task and metric, a column per model."""
     from lewis_hub.report.findings import model_name
 
-    labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
-    table = _table("task", "metric", "n", *map(model_name, labels))
-    for name, task in scores.tasks.items():
-        for metric in dict.fromkeys(key for scored in task.models.values() for key in scored):
-            cells = [_score(task.models.get(label, {}).get(metric)) for label in labels]
-            table.add_row(*plain(name, metric, str(task.n), *cells))
-    return table
+    header = ("task", "metric", "n", *map(model_name, scores.labels))
+    return _of_texts(replace(scores.table, header=header))
 
 
 def models_table(merges: Mapping[str, Scores]) -> RenderableType:
@@ -107,34 +87,13 @@ def models_table(merges: Mapping[str, Scores]) -> RenderableType:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     table = _table("model", *columns)
     for name, row in rows.items():
-        table.add_row(*plain(name, *(_score(row.get(column)) for column in columns)))
+        table.add_row(*plain(name, *(str(row.get(column, "-")) for column in columns)))
     return table
-
-
-def _score(score: MetricScore | None) -> str:
-    if score is None:
-        return "-"
-    return f"{score.value:.3f}" + (f" ± {score.stderr:.3f}" if score.stderr is not None else "")
 
 
 def density_table(calibrated: Calibrated) -> RenderableType:
-    """Mean, lowest and highest density of each expert, or weight if the guide sets weights alone.
-
-    The mean is over parameters, as `mean_density` is.
-    """
-    from lewis_hub.guides.schedule import weighted_mean
-    from lewis_hub.report.profiles import short_name
-
-    table = _table("expert", "highest at", "scheduled", "mean", "lowest", "highest")
-    for expert in calibrated.schedule.experts:
-        densities = expert.tensors or expert.weights
-        top = max(densities, key=lambda name: densities[name], default="-")
-        values = densities.values()
-        mean = weighted_mean(densities, calibrated.sizes) if values else 0.0
-        numbers = (mean, min(values, default=0.0), max(values, default=0.0))
-        cells = [str(len(values)), *(f"{number:.3f}" for number in numbers)]
-        table.add_row(*plain(short_name(expert.source), top.removesuffix(".weight"), *cells))
-    return table
+    """Mean, lowest and highest density of each expert, or weight where only those are set."""
+    return _of_texts(calibrated.table)
 
 
 def importance_table(profile: ImportanceProfile, n_shown: int) -> RenderableType:
@@ -221,24 +180,9 @@ def outcome(merged: Merged, published: Published | None) -> Iterator[RenderableT
     """Scores, verdict of the gate, output folder and published address."""
     if merged.scores:
         yield scores_table(merged.scores)
-    if merged.gate:
-        from lewis_hub.report.findings import gate_sentences
-
-        yield from plain(*gate_sentences(merged.gate))
-    status = "Merged into" if merged.status == "merged" else "Nothing changed: this merge is in"
-    if not merged.published:
-        yield from plain(f"{status} {merged.output}")
-    if published:
-        yield from publication(published)
-
-
-def publication(published: Published) -> Iterator[RenderableType]:
-    """The address of the published model."""
-    if published.changed:
-        status = "Proposed" if published.pull_request_url else "Published"
-        yield from plain(f"{status} {published.url} ({published.commit_url})")
-    else:
-        yield from plain(f"Nothing to publish: {published.url} already holds this merge")
+    yield from plain(*merged.lines)
+    if published and not merged.published:
+        yield from plain(str(published))
 
 
 def verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[RenderableType, ...]:
@@ -264,6 +208,22 @@ def schedules_table(schedules: Sequence[Mapping[str, str | None]]) -> Renderable
         cells = (schedule[name] for name in ("id", "schedule", "flavor", "command"))
         table.add_row(*plain(*(cell or "-" for cell in cells)))
     return table
+
+
+def timings_table(timings: Sequence[Timing]) -> RenderableType:
+    """A row per case; without mergekit our figures alone."""
+    table = _table("model", "merge", "lewis-hub", "peak", "first run", "mergekit", "peak", "ratio")
+    for timing in timings:
+        model, _, merge = timing.case.name.partition(", ")
+        ratio = f"{timing.ratio:.1f} ×" if timing.ratio else "-"
+        first = f"{timing.first.seconds:.2f} s"
+        cells = (*_usage(timing.ours), first, *_usage(timing.mergekit), ratio)
+        table.add_row(*plain(model, merge, *cells))
+    return table
+
+
+def _usage(usage: Usage | None) -> tuple[str, str]:
+    return (f"{usage.seconds:.2f} s", size(usage.peak_bytes)) if usage else ("-", "-")
 
 
 def extraction(adapter: Extracted, output: Path) -> tuple[RenderableType, ...]:

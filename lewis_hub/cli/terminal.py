@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import click
 
+from lewis_hub.display import size
 from lewis_hub.progress import Advance, Progress, Silent, Unit
 
 if TYPE_CHECKING:
@@ -135,12 +136,3 @@ class Lines:
 
 def _amount(total: int, unit: Unit) -> str:
     return size(total) if unit == "bytes" else f"{total:,} {unit}"
-
-
-def size(n_bytes: float) -> str:
-    """Format bytes in powers of 1000, as disks and the Hub do."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n_bytes) < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.2f} TB"

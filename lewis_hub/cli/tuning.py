@@ -113,8 +113,7 @@ def tune(
         recipe = allowing_overlap(recipe)
     from lewis_hub.files import require_writable
     from lewis_hub.tune.report import write_report
-    from lewis_hub.tune.run import Search
-    from lewis_hub.tune.run import tune as search
+    from lewis_hub.tune.run import Search, tune_recipe
     from lewis_hub.workflow.execution import Execution
 
     search_settings = Search(
@@ -130,7 +129,7 @@ def tune(
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     output = output or recipe_file.parent / "tuning"
     require_writable(recipe_file.parent, COPY_RECIPE)
-    tuned = search(recipe, search_settings, output, execution, terminal.progress)
+    tuned = tune_recipe(recipe, search_settings, output, execution, terminal.progress)
     report = write_report(tuned, recipe_file, output)
     terminal.finish(report.document, *_shown(tuned, report, recipe_file.name, terminal.width))
 

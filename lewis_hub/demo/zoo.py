@@ -16,7 +16,12 @@ DATASETS = ("reverse", "cipher")
 
 
 def zoo_folder() -> Path:
-    """The folder of the zoo: a folder per model, `data/<skill>`, `tasks` and `recipe.yaml`."""
+    """The folder of the zoo: a folder per model, `data/<skill>`, `tasks` and `recipe.yaml`.
+
+    Example:
+        >>> (lewis_hub.zoo_folder() / "recipe.yaml").is_file()
+        True
+    """
     return Path(str(files("lewis_hub.demo"))) / "zoo"
 
 

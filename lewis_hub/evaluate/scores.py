@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import EvaluationError
 
 VERSION = 1  # of `scores.json`
@@ -125,6 +127,9 @@ class MetricScore:
         """The value with the sign that gives the better model the higher number."""
         return self.value if self.higher_is_better else -self.value
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f" ± {self.stderr:.3f}" if self.stderr is not None else "")
+
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -161,6 +166,32 @@ class Scores:
     """
 
     tasks: Mapping[str, TaskScores]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of all models, in the order in which tasks name them."""
+        return tuple(dict.fromkeys(label for task in self.tasks.values() for label in task.models))
+
+    @property
+    def table(self) -> TextTable:
+        """A row per task and metric, a column per model."""
+        labels, rows = self.labels, []
+        for name, task in self.tasks.items():
+            for metric in dict.fromkeys(key for scored in task.models.values() for key in scored):
+                cells = (str(task.models.get(label, {}).get(metric, "-")) for label in labels)
+                rows.append((name, metric, f"{task.n:,}", *cells))
+        names = (re.sub("^expert:|@[0-9a-f]{40}$", "", label) for label in labels)
+        return TextTable(("task", "metric", "n", *names), tuple(rows))
+
+    def __repr__(self) -> str:
+        header, lines = self.table.header, []
+        for task, metric, n, *cells in self.table.rows:
+            scored = ", ".join(f"{m} {cell}" for m, cell in zip(header[3:], cells, strict=True))
+            lines.append(f"{task}, {metric} (n = {n}): {scored}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return to_html(self.table)
 
     def to_document(self) -> dict[str, Any]:
         """The content of `scores.json`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.display import to_html
 from lewis_hub.errors import PublishError
 from lewis_hub.hub.commit import (
     Additions,
@@ -66,6 +67,15 @@ class Published:
             "pull_request": self.pull_request_url,
             "tag": self.tag,
         }
+
+    def __repr__(self) -> str:
+        if not self.changed:
+            return f"Nothing to publish: {self.url} already holds this merge"
+        done = "Proposed" if self.pull_request_url else "Published"
+        return f"{done} {self.url} ({self.commit_url})"
+
+    def _repr_html_(self) -> str:
+        return to_html(repr(self))
 
 
 def publish(

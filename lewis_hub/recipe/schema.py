@@ -245,11 +245,20 @@ DType = Annotated[
 ]
 
 
+def _or_text(schema: dict[str, Any]) -> None:
+    """Let editors accept a name instead of a mapping."""
+    mapping = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "string"}, mapping]
+
+
 class ModelReference(Part):
     """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder.
 
     `BASE+ADAPTER` is an adapter on a base, which must be the recipe's `base_model`.
     """
+
+    model_config = ConfigDict(json_schema_extra=_or_text)
 
     name: str = Field(min_length=1)
     revision: str | None = None
@@ -264,6 +273,7 @@ class ModelReference(Part):
             whole = _long_form(value["model"], value.get("revision"))
             lora = value.get("lora")
             return {**_long_form(lora, None), "on": whole} if lora else whole
+        value = str(value) if isinstance(value, Path) else value
         if not isinstance(value, str):
             return value
         base, plus, adapter = value.partition("+")
@@ -309,11 +319,18 @@ def _is_path(name: str) -> bool:
 
 
 class ModelEntry(Part):
-    """An expert, or any source of a method without a base."""
+    """An expert, or any source of a method without a base; a name alone is an entry too."""
+
+    model_config = ConfigDict(json_schema_extra=_or_text)
 
     model: ModelReference
     parameters: Parameters = Field(default_factory=dict, description="weight, density, ...")
     calibration: Calibration | None = Field(None, description="Texts for this expert.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str | Path | ModelReference) else value
 
 
 class SliceSource(Part):

@@ -199,6 +199,14 @@ def compare_profiles(
 
     Raises:
         ProfileError: no source is in both, or none by the same measure.
+
+    Example:
+        >>> texts = lewis_hub.Calibration(dataset="zoo/reverse", text="{question}", samples=4)
+        >>> models = ("zoo/base", "zoo/expert-reverse")
+        >>> profiles = [lewis_hub.measure_model(m, texts, tmp_path / m) for m in models]
+        >>> (comparison,) = lewis_hub.compare_profiles(*profiles)
+        >>> comparison.spearman > 0.9
+        True
     """
     if not set(before.measures) & set(after.measures) and before.sources and after.sources:
         held = [" and ".join(profile.measures) for profile in (before, after)]

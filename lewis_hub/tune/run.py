@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.texts import load_tokenizer
 from lewis_hub.checkpoint.ranges import Locations
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import (
     MERGE,
     CalibrationModelError,
@@ -316,27 +317,51 @@ class Tuned:
     refused: str | None
     final: Scores | None
 
+    def __repr__(self) -> str:
+        told = f"{len(self.trials)} trials on {self.objective.metric}; the best is number "
+        told += f"{self.best.number}: {self.best.value:.4f}"
+        return told + (f", the recipe's own settings: {self.start.value:.4f}" if self.start else "")
 
-def tune(
+    def _repr_html_(self) -> str:
+        own = self.start.values if self.start else {}
+        rows = (
+            (search_space.short_name(name), *map(search_space.shown_value, (value, own.get(name))))
+            for name, value in self.best.values.items()
+        )
+        settings = TextTable(("setting", "best", "recipe"), tuple(rows))
+        return to_html(repr(self), settings, *([self.final.table] if self.final else []))
+
+
+def tune_recipe(
     recipe: Recipe,
     asked: Search,
-    output: Path,
+    output: Path | str,
     execution: Execution | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Search better settings; an earlier run of the same search is continued.
+    """Search for better settings of a recipe; an earlier run of the same search is continued.
 
     Args:
         recipe: has `evaluate`, whose items the search never sees.
-        asked: settings of the search.
+        asked: number of trials, time, and the items to tune on.
         output: folder for the study and for measurements.
         execution: device and runner; None: this machine's CPU.
         progress: shows progress; None: shows nothing.
 
     Raises:
         LewisHubError: a source, task or setting cannot be used.
+        ExtraMissingError: Optuna is not installed.
+
+    Example:
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> uniform = recipe.model_copy(update={"guide": None, "parameters": {"density": 0.5}})
+        >>> search = lewis_hub.Search(n_trials=1, samples=4)
+        >>> tuned = lewis_hub.tune_recipe(uniform, search, tmp_path / "tuning")
+        >>> tuned.recipe.merge_method
+        'ties'
     """
     execution, progress = execution or Execution(), progress or Silent()
+    output = Path(output)
     study.require_optuna()
     execution.require_usable()
     space = search_space.space_of(recipe, asked.methods, asked.guides)

@@ -12,6 +12,7 @@ from lewis_hub.calibration.texts import check_columns
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import (
     CalibrationError,
     CalibrationModelError,
@@ -81,6 +82,43 @@ class CheckReport:
     def to_json(self) -> dict[str, Any]:
         """Return the document of `lewis-hub check --json`."""
         return {"status": "failed" if self.problems else "fine", **asdict(self)}
+
+    @property
+    def table(self) -> TextTable:
+        """A row per source."""
+        header = ("role", "source", "commit", "size", "dtype", "parameters", "vocabulary")
+        rows = (
+            (
+                source.role,
+                source.name,
+                source.commit_sha.removeprefix("sha256:")[:8],
+                size(source.size_bytes),
+                source.dtype,
+                f"{source.n_parameters:,}" if source.n_parameters else "?",
+                f"{source.n_vocabulary:,}" if source.n_vocabulary else "?",
+                "yes" if source.tied else "no",
+                source.licence or "none given",
+            )
+            for source in self.sources
+        )
+        return TextTable((*header, "tied", "licence"), tuple(rows))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The resources that the merge needs, then notes and problems."""
+        return (
+            f"download {size(self.download_bytes)}, disk {size(self.disk_bytes)}, "
+            f"memory at most {size(self.memory_bytes)}, merged model {size(self.output_bytes)}",
+            *(f"note: {note}" for note in self.notes),
+            *(f"problem: {problem}" for problem in self.problems),
+            *(() if self.problems else ("No problems found.",)),
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines)
+
+    def _repr_html_(self) -> str:
+        return to_html(self.table, *self.lines)
 
 
 def require_fine(report: CheckReport) -> None:

@@ -54,7 +54,7 @@ from lewis_hub.workflow.open import (
     quantised_notes,
     ties,
 )
-from lewis_hub.workflow.read import require_guide
+from lewis_hub.workflow.read import require_valid
 from lewis_hub.workflow.resolve import Inputs, require_whole, resolve_data, resolve_source
 from lewis_hub.workflow.resources import (
     Measurement,
@@ -147,10 +147,10 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
     """Pin every source of a recipe.
 
     Raises:
-        RecipeError: the guide is unknown or lacks calibration data.
+        RecipeError: its fields contradict each other, or its guide lacks calibration data.
         SourceError: a source cannot be found or may not be read.
     """
-    require_guide(recipe)
+    require_valid(recipe)
 
     def model(reference: ModelReference) -> Source:
         code = reference.name in recipe.allow_code

@@ -53,13 +53,13 @@ def rules(recipe: Recipe) -> Iterator[Complaint]:
     yield from _guide_complaints(recipe)
 
 
-def require_guide(recipe: Recipe) -> None:
-    """Refuse a recipe whose guide is not usable; a recipe from Python was not read from a file.
+def require_valid(recipe: Recipe) -> None:
+    """Check a recipe that was not read from a file by the same rules.
 
     Raises:
-        RecipeError: the guide is unknown or lacks calibration data.
+        RecipeError: its fields contradict each other, or its guide lacks calibration data.
     """
-    for where, problem, remedy in _guide_complaints(recipe):
+    for where, problem, remedy in rules(recipe):
         raise RecipeError("recipe", read.dotted(where), problem, remedy)
 
 

@@ -65,12 +65,15 @@ class Inputs:
         return source.commit_sha
 
 
-def resolve_one(reference: ModelReference, api: HfApi, *, allow_pickle: bool = False) -> Source:
+def resolve_one(
+    model: ModelReference | Path | str, api: HfApi, *, allow_pickle: bool = False
+) -> Source:
     """Pin a model outside of a recipe.
 
     Raises:
         SourceError: it cannot be found or read, or is an adapter.
     """
+    reference = ModelReference.model_validate(model)
     if reference.on:
         problem = "`+` adds a LoRA adapter to a model, which only a merge can do"
         remedy = "Merge it first: a recipe with `merge_method: linear` and the adapter alone."

@@ -26,7 +26,7 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
-from lewis_hub.progress import Progress
+from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelReference, Recipe
 from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lewis_hub.merge.extract_lora import Extracted
 
 CARD = "README.md"
+RANK = 32  # of an adapter's updates, unless a rank or an error is given
 PROFILE = "importance.json"
 IN_A_MERGE = f"lewis/{PROFILE}"
 GUIDE: Measure = "lewis"
@@ -103,34 +104,41 @@ def _in_working_folder(name: str) -> str:
     return str(path.resolve()) if path.exists() else name
 
 
-def extract_adapter(  # noqa: PLR0913
-    expert: ModelReference,
-    base: ModelReference,
-    most: int | None,
-    error: float,
-    output: Path,
-    api: HfApi,
-    progress: Progress,
+def extract_lora(
+    model: ModelReference | Path | str,
+    base: ModelReference | Path | str,
+    output: Path | str,
+    progress: Progress | None = None,
+    *,
+    rank: int | None = None,
+    error: float = 0.0,
 ) -> Extracted:
-    """Write an adapter in PEFT's format; the folder gets its name when it is complete.
+    """Write a LoRA adapter in PEFT's format; the folder appears whole or not at all.
 
     Args:
-        expert: the fine-tuned model.
+        model: the fine-tuned model: a repo, repo@revision or folder.
         base: the model that it was fine-tuned from.
-        most: highest rank of a module's update; None: no limit.
-        error: each module gets the lowest rank whose relative error against the task vector is at
-            most this; 0 uses the highest rank everywhere.
-        output: folder to create.
-        api: the Hub.
-        progress: shows the number of parameters that are done.
+        output: folder to make.
+        progress: shows progress; None: shows nothing.
+        rank: highest rank of a module's update; None: 32, or with `error` no limit.
+        error: in [0, 1); each module gets the lowest rank whose relative error, in the Frobenius
+            norm of the task vector, is at most this. 0: each module gets the highest rank.
 
     Raises:
-        LewisHubError: a model cannot be used, they do not fit, or are equal.
+        LewisHubError: a model cannot be used, or the two do not fit together or are equal.
+
+    Example:
+        >>> expert, base = "zoo/expert-reverse", "zoo/base"
+        >>> adapter = lewis_hub.extract_lora(expert, base, tmp_path / "adapter", rank=4)
+        >>> {fit.rank for fit in adapter.fits.values()}
+        {4}
     """
     from lewis_hub.merge.extract_lora import extract
     from lewis_hub.merge.sources import ScaledReader
 
-    sources = [resolve_one(base, api), resolve_one(expert, api)]
+    output, progress, api = Path(output), progress or Silent(), hub_api()
+    most = rank or (None if error else RANK)
+    sources = [resolve_one(base, api), resolve_one(model, api)]
     models = [open_model(api, source) for source in sources]
     headers = _fitting(sources, models)
     with open_workspace(output, replace=False) as work, ExitStack() as opened:
@@ -166,13 +174,23 @@ def _fitting(sources: Sequence[Source], models: Sequence[Opened]) -> list[Checkp
     return [base, expert]
 
 
-def read_profile(api: HfApi, name: str) -> ImportanceProfile:
-    """Read the profile in a file, in the output folder of `merge` or `importance`, or in a repo.
+def read_profile(name: Path | str) -> ImportanceProfile:
+    """Read the importance of modules that `calibrate`, `measure_model` or a merge wrote.
+
+    Args:
+        name: an `importance.json`, a folder with one, or the repo of a merge.
 
     Raises:
-        SourceError: there is no profile.
+        SourceError: there is no `importance.json`.
         ProfileError: the file cannot be read.
+
+    Example:
+        >>> texts = lewis_hub.Calibration(dataset="zoo/reverse", text="{question}", samples=4)
+        >>> measured = lewis_hub.measure_model("zoo/base", texts, tmp_path)
+        >>> lewis_hub.read_profile(tmp_path) == measured
+        True
     """
+    name = str(name)
     path = Path(name).expanduser()
     if path.is_file():
         return ImportanceProfile.from_json(path.read_text(encoding="utf-8"), name)
@@ -181,7 +199,7 @@ def read_profile(api: HfApi, name: str) -> ImportanceProfile:
         if found:
             return ImportanceProfile.from_json(found.read_text(encoding="utf-8"), str(found))
         raise _without(name)
-    reference = ModelReference.model_validate(name)
+    api, reference = hub_api(), ModelReference.model_validate(name)
     source = resolve_model(api, reference.name, reference.revision)
     content = read_small(api, source, IN_A_MERGE)
     if content is None:
@@ -197,20 +215,36 @@ def _without(name: str) -> SourceError:
 
 
 def measure_model(
-    model: ModelReference,
+    model: ModelReference | Path | str,
     calibration: Calibration,
-    seed: int,
-    output: Path,
-    execution: Execution,
-    progress: Progress,
+    output: Path | str,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+    *,
+    seed: int = 42,
 ) -> ImportanceProfile:
-    """Write `importance.json` and its plot into `output`; known measurements there are used again.
+    """Measure the importance of one model's modules, without a recipe.
 
-    Relative paths in `calibration` are looked up in the working folder; `seed` draws the texts.
+    Args:
+        model: a repo, repo@revision or folder.
+        calibration: its relative paths are looked up in the working folder.
+        output: folder for `importance.json` and its plot; a measurement of the same model and
+            texts that is in it is reused.
+        execution: device, and whether tasks may run code; None: the CPU.
+        progress: shows progress; None: shows nothing.
+        seed: draws the texts.
 
     Raises:
         LewisHubError: the model or the data cannot be used.
+
+    Example:
+        >>> texts = lewis_hub.Calibration(dataset="zoo/reverse", text="{question}", samples=4)
+        >>> folder = tmp_path / "importance"
+        >>> profile = lewis_hub.measure_model("zoo/expert-reverse", texts, folder)
+        >>> round(profile.sources[0].modules["model.layers.0.self_attn.q_proj"], 1)
+        11.9
     """
+    output, execution, progress = Path(output), execution or Execution(), progress or Silent()
     execution.require_usable()
     require_writable(output)
     api = hub_api()
@@ -251,17 +285,27 @@ def _require_fits(
         require_room(output, n_bytes, STATES, FEWER)
 
 
-def tell_differences(before: str, after: str, api: HfApi) -> tuple[str, ...]:
-    """Return the differences of two recipes or merges, as sentences.
+def diff_merges(before: Path | str, after: Path | str) -> tuple[str, ...]:
+    """Describe the differences between two merges or recipes, a sentence each.
 
-    Each is a recipe file, or a folder, repo or repo@revision of a merge. Two recipes are compared
-    without the Hub. A recipe is compared with a merge by the merge that it would make now, so that
-    changed inputs appear.
+    A recipe is compared with a merge as the merge that it would make now, so a source that has a
+    new commit is a difference. Two recipes are compared by their settings alone.
+
+    Args:
+        before: a recipe file (.yaml), or a folder, repo or repo@revision that a merge made.
+        after: likewise.
 
     Raises:
         LewisHubError: a recipe or merge cannot be found or read.
+
+    Example:
+        >>> recipe = lewis_hub.zoo_folder() / "recipe.yaml"
+        >>> again = tmp_path / "again.yaml"
+        >>> _ = again.write_text(recipe.read_text().replace("seed: 42", "seed: 7"))
+        >>> lewis_hub.diff_merges(recipe, again)
+        ('seed: 42 → 7',)
     """
-    old, new = _recipe(before), _recipe(after)
+    api, old, new = hub_api(), _recipe(before), _recipe(after)
     if old and new:
         return tuple(recipe_differences(_told(old), _told(new)))
     if old:
@@ -271,7 +315,7 @@ def tell_differences(before: str, after: str, api: HfApi) -> tuple[str, ...]:
     return differences(made, _planned(new, made, api) if new else _made(after, api))
 
 
-def _recipe(name: str) -> Recipe | None:
+def _recipe(name: Path | str) -> Recipe | None:
     return read_recipe(name) if Path(name).suffix in RECIPES else None
 
 
@@ -279,8 +323,8 @@ def _told(recipe: Recipe) -> dict[str, object]:
     return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def _made(name: str, api: HfApi) -> Lock:
-    return read_lock(resolve_one(ModelReference.model_validate(name), api), api)
+def _made(name: Path | str, api: HfApi) -> Lock:
+    return read_lock(resolve_one(name, api), api)
 
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:

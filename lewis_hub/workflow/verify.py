@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from lewis_hub.display import to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of
@@ -205,6 +206,15 @@ class Verdict:
     problems: tuple[str, ...]
     n_files: int
     signature: Literal["none", "unchecked", "holds", "broken"]
+
+    def __repr__(self) -> str:
+        if self.problems:
+            return "\n".join(f"problem: {problem}" for problem in self.problems)
+        told = f"{self.n_files} files match the lock {self.lock.digest[:19]}…"
+        return f"{told}; signature: {self.signature}"
+
+    def _repr_html_(self) -> str:
+        return to_html(*repr(self).splitlines())
 
 
 def read_lock(source: Source, api: HfApi) -> Lock:

@@ -47,6 +47,7 @@ def test_the_command_starts_without_any_heavy_library():
 @pytest.mark.parametrize(
     "command",
     [
+        "bench",
         "check",
         "compare",
         "demo",

@@ -1,12 +1,16 @@
 import json
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
 
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.read import parse_recipe, read_recipe, schema
-from lewis_hub.recipe.schema import Conditional, ModelReference
+from lewis_hub.recipe.schema import Conditional, ModelEntry, ModelReference, Recipe
 
 GOOD = """base_model: a/b
 models:
@@ -561,6 +565,33 @@ def test_relative_paths_are_looked_up_beside_the_recipe_first(tmp_path, monkeypa
     assert recipe.locate("./b") == str(working / "b")
     assert recipe.locate("org/model") == "org/model"
     assert recipe.locate("./missing") == str(beside / "missing")
+
+
+def test_a_recipe_in_python_takes_names_as_a_file_does(tmp_path):
+    recipe = Recipe(
+        base_model="x@rev", models=["a", tmp_path, {"model": "b@v1"}], merge_method="linear"
+    )
+
+    assert recipe.base_model == ModelReference(name="x", revision="rev")
+    assert [str(entry.model) for entry in recipe.models] == ["a", str(tmp_path), "b@v1"]
+    assert recipe.models[0] == ModelEntry(model=ModelReference(name="a"))
+    named = parse_recipe("{models: [a, b], merge_method: linear}", "r.yaml")
+    assert named.models[0] == recipe.models[0]
+
+
+def test_a_wrong_name_among_models_is_refused():
+    with pytest.raises(ValidationError, match="a base takes one adapter|one adapter at a time"):
+        Recipe(models=["org/a+org/b+org/c"], merge_method="linear")
+
+
+def test_the_schema_accepts_names_and_mappings():
+    validator = Draft202012Validator(json.loads(schema()))
+    document = yaml.safe_load((zoo_folder() / "recipe.yaml").read_text())
+    assert isinstance(document["base_model"], str)
+
+    validator.validate(document)
+    validator.validate({**document, "models": ["zoo/expert-reverse", "zoo/expert-cipher"]})
+    assert not validator.is_valid({**document, "models": [1]})
 
 
 def test_the_schema_describes_every_top_level_key():

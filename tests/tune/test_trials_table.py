@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from lewis_hub.cli.tables import trials_tables
+from lewis_hub.tune.run import Tuned
 from lewis_hub.tune.study import Trial
 
 VALUES = {
@@ -59,3 +60,13 @@ def test_columns_that_do_not_fit_go_on_below_beside_the_number_of_their_trial():
     assert [row[:2] for row in rows if row[:1] == ["1"]] == [["1", "best"]] * 2
     assert [row[:2] for row in rows if row[:1] == ["0"]] == [["0", "recipe"]] * 2
     assert len([row for row in shown(200).splitlines() if "recipe" in row]) == 1
+
+
+def test_a_notebook_shows_the_best_settings_beside_the_recipe_s():
+    first, best = trial(0, 0.5), Trial(1, "complete", {"density": 0.25}, 0.25, 0.25, {})
+    objective = SimpleNamespace(metric="answer_loss,none")
+    tuned = Tuned(None, None, objective, (), (first, best), 2, best, first, None, None)
+
+    told = "2 trials on answer_loss,none; the best is number 1: 0.2500, the recipe's own settings: "
+    assert repr(tuned) == f"{told}0.5000"
+    assert "<tr><td>density</td><td>0.25</td><td>-</td></tr>" in tuned._repr_html_()

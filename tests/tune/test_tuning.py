@@ -31,7 +31,7 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe.read import read_recipe
 from lewis_hub.tune import run as tuning
-from lewis_hub.tune.run import Search, is_of_settings, tune
+from lewis_hub.tune.run import Search, is_of_settings, tune_recipe
 from lewis_hub.tune.space import candidate
 
 from .conftest import CALIBRATION
@@ -102,11 +102,11 @@ def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_f
 
 def test_a_second_run_goes_on_with_the_study_and_measures_nothing(recipe_file, said_titles):
     recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
-    first = tune(recipe, Search(n_trials=1, samples=8), output)
+    first = tune_recipe(recipe, Search(n_trials=1, samples=8), output)
     profile = (output / "importance.json").stat().st_mtime_ns
 
-    more = tune(recipe, Search(n_trials=2, samples=8), output, progress=said_titles())
-    none = tune(recipe, Search(n_trials=2, samples=8), output)
+    more = tune_recipe(recipe, Search(n_trials=2, samples=8), output, progress=said_titles())
+    none = tune_recipe(recipe, Search(n_trials=2, samples=8), output)
 
     assert [len(tuned.trials) for tuned in (first, more, none)] == [1, 2, 2]
     assert [tuned.n_begun for tuned in (first, more, none)] == [1, 1, 0]
@@ -119,7 +119,7 @@ def test_no_item_is_calibrated_on_or_scored(recipe_file):
     text = recipe_file.read_text().replace("samples: 8", "samples: 200")
     recipe_file.write_text(text.replace("{question} {answer}", "{question}"))
 
-    tuned = tune(
+    tuned = tune_recipe(
         read_recipe(recipe_file), Search(n_trials=1, samples=10**6), recipe_file.parent / "tuning"
     )
 
@@ -141,7 +141,7 @@ def test_no_item_is_one_of_a_calibration_texts_examples(recipe_file):
     recipe = read_recipe(recipe_file)
 
     asked = Search(n_trials=1, samples=60, tasks=("zoo_reverse",))
-    (items,) = tune(recipe, asked, recipe_file.parent / "tuning").items
+    (items,) = tune_recipe(recipe, asked, recipe_file.parent / "tuning").items
 
     shown = load_rows(TaskSelection(("many",), tasks), "train", {})
     texts = [row["text"] for row in shown.rows(draw_rows(300, 40, recipe.seed))]
@@ -156,7 +156,7 @@ def test_items_go_through_the_chat_template_where_evaluate_asks_for_it(recipe_fi
     recipe_file.write_text(text)
 
     asked = Search(n_trials=2, samples=4, tasks=("zoo_reverse",))
-    tuned = tune(read_recipe(recipe_file), asked, recipe_file.parent / "tuning")
+    tuned = tune_recipe(read_recipe(recipe_file), asked, recipe_file.parent / "tuning")
 
     (one,) = tuned.items
     for question in one.rows.questions(one.indices):
@@ -166,7 +166,7 @@ def test_items_go_through_the_chat_template_where_evaluate_asks_for_it(recipe_fi
 
 def test_a_budget_that_is_spent_begins_no_trial(recipe_file):
     with pytest.raises(TuningError, match="no trial was scored to the end"):
-        tune(
+        tune_recipe(
             read_recipe(recipe_file),
             Search(budget_s=0.0, samples=4),
             recipe_file.parent / "tuning",
@@ -180,14 +180,14 @@ def test_items_that_are_scored_are_refused_whatever_the_task_is_called(recipe_fi
     recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
 
     with pytest.raises(TuningError) as caught:
-        tune(recipe, Search(tasks=("copied",), split="test", samples=20), output)
+        tune_recipe(recipe, Search(tasks=("copied",), split="test", samples=20), output)
     assert str(caught.value) == (
         "copied, split `test`: of 20 items to tune on, `evaluate` scores 20 of zoo_reverse.\n"
         "A score on items that a merge was tuned on is meaningless: name another split\n"
         "with --split, or another task with --task."
     )
     with pytest.raises(EvaluationError) as refused:
-        tune(recipe, Search(split="test"), output)
+        tune_recipe(recipe, Search(split="test"), output)
     assert str(refused.value) == (
         "zoo_reverse: `test` is the split that it scores, and no merge may be fitted to its "
         "items.\nIt has: `train`."
@@ -203,7 +203,7 @@ def test_two_searches_in_one_folder_do_not_meet(recipe_file):
         alone_in(output, output),
         pytest.raises(OutputError, match="tuning: another run is working on it"),
     ):
-        tune(read_recipe(recipe_file), Search(samples=4), output)
+        tune_recipe(read_recipe(recipe_file), Search(samples=4), output)
 
 
 def test_nothing_is_left_where_calibration_draws_all_items(recipe_file):
@@ -211,20 +211,20 @@ def test_nothing_is_left_where_calibration_draws_all_items(recipe_file):
     recipe_file.write_text(recipe_file.read_text().replace("samples: 8", f"samples: {n_rows}"))
 
     with pytest.raises(TuningError, match="no item of split `train` is left that calibration"):
-        tune(read_recipe(recipe_file), Search(), recipe_file.parent / "tuning")
+        tune_recipe(read_recipe(recipe_file), Search(), recipe_file.parent / "tuning")
 
 
 def test_a_recipe_that_scores_nothing_is_refused(recipe_file):
     unscored = read_recipe(recipe_file).model_copy(update={"evaluate": None})
 
     with pytest.raises(RecipeError, match="`evaluate`: the recipe scores nothing"):
-        tune(unscored, Search(), recipe_file.parent / "tuning")
+        tune_recipe(unscored, Search(), recipe_file.parent / "tuning")
 
 
 def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
     asked = Search(n_trials=2, samples=8, metric="exact_match,none", methods=("task_arithmetic",))
 
-    tuned = tune(read_recipe(recipe_file), asked, recipe_file.parent / "tuning")
+    tuned = tune_recipe(read_recipe(recipe_file), asked, recipe_file.parent / "tuning")
 
     assert tuned.objective.lower_is_better is False
     assert tuned.best.value == max(trial.value for trial in tuned.trials)
@@ -234,7 +234,9 @@ def test_a_metric_is_made_higher_by_trials_of_several_methods(recipe_file):
 
 def test_a_metric_that_no_task_has_is_refused(recipe_file):
     with pytest.raises(EvaluationError) as caught:
-        tune(read_recipe(recipe_file), Search(metric="exact_match"), recipe_file.parent / "tuning")
+        tune_recipe(
+            read_recipe(recipe_file), Search(metric="exact_match"), recipe_file.parent / "tuning"
+        )
     assert str(caught.value) == (
         "zoo_reverse: it has no metric `exact_match`.\n"
         "Did you mean `exact_match,none`? It has `exact_match,none`."
@@ -267,7 +269,7 @@ def test_later_trials_are_merged_in_memory_with_the_scores_of_their_recipes(
 
     monkeypatch.setattr(tuning, "write_weights", noting)
 
-    tuned = tune(recipe, Search(n_trials=3, samples=8, methods=("dare_ties",)), output)
+    tuned = tune_recipe(recipe, Search(n_trials=3, samples=8, methods=("dare_ties",)), output)
 
     assert folders[0] == "trial"
     assert "trial" not in folders[1:]
@@ -284,7 +286,7 @@ def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_pa
     asked = f"merge_method: regmean\nparameters: {{inputs: {inputs}}}"
     recipe, output = by_statistics(recipe_file, asked), tmp_path / "tuning"
 
-    tuned = tune(recipe, Search(n_trials=1, samples=8), output)
+    tuned = tune_recipe(recipe, Search(n_trials=1, samples=8), output)
 
     unscored = recipe.model_copy(update={"evaluate": None})
     merged = lewis_hub.merge_models(unscored, tmp_path / "merged").output
@@ -302,10 +304,10 @@ def test_a_trial_of_regmean_is_what_a_merge_of_its_recipe_is(recipe_file, tmp_pa
 def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_path):
     asked = "merge_method: ties\nparameters: {trim: activation, density: 0.2}"
     recipe, output = by_statistics(recipe_file, asked), tmp_path / "tuning"
-    first = tune(recipe, Search(n_trials=1, samples=8, methods=("regmean",)), output)
+    first = tune_recipe(recipe, Search(n_trials=1, samples=8, methods=("regmean",)), output)
     kept = {path: path.stat().st_mtime_ns for path in (output / "statistics").glob("*/*")}
 
-    more = tune(recipe, Search(n_trials=2, samples=8, methods=("regmean",)), output)
+    more = tune_recipe(recipe, Search(n_trials=2, samples=8, methods=("regmean",)), output)
 
     assert more.trials[0] == first.trials[0]
     assert (first.n_begun, more.n_begun) == (1, 1)
@@ -317,7 +319,7 @@ def test_a_guides_pass_gathers_the_statistics_of_a_search(recipe_file, tmp_path)
     recipe_file.write_text(recipe_file.read_text().replace("ties", "regmean", 1))
     told, output = Told(), tmp_path / "tuning"
 
-    tune(read_recipe(recipe_file), Search(n_trials=1, samples=8), output, progress=told)
+    tune_recipe(read_recipe(recipe_file), Search(n_trials=1, samples=8), output, progress=told)
 
     assert told.totals["Calibrating"] > 0
     assert told.totals["Gathering statistics"] == 0
@@ -330,7 +332,7 @@ def test_a_recipe_without_a_guide_is_tried_as_it_is_before_the_guide_that_is_ask
     recipe = by_statistics(recipe_file, "merge_method: regmean")
     asked = Search(n_trials=2, samples=8, guides=("lewis",))
 
-    tuned = tune(recipe, asked, tmp_path / "tuning")
+    tuned = tune_recipe(recipe, asked, tmp_path / "tuning")
 
     unscored = recipe.model_copy(update={"evaluate": None})
     merged = lewis_hub.merge_models(unscored, tmp_path / "merged").output
@@ -370,7 +372,9 @@ def test_a_merge_that_does_not_fit_into_its_dtype_is_a_failed_trial(recipe_file,
     text = recipe_file.read_text().replace("dtype: bfloat16", "dtype: float16")
     recipe_file.write_text(text + "parameters: {weight: 1.0e+6, normalize: false}\n")
 
-    tuned = tune(read_recipe(recipe_file), Search(n_trials=6, samples=4), tmp_path / "tuning")
+    tuned = tune_recipe(
+        read_recipe(recipe_file), Search(n_trials=6, samples=4), tmp_path / "tuning"
+    )
 
     assert "holds NaN or infinity in the merged model" in tuned.refused
     assert tuned.trials[0].error == tuned.refused

@@ -15,12 +15,10 @@ from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.hub.cache import cache_root
-from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.load import choose_loading
 from lewis_hub.workflow.resources import Loading
-from lewis_hub.workflow.single_model import measure_model
 
 TEXT = "Question: {question}\\nAnswer: {answer}"
 RECIPE = f"""base_model: zoo/base
@@ -183,8 +181,7 @@ def test_a_merge_fitted_in_sequence_counts_all_models_at_once():
 
 def one_model(recipe, output, execution):
     calibration = recipe.experts[0].calibration
-    model = lewis_hub.ModelReference(name="zoo/base")
-    measure_model(model, calibration, recipe.seed, output, execution, Silent())
+    lewis_hub.measure_model("zoo/base", calibration, output, execution, seed=recipe.seed)
 
 
 @pytest.mark.parametrize(

@@ -303,16 +303,10 @@ def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layo
 
 
 def test_an_adapter_is_extracted_from_fp8_as_from_its_float32_twin(api, tmp_path):
-    from lewis_hub.progress import Silent
-    from lewis_hub.workflow.resolve import hub_api
-    from lewis_hub.workflow.single_model import extract_adapter
-
     fp8, twin = write_model(tmp_path / "fp8", "expert-reverse", "rows")
-    base = lewis_hub.ModelReference(name="zoo/base")
 
     for name, model in (("one", fp8), ("two", twin)):
-        expert = lewis_hub.ModelReference(name=str(model))
-        extract_adapter(expert, base, 2, 0.0, tmp_path / name, hub_api(), Silent())
+        lewis_hub.extract_lora(model, "zoo/base", tmp_path / name, rank=2)
 
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
 
@@ -459,14 +453,9 @@ def test_gguf_is_refused_with_the_model_that_it_was_made_from(api, tmp_path):
 
 
 def test_extracting_an_adapter_from_a_quantised_model_is_refused(api, tmp_path):
-    from lewis_hub.progress import Silent
-    from lewis_hub.workflow.resolve import hub_api
-    from lewis_hub.workflow.single_model import extract_adapter
-
     folder = tmp_path / "model"
     shutil.copytree(zoo_folder() / "expert-reverse", folder)
     configure(folder, quantization_config={"quant_method": "hqq"})
-    expert, base = (lewis_hub.ModelReference(name=str(name)) for name in (folder, "zoo/base"))
 
     with pytest.raises(ExtractionError, match=r"is quantised \(hqq\)"):
-        extract_adapter(expert, base, 2, 0.0, tmp_path / "out", hub_api(), Silent())
+        lewis_hub.extract_lora(folder, "zoo/base", tmp_path / "out", rank=2)

@@ -1,0 +1,270 @@
+"""Compare the time and memory of a merge with those of an installed mergekit, on this machine.
+
+Both programs run as whole processes, in turns, on the same mergekit configuration and on local
+Llama-shaped bfloat16 checkpoints, which are read into the page cache before each run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import MergeError
+from lewis_hub.files import require_room
+
+VOCABULARY, HEAD_SIZE = 32_000, 64
+LEWIS_HUB = (sys.executable, "-m", "lewis_hub")
+DENSITIES = {"self_attn": 0.3, "gate_proj": 0.5, "up_proj": 0.6, "down_proj": 0.8}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a Llama model; `hidden_size` is a multiple of 64."""
+
+    hidden_size: int
+    n_blocks: int
+
+    @property
+    def intermediate_size(self) -> int:
+        """The width of the MLP."""
+        return self.hidden_size * 8 // 3
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor -> shape."""
+        hidden, intermediate = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+        for block in range(self.n_blocks):
+            prefix = f"model.layers.{block}"
+            for name in ("q", "k", "v", "o"):
+                shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
+            for name in ("gate", "up"):
+                shapes[f"{prefix}.mlp.{name}_proj.weight"] = (intermediate, hidden)
+            shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
+            for name in ("input", "post_attention"):
+                shapes[f"{prefix}.{name}_layernorm.weight"] = (hidden,)
+        return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(map(prod, self.shapes.values()))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One merge, a row of the table."""
+
+    size: ModelSize
+    method: str
+    n_experts: int
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        return f"{self.size.n_parameters / 1e9:.1f} B, {self.method}, {self.n_experts} experts"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process took: wall seconds, and the peak of its resident memory."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The figures of a case.
+
+    Attributes:
+        first: our first run, which also hashes the sources.
+        ours: medians of the runs after it.
+        mergekit: medians; None: mergekit is not installed.
+    """
+
+    case: Case
+    first: Usage
+    ours: Usage
+    mergekit: Usage | None
+
+    @property
+    def ratio(self) -> float | None:
+        """The time of mergekit over ours."""
+        return self.mergekit.seconds / self.ours.seconds if self.mergekit else None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the document of `--json`."""
+        return {**asdict(self), "n_parameters": self.case.size.n_parameters, "ratio": self.ratio}
+
+
+def cases(hidden_size: int, n_blocks: int) -> dict[str, Case]:
+    """The six cases of the benchmark; the large one has 39 blocks where the others have 14."""
+    size, large = (ModelSize(hidden_size, n) for n in (n_blocks, round(n_blocks * 39 / 14)))
+    return {
+        "ties": Case(size, "ties", 2),
+        "dare": Case(size, "dare_ties", 2),
+        "della": Case(size, "della", 2),
+        "linear": Case(size, "linear", 2),
+        "many": Case(size, "ties", 8),
+        "large": Case(large, "ties", 2),
+    }
+
+
+def measure_cases(
+    chosen: Iterable[Case],
+    folder: Path,
+    mergekit: str | None,
+    n_runs: int,
+    program: Sequence[str] = LEWIS_HUB,
+) -> Iterator[Timing]:
+    """Run both programs in turns.
+
+    Args:
+        chosen: what to merge.
+        folder: for checkpoints and outputs; its `models` folder is replaced.
+        mergekit: the path of `mergekit-yaml`; None: only ours runs.
+        n_runs: runs of each program; the figures are their medians.
+        program: the command that starts lewis-hub.
+
+    Raises:
+        MergeError: a program failed.
+        OutputError: the disk has no room for the checkpoints.
+    """
+    compiled = False
+    for case in with_models(chosen, folder):
+        config, output = write_config(folder, case), folder / "output"
+        our_command = [*program, "merge", str(config), "--no-eval", "-q", "-o", str(output)]
+        commands = [our_command]
+        if mergekit:
+            commands += [[mergekit, "--out-shard-size", "500M", str(config), str(output)]]
+        first = run(our_command, output)
+        if mergekit and not compiled:
+            run(commands[1], output)
+            compiled = True
+        runs = [[run(command, output) for command in commands] for _ in range(n_runs)]
+        ours, *others = (_median(of_one) for of_one in zip(*runs, strict=True))
+        yield Timing(case, first, ours, others[0] if others else None)
+
+
+def _median(runs: Sequence[Usage]) -> Usage:
+    seconds, peaks = median(run.seconds for run in runs), median(run.peak_bytes for run in runs)
+    return Usage(seconds, round(peaks))
+
+
+def with_models(chosen: Iterable[Case], folder: Path) -> Iterator[Case]:
+    """Yield each case when its checkpoints are in `folder`."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    built: Case | None = None
+    for case in chosen:
+        if built is None or built.size != case.size or built.n_experts < case.n_experts:
+            shutil.rmtree(folder / "models", ignore_errors=True)
+            n_bytes = 2 * case.size.n_parameters * (case.n_experts + 2)  # the output among them
+            require_room(folder, n_bytes, "the checkpoints", "choose a smaller size")
+            # in a process of its own: a child's peak memory starts at that of its parent
+            arguments = (folder / "models", case.size, case.n_experts)
+            builder = spawn.Process(target=build_models, args=arguments)
+            builder.start()
+            builder.join()
+            built = case
+        yield case
+
+
+def build_models(folder: Path, size: ModelSize, n_experts: int) -> None:
+    """Write a base and experts with random weights; the task vectors are small."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    models: list[dict[str, torch.Tensor]] = [{} for _ in range(n_experts + 1)]
+    for name, shape in size.shapes.items():
+        base = torch.randn(shape, generator=generator).mul_(0.02)
+        models[0][name] = base.bfloat16()
+        for expert in models[1:]:
+            change = torch.randn(shape, generator=generator).mul_(0.001)
+            expert[name] = (base + change).bfloat16()
+    n_heads = size.hidden_size // HEAD_SIZE
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": size.hidden_size,
+        "intermediate_size": size.intermediate_size,
+        "num_hidden_layers": size.n_blocks,
+        "num_attention_heads": n_heads,
+        "num_key_value_heads": n_heads,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    for number, tensors in enumerate(models):
+        model = folder / str(number)
+        model.mkdir(parents=True)
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        (model / "config.json").write_text(json.dumps(config))
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(zoo_folder() / "base" / file, model / file)
+        tensors.clear()
+
+
+def write_config(folder: Path, case: Case) -> Path:
+    """Write the mergekit configuration of a case, as JSON, which is YAML too."""
+    parameters: dict[str, object] = {"weight": 0.5}
+    if case.method != "linear":
+        density = [{"filter": name, "value": value} for name, value in DENSITIES.items()]
+        parameters["density"] = [*density, {"value": 1.0}]
+    base, *experts = (str(folder / "models" / str(n)) for n in range(case.n_experts + 1))
+    names = [base, *experts[:-1]] if case.method == "linear" else experts
+    config = {
+        "models": [{"model": name, "parameters": parameters} for name in names],
+        "merge_method": case.method,
+        "parameters": {"normalize": True},
+        "dtype": "bfloat16",
+    }
+    if case.method != "linear":
+        config["base_model"] = base
+    path = folder / f"{case.method}-{case.n_experts}.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def run(command: Sequence[str], output: Path) -> Usage:
+    """Run a process that writes `output`, and remove what it wrote.
+
+    Raises:
+        MergeError: it failed.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    for file in output.parent.glob("models/*/*.safetensors"):
+        with file.open("rb", buffering=0) as weights:  # into the page cache
+            while weights.read(1 << 24):
+                pass
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"HF_HOME": str(output.parent / "hf-home"), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
+    assert process.stderr
+    with process.stderr as stderr:
+        messages = stderr.read().decode(errors="replace")
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        problem = f"it failed with exit code {process.returncode}: {messages[-2000:].strip()}"
+        raise MergeError(command[0], problem, "Run it by hand on a configuration of your own.")
+    shutil.rmtree(output, ignore_errors=True)
+    return Usage(seconds, usage.ru_maxrss * 1024)
