@@ -1,20 +1,65 @@
-"""Inner products in float64, added up in an order that no number of threads can change.
+"""Arithmetic whose result does not depend on the number of threads.
 
-torch splits a long sum among its threads, and another split rounds otherwise. Here neighbours are
-added pairwise, halves to halves, until one number is left.
+torch splits a long sum among its threads, and each split rounds differently. Inner products here
+add neighbours pairwise in float64, in a fixed order: they are equal on all machines. LAPACK and BLAS
+run on one thread: their results are equal on all machines of one kind.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-CHUNK = 1 << 18  # elements that are held in float64 at a time
+CHUNK = 1 << 18  # elements converted to float64 at a time
+
+
+@contextmanager
+def torch_threads(n_threads: int) -> Iterator[None]:
+    """Limit torch to a number of threads in the calling thread; restore the old limit on exit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor, in float64, of a symmetric (n, n) matrix.
+
+    Returns:
+        (n, n) float64; None if the matrix is not positive definite.
+    """
+    import torch
+
+    with torch_threads(1):
+        lower, failed = torch.linalg.cholesky_ex(matrix.double())
+    return None if int(failed) else lower
+
+
+def solve(rows: Tensor, lower: Tensor) -> Tensor:
+    """Solve x @ matrix = rows: (m, n) -> (m, n) in the dtype of `rows`; `lower` from `cholesky`."""
+    import torch
+
+    with torch_threads(1):
+        return torch.cholesky_solve(rows.double().T, lower).T.to(rows.dtype)
+
+
+def product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """The product of (m, k) and (k, n).
+
+    `rows` is copied, as BLAS may round differently if memory is not aligned as torch aligns it.
+    """
+    with torch_threads(1):
+        return rows.clone() @ matrix
 
 
 def dot(first: Tensor, second: Tensor) -> float:
@@ -75,85 +120,3 @@ def _folded(values: Tensor) -> Tensor:
             pairs[..., 0] += values[..., -1]
         values = pairs
     return values[..., 0]
-
-
-STEP = 128
-LEAST_ROWS = 8  # one row times a matrix takes another path, which may split the inner side
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A Cholesky factor, padded to whole steps.
-
-    Attributes:
-        lower: (n, n), lower triangular, in float64 where float32 was not enough; what is above the
-            diagonal means nothing.
-        inverses: (n / STEP, STEP, STEP) of its blocks on the diagonal.
-    """
-
-    lower: Tensor
-    inverses: Tensor
-
-
-def factor(matrix: Tensor) -> Factor | None:
-    """Factor a symmetric (n, n) matrix; None where it is not positive definite, rounding apart."""
-    return _factored(_padded_matrix(matrix)) or _factored(_padded_matrix(matrix.double()))
-
-
-def solve(rows: Tensor, found: Factor) -> Tensor:
-    """Solve x @ matrix = rows for x: (m, n) -> (m, n), in the dtype of `rows`."""
-    lower, inverses = found.lower, found.inverses
-    x = _padded_rows(rows, len(lower)).to(lower.dtype)
-    starts = range(0, len(lower), STEP)
-    for start, inverse in zip(starts, inverses, strict=True):
-        here, rest = slice(start, start + STEP), slice(start + STEP, None)
-        x[:, here] = x[:, here] @ inverse.T
-        x[:, rest] -= x[:, here] @ lower[rest, here].T
-    for start, inverse in reversed(list(zip(starts, inverses, strict=True))):
-        here, rest = slice(start, start + STEP), slice(0, start)
-        x[:, here] = x[:, here] @ inverse
-        x[:, rest] -= x[:, here] @ lower[here, rest]
-    return x[: len(rows), : rows.shape[1]].to(rows.dtype)
-
-
-def product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """The product of (m, k) and (k, n)."""
-    padded = _padded_rows(rows, rows.shape[1])
-    total = padded.new_zeros(len(padded), matrix.shape[1])
-    for start in range(0, len(matrix), STEP):
-        total.addmm_(padded[:, start : start + STEP], matrix[start : start + STEP])
-    return total[: len(rows)]
-
-
-def _factored(lower: Tensor) -> Factor | None:
-    """Work in place, from left to right."""
-    import torch
-
-    inverses = []
-    one = torch.eye(STEP, dtype=lower.dtype, device=lower.device)
-    for start in range(0, len(lower), STEP):
-        here, rest = slice(start, start + STEP), slice(start + STEP, None)
-        root, failed = torch.linalg.cholesky_ex(lower[here, here])
-        if int(failed):
-            return None
-        inverses.append(torch.linalg.solve_triangular(root, one, upper=False))
-        lower[here, here] = root
-        lower[rest, here] = lower[rest, here] @ inverses[-1].T
-        lower[rest, rest] -= lower[rest, here] @ lower[rest, here].T
-    return Factor(lower, torch.stack(inverses))
-
-
-def _padded_matrix(matrix: Tensor) -> Tensor:
-    """A copy with ones on the diagonal where it is longer."""
-    n = len(matrix)
-    padded = matrix.new_zeros(-(-n // STEP) * STEP, -(-n // STEP) * STEP)
-    padded[:n, :n] = matrix
-    padded.diagonal()[n:] = 1
-    return padded
-
-
-def _padded_rows(rows: Tensor, width: int) -> Tensor:
-    """A copy with zeros where it is longer or wider."""
-    padded = rows.new_zeros(max(len(rows), LEAST_ROWS), width)
-    padded[: len(rows), : rows.shape[1]] = rows
-    return padded

@@ -1,14 +1,18 @@
-"""Name to method. A method is one function over float tensors.
+"""The registry of merge methods. A method is one function over float tensors.
 
-It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, or `tensors` alone;
-then keywords. Some are given by the merge, one value per source: those of PER_SOURCE, `streams` (of
-random bits) and `grams` (second moments E[x x^T] of a Linear's inputs on the source's calibration
-texts, None where there are none; with them `transposed` says that its weight lies as (in, out), and
-`crosses` are E[z x^T] where x is what the merged model is handed and z what the source is, `gaps`
-E[d x^T] where d is what else the matrix has to make of x to mend what others left amiss). A
-method whose `grams` have a default needs them for `trim: activation` alone. All other keywords are
-options of the recipe, by the same name; a trailing underscore, as in `lambda_`, is dropped. An
-option without a default is a number that the recipe must give.
+It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, or `tensors` alone,
+and keyword arguments. The merge supplies these keywords:
+
+- those of PER_SOURCE, one value per source, and `streams` of random bits;
+- `grams`: second moments E[x x^T] of a Linear's inputs on each source's calibration texts, or None.
+  If `grams` has a default, the method needs them only for `trim: activation`;
+- `transposed`: whether the weight is stored as (in, out);
+- `cross_covariances`: E[z x^T], where x is the input in the merged model and z in the source;
+- `residual_covariances`: E[d x^T], where d is the rest of the difference between the block's
+  outputs, which the matrix can compensate.
+
+All other keywords are options of the recipe with the same name, without a trailing underscore
+(`lambda_`). The recipe must set an option that has no default, to a number.
 
 A package adds its own by an entry point in the group `lewis_hub.methods`, named as the method,
 that loads a function under `@register`.
@@ -36,8 +40,8 @@ PER_SOURCE = {  # keyword -> the recipe's name
     "spreads": "epsilon",  # of della: how far an entry's probability lies from the density
     "scales": "scale",
 }
-GIVEN = {"base", "task_vectors", "tensors", "streams", "grams", "crosses", "gaps", "transposed"}
-GIVEN |= PER_SOURCE.keys()
+MOMENTS = {"grams", "cross_covariances", "residual_covariances", "transposed"}
+GIVEN = {"base", "task_vectors", "tensors", "streams", *MOMENTS, *PER_SOURCE}
 ANY_NUMBER = (1, None)
 
 MethodFunction = Callable[..., "Tensor"]

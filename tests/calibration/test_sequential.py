@@ -159,8 +159,8 @@ def solver(models, alpha, asked=None):
             weights=torch.ones(2),
             densities=[1, 1],
             grams=[one.gram for one in seen],
-            crosses=[one.cross for one in seen],
-            gaps=[one.gap for one in seen],
+            cross_covariances=[one.cross_covariance for one in seen],
+            residual_covariances=[one.residual_covariance for one in seen],
             transposed=transposed,
             off_diagonal=alpha,
             inputs="merged",
@@ -254,9 +254,9 @@ def test_what_chosen_tokens_reach_is_fitted_on_the_experts_own(models, tmp_path,
             assert 0 < len(x) < sum(map(len, texts))
             gram = x.T @ x / len(x)
             torch.testing.assert_close(seen.gram[0].double(), gram, rtol=1e-4, atol=1e-5)
-            assert seen.cross is None
+            assert seen.cross_covariance is None
         gate = seen_of[f"model.layers.{block}.mlp.gate_proj.weight"]
-        assert all(one.cross is not None for one in gate)
+        assert all(one.cross_covariance is not None for one in gate)
 
 
 def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
@@ -268,7 +268,7 @@ def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
         found = {}
 
         def solve(tensor, seen, transposed):
-            found[tensor] = [one.gap is not None for one in seen]
+            found[tensor] = [one.residual_covariance is not None for one in seen]
             return solver(made, 0.5)(tensor, seen, transposed)
 
         run(folders, solve, tmp_path / name)
@@ -353,7 +353,7 @@ def test_a_module_that_is_handed_all_of_some_texts_alone_is_fitted_on_the_expert
     crosses = {}
 
     def solve(tensor, seen, transposed):
-        crosses[tensor] = [one.cross is None for one in seen]
+        crosses[tensor] = [one.cross_covariance is None for one in seen]
         return solver(made, 0.5)(tensor, seen, transposed)
 
     run(folders, solve, tmp_path / "fitted")
