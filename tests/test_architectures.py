@@ -14,12 +14,12 @@ from architectures import CAUSAL, Case, build, cases, examine, recipe, table
 
 import lewis_hub
 from lewis_hub.calibration import blockwise, hooks, reference
-from lewis_hub.calibration.measure import CalibrationSet, Place, Subject, calibrate
-from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.measure import calibrate
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, in_folder
+from lewis_hub.calibration.summaries import OF_PAIRS
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.registry import OF_PAIRS
 
 SEQ2SEQ, VISION = "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 QUICK = {  # matrices in the blocks that calibration reaches: per block, times blocks
@@ -85,7 +85,7 @@ def test_nearly_all_architectures_that_transformers_knows_can_be_merged(tmp_path
 
 def measured(guide, measure, folder):
     """Module -> its number, of the folder's model `one`."""
-    against = Place("base", folder / "base") if measure in OF_PAIRS else None
+    against = Snapshot("base", folder / "base") if measure in OF_PAIRS else None
     own = (CalibrationSet({}, PADDED).measured(measure),)
     subject = Subject("one", "sha", "expert", folder / "one", own, against)
     known = ImportanceProfile(guide, {}, ())

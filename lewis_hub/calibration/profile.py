@@ -9,14 +9,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 VERSION = 1
 
@@ -79,42 +75,7 @@ def broken_document(file: str, problem: str) -> ProfileError:
 
 
 MEASURING = 4  # raised when the same source and texts come out as other numbers
-ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
-
 Role = Literal["base", "expert"]
-
-
-def module_importance(weight: Tensor, norm: Tensor) -> float:
-    """The Frobenius norm of |W| · a: sqrt(Σ_ij W_ij² a_j²).
-
-    Args:
-        weight: (out_features, in_features), any floating dtype.
-        norm: (in_features,) activation norms a, on the weight's device; or one for each entry of a
-            weight of any shape.
-    """
-    if norm.dim() > 1:
-        return float((weight.float() * norm).norm())
-    columns = sum_of_squares(weight)
-    return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
-
-
-def importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
-    """`module_importance` of each module that was seen, in the order of `norms`."""
-    return {module: module_importance(weights[module], norm) for module, norm in norms.items()}
-
-
-def sum_of_squares(rows: Tensor) -> Tensor:
-    """Sum squares over the first of two dimensions: float32 in a piece, float64 over the pieces.
-
-    MPS has no float64, so it is float32 throughout there.
-    """
-    import torch
-
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        total += rows[start : start + ROWS_AT_ONCE].float().square().sum(dim=0)
-    return total
 
 
 @dataclass(frozen=True)

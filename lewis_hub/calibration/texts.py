@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from lewis_hub.calibration.failures import refusals
 from lewis_hub.errors import CalibrationError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 
@@ -203,7 +204,8 @@ def _check_column(where: str, column: str, columns: Sequence[str]) -> None:
 
 
 TOGETHER = 2048  # tokens of a batch, padding included; a longer text stands alone
-BATCH = 32  # tokens: what a batch more costs, in what a forward takes for each token
+BATCH = 32  # tokens: the cost of one more batch, in the time that a forward takes for a token
+N_TRIAL = 8  # tokens that show how a model multiplies
 
 
 class Rows(Protocol):
@@ -315,8 +317,6 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from lewis_hub.calibration.model import refusals
-
     with refusals(name, "tokenizer"):
         return typing.cast(
             "PreTrainedTokenizerBase",
@@ -405,6 +405,14 @@ def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterato
             input_ids[line, :n] = torch.tensor(tokens.ids[i])
             mask[line, :n] = 1
         yield Batch(input_ids, mask)
+
+
+def first_tokens(tokens: CalibrationTokens) -> Batch:
+    """A few tokens of the first text, to find out how a model uses them."""
+    import torch
+
+    ids = torch.tensor([tokens.ids[0][:N_TRIAL]])
+    return Batch(ids, torch.ones_like(ids))
 
 
 def _n_together(lengths: Sequence[int], budget_tokens: int) -> int:

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 
 from lewis_hub.checkpoint import names
 from lewis_hub.guides.lewis import importance_shifts, spread
-from lewis_hub.guides.registry import Statistics, register
+from lewis_hub.guides.registry import Measurements, register
 
 
 @register("uniform", version=2)
-def uniform(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def uniform(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Every matrix of a block gets the midpoint of gamma and epsilon; nothing is measured."""
     return dict.fromkeys(statistics.matrices, (gamma + epsilon) / 2)
 
 
 @register("magnitude", needs=("task_vector",), version=2)
-def magnitude(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def magnitude(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the size of the task vector relative to the base's weight; no data needed.
 
     One min-max of ‖expert - base‖ / ‖base‖ (Frobenius) over all modules spans [gamma, epsilon]:
@@ -28,7 +28,7 @@ def magnitude(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[s
 
 
 @register("activation_shift", needs=("output_shift",), version=2)
-def activation_shift(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def activation_shift(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow how much a module's output differs from base to expert on calibration data.
 
     One min-max of the relative root mean square difference, which `shifts` measures, over all
@@ -39,7 +39,7 @@ def activation_shift(statistics: Statistics, gamma: float, epsilon: float) -> Ma
 
 
 @register("random", needs=("lewis",), version=2)
-def random(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def random(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """A control: the densities of `lewis`, dealt out anew among the blocks by the seed.
 
     Each component keeps its own densities, so that the mean over parameters stays what it was
@@ -57,7 +57,7 @@ def random(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str,
 
 
 @register("inverse", needs=("lewis",), version=2)
-def inverse(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def inverse(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """A control: the densities of `lewis` upside down, gamma + epsilon - density."""
     densities = spread(importance_shifts(statistics), gamma, epsilon)
     return {

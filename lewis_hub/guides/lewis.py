@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum
 
+from lewis_hub.calibration.summaries import Measure
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
-from lewis_hub.guides.registry import Measure, Statistics, register
+from lewis_hub.guides.registry import Measurements, register
 
 SHARE_DECIMALS = 5  # of a share, as the published code rounds it
 DECIMALS = 4  # of a density: another CPU's rounding, far below in `lewis`, changes no merged byte
@@ -32,7 +33,7 @@ class Dominance:
 
 
 @register("lewis", needs=("lewis",), paper="https://arxiv.org/abs/2503.03874", version=2)
-def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def lewis(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the change of importance from base to expert on calibration data.
 
     Per component, the change is divided by its sum over the blocks, so that budget moves between
@@ -53,7 +54,7 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
     paper="https://arxiv.org/abs/2503.03874",
     version=2,
 )
-def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def lewis_reference(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """LEWIS as its authors published it: padding counts, and measured blocks are pruned.
 
     Shares of the change of importance are rounded to 5 decimals before the min-max. How importance
@@ -64,7 +65,7 @@ def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Map
     return spread(rounded, gamma, epsilon)
 
 
-def importance_shifts(statistics: Statistics, measure: Measure = "lewis") -> dict[str, float]:
+def importance_shifts(statistics: Measurements, measure: Measure = "lewis") -> dict[str, float]:
     """|importance(expert) - importance(base)| per module, as a share of its component's sum.
 
     The experts of a block are of one component. One that not every block has, or that a block has
@@ -115,7 +116,7 @@ def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[st
     return densities
 
 
-def dominance(statistics: Statistics, measure: Measure = "lewis") -> Dominance | None:
+def dominance(statistics: Measurements, measure: Measure = "lewis") -> Dominance | None:
     """Tell whether one block alone sets the range of the schedule, and by which module."""
     shares = importance_shifts(statistics, measure)
     low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)

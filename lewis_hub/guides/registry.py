@@ -8,29 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from lewis_hub.calibration.summaries import WITHOUT_TEXTS, Measure
 from lewis_hub.errors import GuideError
 from lewis_hub.registry import Registry, choices
 
 GROUP = "lewis_hub.guides"
 
-Measure = Literal[  # a number for each module; where it is defined
-    "lewis",  # importance: `importance.module_importance`
-    "lewis_reference",  # importance, by the published code's arithmetic: `reference`
-    "outliers",  # the share of a block's entries far above their mean: `owl.outlier_ratios`
-    "evenness",  # of a module's input channels: `aim.evenness`
-    "output_shift",  # of a module's outputs, base to expert: `shifts`
-    "task_vector",  # its size, relative to the base's weight: `merge.change`
-]
-WITHOUT_TEXTS: frozenset[Measure] = frozenset({"task_vector"})  # weights alone are read
-OF_PAIRS: frozenset[Measure] = frozenset({"output_shift", "task_vector"})  # base and expert at once
-
 Values = Mapping[str, float]  # module -> value
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Measurements:
     """What a guide decides from, for one expert: only the measures that it needs are there.
 
     Attributes:
@@ -62,7 +52,7 @@ class Decision:
 
 
 # (statistics, gamma, epsilon) -> module -> density, each in [gamma, epsilon]
-GuideFunction = Callable[[Statistics, float, float], "Values | Decision"]
+GuideFunction = Callable[[Measurements, float, float], "Values | Decision"]
 
 
 @dataclass(frozen=True)

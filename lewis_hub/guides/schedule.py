@@ -15,17 +15,18 @@ from typing import Any, TypeVar
 
 from lewis_hub.calibration import profile as document
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.summaries import OF_PAIRS, Measure
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError, LewisHubError
 from lewis_hub.guides.lewis import Dominance, dominance
-from lewis_hub.guides.registry import OF_PAIRS, Decision, Guide, Measure, Statistics, Values
+from lewis_hub.guides.registry import Decision, Guide, Measurements, Values
 from lewis_hub.recipe.schema import ApplyTo
 
 FAULT = "This is a fault of the guide."
 
 
 def decide(
-    guide: Guide, statistics: Statistics, limits: tuple[float, float], source: str
+    guide: Guide, statistics: Measurements, limits: tuple[float, float], source: str
 ) -> Decision:
     """What a guide decides of one expert; densities are its weights where it has none of its own.
 
@@ -440,7 +441,7 @@ def schedule(  # noqa: PLR0913
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(told))
 
 
-def _dominances(guide: Guide, statistics: Statistics) -> Iterable[Dominance]:
+def _dominances(guide: Guide, statistics: Measurements) -> Iterable[Dominance]:
     for measure in guide.needs:
         if measure in ("lewis", "lewis_reference") and (found := dominance(statistics, measure)):
             yield found
@@ -453,7 +454,7 @@ def _statistics(  # noqa: PLR0913
     profile: ImportanceProfile | None,
     i: int,
     seed: int,
-) -> Statistics:
+) -> Measurements:
     base: dict[Measure, Values] = {}
     expert: dict[Measure, Values] = {}
 
@@ -474,7 +475,7 @@ def _statistics(  # noqa: PLR0913
             of_base = of_matrices(measured.base_of(entry).modules)
             base[measure], expert[measure] = seen_by_both(of_base, expert[measure])
     drawn = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
-    return Statistics(matrices, base, expert, int.from_bytes(drawn, "big"))
+    return Measurements(matrices, base, expert, int.from_bytes(drawn, "big"))
 
 
 def _on_tensors(

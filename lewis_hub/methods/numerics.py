@@ -1,8 +1,8 @@
 """Arithmetic whose result does not depend on the number of threads.
 
 torch splits a long sum among its threads, and each split rounds differently. Inner products here
-add neighbours pairwise in float64, in a fixed order: they are equal on all machines. LAPACK and BLAS
-run on one thread: their results are equal on all machines of one kind.
+add neighbours pairwise in float64, in a fixed order: they are equal on all machines. LAPACK and
+BLAS run on one thread: their results are equal on all machines of one kind.
 """
 
 from __future__ import annotations

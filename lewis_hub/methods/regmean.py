@@ -130,15 +130,15 @@ def _nearest(
     raise AssertionError("weights are positive and moments are, up to rounding")
 
 
-def _residual_update(
-    moments: Sequence[_PartMoments], weights: Tensor, lower: Tensor
-) -> Tensor:
+def _residual_update(moments: Sequence[_PartMoments], weights: Tensor, lower: Tensor) -> Tensor:
     """X with X (sum of w G) = sum of w D, scaled to minimise the squares of X x - d.
 
     `lower` is the factor of shrunk G. With it correlated inputs would each compensate the same
     residual, too often if off-diagonal entries count little. The scale is in [0, 1].
     """
-    residuals = [w * m.residual for w, m in zip(weights, moments, strict=True) if m.residual is not None]
+    residuals = [
+        w * m.residual for w, m in zip(weights, moments, strict=True) if m.residual is not None
+    ]
     residual = summed(residuals, residuals[0])
     gram = summed((w * m.gram for w, m in zip(weights, moments, strict=True)), moments[0].gram)
     update = solve(residual, lower)
@@ -148,7 +148,7 @@ def _residual_update(
 
 
 def _shrunk(matrix: Tensor, gram: Tensor, off_diagonal: float, ridge: float) -> Tensor:
-    """A copy with scaled off-diagonal entries and `ridge` times the mean diagonal of `gram` added."""
+    """A copy with scaled off-diagonal entries, plus `ridge` times the mean diagonal of `gram`."""
     mean = gram.diagonal().double().mean().to(gram.dtype)
     shrunk = off_diagonal * matrix
     shrunk.diagonal().copy_(matrix.diagonal() + ridge * mean.where(mean > 0, 1.0))

@@ -23,6 +23,8 @@ from lewis_hub.calibration.profile import (
     calibration_facts,
     reusable,
 )
+from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, Weights, in_folder
+from lewis_hub.calibration.summaries import OF_PAIRS, SUMMARIES, WITHOUT_TEXTS, Measure
 from lewis_hub.calibration.texts import (
     Rows,
     calibration_tokens,

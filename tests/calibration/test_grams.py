@@ -10,14 +10,13 @@ from lewis_hub.calibration import grams
 from lewis_hub.calibration.grams import (
     DIAGONAL,
     WIDEST,
-    Wanted,
-    facts_of,
-    gather_grams,
+    GramRequest,
     part_width,
     read_grams,
     second_moments,
 )
-from lewis_hub.calibration.measure import CalibrationSet, Subject
+from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration.subject import CalibrationSet, Subject
 from lewis_hub.errors import OutputError
 
 from .conftest import tiny_model
@@ -33,7 +32,7 @@ def subject(saved, texts):
 
 
 def wanted_of(subject, folder, widest=WIDEST):
-    return Wanted(folder, widest, facts_of(subject, widest))
+    return GramRequest(folder, widest, gram_facts(subject, widest))
 
 
 def gather(subject, folder, widest=WIDEST, advance=lambda _: None):

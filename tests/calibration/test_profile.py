@@ -12,9 +12,9 @@ from lewis_hub.calibration.profile import (
     ImportanceProfile,
     SourceImportance,
     calibration_facts,
-    module_importance,
     reusable,
 )
+from lewis_hub.calibration.summaries import module_importance
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
 

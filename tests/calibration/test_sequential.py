@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from lewis_hub.calibration import meta_model as skeleton_of
 from lewis_hub.calibration import sequential
 from lewis_hub.calibration.grams import WIDEST
-from lewis_hub.calibration.hooks import Order
-from lewis_hub.calibration.meta_model import in_folder
-from lewis_hub.calibration.sequential import Texts, fit
+from lewis_hub.calibration.hooks import CallOrder
+from lewis_hub.calibration.sequential import ExpertTexts, fit
+from lewis_hub.calibration.subject import in_folder
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.methods.regmean import RIDGE, regmean
 
@@ -173,7 +173,7 @@ def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
     output.mkdir(exist_ok=True)
     *experts, merged = folders
     asked = [
-        Texts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
+        ExpertTexts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
         for folder, own in zip(experts, texts, strict=True)
     ]
     files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
@@ -297,7 +297,7 @@ def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, m
 
 def test_a_module_is_of_the_level_whose_very_tensor_it_is_handed_though_another_had_it_before():
     x, y, z = (torch.ones(2, 3) for _ in range(3))
-    order = Order()
+    order = CallOrder()
 
     for path, handed in [("twice", x), ("other", y), ("twice", z), ("last", z)]:
         order.see(path, handed)

@@ -111,7 +111,9 @@ def test_on_the_merges_inputs_it_gives_what_experts_give_on_theirs(n, rows, widt
         wanted += w * (base + vector) @ shrunk[1]
     expected = torch.linalg.solve(total, wanted.T).T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    turned = regmean(base.T, vectors.mT, grams=grams, cross_covariances=crosses, transposed=True, **given)
+    turned = regmean(
+        base.T, vectors.mT, grams=grams, cross_covariances=crosses, transposed=True, **given
+    )
     assert torch.equal(turned, found.T)
 
 
@@ -144,11 +146,20 @@ def test_where_correlations_count_nothing_inputs_that_are_alike_mend_a_gap_once(
     x = torch.randn(40, 1, generator=torch.Generator().manual_seed(1)).double()
     alike, d = x.repeat(1, 4), 2 * x  # four inputs, and what is missing is twice each
     given = {"weights": torch.ones(1).double(), "densities": [1], "inputs": "merged"}
-    given |= {"grams": [(alike.T @ alike / 40)[None]], "cross_covariances": [(alike.T @ alike / 40)[None]]}
+    given |= {
+        "grams": [(alike.T @ alike / 40)[None]],
+        "cross_covariances": [(alike.T @ alike / 40)[None]],
+    }
     base, vectors = torch.zeros(1, 4).double(), torch.zeros(1, 1, 4).double()
 
     for alpha in (0.0, 0.5, 1.0):
-        found = regmean(base, vectors, residual_covariances=[(d.T @ alike / 40)[None]], off_diagonal=alpha, **given)
+        found = regmean(
+            base,
+            vectors,
+            residual_covariances=[(d.T @ alike / 40)[None]],
+            off_diagonal=alpha,
+            **given,
+        )
 
         torch.testing.assert_close(found, torch.full((1, 4), 0.5).double(), rtol=1e-4, atol=1e-6)
 

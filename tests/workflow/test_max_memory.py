@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import lewis_hub
-from lewis_hub.calibration.measure import Subject
+from lewis_hub.calibration.subject import Subject
 from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lewis_hub.calibration import blockwise, hooks
-from lewis_hub.calibration.blockwise import NotAChainError, Visit, enter, visited
-from lewis_hub.calibration.grams import DIAGONAL, WIDEST, Wanted, facts_of, gather_grams, read_grams
-from lewis_hub.calibration.measure import CalibrationSet, Subject
-from lewis_hub.calibration.meta_model import in_folder, skeleton
+from lewis_hub.calibration.block_runner import NotAChainError, enter
+from lewis_hub.calibration.grams import DIAGONAL, WIDEST, GramRequest, read_grams
+from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration.meta_model import build_meta_model
 from lewis_hub.calibration.model import load_model
-from lewis_hub.calibration.profile import sum_of_squares
+from lewis_hub.calibration.passes import BlockInputs, block_pass
+from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder
+from lewis_hub.calibration.summaries import sum_of_squares
 from lewis_hub.calibration.texts import Batch, CalibrationTokens
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import CalibrationModelError
@@ -130,16 +132,16 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
             yield part
             del part
 
-    made = skeleton(replace(held, parts=parts), "cpu")
+    made = build_meta_model(replace(held, parts=parts), "cpu")
 
-    def take(visits: Iterator[Visit]) -> None:
+    def take(visits: Iterator[BlockInputs]) -> None:
         for _ in visits:
             loaded = {name for name, one in made.model.named_parameters() if not one.is_meta}
             assert outside < loaded
             inside = loaded - outside
             present.append({name.rpartition(".layers.")[2].split(".")[0] for name in inside})
 
-    visited(made, [texts, texts], [sum_of_squares], nothing, take, products=True)
+    block_pass(made, [texts, texts], [sum_of_squares], nothing, take, products=True)
     left = [name for name, one in made.model.named_parameters() if not one.is_meta]
 
     assert present == [{"0"}, {"1"}, {"2"}]
@@ -308,7 +310,7 @@ def test_missing_weights_are_an_error_before_any_is_read(llama, texts, saved):
 
 
 def wanted_of(subject, folder, widest=WIDEST):
-    return Wanted(folder, widest, facts_of(subject, widest))
+    return GramRequest(folder, widest, gram_facts(subject, widest))
 
 
 def files_of(folder):
@@ -377,7 +379,7 @@ def test_off_a_cpu_the_dtype_is_the_one_that_the_whole_model_has(llama, saved, t
     config["dtype"] = told and "float16"  # the files have bfloat16
     (folder / "config.json").write_text(json.dumps(config))
 
-    made = skeleton(in_folder("tiny", folder), "meta")
+    made = build_meta_model(in_folder("tiny", folder), "meta")
 
     whole = load_model(folder, "meta", "tiny")
     assert made.model.dtype == whole.dtype == (told or torch.bfloat16)
