@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lewis_hub.calibration.activation_cache import ActivationCache
 from lewis_hub.calibration.block_runner import BatchState, enter_blocks, run_block
@@ -64,13 +64,15 @@ class BlockInputs:
     """What the Linears of one or more blocks got; the blocks have their weights until the next.
 
     Attributes:
-        parameters: of the blocks, by their names.
+        module: the block, or the model with all blocks.
+        path: of the module in the model.
         modules: path -> Linear of the blocks.
         sums: for each calibration set and each statistic, path -> the sum over its tokens.
         products: for each set, the recorder of parameters that no Linear owns.
     """
 
-    parameters: Sequence[tuple[str, Tensor]]
+    module: nn.Module
+    path: str
     modules: Mapping[str, Linear]
     sums: Sequence[Sequence[Mapping[str, InputSum]]]
     products: Sequence[ProductRecorder | None]
@@ -234,7 +236,7 @@ def _summarised(
     for block in blocks:
         for n_set, tokens in enumerate(sets):
             norms = BlockNorms(
-                block.parameters,
+                block.module.named_parameters(prefix=block.path),
                 block.modules,
                 norms_of(block.sums[n_set][0], tokens.n_tokens),
                 block.products[n_set],
@@ -281,20 +283,18 @@ def whole_pass(  # noqa: PLR0913
         advance: called with the number of tokens done in each pass.
         with_products: whether parameters that no Linear owns are watched.
     """
-    parameters = list(model.named_parameters())
     grouping = unpadded_batches if with_products and has_stacks(model) else batches
     for modules in shares:
         sums, products = [], []
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
             watched = _watched(model, tokens) if with_products else None
-            recorder = InputRecorder(statistic)
-            record_inputs(model, modules, grouping(tokens), recorder, advance, watched)
-            require_seen(recorder.totals, name)
-            require_finite(recorder.totals, name)
-            sums.append([recorder.totals])
+            calibration = grouping(tokens)
+            sums.append(
+                [input_sums(model, name, modules, calibration, statistic, advance, watched)]
+            )
             products.append(watched)
-        yield BlockInputs(parameters, modules, sums, products)
+        yield BlockInputs(model, "", modules, sums, products)
 
 
 def _watched(model: PreTrainedModel, tokens: CalibrationTokens) -> ProductRecorder | None:
@@ -308,27 +308,37 @@ def _watched(model: PreTrainedModel, tokens: CalibrationTokens) -> ProductRecord
     return trial.only_used()
 
 
-def record_inputs(
+def input_sums(  # noqa: PLR0913
     model: PreTrainedModel,
+    name: str,
     modules: Mapping[str, Linear],
     calibration: Iterable[Batch],
-    recorder: InputRecorder,
+    statistic: Statistic,
     advance: Advance,
     products: ProductRecorder | None = None,
-) -> None:
-    """Run batches through a model; its mode, gradients and hooks are left as they were.
+) -> dict[str, InputSum]:
+    """Sum a statistic over the inputs of modules, of the tokens that the mask keeps.
 
-    Without padding if there are products, or a module regroups the tokens.
+    Batches run without padding if there are `products`, or a module regroups the tokens.
 
     Args:
-        model: of transformers.
+        model: its mode, gradients and hooks are left as they were.
+        name: the source for messages.
         modules: path -> module of the model.
         calibration: batches of texts, padded on the right.
-        recorder: sums a statistic of the tokens that the mask keeps. Modules with the same input
-            tensor share one sum.
+        statistic: of the inputs.
         advance: called with the number of kept tokens after each batch.
         products: sees the same tokens multiplied with parameters that no Linear owns.
+
+    Returns:
+        In the model's order, for the modules that saw a token. Modules with the same input tensor
+        share one sum.
+
+    Raises:
+        EmptyCalibrationError: no batch, or no token is kept.
+        CalibrationModelError: a sum that is not finite.
     """
+    recorder = InputRecorder(statistic)
     with hooked(modules, recorder), evaluating(model), torch.no_grad():
         for batch in calibration:
             try:
@@ -336,6 +346,9 @@ def record_inputs(
             except OutOfStepError:
                 _record_parts(model, unpadded(batch), recorder, products)
             advance(int(batch.attention_mask.sum()))
+    require_seen(recorder.totals, name)
+    require_finite(recorder.totals, name)
+    return recorder.totals
 
 
 def _record_parts(
@@ -407,8 +420,7 @@ def _blocks(
             if number == 0:
                 [trial], *states = enter_blocks(model, groups, cache)
             path = f"{model.path}.{number}"
-            parameters = list(block.named_parameters(prefix=path))
-            used = _used(model, number, trial, dict(parameters), loose)
+            used = _used(model, number, trial, loose)
             if used and grouping is not unpadded_batches:
                 raise OutOfStepError
             modules, sums, products = dict(linears(path, block)), [], []
@@ -427,20 +439,20 @@ def _blocks(
                     require_finite(recorder.totals, model.name)
                 sums.append([recorder.totals for recorder in recorders])
                 products.append(watched)
-            yield BlockInputs(parameters, modules, sums, products)
+            yield BlockInputs(block, path, modules, sums, products)
 
 
 def _used(
     model: MetaModel,
     number: int,
     trial: BatchState,
-    parameters: Mapping[str, Tensor],
     loose: Collection[str],
 ) -> dict[str, Tensor]:
     """The block's `loose` parameters that `trial` is multiplied with on its way to the next."""
     if not loose:
         return {}
-    own = {path: parameter for path, parameter in parameters.items() if path in loose}
+    parameters = model.blocks[number].named_parameters(prefix=f"{model.path}.{number}")
+    own = {path: parameter for path, parameter in parameters if path in loose}
     recorder = ProductRecorder(own)
     trial.move(run_block(model, number, trial, recorder))
     return {path: parameter for path, parameter in own.items() if path in recorder.used}

@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from lewis_hub.calibration import blockwise
+from lewis_hub.calibration import activation_cache
 from lewis_hub.calibration.activation_cache import ActivationCache
 from lewis_hub.errors import OutputError
 
@@ -17,7 +17,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(params=[1, 1 << 20], ids=["on the disk", "in memory"])
 def held(request, monkeypatch):
-    monkeypatch.setattr(blockwise, "HELD_BYTES", request.param)
+    monkeypatch.setattr(activation_cache, "HELD_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("held")
@@ -63,7 +63,7 @@ def test_nothing_is_left_in_the_folder_after_an_error(tmp_path):
 def test_more_than_the_disk_holds_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 0, 10**9))
     with ActivationCache(tmp_path) as kept:
-        kept.require_room(blockwise.HELD_BYTES)
+        kept.require_room(activation_cache.HELD_BYTES)
         kept.require_room(10**9)
         with pytest.raises(OutputError) as raised:
             kept.require_room(10**9 + 10**7)

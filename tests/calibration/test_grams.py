@@ -160,7 +160,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OutputError) as caught:
-            grams.save_whole({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
+            grams.write_tensors({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration.hooks import activation_norms
 from lewis_hub.calibration.passes import measure_whole
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.summaries import sum_of_squares
@@ -22,7 +21,7 @@ from lewis_hub.calibration.texts import Batch, CalibrationTokens, batches
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.methods.numerics import torch_threads
 
-from .conftest import ARCHITECTURES, LLAMA, SMALL, tiny_model, tokens_of
+from .conftest import ARCHITECTURES, LLAMA, SMALL, activation_norms, tiny_model, tokens_of
 
 
 def nothing(_: int) -> None:
@@ -84,7 +83,7 @@ def test_norms_and_importance_equal_a_naive_loop_over_tokens_and_weights(model, 
     expected = {path: naive_norms(inputs[path]) for path in paths}
 
     norms = activation_norms(model, "tiny", batches(texts), nothing)
-    [importance] = measure_whole(saved(model), "tiny", [texts], "cpu", nothing)
+    [importance] = measure_whole(Snapshot("tiny", saved(model)), [texts], "cpu", nothing)
 
     assert list(norms) == paths
     assert list(importance) == paths
@@ -341,7 +340,7 @@ def test_activations_that_overflow_are_an_error_naming_the_module(llama, texts):
 )
 def test_tokens_that_do_not_fit_the_model_are_refused(llama, saved, ids, message):
     with pytest.raises(CalibrationModelError) as caught:
-        measure_whole(saved(llama), "me/tiny", [tokens_of(ids)], "cpu", nothing)
+        measure_whole(Snapshot("me/tiny", saved(llama)), [tokens_of(ids)], "cpu", nothing)
 
     assert str(caught.value) == message
 

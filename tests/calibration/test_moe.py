@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lewis_hub.calibration import reference
+from lewis_hub.calibration.output_shift import measure_shifts
 from lewis_hub.calibration.passes import measure_whole
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.calibration.subject import Snapshot
@@ -294,7 +294,7 @@ def test_outputs_are_told_by_the_files_names(texts, tmp_path):
     mixture(config_class, settings, tmp_path)
     place = Snapshot("tiny", tmp_path)
 
-    [found] = reference.measure_shifts(place, place, [texts], "cpu", lambda _: None)
+    [found] = measure_shifts(place, place, [texts], "cpu", lambda _: None)
 
     stored = load_file(tmp_path / "model.safetensors")
     assert {f"{module}.weight" for module in found} <= stored.keys()

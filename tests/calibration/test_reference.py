@@ -107,7 +107,9 @@ def test_each_set_is_measured_on_the_whole_model(llama, saved, texts):
 
 def test_a_tokenizer_without_an_end_cannot_pad(llama, saved):
     with pytest.raises(CalibrationModelError) as raised:
-        measure_reference(saved(llama), "me/model", [tokens_of([[5, 6]])], "cpu", lambda _: None)
+        measure_reference(
+            Snapshot("me/model", saved(llama)), [tokens_of([[5, 6]])], "cpu", lambda _: None
+        )
 
     assert str(raised.value) == (
         "me/model: the tokenizer of tiny has no end-of-sequence token to pad with.\n"

@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis_hub.calibration import meta_model as skeleton_of
-from lewis_hub.calibration import sequential
+from lewis_hub.calibration import meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
 from lewis_hub.calibration.hooks import CallOrder
 from lewis_hub.calibration.sequential import ExpertTexts, fit
@@ -319,14 +318,14 @@ def test_an_interrupted_fit_comes_out_the_same_where_texts_have_to_run_without_p
     deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
     monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
     made, folders = models("llama")
-    empty = skeleton_of.skeleton
+    empty = meta_model.build_meta_model
 
     def built(weights, device):
         found = empty(weights, device)
         every_other_block_routes(found.model)
         return found
 
-    monkeypatch.setattr(sequential, "skeleton", built)
+    monkeypatch.setattr(sequential, "build_meta_model", built)
     whole = run(folders, solver(made, 0.5), tmp_path / "whole")
     part = tmp_path / "part"
 

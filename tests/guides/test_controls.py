@@ -57,7 +57,7 @@ def test_random_keeps_the_densities_of_each_component(q, down, seed):
 def test_random_differs_from_seed_to_seed_and_stays_in_a_new_process():
     seeds = [random(measured({Q: [*range(12)]}, seed), 0.3, 0.8) for seed in range(5)]
     code = (
-        "from lewis_hub.guides.controls import random\n"
+        "from lewis_hub.guides.baselines import random\n"
         "from lewis_hub.guides.registry import Measurements\n"
         "m = {f'model.layers.{b}.self_attn.q_proj': float(b) for b in range(12)}\n"
         "s = Measurements((), {'lewis': dict.fromkeys(m, 0.0)}, {'lewis': m}, 3)\n"

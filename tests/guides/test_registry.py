@@ -68,7 +68,7 @@ def test_a_name_is_taken_once(site):
         register("uniform")(lambda statistics, gamma, epsilon: {})
 
     assert str(caught.value) == (
-        "guide `uniform`: the name is already taken by lewis_hub.guides.uniform.uniform.\n"
+        "guide `uniform`: the name is already taken by lewis_hub.guides.baselines.uniform.\n"
         "Register it under another name."
     )
 

@@ -219,7 +219,7 @@ def fails(statistics, gamma, epsilon):
     [
         (
             fails,
-            "it failed on one: ZeroDivisionError: division by zero (test_density.py, line {line})",
+            "it failed on one: ZeroDivisionError: division by zero (test_schedule.py, line {line})",
             "This is a fault of the guide.",
         ),
         (
