@@ -87,13 +87,6 @@ def measure_whole(
 ) -> list[dict[str, float]]:
     """Measure one source on each calibration set; its model is loaded once and freed on return.
 
-    Args:
-        snapshot: of the source.
-        sets: one or more.
-        device: as torch names it.
-        advance: called with the number of tokens done.
-        summarise: makes one number per module of weights and activation norms.
-
     Returns:
         For each set, module -> its number, in the model's order: modules as the checkpoint stores
         them. A module that saw no token is left out.
@@ -120,14 +113,9 @@ def measure_by_block(
 ) -> list[dict[str, float]]:
     """What `measure_whole` returns, of a model that is never in memory as a whole.
 
-    Args:
-        weights: of the model; they are read once for all sets.
-        sets: one or more; one if there is a `request`.
-        device: as torch names it.
-        advance: called with the number of tokens done.
-        summarise: makes one number per module of weights and activation norms.
-        request: second moments to write, with the bytes of `gather_by_block`. If texts run without
-            padding here none are written, as they may run with it there and round otherwise.
+    With a `request`, for one set, the pass also writes second moments, with the bytes of
+    `gather_by_block`. If texts run without padding here none are written, as they may run with it
+    there and round otherwise.
 
     Raises:
         CalibrationModelError: as `measure_whole` does.
@@ -157,15 +145,7 @@ def gather_whole(
     device: str,
     advance: Advance,
 ) -> dict[str, ModuleGram]:
-    """Write the second moments of a model that is loaded whole; several passes if they are many.
-
-    Args:
-        snapshot: of the source.
-        tokens: of its calibration set.
-        request: what is written, and where.
-        device: as torch names it.
-        advance: called with the number of tokens done, as if there were one pass.
-    """
+    """Write the second moments of a model that is loaded whole; several passes if they are many."""
     model = load_model(snapshot.folder, device, snapshot.name)
     stored_as = weight_names(model)
     modules = block_linears(model, snapshot.name)
@@ -174,15 +154,9 @@ def gather_whole(
     summed = partial(second_moments, widest=request.widest)
     grams: dict[str, ModuleGram] = {}
     with deterministic_threads(modules.values()):
-        blocks = whole_pass(
-            model,
-            snapshot.name,
-            shares,
-            [tokens],
-            summed,
-            shared(advance, len(shares)),
-            with_products=False,
-        )
+        advance = shared(advance, len(shares))
+        inputs = (model, snapshot.name, shares, [tokens], summed, advance)
+        blocks = whole_pass(*inputs, with_products=False)
         for _ in _written(model, blocks, request, grams, first=0):
             pass
     return grams
@@ -233,17 +207,22 @@ def _summarised(
 ) -> list[dict[str, float]]:
     stored_as = weight_names(model)
     found: list[dict[str, float]] = [{} for _ in sets]
+
+    def add(block: BlockInputs, n_set: int) -> None:  # on return, nothing holds the weights
+        n_tokens = sets[n_set].n_tokens
+        norms = BlockNorms(
+            block.module.named_parameters(prefix=block.path),
+            block.modules,
+            norms_of(block.sums[n_set][0], n_tokens),
+            block.products[n_set],
+            n_tokens,
+        )
+        for stored in norms.stored(model, stored_as):
+            found[n_set] |= summarise(stored.weights, stored.norms)
+
     for block in blocks:
-        for n_set, tokens in enumerate(sets):
-            norms = BlockNorms(
-                block.module.named_parameters(prefix=block.path),
-                block.modules,
-                norms_of(block.sums[n_set][0], tokens.n_tokens),
-                block.products[n_set],
-                tokens.n_tokens,
-            )
-            for stored in norms.stored(model, stored_as):
-                found[n_set] |= summarise(stored.weights, stored.norms)
+        for n_set in range(len(sets)):
+            add(block, n_set)
     for one in found:
         require_seen(one, name)
     return found
@@ -272,17 +251,7 @@ def whole_pass(  # noqa: PLR0913
     *,
     with_products: bool = True,
 ) -> Iterator[BlockInputs]:
-    """Run all texts through a model that is loaded whole, once for each share of its Linears.
-
-    Args:
-        model: of transformers.
-        name: the source for messages.
-        shares: path -> module of the model, of whole blocks.
-        sets: one or more.
-        statistic: of the inputs of each Linear.
-        advance: called with the number of tokens done in each pass.
-        with_products: whether parameters that no Linear owns are watched.
-    """
+    """Run all texts through a model that is loaded whole, once for each share of its Linears."""
     grouping = unpadded_batches if with_products and has_stacks(model) else batches
     for modules in shares:
         sums, products = [], []
@@ -321,14 +290,8 @@ def input_sums(  # noqa: PLR0913
 
     Batches run without padding if there are `products`, or a module regroups the tokens.
 
-    Args:
-        model: its mode, gradients and hooks are left as they were.
-        name: the source for messages.
-        modules: path -> module of the model.
-        calibration: batches of texts, padded on the right.
-        statistic: of the inputs.
-        advance: called with the number of kept tokens after each batch.
-        products: sees the same tokens multiplied with parameters that no Linear owns.
+    The model's mode, gradients and hooks are left as they were. `advance` is called with the number
+    of kept tokens after each batch.
 
     Returns:
         In the model's order, for the modules that saw a token. Modules with the same input tensor
@@ -375,13 +338,12 @@ def block_pass(  # noqa: PLR0913
     """Run all texts through a model block by block.
 
     Args:
-        model: without weights.
-        sets: one or more; weights are read once for all.
-        statistics: one or more, of the inputs of each Linear; if texts run without padding, the
-            first alone.
+        model: without weights; they are read once for all sets.
+        sets: one or more.
+        statistics: of the inputs of each Linear; the first alone if texts run without padding.
         advance: called with the number of tokens done, as if there were one block.
-        take: uses the blocks. It is called a second time, with all blocks, if a block shows that
-            texts have to run without padding.
+        take: uses the blocks. It is called again, with all blocks, if a block shows that texts have
+            to run without padding.
         with_products: whether parameters that no Linear owns are watched.
 
     Raises:

@@ -313,12 +313,7 @@ def _put(job: SequentialFit, number: int, fitted: Mapping[str, Tensor]) -> None:
 def levels(merged: MetaModel, number: int, trial: BatchState) -> list[list[str]]:
     """The Linears of a block that see every token once, in the order of their calls.
 
-    Linears with the same input tensor are one level.
-
-    Args:
-        merged: has the block's weights.
-        number: of the block.
-        trial: a few tokens, which stay before it.
+    Linears with the same input tensor are one level. `trial` is a few tokens.
     """
     order = CallOrder()
     with hooked(dict(linears("", merged.blocks[number])), order):
@@ -329,14 +324,7 @@ def levels(merged: MetaModel, number: int, trial: BatchState) -> list[list[str]]
 
 
 def is_added(model: MetaModel, number: int, trial: BatchState, path: str) -> bool:
-    """Whether a block adds the output of a Linear unchanged to terms that do not depend on it.
-
-    Args:
-        model: has the block's weights.
-        number: of the block.
-        trial: a few tokens, which stay before it.
-        path: of the Linear in the block.
-    """
+    """Whether a block adds the output of a Linear unchanged to terms that do not depend on it."""
     _, added, plain = _linear_and_block(model, number, trial, path)
     push = added * (plain.abs().max() / added.abs().max())
     module = _linear(model, number, path)
@@ -365,10 +353,10 @@ def paired_moments(  # noqa: PLR0913
     Args:
         models: the merged one and the expert; both have the block's weights.
         number: of the block.
-        pairs: texts, which stay before it.
+        pairs: texts before the block.
         path: of the Linear in the block.
         widest: the most inputs of one matrix.
-        with_residual: whether the residual covariance is computed; only if it `is_added`.
+        with_residual: whether the residual covariance is computed; only if the Linear `is_added`.
 
     Raises:
         OutOfStepError: its input has not a row for every token.
@@ -401,14 +389,7 @@ def paired_moments(  # noqa: PLR0913
 def own_moments(
     expert: MetaModel, number: int, pairs: Sequence[BatchPair], paths: Collection[str], widest: int
 ) -> dict[str, LayerMoments]:
-    """Moments of an expert's own inputs, of the Linears that a token reaches.
-
-    Args:
-        expert: has the block's weights.
-        number: of the block.
-        pairs: texts, which stay before it.
-        paths: of the Linears in the block.
-        widest: the most inputs of one matrix.
+    """Moments of an expert's own inputs, of those of the Linears at `paths` that a token reaches.
 
     Raises:
         OutOfStepError: an input has not a row for every token, and some tokens are padding.

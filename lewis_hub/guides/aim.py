@@ -1,4 +1,4 @@
-"""AIM: leave alone what the base relies on."""
+"""AIM: change less where many input channels are active in the base."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def owl(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, 
     paper's [S - λ, S + λ] about the mean S is that range with `mean_density`.
 
     Source:
-        OWL, arXiv:2310.05175, prunes a model's weights. Here the same shares say how much of the
-        expert's task vector is kept.
+        OWL, arXiv:2310.05175, prunes a model's weights. Here the same shares set the density of the
+        expert's task vector.
     """
     return spread(statistics.expert["outliers"], gamma, epsilon)

@@ -52,12 +52,12 @@ class Method:
     """A registered method.
 
     Attributes:
-        parameters: of the function, as `inspect` tells them.
-        accepted: option -> the values that may be given; mergekit's that change nothing here, and
-            words.
+        parameters: of the function, from `inspect`.
+        accepted: option -> the values that a recipe may give: of mergekit's options that change
+            nothing here, and of options that are words.
         n_experts: least and most sources beside the base; None for no limit.
         base_is_optional: without a base its `base` is zero, so that task vectors are the models.
-        version: raised when the same inputs come out as other numbers, so that locks differ.
+        version: raised when the same inputs give other numbers, so that locks differ.
     """
 
     name: str
@@ -76,12 +76,12 @@ class Method:
 
     @property
     def takes_base(self) -> bool:
-        """Whether a base plays a part of its own in it."""
+        """Whether its function takes a base."""
         return self.takes("base")
 
     @property
     def needs_base(self) -> bool:
-        """Whether it cannot do without one."""
+        """Whether it requires a base."""
         return self.takes_base and not self.base_is_optional
 
     @property
@@ -91,22 +91,22 @@ class Method:
 
     @property
     def takes_density(self) -> bool:
-        """Whether it keeps a fraction of each task vector, so that a guide has a say."""
+        """Whether it keeps a fraction of each task vector, which a guide can set."""
         return self.takes("densities")
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws, so that the seed matters."""
+        """Whether it is random, so that the seed matters."""
         return self.takes("streams")
 
     @property
     def needs_grams(self) -> bool:
-        """Whether it cannot do without second moments of its sources' activations."""
+        """Whether it requires second moments of its sources' activations."""
         return self.takes("grams") and self.parameters["grams"].default is inspect.Parameter.empty
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The recipe's name of each option -> its default; None for one that must be given."""
+        """The recipe's name of each option -> its default; None for a required option."""
         return {
             name.removesuffix("_"): None
             if parameter.default is parameter.empty
@@ -117,7 +117,7 @@ class Method:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings that each source may have of its own."""
+        """The settings that each source may have."""
         return tuple(name for keyword, name in PER_SOURCE.items() if self.takes(keyword))
 
     def takes(self, keyword: str) -> bool:
@@ -132,11 +132,11 @@ class Method:
         """Refuse settings that this method does not have.
 
         Args:
-            names: as the recipe gives them.
-            per_source: whether they stand beside a source, or in the recipe's `parameters`.
+            names: the recipe's names.
+            per_source: whether they are settings of a source, or in the recipe's `parameters`.
 
         Raises:
-            MergeError: one is unknown, or stands in the wrong place.
+            MergeError: a setting is unknown, or in the wrong place.
         """
         for name in names:
             if name in self.settings or (

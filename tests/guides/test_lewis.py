@@ -169,7 +169,7 @@ def test_base_and_expert_of_different_architecture_are_refused():
         lewis(statistics(named(Q, [1, 2]), named(Q, [1, 2, 3])), 0.3, 0.8)
 
     assert str(caught.value) == (
-        "guide `lewis`: importance of model.layers.2.self_attn.q_proj is known of the"
+        "guide `lewis`: importance of model.layers.2.self_attn.q_proj is known for the"
         " expert only.\n"
         "Base and expert must be of one architecture."
     )
