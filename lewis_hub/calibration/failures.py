@@ -13,9 +13,9 @@ def check_padding(name: str, max_tokens: int, n_positions: int | None) -> None:
     """Refuse texts that guide `lewis_reference` pads beyond a model's last position.
 
     Args:
-        name: the source as the user knows it, for messages.
+        name: the source for messages.
         max_tokens: of the calibration.
-        n_positions: None, 0 or less: there is no end.
+        n_positions: None, 0 or less: unlimited.
     """
     if max_tokens > (n_positions or 0) > 0:
         problem = (
@@ -28,10 +28,10 @@ def check_padding(name: str, max_tokens: int, n_positions: int | None) -> None:
 
 @contextmanager
 def refusals(name: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a folder that it cannot load into one error.
+    """Turn the errors of transformers for a folder that it cannot load into one error.
 
     Args:
-        name: the source as the user knows it.
+        name: the source for messages.
         what: "model" or "tokenizer".
     """
     try:
@@ -56,13 +56,13 @@ def refusals(name: str, what: str) -> Iterator[None]:
 
 @contextmanager
 def run_refusals(name: str, by: str) -> Iterator[None]:
-    """Turn what a model's own code raises while texts run through it into one error.
+    """Turn the errors of a model's own code, while texts run through it, into one error.
 
-    What did not go through transformers is a bug of ours, and keeps its traceback.
+    An error without a frame of transformers is a bug of this program, and keeps its traceback.
 
     Args:
-        name: the source as the user knows it.
-        by: what asked for it, such as "guide `lewis`".
+        name: the source for messages.
+        by: what needs the measurement, such as "guide `lewis`".
     """
     try:
         yield
