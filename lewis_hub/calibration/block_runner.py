@@ -140,25 +140,36 @@ def further_outputs(
     Raises:
         NotAChainError: it is never called, or returns something else.
     """
+    outputs = block_output(blocks[0], partial(run, batch))
+    if not outputs:
+        raise NotAChainError
+    _hidden_of(outputs[0])
+    return tuple(outputs[0][1:]) if type(outputs[0]) in SEVERAL else None
+
+
+class _BlockOutputError(Exception):
+    """Leaves a forward pass after a block."""
+
+
+def block_output(block: nn.Module, run: Callable[[], None]) -> list[Any]:
+    """The output of a block, in a list, which is empty if `run` does not reach it.
+
+    `run` is a forward pass; it ends after the block.
+    """
     outputs: list[Any] = []
 
     def leave(_: nn.Module, _inputs: object, returned: Any) -> None:
         outputs.append(returned)
-        raise _FirstBlockError
+        raise _BlockOutputError
 
-    handle = blocks[0].register_forward_hook(leave)
+    handle = block.register_forward_hook(leave)
     try:
-        run(batch)
-    except _FirstBlockError:
-        _hidden_of(outputs[0])
-        return tuple(outputs[0][1:]) if type(outputs[0]) in SEVERAL else None
+        run()
+    except _BlockOutputError:
+        pass
     finally:
         handle.remove()
-    raise NotAChainError
-
-
-class _FirstBlockError(Exception):
-    """Leaves a forward pass after the first block."""
+    return outputs
 
 
 def enter(

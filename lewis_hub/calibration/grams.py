@@ -204,25 +204,20 @@ def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def n_inputs(module: Linear) -> int:
-    """The number of input features."""
-    from lewis_hub.calibration.model import matrix
-
-    return matrix(module).shape[1]
-
-
 def shares_in_memory(modules: Mapping[str, Linear], widest: int) -> Iterator[dict[str, Linear]]:
     """Whole blocks, as many at a time as fit into HELD_BYTES with their matrices twice.
 
     The matrices of a batch exist beside the sums.
     """
+    from lewis_hub.calibration.model import matrix
+
     blocks: dict[tuple[str | None, int | None], dict[str, Linear]] = {}
     for path, module in modules.items():
         blocks.setdefault((names.stack(path), names.block(path)), {})[path] = module
     share: dict[str, Linear] = {}
     held_bytes = 0
     for block in blocks.values():
-        block_bytes = sum(2 * 4 * n_entries(n_inputs(m), widest) for m in block.values())
+        block_bytes = sum(2 * 4 * n_entries(matrix(m).shape[1], widest) for m in block.values())
         if share and held_bytes + block_bytes > HELD_BYTES:
             yield share
             share, held_bytes = {}, 0

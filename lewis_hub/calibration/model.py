@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from lewis_hub.calibration.failures import refusals
@@ -199,7 +198,7 @@ def has_stacks(model: nn.Module) -> bool:
         parameter.dim() == 3 and 1 not in parameter.shape
         for blocks in block_lists(model).values()
         for module in blocks.modules()
-        if not isinstance(module, _ConvNd)
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         for parameter in module.parameters(recurse=False)
     )
 

@@ -22,12 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lewis_hub.calibration.block_runner import replaced_forwards
+from lewis_hub.calibration.block_runner import block_output, replaced_forwards
 from lewis_hub.calibration.determinism import deterministic_threads
 from lewis_hub.calibration.failures import check_padding
 from lewis_hub.calibration.hooks import check_tokens_fit, require_seen
@@ -182,10 +183,6 @@ def _measured(
     return {at: means[at] for at in inside if at in means}
 
 
-class _BlockOutputError(Exception):
-    """Leaves a forward pass after a block."""
-
-
 def _run(
     model: PreTrainedModel, modules: nn.ModuleList, b: int, text: Tensor, before: Hidden
 ) -> Hidden:
@@ -193,21 +190,9 @@ def _run(
 
     The output of a block that the model skips, such as cross-attention to images, is `before`.
     """
-    reached: list[Hidden] = []
-
-    def leave(_: nn.Module, _args: Any, output: Hidden) -> None:
-        reached.append(output)
-        raise _BlockOutputError
-
     with replaced_forwards(list(modules[:b]), lambda _: lambda *_args, **_named: before):
-        handle = modules[b].register_forward_hook(leave)
-        try:
-            _forward(model, text)
-        except _BlockOutputError:
-            pass
-        finally:
-            handle.remove()
-    return reached[0] if reached else before
+        outputs = block_output(modules[b], partial(_forward, model, text))
+    return outputs[0] if outputs else before
 
 
 def _forward(model: PreTrainedModel, text: Tensor) -> None:
