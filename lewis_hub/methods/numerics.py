@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 CHUNK = 1 << 18  # elements converted to float64 at a time
+TOLERANCE = 1e-4  # of a tensor's norm, for tensors that statistics of another machine made
 
 
 @contextmanager
@@ -120,3 +121,20 @@ def _folded(values: Tensor) -> Tensor:
             pairs[..., 0] += values[..., -1]
         values = pairs
     return values[..., 0]
+
+
+def within_tolerance(rebuilt: Tensor, stored: Tensor) -> bool:
+    """Whether two tensors that were merged by statistics differ by rounding alone.
+
+    Machines of different kinds round sums and matrix products differently. The Frobenius norm of
+    the difference may be TOLERANCE of the norm of `stored`, plus an eighth of the dtype's epsilon,
+    as some entries are rounded to the other neighbour: 1e-4 in float32, 1.1e-3 in bfloat16.
+    Merges without statistics have equal bytes on all machines, and need no tolerance.
+    """
+    import torch
+
+    if rebuilt.shape != stored.shape or rebuilt.dtype != stored.dtype:
+        return False
+    difference = rebuilt.float() - stored.float()
+    limit = TOLERANCE + torch.finfo(stored.dtype).eps / 8
+    return math.sqrt(dot(difference, difference)) <= limit * math.sqrt(dot(stored, stored))
