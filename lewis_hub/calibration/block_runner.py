@@ -20,12 +20,12 @@ from lewis_hub.calibration.determinism import ByOneDNN
 from lewis_hub.calibration.hooks import forward
 from lewis_hub.calibration.meta_model import MetaModel
 from lewis_hub.calibration.moe import ProductRecorder
-from lewis_hub.calibration.texts import Batch
+from lewis_hub.calibration.texts import TokenBatch
 from lewis_hub.errors import NotByBlockError
 
 SEVERAL = (tuple, list)  # types that a block may return, hidden states first; no subclasses
 
-RunModel = Callable[[Batch], None]
+RunModel = Callable[[TokenBatch], None]
 
 
 class NotAChainError(Exception):
@@ -62,10 +62,10 @@ class BatchState:
         calls: the arguments of all blocks, for a batch.
     """
 
-    batch: Batch
+    batch: TokenBatch
     cache: ActivationCache
     number: int
-    calls: Callable[[Batch], Sequence[BlockCall]]
+    calls: Callable[[TokenBatch], Sequence[BlockCall]]
 
     @property
     def n_tokens(self) -> int:
@@ -83,7 +83,7 @@ class BatchState:
 
 
 def enter_blocks(
-    model: MetaModel, groups: Sequence[Sequence[Batch]], cache: ActivationCache
+    model: MetaModel, groups: Sequence[Sequence[TokenBatch]], cache: ActivationCache
 ) -> list[list[BatchState]]:
     """Run all batches up to the first block; the model has the weights of all before it.
 
@@ -95,10 +95,10 @@ def enter_blocks(
     with torch.no_grad(), _chain_errors(model):
         rest = further_outputs(blocks, first, run)
 
-        def hidden(batch: Batch) -> Tensor:
+        def hidden(batch: TokenBatch) -> Tensor:
             return enter(blocks, batch, run, rest)[0]
 
-        def calls(batch: Batch) -> Sequence[BlockCall]:
+        def calls(batch: TokenBatch) -> Sequence[BlockCall]:
             return enter(blocks, batch, run, rest)[1]
 
         token_bytes = hidden(first).nbytes // first.input_ids.numel()
@@ -133,7 +133,7 @@ def _chain_errors(model: MetaModel) -> Iterator[None]:
 
 
 def further_outputs(
-    blocks: Sequence[nn.Module], batch: Batch, run: RunModel
+    blocks: Sequence[nn.Module], batch: TokenBatch, run: RunModel
 ) -> tuple[Any, ...] | None:
     """What the first block returns after the hidden states; None if it returns them alone.
 
@@ -173,7 +173,7 @@ def block_output(block: nn.Module, run: Callable[[], None]) -> list[Any]:
 
 
 def enter(
-    blocks: Sequence[nn.Module], batch: Batch, run: RunModel, rest: tuple[Any, ...] | None
+    blocks: Sequence[nn.Module], batch: TokenBatch, run: RunModel, rest: tuple[Any, ...] | None
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run a batch up to the first block, and record what each block is called with.
 

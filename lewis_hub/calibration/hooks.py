@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lewis_hub.calibration.determinism import ByOneDNN
 from lewis_hub.calibration.model import Linear, block_lists, config_value, linears
-from lewis_hub.calibration.texts import Batch, CalibrationTokens, batches
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch, batches
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class InputRecorder:
         self._last = _LastTensor()
         self._last_sum: InputSum | None = None
 
-    def start(self, batch: Batch) -> None:
+    def start(self, batch: TokenBatch) -> None:
         """Prepare for the inputs of a batch."""
         mask = batch.attention_mask.flatten()
         self._n_rows = len(mask)
@@ -198,7 +198,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def forward(model: PreTrainedModel, batch: Batch, products: ProductRecorder | None = None) -> None:
+def forward(
+    model: PreTrainedModel, batch: TokenBatch, products: ProductRecorder | None = None
+) -> None:
     """Run the blocks, if possible without the head, whose output is not needed.
 
     A decoder after an encoder gets the same text, shifted to the right by one token.
@@ -283,15 +285,15 @@ def require_finite(totals: Mapping[str, InputSum], name: str) -> None:
             raise CalibrationModelError(name, problem, remedy)
 
 
-def unpadded(batch: Batch) -> Iterator[Batch]:
+def unpadded(batch: TokenBatch) -> Iterator[TokenBatch]:
     """Split into batches of texts of equal length."""
     lengths = batch.attention_mask.sum(dim=1)
     for length in sorted(set(lengths.tolist()) - {0}):
         texts = lengths == length
-        yield Batch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
+        yield TokenBatch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
 
 
-def unpadded_batches(tokens: CalibrationTokens) -> Iterator[Batch]:
+def unpadded_batches(tokens: CalibrationTokens) -> Iterator[TokenBatch]:
     """Batches without padding."""
     for batch in batches(tokens):
         yield from unpadded(batch)

@@ -25,7 +25,7 @@ from lewis_hub.calibration.model import (
     quiet,
 )
 from lewis_hub.calibration.subject import Weights
-from lewis_hub.calibration.weight_names import FLOATS, Target, WeightLoader, empty_model
+from lewis_hub.calibration.weight_names import FLOATS, LoadTarget, WeightLoader, empty_model
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
@@ -49,7 +49,7 @@ class MetaModel:
     path: str
     blocks: nn.ModuleList
     weights: Weights
-    _targets: Mapping[str, Target]  # by the tensor of a file
+    _targets: Mapping[str, LoadTarget]  # by the tensor of a file
     _loader: WeightLoader
     _device: str
 
@@ -179,7 +179,7 @@ def _decoder(weights: Weights, model: PreTrainedModel) -> tuple[str, nn.ModuleLi
 def _check(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
-    targets: Mapping[str, Target],
+    targets: Mapping[str, LoadTarget],
     loader: WeightLoader,
 ) -> None:
     """Refuse parameters that the files lack, or have in another shape, before any byte is read."""

@@ -16,7 +16,7 @@ from lewis_hub.calibration.determinism import deterministic_threads
 from lewis_hub.calibration.hooks import block_linears, check_tokens_fit, evaluating, forward
 from lewis_hub.calibration.model import Linear, load_model
 from lewis_hub.calibration.subject import Snapshot
-from lewis_hub.calibration.texts import Batch, CalibrationTokens
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 from lewis_hub.calibration.weight_names import weight_names
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import CalibrationModelError
@@ -82,7 +82,7 @@ def output_shifts(
     with evaluating(base), evaluating(expert), torch.no_grad():
         for ids in tokens.ids:
             text = torch.tensor([ids])
-            batch = Batch(text, torch.ones_like(text))
+            batch = TokenBatch(text, torch.ones_like(text))
             with _outputs(of_base, sums.hold):
                 forward(base, batch)
             with _outputs(of_expert, partial(sums.compare, len(ids))):

@@ -47,7 +47,7 @@ from lewis_hub.calibration.model import Linear, has_stacks, linears, load_model,
 from lewis_hub.calibration.moe import BlockNorms, ProductRecorder
 from lewis_hub.calibration.subject import Snapshot, Weights
 from lewis_hub.calibration.summaries import Summary, importances, sum_of_squares
-from lewis_hub.calibration.texts import Batch, CalibrationTokens, batches, first_tokens
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch, batches, first_tokens
 from lewis_hub.calibration.weight_names import weight_names
 from lewis_hub.progress import Advance, shared
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Grouping = Callable[[CalibrationTokens], Iterator[Batch]]
+Grouping = Callable[[CalibrationTokens], Iterator[TokenBatch]]
 Result = TypeVar("Result")
 
 
@@ -281,7 +281,7 @@ def input_sums(  # noqa: PLR0913
     model: PreTrainedModel,
     name: str,
     modules: Mapping[str, Linear],
-    calibration: Iterable[Batch],
+    calibration: Iterable[TokenBatch],
     statistic: Statistic,
     advance: Advance,
     products: ProductRecorder | None = None,
@@ -316,7 +316,7 @@ def input_sums(  # noqa: PLR0913
 
 def _record_parts(
     model: PreTrainedModel,
-    parts: Iterable[Batch],
+    parts: Iterable[TokenBatch],
     recorder: InputRecorder,
     products: ProductRecorder | None,
 ) -> None:

@@ -1,6 +1,6 @@
 """Calibration texts: rows are sampled, rendered with a template, tokenised and batched.
 
-Rows are sampled by a hash of (seed, row index) alone, so a seed draws the same rows on every
+TextRows are sampled by a hash of (seed, row index) alone, so a seed draws the same rows on every
 platform and with every version of the libraries. Texts are in the data's order.
 """
 
@@ -208,7 +208,7 @@ BATCH = 32  # tokens: the cost of one more batch, in the time that a forward tak
 N_TRIAL = 8  # tokens that show how a model multiplies
 
 
-class Rows(Protocol):
+class TextRows(Protocol):
     """A table of which some rows are read at a time."""
 
     @property
@@ -277,7 +277,7 @@ class CalibrationTokens:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Texts of like length, padded on the right; both (n_texts, n_tokens) int64, mask 0 or 1."""
 
     input_ids: Tensor
@@ -325,7 +325,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
 
 
 def calibration_tokens(
-    rows: Rows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
+    rows: TextRows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> CalibrationTokens:
     """Sample rows, render them in the order of the data and cut each text to `max_tokens` tokens.
 
@@ -383,7 +383,7 @@ def _token_ids(
     return typing.cast("list[list[int]]", encoded["input_ids"])
 
 
-def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[Batch]:
+def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[TokenBatch]:
     """Group the texts by length, longest first; padding costs less than one more batch would.
 
     Args:
@@ -404,15 +404,15 @@ def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterato
             n = len(tokens.ids[i])
             input_ids[line, :n] = torch.tensor(tokens.ids[i])
             mask[line, :n] = 1
-        yield Batch(input_ids, mask)
+        yield TokenBatch(input_ids, mask)
 
 
-def first_tokens(tokens: CalibrationTokens) -> Batch:
+def first_tokens(tokens: CalibrationTokens) -> TokenBatch:
     """A few tokens of the first text, to find out how a model uses them."""
     import torch
 
     ids = torch.tensor([tokens.ids[0][:N_TRIAL]])
-    return Batch(ids, torch.ones_like(ids))
+    return TokenBatch(ids, torch.ones_like(ids))
 
 
 def _n_in_batch(lengths: Sequence[int], budget_tokens: int) -> int:

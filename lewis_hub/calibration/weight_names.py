@@ -74,7 +74,7 @@ def empty_model(
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """What a tensor of a file becomes in the model.
 
     Attributes:
@@ -118,20 +118,20 @@ class WeightLoader:
         report, _ = convert_and_load_state_dict_in_model(self.model, empty, nowhere)
         return {*report.missing_keys, *(key for key, *_ in report.mismatched_keys)}
 
-    def targets(self, tensors: Mapping[str, TensorHeader]) -> dict[str, Target]:
+    def targets(self, tensors: Mapping[str, TensorHeader]) -> dict[str, LoadTarget]:
         """What each tensor becomes; tensors that the model does not use are left out."""
         state, prefix = self.model.state_dict(), self.model.base_model_prefix
         mapping = self._loading.weight_mapping or []
         renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        targets: dict[str, Target] = {}
+        targets: dict[str, LoadTarget] = {}
         for name in sorted(tensors, key=dot_natural_key):  # transformers' order: some rules count
             target, converted = rename_source_key(name, renamings, converters, prefix, state)
             if target not in state and name in state:
                 target, converted = rename_source_key(name, [], [], prefix, state)
             if target in state and tensors[name].dtype in FLOATS:
                 fits = state[target].shape == tensors[name].shape
-                targets[name] = Target(target, converted is None and fits)
+                targets[name] = LoadTarget(target, converted is None and fits)
         n_parts = Counter(target.name for target in targets.values())
         # with a plan, some keep another dtype than the others
         has_one_dtype = self._loading.dtype == torch.float32 or not self._loading.dtype_plan

@@ -8,13 +8,13 @@ from pathlib import Path
 from traceback import extract_tb
 
 from lewis_hub.errors import GuideError, LewisHubError
-from lewis_hub.guides.registry import Decision, Guide, Measurements, Values
+from lewis_hub.guides.registry import Decision, Measurements, RegisteredGuide, Values
 
 FAULT = "This is a fault of the guide."
 
 
 def validated_decision(
-    guide: Guide, statistics: Measurements, limits: tuple[float, float], source: str
+    guide: RegisteredGuide, statistics: Measurements, limits: tuple[float, float], source: str
 ) -> Decision:
     """Call a guide for one expert, and validate its decision.
 

@@ -56,7 +56,7 @@ GuideFunction = Callable[[Measurements, float, float], "Values | Decision"]
 
 
 @dataclass(frozen=True)
-class Guide:
+class RegisteredGuide:
     """A registered guide; `needs` are the measures that it uses.
 
     `version` is raised when the same measurements give other densities, so that locks differ.
@@ -79,7 +79,7 @@ class Guide:
         return not WITHOUT_TEXTS.issuperset(self.needs)
 
 
-_registry: Registry[Guide] = Registry("guide", GROUP, GuideError)
+_registry: Registry[RegisteredGuide] = Registry("guide", GROUP, GuideError)
 find, guides, broken = _registry.find, _registry.all, _registry.broken
 
 
@@ -102,7 +102,7 @@ def register(
             raise GuideError(f"guide `{name}`", problem, remedy)
 
     def add(decide: GuideFunction) -> GuideFunction:
-        _registry.add(name, Guide(name, decide, needs, paper, version), decide)
+        _registry.add(name, RegisteredGuide(name, decide, needs, paper, version), decide)
         return decide
 
     return add

@@ -18,7 +18,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides.guide_validation import validated_decision
 from lewis_hub.guides.lewis import Component, Dominance, component, dominance
-from lewis_hub.guides.registry import Decision, Guide, Measurements, Values
+from lewis_hub.guides.registry import Decision, Measurements, RegisteredGuide, Values
 from lewis_hub.recipe.schema import ApplyTo
 
 Key = TypeVar("Key", bound=Hashable)
@@ -335,7 +335,7 @@ class GuidedSchedule:
 
 
 def schedule(  # noqa: PLR0913
-    guide: Guide,
+    guide: RegisteredGuide,
     bounds: Bounds,
     experts: Sequence[str],
     tensors: Mapping[str, Sequence[int]],
@@ -379,14 +379,14 @@ def schedule(  # noqa: PLR0913
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(told))
 
 
-def _dominances(guide: Guide, statistics: Measurements) -> Iterable[Dominance]:
+def _dominances(guide: RegisteredGuide, statistics: Measurements) -> Iterable[Dominance]:
     for measure in guide.needs:
         if measure in ("lewis", "lewis_reference") and (found := dominance(statistics, measure)):
             yield found
 
 
 def _statistics(  # noqa: PLR0913
-    guide: Guide,
+    guide: RegisteredGuide,
     matrices: tuple[str, ...],
     tensors: Mapping[str, Sequence[int]],
     profile: ImportanceProfile | None,

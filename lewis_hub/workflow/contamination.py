@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.texts import CalibrationTokens, Rows, Template
+from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
 from lewis_hub.evaluate.items import TaskItem, TaskRows, contained_items, scored_items

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lewis_hub.calibration.hooks import block_linears
 from lewis_hub.calibration.passes import input_sums, norms_of
 from lewis_hub.calibration.summaries import sum_of_squares
-from lewis_hub.calibration.texts import Batch, CalibrationTokens
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 
 N_TOKENS = 97  # of the tiny models' vocabulary
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -63,7 +63,7 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 def activation_norms(
     model: PreTrainedModel,
     name: str,
-    calibration: Iterable[Batch],
+    calibration: Iterable[TokenBatch],
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     batches = list(calibration)

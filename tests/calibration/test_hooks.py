@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lewis_hub.calibration.passes import measure_whole
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.summaries import sum_of_squares
-from lewis_hub.calibration.texts import Batch, CalibrationTokens, batches
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch, batches
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.methods.numerics import torch_threads
 
@@ -133,8 +133,8 @@ def test_what_stands_under_the_padding_changes_nothing(llama):
     other = ids.clone()
     other[0, 3:] = 55
 
-    first = activation_norms(llama, "tiny", [Batch(ids, mask)], nothing)
-    second = activation_norms(llama, "tiny", [Batch(other, mask)], nothing)
+    first = activation_norms(llama, "tiny", [TokenBatch(ids, mask)], nothing)
+    second = activation_norms(llama, "tiny", [TokenBatch(other, mask)], nothing)
 
     assert all(torch.equal(norm, second[path]) for path, norm in first.items())
 
@@ -300,7 +300,7 @@ def test_a_model_without_blocks_is_refused_with_a_way_out():
 
 
 def test_no_token_at_all_is_an_error(llama):
-    empty = Batch(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+    empty = TokenBatch(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 
     for calibration in ([], [empty]):
         with pytest.raises(EmptyCalibrationError) as caught:

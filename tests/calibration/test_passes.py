@@ -24,7 +24,7 @@ from lewis_hub.calibration.model import load_model
 from lewis_hub.calibration.passes import BlockInputs, block_pass, measure_by_block, measure_whole
 from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, in_folder
 from lewis_hub.calibration.summaries import sum_of_squares
-from lewis_hub.calibration.texts import Batch, CalibrationTokens
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import CalibrationModelError
 
@@ -236,7 +236,7 @@ def chain(loop: Callable[[nn.ModuleList, torch.Tensor], object]) -> None:
     """Enter three blocks by a loop of its own."""
     blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    enter(list(blocks), Batch(ids, ids), lambda _: loop(blocks, torch.ones(1, 2, 2)), None)
+    enter(list(blocks), TokenBatch(ids, ids), lambda _: loop(blocks, torch.ones(1, 2, 2)), None)
 
 
 def twice(blocks, x):
@@ -269,13 +269,13 @@ def test_what_a_block_returns_beside_the_hidden_states_must_not_go_to_the_next()
     blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     ids, bias = torch.zeros(1, 2, dtype=torch.int64), torch.ones(2)
 
-    def run(_: Batch) -> None:
+    def run(_: TokenBatch) -> None:
         x, extra = torch.ones(1, 2, 2), None
         for block in blocks:
             x, extra = block(x, extra)
 
     with pytest.raises(NotAChainError):
-        enter(list(blocks), Batch(ids, ids), run, (bias,))
+        enter(list(blocks), TokenBatch(ids, ids), run, (bias,))
 
 
 def test_each_block_keeps_what_it_was_called_with():
@@ -283,12 +283,12 @@ def test_each_block_keeps_what_it_was_called_with():
     ids, x = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, 2)
     masks = [torch.full((1, 2, 2), float(number)) for number in range(2)]
 
-    def run(_: Batch) -> None:
+    def run(_: TokenBatch) -> None:
         hidden = x
         for block, mask in zip(blocks, masks, strict=True):
             hidden = block(input1=hidden, input2=mask)
 
-    hidden, calls = enter(blocks, Batch(ids, ids), run, None)
+    hidden, calls = enter(blocks, TokenBatch(ids, ids), run, None)
     assert hidden is x
     for call, block in zip(calls, blocks, strict=True):
         hidden = call.run(block, hidden)
