@@ -203,12 +203,8 @@ def forward(
 ) -> None:
     """Run the blocks, if possible without the head, whose output is not needed.
 
-    A decoder after an encoder gets the same text, shifted to the right by one token.
-
-    Args:
-        model: of transformers.
-        batch: texts.
-        products: sees the products of parameters that no Linear owns.
+    A decoder after an encoder gets the same text, shifted to the right by one token. `products`
+    sees the products of parameters that no Linear owns.
     """
     body = model.base_model
     accepted = inspect.signature(type(body).forward).parameters
@@ -242,11 +238,7 @@ def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
 
 
 def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
-    """Refuse token ids and lengths that the model has no embedding for.
-
-    Raises:
-        CalibrationModelError: see above; `name` is the source for the message.
-    """
+    """Refuse token ids and lengths without an embedding with a CalibrationModelError."""
     n_rows = len(cast("Tensor", model.get_input_embeddings().weight))
     highest = max(map(max, tokens.ids))
     if highest >= n_rows:
@@ -262,22 +254,14 @@ def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationToken
 
 
 def require_seen(measured: Mapping[str, object], name: str) -> None:
-    """Refuse an empty measurement.
-
-    Raises:
-        EmptyCalibrationError: nothing was measured; `name` is the source for the message.
-    """
+    """Refuse an empty measurement of the source `name` with an EmptyCalibrationError."""
     if not measured:
         remedy = "Choose calibration data with texts in it."
         raise EmptyCalibrationError(name, "no calibration token reached a block", remedy)
 
 
 def require_finite(totals: Mapping[str, InputSum], name: str) -> None:
-    """Refuse sums that are NaN or infinite.
-
-    Raises:
-        CalibrationModelError: see above; `name` is the source for the message.
-    """
+    """Refuse sums that are NaN or infinite with a CalibrationModelError."""
     for path, one in totals.items():
         if not torch.isfinite(one.total).all():
             problem = f"the activations before {path} are not finite"

@@ -153,12 +153,7 @@ Template = Text | Messages | Rendered
 def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
     """Refuse a template that cannot be parsed or has columns that the data does not have.
 
-    Args:
-        calibration: on a dataset.
-        columns: of its rows; empty if they are not known.
-
-    Raises:
-        CalibrationError: see above.
+    `columns` of the data are empty if they are not known.
     """
     if calibration.messages is None:
         template = Text(calibration)
@@ -307,10 +302,6 @@ def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
 
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code.
-
-    Args:
-        folder: holds the tokenizer files.
-        name: the source for messages.
 
     Raises:
         CalibrationModelError: there is no tokenizer, or it needs own code.

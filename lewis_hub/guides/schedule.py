@@ -25,12 +25,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def weighted_mean(values: Mapping[Key, float], sizes: Mapping[Key, int]) -> float:
-    """The mean over parameters: each tensor counts as often as it has parameters.
-
-    Args:
-        values: tensor -> value; not empty.
-        sizes: tensor -> number of parameters.
-    """
+    """The mean over parameters of tensor -> value, not empty; `sizes` are their numbers."""
     total = sum(sizes[tensor] for tensor in values)
     mean = fsum(sizes[tensor] * value for tensor, value in values.items()) / total
     return min(max(mean, min(values.values())), max(values.values()))  # despite rounding
@@ -40,11 +35,6 @@ def shifted(
     densities: Mapping[str, float], sizes: Mapping[str, int], mean: float
 ) -> dict[str, float]:
     """Add one number to all densities, so that their mean over parameters is `mean`.
-
-    Args:
-        densities: tensor -> density, in (0, 1].
-        sizes: tensor -> number of parameters.
-        mean: in (0, 1]; reached up to rounding.
 
     Raises:
         GuideError: a density would leave (0, 1]; the message says which range would fit.
@@ -72,12 +62,7 @@ def shifted(
 def seen_by_both(
     base: Mapping[str, float], expert: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Leave out routed matrices that a token reached in only one of two models.
-
-    Args:
-        base: module -> importance.
-        expert: likewise.
-    """
+    """Leave out routed matrices that a token reached in only one of two models."""
     alone = {module for module in base.keys() ^ expert.keys() if names.is_routed(module)}
     return (
         {module: value for module, value in base.items() if module not in alone},
@@ -88,14 +73,8 @@ def seen_by_both(
 def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
     """Values for all matrices: a matrix without a value gets the mean of its component.
 
-    If its component has no values either, it gets the mean of all. Means are over parameters.
-
-    Args:
-        values: module -> value, of some of the matrices.
-        sizes: matrix -> number of parameters.
-
-    Returns:
-        The given values first, in their order. Empty if no value is given.
+    If its component has no values either, it gets the mean of all. Means are over parameters. The
+    given values are first, in their order; without any, the result is empty.
     """
     if not values:
         return {}
@@ -150,10 +129,7 @@ def block_matrices(tensors: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     A tensor counts if its name has the number of a block of the text decoder or encoder, and it is
     a `.weight` or a bare tensor of two dimensions or more. Tensors that are, by their names, a
     bias, a norm, an embedding, a convolution or a part of a recurrence do not count. Matrices that
-    attend to an encoder count if there is one.
-
-    Args:
-        tensors: name -> shape, of a checkpoint.
+    attend to an encoder count if there is one. `tensors` are name -> shape, of a checkpoint.
     """
     found = [name for name, shape in tensors.items() if len(shape) >= 2 and _is_matrix(name)]
     has_encoder = any(ENCODER.search(names.stack(name) or "") for name in found)
@@ -257,9 +233,6 @@ class DensitySchedule:
 
     def mean(self, sizes: Mapping[str, int]) -> float:
         """The parameter-weighted mean density of the scheduled tensors of all experts.
-
-        Args:
-            sizes: tensor -> number of parameters.
 
         Raises:
             GuideError: no tensor is scheduled.

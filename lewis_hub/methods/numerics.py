@@ -34,11 +34,7 @@ def torch_threads(n_threads: int) -> Iterator[None]:
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower Cholesky factor, in float64, of a symmetric (n, n) matrix.
-
-    Returns:
-        (n, n) float64; None if the matrix is not positive definite.
-    """
+    """The lower Cholesky factor of a symmetric matrix, in float64; None if it is not definite."""
     import torch
 
     with torch_threads(1):
@@ -64,7 +60,7 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def dot(first: Tensor, second: Tensor) -> float:
-    """The inner product of two tensors of one shape, taken as vectors; 0 for empty ones."""
+    """The inner product of two tensors of equal shape, as vectors; 0 for empty tensors."""
     a, b = first.flatten(), second.flatten()
     return math.fsum(
         float(_folded(a[start : start + CHUNK].double() * b[start : start + CHUNK].double()))
@@ -73,12 +69,12 @@ def dot(first: Tensor, second: Tensor) -> float:
 
 
 def total(values: Tensor) -> float:
-    """The sum of all entries; 0 where there are none."""
+    """The sum of all entries; 0 for an empty tensor."""
     return dot(values, values.new_ones(values.shape))
 
 
 def row_dots(first: Tensor, second: Tensor) -> Tensor:
-    """The inner product of every two rows: (*shape) -> (*shape without the last, 1) float64.
+    """The inner product of each pair of rows: (*shape) -> (*shape without the last, 1) float64.
 
     A row runs along the last dimension. A tensor without dimensions is one row of one entry.
     """
@@ -98,15 +94,9 @@ def row_dots(first: Tensor, second: Tensor) -> Tensor:
 
 
 def cosine(product: float, first: float, second: float) -> float:
-    """Of the angle between two vectors.
+    """The cosine of the angle between two vectors, by their inner product and their squares.
 
-    Args:
-        product: of the two.
-        first: inner product of the one with itself.
-        second: of the other.
-
-    Returns:
-        0 where one of them is zero: it has no direction.
+    It is 0 if a vector is zero, and has no direction.
     """
     length = math.sqrt(first) * math.sqrt(second)
     return min(max(product / length, -1.0), 1.0) if length else 0.0
