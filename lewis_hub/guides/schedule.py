@@ -98,15 +98,15 @@ def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ..
     told = []
     if unseen:
         told.append(
-            f"no calibration token reached {len(unseen)} of the matrices of routed experts, in it "
+            f"no calibration token reached {len(unseen)} of the routed MoE matrices, in it "
             "or in the base: they get the mean density of their component."
         )
     if others:
         n_all = len(values) + len(rest)
         told.append(
-            f"the guide measures nothing of {len(others)} of the {n_all} matrices of the blocks, "
-            f"such as {others[0]}: they get the mean density of their component, or of all where "
-            "that has none."
+            f"the guide has no measurement of {len(others)} of the {n_all} matrices of the blocks, "
+            f"such as {others[0]}: they get the mean density of their component, or of all if "
+            "it has none."
         )
     return tuple(told)
 

@@ -212,7 +212,7 @@ def test_an_expert_that_no_token_reached_gets_its_components_mean_density_and_sa
     assert [densities[name] for name in left] == pytest.approx([mean] * len(left))
     n_left = sum("experts" in n and n.removesuffix(".weight") not in base for n in shapes)
     assert guided.notes[0] == (
-        f"e: no calibration token reached {n_left} of the matrices of routed experts, in it or in "
+        f"e: no calibration token reached {n_left} of the routed MoE matrices, in it or in "
         "the base: they get the mean density of their component."
     )
 
@@ -240,10 +240,10 @@ def test_what_was_not_measured_gets_the_mean_of_its_component_or_of_all_where_th
     assert every["l.1.experts.1.up"] == 0.6
     assert every["l.1.experts.0.down"] == pytest.approx((60 * 0.6 + 30 * 0.4 + 10 * 0.8) / 100)
     assert notes(densities, sizes) == (
-        "no calibration token reached 1 of the matrices of routed experts, in it or in the base: "
+        "no calibration token reached 1 of the routed MoE matrices, in it or in the base: "
         "they get the mean density of their component.",
-        "the guide measures nothing of 2 of the 6 matrices of the blocks, such as l.2.q: they get "
-        "the mean density of their component, or of all where that has none.",
+        "the guide has no measurement of 2 of the 6 matrices of the blocks, such as l.2.q: they get "
+        "the mean density of their component, or of all if it has none.",
     )
 
 
