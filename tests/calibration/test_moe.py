@@ -242,8 +242,8 @@ def test_what_was_not_measured_gets_the_mean_of_its_component_or_of_all_where_th
     assert notes(densities, sizes) == (
         "no calibration token reached 1 of the routed MoE matrices, in it or in the base: "
         "they get the mean density of their component.",
-        "the guide has no measurement of 2 of the 6 matrices of the blocks, such as l.2.q: they get "
-        "the mean density of their component, or of all if it has none.",
+        "the guide has no measurement of 2 of the 6 matrices of the blocks, such as l.2.q: they "
+        "get the mean density of their component, or of all if it has none.",
     )
 
 
