@@ -59,5 +59,5 @@ def _refuse_others(where: str, values: Values, matrices: Collection[str]) -> Non
     others = values.keys() - set(matrices)
     if others:
         problem = f"it decides {min(others)}, which is no matrix of a block"
-        remedy = "A guide decides the modules in `statistics.matrices`, and those alone."
+        remedy = "A guide decides the modules in `Measurements.matrices`, and those alone."
         raise GuideError(where, problem, remedy)

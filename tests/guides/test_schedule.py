@@ -225,7 +225,7 @@ def fails(statistics, gamma, epsilon):
         (
             lambda s, gamma, epsilon: {"model.embed_tokens": 0.5},
             "it decides model.embed_tokens, which is no matrix of a block",
-            "A guide decides the modules in `statistics.matrices`, and those alone.",
+            "A guide decides the modules in `Measurements.matrices`, and those alone.",
         ),
         (
             lambda s, gamma, epsilon: {DOWN[0]: float("nan")},
