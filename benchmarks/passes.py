@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis_hub.calibration.measure import CalibrationSet, Subject, calibrate
-from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.measure import calibrate
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder
 from lewis_hub.calibration.texts import CalibrationTokens, batches
 
 N_TOKENS = 512  # of a text, at most

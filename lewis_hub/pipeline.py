@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from lewis_hub.calibration.meta_model import FEWER, STATES
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict

@@ -13,13 +13,14 @@ import yaml
 from architectures import CAUSAL, Case, build, cases, examine, recipe, table
 
 import lewis_hub
-from lewis_hub.calibration import blockwise, hooks, reference
-from lewis_hub.calibration.measure import CalibrationSet, Place, Subject, calibrate
-from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.measure import calibrate
+from lewis_hub.calibration.passes import measure_by_block, measure_whole
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.reference import measure_reference
+from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, in_folder
+from lewis_hub.calibration.summaries import OF_PAIRS
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.guides.registry import OF_PAIRS
 
 SEQ2SEQ, VISION = "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 QUICK = {  # matrices in the blocks that calibration reaches: per block, times blocks
@@ -85,7 +86,7 @@ def test_nearly_all_architectures_that_transformers_knows_can_be_merged(tmp_path
 
 def measured(guide, measure, folder):
     """Module -> its number, of the folder's model `one`."""
-    against = Place("base", folder / "base") if measure in OF_PAIRS else None
+    against = Snapshot("base", folder / "base") if measure in OF_PAIRS else None
     own = (CalibrationSet({}, PADDED).measured(measure),)
     subject = Subject("one", "sha", "expert", folder / "one", own, against)
     known = ImportanceProfile(guide, {}, ())
@@ -215,7 +216,9 @@ def test_padding_beyond_the_last_position_is_refused_before_anything_is_measured
     told = lewis_hub.check(lewis_hub.read_recipe(tmp_path / "recipe.yaml")).problems
     assert told == tuple(problem(tmp_path / name) for name in ("base", "one"))
     with pytest.raises(CalibrationModelError) as caught:
-        reference.measure(tmp_path / "one", "one", [replace(PADDED, limit=512)], "cpu", int)
+        measure_reference(
+            Snapshot("one", tmp_path / "one"), [replace(PADDED, limit=512)], "cpu", int
+        )
     assert str(caught.value) == problem("one")
 
 
@@ -229,12 +232,12 @@ def test_architectures_are_measured_the_same_block_by_block_or_refused(tmp_path)
         try:
             build(case, tmp_path / case.model_type)
             folder = tmp_path / case.model_type / "base"
-            whole = hooks.measure(folder, "tiny", [texts], "cpu", lambda _: None)
+            whole = measure_whole(Snapshot("tiny", folder), [texts], "cpu", lambda _: None)
         except Exception:  # noqa: BLE001, S112 - docs/architectures.md has the reasons
             continue
         try:
             weights = in_folder("tiny", folder)
-            blocks = blockwise.measure(weights, [texts], "cpu", lambda _: None)
+            blocks = measure_by_block(weights, [texts], "cpu", lambda _: None)
         except CalibrationModelError:
             refused.add(case.model_type)
             continue

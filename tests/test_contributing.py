@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lewis_hub.guides import registry as guides
-from lewis_hub.guides.registry import Statistics
+from lewis_hub.guides.registry import Measurements
 from lewis_hub.methods import registry as methods
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_the_example_of_a_guide_sets_three_densities():
     guide = guides.find("steps")
 
     assert len(lines) <= 20
-    assert guide.decide(Statistics((), {}, {"task_vector": moved}), 0.2, 0.8) == {
+    assert guide.decide(Measurements((), {}, {"task_vector": moved}), 0.2, 0.8) == {
         "l.1.q": 0.2,
         "l.3.q": 0.2,
         "l.4.q": 0.5,

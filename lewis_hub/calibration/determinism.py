@@ -1,14 +1,14 @@
-"""As many threads as leave the arithmetic exactly what it is with one.
+"""Calibration with equal bytes on any number of threads.
 
-torch hands each thread an equal share of a tensor and works on it by pairs of vectors; the rest
-that fills no pair takes another path, where an activation function may round otherwise. Shares of
-whole pairs have no rest, so the measurements, and with them the merged bytes, are the same on any
-number of cores.
+torch gives each thread an equal share of a tensor and works on it by pairs of vectors; the rest of
+a share takes another path, on which an activation function may round otherwise. Shares of whole
+pairs have no rest. Matrices are multiplied by oneDNN, which, unlike MKL, adds up each output in one
+order whatever the number of threads, and is faster on AMD's processors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from math import gcd
@@ -20,6 +20,9 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from lewis_hub.calibration.model import Linear, matrix
+from lewis_hub.methods.numerics import torch_threads
+
 PAIR = 32  # float32 numbers in two of a CPU's widest vectors, AVX-512
 
 
@@ -27,8 +30,8 @@ def whole_shares(widths: Iterable[int], available: int) -> int:
     """The most threads, a power of two, that split every row into shares of whole pairs.
 
     Args:
-        widths: numbers of features of what activation functions work on.
-        available: threads there are, at least 1.
+        widths: numbers of features that activation functions work on.
+        available: the number of available threads, at least 1.
     """
     width = gcd(*widths)
     n_threads = 1
@@ -38,39 +41,36 @@ def whole_shares(widths: Iterable[int], available: int) -> int:
 
 
 @contextmanager
-def threads(n_threads: int) -> Iterator[None]:
-    """Let torch work with so many threads for the time being."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
+def deterministic_threads(modules: Iterable[Linear]) -> Iterator[None]:
+    """Limit torch to as many threads as leave the result of a model's forward pass unchanged."""
+    widths = {matrix(module).shape[1] for module in modules}
+    with torch_threads(whole_shares(widths, torch.get_num_threads())):
         yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# (x, weight, bias, what comes after: nothing); torch for some machines is built without it
-by_onednn: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
 class ByOneDNN(TorchFunctionMode):
-    """A context manager, for what has no gradients: inside it Linears multiply by `by_rows`.
+    """A context manager without gradients: inside it Linears and Conv1Ds multiply by `by_rows`.
 
-    So does what multiplies as a Linear or Conv1D does, such as an expert that is a slice of a
-    parameter.
+    Slices of a parameter that are multiplied as a Linear's weight, such as those of a mixture of
+    experts, are included.
     """
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run a function of torch's, or another in its place."""
+        """Run a function of torch's, or `by_rows` in its place."""
         if func is torch.addmm and not kwargs and args[0].dim() == 1:  # as Conv1D multiplies
-            bias, rows, matrix = args
-            return by_rows(rows, matrix.T, bias)
+            bias, rows, weight = args
+            return by_rows(rows, weight.T, bias)
         return (by_rows if func is linear else func)(*args, **(kwargs or {}))
 
 
 def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    """What `torch.nn.functional.linear` returns: input @ weight.T + bias; it has no gradients.
+    """What `torch.nn.functional.linear` returns, input @ weight.T + bias, without gradients.
 
     Args:
         input: (..., k).
@@ -78,32 +78,32 @@ def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         bias: (n,).
 
     Returns:
-        (..., n), by oneDNN in float32 on a CPU for which torch has it.
+        (..., n), by oneDNN in float32 on a CPU that torch has it for.
 
     Raises:
         RuntimeError: `weight` has no values.
     """
     if weight.is_meta and not input.is_meta:
         raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
-    here = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
-    if here and is_there() and _is_plain(weight) and input.shape[-1] == weight.shape[1]:
-        found: Tensor = by_onednn(input, weight, bias, "none", [], "")
-        return found
+    on_cpu = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+    fits = input.numel() > 0 and input.shape[-1] == weight.shape[-1]
+    if on_cpu and fits and has_onednn() and _is_plain(weight):
+        return linear(input.to_mkldnn(), weight, bias).to_dense()
     return linear(input, weight, bias)
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether it is a matrix that lies as oneDNN's kernels take it.
+    """Whether it is a matrix in a layout that oneDNN's kernels take.
 
-    Another layout it multiplies entry by entry; a class of its own may hold other numbers.
+    A subclass may hold other numbers than its memory.
     """
     is_dense = weight.is_contiguous() or weight.T.is_contiguous()
     return weight.dim() == 2 and is_dense and type(weight) in (Tensor, Parameter)
 
 
 @cache
-def is_there() -> bool:
-    """Whether torch has it for this processor."""
-    backends: Any = torch.backends
-    by_avx = backends.cpu.get_cpu_capability().startswith("AVX")
-    return by_avx and by_onednn is not None and bool(backends.mkldnn.is_available())
+def has_onednn() -> bool:
+    """Whether torch has oneDNN for this processor."""
+    backends: Any = torch.backends  # not all typed
+    has_avx = backends.cpu.get_cpu_capability().startswith("AVX")
+    return bool(has_avx and backends.mkldnn.is_available())

@@ -1,107 +1,22 @@
-"""Sources and calibration sets to measurements, one source in memory at a time."""
+"""Measure sources on calibration sets, with one source in memory at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
-from lewis_hub.calibration.grams import Wanted, read_grams
-from lewis_hub.calibration.meta_model import Weights
-from lewis_hub.calibration.model import run_refusals
-from lewis_hub.calibration.profile import (
-    ImportanceProfile,
-    Role,
-    SourceImportance,
-    importances,
-    reusable,
-)
+from lewis_hub.calibration.failures import run_refusals
+from lewis_hub.calibration.grams import VERSION, GramFiles, GramRequest, read_grams, write_index
+from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance, reusable
+from lewis_hub.calibration.subject import CalibrationSet, Subject
+from lewis_hub.calibration.summaries import SUMMARIES, Measure
 from lewis_hub.calibration.texts import CalibrationTokens
-from lewis_hub.errors import NotByBlockError
-from lewis_hub.guides.aim import evenness
-from lewis_hub.guides.owl import outlier_ratios
-from lewis_hub.guides.registry import Measure
 from lewis_hub.progress import Advance
-
-if TYPE_CHECKING:
-    from lewis_hub.calibration.hooks import Summary
-
-
-Found = TypeVar("Found")
-
-SUMMARIES: Mapping[Measure, Summary] = {  # what is made of one pass's activation norms
-    "lewis": importances,
-    "outliers": outlier_ratios,
-    "evenness": evenness,
-}
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """Tokens to measure on, and all that fixes them: two sets are one if their facts are equal."""
-
-    facts: Mapping[str, Any]
-    tokens: CalibrationTokens
-
-    def measured(self, how: Measure, **against: str) -> CalibrationSet:
-        """The same tokens, for one measure; `against` says which base a measure of pairs takes."""
-        return replace(self, facts={"measure": how, **self.facts, **against})
-
-
-@dataclass(frozen=True)
-class Place:
-    """A source on disk: what messages call it, and a complete local snapshot."""
-
-    name: str
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A source to be measured on some sets.
-
-    Attributes:
-        against: its base, for a measure of pairs.
-        weights: of one that is measured block by block where that can be; not for all measures.
-            None: it is loaded whole from `folder`.
-        may_be_whole: whether it is loaded whole where it cannot be measured so.
-        wanted: second moments that the pass of one with a single set leaves too, where it goes
-            block by block and they are not there.
-    """
-
-    source: str  # repo@sha, or the folder as written
-    commit_sha: str
-    role: Role
-    folder: Path  # a complete local snapshot, where it is loaded whole
-    sets: tuple[CalibrationSet, ...]
-    against: Place | None = None
-    weights: Weights | None = None
-    may_be_whole: bool = False
-    wanted: Wanted | None = None
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that will run through it."""
-        return sum(one.tokens.n_tokens for one in self.sets)
-
-    def measured(self, by_block: Callable[[Weights], Found], whole: Callable[[], Found]) -> Found:
-        """What one of two ways finds, which find the same.
-
-        Raises:
-            NotByBlockError: it cannot be measured block by block, and must not be loaded whole.
-        """
-        if self.weights:
-            try:
-                return by_block(self.weights)
-            except NotByBlockError:
-                if not self.may_be_whole:
-                    raise
-        return whole()
 
 
 def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subject]:
-    """What is left to measure: subjects with the sets that no known measurement answers."""
+    """The subjects with the sets that no known measurement covers."""
     left = []
     for subject in subjects:
         sets = tuple(s for s in subject.sets if not reusable(known, subject.commit_sha, s.facts))
@@ -110,7 +25,7 @@ def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subje
     return left
 
 
-def calibrate(
+def calibrate(  # noqa: PLR0913
     subjects: Sequence[Subject],
     known: ImportanceProfile,
     device: str,
@@ -118,16 +33,16 @@ def calibrate(
     keep: Callable[[ImportanceProfile], None],
     how: Measure = "lewis",
 ) -> ImportanceProfile:
-    """Measure what is not known yet.
+    """Measure all that is not known yet.
 
     Args:
         subjects: the base with every distinct set, then each expert with its own. For a measure of
-            pairs: each expert with its own, against the base, which the facts of its sets name.
-        known: earlier measurements; those of the same source, data and settings are taken over.
+            pairs: each expert with its own set, against the base, which the facts of its set name.
+        known: earlier measurements; those of the same source, data and settings are reused.
         device: as torch names it.
         advance: called with the number of tokens done.
-        keep: called with all that is known after each source, so that it is never lost.
-        how: what is measured of each module.
+        keep: called with all measurements after each source, so that none is lost.
+        how: the measure.
 
     Returns:
         The profile of exactly the subjects, in their order.
@@ -155,18 +70,18 @@ def _measured(
     device: str,
     advance: Advance,
 ) -> list[dict[str, float]]:
-    from lewis_hub.calibration import blockwise, hooks, reference  # torch: only here
+    from lewis_hub.calibration import output_shift, passes, reference  # torch: only here
 
     if how == "lewis_reference":
-        return reference.measure(subject.folder, subject.source, tokens, device, advance)
+        return reference.measure_reference(subject.snapshot, tokens, device, advance)
     if subject.against:
-        expert = Place(subject.source, subject.folder)
-        return reference.measure_shifts(subject.against, expert, tokens, device, advance)
-    name, summarise = subject.source, SUMMARIES[how]
-    wanted = None if subject.wanted and read_grams(subject.wanted) else subject.wanted
+        pair = subject.against, subject.snapshot
+        return output_shift.measure_shifts(*pair, tokens, device, advance)
+    summarise = SUMMARIES[how]
+    request = None if subject.wanted and read_grams(subject.wanted) else subject.wanted
     return subject.measured(
-        lambda weights: blockwise.measure(weights, tokens, device, advance, summarise, wanted),
-        lambda: hooks.measure(subject.folder, name, tokens, device, advance, summarise),
+        lambda w: passes.measure_by_block(w, tokens, device, advance, summarise, request),
+        lambda snapshot: passes.measure_whole(snapshot, tokens, device, advance, summarise),
     )
 
 
@@ -192,3 +107,35 @@ def _in_order(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Sou
             assert entry is not None  # measured above, or known before
             ordered.append(_measurement(subject, one, entry.modules))
     return ordered
+
+
+def gram_facts(subject: Subject, widest: int) -> dict[str, Any]:
+    """All facts that fix the second moments of a source on its one calibration set."""
+    (own,) = subject.sets
+    content = subject.commit_sha
+    return {"version": VERSION, "source": content, "calibration": {**own.facts}, "widest": widest}
+
+
+def gather_grams(
+    subject: Subject, request: GramRequest, device: str, advance: Advance
+) -> GramFiles:
+    """Run a source's calibration texts through it, and store the second moments of its Linears.
+
+    Args:
+        subject: with one calibration set; its model is freed on return.
+        request: what is stored, and where.
+        device: as torch names it.
+        advance: called with the number of tokens done, as if there were one pass.
+
+    Raises:
+        CalibrationModelError: the source cannot be loaded or measured.
+        EmptyCalibrationError: no token counts.
+    """
+    from lewis_hub.calibration.passes import gather_by_block, gather_whole
+
+    tokens = subject.sets[0].tokens
+    modules = subject.measured(
+        lambda weights: gather_by_block(weights, tokens, request, device, advance),
+        lambda snapshot: gather_whole(snapshot, tokens, request, device, advance),
+    )
+    return write_index(modules, request)

@@ -1,4 +1,4 @@
-"""A source's model and tokenizer, as transformers loads them from a local folder.
+"""A source's model, as transformers loads it from a local folder, and its structure.
 
 Nothing here runs a repo's own code or opens a connection.
 """
@@ -9,36 +9,33 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.errors import CalibrationModelError, LewisHubError
+from lewis_hub.calibration.failures import refusals
+from lewis_hub.errors import CalibrationModelError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
 
-LINE = 64  # bytes of a line of the cache, to which torch aligns what it allocates
+LINE = 64  # bytes of a cache line, to which torch aligns its allocations
 
 
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     """Load a language model for measuring, in eval mode.
 
-    Its class is the one that its configuration names, as the files hold the tensors of that one;
-    where none is named that transformers has, it is loaded as a causal language model.
-
-    On a CPU the arithmetic is float32, whatever the file's dtype: it is the definition, and half
-    precision is slow there. Elsewhere the file's own dtype is kept.
+    Its class is the one that its configuration names; if transformers does not have it, it is
+    loaded as a causal language model. On a CPU the arithmetic is float32, whatever the file's
+    dtype, as half precision is slow there. On other devices the file's own dtype is kept.
 
     Args:
         folder: a complete local snapshot.
         device: as torch names it: "cpu", "cuda", "cuda:1". "cuda" is all GPUs together.
-        name: the source as the user knows it, for messages.
+        name: the source for messages.
 
     Raises:
         CalibrationModelError: transformers cannot load it, it needs own code, weights that the
@@ -65,11 +62,11 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
 
 
 def placement(device: str, n_gpus: int) -> str | dict[str, str] | None:
-    """Where transformers has to put a model, in its own words.
+    """The `device_map` of transformers for a device.
 
     Returns:
-        "auto", which is block by block over all GPUs, for "cuda" where there are several. None for
-        the CPU's memory. Else the one device.
+        "auto", which distributes blocks over all GPUs, for "cuda" with several GPUs; None for the
+        CPU; else the one device.
     """
     if device == "cpu":
         return None
@@ -77,10 +74,10 @@ def placement(device: str, n_gpus: int) -> str | dict[str, str] | None:
 
 
 def align(model: nn.Module) -> None:
-    """Copy parameters that begin at an odd place of a line of the cache, as those of a mapped file.
+    """Copy parameters that are not aligned to a cache line, such as those of a mapped file.
 
-    Products of matrices are rounded otherwise there, on some processors; so what is measured would
-    depend on where in its file a tensor lies, and on how it was read.
+    Some processors round matrix products by the alignment, so measurements would depend on the
+    offset of a tensor in its file.
     """
     for parameter in model.parameters():
         if parameter.data_ptr() % LINE:
@@ -88,12 +85,12 @@ def align(model: nn.Module) -> None:
 
 
 def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], device: str) -> None:
-    """Refuse that parts of a model were left beside the GPUs: every forward would carry them there.
+    """Refuse a model with modules outside the GPUs, which every forward pass would move there.
 
     Args:
-        name: the source as the user knows it, for messages.
+        name: the source for messages.
         placed: module -> its device, "cpu" or "disk".
-        device: that was asked for.
+        device: of the model.
     """
     if device != "cpu" and not {"cpu", "disk"}.isdisjoint(map(str, placed.values())):
         problem = "it is larger than the memory of all GPUs"
@@ -113,7 +110,7 @@ def model_class(folder: Path) -> Any:
 
 
 def check_complete(name: str, missing: Iterable[str]) -> None:
-    """Refuse weights that are in no file: random ones would mean nothing."""
+    """Refuse a model with weights that are in no file, and would be random."""
     absent = sorted(missing)
     if absent:
         others = f"{len(absent) - 1} more of the weights that its architecture needs"
@@ -123,92 +120,16 @@ def check_complete(name: str, missing: Iterable[str]) -> None:
 
 
 def check_reads_tokens(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model of pictures or sound alone."""
+    """Refuse a model that takes only images or sound."""
     if "input_ids" not in inspect.signature(model.forward).parameters:
         problem = f"{type(model).__name__} reads no tokens"
         remedy = "Calibration measures language models; merge it with guide `uniform` instead."
         raise CalibrationModelError(name, problem, remedy)
 
 
-def check_padding(name: str, max_tokens: int, n_positions: int | None) -> None:
-    """Refuse texts that guide `lewis_reference` pads beyond a model's last position.
-
-    Args:
-        name: the source as the user knows it, for messages.
-        max_tokens: of the calibration.
-        n_positions: None, 0 or less: there is no end.
-    """
-    if max_tokens > (n_positions or 0) > 0:
-        problem = (
-            f"guide `lewis_reference` pads every text to `max_tokens`, {max_tokens}, and the model "
-            f"has {n_positions} positions"
-        )
-        remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
-        raise CalibrationModelError(name, problem, remedy)
-
-
-@contextmanager
-def refusals(name: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a folder that it cannot load into one error.
-
-    Args:
-        name: the source as the user knows it.
-        what: "model" or "tokenizer".
-    """
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        text = str(error)
-        line = next((line.strip() for line in text.splitlines() if line.strip()), repr(error))
-        remedy = f"Calibration loads a {what} with transformers; see what it needs above."
-        if "trust_remote_code" in text:
-            line = f"its {what} needs Python code from its repo, which is not run"
-            remedy = "Take a source that transformers supports by itself, or use guide `uniform`."
-        elif "Unrecognized configuration class" in text:
-            line = "its architecture is no causal language model"
-            remedy = "Calibration measures decoders; merge it with guide `uniform` instead."
-        elif "does not recognize this architecture" in text:
-            line = "this version of transformers does not know its architecture"
-            remedy = "Upgrade: pip install -U transformers."
-        elif "out of memory" in text:
-            line, remedy = "there is not enough memory to load it", "Use a larger device, or cpu."
-        raise CalibrationModelError(name, line.rstrip("."), remedy) from error
-
-
-@contextmanager
-def run_refusals(name: str, by: str) -> Iterator[None]:
-    """Turn what a model's own code raises while texts run through it into one error.
-
-    What did not go through transformers is a bug of ours, and keeps its traceback.
-
-    Args:
-        name: the source as the user knows it.
-        by: what asked for it, such as "guide `lewis`".
-    """
-    try:
-        yield
-    except LewisHubError:
-        raise
-    except Exception as error:
-        frames = (frame for frame, _ in walk_tb(error.__traceback__))
-        if not any(frame.f_globals["__name__"].startswith("transformers.") for frame in frames):
-            raise
-        text = str(error)
-        line = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
-        problem = f"{by} cannot measure it: {type(error).__name__}: {line.rstrip('.')}"
-        remedy = (
-            "Its own code fails so on calibration texts. Guides `uniform` and `magnitude`, and "
-            "methods without statistics, run no model."
-        )
-        if "out of memory" in text or "allocate memory" in text:
-            problem = f"{by} cannot measure it: there is not enough memory"
-            remedy = "Use a larger device, or measure it block by block: `--max-memory 1GB`."
-        raise CalibrationModelError(name, problem, remedy) from error
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Only the command line prints: no progress bar and no report from transformers."""
+    """No progress bar and no report of transformers, as only the command line prints."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -224,7 +145,7 @@ def quiet() -> Iterator[None]:
 
 
 def config_value(model: PreTrainedModel, key: str) -> Any:
-    """A value of the language model's configuration, None where it has none."""
+    """A value of the language model's configuration; None if it is not set."""
     return getattr(model.config.get_text_config(), key, None)
 
 
@@ -234,9 +155,9 @@ Linear = nn.Linear | Conv1D
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Every list of blocks by its path: the outermost ModuleLists whose items hold a Linear.
 
-    A decoder has one, an encoder-decoder two; others are a vision tower's or an extra head's, which
-    calibration texts do not reach. "Outermost" leaves out lists inside a block, such as its
-    experts. An item that is itself a Linear is no block.
+    A decoder has one, an encoder-decoder two; others belong to a vision tower or an extra head,
+    which calibration texts do not reach. Lists inside a block, such as the networks of a mixture,
+    are left out. An item that is itself a Linear is not a block.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -258,7 +179,7 @@ def _is_block(item: nn.Module) -> bool:
 
 
 def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Matrices in the blocks, and stacks of them, that no Linear owns."""
+    """Matrices in the blocks, and stacks of matrices, that no Linear owns."""
     found: dict[str, Tensor] = {}
     for path, blocks in block_lists(model).items():
         owned = {id(module.weight) for _, module in linears(path, blocks)}
@@ -269,15 +190,15 @@ def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_stacks(model: nn.Module) -> bool:
-    """Whether a model's blocks have stacks of matrices, such as experts that are fused.
+    """Whether a model's blocks have stacks of matrices, such as the fused ones of a mixture.
 
-    What a convolution owns looks like one, and is none.
+    The kernels of convolutions do not count.
     """
     return any(
         parameter.dim() == 3 and 1 not in parameter.shape
         for blocks in block_lists(model).values()
         for module in blocks.modules()
-        if not isinstance(module, _ConvNd)
+        if not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         for parameter in module.parameters(recurse=False)
     )
 

@@ -1,4 +1,4 @@
-"""Activation norms and weights to importance: the profile that guides decide from.
+"""The profile of a merge: what was measured of each module of each source.
 
 A profile is read and written without torch, so that plots and merges can use one without it.
 """
@@ -9,20 +9,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 VERSION = 1
 
 
 def write_document(document: Mapping[str, Any]) -> str:
-    """Write a document in the order it was given."""
+    """A document as JSON, in its own order."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -44,7 +40,7 @@ def read_document(text: str, file: str) -> dict[str, Any]:
 
 
 def take(document: Any, key: str, kind: type, file: str) -> Any:
-    """Take a field, of a kind that is checked."""
+    """A field of a document, with a check of its type."""
     value = _value(document, key, file)
     if not isinstance(value, kind) or isinstance(value, bool):
         raise broken_document(file, f"`{key}` is a {type(value).__name__}, not a {kind.__name__}")
@@ -52,7 +48,7 @@ def take(document: Any, key: str, kind: type, file: str) -> Any:
 
 
 def take_number(document: Any, key: str, file: str) -> float:
-    """Take a field that holds a finite number."""
+    """A field of a document that is a finite number."""
     value = _value(document, key, file)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise broken_document(file, f"`{key}` is {value!r}, not a number")
@@ -68,69 +64,34 @@ def _value(document: Any, key: str, file: str) -> Any:
 
 
 def take_numbers(document: Any, key: str, file: str) -> dict[str, float]:
-    """Take a field that maps names to finite numbers."""
+    """A field of a document that maps names to finite numbers."""
     named = take(document, key, dict, file)
     return {name: take_number(named, name, file) for name in named}
 
 
 def broken_document(file: str, problem: str) -> ProfileError:
-    """The error for a file that this program did not write, or not as it is now."""
+    """The error for a file that this version did not write, or that was changed."""
     return ProfileError(file, problem, "Delete the file to have it made again.")
 
 
-MEASURING = 4  # raised when the same source and texts come out as other numbers
-ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
-
+MEASURING = 4  # raised when the same source and texts give other numbers
 Role = Literal["base", "expert"]
-
-
-def module_importance(weight: Tensor, norm: Tensor) -> float:
-    """The Frobenius norm of |W| · a: sqrt(Σ_ij W_ij² a_j²).
-
-    Args:
-        weight: (out_features, in_features), any floating dtype.
-        norm: (in_features,) activation norms a, on the weight's device; or one for each entry of a
-            weight of any shape.
-    """
-    if norm.dim() > 1:
-        return float((weight.float() * norm).norm())
-    columns = sum_of_squares(weight)
-    return float((columns * norm.to(columns.dtype).square()).sum().sqrt())
-
-
-def importances(weights: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
-    """`module_importance` of each module that was seen, in the order of `norms`."""
-    return {module: module_importance(weights[module], norm) for module, norm in norms.items()}
-
-
-def sum_of_squares(rows: Tensor) -> Tensor:
-    """Sum squares over the first of two dimensions: float32 in a piece, float64 over the pieces.
-
-    MPS has no float64, so it is float32 throughout there.
-    """
-    import torch
-
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        total += rows[start : start + ROWS_AT_ONCE].float().square().sum(dim=0)
-    return total
 
 
 @dataclass(frozen=True)
 class SourceImportance:
-    """One source, measured on one calibration set: one number a module, importance or another."""
+    """One source, measured on one calibration set: one number per module."""
 
     source: str  # repo@sha, or the folder as written
     commit_sha: str  # which content it was: 40 hex digits, or a folder's digest
     role: Role
     n_tokens: int
     modules: Mapping[str, float]  # module -> its number, in the model's order
-    calibration: Mapping[str, Any]  # what fixes the tokens, and what was found
+    calibration: Mapping[str, Any]  # all facts that fix the tokens, and counts
 
     @property
     def measure(self) -> str:
-        """Which number of a module it is."""
+        """The measure of the numbers."""
         return str(self.calibration.get("measure", "lewis"))
 
 
@@ -139,11 +100,11 @@ class ImportanceProfile:
     """All sources of a merge, measured the same way."""
 
     guide: str
-    calibration: Mapping[str, Any]  # the guide's; a source carries what it was measured on
+    calibration: Mapping[str, Any]  # the guide's; each source has its own facts
     sources: tuple[SourceImportance, ...]
 
     def base_of(self, expert: SourceImportance) -> SourceImportance:
-        """The base as it was measured on the same calibration set as `expert`.
+        """The base, measured on the same calibration set as `expert`.
 
         Raises:
             ProfileError: the profile holds no such measurement.
@@ -155,13 +116,13 @@ class ImportanceProfile:
         raise ProfileError("importance.json", problem, "Measure again: delete the file.")
 
     def by(self, measure: str) -> ImportanceProfile:
-        """What was measured so, alone."""
+        """The profile with the entries of one measure."""
         chosen = tuple(entry for entry in self.sources if entry.measure == measure)
         return replace(self, sources=chosen)
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """What was measured, each once."""
+        """All measures of the entries, each once."""
         return tuple(dict.fromkeys(entry.measure for entry in self.sources))
 
     @property
@@ -170,7 +131,7 @@ class ImportanceProfile:
         return tuple(entry for entry in self.sources if entry.role == "expert")
 
     def to_json(self) -> str:
-        """Write it as `lewis/importance.json`."""
+        """The text of `lewis/importance.json`."""
         written = {
             "version": VERSION,
             "guide": self.guide,
@@ -191,10 +152,10 @@ class ImportanceProfile:
 
     @classmethod
     def from_json(cls, text: str, file: str = "importance.json") -> ImportanceProfile:
-        """Read what `to_json` wrote; `file` is named in messages.
+        """Parse the output of `to_json`; `file` is for messages.
 
         Raises:
-            ProfileError: not JSON, another version, or a field that is missing or of another kind.
+            ProfileError: not JSON, another version, or a field is missing or has another type.
         """
         read = read_document(text, file)
         return cls(
@@ -221,16 +182,16 @@ def _source(read: Any, file: str) -> SourceImportance:
 def calibration_facts(
     calibration: Calibration, data: Mapping[str, str], seed: int, tokenizer: str
 ) -> dict[str, Any]:
-    """All that fixes the tokens: known before any row is read.
+    """All facts that fix the tokens and are known before any row is read.
 
     Args:
-        calibration: as the recipe asks.
-        data: what is read: `dataset`, pinned (repo@sha, or the path as written), `dataset_sha`,
-            which content that is, and of a task `task_digest`, over its files.
+        calibration: the recipe's.
+        data: the pinned `dataset` (repo@sha, or the path as written) and its `dataset_sha`, and for
+            a task the `task_digest` over its files.
         seed: the recipe's.
-        tokenizer: pinned source of the tokenizer, with its digest where it is a folder.
+        tokenizer: the digest of the tokenizer.
     """
-    asked = {
+    template = {
         "text": calibration.text,
         "messages": calibration.messages,
         "task": calibration.task,
@@ -241,7 +202,7 @@ def calibration_facts(
         **data,
         "config": calibration.config,
         "split": calibration.split,
-        **{kind: told for kind, told in asked.items() if told is not None},
+        **{kind: value for kind, value in template.items() if value is not None},
         "samples": calibration.samples,
         "max_tokens": calibration.max_tokens,
         "seed": seed,
@@ -252,12 +213,12 @@ def calibration_facts(
 def reusable(
     profile: ImportanceProfile, commit_sha: str, facts: Mapping[str, Any]
 ) -> SourceImportance | None:
-    """Find a measurement that would come out the same if it were made again.
+    """Find a measurement of the same source and texts; None if there is none.
 
     Args:
         profile: from an earlier merge.
-        commit_sha: of the source; its name and its role then may differ.
-        facts: from `calibration_facts`, optionally with what was found.
+        commit_sha: of the source, whose name and role may differ.
+        facts: from `calibration_facts`, optionally with the counts.
     """
     for entry in profile.sources:
         known = entry.calibration

@@ -1,7 +1,7 @@
-"""Calibration rows and a template to texts, and texts to token batches.
+"""Calibration texts: rows are sampled, rendered with a template, tokenised and batched.
 
-Rows are drawn by a hash of (seed, row index) and nothing else, so the same seed draws the same rows
-on every platform and under every version of the libraries below. Texts come in the data's order.
+TextRows are sampled by a hash of (seed, row index) alone, so a seed draws the same rows on every
+platform and with every version of the libraries. Texts are in the data's order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from lewis_hub.calibration.failures import refusals
 from lewis_hub.errors import CalibrationError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-RENDERED = "text"  # the column of rows that are texts already
+RENDERED = "text"  # the column of rows that are already rendered
 
 
 class Text:
-    """`text: "{question} {answer}"`: columns in braces, `{{` and `}}` for literal ones.
+    """`text: "{question} {answer}"`: columns in braces, `{{` and `}}` for literal braces.
 
-    A null counts as an empty text; numbers are written as Python writes them.
+    A null is an empty text; numbers are formatted as by Python.
     """
 
     adds_special_tokens: ClassVar[bool] = True
@@ -55,17 +56,17 @@ class Text:
         return [(literal, field) for literal, field, _, _ in parsed]
 
     def check(self, columns: Sequence[str]) -> None:
-        """Refuse a template that names a column which the data does not have."""
+        """Refuse a template with a column that the data does not have."""
         for _, field in self._parts:
             if field is not None:
                 _check_column(self._where, field, columns)
 
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What of a row goes into the text: the columns that the template names."""
+        """The values of a row that are part of the text."""
         return tuple(row[field] for _, field in self._parts if field is not None)
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
-        """Fill in one row; `index` is its place in the data, for messages."""
+        """Render one row; `index` is its number in the data, for messages."""
         return "".join(
             literal + ("" if field is None else self._value(index, field, row[field]))
             for literal, field in self._parts
@@ -91,15 +92,15 @@ class Messages:
         _require_chat(tokenizer, self._where, "Use `text` over plain columns")
 
     def check(self, columns: Sequence[str]) -> None:
-        """Refuse a column which the data does not have."""
+        """Refuse a column that the data does not have."""
         _check_column(self._where, self._column, columns)
 
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What of a row goes into the text: what is said in the messages."""
+        """The contents of the messages of a row."""
         return tuple(message["content"] for message in row[self._column] or ())
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
-        """Write one row's conversation out; a null or an empty list is an empty text."""
+        """Render one row's conversation; a null or an empty list is an empty text."""
         from jinja2 import TemplateError
 
         messages = row[self._column]
@@ -119,7 +120,7 @@ class Messages:
 
 
 class Rendered:
-    """`task: NAME`: the rows are texts already, as the task's prompt makes them.
+    """`task: NAME`: the rows are already rendered with the task's prompt.
 
     As in lm-eval the tokenizer adds its special tokens, unless a chat template wrote the first one.
     """
@@ -135,14 +136,14 @@ class Rendered:
             self.adds_special_tokens = not (start and begins.startswith(start))
 
     def check(self, columns: Sequence[str]) -> None:
-        """Nothing is asked of the columns."""
+        """Accept all columns."""
 
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         """The whole text."""
         return (row[RENDERED],)
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:  # noqa: ARG002 - the templates' shape
-        """The text as it is."""
+        """The text."""
         return str(row[RENDERED])
 
 
@@ -150,14 +151,9 @@ Template = Text | Messages | Rendered
 
 
 def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
-    """Refuse a template that cannot be read or names columns which the data does not have.
+    """Refuse a template that cannot be parsed or has columns that the data does not have.
 
-    Args:
-        calibration: on a dataset.
-        columns: of its rows; none where they are not known, and then nothing is asked of them.
-
-    Raises:
-        CalibrationError: see above.
+    `columns` of the data are empty if they are not known.
     """
     if calibration.messages is None:
         template = Text(calibration)
@@ -170,10 +166,10 @@ def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
 
 
 def template_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """How rows become texts.
+    """The template of a calibration.
 
     Raises:
-        CalibrationError: the template cannot be read, or the tokenizer has no chat template.
+        CalibrationError: the template cannot be parsed, or the tokenizer has no chat template.
     """
     if calibration.task:
         return Rendered(calibration, tokenizer)
@@ -202,12 +198,13 @@ def _check_column(where: str, column: str, columns: Sequence[str]) -> None:
     raise CalibrationError(where, f"there is no column `{column}`", f"Columns: {there}.{hint}")
 
 
-TOGETHER = 2048  # tokens of a batch, padding included; a longer text stands alone
-BATCH = 32  # tokens: what a batch more costs, in what a forward takes for each token
+TOGETHER = 2048  # tokens of a batch, padding included; a longer text is a batch of its own
+BATCH = 32  # tokens: the cost of one more batch, in the time that a forward takes for a token
+N_TRIAL = 8  # tokens that show how a model multiplies
 
 
-class Rows(Protocol):
-    """A table that is read a few rows at a time."""
+class TextRows(Protocol):
+    """A table of which some rows are read at a time."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -222,7 +219,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationTokens:
-    """What a source is measured on: one token sequence per text that isn't empty."""
+    """The tokens that a source is measured on: a sequence for each text that is not empty."""
 
     ids: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]  # index of each sequence's row in the data
@@ -230,24 +227,24 @@ class CalibrationTokens:
     n_truncated: int
     n_empty: int
     tokenizer: str  # where it came from, for messages
-    limit: int = 0  # tokens that a text may have
+    limit: int = 0  # the most tokens of a text
     end: int | None = None  # the tokenizer's end-of-sequence token
-    n_cut: int = 0  # tokens that were left out, all texts together
-    cut_first: bool = False  # whether they were the first of a text, or the last
+    n_cut: int = 0  # tokens that were cut off, all texts together
+    cut_first: bool = False  # whether the first tokens of a text were cut off, or the last
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all texts."""
+        """The number of tokens of all texts."""
         return sum(map(len, self.ids))
 
     @property
     def n_padded(self) -> int:
-        """Tokens of all texts where each is padded to the limit."""
+        """The number of tokens if each text is padded to the limit."""
         return len(self.ids) * self.limit
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was drawn and kept, for the profile: digests over row indices and token ids."""
+        """Digests of row indices and token ids, and counts, for the profile."""
         texts = "\n".join(_joined(ids) for ids in self.ids)
         return {
             "rows_digest": _digest(_joined(self.rows)),
@@ -260,7 +257,7 @@ class CalibrationTokens:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about these tokens: few rows, empty texts, cut texts."""
+        """Notes for the user: too few rows, empty texts, cut texts."""
         drawn, kept = len(self.ids) + self.n_empty, len(self.ids)
         notes = []
         if drawn < self.n_asked:
@@ -275,7 +272,7 @@ class CalibrationTokens:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Texts of like length, padded on the right; both (n_texts, n_tokens) int64, mask 0 or 1."""
 
     input_ids: Tensor
@@ -291,7 +288,7 @@ def _digest(text: str) -> str:
 
 
 def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
-    """Choose rows by a seed: those whose keys are lowest, in the order of their keys.
+    """Sample rows by a seed: those with the lowest keys, in the order of their keys.
 
     The key of row i is blake2b-64 of the decimal text "seed:i", read as a big-endian number. A
     larger sample begins with the smaller one; with fewer rows than samples all are returned.
@@ -304,18 +301,12 @@ def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
 
 
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in a local folder; none of a repo's own code is run.
-
-    Args:
-        folder: holds the tokenizer files.
-        name: the source as the user knows it, for messages.
+    """Load the tokenizer of a local folder, without a repo's own code.
 
     Raises:
         CalibrationModelError: there is no tokenizer, or it needs own code.
     """
     from transformers import AutoTokenizer
-
-    from lewis_hub.calibration.model import refusals
 
     with refusals(name, "tokenizer"):
         return typing.cast(
@@ -325,13 +316,12 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
 
 
 def calibration_tokens(
-    rows: Rows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
+    rows: TextRows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> CalibrationTokens:
-    """Draw rows, render them in the order of the data and cut each text to `max_tokens` tokens.
+    """Sample rows, render them in the order of the data and cut each text to `max_tokens` tokens.
 
-    A cut text simply stops: no end-of-sequence token is put where the text has not ended. Of a
-    task's text the beginning goes, behind the tokenizer's own first token, since its item and
-    answer come last, after all few-shot examples.
+    No end-of-sequence token is added to a cut text. A task's text is cut at the beginning, after
+    the tokenizer's own first token, since its item and answer follow all few-shot examples.
 
     Raises:
         CalibrationError: the template does not fit the columns, a row or the tokenizer.
@@ -369,7 +359,7 @@ def calibration_tokens(
 
 
 def _last(tokens: list[int], limit: int, starts: Collection[int | None]) -> list[int]:
-    """The last `limit` tokens, the first among them where it is one of `starts`."""
+    """The last `limit` tokens; the first token is kept if it is one of `starts`."""
     kept = tokens[:1] if tokens[0] in starts else []
     first = max(len(kept), len(tokens) - limit + len(kept))
     return kept + tokens[first:]
@@ -384,19 +374,20 @@ def _token_ids(
     return typing.cast("list[list[int]]", encoded["input_ids"])
 
 
-def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[Batch]:
-    """Group the texts by length, longest first, so that less is padding than a batch more costs.
+def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[TokenBatch]:
+    """Group the texts by length, longest first; padding costs less than one more batch would.
 
     Args:
-        tokens: one text is never split.
-        budget_tokens: most tokens a batch holds, padding included; a longer text stands alone.
+        tokens: a text is never split.
+        budget_tokens: the most tokens of a batch, padding included; a longer text is a batch of
+            its own.
     """
     import torch
 
     order = sorted(range(len(tokens.ids)), key=lambda i: (-len(tokens.ids[i]), i))
     while order:
         lengths = [len(tokens.ids[i]) for i in order]
-        n_texts = _n_together(lengths, budget_tokens)
+        n_texts = _n_in_batch(lengths, budget_tokens)
         taken, order = order[:n_texts], order[n_texts:]
         input_ids = torch.zeros(len(taken), lengths[0], dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
@@ -404,11 +395,19 @@ def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterato
             n = len(tokens.ids[i])
             input_ids[line, :n] = torch.tensor(tokens.ids[i])
             mask[line, :n] = 1
-        yield Batch(input_ids, mask)
+        yield TokenBatch(input_ids, mask)
 
 
-def _n_together(lengths: Sequence[int], budget_tokens: int) -> int:
-    """How many texts, of lengths that fall, the first batch holds: at least one."""
+def first_tokens(tokens: CalibrationTokens) -> TokenBatch:
+    """A few tokens of the first text, to find out how a model uses them."""
+    import torch
+
+    ids = torch.tensor([tokens.ids[0][:N_TRIAL]])
+    return TokenBatch(ids, torch.ones_like(ids))
+
+
+def _n_in_batch(lengths: Sequence[int], budget_tokens: int) -> int:
+    """The number of texts in the first batch, at least 1; `lengths` are in descending order."""
     longest, n_padding = lengths[0], 0
     for n_texts, length in enumerate(lengths):
         n_padding += longest - length

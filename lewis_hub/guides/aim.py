@@ -1,22 +1,15 @@
-"""AIM: leave alone what the base relies on."""
+"""AIM: change less where many input channels are active in the base."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from lewis_hub.guides.lewis import spread
-from lewis_hub.guides.registry import Decision, Statistics, register
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from lewis_hub.guides.registry import Decision, Measurements, register
 
 OMEGA = 0.4  # how much of a task vector the base's most active channel takes
 
 
 @register("aim", needs=("evenness",), paper="https://arxiv.org/abs/2502.02421", version=2)
-def aim(statistics: Statistics, gamma: float, epsilon: float) -> Decision:
+def aim(statistics: Measurements, gamma: float, epsilon: float) -> Decision:
     """Densities and weights fall where many input channels matter to the base, after AIM.
 
     AIM multiplies column j of a merged task vector by f_j = 1 - (1 - ω) · a_j / max a, with the
@@ -30,19 +23,3 @@ def aim(statistics: Statistics, gamma: float, epsilon: float) -> Decision:
     even = statistics.base["evenness"]
     factors = {module: 1 - (1 - OMEGA) * value for module, value in even.items()}
     return Decision(spread(factors, gamma, epsilon), factors)
-
-
-def evenness(_: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
-    """The mean activation norm of a module's input channels, relative to the largest.
-
-    Args:
-        norms: module -> (in_features,) activation norms; or one for each entry of a weight, of
-            which all channels have equally many.
-
-    Returns:
-        Module -> in (0, 1]: 1 where all channels are alike, or none is active.
-    """
-    return {
-        module: float(norm.double().mean() / largest) if (largest := float(norm.max())) else 1.0
-        for module, norm in norms.items()
-    }

@@ -1,4 +1,4 @@
-"""LEWIS: keep more of a task vector where calibration importance moved most."""
+"""LEWIS: keep more of a task vector where importance on calibration texts changed most."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum
 
+from lewis_hub.calibration.summaries import Measure
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
-from lewis_hub.guides.registry import Measure, Statistics, register
+from lewis_hub.guides.registry import Measurements, register
 
 SHARE_DECIMALS = 5  # of a share, as the published code rounds it
-DECIMALS = 4  # of a density: another CPU's rounding, far below in `lewis`, changes no merged byte
+DECIMALS = 4  # of a density: coarser than the rounding of another CPU, so merged bytes are equal
 SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from each other
+
+
+Component = tuple[str | None, str]  # list of blocks, and name in a block
 
 
 @dataclass(frozen=True)
 class Dominance:
-    """One block sets the min-max alone: elsewhere the densities lie close together."""
+    """One block alone sets the min-max; the densities of all others are close to each other."""
 
     module: str
-    others_reach: float  # highest place of any other block in the range, 0 to 1
+    others_reach: float  # the highest position of any other block in the range, 0 to 1
 
     def __str__(self) -> str:
         return (
@@ -32,17 +36,17 @@ class Dominance:
 
 
 @register("lewis", needs=("lewis",), paper="https://arxiv.org/abs/2503.03874", version=2)
-def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def lewis(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the change of importance from base to expert on calibration data.
 
     Per component, the change is divided by its sum over the blocks, so that budget moves between
-    blocks and never between components; one min-max over all then spans [gamma, epsilon]. Where
+    blocks and never between components; one min-max over all then spans [gamma, epsilon]. If
     nothing differs, the density is the midpoint.
 
     Source:
-        LEWIS, arXiv:2503.03874. The published code also hands on no mask and counts padding, prunes
-        the blocks that it has measured, averages sums over texts and rounds the shares to 5
-        decimals; none of that is done here.
+        LEWIS, arXiv:2503.03874. The published code uses no mask and counts padding, prunes the
+        blocks that it has measured, averages sums over texts and rounds the shares to 5 decimals;
+        this guide does none of that.
     """
     return spread(importance_shifts(statistics), gamma, epsilon)
 
@@ -53,22 +57,22 @@ def lewis(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, 
     paper="https://arxiv.org/abs/2503.03874",
     version=2,
 )
-def lewis_reference(statistics: Statistics, gamma: float, epsilon: float) -> Mapping[str, float]:
+def lewis_reference(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """LEWIS as its authors published it: padding counts, and measured blocks are pruned.
 
-    Shares of the change of importance are rounded to 5 decimals before the min-max. How importance
-    is measured is told in `reference`.
+    Shares of the change of importance are rounded to 5 decimals before the min-max.
+    `calibration/reference.py` measures the importance.
     """
     shares = importance_shifts(statistics, "lewis_reference")
     rounded = {module: round(share, SHARE_DECIMALS) for module, share in shares.items()}
     return spread(rounded, gamma, epsilon)
 
 
-def importance_shifts(statistics: Statistics, measure: Measure = "lewis") -> dict[str, float]:
+def importance_shifts(statistics: Measurements, measure: Measure = "lewis") -> dict[str, float]:
     """|importance(expert) - importance(base)| per module, as a share of its component's sum.
 
-    The experts of a block are of one component. One that not every block has, or that a block has
-    several of, has its shares scaled so that its mean is that of the others.
+    The routed matrices of a mixture are one component. If not every block has a component, or a
+    block has several of it, its shares are scaled so that their mean is that of the others.
 
     Raises:
         GuideError: base and expert were not measured on the same modules.
@@ -77,32 +81,33 @@ def importance_shifts(statistics: Statistics, measure: Measure = "lewis") -> dic
     if base.keys() != expert.keys():
         odd = min(base.keys() ^ expert.keys())
         side = "base" if odd in base else "expert"
-        problem = f"importance of {odd} is known of the {side} only"
+        problem = f"importance of {odd} is known for the {side} only"
         raise GuideError("guide `lewis`", problem, "Base and expert must be of one architecture.")
     shifts = {module: abs(expert[module] - base[module]) for module in base}
-    of_component: defaultdict[tuple[str | None, str], list[float]] = defaultdict(list)
+    of_component: defaultdict[Component, list[float]] = defaultdict(list)
     blocks: defaultdict[str | None, set[int | None]] = defaultdict(set)
     for module, shift in shifts.items():
-        of_component[_component(module)].append(shift)
+        of_component[component(module)].append(shift)
         blocks[names.stack(module)].add(names.block(module))
     sums = {component: fsum(parts) for component, parts in of_component.items()}
     a_block = {(s, c): len(parts) / len(blocks[s]) for (s, c), parts in of_component.items()}
     return {
-        module: shift / total * a_block[_component(module)]
-        if (total := sums[_component(module)])
+        module: shift / total * a_block[component(module)]
+        if (total := sums[component(module)])
         else 0.0
         for module, shift in shifts.items()
     }
 
 
-def _component(module: str) -> tuple[str | None, str]:
+def component(module: str) -> Component:
+    """The component of a module, equal for all blocks of its list and all routed matrices."""
     return names.stack(module), names.kind(module)
 
 
 def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[str, float]:
-    """Map the lowest share to gamma, the highest to epsilon, linearly; equal ones to the middle.
+    """Map shares linearly, the lowest to gamma, the highest to epsilon; equal ones to the midpoint.
 
-    What lies between is rounded to `DECIMALS`.
+    Densities between are rounded to `DECIMALS`.
     """
     low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
     if low == high:
@@ -115,8 +120,8 @@ def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[st
     return densities
 
 
-def dominance(statistics: Statistics, measure: Measure = "lewis") -> Dominance | None:
-    """Tell whether one block alone sets the range of the schedule, and by which module."""
+def dominance(statistics: Measurements, measure: Measure = "lewis") -> Dominance | None:
+    """The module by which one block alone sets the range of the schedule, if there is one."""
     shares = importance_shifts(statistics, measure)
     low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
     if low == high:

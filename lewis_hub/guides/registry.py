@@ -1,4 +1,4 @@
-"""Name to guide. A guide is a function from what was measured of an expert to densities.
+"""The registry of guides. A guide is a function from measurements of an expert to densities.
 
 A package adds its own by an entry point in the group `lewis_hub.guides`, named as the guide, that
 loads a function under `@register`.
@@ -8,37 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from lewis_hub.calibration.summaries import WITHOUT_TEXTS, Measure
 from lewis_hub.errors import GuideError
 from lewis_hub.registry import Registry, choices
 
 GROUP = "lewis_hub.guides"
 
-Measure = Literal[  # a number for each module; where it is defined
-    "lewis",  # importance: `importance.module_importance`
-    "lewis_reference",  # importance, by the published code's arithmetic: `reference`
-    "outliers",  # the share of a block's entries far above their mean: `owl.outlier_ratios`
-    "evenness",  # of a module's input channels: `aim.evenness`
-    "output_shift",  # of a module's outputs, base to expert: `shifts`
-    "task_vector",  # its size, relative to the base's weight: `merge.change`
-]
-WITHOUT_TEXTS: frozenset[Measure] = frozenset({"task_vector"})  # weights alone are read
-OF_PAIRS: frozenset[Measure] = frozenset({"output_shift", "task_vector"})  # base and expert at once
-
 Values = Mapping[str, float]  # module -> value
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What a guide decides from, for one expert: only the measures that it needs are there.
+class Measurements:
+    """The measurements that a guide needs, of one expert and its base.
 
     Attributes:
-        matrices: modules that a guide decides, from `matrices.block_matrices`; no measure has
-            others, and some have fewer. One that the guide leaves out gets a mean.
-        base: measure -> module -> value, on the expert's calibration texts; none of OF_PAIRS.
-        expert: likewise, of the expert; those of OF_PAIRS hold it against the base.
-        seed: from the recipe's; another one for each expert.
+        matrices: the modules that a guide may give a density, from `schedule.block_matrices`.
+            Measures have no others, and some have fewer. A module that the guide leaves out gets a
+            mean.
+        base: measure -> module -> value, on the expert's calibration texts; without OF_PAIRS.
+        expert: the same for the expert; those of OF_PAIRS compare it with the base.
+        seed: derived from the recipe's seed, different for each expert.
     """
 
     matrices: tuple[str, ...]
@@ -49,12 +40,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a guide hands on that has weights of its own, beside densities.
+    """Densities and weights of a guide. A guide that returns densities alone uses them as weights.
 
     Attributes:
         densities: module -> density, each in [gamma, epsilon].
-        weights: module -> what the expert's weight is multiplied by there, where the recipe
-            applies the guide to weights. A guide without any has its densities taken for them.
+        weights: module -> factor of the expert's weight, if the guide applies to weights.
     """
 
     densities: Values
@@ -62,12 +52,12 @@ class Decision:
 
 
 # (statistics, gamma, epsilon) -> module -> density, each in [gamma, epsilon]
-GuideFunction = Callable[[Statistics, float, float], "Values | Decision"]
+GuideFunction = Callable[[Measurements, float, float], "Values | Decision"]
 
 
 @dataclass(frozen=True)
-class Guide:
-    """A registered guide; `needs` says what has to be measured before it is called.
+class RegisteredGuide:
+    """A registered guide; `needs` are the measures that it uses.
 
     `version` is raised when the same measurements give other densities, so that locks differ.
     """
@@ -85,11 +75,11 @@ class Guide:
 
     @property
     def needs_texts(self) -> bool:
-        """Whether models are loaded, and calibration texts run through them."""
+        """Whether calibration texts run through the models."""
         return not WITHOUT_TEXTS.issuperset(self.needs)
 
 
-_registry: Registry[Guide] = Registry("guide", GROUP, GuideError)
+_registry: Registry[RegisteredGuide] = Registry("guide", GROUP, GuideError)
 find, guides, broken = _registry.find, _registry.all, _registry.broken
 
 
@@ -103,7 +93,7 @@ def register(
     """Add the decorated function to the guides.
 
     Raises:
-        GuideError: another function already has the name, or what it needs nothing measures.
+        GuideError: another function already has the name, or a needed measure does not exist.
     """
     for measure in needs:
         if measure not in get_args(Measure):
@@ -112,7 +102,7 @@ def register(
             raise GuideError(f"guide `{name}`", problem, remedy)
 
     def add(decide: GuideFunction) -> GuideFunction:
-        _registry.add(name, Guide(name, decide, needs, paper, version), decide)
+        _registry.add(name, RegisteredGuide(name, decide, needs, paper, version), decide)
         return decide
 
     return add

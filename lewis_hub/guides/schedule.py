@@ -1,4 +1,4 @@
-"""A guide's densities on the tensors of a checkpoint: the schedule that a merge follows."""
+"""From a guide's densities per module to the schedule of a merge: a density per tensor."""
 
 from __future__ import annotations
 
@@ -8,96 +8,33 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import fsum, isfinite, prod
-from pathlib import Path
-from traceback import extract_tb
+from math import fsum, prod
 from typing import Any, TypeVar
 
 from lewis_hub.calibration import profile as document
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.summaries import OF_PAIRS, Measure
 from lewis_hub.checkpoint import names
-from lewis_hub.errors import GuideError, LewisHubError
-from lewis_hub.guides.lewis import Dominance, dominance
-from lewis_hub.guides.registry import OF_PAIRS, Decision, Guide, Measure, Statistics, Values
+from lewis_hub.errors import GuideError
+from lewis_hub.guides.guide_validation import validated_decision
+from lewis_hub.guides.lewis import Component, Dominance, component, dominance
+from lewis_hub.guides.registry import Decision, Measurements, RegisteredGuide, Values
 from lewis_hub.recipe.schema import ApplyTo
-
-FAULT = "This is a fault of the guide."
-
-
-def decide(
-    guide: Guide, statistics: Statistics, limits: tuple[float, float], source: str
-) -> Decision:
-    """What a guide decides of one expert; densities are its weights where it has none of its own.
-
-    Args:
-        guide: from the registry.
-        statistics: with all that it needs.
-        limits: gamma and epsilon.
-        source: the expert, for messages.
-
-    Raises:
-        GuideError: the guide fails, gives a value to what is no matrix of a block, a density that
-            is not within the limits, or a weight that is not finite.
-    """
-    where = f"guide `{guide.name}`"
-    try:
-        decided = guide.decide(statistics, *limits)
-        if not isinstance(decided, Decision):
-            decided = Decision(decided, decided)
-        densities, weights = _numbers(decided.densities), _numbers(decided.weights)
-    except LewisHubError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever another package's function raises
-        at = extract_tb(error.__traceback__)[-1]
-        raised = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
-        raise GuideError(where, f"it failed on {source}: {raised}", FAULT) from error
-    for module, density in densities.items():
-        if not limits[0] <= density <= limits[1]:
-            problem = f"it gives {module} the density {density:g}, outside gamma and epsilon"
-            raise GuideError(where, problem, FAULT)
-    for module, weight in weights.items():
-        if not isfinite(weight):
-            raise GuideError(where, f"it gives {module} the weight {weight:g}", FAULT)
-    _refuse_others(where, {**densities, **weights}, statistics.matrices)
-    return Decision(densities, weights)
-
-
-def _numbers(values: Values) -> dict[str, float]:
-    return {module: float(value) for module, value in values.items()}
-
-
-def _refuse_others(where: str, values: Values, matrices: Collection[str]) -> None:
-    others = values.keys() - set(matrices)
-    if others:
-        problem = f"it decides {min(others)}, which is no matrix of a block"
-        remedy = "A guide decides the modules in `statistics.matrices`, and those alone."
-        raise GuideError(where, problem, remedy)
-
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 def weighted_mean(values: Mapping[Key, float], sizes: Mapping[Key, int]) -> float:
-    """The mean over parameters: each tensor counts as often as it has any.
-
-    Args:
-        values: tensor -> value; not empty.
-        sizes: tensor -> number of parameters.
-    """
+    """The mean over parameters of tensor -> value, not empty; `sizes` are their numbers."""
     total = sum(sizes[tensor] for tensor in values)
     mean = fsum(sizes[tensor] * value for tensor, value in values.items()) / total
-    return min(max(mean, min(values.values())), max(values.values()))  # rounding may step outside
+    return min(max(mean, min(values.values())), max(values.values()))  # despite rounding
 
 
 def shifted(
     densities: Mapping[str, float], sizes: Mapping[str, int], mean: float
 ) -> dict[str, float]:
-    """Move all densities by one amount, so that their mean over parameters is `mean`.
-
-    Args:
-        densities: tensor -> density, in (0, 1].
-        sizes: tensor -> number of parameters.
-        mean: in (0, 1]; reached to rounding.
+    """Add one number to all densities, so that their mean over parameters is `mean`.
 
     Raises:
         GuideError: a density would leave (0, 1]; the message says which range would fit.
@@ -122,18 +59,10 @@ def shifted(
     raise GuideError("guide.mean_density", problem, remedy)
 
 
-Component = tuple[str | None, str]  # its list of blocks; its name there, one for all experts
-
-
 def seen_by_both(
     base: Mapping[str, float], expert: Mapping[str, float]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Leave out routed experts that a token reached in one of two models only.
-
-    Args:
-        base: module -> importance.
-        expert: likewise.
-    """
+    """Leave out routed matrices that a token reached in only one of two models."""
     alone = {module for module in base.keys() ^ expert.keys() if names.is_routed(module)}
     return (
         {module: value for module, value in base.items() if module not in alone},
@@ -142,16 +71,10 @@ def seen_by_both(
 
 
 def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Values for all matrices: those that have none get the mean of their component.
+    """Values for all matrices: a matrix without a value gets the mean of its component.
 
-    Where their component has none either, that of all; means are over parameters.
-
-    Args:
-        values: module -> value, of some of the matrices.
-        sizes: matrix -> number of parameters.
-
-    Returns:
-        What was there first, in its order. Nothing, where there is no value at all.
+    If its component has no values either, it gets the mean of all. Means are over parameters. The
+    given values are first, in their order; without any, the result is empty.
     """
     if not values:
         return {}
@@ -167,7 +90,7 @@ def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str
 
 
 def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ...]:
-    """What to say of the matrices that `completed` gave a mean."""
+    """Notes about the matrices that `completed` gave a mean."""
     known = {component(module) for module in values}
     rest = [module for module in matrices if module not in values]
     unseen = [m for m in rest if names.is_routed(m) and component(m) in known]
@@ -175,29 +98,24 @@ def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ..
     told = []
     if unseen:
         told.append(
-            f"no calibration token reached {len(unseen)} of the matrices of routed experts, in it "
+            f"no calibration token reached {len(unseen)} of the routed MoE matrices, in it "
             "or in the base: they get the mean density of their component."
         )
     if others:
         n_all = len(values) + len(rest)
         told.append(
-            f"the guide measures nothing of {len(others)} of the {n_all} matrices of the blocks, "
-            f"such as {others[0]}: they get the mean density of their component, or of all where "
-            "that has none."
+            f"the guide has no measurement of {len(others)} of the {n_all} matrices of the blocks, "
+            f"such as {others[0]}: they get the mean density of their component, or of all if "
+            "it has none."
         )
     return tuple(told)
 
 
-def component(module: str) -> Component:
-    """What a module is, in whichever block of its list, and as whichever expert."""
-    return names.stack(module), names.kind(module)
-
-
-TOWER = re.compile(  # the list of blocks of a model's part that sees or hears, or hands that on
+TOWER = re.compile(  # lists of blocks of encoders for images or sound, and of their connectors
     r"(?:^|[._])(?:vision|visual|vit|vq|image|img|video|audio|speech|"
     r"qformer|perceiver|resampler|projector|projection|connector|merger)"
 )
-NO_PRODUCT = re.compile(  # the end of a component: not what hidden states are multiplied with
+NO_PRODUCT = re.compile(  # ends of components that hidden states are not multiplied with
     r"(?:conv|norm|embed|time_mix)[^.]*$|(?:bias|scale|decay|slope_rate)$|"
     r"(?:^|\.)(?:A_log|D|ape|tid2eid)$|(?:mixer|mamba)\.dt_proj$"
 )
@@ -208,13 +126,10 @@ ENCODER = re.compile(r"(?:^|[._])encoder")
 def block_matrices(tensors: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     """The modules that every guide gives a density.
 
-    A tensor counts whose name has the number of a block of the text's part, and that is a `.weight`
-    or a bare tensor of two dimensions or more; but not one that its name shows to be a bias, a
-    norm, an embedding, a convolution or a part of a recurrence. What attends to an encoder counts
-    where there is one.
-
-    Args:
-        tensors: name -> shape, of a checkpoint.
+    A tensor counts if its name has the number of a block of the text decoder or encoder, and it is
+    a `.weight` or a bare tensor of two dimensions or more. Tensors that are, by their names, a
+    bias, a norm, an embedding, a convolution or a part of a recurrence do not count. Matrices that
+    attend to an encoder count if there is one. `tensors` are name -> shape, of a checkpoint.
     """
     found = [name for name, shape in tensors.items() if len(shape) >= 2 and _is_matrix(name)]
     has_encoder = any(ENCODER.search(names.stack(name) or "") for name in found)
@@ -227,12 +142,12 @@ def block_matrices(tensors: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
 
 def _is_matrix(name: str) -> bool:
     stack, component = names.stack(name), names.component(name)
-    is_item = component == "weight"  # of a list of matrices, which are no blocks
+    is_item = component == "weight"  # of a list of matrices, which are not blocks
     return not (stack is None or is_item or TOWER.search(stack) or NO_PRODUCT.search(component))
 
 
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
-    """The checkpoint's name for a module's weight; the module's own for a stack of experts.
+    """The checkpoint's name for a module's weight; the module's own for a stack of matrices.
 
     Raises:
         GuideError: no tensor, or more than one, has the name.
@@ -252,7 +167,7 @@ def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where densities may lie: 0 < gamma <= epsilon <= 1.
+    """The range of densities: 0 < gamma <= epsilon <= 1.
 
     Raises:
         GuideError: they do not.
@@ -260,8 +175,8 @@ class Bounds:
 
     gamma: float
     epsilon: float
-    default_density: float = 1.0  # of tensors that the guide leaves alone
-    mean: float | None = None  # of each expert's densities, over parameters; None: as they come
+    default_density: float = 1.0  # of tensors that are not matrices of a block
+    mean: float | None = None  # of each expert's densities, over parameters; None: unchanged
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= self.epsilon <= 1:
@@ -274,30 +189,30 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Use:
-    """What a guide's values are used for, and the recipe's seed for those that draw."""
+    """What a guide's values are used for, and the recipe's seed for random guides."""
 
     apply_to: ApplyTo = "density"
     seed: int = 42
 
     @property
     def sets_densities(self) -> bool:
-        """Whether they say which fraction is kept."""
+        """Whether the values are densities."""
         return self.apply_to != "weight"
 
     @property
     def sets_weights(self) -> bool:
-        """Whether an expert's weight is multiplied by them."""
+        """Whether an expert's weight is multiplied by the values."""
         return self.apply_to != "density"
 
 
 @dataclass(frozen=True)
 class ExpertSchedule:
-    """Which fraction of each tensor's task vector one expert keeps, and how much it weighs there.
+    """The density of each tensor's task vector for one expert, and factors of its weight.
 
     Attributes:
-        tensors: scheduled tensor -> density, in the checkpoint's names and the guide's order. With
-            none the recipe's own densities stand.
-        weights: tensor -> what the expert's weight is multiplied by; 1 where it is not named.
+        tensors: scheduled tensor -> density, with the checkpoint's names, in the guide's order. If
+            empty, the recipe's own densities apply.
+        weights: tensor -> factor of the expert's weight; 1 for all others.
     """
 
     source: str
@@ -319,9 +234,6 @@ class DensitySchedule:
     def mean(self, sizes: Mapping[str, int]) -> float:
         """The parameter-weighted mean density of the scheduled tensors of all experts.
 
-        Args:
-            sizes: tensor -> number of parameters.
-
         Raises:
             GuideError: no tensor is scheduled.
         """
@@ -332,22 +244,22 @@ class DensitySchedule:
         return weighted_mean(scheduled, {key: sizes[key[1]] for key in scheduled})
 
     def uniform_twin(self, sizes: Mapping[str, int]) -> DensitySchedule:
-        """The same schedule with every scheduled density replaced by the mean: the control.
+        """The control: the same schedule with every density replaced by the mean of all.
 
-        So is every weight, by the mean of its expert's.
+        Every weight is replaced by the mean of its expert's weights.
         """
         mean = self.mean(sizes) if any(e.tensors for e in self.experts) else 1.0
         return DensitySchedule(
             tuple(
                 replace(
-                    e, tensors=dict.fromkeys(e.tensors, mean), weights=_levelled(e.weights, sizes)
+                    e, tensors=dict.fromkeys(e.tensors, mean), weights=_all_mean(e.weights, sizes)
                 )
                 for e in self.experts
             )
         )
 
     def to_json(self) -> str:
-        """Write it as `lewis/density.json`; an expert without `weights` has its own everywhere."""
+        """The text of `lewis/density.json`; `weights` are left out if an expert has none."""
         experts = [
             {
                 "source": e.source,
@@ -370,7 +282,7 @@ class DensitySchedule:
         return cls(tuple(_expert(expert, file) for expert in experts))
 
 
-def _levelled(weights: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
+def _all_mean(weights: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
     return dict.fromkeys(weights, weighted_mean(weights, sizes)) if weights else {}
 
 
@@ -389,36 +301,36 @@ def _expert(read: Any, file: str) -> ExpertSchedule:
 
 @dataclass(frozen=True)
 class GuidedSchedule:
-    """A schedule, and what a user should know about how it came out."""
+    """A schedule, and notes for the user."""
 
     schedule: DensitySchedule
     notes: tuple[str, ...] = ()
 
 
 def schedule(  # noqa: PLR0913
-    guide: Guide,
+    guide: RegisteredGuide,
     bounds: Bounds,
     experts: Sequence[str],
     tensors: Mapping[str, Sequence[int]],
     profile: ImportanceProfile | None = None,
     use: Use = Use(),
 ) -> GuidedSchedule:
-    """Ask a guide for every expert and put what it says on the checkpoint's tensors.
+    """Call a guide for every expert, and assign its densities to the checkpoint's tensors.
 
-    All guides give a density to the same tensors, those of `block_matrices`; of what a guide does
-    not decide, `completed` tells.
+    All guides schedule the same tensors, those of `block_matrices`; `completed` fills in the
+    modules that a guide leaves out.
 
     Args:
         guide: from the registry.
         bounds: the recipe's.
         experts: their pinned sources, in the recipe's order.
         tensors: name -> shape of the base checkpoint.
-        profile: with all that the guide needs; its experts in the same order.
+        profile: with all measures that the guide needs; its experts in the same order.
         use: the recipe's.
 
     Raises:
-        GuideError: no tensor is a matrix of a block; the guide fails, names a module that is none,
-            or leaves the bounds; or a mean density is out of reach.
+        GuideError: no tensor is a matrix of a block; the guide fails, names another module, or
+            leaves the bounds; or a mean density is out of reach.
         ProfileError: the profile lacks an expert, or the base on its calibration set.
     """
     sizes = {
@@ -432,7 +344,7 @@ def schedule(  # noqa: PLR0913
     schedules, told = [], []
     for i, source in enumerate(experts):
         statistics = _statistics(guide, tuple(sizes), tensors, profile, i, use.seed)
-        decided = decide(guide, statistics, (bounds.gamma, bounds.epsilon), source)
+        decided = validated_decision(guide, statistics, (bounds.gamma, bounds.epsilon), source)
         every = Decision(*(completed(v, sizes) for v in (decided.densities, decided.weights)))
         schedules.append(_on_tensors(source, bounds, every, tensors, use))
         found = (*notes(decided.densities, sizes), *map(str, _dominances(guide, statistics)))
@@ -440,25 +352,25 @@ def schedule(  # noqa: PLR0913
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(told))
 
 
-def _dominances(guide: Guide, statistics: Statistics) -> Iterable[Dominance]:
+def _dominances(guide: RegisteredGuide, statistics: Measurements) -> Iterable[Dominance]:
     for measure in guide.needs:
         if measure in ("lewis", "lewis_reference") and (found := dominance(statistics, measure)):
             yield found
 
 
 def _statistics(  # noqa: PLR0913
-    guide: Guide,
+    guide: RegisteredGuide,
     matrices: tuple[str, ...],
     tensors: Mapping[str, Sequence[int]],
     profile: ImportanceProfile | None,
     i: int,
     seed: int,
-) -> Statistics:
+) -> Measurements:
     base: dict[Measure, Values] = {}
     expert: dict[Measure, Values] = {}
 
     def of_matrices(values: Values) -> Values:
-        """By the checkpoint's own names; what is no matrix of a block is left out."""
+        """The values of matrices of blocks, by the checkpoint's own names."""
         named = {names.module(checkpoint_tensor(m, tensors)): v for m, v in values.items()}
         return {module: value for module, value in named.items() if module in inside}
 
@@ -474,7 +386,7 @@ def _statistics(  # noqa: PLR0913
             of_base = of_matrices(measured.base_of(entry).modules)
             base[measure], expert[measure] = seen_by_both(of_base, expert[measure])
     drawn = hashlib.blake2b(f"{seed} {i}".encode(), digest_size=8).digest()
-    return Statistics(matrices, base, expert, int.from_bytes(drawn, "big"))
+    return Measurements(matrices, base, expert, int.from_bytes(drawn, "big"))
 
 
 def _on_tensors(

@@ -22,15 +22,15 @@ class Moments:
 
     Attributes:
         grams: E[x x^T], one an expert; None where there are none.
-        crosses: E[z x^T], where what the expert is handed, z, is not x; none at all: it is.
-        transposed: whether the matrix lies as (in, out).
-        gaps: E[d x^T], where d is to be added to what the matrix makes of x; none at all: nothing.
+        cross_covariances: E[z x^T], z being the input in the expert; empty: z is x.
+        transposed: whether the matrix is stored as (in, out).
+        residual_covariances: E[d x^T], d being what the output has to compensate; empty: d is 0.
     """
 
     grams: Sequence[Tensor | None]
-    crosses: Sequence[Tensor | None] = ()
+    cross_covariances: Sequence[Tensor | None] = ()
     transposed: bool = False
-    gaps: Sequence[Tensor | None] = ()
+    residual_covariances: Sequence[Tensor | None] = ()
 
 
 def merge_by_definition(
@@ -61,9 +61,9 @@ def merge_by_definition(
         "densities": tensor.densities,
         "streams": tensor.streams,
         "grams": moments.grams,
-        "crosses": moments.crosses,
+        "cross_covariances": moments.cross_covariances,
         "transposed": moments.transposed,
-        "gaps": moments.gaps,
+        "residual_covariances": moments.residual_covariances,
         **tensor.own,
     }
     keywords = {key: value for key, value in given.items() if method.takes(key)}

@@ -1,4 +1,4 @@
-"""Weighted average of whole models."""
+"""Averages of models and sums of task vectors."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def model_stock(
     *,
     filter_wise: bool = False,
 ) -> Tensor:
-    """Go from the base towards the average of the models, as far as they point the same way.
+    """Interpolate between the base and the average of the models by the angle between them.
 
-    With N models and the mean cosine c between their task vectors the share of the average is
-    N c / (1 + (N - 1) c): 1 where all are equal, 0 where they are at right angles. `filter_wise`
-    takes every row, along the last dimension, by itself; a vector is one row.
-    Cosines are exact however short the task vectors are; mergekit divides by no less than 1e-6.
+    With N models and the mean cosine c between their task vectors, the share of the average is
+    N c / (1 + (N - 1) c): 1 if all are equal, 0 if they are orthogonal. With `filter_wise` each
+    row, along the last dimension, has its own share; a vector is one row.
+    Cosines are exact for short task vectors too; mergekit divides by no less than 1e-6.
     """
     n = len(tensors)
     vectors = tensors - base
@@ -118,12 +118,9 @@ def nearswap(
     base: Tensor,  # (*shape) float32
     tensors: Tensor,  # (1, *shape) float32, the other model
     *,
-    t: float,  # the distance up to which an entry is taken over whole
+    t: float,  # the largest distance of entries that are taken over
 ) -> Tensor:
-    """Take over entries that differ by at most t; of the others t over the difference.
-
-    Beyond t an entry so moves by t.
-    """
+    """Take over entries that differ by at most t, and move all others by t."""
     other = tensors[0]
     distance = (base - other).abs()
     share = (t / distance).clamp(0.0, 1.0).where(distance != 0, 0.0)

@@ -30,12 +30,8 @@ def breadcrumbs(  # noqa: PLR0913 (options are keywords)
     lambda_: float = 1.0,
 ) -> Tensor:
     """Drop the largest and the smallest entries of each task vector, add the rest to the base."""
-    votes = [
-        w * keep_band(vector, density, fraction, rescale=rescale)
-        for w, vector, density, fraction in zip(
-            weights, task_vectors, densities, outliers, strict=True
-        )
-    ]
+    rows = zip(weights, task_vectors, densities, outliers, strict=True)
+    votes = [w * keep_band(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
 
 
@@ -52,23 +48,18 @@ def breadcrumbs_ties(  # noqa: PLR0913 (options are keywords)
     lambda_: float = 1.0,
 ) -> Tensor:
     """Drop the largest and the smallest entries, elect a sign per entry, add what agrees."""
-    votes = [
-        w * keep_band(vector, density, fraction, rescale=rescale)
-        for w, vector, density, fraction in zip(
-            weights, task_vectors, densities, outliers, strict=True
-        )
-    ]
+    rows = zip(weights, task_vectors, densities, outliers, strict=True)
+    votes = [w * keep_band(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
 
 
 def keep_band(
     task_vector: Tensor, density: float, fraction: float, *, rescale: bool = False
 ) -> Tensor:
-    """Keep exactly the `n_kept` entries that are largest once the outliers are out.
+    """Keep exactly the `n_kept` largest entries after the outliers are dropped.
 
-    Outliers are the round(fraction n) largest, or as many as leave room for the entries that are
-    kept, as in mergekit, which rounds both numbers down. `rescale` gives what is kept the L1 norm
-    of the whole.
+    Outliers are the round(fraction n) largest entries, but never so many that fewer than `n_kept`
+    are left. mergekit rounds both numbers down. `rescale` restores the L1 norm of the task vector.
     """
     n = task_vector.numel()
     k = n_kept(n, density)

@@ -1,4 +1,4 @@
-"""Bring the votes of several sources together: all of them, or those of the elected sign.
+"""Sum the votes of several sources: all of them, or those of the elected sign.
 
 Sums run over the sources in their order, from zero; torch's own sum over a dimension adds in an
 order that depends on the machine.
@@ -17,7 +17,7 @@ NEGLIGIBLE = 1e-8  # weights whose sum is below this are not divided by; as in m
 
 
 def summed(terms: Iterable[Tensor], like: Tensor) -> Tensor:
-    """Add tensors in order; zeros in the shape of `like` where there are none."""
+    """Add tensors in order; zeros in the shape of `like` if there are none."""
     total = like.new_zeros(like.shape)
     for term in terms:
         total = total + term
@@ -40,7 +40,7 @@ def all_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> T
 def elected_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> Tensor:
     """Elect a sign per entry, then add or average the votes that have it.
 
-    A drawn election keeps no vote; mergekit counts it as positive.
+    A tie keeps no vote; mergekit counts it as positive.
 
     Args:
         votes: weight times trimmed task vector, one a source.

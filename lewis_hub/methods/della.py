@@ -42,10 +42,11 @@ def della(  # noqa: PLR0913 (options are keywords)
 
     Rescaling divides by an entry's own probability, as in the paper; mergekit matches the L1 norm.
     With `trim: activation` entries are ranked by magnitude times the activation norm of their
-    input; a source without second moments of a tensor is ranked by magnitude there.
+    input. Tensors without second moments of a source are ranked by magnitude.
     """
-    known = grams or [None] * len(task_vectors)
-    scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
+    scales = channel_scales(
+        grams or [None] * len(densities), trim, trim_exponent, transposed=transposed
+    )
     rows = zip(weights, task_vectors, densities, spreads, streams, scales, strict=True)
     votes = [w * drop_by_rank(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
@@ -77,10 +78,10 @@ def della_linear(  # noqa: PLR0913 (options are keywords)
 
 
 def probabilities(n: int, density: float, spread: float) -> npt.NDArray[np.float64]:
-    """Of being kept, by rank in a row of n: (n,), from density - spread up to density + spread.
+    """Probabilities to be kept, by rank in a row of n: (n,), density - spread to density + spread.
 
-    Where that leaves [0, 1] the spread is narrowed to what fits, so that any density can be
-    scheduled and the mean stays the density; mergekit refuses. A row of one has the density alone.
+    If that leaves [0, 1], the spread is narrowed, so that guides can set any density and the mean
+    is the density; mergekit refuses. A row of one entry has the density.
     """
     narrowed = min(spread, density, 1 - density)
     ranks = np.arange(n) / (n - 1) if n > 1 else np.full(n, 0.5)
@@ -90,7 +91,7 @@ def probabilities(n: int, density: float, spread: float) -> npt.NDArray[np.float
 def allowances(
     n: int, density: float, spread: float, *, rescale: bool
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
-    """By rank in a row of n: random halves below which an entry is kept, and its factor then."""
+    """By rank in a row of n: the bound of the random bits of a kept entry, and its factor."""
     by_rank = probabilities(n, density, spread)
     below = np.rint(by_rank * random_bits.HALVES).astype(np.uint64)
     if not rescale:
@@ -110,8 +111,8 @@ def drop_by_rank(  # noqa: PLR0913
     """Keep each entry with the probability that its rank by magnitude within its row gives it.
 
     A row runs along the last dimension; a vector is one row. The smallest entry has rank 0; of
-    equal magnitudes the one with the smaller index has the lower rank. Where there is a `scale`,
-    (in,) or (in, 1), magnitudes count times that.
+    equal magnitudes the one with the smaller index has the lower rank. Magnitudes are multiplied
+    by `scale`, (in,) or (in, 1).
     """
     import torch
 
@@ -128,11 +129,10 @@ def drop_by_rank(  # noqa: PLR0913
 
 
 def _order(magnitudes: Tensor) -> Tensor:
-    """The places of each row's entries, the smallest first, of equal ones the first: on the host.
+    """A stable argsort of each row, on the CPU.
 
-    Floats that are not negative are ordered as their bits are. With its place behind those of a
-    float32 no two are equal, and numpy sorts whole numbers fifteen times as fast as torch sorts
-    floats in a stable way.
+    Non-negative floats have the order of their bits. With the index below the bits of a float32 no
+    two keys are equal, and numpy sorts integers fifteen times as fast as torch sorts floats stably.
     """
     import torch
 
@@ -144,5 +144,5 @@ def _order(magnitudes: Tensor) -> Tensor:
 
 
 def _placed(by_rank: Tensor, order: Tensor) -> Tensor:
-    """What each rank has, in the places of a row that have it: (n,) and (n_rows, n)."""
+    """Scatter values by rank, (n,), to the entries of `order`, (n_rows, n)."""
     return by_rank.new_empty(order.shape).scatter_(1, order, by_rank.expand_as(order))

@@ -20,9 +20,9 @@ HALVES = 1 << 32  # the values that one element's bits can take
 
 
 def stream(seed: int, tensor: str, expert: int) -> int:
-    """The stream of one tensor of the expert at this place (from 0) in the recipe."""
-    told = f"{seed}\0{tensor}\0{expert}".encode()
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+    """The stream of a tensor of the expert at this index (from 0) in the recipe."""
+    key = f"{seed}\0{tensor}\0{expert}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def halves(stream: int, n: int, first: int = 0) -> npt.NDArray[np.uint32]:

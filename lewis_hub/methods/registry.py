@@ -1,14 +1,18 @@
-"""Name to method. A method is one function over float tensors.
+"""The registry of merge methods. A method is one function over float tensors.
 
-It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, or `tensors` alone;
-then keywords. Some are given by the merge, one value per source: those of PER_SOURCE, `streams` (of
-random bits) and `grams` (second moments E[x x^T] of a Linear's inputs on the source's calibration
-texts, None where there are none; with them `transposed` says that its weight lies as (in, out), and
-`crosses` are E[z x^T] where x is what the merged model is handed and z what the source is, `gaps`
-E[d x^T] where d is what else the matrix has to make of x to mend what others left amiss). A
-method whose `grams` have a default needs them for `trim: activation` alone. All other keywords are
-options of the recipe, by the same name; a trailing underscore, as in `lambda_`, is dropped. An
-option without a default is a number that the recipe must give.
+It takes `base` and `task_vectors`, `base` and the other sources as `tensors`, or `tensors` alone,
+and keyword arguments. The merge supplies these keywords:
+
+- those of PER_SOURCE, one value per source, and `streams` of random bits;
+- `grams`: second moments E[x x^T] of a Linear's inputs on each source's calibration texts, or None.
+  If `grams` has a default, the method needs them only for `trim: activation`;
+- `transposed`: whether the weight is stored as (in, out);
+- `cross_covariances`: E[z x^T], where x is the input in the merged model and z in the source;
+- `residual_covariances`: E[d x^T], where d is the rest of the difference between the block's
+  outputs, which the matrix can compensate.
+
+All other keywords are options of the recipe with the same name, without a trailing underscore
+(`lambda_`). The recipe must set an option that has no default, to a number.
 
 A package adds its own by an entry point in the group `lewis_hub.methods`, named as the method,
 that loads a function under `@register`.
@@ -36,8 +40,8 @@ PER_SOURCE = {  # keyword -> the recipe's name
     "spreads": "epsilon",  # of della: how far an entry's probability lies from the density
     "scales": "scale",
 }
-GIVEN = {"base", "task_vectors", "tensors", "streams", "grams", "crosses", "gaps", "transposed"}
-GIVEN |= PER_SOURCE.keys()
+MOMENTS = {"grams", "cross_covariances", "residual_covariances", "transposed"}
+GIVEN = {"base", "task_vectors", "tensors", "streams", *MOMENTS, *PER_SOURCE}
 ANY_NUMBER = (1, None)
 
 MethodFunction = Callable[..., "Tensor"]
@@ -48,12 +52,12 @@ class Method:
     """A registered method.
 
     Attributes:
-        parameters: of the function, as `inspect` tells them.
-        accepted: option -> the values that may be given; mergekit's that change nothing here, and
-            words.
+        parameters: of the function, from `inspect`.
+        accepted: option -> the values that a recipe may give: of mergekit's options that change
+            nothing here, and of options that are words.
         n_experts: least and most sources beside the base; None for no limit.
         base_is_optional: without a base its `base` is zero, so that task vectors are the models.
-        version: raised when the same inputs come out as other numbers, so that locks differ.
+        version: raised when the same inputs give other numbers, so that locks differ.
     """
 
     name: str
@@ -72,12 +76,12 @@ class Method:
 
     @property
     def takes_base(self) -> bool:
-        """Whether a base plays a part of its own in it."""
+        """Whether its function takes a base."""
         return self.takes("base")
 
     @property
     def needs_base(self) -> bool:
-        """Whether it cannot do without one."""
+        """Whether it requires a base."""
         return self.takes_base and not self.base_is_optional
 
     @property
@@ -87,22 +91,22 @@ class Method:
 
     @property
     def takes_density(self) -> bool:
-        """Whether it keeps a fraction of each task vector, so that a guide has a say."""
+        """Whether it keeps a fraction of each task vector, which a guide can set."""
         return self.takes("densities")
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws, so that the seed matters."""
+        """Whether it is random, so that the seed matters."""
         return self.takes("streams")
 
     @property
     def needs_grams(self) -> bool:
-        """Whether it cannot do without second moments of its sources' activations."""
+        """Whether it requires second moments of its sources' activations."""
         return self.takes("grams") and self.parameters["grams"].default is inspect.Parameter.empty
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """The recipe's name of each option -> its default; None for one that must be given."""
+        """The recipe's name of each option -> its default; None for a required option."""
         return {
             name.removesuffix("_"): None
             if parameter.default is parameter.empty
@@ -113,7 +117,7 @@ class Method:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings that each source may have of its own."""
+        """The settings that each source may have."""
         return tuple(name for keyword, name in PER_SOURCE.items() if self.takes(keyword))
 
     def takes(self, keyword: str) -> bool:
@@ -128,11 +132,11 @@ class Method:
         """Refuse settings that this method does not have.
 
         Args:
-            names: as the recipe gives them.
-            per_source: whether they stand beside a source, or in the recipe's `parameters`.
+            names: the recipe's names.
+            per_source: whether they are settings of a source, or in the recipe's `parameters`.
 
         Raises:
-            MergeError: one is unknown, or stands in the wrong place.
+            MergeError: a setting is unknown, or in the wrong place.
         """
         for name in names:
             if name in self.settings or (

@@ -1,4 +1,4 @@
-"""SCE: select where the experts differ, weigh them by what is selected, erase the minority."""
+"""Methods that select entries by a score: SCE, PCB, CABS and Arcee Fusion."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def sce(
     densities: Sequence[float],  # n_sources fractions of the selection, each in [0, 1]
     select_topk: float = 1.0,
 ) -> Tensor:
-    """Keep what varies most, weigh each source by its squares, average what agrees in sign.
+    """Keep the entries that vary most, weigh each source by its squares, average equal signs.
 
-    Of the entries that vary at all a source keeps the `n_kept` with the largest variance, at
-    `select_topk` times its own density; mergekit has no densities, and rounds down. A drawn vote
-    keeps the base's value. The weights divide by any sum that is not zero; mergekit takes equal
-    weights where it is below 1e-6, as it is for short task vectors.
+    A source keeps the `n_kept` entries with the largest variance, of those that vary at all, at
+    `select_topk` times its own density; mergekit has no densities, and rounds down. A tie keeps
+    the base's value. The weights divide by any sum that is not zero; mergekit takes equal weights
+    if the sum is below 1e-6, as for short task vectors.
     """
     selected = _selected(task_vectors, [select_topk * density for density in densities])
     squares = [dot(vector, vector) for vector in selected]
@@ -73,7 +73,7 @@ def pcb(
     densities: Sequence[float],  # n_sources fractions of scores kept, each in [0, 1]
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Score every entry within its expert and among experts, average by the scores that are kept.
+    """Score every entry within its expert and among experts, average by the largest scores.
 
     The score of expert i is softmax(N norm(v_i v_i)) times the sum over all j of
     softmax(norm(v_i v_j)), entry by entry, with norm a min-max over the entries; the `n_kept`
@@ -122,13 +122,13 @@ def cabs(
     group: int = 256,  # m in the paper
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Keep the largest entries of every group that earlier experts left free, add them to the base.
+    """Keep the largest entries of every group that earlier experts did not take, add them up.
 
-    A group is m entries in a row of the flattened tensor; the last may be shorter, which the
+    A group is m consecutive entries of the flattened tensor; the last may be shorter, which the
     published code prunes away. The experts choose in the recipe's order. Of equal magnitudes the
     smaller index goes first.
-    Simplified: where too few entries are free an expert keeps its largest others too, so that
-    densities that add up to more than 1 overlap as little as they can.
+    Simplified: if too few entries are free, an expert also keeps its largest taken ones, so that
+    densities that add up to more than 1 overlap as little as possible.
     """
     taken = base.new_zeros(base.numel()).bool()
     votes = []
@@ -168,10 +168,10 @@ def arcee_fusion(
     base: Tensor,  # (*shape) float32
     tensors: Tensor,  # (1, *shape) float32, the other model
 ) -> Tensor:
-    """Take over the entries whose importance stands out in their tensor, the others from the base.
+    """Take over the entries with the largest importance in their tensor, the others from the base.
 
     Importance is the distance between the two models' entries times the Kullback-Leibler divergence
-    of their rows' softmax (a row runs along the last dimension). It stands out at the median plus
+    of their rows' softmax (a row runs along the last dimension). The threshold is the median plus
     1.5 times the distance between the quartiles. Quartiles are exact and divergences in float64;
     mergekit draws a million entries at random, and rounds divergences of float32 sums.
     """

@@ -20,18 +20,18 @@ TRIMS = ("magnitude", "activation")
 
 
 def n_kept(n: int, density: float) -> int:
-    """How many of n entries are kept: density * n, halves to even, and at least one of any."""
+    """How many of n entries are kept: density * n, rounded half to even, and at least one."""
     if n == 0 or density <= 0:
         return 0
     return min(n, max(1, round(density * n)))
 
 
 def largest(magnitudes: Tensor, k: int) -> Tensor:
-    """Mark exactly the k largest entries: (n,) -> (n,) bool; none where k is not positive.
+    """Mark exactly the k largest entries: (n,) -> (n,) bool; none if k is not positive.
 
-    Of c entries tied at the threshold of which q are to be marked, the j-th in index order is
-    marked when floor((j + 1) q / c) > floor(j q / c): they lie evenly spread, and no row is
-    favoured. bfloat16 task vectors have many such ties; mergekit keeps an arbitrary subset of them.
+    If q of c entries that are tied at the threshold are marked, the j-th in index order is marked
+    when floor((j + 1) q / c) > floor(j q / c): they are evenly spread. bfloat16 task vectors have
+    many such ties; mergekit keeps an arbitrary subset of them.
     """
     import torch
 
@@ -47,7 +47,7 @@ def largest(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def _kth_largest(magnitudes: Tensor, k: int) -> Tensor:
-    """Of (n,), 1 <= k <= n; numpy selects it on a CPU many times as fast as torch does."""
+    """The k-th largest of (n,), 1 <= k <= n; on a CPU numpy is many times as fast as torch."""
     if magnitudes.device.type == "cpu":
         place = magnitudes.numel() - k
         return magnitudes.new_tensor(np.partition(magnitudes.numpy(), place)[place])
@@ -55,9 +55,9 @@ def _kth_largest(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def trim(task_vector: Tensor, density: float, scale: Tensor | None = None) -> Tensor:
-    """Keep exactly the `n_kept` entries of largest magnitude, and set the others to zero.
+    """Keep exactly the `n_kept` entries of largest magnitude, times `scale`; set others to zero.
 
-    `scale` says for how much a magnitude counts. mergekit rounds the number down.
+    mergekit rounds the number down.
     """
     magnitudes = task_vector.abs() if scale is None else task_vector.abs() * scale
     kept = largest(magnitudes.flatten(), n_kept(task_vector.numel(), density))
@@ -65,7 +65,7 @@ def trim(task_vector: Tensor, density: float, scale: Tensor | None = None) -> Te
 
 
 def rescaled(kept: Tensor, whole: Tensor) -> Tensor:
-    """What is kept of a task vector, at the L1 norm that the whole has; of nothing it stays so."""
+    """Scale the kept entries to the L1 norm of the whole task vector; zeros stay zeros."""
     length = total(kept.abs())
     return kept * (total(whole.abs()) / length) if length else kept
 
@@ -81,17 +81,17 @@ def trimmed(
 def channel_scales(
     grams: Sequence[Tensor | None], trim: Trim, exponent: float, *, transposed: bool
 ) -> list[Tensor | None]:
-    """For how much the entries of each task vector count when it is trimmed.
+    """Factors of the magnitudes of each task vector when it is trimmed.
 
     Args:
         grams: second moments of the inputs of each source, (n_parts, width, width).
         trim: by magnitude alone, or by magnitude times the activation norm of the input that an
             entry is multiplied by: a_j = sqrt(E[x_j^2]).
         exponent: of the activation norm.
-        transposed: whether matrices lie as (in, out).
+        transposed: whether matrices are stored as (in, out).
 
     Returns:
-        (in,), or (in, 1) of what is transposed; None where magnitudes count as they are.
+        (in,), or (in, 1) if transposed; None if there are no factors.
     """
     if trim == "magnitude":
         return [None] * len(grams)
@@ -111,7 +111,7 @@ def drop(task_vector: Tensor, density: float, stream: int) -> Tensor:
 
 
 def mask(drawn: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
-    """What was drawn on the host, in the shape of another tensor and on its device."""
+    """A mask from the CPU, in the shape of another tensor and on its device."""
     import torch
 
     return torch.from_numpy(drawn).to(like.device).reshape(like.shape)

@@ -1,4 +1,4 @@
-"""SLERP and NuSLERP: from one model to another along an arc instead of a straight line."""
+"""Spherical interpolation and means: SLERP, NuSLERP, multi-SLERP and the Karcher mean."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 PAPER = "https://doi.org/10.1145/325334.325242"
-NEARLY_PARALLEL = 0.9995  # above this |cosine| the way is straight; as in mergekit
-PARALLEL = 1e-16  # squared sine below which NuSLERP's way is straight; as in mergekit
+NEARLY_PARALLEL = 0.9995  # above this |cosine| interpolation is linear; as in mergekit
+PARALLEL = 1e-16  # squared sine below which NuSLERP interpolates linearly; as in mergekit
 BALANCED = 1e-6  # weights whose sum is below this count as equal; as in mergekit
 
 
@@ -31,10 +31,10 @@ def slerp(
     *,
     t: float,  # 0 gives the base, 1 the other model
 ) -> Tensor:
-    """Go from the base to one other model along the arc between them.
+    """Interpolate between the base and one other model along the arc between them.
 
-    Nearly parallel tensors, and opposite ones, are mixed on a straight line. A tensor of zeros
-    counts as at right angles to any other. The angle is measured in float64.
+    Nearly parallel tensors, and opposite ones, are interpolated linearly. A tensor of zeros counts
+    as orthogonal to any other. The angle is computed in float64.
     """
     other = tensors[0]
     angle = np.array(cosine(dot(base, other), dot(base, base), dot(other, other)))
@@ -47,15 +47,15 @@ def nuslerp(
     base: Tensor,  # (*shape) float32; zeros where the recipe has no base
     tensors: Tensor,  # (2, *shape) float32
     *,
-    weights: Tensor,  # (2,) the second's share of the sum is how far the way is gone
+    weights: Tensor,  # (2,) the second's share of the sum is the position on the arc
     nuslerp_row_wise: bool = False,
     nuslerp_flatten: bool = True,
 ) -> Tensor:
-    """Go from one model, or task vector, to another along the arc, as far as their weights say.
+    """Interpolate between two models, or task vectors, along the arc, by their weights.
 
-    Flattened, a tensor is one vector. Otherwise every row (along the last dimension) is turned by
-    its own angle or, with `nuslerp_row_wise`, every vector along the first dimension: the option
-    means what it does in mergekit.
+    With `nuslerp_flatten` a tensor is one vector. Otherwise every row (along the last dimension)
+    has its own angle or, with `nuslerp_row_wise`, every vector along the first dimension, as in
+    mergekit.
     """
     first, second = tensors[0] - base, tensors[1] - base
     w, v = weights.tolist()
@@ -73,12 +73,12 @@ def nuslerp(
 
 
 def arc(t: float, cosines: Floats, straight: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """What two vectors are multiplied by, for the point at t of the arc between them.
+    """The factors of two vectors for the point at t of the arc between them.
 
     Args:
         t: 0 is the first vector, 1 the second.
         cosines: of the angles between them, in [-1, 1].
-        straight: where the way is a straight line instead.
+        straight: where the interpolation is linear instead.
 
     Returns:
         Two factors, in the shape of `cosines`.
@@ -112,14 +112,13 @@ def multislerp(
     *,
     weights: Tensor,  # (n_sources,) mixing coefficients
     normalize_weights: bool = True,
-    eps: float = 1e-8,  # lengths and mean directions below this count as nothing
+    eps: float = 1e-8,  # lengths and mean directions below this count as zero
 ) -> Tensor:
-    """Turn to the weighted mean direction of the models, or task vectors, at their mean length.
+    """Scale the weighted mean direction of the models, or task vectors, to their mean length.
 
-    mergekit goes on from the mean direction along the weighted sum of the directions' projections
-    on its tangent plane. That sum is zero wherever the mean is, so the path ends where it starts.
-    Where the weighted directions cancel, the weighted sum stands in for any number of models;
-    mergekit stops there unless they are two. One model alone is itself.
+    mergekit moves the mean direction along the weighted sum of the directions' projections on its
+    tangent plane, but that sum is zero. If the weighted directions cancel, the result is the
+    weighted sum; mergekit refuses this unless there are two models. A single model is unchanged.
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -139,7 +138,7 @@ def multislerp(
     return base + (length / size) * mean
 
 
-OPPOSITE = 1e-6  # a direction this far from opposite to the mean, in radians, gives it no pull
+OPPOSITE = 1e-6  # radians: directions as near to the opposite of the mean are left out
 
 
 @register("karcher", paper="https://arxiv.org/abs/2603.04972")
@@ -147,12 +146,12 @@ def karcher(
     tensors: Tensor,  # (n_sources, *shape) float32
     *,
     max_iter: int = 10,
-    tol: float = 1e-5,  # lengths, angles and steps below this count as nothing
+    tol: float = 1e-5,  # lengths, angles and steps below this count as zero
 ) -> Tensor:
-    """Find the mean of the models' directions on the sphere; its length is their mean length.
+    """Find the mean of the models' directions on the sphere, and scale it to their mean length.
 
-    All models count alike, as in mergekit. Every step is a combination of the models, so that it
-    is taken on their inner products, in float64, and the models are added up once.
+    All models have equal weight, as in mergekit. Every step is a linear combination of the models,
+    so it is computed on their inner products, in float64, and the models are added up once.
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -172,7 +171,7 @@ def karcher(
 
 
 def _mean(cosines: Floats, max_iter: int, tol: float) -> Floats:
-    """Of unit vectors, as what each of them is multiplied by: (n, n) -> (n,)."""
+    """The Karcher mean of unit vectors, as their factors: cosines (n, n) -> (n,)."""
     n = len(cosines)
     mean = np.full(n, 1 / n)
     size = _size(mean, cosines)

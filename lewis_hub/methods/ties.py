@@ -34,10 +34,10 @@ def ties(  # noqa: PLR0913 (options are keywords)
 ) -> Tensor:
     """Trim each task vector, elect a sign per entry, average the sources that agree with it.
 
-    Votes are weighted, as in mergekit; the paper's are not. A drawn vote keeps the base value.
-    `rescale` gives what is kept of a task vector the L1 norm of the whole.
+    Votes are weighted, as in mergekit; the paper's are not. A tie keeps the base value.
+    `rescale` restores the L1 norm of the task vector.
     With `trim: activation` entries are ranked by magnitude times the activation norm of their
-    input; a source without second moments of a tensor is trimmed by magnitude there.
+    input. Tensors without second moments of a source are trimmed by magnitude.
     """
     known = grams or [None] * len(task_vectors)
     scales = channel_scales(known, trim, trim_exponent, transposed=transposed)

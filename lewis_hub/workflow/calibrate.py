@@ -8,23 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.grams import Wanted
-from lewis_hub.calibration.measure import (
-    SUMMARIES,
-    CalibrationSet,
-    Place,
-    Subject,
-    calibrate,
-    missing,
-)
+from lewis_hub.calibration.grams import GramRequest
+from lewis_hub.calibration.measure import calibrate, missing
 from lewis_hub.calibration.profile import (
     ImportanceProfile,
     SourceImportance,
     calibration_facts,
     reusable,
 )
+from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject
+from lewis_hub.calibration.summaries import OF_PAIRS, SUMMARIES, WITHOUT_TEXTS, Measure
 from lewis_hub.calibration.texts import (
-    Rows,
+    TextRows,
     calibration_tokens,
     load_tokenizer,
     template_of,
@@ -34,7 +29,7 @@ from lewis_hub.errors import CalibrationError, ProfileError, RecipeError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.items import chat_of
 from lewis_hub.files import write_whole
-from lewis_hub.guides.registry import OF_PAIRS, WITHOUT_TEXTS, Guide, Measure
+from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.guides.schedule import (
     Bounds,
     DensitySchedule,
@@ -108,7 +103,7 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
     return Drawn(CalibrationSet(facts | tokens.facts, tokens), texts)
 
 
-def _rows(settings: TextSettings, calibration: Calibration, api: HfApi) -> Rows:
+def _rows(settings: TextSettings, calibration: Calibration, api: HfApi) -> TextRows:
     data = settings.data[calibration]
     if isinstance(data, Source):
         return load_rows(api, data, calibration.config, calibration.split)
@@ -195,7 +190,7 @@ class GuideSettings:
         beside: folder in which `lewis-hub importance` writes its files.
     """
 
-    guide: Guide
+    guide: RegisteredGuide
     base: OpenedSource
     experts: tuple[OpenedSource, ...]
     tokenizer: str
@@ -228,7 +223,7 @@ def guide(
     sets: Sets,
     loader: ModelLoader,
     stores: Sequence[Path],
-    wanted: Sequence[Wanted] = (),
+    wanted: Sequence[GramRequest] = (),
 ) -> Guidance:
     """Measure the sources that are not in a profile yet, and compute the density schedule.
 
@@ -268,7 +263,7 @@ def _subjects(
     sets: Sets,
     loader: ModelLoader,
     measure: Measure,
-    wanted: Sequence[Wanted] = (),
+    wanted: Sequence[GramRequest] = (),
 ) -> tuple[Subject, ...]:
     """Return the base with every distinct set, then each expert with its set in its own ids.
 
@@ -280,8 +275,8 @@ def _subjects(
     subjects: list[Subject] = []
     if not is_of_pairs:
         subjects.append(loader.subject(base, *{id(texts.tokens): texts for texts in sets}.values()))
-    against = Place(base.pinned, loader.files.folders[base.pinned]) if is_of_pairs else None
-    moments: Sequence[Wanted | None] = wanted or [None] * len(sets)
+    against = Snapshot(base.pinned, loader.files.folders[base.pinned]) if is_of_pairs else None
+    moments: Sequence[GramRequest | None] = wanted or [None] * len(sets)
     for expert, texts, moment in zip(settings.experts, sets, moments, strict=True):
         own = remap_token_ids(texts, expert, settings.tokenizer)
         subjects.append(replace(loader.subject(expert, own), against=against, wanted=moment))
@@ -293,7 +288,7 @@ def _measure(
     sets: Sets,
     loader: ModelLoader,
     stores: Sequence[Path],
-    wanted: Sequence[Wanted],
+    wanted: Sequence[GramRequest],
 ) -> ImportanceProfile:
     """Run each measure that the guide needs."""
     known = _known(settings, stores)
@@ -327,7 +322,7 @@ def _on_texts(
     left = {one.source for one in unknown}
     if any(one.against for one in unknown):
         base = settings.base
-        against = Place(base.pinned, loader.materialize_checkpoint(base))
+        against = Snapshot(base.pinned, loader.materialize_checkpoint(base))
         subjects = tuple(replace(one, against=against) for one in subjects)
     opened = {one.pinned: one for one in (settings.base, *settings.experts)}
     subjects = tuple(

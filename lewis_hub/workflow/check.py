@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.model import check_padding
+from lewis_hub.calibration.failures import check_padding
 from lewis_hub.calibration.texts import check_columns
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors

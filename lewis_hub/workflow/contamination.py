@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.texts import CalibrationTokens, Rows, Template
+from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
 from lewis_hub.evaluate.items import TaskItem, TaskRows, contained_items, scored_items
@@ -36,7 +36,7 @@ class DrawnText:
     fixing: tuple[Values, ...]
 
 
-def drawn_texts(rows: Rows, template: Template, tokens: CalibrationTokens) -> list[DrawnText]:
+def drawn_texts(rows: TextRows, template: Template, tokens: CalibrationTokens) -> list[DrawnText]:
     """Return drawn rows for the comparison.
 
     The columns of its text identify a row of a dataset. Its document, or its prompt with its

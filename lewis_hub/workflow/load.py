@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.measure import CalibrationSet, Subject
-from lewis_hub.calibration.meta_model import Weights, in_folder
+from lewis_hub.calibration.subject import CalibrationSet, Subject, Weights, in_folder
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint, Reader

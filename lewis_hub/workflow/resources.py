@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from lewis_hub.calibration.grams import HELD_BYTES as GRAM_BYTES
 from lewis_hub.calibration.grams import WIDEST, n_entries
-from lewis_hub.calibration.measure import SUMMARIES
-from lewis_hub.calibration.meta_model import HELD_BYTES
+from lewis_hub.calibration.subject import HELD_BYTES
+from lewis_hub.calibration.summaries import SUMMARIES, WITHOUT_TEXTS
 from lewis_hub.calibration.texts import TOGETHER
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.checkpoint.writer import DTYPES
-from lewis_hub.guides.registry import WITHOUT_TEXTS, Guide
+from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.hub.fetch import weight_files
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.open import MergeSources
@@ -57,7 +57,7 @@ class Measurement:
         calibrations: of each expert, in order; empty if nothing is measured on texts.
     """
 
-    guide: Guide | None
+    guide: RegisteredGuide | None
     moments: MomentSettings | None
     calibrations: tuple[Calibration, ...]
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.measure import CalibrationSet, Subject, calibrate, missing
-from lewis_hub.calibration.meta_model import FEWER, HELD_BYTES, STATES
+from lewis_hub.calibration.measure import calibrate, missing
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.subject import FEWER, HELD_BYTES, STATES, CalibrationSet, Subject
+from lewis_hub.calibration.summaries import Measure
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
@@ -19,7 +20,6 @@ from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import check_tasks
 from lewis_hub.files import require_room, require_writable, write_whole
-from lewis_hub.guides.registry import Measure
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_model

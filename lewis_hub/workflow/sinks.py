@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.meta_model import FEWER, STATES
+from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.checkpoint.ranges import Locations, scratch_bytes
 from lewis_hub.errors import OutputError, PublishError
 from lewis_hub.files import require_room

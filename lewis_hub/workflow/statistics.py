@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.grams import GramFiles, Wanted, facts_of, gather_grams, read_grams
-from lewis_hub.calibration.measure import Subject
-from lewis_hub.calibration.meta_model import Weights, in_folder
-from lewis_hub.calibration.model import run_refusals
+from lewis_hub.calibration.failures import run_refusals
+from lewis_hub.calibration.grams import GramFiles, GramRequest, read_grams
+from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration.subject import Subject, Weights, in_folder
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from torch import Tensor
 
-    from lewis_hub.calibration.sequential import Seen
+    from lewis_hub.calibration.sequential import LayerMoments
     from lewis_hub.merge.in_memory import Single
 
-VERSION = 2  # of the arithmetic of fitting in sequence
+VERSION = 3  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
 INDEX = "fitted.json"
 LABEL = "matrices fitted in sequence"
@@ -116,7 +116,7 @@ def gather(
 
 def wanted(
     settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
-) -> tuple[Wanted, ...]:
+) -> tuple[GramRequest, ...]:
     """Return the second moments that `gather` expects in a folder, one per expert, or none.
 
     A pass that measures the experts for a guide can write them there.
@@ -124,9 +124,9 @@ def wanted(
     if settings.moments.in_sequence:
         return ()
     widest = settings.moments.widest
-    facts = [facts_of(subject, widest) for subject in _subjects(settings, sets, loader)]
+    facts = [gram_facts(subject, widest) for subject in _subjects(settings, sets, loader)]
     places = [store / "statistics" / _short_digest(one) for one in facts]
-    return tuple(Wanted(place, widest, one) for place, one in zip(places, facts, strict=True))
+    return tuple(GramRequest(place, widest, one) for place, one in zip(places, facts, strict=True))
 
 
 def _gather_each(
@@ -159,7 +159,7 @@ def _gather_each(
 
 
 def _gather_one(
-    method: str, subject: Subject, one: Wanted, device: str, advance: Advance
+    method: str, subject: Subject, one: GramRequest, device: str, advance: Advance
 ) -> GramFiles:
     with run_refusals(subject.source, f"method `{method}`"):
         return gather_grams(subject, one, device, advance)
@@ -234,7 +234,7 @@ def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
     """
     if not settings.moments.in_sequence:
         return
-    from lewis_hub.calibration.meta_model import skeleton
+    from lewis_hub.calibration.meta_model import build_meta_model
     from lewis_hub.calibration.sequential import require_beside
 
     donor = settings.sources.donor
@@ -243,7 +243,7 @@ def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
         yield from ()
 
     folder = small_files(api, donor.source)
-    made = skeleton(Weights(folder, donor.checkpoint, parts, REMEDY), "cpu")
+    made = build_meta_model(Weights(folder, donor.checkpoint, parts, REMEDY), "cpu")
     require_beside(made, (expert.checkpoint for expert in settings.sources.experts))
 
 
@@ -312,12 +312,12 @@ def _fit(
     loader: ModelLoader,
     place: Path,
 ) -> list[Path]:
-    from lewis_hub.calibration.sequential import Texts
+    from lewis_hub.calibration.sequential import ExpertTexts
     from lewis_hub.calibration.sequential import fit as fit_blocks
 
     merged = _MergedBlocks(planned, loader.locations, place / "ranges", loader.max_shard_bytes)
     texts = [
-        Texts(
+        ExpertTexts(
             replace(subject.weights or in_folder(subject.source, subject.folder), remedy=REMEDY),
             subject.sets[0].tokens,
             remap_token_ids(one, settings.reader, settings.tokenizer).tokens,
@@ -373,9 +373,12 @@ class _MergedBlocks:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}
                 files.step_done()
 
-    def solve(self, tensor: str, seen: Sequence[Seen], transposed: bool) -> Tensor:  # noqa: FBT001
+    def solve(self, tensor: str, seen: Sequence[LayerMoments], transposed: bool) -> Tensor:  # noqa: FBT001
         """Fit a tensor of the list that `parts` made last."""
         assert self._make
-        crosses, gaps = [one.cross for one in seen], [one.gap for one in seen]
+        crosses = [one.cross_covariance for one in seen]
+        residuals = [one.residual_covariance for one in seen]
         grams, known = [one.gram for one in seen], () if None in crosses else crosses
-        return self._make(tensor, Moments(grams, known, transposed, () if None in gaps else gaps))
+        return self._make(
+            tensor, Moments(grams, known, transposed, () if None in residuals else residuals)
+        )

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,13 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.calibration.hooks import block_linears
+from lewis_hub.calibration.passes import input_sums, norms_of
+from lewis_hub.calibration.summaries import sum_of_squares
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 
 N_TOKENS = 97  # of the tiny models' vocabulary
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -54,6 +58,18 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def activation_norms(
+    model: PreTrainedModel,
+    name: str,
+    calibration: Iterable[TokenBatch],
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    batches = list(calibration)
+    modules = block_linears(model, name)
+    sums = input_sums(model, name, modules, batches, sum_of_squares, advance)
+    return norms_of(sums, sum(int(batch.attention_mask.sum()) for batch in batches))
 
 
 def tokens_of(ids: Sequence[Sequence[int]]) -> CalibrationTokens:

@@ -10,14 +10,13 @@ from lewis_hub.calibration import grams
 from lewis_hub.calibration.grams import (
     DIAGONAL,
     WIDEST,
-    Wanted,
-    facts_of,
-    gather_grams,
+    GramRequest,
     part_width,
     read_grams,
     second_moments,
 )
-from lewis_hub.calibration.measure import CalibrationSet, Subject
+from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration.subject import CalibrationSet, Subject
 from lewis_hub.errors import OutputError
 
 from .conftest import tiny_model
@@ -33,7 +32,7 @@ def subject(saved, texts):
 
 
 def wanted_of(subject, folder, widest=WIDEST):
-    return Wanted(folder, widest, facts_of(subject, widest))
+    return GramRequest(folder, widest, gram_facts(subject, widest))
 
 
 def gather(subject, folder, widest=WIDEST, advance=lambda _: None):
@@ -161,7 +160,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OutputError) as caught:
-            grams.save_whole({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
+            grams.write_tensors({"x": torch.ones(1000)}, tmp_path / "block.safetensors")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

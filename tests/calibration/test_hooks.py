@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration.determinism import threads
-from lewis_hub.calibration.hooks import activation_norms, measure
-from lewis_hub.calibration.profile import sum_of_squares
-from lewis_hub.calibration.texts import Batch, CalibrationTokens, batches
+from lewis_hub.calibration.passes import measure_whole
+from lewis_hub.calibration.subject import Snapshot
+from lewis_hub.calibration.summaries import sum_of_squares
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch, batches
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
+from lewis_hub.methods.numerics import torch_threads
 
-from .conftest import ARCHITECTURES, LLAMA, SMALL, tiny_model, tokens_of
+from .conftest import ARCHITECTURES, LLAMA, SMALL, activation_norms, tiny_model, tokens_of
 
 
 def nothing(_: int) -> None:
@@ -82,7 +83,7 @@ def test_norms_and_importance_equal_a_naive_loop_over_tokens_and_weights(model, 
     expected = {path: naive_norms(inputs[path]) for path in paths}
 
     norms = activation_norms(model, "tiny", batches(texts), nothing)
-    [importance] = measure(saved(model), "tiny", [texts], "cpu", nothing)
+    [importance] = measure_whole(Snapshot("tiny", saved(model)), [texts], "cpu", nothing)
 
     assert list(norms) == paths
     assert list(importance) == paths
@@ -132,8 +133,8 @@ def test_what_stands_under_the_padding_changes_nothing(llama):
     other = ids.clone()
     other[0, 3:] = 55
 
-    first = activation_norms(llama, "tiny", [Batch(ids, mask)], nothing)
-    second = activation_norms(llama, "tiny", [Batch(other, mask)], nothing)
+    first = activation_norms(llama, "tiny", [TokenBatch(ids, mask)], nothing)
+    second = activation_norms(llama, "tiny", [TokenBatch(other, mask)], nothing)
 
     assert all(torch.equal(norm, second[path]) for path, norm in first.items())
 
@@ -299,7 +300,7 @@ def test_a_model_without_blocks_is_refused_with_a_way_out():
 
 
 def test_no_token_at_all_is_an_error(llama):
-    empty = Batch(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
+    empty = TokenBatch(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
 
     for calibration in ([], [empty]):
         with pytest.raises(EmptyCalibrationError) as caught:
@@ -339,7 +340,7 @@ def test_activations_that_overflow_are_an_error_naming_the_module(llama, texts):
 )
 def test_tokens_that_do_not_fit_the_model_are_refused(llama, saved, ids, message):
     with pytest.raises(CalibrationModelError) as caught:
-        measure(saved(llama), "me/tiny", [tokens_of(ids)], "cpu", nothing)
+        measure_whole(Snapshot("me/tiny", saved(llama)), [tokens_of(ids)], "cpu", nothing)
 
     assert str(caught.value) == message
 
@@ -350,7 +351,7 @@ def test_a_source_is_out_of_memory_once_it_is_measured(llama, texts, saved):
     watch = register_module_forward_pre_hook(lambda module, _: ran.append(weakref.ref(module)))
     gc.disable()  # reference counts alone must free it
     try:
-        measure(folder, "base", [texts], "cpu", nothing)
+        measure_whole(Snapshot("base", folder), [texts], "cpu", nothing)
     finally:
         gc.enable()
         watch.remove()
@@ -364,9 +365,11 @@ def test_several_calibration_sets_are_measured_as_if_each_were_alone(llama, text
     other = tokens_of([[20, 21, 22]])
     counted: list[int] = []
 
-    together = measure(folder, "base", [texts, other], "cpu", counted.append)
+    together = measure_whole(Snapshot("base", folder), [texts, other], "cpu", counted.append)
 
-    assert together == [measure(folder, "base", [t], "cpu", nothing)[0] for t in (texts, other)]
+    assert together == [
+        measure_whole(Snapshot("base", folder), [t], "cpu", nothing)[0] for t in (texts, other)
+    ]
     assert sum(counted) == texts.n_tokens + other.n_tokens
 
 
@@ -388,6 +391,6 @@ def test_a_text_of_any_length_is_measured_alike_on_any_number_of_threads(
         sets = [tokens_of([list(range(3, 3 + n_tokens))])]
         found = []
         for n_threads in (1, 2):
-            with threads(n_threads):
-                found.append(measure(folder, "tiny", sets, "cpu", lambda _: None))
+            with torch_threads(n_threads):
+                found.append(measure_whole(Snapshot("tiny", folder), sets, "cpu", lambda _: None))
         assert found[0] == found[1], n_tokens

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis_hub.calibration import blockwise, hooks, reference
-from lewis_hub.calibration.determinism import threads
-from lewis_hub.calibration.meta_model import in_folder
+from lewis_hub.calibration.passes import measure_by_block, measure_whole
+from lewis_hub.calibration.reference import measure_reference
+from lewis_hub.calibration.subject import Snapshot, in_folder
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.guides.lewis import lewis, lewis_reference
-from lewis_hub.guides.registry import Statistics
+from lewis_hub.guides.registry import Measurements
+from lewis_hub.methods.numerics import torch_threads
 
 MODELS, LAB = os.environ.get("LEWIS_HUB_MODELS"), os.environ.get("LEWIS_HUB_LAB")
 
@@ -94,12 +95,12 @@ def naive_importance(folder: Path, tokens: CalibrationTokens) -> dict[str, float
 def test_importance_and_densities_are_those_of_the_definition(folders, tokens):
     ours, expected = {}, {}
     for role, folder in folders.items():
-        [ours[role]] = hooks.measure(folder, role, [tokens], "cpu", nothing)
+        [ours[role]] = measure_whole(Snapshot(role, folder), [tokens], "cpu", nothing)
         expected[role] = naive_importance(folder, tokens)
         assert ours[role] == pytest.approx(expected[role], rel=1e-6)
 
     measured = ({"lewis": ours[role]} for role in ("base", "expert-math"))
-    densities = lewis(Statistics(tuple(ours["base"]), *measured), 0.3, 0.8)
+    densities = lewis(Measurements(tuple(ours["base"]), *measured), 0.3, 0.8)
 
     assert len(densities) == 210  # 7 matrices in each of 30 blocks
     shares = by_component(expected["base"], expected["expert-math"])
@@ -109,16 +110,16 @@ def test_importance_and_densities_are_those_of_the_definition(folders, tokens):
 def test_the_reference_finds_what_the_published_procedure_does(folders, texts, tokens):
     """To the last bit: one that differs prunes otherwise, and that grows to per cents."""
     ours, theirs = {}, {}
-    with threads(1):
+    with torch_threads(1):
         for role, folder in folders.items():
-            [ours[role]] = reference.measure(folder, role, [tokens], "cpu", nothing)
+            [ours[role]] = measure_reference(Snapshot(role, folder), [tokens], "cpu", nothing)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             found = published.importance(model, published.padded(str(folder), texts))
             theirs[role] = {f"model.layers.{name}": one for name, one in found.items()}
             assert ours[role] == theirs[role]
 
     measured = ({"lewis_reference": ours[role]} for role in ("base", "expert-math"))
-    densities = lewis_reference(Statistics(tuple(ours["base"]), *measured), 0.3, 0.8)
+    densities = lewis_reference(Measurements(tuple(ours["base"]), *measured), 0.3, 0.8)
 
     shares = by_component(theirs["base"], theirs["expert-math"])
     rounded = {name: round(share, 5) for name, share in shares.items()}
@@ -128,17 +129,17 @@ def test_the_reference_finds_what_the_published_procedure_does(folders, texts, t
 def test_the_reference_is_the_same_on_any_number_of_threads(folders, tokens):
     found = []
     for n_threads in (1, 2):  # of more, `whole_shares` takes 2: a width is 576
-        with threads(n_threads):
-            found += reference.measure(folders["base"], "base", [tokens], "cpu", nothing)
+        with torch_threads(n_threads):
+            found += measure_reference(Snapshot("base", folders["base"]), [tokens], "cpu", nothing)
 
     assert found[0] == found[1]
 
 
 def test_importance_is_the_same_block_by_block_and_on_any_number_of_threads(folders, tokens):
     folder = folders["base"]
-    [expected] = hooks.measure(folder, "base", [tokens], "cpu", nothing)
+    [expected] = measure_whole(Snapshot("base", folder), [tokens], "cpu", nothing)
 
     for n_threads in (1, 2, 4):
-        with threads(n_threads):
-            [found] = blockwise.measure(in_folder("base", folder), [tokens], "cpu", nothing)
+        with torch_threads(n_threads):
+            [found] = measure_by_block(in_folder("base", folder), [tokens], "cpu", nothing)
         assert found == expected

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
-from lewis_hub.calibration.determinism import ByOneDNN, by_rows, threads
+from lewis_hub.calibration.determinism import ByOneDNN, by_rows
+from lewis_hub.methods.numerics import torch_threads
 
 sizes = st.integers(1, 70)
 
@@ -22,7 +23,7 @@ def test_products_are_those_of_the_definition_and_the_same_on_any_number_of_thre
 
     found = []
     for n_threads in (1, 2, 3, 8):
-        with threads(n_threads):
+        with torch_threads(n_threads):
             found.append(by_rows(x, weight, bias))
 
     torch.testing.assert_close(found[0].double(), wide, rtol=0, atol=1e-4)

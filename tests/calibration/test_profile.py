@@ -12,9 +12,9 @@ from lewis_hub.calibration.profile import (
     ImportanceProfile,
     SourceImportance,
     calibration_facts,
-    module_importance,
     reusable,
 )
+from lewis_hub.calibration.summaries import module_importance
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
 
@@ -123,8 +123,8 @@ def test_a_profile_is_written_in_the_models_order():
 
 def test_a_profile_loads_without_torch():
     code = (
-        "import sys; from lewis_hub.guides.importance import ImportanceProfile;"
-        "from lewis_hub.guides.density import schedule;"
+        "import sys; from lewis_hub.calibration.profile import ImportanceProfile;"
+        "from lewis_hub.guides.schedule import schedule;"
         "ImportanceProfile.from_json(sys.stdin.read());"
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lewis_hub.calibration.hooks import block_linears
-from lewis_hub.calibration.reference import block_importance, measure, padded, text_blocks
+from lewis_hub.calibration.reference import block_importance, measure_reference, padded, text_blocks
+from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.lewis import lewis_reference
-from lewis_hub.guides.registry import Statistics
+from lewis_hub.guides.registry import Measurements
 
 from .conftest import ARCHITECTURES, N_TOKENS, tiny_model, tokens_of
 
@@ -98,7 +99,7 @@ def test_each_set_is_measured_on_the_whole_model(llama, saved, texts):
     tokens = type(tokens)(**{**vars(tokens), "limit": 6, "end": 2})
     done = []
 
-    first, second = measure(folder, "me", [tokens, tokens], "cpu", done.append)
+    first, second = measure_reference(Snapshot("me", folder), [tokens, tokens], "cpu", done.append)
 
     assert first == second
     assert sum(done) == 2 * tokens.n_tokens
@@ -106,7 +107,9 @@ def test_each_set_is_measured_on_the_whole_model(llama, saved, texts):
 
 def test_a_tokenizer_without_an_end_cannot_pad(llama, saved):
     with pytest.raises(CalibrationModelError) as raised:
-        measure(saved(llama), "me/model", [tokens_of([[5, 6]])], "cpu", lambda _: None)
+        measure_reference(
+            Snapshot("me/model", saved(llama)), [tokens_of([[5, 6]])], "cpu", lambda _: None
+        )
 
     assert str(raised.value) == (
         "me/model: the tokenizer of tiny has no end-of-sequence token to pad with.\n"
@@ -121,7 +124,7 @@ def test_shares_are_rounded_before_the_span():
     expert = dict(zip(names, [11.0, 12.0, 14.0, 10.0, 10.000004, 11.0], strict=True))
 
     measured = ({"lewis_reference": values} for values in (base, expert))
-    found = lewis_reference(Statistics(tuple(names), *measured), 0.3, 0.8)
+    found = lewis_reference(Measurements(tuple(names), *measured), 0.3, 0.8)
 
     # q: 1/7, 2/7, 4/7 to 5 decimals; down: 0, .000004 (rounds to 0), .999996 (rounds to 1)
     wanted = [0.3 + 0.5 * s for s in (0.14286, 0.28571, 0.57143, 0.0, 0.0, 1.0)]

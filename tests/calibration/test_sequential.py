@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lewis_hub.calibration import meta_model as skeleton_of
-from lewis_hub.calibration import sequential
+from lewis_hub.calibration import meta_model, sequential
 from lewis_hub.calibration.grams import WIDEST
-from lewis_hub.calibration.hooks import Order
-from lewis_hub.calibration.meta_model import in_folder
-from lewis_hub.calibration.sequential import Texts, fit
+from lewis_hub.calibration.hooks import CallOrder
+from lewis_hub.calibration.sequential import ExpertTexts, fit
+from lewis_hub.calibration.subject import in_folder
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.methods.regmean import RIDGE, regmean
 
@@ -159,8 +158,8 @@ def solver(models, alpha, asked=None):
             weights=torch.ones(2),
             densities=[1, 1],
             grams=[one.gram for one in seen],
-            crosses=[one.cross for one in seen],
-            gaps=[one.gap for one in seen],
+            cross_covariances=[one.cross_covariance for one in seen],
+            residual_covariances=[one.residual_covariance for one in seen],
             transposed=transposed,
             off_diagonal=alpha,
             inputs="merged",
@@ -173,7 +172,7 @@ def run(folders, solve, output, texts=TEXTS, advance=lambda _: None):
     output.mkdir(exist_ok=True)
     *experts, merged = folders
     asked = [
-        Texts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
+        ExpertTexts(in_folder("expert", folder), tokens_of(own), tokens_of(own))
         for folder, own in zip(experts, texts, strict=True)
     ]
     files = fit(in_folder("merged", merged), asked, solve, output, WIDEST, "cpu", advance)
@@ -254,9 +253,9 @@ def test_what_chosen_tokens_reach_is_fitted_on_the_experts_own(models, tmp_path,
             assert 0 < len(x) < sum(map(len, texts))
             gram = x.T @ x / len(x)
             torch.testing.assert_close(seen.gram[0].double(), gram, rtol=1e-4, atol=1e-5)
-            assert seen.cross is None
+            assert seen.cross_covariance is None
         gate = seen_of[f"model.layers.{block}.mlp.gate_proj.weight"]
-        assert all(one.cross is not None for one in gate)
+        assert all(one.cross_covariance is not None for one in gate)
 
 
 def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
@@ -268,7 +267,7 @@ def test_a_matrix_mends_the_block_only_where_what_it_makes_is_added_as_it_is(
         found = {}
 
         def solve(tensor, seen, transposed):
-            found[tensor] = [one.gap is not None for one in seen]
+            found[tensor] = [one.residual_covariance is not None for one in seen]
             return solver(made, 0.5)(tensor, seen, transposed)
 
         run(folders, solve, tmp_path / name)
@@ -297,7 +296,7 @@ def test_a_module_that_no_token_of_an_expert_reaches_is_left(models, tmp_path, m
 
 def test_a_module_is_of_the_level_whose_very_tensor_it_is_handed_though_another_had_it_before():
     x, y, z = (torch.ones(2, 3) for _ in range(3))
-    order = Order()
+    order = CallOrder()
 
     for path, handed in [("twice", x), ("other", y), ("twice", z), ("last", z)]:
         order.see(path, handed)
@@ -319,14 +318,14 @@ def test_an_interrupted_fit_comes_out_the_same_where_texts_have_to_run_without_p
     deeper = {**conftest.LLAMA, "num_hidden_layers": 4}
     monkeypatch.setitem(conftest.ARCHITECTURES, "llama", ("LlamaConfig", deeper))
     made, folders = models("llama")
-    empty = skeleton_of.skeleton
+    empty = meta_model.build_meta_model
 
     def built(weights, device):
         found = empty(weights, device)
         every_other_block_routes(found.model)
         return found
 
-    monkeypatch.setattr(sequential, "skeleton", built)
+    monkeypatch.setattr(sequential, "build_meta_model", built)
     whole = run(folders, solver(made, 0.5), tmp_path / "whole")
     part = tmp_path / "part"
 
@@ -353,7 +352,7 @@ def test_a_module_that_is_handed_all_of_some_texts_alone_is_fitted_on_the_expert
     crosses = {}
 
     def solve(tensor, seen, transposed):
-        crosses[tensor] = [one.cross is None for one in seen]
+        crosses[tensor] = [one.cross_covariance is None for one in seen]
         return solver(made, 0.5)(tensor, seen, transposed)
 
     run(folders, solve, tmp_path / "fitted")

@@ -2,9 +2,11 @@ import pytest
 import torch
 import transformers
 
-from lewis_hub.calibration.determinism import threads, whole_shares
-from lewis_hub.calibration.hooks import measure
+from lewis_hub.calibration.determinism import whole_shares
+from lewis_hub.calibration.passes import measure_whole
+from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.methods.numerics import torch_threads
 
 from .conftest import tokens_of
 
@@ -14,7 +16,7 @@ from .conftest import tokens_of
     [
         ([4096, 14336], 64, 64),
         ([4096, 14336], 6, 4),
-        ([576, 1536], 64, 2),  # 192 divides both: 2 threads of 3 pairs
+        ([576, 1536], 64, 2),  # 192 divides both: 2 torch_threads of 3 pairs
         ([896, 4864], 64, 4),
         ([100, 200], 8, 1),
         ([16], 8, 1),
@@ -27,14 +29,14 @@ def test_every_thread_gets_whole_pairs_of_vectors(widths, available, n_threads):
 
 def test_the_number_of_threads_is_put_back():
     before = torch.get_num_threads()
-    with threads(before + 1):
+    with torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
 
 @pytest.fixture
 def wide(saved):
-    """A folder with a model that four threads can share."""
+    """A folder with a model that four torch_threads can share."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
     config = transformers.LlamaConfig(vocab_size=390, num_hidden_layers=2, **sizes)
     torch.manual_seed(0)
@@ -49,7 +51,7 @@ def test_importance_is_the_same_to_the_last_bit_on_any_number_of_threads(wide):
     for folder in (zoo_folder() / "base", wide):
         found = []
         for n_threads in (1, 2, 3, 4, 5, 8):
-            with threads(n_threads):
-                found.append(measure(folder, "base", sets, "cpu", lambda _: None))
+            with torch_threads(n_threads):
+                found.append(measure_whole(Snapshot("base", folder), sets, "cpu", lambda _: None))
 
         assert all(measured == found[0] for measured in found)

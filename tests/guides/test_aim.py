@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lewis_hub.guides.aim import OMEGA, aim, evenness
-from lewis_hub.guides.registry import Decision, Statistics, find
+from lewis_hub.calibration.summaries import evenness
+from lewis_hub.guides.aim import OMEGA, aim
+from lewis_hub.guides.registry import Decision, Measurements, find
 
 
 def test_a_worked_example():
@@ -18,7 +19,7 @@ def test_a_worked_example():
     even = evenness({}, norms)
     assert even == {"l.0.q": 0.5, "l.1.q": 1.0, "l.2.q": 1.0}
 
-    found = aim(Statistics((), {"evenness": even}, {"evenness": {}}), 0.3, 0.8)
+    found = aim(Measurements((), {"evenness": even}, {"evenness": {}}), 0.3, 0.8)
 
     # the mean over channels of 1 - .6 a / max a
     assert found.weights == {"l.0.q": pytest.approx(0.7), "l.1.q": 0.4, "l.2.q": 0.4}
@@ -31,7 +32,7 @@ def test_a_worked_example():
 def test_its_weight_is_the_mean_of_the_papers_factors(norms):
     even = evenness({}, {"l.0.q": torch.tensor(norms)})
 
-    found = aim(Statistics((), {"evenness": even}, {"evenness": {}}), 0.3, 0.8)
+    found = aim(Measurements((), {"evenness": even}, {"evenness": {}}), 0.3, 0.8)
 
     factors = [1 - (1 - OMEGA) * norm / max(norms) for norm in norms]
     assert found.weights["l.0.q"] == pytest.approx(sum(factors) / len(factors))

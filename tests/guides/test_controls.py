@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from lewis_hub.checkpoint import names
 from lewis_hub.guides.baselines import inverse, random
 from lewis_hub.guides.lewis import lewis
-from lewis_hub.guides.registry import Statistics, find
+from lewis_hub.guides.registry import Measurements, find
 
 Q, DOWN = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.down_proj"
 
 
-def measured(values: dict[str, list[float]], seed: int = 0) -> Statistics:
+def measured(values: dict[str, list[float]], seed: int = 0) -> Measurements:
     expert = {c.format(b): v for c, row in values.items() for b, v in enumerate(row)}
-    return Statistics((), {"lewis": dict.fromkeys(expert, 0.0)}, {"lewis": expert}, seed)
+    return Measurements((), {"lewis": dict.fromkeys(expert, 0.0)}, {"lewis": expert}, seed)
 
 
 WORKED = measured({Q: [1, 3, 6, 2, 8, 4], DOWN: [5, 0, 5, 1, 2, 3]}, seed=7)
@@ -57,10 +57,10 @@ def test_random_keeps_the_densities_of_each_component(q, down, seed):
 def test_random_differs_from_seed_to_seed_and_stays_in_a_new_process():
     seeds = [random(measured({Q: [*range(12)]}, seed), 0.3, 0.8) for seed in range(5)]
     code = (
-        "from lewis_hub.guides.controls import random\n"
-        "from lewis_hub.guides.registry import Statistics\n"
+        "from lewis_hub.guides.baselines import random\n"
+        "from lewis_hub.guides.registry import Measurements\n"
         "m = {f'model.layers.{b}.self_attn.q_proj': float(b) for b in range(12)}\n"
-        "s = Statistics((), {'lewis': dict.fromkeys(m, 0.0)}, {'lewis': m}, 3)\n"
+        "s = Measurements((), {'lewis': dict.fromkeys(m, 0.0)}, {'lewis': m}, 3)\n"
         "print(list(random(s, 0.3, 0.8).values()))"
     )
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lewis_hub.errors import GuideError
 from lewis_hub.guides.lewis import dominance, importance_shifts, lewis
-from lewis_hub.guides.registry import Statistics, find
+from lewis_hub.guides.registry import Measurements, find
 
 Q, DOWN = "self_attn.q_proj", "mlp.down_proj"
 
@@ -15,11 +15,11 @@ def named(component: str, values: list[float]) -> dict[str, float]:
     return {f"model.layers.{b}.{component}": value for b, value in enumerate(values)}
 
 
-def statistics(base: dict[str, float], expert: dict[str, float]) -> Statistics:
-    return Statistics(matrices=(), base={"lewis": base}, expert={"lewis": expert})
+def statistics(base: dict[str, float], expert: dict[str, float]) -> Measurements:
+    return Measurements(matrices=(), base={"lewis": base}, expert={"lewis": expert})
 
 
-def shifted(shifts: dict[str, float]) -> Statistics:
+def shifted(shifts: dict[str, float]) -> Measurements:
     """An expert that differs by `shifts` from a base without any importance: sign and size kept."""
     return statistics(dict.fromkeys(shifts, 0.0), shifts)
 
@@ -169,7 +169,7 @@ def test_base_and_expert_of_different_architecture_are_refused():
         lewis(statistics(named(Q, [1, 2]), named(Q, [1, 2, 3])), 0.3, 0.8)
 
     assert str(caught.value) == (
-        "guide `lewis`: importance of model.layers.2.self_attn.q_proj is known of the"
+        "guide `lewis`: importance of model.layers.2.self_attn.q_proj is known for the"
         " expert only.\n"
         "Base and expert must be of one architecture."
     )

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from lewis_hub.guides.baselines import magnitude
-from lewis_hub.guides.registry import Statistics, find
+from lewis_hub.guides.registry import Measurements, find
 
 
-def changed(values: dict[str, float]) -> Statistics:
-    return Statistics(tuple(values), {}, {"task_vector": values})
+def changed(values: dict[str, float]) -> Measurements:
+    return Measurements(tuple(values), {}, {"task_vector": values})
 
 
 def test_densities_span_the_bounds_by_the_size_of_the_task_vector():

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.guides.owl import FAR, outlier_ratios, owl
-from lewis_hub.guides.registry import Statistics, find
+from lewis_hub.calibration.summaries import FAR, outlier_ratios
+from lewis_hub.guides.owl import owl
+from lewis_hub.guides.registry import Measurements, find
 
 Q, DOWN = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.down_proj"
 
@@ -53,7 +54,7 @@ def test_it_is_what_a_loop_over_all_entries_finds(seed, dtype):
 def test_all_modules_of_a_block_get_the_density_of_its_outliers():
     measured = {Q.format(0): 0.01, DOWN.format(0): 0.01, Q.format(1): 0.03, Q.format(2): 0.02}
 
-    found = owl(Statistics((), {"outliers": {}}, {"outliers": measured}), 0.2, 0.8)
+    found = owl(Measurements((), {"outliers": {}}, {"outliers": measured}), 0.2, 0.8)
 
     assert found == {Q.format(0): 0.2, DOWN.format(0): 0.2, Q.format(1): 0.8, Q.format(2): 0.5}
     assert find("owl").needs == ("outliers",)

@@ -12,7 +12,7 @@ import pytest
 import lewis_hub
 from lewis_hub.errors import GuideError
 from lewis_hub.guides import registry
-from lewis_hub.guides.registry import Statistics, broken, find, guides, register
+from lewis_hub.guides.registry import Measurements, broken, find, guides, register
 
 PLUGIN = """
 from lewis_hub.guides.registry import register
@@ -59,7 +59,7 @@ def test_an_installed_package_adds_a_guide(site):
 
     guide = find("thirds")
 
-    assert guide.decide(Statistics(("l.0.q",), {}, {}), 0.3, 0.6) == {"l.0.q": pytest.approx(0.4)}
+    assert guide.decide(Measurements(("l.0.q",), {}, {}), 0.3, 0.6) == {"l.0.q": pytest.approx(0.4)}
     assert "thirds" in [one.name for one in guides()]
 
 
@@ -68,7 +68,7 @@ def test_a_name_is_taken_once(site):
         register("uniform")(lambda statistics, gamma, epsilon: {})
 
     assert str(caught.value) == (
-        "guide `uniform`: the name is already taken by lewis_hub.guides.uniform.uniform.\n"
+        "guide `uniform`: the name is already taken by lewis_hub.guides.baselines.uniform.\n"
         "Register it under another name."
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.errors import GuideError, ProfileError
-from lewis_hub.guides.registry import Decision, Guide, find
+from lewis_hub.guides.registry import Decision, RegisteredGuide, find
 from lewis_hub.guides.schedule import (
     Bounds,
     DensitySchedule,
@@ -199,7 +199,7 @@ def test_a_default_density_outside_its_range_is_refused():
 
 
 def test_a_guide_that_leaves_the_bounds_is_told_so():
-    wild = Guide("wild", lambda statistics, gamma, epsilon: {DOWN[0]: 0.9})
+    wild = RegisteredGuide("wild", lambda statistics, gamma, epsilon: {DOWN[0]: 0.9})
 
     with pytest.raises(GuideError) as caught:
         schedule(wild, BOUNDS, ["one"], SHAPES)
@@ -219,13 +219,13 @@ def fails(statistics, gamma, epsilon):
     [
         (
             fails,
-            "it failed on one: ZeroDivisionError: division by zero (test_density.py, line {line})",
+            "it failed on one: ZeroDivisionError: division by zero (test_schedule.py, line {line})",
             "This is a fault of the guide.",
         ),
         (
             lambda s, gamma, epsilon: {"model.embed_tokens": 0.5},
             "it decides model.embed_tokens, which is no matrix of a block",
-            "A guide decides the modules in `statistics.matrices`, and those alone.",
+            "A guide decides the modules in `Measurements.matrices`, and those alone.",
         ),
         (
             lambda s, gamma, epsilon: {DOWN[0]: float("nan")},
@@ -241,14 +241,14 @@ def fails(statistics, gamma, epsilon):
 )
 def test_a_guide_that_fails_or_decides_nonsense_is_one_message(decide, problem, remedy):
     with pytest.raises(GuideError) as caught:
-        schedule(Guide("bad", decide), BOUNDS, ["one"], SHAPES)
+        schedule(RegisteredGuide("bad", decide), BOUNDS, ["one"], SHAPES)
 
     problem = problem.format(line=fails.__code__.co_firstlineno + 1)
     assert str(caught.value) == f"guide `bad`: {problem}.\n{remedy}"
 
 
 def test_a_guide_that_returns_no_mapping_is_told_so():
-    empty = Guide("empty", lambda statistics, gamma, epsilon: None)
+    empty = RegisteredGuide("empty", lambda statistics, gamma, epsilon: None)
 
     with pytest.raises(GuideError, match="guide `empty`: it failed on one: AttributeError: 'None"):
         schedule(empty, BOUNDS, ["one"], SHAPES)
@@ -383,7 +383,7 @@ def test_the_uniform_twin_has_each_experts_mean_weight():
     ]
 
 
-WEIGHING = Guide(
+WEIGHING = RegisteredGuide(
     "weighing",
     lambda statistics, gamma, epsilon: Decision(dict.fromkeys(DOWN, gamma), {DOWN[0]: 3.0}),
 )
@@ -423,7 +423,9 @@ def test_a_mean_density_moves_the_bounds_of_each_expert():
 
 def test_a_guide_is_given_every_measure_that_it_needs_and_a_seed_of_the_expert():
     told = []
-    needy = Guide("needy", lambda s, gamma, epsilon: told.append(s) or {}, ("lewis", "task_vector"))
+    needy = RegisteredGuide(
+        "needy", lambda s, gamma, epsilon: told.append(s) or {}, ("lewis", "task_vector")
+    )
     moved = [
         SourceImportance(
             name, f"{name}-sha", "expert", 0, {DOWN[0]: size}, {"measure": "task_vector"}

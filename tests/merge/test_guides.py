@@ -331,11 +331,11 @@ def test_all_guides_decide_the_same_matrices_of_an_architecture_to_the_same_mean
         assert DensitySchedule((expert,)).mean(sizes) == pytest.approx(0.45, abs=1e-12)
     if guide in measured:
         n_left = n_matrices - measured[guide]
-        of_all = [text for text in told if "the guide measures nothing of" in text]
+        of_all = [text for text in told if "the guide has no measurement of" in text]
         assert [text.partition(": ")[2] for text in of_all] == 2 * [
-            f"the guide measures nothing of {n_left} of the {n_matrices} matrices of the blocks, "
+            f"the guide has no measurement of {n_left} of the {n_matrices} matrices of the blocks, "
             "such as model.layers.0.block_sparse_moe.experts.0.w1: they get the mean density of "
-            "their component, or of all where that has none."
+            "their component, or of all if it has none."
         ]
     else:
         assert not any("the guide measures nothing" in text for text in told)
@@ -349,7 +349,7 @@ def test_what_a_guide_measures_nothing_of_is_told_on_the_card(made, monkeypatch,
     output = pipeline.merge_models(recipe.placed_in(tmp_path), tmp_path / "out").output
 
     card = (output / "README.md").read_text()
-    assert "the guide measures nothing of 52 of the 68 matrices of the blocks" in card
+    assert "the guide has no measurement of 52 of the 68 matrices of the blocks" in card
 
 
 PLUGIN = '''

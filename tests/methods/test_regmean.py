@@ -100,7 +100,7 @@ def test_on_the_merges_inputs_it_gives_what_experts_give_on_theirs(n, rows, widt
     grams, crosses = list(x.mT @ x / 40), list(z.mT @ x / 40)
     given = {"weights": weights, "densities": [1.0] * n, "off_diagonal": alpha, "inputs": "merged"}
 
-    found = regmean(base, vectors, grams=grams, crosses=crosses, **given)
+    found = regmean(base, vectors, grams=grams, cross_covariances=crosses, **given)
 
     # (the merged matrix) (sum of w G) = sum of w (an expert's matrix) C
     total, wanted = torch.zeros(width, width).double(), torch.zeros(rows, width).double()
@@ -111,7 +111,9 @@ def test_on_the_merges_inputs_it_gives_what_experts_give_on_theirs(n, rows, widt
         wanted += w * (base + vector) @ shrunk[1]
     expected = torch.linalg.solve(total, wanted.T).T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
-    turned = regmean(base.T, vectors.mT, grams=grams, crosses=crosses, transposed=True, **given)
+    turned = regmean(
+        base.T, vectors.mT, grams=grams, cross_covariances=crosses, transposed=True, **given
+    )
     assert torch.equal(turned, found.T)
 
 
@@ -124,11 +126,11 @@ def test_what_the_block_lacks_is_mended_each_part_an_equal_share(transposed):
     grams, crosses, gaps = x.mT @ x / 40, z.mT @ x / 40, d.mT @ x / 40
     weights = torch.tensor([1.0, 3.0], dtype=torch.float64)
     given = {"weights": weights, "densities": [1, 1], "off_diagonal": 1.0, "inputs": "merged"}
-    given |= {"grams": list(grams), "crosses": list(crosses), "transposed": transposed}
+    given |= {"grams": list(grams), "cross_covariances": list(crosses), "transposed": transposed}
     if transposed:
         base, vectors = base.T, [vector.T for vector in vectors]
 
-    found = regmean(base, torch.stack(vectors), gaps=list(gaps), **given)
+    found = regmean(base, torch.stack(vectors), residual_covariances=list(gaps), **given)
 
     without = regmean(base, torch.stack(vectors), **given)
     mended = (found - without).T if transposed else found - without
@@ -144,11 +146,20 @@ def test_where_correlations_count_nothing_inputs_that_are_alike_mend_a_gap_once(
     x = torch.randn(40, 1, generator=torch.Generator().manual_seed(1)).double()
     alike, d = x.repeat(1, 4), 2 * x  # four inputs, and what is missing is twice each
     given = {"weights": torch.ones(1).double(), "densities": [1], "inputs": "merged"}
-    given |= {"grams": [(alike.T @ alike / 40)[None]], "crosses": [(alike.T @ alike / 40)[None]]}
+    given |= {
+        "grams": [(alike.T @ alike / 40)[None]],
+        "cross_covariances": [(alike.T @ alike / 40)[None]],
+    }
     base, vectors = torch.zeros(1, 4).double(), torch.zeros(1, 1, 4).double()
 
     for alpha in (0.0, 0.5, 1.0):
-        found = regmean(base, vectors, gaps=[(d.T @ alike / 40)[None]], off_diagonal=alpha, **given)
+        found = regmean(
+            base,
+            vectors,
+            residual_covariances=[(d.T @ alike / 40)[None]],
+            off_diagonal=alpha,
+            **given,
+        )
 
         torch.testing.assert_close(found, torch.full((1, 4), 0.5).double(), rtol=1e-4, atol=1e-6)
 
@@ -158,10 +169,10 @@ def test_the_merges_inputs_play_no_part_unless_they_are_asked_for():
     grams, crosses = ([g.float() for g in moments(2, 10, seed)] for seed in (1, 2))
     given = {"weights": torch.ones(2), "densities": [1, 1], "grams": grams}
 
-    own = regmean(torch.zeros(6, 10), vectors, crosses=crosses, **given)
+    own = regmean(torch.zeros(6, 10), vectors, cross_covariances=crosses, **given)
 
     assert torch.equal(own, regmean(torch.zeros(6, 10), vectors, **given))
-    same = regmean(torch.zeros(6, 10), vectors, crosses=grams, inputs="merged", **given)
+    same = regmean(torch.zeros(6, 10), vectors, cross_covariances=grams, inputs="merged", **given)
     torch.testing.assert_close(same, own)
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import lewis_hub
-from lewis_hub.calibration.measure import Subject
+from lewis_hub.calibration.subject import Subject
 from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
@@ -215,11 +215,12 @@ from random import Random
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lewis_hub.guides import by_block, states
-from lewis_hub.guides.tokens import CalibrationTokens
-from lewis_hub.guides.weights import in_folder
+from lewis_hub.calibration import activation_cache
+from lewis_hub.calibration.passes import measure_by_block
+from lewis_hub.calibration.subject import in_folder
+from lewis_hub.calibration.texts import CalibrationTokens
 
-states.HELD_BYTES = 4_000_000
+activation_cache.HELD_BYTES = 4_000_000
 folder = Path(sys.argv[1])
 small = dict(vocab_size=256, intermediate_size=16, num_hidden_layers=2, head_dim=16)
 config = LlamaConfig(hidden_size=2048, num_attention_heads=1, num_key_value_heads=1, **small)
@@ -230,7 +231,7 @@ def peak_bytes(n_texts):
     ids = tuple(tuple(range(250)) for _ in range(n_texts))
     texts = CalibrationTokens(ids, tuple(range(n_texts)), n_texts, 0, 0, "t")
     weights = in_folder("wide", folder / "model", folder)
-    by_block.measure(weights, [texts], "cpu", lambda _: None)
+    measure_by_block(weights, [texts], "cpu", lambda _: None)
     told = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()
     return int(told[0]) * 1024
 

@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lewis_hub.calibration import blockwise, hooks
-from lewis_hub.calibration.blockwise import NotAChainError, Visit, enter, visited
-from lewis_hub.calibration.grams import DIAGONAL, WIDEST, Wanted, facts_of, gather_grams, read_grams
-from lewis_hub.calibration.measure import CalibrationSet, Subject
-from lewis_hub.calibration.meta_model import in_folder, skeleton
+from lewis_hub.calibration import activation_cache
+from lewis_hub.calibration.block_runner import NotAChainError, enter
+from lewis_hub.calibration.grams import DIAGONAL, WIDEST, GramRequest, read_grams
+from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration.meta_model import build_meta_model
 from lewis_hub.calibration.model import load_model
-from lewis_hub.calibration.profile import sum_of_squares
-from lewis_hub.calibration.texts import Batch, CalibrationTokens
+from lewis_hub.calibration.passes import BlockInputs, block_pass, measure_by_block, measure_whole
+from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, in_folder
+from lewis_hub.calibration.summaries import sum_of_squares
+from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import CalibrationModelError
 
@@ -68,9 +70,9 @@ def test_block_by_block_measures_exactly_what_a_whole_model_does(
     long = tokens_of([list(range(3, 43)), list(range(9, 0, -1))])
     sets = [texts, long]
 
-    blocks = blockwise.measure(in_folder("tiny", folder), sets, "cpu", nothing)
+    blocks = measure_by_block(in_folder("tiny", folder), sets, "cpu", nothing)
 
-    whole = hooks.measure(folder, "tiny", sets, "cpu", nothing)
+    whole = measure_whole(Snapshot("tiny", folder), sets, "cpu", nothing)
     assert [list(one) for one in blocks] == [list(one) for one in whole]
     assert blocks == whole
 
@@ -83,9 +85,9 @@ def test_of_two_tensors_that_become_one_parameter_the_same_counts_as_in_a_whole_
     one = "layers.1.mlp.up_proj.weight"
     save_file(tensors | {one: 2 * tensors[f"model.{one}"]}, folder / "model.safetensors")
 
-    blocks = blockwise.measure(in_folder("tiny", folder), [texts], "cpu", nothing)
+    blocks = measure_by_block(in_folder("tiny", folder), [texts], "cpu", nothing)
 
-    assert blocks == hooks.measure(folder, "tiny", [texts], "cpu", nothing)
+    assert blocks == measure_whole(Snapshot("tiny", folder), [texts], "cpu", nothing)
 
 
 def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, saved):
@@ -101,7 +103,7 @@ def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, sa
         held[:] = map(weakref.ref, of.values())
         return dict.fromkeys(norms, 0.0)
 
-    blockwise.measure(replace(weights, parts=parts), [texts], "cpu", nothing, summarise)
+    measure_by_block(replace(weights, parts=parts), [texts], "cpu", nothing, summarise)
 
     assert len(held) == 7
 
@@ -110,9 +112,9 @@ def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, sa
 def test_half_precision_files_are_computed_in_float32_as_they_are_whole(llama, texts, saved, dtype):
     folder = saved(llama.to(dtype))
 
-    blocks = blockwise.measure(in_folder("tiny", folder), [texts], "cpu", nothing)
+    blocks = measure_by_block(in_folder("tiny", folder), [texts], "cpu", nothing)
 
-    assert blocks == hooks.measure(folder, "tiny", [texts], "cpu", nothing)
+    assert blocks == measure_whole(Snapshot("tiny", folder), [texts], "cpu", nothing)
 
 
 def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts, saved):
@@ -130,16 +132,16 @@ def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts
             yield part
             del part
 
-    made = skeleton(replace(held, parts=parts), "cpu")
+    made = build_meta_model(replace(held, parts=parts), "cpu")
 
-    def take(visits: Iterator[Visit]) -> None:
+    def take(visits: Iterator[BlockInputs]) -> None:
         for _ in visits:
             loaded = {name for name, one in made.model.named_parameters() if not one.is_meta}
             assert outside < loaded
             inside = loaded - outside
             present.append({name.rpartition(".layers.")[2].split(".")[0] for name in inside})
 
-    visited(made, [texts, texts], [sum_of_squares], nothing, take, products=True)
+    block_pass(made, [texts, texts], [sum_of_squares], nothing, take, with_products=True)
     left = [name for name, one in made.model.named_parameters() if not one.is_meta]
 
     assert present == [{"0"}, {"1"}, {"2"}]
@@ -157,7 +159,7 @@ def test_a_model_of_experts_is_read_once_too(any_architecture, name, texts, save
             read.extend(part)
             yield part
 
-    blockwise.measure(replace(held, parts=parts), [texts, texts], "cpu", nothing)
+    measure_by_block(replace(held, parts=parts), [texts, texts], "cpu", nothing)
 
     assert sorted(read) == sorted(held.checkpoint.tensors.keys() - {"lm_head.weight"})
 
@@ -169,14 +171,14 @@ def test_states_that_lie_on_the_disk_change_no_bit(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     weights = in_folder("tiny", saved(any_architecture(name)), scratch)
-    in_memory = blockwise.measure(weights, [texts, texts], "cpu", nothing)
+    in_memory = measure_by_block(weights, [texts, texts], "cpu", nothing)
 
-    monkeypatch.setattr(blockwise, "HELD_BYTES", 1)
+    monkeypatch.setattr(activation_cache, "HELD_BYTES", 1)
     rolled, roll = [], SpooledTemporaryFile.rollover
     monkeypatch.setattr(
         SpooledTemporaryFile, "rollover", lambda file: (rolled.append(1), roll(file))
     )
-    assert blockwise.measure(weights, [texts, texts], "cpu", nothing) == in_memory
+    assert measure_by_block(weights, [texts, texts], "cpu", nothing) == in_memory
     assert rolled
     assert list(scratch.iterdir()) == []
 
@@ -184,7 +186,7 @@ def test_states_that_lie_on_the_disk_change_no_bit(
 def test_progress_tells_every_token_once(llama, texts, saved):
     told: list[int] = []
 
-    blockwise.measure(in_folder("tiny", saved(llama)), [texts], "cpu", told.append)
+    measure_by_block(in_folder("tiny", saved(llama)), [texts], "cpu", told.append)
 
     assert sum(told) == texts.n_tokens
     assert min(told) >= 0
@@ -192,7 +194,7 @@ def test_progress_tells_every_token_once(llama, texts, saved):
 
 def refused(folder: Path, texts: CalibrationTokens) -> str:
     with pytest.raises(CalibrationModelError) as caught:
-        blockwise.measure(in_folder("me/tiny", folder), [texts], "cpu", nothing)
+        measure_by_block(in_folder("me/tiny", folder), [texts], "cpu", nothing)
     return str(caught.value)
 
 
@@ -211,7 +213,7 @@ def test_whoever_brings_the_weights_says_what_to_do_instead(texts, saved):
     weights = in_folder("me/tiny", saved(transformers.T5ForConditionalGeneration(config)))
 
     with pytest.raises(CalibrationModelError) as caught:
-        blockwise.measure(replace(weights, remedy="Do."), [texts], "cpu", nothing)
+        measure_by_block(replace(weights, remedy="Do."), [texts], "cpu", nothing)
 
     assert str(caught.value) == (
         "me/tiny: an encoder-decoder cannot be calibrated block by block.\nDo."
@@ -234,7 +236,7 @@ def chain(loop: Callable[[nn.ModuleList, torch.Tensor], object]) -> None:
     """Enter three blocks by a loop of its own."""
     blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    enter(list(blocks), Batch(ids, ids), lambda _: loop(blocks, torch.ones(1, 2, 2)), None)
+    enter(list(blocks), TokenBatch(ids, ids), lambda _: loop(blocks, torch.ones(1, 2, 2)), None)
 
 
 def twice(blocks, x):
@@ -267,13 +269,13 @@ def test_what_a_block_returns_beside_the_hidden_states_must_not_go_to_the_next()
     blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     ids, bias = torch.zeros(1, 2, dtype=torch.int64), torch.ones(2)
 
-    def run(_: Batch) -> None:
+    def run(_: TokenBatch) -> None:
         x, extra = torch.ones(1, 2, 2), None
         for block in blocks:
             x, extra = block(x, extra)
 
     with pytest.raises(NotAChainError):
-        enter(list(blocks), Batch(ids, ids), run, (bias,))
+        enter(list(blocks), TokenBatch(ids, ids), run, (bias,))
 
 
 def test_each_block_keeps_what_it_was_called_with():
@@ -281,12 +283,12 @@ def test_each_block_keeps_what_it_was_called_with():
     ids, x = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, 2)
     masks = [torch.full((1, 2, 2), float(number)) for number in range(2)]
 
-    def run(_: Batch) -> None:
+    def run(_: TokenBatch) -> None:
         hidden = x
         for block, mask in zip(blocks, masks, strict=True):
             hidden = block(input1=hidden, input2=mask)
 
-    hidden, calls = enter(blocks, Batch(ids, ids), run, None)
+    hidden, calls = enter(blocks, TokenBatch(ids, ids), run, None)
     assert hidden is x
     for call, block in zip(calls, blocks, strict=True):
         hidden = call.run(block, hidden)
@@ -308,7 +310,7 @@ def test_missing_weights_are_an_error_before_any_is_read(llama, texts, saved):
 
 
 def wanted_of(subject, folder, widest=WIDEST):
-    return Wanted(folder, widest, facts_of(subject, widest))
+    return GramRequest(folder, widest, gram_facts(subject, widest))
 
 
 def files_of(folder):
@@ -326,11 +328,11 @@ def test_a_pass_that_measures_leaves_the_second_moments_of_a_pass_of_their_own(
     subject = replace(subject, weights=in_folder("tiny", folder))
     beside = wanted_of(subject, tmp_path / "beside", widest)
 
-    found = blockwise.measure(in_folder("tiny", folder), [padded], "cpu", nothing, wanted=beside)
+    found = measure_by_block(in_folder("tiny", folder), [padded], "cpu", nothing, request=beside)
 
     gather_grams(subject, wanted_of(subject, tmp_path / "alone", widest), "cpu", nothing)
     assert files_of(tmp_path / "beside") == files_of(tmp_path / "alone")
-    assert found == blockwise.measure(in_folder("tiny", folder), [padded], "cpu", nothing)
+    assert found == measure_by_block(in_folder("tiny", folder), [padded], "cpu", nothing)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek"])
@@ -341,7 +343,7 @@ def test_texts_that_run_without_padding_leave_no_second_moments(
     subject = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
     beside = wanted_of(subject, tmp_path / "beside")
 
-    blockwise.measure(in_folder("tiny", folder), [texts], "cpu", nothing, wanted=beside)
+    measure_by_block(in_folder("tiny", folder), [texts], "cpu", nothing, request=beside)
 
     assert read_grams(beside) is None
     assert not beside.folder.exists()
@@ -377,7 +379,7 @@ def test_off_a_cpu_the_dtype_is_the_one_that_the_whole_model_has(llama, saved, t
     config["dtype"] = told and "float16"  # the files have bfloat16
     (folder / "config.json").write_text(json.dumps(config))
 
-    made = skeleton(in_folder("tiny", folder), "meta")
+    made = build_meta_model(in_folder("tiny", folder), "meta")
 
     whole = load_model(folder, "meta", "tiny")
     assert made.model.dtype == whole.dtype == (told or torch.bfloat16)

@@ -8,8 +8,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from lewis_hub.calibration import blockwise
-from lewis_hub.calibration.blockwise import States
+from lewis_hub.calibration import activation_cache
+from lewis_hub.calibration.activation_cache import ActivationCache
 from lewis_hub.errors import OutputError
 
 Usage = namedtuple("Usage", "total used free")
@@ -17,14 +17,14 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(params=[1, 1 << 20], ids=["on the disk", "in memory"])
 def held(request, monkeypatch):
-    monkeypatch.setattr(blockwise, "HELD_BYTES", request.param)
+    monkeypatch.setattr(activation_cache, "HELD_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("held")
 def test_what_was_written_last_is_read_in_its_dtype_and_layout(tmp_path):
     first = torch.arange(24.0).reshape(2, 3, 4)
     second = torch.arange(6, dtype=torch.bfloat16).reshape(1, 2, 3).transpose(1, 2)
-    with States(tmp_path) as kept:
+    with ActivationCache(tmp_path) as kept:
         numbers = [kept.add(first), kept.add(second)]
         found = [kept.read(number) for number in numbers]
         turned = -first.reshape(3, 4, 2).permute(2, 0, 1)
@@ -40,7 +40,7 @@ def test_what_was_written_last_is_read_in_its_dtype_and_layout(tmp_path):
 
 @pytest.mark.usefixtures("held")
 def test_a_wider_dtype_than_before_overwrites_no_other(tmp_path):
-    with States(tmp_path) as kept:
+    with ActivationCache(tmp_path) as kept:
         numbers = [kept.add(torch.full((3,), i, dtype=torch.bfloat16)) for i in (1, 2)]
         kept.write(numbers[0], torch.full((3,), 0.1))
 
@@ -50,11 +50,11 @@ def test_a_wider_dtype_than_before_overwrites_no_other(tmp_path):
 
 @pytest.mark.usefixtures("held")
 def test_nothing_is_left_in_the_folder_after_an_error(tmp_path):
-    def fail(kept: States) -> None:
+    def fail(kept: ActivationCache) -> None:
         kept.add(torch.ones(1000))
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), States(tmp_path) as kept:
+    with pytest.raises(ZeroDivisionError), ActivationCache(tmp_path) as kept:
         fail(kept)
 
     assert list(tmp_path.iterdir()) == []
@@ -62,8 +62,8 @@ def test_nothing_is_left_in_the_folder_after_an_error(tmp_path):
 
 def test_more_than_the_disk_holds_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(10**9, 0, 10**9))
-    with States(tmp_path) as kept:
-        kept.require_room(blockwise.HELD_BYTES)
+    with ActivationCache(tmp_path) as kept:
+        kept.require_room(activation_cache.HELD_BYTES)
         kept.require_room(10**9)
         with pytest.raises(OutputError) as raised:
             kept.require_room(10**9 + 10**7)
@@ -75,7 +75,7 @@ def test_more_than_the_disk_holds_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path, monkeypatch):
-    with States(tmp_path) as kept:
+    with ActivationCache(tmp_path) as kept:
 
         def full(_: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lewis_hub.calibration.hooks import block_linears
-from lewis_hub.calibration.measure import Place
-from lewis_hub.calibration.reference import measure_shifts, output_shifts
+from lewis_hub.calibration.output_shift import measure_shifts, output_shifts
+from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.baselines import activation_shift
-from lewis_hub.guides.registry import Statistics, find
+from lewis_hub.guides.registry import Measurements, find
 
 from .conftest import tiny_model, tokens_of
 
@@ -113,7 +113,11 @@ def test_models_are_measured_from_disk_on_each_set(tmp_path, texts):
     seen: list[int] = []
 
     found = measure_shifts(
-        Place("b", tmp_path / "base"), Place("e", tmp_path / "expert"), sets, "cpu", seen.append
+        Snapshot("b", tmp_path / "base"),
+        Snapshot("e", tmp_path / "expert"),
+        sets,
+        "cpu",
+        seen.append,
     )
 
     expected = [output_shifts(base, expert, "e", one, nothing) for one in sets]
@@ -138,7 +142,7 @@ def test_outputs_that_are_not_finite_are_refused(llama, texts):
 @given(st.lists(st.floats(0, 10), min_size=2, max_size=9, unique=True))
 def test_densities_follow_the_shift_and_span_the_bounds(shifts):
     measured = {f"l.{i}.q": value for i, value in enumerate(shifts)}
-    found = activation_shift(Statistics((), {}, {"output_shift": measured}), 0.3, 0.8)
+    found = activation_shift(Measurements((), {}, {"output_shift": measured}), 0.3, 0.8)
 
     assert min(found.values()) == 0.3
     assert max(found.values()) == 0.8

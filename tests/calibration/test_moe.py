@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lewis_hub.calibration import reference
-from lewis_hub.calibration.hooks import measure
-from lewis_hub.calibration.measure import Place
+from lewis_hub.calibration.output_shift import measure_shifts
+from lewis_hub.calibration.passes import measure_whole
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
+from lewis_hub.calibration.subject import Snapshot
+from lewis_hub.calibration.summaries import evenness, outlier_ratios
 from lewis_hub.calibration.texts import CalibrationTokens
-from lewis_hub.guides.aim import evenness
-from lewis_hub.guides.owl import outlier_ratios
 from lewis_hub.guides.registry import find
 from lewis_hub.guides.schedule import Bounds, completed, notes, schedule, seen_by_both
 
@@ -112,7 +111,7 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it(architecture, texts, t
     stored = load_file(tmp_path / "model.safetensors")
     routed = routed_tokens(model, texts)
 
-    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None)
+    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     assert {f"{module}.weight" for module in found} <= stored.keys()
     for (block, expert), tokens in routed.items():
@@ -142,7 +141,7 @@ def test_both_stacks_of_an_encoder_decoder_are_measured(texts, tmp_path):
             shifted = torch.tensor([[0, *ids[:-1]]])
             model(input_ids=torch.tensor([ids]), decoder_input_ids=shifted)
 
-    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None)
+    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     assert sum(module.startswith("encoder.") for module in found) == 2 * 6
     assert sum(module.startswith("decoder.") for module in found) == 2 * 10
@@ -161,7 +160,7 @@ def test_what_a_router_multiplies_is_measured(texts, tmp_path):
         for ids in texts.ids:
             model(torch.tensor([ids]))
 
-    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None)
+    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     tokens = [token for rows in seen for token in rows.reshape(-1, rows.shape[-1])]
     gate = load_file(tmp_path / "model.safetensors")["model.layers.0.block_sparse_moe.gate.weight"]
@@ -175,7 +174,7 @@ def test_experts_that_the_file_keeps_in_one_tensor_add_up(texts, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     routed = routed_tokens(model, texts)
 
-    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None)
+    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     for block in range(len(model.model.layers)):
         name = f"model.layers.{block}.mlp.experts.gate_up_proj"
@@ -190,7 +189,7 @@ def test_an_expert_that_no_token_reached_gets_its_components_mean_density_and_sa
     config_class, settings, *_ = MIXTURES["mixtral"]
     mixture(config_class, {**settings, "num_local_experts": 32}, tmp_path)
     few = tokens_of([[5, 6, 7]])
-    [base] = measure(tmp_path, "tiny", [few], "cpu", lambda _: None)
+    [base] = measure_whole(Snapshot("tiny", tmp_path), [few], "cpu", lambda _: None)
     shapes = {n: tuple(t.shape) for n, t in load_file(tmp_path / "model.safetensors").items()}
     moved = {module: value * (1 + i / 100) for i, (module, value) in enumerate(base.items())}
     profile = ImportanceProfile(
@@ -213,7 +212,7 @@ def test_an_expert_that_no_token_reached_gets_its_components_mean_density_and_sa
     assert [densities[name] for name in left] == pytest.approx([mean] * len(left))
     n_left = sum("experts" in n and n.removesuffix(".weight") not in base for n in shapes)
     assert guided.notes[0] == (
-        f"e: no calibration token reached {n_left} of the matrices of routed experts, in it or in "
+        f"e: no calibration token reached {n_left} of the routed MoE matrices, in it or in "
         "the base: they get the mean density of their component."
     )
 
@@ -241,10 +240,10 @@ def test_what_was_not_measured_gets_the_mean_of_its_component_or_of_all_where_th
     assert every["l.1.experts.1.up"] == 0.6
     assert every["l.1.experts.0.down"] == pytest.approx((60 * 0.6 + 30 * 0.4 + 10 * 0.8) / 100)
     assert notes(densities, sizes) == (
-        "no calibration token reached 1 of the matrices of routed experts, in it or in the base: "
+        "no calibration token reached 1 of the routed MoE matrices, in it or in the base: "
         "they get the mean density of their component.",
-        "the guide measures nothing of 2 of the 6 matrices of the blocks, such as l.2.q: they get "
-        "the mean density of their component, or of all where that has none.",
+        "the guide has no measurement of 2 of the 6 matrices of the blocks, such as l.2.q: they "
+        "get the mean density of their component, or of all if it has none.",
     )
 
 
@@ -270,7 +269,7 @@ def test_a_summary_is_handed_the_files_own_matrices_and_the_norms_of_their_input
         handed.append((weights, norms))
         return outlier_ratios(weights, norms)
 
-    [found] = measure(tmp_path, "tiny", [texts], "cpu", lambda _: None, summarise)
+    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None, summarise)
 
     assert len(handed) == len(model.model.layers)
     for weights, norms in handed:
@@ -293,9 +292,9 @@ def test_a_summary_is_handed_the_files_own_matrices_and_the_norms_of_their_input
 def test_outputs_are_told_by_the_files_names(texts, tmp_path):
     config_class, settings, *_ = MIXTURES["mixtral"]
     mixture(config_class, settings, tmp_path)
-    place = Place("tiny", tmp_path)
+    place = Snapshot("tiny", tmp_path)
 
-    [found] = reference.measure_shifts(place, place, [texts], "cpu", lambda _: None)
+    [found] = measure_shifts(place, place, [texts], "cpu", lambda _: None)
 
     stored = load_file(tmp_path / "model.safetensors")
     assert {f"{module}.weight" for module in found} <= stored.keys()

@@ -1,0 +1,137 @@
+"""What is measured, and on which texts. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lewis_hub.calibration.grams import GramRequest
+from lewis_hub.calibration.profile import Role
+from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
+from lewis_hub.errors import NotByBlockError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+WHOLE = "Calibrate it whole, where there is memory for it: leave out `--max-memory`."
+
+HELD_BYTES = 64 << 20  # of hidden states in memory, all texts together; more is kept on disk
+STATES = "the hidden states of all calibration texts"
+FEWER = "lower `samples` or `max_tokens` of the calibration"
+
+Measured = TypeVar("Measured")
+Parts = Callable[[Sequence[Sequence[TensorHeader]]], "Generator[dict[str, Tensor], None, None]"]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Calibration tokens and all facts that fix them; sets with equal facts are equal."""
+
+    facts: Mapping[str, Any]
+    tokens: CalibrationTokens
+
+    def measured(self, how: str, **against: str) -> CalibrationSet:
+        """The same tokens for one measure; `against` names the base of a measure of pairs."""
+        return replace(self, facts={"measure": how, **self.facts, **against})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A complete model folder, and the name that messages use for it."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights come from.
+
+    Attributes:
+        folder: contains its configuration.
+        checkpoint: its headers, labelled with the name that the user gave.
+        parts: takes lists of tensors and yields each list as tensor -> values in float32. The
+            caller owns the values; the next list may be read in the background. Close it.
+        remedy: what the user can do if the model cannot be measured part by part.
+        scratch: a folder for hidden states beyond `HELD_BYTES`; None: the system's default.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    parts: Parts
+    remedy: str = WHOLE
+    scratch: Path | None = None
+
+
+def in_folder(name: str, folder: Path, scratch: Path | None = None) -> Weights:
+    """The weights of a complete local snapshot; `name` is the name that the user gave.
+
+    Raises:
+        BrokenCheckpointError: a header is broken, or a file is missing.
+    """
+
+    def parts(
+        lists: Sequence[Sequence[TensorHeader]],
+    ) -> Generator[dict[str, Tensor], None, None]:
+        with TensorReader(folder, name) as reader:
+            for tensors in lists:
+                yield {tensor.name: reader.tensor(tensor) for tensor in tensors}
+
+    return Weights(folder, local_checkpoint(name, folder), parts, scratch=scratch)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A source, and the sets that it is measured on.
+
+    Attributes:
+        source: repo@sha, or the folder as written.
+        folder: a complete local snapshot, if the model is loaded whole.
+        against: the base, for a measure of pairs.
+        weights: of a model that is measured block by block, if its architecture and the measure
+            allow that. None: the model is loaded whole from `folder`.
+        may_be_whole: whether it may be loaded whole if it cannot be measured block by block.
+        wanted: second moments that a pass block by block over a single set also writes, if their
+            files do not exist yet.
+    """
+
+    source: str
+    commit_sha: str
+    role: Role
+    folder: Path
+    sets: tuple[CalibrationSet, ...]
+    against: Snapshot | None = None
+    weights: Weights | None = None
+    may_be_whole: bool = False
+    wanted: GramRequest | None = None
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """Its folder, with its name."""
+        return Snapshot(self.source, self.folder)
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens of all sets."""
+        return sum(one.tokens.n_tokens for one in self.sets)
+
+    def measured(
+        self, by_block: Callable[[Weights], Measured], whole: Callable[[Snapshot], Measured]
+    ) -> Measured:
+        """Call one of two functions that return the same: by block if possible, else whole.
+
+        Raises:
+            NotByBlockError: it cannot be measured block by block, and must not be loaded whole.
+        """
+        if self.weights:
+            try:
+                return by_block(self.weights)
+            except NotByBlockError:
+                if not self.may_be_whole:
+                    raise
+        return whole(self.snapshot)
