@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from lewis_hub.checkpoint.header import MERGEABLE, torch_dtypes
+from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint
 from lewis_hub.display import to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
@@ -20,6 +22,7 @@ from lewis_hub.files import sha256_of
 from lewis_hub.hub.commit import SIGNATURE
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.methods.numerics import within_tolerance
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import Recipe
@@ -35,6 +38,7 @@ from lewis_hub.workflow.examine import calibrations_of
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from model_signing.hashing import Config
+    from torch import Tensor
 
 
 UNSIGNED = ("README.md", CHANGELOG, SIGNATURE)
@@ -290,11 +294,16 @@ def verify_files(
     return Verdict(lock, tuple(problems), len(lock.outputs), "broken" if broken else "holds")
 
 
-def compare_models(lock: Lock, made: Lock) -> tuple[str, ...]:
+def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple[str, ...]:
     """Return the files of a model that differ when the same merge is made again.
 
     Weights, configuration, tokenizer and code are compared. Files in `lewis/` only describe the
     merge, and plots differ between library versions.
+
+    Args:
+        lock: of the merge.
+        made: of the merge that was made again.
+        alike: weight files that count as equal whatever their digests.
     """
     locked, again = (
         {path: file.sha256 for path, file in one.outputs.items() if _is_loaded(path)}
@@ -306,8 +315,38 @@ def compare_models(lock: Lock, made: Lock) -> tuple[str, ...]:
         if path in locked and path in again
         else f"{path}: the merge that was made again {'lacks' if path in locked else 'has'} it."
         for path in dict.fromkeys((*locked, *again))
-        if locked.get(path) != again.get(path)
+        if locked.get(path) != again.get(path) and path not in alike
     )
+
+
+def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]:
+    """Return the weight files of two folders whose tensors differ by rounding alone.
+
+    Machines of different kinds round second moments differently; see `within_tolerance`.
+    """
+    first, second = local_checkpoint("stored", stored), local_checkpoint("rebuilt", rebuilt)
+    differing = {
+        tensor.shard
+        for tensors in (first.tensors, second.tensors)
+        for tensor in tensors.values()
+        if tensor.name not in first.tensors or tensor.name not in second.tensors
+    }
+    with TensorReader(stored, "stored") as ours, TensorReader(rebuilt, "rebuilt") as theirs:
+        for name in first.tensors.keys() & second.tensors.keys():
+            tensor, other = first.tensors[name], second.tensors[name]
+            if tensor.dtype != other.dtype or tensor.shard != other.shard:
+                differing |= {tensor.shard, other.shard}
+            elif not _is_alike(theirs.tensor(other), ours.tensor(tensor), tensor.dtype):
+                differing.add(tensor.shard)
+    return frozenset(tensor.shard for tensor in first.tensors.values()) - differing
+
+
+def _is_alike(rebuilt: Tensor, stored: Tensor, dtype: str) -> bool:
+    """Return whether two tensors, read in float32 where they are floats, have equal values."""
+    if dtype not in MERGEABLE:
+        return rebuilt.equal(stored)
+    kind = torch_dtypes()[dtype]
+    return within_tolerance(rebuilt.to(kind), stored.to(kind))
 
 
 def _is_loaded(path: str) -> bool:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import lewis_hub
 from lewis_hub.cli.main import cli
@@ -19,6 +21,7 @@ from lewis_hub.files import sha256_of
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.recipe.schema import ModelReference, Publishing
 from lewis_hub.report.lock import Lock, OutputFile, provenance
+from lewis_hub.workflow.verify import weight_files_within_tolerance
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -271,3 +274,25 @@ def test_the_schema_command_prints_either_schema():
     ]
 
     assert titles == ["Recipe", "Recipe", "Lock"]
+
+
+def test_weights_by_statistics_may_differ_by_rounding_and_others_by_nothing(tmp_path):
+    torch.manual_seed(0)
+    matrix, steps = torch.randn(64, 64), torch.arange(4)
+    other = matrix + 1e-6 * matrix.norm() / 64 * torch.randn(64, 64)
+    for name, tensors in {
+        "stored": {"a.weight": matrix, "steps": steps},
+        "rounded": {"a.weight": other, "steps": steps},
+        "swapped": {"a.weight": matrix.flip(0), "steps": steps},
+        "counted": {"a.weight": matrix, "steps": steps + 1},
+    }.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+
+    alike = {
+        name: weight_files_within_tolerance(tmp_path / "stored", tmp_path / name)
+        for name in ("stored", "rounded", "swapped", "counted")
+    }
+
+    whole = {"model.safetensors"}
+    assert alike == {"stored": whole, "rounded": whole, "swapped": set(), "counted": set()}
