@@ -8,8 +8,8 @@ before each run, because the other program may have displaced them. It prints th
 their ratio and the peak resident memory of each program. Each program runs once in advance, to
 compile its code; ours also hashes the sources in this first run, whose time is a separate column.
 `--mergekit` is the path of `mergekit-yaml` (0.1.5) in a separate environment; without it, only our
-program runs. `--plain` runs ours as on a machine without llvmlite. `--guided` prints the memory
-that the merge adds after calibration. Run it on an idle machine; `--cases` selects cases.
+program runs. `--guided` prints the memory that the merge adds after calibration. Run it on an idle
+machine; `--cases` selects cases.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ from pathlib import Path
 from lewis_hub.demo.bench import LEWIS_HUB, Case, cases, measure_cases, with_models, write_config
 
 N_RUNS = 3
-PLAIN = (
-    sys.executable,
-    "-c",
-    "import sys; sys.modules['llvmlite'] = None; from lewis_hub.cli.main import main; main()",
-)
 CASES = cases(1536, 14)
 BARS = {"ties": 18, "dare": 12, "della": 12, "linear": 4, "many": 30, "large": 30}
 
@@ -60,7 +55,6 @@ def added_by_merging(case: Case, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mergekit", help="path of mergekit-yaml")
-    parser.add_argument("--plain", action="store_true", help="ours without llvmlite")
     parser.add_argument("--guided", action="store_true", help="memory beside calibration's")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made [a temporary]")
@@ -73,8 +67,7 @@ def main() -> None:
             return
         print("| case | mergekit | its peak | lewis-hub | its peak | first run | ratio | bar |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-        program = PLAIN if asked.plain else LEWIS_HUB
-        for timing in measure_cases(chosen, Path(made), asked.mergekit, N_RUNS, program):
+        for timing in measure_cases(chosen, Path(made), asked.mergekit, N_RUNS, LEWIS_HUB):
             ours, theirs = timing.ours, timing.mergekit
             other = (
                 f"{theirs.seconds:.1f} s | {theirs.peak_bytes / 1e6:,.0f} MB" if theirs else "- | -"

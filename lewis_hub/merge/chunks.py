@@ -1,4 +1,4 @@
-"""A tensor's bytes, piece by piece: from all sources onto a desk, and from there into the shard.
+"""A tensor's bytes, piece by piece: from all sources onto a buffer, and from there into the shard.
 
 A large tensor is worked on in spans, several at a time.
 """
@@ -17,14 +17,15 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader
-from lewis_hub.merge.nan import MendingReader, mending
-from lewis_hub.merge.operands import (
+from lewis_hub.kernels import random_bits
+from lewis_hub.kernels.operands import (
     BLOCK,
     DRAW,
+    EXPERT,
     FORMATS,
     KEEP_ALL,
     KEEP_NONE,
-    LANES,
+    NO_TABLE,
     RANK,
     TRIM,
     Experts,
@@ -32,10 +33,10 @@ from lewis_hub.merge.operands import (
     Piece,
     Table,
 )
+from lewis_hub.merge.nan import NanReplacingReader, replace_nan
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.reference import Moments
 from lewis_hub.merge.runners import Runner
-from lewis_hub.methods import random_bits
 from lewis_hub.methods.combine import NEGLIGIBLE
 from lewis_hub.methods.della import allowances
 from lewis_hub.methods.sparsify import n_kept
@@ -60,7 +61,6 @@ FUSED = {
     "regmean": Fused(TRIM, elects=False, averages=True),
 }
 AVERAGED = "linear"
-NO_TABLE = Table(np.zeros((0, 0), np.uint64), np.zeros((0, 0), np.float32))
 LONGEST_ROW = 1 << 20  # of a longer one the ranks are left to the definition
 
 
@@ -88,22 +88,23 @@ def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
     densities = tensor.densities or (1.0,) * n
     rescales = tensor.options.get("rescale", False)
     factors = [1 / d if rescales and 0 < d < 1 else 1.0 for d in densities]
-    return Experts(
-        modes=np.array([_mode(fused, d, tensor.output.n_elements) for d in densities], np.int64),
-        weights=np.array(tensor.weights, np.float32),
-        thresholds=np.zeros(n, np.float32),
-        ties=np.zeros((n, 3), np.int64),
-        streams=np.array(tensor.streams or (0,) * n, np.uint64),
-        below=np.array([random_bits.below(d) for d in densities], np.uint64),
-        factors=np.array(factors, np.float32),
-        table=_table(tensor, densities, rescales=rescales) if fused.thins == RANK else NO_TABLE,
-    )
+    experts: Experts = np.zeros(n, EXPERT)
+    experts["mode"] = [_mode(fused, d, tensor.output.n_elements) for d in densities]
+    experts["stream"] = np.array(tensor.streams or (0,) * n, np.uint64)
+    experts["below"] = np.array([random_bits.below(d) for d in densities], np.uint64)
+    experts["weight"] = tensor.weights
+    experts["factor"] = factors
+    return experts
 
 
-def _table(tensor: TensorPlan, densities: Sequence[float], *, rescales: bool) -> Table:
+def table_of(tensor: TensorPlan, fused: Fused) -> Table:
+    """What each rank allows, where ranks count."""
+    if fused.thins != RANK:
+        return NO_TABLE
+    rescales = tensor.options.get("rescale", False)
     found = [
         allowances(row_of(tensor), density, spread, rescale=rescales)
-        for density, spread in zip(densities, tensor.own["spreads"], strict=True)
+        for density, spread in zip(tensor.densities, tensor.own["spreads"], strict=True)
     ]
     return Table(
         np.stack([below for below, _ in found]),
@@ -148,14 +149,14 @@ def _in_order(weights: Sequence[float]) -> np.float32:
 
 
 RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
-SEEN_BYTES = 40 << 20  # of all sources mapped at once, which is kept from pass to pass
+MAPPED_BYTES = 40 << 20  # of all sources mapped at once, which is kept from pass to pass
 LONGEST_SPAN = 1 << 31  # elements: they are counted in 32 bits
 
 Span = range  # of elements; begins at a multiple of the job's block
 
 
 @dataclass(frozen=True)
-class Seen:
+class SourceViews:
     """Elements of a tensor in the place where they lie, one view a source; None: to be read."""
 
     tensor: str
@@ -164,12 +165,12 @@ class Seen:
 
 
 @dataclass
-class Desk:
+class Buffer:
     """Room for one piece, reused from piece to piece; and what was last looked at from it."""
 
     raw: npt.NDArray[np.uint8]  # (n_sources, bytes)
     out: npt.NDArray[np.uint8]
-    seen: Seen | None = None
+    mapped: SourceViews | None = None
 
     @property
     def n_elements(self) -> int:
@@ -177,8 +178,8 @@ class Desk:
         return int(self.raw.shape[1] // 4)
 
 
-class Desks:
-    """As many desks as there are threads at work.
+class Buffers:
+    """As many buffers as there are threads at work.
 
     Args:
         n_sources: that are read together.
@@ -188,21 +189,21 @@ class Desks:
     def __init__(self, n_sources: int, least: int = BLOCK) -> None:
         n_elements = max(RAW_BYTES // (2 * n_sources) // BLOCK * BLOCK, least)
         self._shape = (n_sources, n_elements * 4)
-        self._free: queue.SimpleQueue[Desk] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[Buffer] = queue.SimpleQueue()
 
     @contextmanager
-    def one(self) -> Iterator[Desk]:
-        """A desk for as long as the block lasts."""
+    def one(self) -> Iterator[Buffer]:
+        """A buffer for as long as the block lasts."""
         try:
-            desk = self._free.get_nowait()
+            buffer = self._free.get_nowait()
         except queue.Empty:
             raw = np.empty(self._shape, np.uint8)
-            out = np.empty(self._shape[1] + 4 * LANES, np.uint8)
-            desk = Desk(raw, out)
+            out = np.empty(self._shape[1], np.uint8)
+            buffer = Buffer(raw, out)
         try:
-            yield desk
+            yield buffer
         finally:
-            self._free.put(desk)
+            self._free.put(buffer)
 
 
 class Shard(Protocol):
@@ -216,7 +217,7 @@ class Shard(Protocol):
 
 
 @dataclass(frozen=True)
-class Site:
+class ShardContext:
     """Where a shard is made.
 
     Attributes:
@@ -227,39 +228,39 @@ class Site:
     plan: ShardPlan
     readers: Sequence[Reader]
     writer: Shard
-    desks: Desks
+    buffers: Buffers
     statistics: Sequence[Reader] = ()
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorJob:
     """One tensor of a shard; `start` is where its bytes begin in the file."""
 
-    site: Site
+    context: ShardContext
     tensor: TensorPlan
     start: int
 
     @cached_property
     def readers(self) -> tuple[Reader, ...]:
         """One an input."""
-        found = tuple(self.site.readers[source] for source in self.tensor.sources)
-        return mending(self.tensor, found) if self.site.plan.allow_nan else found
+        found = tuple(self.context.readers[source] for source in self.tensor.sources)
+        return replace_nan(self.tensor, found) if self.context.plan.allow_nan else found
 
     @property
     def mended(self) -> list[tuple[str, str]]:
         """Each source that held NaN or infinity, and what it calls the tensor."""
         inputs = zip(self.readers, self.tensor.sources, self.tensor.inputs, strict=True)
         return [
-            (self.site.plan.labels[source], header.name)
+            (self.context.plan.labels[source], header.name)
             for reader, source, header in inputs
-            if isinstance(reader, MendingReader) and reader.has_mended
+            if isinstance(reader, NanReplacingReader) and reader.has_replaced
         ]
 
     def moments(self) -> Moments:
         """Second moments of its inputs, one an expert; read anew. Imports torch."""
         if not self.tensor.grams:
             return Moments([None] * len(self.tensor.weights))
-        pairs = zip(self.site.statistics, self.tensor.grams, strict=True)
+        pairs = zip(self.context.statistics, self.tensor.grams, strict=True)
         grams = [reader.tensor(gram.stored) if gram else None for reader, gram in pairs]
         return Moments(grams, transposed=self.tensor.is_transposed)
 
@@ -271,7 +272,7 @@ class Job:
     @cached_property
     def block(self) -> int:
         """Entries that have to be worked on together."""
-        return block_of(self.site.plan.method, self.tensor)
+        return block_of(self.context.plan.method, self.tensor)
 
     def spans(self, runner: Runner) -> list[Span]:
         """The tensor in as many parts as will be worked on at a time."""
@@ -284,62 +285,62 @@ class Job:
     def pieces(self, span: Span) -> Iterator[Piece]:
         """All of a span, in order; a piece is good until the next is asked for."""
         kind = FORMATS[self.tensor.output.dtype]
-        with self.site.desks.one() as desk:
-            most = desk.n_elements // self.block * self.block
-            together = max(SEEN_BYTES // sum(self._widths) // most, 1) * most
+        with self.context.buffers.one() as buffer:
+            most = buffer.n_elements // self.block * self.block
+            together = max(MAPPED_BYTES // sum(self._widths) // most, 1) * most
             for start in range(span.start, span.stop, together):
-                seen = self._seen(desk, span[start - span.start :][:together])
-                for first in range(start, seen.elements.stop, most):
-                    n = min(most, seen.elements.stop - first)
-                    raw = self._raw(desk, seen, first, n)
-                    yield Piece(raw, self.kinds, n, first, self.block, desk.out, kind)
+                mapped = self._look_at(buffer, span[start - span.start :][:together])
+                for first in range(start, mapped.elements.stop, most):
+                    n = min(most, mapped.elements.stop - first)
+                    raw = self._raw(buffer, mapped, first, n)
+                    yield Piece(raw, self.kinds, n, first, self.block, buffer.out, kind)
 
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""
         width = WIDTHS[self.tensor.output.dtype]
         written = piece.out.data[: piece.n * width]
-        self.site.writer.write(self.start + piece.first * width, written)
+        self.context.writer.write(self.start + piece.first * width, written)
 
     def copy(self) -> None:
         """Take the tensor from its first source as it is."""
         source, reader = self.tensor.inputs[0], self.readers[0]
-        with self.site.desks.one() as desk:
-            for first in range(0, source.n_bytes, desk.out.size):
-                held = desk.out.data[: source.n_bytes - first]
+        with self.context.buffers.one() as buffer:
+            for first in range(0, source.n_bytes, buffer.out.size):
+                held = buffer.out.data[: source.n_bytes - first]
                 reader.read(source, first, held)
-                self.site.writer.write(self.start + first, held)
+                self.context.writer.write(self.start + first, held)
 
     def finish(self) -> None:
         """Say that its bytes are final."""
-        self.site.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
+        self.context.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
 
     @cached_property
     def _widths(self) -> list[int]:
         """Bytes of an element, one an input."""
         return [WIDTHS[tensor.dtype] for tensor in self.tensor.inputs]
 
-    def _seen(self, desk: Desk, elements: Span) -> Seen:
+    def _look_at(self, buffer: Buffer, elements: Span) -> SourceViews:
         """Look at some elements, unless the last pass did."""
-        name, found = self.tensor.output.name, desk.seen
+        name, found = self.tensor.output.name, buffer.mapped
         if found is None or (found.tensor, found.elements) != (name, elements):
-            desk.seen = None  # what is mapped counts as memory
+            buffer.mapped = None  # what is mapped counts as memory
             sources = zip(self.readers, self.tensor.inputs, self._widths, strict=True)
             views = [
                 reader.view(tensor, elements.start * width, len(elements) * width)
                 for reader, tensor, width in sources
             ]
-            desk.seen = found = Seen(name, elements, views)
+            buffer.mapped = found = SourceViews(name, elements, views)
         return found
 
-    def _raw(self, desk: Desk, seen: Seen, first: int, n: int) -> tuple[Any, ...]:
-        """Elements [first, first + n) of every input as bytes, read onto the desk if need be."""
+    def _raw(self, buffer: Buffer, mapped: SourceViews, first: int, n: int) -> tuple[Any, ...]:
+        """Elements [first, first + n) of every input as bytes, read onto the buffer if need be."""
         found = []
-        for source, (view, width) in enumerate(zip(seen.views, self._widths, strict=True)):
+        for source, (view, width) in enumerate(zip(mapped.views, self._widths, strict=True)):
             if view is None:
-                held = desk.raw[source].data[: n * width]
+                held = buffer.raw[source].data[: n * width]
                 self.readers[source].read(self.tensor.inputs[source], first * width, held)
             else:
-                start = (first - seen.elements.start) * width
+                start = (first - mapped.elements.start) * width
                 held = view[start : start + n * width]
             found.append(np.frombuffer(held, np.uint8))
         return tuple(found)

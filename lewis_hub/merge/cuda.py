@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.errors import DeviceError
-from lewis_hub.merge.chunks import Job
+from lewis_hub.merge.chunks import TensorJob
 from lewis_hub.merge.reference import Moments, bytes_of, merge_by_definition
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lewis_hub.checkpoint.reader import Reader
 
 
-class Moved(NamedTuple):
+class Transfer(NamedTuple):
     """Tensors that cross between host and device; they are there when `done` is over."""
 
     tensors: tuple[Tensor, ...]
@@ -35,7 +35,7 @@ class Moved(NamedTuple):
     moments: Moments = Moments(())
 
 
-def make_on_device(jobs: Sequence[Job], device: str) -> Iterator[int]:
+def make_on_device(jobs: Sequence[TensorJob], device: str) -> Iterator[int]:
     """Make the tensors of a shard in order; the numbers of bytes written.
 
     Raises:
@@ -46,16 +46,16 @@ def make_on_device(jobs: Sequence[Job], device: str) -> Iterator[int]:
     """
     import torch
 
-    lane = Lane(torch.device(device))
+    pipeline = CudaPipeline(torch.device(device))
     with ThreadPoolExecutor(2) as pool:  # one reads ahead, the other writes behind
-        coming = [pool.submit(lane.fetch, job) for job in jobs[:1]]
+        coming = [pool.submit(pipeline.fetch, job) for job in jobs[:1]]
         going: list[Future[int]] = []
         for job, following in zip_longest(jobs, jobs[1:]):
             try:
                 fetched = coming.pop().result()
                 if following:
-                    coming.append(pool.submit(lane.fetch, following))
-                merged = lane.compute(job, fetched)
+                    coming.append(pool.submit(pipeline.fetch, following))
+                merged = pipeline.compute(job, fetched)
             except torch.OutOfMemoryError:
                 raise _too_small(job, device) from None
             del fetched
@@ -65,7 +65,7 @@ def make_on_device(jobs: Sequence[Job], device: str) -> Iterator[int]:
         yield from (stored.result() for stored in going)
 
 
-class Lane:
+class CudaPipeline:
     """The way from files to a device and back.
 
     Args:
@@ -80,27 +80,27 @@ class Lane:
         if device.type == "cuda":
             self._inward = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def fetch(self, job: Job) -> Moved:
+    def fetch(self, job: TensorJob) -> Transfer:
         """The tensor's sources, as their files have them; none of one that is only copied."""
         if job.tensor.is_copied:
-            return Moved((), None)
+            return Transfer((), None)
         with self._aside():
             pairs = zip(job.readers, job.tensor.inputs, strict=True)
             sources = tuple(self._read(reader, header) for reader, header in pairs)
             found = job.moments()
             moments = replace(found, grams=[self._there(gram) for gram in found.grams])
-            return Moved(sources, self._inward.record_event() if self._inward else None, moments)
+            return Transfer(sources, self._inward.record_event() if self._inward else None, moments)
 
-    def compute(self, job: Job, fetched: Moved) -> Moved:
+    def compute(self, job: TensorJob, fetched: Transfer) -> Transfer:
         """The merged tensor on its way back to the host; none of one that is only copied."""
         import torch
 
         if job.tensor.is_copied:
-            return Moved((), None)
+            return Transfer((), None)
         if fetched.done is None:
             sources = [source.float() for source in fetched.tensors]
-            merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.moments)
-            return Moved((merged,), None)
+            merged = merge_by_definition(job.context.plan, job.tensor, sources, fetched.moments)
+            return Transfer((merged,), None)
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(fetched.done)
         for held in (
@@ -109,10 +109,10 @@ class Lane:
         ):
             held.record_stream(stream)  # its memory is not given away before it was read
         sources = [source.float() for source in fetched.tensors]
-        merged = merge_by_definition(job.site.plan, job.tensor, sources, fetched.moments)
+        merged = merge_by_definition(job.context.plan, job.tensor, sources, fetched.moments)
         back = torch.empty(merged.shape, dtype=merged.dtype, pin_memory=True)
         back.copy_(merged, non_blocking=True)
-        return Moved((back,), stream.record_event())
+        return Transfer((back,), stream.record_event())
 
     def _read(self, reader: Reader, header: TensorHeader) -> Tensor:
         import torch
@@ -134,18 +134,18 @@ class Lane:
         return torch.cuda.stream(self._inward) if self._inward else nullcontext()
 
 
-def _store(job: Job, merged: Moved) -> int:
+def _store(job: TensorJob, merged: Transfer) -> int:
     if merged.done:
         merged.done.synchronize()
     if job.tensor.is_copied:
         job.copy()
     else:
-        job.site.writer.write(job.start, bytes_of(*merged.tensors))
+        job.context.writer.write(job.start, bytes_of(*merged.tensors))
     job.finish()
     return job.tensor.output.n_bytes
 
 
-def _too_small(job: Job, device: str) -> DeviceError:
+def _too_small(job: TensorJob, device: str) -> DeviceError:
     output = job.tensor.output
     problem = f"its memory does not hold what {output.name} {list(output.shape)} is made of"
     return DeviceError(f"device `{device}`", problem, "Use `--device cpu`: finished shards stay.")

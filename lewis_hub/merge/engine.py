@@ -28,11 +28,11 @@ from lewis_hub.checkpoint.writer import ShardWriter, index_document
 from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import require_room, sha256_of, write_whole
 from lewis_hub.merge.plan import MergePlan, ShardPlan
-from lewis_hub.merge.runners import Inline, Means, Ray, cpus_of_this_task, threads
+from lewis_hub.merge.runners import Backend, Inline, Ray, cpus_of_this_task, threads
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.chunks import Job, Shard
+    from lewis_hub.merge.chunks import Shard, TensorJob
 
 
 NOTE = ".done.json"
@@ -51,7 +51,7 @@ class ShardResult:
 
 
 def run(
-    plan: MergePlan, locations: Locations, output: Path, means: Means, advance: Advance
+    plan: MergePlan, locations: Locations, output: Path, backend: Backend, advance: Advance
 ) -> dict[str, ShardResult]:
     """Write all shards and their index into a folder.
 
@@ -59,7 +59,7 @@ def run(
         plan: what goes into which file.
         locations: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
-        means: the bytes are the same whatever they are.
+        backend: the bytes are the same whatever they are.
         advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
 
     Returns:
@@ -75,13 +75,13 @@ def run(
     n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
     remedy = "name a folder on another disk with -o"
     require_room(output, n_bytes, "the merged weights", remedy)
-    made = {one.name: one for one in make_shards(plan, locations, output, means, advance)}
+    made = {one.name: one for one in make_shards(plan, locations, output, backend, advance)}
     results = {layout.name: made[layout.name] for layout in plan.layouts}
     return results | write_index(plan, output)
 
 
 def make_shards(
-    plan: MergePlan, locations: Locations, output: Path, means: Means, advance: Advance
+    plan: MergePlan, locations: Locations, output: Path, backend: Backend, advance: Advance
 ) -> Iterator[ShardResult]:
     """Each shard as it is finished, those that are kept first; the arguments are those of `run`.
 
@@ -92,12 +92,12 @@ def make_shards(
     for kept in (kept for _, kept in found if kept):
         advance(kept.n_bytes)
         yield kept
-    if isinstance(means.runner, Ray):
-        yield from _elsewhere(remaining, locations, output, means, advance)
+    if isinstance(backend.runner, Ray):
+        yield from _elsewhere(remaining, locations, output, backend, advance)
         return
     with open_files(remaining, locations, output / RANGES) as files:
         for shard in remaining:
-            yield merge_shard(shard, files, output, means, advance)
+            yield merge_shard(shard, files, output, backend, advance)
 
 
 def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
@@ -111,25 +111,31 @@ def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
 
 
 def merge_shard(
-    plan: ShardPlan, files: SourceFiles, output: Path, means: Means, advance: Advance
+    plan: ShardPlan, files: SourceFiles, output: Path, backend: Backend, advance: Advance
 ) -> ShardResult:
     """Make one shard on this machine from the beginning; the sources are read from `files`."""
     layout = plan.layout
     _note(output, layout.name).unlink(missing_ok=True)
-    with ShardWriter(output, layout, stays_cached=means.is_read_next) as writer:
-        mended = fill(plan, files, writer, means, advance)
+    with ShardWriter(output, layout, stays_cached=backend.is_read_next) as writer:
+        mended = fill(plan, files, writer, backend, advance)
         result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
     _write_note(plan, result, output)
     return result
 
 
 def fill(
-    plan: ShardPlan, files: SourceFiles, shard: Shard, means: Means, advance: Advance
+    plan: ShardPlan, files: SourceFiles, shard: Shard, backend: Backend, advance: Advance
 ) -> Mapping[str, int]:
     """Make the tensors of a shard; which sources hold NaN or infinity, and in how many of them."""
+    from lewis_hub.kernels.operands import BLOCK
     from lewis_hub.merge.assemble import assembling
-    from lewis_hub.merge.chunks import LONGEST_ROW, Desks, Job, Site, block_of  # imports llvmlite
-    from lewis_hub.merge.operands import BLOCK
+    from lewis_hub.merge.chunks import (  # imports numpy and llvmlite
+        LONGEST_ROW,
+        Buffers,
+        ShardContext,
+        TensorJob,
+        block_of,
+    )
 
     layout = plan.layout
     with ExitStack() as opened:
@@ -139,16 +145,16 @@ def fill(
         ]
         blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
         n_together = max((len(tensor.inputs) for tensor in plan.tensors), default=1)
-        desks = Desks(n_together, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
+        buffers = Buffers(n_together, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
         read = assembling(plan, readers)
         statistics = [opened.enter_context(files.reader(label)) for label in plan.statistics]
-        site = Site(plan, read, shard, desks, statistics)
+        context = ShardContext(plan, read, shard, buffers, statistics)
         jobs = [
-            Job(site, tensor, start)
+            TensorJob(context, tensor, start)
             for tensor, start in zip(plan.tensors, layout.starts, strict=True)
         ]
         advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
-        made = _make_all(jobs, means)
+        made = _make_all(jobs, backend)
         for n_bytes in made:
             files.step_done()
             advance(n_bytes)
@@ -159,27 +165,29 @@ def _elsewhere(
     shards: Sequence[ShardPlan],
     locations: Locations,
     output: Path,
-    means: Means,
+    backend: Backend,
     advance: Advance,
 ) -> Iterator[ShardResult]:
     """Have each shard made by a worker that opens the sources itself."""
-    assert isinstance(means.runner, Ray)
+    assert isinstance(backend.runner, Ray)
     if not shards:
         return
     shared = absolute_locations(locations)
-    on_worker = partial(_on_worker, shared, output.absolute(), replace(means, runner=Inline()))
-    for result in means.runner.map(on_worker, shards):
+    on_worker = partial(_on_worker, shared, output.absolute(), replace(backend, runner=Inline()))
+    for result in backend.runner.map(on_worker, shards):
         advance(result.n_bytes)
         yield result
 
 
-def _on_worker(locations: Locations, output: Path, means: Means, plan: ShardPlan) -> ShardResult:
+def _on_worker(
+    locations: Locations, output: Path, backend: Backend, plan: ShardPlan
+) -> ShardResult:
     for folder in missing_folders({**locations, "output": output}):
         problem = f"the worker on {socket.gethostname()} does not see {folder}"
         remedy = "Keep sources and output where all machines mount them under the same path."
         raise MergeError("runner `ray`", problem, remedy)
     with open_files([plan], locations, output / f"{RANGES}-{plan.layout.name}") as files:
-        here = replace(means, runner=threads(cpus_of_this_task()), device=None)
+        here = replace(backend, runner=threads(cpus_of_this_task()), device=None)
         return merge_shard(plan, files, output, here, lambda _: None)
 
 
@@ -192,7 +200,7 @@ def open_files(shards: Sequence[ShardPlan], locations: Locations, scratch: Path)
 
 def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:
     """Open a source, or an adapter on its `base`; `reader` opens the files of a label. Close it."""
-    from lewis_hub.merge.sources import ScaledReader  # imports llvmlite
+    from lewis_hub.merge.sources import ScaledReader  # imports numpy and llvmlite
 
     own = reader(label)
     if base is None:
@@ -202,21 +210,21 @@ def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -
     return AdapterReader(ScaledReader(reader(base)), own)
 
 
-def _make_all(jobs: Sequence[Job], means: Means) -> Iterator[int]:
+def _make_all(jobs: Sequence[TensorJob], backend: Backend) -> Iterator[int]:
     """Go in the order of the file, so that hashing keeps up.
 
     A large tensor is made by all workers together, of small ones each by one worker.
     """
     from lewis_hub.merge.cuda import make_on_device
-    from lewis_hub.merge.tensor import make_tensor  # imports llvmlite
+    from lewis_hub.merge.tensor import make_tensor  # imports numpy and llvmlite
 
-    if means.device:
-        yield from make_on_device(jobs, means.device)
+    if backend.device:
+        yield from make_on_device(jobs, backend.device)
         return
-    runner = means.runner
+    runner = backend.runner
     assert not isinstance(runner, Ray)
 
-    def is_large(job: Job) -> bool:
+    def is_large(job: TensorJob) -> bool:
         return job.tensor.output.n_elements > runner.large_elements
 
     for together, run_of_jobs in groupby(jobs, key=is_large):

@@ -15,18 +15,18 @@ from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.checkpoint.writer import ShardLayout
 from lewis_hub.merge.assemble import assembling
 from lewis_hub.merge.engine import RANGES, fill, open_files, open_source
-from lewis_hub.merge.nan import MendingReader, mending
+from lewis_hub.merge.nan import NanReplacingReader, replace_nan
 from lewis_hub.merge.plan import MergePlan, ShardPlan, TensorPlan
 from lewis_hub.merge.reference import Moments, merge_by_definition
-from lewis_hub.merge.runners import Inline, Means
+from lewis_hub.merge.runners import Backend, Inline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lewis_hub.merge.chunks import Desks
+    from lewis_hub.merge.chunks import Buffers
 
 
-class HeldShard:
+class InMemoryShard:
     """The bytes that a file would have, in memory. Threads may share it, as they may a file."""
 
     def __init__(self, layout: ShardLayout) -> None:
@@ -54,8 +54,8 @@ class HeldShard:
         }
 
 
-def held_tensors(
-    plan: MergePlan, locations: Locations, scratch: Path, means: Means
+def tensors_in_memory(
+    plan: MergePlan, locations: Locations, scratch: Path, backend: Backend
 ) -> dict[str, Tensor]:
     """Make all tensors of a plan, with the values that its files would have.
 
@@ -63,7 +63,7 @@ def held_tensors(
         plan: what goes into which file.
         locations: of all sources, and of statistics.
         scratch: folder for the bytes that are fetched of remote sources.
-        means: by which it is made, on this machine.
+        backend: by which it is made, on this machine.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
@@ -73,8 +73,8 @@ def held_tensors(
     made: dict[str, Tensor] = {}
     with open_files(plan.shards, locations, scratch / RANGES) as files:
         for shard in plan.shards:
-            held = HeldShard(shard.layout)
-            fill(shard, files, held, means, lambda _: None)
+            held = InMemoryShard(shard.layout)
+            fill(shard, files, held, backend, lambda _: None)
             made |= held.tensors()
     return made
 
@@ -83,7 +83,7 @@ Single = Callable[[str, Moments | None], "Tensor"]
 
 
 @contextmanager
-def singly(
+def per_tensor(
     plan: ShardPlan, reader: Callable[[str], Reader], mended: set[tuple[str, str]]
 ) -> Iterator[Single]:
     """Make tensors of a shard one by one, in any order; the sources are open meanwhile.
@@ -98,27 +98,27 @@ def singly(
         What makes a tensor by its name, in the output's dtype: with the moments of its inputs where
         they are, or without, on the CPU.
     """
-    from lewis_hub.merge.chunks import Desks  # imports llvmlite
+    from lewis_hub.merge.chunks import Buffers  # imports numpy and llvmlite
 
     tensors = {tensor.output.name: tensor for tensor in plan.tensors}
     with ExitStack() as opened:
         pairs = zip(plan.labels, plan.bases, strict=True)
         own = [opened.enter_context(open_source(label, base, reader)) for label, base in pairs]
         readers = assembling(plan, own)
-        desks = Desks(max(len(tensor.inputs) for tensor in plan.tensors))
+        buffers = Buffers(max(len(tensor.inputs) for tensor in plan.tensors))
 
         def make(name: str, moments: Moments | None) -> Tensor:
             tensor = tensors[name]
             if moments is None or tensor.is_copied:
-                return _alone(plan, readers, desks, tensor)
+                return _alone(plan, readers, buffers, tensor)
             found = tuple(readers[number] for number in tensor.sources)
             if plan.allow_nan:
-                found = mending(tensor, found)
+                found = replace_nan(tensor, found)
             sources = [r.tensor(h) for r, h in zip(found, tensor.inputs, strict=True)]
             mended.update(
                 (plan.labels[number], name)
                 for number, one in zip(tensor.sources, found, strict=True)
-                if isinstance(one, MendingReader) and one.has_mended
+                if isinstance(one, NanReplacingReader) and one.has_replaced
             )
             known = next(gram for gram in moments.grams if gram is not None)
             there = [source.to(known.device) for source in sources]
@@ -127,12 +127,16 @@ def singly(
         yield make
 
 
-def _alone(plan: ShardPlan, readers: Sequence[Reader], desks: Desks, tensor: TensorPlan) -> Tensor:
+def _alone(
+    plan: ShardPlan, readers: Sequence[Reader], buffers: Buffers, tensor: TensorPlan
+) -> Tensor:
     """Make a tensor as a shard of its own, as the engine does."""
-    from lewis_hub.merge.chunks import Job, Site
+    from lewis_hub.merge.chunks import ShardContext, TensorJob
     from lewis_hub.merge.tensor import make_tensor
 
     layout = ShardLayout(tensor.output.name, (tensor.output,))
-    held = HeldShard(layout)
-    make_tensor(Job(Site(plan, readers, held, desks), tensor, *layout.starts), Inline())
+    held = InMemoryShard(layout)
+    make_tensor(
+        TensorJob(ShardContext(plan, readers, held, buffers), tensor, *layout.starts), Inline()
+    )
     return held.tensors()[tensor.output.name]

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Reader, whole_tensor
-from lewis_hub.merge.operands import FORMATS
-from lewis_hub.merge.plain import narrowed, odd, widened
+from lewis_hub.kernels.calls import narrow, widen
+from lewis_hub.kernels.operands import FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from lewis_hub.merge.plan import TensorPlan
 
 
+EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # bits: all set in NaN, infinity
+
 Bits = npt.NDArray[np.unsignedinteger]
 
 
-class MendingReader:
+class NanReplacingReader:
     """A tensor's source whose entries are finite. Threads may share it.
 
     Args:
@@ -36,9 +38,9 @@ class MendingReader:
 
     def __init__(self, own: Reader, base: tuple[Reader, TensorHeader] | None) -> None:
         self._own, self._base = own, base
-        self.has_mended = False
+        self.has_replaced = False
 
-    def __enter__(self) -> MendingReader:
+    def __enter__(self) -> NanReplacingReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,9 +56,9 @@ class MendingReader:
         if tensor.dtype not in FORMATS:
             return
         found = _bits(tensor.dtype, into)
-        broken = odd(found, FORMATS[tensor.dtype])
+        broken = _not_finite(found, tensor.dtype)
         if broken.any():
-            self.has_mended = True
+            self.has_replaced = True
             found[broken] = self._stand_ins(tensor, first_byte, len(found))[broken]
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
@@ -76,22 +78,29 @@ class MendingReader:
         held = bytearray(n * WIDTHS[header.dtype])
         reader.read(header, first_byte // width * WIDTHS[header.dtype], memoryview(held))
         found = _bits(header.dtype, memoryview(held))
-        found[odd(found, FORMATS[header.dtype])] = 0
-        kind = FORMATS[tensor.dtype]
-        given = widened(found.view(np.uint8), FORMATS[header.dtype], n)
-        made: Bits = narrowed(given, kind)
-        made[odd(made, kind)] = 0  # it does not fit
+        found[_not_finite(found, header.dtype)] = 0
+        given = widen(found.view(np.uint8), FORMATS[header.dtype], n)
+        made = narrow(given, FORMATS[tensor.dtype])
+        made[_not_finite(made, tensor.dtype)] = 0  # it does not fit
         return made
 
 
-def mending(tensor: TensorPlan, readers: Sequence[Reader]) -> tuple[MendingReader, ...]:
+def replace_nan(tensor: TensorPlan, readers: Sequence[Reader]) -> tuple[NanReplacingReader, ...]:
     """The readers of a tensor's inputs, wrapped; the base, where there is one, is the first."""
     n_bases = len(tensor.inputs) - len(tensor.weights)
     base = (readers[0], tensor.inputs[0]) if n_bases else None
     return tuple(
-        MendingReader(own, None if number < n_bases else base) for number, own in enumerate(readers)
+        NanReplacingReader(own, None if number < n_bases else base)
+        for number, own in enumerate(readers)
     )
 
 
 def _bits(dtype: str, raw: memoryview) -> Bits:
     return np.frombuffer(raw, np.dtype(f"<u{WIDTHS[dtype]}"))
+
+
+def _not_finite(bits: Bits, dtype: str) -> npt.NDArray[np.bool_]:
+    """Which of the bits of a format stand for NaN or infinity."""
+    exponent = bits.dtype.type(EXPONENTS[dtype])
+    found: npt.NDArray[np.bool_] = (bits & exponent) == exponent
+    return found

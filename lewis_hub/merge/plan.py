@@ -81,7 +81,7 @@ class ShardPlan:
     source_digests: tuple[str, ...]
     layout: ShardLayout
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
-    allow_nan: bool = False  # whether sources may hold NaN and infinity; see `mending`
+    allow_nan: bool = False  # whether sources may hold NaN and infinity; see `nan`
     statistics: Mapping[str, str] = field(default_factory=dict)
 
     @property

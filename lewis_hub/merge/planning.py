@@ -10,11 +10,12 @@ from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.checkpoint.writer import DTYPES, OutputTensor, lay_out
 from lewis_hub.errors import MergeError
+from lewis_hub.kernels import random_bits
 from lewis_hub.merge import settings as parameters
 from lewis_hub.merge.alignment import Alignment, arrange, shape
 from lewis_hub.merge.compare import compare
 from lewis_hub.merge.plan import MergePlan, ShardPlan, TensorPlan
-from lewis_hub.methods import random_bits, registry
+from lewis_hub.methods import registry
 from lewis_hub.methods.registry import PER_SOURCE, Method
 from lewis_hub.recipe.schema import Missing, Settings
 

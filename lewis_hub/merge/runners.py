@@ -209,7 +209,7 @@ class Threads:
 
 
 @dataclass(frozen=True)
-class Means:
+class Backend:
     """What a merge is made with; the bytes are the same whatever it is.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,8 @@ from lewis_hub.checkpoint.header import (
 )
 from lewis_hub.checkpoint.reader import Reader, whole_tensor
 from lewis_hub.errors import BrokenCheckpointError
-from lewis_hub.merge import arithmetic
-from lewis_hub.merge.arithmetic import scale_up
-from lewis_hub.merge.operands import FORMATS, Decoding
-from lewis_hub.merge.plain import widened
+from lewis_hub.kernels.calls import add_low_rank, scale_up, widen
+from lewis_hub.kernels.operands import FORMATS, Decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,8 +153,7 @@ def _bytes(files: Reader, tensor: TensorHeader) -> Bytes:
 
 
 def _floats(files: Reader, tensor: TensorHeader) -> Floats:
-    found: Any = widened(_bytes(files, tensor), FORMATS[tensor.dtype], tensor.n_elements)
-    return np.ascontiguousarray(found)
+    return widen(_bytes(files, tensor), FORMATS[tensor.dtype], tensor.n_elements)
 
 
 def _integers(files: Reader, tensor: TensorHeader) -> list[int]:
@@ -238,7 +235,7 @@ def _words(
 ) -> tuple[Bytes, Decoding]:
     n_groups, width = stored.scale.shape[0], WIDTHS[stored.scale.dtype]
     raw = _lines(files, stored.scale, matrix, n_groups, _share(rows, width, 1))
-    scales: Floats = widened(raw.reshape(-1), FORMATS[stored.scale.dtype], raw.size // width)
+    scales = widen(raw.reshape(-1), FORMATS[stored.scale.dtype], raw.size // width)
     scales = np.ascontiguousarray(scales.reshape(n_groups, len(rows)).T)
     zeros = np.zeros_like(scales)
     if stored.zero:
@@ -490,7 +487,7 @@ class AdapterReader:
 
     def _update(self, update: LowRank, factors: Factors, first: int, values: Floats) -> None:
         scale = np.float32(update.scale)
-        arithmetic.add_low_rank(values, first, factors.left, factors.right, scale)
+        add_low_rank(values, first, factors.left, factors.right, scale)
 
     def _factors(self, name: str, adapted: Adapted, update: LowRank) -> Factors:
         """From the file, or as they were left there; two threads may both compute the same."""
@@ -535,8 +532,7 @@ def floats(reader: Reader, tensor: TensorHeader, first: int, n: int) -> Floats:
     width = WIDTHS[tensor.dtype]
     raw = np.empty(n * width, np.uint8)
     reader.read(tensor, first * width, raw.data)
-    values: Floats = widened(raw, FORMATS[tensor.dtype], n)
-    return values
+    return widen(raw, FORMATS[tensor.dtype], n)
 
 
 def _adapted_rows(first: int, n: int, n_columns: int, axis: int) -> npt.NDArray[np.int64]:

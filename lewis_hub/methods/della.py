@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lewis_hub.methods import random_bits
+from lewis_hub.kernels import random_bits
 from lewis_hub.methods.combine import all_votes, elected_votes
 from lewis_hub.methods.registry import register
 from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, mask

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lewis_hub.methods import random_bits
+from lewis_hub.kernels import random_bits
 from lewis_hub.methods.numerics import total
 
 if TYPE_CHECKING:

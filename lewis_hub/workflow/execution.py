@@ -7,13 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 
 from lewis_hub.errors import DeviceError
-from lewis_hub.merge.runners import Means, Ray, Runner, parse_runner
+from lewis_hub.merge.runners import Backend, Ray, Runner, parse_runner
 from lewis_hub.recipe.schema import Evaluation
 from lewis_hub.workflow.resources import Loading
 
 SOFTWARE = (
     *("torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
-    *("datasets", "lm_eval", "numpy", "llvmlite"),
+    *("datasets", "lm_eval", "numpy", "numba"),
 )
 
 
@@ -58,10 +58,10 @@ class Execution:
         """The device and memory limit for measured models."""
         return Loading(self.device, self.max_memory_bytes)
 
-    def means(self, *, is_read_next: bool) -> Means:
+    def means(self, *, is_read_next: bool) -> Backend:
         """Return runner and device of a merge; `is_read_next`: whether the files are read soon."""
         device = self.device if self.device.startswith("cuda") else None
-        return Means(self.workers, device, is_read_next)
+        return Backend(self.workers, device, is_read_next)
 
     def require_usable(self) -> None:
         """Refuse a runner or device that this machine does not have.

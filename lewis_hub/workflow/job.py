@@ -20,7 +20,7 @@ from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import Bounds, Use
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.runners import Means
+from lewis_hub.merge.runners import Backend
 from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.rules import fits_in_sequence
@@ -96,7 +96,7 @@ class MergeJob:
     reporting: ReportSettings
     repo: str | None
     workload: Workload
-    means: Means
+    means: Backend
     replaces: bool
 
     @property

@@ -14,7 +14,7 @@ from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint, Reader
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
-from lewis_hub.merge.runners import Means
+from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import write_sidecars
 from lewis_hub.progress import Progress
 from lewis_hub.workflow.fetch import FetchedSources
@@ -45,7 +45,7 @@ class ModelLoader:
     files: FetchedSources
     scratch: Path
     loading: Loading
-    means: Means
+    means: Backend
     max_shard_bytes: int
     progress: Progress
 

@@ -12,10 +12,10 @@ from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.engine import ShardResult, run
-from lewis_hub.merge.in_memory import held_tensors
+from lewis_hub.merge.in_memory import tensors_in_memory
 from lewis_hub.merge.plan import Known, MergePlan, informed
 from lewis_hub.merge.planning import MergeSettings, Schedule, make_plan
-from lewis_hub.merge.runners import Means, Ray, threads
+from lewis_hub.merge.runners import Backend, Ray, threads
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import StackSettings, make_stacked_plan
 from lewis_hub.progress import Progress
@@ -160,7 +160,7 @@ def write_weights(
     planned: MergePlan,
     locations: Locations,
     output: Path,
-    means: Means,
+    means: Backend,
     progress: Progress,
     title: str = "Merging",
 ) -> dict[str, ShardResult]:
@@ -192,7 +192,7 @@ def finish_model(
 
 
 def merge_in_memory(
-    planned: MergePlan, locations: Locations, scratch: Path, means: Means
+    planned: MergePlan, locations: Locations, scratch: Path, means: Backend
 ) -> dict[str, Tensor]:
     """Make the tensors of a plan in memory; a Ray cluster is replaced by threads.
 
@@ -201,7 +201,7 @@ def merge_in_memory(
     """
     if isinstance(means.runner, Ray):
         means = replace(means, runner=threads())
-    return held_tensors(planned, locations, scratch, means)
+    return tensors_in_memory(planned, locations, scratch, means)
 
 
 def report_nan(found: Iterable[Mapping[str, int]], progress: Progress) -> None:

@@ -19,7 +19,7 @@ from lewis_hub.hub.publish import Published, open_repo
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
-from lewis_hub.merge.runners import Means, Ray
+from lewis_hub.merge.runners import Backend, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
 from lewis_hub.progress import Progress
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
@@ -87,7 +87,7 @@ class FolderSink:
         return [*(folder / "importance.json" for folder in folders), *published]
 
     def write(
-        self, planned: MergePlan, locations: Locations, means: Means
+        self, planned: MergePlan, locations: Locations, means: Backend
     ) -> dict[str, ShardResult]:
         """Write the shards into the folder."""
         return write_weights(planned, locations, self.folder, means, self.progress)
@@ -141,7 +141,7 @@ class HubSink:
         return [self.work.scratch / "importance.json", *published, beside / "importance.json"]
 
     def write(
-        self, planned: MergePlan, locations: Locations, means: Means
+        self, planned: MergePlan, locations: Locations, means: Backend
     ) -> dict[str, ShardResult]:
         """Make and upload the shards that the Hub does not have yet, one after the other.
 
@@ -227,7 +227,7 @@ def _clear(planned: MergePlan, folder: Path) -> None:
 
 
 def _require_room_for_shards(
-    left: MergePlan, locations: Locations, folder: Path, means: Means
+    left: MergePlan, locations: Locations, folder: Path, means: Backend
 ) -> None:
     sizes = [layout.n_bytes for layout in left.layouts]
     largest = max(sizes, default=0)

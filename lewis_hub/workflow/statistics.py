@@ -23,7 +23,7 @@ from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.in_memory import singly
+from lewis_hub.merge.in_memory import per_tensor
 from lewis_hub.merge.plan import Fitted, Gram, Known, ShardPlan, Statistics, unknown
 from lewis_hub.merge.reference import Moments
 from lewis_hub.progress import Advance
@@ -367,7 +367,7 @@ class _MergedBlocks:
         steps = [[read for tensor in tensors for read in reads[tensor.name]] for tensors in lists]
         with (
             SourceFiles(self._locations, steps, self._scratch, self._most_bytes) as files,
-            singly(self._planned, files.reader, self.mended) as self._make,
+            per_tensor(self._planned, files.reader, self.mended) as self._make,
         ):
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}

@@ -16,6 +16,7 @@ HEAVY = {
     "lm_eval",
     "matplotlib",
     "llvmlite",
+    "numba",
     "numpy",
     "pydantic",
 }

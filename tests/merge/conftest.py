@@ -16,7 +16,7 @@ from lewis_hub.checkpoint.reader import read_headers
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import Gram, Statistics, informed
 from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
-from lewis_hub.merge.runners import Means, inline
+from lewis_hub.merge.runners import Backend, inline
 from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.methods import registry
 
@@ -116,14 +116,14 @@ class Zoo:
         folder = self.root / output
         folder.mkdir(exist_ok=True)
         plan = informed(make_plan(settings, shard, schedule), statistics)
-        results = run(plan, self.folders, folder, Means(runner or inline()), lambda _: None)
+        results = run(plan, self.folders, folder, Backend(runner or inline()), lambda _: None)
         return Outcome(folder, plan, results)
 
     def stack(self, settings, output="out", *, shard=10**9, runner=None):
         folder = self.root / output
         folder.mkdir(exist_ok=True)
         plan = make_stacked_plan(settings, shard)
-        results = run(plan, self.folders, folder, Means(runner or inline()), lambda _: None)
+        results = run(plan, self.folders, folder, Backend(runner or inline()), lambda _: None)
         return Outcome(folder, plan, results)
 
     def by_definition(self, plan):

@@ -19,7 +19,7 @@ import torch
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Means, Ray, _start, inline, parse_runner, threads
+from lewis_hub.merge.runners import Backend, Ray, _start, inline, parse_runner, threads
 from lewis_hub.workflow.execution import Execution
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -124,7 +124,7 @@ def merge(zoo, settings, runner, output, told=None, shard=2_000_000):
     (zoo.root / output).mkdir(exist_ok=True)
     plan = make_plan(settings, shard)
     advance = told.append if told is not None else lambda _: None
-    results = run(plan, zoo.folders, zoo.root / output, Means(runner), advance)
+    results = run(plan, zoo.folders, zoo.root / output, Backend(runner), advance)
     return results, {path.name: path.read_bytes() for path in (zoo.root / output).glob("model*")}
 
 
@@ -223,7 +223,13 @@ class TestOnRay:
         (zoo.root / "out").mkdir()
 
         with pytest.raises(MergeError, match="does not see .*elsewhere"):
-            run(make_plan(settings, 10**9), folders, zoo.root / "out", Means(Ray()), lambda _: None)
+            run(
+                make_plan(settings, 10**9),
+                folders,
+                zoo.root / "out",
+                Backend(Ray()),
+                lambda _: None,
+            )
 
     def test_any_other_failure_is_one_message(self, cluster):
         with pytest.raises(MergeError) as caught:

@@ -12,7 +12,7 @@ from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
 from lewis_hub.merge import chunks
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Means, Ray, Threads, inline, parse_runner, threads
+from lewis_hub.merge.runners import Backend, Ray, Threads, inline, parse_runner, threads
 from lewis_hub.methods import registry
 
 
@@ -111,8 +111,8 @@ def test_progress_adds_up_to_the_plans_bytes_whether_made_or_kept(zoo, settings)
     plan = make_plan(settings, 10_000)
     (zoo.root / "out").mkdir()
 
-    run(plan, zoo.folders, zoo.root / "out", Means(threads(2)), told.append)
-    run(plan, zoo.folders, zoo.root / "out", Means(threads(2)), told.append)
+    run(plan, zoo.folders, zoo.root / "out", Backend(threads(2)), told.append)
+    run(plan, zoo.folders, zoo.root / "out", Backend(threads(2)), told.append)
 
     assert sum(told) == 2 * plan.n_bytes
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from methods.test_mergekit_options import OPTIONS, REFUSED
 
-from lewis_hub.methods.random_bits import stream
+from lewis_hub.kernels.random_bits import stream
 from lewis_hub.methods.registry import PER_SOURCE, find
 
 SHAPE, SEED = (24, 40), 7

@@ -7,8 +7,8 @@ import torch
 from lewis_hub.checkpoint.block_scales import dequantise_fp8
 from lewis_hub.checkpoint.reader import TensorReader
 from lewis_hub.errors import NonFiniteError
+from lewis_hub.kernels.operands import Decoding
 from lewis_hub.merge import plain, scaling
-from lewis_hub.merge.operands import Decoding
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import Threads, inline, threads
 from lewis_hub.merge.sources import BLOCK, VALUES, AdapterReader, ScaledReader

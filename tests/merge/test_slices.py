@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.errors import MergeError, NonFiniteError
+from lewis_hub.kernels import random_bits
 from lewis_hub.merge.runners import Threads, inline, threads
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
-from lewis_hub.methods import random_bits, registry
+from lewis_hub.methods import registry
 from lewis_hub.recipe.schema import Conditional
 
 OUTSIDE = {

@@ -85,10 +85,10 @@ import pickle, sys
 from pathlib import Path
 
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.runners import Means, inline
+from lewis_hub.merge.runners import Backend, inline
 
 plan, folders, output = pickle.load(sys.stdin.buffer)
-run(plan, folders, output, Means(inline()), lambda _: None)
+run(plan, folders, output, Backend(inline()), lambda _: None)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 

@@ -1,8 +1,8 @@
 import torch
 
+from lewis_hub.kernels.random_bits import below, halves
 from lewis_hub.methods.averages import linear, task_arithmetic
 from lewis_hub.methods.dare import dare_linear, dare_ties
-from lewis_hub.methods.random_bits import below, halves
 from lewis_hub.methods.ties import ties
 
 BASE = torch.full((3,), 10.0)

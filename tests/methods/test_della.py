@@ -6,8 +6,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lewis_hub.kernels.random_bits import halves
 from lewis_hub.methods.della import della, della_linear, drop_by_rank, probabilities
-from lewis_hub.methods.random_bits import halves
 
 ONES = torch.ones(2)
 

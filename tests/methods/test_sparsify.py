@@ -6,7 +6,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.random_bits import below, halves, stream
+from lewis_hub.kernels.random_bits import below, halves, stream
 from lewis_hub.methods.sparsify import drop, n_kept, trim
 
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.merge.in_memory import held_tensors
+from lewis_hub.merge.in_memory import tensors_in_memory
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Means, inline, threads
+from lewis_hub.merge.runners import Backend, inline, threads
 
 
 @pytest.mark.parametrize("runner", [inline(), threads(2)], ids=["inline", "threads"])
@@ -12,7 +12,9 @@ from lewis_hub.merge.runners import Means, inline, threads
 def test_tensors_in_memory_are_those_of_the_files(zoo, settings, tmp_path, runner, most_bytes):
     written = zoo.merge(settings, "written").tensors
 
-    held = held_tensors(make_plan(settings, most_bytes), zoo.folders, tmp_path, Means(runner))
+    held = tensors_in_memory(
+        make_plan(settings, most_bytes), zoo.folders, tmp_path, Backend(runner)
+    )
 
     assert held.keys() == written.keys()
     for name, tensor in written.items():
@@ -26,4 +28,4 @@ def test_a_source_with_nan_is_named(zoo, tmp_path):
     plan = make_plan(zoo.settings("ties", sources[0], sources[1:]), 10**9)
 
     with pytest.raises(NonFiniteError, match="model.layers.2.q.weight"):
-        held_tensors(plan, zoo.folders, tmp_path, Means(inline()))
+        tensors_in_memory(plan, zoo.folders, tmp_path, Backend(inline()))

@@ -10,7 +10,7 @@ from safetensors.torch import load
 from lewis_hub.errors import BrokenCheckpointError, DeviceError, NonFiniteError
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Means, inline, threads
+from lewis_hub.merge.runners import Backend, inline, threads
 from lewis_hub.methods.registry import find, methods
 from lewis_hub.workflow.execution import Execution
 
@@ -43,7 +43,7 @@ def merge(zoo, asked, device, output="on device", shard=20_000):
     (zoo.root / output).mkdir()
     told = []
     plan = make_plan(asked, shard)
-    run(plan, zoo.folders, zoo.root / output, Means(threads(2), device), told.append)
+    run(plan, zoo.folders, zoo.root / output, Backend(threads(2), device), told.append)
     assert sum(told) == plan.n_bytes
     return {path.name: path.read_bytes() for path in (zoo.root / output).glob("*.safetensors")}
 

@@ -2,15 +2,24 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.merge import counting, plain
-from lewis_hub.merge import tensor as trimming
-from lewis_hub.merge.operands import AT_LOW, BF16, BLOCK, F32, INSIDE, LANES, Piece
-from lewis_hub.merge.runners import Threads, inline
-from lewis_hub.merge.selection import Bracket, Tally, at_ranks, bracket, pick
+from lewis_hub.kernels import calls
+from lewis_hub.kernels.operands import (
+    AT_LOW,
+    BF16,
+    BLOCK,
+    F32,
+    HIGH_BINS,
+    INSIDE,
+    LOW_BINS,
+    LOW_BITS,
+    LOW_MASK,
+    RUN,
+    Piece,
+)
+from lewis_hub.kernels.selection import Bracket, Tally, at_ranks, bracket, pick
 
 
 def tally_of(values, found):
@@ -58,18 +67,16 @@ def test_what_lies_at_a_rank_is_what_sorting_would_put_there(data):
     assert at_ranks(values, ranks) == np.sort(values)[ranks].tolist()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0), (3, 3), (2, 5), (0, 1 << 31), (7, 8)])
-@pytest.mark.parametrize("room", [counting, plain])
-def test_the_kernel_sorts_out_as_the_tally_says(room, low, high):
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (3, 3), (2, 5), (0, (1 << 31) - 1), (7, 8)])
+def test_the_kernel_sorts_out_as_the_tally_says(low, high):
     n = 2 * BLOCK + 37
     values = np.random.default_rng(1).integers(0, 10, n).astype(np.uint32)
     raw = np.zeros((2, n * 4), np.uint8)
     raw[1] = values.view(np.float32).view(np.uint8)  # denormals whose bits are the values
     piece = Piece(tuple(raw), np.full(2, F32), n, 0, BLOCK, raw[0], BF16)
-    counts, inside = np.zeros((1, 4), np.int64), np.empty((1, n + LANES), np.uint32)
-    ends = np.array([[low], [high]], np.uint32)
+    counts, inside = np.zeros((1, 4), np.int64), np.empty((1, n), np.uint32)
 
-    room.sort_out(piece, (0,), ends, counts, inside)
+    calls.sort_out(piece, np.array([0]), np.array([[low, high]]), counts, inside)
 
     expected = tally_of(values, Bracket(low, high, 1.0))
     if low == high:
@@ -78,17 +85,52 @@ def test_the_kernel_sorts_out_as_the_tally_says(room, low, high):
     assert inside[0, : counts[0, INSIDE]].tolist() == expected.inside.tolist()
 
 
-@pytest.mark.parametrize("room", [counting, plain])
-def test_a_sample_is_what_stands_at_its_places(room):
+def test_the_kernel_fills_no_more_than_the_space_it_is_given():
+    n = 2 * BLOCK
+    values = np.full(n, 5, np.uint32).view(np.float32)
+    raw = tuple(a.view(np.uint8) for a in (np.zeros_like(values), values))
+    piece = Piece(raw, np.full(2, F32), n, 0, BLOCK, raw[0], BF16)
+    counts, inside = np.zeros((1, 4), np.int64), np.zeros((2, BLOCK + 3), np.uint32)
+
+    calls.sort_out(piece, np.array([0]), np.array([[4, 6]]), counts, inside[:1])
+
+    assert counts[0, INSIDE] == BLOCK + 3
+    assert (inside[0] == 5).all()
+    assert (inside[1] == 0).all()
+
+
+def test_a_sample_is_what_stands_at_its_places():
     n = BLOCK + 37
     values = np.random.default_rng(1).normal(size=(3, n)).astype(np.float32)
     piece = Piece(tuple(values.view(np.uint8)), np.full(3, F32), n, 0, BLOCK, values, F32)
-    places, found = np.array([0, 5, n - LANES]), np.zeros((2, 3, LANES), np.uint32)
+    places, found = np.array([0, 5, n - RUN]), np.zeros((2, 3, RUN), np.uint32)
 
-    room.sample(piece, places, found)
+    calls.sample(piece, places, found)
 
-    expected = [[abs(one - values[0])[p : p + LANES] for p in places] for one in values[1:]]
+    expected = [[abs(one - values[0])[p : p + RUN] for p in places] for one in values[1:]]
     assert found.view(np.float32).tolist() == np.array(expected).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_the_bins_count_every_magnitude(dtype):
+    n = 2 * BLOCK + 37
+    values = np.random.default_rng(1).normal(size=(2, n)).astype(np.float32)
+    if dtype == np.uint16:  # what bfloat16 keeps
+        values = (values.view(np.uint32) >> 16 << 16).view(np.float32)
+    stored = values if dtype == np.float32 else (values.view(np.uint32) >> 16).astype(np.uint16)
+    raw = tuple(np.ascontiguousarray(row).view(np.uint8) for row in stored)
+    kind = F32 if dtype == np.float32 else BF16
+    piece = Piece(raw, np.full(2, kind), n, 0, BLOCK, raw[0], BF16)
+    sizes = np.abs(values[1] - values[0]).view(np.uint32)
+    high, low = np.zeros((1, HIGH_BINS), np.uint32), np.zeros((1, LOW_BINS), np.uint32)
+
+    calls.count_high(piece, np.array([0]), high)
+    most = int(high.argmax())
+    calls.count_low(piece, np.array([0]), np.array([most], np.uint32), low)
+
+    assert np.array_equal(high[0], np.bincount(sizes >> LOW_BITS, minlength=HIGH_BINS))
+    chosen = sizes[sizes >> LOW_BITS == most] & LOW_MASK
+    assert np.array_equal(low[0], np.bincount(chosen, minlength=LOW_BINS))
 
 
 def test_what_found_no_room_is_not_trusted():
@@ -114,42 +156,3 @@ def test_a_sample_of_places_that_differ_widely_is_too_vague():
     values = np.repeat(np.arange(1, 129, dtype=np.uint32)[:, None], 512, axis=1)
 
     assert bracket(values, 0.5) is None
-
-
-def rows_unlike(n_rows, n_columns):
-    """Half of the rows are as in the base: what fine-tuning leaves of rarely seen tokens."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(n_rows, n_columns, generator=generator) * 0.02
-    change = torch.randn(n_rows, n_columns, generator=generator) * 0.001
-    change[:: n_rows // 64] = 0
-    return base.bfloat16(), (base + change).bfloat16(), (base - 2 * change).float()
-
-
-@pytest.mark.parametrize("density", [0.001, 0.3, 0.62, 0.9999])
-def test_a_tensor_that_is_sampled_is_trimmed_as_the_definition_says(zoo, density):
-    base, *experts = (
-        zoo.source(str(i), {"a": tensor}, {"density": density} if i else {})
-        for i, tensor in enumerate(rows_unlike(1031, 1030))
-    )
-    assert trimming.SAMPLED < 1031 * 1030
-    asked = zoo.settings("ties", base, experts)
-
-    merged = [
-        zoo.merge(asked, f"out-{n}", runner=runner)
-        for n, runner in enumerate((inline(), Threads(3, large_elements=1000)))
-    ]
-
-    defined = zoo.by_definition(merged[0].plan)["a"]
-    assert torch.equal(merged[0].tensors["a"].view(torch.uint8), defined.view(torch.uint8))
-    assert merged[1].bytes == merged[0].bytes
-
-
-def test_a_sample_that_misleads_costs_a_pass_and_no_byte(zoo, monkeypatch):
-    monkeypatch.setattr(trimming.selection, "bracket", lambda *_: Bracket(1, 2, 0.01))
-    base, expert, _ = rows_unlike(1031, 1030)
-    sources = [zoo.source("base", {"a": base}), zoo.source("x", {"a": expert}, {"density": 0.4})]
-
-    merged = zoo.merge(zoo.settings("ties", sources[0], sources[1:]))
-
-    defined = zoo.by_definition(merged.plan)["a"]
-    assert torch.equal(merged.tensors["a"].view(torch.uint8), defined.view(torch.uint8))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.merge.operands import AT_HIGH, AT_LOW, LOW_BINS
+from lewis_hub.kernels.operands import ABSOLUTE, AT_HIGH, AT_LOW, LOW_BINS
 
 SAFETY = 4.0  # standard errors of the sample on either side
 N_BITS = 12  # that magnitudes are told apart by before they are sorted
@@ -47,7 +47,7 @@ class Bracket:
 
 @dataclass(frozen=True)
 class Tally:
-    """One span of one expert after `counting.sort_out`."""
+    """One span of one expert after `threshold.sort_out`."""
 
     counts: npt.NDArray[np.int64]  # (4,)
     inside: Words  # the magnitudes within the bracket
@@ -79,7 +79,7 @@ def bracket(sample: Words, fraction: float) -> Bracket | None:
     width = int(margin * sample.size) + 1
     ends = at_ranks(sample.ravel(), [max(rank - width, 0), min(rank + width, last)])
     low = ends[0] if rank >= width else 0
-    high = ends[1] if rank + width <= last else 1 << 31
+    high = ends[1] if rank + width <= last else ABSOLUTE
     return Bracket(low, high, float(2 * margin))
 
 
@@ -139,12 +139,12 @@ class Cut:
 
 
 def cut_high(counts: Sequence[Words], k: int) -> Cut:
-    """The high bits of the k-th largest; `counts`: per span, of `counting.count_high`."""
+    """The high bits of the k-th largest; `counts`: per span, of `threshold.count_high`."""
     return Cut(*_bin_of(_added(counts), k))
 
 
 def cut_low(counts: Sequence[Words], cut: Cut, k: int) -> Threshold:
-    """The whole of it; `counts`: per span, of `counting.count_low` under the cut."""
+    """The whole of it; `counts`: per span, of `threshold.count_low` under the cut."""
     low, n_above = _bin_of(_added(counts), k - cut.n_above)
     tied = tuple(int(count[low]) for count in counts)
     return Threshold(cut.high * LOW_BINS + low, k - cut.n_above - n_above, tied)

@@ -1,9 +1,9 @@
-"""Random bits by counting: the same whatever the order, threads, shards or machine.
+"""Counter-based random bits: they do not depend on order, threads, shards or machine.
 
 A stream is a 64-bit number derived from (seed, tensor, expert). Its w-th word is SplitMix64's
 output for the state stream + (w + 1) * GOLDEN, and serves two elements: the low half element 2w,
 the high half element 2w + 1. An element is kept when its half is below density * 2**32.
-`merge/kernels.py` draws the same bits.
+`vote.random_words` draws the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HALVES = 1 << 32  # the values that one element's bits can take
 
 
 def stream(seed: int, tensor: str, expert: int) -> int:
-    """The stream of a tensor of the expert at this index (from 0) in the recipe."""
+    """The stream of a tensor and an expert, which is numbered from 0 in the order of the recipe."""
     key = f"{seed}\0{tensor}\0{expert}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
@@ -40,5 +40,5 @@ def halves(stream: int, n: int, first: int = 0) -> npt.NDArray[np.uint32]:
 
 
 def below(density: float) -> int:
-    """The number that kept halves are below: all of them at density 1, none at 0."""
+    """The limit below which halves are kept: all at density 1, none at 0."""
     return round(density * HALVES)

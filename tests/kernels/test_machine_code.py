@@ -1,0 +1,77 @@
+"""Machine code is compiled once, kept where there is space, and does without numba."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lewis_hub.kernels import machine_code
+from lewis_hub.kernels.calls import widen
+from lewis_hub.kernels.operands import BF16
+
+KERNEL = "decode.widen_array"
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Where the machine code may be: in a folder that cannot be written, then in another."""
+    (tmp_path / "file").touch()
+    found = [tmp_path / "file" / "kernel.o", tmp_path / "cache" / "kernel.o"]
+    monkeypatch.setattr(machine_code, "_places", lambda _: iter(found))
+    return found
+
+
+def test_it_goes_to_the_first_place_that_can_be_written(places):
+    content = machine_code._compiled(KERNEL)
+
+    assert places[1].read_bytes() == content == machine_code._stored(KERNEL)
+    assert [file.name for file in places[1].parent.iterdir()] == ["kernel.o"]
+
+
+def test_where_nothing_can_be_written_it_is_compiled_all_the_same(places, monkeypatch):
+    monkeypatch.setattr(machine_code, "_places", lambda _: iter(places[:1]))
+
+    assert machine_code._compiled(KERNEL)
+    assert machine_code._stored(KERNEL) is None
+
+
+def test_the_places_are_beside_pythons_own_cache_and_in_the_users(monkeypatch):
+    beside, own = machine_code._places(KERNEL)
+
+    assert beside.parent == Path(machine_code.__file__).parent / "__pycache__"
+    assert own.parent.parts[-2:] == ("lewis-hub", "kernels")
+    assert beside.name == own.name
+    assert beside.name.startswith(f"{KERNEL}-")
+
+
+def test_a_kernel_that_was_compiled_needs_no_numba():
+    halves = np.array([0x3F80, 0xC000], np.uint16)
+    widen(halves.view(np.uint8), BF16, 2)  # compiled, if it was not
+    told = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import numpy as np\n"
+        "from lewis_hub.kernels.calls import widen\n"
+        "print(widen(np.array([0x3F80, 0xC000], np.uint16).view(np.uint8), 0, 2))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[ 1. -2.]\n"
+
+
+def test_a_kernel_that_could_raise_is_refused():
+    from lewis_hub.kernels import compiler
+
+    @compiler.entry(compiler.INTEGER)
+    def raising(n):
+        if n:
+            raise ValueError
+        return 0
+
+    try:
+        with pytest.raises(RuntimeError, match="raising calls .* must neither raise nor allocate"):
+            compiler.compile_kernel("decode", "raising", machine_code._machine())
+    finally:
+        del compiler.ENTRIES["raising"]
