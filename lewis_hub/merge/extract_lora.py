@@ -173,7 +173,7 @@ FIRST_RANK = 8
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankFactors:
     """left @ right, and how far that is from the matrix.
 
     Attributes:
@@ -200,7 +200,7 @@ class Leading(NamedTuple):
     right: Tensor  # (rank, columns)
 
 
-def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> Factors:
+def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankFactors:
     """Fit a matrix by two thin ones, rounded to the dtype that they are stored in.
 
     Args:
@@ -222,7 +222,7 @@ def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> Factors:
 
 def _lowest(
     matrix: Tensor, leading: Leading, error: float, dtype: torch.dtype, total: float
-) -> Factors | None:
+) -> LowRankFactors | None:
     """The lowest rank within an error, of those whose vectors are known; None: more are needed."""
     squares = leading.values.double().square()
     rest = (1 - squares.cumsum(0) / total).clamp(min=0).sqrt()
@@ -235,19 +235,19 @@ def _lowest(
     return None
 
 
-def _nearness(tried: Callable[[int], Factors], rank: int) -> float:
+def _nearness(tried: Callable[[int], LowRankFactors], rank: int) -> float:
     """It grows with the rank, as far as rounding lets it."""
     return -tried(rank).error
 
 
 def _factors(
     matrix: Tensor, leading: Leading, rank: int, *, dtype: torch.dtype, total: float
-) -> Factors:
+) -> LowRankFactors:
     root = leading.values[:rank].sqrt()
     left = (leading.left[:, :rank] * root).to(dtype)
     right = (root[:, None] * leading.right[:rank]).to(dtype)
     missed = (matrix - left.float() @ right.float()).double().square().sum()
-    return Factors(left, right, float((missed / total).sqrt()))
+    return LowRankFactors(left, right, float((missed / total).sqrt()))
 
 
 def _leading(matrix: Tensor, rank: int) -> Leading:
