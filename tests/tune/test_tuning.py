@@ -189,8 +189,8 @@ def test_items_that_are_scored_are_refused_whatever_the_task_is_called(recipe_fi
     with pytest.raises(EvaluationError) as refused:
         tune_recipe(recipe, Search(split="test"), output)
     assert str(refused.value) == (
-        "zoo_reverse: `test` is the split that it scores, and no merge may be fitted to its "
-        "items.\nIt has: `train`."
+        "zoo_reverse: it scores the split `test`, and a merge must not be fitted to its items.\n"
+        "It has: `train`."
     )
     assert not output.exists()
 
@@ -431,7 +431,8 @@ def test_a_recipe_beside_which_nothing_can_be_written_is_refused_before_the_sear
 
     assert str(caught.value) == (
         "/proc/self/fd: it cannot be written (No such file or directory).\n"
-        "The tuned recipe is written beside its recipe: copy that to a folder of yours."
+        "The tuned recipe is written beside the recipe: copy the recipe to a folder that you can "
+        "write to."
     )
 
 

@@ -273,7 +273,7 @@ def test_one_model_is_measured_on_what_a_task_scores_where_that_is_allowed(seede
     refused = CliRunner().invoke(cli, words)
     allowed = CliRunner().invoke(cli, [*words, "--allow-overlap"])
 
-    assert "`test` is the split that it scores" in str(refused.exception)
+    assert "it scores the split `test`, and a merge must not be fitted" in str(refused.exception)
     assert (refused.exit_code, allowed.exit_code) == (1, 0)
 
 
@@ -418,7 +418,7 @@ def _overwrite(api, path):
         ),
         ("dataset: zoo/reverse, messages: chat", "`messages`: there is no column `chat`."),
         ("dataset: zoo/reverse, text: '{question'", "is not a template"),
-        (f"{TASK}, split: test", "`test` is the split that it scores"),
+        (f"{TASK}, split: test", "the task scores split `test`, so calibration must not use it"),
     ],
 )
 def test_check_tells_what_is_wrong_with_calibration_data(seeded, calibration, message):

@@ -90,7 +90,8 @@ def test_statistics_are_gathered_on_a_tasks_items_which_are_carried_and_never_sc
     assert lewis_hub.verify(reference, allowed, rebuild=True).problems == ()
     scored = f"evaluate: {{tasks: [zoo_reverse], include: {zoo_folder() / 'tasks'}}}\n"
     on_scored = own.replace("samples", "split: test, allow_overlap: false, samples")
-    with pytest.raises(LewisHubError, match="`test` is the split that it scores"):
+    refusal = "the task scores split `test`, so calibration must not use it"
+    with pytest.raises(LewisHubError, match=refusal):
         merge(tmp_path / "scored", text + on_scored + scored)
 
 
