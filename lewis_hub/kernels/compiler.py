@@ -1,4 +1,6 @@
-"""Compile the loops with numba. Only `machine_code` imports this module, to compile.
+"""Compile the loops with numba.
+
+The modules with loops import this module, and only `machine_code` imports those, to compile.
 
 Loops must not raise exceptions or allocate arrays, because numba is not loaded when they run.
 Floats are computed as written: no fast-math, no fused multiply-add.

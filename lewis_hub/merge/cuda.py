@@ -147,5 +147,5 @@ def _store(job: TensorJob, merged: Transfer) -> int:
 
 def _too_small(job: TensorJob, device: str) -> DeviceError:
     output = job.tensor.output
-    problem = f"its memory does not hold what {output.name} {list(output.shape)} is made of"
+    problem = f"it has too little memory to merge {output.name} {list(output.shape)}"
     return DeviceError(f"device `{device}`", problem, "Use `--device cpu`: finished shards stay.")

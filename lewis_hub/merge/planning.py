@@ -51,15 +51,15 @@ def require_schedule_fits(method: Method, settings: MergeSettings, schedule: Sch
     labels = {expert.label: expert.checkpoint.tensors for expert in settings.experts}
     for expert in settings.experts:
         if unknown := expert.weights.keys() - expert.checkpoint.tensors.keys():
-            problem = f"it weighs {min(unknown)} of {expert.label}, which no source has"
+            problem = f"it sets a weight for {min(unknown)}, which {expert.label} does not have"
             raise MergeError("guide", problem, "Measure the importance of these sources anew.")
     for label, densities in schedule.items():
         if label not in labels:
-            problem = f"it schedules {label}, which is not merged"
+            problem = f"it sets densities for {label}, which is not merged"
             raise MergeError("guide", problem, f"Experts: {', '.join(labels)}.")
         for name, density in densities.items():
             if name not in labels[label]:
-                problem = f"it schedules {name}, which no source has"
+                problem = f"it sets a density for {name}, which {label} does not have"
                 raise MergeError("guide", problem, "Measure the importance of these sources anew.")
             if not 0 <= density <= 1:
                 problem = f"it gives {name} the density {density:g}"

@@ -86,7 +86,7 @@ def require_address(address: str) -> None:
     """
     if not ADDRESS.fullmatch(address):
         remedy = "Write `auto` on a machine of the cluster, or HOST:PORT such as head.local:6379."
-        raise MergeError("ray address", f"`{address}` is none", remedy)
+        raise MergeError("ray address", f"`{address}` is not the address of a Ray cluster", remedy)
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:

@@ -101,7 +101,7 @@ def require_valid(method: Method, common: Settings, per_source: Sequence[Setting
             _require_kind(name, setting, float if default is None else type(default))
     for name, default in method.options.items():
         if default is None and name not in common:
-            problem = f"`{method.name}` cannot do without it"
+            problem = f"`{method.name}` needs this parameter, and the recipe does not set it"
             raise MergeError(
                 f"parameter `{name}`", problem, "Give it in the recipe's `parameters`."
             )
@@ -154,7 +154,7 @@ def _require_number(name: str, setting: Setting) -> None:
             raise MergeError(f"parameter `{name}`", f"{value!r} is no number", "Give a number.")
         low, high, meaning = RANGES.get(name, (-math.inf, math.inf, ""))
         if not low <= value <= high:
-            problem = f"it lies between {low:g} and {high:g}, found {value:g}"
+            problem = f"expected a value from {low:g} to {high:g}, found {value:g}"
             raise MergeError(f"parameter `{name}`", problem, meaning)
 
 
@@ -208,8 +208,10 @@ def require_divisor(
     Second moments that count for less than nothing make no system that can be solved.
     """
     if method.needs_grams and (min(weights) < 0 or not sum(weights)):
-        problem = f"`{method.name}` shares {name} out by {', '.join(f'{w:g}' for w in weights)}"
-        raise MergeError("parameter `weight`", problem, "Give none below zero, and one above.")
+        listed = ", ".join(f"{w:g}" for w in weights)
+        problem = f"`{method.name}` cannot merge {name} with the weights {listed}"
+        remedy = "Set all weights to 0 or more, and at least one above 0."
+        raise MergeError("parameter `weight`", problem, remedy)
     models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
     for option in models:
         if options.get(option) and abs(sum(weights)) <= NOTHING * sum(map(abs, weights)):

@@ -295,7 +295,9 @@ def _require_givers(alignment: Alignment | None, part: _Part) -> None:
     labels = [source.label for source in part.settings.sources]
     for override in alignment.overrides.values():
         if override.source is not None and override.source not in labels:
-            problem = f"a token is to have a row of {override.source}, which is none of its sources"
+            problem = (
+                f"a token takes its row from {override.source}, but this slice does not use it"
+            )
             remedy = "Rows of tokens come from the first slice's sources, of the head from the "
             raise MergeError(part.where, problem, remedy + "last's: name one of them.")
 
@@ -395,5 +397,5 @@ def _entry(donors: list[Any], origin: Origin, path: tuple[str, ...]) -> Any:
         return own[origin.block]
     if all(entry == donors[0] for entry in donors):
         return donors[0]
-    problem = f"its config.json has no `{'.'.join(path)}` of one entry a block, the base's has"
+    problem = f"its config.json has no `{'.'.join(path)}` with one entry per block, the base's has"
     raise MergeError(origin.model.label, problem, "Stack models of one architecture.")

@@ -72,7 +72,8 @@ def decode(files: Reader, tensor: TensorHeader, scaled: Scaled | FourBit) -> Dec
     table = TABLES[scaled.codes, scaled.stored.dtype == "I32"]
     zeros = _zeros(files, scaled, table, scales.shape)
     if scaled.measure and (said := _integers(files, scaled.measure)) != [*tensor.shape]:
-        problem = f"`{scaled.measure.name}` says {said}, its bytes are of {list(tensor.shape)}"
+        shape = f"the stored tensor has the shape {[*tensor.shape]}"
+        problem = f"`{scaled.measure.name}` gives the shape {said}, but {shape}"
         raise _broken(scaled.stored, problem)
     in_order = np.arange(n_columns, dtype=np.int32) // np.int32(scaled.block[1])
     groups = groups_of(files, scaled.groups, in_order, n_across)

@@ -146,7 +146,7 @@ class Method:
             known = list(dict.fromkeys([*self.settings, *self.options, *self.accepted]))
             where = f"parameter `{name}`"
             if name in known:
-                problem = f"`{self.name}` has it once for all models, not for each"
+                problem = f"`{self.name}` takes one value for all models, not one per model"
                 raise MergeError(where, problem, "Move it to the recipe's own `parameters`.")
             if name == "density":
                 problem = f"`{self.name}` keeps every entry of a task vector"

@@ -31,7 +31,7 @@ def sce(
     densities: Sequence[float],  # n_sources fractions of the selection, each in [0, 1]
     select_topk: float = 1.0,
 ) -> Tensor:
-    """Keep the entries that vary most, weigh each source by its squares, average equal signs.
+    """Keep the entries that vary most, weight each source by its squares, average the elected sign.
 
     A source keeps the `n_kept` entries with the largest variance, of those that vary at all, at
     `select_topk` times its own density; mergekit has no densities, and rounds down. A tie keeps

@@ -87,7 +87,10 @@ def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):
         (["--device", "gpu"], "device `gpu`: torch knows no such device"),
         (["--runner", "thread"], "there is no runner `thread`"),
         (["--ray-address", "auto"], "`auto` was given for the runner `threads`"),
-        (["--runner", "ray", "--ray-address", "head"], "`head` is none"),
+        (
+            ["--runner", "ray", "--ray-address", "head"],
+            "`head` is not the address of a Ray cluster",
+        ),
     ],
 )
 def test_a_wrong_runner_or_device_is_refused_before_any_work(words, message, tmp_path):

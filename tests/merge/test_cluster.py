@@ -50,7 +50,7 @@ def test_what_cannot_be_an_address_is_refused(address):
         parse_runner("ray", address)
 
     assert str(pickle.loads(pickle.dumps(caught.value))) == (
-        f"ray address: `{address}` is none.\n"
+        f"ray address: `{address}` is not the address of a Ray cluster.\n"
         "Write `auto` on a machine of the cluster, or HOST:PORT such as head.local:6379."
     )
 

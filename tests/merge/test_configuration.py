@@ -66,8 +66,8 @@ def test_a_list_that_cannot_follow_is_refused():
         stacked({"text_config": LLAMA}, [3], Model("other", {}, 9))
 
     assert str(caught.value) == (
-        "other: its config.json has no `text_config.layer_types` of one entry a block, the base's "
-        "has.\nStack models of one architecture."
+        "other: its config.json has no `text_config.layer_types` with one entry per block, the "
+        "base's has.\nStack models of one architecture."
     )
 
 

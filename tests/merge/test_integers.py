@@ -213,7 +213,7 @@ def test_parts_that_do_not_fit_are_told_from_headers(zoo, kind):
 @pytest.mark.parametrize(
     ("name", "tensor", "said"),
     [
-        ("a.weight_shape", torch.tensor([8, 30]), "`a.weight_shape` says [8, 30], its bytes are"),
+        ("a.weight_shape", torch.tensor([8, 30]), "`a.weight_shape` gives the shape [8, 30], but"),
         (
             "a.weight_g_idx",
             torch.full((32,), 2, dtype=torch.int32),

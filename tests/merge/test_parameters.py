@@ -164,12 +164,16 @@ def test_an_option_without_a_default_needs_a_value_for_every_tensor():
     [
         ({"normalise": True}, {}, "parameter `normalise`: `ties` has no such parameter"),
         ({}, {"weigth": 1.0}, "Did you mean `weight`?"),
-        ({}, {"int8_mask": True}, "`ties` has it once for all models, not for each"),
+        ({}, {"int8_mask": True}, "`ties` takes one value for all models, not one per model"),
         ({"normalize": 1.0}, {}, "expected true or false, found 1.0"),
         ({"lambda": True}, {}, "parameter `lambda`: True is no number"),
         ({"int8_mask": 3}, {}, "`ties` does not do `int8_mask: 3` in this version"),
-        ({"density": 1.2}, {}, "parameter `density`: it lies between 0 and 1, found 1.2"),
-        ({}, {"density": (0.5, -0.1)}, "parameter `density`: it lies between 0 and 1, found -0.1"),
+        ({"density": 1.2}, {}, "parameter `density`: expected a value from 0 to 1, found 1.2"),
+        (
+            {},
+            {"density": (0.5, -0.1)},
+            "parameter `density`: expected a value from 0 to 1, found -0.1",
+        ),
         ({}, {"weight": (Conditional(value="heavy"),)}, "'heavy' is no number"),
     ],
 )
@@ -180,19 +184,35 @@ def test_parameters_that_the_method_cannot_take_are_refused(common, own, says):
 @pytest.mark.parametrize(
     ("method", "common", "own", "says"),
     [
-        ("slerp", {}, {}, "parameter `t`: `slerp` cannot do without it.\nGive it in the recipe's"),
-        ("slerp", {"t": 0.5}, {"t": 0.5}, "`slerp` has it once for all models, not for each"),
+        (
+            "slerp",
+            {},
+            {},
+            "parameter `t`: `slerp` needs this parameter, and the recipe does not set it.\n"
+            "Give it in the recipe's",
+        ),
+        (
+            "slerp",
+            {"t": 0.5},
+            {"t": 0.5},
+            "`slerp` takes one value for all models, not one per model",
+        ),
         ("slerp", {"t": "half"}, {}, "parameter `t`: 'half' is no number.\nGive a number."),
         ("slerp", {"t": 0.5}, {"weight": 1.0}, "`slerp` has no such parameter.\nIt knows t"),
         ("karcher", {"max_iter": 2.5}, {}, "expected a whole number of at least 1, found 2.5"),
         ("karcher", {"max_iter": (1.0, 2.0)}, {}, "Give one number: it has no gradient."),
         ("cabs", {"group": 0}, {}, "parameter `group`: expected a whole number of at least 1"),
-        ("breadcrumbs", {}, {"gamma": 1.5}, "it lies between 0 and 1, found 1.5.\nIt is the fract"),
+        (
+            "breadcrumbs",
+            {},
+            {"gamma": 1.5},
+            "expected a value from 0 to 1, found 1.5.\nIt is the fract",
+        ),
         (
             "della",
             {"epsilon": 0.7},
             {},
-            "parameter `epsilon`: it lies between 0 and 0.5, found 0.7",
+            "parameter `epsilon`: expected a value from 0 to 0.5, found 0.7",
         ),
         ("model_stock", {"filter_wise": 1}, {}, "expected true or false, found 1"),
         ("passthrough", {"scale": "big"}, {}, "parameter `scale`: 'big' is no number"),

@@ -67,7 +67,7 @@ def test_a_guides_weights_multiply_those_of_the_settings(zoo, sources):
 
     unknown = replace(settings, experts=(x, replace(y, weights={"model.layers.9.q.weight": 1.0})))
     assert message(lambda: make_plan(unknown, 10**9)) == (
-        "guide: it weighs model.layers.9.q.weight of y, which no source has.\n"
+        "guide: it sets a weight for model.layers.9.q.weight, which y does not have.\n"
         "Measure the importance of these sources anew."
     )
 
@@ -119,8 +119,13 @@ def test_a_digest_changes_with_all_that_fixes_the_bytes_and_with_nothing_else(zo
         ("ties", {"parameters": {"wieght": 1}}, None, "Did you mean `weight`?"),
         ("ties", {"parameters": {"weight": (Conditional(filter="mlq", value=1),)}}, None, "`mlq`"),
         ("task_arithmetic", {}, {"x": {}}, "so a guide's densities would do nothing"),
-        ("ties", {}, {"z": {}}, "guide: it schedules z, which is not merged.\nExperts: x, y."),
-        ("ties", {}, {"x": {"model.layers.9.q.weight": 1.0}}, "9.q.weight, which no source has"),
+        (
+            "ties",
+            {},
+            {"z": {}},
+            "guide: it sets densities for z, which is not merged.\nExperts: x, y.",
+        ),
+        ("ties", {}, {"x": {"model.layers.9.q.weight": 1.0}}, "9.q.weight, which x does not have"),
         ("ties", {}, {"x": {Q: 1.5}}, "it gives model.layers.0.q.weight the density 1.5"),
         ("linear", {"parameters": {"weight": 0.0}}, None, "the weights of model.embed_tokens.we"),
         ("multislerp", {"parameters": {"weight": 0.0}}, None, "or set `normalize_weights: false`."),

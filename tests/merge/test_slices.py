@@ -397,14 +397,14 @@ REFUSED = {
             [MergeSlice(blocks(s["x"], 0, 1), (blocks(s["y"], 0, 1, t=0.5),), {"t": 0.5})],
             s["x"],
         ),
-        "slices[0], parameter `t`: `slerp` has it once for all models, not for each.\n"
+        "slices[0], parameter `t`: `slerp` takes one value for all models, not one per model.\n"
         "Move it to the recipe's own `parameters`.",
     ),
     "an option that is missing in one slice": (
         lambda zoo, s: asked(
             "slerp", [one(0, 1, s["x"], base=s["y"], t=0.5), one(1, 2, s["x"], base=s["y"])], s["x"]
         ),
-        "slices[1], parameter `t`: `slerp` cannot do without it.\n"
+        "slices[1], parameter `t`: `slerp` needs this parameter, and the recipe does not set it.\n"
         "Give it in the recipe's `parameters`.",
     ),
     "a filter that fits nothing": (

@@ -150,7 +150,9 @@ def test_weights_that_share_nothing_out_are_refused(zoo, weights, says):
     base = zoo.source("base", tensors(0))
     experts = [zoo.source(f"e{i}", tensors(i), {"weight": w}) for i, w in enumerate(weights)]
 
-    with pytest.raises(MergeError, match=f"out by {says}.\nGive none below zero, and one above."):
+    with pytest.raises(
+        MergeError, match=f"with the weights {says}.\nSet all weights to 0 or more, and"
+    ):
         make_plan(zoo.settings("regmean", base, experts), 10**9)
 
 

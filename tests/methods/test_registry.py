@@ -104,7 +104,12 @@ def test_an_unknown_method_names_the_nearest():
     [
         ("ties", "normalise", False, "`ties` has no such parameter.\nIt knows weight, density,"),
         ("ties", "normalise", False, "Did you mean `normalize`?"),
-        ("ties", "normalize", True, "has it once for all models, not for each.\nMove it to"),
+        (
+            "ties",
+            "normalize",
+            True,
+            "takes one value for all models, not one per model.\nMove it to",
+        ),
         ("task_arithmetic", "density", True, "keeps every entry of a task vector.\nRemove it"),
         ("ties", "rescale_", False, "Did you mean `rescale`?"),
     ],
