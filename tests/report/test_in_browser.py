@@ -61,7 +61,7 @@ def test_pointing_at_a_module_shows_all_its_numbers(page, report):
 
     assert page.value(f"{TIP}.textContent").splitlines() == [
         "block 2, mlp.down_proj",
-        "density: 0.5354 of the task vector kept",
+        "density: 0.5354 of the task vector",
         "change of importance: 9.416 % of the base's",
         "importance in the expert: 15.32",
         "importance in the base: 14",
@@ -99,14 +99,14 @@ def test_items_are_told_apart_by_who_was_right(page, report):
 
     key = "[...document.querySelectorAll('#items .key li')].map(one => one.textContent)"
     assert page.value(key) == [
-        "only merged right: 0",
-        "only the other right: 60",
-        "both right: 210",
-        "neither right, or no answer: 30",
+        "only the merged model is right: 0",
+        "only the other model is right: 60",
+        "both are right: 210",
+        "neither is right, or no answer: 30",
     ]
     page.point_at("#items .grid rect", 42)
     assert page.value(f"{TIP}.textContent").splitlines() == [
-        "item 42: only the other right",
+        "item 42: only the other model is right",
         "base: wrong",
         "zoo/math: right",
         "zoo/text: wrong",
