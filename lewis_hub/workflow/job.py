@@ -149,13 +149,15 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
     return compile_job(recipe, execution, examine_sources(recipe, execution, api, progress), api)
 
 
-def planned_lock(recipe: Recipe, inputs: Inputs, max_shard_bytes: int) -> Lock:
+def planned_lock(
+    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, taken: RecipeSnapshot
+) -> Lock:
     """Return the lock of a planned merge, without outputs and calibration rows."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
         calibration=tuple(locked_data(inputs.data[one], one) for one in calibrations_of(recipe)),
-        recipe=_snapshot(recipe, inputs).document,
+        recipe=taken.document,
         method=recipe.merge_method,
         method_version=registry.find(recipe.merge_method).version,
         guide=guide.name if guide else None,
@@ -167,7 +169,8 @@ def planned_lock(recipe: Recipe, inputs: Inputs, max_shard_bytes: int) -> Lock:
     )
 
 
-def _snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
+def take_snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
+    """Return the recipe as it is run, with every revision pinned."""
     return snapshot(recipe, sources_by_reference(recipe, inputs), inputs.data)
 
 
@@ -203,7 +206,9 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
             inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations
         ),
         guide=guide,
-        statistics=_statistics_settings(recipe, examined, measurement, plan, sidecars),
+        statistics=_statistics_settings(
+            recipe, examined, measurement, plan, sidecars, reporting.planned.digest
+        ),
         plan=plan,
         sidecars=sidecars,
         evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
@@ -244,6 +249,7 @@ def _statistics_settings(
     measurement: Measurement,
     plan: PlanSettings,
     sidecars: SidecarSettings,
+    digest: str,
 ) -> StatisticsSettings | None:
     if measurement.moments is None:
         return None
@@ -257,7 +263,7 @@ def _statistics_settings(
         reader=next(one for one in sources.models if one.pinned == reader),
         plan=plan,
         sidecars=sidecars,
-        digest=planned_lock(recipe, examined.inputs, plan.max_shard_bytes).digest,
+        digest=digest,
     )
 
 
@@ -290,8 +296,8 @@ def _report_settings(
     recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
 ) -> ReportSettings:
     inputs = examined.inputs
-    planned = planned_lock(recipe, inputs, execution.max_shard_bytes)
-    taken = _snapshot(recipe, inputs)
+    taken = take_snapshot(recipe, inputs)
+    planned = planned_lock(recipe, inputs, execution.max_shard_bytes, taken)
     mergekit = _mergekit(recipe, examined, taken)
     repo = recipe.publish.repo if recipe.publish else None
     chosen = recipe.publish.license if recipe.publish else None

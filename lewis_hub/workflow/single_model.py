@@ -39,7 +39,7 @@ from lewis_hub.workflow.evaluate import Candidate, Run, score
 from lewis_hub.workflow.examine import resolve_inputs, task_selection
 from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.fetch import convert_pickles, download, fetch_whole
-from lewis_hub.workflow.job import planned_lock
+from lewis_hub.workflow.job import planned_lock, take_snapshot
 from lewis_hub.workflow.load import ModelLoader, choose_loading
 from lewis_hub.workflow.open import Opened, OpenedSource, open_model
 from lewis_hub.workflow.read import read_recipe
@@ -329,4 +329,4 @@ def _made(name: Path | str, api: HfApi) -> Lock:
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return planned_lock(recipe, inputs, like.max_shard_bytes)
+    return planned_lock(recipe, inputs, like.max_shard_bytes, take_snapshot(recipe, inputs))
