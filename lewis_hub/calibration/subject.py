@@ -11,7 +11,7 @@ from lewis_hub.calibration.grams import GramRequest
 from lewis_hub.calibration.profile import Role
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
+from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint, read_tensor
 from lewis_hub.errors import NotByBlockError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def in_folder(name: str, folder: Path, scratch: Path | None = None) -> Weights:
     ) -> Generator[dict[str, Tensor], None, None]:
         with TensorReader(folder, name) as reader:
             for tensors in lists:
-                yield {tensor.name: reader.tensor(tensor) for tensor in tensors}
+                yield {tensor.name: read_tensor(reader, tensor) for tensor in tensors}
 
     return Weights(folder, local_checkpoint(name, folder), parts, scratch=scratch)
 

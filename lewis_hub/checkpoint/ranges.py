@@ -18,14 +18,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.reader import Reader, TensorReader, whole_tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from lewis_hub.checkpoint.reader import Reader, TensorReader
 
 N_REQUESTS = 8  # in flight
 REQUEST_BYTES = 8 << 20  # at most
@@ -268,10 +263,6 @@ class RangeReader:
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
         """None: the bytes may lie in several files of the scratch folder."""
         return None
-
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor, in float32 if it is a float; imports torch."""
-        return whole_tensor(self, tensor)
 
 
 def scratch_bytes(

@@ -175,9 +175,6 @@ class Reader(Protocol):
         They begin at an even address, and are valid as long as the view exists.
         """
 
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor, in float32 if it is a float; imports torch."""
-
 
 class TensorReader:
     """Reads the tensors of a checkpoint in a local folder. Threads may share it; close it.
@@ -234,10 +231,6 @@ class TensorReader:
             return None
         return memoryview(mapped)[before:]
 
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor, in float32 if it is a float; imports torch."""
-        return whole_tensor(self, tensor)
-
     def _open(self, shard: str) -> int:
         with self._opening:
             if shard not in self._descriptors:
@@ -252,8 +245,8 @@ class TensorReader:
         return BrokenCheckpointError(f"{self._label}: {shard}", problem, remedy)
 
 
-def whole_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:
-    """Implement `Reader.tensor` by its `read`.
+def read_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:
+    """Read a whole tensor, in float32 if it is a float; imports torch.
 
     torch allocates the memory: on some processors the rounding of matrix products depends on how a
     matrix is aligned to cache lines.

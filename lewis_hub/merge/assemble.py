@@ -11,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
-from lewis_hub.checkpoint.reader import Reader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.merge.alignment import MEAN, Assembled
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lewis_hub.merge.plan import ShardPlan
 
 
@@ -99,10 +97,6 @@ class AssemblingReader:
         if tensor.name in self._assembled:
             return None
         return self._own.view(tensor, first_byte, n_bytes)
-
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
-        return whole_tensor(self, tensor)
 
     def _fill_means(self, tensor: TensorHeader, elements: range, into: memoryview) -> None:
         """Elements of the table whose rows are the means."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS
-from lewis_hub.checkpoint.reader import Reader
+from lewis_hub.checkpoint.reader import Reader, read_tensor
 from lewis_hub.kernels import random_bits
 from lewis_hub.kernels.operands import (
     BLOCK,
@@ -261,7 +261,7 @@ class TensorJob:
         if not self.tensor.grams:
             return Moments([None] * len(self.tensor.weights))
         pairs = zip(self.context.statistics, self.tensor.grams, strict=True)
-        grams = [reader.tensor(gram.stored) if gram else None for reader, gram in pairs]
+        grams = [read_tensor(reader, gram.stored) if gram else None for reader, gram in pairs]
         return Moments(grams, transposed=self.tensor.is_transposed)
 
     @cached_property

@@ -21,7 +21,7 @@ from torch import Tensor
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.lora import PREFIX
-from lewis_hub.checkpoint.reader import Checkpoint, Reader
+from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.progress import Advance
@@ -87,7 +87,7 @@ def extract(
     for name, header in base[0].tensors.items():
         if header.dtype in MERGEABLE:
             their_header = expert[0].tensors[name]
-            ours, theirs = base[1].tensor(header), expert[1].tensor(their_header)
+            ours, theirs = read_tensor(base[1], header), read_tensor(expert[1], their_header)
             change = theirs - ours
             if not change.isfinite().all():
                 remedy = "That model is broken: use another revision of it."

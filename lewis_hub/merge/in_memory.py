@@ -11,7 +11,7 @@ import numpy as np
 
 from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations
-from lewis_hub.checkpoint.reader import Reader
+from lewis_hub.checkpoint.reader import Reader, read_tensor
 from lewis_hub.checkpoint.writer import ShardLayout
 from lewis_hub.merge.assemble import assembling
 from lewis_hub.merge.engine import RANGES, fill, open_files, open_source
@@ -114,7 +114,7 @@ def per_tensor(
             found = tuple(readers[number] for number in tensor.sources)
             if plan.allow_nan:
                 found = replace_nan(tensor, found)
-            sources = [r.tensor(h) for r, h in zip(found, tensor.inputs, strict=True)]
+            sources = [read_tensor(r, h) for r, h in zip(found, tensor.inputs, strict=True)]
             mended.update(
                 (plan.labels[number], name)
                 for number, one in zip(tensor.sources, found, strict=True)

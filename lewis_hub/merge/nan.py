@@ -13,13 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
-from lewis_hub.checkpoint.reader import Reader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.kernels.calls import narrow, widen
 from lewis_hub.kernels.operands import FORMATS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lewis_hub.merge.plan import TensorPlan
 
 
@@ -65,10 +63,6 @@ class NanReplacingReader:
         """Nothing: every entry has to be looked at."""
         del tensor, first_byte, n_bytes
         return None
-
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
-        return whole_tensor(self, tensor)
 
     def _stand_ins(self, tensor: TensorHeader, first_byte: int, n: int) -> Bits:
         width = WIDTHS[tensor.dtype]

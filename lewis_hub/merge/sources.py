@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,10 @@ from lewis_hub.checkpoint.header import (
     TensorHeader,
     Transposed,
 )
-from lewis_hub.checkpoint.reader import Reader, whole_tensor
+from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.kernels.calls import add_low_rank, scale_up, widen
 from lewis_hub.kernels.operands import FORMATS, Decoding
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -339,10 +335,6 @@ class ScaledReader:
             return None
         return self._files.view(tensor, first_byte, n_bytes)
 
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
-        return whole_tensor(self, tensor)
-
     def _piece(self, scaled: Scaled | FourBit, decoding: Decoding, first: int, n: int) -> Floats:
         """Elements [first, first + n)."""
         n_a_byte = 2 if scaled.codes in HALF_BYTES else 1
@@ -463,10 +455,6 @@ class AdapterReader:
         if tensor.adapted:
             return None
         return self._base.view(tensor, first_byte, n_bytes)
-
-    def tensor(self, tensor: TensorHeader) -> Tensor:
-        """The whole tensor as torch has it, in float32 where it is a float; imports torch."""
-        return whole_tensor(self, tensor)
 
     def _piece(self, name: str, adapted: Adapted, first: int, n: int) -> Floats:
         """Elements [first, first + n)."""

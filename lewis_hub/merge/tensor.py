@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.kernels import calls, selection
 from lewis_hub.kernels.operands import (
@@ -196,7 +197,7 @@ def _average(job: TensorJob, span: Span) -> None:
 
 def _define(job: TensorJob) -> None:
     pairs = zip(job.readers, job.tensor.inputs, strict=True)
-    sources = [reader.tensor(header) for reader, header in pairs]
+    sources = [read_tensor(reader, header) for reader, header in pairs]
     merged = merge_by_definition(job.context.plan, job.tensor, sources, job.moments())
     job.context.writer.write(job.start, bytes_of(merged))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lewis_hub.calibration.subject import CalibrationSet, Subject, Weights, in_folder
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
-from lewis_hub.checkpoint.reader import Checkpoint, Reader
+from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
@@ -136,7 +136,7 @@ class ModelLoader:
 
 def _as_written(reader: Reader, tensor: TensorHeader) -> Tensor:
     """Read a tensor in float32; a computed tensor is rounded as if it came from a file."""
-    found = reader.tensor(tensor)
+    found = read_tensor(reader, tensor)
     if not tensor.is_computed:
         return found
     return found.to(torch_dtypes()[tensor.kept_dtype]).float()

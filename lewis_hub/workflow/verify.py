@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from lewis_hub.checkpoint.header import MERGEABLE, torch_dtypes
-from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint
+from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
 from lewis_hub.display import to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
@@ -336,7 +336,7 @@ def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]
             tensor, other = first.tensors[name], second.tensors[name]
             if tensor.dtype != other.dtype or tensor.shard != other.shard:
                 differing |= {tensor.shard, other.shard}
-            elif not _is_alike(theirs.tensor(other), ours.tensor(tensor), tensor.dtype):
+            elif not _is_alike(read_tensor(theirs, other), read_tensor(ours, tensor), tensor.dtype):
                 differing.add(tensor.shard)
     return frozenset(tensor.shard for tensor in first.tensors.values()) - differing
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lewis_hub.checkpoint.reader import TensorReader, read_headers
+from lewis_hub.checkpoint.reader import TensorReader, read_headers, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 
 LABEL = "me/model@abc"
@@ -169,8 +169,8 @@ def test_a_reader_reads_pieces_and_whole_tensors(tmp_path):
 
     with TensorReader(tmp_path, LABEL) as reader:
         reader.read(checkpoint.tensors["a"], 2, memoryview(into))
-        whole = reader.tensor(checkpoint.tensors["a"])
-        empty = reader.tensor(checkpoint.tensors["empty"])
+        whole = read_tensor(reader, checkpoint.tensors["a"])
+        empty = read_tensor(reader, checkpoint.tensors["empty"])
 
     assert torch.frombuffer(into, dtype=torch.bfloat16).tolist() == [1.0, 2.0]
     assert whole.tolist() == [[0, 1, 2], [3, 4, 5]]

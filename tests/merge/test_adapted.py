@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.runners import Threads, inline, threads
 from lewis_hub.merge.sources import BLOCK, N_HELD, AdapterReader
@@ -136,7 +136,9 @@ def materialised(zoo, source, adapter):
     folders = zoo.folders
     own = TensorReader(folders[adapter.label], adapter.label)
     with AdapterReader(TensorReader(folders[source.label], source.label), own) as reader:
-        return {name: reader.tensor(tensor) for name, tensor in adapter.checkpoint.tensors.items()}
+        return {
+            name: read_tensor(reader, tensor) for name, tensor in adapter.checkpoint.tensors.items()
+        }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -304,4 +306,4 @@ def test_factors_of_more_tensors_than_are_held_are_read_again(zoo):
     with AdapterReader(TensorReader(zoo.folders["base"], "base"), own) as reader:
         for _ in range(2):
             for name, header in adapter.checkpoint.tensors.items():
-                assert torch.equal(reader.tensor(header), wanted[name])
+                assert torch.equal(read_tensor(reader, header), wanted[name])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.bitsandbytes import dequantise_bitsandbytes
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.sources import BLOCK, ScaledReader
@@ -33,7 +33,7 @@ def opened(zoo, tensors, label="source"):
 
 def values(zoo, source):
     with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
-        return {name: reader.tensor(t) for name, t in source.checkpoint.tensors.items()}
+        return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
 def packed(document):

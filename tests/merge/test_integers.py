@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.block_scales import dequantise_integers
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import threads
@@ -49,7 +49,7 @@ def opened(zoo, tensors, n_bits, label="source", parameters=None):
 
 def values(zoo, source):
     with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
-        return {name: reader.tensor(t) for name, t in source.checkpoint.tensors.items()}
+        return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
 def by_package(scheme_form, strategy, n_bits, *, symmetric, dtype):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.block_scales import dequantise_fp8
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.kernels.calls import scale_up
 from lewis_hub.kernels.operands import Decoding
@@ -67,7 +67,7 @@ def eight_bit(zoo, label, tensors, block=(128, 128), parameters=None):
 
 def materialised(zoo, source):
     with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
-        return {name: reader.tensor(t) for name, t in source.checkpoint.tensors.items()}
+        return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -250,7 +250,7 @@ def test_an_adapter_may_be_put_on_8_bit_floats(zoo, pair):
         header = adapter.checkpoint.tensors["layers.0.q.weight"]
         update = tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
         wanted = materialised(zoo, expert)["layers.0.q.weight"] + update
-        torch.testing.assert_close(reader.tensor(header), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(read_tensor(reader, header), wanted, rtol=1e-5, atol=1e-5)
     merged = zoo.merge(zoo.settings("ties", expert, [adapter]))
     twin = zoo.merge(zoo.settings("ties", dense, [on_dense], dtype="bfloat16"), "twin")
     assert same(merged.tensors, twin.tensors)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.packed import dequantise_packed
-from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
 from lewis_hub.merge.runners import threads
@@ -66,7 +66,7 @@ def opened(zoo, tensors, layout, n_bits=4, offset=0, label="source"):
 
 def values(zoo, source):
     with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
-        return {name: reader.tensor(t) for name, t in source.checkpoint.tensors.items()}
+        return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
 def by_loops(codes, zeros, scales, groups):
