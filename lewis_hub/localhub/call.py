@@ -1,21 +1,26 @@
-"""A request to the embedded Hub: its caller, its repository and its parameters."""
+"""A request to the embedded Hub: its caller and their rights, its repository, its parameters."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from lewis_hub.localhub.access import Grant, Refusal, identify
+from lewis_hub.localhub.hub import Grant, Hub
 from lewis_hub.localhub.store import Commit, Repo, Store
 
-if TYPE_CHECKING:
-    from lewis_hub.localhub.hub import Hub
+
+def refusal(status: int, message: str, code: str | None = None) -> HTTPException:
+    """An answer that refuses a call, as the Hub words it for people and, by `code`, for clients."""
+    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in message)
+    headers = {"X-Error-Message": plain} | ({"X-Error-Code": code} if code else {})
+    return HTTPException(status, message, headers)
 
 
 @dataclass(frozen=True)
@@ -49,54 +54,32 @@ class Call:
         except ValueError:
             document = None
         if not isinstance(document, dict):
-            raise Refusal(400, "The body must be a JSON object")
+            raise refusal(400, "The body must be a JSON object")
         return document
 
     def flag(self, name: str) -> bool:
         """Whether a query parameter is true."""
         return self.request.query_params.get(name, "").lower() in ("1", "true")
 
-    def not_found(self) -> Refusal:
-        """The Hub's answer for a repository that is missing, or hidden from the caller."""
+    def signed_in(self) -> Grant:
+        """The caller, who has to be known."""
         if self.grant is None:
-            return Refusal(401, "Invalid username or password.", "RepoNotFound")
-        return Refusal(404, "Repository not found", "RepoNotFound")
-
-    def seen_repo(self) -> Repo:
-        """The repository of the path; a private one exists for its owners only."""
-        repo = self.store.find(
-            self.parts["kind"], f"{self.parts['namespace']}/{self.parts['name']}"
-        )
-        if repo is None or (repo.private and not self._owns(repo.id)):
-            raise self.not_found()
-        return repo
-
-    def read_repo(self) -> Repo:
-        """The repository of the path, if the caller may read its files."""
-        repo = self.seen_repo()
-        if not repo.gated or self._owns(repo.id):
-            return repo
-        restricted = f"Access to {repo.noun} {repo.id} is restricted"
-        if self.grant is None:
-            restricted += ". You must have access to it and be authenticated to access it."
-            raise Refusal(401, f"{restricted} Please log in.", "GatedRepo")
-        raise Refusal(403, f"{restricted} and you are not in the authorized list.", "GatedRepo")
+            raise refusal(401, "Invalid username or password.")
+        return self.grant
 
     def writer(self) -> Grant:
         """The caller, if their token may change anything anywhere."""
-        if self.grant is None:
-            raise Refusal(401, "Invalid username or password.")
-        if self.grant.role != "write":
+        if self.signed_in().role != "write":
             problem = "This token has the role read, a token with the role write is needed"
-            raise Refusal(403, problem)
-        return self.grant
+            raise refusal(403, problem)
+        return self.signed_in()
 
     def owner(self, where: str, noun: str) -> Grant:
         """The caller, if they may change a repository, or anything in a namespace."""
         grant = self.writer()
         if not grant.owns(where):
             rights = f"You don't have the rights to create a {noun} under the namespace"
-            raise Refusal(403, f'{rights} "{where.partition("/")[0]}"')
+            raise refusal(403, f'{rights} "{where.partition("/")[0]}"')
         return grant
 
     def committer(self, repo: Repo) -> Grant:
@@ -105,33 +88,69 @@ class Call:
             return self.writer()
         return self.owner(repo.id, repo.noun)
 
-    def _owns(self, where: str) -> bool:
-        return self.grant is not None and self.grant.owns(where)
+    def not_found(self) -> HTTPException:
+        """The Hub's answer for a repository that is missing, or hidden from the caller."""
+        if self.grant is None:
+            return refusal(401, "Invalid username or password.", "RepoNotFound")
+        return refusal(404, "Repository not found", "RepoNotFound")
+
+    def seen_repo(self) -> Repo:
+        """The repository of the path; a private one exists for its owners only."""
+        repo_id = f"{self.parts['namespace']}/{self.parts['name']}"
+        repo = self.store.find(self.parts["kind"], repo_id)
+        if repo is None or (repo.private and not self._owns(repo)):
+            raise self.not_found()
+        return repo
+
+    def read_repo(self) -> Repo:
+        """The repository of the path, if the caller may read its files."""
+        repo = self.seen_repo()
+        if not repo.gated or self._owns(repo):
+            return repo
+        restricted = f"Access to {repo.noun} {repo.id} is restricted"
+        if self.grant is None:
+            restricted += ". You must have access to it and be authenticated to access it."
+            raise refusal(401, f"{restricted} Please log in.", "GatedRepo")
+        raise refusal(403, f"{restricted} and you are not in the authorized list.", "GatedRepo")
+
+    def owned_repo(self) -> Repo:
+        """The repository of the path, if the caller may change it."""
+        repo = self.seen_repo()
+        self.owner(repo.id, repo.noun)
+        return repo
+
+    def _owns(self, repo: Repo) -> bool:
+        return self.grant is not None and self.grant.owns(repo.id)
 
     def commit(self, repo: Repo, revision: str | None = None) -> Commit:
         """The commit of a revision, by default the path's."""
         revision = revision or self.parts.get("revision", "main")
         commit = repo.resolve(revision)
         if commit is None:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
 
 
-def endpoint(
-    hub: Hub, answer: Callable[[Call], Response], **fixed: str
-) -> Callable[[Request], Awaitable[Response]]:
+Answer = Callable[[Call], Any]  # a Response, or a value that is sent as JSON
+
+
+def endpoint(hub: Hub, answer: Answer, kind: str = "") -> Callable[[Request], Awaitable[Response]]:
     """Make a Starlette endpoint from a function of a `Call`.
 
     Args:
         hub: the Hub that is called.
         answer: answers the call; it must be quick, since it runs in the server's event loop.
-        fixed: parts that the path does not contain, such as the kind of repository.
+        kind: of the repositories below this path; it is added to `Call.parts`.
     """
 
     async def answered(request: Request) -> Response:
         body = await request.body()
-        grant = identify(request.headers.get("authorization"), hub.grants)
-        parts = {name: unquote(value) for name, value in request.path_params.items()} | fixed
-        return answer(Call(hub, request, body, grant, parts))
+        authorization = request.headers.get("authorization", "")
+        grant = hub.grants.get(authorization.removeprefix("Bearer ").strip())
+        if authorization and grant is None:
+            raise refusal(401, "Invalid credentials in Authorization header")
+        parts = {name: unquote(value) for name, value in request.path_params.items()}
+        result = answer(Call(hub, request, body, grant, {**parts, "kind": kind}))
+        return result if isinstance(result, Response) else JSONResponse(result)
 
     return answered

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BUFFERED_S = 0.05  # buffers of a real link bridge pauses of the sender of about this length
 
@@ -104,7 +102,7 @@ class FaultInjector:
         elif fault.status == "drop" and fault.after_bytes is not None:
             await self.app(scope, paced_receive, _cut(paced_send, fault.after_bytes))
         else:
-            await _fail(send, fault.status)
+            await _fail(send, fault)
 
 
 def _cut(send: Send, after_bytes: int) -> Send:
@@ -123,11 +121,11 @@ def _cut(send: Send, after_bytes: int) -> Send:
     return cut
 
 
-async def _fail(send: Send, status: int | Literal["drop"]) -> None:
-    dropped = status == "drop"
-    body = json.dumps({"error": "injected fault"}).encode()
+async def _fail(send: Send, fault: Fault) -> None:
+    dropped = fault.status == "drop"
+    body = b'{"error":"injected fault"}'
     length = len(body) + dropped  # a dropped answer announces a byte that never comes
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
-    code = 200 if status == "drop" else status
+    code = 200 if dropped else fault.status
     await send({"type": "http.response.start", "status": code, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": dropped})

@@ -1,20 +1,36 @@
-"""Files on the embedded Hub: trees, downloads, and the LFS uploads of large files."""
+"""Contents of files on the embedded Hub: downloads, and uploads by LFS and by Xet.
+
+huggingface_hub uploads by Xet wherever hf_xet is installed. The client has no fallback to LFS, and
+buckets take uploads by Xet only. But hf_xet can keep its chunks in a local folder, and client and
+Hub share a file system here. When a request names a file that is not stored yet, its Xet hash is
+looked up in the shards of those folders, and hf_xet joins its chunks.
+
+Shard format: https://huggingface.co/docs/xet/shard
+"""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
+import importlib.util
 import mimetypes
-from collections.abc import Mapping
-from pathlib import PurePosixPath
+import os
+import secrets
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, RedirectResponse, Response
 
-from lewis_hub.localhub.access import Refusal
-from lewis_hub.localhub.call import Call
-from lewis_hub.localhub.store import SHA256, File, lfs_pointer, replacing, short_digest
+from lewis_hub.localhub.call import Call, refusal
+from lewis_hub.localhub.hub import Grant, Hub
+from lewis_hub.localhub.store import SHA256, Store, object_id, replacing
 
 TEXT = "text/plain; charset=utf-8"
 FILE_HEADERS = {
@@ -22,82 +38,43 @@ FILE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; sandbox",
     "Cross-Origin-Resource-Policy": "cross-origin",
 }
-
-
-def tree(call: Call) -> Response:
-    """GET .../tree/REVISION[/FOLDER]."""
-    files = call.commit(call.seen_repo()).files
-    folder = call.parts.get("path", "").strip("/")
-    below = f"{folder}/" if folder else ""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(path for path in files if path.startswith(below)):
-        parts = path.removeprefix(below).split("/")
-        folders = [below + "/".join(parts[:depth]) for depth in range(1, len(parts))]
-        for name in folders if call.flag("recursive") else folders[:1]:
-            entries[name] = _folder_entry(name, files)
-        if call.flag("recursive") or not folders:
-            entries[path] = _file_entry(path, files[path])
-    if folder and not entries:
-        problem = f'{folder} does not exist on "{call.parts["revision"]}"'
-        raise Refusal(404, problem, "EntryNotFound")
-    return JSONResponse(list(entries.values()))
-
-
-def paths_info(call: Call) -> Response:
-    """POST .../paths-info/REVISION: the entries of those paths that exist."""
-    files = call.commit(call.seen_repo()).files
-    entries = []
-    for path in parse_qs(call.body.decode()).get("paths", []):
-        if path in files:
-            entries.append(_file_entry(path, files[path]))
-        elif any(name.startswith(f"{path}/") for name in files):
-            entries.append(_folder_entry(path, files))
-    return JSONResponse(entries)
-
-
-def _file_entry(path: str, file: File) -> dict[str, Any]:
-    entry = {"type": "file", "oid": file.oid, "size": file.size_bytes, "path": path}
-    return entry | ({"lfs": {"oid": file.sha256, **lfs_sizes(file)}} if file.lfs else {})
-
-
-def _folder_entry(path: str, files: Mapping[str, File]) -> dict[str, Any]:
-    """A folder; its oid is a digest of all files below it."""
-    below = [f"{name} {file.oid}" for name, file in files.items() if name.startswith(f"{path}/")]
-    oid = short_digest("\n".join(sorted(below)).encode())
-    return {"type": "directory", "oid": oid, "size": 0, "path": path}
-
-
-def lfs_sizes(file: File) -> dict[str, int]:
-    """The sizes of an LFS file and its pointer, as the Hub's clients expect them."""
-    pointer = lfs_pointer(file.sha256, file.size_bytes)
-    return {"size": file.size_bytes, "pointerSize": len(pointer)}
+SHARDS = "xet/xorbs/shards/*.mdb"  # below the folder that hf_xet is given
+ENTRY_BYTES = 48  # of every record of a shard, and of its header
+END_OF_FILES = b"\xff" * 32
+HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
+TOKEN_S = 3600
 
 
 def resolve(call: Call) -> Response:
     """GET .../resolve/REVISION/PATH: the file, or a redirect to the bytes of an LFS file."""
-    repo = call.read_repo()
-    commit = call.commit(repo)
+    commit = call.commit(call.read_repo())
     path = call.parts["path"]
     file = commit.files.get(path)
     if file is None:
-        raise Refusal(404, "Entry not found", "EntryNotFound")
+        raise refusal(404, "Entry not found", "EntryNotFound")
     headers = {"X-Repo-Commit": commit.sha}
     if not file.lfs:
         headers |= FILE_HEADERS | {"ETag": f'"{file.oid}"'}
         stored = call.store.blobs.path(file.sha256)
-        return FileResponse(stored, headers=headers, media_type=media_type(path, TEXT))
+        return FileResponse(stored, headers=headers, media_type=_media_type(path, TEXT))
     headers |= {"X-Linked-Size": str(file.size_bytes), "X-Linked-Etag": f'"{file.sha256}"'}
-    name = quote(PurePosixPath(path).name, safe="")
-    return RedirectResponse(f"{call.hub.storage_url}/lfs/{file.sha256}/{name}", 302, headers)
+    address = f"/lfs/{file.sha256}/{quote(PurePosixPath(path).name, safe='')}"
+    signed = f"{address}?signature={_signature(call.hub, file.sha256)}"
+    return RedirectResponse(call.hub.storage_url + signed, 302, headers)
 
 
-def media_type(path: str, otherwise: str) -> str:
+def _media_type(path: str, otherwise: str) -> str:
     """The type of an image; `otherwise` for any other file, so that no browser runs it."""
     guessed = mimetypes.guess_type(path)[0] or ""
     return guessed if guessed.startswith("image/") else otherwise
 
 
-def lfs_batch(call: Call) -> Response:
+def _signature(hub: Hub, oid: str) -> str:
+    """Shows that the Hub gave out an address to somebody who may read the file."""
+    return hmac.digest(hub.signing_key, oid.encode(), "sha256").hex()
+
+
+def lfs_batch(call: Call) -> dict[str, Any]:
     """POST .git/info/lfs/objects/batch: where to upload each object that is not stored yet.
 
     Anyone with a write token may upload, since a pull request may name the objects.
@@ -115,15 +92,15 @@ def lfs_batch(call: Call) -> Response:
             upload = {"href": f"{call.hub.storage_url}/lfs-upload/{oid}"}
             answer["actions"] = {"upload": upload, "verify": verify}
         objects.append(answer)
-    return JSONResponse({"transfer": "basic", "objects": objects})
+    return {"transfer": "basic", "objects": objects}
 
 
-def lfs_verify(call: Call) -> Response:
+def lfs_verify(call: Call) -> dict[str, Any]:
     """POST .../objects/verify: is the object stored with its full size?"""
     document = call.json()
     if call.store.blobs.size_bytes(str(document.get("oid"))) != document.get("size"):
-        raise Refusal(404, "Object not found, or of another size")
-    return JSONResponse({})
+        raise refusal(404, "Object not found, or of another size")
+    return {}
 
 
 async def lfs_upload(request: Request) -> Response:
@@ -134,23 +111,102 @@ async def lfs_upload(request: Request) -> Response:
             digest.update(chunk)
             file.write(chunk)
         if digest.hexdigest() != oid:
-            raise Refusal(400, f"The bytes sent have SHA-256 {digest.hexdigest()}, not {oid}")
+            raise refusal(400, f"The bytes sent have SHA-256 {digest.hexdigest()}, not {oid}")
     return Response()
 
 
 def lfs_download(request: Request) -> Response:
-    """GET /lfs/OID/NAME: an object, Range included; only who may read its repository knows OID."""
-    oid = _object_id(request)
-    stored = request.app.state.hub.store.blobs.path(oid)
+    """GET /lfs/OID/NAME: an object, Range included; the address has to be signed by `resolve`."""
+    hub, oid = request.app.state.hub, _object_id(request)
+    stored = hub.store.blobs.path(oid)
     if not stored.exists():
-        raise Refusal(404, "Object not found")
+        raise refusal(404, "Object not found")
+    signature = request.query_params.get("signature", "")
+    if not hmac.compare_digest(signature.encode(), _signature(hub, oid).encode()):
+        raise refusal(403, "The signature of this address is missing or not valid")
     headers = {**FILE_HEADERS, "ETag": f'"{oid}"'}
-    media = media_type(request.path_params["name"], "application/octet-stream")
+    media = _media_type(request.path_params["name"], "application/octet-stream")
     return FileResponse(stored, headers=headers, media_type=media)
 
 
 def _object_id(request: Request) -> str:
     oid: str = request.path_params["oid"]
     if not SHA256.fullmatch(oid):
-        raise Refusal(404, "Object not found")
+        raise refusal(404, "Object not found")
     return oid
+
+
+def xet_token(store: Store, grant: Grant) -> dict[str, Any]:
+    """A new folder for the uploads of a user, as the answer to a request for a Xet token."""
+    if importlib.util.find_spec("hf_xet") is None:
+        raise refusal(501, "This Hub takes Xet uploads only with hf_xet: set HF_HUB_DISABLE_XET=1")
+    folder = store.root.absolute() / "xet" / f"{object_id(grant.user)}-{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
+    return {"casUrl": f"local://{folder}", "accessToken": "local", "exp": _expiry()}
+
+
+def take_xet_upload(store: Store, grant: Grant, digest: str, target: Path) -> bool:
+    """Write a file that a user uploaded, by its SHA-256 or Xet hash; False if there is none."""
+    for upload in (store.root / "xet").glob(f"{object_id(grant.user)}-*"):
+        for sha256, xet_hash in _files(upload):
+            if digest in (sha256, xet_hash):
+                _join(upload, sha256, xet_hash, target)
+                return True
+    return False
+
+
+def remove_stored_uploads(store: Store) -> None:
+    """Remove the uploads whose files are all stored."""
+    for upload in (store.root / "xet").glob("*"):
+        digests = [sha256 for sha256, _ in _files(upload) if sha256]
+        if digests and all(store.blobs.path(digest).exists() for digest in digests):
+            shutil.rmtree(upload, ignore_errors=True)
+
+
+def _files(upload: Path) -> Iterator[tuple[str | None, str]]:
+    """SHA-256, where the client sent it, and Xet hash of each file in the first shard section."""
+    for shard in (path.read_bytes() for path in upload.glob(SHARDS)):
+        offset = ENTRY_BYTES
+        while shard[offset : offset + 32] not in (END_OF_FILES, b""):
+            xet_hash = _hexadecimal(shard, offset)
+            flags, n_segments = struct.unpack_from("<II", shard, offset + 32)
+            n_records = 1 + n_segments * (2 if flags & HAS_VERIFICATION else 1)
+            offset += n_records * ENTRY_BYTES
+            sha256 = None
+            if flags & HAS_SHA256:
+                sha256 = _hexadecimal(shard, offset)
+                offset += ENTRY_BYTES
+            yield sha256, xet_hash
+
+
+def _hexadecimal(shard: bytes, offset: int) -> str:
+    """32 bytes as Xet spells them: four little-endian numbers."""
+    return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", shard, offset))
+
+
+def _join(upload: Path, sha256: str | None, xet_hash: str, target: Path) -> None:
+    """Let hf_xet join a file's chunks, from a copy since the client may still lock its folder."""
+    import hf_xet  # type: ignore[import-untyped]
+
+    with tempfile.TemporaryDirectory(dir=upload.parent.parent, prefix=".xet-") as copy:
+        shutil.copytree(upload, copy, copy_function=_link_data, dirs_exist_ok=True)
+        group = hf_xet.XetSession().new_download_stream_group(
+            endpoint=f"local://{copy}", token="local", token_expiry_unix_secs=_expiry()
+        )
+        digest = hashlib.sha256()
+        with replacing(target) as file:
+            for chunk in group.download_stream(hf_xet.XetFileInfo(xet_hash)):
+                digest.update(chunk)
+                file.write(chunk)
+            if sha256 not in (None, digest.hexdigest()):
+                raise refusal(400, f"The chunks have SHA-256 {digest.hexdigest()}, not {sha256}")
+
+
+def _link_data(source: str, target: str) -> None:
+    """Link the files of ``xet/xorbs/xorbs`` and ``shards``; copy the index, which is locked."""
+    is_data = Path(source).parent.parent.name == "xorbs"
+    (os.link if is_data else shutil.copy)(source, target)
+
+
+def _expiry() -> int:
+    return int(time.time()) + TOKEN_S

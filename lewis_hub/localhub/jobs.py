@@ -3,12 +3,14 @@
 No container is started and nothing is installed: of ``uv run --with PACKAGE COMMAND`` only the
 command runs, from this Python's environment, in a folder of its own. A process sees only this
 Hub's address, its Job's variables and its secrets; secrets are kept in memory only. Schedules are
-kept, listed and triggered by hand; no clock runs them.
+kept, listed and triggered by hand; no clock runs them. Buckets hold the files of Jobs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -17,33 +19,52 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lewis_hub.localhub.access import Refusal
-from lewis_hub.localhub.store import now
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from lewis_hub.localhub import files
+from lewis_hub.localhub.call import Answer, Call, refusal
+from lewis_hub.localhub.hub import Grant
+from lewis_hub.localhub.store import now, object_id
 
 BUCKET_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 DEFAULT_TIMEOUT_S = 30 * 60
+LOG_POLL_S = 0.05
 UV_WITH_VALUE = ("--with", "--python")
+SPEC = ("dockerImage", "command", "arguments", "environment", "flavor", "labels", "volumes")
 
 
-@dataclass
-class Job:
-    """One run of a command.
-
-    Attributes:
-        spec: the request, without secrets.
-        log: time and text of each line.
-    """
+@dataclass(kw_only=True)
+class Submitted:
+    """What a user of a namespace submitted; `spec` is the request without its secrets."""
 
     namespace: str
     user: str
     spec: Mapping[str, Any]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created_at: str = field(default_factory=now)
+
+    def entry(self) -> dict[str, Any]:
+        """What answers say about it."""
+        owner = {"type": "user", "id": object_id(self.namespace), "name": self.namespace}
+        return {"id": self.id, "createdAt": self.created_at, "owner": owner}
+
+    def spec_entry(self) -> dict[str, Any]:
+        """The command and where it runs, for answers."""
+        return {key: self.spec.get(key) for key in SPEC}
+
+
+S = TypeVar("S", bound=Submitted)
+
+
+@dataclass(kw_only=True)
+class Job(Submitted):
+    """One run of a command; `log` has the time and the text of each line."""
+
     stage: str = "SCHEDULING"
     message: str | None = None
     log: list[tuple[str, str]] = field(default_factory=list)
@@ -66,19 +87,26 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
+    def entry(self) -> dict[str, Any]:
+        """What answers say about it."""
+        initiator = {"type": "user", "id": object_id(self.user), "name": self.user}
+        status = {"stage": self.stage, "message": self.message}
+        return super().entry() | {"initiator": initiator, "status": status} | self.spec_entry()
 
-@dataclass
-class Schedule:
-    """A scheduled Job."""
 
-    namespace: str
-    user: str
-    spec: Mapping[str, Any]
-    secrets: Mapping[str, str]
-    schedule: str
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created_at: str = field(default_factory=now)
+@dataclass(kw_only=True)
+class Schedule(Submitted):
+    """A scheduled Job, and the Job that it started last."""
+
+    cron: str
+    variables: Mapping[str, str]  # the secrets
     last: Job | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """What answers say about it."""
+        last = {"id": self.last.id, "at": self.last.created_at} if self.last else None
+        run = {"schedule": self.cron, "suspend": False, "concurrency": False}
+        return super().entry() | run | {"jobSpec": self.spec_entry(), "status": {"lastJob": last}}
 
 
 class Jobs:
@@ -89,64 +117,130 @@ class Jobs:
         self.jobs: dict[str, Job] = {}
         self.schedules: dict[str, Schedule] = {}
 
-    def bucket(self, namespace: str, name: str) -> Path:
-        """The folder with a bucket's files.
-
-        Raises:
-            Refusal: the name is not valid.
-        """
-        if not (BUCKET_NAME.fullmatch(namespace) and BUCKET_NAME.fullmatch(name)):
-            raise Refusal(400, f"{namespace}/{name} is no name of a bucket")
-        return self.root / "buckets" / namespace / name
-
-    def start(
-        self, namespace: str, user: str, spec: Mapping[str, Any], variables: Mapping[str, str]
-    ) -> Job:
-        """Run a command in a thread.
-
-        Args:
-            namespace: whose Job it is.
-            user: who starts it.
-            spec: the request, without secrets.
-            variables: the secrets, as environment variables.
-
-        Raises:
-            Refusal: there is no command, or a volume is not a folder of a bucket.
-        """
-        command = without_uv([*(spec.get("command") or ()), *(spec.get("arguments") or ())])
-        if not command:
-            raise Refusal(400, "A Job needs a command")
-        job = Job(namespace, user, spec)
-        folder = self.root / "jobs" / job.id
-        mounts = self._mount(folder, spec.get("volumes") or ())
-        self.jobs[job.id] = job
-        words = [_below_mount(word, mounts) for word in command]
-        environment = {**self._environment(folder, job), **(spec.get("environment") or {})}
-        environment |= variables
-        threading.Thread(target=_run, args=(job, words, folder, environment), daemon=True).start()
-        return job
-
     def close(self) -> None:
         """End all Jobs."""
         for job in self.jobs.values():
             job.stop("CANCELED")
 
-    def _mount(self, folder: Path, volumes: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
-        """Mount path -> a copy of the bucket's folder."""
-        folder.mkdir(parents=True)
-        mounts = {}
-        for number, volume in enumerate(volumes):
-            if volume["type"] != "bucket":
-                raise Refusal(400, "This Hub mounts buckets only")
-            namespace, _, name = volume["source"].partition("/")
-            source = (self.bucket(namespace, name) / volume.get("path", "")).resolve()
-            if not source.is_relative_to(self.root.resolve()) or not source.is_dir():
-                raise Refusal(404, f"Bucket {volume['source']} has no such folder")
-            mounts[volume["mountPath"]] = shutil.copytree(source, folder / f"mount-{number}")
-        return mounts
+    def routes(self) -> tuple[tuple[str, str, Answer], ...]:
+        """Method and path of each address, with the function that answers it."""
+        jobs, schedules = "/api/jobs/{namespace}", "/api/scheduled-jobs/{namespace}"
+        bucket = "/api/buckets/{namespace}/{name}"
+        return (
+            ("POST", jobs, self._run),
+            ("GET", jobs, lambda call: self._entries(call, self.jobs)[::-1]),  # newest first
+            ("GET", jobs + "/{id}", lambda call: self._find(call, self.jobs).entry()),
+            ("GET", jobs + "/{id}/logs", self._send_log),
+            ("POST", jobs + "/{id}/cancel", self._cancel),
+            ("POST", schedules, self._schedule),
+            ("GET", schedules, lambda call: self._entries(call, self.schedules)),
+            ("DELETE", schedules + "/{id}", self._unschedule),
+            ("POST", schedules + "/{id}/run", self._trigger),
+            ("POST", bucket, self._create_bucket),
+            ("GET", bucket + "/xet-write-token", _bucket_token),
+            ("POST", bucket + "/batch", self._fill_bucket),
+        )
 
-    def _environment(self, folder: Path, job: Job) -> dict[str, str]:
-        return {
+    def _run(self, call: Call) -> dict[str, Any]:
+        grant, spec = _writer(call), call.json()
+        variables = spec.pop("secrets", None) or {}
+        return self._start(call.parts["namespace"], grant.user, spec, variables).entry()
+
+    def _send_log(self, call: Call) -> Response:
+        """The lines as events, until the Job ends."""
+        job = self._find(call, self.jobs)
+
+        async def events() -> AsyncIterator[str]:
+            n_sent = 0
+            while job.active or n_sent < len(job.log):
+                for when, line in job.log[n_sent:]:
+                    n_sent += 1
+                    yield f"data: {json.dumps({'data': line, 'timestamp': when})}\n\n"
+                await asyncio.sleep(LOG_POLL_S)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    def _cancel(self, call: Call) -> dict[str, Any]:
+        job = self._find(call, self.jobs)
+        job.stop("CANCELED")
+        return job.entry()
+
+    def _schedule(self, call: Call) -> dict[str, Any]:
+        grant, document = _writer(call), call.json()
+        spec = dict(document.get("jobSpec") or {})
+        made = Schedule(
+            namespace=call.parts["namespace"],
+            user=grant.user,
+            variables=spec.pop("secrets", None) or {},
+            spec=spec,
+            cron=str(document.get("schedule")),
+        )
+        self.schedules[made.id] = made
+        return made.entry()
+
+    def _unschedule(self, call: Call) -> dict[str, Any]:
+        del self.schedules[self._find(call, self.schedules, "Scheduled Job").id]
+        return {}
+
+    def _trigger(self, call: Call) -> dict[str, Any]:
+        """Run a scheduled Job now, whatever its schedule says."""
+        item = self._find(call, self.schedules, "Scheduled Job")
+        item.last = self._start(item.namespace, item.user, item.spec, item.variables)
+        return item.last.entry()
+
+    def _entries(self, call: Call, known: Mapping[str, Submitted]) -> list[dict[str, Any]]:
+        _writer(call)
+        namespace = call.parts["namespace"]
+        return [item.entry() for item in known.values() if item.namespace == namespace]
+
+    def _find(self, call: Call, known: Mapping[str, S], noun: str = "Job") -> S:
+        _writer(call)
+        item = known.get(call.parts["id"])
+        if item is None or item.namespace != call.parts["namespace"]:
+            raise refusal(404, f"{noun} not found")
+        return item
+
+    def _bucket(self, namespace: str, name: str) -> Path:
+        """The folder with a bucket's files."""
+        if not (BUCKET_NAME.fullmatch(namespace) and BUCKET_NAME.fullmatch(name)):
+            raise refusal(400, f"{namespace}/{name} is no name of a bucket")
+        return self.root / "buckets" / namespace / name
+
+    def _create_bucket(self, call: Call) -> Response:
+        """A bucket that exists is a conflict; the answer has its address."""
+        _writer(call)
+        folder = self._bucket(call.parts["namespace"], call.parts["name"])
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        url = f"{call.endpoint}/buckets/{call.parts['namespace']}/{call.parts['name']}"
+        return JSONResponse({"url": url}, 409 if existed else 200)
+
+    def _fill_bucket(self, call: Call) -> dict[str, Any]:
+        """Add files; the body has lines of JSON, each a file."""
+        grant = _writer(call)
+        folder = self._bucket(call.parts["namespace"], call.parts["name"])
+        for line in call.body.splitlines():
+            entry = json.loads(line)
+            target = folder / entry["path"]
+            if entry["type"] != "addFile" or not target.resolve().is_relative_to(folder.resolve()):
+                raise refusal(400, "This Hub's buckets take new files only")
+            if not files.take_xet_upload(call.store, grant, entry["xetHash"], target):
+                raise refusal(400, f"{entry['path']} was not uploaded")
+        return {"success": True}
+
+    def _start(
+        self, namespace: str, user: str, spec: Mapping[str, Any], variables: Mapping[str, str]
+    ) -> Job:
+        """Run a command in a thread, with the secrets as environment variables."""
+        command = without_uv([*(spec.get("command") or ()), *(spec.get("arguments") or ())])
+        if not command:
+            raise refusal(400, "A Job needs a command")
+        job = Job(namespace=namespace, user=user, spec=spec)
+        folder = self.root / "jobs" / job.id
+        mounts = self._mount(folder, spec.get("volumes") or ())
+        self.jobs[job.id] = job
+        words = [_below_mount(word, mounts) for word in command]
+        environment = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
             "HOME": str(folder),
             "TMPDIR": str(folder),
@@ -156,7 +250,44 @@ class Jobs:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "LANG": "C.UTF-8",
             "JOB_ID": job.id,
+            **(spec.get("environment") or {}),
+            **variables,
         }
+        threading.Thread(target=_run, args=(job, words, folder, environment), daemon=True).start()
+        return job
+
+    def _mount(self, folder: Path, volumes: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+        """Mount path -> a copy of the bucket's folder."""
+        folder.mkdir(parents=True)
+        mounts = {}
+        for number, volume in enumerate(volumes):
+            if volume["type"] != "bucket":
+                raise refusal(400, "This Hub mounts buckets only")
+            namespace, _, name = volume["source"].partition("/")
+            source = (self._bucket(namespace, name) / volume.get("path", "")).resolve()
+            if not source.is_relative_to(self.root.resolve()) or not source.is_dir():
+                raise refusal(404, f"Bucket {volume['source']} has no such folder")
+            mounts[volume["mountPath"]] = shutil.copytree(source, folder / f"mount-{number}")
+        return mounts
+
+
+def _refuse(_call: Call) -> Response:
+    raise refusal(400, "This Hub runs no Jobs: start it with `lewis-hub hub --jobs`")
+
+
+REFUSED: tuple[tuple[str, str, Answer], ...] = tuple(
+    (method, f"/api/{noun}/{{rest:path}}", _refuse)
+    for noun in ("jobs", "scheduled-jobs", "buckets")
+    for method in ("GET", "POST", "DELETE")
+)
+
+
+def _writer(call: Call) -> Grant:
+    return call.owner(call.parts["namespace"], "job")
+
+
+def _bucket_token(call: Call) -> dict[str, Any]:
+    return files.xet_token(call.store, _writer(call))
 
 
 def without_uv(command: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
 from lewis_hub.localhub.call import Call
-from lewis_hub.localhub.repositories import FRONT_MATTER, card_text
+from lewis_hub.localhub.repositories import FRONT_MATTER
 
 DARK = "(prefers-color-scheme: dark)"
 PICTURE = re.compile(r"<picture>\s*<source\s+([^<>]*)>\s*<img\s+([^<>]*)>\s*</picture>")
@@ -42,7 +42,7 @@ def repository(call: Call) -> Response:
     number = call.parts.get("number")
     commit = call.commit(repo, f"refs/pr/{number}" if number else None)
     files = f"{repo.page}/resolve/{commit.sha}"
-    card = FRONT_MATTER.sub("", card_text(call.store, commit), count=1)
+    card = FRONT_MATTER.sub("", call.store.read_text(commit, "README.md"), count=1)
     rendered = render_markdown(card, lambda path: f"{files}/{quote(path, safe='/%')}")
     shown = {
         "repo": repo,

@@ -1,32 +1,32 @@
-"""Answers of the embedded Hub about accounts, and about repositories, their settings and refs."""
+"""Answers of the embedded Hub about accounts, and about repositories: files, settings and refs."""
 
 from __future__ import annotations
 
 import json
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qs
 
 import yaml
 from starlette.responses import JSONResponse, Response
 
-from lewis_hub.localhub.access import Grant, Refusal
-from lewis_hub.localhub.call import Call
-from lewis_hub.localhub.files import lfs_sizes
+from lewis_hub.localhub.call import Call, refusal
+from lewis_hub.localhub.hub import Grant
 from lewis_hub.localhub.store import (
-    KINDS,
-    NAME,
     Commit,
     File,
     Kind,
     Repo,
-    Store,
     git_file,
     now,
+    object_id,
     short_digest,
 )
 
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 TAKEN_NAMESPACES = ("api", "datasets", "lfs", "lfs-upload")  # other addresses begin with them
 TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # RFC 8693
 PUBLISHER_TOKEN_S = 3600
@@ -38,67 +38,78 @@ NEW_REPO_ATTRIBUTES = "".join(
 )
 
 
-def whoami(call: Call) -> Response:
+def whoami(call: Call) -> dict[str, Any]:
     """GET /api/whoami-v2; the first user's right to all namespaces is an organisation `*`."""
-    grant = call.grant
-    if grant is None:
-        raise Refusal(401, "Invalid username or password.")
+    grant = call.signed_in()
     organisations = [name for name in grant.namespaces if name != grant.user]
     token = {"displayName": f"{grant.role} token", "role": grant.role}
-    return JSONResponse(
-        {
-            "type": "user",
-            "id": object_id(grant.user),
-            "name": grant.user,
-            "fullname": grant.user,
-            "orgs": [{"type": "org", "id": object_id(o), "name": o} for o in organisations],
-            "auth": {"type": "access_token", "accessToken": token},
-        }
-    )
+    return {
+        "type": "user",
+        "id": object_id(grant.user),
+        "name": grant.user,
+        "fullname": grant.user,
+        "orgs": [{"type": "org", "id": object_id(o), "name": o} for o in organisations],
+        "auth": {"type": "access_token", "accessToken": token},
+    }
 
 
-def exchange_token(call: Call) -> Response:
+def exchange_token(call: Call) -> dict[str, Any]:
     """POST /oauth/token: a trusted publisher gets a token that may write one repository.
 
     The embedded Hub checks no signature: it compares the identity with those in `Hub.publishers`.
     """
     document = call.json()
     if document.get("grant_type") != TOKEN_EXCHANGE:
-        raise Refusal(400, "unsupported_grant_type")
+        raise refusal(400, "unsupported_grant_type")
     repo = document.get("resource")
     if not repo or call.hub.publishers.get(str(document.get("subject_token"))) != repo:
-        raise Refusal(403, f"No trusted publisher of {repo} matches this identity")
+        raise refusal(403, f"No trusted publisher of {repo} matches this identity")
     token = f"hf_jwt_{secrets.token_hex(16)}"
     call.hub.grants[token] = Grant(token, "trusted-publisher", "write", (str(repo),))
-    answer = {"access_token": token, "token_type": "bearer", "expires_in": PUBLISHER_TOKEN_S}
-    return JSONResponse(answer)
+    return {"access_token": token, "token_type": "bearer", "expires_in": PUBLISHER_TOKEN_S}
 
 
 def validate_yaml(call: Call) -> Response:
     """POST /api/validate-yaml: check a card before anything is uploaded."""
     try:
-        metadata = card_metadata(str(call.json().get("content", "")))
+        metadata = _card_metadata(str(call.json().get("content", "")))
     except yaml.YAMLError as error:
         return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
     empty = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
     return JSONResponse({"errors": [], "warnings": empty})
 
 
+def _card_metadata(text: str) -> dict[str, Any]:
+    """The metadata between a card's ``---`` lines, as JSON values; empty where there is none.
+
+    Raises:
+        yaml.YAMLError: the block is no YAML mapping.
+    """
+    block = FRONT_MATTER.match(text)
+    document = yaml.safe_load(block[1]) if block else None
+    if not isinstance(document, dict | None):
+        raise yaml.YAMLError("the metadata must be a mapping")
+    metadata: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
+    return metadata
+
+
 def create(call: Call) -> Response:
     """POST /api/repos/create."""
     document = call.json()
-    kind: Kind = "datasets" if document.get("type") == "dataset" else "models"
-    if f"{document.get('type') or 'model'}s" not in KINDS:
-        raise Refusal(400, f"This Hub keeps models and datasets, no {document['type']}")
+    noun = document.get("type") or "model"
+    if noun not in ("model", "dataset"):
+        raise refusal(400, f"This Hub keeps models and datasets, no {noun}")
+    kind: Kind = "datasets" if noun == "dataset" else "models"
     namespace = document.get("organization") or (call.grant.user if call.grant else "")
     repo = Repo(kind, namespace, str(document.get("name", "")), now(), _is_private(document))
-    grant = call.owner(namespace, repo.noun)
+    grant = call.owner(namespace, noun)
     valid = NAME.fullmatch(namespace) and NAME.fullmatch(repo.name)
     if not valid or namespace in TAKEN_NAMESPACES:
-        raise Refusal(400, f"Invalid repository name: {repo.id}")
+        raise refusal(400, f"Invalid repository name: {repo.id}")
     url = call.endpoint + repo.page
     if call.store.find(kind, repo.id):
-        raise Refusal(409, f"You already created this {repo.noun} repo", fields={"url": url})
+        conflict = refusal(409, f"You already created this {noun} repo")
+        return JSONResponse({"error": conflict.detail, "url": url}, 409, conflict.headers)
     content = NEW_REPO_ATTRIBUTES.encode()
     files = {".gitattributes": git_file(content, call.store.blobs.add(content))}
     first = Commit("", None, grant.user, now(), "initial commit", "", files)
@@ -106,36 +117,29 @@ def create(call: Call) -> Response:
     return JSONResponse({"url": url, "name": repo.id, "id": repo.id})
 
 
-def _is_private(document: dict[str, Any]) -> bool:
+def _is_private(document: Mapping[str, Any]) -> bool:
     return document.get("visibility") == "private" or bool(document.get("private"))
 
 
-def settings(call: Call) -> Response:
+def settings(call: Call) -> dict[str, Any]:
     """PUT .../settings: make a repository private, public, gated or open."""
-    document = call.json()
-    repo = call.seen_repo()
-    call.owner(repo.id, repo.noun)
+    document, repo = call.json(), call.owned_repo()
     if "visibility" in document or "private" in document:
         repo.private = _is_private(document)
     if "gated" in document:
         if document["gated"] not in (False, "auto", "manual"):
-            raise Refusal(400, "gated must be false, auto or manual")
+            raise refusal(400, "gated must be false, auto or manual")
         repo.gated = document["gated"]
     call.store.save(repo)
-    return JSONResponse({"private": repo.private, "gated": repo.gated})
+    return {"private": repo.private, "gated": repo.gated}
 
 
-def auth_check(call: Call) -> Response:
-    """GET .../auth-check: may the caller read the files?"""
+def auth_check(call: Call) -> dict[str, Any]:
+    """GET .../auth-check and .../auth-check/write: may the caller read, or write, the files?"""
     call.read_repo()
-    return JSONResponse({})
-
-
-def auth_check_write(call: Call) -> Response:
-    """GET .../auth-check/write: may the caller change the files?"""
-    repo = call.read_repo()
-    call.owner(repo.id, repo.noun)
-    return JSONResponse({})
+    if call.request.url.path.endswith("/write"):
+        call.owned_repo()
+    return {}
 
 
 def info(call: Call) -> Response:
@@ -143,10 +147,9 @@ def info(call: Call) -> Response:
     repo = call.seen_repo()
     commit = call.commit(repo)
     try:
-        metadata = card_metadata(card_text(call.store, commit))
+        metadata = _card_metadata(call.store.read_text(commit, "README.md"))
     except yaml.YAMLError:
         metadata = {}
-    blobs = call.flag("blobs")
     document = {
         "_id": object_id(f"{repo.kind}/{repo.id}"),
         "id": repo.id,
@@ -160,7 +163,7 @@ def info(call: Call) -> Response:
         "tags": [],
         "cardData": metadata,
         "siblings": [
-            {"rfilename": path, **(_sizes(file) if blobs else {})}
+            _sibling(path, file, blobs=call.flag("blobs"))
             for path, file in sorted(commit.files.items())
         ],
     }
@@ -169,14 +172,47 @@ def info(call: Call) -> Response:
     return JSONResponse(document, headers={"X-Repo-Commit": commit.sha})
 
 
-def _sizes(file: File) -> dict[str, Any]:
-    sizes: dict[str, Any] = {"size": file.size_bytes, "blobId": file.oid}
-    if file.lfs:
-        sizes["lfs"] = {"sha256": file.sha256, **lfs_sizes(file)}
-    return sizes
+def _sibling(path: str, file: File, *, blobs: bool) -> dict[str, Any]:
+    sizes = {"size": file.size_bytes, "blobId": file.oid, **file.lfs_entry}
+    return {"rfilename": path, **(sizes if blobs else {})}
 
 
-def refs(call: Call) -> Response:
+def tree(call: Call) -> list[dict[str, Any]]:
+    """GET .../tree/REVISION[/FOLDER]."""
+    files = call.commit(call.seen_repo()).files
+    folder = call.parts.get("path", "").strip("/")
+    below = f"{folder}/" if folder else ""
+    paths: dict[str, None] = {}  # in order
+    for path in sorted(path for path in files if path.startswith(below)):
+        parts = path.removeprefix(below).split("/")
+        ends = range(1, len(parts) + 1) if call.flag("recursive") else [1]
+        paths |= dict.fromkeys(below + "/".join(parts[:end]) for end in ends)
+    if folder and not paths:
+        problem = f'{folder} does not exist on "{call.parts["revision"]}"'
+        raise refusal(404, problem, "EntryNotFound")
+    return [_entry(path, files) for path in paths]
+
+
+def paths_info(call: Call) -> list[dict[str, Any]]:
+    """POST .../paths-info/REVISION: the entries of those paths that exist."""
+    files = call.commit(call.seen_repo()).files
+    paths = parse_qs(call.body.decode()).get("paths", [])
+    present = (p for p in paths if p in files or any(name.startswith(f"{p}/") for name in files))
+    return [_entry(path, files) for path in present]
+
+
+def _entry(path: str, files: Mapping[str, File]) -> dict[str, Any]:
+    """A file, or a folder; a folder's oid is a digest of all files below it."""
+    if path in files:
+        file = files[path]
+        entry = {"type": "file", "oid": file.oid, "size": file.size_bytes, "path": path}
+        return entry | file.lfs_entry
+    below = [f"{name} {file.oid}" for name, file in files.items() if name.startswith(f"{path}/")]
+    oid = short_digest("\n".join(sorted(below)).encode())
+    return {"type": "directory", "oid": oid, "size": 0, "path": path}
+
+
+def refs(call: Call) -> dict[str, Any]:
     """GET .../refs: branches and tags."""
     repo = call.seen_repo()
     document: dict[str, Any] = {"converts": []}
@@ -186,46 +222,19 @@ def refs(call: Call) -> Response:
             for ref, sha in repo.refs.items()
             if ref.startswith(prefix)
         ]
-    return JSONResponse(document)
+    return document
 
 
-def create_ref(call: Call) -> Response:
+def create_ref(call: Call) -> dict[str, Any]:
     """POST .../branch/NAME, and .../tag/REVISION with the tag's name in the body."""
-    repo = call.seen_repo()
-    call.owner(repo.id, repo.noun)
-    document = call.json()
+    repo, document = call.owned_repo(), call.json()
     if "branch" in call.parts:
         ref, start = f"refs/heads/{call.parts['branch']}", document.get("startingPoint")
     else:
         ref, start = f"refs/tags/{document.get('tag', '')}", call.parts["revision"]
     commit = call.commit(repo, start or "main")
     if ref in repo.refs:
-        raise Refusal(409, f"Reference already exists: {ref}")
+        raise refusal(409, f"Reference already exists: {ref}")
     repo.refs[ref] = commit.sha
     call.store.save(repo)
-    return JSONResponse({})
-
-
-def card_text(store: Store, commit: Commit) -> str:
-    """A commit's README.md; empty if it has none."""
-    file = commit.files.get("README.md")
-    return store.blobs.read(file.sha256).decode(errors="replace") if file else ""
-
-
-def card_metadata(text: str) -> dict[str, Any]:
-    """The metadata between a card's ``---`` lines, as JSON values; empty where there is none.
-
-    Raises:
-        yaml.YAMLError: the block is no YAML mapping.
-    """
-    found = FRONT_MATTER.match(text)
-    document = yaml.safe_load(found.group(1)) if found else None
-    if not isinstance(document, dict | None):
-        raise yaml.YAMLError("the metadata must be a mapping")
-    metadata: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
-    return metadata
-
-
-def object_id(text: str) -> str:
-    """24 hex digits, which the Hub uses as keys."""
-    return short_digest(text.encode())[:24]
+    return {}

@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lewis_hub.localhub import commits, files, jobs_api, pages, repositories
-from lewis_hub.localhub.access import Refusal
-from lewis_hub.localhub.call import Call, endpoint
+from lewis_hub.localhub import commits, files, jobs, pages, repositories
+from lewis_hub.localhub.call import Answer, Call, endpoint, refusal
 from lewis_hub.localhub.faults import FaultInjector
-
-if TYPE_CHECKING:
-    from lewis_hub.localhub.hub import Hub
+from lewis_hub.localhub.hub import Hub
 
 UNQUOTED_REF = re.compile(r"(/(?:tree|resolve|revision|commits?|preupload)/)refs/(pr|heads|tags)/")
 
 METHODS = ("GET", "POST", "PUT", "DELETE")
 REPO = "/{namespace}/{name}"
-Table = tuple[tuple[str, str, Callable[[Call], Response]], ...]  # method, path, answer
+Table = tuple[tuple[str, str, Answer], ...]  # method, path, answer
 
 API: Table = (
+    ("GET", "/style.css", pages.style),
     ("POST", "/oauth/token", repositories.exchange_token),
     ("GET", "/api/whoami-v2", repositories.whoami),
     ("POST", "/api/validate-yaml", repositories.validate_yaml),
     ("POST", "/api/repos/create", repositories.create),
-    ("POST", "/api/jobs/{namespace}", jobs_api.run),
-    ("GET", "/api/jobs/{namespace}", jobs_api.jobs),
-    ("GET", "/api/jobs/{namespace}/{id}", jobs_api.job),
-    ("GET", "/api/jobs/{namespace}/{id}/logs", jobs_api.logs),
-    ("POST", "/api/jobs/{namespace}/{id}/cancel", jobs_api.cancel),
-    ("POST", "/api/scheduled-jobs/{namespace}", jobs_api.create_schedule),
-    ("GET", "/api/scheduled-jobs/{namespace}", jobs_api.schedules),
-    ("DELETE", "/api/scheduled-jobs/{namespace}/{id}", jobs_api.delete_schedule),
-    ("POST", "/api/scheduled-jobs/{namespace}/{id}/run", jobs_api.trigger),
-    ("POST", "/api/buckets/{namespace}/{name}", jobs_api.create_bucket),
-    ("GET", "/api/buckets/{namespace}/{name}/xet-write-token", jobs_api.bucket_token),
-    ("POST", "/api/buckets/{namespace}/{name}/batch", jobs_api.fill_bucket),
 )
 REPO_API: Table = (
     ("GET", "", repositories.info),
     ("GET", "/revision/{revision}", repositories.info),
     ("PUT", "/settings", repositories.settings),
     ("GET", "/auth-check", repositories.auth_check),
-    ("GET", "/auth-check/write", repositories.auth_check_write),
+    ("GET", "/auth-check/write", repositories.auth_check),
     ("GET", "/refs", repositories.refs),
     ("POST", "/branch/{branch}", repositories.create_ref),
     ("POST", "/tag/{revision}", repositories.create_ref),
-    ("GET", "/tree/{revision}", files.tree),
-    ("GET", "/tree/{revision}/{path:path}", files.tree),
-    ("POST", "/paths-info/{revision}", files.paths_info),
+    ("GET", "/tree/{revision}", repositories.tree),
+    ("GET", "/tree/{revision}/{path:path}", repositories.tree),
+    ("POST", "/paths-info/{revision}", repositories.paths_info),
     ("GET", "/commits/{revision}", commits.commits),
     ("POST", "/preupload/{revision}", commits.preupload),
     ("GET", "/xet-write-token/{revision}", commits.xet_token),
@@ -77,40 +62,38 @@ REPO_SITE: Table = (
 )
 
 
-def application(hub: Hub) -> ASGIApp:
-    """The Hub as an ASGI application."""
+def application(hub: Hub, running: jobs.Jobs | None) -> ASGIApp:
+    """The Hub as an ASGI application; `running` runs Jobs, None refuses them."""
     routes: list[BaseRoute] = [
-        Route("/style.css", endpoint(hub, pages.style), methods=["GET"]),
         Route("/lfs/{oid}/{name}", files.lfs_download, methods=["GET"]),
         Route("/lfs-upload/{oid}", files.lfs_upload, methods=["PUT"]),
-        *(Route(path, endpoint(hub, answer), methods=[method]) for method, path, answer in API),
     ]
     for prefix, kind, table in (
-        ("/api/datasets", "datasets", REPO_API),
-        ("/api/models", "models", REPO_API),
+        ("", "", (*API, *(running.routes() if running else jobs.REFUSED))),
+        ("/api/datasets", "datasets", _below_repo(REPO_API)),
+        ("/api/models", "models", _below_repo(REPO_API)),
         ("/api", "", ()),
-        ("/datasets", "datasets", REPO_SITE),
-        ("", "models", REPO_SITE),
+        ("/datasets", "datasets", _below_repo(REPO_SITE)),
+        ("", "models", _below_repo(REPO_SITE)),
     ):
         for method, path, answer in table:
-            answered = endpoint(hub, answer, kind=kind)
-            routes.append(Route(prefix + REPO + path, answered, methods=[method]))
-        routes.append(
-            Route(prefix + "/{rest:path}", endpoint(hub, unknown_address), methods=METHODS)
-        )
-    app = Starlette(routes=routes, exception_handlers={Refusal: refused})
+            routes.append(Route(prefix + path, endpoint(hub, answer, kind), methods=[method]))
+        if kind or prefix:
+            nothing = endpoint(hub, unknown_address)
+            routes.append(Route(prefix + "/{rest:path}", nothing, methods=METHODS))
+    app = Starlette(routes=routes, exception_handlers={HTTPException: refused})
     app.state.hub = hub
     return FaultInjector(by_raw_path(app), hub.faults)
 
 
-def refused(_request: Request, refusal: Exception) -> Response:
+def _below_repo(table: Table) -> Table:
+    return tuple((method, REPO + path, answer) for method, path, answer in table)
+
+
+def refused(_request: Request, error: Exception) -> Response:
     """Send a refusal as the Hub does: in the body, and in headers that its clients read."""
-    assert isinstance(refusal, Refusal)
-    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in refusal.message)
-    headers = {"X-Error-Message": plain}
-    if refusal.code:
-        headers["X-Error-Code"] = refusal.code
-    return JSONResponse({"error": refusal.message, **refusal.fields}, refusal.status, headers)
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 def by_raw_path(app: ASGIApp) -> ASGIApp:
@@ -132,4 +115,4 @@ def unknown_address(call: Call) -> Response:
     path = call.request.url.path
     if re.match(r"/api/(models|datasets)/[^/]+($|/revision/)|/(datasets/)?[^/]+/resolve/", path):
         raise call.not_found()
-    raise Refusal(404, f"This Hub has nothing at {path}")
+    raise refusal(404, f"This Hub has nothing at {path}")

@@ -10,23 +10,20 @@ import contextlib
 import fcntl
 import importlib.util
 import ipaddress
+import os
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.errors import ExtraMissingError, HubServerError
-from lewis_hub.localhub.hub import Hub
-from lewis_hub.localhub.jobs import Jobs
 
 if TYPE_CHECKING:
-    import uvicorn
+    from lewis_hub.localhub.hub import Hub
 
 LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
-START_S = 10.0
 
 
 @contextmanager
@@ -46,36 +43,50 @@ def serve(
         ExtraMissingError: the extra ``demo`` is not installed.
         HubServerError: `host` is not loopback, the port is taken, or the folder is being served.
     """
-    host = loopback_address(host)
+    host = _loopback_address(host)
     for module in ("starlette", "uvicorn", "markdown_it"):
         if importlib.util.find_spec(module) is None:
             raise ExtraMissingError("The embedded Hub", "demo")
-    with _locked(root), _bound(host, port) as api, _bound_elsewhere(api) as storage:
+    import uvicorn
+
+    from lewis_hub.localhub.hub import Hub
+    from lewis_hub.localhub.jobs import Jobs
+    from lewis_hub.localhub.routes import application
+
+    with (
+        _locked(root),
+        _listen(host, port) as api,
+        _listen_elsewhere(*api.getsockname()) as storage,
+    ):
         hub = Hub(root)
         hub.url, hub.storage_url = _url(api), _url(storage)
-        if jobs:
-            hub.jobs = Jobs(root, hub.url)
-        server = _server(hub)
-        thread = threading.Thread(
-            target=server.run, args=([api, storage],), name="lewis-hub", daemon=True
+        running = Jobs(root, hub.url) if jobs else None
+        config = uvicorn.Config(
+            application(hub, running),
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
         )
-        thread.start()
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([api, storage],), daemon=True)
+        thread.start()  # clients may connect already: their requests wait
         try:
-            _await_start(server, thread)
             yield hub
         finally:
-            if hub.jobs:
-                hub.jobs.close()
+            if running:
+                running.close()
             server.should_exit = True
             thread.join()
 
 
-def loopback_address(host: str) -> str:
-    """The address of a host, which only this machine can reach.
-
-    Raises:
-        HubServerError: `host` is not in 127.0.0.0/8.
-    """
+def _loopback_address(host: str) -> str:
+    """The address of a host; an error if other machines can reach it."""
     address = "127.0.0.1" if host == "localhost" else host
     try:
         loopback = ipaddress.ip_address(address) in LOOPBACK
@@ -106,69 +117,30 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise HubServerError(
-                f"{host}:{port}",
-                f"the embedded Hub cannot listen there ({error.strerror})",
-                "Stop what listens there, or choose another port with --port.",
-            ) from error
-        yield listener
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise HubServerError(
+            f"{host}:{port}",
+            f"the embedded Hub cannot listen there ({os.strerror(error.errno)})",
+            "Stop what listens there, or choose another port with --port.",
+        ) from error
 
 
-@contextmanager
-def _bound_elsewhere(api: socket.socket) -> Iterator[socket.socket]:
-    """Bind the other origin, since the Hub serves large files from a storage service.
+def _listen_elsewhere(host: str, port: int) -> socket.socket:
+    """Listen at the other origin, since the Hub serves large files from a storage service.
 
     It is another loopback address, with the same port if that is free; where the system has only
     127.0.0.1 (macOS), it is another port.
     """
-    host, port = api.getsockname()
     other = "127.0.0.2" if host == "127.0.0.1" else "127.0.0.1"
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for address in ((other, port), (other, 0)):
-            with contextlib.suppress(OSError):
-                listener.bind(address)
-                break
-        else:
-            listener.bind((host, 0))
-        yield listener
+    for address in ((other, port), (other, 0)):
+        with contextlib.suppress(OSError):
+            return socket.create_server(address)
+    return socket.create_server((host, 0))
 
 
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()
     return f"http://{host}:{port}"
-
-
-def _server(hub: Hub) -> uvicorn.Server:
-    import uvicorn
-
-    from lewis_hub.localhub.routes import application
-
-    config = uvicorn.Config(
-        application(hub),
-        http="h11",
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    return uvicorn.Server(config)
-
-
-def _await_start(server: uvicorn.Server, thread: threading.Thread) -> None:
-    deadline = time.monotonic() + START_S
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > deadline:
-            raise HubServerError("the embedded Hub", "it did not start", "Run it again.")
-        time.sleep(0.005)

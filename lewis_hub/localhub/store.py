@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal
+from tempfile import NamedTemporaryFile
+from typing import IO, Any, Literal
 
 from pydantic import TypeAdapter
 
 Kind = Literal["models", "datasets"]
-KINDS: tuple[Kind, ...] = ("models", "datasets")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,15 @@ class File:
     size_bytes: int
     oid: str
     lfs: bool
+
+    @property
+    def lfs_entry(self) -> dict[str, Any]:
+        """What answers say about an LFS file; nothing about another."""
+        if not self.lfs:
+            return {}
+        n_pointer = len(lfs_pointer(self.sha256, self.size_bytes))
+        sizes = {"size": self.size_bytes, "pointerSize": n_pointer}
+        return {"lfs": {"oid": self.sha256, "sha256": self.sha256, **sizes}}
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,11 @@ class Repo:
 REPO = TypeAdapter(Repo)
 
 
+@dataclass(frozen=True)
 class Blobs:
     """A folder of file contents, each stored once under the SHA-256 of its bytes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def path(self, sha256: str) -> Path:
         """Where the content with this digest is stored, or would be."""
@@ -145,9 +151,8 @@ class Blobs:
     def add(self, content: bytes) -> str:
         """Store bytes; returns their SHA-256."""
         sha256 = hashlib.sha256(content).hexdigest()
-        if not self.path(sha256).exists():
-            with replacing(self.path(sha256)) as file:
-                file.write(content)
+        with replacing(self.path(sha256)) as file:
+            file.write(content)
         return sha256
 
 
@@ -181,6 +186,11 @@ class Store:
         self.save(repo)
         return commit
 
+    def read_text(self, commit: Commit, path: str) -> str:
+        """A text file of a commit; empty if it has none."""
+        file = commit.files.get(path)
+        return self.blobs.read(file.sha256).decode(errors="replace") if file else ""
+
     def clear(self) -> None:
         """Remove everything: repositories, contents and uploads."""
         self.repos.clear()
@@ -211,6 +221,11 @@ def short_digest(content: bytes) -> str:
     return hashlib.sha1(content, usedforsecurity=False).hexdigest()
 
 
+def object_id(text: str) -> str:
+    """24 hex digits, which the Hub uses as keys."""
+    return short_digest(text.encode())[:24]
+
+
 def now() -> str:
     """The present time as the Hub writes it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -220,12 +235,11 @@ def now() -> str:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
+        try:
             yield file
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            file.flush()
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

@@ -42,6 +42,23 @@ def test_a_large_file_answers_with_where_its_bytes_are(hub, push):
     assert bytes_there.content == WEIGHTS
 
 
+def test_a_large_file_of_a_private_repository_is_read_only_by_who_may_read_the_repository(
+    hub, push
+):
+    push("acme/secret", {"model.safetensors": WEIGHTS}, private=True)
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    address = f"{hub.storage_url}/lfs/{digest}/model.safetensors"
+    path = "/acme/secret/resolve/main/model.safetensors"
+
+    guessed = [httpx.get(address + query).status_code for query in ("", "?signature=00")]
+    anonymous = get(hub, path)
+    owner = get(hub, path, Authorization=f"Bearer {hub.read_token}")
+
+    assert guessed == [403, 403]
+    assert anonymous.status_code == 401
+    assert owner.content == WEIGHTS
+
+
 @pytest.mark.parametrize("path", ["model.safetensors", "notes.txt"])
 def test_a_range_gives_just_those_bytes(hub, push, path):
     content = b"0123456789" * 10

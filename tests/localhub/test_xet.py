@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lewis_hub.localhub import files
+
 UPLOAD = """
 import os, sys
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -43,3 +45,16 @@ def test_files_that_a_client_uploads_by_xet_are_read_as_any_others(hub, api, tmp
         assert api.get_paths_info("acme/base", name)[0].lfs.sha256 == digest
         assert Path(api.hf_hub_download("acme/base", name)).read_bytes() == content
     assert list((hub.root / "xet").iterdir()) == []
+
+
+def test_what_one_user_uploaded_by_xet_is_not_committed_by_another(hub, api, monkeypatch):
+    hub.add_token("hf_stranger", "stranger", "write")
+    mine, theirs = hub.grants[hub.write_token], hub.grants["hf_stranger"]
+    digest, target = "1" * 64, hub.root / "taken"
+    monkeypatch.setattr(files, "_files", lambda _: [(digest, "2" * 64)])
+    monkeypatch.setattr(files, "_join", lambda _1, _2, _3, target: target.write_bytes(b"x"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    files.xet_token(hub.store, mine)
+
+    assert not files.take_xet_upload(hub.store, theirs, digest, target)
+    assert files.take_xet_upload(hub.store, mine, digest, target)
