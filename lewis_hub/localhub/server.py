@@ -123,7 +123,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise HubServerError(
             f"{host}:{port}",
-            f"the embedded Hub cannot listen there ({os.strerror(error.errno)})",
+            f"the embedded Hub cannot listen there ({os.strerror(error.errno or 0)})",
             "Stop what listens there, or choose another port with --port.",
         ) from error
 
