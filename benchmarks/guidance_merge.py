@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lewis_hub.progress import Silent
-from lewis_hub.workflow.calibrate import calibration_sets, draw_texts, guide
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.calibrate import guide
 from lewis_hub.workflow.fetch import fetch_whole
 from lewis_hub.workflow.job import prepare
 from lewis_hub.workflow.merge import finish_model, write_weights
-from lewis_hub.workflow.read import read_recipe
-from lewis_hub.workflow.resolve import hub_api
+from lewis_hub.workflow.resolve import hub_api, read_recipe
+from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.statistics import Gathered, gather
+from lewis_hub.workflow.texts import calibration_sets, draw_texts
 
 
 def make(told: Mapping[str, Any], store: Path, output: Path) -> None:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lewis_hub.pipeline import (
         calibrate,
         check,
-        evaluate_model,
         merge_models,
         open_target,
         publish,
@@ -33,10 +32,11 @@ if TYPE_CHECKING:
     )
     from lewis_hub.report.profiles import compare_profiles
     from lewis_hub.tune.run import Search, tune_recipe
-    from lewis_hub.workflow.execution import Execution
-    from lewis_hub.workflow.read import read_recipe
+    from lewis_hub.workflow.resolve import read_recipe
+    from lewis_hub.workflow.resources import Execution
     from lewis_hub.workflow.single_model import (
         diff_merges,
+        evaluate_model,
         extract_lora,
         measure_model,
         read_profile,
@@ -78,8 +78,8 @@ _HOME = {
     "demo.zoo": ("zoo_folder",),
     "errors": ("LewisHubError",),
     "pipeline": (
-        *("calibrate", "check", "evaluate_model", "merge_models"),
-        *("open_target", "publish", "stream", "verify"),
+        *("calibrate", "check", "merge_models", "open_target"),
+        *("publish", "stream", "verify"),
     ),
     "recipe.schema": (
         *("Calibration", "Evaluation", "Gate", "Guide"),
@@ -87,9 +87,12 @@ _HOME = {
     ),
     "report.profiles": ("compare_profiles",),
     "tune.run": ("Search", "tune_recipe"),
-    "workflow.execution": ("Execution",),
-    "workflow.read": ("read_recipe",),
-    "workflow.single_model": ("diff_merges", "extract_lora", "measure_model", "read_profile"),
+    "workflow.resolve": ("read_recipe",),
+    "workflow.resources": ("Execution",),
+    "workflow.single_model": (
+        *("diff_merges", "evaluate_model", "extract_lora"),
+        *("measure_model", "read_profile"),
+    ),
 }
 
 

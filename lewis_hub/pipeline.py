@@ -7,51 +7,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.calibration.subject import FEWER, STATES
-from lewis_hub.display import TextTable, to_html
+from lewis_hub.display import to_html
 from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_room, require_writable
-from lewis_hub.guides.schedule import DensitySchedule, weighted_mean
+from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import Progress, Silent
-from lewis_hub.recipe.schema import Evaluation, ModelReference, Publishing, Recipe
+from lewis_hub.recipe.schema import ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.findings import gate_sentences
-from lewis_hub.report.profiles import short_name
-from lewis_hub.workflow import fetch, report, single_model
+from lewis_hub.workflow import fetch, report
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
-from lewis_hub.workflow.calibrate import (
-    Guidance,
-    Sets,
-    calibration_sets,
-    draw_texts,
-    guide,
-    require_by_ranges,
+from lewis_hub.workflow.calibrate import Calibrated, Guidance, guide, require_by_ranges
+from lewis_hub.workflow.check import CheckReport, require_fine
+from lewis_hub.workflow.evaluate import (
+    Scored,
+    TwinMaker,
+    judge_again,
+    judge_scores,
+    read_scores,
+    score_merge,
 )
-from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.contamination import ScoredTasks
-from lewis_hub.workflow.evaluate import Scored, TwinMaker, score_merge
-from lewis_hub.workflow.examine import examine, needs_moments, resolve_inputs
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.examine import examine
+from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
-from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import finish_model
-from lewis_hub.workflow.publish import Destination
-from lewis_hub.workflow.resolve import hub_api, resolve_one
+from lewis_hub.workflow.publish import Destination, Preflight
+from lewis_hub.workflow.resolve import (
+    hub_api,
+    needs_moments,
+    require_streamable,
+    resolve_inputs,
+    resolve_one,
+    travelling,
+)
+from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
+from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
 from lewis_hub.workflow.verify import Verdict
 
 if TYPE_CHECKING:
@@ -88,48 +94,6 @@ class Merged:
         return to_html(*self.lines, *([self.scores.table] if self.scores else []))
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A finished calibration: a folder with the profile, the schedule and their plots.
-
-    Attributes:
-        sizes: tensor -> number of parameters, of the merge.
-    """
-
-    output: Path
-    profile: ImportanceProfile | None
-    schedule: DensitySchedule
-    sizes: Mapping[str, int]
-
-    @property
-    def table(self) -> TextTable:
-        """Mean, lowest and highest density of each expert, or weight if only weights are set.
-
-        The mean is over parameters, as `mean_density` is.
-        """
-        rows = []
-        for expert in self.schedule.experts:
-            densities = expert.tensors or expert.weights
-            top = max(densities, key=lambda name: densities[name], default="-")
-            values = densities.values()
-            mean = weighted_mean(densities, self.sizes) if values else 0.0
-            numbers = (mean, min(values, default=0.0), max(values, default=0.0))
-            cells = (str(len(values)), *(f"{number:.3f}" for number in numbers))
-            rows.append((short_name(expert.source), top.removesuffix(".weight"), *cells))
-        header = ("expert", "highest at", "scheduled", "mean", "lowest", "highest")
-        return TextTable(header, tuple(rows))
-
-    def __repr__(self) -> str:
-        rows = (
-            f"{expert}: {n} tensors scheduled, mean {mean}, from {lowest} to {highest} at {top}"
-            for expert, top, n, mean, lowest, highest in self.table.rows
-        )
-        return "\n".join([f"Calibrated, in {self.output}", *rows])
-
-    def _repr_html_(self) -> str:
-        return to_html(self.table, f"In {self.output}")
-
-
 def check(
     recipe: Recipe, *, allow_pickle: bool = False, max_memory_bytes: int | None = None
 ) -> CheckReport:
@@ -158,8 +122,7 @@ def check(
     if not problems:
         job = compile_job(recipe, execution, examined, api)
         try:
-            if job.statistics:
-                require_by_block(job.statistics, api)
+            require_by_block(job.statistics, api)
         except CalibrationError as error:
             problems = (" ".join(str(error).split("\n")),)
     try:
@@ -170,6 +133,24 @@ def check(
         remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
         notes.append(f"{error.path}: {error.problem} {remedy}")
     return replace(result, problems=problems, notes=tuple(notes))
+
+
+def require_mergeable(
+    recipe: Recipe,
+    *,
+    is_streamed: bool = False,
+    allow_pickle: bool = False,
+    max_memory_bytes: int | None = None,
+) -> None:
+    """Refuse a merge that `check` finds problems of, before it is sent to another machine.
+
+    Raises:
+        CheckFailedError: the sources do not fit together or do not fit the recipe.
+        LewisHubError: a source cannot be found or read; a streamed recipe scores.
+    """
+    if is_streamed:
+        require_streamable(recipe)
+    require_fine(check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes))
 
 
 def calibrate(
@@ -218,6 +199,27 @@ def calibrate(
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
 
 
+def preflight(recipe: Recipe, asked: Publishing, output: Path, *, force: bool) -> Preflight:
+    """Decide whether to merge, stream or skip a merge; only headers and small files are read.
+
+    The profile of the published merge is saved in `importance/` beside the recipe, if there is no
+    file yet, so that `merge` does not measure it again.
+
+    Args:
+        recipe: the recipe.
+        asked: the target. A token with read access is enough; an invisible repo counts as empty.
+        output: the folder that a merge on this disk would create.
+        force: whether to merge although nothing changed.
+
+    Raises:
+        CheckFailedError: the sources do not fit together.
+        OutputError: the disk is too small for the whole models that the recipe needs.
+    """
+    api = hub_api()
+    job = prepare(recipe, Execution(replace=force), api, Silent())
+    return publishing.look_ahead(job, asked, output, api, force=force)
+
+
 def merge_models(
     recipe: Recipe,
     output: Path | str,
@@ -249,8 +251,7 @@ def merge_models(
     job = prepare(recipe, execution or Execution(), api, progress)
     if not job.replaces and (unchanged := _made_before(job, output, target, api)):
         return unchanged
-    if job.statistics:
-        require_by_block(job.statistics, api)
+    require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
     with open_workspace(output, replace=job.replaces or gives_way) as work:
         sink = FolderSink(work, target, api, progress)
@@ -272,8 +273,8 @@ def _made_before(
         return Merged("unchanged", output, scores, verdict, published)
     if publishing.is_this_merge(output, job.planned):
         demands = job.evaluation.demands if job.evaluation else ()
-        gate = publishing.judge_again(demands, output, job.repo, api)
-        return Merged("unchanged", output, publishing.read_scores(output), gate)
+        gate = judge_again(demands, output, job.repo, api)
+        return Merged("unchanged", output, read_scores(output), gate)
     return None
 
 
@@ -306,34 +307,17 @@ def stream(
         True
     """
     output, progress, api = Path(output), progress or Silent(), hub_api()
-    _require_streamable(recipe)
+    require_streamable(recipe)
     execution = replace(execution or Execution(), allow_code=False, allow_pickle=False)
     job = prepare(recipe, execution, api, progress)
     if not job.replaces and (published := publishing.published_already(target, job.planned, api)):
         discard_work(output)
         return published
-    if job.statistics:
-        require_by_block(job.statistics, api)
+    require_by_block(job.statistics, api)
     with open_workspace(work_folder(output), replace=False) as work:
         sink = HubSink(work, target, api, progress)
         run(job, sink, api, progress)
         return sink.finish()
-
-
-def _require_streamable(recipe: Recipe) -> None:
-    """Refuse a recipe that scores, because scoring needs whole models on the disk."""
-    if recipe.evaluate is None:
-        return
-    problem = "scoring needs whole models on the disk, and --stream keeps none."
-    where = "evaluate"
-    remedy = "Add --no-eval, and score the result on a larger disk: `lewis-hub evaluate REPO`."
-    if recipe.evaluate.gate:
-        where = "evaluate.gate"
-        remedy = (
-            "A gate needs the scores before the push. Merge without --stream on a machine with "
-            "enough disk, for example with `--on jobs`; or remove the gate, then add --no-eval."
-        )
-    raise RecipeError("recipe", where, problem, remedy)
 
 
 @dataclass(frozen=True)
@@ -371,7 +355,7 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
         maker = TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
         with costs.measure("evaluate"):
             scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
-        scored = publishing.judge_scores(job.evaluation.demands, scored, job.repo, api)
+        scored = judge_scores(job.evaluation.demands, scored, job.repo, api)
     written = report.write(job.reporting, merged, guidance, gathered, scored, costs)
     return Outcome(written, scored)
 
@@ -400,37 +384,6 @@ def _measure(
             schedule = guidance.schedule if guidance else None
             gathered = gather(statistics, sets, loader, schedule, scratch)
     return guidance, gathered
-
-
-def evaluate_model(
-    model: ModelReference | Path | str,
-    asked: Evaluation,
-    execution: Execution | None = None,
-    progress: Progress | None = None,
-) -> Scores:
-    """Score one model on lm-eval tasks.
-
-    Args:
-        model: a repo, repo@revision or folder.
-        asked: tasks, the user's task files and the limit.
-        execution: device, and whether benchmarks may run code.
-        progress: shows progress; None: shows nothing.
-
-    Raises:
-        LewisHubError: the model or a task cannot be used.
-
-    Example:
-        >>> tasks = str(lewis_hub.zoo_folder() / "tasks")
-        >>> asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=tasks, limit=5)
-        >>> scores = lewis_hub.evaluate_model("zoo/expert-reverse", asked)
-        >>> scores.tasks["zoo_reverse"].n
-        5
-    """
-    execution, progress = execution or Execution(), progress or Silent()
-    execution.require_usable()
-    api = hub_api()
-    source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
-    return single_model.score_one(source, asked, execution, api, progress)
 
 
 def verify(
@@ -525,3 +478,36 @@ def publish(
         (True, False)
     """
     return publishing.push(Path(folder), target, hub_api(), progress or Silent(), force=force)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The hardware of a Job; None leaves the choice to the Hub."""
+
+    flavor: str | None
+    timeout: str | None
+    namespace: str | None
+
+
+def job_request(
+    recipe_file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardware
+) -> JobRequest:
+    """Return the Job that merges a recipe and pushes the result.
+
+    Args:
+        recipe_file: the file of the recipe, which the Job gets with the local files beside it.
+        recipe: the recipe with the changes that the options make.
+        options: those of `merge` for the Job.
+        hardware: the hardware of the Job.
+
+    Raises:
+        RecipeError: it names models or files that a Job cannot read.
+    """
+    return JobRequest(
+        words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
+        files={"recipe.yaml": recipe_file, **travelling(recipe_file, recipe)},
+        package=f"lewis-hub=={version('lewis-hub')}",
+        flavor=hardware.flavor,
+        timeout=hardware.timeout,
+        namespace=hardware.namespace,
+    )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 TEXT = '"Question: {question}\\nAnswer: {answer}"'
 MODELS = f"""base_model: zoo/base

@@ -11,7 +11,7 @@ from served import bytes_in, listening, pushed
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.files import sha256_of
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 REPO = "tests/streamed"
 MODEL_BYTES = 2 * 1_157_504  # of the tensors of each model of the zoo

@@ -6,7 +6,8 @@ from lewis_hub.display import TextTable, to_html
 from lewis_hub.evaluate.scores import MetricScore, Scores, TaskScores
 from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
 from lewis_hub.hub.publish import Published
-from lewis_hub.pipeline import Calibrated, Merged
+from lewis_hub.pipeline import Merged
+from lewis_hub.workflow.calibrate import Calibrated
 from lewis_hub.workflow.check import CheckReport, SourceReport
 from lewis_hub.workflow.verify import Verdict
 

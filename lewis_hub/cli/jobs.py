@@ -20,8 +20,9 @@ from lewis_hub.cli.options import (
 from lewis_hub.cli.terminal import Terminal, terminal_options
 
 if TYPE_CHECKING:
+    from lewis_hub.hub.jobs import JobRequest
+    from lewis_hub.pipeline import Hardware
     from lewis_hub.recipe.schema import Recipe
-    from lewis_hub.workflow.ci import Hardware
 
 
 LOCAL_OPTIONS = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "quiet"}
@@ -56,17 +57,12 @@ def merge_on_jobs(
     terminal: Terminal, recipe_file: Path, recipe: Recipe, hardware: Hardware
 ) -> NoReturn:
     """Run the merge as a Job, print the Job's log, and exit with its exit code."""
-    from lewis_hub import pipeline
     from lewis_hub.hub import jobs
-    from lewis_hub.workflow.ci import request
-    from lewis_hub.workflow.read import destination
-    from lewis_hub.workflow.resolve import hub_api
+    from lewis_hub.workflow.resolve import destination, hub_api
 
-    options = job_options(click.get_current_context())
-    job_request = request(recipe_file, recipe, options, hardware)
-    pipeline.open_target(destination(recipe))
+    request = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS)
     api = hub_api()
-    job = jobs.submit(api, job_request)
+    job = jobs.submit(api, request)
     cancel = f"Interrupting this command does not stop it; `hf jobs cancel {job.id}` does."
     say, log = terminal.progress.say, list[str]()
     say(f"Job {job.id}: {job.url}\n{cancel}")
@@ -82,6 +78,31 @@ def merge_on_jobs(
     document |= {"status": status, "output": None, "job": job.id, "job_url": job.url}
     terminal.finish(document, f"Job {job.id} ended with exit code {code}: {job.url}")
     raise click.exceptions.Exit(code)
+
+
+def _checked_request(
+    recipe_file: Path, recipe: Recipe, hardware: Hardware, local: Set[str]
+) -> JobRequest:
+    """Return the Job that merges a recipe, after all checks that need no weights.
+
+    The options of the running command apply to the check as they do to the Job.
+    """
+    from lewis_hub import pipeline
+    from lewis_hub.workflow.resolve import destination
+
+    ctx = click.get_current_context()
+    request = pipeline.job_request(recipe_file, recipe, job_options(ctx, local), hardware)
+    pipeline.open_target(destination(recipe))
+    options = ctx.params
+    if options.get("no_eval"):
+        recipe = recipe.model_copy(update={"evaluate": None})
+    pipeline.require_mergeable(
+        recipe,
+        is_streamed=bool(options.get("stream")),
+        allow_pickle=bool(options.get("allow_pickle")),
+        max_memory_bytes=options.get("max_memory"),
+    )
+    return request
 
 
 def printed_document(log: Sequence[str]) -> dict[str, Any]:
@@ -160,21 +181,18 @@ def create(
 
     The Job uses the recipe and its local files as they are now.
     """
-    from lewis_hub.workflow.read import destination, published_at, read_recipe
+    from lewis_hub.workflow.resolve import published_at, read_recipe
 
     recipe = read_recipe(recipe_file)
-    from lewis_hub import pipeline
     from lewis_hub.hub import jobs
-    from lewis_hub.workflow.ci import Hardware, request
+    from lewis_hub.pipeline import Hardware
     from lewis_hub.workflow.resolve import hub_api
 
     if repo:
         recipe = published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
-    options = job_options(click.get_current_context(), LOCAL_OPTIONS | {"as_json"})
-    job_request = request(recipe_file, recipe, options, hardware)
-    pipeline.open_target(destination(recipe))
-    scheduled = jobs.schedule(hub_api(), job_request, cron)
+    request = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS | {"as_json"})
+    scheduled = jobs.schedule(hub_api(), request, cron)
     document = {"status": "scheduled", "id": scheduled.id, "schedule": cron, "url": scheduled.url}
     terminal.finish(document, f"Scheduled {scheduled.id} for {cron}: {scheduled.url}")
 

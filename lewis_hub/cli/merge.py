@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lewis_hub.hub.publish import Published
     from lewis_hub.pipeline import Merged
     from lewis_hub.recipe.schema import Recipe
-    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.resources import Execution
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
@@ -45,7 +45,7 @@ def check(
     This reads file headers and no weights. It lists every problem, and the download size, disk
     space and memory that the merge needs. The exit code is 1 if there is a problem.
     """
-    from lewis_hub.workflow.read import read_recipe
+    from lewis_hub.workflow.resolve import read_recipe
 
     recipe = read_recipe(recipe_file)  # before the slow imports, to report a typo at once
     from lewis_hub import pipeline
@@ -144,14 +144,14 @@ def merge(
     if no_eval:
         _require_no_gate(recipe, push=push)
     if on:
-        from lewis_hub.workflow.ci import Hardware
+        from lewis_hub.pipeline import Hardware
 
         _require_for_a_job(push=push, output=output, sign=signs)
         merge_on_jobs(terminal, recipe_file, recipe, Hardware(flavor, timeout, namespace))
     if flavor or timeout or namespace:
         message = "these options select the machine of a Job: add --on jobs."
         raise click.BadParameter(message, param_hint="--flavor, --timeout, --namespace")
-    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.resources import Execution
 
     execution = Execution(
         runner=runner,
@@ -177,7 +177,7 @@ def merge(
 def _merge_to_hub(terminal: Terminal, recipe: Recipe, output: Path, execution: Execution) -> None:
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import plain
-    from lewis_hub.workflow.read import destination
+    from lewis_hub.workflow.resolve import destination
 
     target = pipeline.open_target(destination(recipe))
     published = pipeline.stream(recipe, target, output, execution, terminal.progress)
@@ -195,7 +195,7 @@ def _merge_to_disk(
 ) -> None:
     from lewis_hub import pipeline
     from lewis_hub.workflow import verify
-    from lewis_hub.workflow.read import destination
+    from lewis_hub.workflow.resolve import destination
 
     if private_key:
         verify.require_key(private_key)
@@ -212,7 +212,7 @@ def _merge_to_disk(
 
 def _recipe(file: Path, repo: str | None, *, allow_overlap: bool) -> Recipe:
     """Read a recipe and apply the options that change it."""
-    from lewis_hub.workflow.read import allowing_overlap, published_at, read_recipe
+    from lewis_hub.workflow.resolve import allowing_overlap, published_at, read_recipe
 
     recipe = read_recipe(file)
     if repo:

@@ -71,10 +71,10 @@ def evaluate(
 
     MODEL is a repo, repo@revision or folder.
     """
-    from lewis_hub import pipeline
     from lewis_hub.cli.tables import scores_table
     from lewis_hub.recipe.schema import Evaluation
-    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.resources import Execution
+    from lewis_hub.workflow.single_model import evaluate_model
 
     evaluation = Evaluation(
         tasks=tasks,
@@ -84,7 +84,7 @@ def evaluate(
         compare=(),
     )
     execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
-    scores = pipeline.evaluate_model(model, evaluation, execution, terminal.progress)
+    scores = evaluate_model(model, evaluation, execution, terminal.progress)
     terminal.finish(json.loads(scores.to_json()), scores_table(scores))
 
 
@@ -126,7 +126,8 @@ def push(
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import plain
     from lewis_hub.workflow import verify as signing
-    from lewis_hub.workflow.publish import read_verdict, refused
+    from lewis_hub.workflow.evaluate import read_verdict
+    from lewis_hub.workflow.publish import refused
 
     options = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
     target = pipeline.open_target(_publishing(folder, options))
@@ -191,7 +192,7 @@ def verify(
     """
     from lewis_hub import pipeline
     from lewis_hub.cli.tables import verdict_lines
-    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.resources import Execution
 
     verdict = pipeline.verify(
         model,

@@ -84,7 +84,7 @@ def importance(
     argument is a model (repo, repo@revision or folder): this calibrates it on a dataset or task,
     and writes importance.json and its plot.
     """
-    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.resources import Execution
 
     settings = {name: value for name, value in data.items() if value is not None}
     execution = Execution(
@@ -112,7 +112,7 @@ def importance(
 def _calibrate_recipe(
     terminal: Terminal, path: Path, execution: Any, output: Path, *, allow_overlap: bool
 ) -> None:
-    from lewis_hub.workflow.read import allowing_overlap, read_recipe
+    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
 
     recipe = read_recipe(path)
     if allow_overlap:

@@ -304,18 +304,17 @@ def preflight(
 
     The answer (merge, stream or unchanged) is also the output `way` of the step.
     """
-    from lewis_hub.workflow.read import destination, published_at, read_recipe
+    from lewis_hub.workflow.resolve import destination, published_at, read_recipe
 
     recipe = read_recipe(recipe_file)
+    from lewis_hub import pipeline
     from lewis_hub.cli.tables import plain
-    from lewis_hub.workflow.ci import look_ahead
-    from lewis_hub.workflow.resolve import hub_api
 
     if repo:
         recipe = published_at(recipe, repo)
     target = destination(recipe)
     output = output or recipe_file.parent / "merged"
-    decision = look_ahead(recipe, target, output, hub_api(), force=force)
+    decision = pipeline.preflight(recipe, target, output, force=force)
     _append_for_github("GITHUB_OUTPUT", f"way={decision.way}\n")
     document = {"status": decision.way, "why": decision.why, "repo": target.repo}
     if decision.commit_url:

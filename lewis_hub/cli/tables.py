@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from lewis_hub.evaluate.scores import MetricScore, Scores
     from lewis_hub.hub.publish import Published
     from lewis_hub.merge.extract_lora import Extracted
-    from lewis_hub.pipeline import Calibrated, Merged
+    from lewis_hub.pipeline import Merged
     from lewis_hub.report.profiles import ProfileComparison
     from lewis_hub.tune.run import Tuned
+    from lewis_hub.workflow.calibrate import Calibrated
     from lewis_hub.workflow.check import CheckReport
     from lewis_hub.workflow.verify import Verdict
 

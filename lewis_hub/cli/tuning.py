@@ -106,7 +106,7 @@ def tune(
     settings to recipe.tuned.yaml beside the recipe, and compares both on the items that the recipe
     scores. Run the same command again to continue the search.
     """
-    from lewis_hub.workflow.read import allowing_overlap, read_recipe
+    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
 
     recipe = read_recipe(recipe_file)
     if allow_overlap:
@@ -114,7 +114,7 @@ def tune(
     from lewis_hub.files import require_writable
     from lewis_hub.tune.report import write_report
     from lewis_hub.tune.run import Search, tune_recipe
-    from lewis_hub.workflow.execution import Execution
+    from lewis_hub.workflow.resources import Execution
 
     search_settings = Search(
         n_trials=n_trials,

@@ -50,17 +50,22 @@ from lewis_hub.tune.objective import (
 )
 from lewis_hub.tune.space import Space, Values, axes
 from lewis_hub.tune.study import ERROR, SECONDS, Trial
-from lewis_hub.workflow.calibrate import Sets, calibration_sets, draw_texts, guide
-from lewis_hub.workflow.contamination import ScoredTasks
+from lewis_hub.workflow.calibrate import guide
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, Run, score
-from lewis_hub.workflow.examine import Examined, calibrations_of, examine_sources, measurement_of
-from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.fetch import FetchedSources, code_files, fetch_whole, require_disk
+from lewis_hub.workflow.examine import Examined, examine_sources, measurement_of
+from lewis_hub.workflow.fetch import (
+    FetchedSources,
+    ModelLoader,
+    code_files,
+    fetch_whole,
+    require_disk,
+)
 from lewis_hub.workflow.job import MergeJob, compile_job
-from lewis_hub.workflow.load import ModelLoader
 from lewis_hub.workflow.merge import MergedModel, finish_model, merge_in_memory, write_weights
-from lewis_hub.workflow.resolve import hub_api, resolve_data
+from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
+from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
+from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -17,8 +17,7 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.read import dotted
 from lewis_hub.recipe.schema import Guide, ModelEntry, Parameters, Recipe
 from lewis_hub.workflow.check import guide_refusals
-from lewis_hub.workflow.examine import needs_moments
-from lewis_hub.workflow.read import rules
+from lewis_hub.workflow.resolve import needs_moments, rules
 
 # Ranges of numbers by name; other numbers are not searched.
 RANGES: Mapping[str, tuple[float, float]] = {

@@ -5,23 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lewis_hub.errors import (
+    EvaluationError,
+    PublishError,
+)
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
-from lewis_hub.evaluate.gate import Demand, GateVerdict
+from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.hub.failures import HubRepo
+from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Benchmark
-from lewis_hub.workflow.calibrate import Guidance, Sets
-from lewis_hub.workflow.contamination import ScoredTasks
-from lewis_hub.workflow.load import ModelLoader
+from lewis_hub.report.findings import gate_section
+from lewis_hub.report.lock import FILE as LOCK
+from lewis_hub.workflow.calibrate import Guidance
+from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.merge import (
     MergedModel,
     PlanSettings,
@@ -31,6 +39,15 @@ from lewis_hub.workflow.merge import (
 )
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.statistics import Gathered, StatisticsSettings, gather
+from lewis_hub.workflow.texts import ScoredTasks, Sets
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+CARD = "README.md"
+ITEMS = "lewis/items.json"
+SCORES = "lewis/scores.json"
 
 
 @dataclass(frozen=True)
@@ -204,3 +221,80 @@ def _file_name(candidate: Candidate, run: Run) -> str:
     facts = [candidate.identity, selected.names, texts, run.limit, vars(run.settings)]
     document = json.dumps([*facts, sorted(commits.values()), version("lm_eval")])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
+
+
+def read_scores(output: Path) -> Scores | None:
+    """Return the scores of a finished merge; None if it was not scored."""
+    file = output / SCORES
+    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def judge_scores(demands: Sequence[Demand], scored: Scored, repo: str | None, api: HfApi) -> Scored:
+    """Return the same scores with the gate's verdict, if there are demands.
+
+    Raises:
+        EvaluationError: the gate names an unknown metric, or one that cannot be tested.
+        PublishError: the published model cannot be read.
+    """
+    if not demands:
+        return scored
+    previous = _previous(demands, repo, api)
+    return replace(scored, gate=judge(demands, scored.scores, scored.items, previous))
+
+
+def judge_again(
+    demands: Sequence[Demand], output: Path, repo: str | None, api: HfApi
+) -> GateVerdict | None:
+    """Return the verdict on an existing merge, whose published rival may have changed.
+
+    A new verdict is written into the folder and its card. A merge that is published already is not
+    compared with itself.
+    """
+    verdict = read_verdict(output)
+    if verdict is None or not any("previous" in demand.not_worse_than for demand in demands):
+        return verdict
+    asked = _asked(repo, api)
+    lock = (output / LOCK).read_text(encoding="utf-8")
+    scores = read_scores(output)
+    if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
+        return verdict
+    items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
+    found = judge(demands, scores, items, _previous(demands, repo, api))
+    if found != verdict:
+        card = (output / CARD).read_text(encoding="utf-8")
+        write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
+        write_whole(output / FILE, found.to_json())
+    return found
+
+
+def read_verdict(folder: Path) -> GateVerdict | None:
+    """Return the gate's verdict on the merge in a folder; None if there was no gate.
+
+    Raises:
+        EvaluationError: the file is damaged.
+    """
+    file = folder / FILE
+    return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
+    return HubRepo(api, repo, error_type=PublishError) if repo else None
+
+
+def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
+    """Read the results of the model that was published before."""
+    asked = _asked(repo, api)
+    wanted = any("previous" in demand.not_worse_than for demand in demands)
+    if asked is None or not wanted:
+        return Previous("the published model", why="the recipe names no repo to publish to")
+    target = read_target(asked)
+    if target.head is None:
+        return Previous(asked.name, why="the repo does not exist yet")
+    name = f"{asked.name}@{target.head}"
+    text = read_text(asked, target, ITEMS)
+    if text is None:
+        return Previous(name, why=f"it has no {ITEMS}")
+    try:
+        return Previous(name, ModelResult.from_json(text))
+    except EvaluationError as error:
+        return Previous(name, why=f"its {ITEMS} {error.problem.rstrip('.')}")

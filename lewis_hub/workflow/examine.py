@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.errors import MergeError, PublishError, SourceError
+from lewis_hub.errors import MergeError, PublishError
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
@@ -19,12 +19,9 @@ from lewis_hub.merge.planning import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.progress import Progress
-from lewis_hub.recipe.rules import asks_for_statistics, fits_in_sequence
+from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import (
-    Calibration,
     Evaluation,
-    ModelEntry,
-    ModelReference,
     Recipe,
     Settings,
 )
@@ -41,9 +38,16 @@ from lewis_hub.workflow.check import (
     require_fine,
     settle,
 )
-from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.fetch import convert_pickles
-from lewis_hub.workflow.merge import PlanSettings
+from lewis_hub.workflow.merge import (
+    PinnedSlice,
+    PlanSettings,
+    depth_refusals,
+    merge_slices,
+    pin_slices,
+    stack_config,
+    stack_headers,
+)
 from lewis_hub.workflow.open import (
     MergeSources,
     OpenedSource,
@@ -54,22 +58,21 @@ from lewis_hub.workflow.open import (
     quantised_notes,
     ties,
 )
-from lewis_hub.workflow.read import require_valid
-from lewis_hub.workflow.resolve import Inputs, require_whole, resolve_data, resolve_source
+from lewis_hub.workflow.resolve import (
+    Inputs,
+    calibrations_of,
+    merged_entries,
+    needs_moments,
+    resolve_inputs,
+    sources_by_reference,
+)
 from lewis_hub.workflow.resources import (
+    Execution,
     Measurement,
     MomentSettings,
     Workload,
     loading_notes,
     loading_problems,
-)
-from lewis_hub.workflow.slices import (
-    PinnedSlice,
-    depth_refusals,
-    merge_slices,
-    pin_slices,
-    stack_config,
-    stack_headers,
 )
 from lewis_hub.workflow.tokenizers import (
     TokenizerRequest,
@@ -80,37 +83,6 @@ from lewis_hub.workflow.tokenizers import (
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-
-def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
-    """Return the models that are merged: the experts, or all models if the method takes no base.
-
-    For slices it returns the experts; the slices themselves say where the base is used.
-    """
-    takes_base = registry.find(recipe.merge_method).takes_base
-    return recipe.experts if takes_base or recipe.slices else recipe.models
-
-
-def sources_by_reference(recipe: Recipe, inputs: Inputs) -> dict[ModelReference, Source]:
-    """Return the pinned source of each model of a recipe."""
-    models = [entry.model for entry in merged_entries(recipe)]
-    sources = dict(zip(models, inputs.experts, strict=True))
-    if recipe.base_model and inputs.base:
-        sources[recipe.base_model] = inputs.base
-    return sources
-
-
-def needs_moments(recipe: Recipe) -> bool:
-    """Return whether the method solves or trims with second moments of the experts' inputs."""
-    return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
-
-
-def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
-    """Return the calibration of each expert, in order; empty if guide and method need no texts."""
-    if recipe.guide is None and not needs_moments(recipe):
-        return ()
-    calibrations = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
-    return tuple(calibration for calibration in calibrations if calibration)
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
@@ -141,31 +113,6 @@ class Examined:
     measurement: Measurement
     slices: tuple[PinnedSlice, ...]
     workload: Workload
-
-
-def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:
-    """Pin every source of a recipe.
-
-    Raises:
-        RecipeError: its fields contradict each other, or its guide lacks calibration data.
-        SourceError: a source cannot be found or may not be read.
-    """
-    require_valid(recipe)
-
-    def model(reference: ModelReference) -> Source:
-        code = reference.name in recipe.allow_code
-        return resolve_source(reference, api, recipe.locate, allow_pickle=allow_pickle, code=code)
-
-    base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
-    entries = merged_entries(recipe)
-    experts = tuple(model(entry.model) for entry in entries)
-    for entry, expert in zip(entries, experts, strict=True):
-        if entry.model.on and not expert.is_adapter:
-            problem = "this is a whole model, but `+` adds a LoRA adapter to a model"
-            raise SourceError(expert.pinned, problem, "Remove the part before the `+`.")
-        if base is None:
-            require_whole(api, expert)
-    return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
 
 
 def examine_sources(

@@ -28,37 +28,50 @@ from lewis_hub.recipe.schema import Evaluation, Recipe
 from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
-from lewis_hub.workflow.calibrate import GuideSettings, Sets, TextSettings
+from lewis_hub.workflow.calibrate import GuideSettings
 from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.contamination import ScoredTasks
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
 from lewis_hub.workflow.examine import (
     Examined,
-    calibrations_of,
     examine_sources,
     has_uniform_twin,
     measurement_of,
-    merged_entries,
-    needs_moments,
     plain_twin,
     plan_settings,
     rivals_of,
-    sources_by_reference,
     task_selection,
     workload_of,
 )
-from lewis_hub.workflow.execution import Execution, software
-from lewis_hub.workflow.fetch import FetchedSources
-from lewis_hub.workflow.load import ModelLoader
-from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype
+from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
+from lewis_hub.workflow.merge import (
+    PlanSettings,
+    SidecarSettings,
+    name_by_pin,
+    new_dtype,
+    stack_config,
+    stacked_blocks,
+)
 from lewis_hub.workflow.open import MergeSources
-from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot, snapshot
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
-from lewis_hub.workflow.resolve import Inputs
-from lewis_hub.workflow.resources import Loading, Measurement, Workload
-from lewis_hub.workflow.sinks import DiskNeeds
-from lewis_hub.workflow.slices import name_by_pin, stack_config, stacked_blocks
+from lewis_hub.workflow.resolve import (
+    Inputs,
+    RecipeSnapshot,
+    calibrations_of,
+    merged_entries,
+    needs_moments,
+    snapshot,
+    sources_by_reference,
+)
+from lewis_hub.workflow.resources import (
+    DiskNeeds,
+    Execution,
+    Loading,
+    Measurement,
+    Workload,
+    software,
+)
 from lewis_hub.workflow.statistics import StatisticsSettings
+from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

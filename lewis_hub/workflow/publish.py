@@ -1,4 +1,4 @@
-"""Publish a merge: compare it with the merge in the target repo, judge it, and push it."""
+"""Publish a merge: compare it with the merge in the target repo, and push it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.errors import (
     EvaluationError,
@@ -17,8 +17,8 @@ from lewis_hub.errors import (
     OutputError,
     PublishError,
 )
-from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
-from lewis_hub.evaluate.scores import ModelResult, Scores
+from lewis_hub.evaluate.gate import FILE, GateVerdict
+from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
 from lewis_hub.hub.commit import Additions, PushedCommit
 from lewis_hub.hub.facts import states_a_licence
@@ -34,25 +34,25 @@ from lewis_hub.hub.publish import (
     publish_tag,
 )
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, open_target, read_target, read_text
+from lewis_hub.hub.target import Target, open_target, read_target
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
 from lewis_hub.report.difference import differences
-from lewis_hub.report.findings import gate_section, gate_sentences, refusal, scores_table
+from lewis_hub.report.findings import gate_sentences, refusal, scores_table
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.sections import DISAGREE
-from lewis_hub.workflow.evaluate import Scored
+from lewis_hub.workflow import fetch
+from lewis_hub.workflow.evaluate import CARD, SCORES, read_scores, read_verdict
+from lewis_hub.workflow.job import MergeJob
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-
-CARD = "README.md"
+    from lewis_hub.recipe.schema import Publishing
+    from lewis_hub.report.lock import Lock
 IMPORTANCE = "lewis/importance.json"
-ITEMS = "lewis/items.json"
-SCORES = "lewis/scores.json"
 TITLE = "Merge with lewis-hub"
 BELOW = f"{TITLE}, below the quality gate"
 LONGEST_TITLE = 100
@@ -152,50 +152,6 @@ def is_this_merge(output: Path, planned: Lock) -> bool:
     return found is not None and same_merge(found, planned)
 
 
-def read_scores(output: Path) -> Scores | None:
-    """Return the scores of a finished merge; None if it was not scored."""
-    file = output / SCORES
-    return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def judge_scores(demands: Sequence[Demand], scored: Scored, repo: str | None, api: HfApi) -> Scored:
-    """Return the same scores with the gate's verdict, if there are demands.
-
-    Raises:
-        EvaluationError: the gate names an unknown metric, or one that cannot be tested.
-        PublishError: the published model cannot be read.
-    """
-    if not demands:
-        return scored
-    previous = _previous(demands, repo, api)
-    return replace(scored, gate=judge(demands, scored.scores, scored.items, previous))
-
-
-def judge_again(
-    demands: Sequence[Demand], output: Path, repo: str | None, api: HfApi
-) -> GateVerdict | None:
-    """Return the verdict on an existing merge, whose published rival may have changed.
-
-    A new verdict is written into the folder and its card. A merge that is published already is not
-    compared with itself.
-    """
-    verdict = read_verdict(output)
-    if verdict is None or not any("previous" in demand.not_worse_than for demand in demands):
-        return verdict
-    asked = _asked(repo, api)
-    lock = (output / LOCK).read_text(encoding="utf-8")
-    scores = read_scores(output)
-    if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
-        return verdict
-    items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
-    found = judge(demands, scores, items, _previous(demands, repo, api))
-    if found != verdict:
-        card = (output / CARD).read_text(encoding="utf-8")
-        write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
-        write_whole(output / FILE, found.to_json())
-    return found
-
-
 def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
     """Return the gate's verdict on the merge in the target repo; None if it was pushed by force.
 
@@ -209,39 +165,6 @@ def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict
     except EvaluationError:
         return None
     return None if verdict.missed else verdict
-
-
-def read_verdict(folder: Path) -> GateVerdict | None:
-    """Return the gate's verdict on the merge in a folder; None if there was no gate.
-
-    Raises:
-        EvaluationError: the file is damaged.
-    """
-    file = folder / FILE
-    return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
-    return HubRepo(api, repo, error_type=PublishError) if repo else None
-
-
-def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
-    """Read the results of the model that was published before."""
-    asked = _asked(repo, api)
-    wanted = any("previous" in demand.not_worse_than for demand in demands)
-    if asked is None or not wanted:
-        return Previous("the published model", why="the recipe names no repo to publish to")
-    target = read_target(asked)
-    if target.head is None:
-        return Previous(asked.name, why="the repo does not exist yet")
-    name = f"{asked.name}@{target.head}"
-    text = read_text(asked, target, ITEMS)
-    if text is None:
-        return Previous(name, why=f"it has no {ITEMS}")
-    try:
-        return Previous(name, ModelResult.from_json(text))
-    except EvaluationError as error:
-        return Previous(name, why=f"its {ITEMS} {error.problem.rstrip('.')}")
 
 
 @dataclass(frozen=True)
@@ -404,3 +327,68 @@ def _write_changelog(
         return
     write_whole(folder / difference.FILE, difference.to_json(entries))
     write_whole(card, difference.in_card(card.read_text(encoding="utf-8"), entries))
+
+
+Way = Literal["unchanged", "merge", "stream"]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The result of a preflight.
+
+    Attributes:
+        way: `unchanged`: the target repo holds this merge already; `merge`: on this disk;
+            `stream`: from Hub to Hub, because this disk is too small.
+        why: the reason, as a sentence.
+        commit_url: of the commit that holds the merge.
+    """
+
+    way: Way
+    why: str
+    commit_url: str | None = None
+
+
+def look_ahead(
+    job: MergeJob, asked: Publishing, output: Path, api: HfApi, *, force: bool
+) -> Preflight:
+    """Compare the job with disk and target; see `pipeline.preflight`."""
+    needs, planned = job.disk_needs(), job.planned
+    try:
+        fetch.require_disk(output, needs.download_bytes, needs.made_bytes)
+        found = Preflight("merge", "The disk is large enough.")
+    except OutputError as shortage:
+        if job.evaluation and job.evaluation.demands:
+            remedy = (
+                "A quality gate scores whole models, so the merge cannot be streamed: use a "
+                "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
+            )
+            raise OutputError(shortage.path, shortage.problem, remedy) from None
+        found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
+        planned = without_scores(planned)  # scores need whole models
+    previous = previous_merge(read_target(HubRepo(api, asked.repo, error_type=PublishError)), api)
+    held = None if force else _held(asked, previous, planned, api)
+    if held:
+        name, sha = asked.repo, held.source.commit_sha
+        why = f"{name}@{sha[:8]} holds this merge already."
+        return Preflight("unchanged", why, f"{api.endpoint}/{name}/commit/{sha}")
+    if previous and job.guide:
+        _keep_importance(job.guide.beside, previous, api)
+    return found
+
+
+def _held(
+    asked: Publishing, main: PreviousMerge | None, planned: Lock, api: HfApi
+) -> PreviousMerge | None:
+    """Return the planned merge if main, or an open pull request, holds it already."""
+    merges = [main]
+    if asked.landing == "pull-request":
+        merges += [previous_merge(target, api) for _, target in proposals(api, asked.repo)]
+    return next((previous for previous in merges if previous and previous.holds(planned)), None)
+
+
+def _keep_importance(folder: Path, previous: PreviousMerge, api: HfApi) -> None:
+    place = folder / "importance.json"
+    profile = previous.read(IMPORTANCE, api)
+    if profile and not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        write_whole(place, profile)

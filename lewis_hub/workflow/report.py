@@ -33,13 +33,10 @@ from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
 from lewis_hub.report.metadata import eval_results
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.workflow.calibrate import Guidance
-from lewis_hub.workflow.evaluate import Scored
+from lewis_hub.workflow.evaluate import CARD, Scored
 from lewis_hub.workflow.merge import MergedModel
-from lewis_hub.workflow.recipe_snapshot import RecipeSnapshot
-from lewis_hub.workflow.resolve import PinnedTask
+from lewis_hub.workflow.resolve import PinnedTask, RecipeSnapshot
 from lewis_hub.workflow.statistics import Gathered
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,134 @@
-"""Resolve models, datasets and tasks: pin each to a commit before anything is read."""
+"""Read a recipe, and pin what it names: models, datasets, tasks and the recipe itself."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from lewis_hub.checkpoint.lora import read_config
-from lewis_hub.errors import EvaluationError, SourceError
+from lewis_hub.errors import (
+    EvaluationError,
+    GuideError,
+    RecipeError,
+    SourceError,
+)
 from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, resolve_model
 from lewis_hub.hub.source import ADAPTERS, Source
-from lewis_hub.recipe.schema import Calibration, ModelReference
+from lewis_hub.methods import registry
+from lewis_hub.recipe import read
+from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
+from lewis_hub.recipe.schema import (
+    Calibration,
+    ModelEntry,
+    ModelReference,
+    Publishing,
+    Recipe,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from huggingface_hub import HfApi
+
+    from lewis_hub.recipe.schema import Publishing
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: a YAML file; relative paths inside it are looked up beside it, then in the
+            working folder.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or has contradictory settings.
+
+    Example:
+        >>> import lewis_hub
+        >>> recipe = lewis_hub.read_recipe(lewis_hub.zoo_folder() / "recipe.yaml")
+        >>> recipe.merge_method
+        'ties'
+    """
+    return read.read_recipe(path, rules)
+
+
+def allowing_overlap(recipe: Recipe) -> Recipe:
+    """Return the same recipe with `allow_overlap: true` in every calibration."""
+
+    def allowed(calibration: Calibration | None) -> dict[str, Calibration | None]:
+        kept = calibration and calibration.model_copy(update={"allow_overlap": True})
+        return {"calibration": kept}
+
+    guide = recipe.guide
+    changed = {
+        "models": tuple(m.model_copy(update=allowed(m.calibration)) for m in recipe.models),
+        "guide": guide and guide.model_copy(update=allowed(guide.calibration)),
+        **allowed(recipe.calibration),
+    }
+    return recipe.model_copy(update=changed)
+
+
+def rules(recipe: Recipe) -> Iterator[Complaint]:
+    """Yield the contradictions of a recipe, including those of its guide."""
+    yield from contradictions(recipe)
+    yield from _guide_complaints(recipe)
+
+
+def require_valid(recipe: Recipe) -> None:
+    """Check a recipe that was not read from a file by the same rules.
+
+    Raises:
+        RecipeError: its fields contradict each other, or its guide lacks calibration data.
+    """
+    for where, problem, remedy in rules(recipe):
+        raise RecipeError("recipe", read.dotted(where), problem, remedy)
+
+
+def _guide_complaints(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.guide is None:
+        return
+    try:
+        guide = guides.find(recipe.guide.name)
+    except GuideError as error:
+        yield ("guide", "name"), f"{error.where}: {error.problem}.", error.remedy
+        return
+    for entry in recipe.experts:
+        if guide.needs_texts and recipe.calibration_of(entry) is None:
+            problem = f"no calibration data for `{entry.model}`."
+            yield ("guide",), problem, "Add `guide.calibration`, or `calibration` to this model."
+
+
+def published_at(recipe: Recipe, repo: str) -> Recipe:
+    """Return the same recipe, published in another repo."""
+    asked = recipe.publish or Publishing(repo=repo)
+    return recipe.model_copy(update={"publish": asked.model_copy(update={"repo": repo})})
+
+
+def destination(recipe: Recipe) -> Publishing:
+    """Return the publishing settings of a recipe.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    if recipe.publish is None:
+        raise RecipeError(
+            "recipe",
+            "publish.repo",
+            "the recipe does not say where to publish.",
+            "Add `publish: {repo: owner/name}`, or give --repo owner/name.",
+        )
+    return recipe.publish
 
 
 Locate = Callable[[str], str]  # a name as written -> the path of a local file, or the name itself
@@ -234,3 +343,235 @@ def _require_pinnable(data: TaskData) -> None:
         if not is_local(file):
             problem = f"reads `{file}`, which is not a local file, so it cannot be pinned."
             raise EvaluationError(data.task, problem, remedy)
+
+
+TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
+TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
+Sources = Mapping[ModelReference, Source]  # every model that a recipe names
+Data = Mapping[Calibration, Source | PinnedTask]  # the data of each calibration
+
+
+@dataclass(frozen=True)
+class RecipeSnapshot:
+    """A recipe as it was run.
+
+    Attributes:
+        document: plain data with all defaults and pinned revisions. It can be read as a recipe
+            beside the copied task files.
+        task_folders: folder with the user's task files -> name of its copy beside the document.
+    """
+
+    document: Mapping[str, Any]
+    task_folders: Mapping[str, str]
+
+    def to_yaml(self) -> str:
+        """Return the document as text."""
+        return str(yaml.safe_dump(self.document, sort_keys=False, allow_unicode=True, width=100))
+
+    def copy_tasks(self, own: Path) -> list[str]:
+        """Copy the user's task files into a merge's folder; return their paths in it."""
+        copied = []
+        for folder, name in self.task_folders.items():
+            source, target = Path(folder), own / name
+            for file in sorted(source.rglob("*")):
+                part = file.relative_to(source)
+                is_task = file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts
+                if file.is_file() and is_task:
+                    (target / part).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target / part)
+                    copied.append(f"{name}/{part.as_posix()}")
+        return copied
+
+
+def snapshot(recipe: Recipe, sources: Sources, data: Data) -> RecipeSnapshot:
+    """Pin every revision of a recipe."""
+    task_folders = _task_folders(recipe)
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    names = {str(model): source.pinned for model, source in sources.items()}
+    del document["models" if recipe.slices else "slices"]
+    models = document.get("models", [])
+    slices = document.get("slices", [])
+    for place in (document, *slices):
+        if "base_model" in place:
+            place["base_model"] = names[place["base_model"]]
+    for model in (*models, *(source for one in slices for source in one["sources"])):
+        model["model"] = names[model["model"]]
+    _pin_tokenizer(document, recipe, sources)
+    places = [document, document.get("guide", {}), *models]
+    drawn = [place["calibration"] for place in places if "calibration" in place]
+    for calibration in drawn:
+        _pin_calibration(calibration, data)
+    for place in (document.get("evaluate", {}), *drawn):
+        if "include" in place:
+            place["include"] = task_folders[recipe.locate(place["include"])]
+    return RecipeSnapshot(document, task_folders)
+
+
+def _pin_calibration(calibration: dict[str, Any], data: Data) -> None:
+    """Write the commit of a dataset or task into a calibration; unused calibrations stay."""
+    if "task" not in calibration:
+        datasets = {one.dataset: found for one, found in data.items()}
+        dataset = datasets.get(calibration["dataset"])
+        if isinstance(dataset, Source):
+            calibration["dataset"] = dataset.pinned
+        return
+    task = data.get(Calibration.model_validate(calibration))
+    commits = set(task.commits.values()) if isinstance(task, PinnedTask) else set()
+    if len(commits) == 1:
+        calibration["revision"] = commits.pop()
+
+
+def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, sources: Sources) -> None:
+    """Pin models that are named as source of the tokenizer, a token or the chat template."""
+
+    def pin(place: dict[str, Any], key: str) -> None:
+        name = place.get(key)
+        if not isinstance(name, str) or name in ("base", "union"):
+            return
+        if model := recipe.reference(name):
+            place[key] = sources[model].pinned
+
+    pin(document, "tokenizer_source")
+    pin(document, "chat_template")
+    asked = document.get("tokenizer", {})
+    pin(asked, "source")
+    for token in asked.get("tokens", {}).values():
+        pin(token, "source")
+        if isinstance(token.get("source"), dict):
+            pin(token["source"], "model")
+
+
+def _task_folders(recipe: Recipe) -> dict[str, str]:
+    """Return the folders with the user's task files -> name of the copy."""
+    guide = recipe.guide.calibration if recipe.guide else None
+    places = [
+        recipe.evaluate,
+        recipe.calibration,
+        guide,
+        *(entry.calibration for entry in recipe.models),
+    ]
+    named = [place.include for place in places if place and place.include]
+    folders = dict.fromkeys(map(recipe.locate, named))
+    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
+
+
+def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
+    """Return the models that are merged: the experts, or all models if the method takes no base.
+
+    For slices it returns the experts; the slices themselves say where the base is used.
+    """
+    takes_base = registry.find(recipe.merge_method).takes_base
+    return recipe.experts if takes_base or recipe.slices else recipe.models
+
+
+def sources_by_reference(recipe: Recipe, inputs: Inputs) -> dict[ModelReference, Source]:
+    """Return the pinned source of each model of a recipe."""
+    models = [entry.model for entry in merged_entries(recipe)]
+    sources = dict(zip(models, inputs.experts, strict=True))
+    if recipe.base_model and inputs.base:
+        sources[recipe.base_model] = inputs.base
+    return sources
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Return whether the method solves or trims with second moments of the experts' inputs."""
+    return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
+
+
+def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
+    """Return the calibration of each expert, in order; empty if guide and method need no texts."""
+    if recipe.guide is None and not needs_moments(recipe):
+        return ()
+    calibrations = (recipe.calibration_of(entry) for entry in merged_entries(recipe))
+    return tuple(calibration for calibration in calibrations if calibration)
+
+
+def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) -> Inputs:
+    """Pin every source of a recipe.
+
+    Raises:
+        RecipeError: its fields contradict each other, or its guide lacks calibration data.
+        SourceError: a source cannot be found or may not be read.
+    """
+    require_valid(recipe)
+
+    def model(reference: ModelReference) -> Source:
+        code = reference.name in recipe.allow_code
+        return resolve_source(reference, api, recipe.locate, allow_pickle=allow_pickle, code=code)
+
+    base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
+    entries = merged_entries(recipe)
+    experts = tuple(model(entry.model) for entry in entries)
+    for entry, expert in zip(entries, experts, strict=True):
+        if entry.model.on and not expert.is_adapter:
+            problem = "this is a whole model, but `+` adds a LoRA adapter to a model"
+            raise SourceError(expert.pinned, problem, "Remove the part before the `+`.")
+        if base is None:
+            require_whole(api, expert)
+    return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
+
+
+def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
+    """Return the local files that a recipe names, by their path beside it.
+
+    Raises:
+        RecipeError: a model is a local folder, or a file is not beside the recipe.
+    """
+    for model in _models(recipe):
+        if Path(recipe.locate(model)).exists():
+            problem = f"`{model}` is a local folder, but a Job reads models from the Hub."
+            raise RecipeError(
+                str(file), "models", problem, f"Push it: `lewis-hub push {model} OWNER/NAME`."
+            )
+    found: dict[str, Path] = {}
+    beside = file.resolve().parent
+    for name in _data(recipe):
+        place = Path(recipe.locate(name))
+        if not place.exists():
+            continue  # a repo, or a missing file, which the check reports
+        if Path(name).is_absolute() or not place.is_relative_to(beside):
+            problem = f"`{name}` is not beside the recipe, so a Job cannot read it."
+            raise RecipeError(str(file), "", problem, "Move it there, or to a repo on the Hub.")
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        found |= {
+            str(path.relative_to(beside)): path
+            for path in inside
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+    return found
+
+
+def _models(recipe: Recipe) -> Iterator[str]:
+    if recipe.base_model:
+        yield recipe.base_model.name
+    for entry in recipe.experts:
+        yield entry.model.name
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    if recipe.evaluate and recipe.evaluate.include:
+        yield recipe.evaluate.include
+    for entry in recipe.experts:
+        calibration = recipe.calibration_of(entry)
+        named = calibration and (calibration.dataset, calibration.include)
+        yield from filter(None, named or ())
+
+
+def require_streamable(recipe: Recipe) -> None:
+    """Refuse a recipe that scores, because scoring needs whole models on the disk.
+
+    Raises:
+        RecipeError: the recipe has `evaluate`.
+    """
+    if recipe.evaluate is None:
+        return
+    problem = "scoring needs whole models on the disk, and --stream keeps none."
+    where = "evaluate"
+    remedy = "Add --no-eval, and score the result on a larger disk: `lewis-hub evaluate REPO`."
+    if recipe.evaluate.gate:
+        where = "evaluate.gate"
+        remedy = (
+            "A gate needs the scores before the push. Merge without --stream on a machine with "
+            "enough disk, for example with `--on jobs`; or remove the gate, then add --no-eval."
+        )
+    raise RecipeError("recipe", where, problem, remedy)

@@ -32,19 +32,35 @@ from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.plots import draw as draw_plots
-from lewis_hub.workflow.calibrate import TextSettings, draw, known_profile
+from lewis_hub.workflow.calibrate import known_profile
 from lewis_hub.workflow.check import settle
-from lewis_hub.workflow.contamination import ScoredTasks
-from lewis_hub.workflow.evaluate import Candidate, Run, score
-from lewis_hub.workflow.examine import resolve_inputs, task_selection
-from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.fetch import convert_pickles, download, fetch_whole
+from lewis_hub.workflow.evaluate import CARD, Candidate, Run, score
+from lewis_hub.workflow.examine import task_selection
+from lewis_hub.workflow.fetch import (
+    ModelLoader,
+    choose_loading,
+    convert_pickles,
+    download,
+    fetch_whole,
+)
 from lewis_hub.workflow.job import planned_lock, take_snapshot
-from lewis_hub.workflow.load import ModelLoader, choose_loading
 from lewis_hub.workflow.open import Opened, OpenedSource, open_model
-from lewis_hub.workflow.read import read_recipe
-from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_one
-from lewis_hub.workflow.resources import ALLOW, EVEN_SO, Loading, blocks_bytes, states_bytes
+from lewis_hub.workflow.resolve import (
+    hub_api,
+    read_recipe,
+    resolve_data,
+    resolve_inputs,
+    resolve_one,
+)
+from lewis_hub.workflow.resources import (
+    ALLOW,
+    EVEN_SO,
+    Execution,
+    Loading,
+    blocks_bytes,
+    states_bytes,
+)
+from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:
@@ -52,7 +68,6 @@ if TYPE_CHECKING:
 
     from lewis_hub.merge.extract_lora import Extracted
 
-CARD = "README.md"
 RANK = 32  # of an adapter's updates, unless a rank or an error is given
 PROFILE = "importance.json"
 IN_A_MERGE = f"lewis/{PROFILE}"
@@ -60,18 +75,37 @@ GUIDE: Measure = "lewis"
 RECIPES = (".yaml", ".yml")
 
 
-def score_one(
-    source: Source, asked: Evaluation, execution: Execution, api: HfApi, progress: Progress
+def evaluate_model(
+    model: ModelReference | Path | str,
+    asked: Evaluation,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
-    """Score a whole model.
+    """Score one model on lm-eval tasks.
 
     Pickled weights are converted first. Quantised weights that a merge can read are scored from a
     bfloat16 copy; transformers loads all others.
 
+    Args:
+        model: a repo, repo@revision or folder.
+        asked: tasks, the user's task files and the limit.
+        execution: device, and whether benchmarks may run code.
+        progress: shows progress; None: shows nothing.
+
     Raises:
-        EvaluationError: a task or the model cannot be used.
-        SourceError: a file cannot be read.
+        LewisHubError: the model or a task cannot be used.
+
+    Example:
+        >>> tasks = str(lewis_hub.zoo_folder() / "tasks")
+        >>> asked = lewis_hub.Evaluation(tasks=("zoo_reverse",), include=tasks, limit=5)
+        >>> scores = lewis_hub.evaluate_model("zoo/expert-reverse", asked)
+        >>> scores.tasks["zoo_reverse"].n
+        5
     """
+    execution, progress = execution or Execution(), progress or Silent()
+    execution.require_usable()
+    api = hub_api()
+    source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
     selected = task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     check_tasks(selected)
     whole = source

@@ -25,29 +25,10 @@ from lewis_hub.progress import Progress
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.merge import report_nan, write_weights
 from lewis_hub.workflow.publish import Destination, published_importance, push
+from lewis_hub.workflow.resources import DiskNeeds
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
-
-
-@dataclass(frozen=True)
-class DiskNeeds:
-    """The bytes that a merge takes on the disk.
-
-    Attributes:
-        download_bytes: of sources that are not in the cache.
-        made_bytes: of all written files except downloads and hidden states.
-        statistics_bytes: of second moments, or of matrices that are fitted with them.
-        states_bytes: of the hidden states of calibration texts.
-        shard_bytes: of the largest file of weights.
-    """
-
-    download_bytes: int
-    output_bytes: int
-    made_bytes: int
-    statistics_bytes: int
-    states_bytes: int
-    shard_bytes: int
 
 
 @dataclass(frozen=True)

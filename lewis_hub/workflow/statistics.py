@@ -28,12 +28,11 @@ from lewis_hub.merge.plan import Fitted, Gram, Known, ShardPlan, Statistics, unk
 from lewis_hub.merge.reference import Moments
 from lewis_hub.progress import Advance
 from lewis_hub.report.facts import Measured
-from lewis_hub.workflow.calibrate import Sets, remap_token_ids
-from lewis_hub.workflow.fetch import Folders, small_files
-from lewis_hub.workflow.load import ModelLoader
-from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, report_nan
+from lewis_hub.workflow.fetch import ModelLoader, small_files
+from lewis_hub.workflow.merge import Folders, PlanSettings, SidecarSettings, report_nan
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import MomentSettings
+from lewis_hub.workflow.texts import Sets, remap_token_ids
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -225,14 +224,14 @@ def _lacking_note(lacking: Sequence[str], then: str, loader: ModelLoader) -> tup
     return (note,)
 
 
-def require_by_block(settings: StatisticsSettings, api: HfApi) -> None:
+def require_by_block(settings: StatisticsSettings | None, api: HfApi) -> None:
     """Refuse an architecture that cannot be fitted in sequence, before weights are downloaded.
 
     Raises:
         NotByBlockError: its blocks share weights, it is an encoder-decoder, or an expert lacks
             matrices of its blocks.
     """
-    if not settings.moments.in_sequence:
+    if settings is None or not settings.moments.in_sequence:
         return
     from lewis_hub.calibration.meta_model import build_meta_model
     from lewis_hub.calibration.sequential import require_beside

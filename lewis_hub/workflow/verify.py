@@ -33,7 +33,7 @@ from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
 from lewis_hub.report.lock import Lock, OutputFile, is_provenance_of
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.page import FILE as REPORT
-from lewis_hub.workflow.examine import calibrations_of
+from lewis_hub.workflow.resolve import calibrations_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

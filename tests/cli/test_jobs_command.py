@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from lewis_hub.cli.jobs import job_options, job_result, printed_document
 from lewis_hub.cli.main import cli
 from lewis_hub.errors import RecipeError
+from lewis_hub.pipeline import Hardware, job_request
 from lewis_hub.recipe.read import read_recipe
-from lewis_hub.workflow.ci import Hardware, request
 
 RECIPE = """base_model: a/b
 models: [{model: a/c}]
@@ -37,7 +37,7 @@ def refused(*words):
 def make_request(folder, text=RECIPE, options=("--push",)):
     (folder / "recipe.yaml").write_text(text)
     file = folder / "recipe.yaml"
-    return request(file, read_recipe(file), options, HERE)
+    return job_request(file, read_recipe(file), options, HERE)
 
 
 @pytest.mark.parametrize(

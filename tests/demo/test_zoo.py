@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from lewis_hub.demo.tasks import SKILLS
 from lewis_hub.demo.zoo import DATASETS, MODELS, OWNER, seed_hub, zoo_folder
 from lewis_hub.localhub.hub import Hub
-from lewis_hub.workflow.read import read_recipe
+from lewis_hub.workflow.resolve import read_recipe
 
 
 def parameters(name: str) -> dict[str, tuple[str, list[int]]]:

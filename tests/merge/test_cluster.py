@@ -20,7 +20,7 @@ from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeErro
 from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Backend, Ray, _start, inline, parse_runner, threads
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 N_SHARDS = 6

@@ -12,7 +12,7 @@ from lewis_hub.merge.engine import run
 from lewis_hub.merge.planning import make_plan
 from lewis_hub.merge.runners import Backend, inline, threads
 from lewis_hub.methods.registry import find, methods
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 NAMES = [method.name for method in methods()]
 ELEMENTWISE = ["ties", "dare_ties", "dare_linear", "linear", "task_arithmetic", "della"]

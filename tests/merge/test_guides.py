@@ -19,7 +19,7 @@ from lewis_hub.guides.schedule import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.methods.registry import methods
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.read import read_recipe, rules
+from lewis_hub.workflow.resolve import read_recipe, rules
 
 GUIDES = [guide.name for guide in registry.guides()]
 FILE = "model.safetensors"

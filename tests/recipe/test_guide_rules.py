@@ -4,8 +4,7 @@ import pytest
 
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.workflow.examine import resolve_inputs
-from lewis_hub.workflow.read import read_recipe
+from lewis_hub.workflow.resolve import read_recipe, resolve_inputs
 
 GOOD = """base_model: a/b
 models:

@@ -13,7 +13,7 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import AdapterError, CheckFailedError, SourceError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 RECIPE = """base_model: zoo/base
 models:
@@ -215,7 +215,7 @@ def test_an_adapter_needs_a_base_that_is_a_whole_model(api, adapter, tmp_path):
     assert problem(parse_recipe(without.replace("ADAPTER", str(adapter)), "r.yaml")) == needs
     assert problem(parse_recipe(under.replace("ADAPTER", "zoo/expert-reverse"), "r.yaml")) == needs
     with pytest.raises(SourceError) as caught:
-        pipeline.evaluate_model(
+        lewis_hub.evaluate_model(
             lewis_hub.ModelReference(name=str(adapter)),
             lewis_hub.Evaluation(tasks=("zoo_reverse",), include=str(zoo_folder() / "tasks")),
         )
@@ -231,7 +231,7 @@ def test_a_model_with_an_adapter_on_it_is_not_scored_by_itself(api):
     model = lewis_hub.ModelReference.model_validate("zoo/base+zoo/expert-reverse")
 
     with pytest.raises(SourceError) as caught:
-        pipeline.evaluate_model(model, tasks)
+        lewis_hub.evaluate_model(model, tasks)
 
     assert str(caught.value) == (
         "zoo/base+zoo/expert-reverse: `+` adds a LoRA adapter to a model, which only a merge can "

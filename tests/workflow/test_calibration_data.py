@@ -28,9 +28,9 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.schema import ModelReference
-from lewis_hub.workflow.calibrate import TextSettings, draw
-from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.resolve import pin_task, scored_commits
+from lewis_hub.workflow.resources import Execution
+from lewis_hub.workflow.texts import TextSettings, draw
 
 TASKS = zoo_folder() / "tasks"
 TEMPLATE = 'text: "Question: {question}\\nAnswer: {answer}"'

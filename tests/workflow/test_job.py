@@ -11,14 +11,14 @@ import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.execution import Execution
 from lewis_hub.workflow.job import prepare
+from lewis_hub.workflow.resources import Execution
 
 PACKAGE = Path(lewis_hub.__file__).parent
 # They read a recipe, or answer questions about it; every other module takes values of a job.
 BORDER = {
-    *("pipeline.py", "workflow/read.py", "workflow/examine.py", "workflow/job.py"),
-    *("workflow/recipe_snapshot.py", "workflow/ci.py", "workflow/single_model.py"),
+    *("pipeline.py", "workflow/resolve.py", "workflow/examine.py", "workflow/job.py"),
+    "workflow/single_model.py",
     *("tune/run.py", "tune/space.py"),
 }
 RECIPE = """base_model: zoo/base

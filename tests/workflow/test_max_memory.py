@@ -16,9 +16,8 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.execution import Execution
-from lewis_hub.workflow.load import choose_loading
-from lewis_hub.workflow.resources import Loading
+from lewis_hub.workflow.fetch import choose_loading
+from lewis_hub.workflow.resources import Execution, Loading
 
 TEXT = "Question: {question}\\nAnswer: {answer}"
 RECIPE = f"""base_model: zoo/base

@@ -16,7 +16,7 @@ from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, PickleError, SourceError
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 GUIDE = """guide:
   calibration: {dataset: zoo/reverse, text: "{question} {answer}", samples: 2}

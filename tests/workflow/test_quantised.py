@@ -293,7 +293,7 @@ def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layo
     said = said_titles()
 
     one, two = (
-        pipeline.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
+        lewis_hub.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
         for folder in (few, plain)
     )
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import NonFiniteError, NotByBlockError, RecipeError
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 METHOD = "merge_method: regmean\nparameters: {inputs: merged, off_diagonal: 0.9}\n"
 RECIPE = MODELS + METHOD

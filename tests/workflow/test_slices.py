@@ -14,7 +14,7 @@ from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 STACK = """base_model: zoo/base
 slices:

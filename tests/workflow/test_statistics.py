@@ -27,7 +27,7 @@ from lewis_hub.errors import LewisHubError, OutputError, RecipeError
 from lewis_hub.methods.registry import methods
 from lewis_hub.recipe.rules import STATISTICAL
 from lewis_hub.workflow.examine import plain_twin
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 RECIPE = MODELS + "merge_method: regmean\n"
 PLAIN = RECIPE.replace("regmean", "ties")

@@ -36,7 +36,7 @@ from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import RecipeError
 from lewis_hub.hub.cache import cache_root
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 RECIPE = """base_model: tests/base
 models:

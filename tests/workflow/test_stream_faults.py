@@ -26,7 +26,7 @@ import lewis_hub
 from lewis_hub.errors import LewisHubError
 from lewis_hub.localhub.faults import Fault
 from lewis_hub.recipe.read import parse_recipe
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 RECIPE = """base_model: tests/base
 models: [{model: tests/expert}]

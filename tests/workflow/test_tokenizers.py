@@ -19,7 +19,7 @@ import lewis_hub
 from lewis_hub.errors import CheckFailedError, RecipeError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import CHAT_TEMPLATES
-from lewis_hub.workflow.execution import Execution
+from lewis_hub.workflow.resources import Execution
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TEMPLATE = "{% for m in messages %}NAME {{ m['content'] }}{% endfor %}"

@@ -1,25 +1,41 @@
-"""Refuse calibration texts that contain scored items; every item of every task is compared."""
+"""Draw calibration texts, and refuse texts that hold scored items."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
+from lewis_hub.calibration.profile import (
+    calibration_facts,
+)
+from lewis_hub.calibration.subject import CalibrationSet
+from lewis_hub.calibration.texts import (
+    CalibrationTokens,
+    Template,
+    TextRows,
+    calibration_tokens,
+    load_tokenizer,
+    template_of,
+)
 from lewis_hub.errors import CalibrationError, EvaluationError
+from lewis_hub.evaluate import items
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
-from lewis_hub.evaluate.items import TaskItem, TaskRows, contained_items, scored_items
+from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of, contained_items, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.hub.rows import load_rows
+from lewis_hub.hub.source import Source
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Calibration
-from lewis_hub.workflow.resolve import scored_commits
+from lewis_hub.workflow.fetch import small_files
+from lewis_hub.workflow.open import OpenedSource
+from lewis_hub.workflow.resolve import PinnedTask, scored_commits
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
 Values = frozenset[str]  # texts without case and white space
 
 
@@ -158,14 +174,138 @@ def refuse_overlap(
         return
     progress.say("Comparing calibration texts with the items that are scored")
     known = scored.items()
-    for calibration, items in compared.items():
-        found = count_overlap(items, known)
+    for calibration, texts in compared.items():
+        found = count_overlap(texts, known)
         if found:
             counts = ", ".join(f"{n} of {task}" for task, n in sorted(found.items()))
             raise CalibrationError(
                 f"calibration on {calibration.data}, split {calibration.split}",
-                f"of {len(items)} texts, `evaluate` scores {counts}",
+                f"of {len(texts)} texts, `evaluate` scores {counts}",
                 "A score on calibration texts is meaningless: name another split, or another "
                 "`seed`.\n`allow_overlap: true` in this calibration, or `--allow-overlap`, "
                 "continues anyway.",
             )
+
+
+Sets = Sequence[CalibrationSet]  # one per expert; empty if nothing is measured on texts
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """The data of the calibration texts.
+
+    Attributes:
+        tokenizer: source whose tokenizer cuts the texts.
+        calibrations: of each expert, in order; empty if nothing is measured on texts.
+    """
+
+    tokenizer: Source
+    seed: int
+    allow_code: bool
+    data: Mapping[Calibration, Source | PinnedTask]
+    calibrations: tuple[Calibration, ...]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens to measure on, and the texts as `contamination` compares them."""
+
+    tokens: CalibrationSet
+    texts: list[DrawnText]
+
+
+def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress: Progress) -> Drawn:
+    """Draw, render and tokenise the texts of one calibration.
+
+    Raises:
+        SourceError: a configuration or split is missing.
+        EvaluationError: a task has no such split, or its items cannot be rendered.
+        CalibrationError: the template does not fit, or no text is left.
+    """
+    donor, data = settings.tokenizer, settings.data[calibration]
+    tokenizer = load_tokenizer(str(small_files(api, donor)), donor.name)
+    rows = _rows(settings, calibration, api)
+    template = template_of(calibration, tokenizer)
+    if isinstance(rows, items.TaskRows) and calibration.chat_template:
+        rows = replace(rows, chat=chat_of(tokenizer))
+    tokens = calibration_tokens(rows, calibration, tokenizer, settings.seed)
+    drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
+    progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
+    facts = calibration_facts(calibration, _facts(data), settings.seed, _tokenizer_digest(donor))
+    texts = drawn_texts(rows, template, tokens)
+    return Drawn(CalibrationSet(facts | tokens.facts, tokens), texts)
+
+
+def _rows(settings: TextSettings, calibration: Calibration, api: HfApi) -> TextRows:
+    data = settings.data[calibration]
+    if isinstance(data, Source):
+        return load_rows(api, data, calibration.config, calibration.split)
+    selection = replace(data.selection, allow_code=settings.allow_code)
+    return items.load_rows(
+        selection, calibration.split, data.commits, allow_scored=calibration.allow_overlap
+    )
+
+
+def _facts(data: Source | PinnedTask) -> dict[str, str]:
+    if isinstance(data, Source):
+        return {"dataset": data.pinned, "dataset_sha": data.commit_sha}
+    return data.facts
+
+
+def _tokenizer_digest(source: Source) -> str:
+    """Return a digest over the tokenizer's files, which determine the token ids."""
+    files = [file for file in source.files if "token" in file.path or "vocab" in file.path]
+    lines = "\n".join(f"{file.path} {file.digest}" for file in files)
+    return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
+
+
+def draw_texts(
+    settings: TextSettings, scored: ScoredTasks | None, api: HfApi, progress: Progress
+) -> dict[Calibration, Drawn]:
+    """Draw the texts of all calibrations; no text may hold an item that `scored` scores.
+
+    Raises:
+        SourceError, EvaluationError: a configuration or split is missing.
+        CalibrationError: the template does not fit, no text is left, or an item is scored.
+    """
+    distinct = dict.fromkeys(settings.calibrations)
+    drawn = {texts: draw(settings, texts, api, progress) for texts in distinct}
+    refuse_overlap(scored, {key: one.texts for key, one in drawn.items()}, progress)
+    return drawn
+
+
+def calibration_sets(
+    settings: TextSettings, drawn: Mapping[Calibration, Drawn], experts: Sequence[OpenedSource]
+) -> tuple[CalibrationSet, ...]:
+    """Return a set per expert; equal sets are shared.
+
+    Raises:
+        CalibrationError: an expert lacks a token of its texts.
+    """
+    sets = tuple(drawn[texts].tokens for texts in settings.calibrations)
+    if sets:
+        for expert, texts in zip(experts, sets, strict=True):
+            remap_token_ids(texts, expert, settings.tokenizer.name)
+    return sets
+
+
+def remap_token_ids(texts: CalibrationSet, source: OpenedSource, tokenizer: str) -> CalibrationSet:
+    """Return a set in the token ids of a source; `tokenizer` names the model that cut the texts.
+
+    Raises:
+        CalibrationError: the texts have a token that the source lacks.
+    """
+    remap, tokens = source.translation, texts.tokens
+    if remap is None:
+        return texts
+    used = dict.fromkeys(i for text in tokens.ids for i in text)
+    if lacking := [remap.lacking.get(i, f"number {i}") for i in used if i not in remap.ids]:
+        problem = f"{source.name} has no token {lacking[0]!r}"
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        remedy = "All models need the same tokens: choose other texts, use guide `uniform`, or "
+        remedy += "remove this model."
+        where = f"calibration texts, cut by the tokenizer of {tokenizer}"
+        raise CalibrationError(where, problem + more, remedy)
+    ids = tuple(tuple(remap.ids[i] for i in text) for text in tokens.ids)
+    end = None if tokens.end is None else remap.ids.get(tokens.end)
+    return replace(texts, tokens=replace(tokens, ids=ids, end=end))
