@@ -6,7 +6,9 @@ from click.testing import CliRunner
 
 from lewis_hub.cli.jobs import job_options, job_result, printed_document
 from lewis_hub.cli.main import cli
-from lewis_hub.errors import RecipeError
+from lewis_hub.demo.zoo import seed_hub
+from lewis_hub.errors import CheckFailedError, RecipeError
+from lewis_hub.localhub.jobs import Jobs
 from lewis_hub.pipeline import Hardware, job_request
 from lewis_hub.recipe.read import read_recipe
 
@@ -162,3 +164,22 @@ def test_the_result_of_a_job_is_its_document_s_unless_the_hub_contradicts_it(
     reported_code, printed, code, status
 ):
     assert job_result(reported_code, printed) == (code, status)
+
+
+@pytest.mark.parametrize("command", ["merge --push --on jobs", "schedule --cron @daily"])
+def test_a_problem_of_the_recipe_is_reported_before_a_job_is_created(
+    command, hub, folder, monkeypatch
+):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.setattr(hub, "jobs", Jobs(folder, hub.url))
+    text = RECIPE.replace("a/b", "zoo/base").replace("a/c", "zoo/expert-reverse")
+    text += f"publish: {{repo: {hub.user}/again, license: apache-2.0}}\n"
+    text += "parameters: {density: [{filter: no_such_tensor, value: 0.5}, {value: 1.0}]}\n"
+    (folder / "recipe.yaml").write_text(text)
+
+    done = CliRunner().invoke(cli, [*command.split(), "--flavor", "x", "recipe.yaml"])
+
+    assert isinstance(done.exception, CheckFailedError)
+    assert "no_such_tensor" in str(done.exception)
+    assert hub.jobs.jobs == hub.jobs.schedules == {}
