@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from lewis_hub.checkpoint.bitsandbytes import ReadTensor, dequantise_bitsandbytes
-from lewis_hub.checkpoint.block_scales import FP8_BLOCK, dequantise_fp8, dequantise_integers
+from lewis_hub.checkpoint.codes import (
+    FP8_BLOCK,
+    ReadTensor,
+    dequantise_bitsandbytes,
+    dequantise_fp8,
+    dequantise_integers,
+    dequantise_packed,
+)
 from lewis_hub.checkpoint.header import COPIED, Layout
-from lewis_hub.checkpoint.packed import dequantise_packed
 from lewis_hub.checkpoint.reader import Checkpoint
 
 KEYS = ("quantization_config", "compression_config")  # in config.json; the second is older

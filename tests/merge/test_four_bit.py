@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lewis_hub.checkpoint.bitsandbytes import dequantise_bitsandbytes
+from lewis_hub.checkpoint.codes import dequantise_bitsandbytes
 from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
@@ -160,6 +160,6 @@ def test_scales_of_other_rows_are_told(zoo):
     tensors = {"a.weight": torch.zeros(4, 3, dtype=torch.int8), "a.SCB": torch.ones(3)}
 
     with pytest.raises(
-        BrokenCheckpointError, match=r"`a.SCB` is F32 of shape \[3\], which does not fit the"
+        BrokenCheckpointError, match=r"`a.SCB` is F32 of shape \[3\], which does not fit a"
     ):
         opened(zoo, tensors)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.block_scales import dequantise_integers
+from lewis_hub.checkpoint.codes import dequantise_integers
 from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource
@@ -190,7 +190,8 @@ BROKEN = {
     ),
     "zeros for nothing": (
         {"a.weight_zero_point": torch.zeros(2, 2, dtype=torch.int32)},
-        "`a.weight_zero_point` is I32 of shape [2, 2], which does not fit scales of shape [8, 2]",
+        "`a.weight_zero_point` is I32 of shape [2, 2], which does not fit "
+        "a.weight_scale of shape [8, 2]",
     ),
     "an order of other columns": (
         {"a.weight_g_idx": torch.zeros(31, dtype=torch.int32)},

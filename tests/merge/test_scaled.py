@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.block_scales import dequantise_fp8
+from lewis_hub.checkpoint.codes import dequantise_fp8
 from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.kernels.calls import scale_up

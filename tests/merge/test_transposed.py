@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.packed import dequantise_packed
+from lewis_hub.checkpoint.codes import dequantise_packed
 from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.planning import MergeSource

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lewis_hub.checkpoint.block_scales import dequantise_fp8
+from lewis_hub.checkpoint.codes import dequantise_fp8
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import BrokenCheckpointError
