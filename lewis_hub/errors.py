@@ -25,14 +25,17 @@ class LewisHubError(Exception):
 
 @dataclass(eq=False)
 class LocatedError(LewisHubError):
-    """A message of three parts: where, what is wrong, and what to do next."""
+    """A message of three parts: where, what is wrong, and what to do next.
+
+    The problem needs no full stop at its end.
+    """
 
     where: str
     problem: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}.\n{self.remedy}"
+        return f"{self.where}: {self.problem.removesuffix('.')}.\n{self.remedy}"
 
 
 @dataclass(eq=False)
@@ -164,31 +167,15 @@ class ProfileError(CalibrationError):
 # -- the output folder
 
 
-@dataclass(eq=False)
-class OutputError(LewisHubError):
+class OutputError(LocatedError):
     """The output folder cannot be written."""
-
-    path: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}\n{self.remedy}"
 
 
 # -- evaluation
 
 
-@dataclass(eq=False)
-class EvaluationError(LewisHubError):
-    """A benchmark is missing, unsafe or without result; `subject` is a task, file or folder."""
-
-    subject: str
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.subject}: {self.problem}\n{self.remedy}"
+class EvaluationError(LocatedError):
+    """A benchmark is missing, unsafe or without result; `where` is a task, file or folder."""
 
 
 class TuningError(LocatedError):

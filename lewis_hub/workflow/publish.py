@@ -362,8 +362,8 @@ def look_ahead(
                 "A quality gate scores whole models, so the merge cannot be streamed: use a "
                 "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
             )
-            raise OutputError(shortage.path, shortage.problem, remedy) from None
-        found = Preflight("stream", f"{shortage.path}: {shortage.problem}")
+            raise OutputError(shortage.where, shortage.problem, remedy) from None
+        found = Preflight("stream", f"{shortage.where}: {shortage.problem}")
         planned = without_scores(planned)  # scores need whole models
     previous = previous_merge(read_target(HubRepo(api, asked.repo, error_type=PublishError)), api)
     held = None if force else _held(asked, previous, planned, api)

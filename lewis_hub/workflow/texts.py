@@ -157,7 +157,7 @@ class ScoredTasks:
             if self.are_scored_now:
                 raise
             remedy = f"{error.remedy}\nOr merge without comparing: `--allow-overlap`."
-            raise EvaluationError(error.subject, error.problem, remedy) from error
+            raise EvaluationError(error.where, error.problem, remedy) from error
 
 
 def refuse_overlap(

@@ -41,14 +41,14 @@ def test_a_column_that_is_not_there_is_named(refusal):
     message = refusal("after : {{word}}", "after : {{wort}}")
 
     assert message == (
-        f"after: cannot be built: UndefinedError: 'wort' is undefined\n{FILE_REMEDY}"
+        f"after: cannot be built: UndefinedError: 'wort' is undefined.\n{FILE_REMEDY}"
     )
 
 
 def test_a_split_that_is_not_there_is_named(refusal):
     message = refusal("test_split: test", "test_split: validation")
 
-    assert message == f"after: cannot be built: KeyError: 'validation'\n{FILE_REMEDY}"
+    assert message == f"after: cannot be built: KeyError: 'validation'.\n{FILE_REMEDY}"
 
 
 def test_a_data_file_that_is_not_there_is_named(refusal, own_tasks):
@@ -56,7 +56,7 @@ def test_a_data_file_that_is_not_there_is_named(refusal, own_tasks):
 
     assert message == (
         "after: its data `json` cannot be loaded: "
-        f"Unable to find '{own_tasks}/gone.jsonl'\n{DATA_REMEDY}"
+        f"Unable to find '{own_tasks}/gone.jsonl'.\n{DATA_REMEDY}"
     )
 
 
