@@ -1,168 +1,196 @@
-"""The model card `README.md`: of a merge (`templates/card.md.j2`) and of an extracted adapter."""
+"""The model card `README.md`: of a merge (`templates/card.md.j2`) and of an extracted adapter.
+
+Also the entries of leaderboards, `.eval_results/*.yaml`. The Hub takes them only for datasets that
+it lists as benchmarks, so they are written only for the benchmarks that the recipe names.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
+from math import isfinite
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from lewis_hub.display import size
+from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores
+from lewis_hub.guides.registry import guides
+from lewis_hub.guides.schedule import weighted_mean
+from lewis_hub.hub.facts import Licence, stated_licence
 from lewis_hub.hub.source import Source
-from lewis_hub.report import findings, markdown, page, sections
-from lewis_hub.report.citations import HARNESS, bibtex, papers
-from lewis_hub.report.facts import CardFacts
+from lewis_hub.recipe.schema import REPO, Benchmark
+from lewis_hub.report import findings, markdown
+from lewis_hub.report.cost import duration
+from lewis_hub.report.facts import GUIDES, METHODS, CardFacts, Guided, Measured
 from lewis_hub.report.lock import BUILDER
-from lewis_hub.report.metadata import card_data
-from lewis_hub.report.plots import Plot
-from lewis_hub.report.profiles import short_name
+from lewis_hub.report.plots import PAIRED, WORDS
+from lewis_hub.report.profiles import short_name, unique_slugs
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
+    from lewis_hub.calibration.profile import SourceImportance
     from lewis_hub.merge.extract_lora import Extracted
 
-TEMPLATE = "card.md.j2"
-PACKAGE = "lewis_hub"
+DISAGREE = "The licences of the parents differ"
 N_WORST = 5  # modules that an adapter's card lists
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+BLOCKS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+FOLDER = ".eval_results"
+DIGITS = 6
+HUB_REPO = re.compile(rf"{REPO.pattern}|[A-Za-z0-9][\w.-]*", re.ASCII)  # gpt2 has no owner
+IDENTIFIER = re.compile(r"[a-z0-9][a-z0-9.-]*")
+FILTERS = {
+    **{name: getattr(markdown, name) for name in ("attribute", "code", "fenced", "link", "text")},
+    "count": lambda value: f"{value:,}" if isinstance(value, int) else "–",
+    "duration": duration,
+    "json": json.dumps,
+    "shell": shlex.quote,
+    "short_name": short_name,
+    "size": lambda n_bytes: "–" if n_bytes is None else size(n_bytes),
+    "stated_licence": stated_licence,
+    "weighted_mean": weighted_mean,
+}
 
 
 def model_card(facts: CardFacts) -> ModelCard:
     """Write the card; the same facts give the same text."""
     from huggingface_hub import ModelCard
+
+    return ModelCard(
+        _document(
+            card_data(facts),
+            "card.md.j2",
+            {"model": partial(_model, facts), "listed": _listed, "licence": _licence_link},
+            facts=facts,
+            **_description(facts),
+            **_guidance(facts.guided),
+            **_scores(facts),
+        )
+    )
+
+
+def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = files("lewis_hub.templates").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    body = environment.from_string(template).render(**_description(facts), **_scores(facts))
-    return ModelCard(f"---\n{card_data(facts).to_yaml(line_break=chr(10))}\n---\n\n{body}")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {**FILTERS, **filters}
+    text = files("lewis_hub.templates").joinpath(template).read_text(encoding="utf-8")
+    body = environment.from_string(text).render(values)
+    return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}"
 
 
 def _description(facts: CardFacts) -> dict[str, Any]:
-    guided = facts.guided
-    machine = sections.machine(facts.machine) if facts.machine else ""
+    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
+    licences = [stated_licence(facts.models[source.pinned]) for source in facts.sources]
     return {
-        "title": markdown.text(facts.title),
-        "summary": sections.summary(facts),
-        "details": list(sections.details(facts)),
-        "page": page.FILE,
-        "snippet": markdown.fenced(usage(facts), "python"),
-        "intended": list(sections.intended(facts)),
-        "picture_note": sections.picture_note(guided) if guided else "",
-        "pictures": list(_pictures(facts)),
-        "densities": sections.densities(facts),
-        "weights": sections.weights(facts),
-        "inputs": sections.inputs(facts),
-        "licence": sections.licence(facts),
-        "stack": sections.stack(facts),
-        "calibration": sections.calibration(facts),
-        "measurement": sections.MEASUREMENT.get(guided.guide, "") if guided else "",
-        "recipe": markdown.fenced(facts.recipe, "yaml"),
-        "mergekit": facts.mergekit,
-        "reproduce": markdown.fenced(_reproduce(facts), "bash"),
-        "digest": markdown.code(facts.digest),
-        "software": _software(facts),
-        "cost": sections.cost(facts.costs),
-        "machine": markdown.text(machine),
-        "whole_process": any(cost.peak_over == "process" for cost in facts.costs),
-        "bibtex": _bibtex(facts),
+        "methods": METHODS,
+        "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
+        "config": _configuration(facts.config),
+        "tasks": list(facts.scores.tasks) if facts.scores else [],
+        # The Hub resolves a relative `src`; whether it resolves a relative `srcset` is unknown.
+        "dark_folder": f"{url}/resolve/main/lewis" if url else "lewis",
+        "licences": list(dict.fromkeys(licences)),
+        "disagree": DISAGREE,
+        "calibrated": _calibrated(facts),
+        "datasets": {source.pinned: source for source in facts.datasets},
+        "streams": any(cost.fetched_bytes is not None for cost in facts.costs),
+        "builder": BUILDER,
+    }
+
+
+def _guidance(guided: Guided | None) -> dict[str, Any]:
+    """The values that a guide decided: expert, tensor -> value, value of all other tensors."""
+    experts = guided.schedule.experts if guided else ()
+    known = GUIDES.get(guided.guide) if guided else None
+    name = guided.guide if guided else ""
+    title = name.upper().replace("_", " ") if known and known.paper else name
+    papers = {guide.name: guide.paper for guide in guides()}
+    measures = guided.profile.measures if guided and guided.profile else ()
+    return {
+        "guide_name": name,
+        "guide": markdown.link(markdown.text(title), papers.get(name)),
+        "origin": known.origin if known else "",
+        "densities": [(e.source, e.tensors, e.default_density) for e in experts if e.tensors],
+        "factors": [(e.source, e.weights, 1.0) for e in experts if e.weights],
+        "density_range": _range(expert.tensors for expert in experts),
+        "factor_range": _range(expert.weights for expert in experts),
+        "measure": measures[0] if measures else None,
+        "measure_words": WORDS,
+        "paired_measures": PAIRED,
     }
 
 
 def _scores(facts: CardFacts) -> dict[str, Any]:
-    scores = facts.scores if findings.was_scored(facts.scores) else None
-    found = findings.findings(scores) if scores else findings.Findings((), ())
+    scores = facts.scores if facts.was_scored else None
+    gains, limits = findings.findings(scores) if scores else ([], [])
     return {
-        "scores": findings.scores_table(scores) if scores else None,
-        "paired": findings.paired_table(scores) if scores else None,
+        "scores_table": findings.scores_table(scores) if scores else None,
+        "paired_table": findings.paired_table(scores) if scores else None,
         "twins": findings.twins(scores) if scores else (),
-        "harness": markdown.text(f"lm-eval {facts.software.get('lm_eval', '')}".rstrip()),
-        "in_chat": facts.scored_in_chat,
         "gate": findings.gate_section(facts.gate) if facts.gate else None,
-        "gains": found.gains,
-        "limits": [*found.limits, *sections.limits(facts)],
+        "gains": gains,
+        "limits": limits,
     }
 
 
-def usage(facts: CardFacts) -> str:
-    """A Python program that loads the model and generates text.
-
-    A model without a repo is loaded from the folder in which the program is started.
-    """
-    options = ", trust_remote_code=True" if facts.custom_code else ""
-    if facts.chat:
-        question = 'messages = [{"role": "user", "content": "What can you do?"}]'
-        encode = (
-            "inputs = tokenizer.apply_chat_template(\n"
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
-            ").to(model.device)"
-        )
-    else:
-        question = 'prompt = "Once upon a time"'
-        encode = 'inputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
-    return "\n".join(
-        [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"name = {json.dumps(facts.repo or '.')}"
-            + ("" if facts.repo else "  # the folder of this card"),
-            f"tokenizer = AutoTokenizer.from_pretrained(name{options})",
-            f'model = AutoModelForCausalLM.from_pretrained(name, device_map="auto"{options})',
-            "",
-            question,
-            encode,
-            "output = model.generate(**inputs, max_new_tokens=64)",
-            'answer = output[0, inputs["input_ids"].shape[1] :]',
-            "print(tokenizer.decode(answer, skip_special_tokens=True))",
-        ]
-    )
+def _range(experts: Iterable[Mapping[str, float]]) -> str:
+    """The lowest and the highest of all values; empty if there are none."""
+    values = [value for expert in experts for value in expert.values()]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:.2f}" if low == high else f"between {low:.2f} and {high:.2f}"
 
 
-def _pictures(facts: CardFacts) -> Iterator[tuple[str, list[str]]]:
-    """(expert, its pictures) in the recipe's order."""
-    plots = facts.guided.plots if facts.guided else ()
-    for expert in dict.fromkeys(plot.expert for plot in plots):
-        own = [_picture(facts, plot) for plot in plots if plot.expert == expert]
-        yield markdown.code(short_name(expert)), own
+def _configuration(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a `config.json` that the card shows; None if they are not there."""
+    architectures, text = config.get("architectures"), config.get("text_config")
+    text = text if isinstance(text, Mapping) else config
+
+    def number(keys: Sequence[str]) -> int | None:
+        value = next((text[key] for key in keys if key in text), None)
+        return value if type(value) is int else None
+
+    return {
+        "architecture": next(iter(architectures), None)
+        if isinstance(architectures, list)
+        else None,
+        "n_blocks": number(BLOCKS),
+        "n_context_tokens": number(CONTEXT),
+        "n_vocabulary": number(("vocab_size",)),
+    }
 
 
-def _picture(facts: CardFacts, plot: Plot) -> str:
-    """A picture for light and dark pages.
-
-    The Hub resolves a relative `src`; whether it resolves a relative `srcset` is not documented.
-    """
-    dark = f"lewis/{plot.dark}"
-    if facts.repo and (url := markdown.web_address(f"{facts.endpoint}/{facts.repo}")):
-        dark = f"{url}/resolve/main/{dark}"
-    picture = (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="lewis/{plot.light}" alt="{markdown.attribute(plot.caption)}"></picture>'
-    )
-    return f"{picture}\n\n{markdown.text(plot.note)}" if plot.note else picture
+def _calibrated(facts: CardFacts) -> Sequence[SourceImportance | Measured]:
+    """The experts that were measured on texts."""
+    profile = facts.guided.profile if facts.guided else None
+    guided = profile.by(profile.measures[0]).experts if profile and profile.measures else ()
+    return [expert for expert in guided if "dataset" in expert.calibration] or facts.measured
 
 
-def _software(facts: CardFacts) -> str:
-    """The versions of the libraries; lewis_hub with a link."""
-    versions = {name: markdown.text(f"{name} {v}") for name, v in facts.software.items()}
-    if PACKAGE in versions:
-        versions[PACKAGE] = markdown.link(versions[PACKAGE], BUILDER)
-    return ", ".join(versions.values())
+def _model(facts: CardFacts, source: Source) -> str:
+    """A model by its name; a local folder by its last part, which shows nothing of a disk."""
+    if source.folder:
+        return f"the local folder {markdown.code(source.folder.name)}"
+    return markdown.link(markdown.code(source.name), facts.models[source.pinned].url)
 
 
-def _reproduce(facts: CardFacts) -> str:
-    version = facts.software.get(PACKAGE)
-    package = f"lewis-hub=={version}" if version else "lewis-hub"
-    lines = [f"pip install {shlex.quote(package)}"]
-    if facts.repo:
-        lines.append(f'hf download {shlex.quote(facts.repo)} --include "lewis/*" --local-dir .')
-    return "\n".join([*lines, "lewis-hub merge lewis/recipe.yaml"])
+def _licence_link(licence: Licence | None) -> str:
+    return markdown.link(markdown.text(licence), licence.link) if licence else "none"
 
 
-def _bibtex(facts: CardFacts) -> str | None:
-    cited = papers(facts.method.name, facts.guided.guide if facts.guided else None)
-    keys = [*cited, HARNESS] if findings.was_scored(facts.scores) else cited
-    return markdown.fenced("\n\n".join(bibtex(keys)), "bibtex") if keys else None
+def _listed(items: Iterable[str]) -> str:
+    *others, last = items
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def adapter_card(base: Source, expert: Source, licence: str | None, extracted: Extracted) -> str:
@@ -177,21 +205,131 @@ def adapter_card(base: Source, expert: Source, licence: str | None, extracted: E
         tags=["lora", "lewis-hub"],
         license=licence,
     )
-    worst = sorted(extracted.fits.items(), key=lambda item: -item[1].error)[:N_WORST]
-    rows = [[markdown.code(module), str(fit.rank), f"{fit.error:.4f}"] for module, fit in worst]
     errors = [fit.error for fit in extracted.fits.values()]
-    mean = math.fsum(errors) / len(errors) if errors else 0.0
-    whole = (
-        f"\n{len(extracted.whole)} other tensors differ too; the adapter stores them whole.\n"
-        if extracted.whole
-        else ""
+    return _document(
+        data,
+        "adapter.md.j2",
+        {},
+        base=base,
+        expert=expert,
+        extracted=extracted,
+        mean_error=fmean(errors) if errors else 0.0,
+        worst=sorted(extracted.fits.items(), key=lambda item: -item[1].error)[:N_WORST],
     )
-    return (
-        f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n"
-        f"A LoRA adapter that turns {markdown.code(base.pinned)} into "
-        f"{markdown.code(expert.pinned)}. It was extracted by singular value decomposition of "
-        "their difference, without training.\n\n"
-        f"The mean error over {len(errors)} modules is {mean:.2%} (Frobenius norm of the error, "
-        "relative to that of the task vector). The largest errors are:\n\n"
-        f"{markdown.table(['module', 'rank', 'error'], rows, right=(1, 2))}\n{whole}"
+
+
+def card_data(facts: CardFacts) -> ModelCardData:
+    """The YAML block: parents, licence, languages, data, tags, and the merged model's own scores.
+
+    Values that the Hub does not accept are left out: local folders, licence links that are no web
+    addresses, scores that are not finite.
+    """
+    from huggingface_hub import ModelCardData
+
+    results = list(_card_results(facts))
+    scored: dict[str, Any] = {"eval_results": results, "model_name": facts.title or "merge"}
+    guide = [facts.guided.guide] if facts.guided else []
+    return ModelCardData(
+        base_model=_repos(source.name for source in facts.sources if not source.folder) or None,
+        base_model_relation="merge",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "lewis-hub", *guide, facts.method.name],
+        language=facts.languages or None,
+        datasets=_repos(data.name for data in facts.datasets if not data.folder) or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        **_licence(facts),
+        **(scored if results else {}),
     )
+
+
+def eval_results(
+    scores: Scores, benchmarks: Mapping[str, Benchmark], facts: CardFacts
+) -> dict[str, str]:
+    """The leaderboard entries of the merged model, a file for each dataset: path -> YAML.
+
+    A benchmark that was not scored, or whose score is not finite, has no entry.
+
+    Args:
+        scores: of a merge that was scored on all items.
+        benchmarks: task -> its benchmark.
+        facts: their repo, if there is one, is named as the source.
+    """
+    from huggingface_hub import eval_result_entries_to_yaml
+
+    by_dataset: dict[str, list[EvalResultEntry]] = {}
+    for task, benchmark in benchmarks.items():
+        scored = scores.tasks.get(task)
+        score = scored.models.get(MERGED, {}).get(benchmark.metric) if scored else None
+        if scored and score and isfinite(score.value):
+            entry = _entry(task, scored, benchmark, facts)
+            by_dataset.setdefault(benchmark.dataset, []).append(entry)
+    return {
+        f"{FOLDER}/{name}.yaml": str(
+            yaml.safe_dump(
+                eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True
+            )
+        )
+        for name, entries in zip(unique_slugs(by_dataset), by_dataset.values(), strict=True)
+    }
+
+
+def _entry(
+    task: str, scored: TaskScores, benchmark: Benchmark, facts: CardFacts
+) -> EvalResultEntry:
+    from huggingface_hub import EvalResultEntry
+
+    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
+    score, error = scored.models[MERGED][benchmark.metric], ""
+    if score.stderr is not None:
+        error = f", standard error {findings.number(score.stderr * benchmark.scale)}"
+    notes = f"lm-eval {task}, version {scored.version}, {benchmark.metric}, n = {scored.n}{error}"
+    return EvalResultEntry(
+        dataset_id=benchmark.dataset,
+        task_id=benchmark.task_id,
+        value=round(float(score.value * benchmark.scale), DIGITS),
+        source_url=url,
+        source_name="Model card" if url else None,
+        notes=markdown.visible(notes),
+    )
+
+
+def _card_results(facts: CardFacts) -> Iterator[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    for task, scored in facts.scores.tasks.items() if facts.scores else ():
+        for key, score in scored.models.get(MERGED, {}).items():
+            if isfinite(score.value):
+                yield EvalResult(
+                    task_type="text-generation",
+                    dataset_type=task,
+                    dataset_name=task,
+                    metric_type=key.partition(",")[0],
+                    metric_name=key,
+                    metric_value=float(score.value),
+                )
+
+
+def _repos(names: Iterable[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if HUB_REPO.fullmatch(name)]
+
+
+def _licence(facts: CardFacts) -> dict[str, Any]:
+    """An identifier of the Hub, or `other` with a name and, if there is one, a link."""
+    licence = facts.licence
+    if licence is None:
+        return {}
+    identifiers = licence.identifier.lower().split(" or ")
+    if all(IDENTIFIER.fullmatch(identifier) for identifier in identifiers):
+        name = licence.name
+        data: dict[str, Any] = {"license": identifiers[0] if len(identifiers) == 1 else identifiers}
+    else:
+        data, name = {"license": "other"}, licence.name or licence.identifier
+    slug = re.sub(r"[^a-z0-9.-]+", "-", (name or "").lower())[:60].strip("-.")
+    if slug:
+        data["license_name"] = slug
+    if licence.link in ("LICENSE", "LICENSE.md", "LICENSE.txt"):
+        data["license_link"] = licence.link
+    elif address := markdown.web_address(licence.link):
+        data["license_link"] = address
+    return data

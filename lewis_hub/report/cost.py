@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from lewis_hub.display import size
+
 FILE = "lewis/cost.json"
 VERSION = 1
 PROC = Path("/proc/self")
@@ -40,6 +42,12 @@ class Machine:
     n_cores: int
     memory_bytes: int | None
     accelerator: str | None = None
+
+    def __str__(self) -> str:
+        memory = f", {size(self.memory_bytes)} of memory" if self.memory_bytes else ""
+        cores = "1 core" if self.n_cores == 1 else f"{self.n_cores:,} cores"
+        device = f"{self.accelerator}, and " if self.accelerator else ""
+        return f"{device}{cores} of {self.processor}{memory}"
 
 
 @dataclass(frozen=True)
@@ -188,3 +196,12 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def duration(seconds: float) -> str:
+    """A time for readers: `12.3 s`, `1 min 16 s`, `2 h 3 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,14 +1,19 @@
-"""The facts that a model card states, as one value that is complete once the merge is scored."""
+"""The facts that a model card states: of a merge, and of the methods and guides of this package.
+
+The BibTeX entries of their papers are in `templates/citations.bib`.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.evaluate.gate import GateVerdict
-from lewis_hub.evaluate.scores import Scores
+from lewis_hub.evaluate.scores import MERGED, Scores
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
@@ -16,17 +21,92 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.report.cost import Machine, StageCost
 from lewis_hub.report.plots import Plot
 
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
+ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
+HARNESS = "eval-harness"
+
+
+@dataclass(frozen=True)
+class KnownMethod:
+    """The name of a method in a sentence, and the keys of its papers."""
+
+    title: str
+    papers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KnownGuide:
+    """A sentence on the origin of a guide's densities or factors, and the key of its paper."""
+
+    origin: str
+    paper: str | None = None
+
+
+METHODS = {
+    "linear": KnownMethod("a weighted average of their weights", ("wortsman2022model",)),
+    "task_arithmetic": KnownMethod("task arithmetic", ("ilharco2023editing",)),
+    "ties": KnownMethod("TIES-Merging", ("yadav2023ties",)),
+    "dare_linear": KnownMethod(
+        "DARE with task arithmetic", ("yu2024language", "ilharco2023editing")
+    ),
+    "dare_ties": KnownMethod("DARE with TIES-Merging", ("yu2024language", "yadav2023ties")),
+    "della": KnownMethod("DELLA-Merging", ("deep2024della",)),
+    "della_linear": KnownMethod(
+        "DELLA with task arithmetic", ("deep2024della", "ilharco2023editing")
+    ),
+    "breadcrumbs": KnownMethod("Model Breadcrumbs", ("davari2024model",)),
+    "breadcrumbs_ties": KnownMethod(
+        "Model Breadcrumbs with TIES-Merging", ("davari2024model", "yadav2023ties")
+    ),
+    "sce": KnownMethod("SCE", ("wan2025fusechat",)),
+    "cabs": KnownMethod("CABS", ("yang2025cabs",)),
+    "pcb": KnownMethod("PCB-Merging", ("du2024parameter",)),
+    "regmean": KnownMethod("RegMean on task vectors", ("jin2023dataless", "ilharco2023editing")),
+    "model_stock": KnownMethod("Model Stock", ("jang2024model",)),
+    "slerp": KnownMethod("spherical interpolation (SLERP)"),
+    "nuslerp": KnownMethod("spherical interpolation (NuSLERP)"),
+    "multislerp": KnownMethod("spherical interpolation (Multi-SLERP)"),
+    "karcher": KnownMethod("their Karcher mean"),
+    "arcee_fusion": KnownMethod("Arcee Fusion"),
+    "nearswap": KnownMethod("NearSwap"),
+    "passthrough": KnownMethod("passthrough"),
+}
+DERIVED = "It derives these values from"
+GUIDES = {
+    "lewis": KnownGuide(
+        f"{DERIVED} the change of importance from base to expert on calibration texts.",
+        "chopra2025lewis",
+    ),
+    "lewis_reference": KnownGuide(
+        f"{DERIVED} the change of importance from base to expert on calibration texts, measured by "
+        "the procedure of its authors.",
+        "chopra2025lewis",
+    ),
+    "magnitude": KnownGuide(
+        f"{DERIVED} the size of the weight changes, relative to the base's weights."
+    ),
+    "activation_shift": KnownGuide(
+        f"{DERIVED} the difference between the outputs of base and expert on calibration texts."
+    ),
+    "aim": KnownGuide(
+        f"{DERIVED} the importance of input channels to the base on calibration texts: a module "
+        "gets the lower a value, the more evenly its channels matter.",
+        "nobari2025activation",
+    ),
+    "owl": KnownGuide(
+        f"{DERIVED} each block's share of outliers in the expert on calibration texts.",
+        "yin2024outlier",
+    ),
+    "random": KnownGuide(
+        "It is a control: it assigns the densities of LEWIS to the blocks at random."
+    ),
+    "inverse": KnownGuide("It is a control: it inverts the densities of LEWIS."),
+}
+
 
 @dataclass(frozen=True)
 class Guided:
-    """The decision of a guide and its inputs.
-
-    Attributes:
-        guide: its name.
-        profile: None if the guide measures nothing.
-        notes: warnings for the user, in plain words.
-        plots: their files are in the model's folder `lewis`.
-    """
+    """The decision of a guide and its inputs; the files of `plots` are in the folder `lewis`."""
 
     guide: str
     profile: ImportanceProfile | None
@@ -54,6 +134,11 @@ class StackedBlocks:
     blocks: range
     sources: tuple[tuple[Source, range], ...]
     base: Source | None
+
+    @property
+    def base_first(self) -> list[tuple[Source, range]]:
+        """The sources with their blocks, the base before all others."""
+        return sorted(self.sources, key=lambda pair: pair[0] != self.base)
 
 
 @dataclass(frozen=True)
@@ -127,3 +212,28 @@ class CardFacts:
         """The base, then the experts; a base that is also merged occurs once."""
         others = tuple(expert for expert in self.experts if expert != self.base)
         return (self.base, *others) if self.base else others
+
+    @property
+    def languages(self) -> list[str]:
+        """The language codes in the parents' cards, each once."""
+        stated = (self.models[source.pinned].languages for source in self.sources)
+        unique = dict.fromkeys(language for languages in stated for language in languages)
+        return [language for language in unique if LANGUAGE.fullmatch(language)]
+
+    @property
+    def was_scored(self) -> bool:
+        """Whether the merged model itself was scored."""
+        tasks = self.scores.tasks.values() if self.scores else ()
+        return any(MERGED in task.models for task in tasks)
+
+    @property
+    def bibtex(self) -> list[str]:
+        """The entries of the papers of the guide, the method and the evaluation."""
+        guide = GUIDES.get(self.guided.guide) if self.guided else None
+        method = METHODS.get(self.method.name)
+        keys = [guide.paper] if guide and guide.paper else []
+        keys += method.papers if method else ()
+        keys += [HARNESS] if self.was_scored else []
+        text = files("lewis_hub.templates").joinpath("citations.bib").read_text(encoding="utf-8")
+        entries = {entry[1]: entry[0] for entry in ENTRY.finditer(text)}
+        return [entries[key] for key in keys]

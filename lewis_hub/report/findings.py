@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.evaluate.gate import Check, GateVerdict
@@ -44,30 +43,20 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Sentences in Markdown."""
-
-    gains: tuple[str, ...]
-    limits: tuple[str, ...]
-
-
-def was_scored(scores: Scores | None) -> bool:
-    """Whether the merged model itself was scored."""
-    return scores is not None and any(MERGED in task.models for task in scores.tasks.values())
-
-
 def twins(scores: Scores) -> tuple[str, ...]:
     """A sentence for each twin that was scored beside the merge."""
     scored = {label for task in scores.tasks.values() for label in task.models}
     return tuple(MEANINGS[label] for label in TWINS if label in scored)
 
 
-def findings(scores: Scores) -> Findings:
-    """Compare the merged model with its best expert, its twins and the base, in sentences.
+def findings(scores: Scores) -> tuple[list[str], list[str]]:
+    """Compare the merged model with its best expert, its twins and the base.
 
     A difference is significant if its adjusted p-value is below SIGNIFICANT. Without a test nothing
     is said of significance.
+
+    Returns:
+        Gains and limits, as sentences in Markdown.
     """
     gains: list[str] = []
     limits: list[str] = []
@@ -75,7 +64,7 @@ def findings(scores: Scores) -> Findings:
         for metric in task.models.get(MERGED, {}):
             for is_gain, sentence in _sentences(name, task, metric):
                 (gains if is_gain else limits).append(sentence)
-    return Findings(tuple(gains), tuple(limits))
+    return gains, limits
 
 
 def _sentences(name: str, task: TaskScores, metric: str) -> Iterator[tuple[bool, str]]:

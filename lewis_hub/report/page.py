@@ -9,17 +9,17 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from math import isfinite
 from typing import Any
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
+from lewis_hub.display import size
 from lewis_hub.errors import ProfileError
-from lewis_hub.evaluate.scores import MERGED, MetricScore, ModelResult, Scores
-from lewis_hub.report import sections
+from lewis_hub.evaluate.scores import MERGED, ModelResult, Scores
+from lewis_hub.report.cost import StageCost, duration
 from lewis_hub.report.facts import CardFacts, Guided
-from lewis_hub.report.findings import metric_name, model_name, number, twins, was_scored
+from lewis_hub.report.findings import metric_name, model_name, number, twins
 from lewis_hub.report.markdown import visible
 from lewis_hub.report.profiles import Grid, arrange, clip, relative_change, short_name
 
@@ -27,32 +27,15 @@ FILE = "lewis/report.html"
 MARKS = {1.0: "1", 0.0: "0", None: "-"}  # an item's value as a character
 INTERVAL = 1.96  # standard errors to each side of a mean: 95 %
 
+COSTS = {  # title of a chart -> the attribute that it shows
+    "Time": "seconds",
+    "Peak memory": "peak_rss_bytes",
+    "Read": "read_bytes",
+    "Written": "written_bytes",
+    "Downloaded in ranges": "fetched_bytes",
+}
+
 Document = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A labelled bar; lengths are between 0 and 100.
-
-    Attributes:
-        label: the number as text.
-        low: the start of its interval, and `high` the end; None without an interval.
-    """
-
-    name: str
-    label: str
-    length: float
-    low: float | None = None
-    high: float | None = None
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Bars on one scale."""
-
-    title: str
-    bars: tuple[Bar, ...]
 
 
 def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
@@ -67,11 +50,12 @@ def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
     environment = Environment(
         undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["visible"] = visible
     script, style = _template("report.js"), _template("report.css")
-    scores = facts.scores if facts.scores and was_scored(facts.scores) else None
+    scores = facts.scores if facts.was_scored else None
     data = page_data(facts.guided, results)
     return environment.from_string(_template("report.html.j2")).render(
-        title=visible(facts.title),
+        facts=facts,
         script=script,
         style=style,
         script_hash=_digest(script),
@@ -81,9 +65,7 @@ def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
         twins=twins(scores) if scores else (),
         items=bool(data["metrics"]),
         experts=bool(data["experts"]),
-        costs=list(_cost_charts(facts)),
-        machine=visible(sections.machine(facts.machine)) if facts.machine else None,
-        digest=visible(facts.digest),
+        costs=list(_cost_charts(facts.costs)),
     )
 
 
@@ -102,57 +84,52 @@ def _embedded(document: Document) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _score_charts(scores: Scores) -> Iterator[Chart]:
+def _score_charts(scores: Scores) -> Iterator[Document]:
     for name, task in scores.tasks.items():
         for key in task.models.get(MERGED, {}):
-            values = {
-                label: metrics[key] for label, metrics in task.models.items() if key in metrics
+            known = {
+                label: metrics[key]
+                for label, metrics in task.models.items()
+                if key in metrics and isfinite(metrics[key].value)
             }
-            known = {label: score for label, score in values.items() if isfinite(score.value)}
             top = max([1.0, *(abs(score.value) for score in known.values())])
-            bars = tuple(_score_bar(label, score, top) for label, score in known.items())
-            yield Chart(visible(f"{name} ({metric_name(key)}), {task.n:,} items"), bars)
+            bars = []
+            for label, score in known.items():
+                text, margin = number(score.value), 0.0
+                if score.stderr:
+                    text, margin = f"{text} ± {number(score.stderr)}", INTERVAL * score.stderr
+                bar = _bar(model_name(label), text, score.value, top, margin)
+                bars.append(bar | {"strong": label == MERGED})
+            title = visible(f"{name} ({metric_name(key)}), {task.n:,} items")
+            yield {"title": title, "bars": bars}
 
 
-def _score_bar(label: str, score: MetricScore, top: float) -> Bar:
-    name, value, strong = visible(model_name(label)), score.value, label == MERGED
-    if not score.stderr:
-        return Bar(name, number(value), _percent(value, top), strong=strong)
-    spread = INTERVAL * score.stderr
-    low, high = _percent(value - spread, top), _percent(value + spread, top)
-    text = f"{number(value)} ± {number(score.stderr)}"
-    return Bar(name, text, _percent(value, top), low, high, strong)
-
-
-def _cost_charts(facts: CardFacts) -> Iterator[Chart]:
-    costs = facts.costs
-    amounts: dict[str, list[float | None]] = {
-        "Time": [cost.seconds for cost in costs],
-        "Peak memory": [cost.peak_rss_bytes for cost in costs],
-        "Read": [cost.read_bytes for cost in costs],
-        "Written": [cost.written_bytes for cost in costs],
-        "Downloaded in ranges": [cost.fetched_bytes for cost in costs],
-    }
-    for title, values in amounts.items():
+def _cost_charts(costs: Sequence[StageCost]) -> Iterator[Document]:
+    for title, field in COSTS.items():
+        values = [getattr(cost, field) for cost in costs]
         top = max((value or 0.0 for value in values), default=0.0)
         if top:
-            yield Chart(
-                title,
-                tuple(
-                    Bar(visible(cost.stage), _amount(title, value), _percent(value or 0.0, top))
-                    for cost, value in zip(costs, values, strict=True)
-                ),
-            )
+            bars = []
+            for cost, value in zip(costs, values, strict=True):
+                amount = duration if field == "seconds" else size
+                text = "–" if value is None else amount(value)
+                bars.append(_bar(cost.stage, text, value or 0.0, top))
+            yield {"title": title, "bars": bars}
 
 
-def _amount(title: str, value: float | None) -> str:
-    if title == "Time":
-        return sections.duration(value or 0.0)
-    return sections.size(None if value is None else int(value))
+def _bar(name: str, label: str, value: float, top: float, margin: float = 0.0) -> Document:
+    """A labelled bar and the interval around its end; lengths are between 0 and 100."""
 
+    def percent(value: float) -> float:
+        return round(min(max(100 * value / top, 0.0), 100.0), 2)
 
-def _percent(value: float, top: float) -> float:
-    return round(min(max(100 * value / top, 0.0), 100.0), 2)
+    return {
+        "name": visible(name),
+        "label": label,
+        "length": percent(value),
+        "interval": (percent(value - margin), percent(value + margin)) if margin else (),
+        "strong": False,
+    }
 
 
 def page_data(guided: Guided | None, results: Mapping[str, ModelResult]) -> Document:

@@ -38,11 +38,11 @@ from lewis_hub.hub.target import Target, open_target, read_target
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
+from lewis_hub.report.card import DISAGREE
 from lewis_hub.report.difference import differences
 from lewis_hub.report.findings import gate_sentences, refusal, scores_table
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock
-from lewis_hub.report.sections import DISAGREE
 from lewis_hub.workflow import fetch
 from lewis_hub.workflow.evaluate import CARD, SCORES, read_scores, read_verdict
 from lewis_hub.workflow.job import MergeJob

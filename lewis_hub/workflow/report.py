@@ -14,7 +14,7 @@ from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Benchmark, Calibration
 from lewis_hub.report import page
-from lewis_hub.report.card import model_card
+from lewis_hub.report.card import eval_results, model_card
 from lewis_hub.report.cost import FILE as COSTS
 from lewis_hub.report.cost import Costs, this_machine
 from lewis_hub.report.facts import CardFacts, Guided
@@ -30,7 +30,6 @@ from lewis_hub.report.lock import (
 )
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
-from lewis_hub.report.metadata import eval_results
 from lewis_hub.report.plots import Plot, draw
 from lewis_hub.workflow.calibrate import Guidance
 from lewis_hub.workflow.evaluate import CARD, Scored

@@ -14,9 +14,8 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
-from lewis_hub.report.card import model_card, usage
+from lewis_hub.report.card import card_data, model_card
 from lewis_hub.report.cost import Machine
-from lewis_hub.report.metadata import card_data
 
 HUB = "https://huggingface.co"
 ONERROR = "<img src=x onerror=alert(1)>"
@@ -91,7 +90,8 @@ def test_the_hub_accepts_the_card(hub, make_facts):
 @pytest.mark.parametrize("custom_code", [True, False])
 @pytest.mark.parametrize("repo", ["me/zoo-merge", None])
 def test_the_snippet_is_python_that_names_this_model(make_facts, chat, custom_code, repo):
-    program = usage(make_facts(chat=chat, custom_code=custom_code, repo=repo))
+    text = model_card(make_facts(chat=chat, custom_code=custom_code, repo=repo)).text
+    [program] = re.findall(r"^```python\n(.*?)\n```$", text, flags=re.M | re.S)
 
     tree = ast.parse(program)
     assigned = {
@@ -102,7 +102,6 @@ def test_the_snippet_is_python_that_names_this_model(make_facts, chat, custom_co
     assert assigned["name"] == (repo or ".")
     assert ("apply_chat_template" in program) == chat
     assert program.count("trust_remote_code=True") == (2 if custom_code else 0)
-    assert program in model_card(make_facts(chat=chat, custom_code=custom_code, repo=repo)).text
 
 
 def test_scores_are_shown_with_paired_tests_and_limits_in_words(make_facts):

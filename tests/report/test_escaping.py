@@ -13,10 +13,9 @@ from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.localhub.pages import render_markdown
 from lewis_hub.recipe.schema import Benchmark
-from lewis_hub.report.card import model_card
+from lewis_hub.report.card import eval_results, model_card
 from lewis_hub.report.cost import Machine
 from lewis_hub.report.facts import StackedBlocks
-from lewis_hub.report.metadata import eval_results
 from lewis_hub.report.page import report_page
 from lewis_hub.report.plots import draw
 

@@ -7,9 +7,8 @@ import pytest
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
-from lewis_hub.report import sections
 from lewis_hub.report.card import model_card
-from lewis_hub.report.facts import Guided
+from lewis_hub.report.facts import GUIDES, CardFacts, Guided
 
 Q = "model.layers.{}.self_attn.q_proj.weight"
 
@@ -24,7 +23,16 @@ def guided(guide: str, measure: str = "lewis", n_tokens: int = 9, **of_expert) -
 def test_every_guide_of_ours_that_measures_says_from_what():
     known = {guide.name for guide in guides() if guide.needs}
 
-    assert known == set(sections.WHY)
+    assert known == set(GUIDES)
+
+
+def summary(facts: CardFacts) -> str:
+    return model_card(facts).text.strip().split("\n\n")[1]
+
+
+def limits(facts: CardFacts) -> list[str]:
+    section = model_card(facts).text.partition("## Limits\n\n")[2].partition("\n\n")[0]
+    return [line.removeprefix("- ") for line in section.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -51,20 +59,23 @@ def test_every_guide_of_ours_that_measures_says_from_what():
         ),
     ],
 )
-def test_the_card_names_the_guide_and_what_it_went_by(guide, says):
-    assert sections.guidance(guided(guide)) == says
+def test_the_card_names_the_guide_and_what_it_went_by(make_facts, guide, says):
+    assert summary(make_facts(guided=guided(guide))).endswith(f", without training. {says}")
 
 
-def test_weights_are_told_alone_and_beside_densities():
+def test_weights_are_told_alone_and_beside_densities(make_facts):
     weights = {Q.format(0): 0.5, Q.format(1): 0.5}
 
-    alone = sections.guidance(guided("magnitude", tensors={}, weights=weights))
-    beside = sections.guidance(guided("magnitude", weights=weights))
+    facts = make_facts(parameters={Q.format(0): 64, Q.format(1): 64})
+    alone, beside = (
+        summary(replace(facts, guided=guided("magnitude", weights=weights, **others)))
+        for others in ({"tensors": {}}, {})
+    )
 
-    assert alone == (
-        "The guide magnitude multiplied the weight of each expert by a factor for each weight "
-        "matrix in the blocks: 0.50. It derives these values from the size of the weight changes, "
-        "relative to the base's weights."
+    assert alone.endswith(
+        ", without training. The guide magnitude multiplied the weight of each expert by a factor "
+        "for each weight matrix in the blocks: 0.50. It derives these values from "
+        "the size of the weight changes, relative to the base's weights."
     )
     assert beside.endswith(" It also multiplied the weight of each expert there by a factor: 0.50.")
 
@@ -75,7 +86,7 @@ def test_calibration_texts_are_spoken_of_only_where_there_were_any(make_facts):
         "help."
     )
     on_texts, without = (
-        [*sections.limits(make_facts(guided=guide))]
+        limits(make_facts(guided=guide, scores=None))
         for guide in (guided("owl", "outliers"), guided("magnitude", "task_vector", n_tokens=0))
     )
 
@@ -83,16 +94,21 @@ def test_calibration_texts_are_spoken_of_only_where_there_were_any(make_facts):
     assert len(without) == 1
 
 
-def test_the_pictures_note_says_what_was_measured():
+def test_the_pictures_note_says_what_was_measured(make_facts):
     density = "Density is the fraction of an expert's task vector that was kept."
 
-    assert sections.picture_note(guided("magnitude", "task_vector")) == (
-        "The first map shows, per module, the size of the task vector, relative to the base. "
-        + density
+    of_pairs, of_models = (
+        model_card(make_facts(guided=guided(*guide))).text.partition("## Densities\n\n")[2]
+        for guide in (("magnitude", "task_vector"), ("owl", "outliers"))
     )
-    assert sections.picture_note(guided("owl", "outliers")).startswith(
+
+    assert of_pairs.startswith(
+        "The first map shows, per module, the size of the task vector, relative to the base. "
+        f"{density}\n"
+    )
+    assert of_models.startswith(
         "The first map shows, per module, the share of outliers, and its change from base to "
-        "expert."
+        f"expert. {density}\n"
     )
 
 
@@ -103,10 +119,11 @@ def test_a_card_with_weights_has_their_table(make_facts):
     weighed = replace(first, tensors={}, weights={names[0]: 0.5, names[1]: 0.5})
     facts = replace(facts, guided=replace(facts.guided, schedule=DensitySchedule((weighed,))))
 
-    assert sections.densities(facts) is None
-    assert sections.weights(facts) in model_card(facts).text
-    assert "| mean factor of the weight | lowest | highest | tensors |" in sections.weights(facts)
-    assert "| 0.500 | 0.500 | 0.500 | 2 | 1.000 |" in sections.weights(facts)
+    text = model_card(facts).text
+
+    assert "| mean density |" not in text
+    assert "| expert | mean factor of the weight | lowest | highest | tensors |" in text
+    assert "| `zoo/math` | 0.500 | 0.500 | 0.500 | 2 | 1.000 |" in text
 
 
 def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
@@ -141,7 +158,7 @@ def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
     )
     assert "| 63 | 1,234 | 2 |" in ours
     assert "| 63 | 2,016 counted, 782 of them padding | 2 |" in theirs
-    assert sections.guidance(by_reference).endswith(
+    assert summary(replace(facts, guided=by_reference)).endswith(
         "It derives these values from the change of importance from base to expert on calibration "
         "texts, measured by the procedure of its authors."
     )
