@@ -13,12 +13,10 @@ import yaml
 from architectures import CAUSAL, Case, build, cases, examine, recipe, table
 
 import lewis_hub
-from lewis_hub.calibration.measure import calibrate
-from lewis_hub.calibration.passes import measure_by_block, measure_whole
-from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.calibration.measure import calibrate, measure_inputs
+from lewis_hub.calibration.profile import OF_PAIRS, ImportanceProfile
 from lewis_hub.calibration.reference import measure_reference
 from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, in_folder
-from lewis_hub.calibration.summaries import OF_PAIRS
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError
 
@@ -232,12 +230,12 @@ def test_architectures_are_measured_the_same_block_by_block_or_refused(tmp_path)
         try:
             build(case, tmp_path / case.model_type)
             folder = tmp_path / case.model_type / "base"
-            whole = measure_whole(Snapshot("tiny", folder), [texts], "cpu", lambda _: None)
+            whole = measure_inputs(Snapshot("tiny", folder), [texts], "cpu", lambda _: None)
         except Exception:  # noqa: BLE001, S112 - docs/architectures.md has the reasons
             continue
         try:
             weights = in_folder("tiny", folder)
-            blocks = measure_by_block(weights, [texts], "cpu", lambda _: None)
+            blocks = measure_inputs(weights, [texts], "cpu", lambda _: None)
         except CalibrationModelError:
             refused.add(case.model_type)
             continue

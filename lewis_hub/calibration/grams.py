@@ -1,13 +1,16 @@
-"""Second moments of the inputs of a model's Linears, G = E[x x^T]: their sums and their files."""
+"""Sums over the inputs of a model's Linears: squares, and second moments G = E[x x^T] in files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import OutputError
@@ -16,9 +19,10 @@ from lewis_hub.files import sha256_of, write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lewis_hub.calibration.hooks import InputSum
     from lewis_hub.calibration.model import Linear
 
+
+Value = TypeVar("Value")
 
 INDEX = "grams.json"
 VERSION = 1
@@ -26,6 +30,22 @@ WIDEST = 8192  # inputs of one matrix; longer inputs are split into parts with a
 DIAGONAL = 1  # as `widest`: squares alone are stored
 HELD_BYTES = 8 << 30  # of matrices in memory: a model that has more takes several passes
 STEP = 128  # tokens multiplied at a time: BLAS splits longer sums among its threads
+ROWS_AT_ONCE = 512  # a squared copy of so many rows stays in the cache
+
+
+@dataclass(frozen=True)
+class InputSum:
+    """A statistic of a module's inputs, summed over `n_tokens` tokens."""
+
+    total: Tensor
+    n_tokens: int
+
+    def __add__(self, other: InputSum) -> InputSum:
+        return InputSum(self.total + other.total, self.n_tokens + other.n_tokens)
+
+    def mean(self) -> Tensor:
+        """The mean over the tokens, in the sum's dtype."""
+        return self.total / self.n_tokens
 
 
 @dataclass(frozen=True)
@@ -33,10 +53,8 @@ class ModuleGram:
     """Where the second moments of one module's inputs are stored.
 
     Attributes:
-        file: in the index's folder.
         tensor: in the file: (n_parts, width, width) float32.
         transposed: whether the module's weight is stored as (in, out), as in GPT-2's Conv1D.
-        n_tokens: the number of tokens that the module saw.
     """
 
     file: str
@@ -63,7 +81,8 @@ class GramFiles:
     @property
     def digest(self) -> str:
         """A digest over the matrices: equal digests, equal bytes."""
-        told = json.dumps([dict(self.files), {m: asdict(g) for m, g in self.modules.items()}])
+        written = asdict(self)
+        told = json.dumps([written["files"], written["modules"]])
         return "sha256:" + hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -74,7 +93,7 @@ class GramRequest:
     Attributes:
         folder: for their files; incomplete files of an earlier run are overwritten.
         widest: the most inputs of one matrix; DIAGONAL stores squares alone.
-        facts: from `gram_facts`.
+        facts: from `Subject.gram_facts`.
     """
 
     folder: Path
@@ -85,23 +104,19 @@ class GramRequest:
 def read_grams(request: GramRequest) -> GramFiles | None:
     """Read an earlier run's index; None if files are missing or were made of other facts."""
     try:
-        read: Any = json.loads((request.folder / INDEX).read_text(encoding="utf-8"))
-        modules = {module: ModuleGram(**gram) for module, gram in read["modules"].items()}
-        grams = GramFiles(read["facts"], modules, read["files"])
-        complete = all((request.folder / file).exists() for file in grams.files)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        grams = TypeAdapter(GramFiles).validate_json((request.folder / INDEX).read_bytes())
+    except (OSError, ValidationError):
         return None
+    complete = all((request.folder / file).exists() for file in grams.files)
     return grams if complete and dict(grams.facts) == dict(request.facts) else None
 
 
 def write_index(modules: Mapping[str, ModuleGram], request: GramRequest) -> GramFiles:
     """Write the index, which marks the files of all blocks as complete."""
-    folder = request.folder
-    files = {
-        file: sha256_of(folder / file) for file in dict.fromkeys(g.file for g in modules.values())
-    }
-    grams = GramFiles(request.facts, modules, files)
-    write_whole(folder / INDEX, json.dumps(asdict(grams), indent=1) + "\n")
+    files = dict.fromkeys(gram.file for gram in modules.values())
+    digests = {file: sha256_of(request.folder / file) for file in files}
+    grams = GramFiles(request.facts, modules, digests)
+    write_whole(request.folder / INDEX, json.dumps(asdict(grams), indent=1) + "\n")
     return grams
 
 
@@ -113,11 +128,7 @@ def write_grams(
 ) -> dict[str, ModuleGram]:
     """Write a file for each block; modules whose weights the checkpoint stores otherwise have none.
 
-    Args:
-        sums: path -> the sum over its inputs; modules with equal inputs share one sum.
-        modules: path -> module.
-        stored_as: parameter -> its tensor in the checkpoint, from `weight_names`.
-        folder: for the files.
+    Modules with equal inputs share one of the `sums`, and one tensor.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -140,11 +151,7 @@ def write_grams(
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a file of safetensors atomically.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
-    """
+    """Write a file of safetensors atomically, or raise an OutputError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -168,10 +175,22 @@ def n_entries(n: int, widest: int) -> int:
     return n * part_width(n, widest)
 
 
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Sum squares over the first of two dimensions: float32 in a slice, float64 over slices.
+
+    MPS has no float64, so it is float32 throughout there.
+    """
+    import torch
+
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        total += rows[start : start + ROWS_AT_ONCE].float().square().sum(dim=0)
+    return total
+
+
 def second_moments(rows: Tensor, widest: int) -> Tensor:
     """Sum x x^T over tokens: (n_tokens, in_features) -> (n_parts, width, width) float32."""
-    from lewis_hub.calibration.summaries import sum_of_squares
-
     n = rows.shape[1]
     if widest == DIAGONAL:
         return sum_of_squares(rows).float().view(n, 1, 1)
@@ -181,18 +200,13 @@ def second_moments(rows: Tensor, widest: int) -> Tensor:
 def cross_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:
     """Sum z x^T over tokens: twice (n_tokens, in_features) -> (n_parts, width, width) float32."""
     width = part_width(right.shape[1], widest)
-    return _summed(_parts(left, width), _parts(right, width))
+    return _summed(left.float().split(width, dim=1), right.float().split(width, dim=1))
 
 
 def residual_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:
     """Sum d x^T over tokens: (n_tokens, n), (n_tokens, in_features) -> (n_parts, n, width)."""
-    parts = _parts(right, part_width(right.shape[1], widest))
+    parts = right.float().split(part_width(right.shape[1], widest), dim=1)
     return _summed([left.float()] * len(parts), parts)
-
-
-def _parts(rows: Tensor, width: int) -> list[Tensor]:
-    x = rows.float()
-    return [x[:, start : start + width] for start in range(0, x.shape[1], width)]
 
 
 def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -204,6 +218,14 @@ def _summed(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def group_by_block(named: Iterable[tuple[str, Value]]) -> list[dict[str, Value]]:
+    """Values by the name of a module or parameter, for each block of each list of blocks."""
+    blocks: defaultdict[tuple[str | None, int | None], dict[str, Value]] = defaultdict(dict)
+    for name, value in named:
+        blocks[names.stack(name), names.block(name)][name] = value
+    return list(blocks.values())
+
+
 def shares_in_memory(modules: Mapping[str, Linear], widest: int) -> Iterator[dict[str, Linear]]:
     """Whole blocks, as many at a time as fit into HELD_BYTES with their matrices twice.
 
@@ -211,12 +233,9 @@ def shares_in_memory(modules: Mapping[str, Linear], widest: int) -> Iterator[dic
     """
     from lewis_hub.calibration.model import matrix
 
-    blocks: dict[tuple[str | None, int | None], dict[str, Linear]] = {}
-    for path, module in modules.items():
-        blocks.setdefault((names.stack(path), names.block(path)), {})[path] = module
     share: dict[str, Linear] = {}
     held_bytes = 0
-    for block in blocks.values():
+    for block in group_by_block(modules.items()):
         block_bytes = sum(2 * 4 * n_entries(matrix(m).shape[1], widest) for m in block.values())
         if share and held_bytes + block_bytes > HELD_BYTES:
             yield share

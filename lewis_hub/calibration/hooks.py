@@ -1,55 +1,53 @@
-"""Hooks that record the inputs of a model's Linears."""
+"""Sums over the inputs of a model's Linears, and of the parameters that no Linear owns.
+
+Hooks show the input of each Linear. But transformers keeps the expert matrices of a
+mixture-of-experts block as one parameter of three dimensions and multiplies tokens with a slice of
+it, so there is no module to hook. A function mode looks at every matrix product instead: if one
+factor is a view of such a parameter, the other factor holds the tokens.
+"""
 
 from __future__ import annotations
 
-import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
-from lewis_hub.calibration.determinism import ByOneDNN
-from lewis_hub.calibration.model import Linear, block_lists, config_value, linears
-from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch, batches
+from lewis_hub.calibration.grams import InputSum, sum_of_squares
+from lewis_hub.calibration.texts import TokenBatch
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from lewis_hub.calibration.moe import ProductRecorder
-
-
 Statistic = Callable[[Tensor], Tensor]  # (n_tokens, in_features) -> its sum over the tokens
+Observe = Callable[[str, Tensor], None]  # takes a module's path and its input, (..., in_features)
 
 
-@dataclass(frozen=True)
-class InputSum:
-    """A statistic of a module's inputs, summed over `n_tokens` tokens."""
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], *observers: Observe) -> Iterator[None]:
+    """Show the inputs of modules to observers, before the modules run, inside the context."""
 
-    total: Tensor
-    n_tokens: int
+    def hook(path: str, observe: Observe) -> Callable[..., None]:
+        def show(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            observe(path, args[0] if args else next(iter(named.values())))
 
-    def __add__(self, other: InputSum) -> InputSum:
-        return InputSum(self.total + other.total, self.n_tokens + other.n_tokens)
+        return show
 
-    def mean(self) -> Tensor:
-        """The mean over the tokens, in the sum's dtype."""
-        return self.total / self.n_tokens
+    with ExitStack() as handles:
+        for path, module in modules.items():
+            for observe in observers:
+                handle = module.register_forward_pre_hook(hook(path, observe), with_kwargs=True)
+                handles.enter_context(handle)
+        yield
 
 
 class OutOfStepError(Exception):
     """A module's input has not one row per token, so the mask cannot say which rows count."""
-
-
-class InputObserver(Protocol):
-    """Takes the inputs of modules."""
-
-    def see(self, path: str, x: Tensor) -> None:
-        """Take the input, (..., in_features), of the module at `path`, before it runs."""
 
 
 class _LastTensor:
@@ -60,20 +58,17 @@ class _LastTensor:
         self._version = -1
 
     def is_still(self, x: Tensor) -> bool:
-        """Whether a tensor is the last one, unchanged."""
         return self._x is not None and self._x() is x and self._version == x._version
 
     def set(self, x: Tensor) -> None:
-        """Remember a tensor."""
         self._x, self._version = weakref.ref(x), x._version
 
 
 class InputRecorder:
     """Sums a statistic over the kept tokens of each module's input.
 
-    q, k and v have the same input tensor, and so have gate and up: computing the sum once keeps the
-    pass near the price of a plain forward. Only a weak reference and one sum are kept for this,
-    never an activation.
+    q, k and v have the same input tensor, and so have gate and up: the sum is computed once, and
+    no activation is kept.
     """
 
     def __init__(self, statistic: Statistic) -> None:
@@ -103,11 +98,7 @@ class InputRecorder:
             self.totals[path] = made[both]
 
     def see(self, path: str, x: Tensor) -> None:
-        """Add a module's input: (..., in_features), a row for each token of the batch.
-
-        Raises:
-            OutOfStepError: it has not one row per token, and some tokens are padding.
-        """
+        """Add a module's input; raises an OutOfStepError if its rows and the mask differ."""
         added = self._sum(x)
         if added.n_tokens:
             before = self._of_batch.get(path)
@@ -123,26 +114,6 @@ class InputRecorder:
             self._last_sum = InputSum(self._statistic(rows), len(rows))
             self._last.set(x)
         return self._last_sum
-
-
-class FirstInputError(Exception):
-    """Leaves a forward pass; `x` is the input of the module that would run next."""
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__("a module's input was reached")
-        self.x = x
-
-
-class FirstInput:
-    """Stops the forward pass at the first input."""
-
-    def see(self, path: str, x: Tensor) -> NoReturn:  # noqa: ARG002
-        """Stop.
-
-        Raises:
-            FirstInputError: always.
-        """
-        raise FirstInputError(x)
 
 
 class CallOrder:
@@ -164,95 +135,6 @@ class CallOrder:
         self._last.set(x)
 
 
-@contextmanager
-def hooked(modules: Mapping[str, Linear], *observers: InputObserver) -> Iterator[None]:
-    """Show the inputs of modules, by their paths, to observers inside the context."""
-    handles = []
-    try:
-        for path, module in modules.items():
-            for observer in observers:
-                hook = _input_hook(path, observer)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _input_hook(path: str, observer: InputObserver) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        observer.see(path, args[0] if args else next(iter(named.values())))
-
-    return hook
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the context; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def forward(
-    model: PreTrainedModel, batch: TokenBatch, products: ProductRecorder | None = None
-) -> None:
-    """Run the blocks, if possible without the head, whose output is not needed.
-
-    A decoder after an encoder gets the same text, shifted to the right by one token. `products`
-    sees the products of parameters that no Linear owns.
-    """
-    body = model.base_model
-    accepted = inspect.signature(type(body).forward).parameters
-    device = next(one.device for one in model.parameters() if not one.is_meta)
-    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
-    if "decoder_input_ids" in accepted:
-        start = config_value(model, "decoder_start_token_id") or 0
-        shifted = ids.roll(1, dims=1)
-        shifted[:, 0] = start
-        options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
-    options = {key: value for key, value in options.items() if key in accepted}
-    with ByOneDNN(), products or nullcontext():  # `products` must see a Linear's own factors
-        body(input_ids=ids, attention_mask=mask, **options)
-
-
-def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
-    """Every Linear of a block by its path; a module with two paths has the first.
-
-    Raises:
-        CalibrationModelError: there is none; `name` is the source for the message.
-    """
-    found: dict[str, Linear] = {}
-    for path, blocks in block_lists(model).items():
-        found |= linears(path, blocks)
-    if not found:
-        problem = "no Linear module in a list of blocks was found"
-        remedy = "Importance is measured on those; use guide `uniform` for this architecture."
-        raise CalibrationModelError(name, problem, remedy)
-    return found
-
-
-def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
-    """Refuse token ids and lengths without an embedding with a CalibrationModelError."""
-    n_rows = len(cast("Tensor", model.get_input_embeddings().weight))
-    highest = max(map(max, tokens.ids))
-    if highest >= n_rows:
-        problem = f"token {highest} of {tokens.tokenizer} is not among its {n_rows} embeddings"
-        remedy = "Calibrate with the tokenizer that base and experts share."
-        raise CalibrationModelError(name, problem, remedy)
-    n_positions = config_value(model, "max_position_embeddings")
-    longest = max(map(len, tokens.ids))
-    if longest > (n_positions or 0) > 0:  # -1 stands for "no limit" in some configurations
-        problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
-        remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
-        raise CalibrationModelError(name, problem, remedy)
-
-
 def require_seen(measured: Mapping[str, object], name: str) -> None:
     """Refuse an empty measurement of the source `name` with an EmptyCalibrationError."""
     if not measured:
@@ -264,20 +146,114 @@ def require_finite(totals: Mapping[str, InputSum], name: str) -> None:
     """Refuse sums that are NaN or infinite with a CalibrationModelError."""
     for path, one in totals.items():
         if not torch.isfinite(one.total).all():
-            problem = f"the activations before {path} are not finite"
-            remedy = "Its weights may be broken, or overflow in float16: try `--device cpu`."
-            raise CalibrationModelError(name, problem, remedy)
+            raise not_finite(f"the activations before {path}", name)
 
 
-def unpadded(batch: TokenBatch) -> Iterator[TokenBatch]:
-    """Split into batches of texts of equal length."""
-    lengths = batch.attention_mask.sum(dim=1)
-    for length in sorted(set(lengths.tolist()) - {0}):
-        texts = lengths == length
-        yield TokenBatch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
+def not_finite(numbers: str, name: str) -> CalibrationModelError:
+    """The error for numbers of the source `name` that are NaN or infinite."""
+    remedy = "Its weights may be broken, or overflow in float16: try `--device cpu`."
+    return CalibrationModelError(name, f"{numbers} are not finite", remedy)
 
 
-def unpadded_batches(tokens: CalibrationTokens) -> Iterator[TokenBatch]:
-    """Batches without padding."""
-    for batch in batches(tokens):
-        yield from unpadded(batch)
+FACTORS: dict[Callable[..., Any], tuple[int, int]] = {  # product -> arguments that are multiplied
+    linear: (0, 1),  # the second is stored as (n_out, n_in)
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    torch.mm: (0, 1),
+    Tensor.mm: (0, 1),
+    torch.bmm: (0, 1),
+    Tensor.bmm: (0, 1),
+    torch.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+}
+
+Slice = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of: path, offset, shape, stride
+
+
+class ProductRecorder(TorchFunctionMode):
+    """Sums squares of the tokens that each slice of some parameters is multiplied with.
+
+    A context manager: it sees the products inside it. Every token counts, so texts must not be
+    padded.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._sums: dict[Slice, Tensor] = {}
+        starts = sorted((p.data_ptr(), path) for path, p in parameters.items())
+        self._starts, self._paths = [s for s, _ in starts], [path for _, path in starts]
+
+    @property
+    def used(self) -> dict[str, Tensor]:
+        """The parameters of which a slice was multiplied with a token."""
+        used = {path for path, *_ in self._sums}
+        return {path: p for path, p in self._parameters.items() if path in used}
+
+    def norms(self, path: str, n_tokens: int) -> Tensor:
+        """The activation norm of each entry of a parameter: sqrt(Σ_t x_t² / n_tokens), float32.
+
+        All tokens of the pass count, routed to a slice or not; NaN in slices that none was
+        multiplied with.
+        """
+        parameter = self._parameters[path].detach()
+        found = torch.full_like(parameter, torch.nan, dtype=torch.float32)
+        for (of, offset, shape, stride), total in self._sums.items():
+            if of == path:
+                part = found.as_strided(shape, stride, offset)
+                part.copy_(part.nan_to_num(0.0) + (total / n_tokens).float()[:, None])
+        return found.sqrt_()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch's, and look at the factors of a product."""
+        if func in FACTORS:
+            given = (*args, *(kwargs or {}).values())
+            left, right = (given[i] for i in FACTORS[func])
+            if func is linear and right.dim() > 1:
+                right = right.mT
+            if path := self._owner(right):
+                self._record(path, right, left)
+            elif path := self._owner(left):
+                self._record(path, left.mT, right.mT)
+        return func(*args, **(kwargs or {}))
+
+    def _owner(self, factor: Tensor) -> str | None:
+        """The parameter that a tensor is a view of."""
+        i = bisect_right(self._starts, factor.data_ptr()) - 1
+        if i < 0 or factor.dim() < 2 or not factor.numel():
+            return None
+        parameter = self._parameters[self._paths[i]]
+        end = parameter.data_ptr() + parameter.numel() * parameter.element_size()
+        inside = factor.device == parameter.device and factor.dtype == parameter.dtype
+        return self._paths[i] if inside and factor.data_ptr() < end else None
+
+    def _record(self, path: str, weight: Tensor, tokens: Tensor) -> None:
+        """Add `tokens` (..., n_tokens, n_in) to `weight` (..., n_in, n_out), a view."""
+        for part, rows in _matrix_pairs(weight.detach(), tokens.detach()):
+            total = sum_of_squares(rows)
+            if total.any():
+                parameter = self._parameters[path]
+                offset = (part.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+                key = (path, offset, tuple(part.shape), part.stride())
+                self._sums[key] = self._sums[key] + total if key in self._sums else total
+
+
+def _matrix_pairs(weight: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each matrix of a stack, with the rows that it is multiplied with."""
+    while weight.dim() > 2 and (weight.stride(0) == 0 or len(weight) == 1):  # one, repeated
+        weight = weight[0]
+    if weight.dim() == 2:
+        yield weight, tokens.reshape(-1, tokens.shape[-1])
+        return
+    stacked = (weight[..., 0, 0] + tokens[..., 0, 0]).shape  # of both, broadcast
+    weight = weight.expand(*stacked, *weight.shape[-2:])
+    tokens = tokens.expand(*stacked, *tokens.shape[-2:])
+    for place in product(*map(range, stacked)):
+        yield weight[place], tokens[place]

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.failures import run_refusals
-from lewis_hub.calibration.grams import VERSION, GramFiles, GramRequest, read_grams, write_index
-from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance, reusable
-from lewis_hub.calibration.subject import CalibrationSet, Subject
-from lewis_hub.calibration.summaries import SUMMARIES, Measure
-from lewis_hub.calibration.texts import CalibrationTokens
-from lewis_hub.progress import Advance
+import torch
+from torch import Tensor, nn
 
+from lewis_hub.calibration import grams
+from lewis_hub.calibration.forward import deterministic_threads, forward
+from lewis_hub.calibration.grams import GramFiles, GramRequest, ModuleGram, sum_of_squares
+from lewis_hub.calibration.hooks import Statistic, not_finite, require_seen
+from lewis_hub.calibration.meta_model import build_meta_model, weight_names
+from lewis_hub.calibration.model import (
+    Linear,
+    block_linears,
+    check_tokens_fit,
+    load_model,
+    run_refusals,
+)
+from lewis_hub.calibration.passes import BlockInputs, block_pass, whole_pass
+from lewis_hub.calibration.profile import ImportanceProfile, Measure, SourceImportance, reusable
+from lewis_hub.calibration.reference import measure_reference
+from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, Weights, missing
+from lewis_hub.calibration.summaries import SUMMARIES, Summary, importances, stored_blocks
+from lewis_hub.calibration.texts import CalibrationTokens, single_text
+from lewis_hub.checkpoint import names
+from lewis_hub.errors import CalibrationModelError
+from lewis_hub.progress import Advance, shared
 
-def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subject]:
-    """The subjects with the sets that no known measurement covers."""
-    left = []
-    for subject in subjects:
-        sets = tuple(s for s in subject.sets if not reusable(known, subject.commit_sha, s.facts))
-        if sets:
-            left.append(replace(subject, sets=sets))
-    return left
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def calibrate(  # noqa: PLR0913
@@ -33,7 +45,7 @@ def calibrate(  # noqa: PLR0913
     keep: Callable[[ImportanceProfile], None],
     how: Measure = "lewis",
 ) -> ImportanceProfile:
-    """Measure all that is not known yet.
+    """Measure all that is not known yet; returns the profile of the subjects, in their order.
 
     Args:
         subjects: the base with every distinct set, then each expert with its own. For a measure of
@@ -44,44 +56,35 @@ def calibrate(  # noqa: PLR0913
         keep: called with all measurements after each source, so that none is lost.
         how: the measure.
 
-    Returns:
-        The profile of exactly the subjects, in their order.
-
     Raises:
         CalibrationModelError: a source cannot be loaded or measured.
     """
     for subject in missing(subjects, known):
-        tokens = [one.tokens for one in subject.sets]
         with run_refusals(subject.source, f"guide `{known.guide}`"):
-            found = _measured(how, subject, tokens, device, advance)
-        added = (
-            _measurement(subject, one, modules)
-            for one, modules in zip(subject.sets, found, strict=True)
-        )
+            found = _measured(how, subject, device, advance)
+        added = map(partial(_measurement, subject), subject.sets, found)
         known = ImportanceProfile(known.guide, known.calibration, (*known.sources, *added))
         keep(known)
-    return ImportanceProfile(known.guide, known.calibration, tuple(_in_order(subjects, known)))
+    ordered = tuple(
+        _measurement(subject, one, entry.modules)
+        for subject in subjects
+        for one in subject.sets
+        if (entry := reusable(known, subject.commit_sha, one.facts))
+    )
+    return ImportanceProfile(known.guide, known.calibration, ordered)
 
 
 def _measured(
-    how: Measure,
-    subject: Subject,
-    tokens: Sequence[CalibrationTokens],
-    device: str,
-    advance: Advance,
+    how: Measure, subject: Subject, device: str, advance: Advance
 ) -> list[dict[str, float]]:
-    from lewis_hub.calibration import output_shift, passes, reference  # torch: only here
-
+    tokens = [one.tokens for one in subject.sets]
     if how == "lewis_reference":
-        return reference.measure_reference(subject.snapshot, tokens, device, advance)
+        return measure_reference(subject.snapshot, tokens, device, advance)
     if subject.against:
-        pair = subject.against, subject.snapshot
-        return output_shift.measure_shifts(*pair, tokens, device, advance)
-    summarise = SUMMARIES[how]
-    request = None if subject.wanted and read_grams(subject.wanted) else subject.wanted
+        return measure_shifts(subject.against, subject.snapshot, tokens, device, advance)
+    request = None if subject.wanted and grams.read_grams(subject.wanted) else subject.wanted
     return subject.measured(
-        lambda w: passes.measure_by_block(w, tokens, device, advance, summarise, request),
-        lambda snapshot: passes.measure_whole(snapshot, tokens, device, advance, summarise),
+        lambda model: measure_inputs(model, tokens, device, advance, SUMMARIES[how], request)
     )
 
 
@@ -99,27 +102,83 @@ def _measurement(
     )
 
 
-def _in_order(subjects: Sequence[Subject], known: ImportanceProfile) -> list[SourceImportance]:
-    ordered = []
-    for subject in subjects:
-        for one in subject.sets:
-            entry = reusable(known, subject.commit_sha, one.facts)
-            assert entry is not None  # measured above, or known before
-            ordered.append(_measurement(subject, one, entry.modules))
-    return ordered
+def measure_inputs(  # noqa: PLR0913
+    source: Snapshot | Weights,
+    sets: Sequence[CalibrationTokens],
+    device: str,
+    advance: Advance,
+    summarise: Summary = importances,
+    request: GramRequest | None = None,
+) -> list[dict[str, float]]:
+    """Measure one source on each calibration set, by the inputs of its Linears.
+
+    The model of a Snapshot is loaded whole, once for all sets, and freed on return; that of Weights
+    is in memory block by block. Both ways find the same numbers.
+
+    With a `request`, for one set, a pass block by block also writes second moments, with the bytes
+    of `gather_grams`; none if texts run without padding, as they may run with it there.
+
+    Returns:
+        For each set, module -> its number, in the model's order: modules as the checkpoint stores
+        them. A module that saw no token is left out.
+
+    Raises:
+        CalibrationError: it cannot be loaded, the tokens do not fit it, no token counts, or
+            its activations are not finite.
+        NotByBlockError: from `build_meta_model`, or the decoder is not a chain of blocks.
+    """
+    if isinstance(source, Snapshot):
+        model = load_model(source.folder, device, source.name)
+        modules = block_linears(model, source.name)
+        run = partial(whole_pass, model, source.name, [modules], sets, sum_of_squares, advance)
+        with deterministic_threads(modules.values()):
+            return _summarised(model, source.name, run(with_products=True), sets, summarise)
+    meta_model = build_meta_model(source, device)
+    statistics: list[Statistic] = [sum_of_squares]
+    if request:
+        statistics.append(partial(grams.second_moments, widest=request.widest))
+
+    def summarised(blocks: Iterator[BlockInputs]) -> list[dict[str, float]]:
+        return _summarised(meta_model.model, meta_model.name, blocks, sets, summarise, request)
+
+    return block_pass(meta_model, sets, statistics, advance, summarised, with_products=True)
 
 
-def gram_facts(subject: Subject, widest: int) -> dict[str, Any]:
-    """All facts that fix the second moments of a source on its one calibration set."""
-    (own,) = subject.sets
-    content = subject.commit_sha
-    return {"version": VERSION, "source": content, "calibration": {**own.facts}, "widest": widest}
+def _summarised(  # noqa: PLR0913
+    model: PreTrainedModel,
+    name: str,
+    blocks: Iterable[BlockInputs],
+    sets: Sequence[CalibrationTokens],
+    summarise: Summary,
+    request: GramRequest | None = None,
+) -> list[dict[str, float]]:
+    stored_as = weight_names(model)
+    stored: dict[str, ModuleGram] = {}
+    found: list[dict[str, float]] = [{} for _ in sets]
+
+    def add(block: BlockInputs, n_set: int) -> None:  # on return, nothing holds the weights
+        for weights, norms in stored_blocks(model, stored_as, block, n_set, sets[n_set].n_tokens):
+            found[n_set] |= summarise(weights, norms)
+
+    for block in blocks:
+        if request:
+            for moments in block.sums[0][1:]:
+                stored |= grams.write_grams(moments, block.modules, stored_as, request.folder)
+        for n_set in range(len(sets)):
+            add(block, n_set)
+    for one in found:
+        require_seen(one, name)
+    if request and stored:
+        grams.write_index(stored, request)
+    return found
 
 
 def gather_grams(
     subject: Subject, request: GramRequest, device: str, advance: Advance
 ) -> GramFiles:
     """Run a source's calibration texts through it, and store the second moments of its Linears.
+
+    A model that is loaded whole takes several passes if its second moments do not fit into memory.
 
     Args:
         subject: with one calibration set; its model is freed on return.
@@ -128,14 +187,139 @@ def gather_grams(
         advance: called with the number of tokens done, as if there were one pass.
 
     Raises:
-        CalibrationModelError: the source cannot be loaded or measured.
-        EmptyCalibrationError: no token counts.
+        CalibrationError: the source cannot be loaded or measured, or no token counts.
     """
-    from lewis_hub.calibration.passes import gather_by_block, gather_whole
+    tokens = [subject.sets[0].tokens]
+    moments = partial(grams.second_moments, widest=request.widest)
 
-    tokens = subject.sets[0].tokens
-    modules = subject.measured(
-        lambda weights: gather_by_block(weights, tokens, request, device, advance),
-        lambda snapshot: gather_whole(snapshot, tokens, request, device, advance),
-    )
-    return write_index(modules, request)
+    def written(
+        stored_as: Mapping[str, str], blocks: Iterable[BlockInputs]
+    ) -> dict[str, ModuleGram]:
+        stored: dict[str, ModuleGram] = {}
+        for block in blocks:
+            stored |= grams.write_grams(block.sums[0][0], block.modules, stored_as, request.folder)
+        return stored
+
+    def gather(source: Snapshot | Weights) -> dict[str, ModuleGram]:
+        if isinstance(source, Weights):
+            meta_model = build_meta_model(source, device)
+            take = partial(written, weight_names(meta_model.model))
+            return block_pass(meta_model, tokens, [moments], advance, take, with_products=False)
+        model = load_model(source.folder, device, source.name)
+        stored_as = weight_names(model)
+        modules = block_linears(model, source.name)
+        modules = {path: one for path, one in modules.items() if f"{path}.weight" in stored_as}
+        shares = list(grams.shares_in_memory(modules, request.widest))
+        each = shared(advance, len(shares))
+        run = partial(whole_pass, model, source.name, shares, tokens, moments, each)
+        with deterministic_threads(modules.values()):
+            return written(stored_as, run(with_products=False))
+
+    return grams.write_index(subject.measured(gather), request)
+
+
+def measure_shifts(
+    base: Snapshot,
+    expert: Snapshot,
+    sets: Sequence[CalibrationTokens],
+    device: str,
+    advance: Advance,
+) -> list[dict[str, float]]:
+    """Measure how much the outputs of an expert's modules differ from the base's on each set.
+
+    Both models have one architecture, are loaded once for all sets, and freed on return.
+
+    Returns:
+        For each set, module -> sqrt(Σ‖y_expert - y_base‖² / Σ‖y_base‖²) over all tokens, in the
+        base's order: 0 if nothing differs.
+
+    Raises:
+        CalibrationModelError: a model cannot be loaded, or as for `output_shifts`.
+    """
+    models = [load_model(one.folder, device, one.name) for one in (base, expert)]
+    for model, one in zip(models, (base, expert), strict=True):
+        for tokens in sets:
+            check_tokens_fit(model, one.name, tokens)
+    with deterministic_threads(block_linears(models[0], base.name).values()):
+        return [
+            output_shifts(models[0], models[1], expert.name, tokens, advance) for tokens in sets
+        ]
+
+
+def output_shifts(
+    base: PreTrainedModel,
+    expert: PreTrainedModel,
+    name: str,
+    tokens: CalibrationTokens,
+    advance: Advance,
+) -> dict[str, float]:
+    """What `measure_shifts` returns, for one set and models that are loaded.
+
+    A module that does not see every token of a text in both models, such as a routed matrix, does
+    not count for that text: its rows belong to other tokens. Left out are modules that never count,
+    that the checkpoint stores otherwise, or that return more than their product, as some routers
+    do. Modules have the checkpoint's names.
+
+    Raises:
+        CalibrationModelError: an output is not finite, or no module counts.
+    """
+    of_base, of_expert = block_linears(base, name), block_linears(expert, name)
+    held: dict[str, Tensor] = {}  # the base's outputs on the current text
+    sums: dict[str, tuple[float, float]] = {}  # Σ‖y_expert - y_base‖², Σ‖y_base‖²
+
+    def hold(path: str, y: Tensor) -> None:
+        held[path] = y.clone()  # later code may write into the output
+
+    def compare(path: str, y: Tensor) -> None:
+        before = held.pop(path, None)
+        if before is not None and len(before) == len(y) == batch.input_ids.numel():
+            difference, total = sums.get(path, (0.0, 0.0))
+            difference += _square_sum(y - before.to(y.device))  # GPUs may differ
+            sums[path] = difference, total + _square_sum(before)
+
+    with torch.no_grad():
+        for ids in tokens.ids:
+            batch = single_text(ids)
+            with _outputs(of_base, hold):
+                forward(base, batch)
+            with _outputs(of_expert, compare):
+                forward(expert, batch)
+            held.clear()
+            advance(len(ids))
+    stored_as = weight_names(base)
+    found = {
+        names.module(stored_as[f"{path}.weight"]): _shift(name, path, *sums[path])
+        for path in of_base
+        if path in sums and f"{path}.weight" in stored_as
+    }
+    if not found:
+        problem = "no Linear in its blocks has one output for each token of a text"
+        raise CalibrationModelError(name, problem, "Use guide `lewis`, which looks at inputs.")
+    return found
+
+
+def _shift(name: str, path: str, difference: float, base: float) -> float:
+    ratio = difference / base if base else float(difference > 0)
+    if not isfinite(ratio):
+        raise not_finite(f"the outputs of {path}", name)
+    return sqrt(ratio)
+
+
+def _square_sum(y: Tensor) -> float:
+    """The sum of squares of all entries: float32 in a row, float64 over the rows."""
+    rows = y.float().square().sum(dim=-1)
+    return float(rows.sum() if rows.device.type == "mps" else rows.double().sum())
+
+
+@contextmanager
+def _outputs(modules: Mapping[str, Linear], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Pass the output of each module to `take`, as (rows, out_features)."""
+
+    def hook(path: str, _: nn.Module, _inputs: object, y: object) -> None:
+        if isinstance(y, Tensor):
+            take(path, y.detach().reshape(-1, y.shape[-1]))
+
+    with ExitStack() as handles:
+        for path, module in modules.items():
+            handles.enter_context(module.register_forward_hook(partial(hook, path)))
+        yield

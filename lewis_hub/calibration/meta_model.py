@@ -1,31 +1,47 @@
 """A model whose weights are in memory only while they are needed.
 
 It is built from its configuration with parameters on the meta device; tensors of the files are
-loaded block by block. transformers' own rules (`weight_names`) say which tensor of a file becomes
-which parameter, and fuse or split them, so a block is exactly what `from_pretrained` makes of it.
+loaded block by block. transformers renames, fuses and splits tensors while it loads a model, and a
+block has to be exactly what `from_pretrained` makes of it. Importance, too, is needed for each
+tensor of the file that a fused parameter is made of. There is no public function for either, so
+this file alone uses what transformers has inside; `tests/calibration/test_meta_model.py` fails if
+it changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import LoadStateDictConfig
 
-from lewis_hub.calibration.failures import refusals
 from lewis_hub.calibration.model import (
     block_lists,
     check_complete,
     check_reads_tokens,
     model_class,
+    n_parameters,
     quiet,
+    refusals,
 )
 from lewis_hub.calibration.subject import Weights
-from lewis_hub.calibration.weight_names import FLOATS, LoadTarget, WeightLoader, empty_model
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
@@ -35,22 +51,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def weight_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> its tensor in the checkpoint, of those that are stored unchanged."""
+    parameters = dict(model.named_parameters())
+    empty = {name: unknown_like(parameter, "meta") for name, parameter in parameters.items()}
+    names_of = {id(tensor): name for name, tensor in empty.items()}
+    stored = as_stored(model, empty)
+    return {names_of[id(tensor)]: name for name, tensor in stored.items() if id(tensor) in names_of}
+
+
+def as_stored(model: PreTrainedModel, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name to the tensors that the checkpoint stores, by their names there."""
+    return cast("dict[str, Tensor]", revert_weight_conversion(model, parameters))
+
+
+def unknown_like(parameter: Tensor, device: torch.device | str) -> Tensor:
+    """A NaN, expanded to the shape of a parameter."""
+    return torch.full((), torch.nan, device=device).expand(parameter.shape)
+
+
 @dataclass(frozen=True)
 class MetaModel:
-    """A model without weights, and where they come from.
-
-    Attributes:
-        path: of the decoder's list of blocks.
-        blocks: of the decoder.
-        weights: where they come from.
-    """
+    """A model without weights, the list of its decoder's blocks at `path`, and its weights."""
 
     model: PreTrainedModel
     path: str
     blocks: nn.ModuleList
     weights: Weights
-    _targets: Mapping[str, LoadTarget]  # by the tensor of a file
-    _loader: WeightLoader
+    _targets: Mapping[str, str]  # tensor of a file -> parameter or buffer, or the first of several
+    _plain: frozenset[str]  # tensors that alone become theirs, unchanged but for the dtype
+    _loading: LoadStateDictConfig
     _device: str
 
     @property
@@ -73,7 +106,7 @@ class MetaModel:
                     yield block
 
     def _tensors(self, prefixes: tuple[str, ...]) -> list[TensorHeader]:
-        inside = {name for name, to in self._targets.items() if to.name.startswith(prefixes)}
+        inside = {name for name, to in self._targets.items() if to.startswith(prefixes)}
         return [one for name, one in self.weights.checkpoint.tensors.items() if name in inside]
 
     @contextmanager
@@ -91,16 +124,16 @@ class MetaModel:
                     _replace(self.model, name, parameter, "meta")
 
     def _put(self, part: Mapping[str, Tensor]) -> None:
-        """Put tensors of files into the model.
+        """Put tensors of files, all that a parameter is made of, into the model.
 
         transformers could load them all, but takes as long for a block as for a whole model.
         """
         for name, tensor in part.items():
-            if self._targets[name].is_plain:
-                _replace(self.model, self._targets[name].name, tensor, self._device)
-        others = {name: t for name, t in part.items() if not self._targets[name].is_plain}
+            if name in self._plain:
+                _replace(self.model, self._targets[name], tensor, self._device)
+        others = {name: tensor for name, tensor in part.items() if name not in self._plain}
         if others:
-            self._loader.load(others)
+            convert_and_load_state_dict_in_model(self.model, others, self._loading)
 
 
 def _replace(model: nn.Module, name: str, value: Tensor, device: str) -> None:
@@ -117,44 +150,49 @@ def _replace(model: nn.Module, name: str, value: Tensor, device: str) -> None:
 
 
 def build_meta_model(weights: Weights, device: str) -> MetaModel:
-    """Build a model from its configuration and the headers of its files.
+    """Build a model from its configuration and the headers of its files; no weight is read.
 
     The dtypes are those of `load_model`.
-
-    Args:
-        weights: none is read yet.
-        device: where they are loaded, as torch names it.
 
     Raises:
         NotByBlockError: transformers cannot build it, weights are not in the files, or it is an
             encoder-decoder or shares weights between blocks.
     """
+    checkpoint = weights.checkpoint
     try:
-        return _built(weights, device)
+        with refusals(checkpoint.label, "model"), quiet():
+            model, loading = _empty(weights, device)
+        path, blocks = _decoder(weights, model)
+        _refuse_shared(weights, model, path, blocks)
+        with refusals(checkpoint.label, "model"), quiet():
+            targets, plain = _load_targets(model, checkpoint.tensors, loading)
+            made = {targets[name] for name in plain}
+            others = {n: one for n, one in checkpoint.tensors.items() if n not in plain}
+            _check_complete(model, checkpoint.label, made, others, loading)
     except CalibrationModelError as error:
         raise NotByBlockError(error.where, error.problem, error.remedy) from error
+    return MetaModel(model, path, blocks, weights, targets, plain, loading, device)
 
 
-def _built(weights: Weights, device: str) -> MetaModel:
-    name, tensors = weights.checkpoint.label, weights.checkpoint.tensors
-    with refusals(name, "model"), quiet():
-        model, loader = _empty(weights, device)
-    path, blocks = _decoder(weights, model)
-    _refuse_shared(weights, model, path, blocks)
-    with refusals(name, "model"), quiet():
-        targets = loader.targets(tensors)
-        _check(model, weights.checkpoint, targets, loader)
-    return MetaModel(model, path, blocks, weights, targets, loader, device)
-
-
-def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, WeightLoader]:
+def _empty(weights: Weights, device: str) -> tuple[PreTrainedModel, LoadStateDictConfig]:
+    """A model with real buffers, and parameters without values on the meta device."""
     folder = weights.folder
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     dtype = torch.float32 if device == "cpu" else _own_dtype(config, weights.checkpoint)
-    model = empty_model(model_class(folder), config, dtype, device)
+    kind = model_class(folder)
+    build = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+    with no_init_weights(), init_empty_weights(include_buffers=False), torch.device(device):
+        built = build(config, dtype=dtype, experts_implementation="eager")
+    model = cast("PreTrainedModel", built.eval())
     check_reads_tokens(weights.checkpoint.label, model)
     model.config.get_text_config().use_cache = False  # as `load_model` does
-    return model, WeightLoader.of(model, dtype, device)
+    loading = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),  # some modules stay in float32
+        device_map={"": device},
+        weight_mapping=cast("Any", get_model_conversion_mapping(model)),
+    )
+    return model, loading
 
 
 def _own_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -173,35 +211,7 @@ def _decoder(weights: Weights, model: PreTrainedModel) -> tuple[str, nn.ModuleLi
         problem = "no list of blocks with a Linear was found"
         raise CalibrationModelError(weights.checkpoint.label, problem, weights.remedy)
     lists = {path: blocks for path, blocks in every.items() if path.startswith(inside)} or every
-    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def _check(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    targets: Mapping[str, LoadTarget],
-    loader: WeightLoader,
-) -> None:
-    """Refuse parameters that the files lack, or have in another shape, before any byte is read."""
-    plain = {tensor: target.name for tensor, target in targets.items() if target.is_plain}
-    converted = {name: one for name, one in checkpoint.tensors.items() if name not in plain}
-    absent = loader.absent(converted) - set(plain.values())
-    lists = tuple(f"{path}." for path in block_lists(model))
-    needed = (*_surroundings(model), *lists)
-    parameters = {key for key, _ in model.named_parameters()} - model.all_tied_weights_keys.keys()
-    check_complete(checkpoint.label, {key for key in absent & parameters if key.startswith(needed)})
-
-
-def _surroundings(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of parameters and buffers of the body outside all lists of blocks."""
-    body = next(path for path, module in model.named_modules() if module is model.base_model)
-    lists = tuple(f"{path}." for path in block_lists(model))
-    inside = f"{body}." if body else ""
-    return tuple(
-        name
-        for name in model.state_dict()
-        if name.startswith(inside) and not name.startswith(lists)
-    )
+    return max(lists.items(), key=lambda item: n_parameters(item[1]))
 
 
 def _refuse_shared(
@@ -219,3 +229,64 @@ def _refuse_shared(
             problem = "its blocks share weights, so it cannot be calibrated block by block"
             raise CalibrationModelError(name, problem, weights.remedy)
         seen |= own
+
+
+def _load_targets(
+    model: PreTrainedModel, tensors: Mapping[str, TensorHeader], loading: LoadStateDictConfig
+) -> tuple[dict[str, str], frozenset[str]]:
+    """What tensors become, of those that the model uses; and those that are loaded as they are."""
+    state, prefix = model.state_dict(), model.base_model_prefix
+    mapping = loading.weight_mapping or []
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    targets: dict[str, str] = {}
+    plain: set[str] = set()
+    for name in sorted(tensors, key=dot_natural_key):  # transformers' order: some rules count
+        target, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, converted = rename_source_key(name, [], [], prefix, state)
+        if target in state and tensors[name].dtype in FLOATS:
+            targets[name] = target
+            if converted is None and state[target].shape == tensors[name].shape:
+                plain.add(name)
+    if loading.dtype != torch.float32 and loading.dtype_plan:  # some keep another dtype
+        plain.clear()
+    n_parts = Counter(targets.values())
+    return targets, frozenset(name for name in plain if n_parts[targets[name]] == 1)
+
+
+def _check_complete(
+    model: PreTrainedModel,
+    name: str,
+    made: Collection[str],
+    others: Mapping[str, TensorHeader],
+    loading: LoadStateDictConfig,
+) -> None:
+    """Refuse parameters that the files lack, or have in another shape, before any byte is read.
+
+    `made` are those of plain tensors; `others` are the headers of the other tensors.
+    """
+    empty = {
+        tensor: torch.empty(header.shape, dtype=torch.float32, device="meta")
+        for tensor, header in others.items()
+    }
+    nowhere = replace(loading, device_map={"": "meta"})
+    report, _ = convert_and_load_state_dict_in_model(model, empty, nowhere)
+    absent = {*report.missing_keys, *(key for key, *_ in report.mismatched_keys)}
+    lists = tuple(f"{path}." for path in block_lists(model))
+    needed = (*_surroundings(model), *lists)
+    parameters = {key for key, _ in model.named_parameters()} - model.all_tied_weights_keys.keys()
+    lacking = (absent & parameters) - set(made)
+    check_complete(name, {key for key in lacking if key.startswith(needed)})
+
+
+def _surroundings(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of parameters and buffers of the body outside all lists of blocks."""
+    body = next(path for path, module in model.named_modules() if module is model.base_model)
+    lists = tuple(f"{path}." for path in block_lists(model))
+    inside = f"{body}." if body else ""
+    return tuple(
+        name
+        for name in model.state_dict()
+        if name.startswith(inside) and not name.startswith(lists)
+    )

@@ -9,28 +9,39 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration.failures import refusals
-from lewis_hub.errors import CalibrationModelError
+from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.errors import CalibrationModelError, LewisHubError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 LINE = 64  # bytes of a cache line, to which torch aligns its allocations
 
 
+def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
+    from transformers import AutoTokenizer
+
+    with refusals(name, "tokenizer"):
+        return cast(
+            "PreTrainedTokenizerBase",
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+        )
+
+
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     """Load a language model for measuring, in eval mode.
 
-    Its class is the one that its configuration names; if transformers does not have it, it is
-    loaded as a causal language model. On a CPU the arithmetic is float32, whatever the file's
-    dtype, as half precision is slow there. On other devices the file's own dtype is kept.
+    On a CPU the arithmetic is float32, whatever the file's dtype, as half precision is slow there.
+    On other devices the file's own dtype is kept.
 
     Args:
         folder: a complete local snapshot.
@@ -62,12 +73,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
 
 
 def placement(device: str, n_gpus: int) -> str | dict[str, str] | None:
-    """The `device_map` of transformers for a device.
-
-    Returns:
-        "auto", which distributes blocks over all GPUs, for "cuda" with several GPUs; None for the
-        CPU; else the one device.
-    """
+    """The `device_map` of transformers; "auto" distributes blocks over all GPUs."""
     if device == "cpu":
         return None
     return "auto" if device == "cuda" and n_gpus > 1 else {"": device}
@@ -85,13 +91,7 @@ def align(model: nn.Module) -> None:
 
 
 def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], device: str) -> None:
-    """Refuse a model with modules outside the GPUs, which every forward pass would move there.
-
-    Args:
-        name: the source for messages.
-        placed: module -> its device, "cpu" or "disk".
-        device: of the model.
-    """
+    """Refuse a model with modules outside the GPUs, which every forward pass would move there."""
     if device != "cpu" and not {"cpu", "disk"}.isdisjoint(map(str, placed.values())):
         problem = "it is larger than the memory of all GPUs"
         remedy = "Measure it block by block: `--max-memory 1GB`, or anything less than it takes."
@@ -99,7 +99,7 @@ def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], dev
 
 
 def model_class(folder: Path) -> Any:
-    """The class of transformers that a folder's configuration names."""
+    """The class that a configuration names, or causal language models if there is no such."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(
@@ -156,8 +156,7 @@ def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Every list of blocks by its path: the outermost ModuleLists whose items hold a Linear.
 
     A decoder has one, an encoder-decoder two; others belong to a vision tower or an extra head,
-    which calibration texts do not reach. Lists inside a block, such as the networks of a mixture,
-    are left out. An item that is itself a Linear is not a block.
+    which calibration texts do not reach. An item that is itself a Linear is not a block.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -176,6 +175,34 @@ def linears(path: str, root: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 def _is_block(item: nn.Module) -> bool:
     return not isinstance(item, (nn.Linear, Conv1D)) and any(linears("", item))
+
+
+def block_linears(model: nn.Module, name: str) -> dict[str, Linear]:
+    """Every Linear of a block by its path, the first of several; refuses a model without one."""
+    found: dict[str, Linear] = {}
+    for path, blocks in block_lists(model).items():
+        found |= linears(path, blocks)
+    if not found:
+        problem = "no Linear module in a list of blocks was found"
+        remedy = "Importance is measured on those; use guide `uniform` for this architecture."
+        raise CalibrationModelError(name, problem, remedy)
+    return found
+
+
+def check_tokens_fit(model: PreTrainedModel, name: str, tokens: CalibrationTokens) -> None:
+    """Refuse token ids and lengths without an embedding with a CalibrationModelError."""
+    n_rows = len(cast("Tensor", model.get_input_embeddings().weight))
+    highest = max(map(max, tokens.ids))
+    if highest >= n_rows:
+        problem = f"token {highest} of {tokens.tokenizer} is not among its {n_rows} embeddings"
+        remedy = "Calibrate with the tokenizer that base and experts share."
+        raise CalibrationModelError(name, problem, remedy)
+    n_positions = config_value(model, "max_position_embeddings")
+    longest = max(map(len, tokens.ids))
+    if longest > (n_positions or 0) > 0:  # -1 stands for "no limit" in some configurations
+        problem = f"a calibration text has {longest} tokens, the model {n_positions} positions"
+        remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
+        raise CalibrationModelError(name, problem, remedy)
 
 
 def loose_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -203,7 +230,73 @@ def has_stacks(model: nn.Module) -> bool:
     )
 
 
+def n_parameters(module: nn.Module) -> int:
+    """The number of parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def matrix(module: Linear) -> Tensor:
     """The weight as (out_features, in_features); a view."""
     weight: Tensor = module.weight
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+@contextmanager
+def refusals(name: str, what: str) -> Iterator[None]:
+    """Turn the errors of transformers for a folder that it cannot load into one error.
+
+    Args:
+        name: the source for messages.
+        what: "model" or "tokenizer".
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        text, line = str(error), _first_line(error) or repr(error)
+        remedy = f"Calibration loads a {what} with transformers; see what it needs above."
+        if "trust_remote_code" in text:
+            line = f"its {what} needs Python code from its repo, which is not run"
+            remedy = "Take a source that transformers supports by itself, or use guide `uniform`."
+        elif "Unrecognized configuration class" in text:
+            line = "its architecture is no causal language model"
+            remedy = "Calibration measures decoders; merge it with guide `uniform` instead."
+        elif "does not recognize this architecture" in text:
+            line = "this version of transformers does not know its architecture"
+            remedy = "Upgrade: pip install -U transformers."
+        elif "out of memory" in text:
+            line, remedy = "there is not enough memory to load it", "Use a larger device, or cpu."
+        raise CalibrationModelError(name, line.rstrip("."), remedy) from error
+
+
+@contextmanager
+def run_refusals(name: str, by: str) -> Iterator[None]:
+    """Turn the errors of a model's own code, while texts run through it, into one error.
+
+    An error without a frame of transformers is a bug of this program, and keeps its traceback.
+
+    Args:
+        name: the source for messages.
+        by: what needs the measurement, such as "guide `lewis`".
+    """
+    try:
+        yield
+    except LewisHubError:
+        raise
+    except Exception as error:
+        frames = (frame for frame, _ in walk_tb(error.__traceback__))
+        if not any(frame.f_globals["__name__"].startswith("transformers.") for frame in frames):
+            raise
+        text, line = str(error), _first_line(error) or "no message"
+        problem = f"{by} cannot measure it: {type(error).__name__}: {line.rstrip('.')}"
+        remedy = (
+            "Its own code fails so on calibration texts. Guides `uniform` and `magnitude`, and "
+            "methods without statistics, run no model."
+        )
+        if "out of memory" in text or "allocate memory" in text:
+            problem = f"{by} cannot measure it: there is not enough memory"
+            remedy = "Use a larger device, or measure it block by block: `--max-memory 1GB`."
+        raise CalibrationModelError(name, problem, remedy) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -6,15 +6,17 @@ A profile is read and written without torch, so that plots and merges can use on
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from lewis_hub.errors import ProfileError
 from lewis_hub.recipe.schema import Calibration
 
 VERSION = 1
+Document = TypeVar("Document")
 
 
 def write_document(document: Mapping[str, Any]) -> str:
@@ -22,51 +24,28 @@ def write_document(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_document(text: str, file: str) -> dict[str, Any]:
-    """Parse a document and check its version.
+def read_document(text: str, file: str, kind: type[Document]) -> Document:
+    """Parse a document, whose version is this program's, and check the types of its fields.
 
     Raises:
-        ProfileError: not JSON, no version, or another one.
+        ProfileError: not JSON, another version, or a field is missing or has another type.
     """
     try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise broken_document(file, f"not JSON: {error}") from error
-    version = take(document, "version", int, file)
-    if version != VERSION:
-        problem = f"it has version {version}, this program reads version {VERSION}"
-        raise ProfileError(file, problem, "Upgrade lewis-hub, or delete the file to measure again.")
-    return cast("dict[str, Any]", document)
+        version = TypeAdapter(_Versioned).validate_json(text, strict=True).version
+        if version != VERSION:
+            problem = f"it has version {version}, this program reads version {VERSION}"
+            remedy = "Upgrade lewis-hub, or delete the file to measure again."
+            raise ProfileError(file, problem, remedy)
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = f"`{'.'.join(map(str, first['loc']))}`: " if first["loc"] else ""
+        raise broken_document(file, f"{where}{first['msg']}") from error
 
 
-def take(document: Any, key: str, kind: type, file: str) -> Any:
-    """A field of a document, with a check of its type."""
-    value = _value(document, key, file)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise broken_document(file, f"`{key}` is a {type(value).__name__}, not a {kind.__name__}")
-    return value
-
-
-def take_number(document: Any, key: str, file: str) -> float:
-    """A field of a document that is a finite number."""
-    value = _value(document, key, file)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise broken_document(file, f"`{key}` is {value!r}, not a number")
-    return float(value)
-
-
-def _value(document: Any, key: str, file: str) -> Any:
-    if not isinstance(document, dict):
-        raise broken_document(file, f"a {type(document).__name__} stands where an object belongs")
-    if key not in document:
-        raise broken_document(file, f"`{key}` is missing")
-    return document[key]
-
-
-def take_numbers(document: Any, key: str, file: str) -> dict[str, float]:
-    """A field of a document that maps names to finite numbers."""
-    named = take(document, key, dict, file)
-    return {name: take_number(named, name, file) for name in named}
+@dataclass(frozen=True)
+class _Versioned:
+    version: int
 
 
 def broken_document(file: str, problem: str) -> ProfileError:
@@ -76,6 +55,17 @@ def broken_document(file: str, problem: str) -> ProfileError:
 
 MEASURING = 4  # raised when the same source and texts give other numbers
 Role = Literal["base", "expert"]
+Measure = Literal[  # a number for each module, and where it is defined
+    "lewis",  # importance: `summaries.module_importance`
+    "lewis_reference",  # importance with the published code's arithmetic: `reference`
+    "outliers",  # the share of a block's entries far above their mean: `summaries.outlier_ratios`
+    "evenness",  # of a module's input channels: `summaries.evenness`
+    "output_shift",  # of a module's outputs, from base to expert: `measure.output_shifts`
+    "task_vector",  # its size relative to the base's weight: `merge.task_vectors`
+]
+OF_WHOLE_MODELS: frozenset[Measure] = frozenset({"lewis_reference", "output_shift"})
+WITHOUT_TEXTS: frozenset[Measure] = frozenset({"task_vector"})  # they need weights alone
+OF_PAIRS: frozenset[Measure] = frozenset({"output_shift", "task_vector"})  # they compare two models
 
 
 @dataclass(frozen=True)
@@ -86,8 +76,8 @@ class SourceImportance:
     commit_sha: str  # which content it was: 40 hex digits, or a folder's digest
     role: Role
     n_tokens: int
-    modules: Mapping[str, float]  # module -> its number, in the model's order
     calibration: Mapping[str, Any]  # all facts that fix the tokens, and counts
+    modules: Mapping[str, FiniteFloat]  # module -> its number, in the model's order
 
     @property
     def measure(self) -> str:
@@ -104,11 +94,7 @@ class ImportanceProfile:
     sources: tuple[SourceImportance, ...]
 
     def base_of(self, expert: SourceImportance) -> SourceImportance:
-        """The base, measured on the same calibration set as `expert`.
-
-        Raises:
-            ProfileError: the profile holds no such measurement.
-        """
+        """The base on the calibration set of `expert`, or a ProfileError."""
         for entry in self.sources:
             if entry.role == "base" and entry.calibration == expert.calibration:
                 return entry
@@ -132,51 +118,12 @@ class ImportanceProfile:
 
     def to_json(self) -> str:
         """The text of `lewis/importance.json`."""
-        written = {
-            "version": VERSION,
-            "guide": self.guide,
-            "calibration": dict(self.calibration),
-            "sources": [
-                {
-                    "source": entry.source,
-                    "commit_sha": entry.commit_sha,
-                    "role": entry.role,
-                    "n_tokens": entry.n_tokens,
-                    "calibration": dict(entry.calibration),
-                    "modules": dict(entry.modules),
-                }
-                for entry in self.sources
-            ],
-        }
-        return write_document(written)
+        return write_document({"version": VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: str, file: str = "importance.json") -> ImportanceProfile:
-        """Parse the output of `to_json`; `file` is for messages.
-
-        Raises:
-            ProfileError: not JSON, another version, or a field is missing or has another type.
-        """
-        read = read_document(text, file)
-        return cls(
-            guide=take(read, "guide", str, file),
-            calibration=take(read, "calibration", dict, file),
-            sources=tuple(_source(s, file) for s in take(read, "sources", list, file)),
-        )
-
-
-def _source(read: Any, file: str) -> SourceImportance:
-    role = take(read, "role", str, file)
-    if role not in ("base", "expert"):
-        raise broken_document(file, f"`role` is {role!r}, not base or expert")
-    return SourceImportance(
-        source=take(read, "source", str, file),
-        commit_sha=take(read, "commit_sha", str, file),
-        role=cast("Role", role),
-        n_tokens=take(read, "n_tokens", int, file),
-        modules=take_numbers(read, "modules", file),
-        calibration=take(read, "calibration", dict, file),
-    )
+        """Parse the output of `to_json`; raises a ProfileError that names `file`."""
+        return read_document(text, file, cls)
 
 
 def calibration_facts(
@@ -213,12 +160,9 @@ def calibration_facts(
 def reusable(
     profile: ImportanceProfile, commit_sha: str, facts: Mapping[str, Any]
 ) -> SourceImportance | None:
-    """Find a measurement of the same source and texts; None if there is none.
+    """Find a measurement of the same content and texts; None if there is none.
 
-    Args:
-        profile: from an earlier merge.
-        commit_sha: of the source, whose name and role may differ.
-        facts: from `calibration_facts`, optionally with the counts.
+    The source's name and role may differ; `facts` are from `calibration_facts`, with counts or not.
     """
     for entry in profile.sources:
         known = entry.calibration

@@ -19,8 +19,7 @@ Source:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -28,20 +27,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lewis_hub.calibration.block_runner import block_output, replaced_forwards
-from lewis_hub.calibration.determinism import deterministic_threads
-from lewis_hub.calibration.failures import check_padding
-from lewis_hub.calibration.hooks import check_tokens_fit, require_seen
+from lewis_hub.calibration.forward import block_output, deterministic_threads, replaced_forwards
+from lewis_hub.calibration.hooks import hooked, require_seen
 from lewis_hub.calibration.model import (
     Linear,
     block_lists,
+    check_tokens_fit,
     config_value,
     linears,
     load_model,
     matrix,
+    n_parameters,
 )
 from lewis_hub.calibration.subject import Snapshot
-from lewis_hub.calibration.texts import CalibrationTokens
+from lewis_hub.calibration.texts import CalibrationTokens, check_padding
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.progress import Advance
 
@@ -57,7 +56,7 @@ Hidden = Any  # what a block returns: a tensor, or a tuple that begins with one
 def measure_reference(
     snapshot: Snapshot, sets: Sequence[CalibrationTokens], device: str, advance: Advance
 ) -> list[dict[str, float]]:
-    """Measure one source on each calibration set, as `passes.measure_whole` does for `lewis`.
+    """Measure one source on each calibration set, as `measure_inputs` does for `lewis`.
 
     The model is loaded once for each set, as measuring prunes it.
 
@@ -87,11 +86,7 @@ def measure_reference(
 
 
 def padded(tokens: CalibrationTokens, name: str) -> Tensor:
-    """(n_texts, max_tokens) int64: the tokens of each text, then end-of-sequence tokens.
-
-    Raises:
-        CalibrationModelError: the tokenizer has no such token.
-    """
+    """(n_texts, max_tokens) int64: the tokens of each text, then end-of-sequence tokens."""
     if tokens.end is None:
         problem = f"the tokenizer of {tokens.tokenizer} has no end-of-sequence token to pad with"
         raise CalibrationModelError(name, problem, "Use guide `lewis`, which pads nothing.")
@@ -102,29 +97,22 @@ def padded(tokens: CalibrationTokens, name: str) -> Tensor:
 def text_blocks(model: PreTrainedModel, name: str, text: Tensor) -> tuple[str, nn.ModuleList]:
     """The path and the list of the blocks that a text, (n_tokens,) int64, runs through.
 
-    If there are several lists, the one with the most parameters.
-
-    Raises:
-        CalibrationModelError: there is none, or the model has an encoder.
+    If there are several lists, the one with the most parameters; refuses a model with an encoder.
     """
     if model.config.is_encoder_decoder:
         problem = "it has an encoder, and the published procedure knows decoders alone"
         raise CalibrationModelError(name, problem, "Use guide `lewis`.")
-    lists, reached = block_lists(model), set()
-    with ExitStack() as hooks:
-        for path, blocks in lists.items():
-
-            def reach(_: nn.Module, _args: Any, path: str = path) -> None:
-                reached.add(path)
-
-            for block in blocks:
-                hooks.callback(block.register_forward_pre_hook(reach).remove)
+    lists, reached = block_lists(model), set[str]()
+    modules = {
+        f"{path}.{b}": block for path, blocks in lists.items() for b, block in enumerate(blocks)
+    }
+    with hooked(modules, lambda block, _: reached.add(block.rpartition(".")[0])):
         _forward(model, text)
     if not reached:
         problem = "no list of blocks with a Linear was found that texts run through"
         raise CalibrationModelError(name, problem, "Use guide `uniform` for this architecture.")
     run = {path: blocks for path, blocks in lists.items() if path in reached}
-    return max(run.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return max(run.items(), key=lambda item: n_parameters(item[1]))
 
 
 def block_importance(
@@ -164,20 +152,13 @@ def _measured(
     means: dict[str, Tensor] = {}
     n_calls: Counter[str] = Counter()
 
-    def observing(at: str) -> Callable[..., None]:
-        def observe(_: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = args[0] if args else next(iter(named.values()))
-            norms = x.reshape(-1, x.shape[-1]).T.norm(dim=1)
-            n_calls[at] += 1
-            before = means.get(at, torch.zeros_like(norms)) * ((n_calls[at] - 1) / n_calls[at])
-            means[at] = before + norms**2 / n_calls[at]
+    def observe(at: str, x: Tensor) -> None:
+        norms = x.reshape(-1, x.shape[-1]).T.norm(dim=1)
+        n_calls[at] += 1
+        before = means.get(at, torch.zeros_like(norms)) * ((n_calls[at] - 1) / n_calls[at])
+        means[at] = before + norms**2 / n_calls[at]
 
-        return observe
-
-    with ExitStack() as hooks:
-        for at, module in inside.items():
-            handle = module.register_forward_pre_hook(observing(at), with_kwargs=True)
-            hooks.callback(handle.remove)
+    with hooked(inside, observe):
         for i, text in enumerate(texts):
             _run(model, modules, b, text, outputs[i])
     return {at: means[at] for at in inside if at in means}
@@ -203,11 +184,8 @@ def _forward(model: PreTrainedModel, text: Tensor) -> None:
 def _pruned(module: Linear, squares: Tensor) -> float:
     """The importance of a module; sets the least important entries of each row to zero.
 
-    Of equal entries the first ones are set to zero.
-
-    Args:
-        module: half of the entries of its matrix are set to zero.
-        squares: (in_features,) of its inputs, summed over the tokens and averaged over texts.
+    Of equal entries the first ones are set to zero. `squares`, (in_features,), are those of its
+    inputs, summed over the tokens and averaged over texts.
     """
     weight = matrix(module)
     metric = weight.abs() * squares.sqrt()

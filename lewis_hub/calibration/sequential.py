@@ -14,45 +14,41 @@ disk are the hidden states of all texts, twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration.activation_cache import ActivationCache
-from lewis_hub.calibration.block_runner import BatchState, enter_blocks, run_block
-from lewis_hub.calibration.determinism import deterministic_threads
-from lewis_hub.calibration.grams import (
-    cross_moments,
-    residual_moments,
-    second_moments,
-    write_tensors,
+from lewis_hub.calibration import grams
+from lewis_hub.calibration.forward import (
+    ActivationCache,
+    BatchState,
+    ReachedError,
+    deterministic_threads,
+    enter_blocks,
 )
-from lewis_hub.calibration.hooks import (
-    CallOrder,
-    FirstInput,
-    FirstInputError,
-    InputRecorder,
-    InputSum,
-    OutOfStepError,
-    check_tokens_fit,
-    hooked,
-    require_finite,
+from lewis_hub.calibration.grams import InputSum
+from lewis_hub.calibration.hooks import CallOrder, OutOfStepError, hooked, require_finite
+from lewis_hub.calibration.meta_model import MetaModel, build_meta_model, weight_names
+from lewis_hub.calibration.model import Linear, check_tokens_fit, linears
+from lewis_hub.calibration.passes import block_sums
+from lewis_hub.calibration.subject import Weights
+from lewis_hub.calibration.texts import (
+    CalibrationTokens,
+    Grouping,
+    batches,
+    first_tokens,
     unpadded_batches,
 )
-from lewis_hub.calibration.meta_model import MetaModel, build_meta_model
-from lewis_hub.calibration.model import Linear, linears
-from lewis_hub.calibration.passes import Grouping
-from lewis_hub.calibration.subject import Weights
-from lewis_hub.calibration.texts import CalibrationTokens, batches, first_tokens
-from lewis_hub.calibration.weight_names import weight_names
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.progress import Advance, shared
@@ -106,6 +102,9 @@ class BatchPair:
     merged: BatchState
 
 
+Pairs = Sequence[Sequence[BatchPair]]  # of all texts of each expert
+
+
 @dataclass(frozen=True)
 class SequentialFit:
     """What all blocks are fitted with.
@@ -138,7 +137,7 @@ def fit(  # noqa: PLR0913
     device: str,
     advance: Advance,
 ) -> list[Path]:
-    """Fit the Linears of all blocks.
+    """Fit the Linears of all blocks; returns a file for each block in which one was fitted.
 
     Args:
         merged: of a merge without statistics.
@@ -150,9 +149,6 @@ def fit(  # noqa: PLR0913
         device: as torch names it.
         advance: called with the number of tokens done, as if there were one block.
 
-    Returns:
-        A file of safetensors for each block in which a Linear was fitted.
-
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
         NotByBlockError: a model cannot be run block by block, or not beside the merged model.
@@ -160,9 +156,11 @@ def fit(  # noqa: PLR0913
     """
     model = build_meta_model(merged, device)
     experts = [build_meta_model(one.weights, device) for one in texts]
+    paths = _linear_paths(model)
     for expert, one in zip(experts, texts, strict=True):
         check_tokens_fit(expert.model, expert.name, one.own)
-        _require_alike(model, expert)
+        if _linear_paths(expert) != paths:
+            raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
     stored_as = weight_names(model.model)
     job = SequentialFit(model, experts, stored_as, solve, folder, widest, batches, n_threads)
@@ -174,11 +172,7 @@ def fit(  # noqa: PLR0913
 
 
 def require_beside(merged: MetaModel, experts: Iterable[Checkpoint]) -> None:
-    """Refuse, by its headers, an expert that lacks a matrix of the merge's blocks.
-
-    Raises:
-        NotByBlockError: as `fit` does.
-    """
+    """Refuse as `fit` does, by its headers, an expert that lacks a matrix of the merge's blocks."""
     stored_as = weight_names(merged.model)
     needed = [stored_as.get(f"{path}.weight") for path, _ in linears(merged.path, merged.blocks)]
     for expert in experts:
@@ -186,11 +180,8 @@ def require_beside(merged: MetaModel, experts: Iterable[Checkpoint]) -> None:
             raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
 
 
-def _require_alike(merged: MetaModel, expert: MetaModel) -> None:
-    """Refuse an expert that has other blocks, or other matrices in them."""
-    paths = [{path for path, _ in linears("", one.blocks)} for one in (merged, expert)]
-    if paths[0] != paths[1]:
-        raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
+def _linear_paths(model: MetaModel) -> set[str]:
+    return {path for path, _ in linears("", model.blocks)}
 
 
 def _fit_blocks(job: SequentialFit, texts: Sequence[ExpertTexts], advance: Advance) -> list[Path]:
@@ -204,22 +195,21 @@ def _fit_blocks(job: SequentialFit, texts: Sequence[ExpertTexts], advance: Advan
                 trial, pairs = _enter(job, texts, cache)
             file = job.folder / FITTED[job.grouping].format(number)
             if file.exists():
-                _put(job, number, load_file(file))
-            elif found := _fit_block(job, number, trial, pairs):
-                write_tensors(found, file)
+                _put(job, trial, load_file(file))
+            elif found := _fit_block(job, trial, pairs):
+                grams.write_tensors(found, file)
             files += [file] if file.exists() else []
-            trial.move(run_block(job.merged, number, trial))
-            for expert, own_pairs in zip(job.experts, pairs, strict=True):
-                for pair in own_pairs:
-                    pair.own.move(run_block(expert, number, pair.own))
-                    pair.merged.move(run_block(job.merged, number, pair.merged))
-                    advance(pair.own.n_tokens)
+            trial.move(trial.run())
+            for pair in chain.from_iterable(pairs):
+                pair.own.move(pair.own.run())
+                pair.merged.move(pair.merged.run())
+                advance(pair.own.n_tokens)
     return files
 
 
 def _enter(
     job: SequentialFit, texts: Sequence[ExpertTexts], cache: ActivationCache
-) -> tuple[BatchState, list[list[BatchPair]]]:
+) -> tuple[BatchState, Pairs]:
     """A few tokens in the merged model; and for each expert all texts, in both models."""
     trial = [first_tokens(texts[0].merged)]
     groups = [trial, *(list(job.grouping(one.merged)) for one in texts)]
@@ -231,227 +221,174 @@ def _enter(
     return first, pairs
 
 
-def _fit_block(
-    job: SequentialFit, number: int, trial: BatchState, pairs: Sequence[Sequence[BatchPair]]
-) -> dict[str, Tensor]:
+def _fit_block(job: SequentialFit, trial: BatchState, pairs: Pairs) -> dict[str, Tensor]:
     """Fit one block, which has its weights in all models: tensor of the checkpoint -> its values.
 
     All texts stay before the block.
     """
-    modules = dict(linears("", job.merged.blocks[number]))
-    in_order = levels(job.merged, number, trial)
-    each = list(zip(job.experts, pairs, strict=True))
-    unpaired = modules.keys() - {path for level in in_order for path in level}
-    found = _fit_unpaired(job, number, each, [path for path in modules if path in unpaired])
+    in_order = levels(trial)
+    paired = {path for level in in_order for path in level}
+    unpaired = [path for path, _ in linears("", trial.block) if path not in paired]
+    found = _fit_unpaired(job, trial, pairs, unpaired)
     for level in in_order:
         is_last = level is in_order[-1] and len(level) == 1
         try:
-            with_residual = is_last and is_added(job.merged, number, trial, level[0])
+            is_residual = is_last and is_added(trial, level[0])
             moments = [
-                paired_moments(
-                    (job.merged, expert),
-                    number,
-                    own,
-                    level[0],
-                    job.widest,
-                    with_residual=with_residual,
-                )
-                for expert, own in each
+                paired_moments(own, level[0], job.widest, with_residual=is_residual)
+                for own in pairs
             ]
         except OutOfStepError:
             if job.grouping is not unpadded_batches:
                 raise
-            found |= _fit_unpaired(job, number, each, level)  # some tokens alone reach it
+            found |= _fit_unpaired(job, trial, pairs, level)  # some tokens alone reach it
         else:
-            found |= _solve(job, number, dict.fromkeys(level, moments))
+            found |= _solve(job, trial, dict.fromkeys(level, moments))
     return found
 
 
 def _fit_unpaired(
-    job: SequentialFit,
-    number: int,
-    each: Sequence[tuple[MetaModel, Sequence[BatchPair]]],
-    paths: Sequence[str],
+    job: SequentialFit, trial: BatchState, pairs: Pairs, paths: Sequence[str]
 ) -> dict[str, Tensor]:
     """Fit modules of a block on the experts' own inputs, if tokens of each expert reach them."""
     if not paths:
         return {}
-    own = [own_moments(expert, number, texts, paths, job.widest) for expert, texts in each]
-    known = {path: [one[path] for one in own] for path in paths if all(path in one for one in own)}
-    return _solve(job, number, known)
+    each = [own_moments([pair.own for pair in texts], paths, job.widest) for texts in pairs]
+    reached = [path for path in paths if all(path in moments for moments in each)]
+    return _solve(job, trial, {path: [moments[path] for moments in each] for path in reached})
 
 
 def _solve(
-    job: SequentialFit, number: int, moments: Mapping[str, Sequence[LayerMoments]]
+    job: SequentialFit, trial: BatchState, moments: Mapping[str, Sequence[LayerMoments]]
 ) -> dict[str, Tensor]:
-    """Fit modules, several at a time, and replace them in the merged model.
-
-    Modules whose weights the checkpoint stores otherwise are left out.
-    """
-    prefix, block = f"{job.merged.path}.{number}", job.merged.blocks[number]
+    """Fit modules whose weights are stored unchanged, and put them into the merged model."""
 
     def solve(path: str) -> tuple[str, Tensor]:
-        tensor = job.stored_as[f"{prefix}.{path}.weight"]
-        transposed = isinstance(block.get_submodule(path), Conv1D)
+        tensor = job.stored_as[f"{trial.path}.{path}.weight"]
+        transposed = isinstance(trial.block.get_submodule(path), Conv1D)
         return tensor, job.solve(tensor, moments[path], transposed).cpu()
 
-    paths = [path for path in moments if f"{prefix}.{path}.weight" in job.stored_as]
+    paths = [path for path in moments if f"{trial.path}.{path}.weight" in job.stored_as]
     with ThreadPoolExecutor(job.n_threads) as pool:
         found = dict(pool.map(solve, paths))
-    _put(job, number, found)
+    _put(job, trial, found)
     return found
 
 
-def _put(job: SequentialFit, number: int, fitted: Mapping[str, Tensor]) -> None:
+def _put(job: SequentialFit, trial: BatchState, fitted: Mapping[str, Tensor]) -> None:
     """Replace weights of a block of the merged model."""
-    prefix = f"{job.merged.path}.{number}"
-    for name, parameter in job.merged.blocks[number].named_parameters(prefix=prefix):
+    for name, parameter in trial.block.named_parameters(prefix=trial.path):
         if (tensor := job.stored_as.get(name, "")) in fitted:
             parameter.data.copy_(fitted[tensor])
 
 
-def levels(merged: MetaModel, number: int, trial: BatchState) -> list[list[str]]:
+def levels(trial: BatchState) -> list[list[str]]:
     """The Linears of a block that see every token once, in the order of their calls.
 
     Linears with the same input tensor are one level. `trial` is a few tokens.
     """
     order = CallOrder()
-    with hooked(dict(linears("", merged.blocks[number])), order):
-        run_block(merged, number, trial)
+    with hooked(dict(linears("", trial.block)), order.see):
+        trial.run()
     n_tokens = trial.batch.input_ids.numel()
     paired = [[path for path in one if order.n_rows[path] == [n_tokens]] for one in order.levels]
     return [level for level in paired if level]
 
 
-def is_added(model: MetaModel, number: int, trial: BatchState, path: str) -> bool:
+def is_added(trial: BatchState, path: str) -> bool:
     """Whether a block adds the output of a Linear unchanged to terms that do not depend on it."""
-    _, added, plain = _linear_and_block(model, number, trial, path)
+    _, added, plain = _linear_and_block(trial, path)
     push = added * (plain.abs().max() / added.abs().max())
-    module = _linear(model, number, path)
-    handle = module.register_forward_hook(lambda _, _args, returned: returned + push)
-    try:
-        moved = run_block(model, number, trial) - plain
-    finally:
-        handle.remove()
+    with _linear(trial, path).register_forward_hook(lambda _, _args, returned: returned + push):
+        moved = trial.run() - plain
     if moved.shape != push.shape:
         return False
     most = ROUNDINGS * torch.finfo(push.dtype).eps * push.abs().max()
     return bool(((moved - push).abs() <= most).all())
 
 
-def paired_moments(  # noqa: PLR0913
-    models: tuple[MetaModel, MetaModel],
-    number: int,
-    pairs: Sequence[BatchPair],
-    path: str,
-    widest: int,
-    *,
-    with_residual: bool,
+def paired_moments(
+    pairs: Sequence[BatchPair], path: str, widest: int, *, with_residual: bool
 ) -> LayerMoments:
     """Moments of a Linear's inputs in the merged model and in an expert, token by token.
 
-    Args:
-        models: the merged one and the expert; both have the block's weights.
-        number: of the block.
-        pairs: texts before the block.
-        path: of the Linear in the block.
-        widest: the most inputs of one matrix.
-        with_residual: whether the residual covariance is computed; only if the Linear `is_added`.
+    `with_residual` needs a Linear that `is_added`.
 
     Raises:
         OutOfStepError: its input has not a row for every token.
         CalibrationModelError: its input is not finite.
     """
-    merged, expert = models
 
     def summed(pair: BatchPair) -> list[InputSum]:
         residuals = []
         if with_residual:
-            x, merged_rest = _input_and_rest(merged, number, pair.merged, path)
-            z, expert_rest = _input_and_rest(expert, number, pair.own, path)
-            residuals.append(residual_moments(expert_rest - merged_rest, x, widest))
+            x, merged_rest = _input_and_rest(pair.merged, path)
+            z, expert_rest = _input_and_rest(pair.own, path)
+            residuals.append(grams.residual_moments(expert_rest - merged_rest, x, widest))
         else:
-            x = _input(merged, number, pair.merged, path)
-            z = _input(expert, number, pair.own, path)
-        sums = (cross_moments(x, x, widest), cross_moments(z, x, widest), *residuals)
+            x, z = _input(pair.merged, path), _input(pair.own, path)
+        sums = (grams.cross_moments(x, x, widest), grams.cross_moments(z, x, widest), *residuals)
         return [InputSum(one, len(x)) for one in sums]
 
     totals = reduce(
         lambda one, two: [a + b for a, b in zip(one, two, strict=True)], map(summed, pairs)
     )
-    whole_path = f"{merged.path}.{number}.{path}"
-    require_finite({whole_path: totals[0]}, merged.name)
-    for one in totals[1:]:
-        require_finite({whole_path: one}, expert.name)
+    states = (pairs[0].merged, pairs[0].own, pairs[0].own)
+    for one, state in zip(totals, states, strict=False):
+        require_finite({f"{pairs[0].merged.path}.{path}": one}, state.model.name)
     return LayerMoments(*(one.mean() for one in totals))
 
 
 def own_moments(
-    expert: MetaModel, number: int, pairs: Sequence[BatchPair], paths: Collection[str], widest: int
+    texts: Sequence[BatchState], paths: Iterable[str], widest: int
 ) -> dict[str, LayerMoments]:
     """Moments of an expert's own inputs, of those of the Linears at `paths` that a token reaches.
 
     Raises:
-        OutOfStepError: an input has not a row for every token, and some tokens are padding.
-        CalibrationModelError: an input is not finite.
+        OutOfStepError, CalibrationModelError: from `block_sums`.
     """
-    recorder = InputRecorder(partial(second_moments, widest=widest))
-    modules = dict(linears("", expert.blocks[number]))
-    with hooked({path: modules[path] for path in paths}, recorder):
-        for pair in pairs:
-            recorder.start(pair.own.batch)
-            run_block(expert, number, pair.own)
-            recorder.finish()
-    require_finite(recorder.totals, expert.name)
-    return {path: LayerMoments(one.mean()) for path, one in recorder.totals.items()}
+    modules = {path: _linear(texts[0], path) for path in paths}
+    statistic = partial(grams.second_moments, widest=widest)
+    [totals] = block_sums(texts, modules, [statistic], lambda state: state.run())
+    return {path: LayerMoments(one.mean()) for path, one in totals.items()}
 
 
-def _input(model: MetaModel, number: int, state: BatchState, path: str) -> Tensor:
-    """The input of a Linear of a block, (n_tokens, in_features), without padding.
+def _input(state: BatchState, path: str) -> Tensor:
+    """The input of a Linear, (n_tokens, in_features), without padding; the block stops there."""
 
-    The texts stay before the block, which runs no further than to the Linear.
-    """
-    with hooked({path: _linear(model, number, path)}, FirstInput()):
+    def leave(_: str, x: Tensor) -> None:
+        raise ReachedError(x)
+
+    with hooked({path: _linear(state, path)}, leave):
         try:
-            run_block(model, number, state)
-        except FirstInputError as reached:
-            return _rows(reached.x, state)
+            state.run()
+        except ReachedError as reached:
+            return _rows(reached.value, state)
     raise OutOfStepError
 
 
-def _input_and_rest(
-    model: MetaModel, number: int, state: BatchState, path: str
-) -> tuple[Tensor, Tensor]:
-    """The input of a Linear, and the block's output minus its product, without padding.
-
-    Its bias counts as part of the rest.
-    """
-    x, added, returned = _linear_and_block(model, number, state, path)
+def _input_and_rest(state: BatchState, path: str) -> tuple[Tensor, Tensor]:
+    """A Linear's input, and the block's output minus its product; the bias is part of the rest."""
+    x, added, returned = _linear_and_block(state, path)
     rest = returned.float() - added.float()
-    bias = _linear(model, number, path).bias
+    bias = _linear(state, path).bias
     return _rows(x, state), _rows(rest if bias is None else rest + bias, state)
 
 
-def _linear_and_block(
-    model: MetaModel, number: int, state: BatchState, path: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_and_block(state: BatchState, path: str) -> tuple[Tensor, Tensor, Tensor]:
     """The input and the output of a Linear of a block, and the block's output."""
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = _linear(model, number, path).register_forward_hook(
+    with _linear(state, path).register_forward_hook(
         lambda _, args, returned: calls.append((args[0], returned.clone()))
-    )
-    try:
-        returned = run_block(model, number, state)
-    finally:
-        handle.remove()
+    ):
+        returned = state.run()
     if len(calls) != 1:
         raise OutOfStepError
     return *calls[0], returned
 
 
-def _linear(model: MetaModel, number: int, path: str) -> Linear:
-    """A Linear of a block, by its path in it."""
-    return dict(linears("", model.blocks[number]))[path]
+def _linear(state: BatchState, path: str) -> Linear:
+    return cast("Linear", state.block.get_submodule(path))
 
 
 def _rows(x: Tensor, state: BatchState) -> Tensor:

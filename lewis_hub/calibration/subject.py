@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lewis_hub.calibration import grams
 from lewis_hub.calibration.grams import GramRequest
-from lewis_hub.calibration.profile import Role
+from lewis_hub.calibration.profile import ImportanceProfile, Role, reusable
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint, read_tensor
@@ -69,11 +70,7 @@ class Weights:
 
 
 def in_folder(name: str, folder: Path, scratch: Path | None = None) -> Weights:
-    """The weights of a complete local snapshot; `name` is the name that the user gave.
-
-    Raises:
-        BrokenCheckpointError: a header is broken, or a file is missing.
-    """
+    """The weights of a complete local snapshot; `name` is the name that the user gave."""
 
     def parts(
         lists: Sequence[Sequence[TensorHeader]],
@@ -120,18 +117,32 @@ class Subject:
         """The number of tokens of all sets."""
         return sum(one.tokens.n_tokens for one in self.sets)
 
-    def measured(
-        self, by_block: Callable[[Weights], Measured], whole: Callable[[Snapshot], Measured]
-    ) -> Measured:
-        """Call one of two functions that return the same: by block if possible, else whole.
+    def gram_facts(self, widest: int) -> dict[str, Any]:
+        """All facts that fix the second moments of a source on its one calibration set."""
+        (own,) = self.sets
+        facts = {"source": self.commit_sha, "calibration": {**own.facts}, "widest": widest}
+        return {"version": grams.VERSION, **facts}
+
+    def measured(self, measure: Callable[[Snapshot | Weights], Measured]) -> Measured:
+        """Call a function with the weights, block by block, if possible, else with the folder.
 
         Raises:
             NotByBlockError: it cannot be measured block by block, and must not be loaded whole.
         """
         if self.weights:
             try:
-                return by_block(self.weights)
+                return measure(self.weights)
             except NotByBlockError:
                 if not self.may_be_whole:
                     raise
-        return whole(self.snapshot)
+        return measure(self.snapshot)
+
+
+def missing(subjects: Sequence[Subject], known: ImportanceProfile) -> list[Subject]:
+    """The subjects with the sets that no known measurement covers."""
+    left = []
+    for subject in subjects:
+        sets = tuple(s for s in subject.sets if not reusable(known, subject.commit_sha, s.facts))
+        if sets:
+            left.append(replace(subject, sets=sets))
+    return left

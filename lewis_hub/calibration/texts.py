@@ -1,6 +1,6 @@
 """Calibration texts: rows are sampled, rendered with a template, tokenised and batched.
 
-TextRows are sampled by a hash of (seed, row index) alone, so a seed draws the same rows on every
+Rows are sampled by a hash of (seed, row index) alone, so a seed draws the same rows on every
 platform and with every version of the libraries. Texts are in the data's order.
 """
 
@@ -10,13 +10,11 @@ import difflib
 import hashlib
 import heapq
 import string
-import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from lewis_hub.calibration.failures import refusals
-from lewis_hub.errors import CalibrationError, EmptyCalibrationError
+from lewis_hub.errors import CalibrationError, CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 
 if TYPE_CHECKING:
@@ -37,33 +35,25 @@ class Text:
 
     def __init__(self, calibration: Calibration) -> None:
         self._where = f"calibration on {calibration.data}, `text`"
-        self._parts = self._parse(calibration.text or "")
-
-    def _parse(self, template: str) -> list[tuple[str, str | None]]:
+        template = calibration.text or ""
         how = "Write {column} for a column and {{ or }} for a literal brace."
         try:
             parsed = list(string.Formatter().parse(template))
         except ValueError as error:
-            raise CalibrationError(
-                self._where, f"{template!r} is not a template: {error}", how
-            ) from error
+            problem = f"{template!r} is not a template: {error}"
+            raise CalibrationError(self._where, problem, how) from error
         for _, field, spec, conversion in parsed:
             if field is not None and (spec or conversion or not field):
                 problem = f"{template!r} has a field that is not just a column's name"
                 raise CalibrationError(self._where, problem, how)
-        if all(field is None for _, field, _, _ in parsed):
+        self._parts = [(literal, field) for literal, field, _, _ in parsed]
+        self.columns = [field for _, field in self._parts if field is not None]
+        if not self.columns:
             raise CalibrationError(self._where, f"{template!r} names no column", how)
-        return [(literal, field) for literal, field, _, _ in parsed]
-
-    def check(self, columns: Sequence[str]) -> None:
-        """Refuse a template with a column that the data does not have."""
-        for _, field in self._parts:
-            if field is not None:
-                _check_column(self._where, field, columns)
 
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         """The values of a row that are part of the text."""
-        return tuple(row[field] for _, field in self._parts if field is not None)
+        return tuple(row[column] for column in self.columns)
 
     def render(self, index: int, row: Mapping[str, Any]) -> str:
         """Render one row; `index` is its number in the data, for messages."""
@@ -91,10 +81,6 @@ class Messages:
         self._tokenizer = tokenizer
         _require_chat(tokenizer, self._where, "Use `text` over plain columns")
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Refuse a column that the data does not have."""
-        _check_column(self._where, self._column, columns)
-
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         """The contents of the messages of a row."""
         return tuple(message["content"] for message in row[self._column] or ())
@@ -106,7 +92,7 @@ class Messages:
         messages = row[self._column]
         if not messages:
             return ""
-        if not _are_messages(messages):
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
             problem = f"row {index}, column `{self._column}` is no list of {{role, content}}"
             remedy = "Each message needs `role` and `content`; use `text` for plain columns."
             raise CalibrationError(self._where, problem, remedy)
@@ -117,6 +103,10 @@ class Messages:
             problem = f"the chat template refuses row {index}: {error}"
             remedy = "The roles or their order do not suit this tokenizer; use `text`."
             raise CalibrationError(self._where, problem, remedy) from error
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"role", "content"} <= value.keys()
 
 
 class Rendered:
@@ -135,9 +125,6 @@ class Rendered:
             start = tokenizer.bos_token
             self.adds_special_tokens = not (start and begins.startswith(start))
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Accept all columns."""
-
     def parts(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         """The whole text."""
         return (row[RENDERED],)
@@ -150,27 +137,8 @@ class Rendered:
 Template = Text | Messages | Rendered
 
 
-def check_columns(calibration: Calibration, columns: Sequence[str]) -> None:
-    """Refuse a template that cannot be parsed or has columns that the data does not have.
-
-    `columns` of the data are empty if they are not known.
-    """
-    if calibration.messages is None:
-        template = Text(calibration)
-        if columns:
-            template.check(columns)
-    elif columns:
-        _check_column(
-            f"calibration on {calibration.data}, `messages`", calibration.messages, columns
-        )
-
-
 def template_of(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The template of a calibration.
-
-    Raises:
-        CalibrationError: the template cannot be parsed, or the tokenizer has no chat template.
-    """
+    """The template of a calibration; raises a CalibrationError as its class or parser does."""
     if calibration.task:
         return Rendered(calibration, tokenizer)
     return Messages(calibration, tokenizer) if calibration.messages else Text(calibration)
@@ -182,20 +150,22 @@ def _require_chat(tokenizer: PreTrainedTokenizerBase, where: str, instead: str) 
         raise CalibrationError(where, problem, f"{instead}, or a source whose tokenizer has one.")
 
 
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value
-    )
+def check_columns(calibration: Calibration, columns: Sequence[str] | None) -> None:
+    """Refuse a template that cannot be parsed or has columns that the data does not have.
 
-
-def _check_column(where: str, column: str, columns: Sequence[str]) -> None:
-    if column in columns:
-        return
-    lowered = {name.lower(): name for name in columns}
-    near = difflib.get_close_matches(column.lower(), lowered, n=1)
-    hint = f" Did you mean `{lowered[near[0]]}`?" if near else ""
-    there = ", ".join(f"`{name}`" for name in columns) or "none"
-    raise CalibrationError(where, f"there is no column `{column}`", f"Columns: {there}.{hint}")
+    `columns` are those of the data; None: they are not known.
+    """
+    is_chat = calibration.messages is not None
+    named = [calibration.messages or ""] if is_chat else Text(calibration).columns
+    for column in named:
+        if columns is not None and column not in columns:
+            lowered = {name.lower(): name for name in columns}
+            near = difflib.get_close_matches(column.lower(), lowered, n=1)
+            hint = f" Did you mean `{lowered[near[0]]}`?" if near else ""
+            there = ", ".join(f"`{name}`" for name in columns) or "none"
+            where = f"calibration on {calibration.data}, `{'messages' if is_chat else 'text'}`"
+            problem = f"there is no column `{column}`"
+            raise CalibrationError(where, problem, f"Columns: {there}.{hint}")
 
 
 TOGETHER = 2048  # tokens of a batch, padding included; a longer text is a batch of its own
@@ -279,6 +249,9 @@ class TokenBatch:
     attention_mask: Tensor
 
 
+Grouping = Callable[[CalibrationTokens], Iterator[TokenBatch]]
+
+
 def _joined(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
@@ -300,21 +273,6 @@ def draw_rows(n_rows: int, n_samples: int, seed: int) -> tuple[int, ...]:
     return tuple(heapq.nsmallest(n_samples, range(n_rows), key=lambda i: (key(i), i)))
 
 
-def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a local folder, without a repo's own code.
-
-    Raises:
-        CalibrationModelError: there is no tokenizer, or it needs own code.
-    """
-    from transformers import AutoTokenizer
-
-    with refusals(name, "tokenizer"):
-        return typing.cast(
-            "PreTrainedTokenizerBase",
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
-        )
-
-
 def calibration_tokens(
     rows: TextRows, calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> CalibrationTokens:
@@ -324,16 +282,21 @@ def calibration_tokens(
     the tokenizer's own first token, since its item and answer follow all few-shot examples.
 
     Raises:
-        CalibrationError: the template does not fit the columns, a row or the tokenizer.
-        EmptyCalibrationError: no text has a token.
+        CalibrationError: the template does not fit the columns, a row or the tokenizer, or no text
+            has a token.
     """
     template = template_of(calibration, tokenizer)
-    template.check(rows.columns)
+    if not calibration.task:
+        check_columns(calibration, rows.columns)
     drawn = sorted(draw_rows(len(rows), calibration.samples, seed))
     texts = [template.render(i, row) for i, row in zip(drawn, rows.rows(drawn), strict=True)]
     kept = [(i, text) for i, text in zip(drawn, texts, strict=True) if text.strip()]
-    ids = _token_ids(tokenizer, [text for _, text in kept], special=template.adds_special_tokens)
-    sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
+    sequences: list[tuple[int, list[int]]] = []
+    if kept:
+        special = template.adds_special_tokens
+        encoded = tokenizer([t for _, t in kept], add_special_tokens=special, verbose=False)
+        ids = cast("list[list[int]]", encoded["input_ids"])
+        sequences = [(i, tokens) for (i, _), tokens in zip(kept, ids, strict=True) if tokens]
     if not sequences:
         where = f"calibration on {calibration.data}, split {calibration.split}"
         found = f"all {len(texts)} texts are empty" if texts else "there are no rows"
@@ -342,18 +305,17 @@ def calibration_tokens(
     limit, cut_first = calibration.max_tokens, calibration.task is not None
     starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} if cut_first else set()
     cut = [_last(tokens, limit, starts) if cut_first else tokens[:limit] for _, tokens in sequences]
+    n_cut = [len(tokens) - len(kept) for (_, tokens), kept in zip(sequences, cut, strict=True)]
     return CalibrationTokens(
         ids=tuple(map(tuple, cut)),
         rows=tuple(i for i, _ in sequences),
         n_asked=calibration.samples,
-        n_truncated=sum(len(tokens) > limit for _, tokens in sequences),
+        n_truncated=sum(map(bool, n_cut)),
         n_empty=len(texts) - len(sequences),
         tokenizer=tokenizer.name_or_path,
         limit=limit,
         end=tokenizer.eos_token_id,
-        n_cut=sum(
-            len(tokens) - len(kept) for (_, tokens), kept in zip(sequences, cut, strict=True)
-        ),
+        n_cut=sum(n_cut),
         cut_first=cut_first,
     )
 
@@ -365,45 +327,50 @@ def _last(tokens: list[int], limit: int, starts: Collection[int | None]) -> list
     return kept + tokens[first:]
 
 
-def _token_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
-) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=special, verbose=False)  # verbose: length hint
-    return typing.cast("list[list[int]]", encoded["input_ids"])
-
-
 def batches(tokens: CalibrationTokens, budget_tokens: int = TOGETHER) -> Iterator[TokenBatch]:
     """Group the texts by length, longest first; padding costs less than one more batch would.
 
-    Args:
-        tokens: a text is never split.
-        budget_tokens: the most tokens of a batch, padding included; a longer text is a batch of
-            its own.
+    A batch has at most `budget_tokens`, padding included; a longer text is a batch of its own.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     order = sorted(range(len(tokens.ids)), key=lambda i: (-len(tokens.ids[i]), i))
     while order:
         lengths = [len(tokens.ids[i]) for i in order]
         n_texts = _n_in_batch(lengths, budget_tokens)
         taken, order = order[:n_texts], order[n_texts:]
-        input_ids = torch.zeros(len(taken), lengths[0], dtype=torch.int64)
-        mask = torch.zeros_like(input_ids)
-        for line, i in enumerate(taken):
-            n = len(tokens.ids[i])
-            input_ids[line, :n] = torch.tensor(tokens.ids[i])
-            mask[line, :n] = 1
+        texts = [torch.tensor(tokens.ids[i]) for i in taken]
+        input_ids = pad_sequence(texts, batch_first=True)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         yield TokenBatch(input_ids, mask)
+
+
+def unpadded(batch: TokenBatch) -> Iterator[TokenBatch]:
+    """Split into batches of texts of equal length."""
+    lengths = batch.attention_mask.sum(dim=1)
+    for length in sorted(set(lengths.tolist()) - {0}):
+        texts = lengths == length
+        yield TokenBatch(batch.input_ids[texts, :length], batch.attention_mask[texts, :length])
+
+
+def unpadded_batches(tokens: CalibrationTokens) -> Iterator[TokenBatch]:
+    """Batches without padding."""
+    for batch in batches(tokens):
+        yield from unpadded(batch)
 
 
 def first_tokens(tokens: CalibrationTokens) -> TokenBatch:
     """A few tokens of the first text, to find out how a model uses them."""
+    return single_text(tokens.ids[0][:N_TRIAL])
+
+
+def single_text(ids: Sequence[int]) -> TokenBatch:
+    """A batch of one text."""
     import torch
 
-    ids = torch.tensor([tokens.ids[0][:N_TRIAL]])
-    return TokenBatch(ids, torch.ones_like(ids))
+    text = torch.tensor([ids])
+    return TokenBatch(text, torch.ones_like(text))
 
 
 def _n_in_batch(lengths: Sequence[int], budget_tokens: int) -> int:
@@ -414,3 +381,17 @@ def _n_in_batch(lengths: Sequence[int], budget_tokens: int) -> int:
         if n_texts and (n_padding > BATCH or longest * (n_texts + 1) > budget_tokens):
             return n_texts
     return len(lengths)
+
+
+def check_padding(name: str, max_tokens: int, n_positions: int | None) -> None:
+    """Refuse texts that guide `lewis_reference` pads beyond a model's last position.
+
+    `n_positions` of None, 0 or less are unlimited.
+    """
+    if max_tokens > (n_positions or 0) > 0:
+        problem = (
+            f"guide `lewis_reference` pads every text to `max_tokens`, {max_tokens}, and the model "
+            f"has {n_positions} positions"
+        )
+        remedy = f"Set `max_tokens: {n_positions}`, or less, in the calibration."
+        raise CalibrationModelError(name, problem, remedy)

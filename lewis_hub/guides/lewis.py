@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import fsum
 
-from lewis_hub.calibration.summaries import Measure
+from lewis_hub.calibration.profile import Measure
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
 from lewis_hub.guides.registry import Measurements, register
@@ -18,21 +17,6 @@ SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from e
 
 
 Component = tuple[str | None, str]  # list of blocks, and name in a block
-
-
-@dataclass(frozen=True)
-class Dominance:
-    """One block alone sets the min-max; the densities of all others are close to each other."""
-
-    module: str
-    others_reach: float  # the highest position of any other block in the range, 0 to 1
-
-    def __str__(self) -> str:
-        return (
-            f"{self.module} alone sets the range: all other blocks lie in the lowest "
-            f"{self.others_reach:.0%} of [gamma, epsilon]. A block with massive activations does "
-            "this; the schedule then is close to gamma everywhere else."
-        )
 
 
 @register("lewis", needs=("lewis",), paper="https://arxiv.org/abs/2503.03874", version=2)
@@ -61,7 +45,6 @@ def lewis_reference(statistics: Measurements, gamma: float, epsilon: float) -> M
     """LEWIS as its authors published it: padding counts, and measured blocks are pruned.
 
     Shares of the change of importance are rounded to 5 decimals before the min-max.
-    `calibration/reference.py` measures the importance.
     """
     shares = importance_shifts(statistics, "lewis_reference")
     rounded = {module: round(share, SHARE_DECIMALS) for module, share in shares.items()}
@@ -120,15 +103,19 @@ def spread(shares: Mapping[str, float], gamma: float, epsilon: float) -> dict[st
     return densities
 
 
-def dominance(statistics: Measurements, measure: Measure = "lewis") -> Dominance | None:
-    """The module by which one block alone sets the range of the schedule, if there is one."""
+def dominance(statistics: Measurements, measure: Measure = "lewis") -> list[str]:
+    """A note if one block alone sets the range, so that all other densities are close together."""
     shares = importance_shifts(statistics, measure)
     low, high = min(shares.values(), default=0.0), max(shares.values(), default=0.0)
     if low == high:
-        return None
+        return []
     top = max(shares, key=lambda module: shares[module])
     others = [s for module, s in shares.items() if names.block(module) != names.block(top)]
-    if not others:
-        return None
-    reach = (max(others) - low) / (high - low)
-    return Dominance(top, reach) if reach < SQUEEZED else None
+    reach = (max(others, default=high) - low) / (high - low)
+    if reach >= SQUEEZED:
+        return []
+    return [
+        f"{top} alone sets the range: all other blocks lie in the lowest {reach:.0%} of "
+        "[gamma, epsilon]. A block with massive activations does this; the schedule then is close "
+        "to gamma everywhere else."
+    ]

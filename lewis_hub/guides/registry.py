@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from traceback import extract_tb
 from typing import get_args
 
-from lewis_hub.calibration.summaries import WITHOUT_TEXTS, Measure
-from lewis_hub.errors import GuideError
+from lewis_hub.calibration.profile import WITHOUT_TEXTS, Measure
+from lewis_hub.errors import GuideError, LewisHubError
 from lewis_hub.registry import Registry, choices
 
 GROUP = "lewis_hub.guides"
+FAULT = "This is a fault of the guide."
 
 Values = Mapping[str, float]  # module -> value
 
@@ -24,9 +28,8 @@ class Measurements:
     """The measurements that a guide needs, of one expert and its base.
 
     Attributes:
-        matrices: the modules that a guide may give a density, from `schedule.block_matrices`.
-            Measures have no others, and some have fewer. A module that the guide leaves out gets a
-            mean.
+        matrices: the modules that a guide may give a density, from `schedule.block_matrices`; some
+            measures have fewer. A module that the guide leaves out gets a mean.
         base: measure -> module -> value, on the expert's calibration texts; without OF_PAIRS.
         expert: the same for the expert; those of OF_PAIRS compare it with the base.
         seed: derived from the recipe's seed, different for each expert.
@@ -40,11 +43,9 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Decision:
-    """Densities and weights of a guide. A guide that returns densities alone uses them as weights.
+    """Densities in [gamma, epsilon], and factors of the expert's weight, by module.
 
-    Attributes:
-        densities: module -> density, each in [gamma, epsilon].
-        weights: module -> factor of the expert's weight, if the guide applies to weights.
+    A guide that returns densities alone uses them as weights.
     """
 
     densities: Values
@@ -90,11 +91,7 @@ def register(
     paper: str | None = None,
     version: int = 1,
 ) -> Callable[[GuideFunction], GuideFunction]:
-    """Add the decorated function to the guides.
-
-    Raises:
-        GuideError: another function already has the name, or a needed measure does not exist.
-    """
+    """Add the decorated function to the guides; a GuideError refuses its name or measures."""
     for measure in needs:
         if measure not in get_args(Measure):
             problem = f"it needs `{measure}`, which nothing measures"
@@ -106,3 +103,45 @@ def register(
         return decide
 
     return add
+
+
+def validated_decision(
+    guide: RegisteredGuide, statistics: Measurements, limits: tuple[float, float], source: str
+) -> Decision:
+    """Call a guide for one expert, and validate its decision.
+
+    `limits` are gamma and epsilon; messages name the expert `source`.
+
+    Raises:
+        GuideError: the guide fails, gives a value to a module that is not a matrix of a block, a
+            density outside the limits, or a weight that is not finite.
+    """
+    where = f"guide `{guide.name}`"
+    try:
+        decided = guide.decide(statistics, *limits)
+        if not isinstance(decided, Decision):
+            decided = Decision(decided, decided)
+        densities, weights = _numbers(decided.densities), _numbers(decided.weights)
+    except LewisHubError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a guide of another package may raise anything
+        at = extract_tb(error.__traceback__)[-1]
+        raised = f"{type(error).__name__}: {error} ({Path(at.filename).name}, line {at.lineno})"
+        raise GuideError(where, f"it failed on {source}: {raised}", FAULT) from error
+    for module, density in densities.items():
+        if not limits[0] <= density <= limits[1]:
+            problem = f"it gives {module} the density {density:g}, outside gamma and epsilon"
+            raise GuideError(where, problem, FAULT)
+    for module, weight in weights.items():
+        if not isfinite(weight):
+            raise GuideError(where, f"it gives {module} the weight {weight:g}", FAULT)
+    others = {*densities, *weights} - {*statistics.matrices}
+    if others:
+        problem = f"it decides {min(others)}, which is no matrix of a block"
+        remedy = "A guide decides the modules in `Measurements.matrices`, and those alone."
+        raise GuideError(where, problem, remedy)
+    return Decision(densities, weights)
+
+
+def _numbers(values: Values) -> dict[str, float]:
+    return {module: float(value) for module, value in values.items()}

@@ -7,21 +7,28 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import fsum, prod
-from typing import Any, TypeVar
+from typing import Annotated, TypeVar
+
+from pydantic import Field, FiniteFloat
 
 from lewis_hub.calibration import profile as document
-from lewis_hub.calibration.profile import ImportanceProfile
-from lewis_hub.calibration.summaries import OF_PAIRS, Measure
+from lewis_hub.calibration.profile import OF_PAIRS, ImportanceProfile, Measure
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import GuideError
-from lewis_hub.guides.guide_validation import validated_decision
-from lewis_hub.guides.lewis import Component, Dominance, component, dominance
-from lewis_hub.guides.registry import Decision, Measurements, RegisteredGuide, Values
+from lewis_hub.guides.lewis import Component, component, dominance
+from lewis_hub.guides.registry import (
+    Decision,
+    Measurements,
+    RegisteredGuide,
+    Values,
+    validated_decision,
+)
 from lewis_hub.recipe.schema import ApplyTo
 
 Key = TypeVar("Key", bound=Hashable)
+Density = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 def weighted_mean(values: Mapping[Key, float], sizes: Mapping[Key, int]) -> float:
@@ -42,9 +49,9 @@ def shifted(
     if not densities:
         return {}
     low, high = min(densities.values()), max(densities.values())
-    centre = weighted_mean(densities, sizes)
     if low == high:
         return dict.fromkeys(densities, mean)
+    centre = weighted_mean(densities, sizes)
     moved = {tensor: mean + (density - centre) for tensor, density in densities.items()}
     if min(moved.values()) > 0 and max(moved.values()) <= 1:
         return moved
@@ -64,17 +71,15 @@ def seen_by_both(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Leave out routed matrices that a token reached in only one of two models."""
     alone = {module for module in base.keys() ^ expert.keys() if names.is_routed(module)}
-    return (
-        {module: value for module, value in base.items() if module not in alone},
-        {module: value for module, value in expert.items() if module not in alone},
-    )
+    kept = ({m: value for m, value in one.items() if m not in alone} for one in (base, expert))
+    return next(kept), next(kept)
 
 
 def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Values for all matrices: a matrix without a value gets the mean of its component.
+    """Values for all matrices: a matrix without a value gets the mean of its component, or of all.
 
-    If its component has no values either, it gets the mean of all. Means are over parameters. The
-    given values are first, in their order; without any, the result is empty.
+    Means are over parameters. The given values are first, in their order; without any, the result
+    is empty.
     """
     if not values:
         return {}
@@ -83,10 +88,7 @@ def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str
         known[component(module)][module] = value
     every = weighted_mean(values, sizes)
     means = {one: weighted_mean(found, sizes) for one, found in known.items()}
-    return {
-        **values,
-        **{m: means.get(component(m), every) for m in sizes if m not in values},
-    }
+    return {**values, **{m: means.get(component(m), every) for m in sizes if m not in values}}
 
 
 def notes(values: Mapping[str, float], matrices: Iterable[str]) -> tuple[str, ...]:
@@ -124,12 +126,12 @@ ENCODER = re.compile(r"(?:^|[._])encoder")
 
 
 def block_matrices(tensors: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
-    """The modules that every guide gives a density.
+    """The modules that every guide gives a density; `tensors` are name -> shape of a checkpoint.
 
     A tensor counts if its name has the number of a block of the text decoder or encoder, and it is
     a `.weight` or a bare tensor of two dimensions or more. Tensors that are, by their names, a
     bias, a norm, an embedding, a convolution or a part of a recurrence do not count. Matrices that
-    attend to an encoder count if there is one. `tensors` are name -> shape, of a checkpoint.
+    attend to an encoder count if there is one.
     """
     found = [name for name, shape in tensors.items() if len(shape) >= 2 and _is_matrix(name)]
     has_encoder = any(ENCODER.search(names.stack(name) or "") for name in found)
@@ -167,24 +169,12 @@ def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The range of densities: 0 < gamma <= epsilon <= 1.
-
-    Raises:
-        GuideError: they do not.
-    """
+    """The range of densities: 0 < gamma <= epsilon <= 1, as the recipe refuses others."""
 
     gamma: float
     epsilon: float
     default_density: float = 1.0  # of tensors that are not matrices of a block
     mean: float | None = None  # of each expert's densities, over parameters; None: unchanged
-
-    def __post_init__(self) -> None:
-        if not 0 < self.gamma <= self.epsilon <= 1:
-            problem = f"gamma {self.gamma:g} and epsilon {self.epsilon:g} are no range of densities"
-            raise GuideError("guide", problem, "Choose 0 < gamma <= epsilon <= 1.")
-        if not 0 < self.default_density <= 1:
-            problem = f"default_density {self.default_density:g} is no density"
-            raise GuideError("guide", problem, "Choose 0 < default_density <= 1.")
 
 
 @dataclass(frozen=True)
@@ -193,16 +183,6 @@ class Use:
 
     apply_to: ApplyTo = "density"
     seed: int = 42
-
-    @property
-    def sets_densities(self) -> bool:
-        """Whether the values are densities."""
-        return self.apply_to != "weight"
-
-    @property
-    def sets_weights(self) -> bool:
-        """Whether an expert's weight is multiplied by the values."""
-        return self.apply_to != "density"
 
 
 @dataclass(frozen=True)
@@ -216,9 +196,9 @@ class ExpertSchedule:
     """
 
     source: str
-    default_density: float
-    tensors: Mapping[str, float]
-    weights: Mapping[str, float] = field(default_factory=dict)
+    default_density: Density
+    tensors: Mapping[str, Density]
+    weights: Mapping[str, FiniteFloat] = field(default_factory=dict)
 
     def density(self, tensor: str) -> float:
         """The tensor's density, in (0, 1]."""
@@ -232,11 +212,7 @@ class DensitySchedule:
     experts: tuple[ExpertSchedule, ...]
 
     def mean(self, sizes: Mapping[str, int]) -> float:
-        """The parameter-weighted mean density of the scheduled tensors of all experts.
-
-        Raises:
-            GuideError: no tensor is scheduled.
-        """
+        """The mean over parameters of all scheduled densities; a GuideError without any."""
         scheduled = {(e.source, t): d for e in self.experts for t, d in e.tensors.items()}
         if not scheduled:
             problem = "no tensor is scheduled, so there is no mean density"
@@ -244,59 +220,27 @@ class DensitySchedule:
         return weighted_mean(scheduled, {key: sizes[key[1]] for key in scheduled})
 
     def uniform_twin(self, sizes: Mapping[str, int]) -> DensitySchedule:
-        """The control: the same schedule with every density replaced by the mean of all.
-
-        Every weight is replaced by the mean of its expert's weights.
-        """
+        """The control: every density is the mean of all, every weight the mean of its expert's."""
         mean = self.mean(sizes) if any(e.tensors for e in self.experts) else 1.0
-        return DensitySchedule(
-            tuple(
-                replace(
-                    e, tensors=dict.fromkeys(e.tensors, mean), weights=_all_mean(e.weights, sizes)
-                )
-                for e in self.experts
-            )
-        )
+
+        def uniform(expert: ExpertSchedule) -> ExpertSchedule:
+            weights = expert.weights
+            if weights:
+                weights = dict.fromkeys(weights, weighted_mean(weights, sizes))
+            return replace(expert, tensors=dict.fromkeys(expert.tensors, mean), weights=weights)
+
+        return DensitySchedule(tuple(map(uniform, self.experts)))
 
     def to_json(self) -> str:
         """The text of `lewis/density.json`; `weights` are left out if an expert has none."""
-        experts = [
-            {
-                "source": e.source,
-                "default_density": e.default_density,
-                "tensors": dict(e.tensors),
-            }
-            | ({"weights": dict(e.weights)} if e.weights else {})
-            for e in self.experts
-        ]
-        return document.write_document({"version": document.VERSION, "experts": experts})
+        experts = [asdict(expert) for expert in self.experts]
+        written = [{k: v for k, v in one.items() if k != "weights" or v} for one in experts]
+        return document.write_document({"version": document.VERSION, "experts": written})
 
     @classmethod
     def from_json(cls, text: str, file: str = "density.json") -> DensitySchedule:
-        """Read what `to_json` wrote; `file` is named in messages.
-
-        Raises:
-            ProfileError: not JSON, another version, a missing field, or a density outside (0, 1].
-        """
-        experts = document.take(document.read_document(text, file), "experts", list, file)
-        return cls(tuple(_expert(expert, file) for expert in experts))
-
-
-def _all_mean(weights: Mapping[str, float], sizes: Mapping[str, int]) -> Mapping[str, float]:
-    return dict.fromkeys(weights, weighted_mean(weights, sizes)) if weights else {}
-
-
-def _expert(read: Any, file: str) -> ExpertSchedule:
-    expert = ExpertSchedule(
-        source=document.take(read, "source", str, file),
-        default_density=document.take_number(read, "default_density", file),
-        tensors=document.take_numbers(read, "tensors", file),
-        weights=document.take_numbers(read, "weights", file) if "weights" in read else {},
-    )
-    for name, density in (("default_density", expert.default_density), *expert.tensors.items()):
-        if not 0 < density <= 1:
-            raise document.broken_document(file, f"`{name}` is {density:g}, which is no density")
-    return expert
+        """Read what `to_json` wrote; raises a ProfileError that names `file`."""
+        return document.read_document(text, file, cls)
 
 
 @dataclass(frozen=True)
@@ -347,15 +291,12 @@ def schedule(  # noqa: PLR0913
         decided = validated_decision(guide, statistics, (bounds.gamma, bounds.epsilon), source)
         every = Decision(*(completed(v, sizes) for v in (decided.densities, decided.weights)))
         schedules.append(_on_tensors(source, bounds, every, tensors, use))
-        found = (*notes(decided.densities, sizes), *map(str, _dominances(guide, statistics)))
+        found = [*notes(decided.densities, sizes)]
+        for measure in guide.needs:
+            if measure in ("lewis", "lewis_reference"):
+                found += dominance(statistics, measure)
         told += [f"{source}: {note}" for note in found]
     return GuidedSchedule(DensitySchedule(tuple(schedules)), tuple(told))
-
-
-def _dominances(guide: RegisteredGuide, statistics: Measurements) -> Iterable[Dominance]:
-    for measure in guide.needs:
-        if measure in ("lewis", "lewis_reference") and (found := dominance(statistics, measure)):
-            yield found
 
 
 def _statistics(  # noqa: PLR0913
@@ -399,9 +340,9 @@ def _on_tensors(
     def named(values: Values) -> dict[str, float]:
         return {checkpoint_tensor(module, tensors): value for module, value in values.items()}
 
-    densities = named(decided.densities) if use.sets_densities else {}
+    densities = named(decided.densities) if use.apply_to != "weight" else {}
     if bounds.mean is not None:
         sizes = {tensor: prod(tensors[tensor]) for tensor in densities}
         densities = shifted(densities, sizes, bounds.mean)
-    weights = named(decided.weights) if use.sets_weights else {}
+    weights = named(decided.weights) if use.apply_to != "density" else {}
     return ExpertSchedule(source, bounds.default_density, densities, weights)

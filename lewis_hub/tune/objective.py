@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
-from lewis_hub.calibration.texts import draw_rows, load_tokenizer
+from lewis_hub.calibration.texts import draw_rows
 from lewis_hub.errors import EvaluationError, TuningError
 from lewis_hub.evaluate.answer_loss import NAME, answer_losses
 from lewis_hub.evaluate.benchmarks import count_requests, free_split, prepared
@@ -87,6 +87,8 @@ def draw_items(
     """
     commits, chat = scored_commits(scored.api, asked.selection), None
     if model := asked.chat_model:
+        from lewis_hub.calibration.model import load_tokenizer
+
         chat = chat_of(load_tokenizer(str(small_files(scored.api, model)), model.name))
     drawn = []
     for name in asked.selection.names:

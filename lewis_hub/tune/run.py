@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.texts import load_tokenizer
 from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import (
@@ -253,6 +252,8 @@ def score_both(
     candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
     results = dict(score(candidates, run, tasks.progress))
     merged = models["merged"].folder  # all have its tokenizer
+    from lewis_hub.calibration.model import load_tokenizer
+
     chat = chat_of(load_tokenizer(str(merged), "merged")) if settings.chat_template else None
     questions = scored_questions(loaded, limit, chat)
     n_items = len(models) * sum(map(len, questions.values()))

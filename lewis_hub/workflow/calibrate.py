@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.grams import GramRequest
-from lewis_hub.calibration.measure import calibrate, missing
 from lewis_hub.calibration.profile import (
+    OF_PAIRS,
+    OF_WHOLE_MODELS,
+    WITHOUT_TEXTS,
     ImportanceProfile,
+    Measure,
     SourceImportance,
     reusable,
 )
-from lewis_hub.calibration.subject import Snapshot, Subject
-from lewis_hub.calibration.summaries import OF_PAIRS, SUMMARIES, WITHOUT_TEXTS, Measure
+from lewis_hub.calibration.subject import Snapshot, Subject, missing
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import ProfileError, RecipeError
@@ -182,6 +184,8 @@ def _on_texts(
     loader: ModelLoader,
     keep: Callable[[ImportanceProfile], None],
 ) -> ImportanceProfile:
+    from lewis_hub.calibration.measure import calibrate  # torch: only here
+
     unknown = missing(subjects, known)
     left = {one.source for one in unknown}
     if any(one.against for one in unknown):
@@ -210,7 +214,7 @@ def require_by_ranges(
     unknown = [
         subject.source
         for measure in settings.guide.needs
-        if measure not in {*SUMMARIES, *WITHOUT_TEXTS}
+        if measure in OF_WHOLE_MODELS
         for subject in missing(_subjects(settings, sets, loader, measure), known)
     ]
     if unknown:
@@ -260,7 +264,7 @@ def measure_task_vectors(
             modules = entry.modules
         else:
             modules = _task_vector_sizes(base, expert, matrices, loader)
-        yield SourceImportance(expert.pinned, expert.digest, "expert", 0, modules, facts)
+        yield SourceImportance(expert.pinned, expert.digest, "expert", 0, facts, modules)
 
 
 def _task_vector_sizes(

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.failures import check_padding
-from lewis_hub.calibration.texts import check_columns
+from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.checkpoint.reader import Checkpoint
@@ -251,7 +250,7 @@ def _problems(
 ) -> Iterator[str]:
     try:
         if isinstance(data, Source):
-            check_columns(calibration, _columns(api, calibration, data))
+            check_columns(calibration, _columns(api, calibration, data) or None)
         else:
             _check_task(replace(data.selection, allow_code=allow_code), calibration)
     except (CalibrationError, EvaluationError, SourceError) as error:

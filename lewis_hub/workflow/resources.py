@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.grams import HELD_BYTES as GRAM_BYTES
 from lewis_hub.calibration.grams import WIDEST, n_entries
+from lewis_hub.calibration.profile import OF_WHOLE_MODELS, WITHOUT_TEXTS
 from lewis_hub.calibration.subject import HELD_BYTES
-from lewis_hub.calibration.summaries import SUMMARIES, WITHOUT_TEXTS
 from lewis_hub.calibration.texts import TOGETHER
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
@@ -191,7 +191,7 @@ class Measurement:
             checkpoints: headers of all sources.
             loading: decides which sources are measured block by block.
         """
-        if not n_tokens or not (self.moments or self.measures & {*SUMMARIES}):
+        if not n_tokens or not (self.moments or self.measures - OF_WHOLE_MODELS - WITHOUT_TEXTS):
             return 0
         n_measured = sum(n_tokens.values())
         n_fitted = 2 * sum(n_tokens[c] for c in self.calibrations) if self.in_sequence else 0
@@ -285,7 +285,7 @@ def loading_problems(
 ) -> list[str]:
     """Refuse models, or blocks, that do not fit into the allowed memory to be measured."""
     guide = measurement.guide
-    whole = measurement.measures - {*SUMMARIES, *WITHOUT_TEXTS}
+    whole = measurement.measures & OF_WHOLE_MODELS
     if guide is None or not whole:
         return _block_problems(measurement, sources, loading)
     return [

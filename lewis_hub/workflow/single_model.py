@@ -8,10 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from lewis_hub.calibration.measure import calibrate, missing
-from lewis_hub.calibration.profile import ImportanceProfile
-from lewis_hub.calibration.subject import FEWER, HELD_BYTES, STATES, CalibrationSet, Subject
-from lewis_hub.calibration.summaries import Measure
+from lewis_hub.calibration.profile import ImportanceProfile, Measure
+from lewis_hub.calibration.subject import (
+    FEWER,
+    HELD_BYTES,
+    STATES,
+    CalibrationSet,
+    Subject,
+    missing,
+)
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
@@ -278,6 +283,8 @@ def measure_model(
         >>> round(profile.sources[0].modules["model.layers.0.self_attn.q_proj"], 1)
         11.9
     """
+    from lewis_hub.calibration.measure import calibrate  # torch: only here
+
     output, execution, progress = Path(output), execution or Execution(), progress or Silent()
     execution.require_usable()
     require_writable(output)

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.calibration.failures import run_refusals
 from lewis_hub.calibration.grams import GramFiles, GramRequest, read_grams
-from lewis_hub.calibration.measure import gather_grams, gram_facts
 from lewis_hub.calibration.subject import Subject, Weights, in_folder
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
@@ -123,7 +121,7 @@ def wanted(
     if settings.moments.in_sequence:
         return ()
     widest = settings.moments.widest
-    facts = [gram_facts(subject, widest) for subject in _subjects(settings, sets, loader)]
+    facts = [subject.gram_facts(widest) for subject in _subjects(settings, sets, loader)]
     places = [store / "statistics" / _short_digest(one) for one in facts]
     return tuple(GramRequest(place, widest, one) for place, one in zip(places, facts, strict=True))
 
@@ -160,6 +158,9 @@ def _gather_each(
 def _gather_one(
     method: str, subject: Subject, one: GramRequest, device: str, advance: Advance
 ) -> GramFiles:
+    from lewis_hub.calibration.measure import gather_grams  # torch: only here
+    from lewis_hub.calibration.model import run_refusals
+
     with run_refusals(subject.source, f"method `{method}`"):
         return gather_grams(subject, one, device, advance)
 
@@ -311,6 +312,7 @@ def _fit(
     loader: ModelLoader,
     place: Path,
 ) -> list[Path]:
+    from lewis_hub.calibration.model import run_refusals
     from lewis_hub.calibration.sequential import ExpertTexts
     from lewis_hub.calibration.sequential import fit as fit_blocks
 

@@ -18,7 +18,6 @@ from lewis_hub.calibration.texts import (
     Template,
     TextRows,
     calibration_tokens,
-    load_tokenizer,
     template_of,
 )
 from lewis_hub.errors import CalibrationError, EvaluationError
@@ -222,6 +221,8 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
         EvaluationError: a task has no such split, or its items cannot be rendered.
         CalibrationError: the template does not fit, or no text is left.
     """
+    from lewis_hub.calibration.model import load_tokenizer  # torch: only here
+
     donor, data = settings.tokenizer, settings.data[calibration]
     tokenizer = load_tokenizer(str(small_files(api, donor)), donor.name)
     rows = _rows(settings, calibration, api)

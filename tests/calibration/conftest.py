@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lewis_hub.calibration.hooks import block_linears
-from lewis_hub.calibration.passes import input_sums, norms_of
-from lewis_hub.calibration.summaries import sum_of_squares
+from lewis_hub.calibration.grams import sum_of_squares
+from lewis_hub.calibration.model import block_linears
+from lewis_hub.calibration.passes import input_sums
+from lewis_hub.calibration.summaries import norms_of
 from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 
 N_TOKENS = 97  # of the tiny models' vocabulary

@@ -15,7 +15,7 @@ from lewis_hub.calibration.grams import (
     read_grams,
     second_moments,
 )
-from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration.measure import gather_grams
 from lewis_hub.calibration.subject import CalibrationSet, Subject
 from lewis_hub.errors import OutputError
 
@@ -32,7 +32,7 @@ def subject(saved, texts):
 
 
 def wanted_of(subject, folder, widest=WIDEST):
-    return GramRequest(folder, widest, gram_facts(subject, widest))
+    return GramRequest(folder, widest, subject.gram_facts(widest))
 
 
 def gather(subject, folder, widest=WIDEST, advance=lambda _: None):

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration.passes import measure_whole
+from lewis_hub.calibration.grams import sum_of_squares
+from lewis_hub.calibration.measure import measure_inputs
+from lewis_hub.calibration.model import matrix
 from lewis_hub.calibration.subject import Snapshot
-from lewis_hub.calibration.summaries import sum_of_squares
+from lewis_hub.calibration.summaries import module_importance
 from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch, batches
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.methods.numerics import torch_threads
@@ -83,7 +85,7 @@ def test_norms_and_importance_equal_a_naive_loop_over_tokens_and_weights(model, 
     expected = {path: naive_norms(inputs[path]) for path in paths}
 
     norms = activation_norms(model, "tiny", batches(texts), nothing)
-    [importance] = measure_whole(Snapshot("tiny", saved(model)), [texts], "cpu", nothing)
+    [importance] = measure_inputs(Snapshot("tiny", saved(model)), [texts], "cpu", nothing)
 
     assert list(norms) == paths
     assert list(importance) == paths
@@ -191,13 +193,16 @@ def test_the_model_is_left_as_it_was(llama, texts, breaks):
     assert torch.is_grad_enabled()
 
 
-def test_dropout_is_off_while_measuring(texts):
+def test_dropout_is_off_while_measuring(texts, saved):
     model = tiny_model("gpt2")
-    expected = activation_norms(model, "tiny", batches(texts), nothing)
+    norms = activation_norms(model, "tiny", batches(texts), nothing)
 
-    found = activation_norms(model.train(), "tiny", batches(texts), nothing)
+    [found] = measure_inputs(Snapshot("tiny", saved(model.train())), [texts], "cpu", nothing)
 
-    assert all(torch.equal(norm, expected[path]) for path, norm in found.items())
+    modules = {path: model.get_submodule(path) for path in norms}
+    assert found == {
+        path: module_importance(matrix(module), norms[path]) for path, module in modules.items()
+    }
 
 
 def test_half_precision_inputs_are_summed_in_float32():
@@ -340,7 +345,7 @@ def test_activations_that_overflow_are_an_error_naming_the_module(llama, texts):
 )
 def test_tokens_that_do_not_fit_the_model_are_refused(llama, saved, ids, message):
     with pytest.raises(CalibrationModelError) as caught:
-        measure_whole(Snapshot("me/tiny", saved(llama)), [tokens_of(ids)], "cpu", nothing)
+        measure_inputs(Snapshot("me/tiny", saved(llama)), [tokens_of(ids)], "cpu", nothing)
 
     assert str(caught.value) == message
 
@@ -351,7 +356,7 @@ def test_a_source_is_out_of_memory_once_it_is_measured(llama, texts, saved):
     watch = register_module_forward_pre_hook(lambda module, _: ran.append(weakref.ref(module)))
     gc.disable()  # reference counts alone must free it
     try:
-        measure_whole(Snapshot("base", folder), [texts], "cpu", nothing)
+        measure_inputs(Snapshot("base", folder), [texts], "cpu", nothing)
     finally:
         gc.enable()
         watch.remove()
@@ -365,10 +370,10 @@ def test_several_calibration_sets_are_measured_as_if_each_were_alone(llama, text
     other = tokens_of([[20, 21, 22]])
     counted: list[int] = []
 
-    together = measure_whole(Snapshot("base", folder), [texts, other], "cpu", counted.append)
+    together = measure_inputs(Snapshot("base", folder), [texts, other], "cpu", counted.append)
 
     assert together == [
-        measure_whole(Snapshot("base", folder), [t], "cpu", nothing)[0] for t in (texts, other)
+        measure_inputs(Snapshot("base", folder), [t], "cpu", nothing)[0] for t in (texts, other)
     ]
     assert sum(counted) == texts.n_tokens + other.n_tokens
 
@@ -392,5 +397,5 @@ def test_a_text_of_any_length_is_measured_alike_on_any_number_of_threads(
         found = []
         for n_threads in (1, 2):
             with torch_threads(n_threads):
-                found.append(measure_whole(Snapshot("tiny", folder), sets, "cpu", lambda _: None))
+                found.append(measure_inputs(Snapshot("tiny", folder), sets, "cpu", lambda _: None))
         assert found[0] == found[1], n_tokens

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lewis_hub.calibration.passes import measure_by_block, measure_whole
+from lewis_hub.calibration.measure import measure_inputs
 from lewis_hub.calibration.reference import measure_reference
 from lewis_hub.calibration.subject import Snapshot, in_folder
 from lewis_hub.calibration.texts import CalibrationTokens
@@ -95,7 +95,7 @@ def naive_importance(folder: Path, tokens: CalibrationTokens) -> dict[str, float
 def test_importance_and_densities_are_those_of_the_definition(folders, tokens):
     ours, expected = {}, {}
     for role, folder in folders.items():
-        [ours[role]] = measure_whole(Snapshot(role, folder), [tokens], "cpu", nothing)
+        [ours[role]] = measure_inputs(Snapshot(role, folder), [tokens], "cpu", nothing)
         expected[role] = naive_importance(folder, tokens)
         assert ours[role] == pytest.approx(expected[role], rel=1e-6)
 
@@ -137,9 +137,9 @@ def test_the_reference_is_the_same_on_any_number_of_threads(folders, tokens):
 
 def test_importance_is_the_same_block_by_block_and_on_any_number_of_threads(folders, tokens):
     folder = folders["base"]
-    [expected] = measure_whole(Snapshot("base", folder), [tokens], "cpu", nothing)
+    [expected] = measure_inputs(Snapshot("base", folder), [tokens], "cpu", nothing)
 
     for n_threads in (1, 2, 4):
         with torch_threads(n_threads):
-            [found] = measure_by_block(in_folder("base", folder), [tokens], "cpu", nothing)
+            [found] = measure_inputs(in_folder("base", folder), [tokens], "cpu", nothing)
         assert found == expected

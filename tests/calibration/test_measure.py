@@ -8,9 +8,9 @@ import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lewis_hub.calibration.grams import WIDEST, GramRequest, read_grams
-from lewis_hub.calibration.measure import calibrate, gram_facts, missing
+from lewis_hub.calibration.measure import calibrate
 from lewis_hub.calibration.profile import ImportanceProfile
-from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder
+from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder, missing
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.registry import find
 from lewis_hub.guides.schedule import Bounds, schedule
@@ -112,7 +112,7 @@ def test_a_subject_with_weights_is_measured_without_loading_its_folder(subjects,
 
 def test_second_moments_are_left_by_what_is_measured_block_by_block_and_once(subjects, tmp_path):
     whole = subjects[1]
-    wanted = GramRequest(tmp_path / "grams", WIDEST, gram_facts(whole, WIDEST))
+    wanted = GramRequest(tmp_path / "grams", WIDEST, whole.gram_facts(WIDEST))
     whole = replace(whole, wanted=wanted)
     blocks = replace(whole, weights=in_folder("me/one", whole.folder))
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
-from lewis_hub.calibration.failures import check_padding, run_refusals
-from lewis_hub.calibration.model import check_on_gpus, load_model, placement
+from lewis_hub.calibration.model import check_on_gpus, load_model, placement, run_refusals
+from lewis_hub.calibration.texts import check_padding
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 
 

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import silu
 
-from lewis_hub.calibration.output_shift import measure_shifts
-from lewis_hub.calibration.passes import measure_whole
+from lewis_hub.calibration.measure import measure_inputs, measure_shifts
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.summaries import evenness, outlier_ratios
@@ -111,7 +110,7 @@ def test_an_expert_is_measured_on_the_tokens_routed_to_it(architecture, texts, t
     stored = load_file(tmp_path / "model.safetensors")
     routed = routed_tokens(model, texts)
 
-    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
+    [found] = measure_inputs(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     assert {f"{module}.weight" for module in found} <= stored.keys()
     for (block, expert), tokens in routed.items():
@@ -141,7 +140,7 @@ def test_both_stacks_of_an_encoder_decoder_are_measured(texts, tmp_path):
             shifted = torch.tensor([[0, *ids[:-1]]])
             model(input_ids=torch.tensor([ids]), decoder_input_ids=shifted)
 
-    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
+    [found] = measure_inputs(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     assert sum(module.startswith("encoder.") for module in found) == 2 * 6
     assert sum(module.startswith("decoder.") for module in found) == 2 * 10
@@ -160,7 +159,7 @@ def test_what_a_router_multiplies_is_measured(texts, tmp_path):
         for ids in texts.ids:
             model(torch.tensor([ids]))
 
-    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
+    [found] = measure_inputs(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     tokens = [token for rows in seen for token in rows.reshape(-1, rows.shape[-1])]
     gate = load_file(tmp_path / "model.safetensors")["model.layers.0.block_sparse_moe.gate.weight"]
@@ -174,7 +173,7 @@ def test_experts_that_the_file_keeps_in_one_tensor_add_up(texts, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     routed = routed_tokens(model, texts)
 
-    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
+    [found] = measure_inputs(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None)
 
     for block in range(len(model.model.layers)):
         name = f"model.layers.{block}.mlp.experts.gate_up_proj"
@@ -189,15 +188,15 @@ def test_an_expert_that_no_token_reached_gets_its_components_mean_density_and_sa
     config_class, settings, *_ = MIXTURES["mixtral"]
     mixture(config_class, {**settings, "num_local_experts": 32}, tmp_path)
     few = tokens_of([[5, 6, 7]])
-    [base] = measure_whole(Snapshot("tiny", tmp_path), [few], "cpu", lambda _: None)
+    [base] = measure_inputs(Snapshot("tiny", tmp_path), [few], "cpu", lambda _: None)
     shapes = {n: tuple(t.shape) for n, t in load_file(tmp_path / "model.safetensors").items()}
     moved = {module: value * (1 + i / 100) for i, (module, value) in enumerate(base.items())}
     profile = ImportanceProfile(
         "lewis",
         {},
         (
-            SourceImportance("b", "0", "base", 3, base, {}),
-            SourceImportance("e", "1", "expert", 3, moved, {}),
+            SourceImportance("b", "0", "base", 3, {}, base),
+            SourceImportance("e", "1", "expert", 3, {}, moved),
         ),
     )
 
@@ -269,7 +268,7 @@ def test_a_summary_is_handed_the_files_own_matrices_and_the_norms_of_their_input
         handed.append((weights, norms))
         return outlier_ratios(weights, norms)
 
-    [found] = measure_whole(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None, summarise)
+    [found] = measure_inputs(Snapshot("tiny", tmp_path), [texts], "cpu", lambda _: None, summarise)
 
     assert len(handed) == len(model.model.layers)
     for weights, norms in handed:

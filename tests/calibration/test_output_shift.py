@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lewis_hub.calibration.hooks import block_linears
-from lewis_hub.calibration.output_shift import measure_shifts, output_shifts
+from lewis_hub.calibration.measure import measure_shifts, output_shifts
+from lewis_hub.calibration.model import block_linears
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.errors import CalibrationModelError
 from lewis_hub.guides.baselines import activation_shift

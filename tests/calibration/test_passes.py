@@ -15,15 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lewis_hub.calibration import activation_cache
-from lewis_hub.calibration.block_runner import NotAChainError, enter
-from lewis_hub.calibration.grams import DIAGONAL, WIDEST, GramRequest, read_grams
-from lewis_hub.calibration.measure import gather_grams, gram_facts
+from lewis_hub.calibration import forward
+from lewis_hub.calibration.forward import NotAChainError, enter
+from lewis_hub.calibration.grams import DIAGONAL, WIDEST, GramRequest, read_grams, sum_of_squares
+from lewis_hub.calibration.measure import gather_grams, measure_inputs
 from lewis_hub.calibration.meta_model import build_meta_model
 from lewis_hub.calibration.model import load_model
-from lewis_hub.calibration.passes import BlockInputs, block_pass, measure_by_block, measure_whole
+from lewis_hub.calibration.passes import BlockInputs, block_pass
 from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, in_folder
-from lewis_hub.calibration.summaries import sum_of_squares
 from lewis_hub.calibration.texts import CalibrationTokens, TokenBatch
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.errors import CalibrationModelError
@@ -70,9 +69,9 @@ def test_block_by_block_measures_exactly_what_a_whole_model_does(
     long = tokens_of([list(range(3, 43)), list(range(9, 0, -1))])
     sets = [texts, long]
 
-    blocks = measure_by_block(in_folder("tiny", folder), sets, "cpu", nothing)
+    blocks = measure_inputs(in_folder("tiny", folder), sets, "cpu", nothing)
 
-    whole = measure_whole(Snapshot("tiny", folder), sets, "cpu", nothing)
+    whole = measure_inputs(Snapshot("tiny", folder), sets, "cpu", nothing)
     assert [list(one) for one in blocks] == [list(one) for one in whole]
     assert blocks == whole
 
@@ -85,9 +84,9 @@ def test_of_two_tensors_that_become_one_parameter_the_same_counts_as_in_a_whole_
     one = "layers.1.mlp.up_proj.weight"
     save_file(tensors | {one: 2 * tensors[f"model.{one}"]}, folder / "model.safetensors")
 
-    blocks = measure_by_block(in_folder("tiny", folder), [texts], "cpu", nothing)
+    blocks = measure_inputs(in_folder("tiny", folder), [texts], "cpu", nothing)
 
-    assert blocks == measure_whole(Snapshot("tiny", folder), [texts], "cpu", nothing)
+    assert blocks == measure_inputs(Snapshot("tiny", folder), [texts], "cpu", nothing)
 
 
 def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, saved):
@@ -103,7 +102,7 @@ def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, sa
         held[:] = map(weakref.ref, of.values())
         return dict.fromkeys(norms, 0.0)
 
-    measure_by_block(replace(weights, parts=parts), [texts], "cpu", nothing, summarise)
+    measure_inputs(replace(weights, parts=parts), [texts], "cpu", nothing, summarise)
 
     assert len(held) == 7
 
@@ -112,9 +111,9 @@ def test_nothing_of_a_block_is_in_memory_while_the_next_is_read(llama, texts, sa
 def test_half_precision_files_are_computed_in_float32_as_they_are_whole(llama, texts, saved, dtype):
     folder = saved(llama.to(dtype))
 
-    blocks = measure_by_block(in_folder("tiny", folder), [texts], "cpu", nothing)
+    blocks = measure_inputs(in_folder("tiny", folder), [texts], "cpu", nothing)
 
-    assert blocks == measure_whole(Snapshot("tiny", folder), [texts], "cpu", nothing)
+    assert blocks == measure_inputs(Snapshot("tiny", folder), [texts], "cpu", nothing)
 
 
 def test_one_block_has_its_weights_at_a_time_and_none_is_read_twice(llama, texts, saved):
@@ -159,7 +158,7 @@ def test_a_model_of_experts_is_read_once_too(any_architecture, name, texts, save
             read.extend(part)
             yield part
 
-    measure_by_block(replace(held, parts=parts), [texts, texts], "cpu", nothing)
+    measure_inputs(replace(held, parts=parts), [texts, texts], "cpu", nothing)
 
     assert sorted(read) == sorted(held.checkpoint.tensors.keys() - {"lm_head.weight"})
 
@@ -171,14 +170,14 @@ def test_states_that_lie_on_the_disk_change_no_bit(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     weights = in_folder("tiny", saved(any_architecture(name)), scratch)
-    in_memory = measure_by_block(weights, [texts, texts], "cpu", nothing)
+    in_memory = measure_inputs(weights, [texts, texts], "cpu", nothing)
 
-    monkeypatch.setattr(activation_cache, "HELD_BYTES", 1)
+    monkeypatch.setattr(forward, "HELD_BYTES", 1)
     rolled, roll = [], SpooledTemporaryFile.rollover
     monkeypatch.setattr(
         SpooledTemporaryFile, "rollover", lambda file: (rolled.append(1), roll(file))
     )
-    assert measure_by_block(weights, [texts, texts], "cpu", nothing) == in_memory
+    assert measure_inputs(weights, [texts, texts], "cpu", nothing) == in_memory
     assert rolled
     assert list(scratch.iterdir()) == []
 
@@ -186,7 +185,7 @@ def test_states_that_lie_on_the_disk_change_no_bit(
 def test_progress_tells_every_token_once(llama, texts, saved):
     told: list[int] = []
 
-    measure_by_block(in_folder("tiny", saved(llama)), [texts], "cpu", told.append)
+    measure_inputs(in_folder("tiny", saved(llama)), [texts], "cpu", told.append)
 
     assert sum(told) == texts.n_tokens
     assert min(told) >= 0
@@ -194,7 +193,7 @@ def test_progress_tells_every_token_once(llama, texts, saved):
 
 def refused(folder: Path, texts: CalibrationTokens) -> str:
     with pytest.raises(CalibrationModelError) as caught:
-        measure_by_block(in_folder("me/tiny", folder), [texts], "cpu", nothing)
+        measure_inputs(in_folder("me/tiny", folder), [texts], "cpu", nothing)
     return str(caught.value)
 
 
@@ -213,7 +212,7 @@ def test_whoever_brings_the_weights_says_what_to_do_instead(texts, saved):
     weights = in_folder("me/tiny", saved(transformers.T5ForConditionalGeneration(config)))
 
     with pytest.raises(CalibrationModelError) as caught:
-        measure_by_block(replace(weights, remedy="Do."), [texts], "cpu", nothing)
+        measure_inputs(replace(weights, remedy="Do."), [texts], "cpu", nothing)
 
     assert str(caught.value) == (
         "me/tiny: an encoder-decoder cannot be calibrated block by block.\nDo."
@@ -291,7 +290,7 @@ def test_each_block_keeps_what_it_was_called_with():
     hidden, calls = enter(blocks, TokenBatch(ids, ids), run, None)
     assert hidden is x
     for call, block in zip(calls, blocks, strict=True):
-        hidden = call.run(block, hidden)
+        hidden = call(block, hidden)
 
     assert torch.equal(hidden, blocks[1](blocks[0](x, masks[0]), masks[1]))
 
@@ -310,7 +309,7 @@ def test_missing_weights_are_an_error_before_any_is_read(llama, texts, saved):
 
 
 def wanted_of(subject, folder, widest=WIDEST):
-    return GramRequest(folder, widest, gram_facts(subject, widest))
+    return GramRequest(folder, widest, subject.gram_facts(widest))
 
 
 def files_of(folder):
@@ -328,11 +327,11 @@ def test_a_pass_that_measures_leaves_the_second_moments_of_a_pass_of_their_own(
     subject = replace(subject, weights=in_folder("tiny", folder))
     beside = wanted_of(subject, tmp_path / "beside", widest)
 
-    found = measure_by_block(in_folder("tiny", folder), [padded], "cpu", nothing, request=beside)
+    found = measure_inputs(in_folder("tiny", folder), [padded], "cpu", nothing, request=beside)
 
     gather_grams(subject, wanted_of(subject, tmp_path / "alone", widest), "cpu", nothing)
     assert files_of(tmp_path / "beside") == files_of(tmp_path / "alone")
-    assert found == measure_by_block(in_folder("tiny", folder), [padded], "cpu", nothing)
+    assert found == measure_inputs(in_folder("tiny", folder), [padded], "cpu", nothing)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek"])
@@ -343,7 +342,7 @@ def test_texts_that_run_without_padding_leave_no_second_moments(
     subject = Subject("tiny", "abc", "expert", folder, (CalibrationSet({"seed": 1}, texts),))
     beside = wanted_of(subject, tmp_path / "beside")
 
-    measure_by_block(in_folder("tiny", folder), [texts], "cpu", nothing, request=beside)
+    measure_inputs(in_folder("tiny", folder), [texts], "cpu", nothing, request=beside)
 
     assert read_grams(beside) is None
     assert not beside.folder.exists()

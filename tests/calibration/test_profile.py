@@ -42,8 +42,8 @@ FACTS = {"measure": "lewis"} | calibration_facts(
     "me/t@f",
 )
 FOUND = {"rows_digest": "sha256:0", "n_truncated": 1}
-BASE = SourceImportance("me/base@1", "1", "base", 7, {"l.0.q": 1.5}, FACTS | FOUND)
-EXPERT = SourceImportance("me/expert@2", "2", "expert", 7, {"l.0.q": 0.1 + 0.2}, FACTS | FOUND)
+BASE = SourceImportance("me/base@1", "1", "base", 7, FACTS | FOUND, {"l.0.q": 1.5})
+EXPERT = SourceImportance("me/expert@2", "2", "expert", 7, FACTS | FOUND, {"l.0.q": 0.1 + 0.2})
 PROFILE = ImportanceProfile("lewis", {"samples": 4}, (BASE, EXPERT))
 
 
@@ -142,11 +142,19 @@ def test_a_profile_loads_without_torch():
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ('"version": 1,', "", "`version` is missing"),
-        ('"role": "base"', '"role": "boss"', "`role` is 'boss', not base or expert"),
-        ('"n_tokens": 7', '"n_tokens": 7.5', "`n_tokens` is a float, not a int"),
-        ("1.5", "null", "`l.0.q` is None, not a number"),
-        ("1.5", "Infinity", "`l.0.q` is inf, not a number"),
+        ('"version": 1,', "", "`version`: Field required"),
+        (
+            '"role": "base"',
+            '"role": "boss"',
+            "`sources.0.role`: Input should be 'base' or 'expert'",
+        ),
+        (
+            '"n_tokens": 7',
+            '"n_tokens": 7.5',
+            "`sources.0.n_tokens`: Input should be a valid integer",
+        ),
+        ("1.5", "null", "`sources.0.modules.l.0.q`: Input should be a valid number"),
+        ("1.5", "Infinity", "`sources.0.modules.l.0.q`: Input should be a finite number"),
     ],
 )
 def test_a_broken_profile_is_an_error_naming_the_field(old, new, problem):
@@ -163,8 +171,7 @@ def test_a_list_is_no_profile():
         ImportanceProfile.from_json("[]")
 
     assert str(caught.value) == (
-        "importance.json: a list stands where an object belongs.\n"
-        "Delete the file to have it made again."
+        "importance.json: Input should be an object.\nDelete the file to have it made again."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lewis_hub.calibration.hooks import block_linears
+from lewis_hub.calibration.model import block_linears
 from lewis_hub.calibration.reference import block_importance, measure_reference, padded, text_blocks
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.errors import CalibrationModelError

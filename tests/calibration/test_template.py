@@ -6,21 +6,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.calibration.texts import Messages, Text
+from lewis_hub.calibration.texts import Messages, Text, check_columns
 from lewis_hub.errors import CalibrationError
 from lewis_hub.recipe.schema import Calibration
 
 COLUMNS = ("question", "answer", "Full Text", "a.b")
 
 
-def text(template: str) -> Text:
-    return Text(Calibration(dataset="me/data", text=template))
+def asked(template: str) -> Calibration:
+    return Calibration(dataset="me/data", text=template)
 
 
 def render(template: str, row: dict[str, Any]) -> str:
-    checked = text(template)
-    checked.check(COLUMNS)
-    return checked.render(3, row)
+    check_columns(asked(template), COLUMNS)
+    return Text(asked(template)).render(3, row)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ THERE = "Columns: `question`, `answer`, `Full Text`, `a.b`."
 )
 def test_a_template_that_does_not_fit_is_refused(template, problem, remedy):
     with pytest.raises(CalibrationError) as caught:
-        text(template).check(COLUMNS)
+        check_columns(asked(template), COLUMNS)
 
     assert str(caught.value) == f"calibration on me/data, `text`: {problem}.\n{remedy}"
 
@@ -120,9 +119,9 @@ def test_chat_needs_a_chat_template(byte_tokenizer):
     )
 
 
-def test_chat_needs_its_column(byte_tokenizer):
+def test_chat_needs_its_column():
     with pytest.raises(CalibrationError) as caught:
-        messages(byte_tokenizer).check(("chats", "id"))
+        check_columns(Calibration(dataset="me/data", messages="chat"), ("chats", "id"))
 
     assert str(caught.value) == (
         "calibration on me/data, `messages`: there is no column `chat`.\n"

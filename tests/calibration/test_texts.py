@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lewis_hub.calibration.texts import batches, calibration_tokens, draw_rows, load_tokenizer
+from lewis_hub.calibration.model import load_tokenizer
+from lewis_hub.calibration.texts import batches, calibration_tokens, draw_rows
 from lewis_hub.errors import CalibrationModelError, EmptyCalibrationError
 from lewis_hub.recipe.schema import Calibration
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lewis_hub.calibration.texts import load_tokenizer
+from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts

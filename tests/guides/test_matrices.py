@@ -8,7 +8,7 @@ from architectures import cases
 from safetensors import safe_open
 from tiny_models import tiny_model
 
-from lewis_hub.calibration.passes import measure_whole
+from lewis_hub.calibration.measure import measure_inputs
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.checkpoint import names
@@ -87,7 +87,7 @@ def test_names_tell_what_lewis_measures_on_nearly_all_architectures(tmp_path):
         try:
             automatic = getattr(transformers, case.automatic)
             tiny_model(case.model_type, automatic).save_pretrained(folder)
-            [measured] = measure_whole(Snapshot("tiny", folder), [texts], "cpu", lambda _: None)
+            [measured] = measure_inputs(Snapshot("tiny", folder), [texts], "cpu", lambda _: None)
         except Exception:  # noqa: BLE001, S112 - docs/architectures.md has the reasons
             continue
         with safe_open(folder / "model.safetensors", "pt") as file:

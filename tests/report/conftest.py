@@ -69,13 +69,13 @@ def fake_merge(
 ) -> Fake:
     modules = [f"model.layers.{b}.{c}" for b in range(n_blocks) for c in components]
     base = {module: 10.0 + i % 7 for i, module in enumerate(modules)}
-    sources = [SourceImportance(f"zoo/base@{SHA['base']}", "", "base", 1234, base, CALIBRATION)]
+    sources = [SourceImportance(f"zoo/base@{SHA['base']}", "", "base", 1234, CALIBRATION, base)]
     schedules = []
     for k, expert in enumerate(experts):
         pinned = f"{expert}@{k + 11:040x}"
         change = {m: 1.1 + 0.1 * math.sin(k + i / 5) for i, m in enumerate(modules)}
         measured = {module: base[module] * change[module] for module in modules}
-        sources.append(SourceImportance(pinned, "", "expert", 1234, measured, CALIBRATION))
+        sources.append(SourceImportance(pinned, "", "expert", 1234, CALIBRATION, measured))
         densities = {f"{m}.weight": 0.3 + 2.5 * (change[m] - 1) for m in modules}
         schedules.append(ExpertSchedule(pinned, 1.0, densities))
     profile = ImportanceProfile("lewis", CALIBRATION, tuple(sources))

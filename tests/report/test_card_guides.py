@@ -15,7 +15,7 @@ Q = "model.layers.{}.self_attn.q_proj.weight"
 
 def guided(guide: str, measure: str = "lewis", n_tokens: int = 9, **of_expert) -> Guided:
     told = {"tensors": {Q.format(0): 0.3, Q.format(1): 0.8}} | of_expert
-    entry = SourceImportance("zoo/math", "", "expert", n_tokens, {}, {"measure": measure})
+    entry = SourceImportance("zoo/math", "", "expert", n_tokens, {"measure": measure}, {})
     schedule = DensitySchedule((ExpertSchedule("zoo/math", 1.0, **told),))
     return Guided(guide, ImportanceProfile(guide, {}, (entry,)), schedule)
 

@@ -17,7 +17,7 @@ SHA = "a" * 40
 
 
 def measured(source, modules, role="expert", **calibration):
-    return SourceImportance(source, "1", role, 7, modules, calibration)
+    return SourceImportance(source, "1", role, 7, calibration, modules)
 
 
 def profile(*sources):

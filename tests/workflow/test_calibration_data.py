@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd, snapshot_download
 
 from lewis_hub import pipeline
-from lewis_hub.calibration.texts import load_tokenizer
+from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import (

@@ -214,12 +214,12 @@ from random import Random
 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lewis_hub.calibration import activation_cache
-from lewis_hub.calibration.passes import measure_by_block
+from lewis_hub.calibration import forward
+from lewis_hub.calibration.measure import measure_inputs
 from lewis_hub.calibration.subject import in_folder
 from lewis_hub.calibration.texts import CalibrationTokens
 
-activation_cache.HELD_BYTES = 4_000_000
+forward.HELD_BYTES = 4_000_000
 folder = Path(sys.argv[1])
 small = dict(vocab_size=256, intermediate_size=16, num_hidden_layers=2, head_dim=16)
 config = LlamaConfig(hidden_size=2048, num_attention_heads=1, num_key_value_heads=1, **small)
@@ -230,7 +230,7 @@ def peak_bytes(n_texts):
     ids = tuple(tuple(range(250)) for _ in range(n_texts))
     texts = CalibrationTokens(ids, tuple(range(n_texts)), n_texts, 0, 0, "t")
     weights = in_folder("wide", folder / "model", folder)
-    measure_by_block(weights, [texts], "cpu", lambda _: None)
+    measure_inputs(weights, [texts], "cpu", lambda _: None)
     told = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()
     return int(told[0]) * 1024
 

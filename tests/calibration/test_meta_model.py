@@ -1,4 +1,4 @@
-"""What `weight_names` uses of transformers that is not public, with the signatures it needs."""
+"""What `meta_model` uses of transformers that is not public, with the signatures it needs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lewis_hub.calibration import weight_names as module
-from lewis_hub.calibration.weight_names import as_stored, weight_names
+from lewis_hub.calibration import meta_model as module
+from lewis_hub.calibration.meta_model import as_stored, weight_names
 
 from .conftest import tiny_model
 
@@ -73,4 +73,4 @@ def test_no_other_file_of_the_package_uses_what_transformers_has_inside():
         for file in files
         if any(word in file.read_text(encoding="utf-8") for word in inside)
     ]
-    assert using == ["weight_names.py"]
+    assert using == ["meta_model.py"]

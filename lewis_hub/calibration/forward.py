@@ -1,0 +1,407 @@
+"""Forward passes of texts: through a whole model, or through one block of its decoder at a time.
+
+A decoder's own loop runs once for each batch, with blocks that compute nothing, and shows what it
+calls each block with. After that a block needs its weights, the hidden states and those arguments.
+
+Both ways give equal bytes on any number of threads. torch gives each thread an equal share of a
+tensor and works on it by pairs of vectors; the rest of a share takes another path, on which an
+activation function may round otherwise. Shares of whole pairs have no rest. Matrices are multiplied
+by oneDNN, which, unlike MKL, adds up each output in one order whatever the number of threads, and
+is faster on AMD's processors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from math import gcd
+from pathlib import Path
+from tempfile import SpooledTemporaryFile, gettempdir
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from lewis_hub.calibration.hooks import ProductRecorder
+from lewis_hub.calibration.meta_model import MetaModel
+from lewis_hub.calibration.model import Linear, config_value, matrix
+from lewis_hub.calibration.subject import FEWER, HELD_BYTES, STATES
+from lewis_hub.calibration.texts import TokenBatch
+from lewis_hub.errors import NotByBlockError, OutputError
+from lewis_hub.files import require_room
+from lewis_hub.methods.numerics import torch_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+PAIR = 32  # float32 numbers in two of a CPU's widest vectors, AVX-512
+SEVERAL = (tuple, list)  # types that a block may return, hidden states first; no subclasses
+
+RunModel = Callable[[TokenBatch], None]
+
+
+def whole_shares(widths: Iterable[int], available: int) -> int:
+    """The most threads, a power of two, that split every row into shares of whole pairs.
+
+    `widths` are numbers of features that activation functions work on.
+    """
+    width = gcd(*widths)
+    n_threads = 1
+    while 2 * n_threads <= available and width % (2 * n_threads * PAIR) == 0:
+        n_threads *= 2
+    return n_threads
+
+
+@contextmanager
+def deterministic_threads(modules: Iterable[Linear]) -> Iterator[None]:
+    """Limit torch to as many threads as leave the result of a model's forward pass unchanged."""
+    widths = {matrix(module).shape[1] for module in modules}
+    with torch_threads(whole_shares(widths, torch.get_num_threads())):
+        yield
+
+
+class ByOneDNN(TorchFunctionMode):
+    """A context manager without gradients: inside it Linears and Conv1Ds multiply by `by_rows`.
+
+    So do slices of a parameter that are multiplied as a Linear's weight.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run a function of torch's, or `by_rows` in its place."""
+        if func is torch.addmm and not kwargs and args[0].dim() == 1:  # as Conv1D multiplies
+            bias, rows, weight = args
+            return by_rows(rows, weight.T, bias)
+        return (by_rows if func is linear else func)(*args, **(kwargs or {}))
+
+
+def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
+    """`torch.nn.functional.linear` without gradients, by oneDNN in float32 on a CPU that has it.
+
+    Raises:
+        RuntimeError: `weight` has no values.
+    """
+    if weight.is_meta and not input.is_meta:
+        raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
+    on_cpu = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+    fits = input.numel() > 0 and input.shape[-1] == weight.shape[-1]
+    if on_cpu and fits and has_onednn() and _is_plain(weight):
+        return linear(input.to_mkldnn(), weight, bias).to_dense()
+    return linear(input, weight, bias)
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is a matrix, not a subclass, in a layout that oneDNN's kernels take."""
+    is_dense = weight.is_contiguous() or weight.T.is_contiguous()
+    return weight.dim() == 2 and is_dense and type(weight) in (Tensor, Parameter)
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether torch has oneDNN for this processor."""
+    backends: Any = torch.backends  # not all typed
+    has_avx = backends.cpu.get_cpu_capability().startswith("AVX")
+    return bool(has_avx and backends.mkldnn.is_available())
+
+
+def forward(
+    model: PreTrainedModel, batch: TokenBatch, products: ProductRecorder | None = None
+) -> None:
+    """Run the blocks, if possible without the head, whose output is not needed.
+
+    A decoder after an encoder gets the same text, shifted to the right by one token.
+    """
+    body = model.base_model
+    accepted = inspect.signature(type(body).forward).parameters
+    device = next(one.device for one in model.parameters() if not one.is_meta)
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    options: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    if "decoder_input_ids" in accepted:
+        start = config_value(model, "decoder_start_token_id") or 0
+        shifted = ids.roll(1, dims=1)
+        shifted[:, 0] = start
+        options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
+    options = {key: value for key, value in options.items() if key in accepted}
+    with ByOneDNN(), products or nullcontext():  # `products` must see a Linear's own factors
+        body(input_ids=ids, attention_mask=mask, **options)
+
+
+class ReachedError(Exception):
+    """Leaves a forward pass; `value` is the input or the output of the module that it reached."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__("a module was reached")
+        self.value = value
+
+
+def block_output(block: nn.Module, run: Callable[[], None]) -> list[Any]:
+    """The output of a block in a list, empty if the forward pass `run` does not reach the block."""
+
+    def leave(_: nn.Module, _inputs: object, returned: Any) -> None:
+        raise ReachedError(returned)
+
+    with block.register_forward_hook(leave):
+        try:
+            run()
+        except ReachedError as reached:
+            return [reached.value]
+    return []
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a tensor is in the file; `reserved_bytes` may be more than it takes."""
+
+    start: int
+    reserved_bytes: int
+    like: Tensor  # on meta
+    device: torch.device
+
+
+class ActivationCache:
+    """Hidden states by number, on disk if all together take more than HELD_BYTES.
+
+    The file has no name, so that it is deleted however the process ends. Tensors are read and
+    written, not mapped, as mapped pages would count as the process's memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder or Path(gettempdir())
+        self._file = SpooledTemporaryFile(HELD_BYTES, dir=str(self._folder))  # noqa: SIM115
+        self._slots: list[_Slot] = []
+        self._end = 0
+
+    def __enter__(self) -> ActivationCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def require_room(self, n_bytes: int) -> None:
+        """Refuse `n_bytes` more, with an OutputError, if the disk has no room for them."""
+        if self._end + n_bytes > HELD_BYTES:
+            require_room(self._folder, n_bytes, STATES, FEWER)
+
+    def add(self, tensor: Tensor) -> int:
+        """Store a tensor; returns its number."""
+        self._slots.append(self._reserve(tensor))
+        self._write(self._slots[-1], tensor)
+        return len(self._slots) - 1
+
+    def read(self, number: int) -> Tensor:
+        """A copy of the tensor with a number."""
+        slot = self._slots[number]
+        tensor = torch.empty_like(slot.like, device="cpu")
+        self._file.seek(slot.start)
+        self._file.readinto(_bytes(tensor))
+        return tensor.to(slot.device)
+
+    def write(self, number: int, tensor: Tensor) -> None:
+        """Replace the tensor with a number."""
+        slot = replace(self._slots[number], like=tensor.to("meta"), device=tensor.device)
+        if tensor.nbytes > slot.reserved_bytes:  # the first block may return a wider dtype
+            slot = self._reserve(tensor)
+        self._slots[number] = slot
+        self._write(slot, tensor)
+
+    def _reserve(self, tensor: Tensor) -> _Slot:
+        start, self._end = self._end, self._end + tensor.nbytes
+        return _Slot(start, tensor.nbytes, tensor.to("meta"), tensor.device)
+
+    def _write(self, slot: _Slot, tensor: Tensor) -> None:
+        try:
+            self._file.seek(slot.start)
+            self._file.write(_bytes(torch.empty_like(slot.like, device="cpu").copy_(tensor)))
+        except OSError as error:
+            problem = f"{STATES} cannot be written: {error.strerror}."
+            remedy = f"Free some space, or {FEWER}."
+            raise OutputError(str(self._folder), problem, remedy) from None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a dense tensor on the CPU, in their order in memory."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
+
+
+class NotAChainError(Exception):
+    """The decoder does not give each block exactly what the block before it returned."""
+
+
+# (block, hidden states) -> what the block returns with the arguments that the decoder gave it
+BlockCall = Callable[[nn.Module, Tensor], Any]
+
+
+@dataclass
+class BatchState:
+    """A batch of texts before a block of a model.
+
+    Attributes:
+        entered: runs the batch up to the first block, as `enter` does.
+        cache: holds the block's input, (n_texts, n_tokens, width), under `key`.
+        number: of the block.
+    """
+
+    model: MetaModel
+    batch: TokenBatch
+    entered: Callable[[], tuple[Tensor, Sequence[BlockCall]]]
+    cache: ActivationCache
+    key: int
+    number: int = 0
+
+    @property
+    def block(self) -> nn.Module:
+        """The block, which has its weights when it is run."""
+        return self.model.blocks[self.number]
+
+    @property
+    def path(self) -> str:
+        """The path of the block in the model."""
+        return f"{self.model.path}.{self.number}"
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens without padding."""
+        return int(self.batch.attention_mask.sum())
+
+    def run(self, products: ProductRecorder | None = None) -> Tensor:
+        """The hidden states after the block; the texts stay before it."""
+        with torch.no_grad(), _chain_errors(self.model):
+            call = self.entered()[1][self.number]
+            with ByOneDNN(), products or nullcontext():
+                return _hidden_of(call(self.block, self.cache.read(self.key)))
+
+    def move(self, hidden: Tensor) -> None:
+        """Go on to the next block, with its input."""
+        self.cache.write(self.key, hidden)
+        self.number += 1
+
+
+def enter_blocks(
+    model: MetaModel, groups: Sequence[Sequence[TokenBatch]], cache: ActivationCache
+) -> list[list[BatchState]]:
+    """Run all batches up to the first block; the model has the weights of all before it.
+
+    Raises:
+        OutputError: the disk has no room for the hidden states.
+        NotByBlockError: the decoder is not a chain of blocks.
+    """
+    run, blocks, first = partial(forward, model.model), list(model.blocks), groups[0][0]
+    with torch.no_grad(), _chain_errors(model):
+        rest = further_outputs(blocks, first, run)
+
+        def state(batch: TokenBatch) -> BatchState:
+            entered = partial(enter, blocks, batch, run, rest)
+            return BatchState(model, batch, entered, cache, cache.add(entered()[0]))
+
+        token_bytes = enter(blocks, first, run, rest)[0].nbytes // first.input_ids.numel()
+        n_tokens = sum(batch.input_ids.numel() for group in groups for batch in group)
+        cache.require_room(token_bytes * n_tokens)
+        return [[state(batch) for batch in group] for group in groups]
+
+
+@contextmanager
+def _chain_errors(model: MetaModel) -> Iterator[None]:
+    """Explain why a decoder cannot be run block by block."""
+    try:
+        yield
+    except (NotAChainError, RuntimeError) as error:
+        if not isinstance(error, NotAChainError) and "meta" not in str(error):
+            raise
+        problem = "its decoder does more between its blocks than to hand on hidden states"
+        raise NotByBlockError(model.name, problem, model.weights.remedy) from error
+
+
+def further_outputs(
+    blocks: Sequence[nn.Module], batch: TokenBatch, run: RunModel
+) -> tuple[Any, ...] | None:
+    """What the first block returns after the hidden states; None if it returns them alone.
+
+    Raises:
+        NotAChainError: it is never called, or returns something else.
+    """
+    outputs = block_output(blocks[0], partial(run, batch))
+    if not outputs:
+        raise NotAChainError
+    _hidden_of(outputs[0])
+    return tuple(outputs[0][1:]) if type(outputs[0]) in SEVERAL else None
+
+
+def enter(
+    blocks: Sequence[nn.Module], batch: TokenBatch, run: RunModel, rest: tuple[Any, ...] | None
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run a batch up to the first block, and record what each block is called with.
+
+    Args:
+        blocks: of the decoder; none of them computes anything here.
+        batch: texts.
+        run: the model; all modules outside the blocks have their weights.
+        rest: from `further_outputs`.
+
+    Raises:
+        NotAChainError: a block is left out, called twice, called with hidden states that the block
+            before it did not return, or with further outputs of it.
+    """
+    calls: list[BlockCall] = []
+    hiddens: list[Tensor] = []
+
+    def recorder(number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **named: Any) -> Any:
+            hidden, *others = (*args, *named.values())
+            leaks = any(one is value for one in rest or () if one is not None for value in others)
+            if number != len(calls) or leaks or any(hidden is not one for one in hiddens):
+                raise NotAChainError
+            calls.append(_block_call(args, named))
+            hiddens[:] = [hidden]
+            return hidden if rest is None else (hidden, *rest)
+
+        return forward
+
+    with replaced_forwards(blocks, recorder):
+        run(batch)
+    if len(calls) != len(blocks):
+        raise NotAChainError
+    return hiddens[0], calls
+
+
+@contextmanager
+def replaced_forwards(
+    blocks: Sequence[nn.Module], forward_of: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
+    """Other `forward` functions inside the context; the blocks keep all other attributes."""
+    try:
+        for number, block in enumerate(blocks):
+            vars(block)["forward"] = forward_of(number)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _block_call(args: tuple[Any, ...], named: Mapping[str, Any]) -> BlockCall:
+    """Call a block again with all arguments but the first, which are its hidden states."""
+    if args:
+        positional = args[1:]
+        return lambda block, hidden: block(hidden, *positional, **named)
+    keyword, *others = named
+    kept = {name: named[name] for name in others}
+    return lambda block, hidden: block(**{keyword: hidden}, **kept)
+
+
+def _hidden_of(returned: Any) -> Tensor:
+    hidden = returned[0] if type(returned) in SEVERAL and returned else returned
+    if not isinstance(hidden, Tensor):
+        raise NotAChainError
+    return hidden
