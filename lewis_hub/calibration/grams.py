@@ -199,13 +199,14 @@ def second_moments(rows: Tensor, widest: int) -> Tensor:
 
 def cross_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:
     """Sum z x^T over tokens: twice (n_tokens, in_features) -> (n_parts, width, width) float32."""
-    width = part_width(right.shape[1], widest)
-    return _summed(left.float().split(width, dim=1), right.float().split(width, dim=1))
+    n_parts = right.shape[1] // part_width(right.shape[1], widest)
+    return _summed(left.float().tensor_split(n_parts, 1), right.float().tensor_split(n_parts, 1))
 
 
 def residual_moments(left: Tensor, right: Tensor, widest: int) -> Tensor:
     """Sum d x^T over tokens: (n_tokens, n), (n_tokens, in_features) -> (n_parts, n, width)."""
-    parts = right.float().split(part_width(right.shape[1], widest), dim=1)
+    n_parts = right.shape[1] // part_width(right.shape[1], widest)
+    parts = right.float().tensor_split(n_parts, 1)
     return _summed([left.float()] * len(parts), parts)
 
 
