@@ -24,6 +24,7 @@ SCORES = Scores(
                 EXPERT: {"exact_match,none": MetricScore(0.5, None)},
                 "merged": {},
             },
+            paired=(),
         )
     }
 )

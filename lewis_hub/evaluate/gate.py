@@ -5,12 +5,24 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.paired import paired
-from lewis_hub.evaluate.scores import EXPERT, MERGED, TWINS, ModelResult, Scores, TaskResult
+from lewis_hub.evaluate.paired import MeanDifference, paired
+from lewis_hub.evaluate.scores import (
+    EXPERT,
+    MERGED,
+    TWINS,
+    MetricResult,
+    MetricScore,
+    ModelResult,
+    PairedTest,
+    Scores,
+    TaskResult,
+    TaskScores,
+    read_document,
+)
 
 VERSION = 1
 FILE = "lewis/gate.json"
@@ -109,14 +121,7 @@ class GateVerdict:
         Raises:
             EvaluationError: the text has another version, or is no such document.
         """
-        try:
-            document = json.loads(text)
-            if document["version"] != VERSION:
-                raise ValueError(f"version {document['version']}, expected {VERSION}")
-            return cls(tuple(map(_check, document["checks"])))
-        except (ValueError, TypeError, KeyError) as error:
-            problem = f"is not a gate verdict ({type(error).__name__}: {error})."
-            raise EvaluationError(FILE, problem, "Use the file that the merge wrote.") from None
+        return read_document(text, FILE, VERSION, cls, "Use the file that the merge wrote.")
 
 
 def judge(
@@ -135,63 +140,62 @@ def judge(
     """
     checks: list[Check] = []
     for demand in demands:
+        mine = items.tasks[demand.task]
+        if demand.metric not in mine.metrics:
+            raise unknown_metric(demand.task, demand.metric, list(mine.metrics))
+        if mine.metrics[demand.metric].values is None:
+            means = [key for key, metric in mine.metrics.items() if metric.values is not None]
+            raise _not_a_mean(demand, means)
         for rival in demand.not_worse_than:
             if rival == "previous":
-                checks.append(_against_previous(demand, items, previous))
+                checks.append(_against_previous(demand, mine, previous))
             else:
-                checks += _against(demand, scores, rival)
+                checks += _against(demand, scores.tasks[demand.task], rival)
     return GateVerdict(tuple(checks))
 
 
-def _against(demand: Demand, scores: Scores, rival: Rival) -> Iterator[Check]:
-    task = scores.tasks[demand.task]
-    merged = task.models[MERGED]
-    if demand.metric not in merged:
-        raise unknown_metric(demand.task, demand.metric, list(merged))
-    metric = merged[demand.metric]
+def _against(demand: Demand, task: TaskScores, rival: Rival) -> Iterator[Check]:
     for label, others in task.models.items():
-        if not _names(rival, label):
-            continue
-        tests = [test for test in task.paired if test.against == label]
-        test = next((test for test in tests if test.metric == demand.metric), None)
-        if test is None:
-            raise _not_a_mean(demand, sorted({test.metric for test in tests}))
-        check = _uncompared(demand, label, metric.value, higher=metric.higher_is_better)
-        yield replace(
-            check, other=others[demand.metric].value, difference=test.difference, ci95=test.ci95
-        )
+        if _names(rival, label):
+            tests = {test.metric: test for test in task.paired if test.against == label}
+            if demand.metric not in tests:
+                raise _not_a_mean(demand, sorted(tests))
+            other, mine = others[demand.metric].value, task.models[MERGED][demand.metric]
+            yield _check(demand, label, mine, other, tests[demand.metric])
 
 
-def _against_previous(demand: Demand, items: ModelResult, previous: Previous) -> Check:
-    mine = items.tasks[demand.task]
-    if demand.metric not in mine.metrics:
-        raise unknown_metric(demand.task, demand.metric, list(mine.metrics))
+def _against_previous(demand: Demand, mine: TaskResult, previous: Previous) -> Check:
     metric = mine.metrics[demand.metric]
-    if metric.values is None:
-        means = [key for key, other in mine.metrics.items() if other.values is not None]
-        raise _not_a_mean(demand, means)
-    higher = metric.higher_is_better is not False
-    check = _uncompared(demand, previous.name, metric.value, higher=higher)
     theirs = previous.items.tasks.get(demand.task) if previous.items else None
     why = _why_not(mine, theirs, demand.metric) if previous.items else previous.why
     if theirs is None or why:
-        return replace(check, why=why)
+        return _check(demand, previous.name, metric, why=why)
     other = theirs.metrics[demand.metric]
     test = paired(metric, other)
-    if test is None:
-        return replace(check, other=other.value, why="no item has a number from both models")
-    return replace(check, other=other.value, difference=test.difference, ci95=test.ci95)
+    why = "" if test else "no item has a number from both models"
+    return _check(demand, previous.name, metric, other.value, test, why)
 
 
-def _uncompared(demand: Demand, against: str, value: float, *, higher: bool) -> Check:
+def _check(
+    demand: Demand,
+    against: str,
+    mine: MetricScore | MetricResult,
+    other: float | None = None,
+    test: PairedTest | MeanDifference | None = None,
+    why: str = "",
+) -> Check:
     return Check(
         task=demand.task,
         metric=demand.metric,
         against=against,
         tolerance=demand.tolerance,
         on_refusal=demand.on_refusal,
-        higher_is_better=higher,
-        value=value,
+        higher_is_better=mine.higher_is_better is not False,
+        value=mine.value,
+        other=other,
+        difference=test.difference if test else None,
+        ci95=test.ci95 if test else None,
+        why=why,
     )
 
 
@@ -225,9 +229,3 @@ def _not_a_mean(demand: Demand, means: Sequence[str]) -> EvaluationError:
     listed = ", ".join(f"`{key}`" for key in means)
     remedy = f"Use {listed} in the gate." if means else "Use another task in the gate."
     return EvaluationError(demand.task, problem, remedy)
-
-
-def _check(document: dict[str, Any]) -> Check:
-    fields = {key: value for key, value in document.items() if key != "missed"}
-    ci95 = fields["ci95"]
-    return Check(**{**fields, "ci95": None if ci95 is None else tuple(ci95)})

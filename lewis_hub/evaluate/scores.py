@@ -9,8 +9,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
 
 from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import EvaluationError
@@ -19,6 +21,14 @@ VERSION = 1  # of `scores.json`
 ITEMS_VERSION = 1
 BASE, MERGED, EXPERT = "base", "merged", "expert:"
 TWINS = ("uniform", "task_arithmetic", "by_magnitude")  # labels of the merge without guidance
+
+T = TypeVar("T")
+# JSON has no infinity and no NaN, such as an overflown perplexity: they are written as null.
+Value = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class MetricResult:
         higher_is_better: None where the task does not say.
     """
 
-    value: float
+    value: Value
     values: tuple[float | None, ...] | None
     higher_is_better: bool | None = None
 
@@ -64,19 +74,8 @@ class ModelResult:
     tasks: Mapping[str, TaskResult]
 
     def to_json(self) -> str:
-        """A document that `from_json` reads back without loss."""
-        tasks = {
-            name: {
-                "version": task.version,
-                "documents": task.documents,
-                "prompts": task.prompts,
-                "metrics": {
-                    key: {**asdict(metric), "value": _finite(metric.value)}
-                    for key, metric in task.metrics.items()
-                },
-            }
-            for name, task in self.tasks.items()
-        }
+        """The text of `items.json`, which `from_json` reads back without loss."""
+        tasks = TypeAdapter(ModelResult).dump_python(self, mode="json")["tasks"]
         document = {"version": ITEMS_VERSION, "tasks": tasks}
         compact = (",", ":")  # with a line a number, white space would be most of the file
         return json.dumps(document, separators=compact, allow_nan=False) + "\n"
@@ -89,12 +88,13 @@ class ModelResult:
             EvaluationError: the text has another version, or is no such document.
         """
         name = "evaluation result"
-        document = _read_document(text, name, ITEMS_VERSION)
-        try:
-            return cls({name: _task_result(task) for name, task in document["tasks"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"is damaged ({type(error).__name__}: {error})."
-            raise EvaluationError(name, problem, "Evaluate again.") from None
+        result = read_document(text, name, ITEMS_VERSION, cls)
+        for task in result.tasks.values():
+            lists = (task.prompts, *(metric.values for metric in task.metrics.values()))
+            if any(len(each) != len(task.documents) for each in lists if each is not None):
+                problem = f"is damaged ({len(task.documents)} items, but other numbers of values)."
+                raise EvaluationError(name, problem, "Evaluate again.")
+        return result
 
 
 def pooled(parts: Sequence[TaskResult], metric: str, value: float) -> MetricResult:
@@ -118,7 +118,7 @@ def pooled(parts: Sequence[TaskResult], metric: str, value: float) -> MetricResu
 class MetricScore:
     """A metric over a task's items; no standard error where none has a closed form."""
 
-    value: float
+    value: Value
     stderr: float | None
     higher_is_better: bool = True
 
@@ -154,7 +154,7 @@ class TaskScores:
     n: int
     version: str
     models: Mapping[str, Mapping[str, MetricScore]]
-    paired: tuple[PairedTest, ...] = ()
+    paired: tuple[PairedTest, ...]
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Scores:
 
     def to_document(self) -> dict[str, Any]:
         """The content of `scores.json`."""
-        tasks = {name: _task_document(task) for name, task in self.tasks.items()}
+        tasks = TypeAdapter(Scores).dump_python(self, mode="json", exclude_defaults=True)["tasks"]
         return {"version": VERSION, "tasks": tasks}
 
     def to_json(self) -> str:
@@ -210,77 +210,28 @@ class Scores:
         Raises:
             EvaluationError: the text has another version, or is no such document.
         """
-        document = _read_document(text, "scores.json", VERSION)
-        return cls({name: _task_scores(task) for name, task in document["tasks"].items()})
+        return read_document(text, "scores.json", VERSION, cls)
 
 
-def _read_document(text: str, name: str, version: int) -> dict[str, Any]:
-    """The JSON object in `text`, if it has the version that this code reads."""
+def read_document(
+    text: str, name: str, version: int, kind: type[T], remedy: str = "Evaluate again."
+) -> T:
+    """Read a JSON object of this version as a dataclass, whose other fields it may have.
+
+    Raises:
+        EvaluationError: the text is not JSON, or has another version or other fields.
+    """
     try:
         document = json.loads(text)
     except ValueError as error:
-        raise EvaluationError(name, f"is not JSON ({error}).", "Evaluate again.") from error
+        raise EvaluationError(name, f"is not JSON ({error}).", remedy) from error
     found = document.get("version") if isinstance(document, dict) else None
-    if found != version or "tasks" not in document:
+    if found != version:
         problem = f"has version {found}, expected {version}."
         raise EvaluationError(name, problem, "Evaluate again, or use the version that wrote it.")
-    return dict(document)
-
-
-def _finite(value: float) -> float | None:
-    """The number as JSON holds it: null for infinity or NaN, such as an overflown perplexity."""
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    """The inverse of `_finite`."""
-    return math.nan if value is None else value
-
-
-def _task_result(document: Mapping[str, Any]) -> TaskResult:
-    documents, prompts = tuple(document["documents"]), tuple(document["prompts"])
-    metrics = {key: _metric_result(metric) for key, metric in document["metrics"].items()}
-    lengths = {len(metric.values) for metric in metrics.values() if metric.values is not None}
-    if {len(prompts), *lengths} != {len(documents)}:
-        raise ValueError(f"{len(documents)} items, but other numbers of prompts or values")
-    return TaskResult(document["version"], documents, prompts, metrics)
-
-
-def _metric_result(document: Mapping[str, Any]) -> MetricResult:
-    values = document["values"]
-    items = None if values is None else tuple(None if v is None else float(v) for v in values)
-    return MetricResult(_number(document["value"]), items, document["higher_is_better"])
-
-
-def _task_document(task: TaskScores) -> dict[str, Any]:
-    return {
-        "n": task.n,
-        "version": task.version,
-        "models": {
-            label: {name: _score_document(score) for name, score in metrics.items()}
-            for label, metrics in task.models.items()
-        },
-        "paired": [asdict(test) for test in task.paired],
-    }
-
-
-def _score_document(score: MetricScore) -> dict[str, Any]:
-    direction = {} if score.higher_is_better else {"higher_is_better": False}
-    return {"value": _finite(score.value), "stderr": score.stderr, **direction}
-
-
-def _task_scores(document: Mapping[str, Any]) -> TaskScores:
-    return TaskScores(
-        n=document["n"],
-        version=document["version"],
-        models={
-            label: {
-                name: MetricScore(**{**score, "value": _number(score["value"])})
-                for name, score in metrics.items()
-            }
-            for label, metrics in document["models"].items()
-        },
-        paired=tuple(
-            PairedTest(**{**test, "ci95": tuple(test["ci95"])}) for test in document["paired"]
-        ),
-    )
+    try:
+        return TypeAdapter(kind).validate_python(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise EvaluationError(name, f"is damaged (`{place}`: {first['msg']}).", remedy) from None

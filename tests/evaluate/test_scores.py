@@ -63,7 +63,9 @@ def test_scores_come_back_as_they_were_written():
 
 
 def test_a_metric_that_is_better_when_lower_says_so():
-    scores = Scores({"t": TaskScores(1, "1", {"base": {"ppl,none": MetricScore(9.5, 0.5, False)}})})
+    scores = Scores(
+        {"t": TaskScores(1, "1", {"base": {"ppl,none": MetricScore(9.5, 0.5, False)}}, ())}
+    )
 
     found = scores.to_document()["tasks"]["t"]["models"]["base"]["ppl,none"]
 
@@ -72,7 +74,9 @@ def test_a_metric_that_is_better_when_lower_says_so():
 
 
 def test_an_overflown_metric_is_null_in_json_and_no_number_when_read_back():
-    scores = Scores({"t": TaskScores(1, "1", {"base": {"ppl,none": MetricScore(math.inf, None)}})})
+    scores = Scores(
+        {"t": TaskScores(1, "1", {"base": {"ppl,none": MetricScore(math.inf, None)}}, ())}
+    )
 
     text = scores.to_json()
 
