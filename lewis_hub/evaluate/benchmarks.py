@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.harness import (
-    Benchmarks,
-    cached_templates,
-    code_execution,
-    quiet_libraries,
-    reset_fewshot,
-)
-from lewis_hub.evaluate.tasks import LocatedTasks, TaskFile, TaskSelection, locate_tasks
+from lewis_hub.evaluate.harness import Benchmarks, library_settings, reset_fewshot
+from lewis_hub.evaluate.tasks import LocatedTasks, TaskFile, TaskSelection, leaves, locate_tasks
 from lewis_hub.hub.rows import commit_cache
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
+CHECK_DATA = (
+    "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
+    "working folder), your network, and whether the dataset needs `hf auth login`."
+)
 UNKNOWN_KEY = re.compile(r"TaskConfig.*unexpected keyword argument '([^']+)'")
 
 Commits = Mapping[tuple[str, str | None], str]  # (repo, revision in the task file) -> commit sha
@@ -48,7 +46,7 @@ class TaskData:
 
 def task_data(located: LocatedTasks) -> tuple[TaskData, ...]:
     """The data of every single task of a selection, from the task files alone."""
-    return tuple(_data(file) for file in located.files if not file.is_group)
+    return tuple(map(_data, located.tasks))
 
 
 def _data(file: TaskFile) -> TaskData:
@@ -56,23 +54,15 @@ def _data(file: TaskFile) -> TaskData:
     path, options = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     by_code = "custom_dataset" in config or not isinstance(path, str)
     if path in FORMATS:
-        files = tuple(_texts(options.get("data_files")))
+        files = tuple(leaf for leaf in leaves(options.get("data_files")) if isinstance(leaf, str))
         return TaskData(file.name, None, None, files, by_code)
     return TaskData(file.name, path, options.get("revision"), (), by_code)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
 
 
 def free_split(located: LocatedTasks) -> str | None:
     """A split with examples for all tasks of a selection that none of them scores."""
     free: list[set[str]] = []
-    for config in (file.config for file in located.files if not file.is_group):
+    for config in (file.config for file in located.tasks):
         scored = config.get("test_split") or config.get("validation_split")
         shown = {config.get("training_split"), config.get("fewshot_split")}
         free.append({split for split in shown if isinstance(split, str) and split != scored})
@@ -84,8 +74,7 @@ def files_digest(located: LocatedTasks) -> str:
     """Digest of the task files, of the files that they include and of the Python that they name."""
     contents: dict[str, Any] = {}
     for file in located.files:
-        modules = {f.module for f in file.functions() if f.module.is_file()}
-        digests = sorted(hashlib.sha256(module.read_bytes()).hexdigest() for module in modules)
+        digests = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in file.modules)
         contents[file.name] = [_without_data(file.config), digests]
     text = json.dumps(contents, sort_keys=True, default=str)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -130,12 +119,7 @@ def is_local(file: str) -> bool:
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data.
-
-    Attributes:
-        commits: of their datasets.
-        tasks: lm-eval's task objects by name, `groups` its group objects.
-    """
+    """lm-eval's task and group objects by name, with their data at these commits."""
 
     selection: TaskSelection
     commits: Commits
@@ -144,14 +128,10 @@ class LoadedTasks:
 
 
 def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
-    """Build the tasks and fetch their data.
-
-    Args:
-        selection: the tasks.
-        commits: of their datasets; a dataset without a commit is loaded at its newest.
+    """Build the tasks and fetch their data; a dataset without a commit is loaded at its newest.
 
     Raises:
-        EvaluationError: as `check_tasks`; or data are missing or do not fit the task.
+        EvaluationError: as `locate_tasks`; or data are missing or do not fit the task.
     """
     located = locate_tasks(selection)
     with prepared(selection, commits):
@@ -166,15 +146,15 @@ def with_prompts(loaded: LoadedTasks, limit: int | None = None) -> Benchmarks:
     """
     tasks, selection = loaded.tasks, loaded.selection
     with prepared(selection, {}):
-        n_requests = sum(count_requests(name, task, limit) for name, task in tasks.items())
-    return Benchmarks(tasks, loaded.groups, n_requests, limit, selection.allow_code)
+        for name, task in tasks.items():
+            build_requests(name, task, limit)
+    return Benchmarks(tasks, loaded.groups, limit, selection.allow_code)
 
 
 @contextmanager
 def prepared(selection: TaskSelection, commits: Commits) -> Iterator[None]:
     """The settings under which lm-eval builds tasks and renders their items."""
-    code = code_execution(allowed=selection.allow_code)
-    with quiet_libraries(), code, cached_templates(), at_commits(commits):
+    with library_settings(allow_code=selection.allow_code), at_commits(commits):
         yield
 
 
@@ -197,15 +177,14 @@ def build(located: LocatedTasks) -> tuple[dict[str, Any], dict[str, Any]]:
     return tasks, groups
 
 
-def count_requests(name: str, task: Any, limit: int | None) -> int:
-    """Build the requests of a task's items as the run of each model does, and count them."""
+def build_requests(name: str, task: Any, limit: int | None) -> None:
+    """Build the requests of a task's items as the run of each model does."""
     if getattr(task, "MULTIMODAL", False):
         problem = "asks about images or sound, but a merged language model reads only text."
         raise EvaluationError(name, problem, "Choose a text task.")
     with errors_named(name):
         reset_fewshot(task)
         task.build_all_requests(limit=limit)
-    return sum(request.repeats for request in task.instances)
 
 
 @contextmanager
@@ -217,7 +196,11 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
     try:
         yield
     except (OSError, DatasetsError) as error:
-        raise _data_error(name, located, error) from error
+        files = {file.name: file for file in located.files} if located else {}
+        dataset = files[name].config.get("dataset_path") if name in files else None
+        data = f"its data `{dataset}`" if dataset else "its data"
+        problem = f"{data} cannot be loaded: {str(error).partition(chr(10))[0]}"
+        raise EvaluationError(name, problem, CHECK_DATA) from error
     except ImportError as error:
         remedy = "Install what the task needs, or choose another task."
         raise EvaluationError(name, f"cannot be loaded: {error}.", remedy) from error
@@ -230,16 +213,3 @@ def errors_named(name: str, located: LocatedTasks | None = None) -> Iterator[Non
         problem = f"cannot be built: {cause}"
         remedy = "Check the task's file: its keys, splits, columns and metrics."
         raise EvaluationError(name, problem, remedy) from error
-
-
-def _data_error(name: str, located: LocatedTasks | None, error: Exception) -> EvaluationError:
-    files = {file.name: file for file in located.files} if located else {}
-    dataset = files[name].config.get("dataset_path") if name in files else None
-    data = f"its data `{dataset}`" if dataset else "its data"
-    first_line = str(error).partition("\n")[0]
-    return EvaluationError(
-        name,
-        f"{data} cannot be loaded: {first_line}",
-        "Check `dataset_path`, `dataset_name` and `data_files` (a relative path starts at the\n"
-        "working folder), your network, and whether the dataset needs `hf auth login`.",
-    )

@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import EvaluationError
@@ -60,16 +59,19 @@ class Benchmarks:
 
     Attributes:
         tasks: lm-eval's task objects by name, `groups` its group objects.
-        n_requests: requests that one model answers, the total for `advance`.
         limit: number of first items of each task that are scored; None: all.
         allow_code: whether tasks may run code that the model writes.
     """
 
     tasks: Mapping[str, Any]
     groups: Mapping[str, Any]
-    n_requests: int
     limit: int | None
     allow_code: bool
+
+    @property
+    def n_requests(self) -> int:
+        """The number of requests that one model answers."""
+        return sum(each.repeats for task in self.tasks.values() for each in task.instances)
 
 
 def evaluate_model(
@@ -162,12 +164,13 @@ def evaluate_loaded(
     lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings, advance: Advance
 ) -> ModelResult:
     """Score a model from `load`, as `evaluate_model` does."""
-    code = code_execution(allowed=benchmarks.allow_code)
-    with quiet_libraries(), code, cached_templates(), _seeded(settings.seed):
+    if settings.chat_template and not lm.tokenizer.chat_template:
+        remedy = "Remove `evaluate.chat_template`, or compare with other models."
+        raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
+    with library_settings(allow_code=benchmarks.allow_code), _seeded(settings.seed):
         if settings.batch_size is None:
             lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
-        _check_chat(lm, settings)
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
@@ -259,12 +262,6 @@ def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
 def affordable_batch(n_tokens: int, n_vocabulary: int, memory_bytes: int) -> int:
     """Number of texts that fit: lm-eval holds float32 logits and log-softmax of every token."""
     return max(1, min(MAX_BATCH_SIZE, memory_bytes // (n_tokens * n_vocabulary * 8)))
-
-
-def _check_chat(lm: Any, settings: EvaluationSettings) -> None:
-    if settings.chat_template and not lm.tokenizer.chat_template:
-        remedy = "Remove `evaluate.chat_template`, or compare with other models."
-        raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
 
 
 def _check_length(name: str, task: Any, lm: Any) -> None:
@@ -373,45 +370,41 @@ def _hide_bars(stack: ExitStack) -> None:
         transformers_logging.disable_progress_bar()
         stack.callback(transformers_logging.enable_progress_bar)
     # lm-eval has no switch for its bars, so the name `tqdm` of its modules is replaced
-    for module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
-        _disable_tqdm(stack, module)
+    modules: tuple[Any, ...] = (
+        lm_eval.api.model,
+        lm_eval.api.task,
+        lm_eval.models.huggingface,
+    )
+    for module in modules:
+        stack.callback(setattr, module, "tqdm", module.tqdm)
+        module.tqdm = _without_bar(module.tqdm)
 
 
-def _disable_tqdm(stack: ExitStack, module: ModuleType) -> None:
-    bar: Any = module.tqdm
-
-    def silent(*args: Any, **kwargs: Any) -> Any:
-        return bar(*args, **{**kwargs, "disable": True})
-
-    stack.callback(setattr, module, "tqdm", bar)
-    module.tqdm = silent  # type: ignore[attr-defined]
+def _without_bar(tqdm: Any) -> Any:
+    return lambda *args, **kwargs: tqdm(*args, **{**kwargs, "disable": True})
 
 
 @contextmanager
-def cached_templates() -> Iterator[None]:
-    """Compile each prompt template once; lm-eval compiles it again for every item.
+def library_settings(*, allow_code: bool) -> Iterator[None]:
+    """Quiet libraries, prompt templates that are compiled once, and leave to run generated code.
 
-    That was more than half of the time of a small model's evaluation. A template holds no state, so
-    the prompts are the same.
+    lm-eval compiles a template again for every item, which was more than half of the time of a
+    small model's evaluation. A template holds no state, so the prompts are the same.
+
+    Args:
+        allow_code: whether the `evaluate` library may run code that a model wrote.
     """
-    from lm_eval import utils
+    variable, before = "HF_ALLOW_CODE_EVAL", os.environ.get("HF_ALLOW_CODE_EVAL")
+    with quiet_libraries():
+        from lm_eval import utils
 
-    environment: Any = utils.env
-    environment.from_string = lru_cache(maxsize=256)(environment.from_string)
-    try:
-        yield
-    finally:
-        del environment.from_string  # of the instance; its class has the method
-
-
-@contextmanager
-def code_execution(*, allowed: bool) -> Iterator[None]:
-    """Allow or forbid the `evaluate` library to run generated code meanwhile."""
-    before = os.environ.get("HF_ALLOW_CODE_EVAL")
-    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
-    try:
-        yield
-    finally:
-        del os.environ["HF_ALLOW_CODE_EVAL"]
-        if before is not None:
-            os.environ["HF_ALLOW_CODE_EVAL"] = before
+        environment: Any = utils.env
+        environment.from_string = lru_cache(maxsize=256)(environment.from_string)
+        os.environ[variable] = "1" if allow_code else "0"
+        try:
+            yield
+        finally:
+            del environment.from_string  # of the instance; its class has the method
+            del os.environ[variable]
+            if before is not None:
+                os.environ[variable] = before

@@ -1,11 +1,12 @@
-"""A task's items as texts: each item of a split as the task's own prompt with the right answer.
+"""A task's items as texts, the loss of a model on their answers, and texts that contain items.
 
-The text is the request that `evaluate` sends to the model, character by character, followed by the
-answer: few-shot examples, delimiters, chat template and choices are lm-eval's.
+The text of an item is the request that `evaluate` sends to the model, character by character,
+followed by the answer: few-shot examples, delimiters, chat template and choices are lm-eval's.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, build, errors_named, prepared
-from lewis_hub.evaluate.harness import FEWSHOT_SEED, reset_fewshot
+from lewis_hub.evaluate.harness import (
+    FEWSHOT_SEED,
+    affordable_batch,
+    quiet_libraries,
+    reset_fewshot,
+    threads_for,
+)
+from lewis_hub.evaluate.scores import MetricResult
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 TEXT = "text"
+ANSWER_LOSS = "answer_loss,none"
+LOGITS_BYTES = 1_000_000_000  # of one batch, for the loss
 LONG_QUESTION = 13  # words that two texts do not share by chance, as in GPT-3's overlap analysis
 LONGEST_LABEL = 3  # words of a column that may be a label, a letter or a subject
 ANSWER_DISTANCE = 8  # words between a short question and its answer: "Answer:", a chat template's
@@ -109,26 +121,20 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
     """Make a function that renders messages by the tokenizer's chat template.
 
     Many templates refuse a system message; it is left out then, as lm-eval does.
-
-    Args:
-        tokenizer: it has a chat template.
     """
     from jinja2 import TemplateError
 
     def render(messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        def text(some: Sequence[dict[str, str]]) -> str:
-            rendered = tokenizer.apply_chat_template(
-                list(some),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-            return str(rendered)
-
+        options: dict[str, Any] = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         try:
-            return text(messages)
+            return str(tokenizer.apply_chat_template(list(messages), **options))
         except TemplateError:
-            return text([message for message in messages if message["role"] != "system"])
+            others = [message for message in messages if message["role"] != "system"]
+            return str(tokenizer.apply_chat_template(others, **options))
 
     return render
 
@@ -143,9 +149,9 @@ def load_rows(
 
     Args:
         selection: one task or group.
-        split: name of the split in the dataset.
+        split: its name in the dataset.
         commits: of the datasets.
-        allow_scored: whether the split that the task scores may be loaded.
+        allow_scored: whether the split may be the one that the task scores.
 
     Raises:
         EvaluationError: there is no such split, the task scores it, or it is not a text task.
@@ -320,29 +326,21 @@ def _delimiter(task: Any, document: Any, answer: str, *, in_chat: bool) -> str:
     return "" if prefix[-1].isspace() or answer[0].isspace() else " "
 
 
-@dataclass(frozen=True)
-class SearchTerms:
-    """The parts of an item that a text is searched for, as `normalized` writes them."""
-
-    question: tuple[str, ...]  # columns of the document; the text must contain each of them
-    answer: str
-
-
 def normalized(text: str) -> str:
     """Words and marks in lower case, with one space before, between and after them."""
     return f" {' '.join(PIECE.findall(text.casefold()))} "
 
 
-def search_terms(item: TaskItem) -> SearchTerms:
-    """The columns of the document that the prompt shows, or else the prompt; and the answer.
+def question_parts(item: TaskItem) -> tuple[str, ...]:
+    """The columns of the document that the prompt shows, or else the prompt, all `normalized`.
 
     Short columns, which may be labels, count only where the prompt shows no longer column.
     """
-    prompt, answer = normalized(item.prompt or item.answer), normalized(item.answer)
+    prompt = normalized(item.prompt or item.answer)
     columns = {normalized(value) for value in item.document.values() if isinstance(value, str)}
     shown = sorted(column for column in columns if _n_words(column) and column in prompt)
     longer = [column for column in shown if _n_words(column) > LONGEST_LABEL]
-    return SearchTerms(tuple(longer or shown or ([prompt] if _n_words(prompt) else [])), answer)
+    return tuple(longer or shown or ([prompt] if _n_words(prompt) else []))
 
 
 def contained_items(
@@ -360,26 +358,24 @@ def contained_items(
         for word in set(text.split()):
             places[word].add(index)
     for item in items:
-        terms = search_terms(item)
-        words = {word for column in terms.question for word in column.split()}
+        question = question_parts(item)
+        words = {word for part in question for word in part.split()}
         if words and words <= places.keys():
             for index in set.intersection(*sorted((places[w] for w in words), key=len)):
-                if _contains(written[index], terms):
+                if _contains(written[index], question, normalized(item.answer)):
                     yield index, item
 
 
-def _contains(text: str, terms: SearchTerms) -> bool:
-    if not all(column in text for column in terms.question):
+def _contains(text: str, question: Sequence[str], answer: str) -> bool:
+    if not all(part in text for part in question):
         return False
-    n_words = sum(map(_n_words, terms.question))
+    n_words = sum(map(_n_words, question))
     if n_words >= LONG_QUESTION:
         return True
-    last = max(terms.question, key=len)
-    for place in re.finditer(f"(?={re.escape(last)})", text):
-        rest = text[place.start() + len(last) :]
-        if _answers(rest, terms.answer) or (n_words > 1 and _is_left_open(rest)):
-            return True
-    return False
+    last = max(question, key=len)
+    places = re.finditer(f"(?={re.escape(last)})", text)
+    rests = (text[place.start() + len(last) :] for place in places)
+    return any(_answers(rest, answer) or (n_words > 1 and _is_left_open(rest)) for rest in rests)
 
 
 def _answers(rest: str, answer: str) -> bool:
@@ -395,3 +391,99 @@ def _is_left_open(rest: str) -> bool:
 
 def _n_words(text: str) -> int:
     return sum(piece[0].isalnum() or piece[0] == "_" for piece in text.split())
+
+
+@dataclass(frozen=True)
+class AnswerLoss:
+    """The loss on one item: the sum over the answer's tokens, in nats, and their number."""
+
+    nats: float
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    place: int
+    tokens: tuple[int, ...]  # the model's input: all but the last
+    targets: tuple[int, ...]  # of the answer
+
+
+def answer_losses(lm: Any, questions: Sequence[Question], advance: Advance) -> list[AnswerLoss]:
+    """Score the right answers, in the order of the questions.
+
+    Prompt and answer are tokenized as in lm-eval's loglikelihood; a text that is too long loses its
+    beginning. Padding comes last, where no token of a text attends to it.
+
+    Args:
+        lm: from `harness.load`.
+        questions: an empty answer has 0 nats over 0 tokens.
+        advance: called with the number of items done.
+    """
+    with quiet_libraries():
+        encoded = [_encode(lm, place, question) for place, question in enumerate(questions)]
+    losses = [AnswerLoss(0.0, 0)] * len(questions)
+    with threads_for(lm.model):
+        for batch in _batches(lm, [text for text in encoded if text.targets]):
+            for text, nats in zip(batch, _nats(lm, batch), strict=True):
+                losses[text.place] = AnswerLoss(nats, len(text.targets))
+            advance(len(batch))
+    advance(sum(not text.targets for text in encoded))
+    return losses
+
+
+def loss_metric(losses: Sequence[AnswerLoss]) -> MetricResult:
+    """The mean over all answer tokens, as a mean over items: long answers count for more."""
+    n_answers = sum(loss.n_tokens > 0 for loss in losses)
+    n_tokens = sum(loss.n_tokens for loss in losses)
+    values = tuple(loss.nats * n_answers / n_tokens if loss.n_tokens else None for loss in losses)
+    mean = sum(loss.nats for loss in losses) / n_tokens if n_tokens else float("nan")
+    return MetricResult(mean, values, higher_is_better=False)
+
+
+def _encode(lm: Any, place: int, question: Question) -> _Encoded:
+    """Tokens of a prompt and its answer; white space at the end of a prompt joins the answer."""
+    if not question.answer:
+        return _Encoded(place, (), ())
+    if question.prompt:
+        before = question.prompt.rstrip()
+        prompt, whole = lm.tok_encode(before), lm.tok_encode(question.prompt + question.answer)
+        answer = whole[len(prompt) :]
+    else:
+        prompt, answer = [lm.prefix_token_id], lm.tok_encode(question.answer)
+    tokens = [*prompt, *answer][-lm.max_length - 1 :]
+    return _Encoded(place, tuple(tokens[:-1]), tuple(answer[-len(tokens) + 1 :]))
+
+
+def _batches(lm: Any, encoded: Sequence[_Encoded]) -> Iterator[list[_Encoded]]:
+    """Batches of similar length, the longest first, so that there is little padding."""
+    left = sorted(encoded, key=lambda text: (-len(text.tokens), text.place))
+    n_vocabulary = lm.model.config.get_text_config().vocab_size
+    while left:
+        n = affordable_batch(len(left[0].tokens), n_vocabulary, LOGITS_BYTES)
+        yield left[:n]
+        left = left[n:]
+
+
+def _nats(lm: Any, batch: Sequence[_Encoded]) -> list[float]:
+    """The loss of each text of a batch, summed over its answer."""
+    import torch
+
+    longest = max(len(text.tokens) for text in batch)
+    rows = [text.tokens + (0,) * (longest - len(text.tokens)) for text in batch]
+    mask = [[int(i < len(text.tokens)) for i in range(longest)] for text in batch]
+    starts = [len(text.tokens) - len(text.targets) for text in batch]
+    first = min(starts)  # models with `logits_to_keep` compute no logits before the answers
+    keeps = "logits_to_keep" in inspect.signature(lm.model.forward).parameters
+    options = {"logits_to_keep": longest - first} if keeps else {}
+    with torch.inference_mode():
+        logits: Tensor = lm.model(
+            input_ids=torch.tensor(rows, device=lm.device),
+            attention_mask=torch.tensor(mask, device=lm.device),
+            **options,
+        ).logits[:, first - longest :]
+        nats = []
+        for row, start, text in zip(logits, starts, batch, strict=True):
+            own = row[start - first : start - first + len(text.targets)].float()
+            targets = torch.tensor(text.targets, device=own.device)
+            nats.append(float(torch.nn.functional.cross_entropy(own, targets, reduction="sum")))
+    return nats

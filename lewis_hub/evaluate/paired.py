@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,21 +161,23 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 def compare(results: Mapping[str, ModelResult]) -> Scores:
     """Put the models side by side, and test the model `merged` against each of the others.
 
+    Holm's p-values are adjusted over all tests against the same model.
+
     Raises:
         EvaluationError: two models did not answer the same items of the same tasks.
     """
     reference_label, reference = next(iter(results.items()))
     for label, result in results.items():
         _check_same_items(reference_label, reference, label, result)
-    tests = _adjusted(list(_paired_tests(results)))
+    has_merged = MERGED in results
+    rivals = {label: each for label, each in results.items() if has_merged and label != MERGED}
+    tests = [test for each in rivals.items() for test in _paired_tests(results[MERGED], *each)]
     return Scores(
         {
             name: TaskScores(
                 n=len(task.documents),
                 version=task.version,
-                models={
-                    label: _metric_scores(result.tasks[name]) for label, result in results.items()
-                },
+                models={label: _scores(result.tasks[name]) for label, result in results.items()},
                 paired=tuple(test for task_name, test in tests if task_name == name),
             )
             for name, task in reference.tasks.items()
@@ -184,7 +185,7 @@ def compare(results: Mapping[str, ModelResult]) -> Scores:
     )
 
 
-def _metric_scores(task: TaskResult) -> dict[str, MetricScore]:
+def _scores(task: TaskResult) -> dict[str, MetricScore]:
     """A higher value is better unless the task says otherwise."""
     return {
         key: MetricScore(metric.value, metric.stderr, metric.higher_is_better is not False)
@@ -214,19 +215,20 @@ def _check_same_items(
         raise EvaluationError(name, problem, "Evaluate both again with one version and one limit.")
 
 
-def _paired_tests(results: Mapping[str, ModelResult]) -> Iterator[tuple[str, PairedTest]]:
-    """Yield (task, test) for each metric that is a mean over items, with unadjusted p."""
-    merged = results.get(MERGED, ModelResult({}))
-    for label, other in results.items():
-        if label == MERGED:
-            continue
-        for name, task in merged.tasks.items():
-            for key, metric in task.metrics.items():
-                rival = other.tasks[name].metrics.get(key)
-                found = paired(metric, rival) if rival else None
-                if found:
-                    p = found.p
-                    yield name, PairedTest(key, label, found.difference, found.ci95, p=p, p_holm=p)
+def _paired_tests(
+    merged: ModelResult, label: str, rival: ModelResult
+) -> Iterator[tuple[str, PairedTest]]:
+    """(task, test) for each metric that is a mean over items."""
+    results = [
+        (name, key, paired(metric, rival.tasks[name].metrics[key]))
+        for name, task in merged.tasks.items()
+        for key, metric in task.metrics.items()
+        if key in rival.tasks[name].metrics
+    ]
+    tests = [(name, key, test) for name, key, test in results if test]
+    adjusted = holm([test.p for *_, test in tests])
+    for (name, key, test), p_holm in zip(tests, adjusted, strict=True):
+        yield name, PairedTest(key, label, test.difference, test.ci95, test.p, p_holm)
 
 
 def paired(mine: MetricResult, theirs: MetricResult) -> MeanDifference | None:
@@ -243,17 +245,3 @@ def paired(mine: MetricResult, theirs: MetricResult) -> MeanDifference | None:
         if first is not None and second is not None
     ]
     return compare_items([a for a, _ in pairs], [b for _, b in pairs], SEED) if pairs else None
-
-
-def _adjusted(tests: list[tuple[str, PairedTest]]) -> list[tuple[str, PairedTest]]:
-    """The same tests with Holm's p-values over all tests against the same model."""
-    families: dict[str, list[int]] = defaultdict(list)
-    for index, (_, test) in enumerate(tests):
-        families[test.against].append(index)
-    adjusted = list(tests)
-    for family in families.values():
-        p_values = holm([tests[index][1].p for index in family])
-        for index, p_holm in zip(family, p_values, strict=True):
-            name, test = tests[index]
-            adjusted[index] = name, replace(test, p_holm=p_holm)
-    return adjusted

@@ -74,9 +74,11 @@ class TaskFile:
         tags = self.config.get("tag") or ()
         return (tags,) if isinstance(tags, str) else tuple(tags)
 
-    def functions(self) -> Iterator[Function]:
-        """Every Python function that lm-eval would import for this file."""
-        yield from _functions(self.config)
+    @property
+    def modules(self) -> list[Path]:
+        """The files of all Python functions that lm-eval would import for this file."""
+        functions = (leaf for leaf in leaves(self.config) if isinstance(leaf, Function))
+        return sorted({each.module for each in functions if each.module.is_file()})
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def read_folder(folder: Path) -> dict[str, TaskFile]:
 def read_file(path: Path) -> TaskFile | None:
     """Read the task or group in a file; None for a file that only others include."""
     config = _merged(path, ())
-    name = config.get("group", config.get("task")) if "class" not in config else config.get("task")
+    name = config.get("task") if "class" in config else _name(config)
     return TaskFile(name, path, config) if isinstance(name, str) else None
 
 
@@ -139,20 +141,19 @@ def _parsed(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         problem = f"contains a {type(config).__name__}, expected keys such as `task:`."
         raise EvaluationError(str(path), problem, CORRECT)
-    for function in _functions(config):
-        function.folder = path.parent
+    for leaf in leaves(config):
+        if isinstance(leaf, Function):
+            leaf.folder = path.parent
     return config
 
 
-def _functions(value: Any) -> Iterator[Function]:
-    if isinstance(value, Function):
+def leaves(value: Any) -> Iterator[Any]:
+    """All values of nested mappings and lists that are neither."""
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(item)
+    else:
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _functions(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _functions(item)
 
 
 def bundled_folder() -> Path:
@@ -202,15 +203,6 @@ class TaskSelection:
 
 
 @dataclass(frozen=True)
-class TaskFacts:
-    """A single task of a selection; `dataset` is a repo, or a format such as `json`."""
-
-    name: str
-    dataset: str | None
-    config: str | None
-
-
-@dataclass(frozen=True)
 class LocatedTasks:
     """The files of a selection.
 
@@ -225,25 +217,18 @@ class LocatedTasks:
     files: tuple[TaskFile, ...]
     through_tag: bool
 
+    @property
+    def tasks(self) -> tuple[TaskFile, ...]:
+        """The files of the single tasks."""
+        return tuple(file for file in self.files if not file.is_group)
 
-def check_tasks(selection: TaskSelection) -> tuple[TaskFacts, ...]:
+
+def locate_tasks(selection: TaskSelection) -> LocatedTasks:
     """Find the selected tasks and refuse unsafe ones; nothing is run or downloaded.
-
-    Returns:
-        The single tasks, with groups and tags expanded, so that their data can be checked.
 
     Raises:
         EvaluationError: no task, an unknown task, a broken file, or code that is not allowed.
     """
-    return tuple(
-        TaskFacts(file.name, file.config.get("dataset_path"), file.config.get("dataset_name"))
-        for file in locate_tasks(selection).files
-        if not file.is_group
-    )
-
-
-def locate_tasks(selection: TaskSelection) -> LocatedTasks:
-    """Find the files of the selected tasks, checked as in `check_tasks`."""
     if not selection.names:
         remedy = "Name at least one in `evaluate.tasks`, or with `--task`."
         raise EvaluationError("evaluate", "no task is named.", remedy)
@@ -269,12 +254,8 @@ def _refuse_code(file: TaskFile, include: Path | None) -> None:
     metrics = [m.get("metric") for m in config.get("metric_list") or () if isinstance(m, Mapping)]
     unsafe = config.get("unsafe_code", False) is not False or "code_eval" in metrics
     if not unsafe and (include is None or not file.path.is_relative_to(include)):
-        modules = {function.module for function in file.functions()}
-        unsafe = any(
-            RUNS_CODE.search(module.read_text(encoding="utf-8"))
-            for module in modules
-            if module.is_file()
-        )
+        texts = (module.read_text(encoding="utf-8") for module in file.modules)
+        unsafe = any(map(RUNS_CODE.search, texts))
     if unsafe:
         raise EvaluationError(file.name, "runs code that the model writes.", ALLOW)
 

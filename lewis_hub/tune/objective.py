@@ -12,11 +12,17 @@ from typing import Any
 
 from lewis_hub.calibration.texts import draw_rows
 from lewis_hub.errors import EvaluationError, TuningError
-from lewis_hub.evaluate.answer_loss import NAME, answer_losses
-from lewis_hub.evaluate.benchmarks import count_requests, free_split, prepared
+from lewis_hub.evaluate.benchmarks import build_requests, free_split, prepared
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import Benchmarks, EvaluationSettings, evaluate_loaded
-from lewis_hub.evaluate.items import Question, TaskRows, chat_of, load_rows
+from lewis_hub.evaluate.items import (
+    ANSWER_LOSS,
+    Question,
+    TaskRows,
+    answer_losses,
+    chat_of,
+    load_rows,
+)
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.source import Source
 from lewis_hub.progress import Advance
@@ -193,7 +199,7 @@ def by_answer_loss(drawn: Sequence[TuningItems]) -> Objective:
         return measure
 
     parts = tuple(part(some) for some in _parts(mixed))
-    return Objective(NAME, True, parts, len(mixed), _digest(NAME, mixed))  # noqa: FBT003
+    return Objective(ANSWER_LOSS, True, parts, len(mixed), _digest(ANSWER_LOSS, mixed))  # noqa: FBT003
 
 
 def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSettings) -> Objective:
@@ -237,7 +243,7 @@ def _metric_part(
 
 def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
     """Return the task with these items instead of its scored items."""
-    tasks, n_requests = {}, 0
+    tasks = {}
     with prepared(one.rows.selection, {}):
         for name, (task, documents) in one.rows.part_of(indices).items():
             again = copy.copy(task)
@@ -247,9 +253,9 @@ def _benchmarks(one: TuningItems, indices: Sequence[int]) -> Benchmarks:
             again.fewshot_cfg.split = task.config.test_split if is_shown else "another"
             again.has_test_docs = lambda: True
             again.test_docs = lambda chosen=documents: chosen
-            n_requests += count_requests(name, again, None)
+            build_requests(name, again, None)
             tasks[name] = again
-    return Benchmarks(tasks, {}, n_requests, None, one.rows.selection.allow_code)
+    return Benchmarks(tasks, {}, None, one.rows.selection.allow_code)
 
 
 def _share(metrics: Mapping[str, Any], task: str, metric: str) -> Share:

@@ -24,12 +24,18 @@ from lewis_hub.errors import (
     NonFiniteError,
     RecipeError,
 )
-from lewis_hub.evaluate.answer_loss import NAME, AnswerLoss, answer_losses, metric
 from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
-from lewis_hub.evaluate.items import chat_of, scored_questions
+from lewis_hub.evaluate.items import (
+    ANSWER_LOSS,
+    AnswerLoss,
+    answer_losses,
+    chat_of,
+    loss_metric,
+    scored_questions,
+)
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores
-from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.evaluate.tasks import locate_tasks
 from lewis_hub.files import require_writable
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.plan import MergePlan
@@ -270,7 +276,7 @@ def score_both(
 def _with_losses(result: ModelResult, losses: Mapping[str, Sequence[AnswerLoss]]) -> ModelResult:
     tasks = dict(result.tasks)
     for name, found in losses.items():
-        metrics = {**tasks[name].metrics, NAME: metric(found)}
+        metrics = {**tasks[name].metrics, ANSWER_LOSS: loss_metric(found)}
         tasks[name] = replace(tasks[name], metrics=metrics)
     return ModelResult(tasks)
 
@@ -465,7 +471,7 @@ def _draw(
 ) -> tuple[tuple[TuningItems, ...], Sets]:
     """Draw the items to tune on and the calibration texts."""
     selected = replace(tasks.selection, names=asked.tasks or tasks.selection.names)
-    check_tasks(selected)
+    locate_tasks(selected)
     split = asked.split or free_split_of(selected)
     drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
     calibrated = [text for one in drawn.values() for text in one.texts]

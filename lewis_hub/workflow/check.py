@@ -19,7 +19,7 @@ from lewis_hub.errors import (
     EvaluationError,
     SourceError,
 )
-from lewis_hub.evaluate.tasks import TaskSelection, check_tasks, locate_tasks, require_metric
+from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
 from lewis_hub.hub.rows import describe_dataset, load_rows
 from lewis_hub.hub.source import Source
@@ -208,7 +208,7 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
 def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, str]]) -> list[str]:
     """Refuse unknown tasks, and unknown metrics of gates and leaderboards as (task, metric)."""
     try:
-        check_tasks(selection)
+        locate_tasks(selection)
         for task, metric in metrics:
             require_metric(selection, task, metric)
     except EvaluationError as error:

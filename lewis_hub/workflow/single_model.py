@@ -23,7 +23,7 @@ from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
 from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
-from lewis_hub.evaluate.tasks import check_tasks
+from lewis_hub.evaluate.tasks import locate_tasks
 from lewis_hub.files import require_room, require_writable, write_whole
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
@@ -112,7 +112,7 @@ def evaluate_model(
     api = hub_api()
     source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
     selected = task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
-    check_tasks(selected)
+    locate_tasks(selected)
     whole = source
     if source.is_pickled:
         whole = convert_pickles([source], (), api, progress)[source]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.answer_loss import AnswerLoss, answer_losses, metric
 from lewis_hub.evaluate.harness import EvaluationSettings, load
-from lewis_hub.evaluate.items import Question
+from lewis_hub.evaluate.items import AnswerLoss, Question, answer_losses, loss_metric
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_a_text_too_long_for_the_model_loses_its_beginning(lm):
 def test_the_mean_over_items_is_the_mean_over_tokens():
     losses = [AnswerLoss(6.0, 3), AnswerLoss(0.0, 0), AnswerLoss(1.0, 1)]
 
-    found = metric(losses)
+    found = loss_metric(losses)
 
     assert found.value == 7 / 4
     assert found.values == (3.0, None, 0.5)  # 2 answers over 4 tokens

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.items import TaskItem, contained_items, normalized, search_terms
+from lewis_hub.evaluate.items import TaskItem, contained_items, normalized, question_parts
 
 LAB = Path(os.environ.get("LEWIS_HUB_LAB", "/nowhere")) / "data" / "gsm8k"
 PROMPT = "Question: {question}\nAnswer:"
@@ -88,7 +88,7 @@ def test_all_that_is_asked_must_stand_there_and_labels_count_only_where_there_is
     asked = item(row, "A. {passage}\n{question}?")
     pair = item({"word": "cat", "to": "French", "answer": "chat"}, "Write {word} in {to}:")
 
-    assert search_terms(asked).question == (normalized(passage), " who is the lazy one ")
+    assert question_parts(asked) == (normalized(passage), " who is the lazy one ")
     assert found([f"{passage} Who is the lazy one?", f"{passage} Who is quick?"], asked) == [0]
     assert found(["cat in French: chat", "dog in French: chat", "cat in French: chien"], pair) == [
         0

@@ -8,10 +8,8 @@ import pytest
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.tasks import (
-    TaskFacts,
     TaskSelection,
     bundled_folder,
-    check_tasks,
     locate_tasks,
     read_file,
     read_folder,
@@ -29,21 +27,22 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def names(*asked: str, include: Path) -> list[str]:
-    return [facts.name for facts in check_tasks(TaskSelection(asked, include))]
+    return [task.name for task in locate_tasks(TaskSelection(asked, include)).tasks]
 
 
 def refusal(*asked: str, **options: object) -> str:
     with pytest.raises(EvaluationError) as raised:
-        check_tasks(TaskSelection(asked, **options))
+        locate_tasks(TaskSelection(asked, **options))
     return str(raised.value)
 
 
 def test_an_own_task_is_found_with_its_dataset(tmp_path):
     include = write(tmp_path, sums=ARITHMETIC)
 
-    assert check_tasks(TaskSelection(("sums",), include)) == (
-        TaskFacts("sums", dataset="me/sums", config="easy"),
-    )
+    (task,) = locate_tasks(TaskSelection(("sums",), include)).tasks
+
+    assert task.name == "sums"
+    assert (task.config["dataset_path"], task.config["dataset_name"]) == ("me/sums", "easy")
 
 
 def test_a_group_stands_for_all_that_it_lists(tmp_path):
@@ -172,9 +171,8 @@ def test_own_functions_are_read_but_not_imported(tmp_path):
 
     (file,) = read_folder(include).values()
 
-    assert [(function, function.module) for function in file.functions()] == [
-        ("own.process", tmp_path / "own.py")
-    ]
+    assert file.config["process_docs"] == "own.process"
+    assert file.modules == [tmp_path / "own.py"]
     assert names("sums", include=include) == ["sums"]
 
 
@@ -186,7 +184,7 @@ def test_task_files_from_a_repo_are_code_and_need_leave(tmp_path):
         f"Read them first. {ALLOW}"
     )
     allowed = TaskSelection(("sums",), include, own_include=False, allow_code=True)
-    assert check_tasks(allowed)[0].name == "sums"
+    assert locate_tasks(allowed).tasks[0].name == "sums"
 
 
 def test_a_yaml_file_cannot_make_python_objects(tmp_path):
@@ -198,9 +196,9 @@ def test_a_yaml_file_cannot_make_python_objects(tmp_path):
 def test_allowed_code_benchmarks_are_found_without_importing_lm_eval():
     code = (
         "import sys\n"
-        "from lewis_hub.evaluate.tasks import TaskSelection, check_tasks\n"
-        "facts = check_tasks(TaskSelection(('gsm8k', 'mbpp'), allow_code=True))\n"
-        "print([fact.dataset for fact in facts])\n"
+        "from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks\n"
+        "located = locate_tasks(TaskSelection(('gsm8k', 'mbpp'), allow_code=True))\n"
+        "print([task.config['dataset_path'] for task in located.tasks])\n"
         "print({'torch', 'datasets', 'transformers'} & set(sys.modules))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -226,6 +224,6 @@ def test_the_quick_scan_finds_what_lm_evals_own_index_holds():
 
 @pytest.mark.slow
 def test_a_tag_of_lm_eval_stands_for_all_its_tasks():
-    facts = check_tasks(TaskSelection(("ai2_arc",)))
+    located = locate_tasks(TaskSelection(("ai2_arc",)))
 
-    assert [fact.name for fact in facts] == ["arc_challenge", "arc_easy"]
+    assert [task.name for task in located.tasks] == ["arc_challenge", "arc_easy"]
