@@ -16,6 +16,7 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import SourceTensor
 from lewis_hub.checkpoint.writer import OutputTensor, ShardLayout
 from lewis_hub.merge.alignment import Assembled
+from lewis_hub.methods import registry
 
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
 
@@ -104,7 +105,7 @@ class ShardPlan:
         """Over all that fixes the bytes of the shard: equal digests, equal bytes."""
         told: dict[str, Any] = {
             "version": VERSION,
-            "method": self.method,
+            "method": [self.method, registry.find(self.method).version],
             "sources": self.source_digests,
             "tensors": [tensor.told for tensor in self.tensors],
         }

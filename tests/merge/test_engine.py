@@ -136,6 +136,19 @@ def test_a_rerun_keeps_finished_shards_and_makes_the_others_anew(zoo, settings):
     assert kept == names[5:]
 
 
+def test_shards_of_an_older_version_of_the_method_are_not_kept(zoo, settings, monkeypatch):
+    older = zoo.merge(settings)
+    method = registry.find(settings.method)
+    monkeypatch.setitem(
+        registry._registry._entries, method.name, replace(method, version=method.version + 1)
+    )
+
+    newer = zoo.merge(settings)
+
+    assert not any(result.is_kept for result in newer.results.values())
+    assert newer.plan.digest != older.plan.digest  # so scores of the older merge are not reused
+
+
 def test_shards_of_another_plan_are_not_kept(zoo, settings):
     zoo.merge(settings)
 
