@@ -20,7 +20,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from lewis_hub.checkpoint.header import TensorHeader
-from lewis_hub.checkpoint.reader import Reader, TensorReader
+from lewis_hub.checkpoint.reader import TensorReader
 
 N_REQUESTS = 8  # in flight
 REQUEST_BYTES = 8 << 20  # at most
@@ -140,7 +140,7 @@ class SourceFiles:
         self._pool.shutdown(wait=False, cancel_futures=True)
         shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def reader(self, label: str) -> Reader:
+    def reader(self, label: str) -> TensorReader | RangeReader:
         """Open the tensors of one source as its files store them."""
         location = self._locations[label]
         if isinstance(location, Path):

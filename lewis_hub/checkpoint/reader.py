@@ -160,11 +160,7 @@ def _is_plain(shard: str) -> bool:
 
 
 class Reader(Protocol):
-    """Reads the tensors of one source. Threads may share it; close it."""
-
-    def __enter__(self) -> Reader: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    """Reads the tensors of one source. Threads may share it."""
 
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `first_byte` on."""

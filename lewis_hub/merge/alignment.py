@@ -1,4 +1,4 @@
-"""Vocabularies side by side: which row of each source belongs to a token of the merge."""
+"""Tensors with a row per token, aligned so that row i is the same token in all sources."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -15,91 +16,61 @@ from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.tokenizer.vocabulary import Vocabulary
 
-MEAN = -1  # instead of the number of a source: the row is a mean of others
+MEAN = -1  # in place of the number of a source: the row is a mean of rows
 
 Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
-class RowMap:
-    """The origin of each row, as runs of consecutive ones.
+class Assembled:
+    """A tensor whose rows come from several sources.
 
     Attributes:
-        n_rows: of the tensor that is made.
-        runs: (n_runs, 3) int32: first row of the run, source that it is read from (or MEAN), first
-            row there (or number of the first mean). A run goes on to where the next begins.
-        means: each (n, 2) int32: source and row of what it is the mean of; of nothing it is zero.
+        n_rows: of the tensor.
+        parts: the tensor in each source; None if the source lacks it, and then no row is from it.
+        runs: (n_runs, 3) int32, one line per run of consecutive rows: its first row, the source or
+            MEAN, and the first row there or the number of the first mean. A run ends where the
+            next begins.
+        means: per mean the (n, 2) int32 sources and rows that it is taken over; zero if n is 0.
     """
 
     n_rows: int
+    parts: tuple[TensorHeader | None, ...]
     runs: Ints
     means: tuple[Ints, ...] = ()
 
-    @classmethod
-    def whole(cls, source: int, n_rows: int) -> RowMap:
-        """All rows of one source, as they lie there."""
-        return cls(n_rows, np.array([[0, source, 0]], np.int32))
-
-    @classmethod
-    def of(cls, sources: Ints, rows: Ints, means: tuple[Ints, ...]) -> RowMap:
-        """From each row's source (or MEAN) and its row there (or number of the mean)."""
-        breaks = (np.diff(sources) != 0) | (np.diff(rows) != 1)
-        firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])[: len(rows)]
-        runs = np.stack([firsts, sources[firsts], rows[firsts]], axis=1).astype(np.int32)
-        return cls(len(rows), runs, means)
-
-    def is_whole(self, source: int) -> bool:
-        """Whether it is the first rows of one source, as they lie there."""
-        return bool(self.runs.tolist() == [[0, source, 0]])
-
-    def sources(self) -> set[int]:
-        """All sources that are read from."""
-        told = {int(source) for source in np.unique(self.runs[:, 1]) if source != MEAN}
-        return told | {int(source) for mean in self.means for source in np.unique(mean[:, 0])}
+    def stored_parts(self) -> dict[int, TensorHeader]:
+        """The tensors that are read, by source."""
+        arrays = [self.runs[:, 1], *(mean[:, 0] for mean in self.means)]
+        sources = sorted(set(np.concatenate(arrays).tolist()) - {MEAN})
+        return {source: part for source in sources if (part := self.parts[source])}
 
     def digest(self) -> str:
-        """Over all that fixes which rows are read."""
-        told = hashlib.sha256(str((self.n_rows, len(self.runs))).encode())
+        """Tensors with the same digest have the same origin."""
+        facts = json.dumps([self.n_rows, [part and asdict(part) for part in self.parts]])
+        digest = hashlib.sha256(facts.encode())
         for array in (self.runs, *self.means):
-            told.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
-        return told.hexdigest()
-
-
-@dataclass(frozen=True)
-class Assembled:
-    """A tensor that is put together from rows of several sources.
-
-    Attributes:
-        parts: the tensor of each source; None where a source has none, which is then not read.
-    """
-
-    rows: RowMap
-    parts: tuple[TensorHeader | None, ...]
-
-    def digest(self) -> str:
-        """Over the map and where the parts lie."""
-        told = json.dumps([part and asdict(part) for part in self.parts], sort_keys=True)
-        return hashlib.sha256((self.rows.digest() + told).encode()).hexdigest()
+            digest.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def header(self, name: str, shape: Sequence[int]) -> TensorHeader:
-        """What the tensor looks like; it lies in no file.
+        """Its header, without a position in a file.
 
-        It is float32 where its parts differ in dtype or means are taken, else as they are.
+        It is float32 if its parts differ in dtype or rows are means, else of their dtype.
         """
-        dtypes = {part.dtype for s in self.rows.sources() if (part := self.parts[s])}
-        dtype = dtypes.pop() if len(dtypes) == 1 and not self.rows.means else "F32"
-        made = TensorHeader(name, dtype, tuple(shape), "", 0, 0)
-        return TensorHeader(name, dtype, tuple(shape), "", 0, made.n_elements * WIDTHS[dtype])
+        dtypes = {part.dtype for part in self.stored_parts().values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 and not self.means else "F32"
+        return TensorHeader(name, dtype, tuple(shape), "", 0, prod(shape) * WIDTHS[dtype])
 
 
 @dataclass(frozen=True)
 class Override:
-    """What stands in for a token that sources lack, instead of the usual rule.
+    """The row of a token, instead of the one that `Alignment` describes.
 
     Attributes:
-        source: label of the model whose row it is; None: zeros.
-        row: of that model's tensors.
-        is_forced: whether it stands in for the sources that have the token, too.
+        source: label of the source whose row is used; None: zeros.
+        row: of this source.
+        is_forced: whether it also replaces the row of sources that have the token.
     """
 
     source: str | None
@@ -109,18 +80,18 @@ class Override:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How tensors with a row a token are put together, so that row i means the same in all sources.
+    """How the rows of token tensors are mapped to the tokens of the merge.
 
-    A token that a source lacks gets the base's row; where the base lacks it too the mean of the
-    rows of the sources that have it; a row that is in none of them gets the mean of all rows of the
-    first source.
+    A source that lacks a token gets the base's row; if the base lacks it too, the mean of the rows
+    of all sources that have it. If no source has it, the row is the mean of all rows of the first
+    source.
 
     Attributes:
         tensors: names of the tensors.
         n_rows: of the merge.
         ids: label of a source -> (n_rows,) int32, its row for each row of the merge, or -1.
-        base: label of the source whose rows stand in; None: there is none.
-        overrides: by row of the merge; one whose model lacks the tensor does not count.
+        base: label of the base; None without a base.
+        overrides: by row of the merge; ignored for a tensor that the override's source lacks.
     """
 
     tensors: frozenset[str]
@@ -132,41 +103,44 @@ class Alignment:
     def assemble(
         self, labels: Sequence[str], parts: Sequence[TensorHeader | None]
     ) -> tuple[Assembled | None, ...]:
-        """Put one tensor together for each source; None for one that already lies as it should.
+        """Map the rows of one tensor, for each source; None if they are stored as needed.
 
         Args:
             labels: of the sources, in the plan's order.
-            parts: the tensor as each source has it; None where it has none.
+            parts: the tensor in each source; None if the source lacks it.
         """
         ids = np.stack([self.ids[label] for label in labels])
-        n_there = np.array([part.shape[0] if part else 0 for part in parts])
-        has = (ids >= 0) & (ids < n_there[:, None])
+        n_stored = np.array([part.shape[0] if part else 0 for part in parts])
+        has = (ids >= 0) & (ids < n_stored[:, None])
         overrides = {
             row: override
             for row, override in self.overrides.items()
-            if override.source is None or override.row < n_there[labels.index(override.source)]
+            if override.source is None or override.row < n_stored[labels.index(override.source)]
         }
-        sources, rows, means = self._stand_ins(labels, ids, has, overrides)
+        sources, rows, means = self._substitutes(labels, ids, has, overrides)
         forced = np.zeros(self.n_rows, bool)
         forced[[row for row, override in overrides.items() if override.is_forced]] = True
         made: list[Assembled | None] = []
         for s, part in enumerate(parts):
             own = has[s] & ~forced
             origins = np.where(own, s, sources).astype(np.int32)
-            uses_means = bool((origins == MEAN).any())
-            found = RowMap.of(origins, np.where(own, ids[s], rows), means if uses_means else ())
-            lies = part is not None and found.is_whole(s) and part.shape[0] == self.n_rows
-            made.append(None if lies else Assembled(found, tuple(parts)))
+            runs = _runs(origins, np.where(own, ids[s], rows))
+            is_stored = part is not None and part.shape[0] == self.n_rows
+            if is_stored and runs.tolist() == [[0, s, 0]]:
+                made.append(None)
+            else:
+                used = means if (origins == MEAN).any() else ()
+                made.append(Assembled(self.n_rows, tuple(parts), runs, used))
         return tuple(made)
 
-    def _stand_ins(
+    def _substitutes(
         self,
         labels: Sequence[str],
         ids: Ints,
         has: npt.NDArray[np.bool_],
         overrides: Mapping[int, Override],
     ) -> tuple[Ints, Ints, tuple[Ints, ...]]:
-        """Per row what a source gets that lacks it: a source (or MEAN), and the row (or mean)."""
+        """Per row its replacement in sources without it: source or MEAN, row or number of mean."""
         count = has.sum(axis=0)
         sources = has.argmax(axis=0).astype(np.int32)  # the only one that has it
         if self.base in labels:
@@ -190,57 +164,64 @@ class Alignment:
         return sources, rows, tuple(mean.astype(np.int32) for mean in means)
 
 
-def shape(alignment: Alignment | None, tensor: TensorHeader) -> tuple[int, ...]:
-    """Of the merge's tensor, from the base's."""
+def _runs(sources: Ints, rows: Ints) -> Ints:
+    """`Assembled.runs` of the source and the row there of each row."""
+    breaks = (np.diff(sources) != 0) | (np.diff(rows) != 1)
+    firsts = np.concatenate([[0], np.flatnonzero(breaks) + 1])[: len(rows)]
+    return np.stack([firsts, sources[firsts], rows[firsts]], axis=1).astype(np.int32)
+
+
+def output_shape(alignment: Alignment | None, tensor: TensorHeader) -> tuple[int, ...]:
+    """The shape of a tensor of the first source in the merge."""
     if alignment is None or tensor.name not in alignment.tensors:
         return tensor.shape
     return (alignment.n_rows, *tensor.shape[1:])
 
 
-def arrange(
+def assemble_inputs(
     alignment: Alignment | None,
     name: str,
-    made: Sequence[int],
+    shape: Sequence[int],
     labels: Sequence[str],
     parts: Sequence[TensorHeader | None],
 ) -> tuple[tuple[TensorHeader, ...], tuple[Assembled | None, ...]]:
-    """What is read of each source for one tensor, and how it is put together.
+    """The headers of one tensor of the merge as each source provides it.
 
     Args:
-        alignment: None where row i means the same in all sources.
+        alignment: None: row i is the same token in all sources.
         name: of the tensor.
-        made: its shape in the merge.
+        shape: in the merge.
         labels: of the sources, in the plan's order.
-        parts: the tensor as each source has it; None where it has none: then the first source's
-            stands in.
+        parts: the tensor in each source. None if the source lacks it: without an alignment the
+            first source's replaces it.
 
     Returns:
-        One header a source; and as many of what is put together, or none where nothing is.
+        One header per source, and the origin of the rows per source; the second is empty if all
+        sources store the tensor as needed.
     """
     assembled: tuple[Assembled | None, ...]
     if alignment and name in alignment.tensors:
         assembled = alignment.assemble(labels, parts)
     else:
-        whole = Assembled(RowMap.whole(0, made[0] if made else 1), tuple(parts))
-        assembled = tuple(None if part else whole for part in parts)
+        first = Assembled(shape[0] if shape else 1, tuple(parts), np.zeros((1, 3), np.int32))
+        assembled = tuple(None if part else first for part in parts)
     inputs = []
     for one, part in zip(assembled, parts, strict=True):
-        header = one.header(name, made) if one else part
-        assert header  # what a source lacks is put together
+        header = one.header(name, shape) if one else part
+        assert header  # a tensor that a source lacks is assembled
         inputs.append(header)
     return tuple(inputs), assembled if any(assembled) else ()
 
 
 def token_tensors(checkpoint: Checkpoint, n_tokens: int | None) -> tuple[str, ...]:
-    """The tensors with a row a token, whatever they are called: embeddings, heads and their biases.
+    """The tensors with a row per token: embeddings, heads and their biases, whatever their names.
 
-    They are outside the blocks and have as many rows as the vocabulary; a table of positions that
-    happens to be as long is told by its name.
+    They are outside the blocks and have as many rows as the vocabulary. A table of positions of the
+    same length is recognised by its name.
 
     Args:
         checkpoint: of the base.
-        n_tokens: rows, as its configuration says; None where it does not: then as many as the
-            first tensor that is called an embedding.
+        n_tokens: rows according to its configuration; None: those of the first input embedding.
     """
     tensors = {
         name: tensor.shape
@@ -255,24 +236,21 @@ def token_tensors(checkpoint: Checkpoint, n_tokens: int | None) -> tuple[str, ..
 
 
 def rows_of(checkpoint: Checkpoint, tensors: Sequence[str]) -> int:
-    """How many rows a source has for tokens."""
-    return max(
-        (checkpoint.tensors[name].shape[0] for name in tensors if name in checkpoint.tensors),
-        default=0,
-    )
+    """The number of rows of a source's token tensors; 0 if it has none."""
+    lengths = (checkpoint.tensors[name].shape[0] for name in tensors if name in checkpoint.tensors)
+    return max(lengths, default=0)
 
 
 def by_row(base: Checkpoint, sources: Sequence[Checkpoint], tensors: Sequence[str]) -> Alignment:
-    """Row i means the same in all sources; some have fewer, and then the base's stand in.
+    """Align sources whose row i is the same token, and of which some have fewer rows.
 
     Args:
-        base: which has as many rows as the merge will have.
+        base: has as many rows as the merge.
         sources: all that are merged.
-        tensors: with a row a token.
+        tensors: with a row per token.
     """
     n_rows = rows_of(base, tensors)
-    every = np.arange(n_rows, dtype=np.int32)
-    ids = {source.label: every for source in sources}
+    ids = {source.label: np.arange(n_rows, dtype=np.int32) for source in sources}
     return Alignment(frozenset(tensors), n_rows, ids, base.label)
 
 
@@ -284,15 +262,15 @@ def by_token(
     base: str,
     padding: str,
 ) -> Alignment:
-    """A row of the merge is a token of its vocabulary, wherever the sources have it.
+    """Align sources by the tokens of their vocabularies.
 
     Args:
         merged: vocabulary of the merge.
         vocabularies: label of a source -> its own.
-        tensors: with a row a token.
+        tensors: with a row per token.
         n_rows: of the merge.
-        base: label of the source whose rows stand in for those that others lack.
-        padding: label of the source whose rows are taken where the merge has no token.
+        base: label of the source whose rows replace those that others lack.
+        padding: label of the source of the rows that are no token of the merge.
     """
     ids = {label: np.full(n_rows, -1, np.int32) for label in vocabularies}
     ids[padding][:] = np.arange(n_rows)

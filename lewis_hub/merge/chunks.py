@@ -33,9 +33,8 @@ from lewis_hub.kernels.operands import (
     Piece,
     Table,
 )
-from lewis_hub.merge.nan import NanReplacingReader, replace_nan
-from lewis_hub.merge.plan import ShardPlan, TensorPlan
-from lewis_hub.merge.reference import Moments
+from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
+from lewis_hub.merge.readers import NanReplacingReader, input_readers
 from lewis_hub.merge.runners import Runner
 from lewis_hub.methods.combine import NEGLIGIBLE
 from lewis_hub.methods.della import allowances
@@ -243,8 +242,7 @@ class TensorJob:
     @cached_property
     def readers(self) -> tuple[Reader, ...]:
         """One an input."""
-        found = tuple(self.context.readers[source] for source in self.tensor.sources)
-        return replace_nan(self.tensor, found) if self.context.plan.allow_nan else found
+        return input_readers(self.context.plan, self.tensor, self.context.readers)
 
     @property
     def mended(self) -> list[tuple[str, str]]:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.errors import DeviceError
 from lewis_hub.merge.chunks import TensorJob
-from lewis_hub.merge.reference import Moments, bytes_of, merge_by_definition
+from lewis_hub.merge.plan import Moments
+from lewis_hub.merge.tensor import bytes_of, merge_by_definition
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,7 @@
-"""A plan becomes shards on disk. The unit of work is one shard: a rerun keeps those that are whole.
+"""Make the tensors of a plan: in shards on disk, in memory, or one by one.
 
-Beside a finished shard lies a note with the digest of its plan and of its bytes, until the output
-folder gets its name. A shard without a fitting note is made anew.
+A finished shard has a note beside it, with the digests of its plan and its bytes, until the output
+folder gets its name. A rerun keeps the shards whose note fits.
 """
 
 from __future__ import annotations
@@ -10,44 +10,59 @@ import json
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.checkpoint.ranges import (
     Locations,
     SourceFiles,
     absolute_locations,
     missing_folders,
 )
-from lewis_hub.checkpoint.reader import INDEX, Reader
-from lewis_hub.checkpoint.writer import ShardWriter, index_document
+from lewis_hub.checkpoint.reader import INDEX, read_tensor
+from lewis_hub.checkpoint.writer import ShardLayout, ShardWriter, index_document
 from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import require_room, sha256_of, write_whole
-from lewis_hub.merge.plan import MergePlan, ShardPlan
-from lewis_hub.merge.runners import Backend, Inline, Ray, cpus_of_this_task, threads
+from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan
+from lewis_hub.merge.runners import Backend, Ray, Runner, cpus_of_this_task, threads
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.chunks import Shard, TensorJob
+    from torch import Tensor
 
+    from lewis_hub.merge.chunks import Shard, ShardContext, TensorJob
+    from lewis_hub.merge.readers import OpenFiles
+
+# Modules that import the compiler of the kernels are imported in functions.
 
 NOTE = ".done.json"
-RANGES = ".ranges"  # folder of the bytes that are fetched ahead of remote sources
+RANGES = ".ranges"  # folder of the bytes of remote sources that are fetched ahead
+
+MakeTensor = Callable[[str, Moments | None], "Tensor"]
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A file that is whole and on disk."""
+    """A finished file.
+
+    Attributes:
+        sha256: 64 hex digits.
+        is_kept: whether an earlier run made it.
+        mended: source -> number of its tensors in which NaN or infinity was replaced.
+    """
 
     name: str
-    sha256: str  # 64 hex digits
+    sha256: str
     n_bytes: int
-    is_kept: bool = False  # an earlier run made it
-    mended: Mapping[str, int] = field(default_factory=dict)  # source -> tensors with NaN, infinity
+    is_kept: bool = False
+    mended: Mapping[str, int] = field(default_factory=dict)
 
 
 def run(
@@ -56,18 +71,18 @@ def run(
     """Write all shards and their index into a folder.
 
     Args:
-        plan: what goes into which file.
+        plan: the shards.
         locations: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
-        backend: the bytes are the same whatever they are.
-        advance: called with bytes written or kept, in all `plan.n_bytes`, from this thread.
+        backend: the bytes do not depend on it.
+        advance: called from this thread with bytes written or kept, in all `plan.n_bytes`.
 
     Returns:
-        File name -> digest and size; the index among them where there is one.
+        The results by file name, including the index if there are several shards.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
-        BrokenCheckpointError: a source's file is missing or ends too early.
+        BrokenCheckpointError: a source's file is missing or too short.
         OutputError: there is not enough room, or the folder cannot be written.
         MergeError: a Ray cluster or one of its workers failed.
         DeviceError: a tensor does not fit on the device.
@@ -83,25 +98,33 @@ def run(
 def make_shards(
     plan: MergePlan, locations: Locations, output: Path, backend: Backend, advance: Advance
 ) -> Iterator[ShardResult]:
-    """Each shard as it is finished, those that are kept first; the arguments are those of `run`.
+    """Yield each shard when it is finished, kept ones first; the arguments are those of `run`.
 
-    No further shard is begun before the next is asked for, but by Ray's workers.
+    Except on Ray, a shard is begun only when it is requested.
     """
     found = [(shard, _kept(shard, output)) for shard in plan.shards]
     remaining = [shard for shard, kept in found if kept is None]
     for kept in (kept for _, kept in found if kept):
         advance(kept.n_bytes)
         yield kept
-    if isinstance(backend.runner, Ray):
-        yield from _elsewhere(remaining, locations, output, backend, advance)
-        return
-    with open_files(remaining, locations, output / RANGES) as files:
-        for shard in remaining:
-            yield merge_shard(shard, files, output, backend, advance)
+    if not isinstance(backend.runner, Ray):
+        with open_files(remaining, locations, output / RANGES) as files:
+            for shard in remaining:
+                yield _make_shard(shard, files, output, backend, advance)
+    elif remaining:
+        on_worker = partial(
+            _make_on_worker,
+            absolute_locations(locations),
+            output.absolute(),
+            replace(backend, runner=Runner(), device=None),
+        )
+        for result in backend.runner.map(on_worker, remaining):
+            advance(result.n_bytes)
+            yield result
 
 
 def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
-    """Write what tells which shard holds which tensor; nothing for a single shard."""
+    """Write the index of the shards; nothing for a single shard."""
     index = index_document(plan.layouts)
     if index is None:
         return {}
@@ -110,132 +133,198 @@ def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
     return {INDEX: ShardResult(INDEX, sha256_of(path), path.stat().st_size)}
 
 
-def merge_shard(
-    plan: ShardPlan, files: SourceFiles, output: Path, backend: Backend, advance: Advance
-) -> ShardResult:
-    """Make one shard on this machine from the beginning; the sources are read from `files`."""
-    layout = plan.layout
-    _note(output, layout.name).unlink(missing_ok=True)
-    with ShardWriter(output, layout, stays_cached=backend.is_read_next) as writer:
-        mended = fill(plan, files, writer, backend, advance)
-        result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
-    _write_note(plan, result, output)
-    return result
+def tensors_in_memory(
+    plan: MergePlan, locations: Locations, scratch: Path, backend: Backend
+) -> dict[str, Tensor]:
+    """Make all tensors of a plan, with the values that they would have in files.
+
+    Args:
+        plan: the tensors.
+        locations: of all sources, and of statistics.
+        scratch: folder for the bytes of remote sources.
+        backend: of this machine.
+
+    Raises:
+        NonFiniteError: a source or the result holds NaN or infinity.
+        BrokenCheckpointError: a source's file is missing or too short.
+        DeviceError: a tensor does not fit on the device.
+    """
+    made: dict[str, Tensor] = {}
+    with open_files(plan.shards, locations, scratch / RANGES) as files:
+        for shard in plan.shards:
+            memory = InMemoryShard(shard.layout)
+            _make_tensors(shard, files, memory, backend, lambda _: None)
+            made |= memory.tensors()
+    return made
 
 
-def fill(
-    plan: ShardPlan, files: SourceFiles, shard: Shard, backend: Backend, advance: Advance
-) -> Mapping[str, int]:
-    """Make the tensors of a shard; which sources hold NaN or infinity, and in how many of them."""
-    from lewis_hub.kernels.operands import BLOCK
-    from lewis_hub.merge.assemble import assembling
-    from lewis_hub.merge.chunks import (  # imports numpy and llvmlite
-        LONGEST_ROW,
-        Buffers,
-        ShardContext,
-        TensorJob,
-        block_of,
-    )
+@contextmanager
+def per_tensor(
+    plan: ShardPlan, open_files: OpenFiles, mended: set[tuple[str, str]]
+) -> Iterator[MakeTensor]:
+    """Make tensors of a shard one by one, in any order, while its sources are open.
 
-    layout = plan.layout
-    with ExitStack() as opened:
-        readers = [
-            opened.enter_context(open_source(label, base, files.reader))
-            for label, base in zip(plan.labels, plan.bases, strict=True)
-        ]
-        blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
-        n_together = max((len(tensor.inputs) for tensor in plan.tensors), default=1)
-        buffers = Buffers(n_together, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
-        read = assembling(plan, readers)
-        statistics = [opened.enter_context(files.reader(label)) for label in plan.statistics]
-        context = ShardContext(plan, read, shard, buffers, statistics)
-        jobs = [
-            TensorJob(context, tensor, start)
-            for tensor, start in zip(plan.tensors, layout.starts, strict=True)
-        ]
-        advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
-        made = _make_all(jobs, backend)
-        for n_bytes in made:
-            files.step_done()
-            advance(n_bytes)
-        return Counter(label for label, _ in {one for job in jobs for one in job.mended})
+    Args:
+        plan: of the shard.
+        open_files: opens the files of a label.
+        mended: gets (source, tensor) for each tensor that is made with moments and in which NaN or
+            infinity was replaced.
 
+    Yields:
+        A function of a tensor's name that makes the tensor in the output's dtype: with the moments
+        of its inputs on their device, or on the CPU without any.
+    """
+    from lewis_hub.merge.chunks import TensorJob
+    from lewis_hub.merge.tensor import make_tensor, merge_by_definition
 
-def _elsewhere(
-    shards: Sequence[ShardPlan],
-    locations: Locations,
-    output: Path,
-    backend: Backend,
-    advance: Advance,
-) -> Iterator[ShardResult]:
-    """Have each shard made by a worker that opens the sources itself."""
-    assert isinstance(backend.runner, Ray)
-    if not shards:
-        return
-    shared = absolute_locations(locations)
-    on_worker = partial(_on_worker, shared, output.absolute(), replace(backend, runner=Inline()))
-    for result in backend.runner.map(on_worker, shards):
-        advance(result.n_bytes)
-        yield result
+    tensors = {tensor.output.name: tensor for tensor in plan.tensors}
+    nowhere = InMemoryShard(ShardLayout("", ()))  # each tensor is written to memory of its own
+    with _open_shard(plan, open_files, nowhere) as context:
+
+        def make(name: str, moments: Moments | None) -> Tensor:
+            tensor = tensors[name]
+            layout = ShardLayout(name, (tensor.output,))
+            memory = InMemoryShard(layout)
+            job = TensorJob(replace(context, writer=memory), tensor, *layout.starts)
+            if moments is None or tensor.is_copied:
+                make_tensor(job, Runner())
+                return memory.tensors()[name]
+            device = next(gram.device for gram in moments.grams if gram is not None)
+            pairs = zip(job.readers, tensor.inputs, strict=True)
+            sources = [read_tensor(reader, header).to(device) for reader, header in pairs]
+            mended.update(job.mended)
+            return merge_by_definition(plan, tensor, sources, moments)
+
+        yield make
 
 
-def _on_worker(
-    locations: Locations, output: Path, backend: Backend, plan: ShardPlan
-) -> ShardResult:
-    for folder in missing_folders({**locations, "output": output}):
-        problem = f"the worker on {socket.gethostname()} does not see {folder}"
-        remedy = "Keep sources and output where all machines mount them under the same path."
-        raise MergeError("runner `ray`", problem, remedy)
-    with open_files([plan], locations, output / f"{RANGES}-{plan.layout.name}") as files:
-        here = replace(backend, runner=threads(cpus_of_this_task()), device=None)
-        return merge_shard(plan, files, output, here, lambda _: None)
+class InMemoryShard:
+    """The bytes that a file would have, in memory. Threads may share it."""
+
+    def __init__(self, layout: ShardLayout) -> None:
+        import torch
+
+        self._layout = layout
+        self._content = torch.empty(layout.n_bytes, dtype=torch.uint8)
+
+    def write(self, position: int, content: memoryview) -> None:
+        """Put bytes at an offset from the beginning."""
+        place = self._content.numpy()[position : position + content.nbytes]
+        place[:] = np.frombuffer(content, np.uint8)
+
+    def complete(self, start: int, stop: int) -> None:
+        """Do nothing: no reader waits for the bytes."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name; they share its memory."""
+        pairs = zip(self._layout.tensors, self._layout.starts, strict=True)
+        return {
+            tensor.name: self._content[start : start + tensor.n_bytes]
+            .view(torch_dtypes()[tensor.dtype])
+            .reshape(tensor.shape)
+            for tensor, start in pairs
+        }
 
 
 def open_files(shards: Sequence[ShardPlan], locations: Locations, scratch: Path) -> SourceFiles:
-    """Open the sources of some shards; at most the bytes of one shard are fetched ahead."""
+    """Open the sources of shards; at most the bytes of the largest shard are fetched ahead."""
     steps = [tensors for shard in shards for tensors in shard.reads]
     max_bytes = max((shard.layout.n_bytes for shard in shards), default=0)
     return SourceFiles(locations, steps, scratch, max_bytes)
 
 
-def open_source(label: str, base: str | None, reader: Callable[[str], Reader]) -> Reader:
-    """Open a source, or an adapter on its `base`; `reader` opens the files of a label. Close it."""
-    from lewis_hub.merge.sources import ScaledReader  # imports numpy and llvmlite
+@contextmanager
+def _open_shard(plan: ShardPlan, open_files: OpenFiles, shard: Shard) -> Iterator[ShardContext]:
+    """Open all sources of a shard; `open_files` opens the files of a label."""
+    from lewis_hub.kernels.operands import BLOCK
+    from lewis_hub.merge.chunks import LONGEST_ROW, Buffers, ShardContext, block_of
+    from lewis_hub.merge.readers import open_source
 
-    own = reader(label)
-    if base is None:
-        return ScaledReader(own)
-    from lewis_hub.merge.sources import AdapterReader
+    blocks = [block_of(plan.method, tensor) for tensor in plan.tensors]
+    n_inputs = max((len(tensor.inputs) for tensor in plan.tensors), default=1)
+    buffers = Buffers(n_inputs, max((b for b in blocks if b <= LONGEST_ROW), default=BLOCK))
+    with ExitStack() as opened:
+        readers = [
+            opened.enter_context(open_source(label, base, open_files))
+            for label, base in zip(plan.labels, plan.bases, strict=True)
+        ]
+        statistics = [opened.enter_context(open_files(label)) for label in plan.statistics]
+        yield ShardContext(plan, readers, shard, buffers, statistics)
 
-    return AdapterReader(ScaledReader(reader(base)), own)
+
+def _make_tensors(
+    plan: ShardPlan, files: SourceFiles, shard: Shard, backend: Backend, advance: Advance
+) -> Mapping[str, int]:
+    """Make the tensors of a shard; returns source -> number of its tensors that held NaN."""
+    from lewis_hub.merge.chunks import TensorJob
+
+    layout = plan.layout
+    with _open_shard(plan, files.reader, shard) as context:
+        pairs = zip(plan.tensors, layout.starts, strict=True)
+        jobs = [TensorJob(context, tensor, start) for tensor, start in pairs]
+        advance(layout.n_bytes - sum(tensor.output.n_bytes for tensor in plan.tensors))
+        for n_bytes in _make_in_order(jobs, backend):
+            files.step_done()
+            advance(n_bytes)
+        return Counter(label for label, _ in {one for job in jobs for one in job.mended})
 
 
-def _make_all(jobs: Sequence[TensorJob], backend: Backend) -> Iterator[int]:
-    """Go in the order of the file, so that hashing keeps up.
+def _make_in_order(jobs: Sequence[TensorJob], backend: Backend) -> Iterator[int]:
+    """Make tensors in the order of the file, so that it is hashed meanwhile; yield their bytes.
 
-    A large tensor is made by all workers together, of small ones each by one worker.
+    All workers share a large tensor; of small tensors each worker makes one.
     """
     from lewis_hub.merge.cuda import make_on_device
-    from lewis_hub.merge.tensor import make_tensor  # imports numpy and llvmlite
+    from lewis_hub.merge.tensor import make_tensor
 
     if backend.device:
         yield from make_on_device(jobs, backend.device)
         return
     runner = backend.runner
-    assert not isinstance(runner, Ray)
+    assert not isinstance(runner, Ray)  # its workers have a runner of their own
 
     def is_large(job: TensorJob) -> bool:
         return job.tensor.output.n_elements > runner.large_elements
 
-    for together, run_of_jobs in groupby(jobs, key=is_large):
-        if together:
-            yield from (make_tensor(job, runner) for job in run_of_jobs)
+    for are_large, group in groupby(jobs, key=is_large):
+        if are_large:
+            yield from (make_tensor(job, runner) for job in group)
         else:
-            yield from runner.map(lambda job: make_tensor(job, Inline()), list(run_of_jobs))
+            yield from runner.map(lambda job: make_tensor(job, Runner()), list(group))
+
+
+def _make_shard(
+    plan: ShardPlan, files: SourceFiles, output: Path, backend: Backend, advance: Advance
+) -> ShardResult:
+    layout, note = plan.layout, _note(output, plan.layout.name)
+    note.unlink(missing_ok=True)
+    with ShardWriter(output, layout, stays_cached=backend.is_read_next) as writer:
+        mended = _make_tensors(plan, files, writer, backend, advance)
+        result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
+    facts = {"plan": plan.digest, "sha256": result.sha256, "n_bytes": result.n_bytes}
+    try:
+        write_whole(note, json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        problem = f"it cannot be written ({error.strerror})."
+        raise OutputError(str(note), problem, "Free some space, then run again.") from None
+    return result
+
+
+def _make_on_worker(
+    locations: Locations, output: Path, backend: Backend, plan: ShardPlan
+) -> ShardResult:
+    """Make a shard in a task of a Ray cluster."""
+    for folder in missing_folders({**locations, "output": output}):
+        problem = f"the worker on {socket.gethostname()} does not see {folder}"
+        remedy = "Keep sources and output where all machines mount them under the same path."
+        raise MergeError("runner `ray`", problem, remedy)
+    backend = replace(backend, runner=threads(cpus_of_this_task()))
+    with open_files([plan], locations, output / f"{RANGES}-{plan.layout.name}") as files:
+        return _make_shard(plan, files, output, backend, lambda _: None)
 
 
 def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
-    """What the note beside a shard says of it, where it fits the plan; the shard may be gone."""
+    """The result in the note beside a shard, if it fits the plan; the shard itself may be gone."""
     try:
         note: Any = json.loads(_note(output, plan.layout.name).read_text(encoding="utf-8"))
         if note["plan"] == plan.digest:
@@ -245,21 +334,11 @@ def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
     return None
 
 
-def _write_note(plan: ShardPlan, made: ShardResult, output: Path) -> None:
-    note = _note(output, made.name)
-    told = {"plan": plan.digest, "sha256": made.sha256, "n_bytes": made.n_bytes}
-    try:
-        write_whole(note, json.dumps(told, indent=2) + "\n")
-    except OSError as error:
-        problem = f"it cannot be written ({error.strerror})."
-        raise OutputError(str(note), problem, "Free some space, then run again.") from None
-
-
 def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
-    """The shard if an earlier run finished it and its bytes are still what they were."""
-    path, told = output / plan.layout.name, noted(plan, output)
-    if told and _size(path) == told.n_bytes and sha256_of(path) == told.sha256:
-        return told
+    """The shard of an earlier run, if its bytes are unchanged."""
+    path, result = output / plan.layout.name, noted(plan, output)
+    if result and _size(path) == result.n_bytes and sha256_of(path) == result.sha256:
+        return result
     return None
 
 

@@ -1,24 +1,126 @@
-"""What will be done: every output shard, what goes in it, and how each tensor is made.
+"""The plan of a merge: every output shard, the tensors in it, and how each tensor is made.
 
-A shard's plan can be sent to a worker; its digest fixes the bytes of the shard.
+`make_plan` reads headers alone, so that a plan is cheap to make again with other densities. A
+shard's plan can be sent to a worker; its digest determines the bytes of the shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint.header import TensorHeader
+from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.ranges import SourceTensor
-from lewis_hub.checkpoint.writer import OutputTensor, ShardLayout
-from lewis_hub.merge.alignment import Assembled
+from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.checkpoint.writer import DTYPES, OutputTensor, ShardLayout, lay_out
+from lewis_hub.errors import MergeError
+from lewis_hub.kernels import random_bits
+from lewis_hub.merge.alignment import Alignment, Assembled, assemble_inputs, output_shape
+from lewis_hub.merge.compare import compare
+from lewis_hub.merge.settings import (
+    DEFAULTS,
+    depths,
+    look_up,
+    options_of,
+    require_divisor,
+    require_filters_fit,
+    require_valid,
+)
 from lewis_hub.methods import registry
+from lewis_hub.methods.registry import PER_SOURCE, Method
+from lewis_hub.recipe.schema import Missing, Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1  # of the arithmetic: raised when the same plan would give other bytes
+
+Schedule = Mapping[str, Mapping[str, float]]  # label of an expert -> tensor -> density
+
+
+@dataclass(frozen=True)
+class MergeSource:
+    """A checkpoint that goes into a merge.
+
+    Attributes:
+        digest: of its content: a commit sha, or a digest of a folder's files; with its base's.
+        parameters: the source's own settings, which override the recipe's.
+        weights: tensor -> factor on its weight, set by a guide.
+    """
+
+    checkpoint: Checkpoint
+    digest: str
+    parameters: Settings = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The source, for messages."""
+        return self.checkpoint.label
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """The sources of a merge, and how they are merged.
+
+    Attributes:
+        base: None for a method without a base.
+        experts: in the recipe's order; for a method without a base all models.
+        parameters: the recipe's, for all models and tensors.
+        dtype: of the output: float32, float16 or bfloat16; None keeps the dtype of each of the
+            base's tensors, and makes 8-bit floats bfloat16.
+        seed: of random methods.
+        missing: "base": the base's tensors replace those that an expert lacks.
+        alignment: of different vocabularies; None: row i is the same token in all sources.
+    """
+
+    method: str
+    base: MergeSource | None
+    experts: tuple[MergeSource, ...]
+    parameters: Settings = field(default_factory=dict)
+    dtype: str | None = None
+    seed: int = 42
+    missing: Missing = "error"
+    alignment: Alignment | None = None
+
+    @property
+    def sources(self) -> tuple[MergeSource, ...]:
+        """All sources in the order of a plan: first the base, if the method takes one."""
+        takes_base = registry.find(self.method).takes_base
+        return (self.base, *self.experts) if self.base and takes_base else self.experts
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Where second moments of a matrix's inputs are stored: (n_parts, width, width) float32.
+
+    `transposed` says that the matrix itself is stored as (in, out).
+    """
+
+    stored: TensorHeader
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a matrix's inputs, on the device that the matrix is merged on.
+
+    Attributes:
+        grams: E[x x^T], one per expert; None for an expert without any.
+        cross_covariances: E[z x^T], where z is the input in the expert; empty: z is x.
+        transposed: whether the matrix is stored as (in, out).
+        residual_covariances: E[d x^T], where d is what the output has to compensate; empty: d is 0.
+    """
+
+    grams: Sequence[Tensor | None]
+    cross_covariances: Sequence[Tensor | None] = ()
+    transposed: bool = False
+    residual_covariances: Sequence[Tensor | None] = ()
 
 
 @dataclass(frozen=True)
@@ -26,18 +128,18 @@ class TensorPlan:
     """How one tensor is made.
 
     Attributes:
-        inputs: one a source, the base's first; that one alone for a tensor that is copied. Of a
-            slice they may be of other blocks than the output.
-        sources: of the inputs, as `ShardPlan.labels` counts them.
-        weights: one an expert; none for a tensor that is copied.
-        densities: one an expert; none where the method takes none.
-        streams: of random bits, one an expert; none where the method draws none.
-        own: what else an expert has of its own, by the function's keyword: one value an expert.
-        options: the method's, by the recipe's names.
-        assembled: one a source, where its tensor is put together from rows of several; none where
-            all lie as they are needed.
-        grams: of its inputs, one an expert, None where there are none; none at all where the method
-            asks for none.
+        inputs: the tensor in each source, the base first; only the base's if it is copied. In a
+            stack, the block of an input may have another number than the output's.
+        sources: for each input, the index of its source in `ShardPlan.labels`.
+        weights: one per expert; empty if the tensor is copied.
+        densities: one per expert; empty if the method takes none.
+        streams: of random bits, one per expert; empty if the method is not random.
+        own: the experts' other settings: keyword of the method's function -> a value per expert.
+        options: of the method, by the recipe's names.
+        assembled: for each source, the origin of its rows, or None if they are stored as needed;
+            empty if all are.
+        grams: for each expert, second moments of its inputs, or None if it has none; empty if the
+            method takes none.
     """
 
     output: OutputTensor
@@ -52,66 +154,65 @@ class TensorPlan:
     grams: tuple[Gram | None, ...] = ()
 
     @property
-    def told(self) -> Mapping[str, Any]:
-        """All that fixes its bytes, as plain JSON."""
-        rows = [made and made.digest() for made in self.assembled]
-        return asdict(replace(self, assembled=())) | {"assembled": rows}
+    def is_copied(self) -> bool:
+        """Whether the base's tensor is copied: counts and masks are."""
+        return not self.weights
 
     @property
     def is_transposed(self) -> bool:
-        """Whether it is a matrix that lies as (in, out); known of those with second moments."""
+        """Whether it is a matrix stored as (in, out); known for those with second moments."""
         return any(gram.transposed for gram in self.grams if gram)
-
-    @property
-    def is_copied(self) -> bool:
-        """Whether it is taken from the base as it is: counts and masks."""
-        return not self.weights
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file; complete in itself.
+    """One output file.
 
     Attributes:
-        statistics: label of each expert's -> digest; none where the method asks for none.
+        labels: of the sources, which `TensorPlan.sources` refers to.
+        bases: for each source that is an adapter, the label of the checkpoint that it changes.
+        tensors: in the order of the layout.
+        allow_nan: whether sources may hold NaN and infinity; see `NanReplacingReader`.
+        statistics: label -> digest of each expert's second moments, if the method needs them.
     """
 
     method: str
-    labels: tuple[str, ...]  # of the sources, as `TensorPlan.sources` counts them
-    bases: tuple[str | None, ...]  # of an adapter: label of the checkpoint that it changes
+    labels: tuple[str, ...]
+    bases: tuple[str | None, ...]
     source_digests: tuple[str, ...]
     layout: ShardLayout
-    tensors: tuple[TensorPlan, ...]  # in the order of the layout
-    allow_nan: bool = False  # whether sources may hold NaN and infinity; see `nan`
+    tensors: tuple[TensorPlan, ...]
+    allow_nan: bool = False
     statistics: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reads(self) -> list[list[SourceTensor]]:
-        """The source tensors that each tensor is made of."""
+        """The source tensors that each tensor is made from."""
         return [list(self._reads(tensor)) for tensor in self.tensors]
 
     def _reads(self, tensor: TensorPlan) -> Iterator[SourceTensor]:
         assembled = tensor.assembled or (None,) * len(tensor.inputs)
-        for number, header, made in zip(tensor.sources, tensor.inputs, assembled, strict=True):
-            if made is None:
-                yield SourceTensor(self.labels[number], header, self.bases[number])
-                continue
-            for source in sorted(made.rows.sources()):
-                if part := made.parts[source]:
-                    yield SourceTensor(self.labels[source], part, self.bases[source])
+        for number, header, rows in zip(tensor.sources, tensor.inputs, assembled, strict=True):
+            parts = {number: header} if rows is None else rows.stored_parts()
+            for source, part in parts.items():
+                yield SourceTensor(self.labels[source], part, self.bases[source])
 
     @cached_property
     def digest(self) -> str:
-        """Over all that fixes the bytes of the shard: equal digests, equal bytes."""
-        told: dict[str, Any] = {
+        """Shards with the same digest have the same bytes."""
+        facts = {
             "version": VERSION,
             "method": [self.method, registry.find(self.method).version],
             "sources": self.source_digests,
-            "tensors": [tensor.told for tensor in self.tensors],
+            "tensors": [
+                asdict(replace(tensor, assembled=()))
+                | {"assembled": [rows and rows.digest() for rows in tensor.assembled]}
+                for tensor in self.tensors
+            ],
+            "allow_nan": self.allow_nan,
+            "statistics": list(self.statistics.values()),
         }
-        told |= {"allow_nan": True} if self.allow_nan else {}
-        told |= {"statistics": list(self.statistics.values())} if self.statistics else {}
-        text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -123,71 +224,179 @@ class MergePlan:
 
     @property
     def allowing_nan(self) -> MergePlan:
-        """The same plan, whatever the sources hold."""
+        """The same plan for sources that may hold NaN and infinity."""
         return MergePlan(tuple(replace(shard, allow_nan=True) for shard in self.shards))
 
     @property
     def layouts(self) -> tuple[ShardLayout, ...]:
-        """What the output will look like."""
+        """The layout of each file."""
         return tuple(shard.layout for shard in self.shards)
 
     @property
     def n_bytes(self) -> int:
-        """Of all output files; what `advance` will have been called with in the end."""
+        """The size of all files together."""
         return sum(layout.n_bytes for layout in self.layouts)
 
     @property
     def digest(self) -> str:
-        """Over the digests of all shards."""
-        told = "\n".join(shard.digest for shard in self.shards)
-        return "sha256:" + hashlib.sha256(told.encode()).hexdigest()
+        """Merges with the same digest have the same bytes."""
+        digests = "\n".join(shard.digest for shard in self.shards)
+        return "sha256:" + hashlib.sha256(digests.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """Tensors of the output, as it has them.
+def make_plan(
+    settings: MergeSettings, max_shard_bytes: int, schedule: Schedule | None = None
+) -> MergePlan:
+    """Plan a merge from headers alone.
 
-    Attributes:
-        label: of the files, as `folders` of the engine call theirs.
-        digest: of their content.
-        tensors: by the names of the output; all others are made as the plan says.
+    Args:
+        settings: the sources, and how they are merged.
+        max_shard_bytes: limit for a file; a larger tensor gets a file of its own.
+        schedule: densities of a guide, which override those of `settings`.
+
+    Raises:
+        MergeError: a method or parameter is unknown, a filter or the schedule names no tensor, or
+            the sources do not fit together.
     """
-
-    label: str
-    digest: str
-    tensors: Mapping[str, TensorHeader]
-
-
-def taking(plan: MergePlan, fitted: Fitted) -> MergePlan:
-    """The same plan, that copies what is fitted."""
-    return MergePlan(tuple(_taking(shard, fitted) for shard in plan.shards))
+    require_mergeable(settings)
+    tensors = settings.sources[0].checkpoint.tensors
+    own = [expert.parameters for expert in settings.experts]
+    require_filters_fit(settings.parameters, own, tensors)
+    _require_schedule_fits(settings, schedule or {})
+    made = plan_tensors(settings, depths(tensors), schedule or {})
+    return plan_shards(settings.method, settings.sources, made, max_shard_bytes)
 
 
-def _taking(shard: ShardPlan, fitted: Fitted) -> ShardPlan:
-    number = len(shard.labels)  # of the fitted tensors among the sources
+def plan_tensors(
+    settings: MergeSettings, depths: Mapping[str, float], schedule: Schedule
+) -> dict[str, TensorPlan]:
+    """Plan the tensors of `depths`, in this order; the sources are those of the settings."""
+    tensors = settings.sources[0].checkpoint.tensors
+    found = {}
+    for name, depth in depths.items():
+        kept = tensors[name].kept_dtype
+        dtype = DTYPES[settings.dtype] if settings.dtype and kept in MERGEABLE else kept
+        output = OutputTensor(name, dtype, output_shape(settings.alignment, tensors[name]))
+        found[name] = _plan_tensor(settings, schedule, output, depth)
+    return found
 
-    def taken(tensor: TensorPlan) -> TensorPlan:
-        found = fitted.tensors.get(tensor.output.name)
-        return TensorPlan(tensor.output, (found,), (number,)) if found else tensor
 
-    return replace(
-        shard,
-        labels=(*shard.labels, fitted.label),
-        bases=(*shard.bases, None),
-        source_digests=(*shard.source_digests, fitted.digest),
-        tensors=tuple(map(taken, shard.tensors)),
+def plan_shards(
+    method: str,
+    sources: Sequence[MergeSource],
+    tensors: Mapping[str, TensorPlan],
+    max_shard_bytes: int,
+) -> MergePlan:
+    """Distribute tensors over files, in their order."""
+    outputs = [tensor.output for tensor in tensors.values()]
+    return MergePlan(
+        tuple(
+            ShardPlan(
+                method,
+                tuple(source.label for source in sources),
+                tuple(source.checkpoint.base for source in sources),
+                tuple(source.digest for source in sources),
+                layout,
+                tuple(tensors[tensor.name] for tensor in layout.tensors),
+            )
+            for layout in lay_out(outputs, max_shard_bytes)
+        )
     )
 
 
-@dataclass(frozen=True)
-class Gram:
-    """Where second moments of a matrix's inputs lie: (n_parts, width, width) float32.
+def _plan_tensor(
+    settings: MergeSettings, schedule: Schedule, output: OutputTensor, depth: float
+) -> TensorPlan:
+    method, experts, name = registry.find(settings.method), settings.experts, output.name
+    parts = [source.checkpoint.tensors.get(name) for source in settings.sources]
+    labels = [source.label for source in settings.sources]
+    inputs, assembled = assemble_inputs(settings.alignment, name, output.shape, labels, parts)
+    if inputs[0].dtype not in MERGEABLE:
+        return TensorPlan(output, inputs[:1], (0,))
 
-    `transposed` says that the matrix itself lies as (in, out).
+    def value_of(setting: str, expert: MergeSource) -> float:
+        tensor = expert.checkpoint.tensors.get(name)
+        own_name = tensor.name if tensor else name  # its block may have another number there
+        places = (expert.parameters, settings.parameters, DEFAULTS)
+        return float(look_up(setting, places, own_name, depth))
+
+    options = options_of(method, settings.parameters, name, depth)
+    own = {
+        keyword: tuple(value_of(setting, expert) for expert in experts)
+        for keyword, setting in PER_SOURCE.items()
+        if keyword == "weights" or method.takes(keyword)
+    }
+    factors = [expert.weights.get(name, 1.0) for expert in experts]
+    weights = tuple(map(operator.mul, own.pop("weights"), factors))
+    require_divisor(method, options, weights, name)
+    densities = tuple(
+        schedule.get(expert.label, {}).get(name, density)
+        for expert, density in zip(experts, own.pop("densities", ()), strict=False)
+    )
+    n_streams = len(experts) if method.is_random else 0
+    streams = tuple(random_bits.stream(settings.seed, name, i) for i in range(n_streams))
+    used = tuple(range(len(inputs)))
+    return TensorPlan(output, inputs, used, weights, densities, streams, own, options, assembled)
+
+
+def require_mergeable(settings: MergeSettings) -> None:
+    """Refuse sources that do not fit the method or each other, and unknown settings.
+
+    Raises:
+        MergeError: as for `make_plan`.
     """
+    method = registry.find(settings.method)
+    where = f"method `{method.name}`"
+    if method.needs_base and settings.base is None:
+        raise MergeError(where, "it needs a base to start from", "Name a `base_model`.")
+    if not settings.experts:
+        raise MergeError(where, "there is nothing to merge", "List at least one expert.")
+    _require_number_of_experts(method, settings)
+    first, *others = (source.checkpoint for source in settings.sources)
+    assembled = settings.alignment.tensors if settings.alignment else frozenset()
+    mismatches = compare(first, others, settings.missing, assembled)
+    if mismatches:
+        problem = f"the sources do not fit together: {mismatches[0].source} {mismatches[0].problem}"
+        raise MergeError(where, problem, mismatches[0].remedy)
+    require_valid(method, settings.parameters, [expert.parameters for expert in settings.experts])
 
-    stored: TensorHeader
-    transposed: bool
+
+def _require_number_of_experts(method: Method, settings: MergeSettings) -> None:
+    least, most = method.n_experts
+    n = len(settings.experts)
+    if n >= least and (most is None or n <= most):
+        return
+    models = "1 model" if least == 1 else f"{least} models"
+    beside = " beside the base" if method.takes_base and settings.base else ""
+    problem = f"it takes {'at least' if most is None else 'exactly'} {models}{beside}, found {n}"
+    remedy = f"List {least - n} more."
+    if most is not None and n > most:
+        remedy = f"Remove {n - most} of them, or merge in several steps."
+    raise MergeError(f"method `{method.name}`", problem, remedy)
+
+
+def _require_schedule_fits(settings: MergeSettings, schedule: Schedule) -> None:
+    """Refuse a guide's settings of unknown sources or tensors, and densities out of range."""
+    if schedule and not registry.find(settings.method).takes_density:
+        problem = f"`{settings.method}` keeps every entry, so a guide's densities would do nothing"
+        raise MergeError("guide", problem, "Use `ties`, `dare_ties` or `dare_linear`.")
+    remedy = "Measure the importance of these sources anew."
+    experts = {expert.label: expert for expert in settings.experts}
+    for label, expert in experts.items():
+        if unknown := expert.weights.keys() - expert.checkpoint.tensors.keys():
+            problem = f"it sets a weight for {min(unknown)}, which {label} does not have"
+            raise MergeError("guide", problem, remedy)
+    for label, densities in schedule.items():
+        if label not in experts:
+            problem = f"it sets densities for {label}, which is not merged"
+            raise MergeError("guide", problem, f"Experts: {', '.join(experts)}.")
+        for name, density in densities.items():
+            if name not in experts[label].checkpoint.tensors:
+                problem = f"it sets a density for {name}, which {label} does not have"
+                raise MergeError("guide", problem, remedy)
+            if not 0 <= density <= 1:
+                problem = f"it gives {name} the density {density:g}"
+                raise MergeError("guide", problem, "A density lies between 0 and 1.")
 
 
 @dataclass(frozen=True)
@@ -195,9 +404,9 @@ class Statistics:
     """Second moments of the inputs of one expert's matrices.
 
     Attributes:
-        label: of the files, as `folders` of the engine call theirs.
+        label: of their files, in the `Locations` of the merge.
         digest: of their content.
-        grams: tensor of the output -> its matrix; those that are not in it have none.
+        grams: tensor of the output -> its second moments; tensors without any are left out.
     """
 
     label: str
@@ -205,54 +414,81 @@ class Statistics:
     grams: Mapping[str, Gram]
 
 
-Known = Sequence[Statistics] | Fitted
+@dataclass(frozen=True)
+class Fitted:
+    """Tensors of the output that were fitted with statistics and are copied into it.
 
-
-def informed(plan: MergePlan, statistics: Known) -> MergePlan:
-    """The same plan, for a method that merges by statistics.
-
-    Args:
-        plan: from headers alone.
-        statistics: one an expert, in the plan's order; none at all leaves the plan as it is. Or
-            what was fitted by them already.
+    Attributes:
+        label: of their files, in the `Locations` of the merge.
+        digest: of their content.
+        tensors: by the names of the output.
     """
+
+    label: str
+    digest: str
+    tensors: Mapping[str, TensorHeader]
+
+
+def with_statistics(plan: MergePlan, statistics: Sequence[Statistics] | Fitted) -> MergePlan:
+    """Add second moments to a plan, one entry per expert; or copy what was fitted with them."""
     if isinstance(statistics, Fitted):
-        return taking(plan, statistics)
+        return _with_fitted(plan, statistics)
     if not statistics:
         return plan
-    known = {one.label: one.digest for one in statistics}
+    digests = {one.label: one.digest for one in statistics}
     return MergePlan(
         tuple(
             replace(
                 shard,
-                statistics=known,
-                tensors=tuple(_informed(tensor, statistics) for tensor in shard.tensors),
+                statistics=digests,
+                tensors=tuple(_with_grams(tensor, statistics) for tensor in shard.tensors),
             )
             for shard in plan.shards
         )
     )
 
 
-def _informed(tensor: TensorPlan, statistics: Sequence[Statistics]) -> TensorPlan:
-    found = tuple(_gram(one, tensor) for one in statistics)
-    return replace(tensor, grams=found) if any(found) and not tensor.is_copied else tensor
+def _with_grams(tensor: TensorPlan, statistics: Sequence[Statistics]) -> TensorPlan:
+    grams = tuple(_fitting_gram(one, tensor.output) for one in statistics)
+    return replace(tensor, grams=grams) if any(grams) and not tensor.is_copied else tensor
 
 
-def _gram(one: Statistics, tensor: TensorPlan) -> Gram | None:
-    gram, shape = one.grams.get(tensor.output.name), tensor.output.shape
-    if gram is None or len(shape) != 2:
+def _fitting_gram(statistics: Statistics, output: OutputTensor) -> Gram | None:
+    """The gram of a matrix; None if the model that was run stores the matrix in another shape."""
+    gram = statistics.grams.get(output.name)
+    if gram is None or len(output.shape) != 2:
         return None
     n_parts, width, _ = gram.stored.shape
-    n_inputs = shape[0] if gram.transposed else shape[1]
-    return gram if n_parts * width == n_inputs else None  # stored otherwise than it was run
+    n_inputs = output.shape[0] if gram.transposed else output.shape[1]
+    return gram if n_parts * width == n_inputs else None
 
 
-def unknown(plan: MergePlan, matrices: Sequence[str]) -> list[str]:
-    """Which of the named tensors have no second moments of some expert, in the plan's order."""
-    named = set(matrices)
+def lacking_statistics(plan: MergePlan, matrices: Sequence[str]) -> list[str]:
+    """The matrices that lack second moments of at least one expert, in the plan's order."""
     return [
         tensor.output.name
         for shard in plan.shards
         for tensor in shard.tensors
-        if tensor.output.name in named and not (tensor.grams and all(tensor.grams))
+        if tensor.output.name in matrices and not (tensor.grams and all(tensor.grams))
     ]
+
+
+def _with_fitted(plan: MergePlan, fitted: Fitted) -> MergePlan:
+    """Copy fitted tensors instead of merging them."""
+
+    def copied(tensor: TensorPlan, source: int) -> TensorPlan:
+        stored = fitted.tensors.get(tensor.output.name)
+        return TensorPlan(tensor.output, (stored,), (source,)) if stored else tensor
+
+    return MergePlan(
+        tuple(
+            replace(
+                shard,
+                labels=(*shard.labels, fitted.label),
+                bases=(*shard.bases, None),
+                source_digests=(*shard.source_digests, fitted.digest),
+                tensors=tuple(copied(tensor, len(shard.labels)) for tensor in shard.tensors),
+            )
+            for shard in plan.shards
+        )
+    )

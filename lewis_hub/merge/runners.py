@@ -1,4 +1,4 @@
-"""Where work is done: shaped like `map`, and with equal results wherever it is."""
+"""Where work runs: threads of this process, or workers of a Ray cluster. The results are equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from lewis_hub.errors import ExtraMissingError, LewisHubError, MergeError
 
@@ -31,30 +31,26 @@ class Ray:
     """Workers of a Ray cluster, on machines that see the same folders under the same paths.
 
     Attributes:
-        address: `auto` or HOST:PORT of the cluster that this machine is part of; None: a Ray of our
-            own on this machine, for as long as the work lasts. Where this process is connected to
-            a Ray already, that one is used and left running.
+        address: `auto` or HOST:PORT of the cluster that this machine belongs to; None: a cluster
+            is started on this machine and stopped afterwards. If this process is already connected
+            to a cluster, that cluster is used and stays connected.
     """
 
     address: str | None = None
 
     def require_installed(self) -> None:
-        """Refuse early what `map` would refuse.
-
-        Raises:
-            ExtraMissingError: Ray is not installed.
-        """
+        """Raise an ExtraMissingError if Ray is not installed."""
         if importlib.util.find_spec("ray") is None:
             raise ExtraMissingError("The runner `ray`", "ray")
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """As `map`, but the results come as they are finished; an item of a lost worker is redone.
+        """Return each result when it is finished; an item is repeated if its worker is lost.
 
-        Function, items and results travel by pickle. After an error or an interruption nothing new
-        is begun, and what was begun is ended.
+        Function, items and results are pickled. After an error or an interruption all tasks are
+        cancelled.
 
         Raises:
-            LewisHubError: what the function raised, as it was.
+            LewisHubError: raised by the function.
             MergeError: there is no such cluster, or a worker failed in another way.
             ExtraMissingError: Ray is not installed.
         """
@@ -72,21 +68,10 @@ class Ray:
 
 
 def cpus_of_this_task() -> int:
-    """How many processors the cluster lends to the task that this is called from."""
+    """The processors that the cluster assigned to the calling task."""
     import ray
 
     return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-
-
-def require_address(address: str) -> None:
-    """Refuse what cannot be a cluster's address.
-
-    Raises:
-        MergeError: it is neither `auto` nor HOST:PORT.
-    """
-    if not ADDRESS.fullmatch(address):
-        remedy = "Write `auto` on a machine of the cluster, or HOST:PORT such as head.local:6379."
-        raise MergeError("ray address", f"`{address}` is not the address of a Ray cluster", remedy)
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
@@ -95,7 +80,7 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[Any]:
-    """The module `ray`, connected for as long as the block lasts."""
+    """Yield the module `ray` while it is connected."""
     if address is None:
         os.environ.setdefault(LOOPBACK_ONLY, "0")  # read when ray is imported
     import ray
@@ -113,14 +98,14 @@ def _connected(address: str | None) -> Iterator[Any]:
         remedy = "See `ray status` on this machine, or work without Ray: `--runner threads`."
         raise MergeError(f"ray at {address or 'this machine'}", _line(error), remedy) from error
     try:
-        with redirect_stdout(sys.stderr):  # there Ray tells of lost workers
+        with redirect_stdout(sys.stderr):  # Ray reports lost workers on stdout
             yield ray
     finally:
         ray.shutdown()
 
 
 def _start(ray: Any) -> None:
-    """Start a Ray of our own; twice if need be: where all cores are busy it may wait in vain."""
+    """Start a cluster on this machine; try twice, as it may time out while all cores are busy."""
     for is_last in (False, True):
         try:
             ray.init(
@@ -135,11 +120,7 @@ def _start(ray: Any) -> None:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself would try for minutes.
-
-    Raises:
-        OSError: nobody listens there.
-    """
+    """Raise an OSError if nothing listens there; Ray itself would try for minutes."""
     if address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
@@ -152,55 +133,36 @@ def _result(ray: Any, finished: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LewisHubError):
             raise error.cause from None
-        told = f"{type(error.cause).__name__}: {_line(error.cause)}"
-        raise MergeError("runner `ray`", f"a worker failed with {told}", remedy) from error
+        problem = f"a worker failed with {type(error.cause).__name__}: {_line(error.cause)}"
+        raise MergeError("runner `ray`", problem, remedy) from error
     except ray.exceptions.RayError as error:
-        told = f"a worker was lost {1 + N_RETRIES} times on the same shard"
-        problem = f"{told} ({type(error).__name__}: {_line(error)})"
+        reason = f"{type(error).__name__}: {_line(error)}"
+        problem = f"a worker was lost {1 + N_RETRIES} times on the same shard ({reason})"
         raise MergeError("runner `ray`", problem, remedy) from error
 
 
 def _line(error: BaseException) -> str:
-    """The first line of a message, without the full stop that follows it."""
+    """The first line of a message, without its full stop."""
     return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
 
 
-class Runner(Protocol):
-    """Applies a function to items of this process, several at a time."""
-
-    @property
-    def n_workers(self) -> int:
-        """How many items are worked on at a time."""
-
-    @property
-    def large_elements(self) -> int:
-        """A tensor of more elements is one item for each worker, instead of one for one."""
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The results in the order of the items; the first error ends it."""
-
-
 @dataclass(frozen=True)
-class Inline:
-    """One item after the other, in the calling thread."""
+class Runner:
+    """Threads of this process; one thread is the calling thread itself.
+
+    Attributes:
+        n_workers: items that are worked on at a time.
+        large_elements: a tensor with more elements is divided among the workers.
+    """
 
     n_workers: int = 1
     large_elements: int = LARGE_ELEMENTS
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Exactly `map`."""
-        return map(function, items)
-
-
-@dataclass(frozen=True)
-class Threads:
-    """Threads of this process; the kernels run without the interpreter's lock."""
-
-    n_workers: int
-    large_elements: int = LARGE_ELEMENTS
-
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """As `map`; after an error or an interruption nothing new is begun."""
+        """Return the results in the order of the items; after an error no further item begins."""
+        if self.n_workers == 1:
+            yield from map(function, items)
+            return
         pool = ThreadPoolExecutor(self.n_workers)
         try:
             yield from pool.map(function, items)
@@ -208,16 +170,19 @@ class Threads:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def threads(n_workers: int | None = None) -> Runner:
+    """A runner with this number of threads; None: one per core of this process."""
+    return Runner(n_workers or len(os.sched_getaffinity(0)))
+
+
 @dataclass(frozen=True)
 class Backend:
-    """What a merge is made with; the bytes are the same whatever it is.
+    """The hardware that a merge runs on; the merged bytes do not depend on it.
 
     Attributes:
-        runner: where shards and their tensors are made.
-        device: where the methods' definitions run, as torch names it; None: the kernels run, as
-            they do with Ray's workers.
-        is_read_next: whether the merged weights stay in the system's cache. Else they leave it as
-            soon as they are on the disk, so that what is there and used stays.
+        device: a torch device that runs the methods' definitions; None: kernels run on the CPU, as
+            they do on Ray's workers.
+        is_read_next: whether the merged weights stay in the page cache after they are written.
     """
 
     runner: Runner | Ray
@@ -226,41 +191,30 @@ class Backend:
 
     @property
     def n_together(self) -> int:
-        """How many neighbouring tensors one machine works on at a time, at most."""
+        """Consecutive tensors that one machine works on at a time, at most."""
         if self.device:
-            return 2  # one is on its way while the other is computed
+            return 2  # one is transferred while the other is computed
         return 1 if isinstance(self.runner, Ray) else self.runner.n_workers
 
 
-def inline() -> Runner:
-    """Work in the calling thread."""
-    return Inline()
-
-
-def threads(n_workers: int | None = None) -> Runner:
-    """Work in threads: as many as this process has cores, unless said otherwise."""
-    return Threads(n_workers or len(os.sched_getaffinity(0)))
-
-
 def parse_runner(name: str, ray_address: str | None = None) -> Runner | Ray:
-    """`inline`, `threads`, `threads:N` or `ray`; an address goes with `ray` alone.
+    """Parse `inline`, `threads`, `threads:N` or `ray`; only `ray` takes an address.
 
     Raises:
-        MergeError: it is none of them, or the address is none.
+        MergeError: the runner or the address is invalid.
     """
-    kind, _, count = name.partition(":")
     if name == "ray":
-        if ray_address is not None:
-            require_address(ray_address)
+        if ray_address is not None and not ADDRESS.fullmatch(ray_address):
+            problem = f"`{ray_address}` is not the address of a Ray cluster"
+            remedy = "Write `auto` on a machine of the cluster, or HOST:PORT such as "
+            raise MergeError("ray address", problem, f"{remedy}head.local:6379.")
         return Ray(ray_address)
     if ray_address is not None:
         problem = f"`{ray_address}` was given for the runner `{name}`"
         raise MergeError("ray address", problem, "Choose the runner `ray`, or give no address.")
     if name == "inline":
-        return inline()
-    if name == "threads":
-        return threads()
-    if kind == "threads" and count.isascii() and count.isdigit() and int(count) > 0:
-        return threads(int(count))
+        return Runner()
+    if match := re.fullmatch("threads(?::0*([1-9][0-9]*))?", name):
+        return threads(int(match[1]) if match[1] else None)
     problem = f"there is no runner `{name}`"
     raise MergeError("runner", problem, "Write `inline`, `threads`, `threads:N` or `ray`.")

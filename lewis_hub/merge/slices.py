@@ -19,11 +19,12 @@ from lewis_hub.merge import settings
 from lewis_hub.merge import settings as parameters
 from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.compare import Mismatch, compare
-from lewis_hub.merge.plan import MergePlan, TensorPlan
-from lewis_hub.merge.planning import (
+from lewis_hub.merge.plan import (
+    MergePlan,
     MergeSettings,
     MergeSource,
     Schedule,
+    TensorPlan,
     plan_shards,
     plan_tensors,
     require_mergeable,

@@ -9,8 +9,9 @@ import numpy as np
 
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint, Reader
+from lewis_hub.kernels.operands import Floats
+from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
-from lewis_hub.merge.sources import Floats, floats
 from lewis_hub.progress import Advance
 
 PIECE = 1 << 18  # elements that are read together
@@ -54,7 +55,10 @@ def _change(base: Reader, of_base: TensorHeader, expert: Reader, of_expert: Tens
     difference = norm = 0.0
     for first in range(0, of_base.n_elements, PIECE):
         n = min(PIECE, of_base.n_elements - first)
-        before, after = floats(base, of_base, first, n), floats(expert, of_expert, first, n)
+        before, after = (
+            read_floats(base, of_base, first, n),
+            read_floats(expert, of_expert, first, n),
+        )
         difference += _square_sum(after - before)
         norm += _square_sum(before)
     return sqrt(difference / norm) if norm else float(difference > 0)

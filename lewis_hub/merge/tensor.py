@@ -1,16 +1,17 @@
-"""One tensor: read by pieces, merged by a fused kernel or by the definition, written in place.
+"""One tensor of a merge, made by kernels piece by piece, or by the definition of its method.
 
-What a span of a large tensor needs to know of the others are counts, so that any split gives the
-same bytes.
+Spans of a large tensor share only counts, so that any division gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.kernels import calls, selection
@@ -27,29 +28,53 @@ from lewis_hub.kernels.operands import (
 from lewis_hub.kernels.selection import Bracket, Tally, Threshold, Words
 from lewis_hub.merge import chunks
 from lewis_hub.merge.chunks import Span, TensorJob
-from lewis_hub.merge.reference import broken_source, bytes_of, merge_by_definition
+from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
+from lewis_hub.methods import registry
+from lewis_hub.methods.registry import Method
 from lewis_hub.methods.sparsify import n_kept
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 N_PLACES = 2048  # of a sample, RUN entries at each: from many rows, as a row's are alike
-SAMPLED = 16 * N_PLACES * RUN  # of fewer entries, no sample is taken
-ROOM = 1.25  # times what is expected inside a bracket
-GOLDEN = 0.6180339887498949  # its multiples spread evenly and keep step with no row
+SAMPLED = 16 * N_PLACES * RUN  # a tensor with fewer entries is not sampled
+ROOM = 1.25  # space for entries inside a bracket, as a multiple of the expected number
+GOLDEN = 0.6180339887498949  # its multiples mod 1 are spread evenly, whatever the row length
 
-Trimmed = dict[int, Threshold]  # number of an expert -> its threshold
+Thresholds = dict[int, Threshold]  # number of an expert -> its threshold
 
 
-def trimmed(
+def make_tensor(job: TensorJob, runner: Runner) -> int:
+    """Make one tensor; returns the bytes written.
+
+    Raises:
+        NonFiniteError: a source or the result holds NaN or infinity.
+        BrokenCheckpointError: a file ends too early.
+        OutputError: the disk is full.
+    """
+    method = job.context.plan.method
+    spans = job.spans(runner)
+    if job.tensor.is_copied:
+        job.copy()
+    elif method == chunks.AVERAGED:
+        list(runner.map(lambda span: _average(job, span), spans))
+    elif chunks.is_fused(method, job.tensor):
+        experts = chunks.experts_of(job.tensor, chunks.FUSED[method])
+        views = [experts] * len(spans)
+        if (experts["mode"] == TRIM).any():
+            views = _with_thresholds(job, experts, spans, runner)
+        list(runner.map(lambda part: _merge(job, *part), zip(spans, views, strict=True)))
+    else:
+        _define(job)
+    job.finish()
+    return job.tensor.output.n_bytes
+
+
+def _with_thresholds(
     job: TensorJob, experts: Experts, spans: Sequence[Span], runner: Runner
 ) -> list[Experts]:
-    """What each span of the tensor needs to know to trim it.
-
-    Args:
-        job: the tensor.
-        experts: the kernel's view of them, without thresholds.
-        spans: of the tensor, in order.
-        runner: works on several spans at a time; the result is the same whichever it is.
-    """
+    """The experts as each span needs them, with the thresholds of their task vectors."""
     n = job.tensor.output.n_elements
     kept = {
         e: n_kept(n, density)
@@ -65,8 +90,8 @@ def trimmed(
 
 def _by_sample(
     job: TensorJob, experts: Experts, kept: dict[int, int], spans: Sequence[Span], runner: Runner
-) -> Trimmed:
-    """One pass; an expert whose bracket was vague or missed is left out."""
+) -> Thresholds:
+    """Find thresholds in one pass; an expert whose threshold is outside its bracket is left out."""
     sample = _sample(job, len(experts), spans, runner)
     n = job.tensor.output.n_elements
     brackets = {e: found for e, k in kept.items() if (found := selection.bracket(sample[e], k / n))}
@@ -81,7 +106,7 @@ def _by_sample(
 
 
 def _sample(job: TensorJob, n_experts: int, spans: Sequence[Span], runner: Runner) -> Words:
-    """(n_experts, N_PLACES, RUN) magnitudes, from somewhere in each part of the tensor."""
+    """(n_experts, N_PLACES, RUN) magnitudes, from one place in each part of the tensor."""
     part = job.tensor.output.n_elements // N_PLACES
     order = np.arange(N_PLACES)
     places = order * part + (order * GOLDEN % 1 * (part - RUN)).astype(np.int64)
@@ -113,8 +138,8 @@ def _sort_out(job: TensorJob, brackets: dict[int, Bracket], span: Span) -> dict[
 
 def _by_bits(
     job: TensorJob, kept: dict[int, int], spans: Sequence[Span], runner: Runner
-) -> Trimmed:
-    """Two passes: by the high 16 bits, then by the low 15 of those with the right high ones."""
+) -> Thresholds:
+    """Find thresholds in two passes: by the high 16 bits, then by the low 15 below these."""
     chosen = np.array(list(kept))
     high = list(runner.map(partial(_count_high, job, chosen), spans))
     cuts = [
@@ -142,12 +167,12 @@ def _count_low(job: TensorJob, chosen: Integers, high: Words, span: Span) -> Wor
     return counts
 
 
-def _views(experts: Experts, found: Trimmed, n_spans: int) -> list[Experts]:
-    """The experts as each span sees them: where in the run of ties it begins."""
+def _views(experts: Experts, found: Thresholds, n_spans: int) -> list[Experts]:
+    """A copy of the experts for each span, with the number of ties before it."""
     views = [experts.copy() for _ in range(n_spans)]
     for e, threshold in found.items():
         if not threshold.bits:
-            continue  # zeros are tied: it is the same to keep them
+            continue  # zeros are tied: keeping them changes nothing
         n_tied, n_before = sum(threshold.tied), 0
         for view, tied in zip(views, threshold.tied, strict=True):
             view["threshold"][e] = threshold.bits
@@ -155,32 +180,6 @@ def _views(experts: Experts, found: Trimmed, n_spans: int) -> list[Experts]:
             view["remainder"][e] = n_before * threshold.wanted % n_tied
             n_before += tied
     return views
-
-
-def make_tensor(job: TensorJob, runner: Runner) -> int:
-    """Make one tensor; returns the bytes written.
-
-    Raises:
-        NonFiniteError: a source or the result holds NaN or infinity.
-        BrokenCheckpointError: a file ends too early.
-        OutputError: the disk is full.
-    """
-    method = job.context.plan.method
-    spans = job.spans(runner)
-    if job.tensor.is_copied:
-        job.copy()
-    elif method == chunks.AVERAGED:
-        list(runner.map(lambda span: _average(job, span), spans))
-    elif chunks.is_fused(method, job.tensor):
-        experts = chunks.experts_of(job.tensor, chunks.FUSED[method])
-        views = [experts] * len(spans)
-        if (experts["mode"] == TRIM).any():
-            views = trimmed(job, experts, spans, runner)
-        list(runner.map(lambda part: _merge(job, *part), zip(spans, views, strict=True)))
-    else:
-        _define(job)
-    job.finish()
-    return job.tensor.output.n_bytes
 
 
 def _merge(job: TensorJob, span: Span, experts: Experts) -> None:
@@ -202,6 +201,64 @@ def _define(job: TensorJob) -> None:
     job.context.writer.write(job.start, bytes_of(merged))
 
 
+def merge_by_definition(
+    plan: ShardPlan, tensor: TensorPlan, sources: Sequence[Tensor], moments: Moments
+) -> Tensor:
+    """Merge one tensor with the method's function, on the device of its sources; imports torch.
+
+    Args:
+        plan: of the tensor's shard.
+        tensor: how it is merged.
+        sources: in float32, one per input of the tensor.
+        moments: of its inputs.
+
+    Returns:
+        The result in the output's dtype, contiguous, on the same device.
+
+    Raises:
+        NonFiniteError: a source or the result holds NaN or infinity.
+    """
+    import torch
+
+    method = registry.find(plan.method)
+    for number, source in zip(tensor.sources, sources, strict=True):
+        if not source.isfinite().all():
+            raise _broken_source(tensor.output.name, plan.labels[number])
+    given: dict[str, Any] = {
+        "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),
+        "densities": tensor.densities,
+        "streams": tensor.streams,
+        **vars(moments),
+        **tensor.own,
+    }
+    keywords = {key: value for key, value in given.items() if method.takes(key)}
+    keywords |= {method.keyword(option): value for option, value in tensor.options.items()}
+    merged = method.function(*_arguments(method, sources, len(tensor.weights)), **keywords)
+    rounded = merged.to(torch_dtypes()[tensor.output.dtype]).contiguous()
+    if not rounded.isfinite().all():
+        remedy = f"It does not fit into {tensor.output.dtype}: lower the weights."
+        raise NonFiniteError(tensor.output.name, MERGE, remedy)
+    return rounded
+
+
+def _arguments(method: Method, sources: Sequence[Tensor], n_experts: int) -> tuple[Tensor, ...]:
+    """The positional arguments of the method's function; without a base, the base is zero."""
+    import torch
+
+    experts = torch.stack(tuple(sources[len(sources) - n_experts :]))
+    if not method.takes_base:
+        return (experts,)
+    base = sources[0] if len(sources) > n_experts else torch.zeros_like(sources[0])
+    return base, experts - base if method.takes_task_vectors else experts
+
+
+def bytes_of(merged: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    return merged.flatten().view(torch.uint8).numpy().data
+
+
 def _make(job: TensorJob, span: Span, kernel: Callable[[Piece], int]) -> None:
     for piece in job.pieces(span):
         at_fault = kernel(piece)
@@ -214,7 +271,12 @@ def _not_finite(job: TensorJob, source: int) -> NonFiniteError:
     name = job.tensor.output.name
     labels = [job.context.plan.labels[number] for number in job.tensor.sources]
     if source < len(labels):
-        return broken_source(name, labels[source])
+        return _broken_source(name, labels[source])
     lower = ", or choose `dtype: bfloat16`" if job.tensor.output.dtype == "F16" else ""
     remedy = f"It does not fit into {job.tensor.output.dtype}: lower the weights{lower}."
     return NonFiniteError(name, MERGE, remedy)
+
+
+def _broken_source(tensor: str, source: str) -> NonFiniteError:
+    remedy = "Use another revision of that model, leave it out, or carry on with `--allow-nan`."
+    return NonFiniteError(tensor, source, remedy)

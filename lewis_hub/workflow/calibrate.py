@@ -32,7 +32,6 @@ from lewis_hub.guides.schedule import (
     schedule,
     weighted_mean,
 )
-from lewis_hub.merge.engine import open_source
 from lewis_hub.merge.runners import Ray, threads
 from lewis_hub.report.profiles import short_name
 from lewis_hub.workflow.fetch import ModelLoader
@@ -271,7 +270,8 @@ def _task_vector_sizes(
     base: OpenedSource, expert: OpenedSource, matrices: Sequence[str], loader: ModelLoader
 ) -> dict[str, float]:
     """Return the size of each module's task vector, relative to the base's weight."""
-    from lewis_hub.merge.task_vectors import relative_changes  # imports the compiler
+    from lewis_hub.merge.readers import open_source  # imports the compiler
+    from lewis_hub.merge.task_vectors import relative_changes
 
     first, second = base.checkpoint, expert.checkpoint
     modules = {checkpoint_tensor(module, first.tensors): module for module in matrices}

@@ -15,7 +15,7 @@ from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.chunks import AVERAGED, FUSED
-from lewis_hub.merge.planning import MergeSettings, MergeSource
+from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.progress import Progress

@@ -28,8 +28,7 @@ from lewis_hub.hub.fetch import (
 )
 from lewis_hub.hub.ranges import ByteCounter, RemoteFiles
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.merge.engine import open_source
-from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
+from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import write_sidecars
 from lewis_hub.progress import Progress
@@ -253,6 +252,8 @@ class ModelLoader:
             folder = self._write_configuration(source)
         name = hashlib.sha256(source.pinned.encode()).hexdigest()[:16]
         ranges = self.scratch / f"ranges-{name}"  # several sources may be read at once
+
+        from lewis_hub.merge.readers import open_source  # imports the compiler
 
         def parts(
             lists: Sequence[Sequence[TensorHeader]],

@@ -14,10 +14,17 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.engine import ShardResult, run
-from lewis_hub.merge.in_memory import tensors_in_memory
-from lewis_hub.merge.plan import Known, MergePlan, informed
-from lewis_hub.merge.planning import MergeSettings, MergeSource, Schedule, make_plan
+from lewis_hub.merge.engine import ShardResult, run, tensors_in_memory
+from lewis_hub.merge.plan import (
+    Fitted,
+    MergePlan,
+    MergeSettings,
+    MergeSource,
+    Schedule,
+    Statistics,
+    make_plan,
+    with_statistics,
+)
 from lewis_hub.merge.runners import Backend, Ray, threads
 from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
 from lewis_hub.merge.slices import (
@@ -75,7 +82,9 @@ class PlanSettings:
     max_shard_bytes: int
     allow_nan: bool
 
-    def plan(self, schedule: DensitySchedule | None, statistics: Known = ()) -> MergePlan:
+    def plan(
+        self, schedule: DensitySchedule | None, statistics: Sequence[Statistics] | Fitted = ()
+    ) -> MergePlan:
         """Return the plan: sources and settings of each output tensor.
 
         Args:
@@ -85,7 +94,7 @@ class PlanSettings:
         Raises:
             MergeError: the settings do not fit the method or the sources.
         """
-        planned = informed(self._plan(schedule), statistics)
+        planned = with_statistics(self._plan(schedule), statistics)
         return planned.allowing_nan if self.allow_nan else planned
 
     def sizes(self) -> dict[str, int]:

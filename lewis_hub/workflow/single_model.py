@@ -173,7 +173,7 @@ def extract_lora(
         {4}
     """
     from lewis_hub.merge.extract_lora import extract
-    from lewis_hub.merge.sources import ScaledReader
+    from lewis_hub.merge.quantised import ScaledReader
 
     output, progress, api = Path(output), progress or Silent(), hub_api()
     most = rank or (None if error else RANK)
@@ -183,7 +183,7 @@ def extract_lora(
     with open_workspace(output, replace=False) as work, ExitStack() as opened:
         folders = download(api, sources, progress)
         readers = [
-            opened.enter_context(ScaledReader(TensorReader(folders[source.pinned], source.pinned)))
+            ScaledReader(opened.enter_context(TensorReader(folders[source.pinned], source.pinned)))
             for source in sources
         ]
         tensors = headers[0].tensors.values()

@@ -21,9 +21,15 @@ from lewis_hub.checkpoint.reader import Checkpoint, local_header
 from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.in_memory import per_tensor
-from lewis_hub.merge.plan import Fitted, Gram, Known, ShardPlan, Statistics, unknown
-from lewis_hub.merge.reference import Moments
+from lewis_hub.merge.engine import MakeTensor, per_tensor
+from lewis_hub.merge.plan import (
+    Fitted,
+    Gram,
+    Moments,
+    ShardPlan,
+    Statistics,
+    lacking_statistics,
+)
 from lewis_hub.progress import Advance
 from lewis_hub.report.facts import Measured
 from lewis_hub.workflow.fetch import ModelLoader, small_files
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lewis_hub.calibration.sequential import LayerMoments
-    from lewis_hub.merge.in_memory import Single
 
 VERSION = 3  # of the arithmetic of fitting in sequence
 FOLDER = "fitted"  # in the scratch folder
@@ -79,7 +84,7 @@ class Gathered:
         rows: rows of each expert's data.
     """
 
-    statistics: Known = ()
+    statistics: Sequence[Statistics] | Fitted = ()
     folders: Folders = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
@@ -147,7 +152,7 @@ def _gather_each(
         _statistics(tensors, subject.source, one.folder, files)
         for subject, one, files in zip(subjects, asked, gathered, strict=True)
     )
-    lacking = unknown(settings.plan.plan(None, known), _matrices(_shapes(tensors)))
+    lacking = lacking_statistics(settings.plan.plan(None, known), _matrices(_shapes(tensors)))
     solved = settings.moments.are_solved
     then = "average their task vectors" if solved else "trim them by magnitude"
     notes = _lacking_note(lacking, then, loader)
@@ -349,7 +354,7 @@ class _MergedBlocks:
     ) -> None:
         self._planned, self._locations, self._scratch = planned, locations, scratch
         self._most_bytes = most_bytes
-        self._make: Single | None = None
+        self._make: MakeTensor | None = None
         self.mended: set[tuple[str, str]] = set()  # (source, fitted tensor) with NaN or infinity
 
     @property

@@ -12,11 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from lewis_hub.checkpoint.header import read_header
 from lewis_hub.checkpoint.lora import AdapterConfig, adapt
-from lewis_hub.checkpoint.reader import read_headers
+from lewis_hub.checkpoint.reader import TensorReader, read_headers
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.plan import Gram, Statistics, informed
-from lewis_hub.merge.planning import MergeSettings, MergeSource, make_plan
-from lewis_hub.merge.runners import Backend, inline
+from lewis_hub.merge.plan import (
+    Gram,
+    MergeSettings,
+    MergeSource,
+    Statistics,
+    make_plan,
+    with_statistics,
+)
+from lewis_hub.merge.readers import open_source
+from lewis_hub.merge.runners import Backend, Runner
 from lewis_hub.merge.slices import make_stacked_plan
 from lewis_hub.methods import registry
 
@@ -101,6 +108,13 @@ class Zoo:
         checkpoint = adapt(label, base.checkpoint, stored, told)
         return MergeSource(checkpoint, f"digest of {label}", parameters or {})
 
+    def files(self, label):
+        return TensorReader(self.folders[label], label)
+
+    def reader(self, label, base=None):
+        """Of a source, or of an adapter on `base`, as the merge reads them."""
+        return open_source(label, base, self.files)
+
     def statistics(self, label, grams, transposed=()):
         folder = self.root / label
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,15 +129,15 @@ class Zoo:
     ):
         folder = self.root / output
         folder.mkdir(exist_ok=True)
-        plan = informed(make_plan(settings, shard, schedule), statistics)
-        results = run(plan, self.folders, folder, Backend(runner or inline()), lambda _: None)
+        plan = with_statistics(make_plan(settings, shard, schedule), statistics)
+        results = run(plan, self.folders, folder, Backend(runner or Runner()), lambda _: None)
         return Outcome(folder, plan, results)
 
     def stack(self, settings, output="out", *, shard=10**9, runner=None):
         folder = self.root / output
         folder.mkdir(exist_ok=True)
         plan = make_stacked_plan(settings, shard)
-        results = run(plan, self.folders, folder, Backend(runner or inline()), lambda _: None)
+        results = run(plan, self.folders, folder, Backend(runner or Runner()), lambda _: None)
         return Outcome(folder, plan, results)
 
     def by_definition(self, plan):

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 
-from lewis_hub.checkpoint.reader import TensorReader, read_tensor
+from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.merge.runners import Threads, inline, threads
-from lewis_hub.merge.sources import BLOCK, N_HELD, AdapterReader
+from lewis_hub.merge.quantised import BLOCK
+from lewis_hub.merge.readers import N_HELD
+from lewis_hub.merge.runners import Runner, threads
 
 PREFIX = "base_model.model."
 R, ALPHA = 4, 6
@@ -133,9 +134,7 @@ DORA = {
 
 
 def materialised(zoo, source, adapter):
-    folders = zoo.folders
-    own = TensorReader(folders[adapter.label], adapter.label)
-    with AdapterReader(TensorReader(folders[source.label], source.label), own) as reader:
+    with zoo.reader(adapter.label, source.label) as reader:
         return {
             name: read_tensor(reader, tensor) for name, tensor in adapter.checkpoint.tensors.items()
         }
@@ -203,8 +202,7 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo, wide):
     source, adapter = wide
     whole = materialised(zoo, source, adapter)
 
-    own = TensorReader(zoo.folders["adapter"], "adapter")
-    with AdapterReader(TensorReader(zoo.folders["base"], "base"), own) as reader:
+    with zoo.reader("adapter", "base") as reader:
         for header in adapter.checkpoint.tensors.values():
             for size in (4, 1000, 4 * 333, 7 * 333, 65_537 * 4, 10**6):
                 held = bytearray(header.n_bytes)
@@ -218,7 +216,7 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo, wide):
 def test_the_merge_is_the_same_on_every_runner_and_shard_size(zoo, wide):
     source, adapter = wide
     settings = zoo.settings("ties", source, [adapter])
-    runners = [inline(), threads(2), Threads(3, large_elements=100)]
+    runners = [Runner(), threads(2), Runner(3, large_elements=100)]
 
     first, *others = (zoo.merge(settings, str(i), runner=r).bytes for i, r in enumerate(runners))
     small = zoo.merge(settings, "small", shard=1, runner=threads(2)).tensors
@@ -302,8 +300,7 @@ def test_factors_of_more_tensors_than_are_held_are_read_again(zoo):
     adapter = zoo.adapter("adapter", source, tensors, r=R, lora_alpha=ALPHA)
     wanted = expert(base, tensors)
 
-    own = TensorReader(zoo.folders["adapter"], "adapter")
-    with AdapterReader(TensorReader(zoo.folders["base"], "base"), own) as reader:
+    with zoo.reader("adapter", "base") as reader:
         for _ in range(2):
             for name, header in adapter.checkpoint.tensors.items():
                 assert torch.equal(read_tensor(reader, header), wanted[name])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lewis_hub.merge.alignment import Alignment, Override
-from lewis_hub.merge.runners import Threads, inline, threads
+from lewis_hub.merge.runners import Runner, threads
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LACKS = -1
@@ -112,10 +112,10 @@ def test_the_bytes_are_the_same_on_every_runner_and_shard_size(zoo, method):
     )
     settings = zoo.settings(method, base, experts, alignment=alignment())
     runners = [
-        inline(),
+        Runner(),
         threads(2),
-        Threads(3, large_elements=100),
-        Threads(2, large_elements=9000),
+        Runner(3, large_elements=100),
+        Runner(2, large_elements=9000),
     ]
 
     first, *others = (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.chunks import AVERAGED, FUSED
-from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.merge.runners import Runner
 from lewis_hub.methods.registry import find, methods
 from lewis_hub.recipe.schema import Conditional
 
@@ -45,8 +45,8 @@ def settings(zoo, name, *, with_base=True):
 def test_the_engine_gives_the_bytes_of_the_definition_on_any_runner(zoo, name):
     asked = settings(zoo, name)
 
-    found = zoo.merge(asked, "inline", runner=inline())
-    threaded = zoo.merge(asked, "threads", shard=1000, runner=Threads(3, large_elements=100))
+    found = zoo.merge(asked, "inline", runner=Runner())
+    threaded = zoo.merge(asked, "threads", shard=1000, runner=Runner(3, large_elements=100))
 
     assert found.tensors.keys() == threaded.tensors.keys() == {*SHAPES, "steps"}
     for tensor, expected in zoo.by_definition(found.plan).items():
@@ -116,8 +116,8 @@ def test_ties_that_rescales_is_made_by_its_definition(zoo):
     asked = settings(zoo, "ties")
     asked = replace(asked, parameters={**asked.parameters, "rescale": True})
 
-    found = zoo.merge(asked, "inline", runner=inline())
-    threaded = zoo.merge(asked, "threads", shard=1000, runner=Threads(3, large_elements=100))
+    found = zoo.merge(asked, "inline", runner=Runner())
+    threaded = zoo.merge(asked, "threads", shard=1000, runner=Runner(3, large_elements=100))
 
     for tensor, expected in zoo.by_definition(found.plan).items():
         assert torch.equal(found.tensors[tensor], expected)

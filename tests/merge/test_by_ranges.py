@@ -7,8 +7,8 @@ import torch
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Backend, inline
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.runners import Backend, Runner
 from lewis_hub.merge.runners import threads as in_threads
 
 SHARD = 40_000  # bytes: two tensors, whose sources are larger
@@ -53,18 +53,18 @@ def merge(zoo, plan, means, name):
     return ended[0]
 
 
-@pytest.mark.parametrize("means", [Backend(in_threads(3)), Backend(inline(), "cpu")])
+@pytest.mark.parametrize("means", [Backend(in_threads(3)), Backend(Runner(), "cpu")])
 def test_what_does_not_fit_beside_the_last_tensor_comes_all_the_same(zoo, means):
     plan = planned(zoo)
     assert [len(shard.tensors) for shard in plan.shards] == [2, 2, 2]
 
     found = merge(zoo, plan, means, "found")
 
-    assert found == merge(zoo, plan, Backend(inline()), "expected")
+    assert found == merge(zoo, plan, Backend(Runner()), "expected")
     assert len(found) == 3
 
 
-@pytest.mark.parametrize("means", [Backend(in_threads(2)), Backend(inline(), "cpu")])
+@pytest.mark.parametrize("means", [Backend(in_threads(2)), Backend(Runner(), "cpu")])
 def test_a_source_that_is_broken_ends_the_work_of_every_thread(zoo, means):
     told = merge(zoo, planned(zoo, "a"), means, "found")
 

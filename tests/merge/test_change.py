@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from lewis_hub.checkpoint.reader import TensorReader
-from lewis_hub.merge.engine import open_source
-from lewis_hub.merge.runners import inline, threads
+from lewis_hub.merge.runners import Runner, threads
 from lewis_hub.merge.task_vectors import PIECE, relative_changes
 
 A, B = "model.layers.0.q.weight", "model.layers.1.q.weight"
@@ -11,20 +9,17 @@ A, B = "model.layers.0.q.weight", "model.layers.1.q.weight"
 
 @pytest.fixture
 def changes(zoo):
-    def local(label):
-        return TensorReader(zoo.folders[label], label)
-
     def measure(base, expert, tensors, runner=None):
         with (
-            open_source(base.label, base.checkpoint.base, local) as first,
-            open_source(expert.label, expert.checkpoint.base, local) as second,
+            zoo.reader(base.label, base.checkpoint.base) as first,
+            zoo.reader(expert.label, expert.checkpoint.base) as second,
         ):
             seen = []
             found = relative_changes(
                 (base.checkpoint, first),
                 (expert.checkpoint, second),
                 tensors,
-                runner or inline(),
+                runner or Runner(),
                 seen.append,
             )
         assert sum(seen) == sum(base.checkpoint.tensors[name].n_elements for name in tensors)

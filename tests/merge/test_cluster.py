@@ -18,8 +18,8 @@ import torch
 
 from lewis_hub.errors import BrokenCheckpointError, ExtraMissingError, MergeError, NonFiniteError
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Backend, Ray, _start, inline, parse_runner, threads
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.runners import Backend, Ray, Runner, _start, parse_runner, threads
 from lewis_hub.workflow.resources import Execution
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -166,7 +166,7 @@ class TestOnRay:
     pytestmark = on_ray
 
     def test_a_worker_that_is_killed_midway_costs_no_byte(self, zoo, settings, cluster):
-        results, expected = merge(zoo, settings, inline(), "inline")
+        results, expected = merge(zoo, settings, Runner(), "inline")
         killer, told = Killer(zoo.root / "ray"), []
         killer.start()
 
@@ -191,7 +191,7 @@ class TestOnRay:
             assert found == threaded
 
     def test_what_an_earlier_run_finished_is_kept(self, zoo, settings, cluster):
-        _, expected = merge(zoo, settings, inline(), "out")
+        _, expected = merge(zoo, settings, Runner(), "out")
         lost = zoo.root / "out" / f"model-00002-of-0000{N_SHARDS}.safetensors"
         lost.unlink()
 

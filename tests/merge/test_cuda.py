@@ -9,8 +9,8 @@ from safetensors.torch import load
 
 from lewis_hub.errors import BrokenCheckpointError, DeviceError, NonFiniteError
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Backend, inline, threads
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.runners import Backend, Runner, threads
 from lewis_hub.methods.registry import find, methods
 from lewis_hub.workflow.resources import Execution
 
@@ -52,7 +52,7 @@ def merge(zoo, asked, device, output="on device", shard=20_000):
 def test_by_the_way_of_a_device_every_method_gives_the_bytes_of_the_kernels(zoo, name):
     asked = settings(zoo, name)
 
-    with_kernels = zoo.merge(asked, "kernels", shard=20_000, runner=inline())
+    with_kernels = zoo.merge(asked, "kernels", shard=20_000, runner=Runner())
 
     found = merge(zoo, asked, "cpu")
     assert len(found) == 2

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from lewis_hub.errors import BrokenCheckpointError, MergeError, NonFiniteError
 from lewis_hub.merge import chunks
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Backend, Ray, Threads, inline, parse_runner, threads
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.runners import Backend, Ray, Runner, parse_runner, threads
 from lewis_hub.methods import registry
 
 
 def test_the_result_is_the_same_on_every_runner(zoo, settings):
-    runners = [inline(), threads(1), threads(2), threads(4), Threads(3, large_elements=100)]
+    runners = [Runner(), threads(1), threads(2), threads(4), Runner(3, large_elements=100)]
 
     first, *others = (
         zoo.merge(settings, str(i), shard=10_000, runner=r).bytes for i, r in enumerate(runners)
@@ -235,7 +235,7 @@ def test_a_method_without_a_kernel_runs_by_its_definition(zoo, settings, monkeyp
 
 
 def test_a_runner_is_named():
-    assert parse_runner("inline") == inline()
+    assert parse_runner("inline") == Runner()
     assert parse_runner("threads:3") == threads(3)
     assert parse_runner("threads").n_workers == len(os.sched_getaffinity(0))
     assert parse_runner("ray") == Ray(None)

@@ -8,8 +8,8 @@ import torch
 from lewis_hub.checkpoint.codes import dequantise_bitsandbytes
 from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
-from lewis_hub.merge.planning import MergeSource
-from lewis_hub.merge.sources import BLOCK, ScaledReader
+from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.quantised import BLOCK
 
 SHAPE = (33, 2176)  # several pieces; rows of whole blocks, as the package reads on a CPU
 STATE = "a.weight.quant_state.bitsandbytes__nf4"
@@ -32,7 +32,7 @@ def opened(zoo, tensors, label="source"):
 
 
 def values(zoo, source):
-    with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
+    with zoo.reader(source.label) as reader:
         return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
@@ -115,7 +115,7 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo):
     source = opened(zoo, tensors)
     whole = values(zoo, source)["a.weight"].numpy().tobytes()
 
-    with ScaledReader(TensorReader(zoo.folders["source"], "source")) as reader:
+    with zoo.reader("source") as reader:
         header = source.checkpoint.tensors["a.weight"]
         for start, size in ((0, 3), (5, 9), (4, 4), (12, 70_001), (4 * 65_535, 40), (9, 280_000)):
             held = bytearray(min(size, header.n_bytes - start))

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.codes import dequantise_integers
-from lewis_hub.checkpoint.reader import TensorReader, read_tensor
+from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import BrokenCheckpointError
-from lewis_hub.merge.planning import MergeSource
+from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.quantised import BLOCK
 from lewis_hub.merge.runners import threads
-from lewis_hub.merge.sources import BLOCK, ScaledReader
 
 SHAPE = (52, 1536)  # rows that fill no word of 4-bit zeros; several pieces
 STRATEGIES = ["tensor", "channel", "group"]
@@ -48,7 +48,7 @@ def opened(zoo, tensors, n_bits, label="source", parameters=None):
 
 
 def values(zoo, source):
-    with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
+    with zoo.reader(source.label) as reader:
         return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
@@ -126,7 +126,7 @@ def test_values_are_codes_less_zeros_times_scales_of_the_group_that_a_column_has
 
 
 def test_a_worked_example():
-    from lewis_hub.merge.sources import halves
+    from lewis_hub.merge.quantised import halves
 
     # -8 + 8 = 0, 7 + 8 = 15, 0 + 8 = 8: the first code lies in the lowest four bits
     word = pack(torch.tensor([[-8, 7, 0, 0, 0, 0, 0, 1]]), 4).numpy().view(np.uint32)
@@ -153,7 +153,7 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo, packed):
     whole = values(zoo, packed)["layers.0.q.weight"].numpy().tobytes()
     header = packed.checkpoint.tensors["layers.0.q.weight"]
 
-    with ScaledReader(TensorReader(zoo.folders["expert"], "expert")) as reader:
+    with zoo.reader("expert") as reader:
         for start, size in ((0, 3), (5, 9), (4, 4), (12, 70_001), (4 * 65_535, 40), (9, 400_000)):
             held = bytearray(min(size, header.n_bytes - start))
             reader.read(header, start, memoryview(held))

@@ -17,7 +17,7 @@ from lewis_hub.kernels.calls import average
 from lewis_hub.kernels.operands import BLOCK, F16, F32, Piece
 from lewis_hub.kernels.random_bits import halves, stream
 from lewis_hub.merge import tensor as trimming
-from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.merge.runners import Runner
 
 METHODS = [
     "linear",
@@ -32,7 +32,7 @@ METHODS = [
 RANDOM = ("dare", "della")
 WITHOUT_DENSITY = ("linear", "task_arithmetic")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-RUNNERS = [inline(), *(Threads(n, large_elements=1000) for n in (1, 2, 4))]
+RUNNERS = [Runner(), *(Runner(n, large_elements=1000) for n in (1, 2, 4))]
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 

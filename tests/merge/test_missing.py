@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lewis_hub.errors import MergeError
-from lewis_hub.merge.runners import Threads, inline, threads
+from lewis_hub.merge.runners import Runner, threads
 
 METHODS = ("ties", "task_arithmetic", "dare_ties", "linear")
 
@@ -29,7 +29,7 @@ def test_a_tensor_that_an_expert_lacks_is_merged_as_if_it_had_the_base_s(zoo, me
     settings = zoo.settings(method, base, [*experts, partial], missing="base")
     found = [
         zoo.merge(settings, str(i), runner=runner).tensors
-        for i, runner in enumerate((inline(), threads(2), Threads(3, large_elements=100)))
+        for i, runner in enumerate((Runner(), threads(2), Runner(3, large_elements=100)))
     ]
     expected = zoo.merge(zoo.settings(method, base, [*experts, filled]), "filled").tensors
 

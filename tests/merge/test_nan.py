@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Backend, Threads, inline
+from lewis_hub.merge.plan import make_plan
+from lewis_hub.merge.runners import Backend, Runner
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 
 METHODS = ["ties", "dare_ties", "della", "task_arithmetic", "breadcrumbs", "model_stock"]
@@ -30,7 +30,7 @@ def merged(zoo, settings, name, runner=None):
     folder = zoo.root / name
     folder.mkdir()
     plan = make_plan(settings, 10**9).allowing_nan
-    results = run(plan, zoo.folders, folder, Backend(runner or inline()), lambda _: None)
+    results = run(plan, zoo.folders, folder, Backend(runner or Runner()), lambda _: None)
     return results["model.safetensors"], (folder / "model.safetensors").read_bytes()
 
 
@@ -49,7 +49,7 @@ def test_an_experts_odd_entries_count_as_the_bases(zoo, method, dtype):
     expected = zoo.merge(zoo.settings(method, start, [mended, *others]), "expected")
     result, found = merged(zoo, zoo.settings(method, start, [odd, *others]), "found")
     again = merged(
-        zoo, zoo.settings(method, start, [odd, *others]), "again", Threads(3, large_elements=100)
+        zoo, zoo.settings(method, start, [odd, *others]), "again", Runner(3, large_elements=100)
     )
 
     assert found == expected.bytes["model.safetensors"] == again[1]
@@ -118,7 +118,7 @@ def test_in_a_stack_each_block_has_the_stand_ins_of_its_own_base(zoo):
     ).allowing_nan
     (zoo.root / "out").mkdir()
 
-    results = run(plan, zoo.folders, zoo.root / "out", Backend(inline()), lambda _: None)
+    results = run(plan, zoo.folders, zoo.root / "out", Backend(Runner()), lambda _: None)
 
     found = load_file(zoo.root / "out" / "model.safetensors")
     for number, (base, i) in enumerate(asked):
@@ -148,6 +148,6 @@ def test_a_result_that_does_not_fit_is_an_error_all_the_same(zoo):
     (zoo.root / "out").mkdir()
 
     with pytest.raises(NonFiniteError) as raised:
-        run(plan, zoo.folders, zoo.root / "out", Backend(inline()), lambda _: None)
+        run(plan, zoo.folders, zoo.root / "out", Backend(Runner()), lambda _: None)
 
     assert "the merged model" in str(raised.value)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lewis_hub.errors import MergeError
-from lewis_hub.merge.planning import make_plan
+from lewis_hub.merge.plan import make_plan
 from lewis_hub.recipe.schema import Conditional
 
 Q = "model.layers.0.q.weight"

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.codes import dequantise_fp8
-from lewis_hub.checkpoint.reader import TensorReader, read_tensor
+from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.kernels.calls import scale_up
 from lewis_hub.kernels.operands import Decoding
-from lewis_hub.merge.planning import MergeSource
-from lewis_hub.merge.runners import Threads, inline, threads
-from lewis_hub.merge.sources import BLOCK, VALUES, AdapterReader, ScaledReader
+from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.quantised import BLOCK, VALUES
+from lewis_hub.merge.runners import Runner, threads
 
 E4M3 = torch.float8_e4m3fn
 
@@ -66,7 +66,7 @@ def eight_bit(zoo, label, tensors, block=(128, 128), parameters=None):
 
 
 def materialised(zoo, source):
-    with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
+    with zoo.reader(source.label) as reader:
         return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
@@ -140,7 +140,7 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo, pair):
     _, expert = pair
     whole = materialised(zoo, expert)
 
-    with ScaledReader(TensorReader(zoo.folders["expert"], "expert")) as reader:
+    with zoo.reader("expert") as reader:
         for header in expert.checkpoint.tensors.values():
             for size in (3, 1000, 4 * 333, 65_537 * 4, 10**6):
                 held = bytearray(header.n_bytes)
@@ -154,7 +154,7 @@ def test_the_bits_do_not_depend_on_the_pieces(zoo, pair):
 
 def test_the_merge_is_the_same_on_every_runner_and_shard_size(zoo, pair):
     settings = zoo.settings("ties", pair[0], [pair[1]])
-    runners = [inline(), threads(2), Threads(3, large_elements=100)]
+    runners = [Runner(), threads(2), Runner(3, large_elements=100)]
 
     first, *others = (zoo.merge(settings, str(i), runner=r).bytes for i, r in enumerate(runners))
     small = zoo.merge(settings, "small", shard=1, runner=threads(2)).tensors
@@ -243,10 +243,7 @@ def test_an_adapter_may_be_put_on_8_bit_floats(zoo, pair):
     on_dense = zoo.adapter("on dense", dense, tensors, r=4, lora_alpha=4)
     adapter = zoo.adapter("adapter", expert, tensors, r=4, lora_alpha=4)
 
-    with AdapterReader(
-        ScaledReader(TensorReader(zoo.folders["expert"], "expert")),
-        TensorReader(zoo.folders["adapter"], "adapter"),
-    ) as reader:
+    with zoo.reader("adapter", "expert") as reader:
         header = adapter.checkpoint.tensors["layers.0.q.weight"]
         update = tensors[f"{prefix}.lora_B.weight"] @ tensors[f"{prefix}.lora_A.weight"]
         wanted = materialised(zoo, expert)["layers.0.q.weight"] + update

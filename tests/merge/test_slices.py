@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.kernels import random_bits
-from lewis_hub.merge.runners import Threads, inline, threads
+from lewis_hub.merge.runners import Runner, threads
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 from lewis_hub.methods import registry
 from lewis_hub.recipe.schema import Conditional
@@ -279,7 +279,7 @@ def test_the_bytes_are_the_same_on_every_runner_shard_size_and_after_resume(zoo,
         MergeSlice(blocks(sources["base"], 2, 4), (blocks(sources["short"], 1, 3, density=0.7),)),
     ]
     settings = asked("dare_ties", slices, sources["base"])
-    runners = [inline(), threads(2), Threads(3, large_elements=100)]
+    runners = [Runner(), threads(2), Runner(3, large_elements=100)]
 
     first, *others = (
         zoo.stack(settings, str(i), shard=9_000, runner=r) for i, r in enumerate(runners)

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 
-from lewis_hub.merge.plan import informed, unknown
-from lewis_hub.merge.planning import make_plan
-from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.merge.plan import lacking_statistics, make_plan, with_statistics
+from lewis_hub.merge.runners import Runner
 
 LAYER = "model.layers.0."
 SHAPES = {
@@ -58,8 +57,8 @@ def known(zoo):
 def test_the_engine_gives_the_bytes_of_the_definition_on_any_runner(zoo, method, parameters):
     settings, statistics = asked(zoo, method, **parameters), known(zoo)
 
-    found = zoo.merge(settings, "inline", runner=inline(), statistics=statistics)
-    runner = Threads(3, large_elements=50)
+    found = zoo.merge(settings, "inline", runner=Runner(), statistics=statistics)
+    runner = Runner(3, large_elements=50)
     threaded = zoo.merge(settings, "threads", shard=300, runner=runner, statistics=statistics)
 
     assert len(threaded.plan.shards) > 2
@@ -85,10 +84,10 @@ import pickle, sys
 from pathlib import Path
 
 from lewis_hub.merge.engine import run
-from lewis_hub.merge.runners import Backend, inline
+from lewis_hub.merge.runners import Backend, Runner
 
 plan, folders, output = pickle.load(sys.stdin.buffer)
-run(plan, folders, output, Backend(inline()), lambda _: None)
+run(plan, folders, output, Backend(Runner()), lambda _: None)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
@@ -128,19 +127,18 @@ def test_a_plan_says_what_has_no_second_moments(zoo):
     settings, statistics = asked(zoo), known(zoo)
     lacking = {name: g for name, g in statistics[1].grams.items() if name not in CONV}
     statistics[1] = zoo.statistics("lacking", {n: grams(2)[n] for n in lacking})
-    plan = informed(make_plan(settings, 10**9), statistics)
+    plan = with_statistics(make_plan(settings, 10**9), statistics)
 
-    assert unknown(plan, [*PARTS, *CONV]) == sorted(CONV)
-    assert informed(plan, ()) == plan
+    assert lacking_statistics(plan, [*PARTS, *CONV]) == sorted(CONV)
+    assert with_statistics(plan, ()) == plan
 
 
 def test_a_matrix_that_is_stored_otherwise_than_it_was_run_has_none(zoo):
     settings = asked(zoo)
     statistics = [zoo.statistics(f"moments {i}", grams(i)) for i in (1, 2, 3)]  # not transposed
 
-    assert unknown(informed(make_plan(settings, 10**9), statistics), [*PARTS, *CONV]) == sorted(
-        CONV
-    )
+    plan = with_statistics(make_plan(settings, 10**9), statistics)
+    assert lacking_statistics(plan, [*PARTS, *CONV]) == sorted(CONV)
 
 
 @pytest.mark.parametrize(("weights", "says"), [((1, -1, 1), "1, -1, 1"), ((0, 0, 0), "0, 0, 0")])

@@ -5,7 +5,7 @@ import torch
 
 from lewis_hub.kernels.selection import Bracket
 from lewis_hub.merge import tensor as trimming
-from lewis_hub.merge.runners import Threads, inline
+from lewis_hub.merge.runners import Runner
 
 
 def rows_unlike(n_rows, n_columns):
@@ -28,7 +28,7 @@ def test_a_tensor_that_is_sampled_is_trimmed_as_the_definition_says(zoo, density
 
     merged = [
         zoo.merge(asked, f"out-{n}", runner=runner)
-        for n, runner in enumerate((inline(), Threads(3, large_elements=1000)))
+        for n, runner in enumerate((Runner(), Runner(3, large_elements=1000)))
     ]
 
     defined = zoo.by_definition(merged[0].plan)["a"]

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from lewis_hub.checkpoint.codes import dequantise_packed
-from lewis_hub.checkpoint.reader import TensorReader, read_tensor
+from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import BrokenCheckpointError
-from lewis_hub.merge.planning import MergeSource
+from lewis_hub.merge.plan import MergeSource
+from lewis_hub.merge.quantised import BLOCK, PANEL
 from lewis_hub.merge.runners import threads
-from lewis_hub.merge.sources import BLOCK, PANEL, ScaledReader
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # row of each code of a word, from the lowest bits on
 
@@ -65,7 +65,7 @@ def opened(zoo, tensors, layout, n_bits=4, offset=0, label="source"):
 
 
 def values(zoo, source):
-    with ScaledReader(TensorReader(zoo.folders[source.label], source.label)) as reader:
+    with zoo.reader(source.label) as reader:
         return {name: read_tensor(reader, t) for name, t in source.checkpoint.tensors.items()}
 
 
@@ -194,7 +194,7 @@ def test_the_bits_do_not_depend_on_the_pieces_or_panels(zoo, layout):
     header = source.checkpoint.tensors[name]
     border = 4 * PANEL
 
-    with ScaledReader(TensorReader(zoo.folders["source"], "source")) as reader:
+    with zoo.reader("source") as reader:
         for start, size in (
             (0, 3),
             (border - 5, 9),

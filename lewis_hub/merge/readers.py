@@ -1,0 +1,274 @@
+"""Readers of a merge's sources: of adapters, of tensors with rows of several sources, without NaN.
+
+A value depends only on its position: not on the pieces that are read, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
+from lewis_hub.checkpoint.reader import Reader
+from lewis_hub.kernels.calls import add_low_rank, narrow, widen
+from lewis_hub.kernels.operands import FORMATS, Floats
+from lewis_hub.merge.alignment import MEAN, Assembled
+from lewis_hub.merge.plan import ShardPlan, TensorPlan
+from lewis_hub.merge.quantised import BLOCK, ScaledReader, fill_floats, read_floats
+
+N_HELD = 32  # tensors whose factors are cached: more than there are threads at work
+N_KEPT = 64  # a mean of more rows is computed once and kept
+EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # bits: all set in NaN, infinity
+
+Bits = npt.NDArray[np.unsignedinteger]
+OpenFiles = Callable[[str], AbstractContextManager[Reader]]  # of the source with this label
+
+
+@contextmanager
+def open_source(label: str, base: str | None, open_files: OpenFiles) -> Iterator[Reader]:
+    """Open a source; `base` is the label of the checkpoint that it changes if it is an adapter."""
+    with open_files(label) as own:
+        if base is None:
+            yield ScaledReader(own)
+            return
+        with open_files(base) as files:
+            yield AdapterReader(ScaledReader(files), own)
+
+
+def input_readers(
+    plan: ShardPlan, tensor: TensorPlan, sources: Sequence[Reader]
+) -> tuple[Reader, ...]:
+    """The reader of each input of a tensor; `sources` are those of `plan.labels`."""
+    own = [sources[number] for number in tensor.sources]
+    readers: list[Reader] = [
+        AssemblingReader(rows, own) if rows else reader
+        for rows, reader in zip(tensor.assembled or [None] * len(own), own, strict=True)
+    ]
+    if not plan.allow_nan:
+        return tuple(readers)
+    n_bases = len(tensor.inputs) - len(tensor.weights)
+    base = (readers[0], tensor.inputs[0]) if n_bases else None
+    return tuple(
+        NanReplacingReader(reader, None if number < n_bases else base)
+        for number, reader in enumerate(readers)
+    )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank update in float32, as the kernels take it.
+
+    Attributes:
+        left: (rows, rank).
+        right: (rank, columns).
+        lengths: DoRA's factor for each row, or for each column; None for a plain LoRA.
+    """
+
+    left: Floats
+    right: Floats
+    lengths: Floats | None
+
+
+class AdapterReader:
+    """Reads the tensors of a base that an adapter changes. Threads may share it.
+
+    Args:
+        base: of the base.
+        own: of the adapter's files.
+    """
+
+    def __init__(self, base: Reader, own: Reader) -> None:
+        self._base, self._own = base, own
+        self._factors = lru_cache(N_HELD)(self._read_factors)
+
+    def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `first_byte` on: float32 if it is changed."""
+        adapted = tensor.adapted
+        if adapted is None:
+            self._base.read(tensor, first_byte, into)
+        else:
+            fill_floats(into, first_byte, lambda first, n: self._elements(adapted, first, n))
+
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
+        """The bytes that `read` would copy; None if they are computed."""
+        return None if tensor.adapted else self._base.view(tensor, first_byte, n_bytes)
+
+    def _elements(self, adapted: Adapted, first: int, n: int) -> Floats:
+        values = self._start(adapted, first, n)
+        if adapted.update:
+            factors = self._factors(adapted, adapted.update)
+            add_low_rank(
+                values, first, factors.left, factors.right, np.float32(adapted.update.scale)
+            )
+            if factors.lengths is not None:
+                lines = _lines_of(adapted.update, factors, first, n)
+                with np.errstate(invalid="ignore"):  # reported as a value that is not finite
+                    values *= factors.lengths[lines]
+        return values
+
+    def _start(self, adapted: Adapted, first: int, n: int) -> Floats:
+        """The values to update: the base's, or those that the adapter stores instead."""
+        if adapted.saved:
+            return read_floats(self._own, adapted.saved, first, n)
+        return read_floats(self._base, adapted.base, first, n)
+
+    def _read_factors(self, adapted: Adapted, update: LowRank) -> Factors:
+        left, right = (read_floats(self._own, t).reshape(t.shape) for t in (update.b, update.a))
+        if update.transposed:
+            left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+        factors = Factors(left, right, None)
+        if update.magnitude is None:
+            return factors
+        magnitude = read_floats(self._own, update.magnitude)
+        norms = self._norms(adapted, update, factors)
+        with np.errstate(divide="ignore", invalid="ignore"):  # as above
+            return replace(factors, lengths=magnitude / norms)
+
+    def _norms(self, adapted: Adapted, update: LowRank, factors: Factors) -> Floats:
+        """The norm of the updated weights of each output of the module."""
+        n_rows, n_columns = len(factors.left), factors.right.shape[1]
+        squares = np.zeros(n_columns if update.transposed else n_rows, np.float64)
+        for first in range(0, n_rows * n_columns, BLOCK):
+            values = self._start(adapted, first, min(BLOCK, n_rows * n_columns - first))
+            add_low_rank(values, first, factors.left, factors.right, np.float32(update.scale))
+            lines = _lines_of(update, factors, first, len(values))
+            np.add.at(squares, lines, np.square(values, dtype=np.float64))  # in their order
+        return np.sqrt(squares).astype(np.float32)
+
+
+def _lines_of(update: LowRank, factors: Factors, first: int, n: int) -> npt.NDArray[np.int64]:
+    """The output of the module that each of n elements belongs to: its row, or its column."""
+    places, n_columns = np.arange(first, first + n), factors.right.shape[1]
+    return places % n_columns if update.transposed else places // n_columns
+
+
+class AssemblingReader:
+    """Reads one tensor whose rows come from several sources. Threads may share it.
+
+    Args:
+        rows: their origin.
+        sources: the readers that it refers to.
+    """
+
+    def __init__(self, rows: Assembled, sources: Sequence[Reader]) -> None:
+        self._rows, self._sources = rows, sources
+        self._means: dict[int, Floats] = {}
+
+    def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with bytes from `first_byte` on; both ends lie between two elements."""
+        width = WIDTHS[tensor.dtype]
+        n_columns = tensor.n_elements // max(self._rows.n_rows, 1)
+        first, stop = first_byte // width, (first_byte + into.nbytes) // width
+        for begin, end, source, start in self._runs(n_columns, first, stop):
+            piece = into[(begin - first) * width : (end - first) * width]
+            if source == MEAN:
+                self._fill_means(range(start, start + end - begin), n_columns, piece)
+                continue
+            part = self._rows.parts[source]
+            assert part  # rows are only from sources that have the tensor
+            if part.dtype == tensor.dtype:
+                self._sources[source].read(part, start * width, piece)
+            else:
+                found = read_floats(self._sources[source], part, start, end - begin)
+                piece[:] = found.view(np.uint8).data
+
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
+        """None: the rows are copied."""
+        return None
+
+    def _runs(self, n_columns: int, first: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """Elements [first, stop) by runs: begin, end, source, and the run's begin in the source."""
+        runs = self._rows.runs
+        lowest = int(np.searchsorted(runs[:, 0], first // max(n_columns, 1), side="right")) - 1
+        highest = int(np.searchsorted(runs[:, 0], -(-stop // max(n_columns, 1)), side="left"))
+        taken = runs[lowest:highest].tolist()
+        ends = [*(following[0] for _, following in pairwise(taken)), sys.maxsize]
+        for (row, source, stored_row), end in zip(taken, ends, strict=True):
+            begin = max(first, row * n_columns)
+            yield begin, min(stop, end * n_columns), source, begin + (stored_row - row) * n_columns
+
+    def _fill_means(self, elements: range, n_columns: int, into: memoryview) -> None:
+        """Fill `into` with elements of the table whose rows are the means."""
+        for number in range(elements.start // n_columns, -(-elements.stop // n_columns)):
+            begin = max(elements.start, number * n_columns)
+            end = min(elements.stop, (number + 1) * n_columns)
+            row = self._mean(number, n_columns)
+            piece = row[begin - number * n_columns : end - number * n_columns].view(np.uint8).data
+            into[4 * (begin - elements.start) : 4 * (end - elements.start)] = piece
+
+    def _mean(self, number: int, n_columns: int) -> Floats:
+        """A mean in float64, rounded once; two threads may both compute it."""
+        if number in self._means:
+            return self._means[number]
+        total, rows = np.zeros(n_columns, np.float64), self._rows.means[number]
+        for source, row in rows.tolist():
+            part = self._rows.parts[source]
+            assert part  # as above
+            total += read_floats(self._sources[source], part, row * n_columns, n_columns)
+        mean: Floats = (total / max(len(rows), 1)).astype(np.float32)
+        if len(rows) > N_KEPT:
+            self._means[number] = mean
+        return mean
+
+
+class NanReplacingReader:
+    """Reads a tensor whose NaN and infinity are replaced, as `--allow-nan` requires.
+
+    The base's value replaces them, so that the task vector is zero there. If the base's value is
+    not finite either, or does not fit the dtype, or there is no base, it is zero. Threads may share
+    the reader.
+
+    Args:
+        own: of the source.
+        base: of the base, and its header of the tensor; None: there is no base.
+    """
+
+    def __init__(self, own: Reader, base: tuple[Reader, TensorHeader] | None) -> None:
+        self._own, self._base = own, base
+        self.has_replaced = False
+
+    def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
+        """Fill `into` with finite values from `first_byte` on, the first byte of an element."""
+        self._own.read(tensor, first_byte, into)
+        if tensor.dtype not in FORMATS:
+            return
+        bits = _bits(tensor.dtype, into)
+        broken = _not_finite(bits, tensor.dtype)
+        if broken.any():
+            self.has_replaced = True
+            first = first_byte // WIDTHS[tensor.dtype]
+            bits[broken] = self._replacements(tensor.dtype, first, len(bits))[broken]
+
+    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
+        """None: every value is checked."""
+        return None
+
+    def _replacements(self, dtype: str, first: int, n: int) -> Bits:
+        if self._base is None:
+            return np.zeros(n, f"<u{WIDTHS[dtype]}")
+        reader, header = self._base
+        width = WIDTHS[header.dtype]
+        content = memoryview(bytearray(n * width))
+        reader.read(header, first * width, content)
+        bits = _bits(header.dtype, content)
+        bits[_not_finite(bits, header.dtype)] = 0
+        rounded = narrow(widen(bits.view(np.uint8), FORMATS[header.dtype], n), FORMATS[dtype])
+        rounded[_not_finite(rounded, dtype)] = 0
+        return rounded
+
+
+def _bits(dtype: str, raw: memoryview) -> Bits:
+    return np.frombuffer(raw, np.dtype(f"<u{WIDTHS[dtype]}"))
+
+
+def _not_finite(bits: Bits, dtype: str) -> npt.NDArray[np.bool_]:
+    exponent = bits.dtype.type(EXPONENTS[dtype])
+    found: npt.NDArray[np.bool_] = (bits & exponent) == exponent
+    return found
