@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lewis_hub.display import TextTable
     from lewis_hub.evaluate.scores import MetricScore, Scores
     from lewis_hub.hub.publish import Published
-    from lewis_hub.merge.extract_lora import Extracted
+    from lewis_hub.merge.task_vectors import Extracted
     from lewis_hub.pipeline import Merged
     from lewis_hub.report.profiles import ProfileComparison
     from lewis_hub.tune.run import Tuned

@@ -26,11 +26,9 @@ class Assembled:
     """A tensor whose rows come from several sources.
 
     Attributes:
-        n_rows: of the tensor.
-        parts: the tensor in each source; None if the source lacks it, and then no row is from it.
+        parts: the tensor in each source; None if the source lacks it.
         runs: (n_runs, 3) int32, one line per run of consecutive rows: its first row, the source or
-            MEAN, and the first row there or the number of the first mean. A run ends where the
-            next begins.
+            MEAN, and the first row there or the number of the first mean.
         means: per mean the (n, 2) int32 sources and rows that it is taken over; zero if n is 0.
     """
 
@@ -103,12 +101,7 @@ class Alignment:
     def assemble(
         self, labels: Sequence[str], parts: Sequence[TensorHeader | None]
     ) -> tuple[Assembled | None, ...]:
-        """Map the rows of one tensor, for each source; None if they are stored as needed.
-
-        Args:
-            labels: of the sources, in the plan's order.
-            parts: the tensor in each source; None if the source lacks it.
-        """
+        """Map the rows of one tensor (`parts`) for each source; None if stored as needed."""
         ids = np.stack([self.ids[label] for label in labels])
         n_stored = np.array([part.shape[0] if part else 0 for part in parts])
         has = (ids >= 0) & (ids < n_stored[:, None])
@@ -192,12 +185,10 @@ def assemble_inputs(
         name: of the tensor.
         shape: in the merge.
         labels: of the sources, in the plan's order.
-        parts: the tensor in each source. None if the source lacks it: without an alignment the
-            first source's replaces it.
+        parts: the tensor in each source; the first source's replaces those that others lack.
 
     Returns:
-        One header per source, and the origin of the rows per source; the second is empty if all
-        sources store the tensor as needed.
+        Per source the header, and the origin of its rows; no origins if all are stored as needed.
     """
     assembled: tuple[Assembled | None, ...]
     if alignment and name in alignment.tensors:
@@ -216,12 +207,8 @@ def assemble_inputs(
 def token_tensors(checkpoint: Checkpoint, n_tokens: int | None) -> tuple[str, ...]:
     """The tensors with a row per token: embeddings, heads and their biases, whatever their names.
 
-    They are outside the blocks and have as many rows as the vocabulary. A table of positions of the
-    same length is recognised by its name.
-
-    Args:
-        checkpoint: of the base.
-        n_tokens: rows according to its configuration; None: those of the first input embedding.
+    They are outside the blocks and have `n_tokens` rows, or as many as the first input embedding.
+    A table of positions of the same length is recognised by its name.
     """
     tensors = {
         name: tensor.shape
@@ -242,13 +229,7 @@ def rows_of(checkpoint: Checkpoint, tensors: Sequence[str]) -> int:
 
 
 def by_row(base: Checkpoint, sources: Sequence[Checkpoint], tensors: Sequence[str]) -> Alignment:
-    """Align sources whose row i is the same token, and of which some have fewer rows.
-
-    Args:
-        base: has as many rows as the merge.
-        sources: all that are merged.
-        tensors: with a row per token.
-    """
+    """Align sources whose row i is the same token; the base has as many rows as the merge."""
     n_rows = rows_of(base, tensors)
     ids = {source.label: np.arange(n_rows, dtype=np.int32) for source in sources}
     return Alignment(frozenset(tensors), n_rows, ids, base.label)
@@ -264,13 +245,8 @@ def by_token(
 ) -> Alignment:
     """Align sources by the tokens of their vocabularies.
 
-    Args:
-        merged: vocabulary of the merge.
-        vocabularies: label of a source -> its own.
-        tensors: with a row per token.
-        n_rows: of the merge.
-        base: label of the source whose rows replace those that others lack.
-        padding: label of the source of the rows that are no token of the merge.
+    `base` and `padding` are labels: of the source whose rows replace those that others lack, and
+    of the source of the rows that are no token of the merge.
     """
     ids = {label: np.full(n_rows, -1, np.int32) for label in vocabularies}
     ids[padding][:] = np.arange(n_rows)

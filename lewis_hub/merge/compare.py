@@ -1,9 +1,10 @@
-"""Whether sources can be merged tensor by tensor: names, shapes, dtypes, vocabulary, tied heads."""
+"""Compare sources by the names, shapes and dtypes of their tensors, before they are merged."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from typing import Literal
 
 from lewis_hub.checkpoint import names
@@ -18,7 +19,7 @@ Kind = Literal["missing", "extra", "shape", "vocabulary", "dtype", "tied"]
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One way in which a source does not fit; `str()` is a sentence and what to do."""
+    """A difference that prevents a merge; `str` returns the problem and its remedy."""
 
     kind: Kind
     source: str
@@ -36,18 +37,17 @@ def compare(
     missing: Missing = "error",
     assembled: Collection[str] = (),
 ) -> tuple[Mismatch, ...]:
-    """Hold every expert against the base, tensor by tensor.
+    """Compare every expert with the base, tensor by tensor.
 
     Args:
-        base: whose tensors the merge will have; for a method without a base the first source.
+        base: it has the tensors of the merge; for a method without a base the first source.
         experts: all other sources.
-        missing: "base": where an expert lacks a tensor the base's stands in, and what only an
-            expert has is left out.
-        assembled: tensors that are put together row by row, so that their numbers of rows may
-            differ.
+        missing: "base": the base's tensors replace those that an expert lacks, and tensors that
+            only an expert has are left out.
+        assembled: tensors whose numbers of rows may differ.
 
     Returns:
-        What keeps them from being merged; nothing where they fit.
+        The differences that prevent a merge.
     """
     found = list(_dtypes(base))
     for expert in experts:
@@ -60,7 +60,7 @@ def compare(
 
 
 def passed_over(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """What `missing: base` does to sources that `compare` lets through, a sentence each."""
+    """Sentences on the tensors that `missing: base` replaces or leaves out."""
     notes = []
     for expert in experts:
         missing, extra = _differing(base, expert)
@@ -72,7 +72,7 @@ def passed_over(base: Checkpoint, experts: Sequence[Checkpoint]) -> tuple[str, .
 
 
 def _differing(base: Checkpoint, expert: Checkpoint) -> tuple[list[str], list[str]]:
-    """What the expert lacks, and what only the expert has."""
+    """The tensors that only the base has, and those that only the expert has."""
     missing = [name for name in base.tensors if name not in expert.tensors]
     return missing, [name for name in expert.tensors if name not in base.tensors]
 
@@ -91,74 +91,53 @@ def _strangers(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
 
 def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     missing, extra = _differing(base, expert)
-    if heads := [name for name in missing if names.is_head(name)]:
-        yield Mismatch(
-            "tied",
-            expert.label,
-            tuple(heads),
-            f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} has",
-            "Use an expert that was trained from this base, or set `missing: base` to keep the "
-            "base's head.",
-        )
-    if heads := [name for name in extra if names.is_head(name)]:
-        yield Mismatch(
-            "tied",
-            expert.label,
-            tuple(heads),
-            f"has a {heads[0]} of its own, the base {base.label} ties its head to the embeddings",
-            "Use the base that it was trained from, or set `missing: base` to leave its head out.",
-        )
-    if rest := [name for name in missing if not names.is_head(name)]:
-        yield Mismatch(
-            "missing",
-            expert.label,
-            tuple(rest),
-            f"lacks {_listed(rest)} of the base {base.label}",
-            "Use models of one architecture and depth, or set `missing: base` to keep the base's.",
-        )
-    if rest := [name for name in extra if not names.is_head(name)]:
-        yield Mismatch(
-            "extra",
-            expert.label,
-            tuple(rest),
-            f"has {_listed(rest)}, which the base {base.label} lacks",
-            "Use models of one architecture and depth, or set `missing: base` to leave them out.",
-        )
+    other_depth = "Use models of one architecture and depth, or set `missing: base` to "
+    if heads := tuple(filter(names.is_head, missing)):
+        problem = f"has no {heads[0]} (its head is tied to the embeddings), the base {base.label} "
+        remedy = "Use an expert that was trained from this base, or set `missing: base` to keep "
+        yield Mismatch("tied", expert.label, heads, f"{problem}has", f"{remedy}the base's head.")
+    if heads := tuple(filter(names.is_head, extra)):
+        problem = f"has a {heads[0]} of its own, the base {base.label} ties its head to the "
+        remedy = "Use the base that it was trained from, or set `missing: base` to leave its head "
+        yield Mismatch("tied", expert.label, heads, f"{problem}embeddings", f"{remedy}out.")
+    if rest := tuple(filterfalse(names.is_head, missing)):
+        problem = f"lacks {_listed(rest)} of the base {base.label}"
+        remedy = f"{other_depth}keep the base's."
+        yield Mismatch("missing", expert.label, rest, problem, remedy)
+    if rest := tuple(filterfalse(names.is_head, extra)):
+        problem = f"has {_listed(rest)}, which the base {base.label} lacks"
+        yield Mismatch("extra", expert.label, rest, problem, f"{other_depth}leave them out.")
 
 
 def _shapes(base: Checkpoint, expert: Checkpoint, assembled: Collection[str]) -> Iterator[Mismatch]:
-    differing = [
-        (tensor, expert.tensors[name])
-        for name, tensor in base.tensors.items()
-        if name in expert.tensors and expert.tensors[name].shape != tensor.shape
-    ]
+    pairs = [(ours, expert.tensors.get(name)) for name, ours in base.tensors.items()]
     differing = [
         (ours, theirs)
-        for ours, theirs in differing
+        for ours, theirs in pairs
+        if theirs and theirs.shape != ours.shape
         if ours.name not in assembled or ours.shape[1:] != theirs.shape[1:]
     ]
     rows = [(ours, theirs) for ours, theirs in differing if _only_rows_differ(ours, theirs)]
     if rows:
         ours, theirs = rows[0]
-        yield Mismatch(
-            "vocabulary",
-            expert.label,
-            tuple(tensor.name for tensor, _ in rows),
+        problem = (
             f"has a vocabulary of {theirs.shape[0]} rows in {ours.name}, "
-            f"the base {base.label} has {ours.shape[0]}",
-            "No tokenizer.json of theirs says which token a row is for: bring the expert to the "
-            "base's vocabulary with transformers' `model.resize_token_embeddings`.",
+            f"the base {base.label} has {ours.shape[0]}"
         )
+        remedy = (
+            "No tokenizer.json of theirs says which token a row is for: bring the expert to the "
+            "base's vocabulary with transformers' `model.resize_token_embeddings`."
+        )
+        tensors = tuple(tensor.name for tensor, _ in rows)
+        yield Mismatch("vocabulary", expert.label, tensors, problem, remedy)
     for ours, theirs in differing:
         if not _only_rows_differ(ours, theirs):
-            yield Mismatch(
-                "shape",
-                expert.label,
-                (ours.name,),
+            problem = (
                 f"has {theirs.name} of shape {list(theirs.shape)}, "
-                f"the base {base.label} has {list(ours.shape)}",
-                "A task vector needs equal shapes: use experts of the same size as the base.",
+                f"the base {base.label} has {list(ours.shape)}"
             )
+            remedy = "A task vector needs equal shapes: use experts of the same size as the base."
+            yield Mismatch("shape", expert.label, (ours.name,), problem, remedy)
 
 
 def _dtypes(checkpoint: Checkpoint) -> Iterator[Mismatch]:
@@ -188,7 +167,7 @@ def _kinds(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
 
 
 def _only_rows_differ(ours: TensorHeader, theirs: TensorHeader) -> bool:
-    """Whether two tensors are embeddings or heads over vocabularies of different size."""
+    """Whether two tensors are embeddings or heads of vocabularies of different size."""
     is_vocabulary = names.is_token_embedding(ours.name) or names.is_head(ours.name)
     return is_vocabulary and len(ours.shape) == 2 and ours.shape[1:] == theirs.shape[1:]
 
@@ -200,14 +179,10 @@ def _listed(found: Sequence[str]) -> str:
 
 
 def settle_heads(base: Checkpoint, expert: Checkpoint) -> Checkpoint:
-    """Give an expert a head exactly where the base has one; both tie the head to the embeddings.
+    """Give an expert a head if the base stores one; both configurations tie it to the embeddings.
 
-    Where the base stores its head all the same, the expert's embedding is the expert's head. Where
-    only the expert stores it, it is a second copy, which is left out.
-
-    Args:
-        base: its configuration ties the head to the embeddings.
-        expert: likewise.
+    The expert's embedding becomes its head. If only the expert stores a head, it is left out, as it
+    is a copy of the embedding.
     """
     tensors = dict(expert.tensors)
     for name in [name for name in tensors if names.is_head(name) and name not in base.tensors]:

@@ -50,19 +50,13 @@ MakeTensor = Callable[[str, Moments | None], "Tensor"]
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished file.
-
-    Attributes:
-        sha256: 64 hex digits.
-        is_kept: whether an earlier run made it.
-        mended: source -> number of its tensors in which NaN or infinity was replaced.
-    """
+    """A finished file."""
 
     name: str
     sha256: str
     n_bytes: int
-    is_kept: bool = False
-    mended: Mapping[str, int] = field(default_factory=dict)
+    is_kept: bool = False  # made by an earlier run
+    mended: Mapping[str, int] = field(default_factory=dict)  # source -> tensors with replaced NaN
 
 
 def run(
@@ -76,9 +70,6 @@ def run(
         output: exists; finished shards of the same plan in it are kept.
         backend: the bytes do not depend on it.
         advance: called from this thread with bytes written or kept, in all `plan.n_bytes`.
-
-    Returns:
-        The results by file name, including the index if there are several shards.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
@@ -136,18 +127,9 @@ def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
 def tensors_in_memory(
     plan: MergePlan, locations: Locations, scratch: Path, backend: Backend
 ) -> dict[str, Tensor]:
-    """Make all tensors of a plan, with the values that they would have in files.
+    """Make all tensors of a plan, with the values that `run` would write.
 
-    Args:
-        plan: the tensors.
-        locations: of all sources, and of statistics.
-        scratch: folder for the bytes of remote sources.
-        backend: of this machine.
-
-    Raises:
-        NonFiniteError: a source or the result holds NaN or infinity.
-        BrokenCheckpointError: a source's file is missing or too short.
-        DeviceError: a tensor does not fit on the device.
+    The bytes of remote sources are fetched into `scratch`.
     """
     made: dict[str, Tensor] = {}
     with open_files(plan.shards, locations, scratch / RANGES) as files:
@@ -164,15 +146,9 @@ def per_tensor(
 ) -> Iterator[MakeTensor]:
     """Make tensors of a shard one by one, in any order, while its sources are open.
 
-    Args:
-        plan: of the shard.
-        open_files: opens the files of a label.
-        mended: gets (source, tensor) for each tensor that is made with moments and in which NaN or
-            infinity was replaced.
-
-    Yields:
-        A function of a tensor's name that makes the tensor in the output's dtype: with the moments
-        of its inputs on their device, or on the CPU without any.
+    Yields a function that makes a tensor by its name, with the moments of its inputs on their
+    device, or on the CPU without any. In the first case, if NaN or infinity was replaced in a
+    source, (source, tensor) is added to `mended`.
     """
     from lewis_hub.merge.chunks import TensorJob
     from lewis_hub.merge.tensor import make_tensor, merge_by_definition

@@ -45,18 +45,12 @@ Schedule = Mapping[str, Mapping[str, float]]  # label of an expert -> tensor -> 
 
 @dataclass(frozen=True)
 class MergeSource:
-    """A checkpoint that goes into a merge.
-
-    Attributes:
-        digest: of its content: a commit sha, or a digest of a folder's files; with its base's.
-        parameters: the source's own settings, which override the recipe's.
-        weights: tensor -> factor on its weight, set by a guide.
-    """
+    """A checkpoint that goes into a merge."""
 
     checkpoint: Checkpoint
-    digest: str
-    parameters: Settings = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    digest: str  # of its content: a commit sha, or a digest of a folder's files; with its base's
+    parameters: Settings = field(default_factory=dict)  # its own, which override the recipe's
+    weights: Mapping[str, float] = field(default_factory=dict)  # a guide's factor for each tensor
 
     @property
     def label(self) -> str:
@@ -401,32 +395,20 @@ def _require_schedule_fits(settings: MergeSettings, schedule: Schedule) -> None:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Second moments of the inputs of one expert's matrices.
+    """Second moments of the inputs of one expert's matrices, in files of their own."""
 
-    Attributes:
-        label: of their files, in the `Locations` of the merge.
-        digest: of their content.
-        grams: tensor of the output -> its second moments; tensors without any are left out.
-    """
-
-    label: str
-    digest: str
-    grams: Mapping[str, Gram]
+    label: str  # of the files, in the `Locations` of the merge
+    digest: str  # of their content
+    grams: Mapping[str, Gram]  # by the tensors of the output
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """Tensors of the output that were fitted with statistics and are copied into it.
+    """Tensors that were fitted with statistics and are copied into the output."""
 
-    Attributes:
-        label: of their files, in the `Locations` of the merge.
-        digest: of their content.
-        tensors: by the names of the output.
-    """
-
-    label: str
-    digest: str
-    tensors: Mapping[str, TensorHeader]
+    label: str  # of their files, in the `Locations` of the merge
+    digest: str  # of their content
+    tensors: Mapping[str, TensorHeader]  # by the names of the output
 
 
 def with_statistics(plan: MergePlan, statistics: Sequence[Statistics] | Fitted) -> MergePlan:

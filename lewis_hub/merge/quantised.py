@@ -55,10 +55,7 @@ E8M0 = np.ldexp(1.0, np.arange(256) - 128).astype(np.float32)  # halved, so that
 class ScaledReader:
     """Reads the tensors of a source; quantised tensors become float32. Threads may share it.
 
-    A value is (code - zero) * scale of its block, rounded once: it depends only on its position.
-
-    Args:
-        files: of the source.
+    A value is (code - zero) * scale of its block, rounded once.
     """
 
     def __init__(self, files: Reader) -> None:
@@ -122,8 +119,10 @@ class ScaledReader:
         """The scales of a tensor, cached; two threads may both read them."""
         held = self._held.get(tensor.name)
         if held is None:
-            read = _four_bit if isinstance(scaled, FourBit) else _block_scales
-            held = read(self._files, tensor, scaled)
+            if isinstance(scaled, FourBit):
+                held = _four_bit(self._files, scaled)
+            else:
+                held = _block_scales(self._files, tensor, scaled)
             with self._holding:
                 self._held[tensor.name] = held
                 while len(self._held) > 1 and sum(map(_n_bytes, self._held.values())) > HELD_BYTES:
@@ -134,10 +133,7 @@ class ScaledReader:
 def fill_floats(into: memoryview, first_byte: int, read: Callable[[int, int], Floats]) -> None:
     """Fill `into` with bytes of a float32 tensor from `first_byte` on, BLOCK elements at a time.
 
-    Args:
-        into: may begin and end within an element.
-        first_byte: position in the tensor.
-        read: returns the elements [first, first + n) of (first, n).
+    Both ends may lie within an element. `read(first, n)` returns the elements [first, first + n).
     """
     into, stop = into.cast("B"), first_byte + into.nbytes
     for first in range(first_byte // WIDTH, -(-stop // WIDTH), BLOCK):
@@ -175,7 +171,7 @@ def _block_scales(files: Reader, tensor: TensorHeader, scaled: Scaled) -> Decodi
     return Decoding(table, scaled.block[0], groups, scales, zeros)
 
 
-def _four_bit(files: Reader, _: TensorHeader, scaled: FourBit) -> Decoding:
+def _four_bit(files: Reader, scaled: FourBit) -> Decoding:
     """Each block of elements is decoded as a row of a matrix with one scale per row."""
     table = np.zeros(256, np.float32)
     table[:16] = read_floats(files, scaled.table)
@@ -208,12 +204,7 @@ def _groups(
 ) -> npt.NDArray[np.int32]:
     """The group number of each column.
 
-    Args:
-        files: of the source.
-        stored: the numbers; if it is None or all are negative, groups are in order.
-        n_columns: of the matrix.
-        width: columns of a group, if groups are in order.
-        n_groups: that have a scale.
+    If no numbers are stored, or only negative ones, groups of `width` columns are in order.
     """
     in_order = np.arange(n_columns, dtype=np.int32) // np.int32(width)
     if stored is None:
@@ -258,19 +249,12 @@ def _broken(tensor: TensorHeader, problem: str) -> BrokenCheckpointError:
 
 @dataclass(frozen=True)
 class _Panel:
-    """Consecutive rows of a tensor whose codes are stored by columns.
+    """Consecutive rows of a tensor whose codes are stored by columns."""
 
-    Attributes:
-        tensor: its name.
-        first: index of the panel's first element in the tensor.
-        codes: of each element.
-        decoding: of the panel as a matrix of its own.
-    """
-
-    tensor: str
-    first: int
+    tensor: str  # name
+    first: int  # index of the first element in the tensor
     codes: Bytes
-    decoding: Decoding
+    decoding: Decoding  # of the panel as a matrix of its own
 
 
 def _read_panel(files: Reader, tensor: TensorHeader, stored: Transposed, element: int) -> _Panel:

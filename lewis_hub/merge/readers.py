@@ -63,26 +63,15 @@ def input_readers(
 
 @dataclass(frozen=True)
 class Factors:
-    """A low-rank update in float32, as the kernels take it.
+    """A low-rank update in float32."""
 
-    Attributes:
-        left: (rows, rank).
-        right: (rank, columns).
-        lengths: DoRA's factor for each row, or for each column; None for a plain LoRA.
-    """
-
-    left: Floats
-    right: Floats
-    lengths: Floats | None
+    left: Floats  # (rows, rank)
+    right: Floats  # (rank, columns)
+    lengths: Floats | None  # DoRA's factor for each row, or for each column
 
 
 class AdapterReader:
-    """Reads the tensors of a base that an adapter changes. Threads may share it.
-
-    Args:
-        base: of the base.
-        own: of the adapter's files.
-    """
+    """Reads the tensors of a base, changed by an adapter's files. Threads may share it."""
 
     def __init__(self, base: Reader, own: Reader) -> None:
         self._base, self._own = base, own
@@ -146,16 +135,13 @@ class AdapterReader:
 def _lines_of(update: LowRank, factors: Factors, first: int, n: int) -> npt.NDArray[np.int64]:
     """The output of the module that each of n elements belongs to: its row, or its column."""
     places, n_columns = np.arange(first, first + n), factors.right.shape[1]
-    return places % n_columns if update.transposed else places // n_columns
+    lines: npt.NDArray[np.int64]
+    lines = places % n_columns if update.transposed else places // n_columns
+    return lines
 
 
 class AssemblingReader:
-    """Reads one tensor whose rows come from several sources. Threads may share it.
-
-    Args:
-        rows: their origin.
-        sources: the readers that it refers to.
-    """
+    """Reads one tensor whose rows come from several sources. Threads may share it."""
 
     def __init__(self, rows: Assembled, sources: Sequence[Reader]) -> None:
         self._rows, self._sources = rows, sources
@@ -222,12 +208,7 @@ class NanReplacingReader:
     """Reads a tensor whose NaN and infinity are replaced, as `--allow-nan` requires.
 
     The base's value replaces them, so that the task vector is zero there. If the base's value is
-    not finite either, or does not fit the dtype, or there is no base, it is zero. Threads may share
-    the reader.
-
-    Args:
-        own: of the source.
-        base: of the base, and its header of the tensor; None: there is no base.
+    not finite either, or does not fit the dtype, or there is no base, it is zero.
     """
 
     def __init__(self, own: Reader, base: tuple[Reader, TensorHeader] | None) -> None:

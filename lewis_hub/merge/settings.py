@@ -1,17 +1,17 @@
-"""What each tensor's weight, density and options are: the recipe's settings, tensor by tensor.
+"""The settings of each tensor: weights, densities and options, from a recipe's parameters.
 
-The rules are mergekit's. A list of numbers is a gradient over the blocks, the first value at the
-first block and the last at the last; tensors before the blocks take the first, after them the
-last (in mergekit the first as well). In a list of {filter, value} the first filter that is part of
-the tensor's name counts. What a source's own parameters leave open is looked up in the recipe's,
-then the default holds.
+The rules are mergekit's. A list of numbers is a gradient: its first value is that of the first
+block, its last that of the last block. Tensors before the blocks get the first value, tensors after
+them the last (in mergekit also the first). In a list of {filter, value}, the first filter that is
+part of the tensor's name applies. A source's own parameters override the recipe's, and these the
+defaults.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lewis_hub.checkpoint import names
@@ -20,7 +20,7 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import Conditional, Scalar, Setting, Settings
 
 DEFAULTS = {"weight": 1.0, "density": 1.0, "gamma": 0.01, "epsilon": 0.15, "scale": 1.0}
-RANGES = {  # of a source's settings: lowest, highest, what it is
+RANGES = {  # lowest value, highest value, meaning
     "density": (0, 1, "It is the fraction of entries kept."),
     "gamma": (0, 1, "It is the fraction of entries that are dropped for being the largest."),
     "off_diagonal": (0, 1, "It is how much the entries of second moments off the diagonal count."),
@@ -29,38 +29,46 @@ RANGES = {  # of a source's settings: lowest, highest, what it is
     "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
 }
 ANY = (None, "*")
-NOTHING = 1e-6  # of the weights' sizes, added up: float32 cannot tell less from zero
+NOTHING = 1e-6  # a sum of weights below this share of their magnitudes is zero in float32
 
 
-def depths(tensors: Iterable[str]) -> dict[str, float]:
-    """How deep in the model each tensor lies: 0 at the first block, 1 at the last.
-
-    Tensors outside the blocks: 0 for embeddings, 1 for the rest (final norm, head). In a model of
-    several stacks of blocks each has its own first and last. One block alone has depth 1.
-    """
-    tensors = tuple(tensors)
+def last_blocks(tensors: Iterable[str]) -> dict[str, int]:
+    """The number of the last block in each stack of blocks."""
     last: dict[str, int] = {}
     for name in tensors:
         stack, block = names.stack(name), names.block(name)
         if stack is not None and block is not None:
             last[stack] = max(block, last.get(stack, 0))
-    found = {}
+    return last
+
+
+def depths(tensors: Collection[str], first: int = 0) -> dict[str, float]:
+    """The depth of each tensor in its stack of blocks: 0 at the first block, 1 at the last.
+
+    Tensors outside the blocks: 0 for embeddings, 1 for the rest (final norm, head). A single block
+    has depth 1. `first` is the number of the first block.
+    """
+    last, found = last_blocks(tensors), {}
     for name in tensors:
         stack, block = names.stack(name), names.block(name)
         if stack is None or block is None:
             found[name] = 0.0 if names.is_input_side(name) else 1.0
         else:
-            found[name] = block / last[stack] if last[stack] else 1.0
+            n_steps = last[stack] - first
+            found[name] = (block - first) / n_steps if n_steps else 1.0
     return found
 
 
 def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
-    """The setting's value for one tensor; None where no filter of it fits."""
+    """The value of a setting for one tensor; None if none of its filters fits."""
     if not isinstance(setting, tuple):
         return setting
     gradient = [value for value in setting if not isinstance(value, Conditional)]
     if gradient:
-        return _interpolated(gradient, depth)
+        place = depth * (len(gradient) - 1)
+        left = int(place)
+        right = min(left + 1, len(gradient) - 1)
+        return (1 - (place - left)) * gradient[left] + (place - left) * gradient[right]
     for conditional in setting:
         assert isinstance(conditional, Conditional)
         if conditional.filter in ANY or conditional.filter in name:
@@ -69,7 +77,7 @@ def evaluate(setting: Setting, name: str, depth: float) -> Scalar | None:
 
 
 def look_up(setting_name: str, places: Sequence[Settings], name: str, depth: float) -> Any:
-    """The first of `places` that says something of this tensor; None where none does."""
+    """The value for one tensor in the first of `places` that has one; None if none has."""
     for settings in places:
         if setting_name in settings:
             value = evaluate(settings[setting_name], name, depth)
@@ -79,12 +87,10 @@ def look_up(setting_name: str, places: Sequence[Settings], name: str, depth: flo
 
 
 def require_valid(method: Method, common: Settings, per_source: Sequence[Settings]) -> None:
-    """Refuse parameters that the method does not have, or values that it cannot take.
-
-    Needs no checkpoint, so that it can run before any download.
+    """Refuse unknown parameters and invalid values; no checkpoint is needed.
 
     Raises:
-        MergeError: naming the parameter and the nearest known one.
+        MergeError: it names the parameter, and the most similar known one.
     """
     method.require_known(common, per_source=False)
     for settings in per_source:
@@ -108,14 +114,13 @@ def require_valid(method: Method, common: Settings, per_source: Sequence[Setting
 
 
 def require_filters_fit(
-    common: Settings, per_source: Sequence[Settings], tensors: Iterable[str]
+    common: Settings, per_source: Sequence[Settings], tensors: Collection[str]
 ) -> None:
-    """Refuse a filter that is part of no tensor's name: it would silently do nothing.
+    """Refuse a filter that is part of no tensor's name.
 
     Raises:
-        MergeError: naming the filter and the nearest component.
+        MergeError: it names the filter, and the most similar component.
     """
-    tensors = tuple(tensors)
     for settings in (common, *per_source):
         for name, setting in settings.items():
             for conditional in setting if isinstance(setting, tuple) else ():
@@ -125,21 +130,13 @@ def require_filters_fit(
                     raise _unused(name, conditional.filter, tensors)
 
 
-def _unused(name: str, given: str, tensors: Sequence[str]) -> MergeError:
+def _unused(name: str, given: str, tensors: Collection[str]) -> MergeError:
     components = dict.fromkeys(names.component(tensor) for tensor in tensors)
     parts = dict.fromkeys(part for c in components for part in (c, *c.split(".")))
     near = difflib.get_close_matches(given, parts, n=1, cutoff=0.4)
     hint = f"Did you mean `{near[0]}`?" if near else f"Components: {', '.join(components)}."
     problem = f"the filter `{given}` is part of no tensor's name"
     return MergeError(f"parameter `{name}`", problem, hint)
-
-
-def _interpolated(gradient: Sequence[float], depth: float) -> float:
-    place = depth * (len(gradient) - 1)
-    left = int(place)
-    right = min(left + 1, len(gradient) - 1)
-    share = place - left
-    return (1 - share) * gradient[left] + share * gradient[right]
 
 
 def _values(setting: Any) -> list[Scalar]:
@@ -184,10 +181,10 @@ def _require_among(name: str, setting: Setting, method: Method) -> None:
 
 
 def options_of(method: Method, common: Settings, name: str, depth: float) -> Mapping[str, Any]:
-    """The method's options for one tensor, by the recipe's names, in the order of the method.
+    """The method's options for one tensor, by the recipe's names.
 
     Raises:
-        MergeError: an option that must be given has no filter that fits this tensor.
+        MergeError: no filter of a required option fits this tensor.
     """
     found = {}
     for option, default in method.options.items():
@@ -203,17 +200,13 @@ def options_of(method: Method, common: Settings, name: str, depth: float) -> Map
 def require_divisor(
     method: Method, options: Mapping[str, Any], weights: Sequence[float], name: str
 ) -> None:
-    """Refuse weights that the models would be divided by and that add up to zero, or are negative.
-
-    Second moments that count for less than nothing make no system that can be solved.
-    """
+    """Refuse weights whose sum is a divisor and zero, and negative weights of second moments."""
     if method.needs_grams and (min(weights) < 0 or not sum(weights)):
         listed = ", ".join(f"{w:g}" for w in weights)
         problem = f"`{method.name}` cannot merge {name} with the weights {listed}"
         remedy = "Set all weights to 0 or more, and at least one above 0."
         raise MergeError("parameter `weight`", problem, remedy)
-    models = [] if method.takes_task_vectors else ["normalize", "normalize_weights"]
-    for option in models:
+    for option in () if method.takes_task_vectors else ("normalize", "normalize_weights"):
         if options.get(option) and abs(sum(weights)) <= NOTHING * sum(map(abs, weights)):
             problem = f"the weights of {name} add up to zero"
             remedy = f"Change one, or set `{option}: false`."

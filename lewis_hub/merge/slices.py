@@ -1,7 +1,7 @@
-"""Layer stacking: the blocks of the output are numbered through slices of the sources.
+"""Stacks: the blocks of the output are slices of the sources, renumbered in order.
 
-A slice is a merge of its own, of checkpoints that were cut and renumbered: settings are looked up
-at the source in the slice, then at the slice, then in the recipe; a gradient runs over the slice.
+Each slice is a merge of its own, of checkpoints that contain only its blocks. A setting is looked
+up at the source in the slice, then at the slice, then in the recipe. A gradient spans one slice.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import MergeError
-from lewis_hub.merge import settings
-from lewis_hub.merge import settings as parameters
 from lewis_hub.merge.alignment import Alignment
 from lewis_hub.merge.compare import Mismatch, compare
 from lewis_hub.merge.plan import (
@@ -29,104 +27,22 @@ from lewis_hub.merge.plan import (
     plan_tensors,
     require_mergeable,
 )
+from lewis_hub.merge.settings import depths, last_blocks, require_filters_fit
 from lewis_hub.recipe.schema import Conditional, Setting, Settings
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a slice lies in the output.
-
-    Attributes:
-        first: number of its first block.
-        is_first: whether the tensors before the blocks (embeddings) are its own.
-        is_last: whether those after them (final norm, head) are.
-    """
-
-    first: int
-    n_blocks: int
-    is_first: bool
-    is_last: bool
-
-
-def count_blocks(checkpoint: Checkpoint) -> int:
-    """How many blocks a model has.
-
-    Raises:
-        MergeError: it has none, or several stacks of them.
-    """
-    last: dict[str, int] = {}
-    for name in checkpoint.tensors:
-        stack, number = names.stack(name), names.block(name)
-        if stack is not None and number is not None:
-            last[stack] = max(number, last.get(stack, 0))
-    if len(last) != 1:
-        found = f"several stacks of blocks ({', '.join(sorted(last))})" if last else "no blocks"
-        problem = f"{checkpoint.label} has {found}, and slices cut one stack"
-        raise MergeError("slices", problem, "List whole models under `models`.")
-    return next(iter(last.values())) + 1
-
-
-def cut(checkpoint: Checkpoint, blocks: range, place: Place) -> Checkpoint:
-    """What of a model goes into a slice, by its names in the output."""
-    inside, found = _by_block(checkpoint), dict[str, TensorHeader]()
-    outside = inside.get(None, {})
-    before = {name: tensor for name, tensor in outside.items() if names.is_input_side(name)}
-    if place.is_first:
-        found |= before
-    for number, block in enumerate(blocks, start=place.first):
-        for name, tensor in inside.get(block, {}).items():
-            found[names.renumbered(name, number)] = tensor
-    if place.is_last:
-        found |= {name: tensor for name, tensor in outside.items() if name not in before}
-    return replace(checkpoint, tensors=found)
-
-
-def depths(checkpoint: Checkpoint, place: Place) -> dict[str, float]:
-    """How deep in its slice each tensor lies, as `parameters.depths` has it for whole models."""
-    numbers = {name: names.block(name) for name in checkpoint.tensors}
-    own = {
-        name: name if number is None else names.renumbered(name, number - place.first)
-        for name, number in numbers.items()
-    }
-    found = settings.depths(own.values())
-    return {name: found[own_name] for name, own_name in own.items()}
-
-
-def misfits(
-    donor: Checkpoint, made: Checkpoint, place: Place, assembled: Collection[str] = ()
-) -> tuple[Mismatch, ...]:
-    """Hold what a slice makes against the model whose configuration says what will be loaded.
-
-    A block fits where its tensors are those of some block of the donor. Tensors that are
-    `assembled` row by row may have other numbers of rows.
-    """
-    expected = dict(cut(donor, range(0), place).tensors)
-    templates, blocks = _by_block(donor), _by_block(made)
-    shapes = {number: _shapes(block) for number, block in templates.items() if number is not None}
-    for number in range(place.first, place.first + place.n_blocks):
-        own = _shapes(blocks.get(number, {}))
-        alike = next((n for n, found in shapes.items() if found == own), min(shapes))
-        for name, tensor in templates[alike].items():
-            renamed = names.renumbered(name, number)
-            expected[renamed] = replace(tensor, name=renamed)
-    return compare(replace(donor, tensors=expected), [made], assembled=assembled)
-
-
-def _by_block(checkpoint: Checkpoint) -> Mapping[int | None, dict[str, TensorHeader]]:
-    """The tensors of each block; under None those outside of the blocks."""
-    found: defaultdict[int | None, dict[str, TensorHeader]] = defaultdict(dict)
-    for name, tensor in checkpoint.tensors.items():
-        found[names.block(name)][name] = tensor
-    return found
-
-
-def _shapes(block: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
-    """By what a tensor is, in whichever block."""
-    return {names.renumbered(name, 0): tensor.shape for name, tensor in block.items()}
-
-
-STAND_IN = "`missing: base`"  # what can be asked for whole models
+STAND_IN = "`missing: base`"  # a remedy for whole models only
 UNLIKE = "Stack blocks that hold the same tensors, as models of one architecture do."
+COUNTS = (  # keys of the number of blocks in configurations of transformers
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "depth",
+)
+TEXT = "text_config"  # key of the language model's configuration in a multimodal model's
+NOT_BY_BLOCK = ("architectures", "token_id")  # parts of the keys of lists without entries per block
 
 
 @dataclass(frozen=True)
@@ -139,12 +55,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class MergeSlice:
-    """The next blocks of the output: one block of each source makes one.
+    """The next blocks of the output, each merged from one block of each source.
 
     Attributes:
-        base: None for a method that takes none.
-        experts: of as many blocks as the base, in the recipe's order; at least one.
-        parameters: for all of them; a source's own go first, and the recipe's hold otherwise.
+        base: None for a method without a base.
+        experts: at least one, in the recipe's order, each with as many blocks as the base.
+        parameters: of the slice; a source's own override them, and they override the recipe's.
     """
 
     base: Blocks | None
@@ -152,27 +68,22 @@ class MergeSlice:
     parameters: Settings = field(default_factory=dict)
 
     @property
-    def sources(self) -> tuple[Blocks, ...]:
-        """The base first."""
-        return (self.base, *self.experts) if self.base else self.experts
-
-    @property
     def n_blocks(self) -> int:
-        """Of the output."""
-        return len(self.sources[0].numbers)
+        """The number of blocks in the output."""
+        return len((self.base or self.experts[0]).numbers)
 
 
 @dataclass(frozen=True)
 class StackSettings:
-    """What is stacked, and how.
+    """The slices of a stack, and how they are merged.
 
     Attributes:
-        slices: from the input side to the head.
-        donor: whose configuration the output has, with another number of blocks.
-        parameters: the recipe's own, for all slices.
+        slices: from the embeddings to the head.
+        donor: the source of the configuration, in which the number of blocks is changed.
+        parameters: the recipe's, for all slices.
         dtype: of the output; None keeps that of each tensor's first source.
         seed: of random methods.
-        alignment: of vocabularies that differ; None where row i means the same in all sources.
+        alignment: of different vocabularies; None: row i is the same token in all sources.
     """
 
     method: str
@@ -185,12 +96,17 @@ class StackSettings:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A slice as a merge of its own: its checkpoints' tensors go by their names in the output."""
+class _Place:
+    """The position of a slice in the output."""
 
-    where: str
-    place: Place
-    settings: MergeSettings
+    where: str  # the slice, for messages
+    first: int  # number of its first block
+    n_blocks: int
+    is_first: bool  # has the tensors before the blocks (embeddings)
+    is_last: bool  # has the tensors after the blocks (final norm, head)
+
+
+_Parts = Mapping[_Place, MergeSettings]  # the merge of each slice
 
 
 def make_stacked_plan(
@@ -199,60 +115,95 @@ def make_stacked_plan(
     """Plan a stack from headers alone.
 
     Args:
-        settings: what is stacked, and how.
-        max_shard_bytes: largest output file, unless a single tensor is larger.
-        schedule: a guide's densities by names in the output; they go before those of `settings`.
+        settings: the slices, and how they are merged.
+        max_shard_bytes: limit for a file; a larger tensor gets a file of its own.
+        schedule: densities of a guide by names of the output, which override those of `settings`.
 
     Raises:
-        MergeError: unknown method or parameter, a filter that fits no tensor, a range outside of
-            its model, or sources that do not fit together or under the donor's configuration.
+        MergeError: a method or parameter is unknown, a filter names no tensor, a model lacks
+            blocks, or sources do not fit together or the donor's configuration.
     """
     parts = _parts(settings)
     _require_fit(settings, parts)
-    sources = {source.label: source for part in parts for source in part.settings.sources}
+    sources = {source.label: source for merge in parts.values() for source in merge.sources}
     numbers = {label: number for number, label in enumerate(sources)}
     made: dict[str, TensorPlan] = {}
-    for part in parts:
-        own = part.settings.sources
-        at_depth = depths(own[0].checkpoint, part.place)
-        for name, tensor in plan_tensors(part.settings, at_depth, schedule or {}).items():
-            counted = tuple(numbers[own[place].label] for place in tensor.sources)
-            made[name] = replace(tensor, sources=counted)
+    for place, merge in parts.items():
+        labels = [source.label for source in merge.sources]
+        at_depth = depths(merge.sources[0].checkpoint.tensors, place.first)
+        for name, tensor in plan_tensors(merge, at_depth, schedule or {}).items():
+            own = tuple(numbers[labels[source]] for source in tensor.sources)
+            made[name] = replace(tensor, sources=own)
     return plan_shards(settings.method, tuple(sources.values()), made, max_shard_bytes)
 
 
-def _parts(settings: StackSettings) -> list[_Part]:
-    parts, first = [], 0
+def count_blocks(checkpoint: Checkpoint) -> int:
+    """The number of blocks of a model.
+
+    Raises:
+        MergeError: it has none, or several stacks of them.
+    """
+    last = last_blocks(checkpoint.tensors)
+    if len(last) != 1:
+        found = f"several stacks of blocks ({', '.join(sorted(last))})" if last else "no blocks"
+        problem = f"{checkpoint.label} has {found}, and slices cut one stack"
+        raise MergeError("slices", problem, "List whole models under `models`.")
+    return next(iter(last.values())) + 1
+
+
+def _parts(settings: StackSettings) -> _Parts:
+    parts, first = {}, 0
     for index, one in enumerate(settings.slices):
         is_last = index == len(settings.slices) - 1
-        place = Place(first, one.n_blocks, is_first=index == 0, is_last=is_last)
-        where = f"slices[{index}]"
-        merged = MergeSettings(
+        place = _Place(f"slices[{index}]", first, one.n_blocks, index == 0, is_last)
+        parts[place] = MergeSettings(
             settings.method,
-            _cut(where, one.base, place) if one.base else None,
-            tuple(_cut(where, blocks, place) for blocks in one.experts),
-            overlaid(one.parameters, settings.parameters),
+            _cut_source(one.base, place) if one.base else None,
+            tuple(_cut_source(blocks, place) for blocks in one.experts),
+            _overridden(settings.parameters, one.parameters),
             settings.dtype,
             settings.seed,
             alignment=settings.alignment,
         )
-        parts.append(_Part(where, place, merged))
         first += one.n_blocks
     return parts
 
 
-def _cut(where: str, blocks: Blocks, place: Place) -> MergeSource:
+def _cut_source(blocks: Blocks, place: _Place) -> MergeSource:
     checkpoint, wanted = blocks.source.checkpoint, blocks.numbers
     n_blocks = count_blocks(checkpoint)
     if wanted.stop > n_blocks:
         problem = f"{checkpoint.label} has no blocks [{wanted.start}, {wanted.stop}]"
         remedy = f"It has {n_blocks} blocks: [0, {n_blocks}] are all of them."
-        raise MergeError(where, problem, remedy)
-    return replace(blocks.source, checkpoint=cut(checkpoint, wanted, place))
+        raise MergeError(place.where, problem, remedy)
+    return replace(blocks.source, checkpoint=_cut(checkpoint, wanted, place))
 
 
-def overlaid(own: Settings, common: Settings) -> dict[str, Setting]:
-    """The slice's settings; where no filter of one fits, the recipe's holds."""
+def _cut(checkpoint: Checkpoint, blocks: range, place: _Place) -> Checkpoint:
+    """The tensors of a model that belong to a slice, by their names in the output."""
+    by_block, found = _by_block(checkpoint), dict[str, TensorHeader]()
+    outside = by_block.get(None, {})
+    before = {name: tensor for name, tensor in outside.items() if names.is_input_side(name)}
+    if place.is_first:
+        found |= before
+    for number, block in enumerate(blocks, start=place.first):
+        for name, tensor in by_block.get(block, {}).items():
+            found[names.renumbered(name, number)] = tensor
+    if place.is_last:
+        found |= {name: tensor for name, tensor in outside.items() if name not in before}
+    return replace(checkpoint, tensors=found)
+
+
+def _by_block(checkpoint: Checkpoint) -> Mapping[int | None, dict[str, TensorHeader]]:
+    """The tensors of each block; those outside the blocks are under None."""
+    found: defaultdict[int | None, dict[str, TensorHeader]] = defaultdict(dict)
+    for name, tensor in checkpoint.tensors.items():
+        found[names.block(name)][name] = tensor
+    return found
+
+
+def _overridden(common: Settings, own: Settings) -> dict[str, Setting]:
+    """A slice's settings and the recipe's, which hold where no filter of the slice's fits."""
     found = dict(common) | dict(own)
     for name in own.keys() & common.keys():
         setting = own[name]
@@ -262,77 +213,79 @@ def overlaid(own: Settings, common: Settings) -> dict[str, Setting]:
 
 
 def _conditions(setting: Setting) -> tuple[Conditional, ...]:
-    whole = setting if isinstance(setting, tuple) else ()
-    found = tuple(one for one in whole if isinstance(one, Conditional))
-    return found or (Conditional(value=setting),)
+    values = setting if isinstance(setting, tuple) else ()
+    conditions = tuple(value for value in values if isinstance(value, Conditional))
+    return conditions or (Conditional(value=setting),)
 
 
-def _require_fit(settings: StackSettings, parts: Sequence[_Part]) -> None:
-    for part in parts:
-        _require_givers(settings.alignment, part)
+def _require_fit(settings: StackSettings, parts: _Parts) -> None:
+    assembled = settings.alignment.tensors if settings.alignment else frozenset()
+    for place, merge in parts.items():
+        _require_own_overrides(settings.alignment, place, merge.sources)
         try:
-            require_mergeable(part.settings)
+            require_mergeable(merge)
         except MergeError as error:
-            where = f"{part.where}, {error.where}"
+            where = f"{place.where}, {error.where}"
             remedy = UNLIKE if STAND_IN in error.remedy else error.remedy
             raise MergeError(where, error.problem, remedy) from None
-        made = part.settings.sources[0].checkpoint
-        assembled = settings.alignment.tensors if settings.alignment else ()
-        for found in misfits(settings.donor, made, part.place, assembled):
+        made = merge.sources[0].checkpoint
+        for found in _mismatches(settings.donor, made, place, assembled):
             remedy = UNLIKE if found.kind in ("missing", "extra", "tied") else found.remedy
-            raise MergeError(part.where, f"{found.source} {found.problem}", remedy)
-    given = [place for part in parts for place in _given(part.settings)]
-    known = dict.fromkeys(name for part in parts for name in _names(part.settings))
-    parameters.require_filters_fit(settings.parameters, given, known)
+            raise MergeError(place.where, f"{found.source} {found.problem}", remedy)
+    own: list[Settings] = []
+    known: dict[str, None] = {}  # names in the output and in the sources
+    for merge in parts.values():
+        own += [merge.parameters, *(source.parameters for source in merge.experts)]
+        for source in merge.sources:
+            for name, tensor in source.checkpoint.tensors.items():
+                known |= {name: None, tensor.name: None}
+    require_filters_fit(settings.parameters, own, known)
 
 
-def _require_givers(alignment: Alignment | None, part: _Part) -> None:
-    """Rows that stand in for tokens are read from the slice's own sources."""
-    if (
-        alignment is None
-        or not alignment.tensors & part.settings.sources[0].checkpoint.tensors.keys()
-    ):
+def _require_own_overrides(
+    alignment: Alignment | None, place: _Place, sources: Sequence[MergeSource]
+) -> None:
+    """Refuse the row of a token from a model that is no source of the slice."""
+    if alignment is None or not alignment.tensors & sources[0].checkpoint.tensors.keys():
         return
-    labels = [source.label for source in part.settings.sources]
+    labels = [source.label for source in sources]
     for override in alignment.overrides.values():
         if override.source is not None and override.source not in labels:
             problem = (
                 f"a token takes its row from {override.source}, but this slice does not use it"
             )
             remedy = "Rows of tokens come from the first slice's sources, of the head from the "
-            raise MergeError(part.where, problem, remedy + "last's: name one of them.")
+            raise MergeError(place.where, problem, remedy + "last's: name one of them.")
 
 
-def _given(settings: MergeSettings) -> list[Settings]:
-    return [settings.parameters, *(source.parameters for source in settings.experts)]
+def _mismatches(
+    donor: Checkpoint, made: Checkpoint, place: _Place, assembled: Collection[str]
+) -> tuple[Mismatch, ...]:
+    """Compare the tensors of a slice with those that the donor's configuration requires.
+
+    A block fits if it has the tensors of some block of the donor. Tensors that are `assembled` may
+    differ in their numbers of rows.
+    """
+    expected = dict(_cut(donor, range(0), place).tensors)
+    templates, blocks = _by_block(donor), _by_block(made)
+    shapes = {number: _shapes(block) for number, block in templates.items() if number is not None}
+    for number in range(place.first, place.first + place.n_blocks):
+        own = _shapes(blocks.get(number, {}))
+        alike = next((n for n, found in shapes.items() if found == own), min(shapes))
+        for name, tensor in templates[alike].items():
+            renamed = names.renumbered(name, number)
+            expected[renamed] = replace(tensor, name=renamed)
+    return compare(replace(donor, tensors=expected), [made], assembled=assembled)
 
 
-def _names(settings: MergeSettings) -> list[str]:
-    """All that a filter may be part of: names in the output and in the sources."""
-    return [
-        name
-        for source in settings.sources
-        for own, tensor in source.checkpoint.tensors.items()
-        for name in (own, tensor.name)
-    ]
-
-
-COUNTS = (  # what transformers calls the number of blocks, by architecture
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "decoder_layers",
-    "encoder_layers",
-    "depth",
-)
-TEXT = "text_config"  # of the language part of a model of several parts
-NOT_BY_BLOCK = ("architectures", "token_id")  # parts of names of lists that count something else
+def _shapes(block: Mapping[str, TensorHeader]) -> dict[str, tuple[int, ...]]:
+    """Shapes by names that do not depend on the number of the block."""
+    return {names.renumbered(name, 0): tensor.shape for name, tensor in block.items()}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A source's configuration, and how many blocks its weights have."""
+    """A source's configuration, and the number of blocks of its weights."""
 
     label: str
     config: Mapping[str, Any]
@@ -341,37 +294,30 @@ class Model:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a block of the output is made from: this block of this model, before others."""
+    """The block of the first source that a block of the output is merged from."""
 
     model: Model
     block: int
 
 
 def stacked_config(donor: Model, origins: Sequence[Origin]) -> dict[str, Any]:
-    """Say the new number of blocks wherever the donor's configuration says its own.
+    """Return the donor's configuration with the stack's number of blocks.
 
-    Lists of one entry a block, such as `layer_types`, follow the blocks.
-
-    Args:
-        donor: whose configuration it is otherwise.
-        origins: one a block of the output.
+    Lists with an entry per block, such as `layer_types`, get the entries of the blocks' sources.
 
     Raises:
-        MergeError: it says nowhere how many blocks there are, or such a list cannot follow.
+        MergeError: it does not contain the number of blocks, or such a list cannot be changed.
     """
-    if not any(_counts(part, donor.n_blocks) for part in _configuration_parts(donor.config)):
+    text = donor.config.get(TEXT)
+    parts = [donor.config, text] if isinstance(text, Mapping) else [donor.config]
+    if not any(_counts(part, donor.n_blocks) for part in parts):
         problem = f"its config.json says nowhere that there are {donor.n_blocks} blocks"
         remedy = f"One of {', '.join(COUNTS)} has to: mend it, or use another `base_model`."
         raise MergeError(donor.label, problem, remedy)
     found = _stacked(donor, donor.config, origins, ())
-    if isinstance(text := donor.config.get(TEXT), Mapping):
+    if isinstance(text, Mapping):
         found[TEXT] = _stacked(donor, text, origins, (TEXT,))
     return found
-
-
-def _configuration_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    text = config.get(TEXT)
-    return [config, text] if isinstance(text, Mapping) else [config]
 
 
 def _counts(config: Mapping[str, Any], n_blocks: int) -> list[str]:
@@ -383,14 +329,14 @@ def _stacked(
 ) -> dict[str, Any]:
     found = dict(config) | dict.fromkeys(_counts(config, donor.n_blocks), len(origins))
     for key, value in config.items():
-        named = any(part in key for part in NOT_BY_BLOCK)
-        if isinstance(value, list) and len(value) == donor.n_blocks and not named:
+        is_by_block = isinstance(value, list) and len(value) == donor.n_blocks
+        if is_by_block and not any(part in key for part in NOT_BY_BLOCK):
             found[key] = [_entry(value, origin, (*path, key)) for origin in origins]
     return found
 
 
 def _entry(donors: list[Any], origin: Origin, path: tuple[str, ...]) -> Any:
-    """A list's entry for one block: its own model's, or the donor's where all are alike."""
+    """The entry of one block in its own model's list, or in the donor's if all are equal."""
     own: Any = origin.model.config
     for key in path:
         own = own.get(key) if isinstance(own, Mapping) else None

@@ -1,20 +1,44 @@
-"""How large an expert's task vectors are, piece by piece from the files."""
+"""Task vectors of one expert: their size, and a LoRA adapter that approximates them.
+
+In an adapter, matrices of the blocks become low-rank updates. All other tensors that differ from
+the base (norms, biases, embeddings, head) are stored whole, so that only the rank is lost.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
-from lewis_hub.checkpoint.reader import Checkpoint, Reader
+from lewis_hub.checkpoint.lora import PREFIX
+from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
+from lewis_hub.errors import MergeError, NonFiniteError
+from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.kernels.operands import Floats
 from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
 from lewis_hub.progress import Advance
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 PIECE = 1 << 18  # elements that are read together
+WEIGHT, BIAS = ".weight", ".bias"
+OVERSAMPLED = 10  # directions that are iterated in addition to those that are kept
+N_ROUNDS = 6  # of the iteration; each sharpens the gap between singular values
+SEED = 0
+FIRST_RANK = 8
 
 
 def relative_changes(
@@ -24,25 +48,25 @@ def relative_changes(
     runner: Runner,
     advance: Advance,
 ) -> dict[str, float]:
-    """Of each tensor ‖expert - base‖ / ‖base‖, by the Frobenius norm.
+    """Return ‖expert - base‖ / ‖base‖ of each tensor, by the Frobenius norm.
 
-    Args:
-        base: headers, and where the tensors are read.
-        expert: likewise. A tensor that it lacks counts as the base's.
-        tensors: names of floating-point tensors of the base; of one shape in both.
-        runner: works on several tensors at a time; the result is the same whichever it is.
-        advance: called with the number of elements done.
-
-    Returns:
-        In the order of `tensors`. Entries that are not finite count for nothing: the merge refuses
-        or mends them. Where the base is zero and the expert is not: 1.
+    A tensor that the expert lacks counts as the base's. Entries that are not finite are ignored, as
+    the merge refuses or replaces them. If the base is zero and the expert is not, the ratio is 1.
+    `advance` is called with the number of elements done.
     """
 
     def change(name: str) -> tuple[float, int]:
         of_base, of_expert = base[0].tensors[name], expert[0].tensors.get(name)
         if of_expert is None or of_base.dtype not in MERGEABLE:
             return 0.0, of_base.n_elements
-        return _change(base[1], of_base, expert[1], of_expert), of_base.n_elements
+        difference = norm = 0.0
+        for first in range(0, of_base.n_elements, PIECE):
+            n = min(PIECE, of_base.n_elements - first)
+            before = read_floats(base[1], of_base, first, n)
+            after = read_floats(expert[1], of_expert, first, n)
+            difference += _square_sum(after - before)
+            norm += _square_sum(before)
+        return sqrt(difference / norm) if norm else float(difference > 0), of_base.n_elements
 
     found = {}
     for name, (value, n_elements) in zip(tensors, runner.map(change, tensors), strict=True):
@@ -51,19 +75,224 @@ def relative_changes(
     return found
 
 
-def _change(base: Reader, of_base: TensorHeader, expert: Reader, of_expert: TensorHeader) -> float:
-    difference = norm = 0.0
-    for first in range(0, of_base.n_elements, PIECE):
-        n = min(PIECE, of_base.n_elements - first)
-        before, after = (
-            read_floats(base, of_base, first, n),
-            read_floats(expert, of_expert, first, n),
-        )
-        difference += _square_sum(after - before)
-        norm += _square_sum(before)
-    return sqrt(difference / norm) if norm else float(difference > 0)
-
-
 def _square_sum(values: Floats) -> float:
     finite = values[np.isfinite(values)]
     return float(np.square(finite, dtype=np.float64).sum())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The rank of a low-rank update, and its error as a share of the task vector's norm."""
+
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An adapter on disk.
+
+    Attributes:
+        fits: module -> its low-rank update.
+        whole: tensors that are stored whole.
+        n_bytes: of the adapter's weights.
+        files: their names.
+    """
+
+    fits: Mapping[str, Fit]
+    whole: tuple[str, ...]
+    n_bytes: int
+    files: tuple[str, ...] = ADAPTERS
+
+
+def extract(
+    base: tuple[Checkpoint, Reader],
+    expert: tuple[Checkpoint, Reader],
+    most: int | None,
+    error: float,
+    output: Path,
+    advance: Advance,
+) -> Extracted:
+    """Write `adapter_model.safetensors` and `adapter_config.json` into a folder; imports torch.
+
+    Args:
+        base: headers and reader.
+        expert: the same of the fine-tuned model; its tensors fit the base's.
+        most: highest rank of an update; None: no limit.
+        error: each module gets the lowest rank within this error; 0: the highest rank.
+        output: the folder.
+        advance: called with the number of elements done.
+
+    Raises:
+        MergeError: the models are equal, or an adapter cannot store their difference.
+        NonFiniteError: a task vector holds NaN or infinity.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    held: dict[str, Tensor] = {}
+    fits: dict[str, Fit] = {}
+    whole: list[str] = []
+    whole_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32, F16=torch.float16)
+    factor_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32)  # float16 overflows
+    for name, header in base[0].tensors.items():
+        if header.dtype in MERGEABLE:
+            dtype, module = expert[0].tensors[name].dtype, names.module(name)
+            theirs = read_tensor(expert[1], expert[0].tensors[name])
+            change = theirs - read_tensor(base[1], header)
+            if not change.isfinite().all():
+                remedy = "That model is broken: use another revision of it."
+                raise NonFiniteError(name, expert[0].label, remedy)
+            if change.any() and _is_update(header, base[0]):
+                found = fit(change, most or min(change.shape), error, factor_dtypes[dtype])
+                held[f"{PREFIX}{module}.lora_A.weight"] = found.right.contiguous()
+                held[f"{PREFIX}{module}.lora_B.weight"] = found.left.contiguous()
+                fits[module] = Fit(found.rank, found.error)
+            elif change.any():
+                held[f"{PREFIX}{name}"] = theirs.to(whole_dtypes[dtype])
+                whole.append(name)
+            advance(header.n_elements)
+    if not held:
+        problem = "it is equal to the base, so there is nothing to extract"
+        raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
+    settings, weights = ADAPTERS
+    save_file(held, output / weights, {"format": "pt"})
+    config = json.dumps(_config(base[0].label, fits, whole), indent=2) + "\n"
+    (output / settings).write_text(config, encoding="utf-8")
+    return Extracted(fits, tuple(whole), (output / weights).stat().st_size)
+
+
+def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
+    """Whether a tensor can be a low-rank update: a matrix of a block, (out, in) as in a Linear.
+
+    Raises:
+        MergeError: PEFT has no adapter for it.
+    """
+    shape = f"{tensor.name} of shape {list(tensor.shape)}"
+    remedy = "Publish the whole model instead."
+    if names.block(tensor.name) is None:
+        return False
+    if not tensor.name.endswith(WEIGHT):
+        if len(tensor.shape) > 1:
+            raise MergeError(base.label, f"{shape} is no module's weight", remedy)
+        return False
+    if len(tensor.shape) > 2:
+        problem = f"{shape} is no matrix, and an adapter changes matrices"
+        raise MergeError(base.label, problem, remedy)
+    bias = base.tensors.get(f"{names.module(tensor.name)}{BIAS}")
+    if len(tensor.shape) == 2 and bias and bias.shape != tensor.shape[:1]:
+        problem = f"{tensor.name} lies as (in, out), as GPT-2's do"
+        raise MergeError(base.label, problem, "Only models of Linear modules can be extracted.")
+    return len(tensor.shape) == 2
+
+
+def _config(base: str, fits: Mapping[str, Fit], whole: list[str]) -> dict[str, Any]:
+    """PEFT's configuration. Alpha equals the rank everywhere, so that no factor is scaled."""
+    highest = max((fit.rank for fit in fits.values()), default=1)
+    thinner = {module: fit.rank for module, fit in fits.items() if fit.rank != highest}
+    kept = [name for name in whole if not name.endswith(BIAS)]
+    name, _, revision = base.partition("@")
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision or None,
+        "r": highest,
+        "lora_alpha": highest,
+        "rank_pattern": thinner,
+        "alpha_pattern": thinner,
+        "target_modules": sorted({module.rpartition(".")[2] for module in fits}),
+        "modules_to_save": sorted({names.module(name) for name in kept}) or None,
+        "bias": "all" if len(kept) < len(whole) else "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """Two thin matrices whose product approximates a matrix, in the dtype of the file."""
+
+    left: Tensor  # (rows, rank)
+    right: Tensor  # (rank, columns)
+    error: float  # Frobenius norm of the difference, as a share of the matrix's
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `left`."""
+        return int(self.left.shape[1])
+
+
+class SingularVectors(NamedTuple):
+    """The first singular vectors and values of a matrix."""
+
+    left: Tensor  # (rows, rank)
+    values: Tensor  # (rank,)
+    right: Tensor  # (rank, columns)
+
+
+def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankFactors:
+    """Approximate a matrix by two thin ones, rounded to the dtype of the file.
+
+    Args:
+        matrix: (rows, columns) float32, not zero.
+        most: highest rank.
+        error: the lowest rank within this error is chosen; 0: the highest rank.
+        dtype: of the factors; float32 instead if rounding alone exceeds the error.
+    """
+    limit = min(most, *matrix.shape)
+    rank = min(limit, FIRST_RANK) if error else limit
+    total = float(matrix.double().square().sum())
+    while True:
+        leading = _leading(matrix, rank)
+        found = _lowest(matrix, leading, error, dtype, total) if error else None
+        if found or rank == limit:
+            return found or _factors(matrix, leading, rank, dtype=dtype, total=total)
+        rank = min(limit, 2 * rank)
+
+
+def _lowest(
+    matrix: Tensor, leading: SingularVectors, error: float, dtype: torch.dtype, total: float
+) -> LowRankFactors | None:
+    """The lowest rank within an error; None if it takes more than the leading vectors."""
+    import torch
+
+    squares = leading.values.double().square()
+    rest = (1 - squares.cumsum(0) / total).clamp(min=0).sqrt()
+    ranks = range(int((rest > error).sum()) + 1, len(squares) + 1)
+    for stored in (dtype, torch.float32):
+        tried = cache(partial(_factors, matrix, leading, dtype=stored, total=total))
+        lowest = bisect_left(ranks, -error, key=partial(_nearness, tried))
+        if lowest < len(ranks):
+            return tried(ranks[lowest])
+    return None
+
+
+def _nearness(tried: Callable[[int], LowRankFactors], rank: int) -> float:
+    """It grows with the rank, as far as rounding allows."""
+    return -tried(rank).error
+
+
+def _factors(
+    matrix: Tensor, leading: SingularVectors, rank: int, *, dtype: torch.dtype, total: float
+) -> LowRankFactors:
+    root = leading.values[:rank].sqrt()
+    left = (leading.left[:, :rank] * root).to(dtype)
+    right = (root[:, None] * leading.right[:rank]).to(dtype)
+    missed = (matrix - left.float() @ right.float()).double().square().sum()
+    return LowRankFactors(left, right, float((missed / total).sqrt()))
+
+
+def _leading(matrix: Tensor, rank: int) -> SingularVectors:
+    """The first singular vectors; by randomised subspace iteration if that is faster."""
+    import torch
+
+    n_directions = min(rank + OVERSAMPLED, *matrix.shape)
+    if 2 * n_directions >= min(matrix.shape):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return SingularVectors(left[:, :rank], values[:rank], right[:rank])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        left, values, columns = torch.svd_lowrank(matrix, n_directions, N_ROUNDS)
+    return SingularVectors(left[:, :rank], values[:rank], columns.T[:rank])

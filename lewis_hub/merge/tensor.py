@@ -204,13 +204,7 @@ def _define(job: TensorJob) -> None:
 def merge_by_definition(
     plan: ShardPlan, tensor: TensorPlan, sources: Sequence[Tensor], moments: Moments
 ) -> Tensor:
-    """Merge one tensor with the method's function, on the device of its sources; imports torch.
-
-    Args:
-        plan: of the tensor's shard.
-        tensor: how it is merged.
-        sources: in float32, one per input of the tensor.
-        moments: of its inputs.
+    """Merge one tensor with the method's function, on the device of its float32 sources.
 
     Returns:
         The result in the output's dtype, contiguous, on the same device.

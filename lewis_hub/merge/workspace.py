@@ -1,4 +1,4 @@
-"""The output folder: it appears whole or not at all, and one run at a time works on it."""
+"""The output folder: it appears when it is complete, and one run at a time works on it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where work happens until it is whole.
+    """The folder in which a run works.
 
     Attributes:
-        output: what the folder will be called.
-        folder: ``OUTPUT.partial``; what an interrupted run left is still there.
-        scratch: for what does not belong to the result; gone when it is finished.
+        output: the path of the finished folder.
+        folder: ``OUTPUT.partial``; it still has the files of an interrupted run.
+        scratch: for files that are not part of the output.
     """
 
     output: Path
@@ -30,13 +30,12 @@ class Workspace:
     scratch: Path
 
     def finish(self, files: Iterable[str]) -> Path:
-        """Keep exactly `files` (relative paths) and give the folder its name.
+        """Delete all but `files` (relative paths) and rename the folder to `output`.
 
-        A folder that has the name already is replaced in two renames; the old one is deleted
-        only when the new one stands.
+        An older folder of this name is deleted after the new one has its name.
 
         Raises:
-            OutputError: what an interrupted run had replaced cannot be deleted.
+            OutputError: an older folder that an interrupted run replaced cannot be deleted.
         """
         keep = set(files)
         for path in sorted(self.folder.rglob("*"), reverse=True):
@@ -48,7 +47,15 @@ class Workspace:
         _sync(self.folder)
         replaced = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
-            _delete(replaced)
+            if replaced.exists():
+                try:
+                    shutil.rmtree(replaced)
+                except OSError as error:
+                    problem = (
+                        f"an interrupted run left it, and it cannot be deleted ({error.strerror})."
+                    )
+                    remedy = "Delete it, then run again: what was made is kept."
+                    raise OutputError(str(replaced), problem, remedy) from None
             self.output.rename(replaced)
         self.folder.rename(self.output)
         _sync(self.output.parent)
@@ -56,21 +63,21 @@ class Workspace:
         return self.output
 
     def discard(self) -> None:
-        """Keep nothing: the result is elsewhere."""
+        """Delete the folder: the result is elsewhere."""
         shutil.rmtree(self.folder)
 
 
 def unfinished(output: Path) -> Path:
-    """Where work on an output happens."""
+    """The folder in which runs for this output work."""
     return output.with_name(output.name + ".partial")
 
 
 @contextmanager
 def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
-    """Work on `output` alone; leaving without `finish` keeps what was done, if anything was.
+    """Open the workspace of `output`. After an error its files are kept, if there are any.
 
     Raises:
-        OutputError: it exists and is not to be replaced, another run works on it, or the
+        OutputError: the output exists and `replace` is false, another run works on it, or the
             folder cannot be written.
     """
     output = output.resolve()
@@ -101,7 +108,7 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
 
 @contextmanager
 def alone_in(folder: Path, output: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is there; `output` is what messages call it.
+    """Lock an existing folder; messages name `output`.
 
     Raises:
         OutputError: another run works on it.
@@ -119,16 +126,6 @@ def alone_in(folder: Path, output: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _delete(folder: Path) -> None:
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-    except OSError as error:
-        problem = f"an interrupted run left it, and it cannot be deleted ({error.strerror})."
-        remedy = "Delete it, then run again: what was made is kept."
-        raise OutputError(str(folder), problem, remedy) from None
 
 
 def _sync(folder: Path) -> None:

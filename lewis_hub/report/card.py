@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
     from lewis_hub.calibration.profile import SourceImportance
-    from lewis_hub.merge.extract_lora import Extracted
+    from lewis_hub.merge.task_vectors import Extracted
 
 DISAGREE = "The licences of the parents differ"
 N_WORST = 5  # modules that an adapter's card lists

@@ -71,7 +71,7 @@ from lewis_hub.workflow.verify import read_lock
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from lewis_hub.merge.extract_lora import Extracted
+    from lewis_hub.merge.task_vectors import Extracted
 
 RANK = 32  # of an adapter's updates, unless a rank or an error is given
 PROFILE = "importance.json"
@@ -172,8 +172,8 @@ def extract_lora(
         >>> {fit.rank for fit in adapter.fits.values()}
         {4}
     """
-    from lewis_hub.merge.extract_lora import extract
     from lewis_hub.merge.quantised import ScaledReader
+    from lewis_hub.merge.task_vectors import extract
 
     output, progress, api = Path(output), progress or Silent(), hub_api()
     most = rank or (None if error else RANK)

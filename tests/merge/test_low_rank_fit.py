@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lewis_hub.merge.extract_lora import fit
+from lewis_hub.merge.task_vectors import fit
 
 
 def spectrum(rows, columns, values, seed=0):
