@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lewis_hub.errors import OutputError
+
+NAME_A_FOLDER = "Name a folder that you may write to with -o."
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def sha256_of(path: Path) -> str:
@@ -38,13 +42,11 @@ def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str 
     """
     free = shutil.disk_usage(existing(folder)).free
     if n_bytes > free:
-        problem = f"{what} need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free."
+        problem = f"{what} need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise OutputError(where or str(folder), problem, f"Free some space, or {remedy}.")
 
 
-def require_writable(
-    folder: Path, remedy: str = "Name a folder that you may write to with -o."
-) -> None:
+def require_writable(folder: Path, remedy: str = NAME_A_FOLDER) -> None:
     """Refuse, before any work, a folder that cannot be written; it may not exist yet.
 
     Raises:
@@ -54,8 +56,14 @@ def require_writable(
         with TemporaryDirectory(prefix=".lewis-hub-", dir=existing(folder)):
             pass
     except OSError as error:
-        problem = f"it cannot be written ({error.strerror})."
-        raise OutputError(str(folder), problem, remedy) from None
+        raise unwritable(folder, error, remedy) from None
+
+
+def unwritable(path: Path, error: OSError, remedy: str = NAME_A_FOLDER) -> OutputError:
+    """The error for a path that cannot be written; a full disk has a remedy of its own."""
+    if error.errno in DISK_FULL:
+        remedy = "Free some space, or name a folder on another disk with -o; then run again."
+    return OutputError(str(path), f"it cannot be written ({error.strerror})", remedy)
 
 
 def existing(folder: Path) -> Path:

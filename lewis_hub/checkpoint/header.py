@@ -40,18 +40,13 @@ class TensorHeader:
 
     A tensor that an adapter changes, or that is quantised, is computed while it is read: then
     `adapted` or `scaled` name the stored tensors that it is computed from.
-
-    Attributes:
-        dtype: as safetensors writes it: BF16, F16, F32, I64, ...
-        shard: the file.
-        start: offset of the first byte from the beginning of the file.
     """
 
     name: str
-    dtype: str
+    dtype: str  # as safetensors writes it: BF16, F16, F32, I64, ...
     shape: tuple[int, ...]
-    shard: str
-    start: int
+    shard: str  # the file
+    start: int  # offset of the first byte from the beginning of the file
     n_bytes: int
     adapted: Adapted | None = None
     scaled: Scaled | FourBit | Transposed | None = None
@@ -76,35 +71,22 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The update that a LoRA adds to a matrix: `scale` times b @ a.
+    """The update that a LoRA adds to a matrix: `scale` times b @ a."""
 
-    Attributes:
-        a: (rank, in), in the adapter's file; of an embedding (rank, vocab_size).
-        b: (out, rank), in the same file.
-        transposed: whether the matrix is stored as (in, out), as embeddings and GPT-2's Conv1D are.
-        magnitude: DoRA's (out,) norms of the updated rows; None for a plain LoRA.
-    """
-
-    a: TensorHeader
-    b: TensorHeader
+    a: TensorHeader  # (rank, in), in the adapter's file; of an embedding (rank, vocab_size)
+    b: TensorHeader  # (out, rank), in the same file
     scale: float
-    transposed: bool
-    magnitude: TensorHeader | None
+    transposed: bool  # whether the matrix is (in, out), as embeddings and GPT-2's Conv1D are
+    magnitude: TensorHeader | None  # DoRA's (out,) norms of the updated rows
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """How an adapter changes one tensor of its base.
-
-    Attributes:
-        base: the tensor in the base.
-        saved: the tensor of the adapter's file that replaces it; None keeps the base's.
-        update: what is added afterwards; None adds nothing.
-    """
+    """How an adapter changes one tensor of its base."""
 
     base: TensorHeader
-    saved: TensorHeader | None
-    update: LowRank | None
+    saved: TensorHeader | None  # of the adapter's file, replaces the base's tensor
+    update: LowRank | None  # added afterwards
 
     @property
     def own(self) -> tuple[TensorHeader, ...]:
@@ -118,62 +100,39 @@ class Adapted:
 class Scaled:
     """A tensor of codes with block scales: value = (code - zero) * scale.
 
-    Attributes:
-        stored: the codes, row by row. Codes in 32-bit words are packed from the lowest bits up,
-            with an offset that makes all of them non-negative.
-        scale: one number a block, row by row.
-        block: rows and columns of a block; the last blocks may be smaller.
-        codes: their type, also where they are packed; INT8 counts in 127ths.
-        zero: one code a block, in the order of the scales or packed down the columns; None: 0.
-        groups: the group number of each column; None, or all negative: groups are in order.
-        measure: a stored tensor that holds the shape; None where no tensor does.
+    Codes in 32-bit words are packed from the lowest bits up, with an offset that makes all of them
+    non-negative. INT8 counts in 127ths.
     """
 
-    stored: TensorHeader
-    scale: TensorHeader
-    block: tuple[int, int]
-    codes: Codes = "F8_E4M3"
-    zero: TensorHeader | None = None
-    groups: TensorHeader | None = None
-    measure: TensorHeader | None = None
+    stored: TensorHeader  # the codes, row by row
+    scale: TensorHeader  # one number a block, row by row
+    block: tuple[int, int]  # rows and columns of a block; the last blocks may be smaller
+    codes: Codes = "F8_E4M3"  # their type, also where they are packed
+    zero: TensorHeader | None = None  # one code a block, as the scales or packed down the columns
+    groups: TensorHeader | None = None  # the group number of each column; all negative: in order
+    measure: TensorHeader | None = None  # holds the shape
 
 
 @dataclass(frozen=True)
 class Nested:
-    """How bitsandbytes' double quantisation stores the scales of `FourBit` in 8 bits.
+    """How bitsandbytes' double quantisation stores the scales of `FourBit` in 8 bits."""
 
-    Attributes:
-        table: (256,) value of each code.
-        scale: one number for every `n_a_block` of them.
-        n_a_block: scales that share a scale.
-        offset: added to each.
-    """
-
-    table: TensorHeader
-    scale: TensorHeader
-    n_a_block: int
-    offset: float
+    table: TensorHeader  # (256,) value of each code
+    scale: TensorHeader  # one number for every `n_a_block` of them
+    n_a_block: int  # scales that share a scale
+    offset: float  # added to each
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """A tensor in 4 bits of bitsandbytes: value = table[code] * scale of its block.
+    """A tensor in 4 bits of bitsandbytes: value = table[code] * scale of its block."""
 
-    Attributes:
-        stored: the codes, two in a byte, the higher bits first.
-        codes: their type.
-        table: (16,) value of each code.
-        scale: one number for every `n_a_block` elements, row by row.
-        n_a_block: elements that share a scale.
-        nested: how the scales are quantised; None: they are floats.
-    """
-
-    stored: TensorHeader
+    stored: TensorHeader  # the codes, two in a byte, the higher bits first
     codes: Literal["NF4", "FP4"]
-    table: TensorHeader
-    scale: TensorHeader
-    n_a_block: int
-    nested: Nested | None
+    table: TensorHeader  # (16,) value of each code
+    scale: TensorHeader  # one number for every `n_a_block` elements, row by row
+    n_a_block: int  # elements that share a scale
+    nested: Nested | None  # how the scales are quantised; None: they are floats
 
 
 @dataclass(frozen=True)
@@ -181,27 +140,18 @@ class Transposed:
     """A matrix of GPTQ, AWQ or MXFP4, which store it by columns: value = (code - zero) * scale.
 
     A group, whose values share a scale and a zero, is some columns of one row; for MXFP4 it is
-    32 rows of one column.
-
-    Attributes:
-        stored: the codes, packed from the lowest bits up. GPTQ: a 32-bit word holds the next
-            columns of one row. AWQ: a word holds 8 rows of one column, those with even numbers
-            first. MXFP4: a byte holds two rows of one column.
-        codes: their type.
-        layout: which of the three it is.
-        scale: a factor of each group and row; for MXFP4 powers of two of each column and 32 rows.
-        zero: of each group, in the order of the scales, its rows packed in words; None: 0.
-        offset: added to every zero. An overflow carries into the next code of the word.
-        groups: the group number of each column; None: groups of equal size, in order.
+    32 rows of one column. Codes are packed from the lowest bits up. GPTQ: a 32-bit word holds the
+    next columns of one row. AWQ: a word holds 8 rows of one column, those with even numbers first.
+    MXFP4: a byte holds two rows of one column.
     """
 
-    stored: TensorHeader
+    stored: TensorHeader  # the codes
     codes: Literal["I4", "I8", "MXFP4"]
     layout: Layout
-    scale: TensorHeader
-    zero: TensorHeader | None = None
-    offset: int = 0
-    groups: TensorHeader | None = None
+    scale: TensorHeader  # of each group and row; for MXFP4 powers of two
+    zero: TensorHeader | None = None  # of each group, as the scales, its rows packed in words
+    offset: int = 0  # added to every zero; an overflow carries into the next code of the word
+    groups: TensorHeader | None = None  # of each column; None: groups of equal size, in order
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS, torch_dtypes
@@ -48,15 +48,6 @@ class WrittenFile:
     n_bytes: int
 
 
-class _Storage(NamedTuple):
-    """Two tensors with equal storage are one tensor."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def convert(
     label: str, pickles: Mapping[str, Path], output: Path, advance: Advance, *, ties: bool | None
 ) -> tuple[WrittenFile, ...]:
@@ -85,7 +76,7 @@ def convert(
         tensors |= state_dict
     dropped = _second_copies(tensors, ties=ties)
     layouts = [
-        ShardLayout(shard_name(i, len(loaded)), tuple(_outputs(state_dict, dropped)))
+        _layout(shard_name(i, len(loaded)), state_dict, dropped)
         for i, state_dict in enumerate(loaded.values())
     ]
     written = [_write(layout, tensors, output, advance) for layout in layouts]
@@ -138,12 +129,12 @@ def _tensors(where: str, loaded: object) -> Iterator[tuple[str, Tensor]]:
 
 def _second_copies(tensors: Mapping[str, Tensor], *, ties: bool | None) -> set[str]:
     """The names that `save_pretrained` would leave out."""
-    first: dict[_Storage, str] = {}
+    first: dict[tuple[object, ...], str] = {}  # address, shape, strides and dtype -> a name
     dropped = set()
     # embeddings first, heads last: of a tied pair the embeddings are written
     for name in sorted(tensors, key=lambda n: (names.is_head(n), not names.is_input_side(n))):
         tensor = tensors[name]
-        storage = _Storage(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        storage = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         kept = ties is False and names.is_head(name)
         if tensor.numel() and first.setdefault(storage, name) != name and not kept:
             dropped.add(name)
@@ -154,13 +145,14 @@ def _second_copies(tensors: Mapping[str, Tensor], *, ties: bool | None) -> set[s
     return dropped
 
 
-def _outputs(state_dict: Mapping[str, Tensor], dropped: set[str]) -> list[OutputTensor]:
+def _layout(file: str, state_dict: Mapping[str, Tensor], dropped: set[str]) -> ShardLayout:
+    dtypes = _dtypes()
     outputs = [
-        OutputTensor(name, _dtypes()[tensor.dtype], tuple(tensor.shape))
+        OutputTensor(name, dtypes[tensor.dtype], tuple(tensor.shape))
         for name, tensor in state_dict.items()
         if name not in dropped
     ]
-    return sorted(outputs, key=lambda tensor: -WIDTHS[tensor.dtype])
+    return ShardLayout(file, tuple(sorted(outputs, key=lambda tensor: -WIDTHS[tensor.dtype])))
 
 
 def _write(

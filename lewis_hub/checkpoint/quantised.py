@@ -48,25 +48,15 @@ WRITERS = {  # how the name of a tensor ends that only a quantised model has -> 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a model was quantised.
+    """How a model was quantised."""
 
-    Attributes:
-        method: as its configuration names it.
-        is_read: whether this version reads its weights.
-        block: rows and columns that share a scale, if scales are not by row, group or tensor.
-        integers: whether integers with scales are weights, as in compressed-tensors.
-        n_packed_bits: of codes in 32-bit words; None if there are none.
-        layout: of matrices that are stored by columns; None if there are none.
-        offset: what the stored zeros are reduced by.
-    """
-
-    method: str
-    is_read: bool
-    block: tuple[int, int] = FP8_BLOCK
-    integers: bool = False
-    n_packed_bits: int | None = None
-    layout: Layout | None = None
-    offset: int = 0
+    method: str  # as its configuration names it
+    is_read: bool  # whether this version reads its weights
+    block: tuple[int, int] = FP8_BLOCK  # that shares a scale, if not a row, group or tensor does
+    integers: bool = False  # whether integers with scales are weights, as in compressed-tensors
+    n_packed_bits: int | None = None  # of codes in 32-bit words; None if there are none
+    layout: Layout | None = None  # of matrices that are stored by columns; None if there are none
+    offset: int = 0  # what the stored zeros are reduced by
 
 
 def dequantise(

@@ -33,40 +33,20 @@ Locations = Mapping[str, Location]  # by the label of the source
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor that a step reads.
+    """A tensor that a step reads."""
 
-    Attributes:
-        source: the label of its checkpoint.
-        header: of the tensor in this checkpoint.
-        base: `Checkpoint.base` of this checkpoint: where an adapter's other tensors are stored.
-    """
+    source: str  # the label of its checkpoint
+    header: TensorHeader  # of the tensor in this checkpoint
+    base: str | None = None  # the label of the checkpoint that stores an adapter's base
 
-    source: str
-    header: TensorHeader
-    base: str | None = None
-
-    def byte_ranges(self) -> Iterator[ByteRange]:
-        """The bytes that it is computed from; of a plain tensor its own."""
-        adapted = self.header.adapted
+    def stored(self) -> Iterator[tuple[str, TensorHeader]]:
+        """The source and header of each stored tensor that it is computed from."""
+        adapted, source = self.header.adapted, self.base or self.source
         if adapted:
-            yield from SourceTensor(self.base or self.source, adapted.base).byte_ranges()
-            for part in adapted.own:
-                yield from SourceTensor(self.source, part).byte_ranges()
-            return
-        for part in _stored_parts(self.header.scaled or self.header):
-            yield ByteRange(
-                self.base or self.source, part.shard, part.start, part.start + part.n_bytes
-            )
-
-
-@dataclass(frozen=True)
-class ByteRange:
-    """Bytes [start, stop) of a source's file."""
-
-    source: str
-    file: str
-    start: int
-    stop: int
+            yield from SourceTensor(source, adapted.base).stored()
+            yield from ((self.source, part) for part in adapted.own)
+        else:
+            yield from ((source, part) for part in _stored_parts(self.header.scaled or self.header))
 
 
 @dataclass(eq=False)
@@ -110,7 +90,7 @@ class SourceFiles:
         max_bytes: int,
     ) -> None:
         self._locations, self._scratch, self._max_bytes = locations, scratch, max_bytes
-        self._requests = _requests(_remote_ranges(locations, steps), max_bytes, scratch)
+        self._requests = _requests(locations, steps, max_bytes, scratch)
         self._of_file: defaultdict[tuple[str, str], list[_Request]] = defaultdict(list)
         self._last_read: defaultdict[int, list[_Request]] = defaultdict(list)
         for request in self._requests:
@@ -235,16 +215,12 @@ class SourceFiles:
             fetch(request.file, request.start, request.stop, take)
 
 
+@dataclass(frozen=True)
 class RangeReader:
-    """The tensors of a remote source. Threads may share it.
+    """The tensors of a remote source, whose bytes `files` fetches. Threads may share it."""
 
-    Args:
-        files: fetches the bytes; stays open when this is closed.
-        label: of the source.
-    """
-
-    def __init__(self, files: SourceFiles, label: str) -> None:
-        self._files, self._label = files, label
+    files: SourceFiles
+    label: str
 
     def __enter__(self) -> RangeReader:
         return self
@@ -253,12 +229,8 @@ class RangeReader:
         """Close nothing: the `SourceFiles` are closed by their owner."""
 
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from `first_byte` on, once they are fetched.
-
-        Raises:
-            LewisHubError: they could not be fetched.
-        """
-        self._files.read(self._label, tensor.shard, tensor.start + first_byte, into)
+        """Fill `into` with the tensor's bytes from `first_byte` on, as `SourceFiles.read` does."""
+        self.files.read(self.label, tensor.shard, tensor.start + first_byte, into)
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
         """None: the bytes may lie in several files of the scratch folder."""
@@ -280,7 +252,7 @@ def scratch_bytes(
         n_parallel: consecutive steps that are worked on at a time.
     """
     changes = [0] * (len(steps) + 1)
-    requests = _requests(_remote_ranges(locations, steps), max_bytes, Path())
+    requests = _requests(locations, steps, max_bytes, Path())
     for request in requests:
         changes[max(request.first - n_parallel + 1, 0)] += request.n_bytes
         changes[request.last + 1] -= request.n_bytes
@@ -302,21 +274,6 @@ def missing_folders(locations: Locations) -> list[Path]:
     return [folder for folder in folders if not folder.is_dir()]
 
 
-def _remote_ranges(
-    locations: Locations, steps: Sequence[Sequence[SourceTensor]]
-) -> list[list[ByteRange]]:
-    """The bytes that each step has to fetch."""
-    return [
-        [
-            needed
-            for tensor in tensors
-            for needed in tensor.byte_ranges()
-            if not isinstance(locations[needed.source], Path)
-        ]
-        for tensors in steps
-    ]
-
-
 def _stored_parts(part: object) -> Iterator[TensorHeader]:
     """The stored tensors that a quantised tensor is computed from."""
     if isinstance(part, TensorHeader):
@@ -327,30 +284,27 @@ def _stored_parts(part: object) -> Iterator[TensorHeader]:
 
 
 def _requests(
-    steps: Sequence[Sequence[ByteRange]], max_bytes: int, scratch: Path
+    locations: Locations, steps: Sequence[Sequence[SourceTensor]], max_bytes: int, scratch: Path
 ) -> list[_Request]:
-    """Join adjacent ranges into one request and split large ones; in the order of their first step.
-
-    Args:
-        steps: the bytes that each step reads.
-        max_bytes: of the bytes fetched ahead.
-        scratch: folder of the fetched bytes.
-    """
+    """Join adjacent remote bytes into one request and split many; in the order of their steps."""
     longest = min(REQUEST_BYTES, max(1, max_bytes // N_REQUESTS))
     requests: list[_Request] = []
     newest: dict[tuple[str, str], _Request] = {}  # of each file
-    for step, ranges in enumerate(steps):
-        for needed in dict.fromkeys(ranges):
-            start, before = needed.start, newest.get((needed.source, needed.file))
+    for step, tensors in enumerate(steps):
+        stored = dict.fromkeys(part for tensor in tensors for part in tensor.stored())
+        for source, part in stored:
+            if isinstance(locations[source], Path):
+                continue
+            start, end = part.start, part.start + part.n_bytes
+            before = newest.get((source, part.shard))
             adjacent = before and before.stop == start and before.last >= step - 1
             if before and adjacent and before.n_bytes < longest:
-                before.stop = min(needed.stop, before.start + longest)
+                before.stop = min(end, before.start + longest)
                 before.last, start = step, before.stop
-            while start < needed.stop:
-                stop = min(start + longest, needed.stop)
-                path = scratch / str(len(requests))
-                request = _Request(needed.source, needed.file, start, stop, step, step, path)
+            while start < end:
+                stop, path = min(start + longest, end), scratch / str(len(requests))
+                request = _Request(source, part.shard, start, stop, step, step, path)
                 requests.append(request)
-                newest[needed.source, needed.file] = request
+                newest[source, part.shard] = request
                 start = stop
     return requests

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,16 +29,11 @@ POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; the module `mmap` do
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a source by name, in the order of the shards and of the bytes in them.
+    """The tensors of a source by name, in the order of the shards and of the bytes in them."""
 
-    Attributes:
-        label: the source, for messages.
-        base: of an adapter: the label of the checkpoint that stores the base's tensors.
-    """
-
-    label: str
+    label: str  # the source, for messages
     tensors: Mapping[str, TensorHeader]
-    base: str | None = None
+    base: str | None = None  # of an adapter: the label of the checkpoint that stores its base
 
     @property
     def is_computed(self) -> bool:
@@ -80,13 +76,7 @@ def local_header(label: str, file: Path) -> tuple[TensorHeader, ...]:
     Raises:
         BrokenCheckpointError: the header is broken.
     """
-    with file.open("rb") as opened:
-        return read_header(
-            label,
-            file.name,
-            file.stat().st_size,
-            lambda _, start, stop: os.pread(opened.fileno(), stop - start, start),
-        )
+    return read_header(label, file.name, file.stat().st_size, partial(_read_local, file.parent))
 
 
 def local_checkpoint(label: str, folder: Path) -> Checkpoint:
@@ -96,13 +86,13 @@ def local_checkpoint(label: str, folder: Path) -> Checkpoint:
         BrokenCheckpointError: as `read_headers`.
     """
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+    index = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else None
+    return read_headers(label, sizes, partial(_read_local, folder), index)
 
-    def read(shard: str, start: int, stop: int) -> bytes:
-        with (folder / shard).open("rb") as file:
-            return os.pread(file.fileno(), stop - start, start)
 
-    index = folder / INDEX
-    return read_headers(label, sizes, read, index.read_bytes() if index.exists() else None)
+def _read_local(folder: Path, file: str, start: int, stop: int) -> bytes:
+    with (folder / file).open("rb") as opened:
+        return os.pread(opened.fileno(), stop - start, start)
 
 
 def _by_name(

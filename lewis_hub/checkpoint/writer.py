@@ -20,12 +20,12 @@ from pathlib import Path
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import SINGLE
 from lewis_hub.errors import OutputError
+from lewis_hub.files import unwritable
 
 ALIGNMENT = 8
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # a recipe's -> safetensors'
 HASHED_BYTES = 1 << 20  # read back at a time
 UNWRITTEN_BYTES = 64 << 20  # the last bytes written, which the disk may not have taken yet
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -159,7 +159,7 @@ class ShardWriter:
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
-            raise _output_error(self.path, error) from None
+            raise unwritable(self.path, error) from None
         try:
             _preallocate(self._descriptor, self.n_bytes)
             header = layout.header
@@ -167,7 +167,7 @@ class ShardWriter:
             self.complete(0, len(header))
         except OSError as error:
             os.close(self._descriptor)
-            raise _output_error(self.path, error) from None
+            raise unwritable(self.path, error) from None
         except OutputError:
             os.close(self._descriptor)
             raise
@@ -189,7 +189,7 @@ class ShardWriter:
                 n_written = os.pwrite(self._descriptor, content, position)
                 content, position = content[n_written:], position + n_written
         except OSError as error:
-            raise _output_error(self.path, error) from None
+            raise unwritable(self.path, error) from None
 
     def complete(self, start: int, stop: int) -> None:
         """Mark the bytes [start, stop) as final, and hash all ranges that now follow each other."""
@@ -217,7 +217,7 @@ class ShardWriter:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
-            raise _output_error(self.path, error) from None
+            raise unwritable(self.path, error) from None
         if not self._stays_cached:
             self._advise(0, self.n_bytes)
         return self._digest.hexdigest()
@@ -232,7 +232,7 @@ class ShardWriter:
             window = memoryview(buffer)[: stop - self._n_hashed]
             n_read = os.preadv(self._descriptor, [window], self._n_hashed)
             if not n_read:
-                problem = "another process truncated it while it was written."
+                problem = "another process truncated it while it was written"
                 raise OutputError(str(self.path), problem, "Run again: finished shards are kept.")
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
@@ -258,10 +258,3 @@ def _preallocate(descriptor: int, n_bytes: int) -> None:
         if error.errno not in NO_PREALLOCATION:
             raise
         os.ftruncate(descriptor, n_bytes)
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    remedy = "Name a folder that you may write to with -o."
-    if error.errno in DISK_FULL:
-        remedy = "Free some space, or name a folder on another disk with -o; then run again."
-    return OutputError(str(path), f"it cannot be written ({error.strerror}).", remedy)

@@ -22,19 +22,12 @@ Document = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """All tokens of a tokenizer.
+    """All tokens of a tokenizer."""
 
-    Attributes:
-        label: the source, for messages.
-        ids: token -> id, of the model's vocab and of the added tokens.
-        added: added token -> its flags, in the order of the ids.
-        document: the content of `tokenizer.json`; None if the source has no such file.
-    """
-
-    label: str
-    ids: Mapping[str, int]
-    added: Mapping[str, Flags]
-    document: Document | None
+    label: str  # the source, for messages
+    ids: Mapping[str, int]  # token -> id, of the model's vocab and of the added tokens
+    added: Mapping[str, Flags]  # added token -> its flags, in the order of the ids
+    document: Document | None  # the content of `tokenizer.json`; None without this file
 
     @property
     def n_rows(self) -> int:
@@ -156,15 +149,10 @@ def _clashes(base: Vocabulary, other: Vocabulary) -> Iterator[tuple[int, str, st
 
 @dataclass(frozen=True)
 class Translation:
-    """The ids of one vocabulary in another.
+    """The ids of one vocabulary in another."""
 
-    Attributes:
-        ids: id -> the other's id of the same token.
-        lacking: id -> the token, if the other does not have it or has no row for it.
-    """
-
-    ids: Mapping[int, int]
-    lacking: Mapping[int, str]
+    ids: Mapping[int, int]  # id -> the other's id of the same token
+    lacking: Mapping[int, str]  # id -> the token, if the other has no row for it
 
 
 def translation(ours: Vocabulary, theirs: Vocabulary, n_rows: int) -> Translation:
