@@ -51,7 +51,7 @@ CACHES = (
 )
 
 
-def start() -> Hub:
+def start_hub() -> Hub:
     folder = Path(SESSION.enter_context(tempfile.TemporaryDirectory(prefix="lewis-hub-tests-")))
     hub = SESSION.enter_context(serve(folder / "hub"))
     for name in LEAKS + CACHES:
@@ -72,7 +72,7 @@ def start() -> Hub:
 
 # A process that a shell starts in the background ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-RUNNING = start()
+HUB = start_hub()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -125,14 +125,14 @@ def own_cache() -> Iterator[None]:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """The embedded Hub, empty; `hub.api()` is a client with its write token."""
-    grants = dict(RUNNING.grants)
-    RUNNING.clear()
-    yield RUNNING
-    RUNNING.clear()
-    RUNNING.grants = grants
+    grants = dict(HUB.grants)
+    HUB.clear()
+    yield HUB
+    HUB.clear()
+    HUB.grants = grants
 
 
-class Said:
+class StageTitles:
     """A progress that keeps the titles of stages."""
 
     def __init__(self) -> None:
@@ -147,9 +147,9 @@ class Said:
 
 
 @pytest.fixture
-def said_titles() -> type[Said]:
+def stage_titles() -> type[StageTitles]:
     """Makes a progress that keeps the titles of stages."""
-    return Said
+    return StageTitles
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import copy
 
-import by_loops
 import published
 import pytest
+import reference_procedure
 import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -48,7 +48,7 @@ def test_importance_is_that_of_the_published_procedure(architecture, texts):
 
     found = importance(copy.deepcopy(model), texts)
 
-    assert found == pytest.approx(by_loops.importance(model, texts), rel=1e-4)
+    assert found == pytest.approx(reference_procedure.importance(model, texts), rel=1e-4)
 
 
 def test_what_the_benchmark_runs_in_the_authors_place_finds_the_same(llama, texts):
@@ -82,7 +82,7 @@ def test_a_module_that_some_texts_do_not_reach_has_the_mean_over_the_others(llam
 
     found = importance(copy.deepcopy(llama), texts)
 
-    assert found == pytest.approx(by_loops.importance(llama, texts), rel=1e-4)
+    assert found == pytest.approx(reference_procedure.importance(llama, texts), rel=1e-4)
 
 
 def test_pruning_changes_what_later_blocks_are_measured_on(llama, texts):

@@ -3,9 +3,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from hub_models import folder_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import bytes_in
 
 from lewis_hub.checkpoint import ranges
 from lewis_hub.checkpoint.header import TensorHeader
@@ -169,7 +169,7 @@ def test_what_lies_ready_is_what_was_said_at_most(steps, room, tmp_path_factory)
 
     def fetch(file, start, stop, take):
         held.fetch(file, start, stop, take)
-        seen.append(bytes_in(scratch))
+        seen.append(folder_bytes(scratch))
 
     with SourceFiles({"a": fetch, "b": fetch}, steps, scratch, room) as files:
         for step in steps:

@@ -10,8 +10,8 @@ import json
 from contextlib import suppress
 
 import pytest
-from served import listening, push_meanwhile
-from striking import ANY, FAULTS, NEVER, raced
+from hub_faults import ANY, FAULTS, NEVER, run_concurrently
+from hub_models import push_by_another, watch_requests
 
 from lewis_hub.errors import PublishError
 from lewis_hub.hub.publish import Publication, publish
@@ -116,9 +116,9 @@ def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, api, prepar
 
         def hear(method, target, seen=seen, call=call, repo=repo):
             if next(seen) == call:
-                push_meanwhile(hub, repo)
+                push_by_another(hub, repo)
 
-        with listening(hub, hear), suppress(PublishError):
+        with watch_requests(hub, hear), suppress(PublishError):
             publish(api, folder, repo, PUSH, lambda _: None)
         assert content(hub, repo) in [side | {"theirs": b"x"} for side in (BEFORE, after)]
 
@@ -134,7 +134,7 @@ def test_two_processes_that_push_at_once_end_as_whole_commits_or_a_clear_refusal
         write(tmp_path / name, files)
     commands = {name: (["push", name, repo, "--json", "-q"], tmp_path) for name in wholes}
 
-    done = raced(hub, 0.15, commands)  # late enough that they are in the midst of it together
+    done = run_concurrently(hub, 0.15, commands)  # late enough that both are at work together
 
     commits = [c.title for c in hub.api().list_repo_commits(repo)].count("Merge with lewis-hub")
     winners = [name for name, process in done.items() if process.returncode == 0]

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from by_statistics import Told
 from click.testing import CliRunner
+from statistical_merges import Recorder
 
 import lewis_hub
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST
@@ -100,12 +100,12 @@ def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_f
     assert json.loads((folder / "tuning" / "trials.json").read_text()) == told
 
 
-def test_a_second_run_goes_on_with_the_study_and_measures_nothing(recipe_file, said_titles):
+def test_a_second_run_goes_on_with_the_study_and_measures_nothing(recipe_file, stage_titles):
     recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
     first = tune_recipe(recipe, Search(n_trials=1, samples=8), output)
     profile = (output / "importance.json").stat().st_mtime_ns
 
-    more = tune_recipe(recipe, Search(n_trials=2, samples=8), output, progress=said_titles())
+    more = tune_recipe(recipe, Search(n_trials=2, samples=8), output, progress=stage_titles())
     none = tune_recipe(recipe, Search(n_trials=2, samples=8), output)
 
     assert [len(tuned.trials) for tuned in (first, more, none)] == [1, 2, 2]
@@ -317,7 +317,7 @@ def test_statistics_are_gathered_once_for_all_runs_of_a_search(recipe_file, tmp_
 
 def test_a_guides_pass_gathers_the_statistics_of_a_search(recipe_file, tmp_path):
     recipe_file.write_text(recipe_file.read_text().replace("ties", "regmean", 1))
-    told, output = Told(), tmp_path / "tuning"
+    told, output = Recorder(), tmp_path / "tuning"
 
     tune_recipe(read_recipe(recipe_file), Search(n_trials=1, samples=8), output, progress=told)
 

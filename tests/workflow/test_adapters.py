@@ -151,13 +151,13 @@ def test_a_merge_with_an_adapter_leaves_a_recipe_and_a_mergekit_configuration_th
 
 
 def test_a_guide_measures_an_adapter_as_the_expert_that_it_makes(
-    api, adapter, tmp_path, said_titles
+    api, adapter, tmp_path, stage_titles
 ):
     alone = RECIPE.partition("  - model: zoo/expert-cipher")[0].replace("ADAPTER", str(adapter))
     dense = parse_recipe(alone + "merge_method: linear\n", "recipe.yaml")
     pipeline.merge_models(dense, tmp_path / "dense")
     shutil.rmtree(tmp_path / "dense" / "lewis")
-    said = said_titles()
+    said = stage_titles()
 
     measured = pipeline.calibrate(recipe(adapter, GUIDE), tmp_path / "one", progress=said)
     whole = pipeline.calibrate(recipe(tmp_path / "dense", GUIDE), tmp_path / "two")
@@ -166,17 +166,17 @@ def test_a_guide_measures_an_adapter_as_the_expert_that_it_makes(
     title = f"Writing out {adapter} on its base"
     assert said.titles == ["Downloading", title, "Calibrating"]
     assert not list((tmp_path / "one").glob(".scratch*"))
-    again = said_titles()
+    again = stage_titles()
     pipeline.calibrate(recipe(adapter, GUIDE), tmp_path / "one", progress=again)
     assert again.titles == ["Downloading", "Calibrating"]
 
 
 def test_a_measurement_of_an_adapter_on_another_base_is_not_taken_for_its_own(
-    api, adapter, tmp_path, said_titles
+    api, adapter, tmp_path, stage_titles
 ):
     pipeline.calibrate(recipe(adapter, GUIDE), tmp_path / "out")
     text = RECIPE.replace("zoo/base", "zoo/expert-reverse").replace("ADAPTER", str(adapter))
-    said = said_titles()
+    said = stage_titles()
 
     pipeline.calibrate(parse_recipe(text + GUIDE, "r.yaml"), tmp_path / "out", progress=said)
 
@@ -184,10 +184,10 @@ def test_a_measurement_of_an_adapter_on_another_base_is_not_taken_for_its_own(
 
 
 @pytest.mark.slow  # scores four models
-def test_an_adapter_is_scored_as_an_expert_beside_the_merge(api, adapter, tmp_path, said_titles):
+def test_an_adapter_is_scored_as_an_expert_beside_the_merge(api, adapter, tmp_path, stage_titles):
     tasks = zoo_folder() / "tasks"
     more = f"{DENSITY}evaluate: {{tasks: [zoo_reverse], include: {tasks}, limit: 3}}\n"
-    said = said_titles()
+    said = stage_titles()
 
     merged = pipeline.merge_models(recipe(adapter, more), tmp_path / "out", Execution(), said)
 

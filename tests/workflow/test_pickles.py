@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_models import DENSITY, RECIPE, push_folder, recipe, weight_bytes
 from safetensors.torch import load_file
-from served import DENSITY, RECIPE, pushed, recipe, weights
 
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
@@ -53,21 +53,23 @@ def cached(pattern):
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_pickles_merge_as_their_safetensors_twin_does_from_the_hub_too(api, tmp_path, n_shards):
     folder = write_pickles(tmp_path / "pickles", n_shards=n_shards)
-    pushed(api, folder, "zoo/pickles")
+    push_folder(api, folder, "zoo/pickles")
     pipeline.merge_models(recipe(), tmp_path / "out" / "twin")
 
     for name, expert in {"folder": folder, "hub": "zoo/pickles"}.items():
         pipeline.merge_models(recipe(expert=expert), tmp_path / "out" / name, ALLOWED)
 
-    found = weights(tmp_path / "out" / "twin")
-    assert found == weights(tmp_path / "out" / "folder") == weights(tmp_path / "out" / "hub")
+    found = weight_bytes(tmp_path / "out" / "twin")
+    assert (
+        found == weight_bytes(tmp_path / "out" / "folder") == weight_bytes(tmp_path / "out" / "hub")
+    )
     assert cached("model*.safetensors").count("model.safetensors") >= 1
 
 
 def test_a_base_of_pickles_gives_a_merge_that_loads(api, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    pushed(api, write_pickles(tmp_path / "base", "base", n_shards=2), "zoo/pickles")
+    push_folder(api, write_pickles(tmp_path / "base", "base", n_shards=2), "zoo/pickles")
     pipeline.merge_models(recipe(base="zoo/pickles"), tmp_path / "out", ALLOWED)
     pipeline.merge_models(recipe(), tmp_path / "twin")
 
@@ -85,9 +87,9 @@ def test_a_base_of_pickles_gives_a_merge_that_loads(api, tmp_path):
     assert lock.inputs[0].commit_sha == api.repo_info("zoo/pickles").sha
 
 
-def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, said_titles):
-    pushed(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
-    first, again, other = said_titles(), said_titles(), said_titles()
+def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, stage_titles):
+    push_folder(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
+    first, again, other = stage_titles(), stage_titles(), stage_titles()
     asked = recipe(expert="zoo/pickles")
 
     pipeline.merge_models(asked, tmp_path / "out", ALLOWED, first)
@@ -104,7 +106,7 @@ def test_a_conversion_is_done_once_and_the_merge_is_known_again(api, tmp_path, s
 def test_without_the_flag_pickles_are_refused_with_the_risk_and_nothing_is_downloaded(
     api, tmp_path
 ):
-    sha = api.repo_info(pushed(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")).sha
+    sha = api.repo_info(push_folder(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")).sha
     file = tmp_path / "recipe.yaml"
     text = (RECIPE + DENSITY).replace("BASE", "zoo/base").replace("EXPERT", "zoo/pickles")
     file.write_text(text)
@@ -124,7 +126,7 @@ def test_without_the_flag_pickles_are_refused_with_the_risk_and_nothing_is_downl
 
 def test_check_says_what_it_cannot_know_of_pickles_until_they_are_here(api, tmp_path):
     folder = write_pickles(tmp_path / "pickles")
-    pushed(api, folder, "zoo/pickles")
+    push_folder(api, folder, "zoo/pickles")
     size = (folder / "pytorch_model.bin").stat().st_size
     plain = pipeline.check(recipe())
 
@@ -181,7 +183,7 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_not_executed(api, tmp_path, command):
     proof = tmp_path / "proof"
     folder = write_pickles(tmp_path / "pickles", change={"x": Malicious(proof)})
-    sha = api.repo_info(pushed(api, folder, "zoo/pickles")).sha
+    sha = api.repo_info(push_folder(api, folder, "zoo/pickles")).sha
     more = GUIDE if command == "importance" else DENSITY
     asked = recipe(expert="zoo/pickles", more=more)
     runs = {
@@ -229,7 +231,7 @@ def test_pickles_alone_are_scored_when_that_is_allowed(api, tmp_path):
 
 
 def test_what_else_is_wrong_is_told_before_pickles_are_downloaded(api, tmp_path):
-    pushed(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
+    push_folder(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
     wrong = recipe(expert="zoo/pickles", more=DENSITY + "evaluate: {tasks: [zoo_revers]}\n")
 
     with pytest.raises(CheckFailedError, match="zoo_revers"):
@@ -251,7 +253,7 @@ def test_pickles_of_a_quantised_model_are_refused_before_they_are_downloaded(api
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "hqq"}
     (folder / "config.json").write_text(json.dumps(config))
-    pushed(api, folder, "zoo/pickles")
+    push_folder(api, folder, "zoo/pickles")
 
     with pytest.raises(CheckFailedError, match=r"zoo/pickles is quantised \(hqq\)"):
         pipeline.merge_models(recipe(expert="zoo/pickles"), tmp_path / "out", ALLOWED)
@@ -274,7 +276,7 @@ def test_a_missing_file_of_pickles_is_told(api, tmp_path):
 def test_code_of_a_model_with_pickles_is_carried_where_it_is_allowed(api, tmp_path):
     folder = write_pickles(tmp_path / "base", "base")
     (folder / "modeling_own.py").write_text("x = 1\n")
-    pushed(api, folder, "zoo/pickles")
+    push_folder(api, folder, "zoo/pickles")
     more = DENSITY + "allow_code: [zoo/pickles]\n"
 
     pipeline.merge_models(recipe(base="zoo/pickles", more=more), tmp_path / "with", ALLOWED)
@@ -285,7 +287,7 @@ def test_code_of_a_model_with_pickles_is_carried_where_it_is_allowed(api, tmp_pa
 
 
 def test_a_merge_of_pickles_is_made_again_where_that_is_allowed(api, tmp_path):
-    pushed(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
+    push_folder(api, write_pickles(tmp_path / "pickles"), "zoo/pickles")
     pipeline.merge_models(recipe(expert="zoo/pickles"), tmp_path / "out", ALLOWED)
     command = ["verify", str(tmp_path / "out"), "--rebuild", "--json"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-import by_loops
 import published
 import pytest
+import reference_procedure
 import torch
 import yaml
 from architectures import CAUSAL, TEXTS, Case, build
@@ -54,14 +54,16 @@ def model(folder):
 
 
 def test_importance_and_densities_are_those_of_the_loops(tiny, found, texts):
-    base, expert = (by_loops.importance(model(tiny / name), texts) for name in ("base", "one"))
+    base, expert = (
+        reference_procedure.importance(model(tiny / name), texts) for name in ("base", "one")
+    )
 
     measured = [one["modules"] for one in found["importance"]["sources"]]
     assert measured == [pytest.approx(base, rel=1e-4), pytest.approx(expert, rel=1e-4)]
     [scheduled] = found["density"]["experts"]
     assert {
         name.removesuffix(".weight"): density for name, density in scheduled["tensors"].items()
-    } == pytest.approx(by_loops.densities(base, expert, 0.3, 0.8), abs=5e-4)
+    } == pytest.approx(reference_procedure.densities(base, expert, 0.3, 0.8), abs=5e-4)
 
 
 def test_importance_is_the_published_procedures_to_the_last_bit(tiny, found, texts):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from quantised import assert_merges_as_its_twin, beside_twin, configure
+from hub_models import DENSITY, RECIPE, push_folder, recipe, weight_bytes
+from quantised_models import assert_merges_as_float32, configure, quantise_beside_float32
 from safetensors.torch import load_file, save_file
-from served import DENSITY, RECIPE, pushed, recipe, weights
 
 import lewis_hub
 from lewis_hub import pipeline
@@ -118,7 +118,7 @@ def write_integers(folder, source, layout):
         parts, plain = (by_table if layout == "4 bits" else loose)(weight)
         return {name.removesuffix("weight") + part: t for part, t in parts.items()}, plain
 
-    return beside_twin(folder, source, quantise, CONFIGURED[layout])
+    return quantise_beside_float32(folder, source, quantise, CONFIGURED[layout])
 
 
 def write_model(folder, source, layout):
@@ -131,7 +131,7 @@ def write_model(folder, source, layout):
             stored[name.replace("weight", "input_scale")] = torch.ones(1)
         return stored, plain
 
-    return beside_twin(folder, source, quantise, CONFIGURED[layout])
+    return quantise_beside_float32(folder, source, quantise, CONFIGURED[layout])
 
 
 @pytest.mark.parametrize("layout", ["integers", "4 bits"])
@@ -140,7 +140,7 @@ def test_integers_and_4_bits_merge_as_their_float32_twin_does_from_the_hub_too(
 ):
     few, twin = write_integers(tmp_path / "few", "expert-reverse", layout)
 
-    assert_merges_as_its_twin(api, few, twin, tmp_path / "out")
+    assert_merges_as_float32(api, few, twin, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_check_shows_integers_and_4_bits_and_a_guide_measures_them(api, tmp_path
     few, _ = write_integers(tmp_path / "few", "expert-reverse", layout)
     plain = pipeline.check(recipe())
 
-    report = pipeline.check(recipe(expert=pushed(api, few, "zoo/few")))
+    report = pipeline.check(recipe(expert=push_folder(api, few, "zoo/few")))
     measured = pipeline.calibrate(recipe(expert=few, more=GUIDE), tmp_path / "measured")
 
     assert report.problems == ()
@@ -170,7 +170,7 @@ def test_check_shows_integers_and_4_bits_and_a_guide_measures_them(api, tmp_path
 def test_an_fp8_expert_merges_as_its_float32_twin_does_from_the_hub_too(api, tmp_path, layout):
     fp8, twin = write_model(tmp_path / "fp8", "expert-reverse", layout)
 
-    assert_merges_as_its_twin(api, fp8, twin, tmp_path / "out")
+    assert_merges_as_float32(api, fp8, twin, tmp_path / "out")
 
 
 def test_a_merge_that_starts_from_fp8_is_plain_bfloat16_and_loads(api, tmp_path):
@@ -200,7 +200,7 @@ def test_a_merge_that_starts_from_fp8_is_plain_bfloat16_and_loads(api, tmp_path)
 
 def test_check_shows_the_8_bit_floats_and_counts_no_scales(api, tmp_path):
     fp8, _ = write_model(tmp_path / "fp8", "base", "blocks")
-    pushed(api, fp8, "zoo/fp8")
+    push_folder(api, fp8, "zoo/fp8")
     n_projections = sum(
         name.endswith("_proj.weight") for name in load_file(zoo_folder() / "base/model.safetensors")
     )
@@ -231,7 +231,7 @@ def test_check_shows_the_8_bit_floats_and_counts_no_scales(api, tmp_path):
     assert "F8_E4M3" in done.stdout
 
 
-def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path, said_titles):
+def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path, stage_titles):
     fp8, _ = write_model(tmp_path / "fp8", "expert-reverse", "blocks")
     base, _ = write_model(tmp_path / "base", "base", "rows")
     plain = {}
@@ -244,7 +244,7 @@ def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path,
         plain[name] = tmp_path / f"{name}-plain"
         pipeline.merge_models(parse_recipe(alone, "recipe.yaml"), plain[name])
         shutil.rmtree(plain[name] / "lewis")
-    said = said_titles()
+    said = stage_titles()
 
     measured = pipeline.calibrate(recipe(base, fp8, GUIDE), tmp_path / "one", progress=said)
     whole = pipeline.calibrate(recipe(plain["base"], plain["fp8"], GUIDE), tmp_path / "two")
@@ -264,11 +264,11 @@ def test_a_guide_measures_fp8_models_as_what_they_are_in_bfloat16(api, tmp_path,
 
 
 @pytest.mark.slow  # scores three models
-def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path, said_titles):
+def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path, stage_titles):
     fp8, _ = write_model(tmp_path / "fp8", "expert-reverse", "blocks")
     tasks = zoo_folder() / "tasks"
     more = f"{DENSITY}evaluate: {{tasks: [zoo_reverse], include: {tasks}, limit: 3}}\n"
-    said = said_titles()
+    said = stage_titles()
 
     merged = pipeline.merge_models(recipe(expert=fp8, more=more), tmp_path / "out", None, said)
 
@@ -278,7 +278,7 @@ def test_fp8_models_are_scored_as_what_they_are_in_bfloat16(api, tmp_path, said_
 
 @pytest.mark.slow  # scores two models
 @pytest.mark.parametrize("layout", ["blocks", "integers"])
-def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layout, said_titles):
+def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layout, stage_titles):
     write = write_integers if layout == "integers" else write_model
     few, twin = write(tmp_path / "few", "expert-reverse", layout)
     asked = lewis_hub.Evaluation(
@@ -290,7 +290,7 @@ def test_a_quantised_model_alone_is_scored_as_its_plain_copy(api, tmp_path, layo
         ),
         tmp_path / "plain",
     ).output
-    said = said_titles()
+    said = stage_titles()
 
     one, two = (
         lewis_hub.evaluate_model(lewis_hub.ModelReference(name=str(folder)), asked, None, said)
@@ -308,13 +308,13 @@ def test_an_adapter_is_extracted_from_fp8_as_from_its_float32_twin(api, tmp_path
     for name, model in (("one", fp8), ("two", twin)):
         lewis_hub.extract_lora(model, "zoo/base", tmp_path / name, rank=2)
 
-    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert weight_bytes(tmp_path / "one") == weight_bytes(tmp_path / "two")
 
 
 def test_a_scale_that_does_not_fit_is_told_before_any_download(api, tmp_path):
     fp8, _ = write_model(tmp_path / "fp8", "expert-reverse", "blocks")
     configure(fp8, quantization_config=DEEPSEEK | {"weight_block_size": [64, 64]})
-    sha = api.repo_info(pushed(api, fp8, "zoo/fp8")).sha
+    sha = api.repo_info(push_folder(api, fp8, "zoo/fp8")).sha
 
     with pytest.raises(lewis_hub.LewisHubError) as caught:
         pipeline.check(recipe(expert="zoo/fp8"))
@@ -352,7 +352,7 @@ def test_every_other_method_is_one_problem_and_nothing_is_downloaded(api, tmp_pa
     shutil.copytree(zoo_folder() / "expert-reverse", folder)
     told, named = METHODS[method]
     configure(folder, quantization_config=told)
-    pushed(api, folder, "zoo/quantised")
+    push_folder(api, folder, "zoo/quantised")
 
     report = pipeline.check(recipe(expert="zoo/quantised"))
 
@@ -441,7 +441,7 @@ def test_gguf_is_refused_with_the_model_that_it_was_made_from(api, tmp_path):
     folder.mkdir()
     (folder / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     (folder / "README.md").write_text("---\nbase_model: org/whole\n---\n")
-    sha = api.repo_info(pushed(api, folder, "zoo/gguf")).sha
+    sha = api.repo_info(push_folder(api, folder, "zoo/gguf")).sha
 
     with pytest.raises(SourceError) as caught:
         pipeline.check(recipe(expert="zoo/gguf"))

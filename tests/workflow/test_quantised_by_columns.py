@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from quantised import assert_merges_as_its_twin, beside_twin, configure
+from hub_models import DENSITY, push_folder, recipe, weight_bytes
+from quantised_models import assert_merges_as_float32, configure, quantise_beside_float32
 from safetensors.torch import load_file, save_file
-from served import DENSITY, pushed, recipe, weights
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
@@ -55,7 +55,7 @@ def write_words(folder, source, layout):
         parts, plain = quantised(weight, layout)
         return {name.removesuffix("weight") + part: t for part, t in parts.items()}, plain
 
-    return beside_twin(folder, source, quantise, GPTQ if layout == "gptq" else AWQ)
+    return quantise_beside_float32(folder, source, quantise, GPTQ if layout == "gptq" else AWQ)
 
 
 def gpt_oss(folder, seed):
@@ -111,7 +111,7 @@ def test_an_expert_in_mxfp4_merges_with_its_base_in_bfloat16_and_loads(api, tmp_
     tensors = {n: t for n, t in dense.state_dict().items() if n in load_file(base / WEIGHTS)}
     assert tensors["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
     save_file({n: t.contiguous() for n, t in tensors.items()}, twin / WEIGHTS, {"format": "pt"})
-    assert_merges_as_its_twin(api, few, twin, tmp_path / "out", base)
+    assert_merges_as_float32(api, few, twin, tmp_path / "out", base)
 
     loads(tmp_path / "out" / "few")
 
@@ -154,7 +154,7 @@ def loads(folder):
 def test_gptq_and_awq_merge_as_their_float32_twin_does_from_the_hub_too(api, tmp_path, layout):
     few, twin = write_words(tmp_path / "few", "expert-reverse", layout)
 
-    assert_merges_as_its_twin(api, few, twin, tmp_path / "out")
+    assert_merges_as_float32(api, few, twin, tmp_path / "out")
 
 
 def test_check_counts_what_words_hold_and_warns_of_what_awq_did_before(api, tmp_path):
@@ -192,16 +192,16 @@ def test_biases_that_only_a_gptq_file_has_are_told_and_may_be_left_out(api, tmp_
 
     assert one in problem
     assert "`missing: base`" in problem
-    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    assert weight_bytes(tmp_path / "with") == weight_bytes(tmp_path / "without")
 
 
 def test_a_merge_streams_from_gptq_on_the_hub_to_the_same_bytes(api, tmp_path):
     few, _ = write_words(tmp_path / "few", "expert-reverse", "gptq")
     publish = "publish: {repo: zoo/out, license: mit}\n"
-    asked = recipe("zoo/base", pushed(api, few, "zoo/few"), DENSITY + publish)
+    asked = recipe("zoo/base", push_folder(api, few, "zoo/few"), DENSITY + publish)
     pipeline.merge_models(recipe("zoo/base", few), tmp_path / "out")
 
     pipeline.stream(asked, pipeline.open_target(asked.publish), tmp_path / "work")
 
     api.hf_hub_download("zoo/out", WEIGHTS, local_dir=tmp_path / "got")
-    assert weights(tmp_path / "got") == weights(tmp_path / "out")
+    assert weight_bytes(tmp_path / "got") == weight_bytes(tmp_path / "out")

@@ -7,21 +7,21 @@ from shutil import copy, copytree
 
 import pytest
 import torch
-from by_statistics import (
+from safetensors.torch import load_file, save_file
+from statistical_merges import (
     DOWN,
     GUIDE,
     MODELS,
     NORM,
     Q,
-    Told,
+    Recorder,
     merge,
-    merge_in_two_ways,
+    merge_whole_and_in_shards,
     recipe,
     weights,
     write_adapter,
     zoo_weights,
 )
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import lewis_hub
@@ -72,7 +72,7 @@ def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_thems
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
-    whole, parts = merge_in_two_ways(tmp_path, text)
+    whole, parts = merge_whole_and_in_shards(tmp_path, text)
 
     found = weights(parts)
     for name, tensor in weights(whole).items():
@@ -90,7 +90,10 @@ def test_a_guides_densities_are_heard(api, tmp_path):
 
 
 def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
-    whole, first = merge(tmp_path / "whole", RECIPE), Told("Fitting block by block", after=300)
+    whole, first = (
+        merge(tmp_path / "whole", RECIPE),
+        Recorder("Fitting block by block", after=300),
+    )
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", RECIPE, progress=first)
     done = list((tmp_path / "out.partial").rglob("fitted/*/*/*.safetensors"))
@@ -104,8 +107,8 @@ def test_an_interrupted_merge_goes_on_with_the_next_block(api, tmp_path):
 
 def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", RECIPE, progress=Told("Merging"))
-    told = Told()
+        merge(tmp_path / "out", RECIPE, progress=Recorder("Merging"))
+    told = Recorder()
 
     found = weights(merge(tmp_path / "out", RECIPE, progress=told))
 
@@ -117,7 +120,7 @@ def test_fitted_matrices_are_taken_up_where_the_merge_was_interrupted(api, tmp_p
 def test_what_was_fitted_for_other_settings_does_not_stay_on_the_disk(api, tmp_path):
     for text in (RECIPE, RECIPE.replace("0.9", "0.8")):
         with pytest.raises(KeyboardInterrupt):
-            merge(tmp_path / "out", text, progress=Told("Merging"))
+            merge(tmp_path / "out", text, progress=Recorder("Merging"))
 
     left = list((tmp_path / "out.partial").rglob("fitted.json"))
 
@@ -223,7 +226,7 @@ def test_what_is_nan_in_a_fitted_matrix_is_told_where_it_is_allowed(api, tmp_pat
         found[Q][0, 0], found[NORM][0] = torch.nan, torch.inf
         return found
 
-    base, told = copied("base", tmp_path / "base", broken), Told()
+    base, told = copied("base", tmp_path / "base", broken), Recorder()
     text = RECIPE.replace("zoo/base", str(base))
 
     merge(tmp_path / "out", text, Execution(allow_nan=True), told)

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import yaml
+from hub_models import weight_bytes
 from safetensors.torch import load_file, save_file
-from served import weights
 
 import lewis_hub
 from lewis_hub import pipeline
@@ -85,7 +85,7 @@ def test_a_stack_leaves_a_configuration_of_its_depth_and_a_recipe_that_makes_it_
     assert all(s.model.revision for one in again.slices for s in one.sources)
     assert pipeline.merge_models(recipe(TIES), tmp_path / "out").status == "unchanged"
     twice = pipeline.merge_models(again, tmp_path / "again", Execution(runner="inline"))
-    assert weights(twice.output) == weights(merged.output)
+    assert weight_bytes(twice.output) == weight_bytes(merged.output)
     locks = [
         Lock.from_json((f / "lewis/lock.json").read_text()) for f in (merged.output, twice.output)
     ]
@@ -109,11 +109,11 @@ merge_method: passthrough
     assert mark
 
     made = pipeline.merge_models(recipe(first), tmp_path / "out")
-    before = weights(made.output)
+    before = weight_bytes(made.output)
     other = pipeline.merge_models(recipe(second), tmp_path / "out", Execution(replace=True))
 
     assert other.status == "merged"
-    assert weights(other.output) != before
+    assert weight_bytes(other.output) != before
 
 
 def test_card_and_mergekit_configuration_tell_the_slices(api, tmp_path):
@@ -257,7 +257,9 @@ def test_densities_of_a_guide_follow_the_blocks_that_are_stacked(api, tmp_path):
     assert "model.layers.6.mlp.up_proj.weight" not in by_filter
     assert by_filter[None] == 1.0
     again = lewis_hub.read_recipe(merged / "lewis" / "recipe.yaml")
-    assert weights(pipeline.merge_models(again, tmp_path / "again").output) == weights(merged)
+    assert weight_bytes(pipeline.merge_models(again, tmp_path / "again").output) == weight_bytes(
+        merged
+    )
 
 
 def test_a_guide_on_slices_needs_models_of_one_depth(api, tmp_path):

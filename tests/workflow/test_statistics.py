@@ -5,16 +5,16 @@ import json
 
 import pytest
 import torch
-from by_statistics import (
+from statistical_merges import (
     DOWN,
     GUIDE,
     MODELS,
     NORM,
     TEXT,
     Q,
-    Told,
+    Recorder,
     merge,
-    merge_in_two_ways,
+    merge_whole_and_in_shards,
     recipe,
     weights,
     write_adapter,
@@ -110,7 +110,7 @@ def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
-    whole, parts = merge_in_two_ways(tmp_path, text)
+    whole, parts = merge_whole_and_in_shards(tmp_path, text)
 
     assert len(bytes_of(parts)) > 2
     found = weights(parts)
@@ -129,7 +129,11 @@ def test_ray_makes_the_same_bytes(api, tmp_path):
 
 
 def test_an_interrupted_merge_takes_up_its_statistics(api, tmp_path):
-    whole, first, second = merge(tmp_path / "whole", RECIPE), Told("Merging"), Told()
+    whole, first, second = (
+        merge(tmp_path / "whole", RECIPE),
+        Recorder("Merging"),
+        Recorder(),
+    )
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", RECIPE, progress=first)
 
@@ -147,7 +151,7 @@ def test_a_guides_pass_leaves_the_statistics_that_a_pass_of_their_own_would(
     api, tmp_path, monkeypatch, text
 ):
     monkeypatch.chdir(tmp_path)
-    both, known = Told(), Told()
+    both, known = Recorder(), Recorder()
 
     found = merge(tmp_path / "both", text, progress=both)
 
@@ -164,11 +168,15 @@ def test_a_guides_pass_leaves_the_statistics_that_a_pass_of_their_own_would(
 def test_a_guides_pass_that_was_interrupted_leaves_the_statistics_of_what_it_measured(
     api, tmp_path
 ):
-    whole = Told()
+    whole = Recorder()
     expected = merge(tmp_path / "whole", RECIPE + GUIDE, progress=whole)
-    n_tokens, rerun = whole.totals["Calibrating"], Told()
+    n_tokens, rerun = whole.totals["Calibrating"], Recorder()
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", RECIPE + GUIDE, progress=Told("Calibrating", 0.9 * n_tokens))
+        merge(
+            tmp_path / "out",
+            RECIPE + GUIDE,
+            progress=Recorder("Calibrating", 0.9 * n_tokens),
+        )
     scratch = tmp_path / "out.partial" / ".scratch" / "statistics"
     assert len(list(scratch.rglob("grams.json"))) == 1
     assert len({path.parent for path in scratch.rglob("*.safetensors")}) == 2
@@ -182,8 +190,8 @@ def test_a_guides_pass_that_was_interrupted_leaves_the_statistics_of_what_it_mea
 
 def test_other_texts_are_gathered_anew_and_give_other_weights(api, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        merge(tmp_path / "out", RECIPE, progress=Told("Merging"))
-    fewer, told = RECIPE.replace("samples: 32", "samples: 16"), Told()
+        merge(tmp_path / "out", RECIPE, progress=Recorder("Merging"))
+    fewer, told = RECIPE.replace("samples: 32", "samples: 16"), Recorder()
 
     found = merge(tmp_path / "out", fewer, progress=told)
 
@@ -258,7 +266,7 @@ def test_the_twin_of_a_trim_by_activation_keeps_all_but_the_statistics():
 
 
 def test_a_gate_holds_a_merge_by_statistics_against_its_twin(api, tmp_path):
-    told = Told()
+    told = Recorder()
     merged = lewis_hub.merge_models(recipe(RECIPE + SCORED), tmp_path / "out", progress=told)
 
     assert told.said.count("Loading the benchmarks") == 1  # to look for overlaps, and to score

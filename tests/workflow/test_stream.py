@@ -12,21 +12,21 @@ import tempfile
 
 import pytest
 from click.testing import CliRunner
-from served import pushed
-from streamed import (
+from hub_models import push_folder
+from streamed_merges import (
     MODEL_BYTES,
     MOST_BYTES,
     REPO,
     SMALL,
-    apart_from_costs,
-    fetched,
-    in_eight_bit,
-    in_shards,
-    on_disk,
-    published,
+    fetched_bytes,
+    hub_digests,
+    local_digests,
+    quantise_to_fp8,
+    record_disk_bytes,
     seed,
+    shard_model,
     stream,
-    watched,
+    without_costs,
     write_adapter,
 )
 
@@ -66,11 +66,11 @@ def test_the_bytes_are_those_of_a_local_merge(api, hub, tmp_path, more):
     found = stream(recipe, tmp_path / "work")
 
     lewis_hub.merge_models(recipe, tmp_path / "merged", SMALL)
-    merged = on_disk(tmp_path / "merged")
+    merged = local_digests(tmp_path / "merged")
     assert found.changed
     assert len([path for path in merged if path.endswith(".safetensors")]) > 3
-    assert published(hub).keys() == merged.keys()
-    assert apart_from_costs(published(hub)) == apart_from_costs(merged)
+    assert hub_digests(hub).keys() == merged.keys()
+    assert without_costs(hub_digests(hub)) == without_costs(merged)
 
 
 STACK = """slices:
@@ -88,7 +88,7 @@ def test_blocks_that_are_stacked_twice_come_twice(api, hub, tmp_path):
     stream(recipe, tmp_path / "work")
 
     lewis_hub.merge_models(recipe, tmp_path / "merged", SMALL)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "merged"))
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "merged"))
 
 
 def test_no_weight_is_kept_and_the_work_leaves_nothing(api, tmp_path):
@@ -119,12 +119,12 @@ def test_what_a_run_left_that_published_and_was_cut_off_then_goes_with_the_next(
 
 
 def shard_sizes(hub):
-    found = {path: sha for path, sha in published(hub).items() if path.endswith(".safetensors")}
+    found = {path: sha for path, sha in hub_digests(hub).items() if path.endswith(".safetensors")}
     return [len(hub.store.blobs.read(sha256)) for sha256 in found.values()]
 
 
 def test_shards_and_what_is_fetched_ahead_take_two_shards_at_most(api, hub, tmp_path):
-    with watched(hub, tmp_path / "work") as seen:
+    with record_disk_bytes(hub, tmp_path / "work") as seen:
         stream(parse_recipe(RECIPE, "recipe.yaml"), tmp_path / "work")
 
     assert max(shard_sizes(hub)) < max(seen) <= MOST_BYTES
@@ -134,23 +134,25 @@ def test_a_tensor_that_needs_more_than_two_shards_comes_all_the_same(api, hub, t
     recipe = parse_recipe(RECIPE, "recipe.yaml")
     tiny = Execution(runner="threads:2", max_shard_bytes=60_000)
 
-    with watched(hub, tmp_path / "work") as seen:
+    with record_disk_bytes(hub, tmp_path / "work") as seen:
         stream(recipe, tmp_path / "work", tiny)
 
     largest = max(shard_sizes(hub))  # of one tensor: it has to lie here, and its three sources
     assert largest > 60_000
     assert max(seen) <= 4 * largest
     lewis_hub.merge_models(recipe, tmp_path / "merged", tiny)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "merged"))
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "merged"))
 
 
 def test_what_is_here_already_is_read_here(api, hub, tmp_path, monkeypatch):
-    local = RECIPE.replace("tests/base", str(in_shards(zoo_folder() / "base", tmp_path / "local")))
+    local = RECIPE.replace(
+        "tests/base", str(shard_model(zoo_folder() / "base", tmp_path / "local"))
+    )
     hub.fail("/lfs/[0-9a-f]+/model-0000._", 500, times=1000)
     recipe = parse_recipe(local.replace("tests/reverse", "zoo/expert-reverse"), "recipe.yaml")
 
     assert stream(recipe, tmp_path / "work").changed
-    assert fetched(hub) == {"merge": 2 * MODEL_BYTES}
+    assert fetched_bytes(hub) == {"merge": 2 * MODEL_BYTES}
 
 
 # -- refusals
@@ -219,8 +221,10 @@ def test_the_command_tells_where_the_merge_is(api, tmp_path):
 
 
 def test_an_adapter_and_8_bit_floats_come_by_ranges_too(api, hub, tmp_path):
-    pushed(api, write_adapter(tmp_path / "adapter"), "tests/adapter")
-    pushed(api, in_eight_bit(zoo_folder() / "expert-cipher", tmp_path / "eight"), "tests/eight")
+    push_folder(api, write_adapter(tmp_path / "adapter"), "tests/adapter")
+    push_folder(
+        api, quantise_to_fp8(zoo_folder() / "expert-cipher", tmp_path / "eight"), "tests/eight"
+    )
     text = RECIPE.replace("tests/reverse", "tests/adapter").replace(
         "zoo/expert-cipher", "tests/eight"
     )
@@ -229,7 +233,7 @@ def test_an_adapter_and_8_bit_floats_come_by_ranges_too(api, hub, tmp_path):
     stream(recipe, tmp_path / "work")
 
     lewis_hub.merge_models(recipe, tmp_path / "merged", SMALL)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "merged"))
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "merged"))
 
 
 @pytest.mark.slow
@@ -246,8 +250,8 @@ def test_workers_on_other_machines_read_the_hub_themselves(api, hub, tmp_path, m
     stream(recipe, tmp_path / "work", Execution(runner="ray", max_shard_bytes=700_000))
 
     lewis_hub.merge_models(recipe, tmp_path / "merged", SMALL)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "merged"))
-    assert fetched(hub) == {}  # the workers do not count
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "merged"))
+    assert fetched_bytes(hub) == {}  # the workers do not count
     shutil.rmtree(folder)
 
 
@@ -266,4 +270,4 @@ def test_shards_go_by_xet_where_it_is_installed_and_a_rerun_completes(api, hub, 
     assert refused.returncode == 1
     assert done.returncode == 0, done.stderr.decode()
     lewis_hub.merge_models(parse_recipe(RECIPE, "recipe.yaml"), tmp_path / "merged", SMALL)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "merged"))
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "merged"))

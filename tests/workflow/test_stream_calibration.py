@@ -10,21 +10,21 @@ import sys
 from contextlib import suppress
 
 import pytest
-from served import listening, pushed
-from streamed import (
+from hub_models import push_folder, watch_requests
+from streamed_merges import (
     MODEL_BYTES,
     MOST_BYTES,
     SHARD_BYTES,
     SMALL,
-    apart_from_costs,
-    fetched,
-    in_eight_bit,
-    on_disk,
-    published,
-    read,
+    fetched_bytes,
+    hub_digests,
+    local_digests,
+    quantise_to_fp8,
+    read_published,
+    record_disk_bytes,
     seed,
     stream,
-    watched,
+    without_costs,
     write_adapter,
 )
 
@@ -88,34 +88,36 @@ def recipe(way, text=RECIPE):
     ],
 )
 def test_what_is_measured_on_the_way_gives_the_bytes_of_a_local_merge(api, hub, tmp_path, way):
-    with watched(hub, tmp_path / "work") as seen:
+    with record_disk_bytes(hub, tmp_path / "work") as seen:
         stream(recipe(way), tmp_path / "work")
 
     assert 0 < max(seen) <= (FITTING_BYTES if way == "in sequence" else MOST_BYTES)
     assert list(cache_root().rglob("*.safetensors")) == []
     assert list(tmp_path.glob("work*")) == []
-    assert fetched(hub) == {"merge": 3 * MODEL_BYTES} | MEASURED[way]
-    assert "downloaded in ranges" in read(hub, "README.md").decode()
+    assert fetched_bytes(hub) == {"merge": 3 * MODEL_BYTES} | MEASURED[way]
+    assert "downloaded in ranges" in read_published(hub, "README.md").decode()
     lewis_hub.merge_models(recipe(way), tmp_path / "merged", SMALL)
-    merged = on_disk(tmp_path / "merged")
-    assert published(hub).keys() == merged.keys()
-    assert apart_from_costs(published(hub)) == apart_from_costs(merged)
+    merged = local_digests(tmp_path / "merged")
+    assert hub_digests(hub).keys() == merged.keys()
+    assert without_costs(hub_digests(hub)) == without_costs(merged)
     assert ("lewis/importance.json" in merged) == (way in {"lewis", "magnitude", "guided regmean"})
 
 
 @pytest.mark.slow
 def test_an_adapter_and_8_bit_floats_are_measured_as_they_are_written_out(api, hub, tmp_path):
-    pushed(api, write_adapter(tmp_path / "adapter"), "tests/adapter")
-    pushed(api, in_eight_bit(zoo_folder() / "expert-cipher", tmp_path / "eight"), "tests/eight")
+    push_folder(api, write_adapter(tmp_path / "adapter"), "tests/adapter")
+    push_folder(
+        api, quantise_to_fp8(zoo_folder() / "expert-cipher", tmp_path / "eight"), "tests/eight"
+    )
     text = RECIPE.replace("tests/reverse", "tests/adapter").replace(
         "zoo/expert-cipher", "tests/eight"
     )
 
-    with watched(hub, tmp_path / "work") as seen:
+    with record_disk_bytes(hub, tmp_path / "work") as seen:
         stream(recipe("lewis", text), tmp_path / "work")
 
     lewis_hub.merge_models(recipe("lewis", text), tmp_path / "merged", SMALL)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "merged"))
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "merged"))
     assert max(seen) <= MOST_BYTES
 
 
@@ -134,7 +136,7 @@ def killed(hub, folder, text, when):
         if process.poll() is None and when(scratch):
             process.kill()
 
-    with listening(hub, hear):
+    with watch_requests(hub, hear):
         told = process.communicate(timeout=300)[1]
     assert process.returncode == -signal.SIGKILL, told
 
@@ -169,17 +171,17 @@ def test_a_killed_run_goes_on_and_measures_nothing_again(api, hub, tmp_path, mon
     way, when, left = INTERRUPTED[name]
     monkeypatch.chdir(tmp_path)
     killed(hub, tmp_path, RECIPE + WAYS[way], when)
-    before = published(hub)
+    before = hub_digests(hub)
 
     stream(lewis_hub.read_recipe(tmp_path / "recipe.yaml"), tmp_path / "merged")
 
     assert before == {}
-    came = fetched(hub)
+    came = fetched_bytes(hub)
     merged_bytes = came.pop("merge")
     assert came == {"gather" if way == "regmean" else "calibrate": left}
     assert (merged_bytes < 3 * MODEL_BYTES) == (when is is_sent)
     lewis_hub.merge_models(recipe(way), tmp_path / "local", SMALL)
-    assert apart_from_costs(published(hub)) == apart_from_costs(on_disk(tmp_path / "local"))
+    assert without_costs(hub_digests(hub)) == without_costs(local_digests(tmp_path / "local"))
 
 
 # -- refused
@@ -195,7 +197,7 @@ def test_a_guide_that_runs_whole_models_is_refused_and_a_profile_beside_the_reci
     asked = parse_recipe(short + WAYS["lewis"].replace("lewis", guide), "recipe.yaml")
     with pytest.raises(RecipeError) as told:
         stream(asked, tmp_path / "work")
-    before = published(hub)
+    before = hub_digests(hub)
 
     lewis_hub.calibrate(asked, "importance")
     stream(asked, tmp_path / "work")
@@ -210,7 +212,7 @@ def test_a_guide_that_runs_whole_models_is_refused_and_a_profile_beside_the_reci
         "by block, such as `lewis`."
     )
     assert before == {}
-    assert fetched(hub)["calibrate"] == 0
+    assert fetched_bytes(hub)["calibrate"] == 0
 
 
 def test_statistics_that_do_not_fit_are_told_before_a_weight_is_fetched(
@@ -230,4 +232,4 @@ def test_statistics_that_do_not_fit_are_told_before_a_weight_is_fetched(
         "need 0.01 GB, 0.01 GB are free.\nFree some space, or use a larger disk, or a method that "
         "merges without statistics."
     )
-    assert published(hub) == {}
+    assert hub_digests(hub) == {}

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from hub_faults import FAULTS, NEVER, run_concurrently
+from hub_models import push_by_another, push_folder, watch_requests
 from safetensors.torch import save_file
-from served import listening, push_meanwhile, pushed
-from streamed import REPO, fetched, on_disk, published, read
-from striking import FAULTS, NEVER, raced
+from streamed_merges import REPO, fetched_bytes, hub_digests, local_digests, read_published
 
 import lewis_hub
 from lewis_hub.errors import LewisHubError
@@ -71,7 +71,7 @@ def seeded(hub, monkeypatch, tmp_path, no_pauses):
         hub.clear()
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
         for model in models:
-            pushed(hub.api(), model, f"tests/{model.name}")
+            push_folder(hub.api(), model, f"tests/{model.name}")
 
     return seed_anew
 
@@ -91,7 +91,7 @@ def run(work, recipe=RECIPE):
 def calls(hub, work):
     """The first and the last call of each kind, as the kind and how many of it come before."""
     counted = Counter()
-    with listening(hub, lambda method, target: counted.update([(method, kind(target))])):
+    with watch_requests(hub, lambda method, target: counted.update([(method, kind(target))])):
         run(work)
     assert len(counted) >= 25  # reads of both sources, and all that a push takes
     for one in counted:
@@ -110,7 +110,7 @@ def at(hub, call, happen):
         if (method, kind(target)) == one and heard[one] == before + 1:
             happen()
 
-    with listening(hub, hear):
+    with watch_requests(hub, hear):
         yield
     assert heard[one] > before, call
 
@@ -125,7 +125,7 @@ def expected(hub, seeded, tmp_path):
     """What a stream publishes: path -> sha256. Documents name commits, which have dates."""
     seeded()
     lewis_hub.merge_models(parse_recipe(RECIPE, "recipe.yaml"), tmp_path / "merged", SMALL)
-    return on_disk(tmp_path / "merged")
+    return local_digests(tmp_path / "merged")
 
 
 def weights(found):
@@ -133,7 +133,7 @@ def weights(found):
 
 
 def assert_complete(hub, expected):
-    found = published(hub)
+    found = hub_digests(hub)
     assert found.keys() == expected.keys()
     assert weights(found) == weights(expected)
     assert [one.title for one in hub.api().list_repo_commits(REPO)].count(TITLE) == 1
@@ -155,9 +155,9 @@ def assert_a_fault_does_no_harm(hub, seeded, tmp_path, expected, fault, times):
                 message = str(error)
         hub.faults.clear()
         assert times == 1 or message, call  # what stays is told
-        assert published(hub).keys() in (set(), expected.keys())
+        assert hub_digests(hub).keys() in (set(), expected.keys())
         claimed = re.search(" ([0-9a-f]{40}) is published, but tag `v1` is not on it: ", message)
-        assert bool(published(hub)) == bool(claimed or not message), call
+        assert bool(hub_digests(hub)) == bool(claimed or not message), call
 
         run(tmp_path / "work")
 
@@ -207,15 +207,15 @@ def test_somebody_elses_commit_at_any_call_is_never_overwritten(hub, seeded, tmp
     for call in calls(hub, tmp_path / "counted"):
         seeded()
         hub.api().create_repo(REPO)
-        with at(hub, call, lambda: push_meanwhile(hub, REPO)), suppress(LewisHubError):
+        with at(hub, call, lambda: push_by_another(hub, REPO)), suppress(LewisHubError):
             run(tmp_path / "work")
-        found = published(hub)
+        found = hub_digests(hub)
         assert "theirs" in found
         n_refused += found.keys() == {"theirs"}
         assert found.keys() - {"theirs"} in (set(), expected.keys())
         run(tmp_path / "work")
-        assert published(hub).keys() - {"theirs"} == expected.keys()
-        assert weights(published(hub)) == weights(expected)
+        assert hub_digests(hub).keys() - {"theirs"} == expected.keys()
+        assert weights(hub_digests(hub)) == weights(expected)
     assert n_refused > 5
 
 
@@ -239,12 +239,12 @@ def test_a_rerun_neither_makes_nor_sends_again_what_was_sent(hub, seeded, tmp_pa
         run(tmp_path / "work")
     heard = []
 
-    with listening(hub, lambda method, target: heard.append(f"{method} {kind(target)}")):
+    with watch_requests(hub, lambda method, target: heard.append(f"{method} {kind(target)}")):
         run(tmp_path / "work")
 
     assert str(raised.value).startswith("tests/streamed: ")
     assert not [one for one in heard if one.startswith("PUT")]
-    assert fetched(hub) == {"merge": 0}
+    assert fetched_bytes(hub) == {"merge": 0}
     assert_complete(hub, expected)
 
 
@@ -259,17 +259,17 @@ def test_two_processes_that_stream_to_one_repo_end_as_whole_commits_or_a_clear_r
         (tmp_path / name / "recipe.yaml").write_text(text)
         commands[name] = ["merge", "--stream", "--push", "--json", "-q"], tmp_path / name
 
-    done = raced(hub, 0.1, commands)  # late enough that they are in the midst of it together
+    done = run_concurrently(hub, 0.1, commands)  # late enough that both are at work together
 
     winners = [name for name, process in done.items() if process.returncode == 0]
     titles = [commit.title for commit in hub.api().list_repo_commits(REPO)]
     assert sum(title.startswith(TITLE) for title in titles) == len(winners) >= 1
-    recipe = read(hub, "lewis/recipe.yaml").decode()
+    recipe = read_published(hub, "lewis/recipe.yaml").decode()
     newest = "one" if "density: 0.2" in recipe else "two"
     assert newest in winners
-    lock = json.loads(read(hub, "lewis/lock.json"))
+    lock = json.loads(read_published(hub, "lewis/lock.json"))
     assert {path: one["sha256"] for path, one in lock["outputs"].items()}.items() <= (
-        published(hub).items()
+        hub_digests(hub).items()
     )
     for name in done.keys() - set(winners):
         told = done[name].stderr

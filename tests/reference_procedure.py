@@ -1,4 +1,4 @@
-"""The published procedure of LEWIS, transcribed in loops and whole forward passes, for tests."""
+"""The published procedure of LEWIS in plain loops and whole forward passes, for tests."""
 
 from __future__ import annotations
 

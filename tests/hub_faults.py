@@ -1,4 +1,4 @@
-"""What may go wrong at calls of the embedded Hub, and commands that race on it, for tests."""
+"""Faults of the embedded Hub, and commands that run against it at the same time, for tests."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def _cut(after_bytes):
     return lambda hub, skip, times: hub.drop(ANY, skip=skip, times=times, after_bytes=after_bytes)
 
 
-FAULTS = {  # name -> what lets it happen, so many times, after so many calls that go well
+FAULTS = {  # name -> a function that makes it happen `times` times, after `skip` good calls
     **{str(code): _status(code) for code in (500, 503, 429, 412)},
     "no answer": _cut(None),
     "lost answer": _cut(0),
@@ -23,14 +23,14 @@ FAULTS = {  # name -> what lets it happen, so many times, after so many calls th
 }
 
 
-def raced(hub, delay_s, commands):
-    """Run `lewis-hub` in several processes at once, each answer of the Hub so many seconds late.
+def run_concurrently(hub, delay_s, commands):
+    """Run `lewis-hub` in several processes at once; the Hub delays each answer by `delay_s`.
 
     Args:
-        commands: name -> the words of its command, and the folder that it is typed in.
+        commands: name -> the arguments, and the working folder.
 
     Returns:
-        Name -> the process as it ended.
+        Name -> the finished process.
     """
     hub.faults.delay_s = delay_s
     running = {

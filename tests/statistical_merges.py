@@ -1,4 +1,4 @@
-"""Merges of the zoo by statistics, for tests that look at them."""
+"""Merges of the zoo by methods that need statistics, for tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def merge(folder, text, execution=None, progress=None):
     return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
 
 
-def merge_in_two_ways(folder, text):
+def merge_whole_and_in_shards(folder, text):
     """Inline as a whole; and by threads, in shards, with torch on two threads."""
     whole = merge(folder / "whole", text, Execution(runner="inline"))
     before = torch.get_num_threads()
@@ -60,7 +60,7 @@ def zoo_weights(name):
 
 
 def write_adapter(folder):
-    """A LoRA of DOWN alone; what it adds to it."""
+    """Write a LoRA that changes DOWN alone; return its update."""
     folder.mkdir()
     generator, name = torch.Generator().manual_seed(1), f"base_model.model.{LAYER}mlp.down_proj"
     n_out, n_in = zoo_weights("base")[DOWN].shape
@@ -73,8 +73,8 @@ def write_adapter(folder):
     return 2 * lora["lora_B"] @ lora["lora_A"]
 
 
-class Told:
-    """Keeps what stages say of their size; stops a stage after so much of it."""
+class Recorder:
+    """Records totals of stages and notes; interrupts stage `stop_at` after `after` units."""
 
     def __init__(self, stop_at=None, after=-1):
         self.totals, self.said, self._stop_at, self._left = {}, [], stop_at, after

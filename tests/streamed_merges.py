@@ -1,12 +1,12 @@
-"""Merges from Hub to Hub, and what they leave there, for tests that look at them."""
+"""Merges that are streamed from Hub to Hub, and the files that they publish, for tests."""
 
 import json
 import shutil
 from contextlib import contextmanager
 
 import torch
+from hub_models import folder_bytes, push_folder, watch_requests
 from safetensors.torch import load_file, save_file
-from served import bytes_in, listening, pushed
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
@@ -21,15 +21,15 @@ SMALL = Execution(runner="threads:2", max_shard_bytes=SHARD_BYTES)
 
 
 def seed(hub, folder):
-    """The zoo, two of its models in three shards each; returns a client."""
+    """Push the zoo, two of its models in three shards each; return a client."""
     api = hub.api()
     seed_hub(api)
     for name, repo in (("base", "base"), ("expert-reverse", "reverse")):
-        pushed(api, in_shards(zoo_folder() / name, folder / repo), f"tests/{repo}")
+        push_folder(api, shard_model(zoo_folder() / name, folder / repo), f"tests/{repo}")
     return api
 
 
-def in_shards(model, folder):
+def shard_model(model, folder):
     shutil.copytree(model, folder)
     (folder / "model.safetensors").unlink()
     tensors = load_file(model / "model.safetensors")
@@ -45,7 +45,7 @@ def in_shards(model, folder):
 
 
 def write_adapter(folder):
-    """A LoRA with DoRA's magnitudes, for which the base is read twice."""
+    """Write a LoRA with DoRA's magnitudes, for which the base is read twice."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -62,8 +62,8 @@ def write_adapter(folder):
     return folder
 
 
-def in_eight_bit(model, folder):
-    """Its projections as 8-bit floats with a scale a tensor."""
+def quantise_to_fp8(model, folder):
+    """Copy a model with projections in 8-bit floats, one scale for each tensor."""
     shutil.copytree(model, folder)
     tensors = {}
     for name, weight in load_file(model / "model.safetensors").items():
@@ -85,8 +85,8 @@ def stream(recipe, output, execution=SMALL, progress=None):
     return lewis_hub.stream(recipe, target, output, execution, progress)
 
 
-def published(hub, repo=REPO):
-    """Path -> the sha256 of its bytes, of what main holds; read from the store, not over HTTP."""
+def hub_digests(hub, repo=REPO):
+    """The sha256 of each file on main, by path; read from the store, not over HTTP."""
     found = hub.store.find("models", repo)
     if found is None:
         return {}
@@ -94,39 +94,39 @@ def published(hub, repo=REPO):
     return {path: file.sha256 for path, file in files.items() if path != ".gitattributes"}
 
 
-def read(hub, path, repo=REPO):
+def read_published(hub, path, repo=REPO):
     """The bytes of one file on main."""
-    return hub.store.blobs.read(published(hub, repo)[path])
+    return hub.store.blobs.read(hub_digests(hub, repo)[path])
 
 
-def on_disk(folder):
+def local_digests(folder):
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): sha256_of(path) for path in files}
 
 
-def apart_from_costs(found):
-    """What equal merges have in common: the rest tells when a run was, and what it took."""
+def without_costs(found):
+    """The files that are equal in equal merges: the others record time and costs."""
     told = {"README.md", "lewis/report.html", "lewis/cost.json", "lewis/provenance.json"}
     return {path: sha256 for path, sha256 in found.items() if path not in told}
 
 
-def fetched(hub):
-    """Stage -> the bytes of weights that it had from the Hub, of the stages that fetch any."""
-    stages = json.loads(read(hub, "lewis/cost.json"))["stages"]
+def fetched_bytes(hub):
+    """Stage -> the bytes of weights that it fetched from the Hub, of the stages that fetch any."""
+    stages = json.loads(read_published(hub, "lewis/cost.json"))["stages"]
     return {
         one["stage"]: one["fetched_bytes"] for one in stages if one["fetched_bytes"] is not None
     }
 
 
 @contextmanager
-def watched(hub, work):
-    """At each request to the Hub, the bytes of shards and ranges that lie beside the work."""
+def record_disk_bytes(hub, work):
+    """Record the bytes of shards and ranges on the disk at each request to the Hub."""
     seen = []
     scratch = work.with_name(f"{work.name}.stream.partial") / ".scratch"
 
     def held():
         ranges = [*scratch.glob("ranges*"), *scratch.glob("fitted/*/*/ranges")]
-        return bytes_in(scratch / "shards", scratch / "written out", *ranges)
+        return folder_bytes(scratch / "shards", scratch / "written out", *ranges)
 
-    with listening(hub, lambda *_: seen.append(held())):
+    with watch_requests(hub, lambda *_: seen.append(held())):
         yield seen

@@ -1,4 +1,4 @@
-"""Models in folders and on the embedded Hub, for tests that go the whole way."""
+"""Models in folders and on the embedded Hub, for tests of whole merges."""
 
 import os
 from contextlib import contextmanager, suppress
@@ -22,20 +22,20 @@ def recipe(base="zoo/base", expert="zoo/expert-reverse", more=DENSITY):
     return parse_recipe(text + more, "recipe.yaml")
 
 
-def pushed(api, folder, repo):
-    """A new repo with the files of a folder; returns its name."""
+def push_folder(api, folder, repo):
+    """Create a repo with the files of a folder; return its name."""
     api.create_repo(repo)
     api.upload_folder(repo_id=repo, folder_path=folder)
     return repo
 
 
-def weights(folder):
+def weight_bytes(folder):
     """The bytes of each file of weights."""
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def push_meanwhile(hub, repo):
-    """Somebody else's commit; not over HTTP, for the server is in the midst of a request."""
+def push_by_another(hub, repo):
+    """Commit as another user; not over HTTP, because the server is answering a request."""
     found = hub.store.find("models", repo)
     head = found.resolve("main")
     files = {**head.files, "theirs": git_file(b"x", hub.store.blobs.add(b"x"))}
@@ -44,8 +44,8 @@ def push_meanwhile(hub, repo):
 
 
 @contextmanager
-def listening(hub, hear):
-    """`hear` is called with the method and the target of each request before it is answered."""
+def watch_requests(hub, hear):
+    """Call `hear` with the method and the target of each request before it is answered."""
     strike = hub.faults.take
 
     def take(method, target):
@@ -59,8 +59,8 @@ def listening(hub, hear):
         hub.faults.take = strike
 
 
-def bytes_in(*folders):
-    """The size of all files in folders that somebody works in, but of JSON: what goes counts 0."""
+def folder_bytes(*folders):
+    """The size of all files but JSON in folders; files that are deleted meanwhile count 0."""
     total = 0
     for place, _, names in (walked for folder in folders for walked in os.walk(folder)):
         for name in (name for name in names if not name.endswith(".json")):

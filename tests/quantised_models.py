@@ -3,8 +3,8 @@
 import json
 import shutil
 
+from hub_models import push_folder, recipe, weight_bytes
 from safetensors.torch import load_file, save_file
-from served import pushed, recipe, weights
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
@@ -15,11 +15,11 @@ def configure(folder, **more):
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
 
 
-def beside_twin(folder, source, quantise, configured):
-    """A model of the zoo whose projections are quantised, and beside it what it stands for.
+def quantise_beside_float32(folder, source, quantise, configured):
+    """Write a model of the zoo with quantised projections, and beside it the same in float32.
 
-    `quantise` takes a tensor's name and value; it gives what is stored for it, by name, and what
-    that stands for in float32.
+    `quantise` takes a tensor's name and value; it returns the stored tensors by name, and the value
+    in float32 that they encode.
     """
     twin = folder.with_name(folder.name + "-float32")
     for copy in (folder, twin):
@@ -36,12 +36,12 @@ def beside_twin(folder, source, quantise, configured):
     return folder, twin
 
 
-def assert_merges_as_its_twin(api, few, twin, folder, base="zoo/base"):
-    """From its folder and from the Hub."""
-    pushed(api, few, "zoo/few")
+def assert_merges_as_float32(api, few, twin, folder, base="zoo/base"):
+    """Merge from a folder and from the Hub, and compare with the float32 model."""
+    push_folder(api, few, "zoo/few")
 
     for name, expert in {"few": few, "hub": "zoo/few", "twin": twin}.items():
         pipeline.merge_models(recipe(base, expert), folder / name)
 
-    found = weights(folder / "few")
-    assert found == weights(folder / "hub") == weights(folder / "twin")
+    found = weight_bytes(folder / "few")
+    assert found == weight_bytes(folder / "hub") == weight_bytes(folder / "twin")
