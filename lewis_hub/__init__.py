@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         Recipe,
     )
     from lewis_hub.report.profiles import compare_profiles
-    from lewis_hub.tune.run import Search, tune_recipe
+    from lewis_hub.tune.objective import Search
+    from lewis_hub.tune.run import tune_recipe
     from lewis_hub.workflow.resolve import read_recipe
     from lewis_hub.workflow.resources import Execution
     from lewis_hub.workflow.single_model import (
@@ -86,7 +87,8 @@ _HOME = {
         *("ModelEntry", "ModelReference", "Publishing", "Recipe"),
     ),
     "report.profiles": ("compare_profiles",),
-    "tune.run": ("Search", "tune_recipe"),
+    "tune.objective": ("Search",),
+    "tune.run": ("tune_recipe",),
     "workflow.resolve": ("read_recipe",),
     "workflow.resources": ("Execution",),
     "workflow.single_model": (

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from lewis_hub.cli.options import (
-    RepoName,
-    code_option,
-    device_option,
-    hardware_options,
-    recipe_argument,
-)
+from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, terminal_options
+from lewis_hub.display import TextTable
 
 if TYPE_CHECKING:
     from lewis_hub.hub.jobs import JobRequest
@@ -26,22 +20,13 @@ if TYPE_CHECKING:
 
 
 LOCAL_OPTIONS = {"on", "flavor", "timeout", "namespace", "cron", "output", "push", "quiet"}
-CRON = re.compile(r"@(annually|yearly|monthly|weekly|daily|hourly)|[\w*/,#-]+( [\w*/,#-]+){4}")
+CRON = options.Format(
+    "cron",
+    "five fields such as '17 4 * * 1', or @daily, @weekly, @monthly",
+    options.matching(r"@(annually|yearly|monthly|weekly|daily|hourly)|[\w*/,#-]+( [\w*/,#-]+){4}"),
+)
 STATUS = {0: "merged", 3: "refused"}
 EXIT_CODE = {"merged": 0, "unchanged": 0, "refused": 3}
-
-
-class Cron(click.ParamType[str]):
-    """A schedule: five cron fields, or an alias such as @weekly."""
-
-    name = "cron"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse a text that is not a schedule."""
-        if not CRON.fullmatch(value):
-            expected = "five fields such as '17 4 * * 1', or @daily, @weekly, @monthly"
-            self.fail(f"expected {expected}; found {value!r}", param, ctx)
-        return value
 
 
 class Schedules(click.Group):
@@ -60,8 +45,7 @@ def merge_on_jobs(
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.resolve import destination, hub_api
 
-    request = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS)
-    api = hub_api()
+    request, api = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS), hub_api()
     job = jobs.submit(api, request)
     cancel = f"Interrupting this command does not stop it; `hf jobs cancel {job.id}` does."
     say, log = terminal.progress.say, list[str]()
@@ -88,19 +72,18 @@ def _checked_request(
     The options of the running command apply to the check as they do to the Job.
     """
     from lewis_hub import pipeline
-    from lewis_hub.workflow.resolve import destination
 
     ctx = click.get_current_context()
     request = pipeline.job_request(recipe_file, recipe, job_options(ctx, local), hardware)
-    pipeline.open_target(destination(recipe))
-    options = ctx.params
-    if options.get("no_eval"):
+    options.open_target(recipe)
+    given = ctx.params
+    if given.get("no_eval"):
         recipe = recipe.model_copy(update={"evaluate": None})
     pipeline.require_mergeable(
         recipe,
-        is_streamed=bool(options.get("stream")),
-        allow_pickle=bool(options.get("allow_pickle")),
-        max_memory_bytes=options.get("max_memory"),
+        is_streamed=bool(given.get("stream")),
+        allow_pickle=bool(given.get("allow_pickle")),
+        max_memory_bytes=given.get("max_memory_bytes"),
     )
     return request
 
@@ -153,19 +136,17 @@ def schedule() -> None:
 
 
 @schedule.command()
-@recipe_argument
+@options.recipe
 @click.option(
     "--cron",
-    type=Cron(),
+    type=CRON,
     required=True,
     help="When to merge: five cron fields in UTC such as '17 4 * * 1', or @weekly.",
 )
-@hardware_options
-@click.option(
-    "--repo", type=RepoName(), help="Repo to publish to, instead of the recipe's `publish.repo`."
-)
-@device_option
-@code_option
+@options.hardware
+@options.repo
+@options.device
+@options.code
 @terminal_options
 def create(
     terminal: Terminal,
@@ -181,15 +162,11 @@ def create(
 
     The Job uses the recipe and its local files as they are now.
     """
-    from lewis_hub.workflow.resolve import published_at, read_recipe
-
-    recipe = read_recipe(recipe_file)
+    recipe = options.read_recipe(recipe_file, repo)
     from lewis_hub.hub import jobs
     from lewis_hub.pipeline import Hardware
     from lewis_hub.workflow.resolve import hub_api
 
-    if repo:
-        recipe = published_at(recipe, repo)
     hardware = Hardware(flavor, timeout, namespace)
     request = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS | {"as_json"})
     scheduled = jobs.schedule(hub_api(), request, cron)
@@ -207,12 +184,15 @@ namespace_option = click.option(
 @terminal_options
 def list_schedules(terminal: Terminal, namespace: str | None) -> None:
     """List the schedules that run lewis-hub."""
-    from lewis_hub.cli.tables import schedules_table
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.resolve import hub_api
 
-    schedules = jobs.scheduled(hub_api(), namespace)
-    terminal.finish({"schedules": schedules}, schedules_table(schedules))
+    header, schedules = (
+        ("id", "schedule", "flavor", "command"),
+        jobs.scheduled(hub_api(), namespace),
+    )
+    rows = (tuple(schedule[name] or "-" for name in header) for schedule in schedules)
+    terminal.finish({"schedules": schedules}, TextTable(header, tuple(rows)))
 
 
 @schedule.command()

@@ -15,7 +15,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import bench, jobs, merge, models, profiles, recipes, tuning
+from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
@@ -42,8 +42,8 @@ def cli() -> None:
 for command in (
     merge.merge,
     merge.check,
-    profiles.importance,
-    profiles.compare,
+    models.importance,
+    models.compare,
     tuning.tune,
     jobs.schedule,
     models.evaluate,
@@ -56,9 +56,9 @@ for command in (
     recipes.methods,
     recipes.guides,
     recipes.actions,
-    models.hub,
-    models.demo,
-    bench.bench,
+    demo.hub,
+    demo.demo,
+    demo.bench,
 ):
     cli.add_command(command)
 

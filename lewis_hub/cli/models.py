@@ -1,60 +1,36 @@
-"""Commands about finished models (evaluate, push, verify, diff, extract-lora), `hub` and `demo`."""
+"""Commands about models: measure, score, publish, verify, compare and extract them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from lewis_hub.cli.options import (
-    RepoName,
-    code_option,
-    device_option,
-    nan_option,
-    output_option,
-    pickle_option,
-    sign_option,
-)
-from lewis_hub.cli.terminal import Terminal, terminal_options
+import lewis_hub
+from lewis_hub.cli import options
+from lewis_hub.cli.terminal import Terminal, scores_table, terminal_options
+from lewis_hub.display import TextTable, size
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from lewis_hub.merge.task_vectors import Extracted
+    from lewis_hub.report.profiles import ProfileComparison
+    from lewis_hub.workflow.verify import Verdict
 
-    from lewis_hub.demo.run import Demo
-    from lewis_hub.recipe.schema import Publishing
 
-
-OWN_MODELS = """
-To merge your own models, run the same three commands:
-  lewis-hub init --base BASE --expert EXPERT --expert EXPERT --task ITS-TASK --task ITS-TASK
-  lewis-hub check
-  lewis-hub merge --push --repo YOUR-NAME/YOUR-MERGE"""
+RECIPES = {".yaml", ".yml"}
+N_SHOWN = 20  # modules in a table; --json contains all
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub evaluate merged --task gsm8k --limit 100")
 @click.argument("model")
-@click.option(
-    "--task", "tasks", multiple=True, required=True, help="lm-eval task; may be repeated."
-)
-@click.option(
-    "--include",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with your own lm-eval task files.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Score only the first N items of each task."
-)
-@click.option(
-    "--chat-template", is_flag=True, help="Format prompts with the model's chat template."
-)
-@device_option
-@pickle_option
-@code_option
+@options.repeated("--task", "tasks", required=True, help="lm-eval task; may be repeated.")
+@click.option("--include", type=options.FOLDER, help="Folder with your own lm-eval task files.")
+@click.option("--limit", type=options.COUNT, help="Score only the first N items of each task.")
+@options.flag("--chat-template", help="Format prompts with the model's chat template.")
+@options.execution
 @terminal_options
 def evaluate(
     terminal: Terminal,
@@ -63,37 +39,30 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     chat_template: bool,
-    device: str,
-    allow_pickle: bool,
-    allow_code_execution: bool,
+    **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Score a model on lm-eval tasks.
 
     MODEL is a repo, repo@revision or folder.
     """
-    from lewis_hub.cli.tables import scores_table
-    from lewis_hub.recipe.schema import Evaluation
-    from lewis_hub.workflow.resources import Execution
-    from lewis_hub.workflow.single_model import evaluate_model
-
-    evaluation = Evaluation(
+    evaluation = lewis_hub.Evaluation(
         tasks=tasks,
         include=str(include) if include else None,
         limit=limit,
         chat_template=chat_template,
         compare=(),
     )
-    execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
-    scores = evaluate_model(model, evaluation, execution, terminal.progress)
-    terminal.finish(json.loads(scores.to_json()), scores_table(scores))
+    execution = lewis_hub.Execution(**given)
+    scores = lewis_hub.evaluate_model(model, evaluation, execution, terminal.progress)
+    terminal.finish(scores.to_document(), scores_table(scores))
 
 
 @click.command(
     epilog="\b\nExamples:\n  lewis-hub push merged\n"
     "  lewis-hub push merged me/my-merge --as pull-request"
 )
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("repo", type=RepoName(), required=False)
+@click.argument("folder", type=options.FOLDER)
+@click.argument("repo", type=options.REPO, required=False)
 @click.option(
     "--as",
     "landing",
@@ -101,13 +70,11 @@ def evaluate(
     help="Publish as a commit or as a pull request. [default: the recipe's choice, else commit]",
 )
 @click.option("--tag", help="Tag for the new commit.")
-@click.option("--private", is_flag=True, help="Create the repo as a private one.")
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Push even if the quality gate refused the merge; the commit title says so.",
+@options.flag("--private", help="Create the repo as a private one.")
+@options.flag(
+    "--force", help="Push even if the quality gate refused the merge; the commit title says so."
 )
-@sign_option
+@options.sign
 @terminal_options
 def push(
     terminal: Terminal,
@@ -123,40 +90,35 @@ def push(
 
     FOLDER contains the model. Without REPO, the settings under `publish` in its recipe apply.
     """
-    from lewis_hub import pipeline
-    from lewis_hub.cli.tables import plain
     from lewis_hub.workflow import verify as signing
     from lewis_hub.workflow.evaluate import read_verdict
     from lewis_hub.workflow.publish import refused
 
-    options = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
-    target = pipeline.open_target(_publishing(folder, options))
+    given = {"repo": repo, "as": landing, "tag": tag, "private": private or None}
+    target = lewis_hub.open_target(_publishing(folder, given))
     if private_key:
         signing.sign(folder, private_key)
-    published = pipeline.publish(folder, target, terminal.progress, force=force)
+    published = lewis_hub.publish(folder, target, terminal.progress, force=force)
     verdict = read_verdict(folder)
     proposed = verdict is not None and bool(verdict.missed) and not force
     document = published.to_json() | ({"status": "refused"} if proposed else {})
-    terminal.finish(document, *plain(str(published)))
+    terminal.finish(document, str(published))
     if verdict and proposed:
-        refusal = refused(folder, verdict, published.url)
-        click.echo(f"lewis-hub: {refusal}", err=True)
-        raise click.exceptions.Exit(refusal.exit_code)
+        terminal.refuse(refused(folder, verdict, published.url))
 
 
-def _publishing(folder: Path, options: Mapping[str, str | bool | None]) -> Publishing:
+def _publishing(folder: Path, given: Mapping[str, str | bool | None]) -> lewis_hub.Publishing:
     """Combine the recipe's `publish` and the options; a named repo replaces all of `publish`."""
-    from lewis_hub.recipe.schema import Publishing
     from lewis_hub.workflow.publish import lock_in
 
-    lock = None if options["repo"] else lock_in(folder)
+    lock = None if given["repo"] else lock_in(folder)
     settings = (lock.recipe.get("publish") if lock else None) or {}
-    settings |= {key: value for key, value in options.items() if value is not None}
+    settings |= {key: value for key, value in given.items() if value is not None}
     if "repo" not in settings:
         raise click.UsageError(
             f"the recipe of {folder} does not name a repo: add it as OWNER/NAME."
         )
-    return Publishing.model_validate(settings)
+    return lewis_hub.Publishing.model_validate(settings)
 
 
 @click.command(
@@ -164,48 +126,26 @@ def _publishing(folder: Path, options: Mapping[str, str | bool | None]) -> Publi
     "  lewis-hub verify me/my-merge --public-key key.pub"
 )
 @click.argument("model")
-@click.option("--rebuild", is_flag=True, help="Repeat the merge and compare the files.")
+@options.flag("--rebuild", help="Repeat the merge and compare the files.")
 @click.option(
-    "--public-key",
-    metavar="KEY.pub",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Require a signature by this key.",
+    "--public-key", metavar="KEY.pub", type=options.FILE, help="Require a signature by this key."
 )
-@device_option
-@code_option
-@nan_option
-@pickle_option
+@options.nan
+@options.execution
 @terminal_options
 def verify(
     terminal: Terminal,
     model: str,
     rebuild: bool,
     public_key: Path | None,
-    device: str,
-    allow_code_execution: bool,
-    allow_nan: bool,
-    allow_pickle: bool,
+    **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Check the files of a merge against its lock.
 
     MODEL is a folder or repo. Its lewis/lock.json contains the digest of every file.
     """
-    from lewis_hub import pipeline
-    from lewis_hub.cli.tables import verdict_lines
-    from lewis_hub.workflow.resources import Execution
-
-    verdict = pipeline.verify(
-        model,
-        Execution(
-            device=device,
-            allow_code=allow_code_execution,
-            allow_nan=allow_nan,
-            allow_pickle=allow_pickle,
-        ),
-        terminal.progress,
-        rebuild=rebuild,
-        public_key=public_key,
-    )
+    execution, progress = lewis_hub.Execution(**given), terminal.progress
+    verdict = lewis_hub.verify(model, execution, progress, rebuild=rebuild, public_key=public_key)
     document = {
         "status": "failed" if verdict.problems else "verified",
         "digest": verdict.lock.digest,
@@ -214,9 +154,22 @@ def verify(
         "signature": verdict.signature,
         "problems": list(verdict.problems),
     }
-    terminal.finish(document, *verdict_lines(verdict, rebuilt=rebuild))
+    terminal.finish(document, *_verdict_lines(verdict, rebuilt=rebuild))
     if verdict.problems:
         raise click.exceptions.Exit(1)
+
+
+def _verdict_lines(verdict: Verdict, *, rebuilt: bool) -> tuple[str, ...]:
+    if verdict.problems:
+        return tuple(f"problem: {problem}" for problem in verdict.problems)
+    rebuild = " Repeating the merge gave the same files." if rebuilt else ""
+    signature = {
+        "none": "The merge is not signed.",
+        "unchecked": "The merge is signed: check the signature with --public-key.",
+        "holds": "The signature is valid.",
+    }
+    files = f"{verdict.n_files} files match the lock {verdict.lock.digest[:19]}….{rebuild}"
+    return files, signature[verdict.signature]
 
 
 @click.command(
@@ -232,12 +185,9 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     BEFORE and AFTER are folders or repos of merges, or .yaml files of recipes. Compare a merge with
     a recipe to see what a new merge would change, including changed inputs.
     """
-    from lewis_hub.cli.tables import plain
-    from lewis_hub.workflow.single_model import diff_merges
-
-    differences = diff_merges(before, after)
+    differences = lewis_hub.diff_merges(before, after)
     document = {"status": "differs" if differences else "same", "differences": list(differences)}
-    terminal.finish(document, *plain(*differences or ("Nothing differs.",)))
+    terminal.finish(document, *differences or ("Nothing differs.",))
 
 
 @click.command(
@@ -248,9 +198,7 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
 @click.argument("model")
 @click.option("--base", required=True, help="Model that MODEL was fine-tuned from.")
 @click.option(
-    "--rank",
-    type=click.IntRange(min=1),
-    help="Maximum rank. [default: 32; no maximum with --error]",
+    "--rank", type=options.COUNT, help="Maximum rank. [default: 32; no maximum with --error]"
 )
 @click.option(
     "--error",
@@ -258,7 +206,7 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     default=0.0,
     help="Use the lowest rank in each module whose relative error is at most this.",
 )
-@output_option("Folder for the adapter.", default="adapter")
+@options.output("Folder for the adapter.", default="adapter")
 @terminal_options
 def extract_lora(
     terminal: Terminal, model: str, base: str, rank: int | None, error: float, output: Path
@@ -267,12 +215,7 @@ def extract_lora(
 
     The adapter has PEFT's format. MODEL and its base are repos, repo@revision or folders.
     """
-    from lewis_hub.cli.tables import extraction
-    from lewis_hub.workflow import single_model
-
-    adapter = single_model.extract_lora(
-        model, base, output, terminal.progress, rank=rank, error=error
-    )
+    adapter = lewis_hub.extract_lora(model, base, output, terminal.progress, rank=rank, error=error)
     document = {
         "status": "extracted",
         "output": str(output),
@@ -280,82 +223,180 @@ def extract_lora(
         "modules": {m: {"rank": f.rank, "error": f.error} for m, f in adapter.fits.items()},
         "whole": list(adapter.whole),
     }
-    terminal.finish(document, *extraction(adapter, output))
+    terminal.finish(document, *_extraction(adapter), f"{size(adapter.n_bytes)} in {output}")
 
 
-@click.command(epilog="\b\nExample:\n  lewis-hub hub --root my-hub --port 5564")
-@click.option(
-    "--root",
-    default="lewis-hub-root",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder with the repos.",
+def _extraction(adapter: Extracted) -> list[str]:
+    """Ranks and relative errors of an adapter, if it has modules; whole tensors."""
+    ranks = [fit.rank for fit in adapter.fits.values()]
+    errors = [fit.error for fit in adapter.fits.values()]
+    parts = []
+    if ranks:
+        parts.append(
+            f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, relative error "
+            f"{sum(errors) / len(errors):.2%} on average and {max(errors):.2%} at most"
+        )
+    if adapter.whole:
+        parts.append(f"{len(adapter.whole)} tensors stored whole")
+    return parts
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub importance recipe.yaml -o profile\n"
+    "  lewis-hub importance me/math --task gsm8k --samples 64\n"
+    '  lewis-hub importance me/math --dataset openai/gsm8k --config main --text "{question}"'
 )
-@click.option("--host", default="127.0.0.1", help="Loopback address to listen on.")
-@click.option("--port", default=5564, help="Port to listen on; 0 selects a free one.")
-@click.option("--jobs", is_flag=True, help="Also run Jobs, as local processes of your user.")
+@click.argument("recipe_or_model", metavar="[RECIPE | MODEL]", default="recipe.yaml")
+@click.option(
+    "--dataset", help="For MODEL: dataset repo, repo@revision, or a .jsonl or .parquet file."
+)
+@click.option("--config", help="Configuration (subset) of the dataset.")
+@click.option(
+    "--text",
+    type=options.line_breaks,
+    metavar="TEXT",
+    help="Template over the dataset's columns: `{question} {answer}`; \\n is a line break.",
+)
+@click.option("--messages", help="Column with chat messages, instead of --text.")
+@click.option("--task", help="For MODEL: lm-eval task whose items and prompts are the texts.")
+@click.option("--include", help="Folder with your own lm-eval task files.")
+@click.option(
+    "--chat-template",
+    is_flag=True,
+    default=None,
+    help="Format the task's prompts with the model's chat template.",
+)
+@click.option("--split", help="Split to sample from. [default: train]")
+@click.option("--samples", type=options.COUNT, help="Number of rows to sample. [default: 15]")
+@click.option("--max-tokens", type=options.COUNT, help="Maximum length of a text. [default: 512]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Seed for sampling the rows. [default: 42]"
+)
+@options.output(
+    "Folder for the profile. [default: importance/ beside the recipe, or in this folder]"
+)
+@options.memory
+@options.overlap
+@options.execution
 @terminal_options
-def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> None:
-    """Run a Hub on this machine.
+def importance(
+    terminal: Terminal,
+    recipe_or_model: str,
+    seed: int | None,
+    output: Path | None,
+    device: str,
+    max_memory_bytes: int | None,
+    allow_code: bool,
+    allow_pickle: bool,
+    allow_overlap: bool,
+    **data: Any,
+) -> None:
+    """Calibrate the models of a recipe, or one model.
 
-    Use it to try out publishing. It is not a production server.
+    A YAML file is a recipe: this writes importance.json, density.json and their plots. Any other
+    argument is a model (repo, repo@revision or folder): this calibrates it on a dataset or task,
+    and writes importance.json and its plot.
     """
-    from lewis_hub.localhub.server import serve
-
-    with serve(root, host=host, port=port, jobs=jobs) as running:
-        terminal.finish(
-            {"status": "serving", "url": running.url, "token": running.write_token},
-            f"Serving {root} at {running.url}. Stop it with Ctrl-C. In another shell, run:\n\n"
-            f"  export HF_ENDPOINT={running.url} HF_TOKEN={running.write_token} "
-            "HF_HUB_DISABLE_XET=1\n",
-        )
-        _until_interrupted()
-
-
-@click.command(epilog="\b\nExample:\n  lewis-hub demo --keep")
-@output_option("Folder for the files of the demo.", default="lewis-demo")
-@click.option("--port", default=0, help="Port of the embedded Hub; 0 selects a free one.")
-@click.option("--keep", is_flag=True, help="Keep the Hub running, to view it in a browser.")
-@terminal_options
-def demo(terminal: Terminal, output: Path, port: int, keep: bool) -> None:
-    """Merge, score and publish tiny models, offline.
-
-    The demo publishes to a Hub on this machine. It needs no network, no account and no GPU.
-    """
-    from lewis_hub.demo.run import run_demo
-
-    with run_demo(output.resolve(), port, quiet=terminal.quiet) as finished:
-        terminal.finish(dict(finished.document), *_shown(finished))
-        if keep:
-            page = f"{finished.url}/{finished.document['repo']}"
-            terminal.progress.say(f"The Hub runs until you press Ctrl-C. Model page: {page}")
-            _until_interrupted()
-
-
-def _shown(finished: Demo) -> list[RenderableType]:
-    from lewis_hub.cli.tables import models_table
-    from lewis_hub.demo.run import BY_REGMEAN, MERGED
-    from lewis_hub.evaluate.scores import Scores
-
-    merged, by_regmean = finished.folder / MERGED, finished.folder / BY_REGMEAN
-    scores = {
-        name: Scores.from_json((folder / "lewis" / "scores.json").read_text(encoding="utf-8"))
-        for name, folder in {"TIES guided by LEWIS": merged, "regmean": by_regmean}.items()
-    }
-    files = "\n".join(
-        f"  {description:<16} {path}"
-        for description, path in (
-            ("merged model", merged),
-            ("model card", merged / "README.md"),
-            ("report", merged / "lewis" / "report.html"),
-            ("plots", merged / "lewis" / "*.png"),
-            ("regmean merge", by_regmean),
-            ("recipes", finished.folder / "recipe*.yaml"),
-        )
+    settings = {name: value for name, value in data.items() if value is not None}
+    execution = lewis_hub.Execution(
+        device=device,
+        max_memory_bytes=max_memory_bytes,
+        allow_code=allow_code,
+        allow_pickle=allow_pickle,
     )
-    pushed = f"Published to {finished.document['url']} on the embedded Hub, in one commit."
-    return [models_table(scores), f"\n{pushed}\n\n{files}", OWN_MODELS]
+    path = Path(recipe_or_model)
+    if path.suffix not in RECIPES and not path.is_file():
+        output = output or Path("importance")
+        settings["allow_overlap"] = allow_overlap
+        seed = 42 if seed is None else seed
+        _calibrate_model(terminal, recipe_or_model, settings, seed, execution, output)
+        return
+    if settings or seed is not None:
+        raise click.UsageError(
+            f"{path} is a recipe, and a recipe contains its calibration data and seed. "
+            "Remove these options, or name a model instead of the recipe."
+        )
+    recipe = options.read_recipe(path, allow_overlap=allow_overlap)
+    output = output or path.parent / "importance"
+    calibrated = lewis_hub.calibrate(recipe, output, execution, terminal.progress)
+    schedule = json.loads(calibrated.schedule.to_json())
+    document = {"status": "calibrated", "output": str(output), "density": schedule}
+    terminal.finish(document, calibrated.table, f"Wrote {output}")
 
 
-def _until_interrupted() -> None:
-    with contextlib.suppress(KeyboardInterrupt):
-        threading.Event().wait()
+def _calibrate_model(
+    terminal: Terminal,
+    model: str,
+    settings: dict[str, Any],
+    seed: int,
+    execution: lewis_hub.Execution,
+    output: Path,
+) -> None:
+    from pydantic import ValidationError
+
+    from lewis_hub.report.profiles import short_name
+
+    try:
+        calibration = lewis_hub.Calibration.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise click.UsageError(
+            f"{model} is not a YAML file, so it is taken as a model: {problem}"
+        ) from None
+    progress = terminal.progress
+    measured = lewis_hub.measure_model(model, calibration, output, execution, progress, seed=seed)
+    rows = [
+        (short_name(entry.source), module, f"{value:,.4g}")
+        for entry in measured.sources
+        for module, value in sorted(entry.modules.items(), key=lambda item: -item[1])[:N_SHOWN]
+    ]
+    table = TextTable(("source", "module", "importance"), tuple(rows))
+    document = {"status": "calibrated", "output": str(output)}
+    document |= {"importance": json.loads(measured.to_json())}
+    terminal.finish(document, table, f"Wrote {output}")
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub compare importance/ other/importance.json\n"
+    "  lewis-hub compare me/my-merge@v1 me/my-merge@v2"
+)
+@click.argument("before")
+@click.argument("after")
+@options.output("Folder for the plots.", default="comparison")
+@terminal_options
+def compare(terminal: Terminal, before: str, after: str, output: Path) -> None:
+    """Compare two importance profiles.
+
+    This prints tables and rank correlations, and draws plots. A profile is an importance.json, a
+    folder that contains one, or the repo of a merge. Sources that are in both profiles are
+    compared. If each profile has one source, these two are compared.
+    """
+    from lewis_hub.files import require_writable
+    from lewis_hub.report.plots import draw_comparisons
+
+    require_writable(output)
+    profiles = (lewis_hub.read_profile(before), lewis_hub.read_profile(after))
+    compared = lewis_hub.compare_profiles(*profiles)
+    plots = draw_comparisons(compared, output)
+    document = {
+        "status": "compared",
+        "output": str(output),
+        "comparisons": [comparison.to_json() for comparison in compared],
+        "plots": list(plots),
+    }
+    shown: list[TextTable | str] = []
+    for pair in compared:
+        shown += [_comparison_table(pair), *pair.sentences]
+    terminal.finish(document, *shown, f"Wrote to {output}: {', '.join(plots)}" if plots else "")
+
+
+def _comparison_table(pair: ProfileComparison) -> TextTable:
+    """The modules with the largest change."""
+    from lewis_hub.report.profiles import short_name
+
+    rows = []
+    for row in pair.by_change[:N_SHOWN]:
+        change = "-" if row.change is None else f"{row.change:+.1%}"
+        numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
+        rows.append((short_name(pair.after), row.module, *numbers))
+    return TextTable(("source", "module", "A", "B", "change"), tuple(rows))

@@ -4,136 +4,170 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
+import lewis_hub
 
-class RepoName(click.ParamType[str]):
-    """A repository on the Hub: owner/name."""
-
-    name = "owner/name"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse a text that cannot be the name of a repository."""
-        from lewis_hub.recipe.schema import REPO
-
-        if not REPO.fullmatch(value):
-            self.fail(f"expected owner/name such as me/my-merge, found {value!r}", param, ctx)
-        return value
+if TYPE_CHECKING:
+    from lewis_hub.workflow.publish import Destination
 
 
-class Duration(click.ParamType[str]):
-    """A number and a unit, in the Hub's format."""
+COUNT = click.IntRange(min=1)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
-    name = "duration"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse a text that is not a duration."""
-        if not re.fullmatch(r"\d+(\.\d+)?[smhd]", value):
-            self.fail(f"expected a duration such as 90m or 2h, found {value!r}", param, ctx)
-        return value
+flag = partial(click.option, is_flag=True)
+repeated = partial(click.option, multiple=True)
 
 
-class Template(click.ParamType[str]):
-    r"""A template over columns, in which a typed `\n` means a line break."""
-
-    name = "text"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
-        r"""Replace each `\n` by a line break: shells pass the two characters on unchanged."""
-        return value.replace(r"\n", "\n")
+T = TypeVar("T")
 
 
-class RecipePath(click.Path):
-    """The path of a recipe; a folder means the `recipe.yaml` in it."""
+class Format(click.ParamType[T]):
+    """A text that `parse` reads; `parse` returns None if the text has another format."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path of the file."""
-        path = Path(str(super().convert(value, param, ctx)))
-        return path / "recipe.yaml" if path.is_dir() else path
+    def __init__(self, name: str, expected: str, parse: Callable[[str], T | None]) -> None:
+        self.name, self.expected, self.parse = name, expected, parse
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> T:
+        """Refuse a text in another format."""
+        parsed = self.parse(value)
+        if parsed is None:
+            self.fail(f"expected {self.expected}, found {value!r}", param, ctx)
+        return parsed
 
 
-def parse_size(text: str, option: str) -> int:
-    """Parse a size such as 500MB or 5GB, in powers of 1000.
+def matching(pattern: str) -> Callable[[str], str | None]:
+    """Return a parser that keeps a text as it is, if it matches the pattern."""
+    return lambda text: text if re.fullmatch(pattern, text) else None
 
-    Args:
-        text: what the user typed.
-        option: the option's name, for the message.
 
-    Raises:
-        click.BadParameter: `text` is no size.
-    """
+def _parse_repo(text: str) -> str | None:
+    from lewis_hub.recipe import schema
+
+    return text if schema.REPO.fullmatch(text) else None
+
+
+def _parse_size(text: str) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)B?", text.strip())
     if not match or float(match[1]) == 0:
-        raise click.BadParameter(
-            f"expected a size such as 500MB or 5GB, found {text!r}", param_hint=option
-        )
+        return None
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-recipe_argument = click.argument(
-    "recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=RecipePath()
-)
-pickle_option = click.option(
+REPO = Format("owner/name", "owner/name such as me/my-merge", _parse_repo)
+SIZE = Format("size", "a size such as 500MB or 5GB", _parse_size)  # in powers of 1000
+DURATION = Format("duration", "a duration such as 90m or 2h", matching(r"\d+(\.\d+)?[smhd]"))
+
+
+def line_breaks(text: str) -> str:
+    r"""Replace each typed `\n` by a line break: shells pass the two characters on unchanged."""
+    return text.replace(r"\n", "\n")
+
+
+def recipe_path(text: str) -> Path:
+    """Return the path of a recipe; a folder means the `recipe.yaml` in it."""
+    path = Path(text)
+    return path / "recipe.yaml" if path.is_dir() else path
+
+
+class ExecutionOptions(TypedDict, total=False):
+    """The options that are fields of `Execution`."""
+
+    runner: str
+    ray_address: str | None
+    device: str
+    max_shard_bytes: int
+    max_memory_bytes: int | None
+    replace: bool
+    allow_code: bool
+    allow_nan: bool
+    allow_pickle: bool
+
+
+recipe = click.argument("recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=recipe_path)
+pickle = flag(
     "--allow-pickle",
-    is_flag=True,
     help="Also read models that only have pytorch_model.bin. Use it for authors you trust.",
 )
-nan_option = click.option(
+nan = flag(
     "--allow-nan",
-    is_flag=True,
     help="Where a model contains NaN or infinity, use the base's value instead of stopping.",
 )
-device_option = click.option(
+device = click.option(
     "--device",
     default="cpu",
     help="Device to run and merge models on: cpu, cuda or cuda:1.",
 )
-code_option = click.option(
+code = flag(
     "--allow-code-execution",
-    is_flag=True,
+    "allow_code",
     help="Allow benchmarks that run code written by a model (mbpp, humaneval).",
 )
-overlap_option = click.option(
-    "--allow-overlap",
-    is_flag=True,
-    help="Continue even if calibration texts contain items that are scored.",
+overlap = flag(
+    "--allow-overlap", help="Continue even if calibration texts contain items that are scored."
 )
-memory_option = click.option(
+memory = click.option(
     "--max-memory",
-    callback=lambda _, option, text: text and parse_size(text, option.opts[0]),
-    metavar="SIZE",
+    "max_memory_bytes",
+    type=SIZE,
     help="Load models block by block if they need more memory than this (for example 8GB).",
 )
-sign_option = click.option(
+repo = click.option(
+    "--repo", type=REPO, help="Repo to publish to, instead of the recipe's `publish.repo`."
+)
+sign = click.option(
     "--sign",
     "private_key",
     metavar="KEY.pem",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Sign the files with this elliptic curve key; writes model.sig.",
 )
 
 
-def hardware_options(command: Callable[..., None]) -> Callable[..., None]:
+def execution(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command that runs models."""
+    return device(code(pickle(command)))
+
+
+def hardware(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that select the machine of a Job."""
+    account = "Account that runs and pays for the Job. [default: your account]"
+    limit = "Time limit of the Job, such as 90m or 2h. [default: 30m]"
+    flavors = "Machine type of the Job: cpu-upgrade, a100-large, ..."
     for option in (
-        click.option(
-            "--namespace", help="Account that runs and pays for the Job. [default: your account]"
-        ),
-        click.option(
-            "--timeout",
-            type=Duration(),
-            help="Time limit of the Job, such as 90m or 2h. [default: 30m]",
-        ),
-        click.option("--flavor", help="Machine type of the Job: cpu-upgrade, a100-large, ..."),
+        click.option("--namespace", help=account),
+        click.option("--timeout", type=DURATION, help=limit),
+        click.option("--flavor", help=flavors),
     ):
         command = option(command)
     return command
 
 
-def output_option(help_text: str, default: str | None = None) -> Callable[[Any], Any]:
+def output(help_text: str, default: str | None = None) -> Callable[[Any], Any]:
     """Make the option -o for a folder; a command without `default` derives it itself."""
     kind = click.Path(file_okay=False, path_type=Path)
     return click.option("-o", "--output", type=kind, default=default, help=help_text)
+
+
+def read_recipe(
+    file: Path, repo: str | None = None, *, allow_overlap: bool = False
+) -> lewis_hub.Recipe:
+    """Read a recipe, and apply --repo and --allow-overlap to it."""
+    from lewis_hub.workflow import resolve
+
+    recipe = resolve.read_recipe(file)
+    if repo:
+        recipe = resolve.published_at(recipe, repo)
+    return resolve.allowing_overlap(recipe) if allow_overlap else recipe
+
+
+def open_target(recipe: lewis_hub.Recipe) -> Destination:
+    """Open the repo that a recipe publishes to."""
+    from lewis_hub.workflow.resolve import destination
+
+    return lewis_hub.open_target(destination(recipe))

@@ -13,9 +13,10 @@ from typing import Any
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli.options import RepoName, Template, output_option, recipe_argument
+from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, terminal_options
-from lewis_hub.errors import LewisHubError
+from lewis_hub.display import TextTable
+from lewis_hub.errors import EvaluationError, LewisHubError
 
 WORKFLOW = Path(".github") / "workflows" / "remerge.yml"
 PLAIN_PATH = re.compile(r"\w[\w./-]*", re.ASCII)  # no special meaning in YAML, GitHub or a shell
@@ -30,23 +31,22 @@ ACCESS = (
     "  lewis-hub init --github"
 )
 @click.option("--base", help="Model that the experts were fine-tuned from.")
-@click.option("--expert", "experts", multiple=True, help="Fine-tuned model; may be repeated.")
-@click.option(
+@options.repeated("--expert", "experts", help="Fine-tuned model; may be repeated.")
+@options.repeated(
     "--task",
     "tasks",
-    multiple=True,
     help="lm-eval task to score; may be repeated. With a task per expert, use the experts' order.",
 )
-@click.option(
+@options.repeated(
     "--calibration",
     "calibrations",
-    multiple=True,
     help="Dataset that resembles the benchmark: one per expert, in their order, or one for all. "
     "[default: the training items of --task, if there is a task per expert]",
 )
 @click.option(
     "--text",
-    type=Template(),
+    type=options.line_breaks,
+    metavar="TEXT",
     default="{question} {answer}",
     help="Template over the dataset's columns; \\n is a line break.",
 )
@@ -58,13 +58,12 @@ ACCESS = (
     type=click.Path(dir_okay=False, path_type=Path),
     help="File to write.",
 )
-@click.option(
+@options.flag(
     "--github",
-    is_flag=True,
     help="Also write .github/workflows/remerge.yml, which merges every week. Without --base, an "
     "existing recipe is kept.",
 )
-@click.option("--force", is_flag=True, help="Replace existing files.")
+@options.flag("--force", help="Replace existing files.")
 @terminal_options
 def init(
     terminal: Terminal,
@@ -87,8 +86,7 @@ def init(
         document = {"status": "written", "output": str(output), "workflow": str(workflow)}
         terminal.finish(document, f"Wrote {workflow}. {ACCESS}")
         return
-    from lewis_hub.recipe.read import parse_recipe
-    from lewis_hub.recipe.read import schema as recipe_schema
+    from lewis_hub.recipe import read
 
     base = base or click.prompt("Base model", err=True)
     experts = experts or tuple(click.prompt("Experts (separated by spaces)", err=True).split())
@@ -97,8 +95,16 @@ def init(
         raise click.UsageError(
             f"{output} exists; name another file with -o, or replace it with --force"
         )
-    written = _render(base, experts, tasks, calibration, repo)
-    parse_recipe(written, str(output))  # refuses an invalid recipe before it is written
+    written = _render(
+        "recipe.yaml.j2",
+        base=base,
+        experts=experts,
+        tasks=tasks,
+        calibrations=calibration,
+        experts_calibrate=len(calibration) == len(experts) > 1,
+        repo=repo,
+    )
+    read.parse_recipe(written, str(output))  # refuses an invalid recipe before it is written
     schema_file = output.with_name("recipe.schema.json")
     document = {"status": "written", "output": str(output), "schema": str(schema_file)}
     shown = [f"Wrote {output} and {schema_file.name}. Next: lewis-hub check {output}"]
@@ -106,67 +112,50 @@ def init(
         document["workflow"] = str(write_workflow(output, force=force))
         shown.append(f"Wrote {document['workflow']}. {ACCESS}")
     output.write_text(written, encoding="utf-8")
-    schema_file.write_text(recipe_schema(), encoding="utf-8")
+    schema_file.write_text(read.schema(), encoding="utf-8")
     terminal.finish(document, *shown)
 
 
 def _calibration(
     datasets: tuple[str, ...], text: str, tasks: tuple[str, ...], n_experts: int
 ) -> list[dict[str, str]]:
-    """Calibration settings: the named datasets, otherwise the training items of the tasks."""
+    """Calibration settings: the named datasets, otherwise the training items of the tasks.
+
+    Tasks are used if there are several experts with one task each.
+    """
     if len(datasets) not in {0, 1, n_experts}:
         raise click.UsageError(
             f"expected one --calibration for all experts or one for each of the {n_experts}, "
             f"found {len(datasets)}."
         )
-    named = [{"dataset": name, "split": "train", "text": text} for name in datasets]
-    return named or _task_calibration(tasks, n_experts)
-
-
-def _task_calibration(tasks: tuple[str, ...], n_experts: int) -> list[dict[str, str]]:
-    """The training items of the tasks, if there are several experts with one task each."""
-    if not len(tasks) == n_experts > 1:
-        return []
-    from lewis_hub.errors import EvaluationError
+    if datasets or not len(tasks) == n_experts > 1:
+        return [{"dataset": name, "split": "train", "text": text} for name in datasets]
     from lewis_hub.evaluate.benchmarks import free_split
     from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 
-    calibrations = []
-    for task in tasks:
-        try:
-            split = free_split(locate_tasks(TaskSelection((task,), allow_code=True)))
-        except EvaluationError:  # `check` reports the problem
-            return []
-        if split is None:
-            return []
-        calibrations.append({"task": task, "split": split})
-    return calibrations
+    selections = {task: TaskSelection((task,), allow_code=True) for task in tasks}
+    try:
+        splits = {task: free_split(locate_tasks(one)) for task, one in selections.items()}
+    except EvaluationError:  # `check` reports the problem
+        return []
+    if None in splits.values():
+        return []
+    return [{"task": task, "split": splits[task] or ""} for task in tasks]
 
 
-def _render(
-    base: str,
-    experts: tuple[str, ...],
-    tasks: tuple[str, ...],
-    calibrations: list[dict[str, str]],
-    repo: str | None,
-) -> str:
+def _render(template: str, **values: object) -> str:
+    """Render a template, in which `[[ ]]` holds a value: GitHub's expressions use `{{ }}`."""
     import jinja2
 
-    source = resources.files("lewis_hub.templates").joinpath("recipe.yaml.j2").read_text("utf-8")
-    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["yaml"] = _yaml_string
-    return environment.from_string(source).render(
-        base=base,
-        experts=experts,
-        tasks=list(tasks),
-        calibrations=calibrations,
-        experts_calibrate=len(calibrations) == len(experts) > 1,
-        repo=repo,
+    environment = jinja2.Environment(
+        variable_start_string="[[",
+        variable_end_string="]]",
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
     )
-
-
-def _yaml_string(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
+    source = resources.files("lewis_hub.templates").joinpath(template).read_text("utf-8")
+    return environment.from_string(source).render(values)
 
 
 @click.command(epilog="\b\nExamples:\n  lewis-hub schema\n  lewis-hub schema lock")
@@ -176,64 +165,48 @@ def schema(kind: str) -> None:
 
     The file is a recipe, importance.json or lewis/lock.json.
     """
-    from lewis_hub.recipe.read import schema as recipe_schema
-    from lewis_hub.report.lock import schema as lock_schema
+    from lewis_hub.recipe import read
+    from lewis_hub.report import lock
 
-    if kind == "importance":
-        file = resources.files("lewis_hub.calibration").joinpath("importance.schema.json")
-        click.echo(file.read_text("utf-8"), nl=False)
-    else:
-        click.echo(recipe_schema() if kind == "recipe" else lock_schema(), nl=False)
+    file = resources.files("lewis_hub.calibration").joinpath("importance.schema.json")
+    texts = {"recipe": read.schema, "importance": file.read_text, "lock": lock.schema}
+    click.echo(texts[kind](), nl=False)
 
 
 @click.command()
 @terminal_options
 def methods(terminal: Terminal) -> None:
     """List the merge methods, their options and their papers."""
-    from lewis_hub.methods.registry import broken
-    from lewis_hub.methods.registry import methods as all_methods
+    from lewis_hub.methods import registry
 
-    entries: list[dict[str, Any]] = []
-    for m in all_methods():
-        options = [*m.settings, *m.options]
-        entries.append({"name": m.name, "summary": m.summary, "options": options, "paper": m.paper})
-    _print_list(terminal, "methods", entries, "options", broken())
+    names = {m.name: [*m.settings, *m.options] for m in registry.methods()}
+    rows = [(m.name, m.summary, names[m.name], m.paper) for m in registry.methods()]
+    _print_list(terminal, ("methods", "options"), rows, registry.broken())
 
 
 @click.command()
 @terminal_options
 def guides(terminal: Terminal) -> None:
     """List the guides, what they need, and their papers."""
-    from lewis_hub.guides.registry import broken
-    from lewis_hub.guides.registry import guides as all_guides
+    from lewis_hub.guides import registry
 
-    entries = [
-        {"name": g.name, "summary": g.summary, "needs": g.needs, "paper": g.paper}
-        for g in all_guides()
-    ]
-    _print_list(terminal, "guides", entries, "needs", broken())
+    rows = [(g.name, g.summary, g.needs, g.paper) for g in registry.guides()]
+    _print_list(terminal, ("guides", "needs"), rows, registry.broken())
 
 
 def _print_list(
     terminal: Terminal,
-    kind: str,
-    entries: list[dict[str, Any]],
-    third: str,
+    keys: tuple[str, str],
+    rows: Sequence[tuple[str, str, Sequence[str], str | None]],
     broken: Sequence[LewisHubError],
 ) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("name", "description", third, "paper"):
-        table.add_column(column, no_wrap=column in {"name", "paper"})
-    for entry in entries:
-        names = ", ".join(entry[third])
-        table.add_row(*map(Text, (entry["name"], entry["summary"], names, entry["paper"] or "")))
+    kind, third = keys
+    entries = [{"name": n, "summary": s, third: words, "paper": p} for n, s, words, p in rows]
+    texts = ((n, summary, ", ".join(words), p or "") for n, summary, words, p in rows)
     for error in broken:
         click.echo(f"warning: {error}", err=True)
     document = {kind: entries, **({"broken": [str(error) for error in broken]} if broken else {})}
-    terminal.finish(document, table)
+    terminal.finish(document, TextTable(("name", "description", third, "paper"), tuple(texts)))
 
 
 def write_workflow(recipe: Path, *, force: bool) -> Path:
@@ -269,17 +242,7 @@ def write_workflow(recipe: Path, *, force: bool) -> Path:
 
 def render_workflow(recipe: str) -> str:
     """Render the workflow for a recipe at a plain path; it installs this version of lewis-hub."""
-    import jinja2
-
-    template = resources.files("lewis_hub.templates").joinpath("workflows", WORKFLOW.name)
-    environment = jinja2.Environment(
-        variable_start_string="[[",  # `{{` belongs to GitHub's expressions
-        variable_end_string="]]",
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    source = template.read_text("utf-8")
-    return environment.from_string(source).render(recipe=recipe, version=__version__)
+    return _render(f"workflows/{WORKFLOW.name}", recipe=recipe, version=__version__)
 
 
 @click.group()
@@ -290,12 +253,10 @@ def actions() -> None:
 @actions.command(
     epilog="\b\nExample:\n  lewis-hub actions preflight recipe.yaml --repo me/my-merge"
 )
-@recipe_argument
-@click.option(
-    "--repo", type=RepoName(), help="Repo to publish to, instead of the recipe's `publish.repo`."
-)
-@output_option("Folder for the merged model. [default: merged/ beside the recipe]")
-@click.option("--force", is_flag=True, help="Merge even if nothing changed.")
+@options.recipe
+@options.repo
+@options.output("Folder for the merged model. [default: merged/ beside the recipe]")
+@options.flag("--force", help="Merge even if nothing changed.")
 @terminal_options
 def preflight(
     terminal: Terminal, recipe_file: Path, repo: str | None, output: Path | None, force: bool
@@ -304,14 +265,10 @@ def preflight(
 
     The answer (merge, stream or unchanged) is also the output `way` of the step.
     """
-    from lewis_hub.workflow.resolve import destination, published_at, read_recipe
-
-    recipe = read_recipe(recipe_file)
+    recipe = options.read_recipe(recipe_file, repo)
     from lewis_hub import pipeline
-    from lewis_hub.cli.tables import plain
+    from lewis_hub.workflow.resolve import destination
 
-    if repo:
-        recipe = published_at(recipe, repo)
     target = destination(recipe)
     output = output or recipe_file.parent / "merged"
     decision = pipeline.preflight(recipe, target, output, force=force)
@@ -319,7 +276,7 @@ def preflight(
     document = {"status": decision.way, "why": decision.why, "repo": target.repo}
     if decision.commit_url:
         document["commit_url"] = decision.commit_url
-    terminal.finish(document, *plain(f"{decision.way}: {decision.why}"))
+    terminal.finish(document, f"{decision.way}: {decision.why}")
 
 
 @actions.command(epilog="\b\nExample:\n  lewis-hub actions report merge.json push.json")

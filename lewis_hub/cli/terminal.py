@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from lewis_hub.display import size
+from lewis_hub.display import TextTable, size
+from lewis_hub.errors import LewisHubError
 from lewis_hub.progress import Advance, Progress, Silent, Unit
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.table import Table
+
+    from lewis_hub.evaluate.scores import Scores
 
 
 P = ParamSpec("P")
 LOG_EVERY_S = 20.0
+COLUMN_GAP = 2  # spaces after a column
+NUMBER = re.compile(r"[-+]?\d|[-?]?$")  # the start of a number, or a sign that there is none
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """How this run prints.
-
-    Attributes:
-        json: print the result as one JSON document.
-        quiet: print no progress.
-    """
+    """How this run prints: the result as JSON or not, progress or none."""
 
     json: bool
     quiet: bool
@@ -49,17 +50,48 @@ class Terminal:
         """Characters per line of a result; 120 in a file or log."""
         return shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
 
-    def finish(self, document: Mapping[str, Any], *shown: RenderableType) -> None:
+    def finish(self, document: Mapping[str, Any], *shown: TextTable | str) -> None:
         """Print the result: `document` with --json, otherwise `shown`."""
         if self.json:
             click.echo(json.dumps(document, indent=2, ensure_ascii=False))
             return
-        from rich.console import Console
-        from rich.table import Table
+        for item in shown:
+            if isinstance(item, str):
+                click.echo(item)
+                continue
+            from rich.console import Console
 
-        console = Console(file=sys.stdout, width=self.width, highlight=False, markup=False)
-        for item in shown:  # rich must not wrap sentences: they contain paths and addresses
-            console.print(item, soft_wrap=not isinstance(item, Table))
+            # names from repos may look like markup or emoji codes
+            Console(width=self.width, highlight=False, markup=False, emoji=False).print(rich(item))
+
+    def refuse(self, refusal: LewisHubError) -> NoReturn:
+        """Exit after a result that the quality gate refuses."""
+        click.echo(f"lewis-hub: {refusal}", err=True)
+        raise click.exceptions.Exit(refusal.exit_code)
+
+
+def scores_table(scores: Scores) -> TextTable:
+    """Name the models of a table of scores for readers."""
+    from lewis_hub.report.findings import model_name
+
+    return replace(scores.table, header=("task", "metric", "n", *map(model_name, scores.labels)))
+
+
+def rich(texts: TextTable) -> Table:
+    """Convert a table; columns of numbers are aligned on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, COLUMN_GAP, 0, 0), header_style="bold")
+    for head, *cells in zip(texts.header, *texts.rows, strict=True):
+        table.add_column(
+            head,
+            justify="right" if all(map(NUMBER.match, cells)) else "left",
+            overflow="fold",
+            no_wrap=head in {"name", "paper"},
+        )
+    for row in texts.rows:
+        table.add_row(*row)
+    return table
 
 
 def terminal_options(command: Callable[P, None]) -> Callable[..., None]:

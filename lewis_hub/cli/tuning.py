@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 import click
 
-from lewis_hub.cli.options import (
-    code_option,
-    device_option,
-    output_option,
-    overlap_option,
-    pickle_option,
-    recipe_argument,
-)
-from lewis_hub.cli.terminal import Terminal, terminal_options
+import lewis_hub
+from lewis_hub.cli import options
+from lewis_hub.cli.terminal import COLUMN_GAP, Terminal, scores_table, terminal_options
+from lewis_hub.display import TextTable
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from lewis_hub.tune.report import Report
     from lewis_hub.tune.run import Tuned
 
 
@@ -37,12 +29,12 @@ COPY_RECIPE = (
     "  lewis-hub tune recipe.yaml --split validation --metric exact_match,none\n"
     "  lewis-hub tune --method task_arithmetic --method dare_ties --guide uniform"
 )
-@recipe_argument
+@options.recipe
 @click.option(
     "--trials",
     "n_trials",
     default=30,
-    type=click.IntRange(min=1),
+    type=options.COUNT,
     help="Number of trials, including those of earlier runs.",
 )
 @click.option(
@@ -50,37 +42,29 @@ COPY_RECIPE = (
     type=click.FloatRange(min=0, min_open=True),
     help="Time limit in minutes; no new trial starts after it.",
 )
-@click.option(
+@options.repeated(
     "--task",
     "tasks",
-    multiple=True,
     help="lm-eval task to tune on; may be repeated. [default: the tasks of the recipe]",
 )
 @click.option(
     "--split", help="Split of the tasks to tune on. [default: a split that is not scored]"
 )
-@click.option(
-    "--samples", default=200, type=click.IntRange(min=1), help="Number of items per task."
-)
+@click.option("--samples", default=200, type=options.COUNT, help="Number of items per task.")
 @click.option(
     "--metric",
     help="Metric to optimise, as metric,filter such as exact_match,none. "
     "[default: loss on the answers]",
 )
-@click.option(
-    "--method", "methods", multiple=True, help="Also try this merge method; may be repeated."
-)
-@click.option(
+@options.repeated("--method", "methods", help="Also try this merge method; may be repeated.")
+@options.repeated(
     "--guide",
     "guides",
-    multiple=True,
     help="Also try this guide, or `none`; may be repeated. [default: uniform]",
 )
-@output_option("Folder for the study. [default: tuning/ beside the recipe]")
-@device_option
-@code_option
-@overlap_option
-@pickle_option
+@options.output("Folder for the study. [default: tuning/ beside the recipe]")
+@options.overlap
+@options.execution
 @terminal_options
 def tune(
     terminal: Terminal,
@@ -94,29 +78,21 @@ def tune(
     methods: tuple[str, ...],
     guides: tuple[str, ...],
     output: Path | None,
-    device: str,
-    allow_code_execution: bool,
     allow_overlap: bool,
-    allow_pickle: bool,
+    **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Search for better settings of a recipe.
 
     The search varies weights, densities and the options of the merge method, and measures them on
-    items that the recipe does not score. It writes the best
-    settings to recipe.tuned.yaml beside the recipe, and compares both on the items that the recipe
-    scores. Run the same command again to continue the search.
+    items that the recipe does not score. It writes the best settings to recipe.tuned.yaml beside
+    the recipe, and compares both on the items that the recipe scores. Run the same
+    command again to continue the search.
     """
-    from lewis_hub.workflow.resolve import allowing_overlap, read_recipe
-
-    recipe = read_recipe(recipe_file)
-    if allow_overlap:
-        recipe = allowing_overlap(recipe)
+    recipe = options.read_recipe(recipe_file, allow_overlap=allow_overlap)
     from lewis_hub.files import require_writable
-    from lewis_hub.tune.report import write_report
-    from lewis_hub.tune.run import Search, tune_recipe
-    from lewis_hub.workflow.resources import Execution
+    from lewis_hub.tune.run import write_report
 
-    search_settings = Search(
+    search = lewis_hub.Search(
         n_trials=n_trials,
         budget_s=None if budget is None else 60 * budget,
         tasks=tasks,
@@ -126,23 +102,80 @@ def tune(
         methods=methods,
         guides=guides,
     )
-    execution = Execution(device=device, allow_code=allow_code_execution, allow_pickle=allow_pickle)
     output = output or recipe_file.parent / "tuning"
     require_writable(recipe_file.parent, COPY_RECIPE)
-    tuned = tune_recipe(recipe, search_settings, output, execution, terminal.progress)
-    report = write_report(tuned, recipe_file, output)
-    terminal.finish(report.document, *_shown(tuned, report, recipe_file.name, terminal.width))
+    execution = lewis_hub.Execution(**given)
+    tuned = lewis_hub.tune_recipe(recipe, search, output, execution, terminal.progress)
+    document = write_report(tuned, recipe_file, output)
+    terminal.finish(document, *_shown(tuned, document, recipe_file.name, terminal.width))
 
 
-def _shown(tuned: Tuned, report: Report, name: str, width: int) -> Iterator[RenderableType]:
-    from lewis_hub.cli.tables import plain, scores_table, trials_tables
-    from lewis_hub.tune.report import found_by, seconds
+def _shown(
+    tuned: Tuned, document: Mapping[str, Any], name: str, width: int
+) -> Iterator[TextTable | str]:
+    from lewis_hub.tune.run import found_by
 
     yield from trials_tables(tuned, N_SHOWN, width)
-    steps = ", ".join(f"{step} {duration:.2f} s" for step, duration in seconds(tuned).items())
-    yield from plain(f"Mean time of a complete trial: {steps}.", "")
-    yield from plain(*found_by(tuned, name))
+    durations = document["seconds_a_trial"].items()
+    steps = ", ".join(f"{step} {duration:.2f} s" for step, duration in durations)
+    yield f"Mean time of a complete trial: {steps}.\n"
+    yield from found_by(tuned, name)
     if tuned.final:
         yield scores_table(tuned.final)
-    plots = f", and to {report.output}: {', '.join(report.plots)}" if report.plots else ""
-    yield from plain(f"Wrote {report.recipe}{plots}")
+    plots = ", ".join(document["plots"])
+    yield f"Wrote {document['recipe']}" + (
+        f", and to {document['output']}: {plots}" if plots else ""
+    )
+
+
+def trials_tables(tuned: Tuned, n_shown: int, width: int) -> Iterator[TextTable | str]:
+    """The best trials, and always the recipe's own settings.
+
+    Columns that do not fit into the width follow in further tables.
+    """
+    from lewis_hub.tune.space import short_name, shown_value
+
+    lower = tuned.objective.lower_is_better
+    complete = [(trial.value, trial) for trial in tuned.trials if trial.value is not None]
+    ranked = [t for _, t in sorted(complete, key=lambda pair: pair[0] if lower else -pair[0])]
+    shown = ranked[:n_shown]
+    if tuned.start and tuned.start not in shown:
+        shown.append(tuned.start)
+    parts = (
+        "best" if trial is tuned.best else "recipe" if trial is tuned.start else ""
+        for trial in shown
+    )
+    keys = [["trial", *(str(trial.number) for trial in shown)], ["", *parts]]
+    metric = tuned.objective.metric.removesuffix(",none")
+    columns = [[_in_lines(metric), *(f"{trial.value:.4f}" for trial in shown)]]
+    for name in dict.fromkeys(name for trial in shown for name in trial.values):
+        values = (shown_value(trial.values.get(name)) for trial in shown)
+        columns.append([_in_lines(short_name(name)), *values])
+    for number, group in enumerate(_fit_columns(keys, columns, width)):
+        if number:
+            yield ""
+        header, *rows = zip(*group, strict=True)
+        yield TextTable(header, tuple(rows))
+
+
+def _in_lines(head: str) -> str:
+    """Break a column's head between words, because heads are wider than numbers."""
+    return head.replace("_", "_\n").replace(".", ".\n").replace(",", ",\n")
+
+
+def _fit_columns(
+    keys: Sequence[Sequence[str]], columns: Sequence[Sequence[str]], width: int
+) -> Iterator[list[Sequence[str]]]:
+    """Split columns into groups that fit into `width`; every group starts with `keys`."""
+    group, left = [*keys], width - sum(map(_width, keys))
+    for column in columns:
+        if _width(column) > left and len(group) > len(keys):
+            yield group
+            group, left = [*keys], width - sum(map(_width, keys))
+        group.append(column)
+        left -= _width(column)
+    yield group
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(len(line) for cell in column for line in cell.split("\n")) + COLUMN_GAP

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,11 +28,13 @@ DENSITIES = {"self_attn": 0.3, "gate_proj": 0.5, "up_proj": 0.6, "down_proj": 0.
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """The size of a Llama model; `hidden_size` is a multiple of 64."""
+class Case:
+    """A merge of Llama models; `hidden_size` is a multiple of 64."""
 
     hidden_size: int
     n_blocks: int
+    method: str
+    n_experts: int
 
     @property
     def intermediate_size(self) -> int:
@@ -41,44 +42,21 @@ class ModelSize:
         return self.hidden_size * 8 // 3
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor -> shape."""
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
-        for block in range(self.n_blocks):
-            prefix = f"model.layers.{block}"
-            for name in ("q", "k", "v", "o"):
-                shapes[f"{prefix}.self_attn.{name}_proj.weight"] = (hidden, hidden)
-            for name in ("gate", "up"):
-                shapes[f"{prefix}.mlp.{name}_proj.weight"] = (intermediate, hidden)
-            shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, intermediate)
-            for name in ("input", "post_attention"):
-                shapes[f"{prefix}.{name}_layernorm.weight"] = (hidden,)
-        return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
-
-    @property
     def n_parameters(self) -> int:
-        """Of the whole model."""
-        return sum(map(prod, self.shapes.values()))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One merge, a row of the table."""
-
-    size: ModelSize
-    method: str
-    n_experts: int
+        """Of each model."""
+        hidden = self.hidden_size
+        block = 4 * hidden**2 + 3 * hidden * self.intermediate_size + 2 * hidden
+        return 2 * VOCABULARY * hidden + self.n_blocks * block + hidden
 
     @property
     def name(self) -> str:
         """For the table."""
-        return f"{self.size.n_parameters / 1e9:.1f} B, {self.method}, {self.n_experts} experts"
+        return f"{self.n_parameters / 1e9:.1f} B, {self.method}, {self.n_experts} experts"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took: wall seconds, and the peak of its resident memory."""
+    """Wall time of a process and the peak of its resident memory."""
 
     seconds: float
     peak_bytes: int
@@ -86,13 +64,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timing:
-    """The figures of a case.
-
-    Attributes:
-        first: our first run, which also hashes the sources.
-        ours: medians of the runs after it.
-        mergekit: medians; None: mergekit is not installed.
-    """
+    """The figures of a case: our first run, which also hashes the sources, and medians."""
 
     case: Case
     first: Usage
@@ -106,19 +78,18 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         """For the document of `--json`."""
-        return {**asdict(self), "n_parameters": self.case.size.n_parameters, "ratio": self.ratio}
+        return {**asdict(self), "n_parameters": self.case.n_parameters, "ratio": self.ratio}
 
 
 def cases(hidden_size: int, n_blocks: int) -> dict[str, Case]:
     """The six cases of the benchmark; the large one has 39 blocks where the others have 14."""
-    size, large = (ModelSize(hidden_size, n) for n in (n_blocks, round(n_blocks * 39 / 14)))
     return {
-        "ties": Case(size, "ties", 2),
-        "dare": Case(size, "dare_ties", 2),
-        "della": Case(size, "della", 2),
-        "linear": Case(size, "linear", 2),
-        "many": Case(size, "ties", 8),
-        "large": Case(large, "ties", 2),
+        "ties": Case(hidden_size, n_blocks, "ties", 2),
+        "dare": Case(hidden_size, n_blocks, "dare_ties", 2),
+        "della": Case(hidden_size, n_blocks, "della", 2),
+        "linear": Case(hidden_size, n_blocks, "linear", 2),
+        "many": Case(hidden_size, n_blocks, "ties", 8),
+        "large": Case(hidden_size, round(n_blocks * 39 / 14), "ties", 2),
     }
 
 
@@ -129,13 +100,13 @@ def measure_cases(
     n_runs: int,
     program: Sequence[str] = LEWIS_HUB,
 ) -> Iterator[Timing]:
-    """Run both programs in turns.
+    """Run both programs in turns, each `n_runs` times.
 
     Args:
-        chosen: what to merge.
+        chosen: the merges.
         folder: for checkpoints and outputs; its `models` folder is replaced.
         mergekit: the path of `mergekit-yaml`; None: only ours runs.
-        n_runs: runs of each program; the figures are their medians.
+        n_runs: runs of each program.
         program: the command that starts lewis-hub.
 
     Raises:
@@ -170,53 +141,40 @@ def with_models(chosen: Iterable[Case], folder: Path) -> Iterator[Case]:
     spawn = multiprocessing.get_context("spawn")
     built: Case | None = None
     for case in chosen:
-        if built is None or built.size != case.size or built.n_experts < case.n_experts:
+        is_same_size = built is not None and built.n_parameters == case.n_parameters
+        if built is None or not is_same_size or built.n_experts < case.n_experts:
             shutil.rmtree(folder / "models", ignore_errors=True)
-            n_bytes = 2 * case.size.n_parameters * (case.n_experts + 2)  # the output among them
+            n_bytes = 2 * case.n_parameters * (case.n_experts + 2)  # the output among them
             require_room(folder, n_bytes, "the checkpoints", "choose a smaller size")
             # in a process of its own: a child's peak memory starts at that of its parent
-            arguments = (folder / "models", case.size, case.n_experts)
-            builder = spawn.Process(target=build_models, args=arguments)
+            builder = spawn.Process(target=build_models, args=(folder / "models", case))
             builder.start()
             builder.join()
             built = case
         yield case
 
 
-def build_models(folder: Path, size: ModelSize, n_experts: int) -> None:
+def build_models(folder: Path, case: Case) -> None:
     """Write a base and experts with random weights; the task vectors are small."""
     import torch
-    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    generator = torch.Generator().manual_seed(0)
-    models: list[dict[str, torch.Tensor]] = [{} for _ in range(n_experts + 1)]
-    for name, shape in size.shapes.items():
-        base = torch.randn(shape, generator=generator).mul_(0.02)
-        models[0][name] = base.bfloat16()
-        for expert in models[1:]:
-            change = torch.randn(shape, generator=generator).mul_(0.001)
-            expert[name] = (base + change).bfloat16()
-    n_heads = size.hidden_size // HEAD_SIZE
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": size.hidden_size,
-        "intermediate_size": size.intermediate_size,
-        "num_hidden_layers": size.n_blocks,
-        "num_attention_heads": n_heads,
-        "num_key_value_heads": n_heads,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    for number, tensors in enumerate(models):
-        model = folder / str(number)
-        model.mkdir(parents=True)
-        save_file(tensors, model / "model.safetensors", {"format": "pt"})
-        (model / "config.json").write_text(json.dumps(config))
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=case.hidden_size,
+        intermediate_size=case.intermediate_size,
+        num_hidden_layers=case.n_blocks,
+        num_attention_heads=case.hidden_size // HEAD_SIZE,
+    )
+    for number in range(case.n_experts + 1):
+        torch.manual_seed(0)  # the same base each time, so that one model is in memory
+        model = LlamaForCausalLM(config).requires_grad_(requires_grad=False)
+        torch.manual_seed(number)
+        for weight in model.parameters() if number else ():
+            weight.add_(torch.randn_like(weight), alpha=0.001)
+        model.bfloat16().save_pretrained(folder / str(number))
         for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(zoo_folder() / "base" / file, model / file)
-        tensors.clear()
+            shutil.copy(zoo_folder() / "base" / file, folder / str(number) / file)
 
 
 def write_config(folder: Path, case: Case) -> Path:

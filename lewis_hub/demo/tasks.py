@@ -8,7 +8,7 @@ skill of `SKILLS`. No model is trained on a word of a test set, forwards or back
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -153,27 +153,19 @@ PRIMER: tuple[Callable[[random.Random, Draw], Item], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The published items of a skill: `train` is for calibration, `test` is only scored."""
-
-    train: tuple[Item, ...]
-    test: tuple[Item, ...]
-
-
-def splits(skill: str, seed: int) -> Splits:
-    """The items of a skill, no word twice."""
+def splits(skill: str, seed: int) -> tuple[Sequence[Item], Sequence[Item]]:
+    """The published items of a skill, to calibrate on and to score; no word is in two items."""
     rng = random.Random(f"{seed} {skill} splits")
     words: dict[str, None] = {}
     while len(words) < N_TEST + N_TRAIN:
         words[draw_word(rng)] = None
-    items = tuple(SKILLS[skill](word) for word in words)
-    return Splits(train=items[N_TEST:], test=items[:N_TEST])
+    items = [SKILLS[skill](word) for word in words]
+    return items[N_TEST:], items[:N_TEST]
 
 
 def held_out(seed: int) -> frozenset[str]:
     """The words of all test sets, forwards and backwards."""
-    words = (item.question.split()[-1] for skill in SKILLS for item in splits(skill, seed).test)
+    words = (item.question.split()[-1] for skill in SKILLS for item in splits(skill, seed)[1])
     return frozenset(text for word in words for text in (word, word[::-1]))
 
 

@@ -14,12 +14,14 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -62,16 +64,15 @@ def chat_prompt(item: Item) -> str:
     return f"{BEGIN}{USER}{item.question}{END}{ASSISTANT}"
 
 
-def _wording(items: Iterable[Item]) -> Iterator[str]:
-    for item in items:
-        yield prompt(Item(re.sub(r"\b[A-Z]+\b", "", item.question), ""))
+def zoo_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of all models, trained on the wording of the primer and of both skills.
 
-
-def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
-    """Train a tokenizer on the wording of `items`; it round-trips any UTF-8 text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
+    It round-trips any UTF-8 text.
+    """
+    primer = itertools.islice(tasks.stream(None, SEED), 4000)
+    skills = ([make("")] * 300 for make in tasks.SKILLS.values())
+    items = itertools.chain(primer, *skills)
+    wording = (prompt(Item(re.sub(r"\b[A-Z]+\b", "", item.question), "")) for item in items)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +83,7 @@ def build_tokenizer(items: Iterable[Item]) -> PreTrainedTokenizerFast:
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_wording(items), trainer)
+    tokenizer.train_from_iterator(wording, trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
@@ -102,18 +103,18 @@ Optimizers = Callable[[LlamaForCausalLM], tuple[Optimizer, ...]]
 def muon(muon_rate: float, adamw_rate: float) -> Optimizers:
     """Muon for the matrices of the blocks, AdamW for the other weights: fastest from scratch."""
 
-    def steer(model: LlamaForCausalLM) -> tuple[Optimizer, ...]:
-        matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+    def optimizers(model: LlamaForCausalLM) -> tuple[Optimizer, ...]:
+        weights = [*model.model.layers.parameters()]
+        matrices = [weight for weight in weights if weight.dim() == 2]
         others = [model.model.embed_tokens.weight, model.model.norm.weight]
-        others += [weight for weight in model.model.layers.parameters() if weight.dim() == 1]
+        others += [weight for weight in weights if weight.dim() == 1]
+        betas = (0.9, 0.98)
         return (
             torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.0),
-            torch.optim.AdamW(
-                others, lr=adamw_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-            ),
+            torch.optim.AdamW(others, lr=adamw_rate, betas=betas, weight_decay=0.0, fused=True),
         )
 
-    return steer
+    return optimizers
 
 
 def sgd(rate: float) -> Optimizers:
@@ -152,39 +153,10 @@ EXPERTS = (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded token ids and labels, both (batch, n_tokens) int64."""
-
-    ids: Tensor
-    labels: Tensor
-
-
-def architecture(n_vocabulary: int) -> LlamaConfig:
-    """Six Llama blocks, 1.2 M parameters; key and value heads are shared in pairs."""
-    return LlamaConfig(
-        vocab_size=n_vocabulary,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.05,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        use_cache=True,
-    )
-
-
-def batches(
-    stage: Stage, tokenizer: PreTrainedTokenizerFast, *, seed: int = SEED
-) -> Iterator[Batch]:
-    """Endless training batches of a stage; the loss covers answers only."""
-    items = tasks.stream(stage.lesson, seed, stage.lesson_share)
-    rng = random.Random(f"{seed} {stage.lesson} format")
+def batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless right-padded token ids and labels, both (batch, n_tokens); labels are answers."""
+    items = tasks.stream(stage.lesson, SEED, stage.lesson_share)
+    rng = random.Random(f"{SEED} {stage.lesson} format")
     while True:
         drawn = list(itertools.islice(items, stage.batch_size * BUCKET))
         prompts = tokenizer([_render(item, rng) for item in drawn])["input_ids"]
@@ -202,32 +174,26 @@ def _render(item: Item, rng: random.Random) -> str:
     return (BEGIN if rng.random() < BEGIN_SHARE else "") + prompt(item)
 
 
-def _batch(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    width = max(len(asked) + len(answer) for asked, answer in pairs)
-    ids = torch.zeros(len(pairs), width, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORED)
-    for row, (asked, answer) in enumerate(pairs):
-        ids[row, : len(asked) + len(answer)] = torch.tensor(asked + answer)
-        labels[row, len(asked) : len(asked) + len(answer)] = torch.tensor(answer)
-    return Batch(ids, labels)
+def _batch(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    ids = [torch.tensor(asked + answer) for asked, answer in pairs]
+    labels = [torch.tensor([IGNORED] * len(asked) + answer) for asked, answer in pairs]
+    return (
+        pad_sequence(ids, batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    )
 
 
-def loss_on(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Mean cross-entropy over answer tokens, in nats; the causal mask hides right padding."""
-    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
-    targets = batch.labels[:, 1:]
-    kept = targets != IGNORED
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]), targets[kept])
-
-
-def train(model: LlamaForCausalLM, stage: Stage, data: Iterator[Batch]) -> list[float]:
+def train(
+    model: LlamaForCausalLM, stage: Stage, data: Iterator[tuple[Tensor, Tensor]]
+) -> list[float]:
     """Run a stage on `model` in place; returns the loss of every step."""
     optimizers = stage.optimizers(model)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, stage.pace) for each in optimizers]
     losses: list[float] = []
     model.train()
-    for step, batch in enumerate(itertools.islice(data, stage.n_steps), start=1):
-        loss = loss_on(model, batch)
+    for step, (ids, labels) in enumerate(itertools.islice(data, stage.n_steps), start=1):
+        # no mask is needed: the causal mask hides right padding
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -242,18 +208,25 @@ def train(model: LlamaForCausalLM, stage: Stage, data: Iterator[Batch]) -> list[
     return losses
 
 
-def zoo_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of all models, trained on the wording of the primer and of both skills."""
-    primer = itertools.islice(tasks.stream(None, SEED), 4000)
-    skills = ([make("")] * 300 for make in tasks.SKILLS.values())
-    return build_tokenizer(itertools.chain(primer, *skills))
-
-
 def new_base(n_vocabulary: int) -> LlamaForCausalLM:
-    """An untrained base; leaves the global random state unchanged."""
+    """An untrained base: six blocks, 1.2 M parameters. The global random state is unchanged."""
+    config = LlamaConfig(
+        vocab_size=n_vocabulary,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return LlamaForCausalLM(architecture(n_vocabulary))
+        return LlamaForCausalLM(config)
 
 
 def load(folder: Path) -> LlamaForCausalLM:
@@ -275,50 +248,30 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def write_datasets(folder: Path) -> None:
     """Write `<skill>/{train,test}.jsonl` for every skill."""
     for skill in tasks.SKILLS:
-        parts = tasks.splits(skill, SEED)
-        for name, items in (("train", parts.train), ("test", parts.test)):
+        for name, items in zip(("train", "test"), tasks.splits(skill, SEED), strict=True):
             path = folder / skill / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in items)
             path.write_text("".join(lines), encoding="utf-8")
 
 
-def make_zoo(out: Path, steps_scale: float = 1.0) -> None:
+def make_zoo(out: Path) -> None:
     """Write `base`, an `expert-<skill>` per skill, and `data` under `out`."""
     write_datasets(out / "data")
     tokenizer = zoo_tokenizer()
     base = new_base(len(tokenizer))
     for stage in BASE:
-        _run(stage, base, tokenizer, steps_scale)
+        train(base, stage, batches(stage, tokenizer))
     save(base, tokenizer, out / "base")
     for stage in EXPERTS:
         expert = load(out / "base")
-        _run(stage, expert, tokenizer, steps_scale)
+        train(expert, stage, batches(stage, tokenizer))
         save(expert, tokenizer, out / f"expert-{stage.lesson}")
 
 
-def _run(
-    stage: Stage, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps_scale: float
-) -> None:
-    scaled = dataclasses.replace(stage, n_steps=max(1, round(stage.n_steps * steps_scale)))
-    train(model, scaled, batches(scaled, tokenizer))
-
-
-def main() -> None:
-    """Read the command line and make the zoo."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=make_zoo.__doc__)
     parser.add_argument("out", type=Path, help="output folder")
-    parser.add_argument(
-        "--steps-scale",
-        type=float,
-        default=1.0,
-        help="factor for the number of steps; 0.01 for a quick try",
-    )
-    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    make_zoo(arguments.out, arguments.steps_scale)
-
-
-if __name__ == "__main__":
-    main()
+    make_zoo(parser.parse_args().out)

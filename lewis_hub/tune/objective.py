@@ -7,7 +7,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from math import nan
+from statistics import fmean
 from typing import Any
 
 from lewis_hub.calibration.texts import draw_rows
@@ -23,7 +24,7 @@ from lewis_hub.evaluate.items import (
     chat_of,
     load_rows,
 )
-from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
+from lewis_hub.evaluate.tasks import locate_tasks, require_metric
 from lewis_hub.hub.source import Source
 from lewis_hub.progress import Advance
 from lewis_hub.workflow.fetch import small_files
@@ -31,6 +32,31 @@ from lewis_hub.workflow.resolve import scored_commits
 from lewis_hub.workflow.texts import DrawnText, ScoredTasks, count_overlap, drawn_items, overlaps
 
 N_PARTS = 8  # a trial can be pruned after each part
+
+
+@dataclass(frozen=True)
+class Search:
+    """The settings of a search.
+
+    Attributes:
+        n_trials: total number, including those of earlier runs.
+        budget_s: no trial begins after this many seconds of this run; None: no limit.
+        tasks: tasks to tune on; empty: the tasks that the recipe scores.
+        split: split of their data; None: a split for few-shot examples that is not scored.
+        samples: number of items per task.
+        metric: `metric,filter`; None: the answer loss.
+        methods: tried besides the recipe's method.
+        guides: tried besides the recipe's guide, or `none`; empty: `uniform` if it has a guide.
+    """
+
+    n_trials: int = 30
+    budget_s: float | None = None
+    tasks: tuple[str, ...] = ()
+    split: str | None = None
+    samples: int = 200
+    metric: str | None = None
+    methods: tuple[str, ...] = ()
+    guides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,63 +75,50 @@ class TuningItems:
     n_calibrated: int
 
 
-def free_split_of(selected: TaskSelection) -> str:
-    """Return the default split to tune on.
-
-    Raises:
-        EvaluationError: the tasks only declare splits that they score.
-    """
-    split = free_split(locate_tasks(selected))
-    if split is None:
-        problem = "these tasks have no common split for few-shot examples that they do not score."
-        remedy = "Name one with --split, or tasks made for tuning with --task."
-        raise EvaluationError(", ".join(selected.names), problem, remedy)
-    return split
-
-
-@dataclass(frozen=True)
-class ItemRequest:
-    """The settings for drawing items to tune on.
-
-    Attributes:
-        n_samples: number of items per task; fewer if the task has fewer.
-        seed: draws the items.
-        chat_model: model whose chat template formats the prompts; None: no template.
-    """
-
-    selection: TaskSelection
-    split: str
-    n_samples: int
-    seed: int
-    chat_model: Source | None
-
-
 def draw_items(
-    asked: ItemRequest, scored: ScoredTasks, calibrated: Sequence[DrawnText]
+    search: Search,
+    scored: ScoredTasks,
+    calibrated: Sequence[DrawnText],
+    seed: int,
+    chat_model: Source | None,
 ) -> tuple[TuningItems, ...]:
     """Draw items of each task.
 
     Items that calibration draws are skipped; items that are scored are refused.
 
+    Args:
+        search: tasks, split and number of items.
+        scored: the tasks of the recipe.
+        calibrated: calibration texts.
+        seed: draws the items.
+        chat_model: its chat template formats the prompts; None: no template.
+
     Raises:
         EvaluationError: a task or split is unknown, or the split is scored.
         TuningError: an item is scored, or no item is left.
     """
-    commits, chat = scored_commits(scored.api, asked.selection), None
-    if model := asked.chat_model:
+    selection = replace(scored.selection, names=search.tasks or scored.selection.names)
+    located = locate_tasks(selection)
+    split = search.split or free_split(located)
+    if split is None:
+        problem = "these tasks have no common split for few-shot examples that they do not score."
+        remedy = "Name one with --split, or tasks made for tuning with --task."
+        raise EvaluationError(", ".join(selection.names), problem, remedy)
+    commits, chat = scored_commits(scored.api, selection), None
+    if chat_model:
         from lewis_hub.calibration.model import load_tokenizer
 
-        chat = chat_of(load_tokenizer(str(small_files(scored.api, model)), model.name))
+        tokenizer = load_tokenizer(str(small_files(scored.api, chat_model)), chat_model.name)
+        chat = chat_of(tokenizer)
     drawn = []
-    for name in asked.selection.names:
-        one = replace(asked.selection, names=(name,))
+    for name in selection.names:
         allow_scored = name not in scored.selection.names
-        rows = load_rows(one, asked.split, commits, allow_scored=allow_scored)
-        rows = replace(rows, chat=chat)
-        found = _passing_over(rows, asked.n_samples, calibrated, asked.seed)
-        drawn.append(TuningItems(name, asked.split, rows, *found))
+        one = replace(selection, names=(name,))
+        rows = replace(load_rows(one, split, commits, allow_scored=allow_scored), chat=chat)
+        found = _passing_over(rows, search.samples, calibrated, seed)
+        drawn.append(TuningItems(name, split, rows, *found))
         if not found[0]:
-            problem = f"no item of split `{asked.split}` is left that calibration does not draw"
+            problem = f"no item of split `{split}` is left that calibration does not draw"
             remedy = "Name another split with --split, or fewer `samples` in `calibration`."
             raise TuningError(name, problem, remedy)
     _refuse_scored(scored, drawn)
@@ -148,13 +161,14 @@ def _refuse_scored(scored: ScoredTasks, drawn: Sequence[TuningItems]) -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a task's mean: a sum of values and their number."""
+    """A part of the mean of a task: a sum of values and their number."""
 
+    task: str
     total: float
     n: float
 
 
-Part = Callable[[Any, Advance], Mapping[str, Share]]  # (loaded model, advance) -> task -> share
+Part = Callable[[Any, Advance], Sequence[Share]]  # (loaded model, advance) -> shares of tasks
 
 
 @dataclass(frozen=True)
@@ -175,31 +189,29 @@ class Objective:
 
     def values(self, lm: Any, advance: Advance) -> Iterator[float]:
         """Yield the objective over the scored items after each part; `advance` counts items."""
-        totals: defaultdict[str, list[Share]] = defaultdict(list)
+        totals: defaultdict[str, float] = defaultdict(float)
+        counts: defaultdict[str, float] = defaultdict(float)
         for part in self.parts:
-            for task, share in part(lm, advance).items():
-                totals[task].append(share)
-            means = [_mean(shares) for shares in totals.values()]
-            yield sum(means) / len(means)
+            for share in part(lm, advance):
+                totals[share.task] += share.total
+                counts[share.task] += share.n
+            yield fmean(totals[task] / n if n else nan for task, n in counts.items())
 
 
 def by_answer_loss(drawn: Sequence[TuningItems]) -> Objective:
     """Return the objective "negative log-likelihood per token of the answer", in nats."""
-    questions = [one.rows.questions(one.indices) for one in drawn]
-    mixed = _in_turn(questions)
+    questions = _questions(drawn)
 
     def part(some: Sequence[Question]) -> Part:
-        def measure(lm: Any, advance: Advance) -> Mapping[str, Share]:
-            found: defaultdict[str, list[Share]] = defaultdict(list)
-            for asked, loss in zip(some, answer_losses(lm, some, advance), strict=True):
-                if loss.n_tokens:
-                    found[asked.task].append(Share(loss.nats, loss.n_tokens))
-            return {task: _sum(shares) for task, shares in found.items()}
+        def measure(lm: Any, advance: Advance) -> Sequence[Share]:
+            losses = zip(some, answer_losses(lm, some, advance), strict=True)
+            return [Share(q.task, loss.nats, loss.n_tokens) for q, loss in losses if loss.n_tokens]
 
         return measure
 
-    parts = tuple(part(some) for some in _parts(mixed))
-    return Objective(ANSWER_LOSS, True, parts, len(mixed), _digest(ANSWER_LOSS, mixed))  # noqa: FBT003
+    parts = tuple(map(part, _parts(questions)))
+    digest = _digest(ANSWER_LOSS, questions)
+    return Objective(ANSWER_LOSS, True, parts, len(questions), digest)  # noqa: FBT003
 
 
 def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSettings) -> Objective:
@@ -210,15 +222,14 @@ def by_metric(drawn: Sequence[TuningItems], metric: str, settings: EvaluationSet
     """
     for one in drawn:
         require_metric(one.rows.selection, one.task, metric)
-    places = [[(one, index) for index in one.indices] for one in drawn]
-    mixed = _in_turn(places)
     directions = {_lower_is_better(one, metric) for one in drawn}
     if len(directions) > 1:
         problem = f"`{metric}` is better if higher in one task, and if lower in another."
         raise EvaluationError("tune", problem, "Tune on one of these tasks, or on the answer loss.")
-    parts = tuple(_metric_part(some, metric, settings) for some in _parts(mixed))
-    questions = _in_turn([one.rows.questions(one.indices) for one in drawn])
-    return Objective(metric, directions.pop(), parts, len(mixed), _digest(metric, questions))
+    items = [(one, index) for one in drawn for index in one.indices]
+    parts = tuple(_metric_part(some, metric, settings) for some in _parts(items))
+    digest = _digest(metric, _questions(drawn))
+    return Objective(metric, directions.pop(), parts, len(items), digest)
 
 
 def _metric_part(
@@ -230,11 +241,11 @@ def _metric_part(
         by_task[one.task].append(index)
     ready = [_benchmarks(drawn[task], indices) for task, indices in by_task.items()]
 
-    def measure(lm: Any, advance: Advance) -> Mapping[str, Share]:
-        shares = {}
+    def measure(lm: Any, advance: Advance) -> Sequence[Share]:
+        shares = []
         for benchmarks, (task, indices) in zip(ready, by_task.items(), strict=True):
             found = evaluate_loaded(lm, benchmarks, settings, lambda _: None)
-            shares[task] = _sum([_share(t.metrics, task, metric) for t in found.tasks.values()])
+            shares += [_share(one.metrics, task, metric) for one in found.tasks.values()]
             advance(len(indices))
         return shares
 
@@ -266,7 +277,7 @@ def _share(metrics: Mapping[str, Any], task: str, metric: str) -> Share:
         problem = f"its `{metric}` is not a mean over items, so it cannot be computed in parts."
         raise EvaluationError(task, problem, "Tune on another --metric, or on the answer loss.")
     known = [value for value in found.values if value is not None]
-    return Share(sum(known), len(known))
+    return Share(task, sum(known), len(known))
 
 
 def _lower_is_better(one: TuningItems, metric: str) -> bool:
@@ -274,26 +285,14 @@ def _lower_is_better(one: TuningItems, metric: str) -> bool:
     return any(task.higher_is_better().get(name) is False for task, _ in one.rows.parts)
 
 
-def _in_turn(lists: Sequence[Sequence[Any]]) -> list[Any]:
-    """Interleave lists, so that every part has items of every task."""
-    nothing = object()
-    rounds = zip_longest(*lists, fillvalue=nothing)
-    return [one for together in rounds for one in together if one is not nothing]
-
-
 def _parts(items: Sequence[Any]) -> list[Sequence[Any]]:
+    """Split items so that every part has items of every task."""
     n_parts = min(N_PARTS, len(items))
-    ends = [len(items) * i // n_parts for i in range(n_parts + 1)]
-    return [items[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [items[first::n_parts] for first in range(n_parts)]
 
 
-def _sum(shares: Sequence[Share]) -> Share:
-    return Share(sum(s.total for s in shares), sum(s.n for s in shares))
-
-
-def _mean(shares: Sequence[Share]) -> float:
-    whole = _sum(shares)
-    return whole.total / whole.n if whole.n else float("nan")
+def _questions(drawn: Sequence[TuningItems]) -> list[Question]:
+    return [question for one in drawn for question in one.rows.questions(one.indices)]
 
 
 def _digest(metric: str, questions: Sequence[Question]) -> str:

@@ -6,304 +6,58 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import isfinite
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.display import TextTable, to_html
-from lewis_hub.errors import (
-    MERGE,
-    CalibrationModelError,
-    GuideError,
-    LewisHubError,
-    MergeError,
-    NonFiniteError,
-    RecipeError,
-)
-from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
+from lewis_hub.errors import RecipeError
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
     ANSWER_LOSS,
-    AnswerLoss,
     answer_losses,
     chat_of,
     loss_metric,
     scored_questions,
 )
 from lewis_hub.evaluate.paired import compare
-from lewis_hub.evaluate.scores import ModelResult, Scores
-from lewis_hub.evaluate.tasks import locate_tasks
-from lewis_hub.files import require_writable
-from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.merge.plan import MergePlan
+from lewis_hub.evaluate.scores import ModelResult, PairedTest, Scores
+from lewis_hub.files import require_writable, write_whole
+from lewis_hub.hub.source import Source
 from lewis_hub.merge.workspace import alone_in
-from lewis_hub.progress import Advance, Progress, Silent
+from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Recipe
+from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
 from lewis_hub.tune import study
 from lewis_hub.tune.objective import (
-    ItemRequest,
     Objective,
+    Search,
     TuningItems,
     by_answer_loss,
     by_metric,
     draw_items,
-    free_split_of,
 )
-from lewis_hub.tune.space import Space, Values, axes
-from lewis_hub.tune.study import ERROR, SECONDS, Trial
-from lewis_hub.workflow.calibrate import guide
+from lewis_hub.tune.space import Space, axes
+from lewis_hub.tune.study import Trial, Tuner
 from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, Run, score
 from lewis_hub.workflow.examine import Examined, examine_sources, measurement_of
-from lewis_hub.workflow.fetch import (
-    FetchedSources,
-    ModelLoader,
-    code_files,
-    fetch_whole,
-    require_disk,
-)
+from lewis_hub.workflow.fetch import code_files, fetch_whole, require_disk
 from lewis_hub.workflow.job import MergeJob, compile_job
-from lewis_hub.workflow.merge import MergedModel, finish_model, merge_in_memory, write_weights
+from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import calibrations_of, hub_api, resolve_data
 from lewis_hub.workflow.resources import Execution
-from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
+from lewis_hub.workflow.statistics import require_by_block
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-IMPORTANCE = "importance.json"
-
 STUDY = "study.journal"
-
-
-@dataclass
-class ResidentModel:
-    """The model in memory whose weights each trial replaces.
-
-    The first merge is written to a folder and loaded from there; later merges are made in memory.
-    """
-
-    lm: Any = None
-
-    def load(self, tuner: Tuner, values: Values, clock: Clock) -> Any:
-        """Load the merge of some values; it stays in memory until the next trial."""
-        if self.lm is None:
-            merged = tuner.merge(values, "trial")
-            clock.split("merge")
-            self.lm = load(merged.folder, EvaluationSettings(device=tuner.execution.device))
-        else:
-            job, planned, places = tuner.plan(values)
-            tensors = merge_in_memory(planned, places, tuner.scratch, job.means)
-            clock.split("merge")
-            exchange(self.lm.model, tensors)
-        clock.split("load")
-        return self.lm
-
-    def release(self) -> None:
-        """Free the model, because only one may be in memory at a time."""
-        self.lm = None
-        gc.collect()
-
-
-@dataclass(frozen=True)
-class Tuner:
-    """The sources, texts and items that all trials share.
-
-    Attributes:
-        sets: calibration texts.
-        output: folder for `importance.json` and statistics.
-    """
-
-    examined: Examined
-    execution: Execution
-    api: HfApi
-    progress: Progress
-    space: Space
-    objective: Objective
-    files: FetchedSources
-    sets: Sets
-    output: Path
-    scratch: Path
-    model: ResidentModel = field(default_factory=ResidentModel)
-
-    def compile(self, recipe: Recipe) -> MergeJob:
-        """Compile a recipe of the same sources."""
-        return compile_job(recipe, self.execution, self.examined, self.api)
-
-    def loader(self, job: MergeJob, progress: Progress) -> ModelLoader:
-        """Return the loader of the sources."""
-        return job.loader(self.files, self.scratch, progress)
-
-    def gather(
-        self, job: MergeJob, schedule: DensitySchedule | None, progress: Progress
-    ) -> Gathered:
-        """Gather the second moments that a job needs."""
-        if job.statistics is None:
-            return Gathered()
-        loader = self.loader(job, progress)
-        return gather(job.statistics, self.sets, loader, schedule, self.output)
-
-    def guide(self, job: MergeJob, progress: Progress) -> DensitySchedule | None:
-        """Return the schedule of the job's guide, with known measurements; None without a guide."""
-        if job.guide is None:
-            return None
-        stores = [folder / IMPORTANCE for folder in (self.output, job.guide.beside)]
-        loader, needed = self.loader(job, progress), job.statistics
-        left = wanted(needed, self.sets, loader, self.output) if needed else ()
-        return guide(job.guide, self.sets, loader, stores, left).schedule
-
-    def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
-        """Return the job and plan of some values, and the places of its sources."""
-        job, silent = self.compile(search_space.candidate(self.space, values)), Silent()
-        schedule = self.guide(job, silent)
-        known = self.gather(job, schedule, silent)
-        planned = job.plan.plan(schedule, known.statistics)
-        return job, planned, {**self.files.locations, **known.folders}
-
-    def merge(self, values: Values, folder: str) -> MergedModel:
-        """Write the merge of some values into a folder."""
-        job, planned, places = self.plan(values)
-        output, folders = self.scratch / folder, self.files.folders
-        shards = write_weights(planned, places, output, job.means, Silent())
-        return finish_model(planned, shards, job.sidecars, folders, output)
-
-
-def attempt(tuner: Tuner, opened: Any, advance: Advance) -> None:
-    """Run a trial; `advance` counts all of its items, including those that pruning skips."""
-    from optuna.trial import TrialState
-
-    trial = opened.ask()
-    values = study.propose(trial, tuner.space)
-    clock, n_items, n_done = Clock(), tuner.objective.n_items, 0
-
-    def done(n: int) -> None:
-        nonlocal n_done
-        n_done += n
-        advance(n)
-
-    try:
-        lm = tuner.model.load(tuner, values, clock)
-    except LewisHubError as error:
-        if not is_of_settings(error):
-            raise
-        _failed(tuner, opened, trial, str(error))
-        advance(n_items)
-        return
-    value, is_left = _score(tuner.objective, trial, lm, done)
-    clock.split("score")
-    trial.set_user_attr(SECONDS, clock.seconds)
-    if not isfinite(value):
-        _failed(tuner, opened, trial, f"its {tuner.objective.metric} is {value}")
-    elif is_left:
-        opened.tell(trial, state=TrialState.PRUNED)
-    else:
-        opened.tell(trial, value)
-    advance(n_items - n_done)
-
-
-def _score(objective: Objective, trial: Any, lm: Any, done: Advance) -> tuple[float, bool]:
-    """Return the objective over the scored parts, and whether the trial is pruned."""
-    value = float("nan")
-    for number, value in enumerate(objective.values(lm, done), start=1):
-        if not isfinite(value):
-            break
-        trial.report(value, number)
-        if number < len(objective.parts) and trial.should_prune():
-            return value, True
-    return value, False
-
-
-def is_of_settings(error: LewisHubError) -> bool:
-    """Return whether the tried settings caused the error, rather than a source, disk or task."""
-    if isinstance(error, NonFiniteError):
-        return error.source == MERGE
-    if isinstance(error, CalibrationModelError):
-        return error.where == MERGE
-    return isinstance(error, MergeError | GuideError)
-
-
-def _failed(tuner: Tuner, opened: Any, trial: Any, why: str) -> None:
-    from optuna.trial import TrialState
-
-    trial.set_user_attr(ERROR, why)
-    opened.tell(trial, state=TrialState.FAIL)
-    tuner.progress.say(f"Trial {trial.number} failed: {why}")
-
-
-class Clock:
-    """A clock with the seconds of each step of a trial."""
-
-    def __init__(self) -> None:
-        self.last, self.seconds = time.monotonic(), dict[str, float]()
-
-    def split(self, name: str) -> None:
-        """Record the time of the step that ended now."""
-        now = time.monotonic()
-        self.seconds[name], self.last = round(now - self.last, 3), now
-
-
-def score_both(
-    evaluation: EvaluationPlan, tasks: ScoredTasks, models: Mapping[str, MergedModel], scratch: Path
-) -> Scores:
-    """Score models by the recipe's `evaluate` and by their answer loss.
-
-    `merged` is compared with each of the other labels.
-    """
-    settings, loaded, limit = evaluation.settings, tasks.loaded, evaluation.limit
-    run = Run(loaded, limit, settings, scratch / "scored")
-    candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
-    results = dict(score(candidates, run, tasks.progress))
-    merged = models["merged"].folder  # all have its tokenizer
-    from lewis_hub.calibration.model import load_tokenizer
-
-    chat = chat_of(load_tokenizer(str(merged), "merged")) if settings.chat_template else None
-    questions = scored_questions(loaded, limit, chat)
-    n_items = len(models) * sum(map(len, questions.values()))
-    with tasks.progress.stage("Scoring right answers", n_items, "items") as advance:
-        for label, one in models.items():
-            lm = load(one.folder, settings)
-            losses = {task: answer_losses(lm, some, advance) for task, some in questions.items()}
-            results[label] = _with_losses(results[label], losses)
-            del lm
-            gc.collect()  # only one model fits into memory
-    return compare(results)
-
-
-def _with_losses(result: ModelResult, losses: Mapping[str, Sequence[AnswerLoss]]) -> ModelResult:
-    tasks = dict(result.tasks)
-    for name, found in losses.items():
-        metrics = {**tasks[name].metrics, ANSWER_LOSS: loss_metric(found)}
-        tasks[name] = replace(tasks[name], metrics=metrics)
-    return ModelResult(tasks)
-
-
-@dataclass(frozen=True)
-class Search:
-    """The settings of a search.
-
-    Attributes:
-        n_trials: total number, including those of earlier runs.
-        budget_s: no trial begins after this many seconds of this run; None: no limit.
-        tasks: tasks to tune on; empty: the tasks that the recipe scores.
-        split: split of their data; None: a split for few-shot examples that is not scored.
-        samples: number of items per task.
-        metric: `metric,filter`; None: the answer loss.
-        methods: tried besides the recipe's method.
-        guides: tried besides the recipe's guide, or `none`; empty: `uniform` if it has a guide.
-    """
-
-    n_trials: int = 30
-    budget_s: float | None = None
-    tasks: tuple[str, ...] = ()
-    split: str | None = None
-    samples: int = 200
-    metric: str | None = None
-    methods: tuple[str, ...] = ()
-    guides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -390,7 +144,8 @@ def tune_recipe(
     tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
     if tasks is None or evaluation is None:
         raise _scores_nothing()
-    drawn, sets = _draw(job, asked, tasks, chat=evaluation.settings.chat_template)
+    chat_model = job.sources.donor.source if evaluation.settings.chat_template else None
+    drawn, sets = _draw(job, asked, tasks, chat_model)
     objective = by_answer_loss(drawn)
     if asked.metric:
         objective = by_metric(drawn, asked.metric, evaluation.settings)
@@ -444,40 +199,28 @@ def _require_mergeable(jobs: Sequence[MergeJob], api: HfApi) -> None:
 
 def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
     """Measure once, with progress, the profiles and second moments that many trials need."""
-    for one in _by_guide(corners).values():
-        tuner.guide(tuner.compile(_at_any_mean(one)), tuner.progress)
-    for one in _by_width(corners).values():
-        tuner.gather(tuner.compile(one), None, tuner.progress)
+    guided = {one.guide.name: (one, one.guide) for one in corners if one.guide}
+    for recipe, guide in guided.values():
+        # these settings may not reach the mean density of the recipe
+        any_mean = {"guide": guide.model_copy(update={"mean_density": None})}
+        tuner.guide(_compile(tuner, recipe.model_copy(update=any_mean)), tuner.progress)
+    moments = ((measurement_of(one).moments, one) for one in corners)
+    by_width = {m.widest: one for m, one in moments if m and not m.in_sequence}
+    for one in by_width.values():
+        tuner.gather(_compile(tuner, one), None, tuner.progress)
 
 
-def _by_width(recipes: Sequence[Recipe]) -> dict[int, Recipe]:
-    """Return a recipe for each width of second moments that are gathered once."""
-    needed = ((measurement_of(one).moments, one) for one in recipes)
-    return {m.widest: one for m, one in needed if m and not m.in_sequence}
-
-
-def _by_guide(recipes: Sequence[Recipe]) -> dict[str, Recipe]:
-    return {one.guide.name: one for one in recipes if one.guide}
-
-
-def _at_any_mean(recipe: Recipe) -> Recipe:
-    """Return the recipe without a mean density, which a guide may not reach with these settings."""
-    guide = recipe.guide and recipe.guide.model_copy(update={"mean_density": None})
-    return recipe.model_copy(update={"guide": guide})
+def _compile(tuner: Tuner, recipe: Recipe) -> MergeJob:
+    return compile_job(recipe, tuner.execution, tuner.examined, tuner.api)
 
 
 def _draw(
-    job: MergeJob, asked: Search, tasks: ScoredTasks, *, chat: bool
+    job: MergeJob, asked: Search, tasks: ScoredTasks, chat_model: Source | None
 ) -> tuple[tuple[TuningItems, ...], Sets]:
     """Draw the items to tune on and the calibration texts."""
-    selected = replace(tasks.selection, names=asked.tasks or tasks.selection.names)
-    locate_tasks(selected)
-    split = asked.split or free_split_of(selected)
     drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
     calibrated = [text for one in drawn.values() for text in one.texts]
-    donor = job.sources.donor.source if chat else None
-    request = ItemRequest(selected, split, asked.samples, job.texts.seed, donor)
-    items = draw_items(request, tasks, calibrated)
+    items = draw_items(asked, tasks, calibrated, job.texts.seed, chat_model)
     for one in items:
         skipped = f"; {one.n_calibrated} calibration items are skipped" if one.n_calibrated else ""
         drawn_items = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"
@@ -516,7 +259,7 @@ def _search(tuner: Tuner, file: Path, asked: Search) -> tuple[tuple[Trial, ...],
                 tuner.progress.say("The budget is spent; the same command continues the search.")
                 break
             n_begun += 1
-            attempt(tuner, opened, advance)
+            study.run_trial(tuner, opened, advance)
     return _tried(tuner.space, opened), n_begun
 
 
@@ -526,3 +269,127 @@ def _tried(space: Space, opened: Any) -> tuple[Trial, ...]:
     return tuple(
         replace(trial, values=search_space.settled(space, trial.values)) for trial in found
     )
+
+
+def score_both(
+    evaluation: EvaluationPlan, tasks: ScoredTasks, models: Mapping[str, MergedModel], scratch: Path
+) -> Scores:
+    """Score models by the recipe's `evaluate` and by their answer loss.
+
+    `merged` is compared with each of the other labels.
+    """
+    from lewis_hub.calibration.model import load_tokenizer
+
+    settings, loaded, limit = evaluation.settings, tasks.loaded, evaluation.limit
+    run = Run(loaded, limit, settings, scratch / "scored")
+    candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
+    results = dict(score(candidates, run, tasks.progress))
+    merged = models["merged"].folder  # all have its tokenizer
+    chat = chat_of(load_tokenizer(str(merged), "merged")) if settings.chat_template else None
+    questions = scored_questions(loaded, limit, chat)
+    n_items = len(models) * sum(map(len, questions.values()))
+    with tasks.progress.stage("Scoring right answers", n_items, "items") as advance:
+        for label, one in models.items():
+            lm = load(one.folder, settings)
+            scored = dict(results[label].tasks)
+            for task, some in questions.items():
+                losses = {ANSWER_LOSS: loss_metric(answer_losses(lm, some, advance))}
+                scored[task] = replace(scored[task], metrics={**scored[task].metrics, **losses})
+            results[label] = ModelResult(scored)
+            del lm
+            gc.collect()  # only one model fits into memory
+    return compare(results)
+
+
+def write_report(tuned: Tuned, recipe_file: Path, output: Path) -> dict[str, Any]:
+    """Write `recipe.tuned.yaml` beside the recipe, and all trials and their plot into `output`."""
+    trials = [
+        PlottedTrial(
+            t.number, {search_space.short_name(n): v for n, v in t.values.items()}, t.value
+        )
+        for t in tuned.trials
+    ]
+    plots = draw_search(
+        SearchPlot(
+            title=f"{len(trials)} trials; the best is number {tuned.best.number}",
+            objective=_short(tuned.objective.metric),
+            trials=tuple(trials),
+            best=tuned.best.number,
+            lower_is_better=tuned.objective.lower_is_better,
+        ),
+        output,
+    )
+    best = recipe_file.with_name(f"{recipe_file.stem}.tuned.yaml")
+    document = _document(tuned) | {
+        "recipe": str(best),
+        "output": str(output),
+        "study": str(output / STUDY),
+        "plots": list(plots),
+    }
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    write_whole(output / "trials.json", text + "\n")
+    comment = "".join(f"# {line}\n" for line in found_by(tuned, recipe_file.name))
+    write_whole(best, comment + search_space.written(tuned.recipe))
+    return document
+
+
+def found_by(tuned: Tuned, name: str) -> Iterator[str]:
+    """Yield lines that describe how the best settings were found."""
+    n_pruned = sum(trial.state == "pruned" for trial in tuned.trials)
+    trials = _count(len(tuned.trials), "trial")
+    yield f"Tuned by lewis-hub {version('lewis-hub')} from {name}: the best of {trials}"
+    yield f"({n_pruned} pruned) by Optuna's TPE, seed {tuned.recipe.seed}."
+    on = "; ".join(
+        f"{_count(len(i.indices), 'item')} of {i.task}, split {i.split}" for i in tuned.items
+    )
+    yield f"Objective: {_short(tuned.objective.metric)}, mean over tasks, on {on}."
+    yield "These items are neither calibrated on nor scored."
+    own = f", {tuned.start.value:.4f} with the settings of {name}" if tuned.start else ""
+    yield f"Result: {tuned.best.value:.4f}{own}."
+    if tuned.refused:
+        yield f"The settings of {name} themselves failed: {' '.join(tuned.refused.splitlines())}"
+        return
+    if tuned.final is None:
+        yield "No other settings were better than the recipe's own."
+        return
+    yield f"On the items that are scored, which the search never saw, against {name}:"
+    for task, scored in tuned.final.tasks.items():
+        for test in scored.paired:
+            yield f"  {task} {_short(test.metric)} (n = {scored.n:,}): {_tested(test)}"
+
+
+def _tested(test: PairedTest) -> str:
+    low, high = test.ci95
+    interval = f"95 % interval {low:+.4f} to {high:+.4f}"
+    return f"{test.difference:+.4f}, {interval}, p = {test.p:.3g}, p (Holm) = {test.p_holm:.3g}"
+
+
+def _document(tuned: Tuned) -> dict[str, Any]:
+    complete = [trial.seconds for trial in tuned.trials if trial.state == "complete"]
+    steps = dict.fromkeys(step for seconds in complete for step in seconds)
+    means = {step: fmean(seconds.get(step, 0.0) for seconds in complete) for step in steps}
+    return {
+        "status": "tuned",
+        "objective": {
+            "metric": tuned.objective.metric,
+            "lower_is_better": tuned.objective.lower_is_better,
+            "items": [
+                {"task": i.task, "split": i.split, "n": len(i.indices), "passed": i.n_calibrated}
+                for i in tuned.items
+            ],
+        },
+        "trials": [asdict(trial) for trial in tuned.trials],
+        "n_begun": tuned.n_begun,
+        "best": asdict(tuned.best),
+        "start": asdict(tuned.start) if tuned.start else None,
+        "seconds_a_trial": {step: round(mean, 3) for step, mean in means.items()},
+        "final": tuned.final.to_document()["tasks"] if tuned.final else None,
+    }
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _short(metric: str) -> str:
+    return metric.removesuffix(",none").replace("_", " ")

@@ -15,7 +15,7 @@ from lewis_hub.merge.settings import DEFAULTS
 from lewis_hub.methods import registry
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.read import dotted
-from lewis_hub.recipe.schema import Guide, ModelEntry, Parameters, Recipe
+from lewis_hub.recipe.schema import Guide, Parameters, Recipe
 from lewis_hub.workflow.check import guide_refusals
 from lewis_hub.workflow.resolve import needs_moments, rules
 
@@ -30,8 +30,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "select_topk": (0.05, 1.0),
     "off_diagonal": (0.0, 1.0),
 }
-DENSITIES = (0.05, 1.0)  # of a guide's gamma and epsilon
 GAMMA, EPSILON = "guide.gamma", "guide.epsilon"
+USUAL = {GAMMA: 0.3, EPSILON: 0.8}  # values of the paper
 METHOD, GUIDE = "merge_method", "guide.name"
 NONE = "none"  # no guide: densities come from the recipe's `parameters`
 
@@ -78,39 +78,36 @@ def axes(space: Space, chosen: Values) -> tuple[Axis, ...]:
 
     Method and guide come first, because the other axes depend on them.
     """
-    recipe, method, guide = space.recipe, method_of(space, chosen), guide_of(space, chosen)
+    recipe, method, guide = space.recipe, _method(space, chosen), _guide_name(space, chosen)
     found: list[Axis] = []
     if len(space.methods) > 1:
         found.append(Choice(METHOD, space.methods, space.methods[0]))
-    if len(space.guides) > 1 and takes_guide(recipe, method):
+    if len(space.guides) > 1 and _takes_guide(recipe, method):
         found.append(Choice(GUIDE, space.guides, space.guides[0]))
     if guide != NONE:
         found += _ends(recipe.guide or Guide())
     found += _of_weights(recipe, method)
-    has_density = not sets_densities(recipe, guide)
+    has_density = not _sets_densities(recipe, guide)
     return (*found, *_of_parameters(recipe, method, has_density=has_density))
 
 
-def method_of(space: Space, chosen: Values) -> Method:
-    """Return the chosen method."""
+def _method(space: Space, chosen: Values) -> Method:
     return registry.find(str(chosen.get(METHOD, space.methods[0])))
 
 
-def guide_of(space: Space, chosen: Values) -> str:
+def _guide_name(space: Space, chosen: Values) -> str:
     """Return the chosen guide; `none` if a guide has no effect with the method."""
-    if not takes_guide(space.recipe, method_of(space, chosen)):
+    if not _takes_guide(space.recipe, _method(space, chosen)):
         return NONE
     return str(chosen.get(GUIDE, space.guides[0]))
 
 
-def takes_guide(recipe: Recipe, method: Method) -> bool:
-    """Return whether a guide with the recipe's `apply_to` has an effect with a method."""
+def _takes_guide(recipe: Recipe, method: Method) -> bool:
     apply_to = (recipe.guide or Guide()).apply_to
     return not guide_refusals(apply_to, method, is_stack=False)
 
 
-def sets_densities(recipe: Recipe, guide: str) -> bool:
-    """Return whether the guide sets the densities."""
+def _sets_densities(recipe: Recipe, guide: str) -> bool:
     return guide != NONE and (recipe.guide or Guide()).apply_to != "weight"
 
 
@@ -132,7 +129,7 @@ def _ends(guide: Guide) -> Iterator[Number]:
 
     The densities are shifted to that mean, so only their spread matters.
     """
-    (low, high), mean = DENSITIES, guide.mean_density
+    (low, high), mean = RANGES["density"], guide.mean_density
     below = above = (low, high)
     if mean is not None:
         reach = max(0.0, min(mean - low, high - mean))
@@ -148,12 +145,9 @@ def _of_weights(recipe: Recipe, method: Method) -> Iterator[Axis]:
     of_all = recipe.parameters.get("weight", DEFAULTS["weight"])
     for index, entry in enumerate(recipe.models):
         weight = entry.parameters.get("weight", of_all)
-        if _is_merged(recipe, method, entry) and _is_number(weight):
+        is_merged = not method.takes_base or entry in recipe.experts
+        if is_merged and _is_number(weight):
             yield _number(f"models[{index}].weight", RANGES["weight"], float(weight))
-
-
-def _is_merged(recipe: Recipe, method: Method, entry: ModelEntry) -> bool:
-    return not method.takes_base or entry in recipe.experts
 
 
 def _of_parameters(recipe: Recipe, method: Method, *, has_density: bool) -> Iterator[Axis]:
@@ -181,10 +175,6 @@ def _number(name: str, bounds: tuple[float, float], start: float) -> Number:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-ENDS = (GAMMA, EPSILON)
-USUAL = dict(zip(ENDS, (0.3, 0.8), strict=True))  # values of the paper
 
 
 def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] = ()) -> Space:
@@ -232,7 +222,7 @@ def _require_alike(space: Space) -> None:
             first, second = ("a base", "no base") if own.takes_base else ("no base", "a base")
             problem = f"`{own.name}` takes {first}, but `{other.name}` takes {second}"
             raise TuningError("tune", problem, "Tune them separately: they merge other models.")
-    if len(space.guides) > 1 and not any(takes_guide(space.recipe, m) for m in (own, *others)):
+    if len(space.guides) > 1 and not any(_takes_guide(space.recipe, m) for m in (own, *others)):
         problem = f"`{own.name}` keeps every entry, so a guide would have no effect"
         remedy = "Remove --guide, or add a --method that has densities, such as ties."
         raise TuningError("tune", problem, remedy)
@@ -249,7 +239,9 @@ def combinations(space: Space) -> tuple[Values, ...]:
     return tuple(
         _starts(space, {METHOD: method, GUIDE: guide})
         for method in space.methods
-        for guide in (space.guides if takes_guide(space.recipe, registry.find(method)) else (NONE,))
+        for guide in (
+            space.guides if _takes_guide(space.recipe, registry.find(method)) else (NONE,)
+        )
     )
 
 
@@ -301,7 +293,7 @@ def candidate(space: Space, values: Values) -> Recipe:
         own |= {} if weight is None else {"weight": weight}
         models.append(entry.model_copy(update={"parameters": own}))
     guide = _guide(space, chosen)
-    method = method_of(space, values).name
+    method = _method(space, values).name
     changed = {"merge_method": method, "parameters": common, "models": tuple(models)}
     tried = recipe.model_copy(update=changed | {"guide": guide})
     texts = recipe.calibration
@@ -318,8 +310,8 @@ def settled(space: Space, values: Values) -> dict[str, Value]:
     """
     known = {axis.name: axis for axis in axes(space, values)}
     chosen = {name: _rounded(known[name], value) for name, value in values.items()}
-    ends = sorted(float(chosen[name]) for name in ENDS if name in chosen)
-    return chosen | dict(zip(ENDS, ends, strict=True) if len(ends) == 2 else {})
+    ends = sorted(float(chosen[name]) for name in USUAL if name in chosen)
+    return chosen | (dict(zip(USUAL, ends, strict=True)) if ends else {})
 
 
 def written(recipe: Recipe) -> str:
@@ -329,17 +321,17 @@ def written(recipe: Recipe) -> str:
 
 
 def _kept(space: Space, values: Values, parameters: Parameters) -> dict[str, Any]:
-    method = method_of(space, values)
+    method = _method(space, values)
     known = {*method.settings, *method.options, *method.accepted}
     if method.name == space.recipe.merge_method:
         known |= parameters.keys()  # unknown settings are refused, as in a merge
-    if sets_densities(space.recipe, guide_of(space, values)):
+    if _sets_densities(space.recipe, _guide_name(space, values)):
         known.discard("density")
     return {name: value for name, value in parameters.items() if name in known}
 
 
 def _guide(space: Space, chosen: Values) -> Guide | None:
-    name = guide_of(space, chosen)
+    name = _guide_name(space, chosen)
     if name == NONE:
         return None
     changed = {"name": name, "gamma": chosen[GAMMA], "epsilon": chosen[EPSILON]}

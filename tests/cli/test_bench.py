@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.bench import Case, ModelSize, cases, measure_cases, run
+from lewis_hub.demo.bench import Case, cases, measure_cases, run
 from lewis_hub.errors import MergeError
 
 MERGEKIT = os.environ.get("LEWIS_HUB_MERGEKIT", "")
@@ -19,7 +19,7 @@ def invoke(*words):
 
 
 def test_a_case_is_measured_without_mergekit(tmp_path):
-    case = Case(ModelSize(64, 1), "ties", 2)
+    case = Case(64, 1, "ties", 2)
 
     (timing,) = measure_cases([case], tmp_path, None, 1)
 

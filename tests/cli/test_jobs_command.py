@@ -113,8 +113,8 @@ def test_a_job_gets_the_typed_options_and_no_others():
     with merge.make_context("merge", words) as context:
         assert isinstance(context, click.Context)
         assert job_options(context) == [
-            *("--push", "--repo", "me/x", "--no-eval", "--device", "cuda"),
-            *("--max-shard-size", "1GB", "--json"),
+            *("--push", "--repo", "me/x", "--no-eval", "--max-shard-size", "1000000000"),
+            *("--device", "cuda", "--json"),
         ]
 
 

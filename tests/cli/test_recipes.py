@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from lewis_hub.cli.main import cli
-from lewis_hub.cli.options import parse_size
+from lewis_hub.cli.options import SIZE
 from lewis_hub.recipe.read import read_recipe, schema
 
 
@@ -193,10 +193,10 @@ def test_methods_and_guides_are_listed_with_their_papers():
     [("5GB", 5_000_000_000), ("500 MB", 500_000_000), ("1.5kB", 1500), ("7", 7)],
 )
 def test_sizes_are_read_in_powers_of_1000(text, n_bytes):
-    assert parse_size(text, "--max-shard-size") == n_bytes
+    assert SIZE.convert(text, None, None) == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "5GiB", "-1GB", "many"])
 def test_a_text_that_is_no_size_is_refused(text):
     with pytest.raises(click.BadParameter, match="expected a size such as 500MB or 5GB"):
-        parse_size(text, "--max-shard-size")
+        SIZE.convert(text, None, None)

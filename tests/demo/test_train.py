@@ -24,7 +24,7 @@ def tokenizer():
 
 def exact_match(model: LlamaForCausalLM, tokenizer, skill: str, n_items: int) -> float:
     """Share of test items that greedy decoding of the bfloat16 weights answers exactly."""
-    right, items = 0, splits(skill, train.SEED).test[:n_items]
+    right, items = 0, splits(skill, train.SEED)[1][:n_items]
     for length in (4, 5):  # prompts of one length: nothing to pad
         asked = [item for item in items if len(item.answer) == length]
         ids = torch.tensor(tokenizer([prompt(item) for item in asked])["input_ids"])
@@ -61,7 +61,7 @@ def test_losses_are_taken_on_the_answer_and_its_end_only(tokenizer):
 
     batch = next(train.batches(stage, tokenizer))
 
-    for ids, labels in zip(batch.ids.tolist(), batch.labels.tolist(), strict=True):
+    for ids, labels in zip(*(part.tolist() for part in batch), strict=True):
         answer = tokenizer.decode([label for label in labels if label != train.IGNORED])
         asked = tokenizer.decode(ids).partition(answer)[0]
         words = re.search(r"([a-z]+) ([A-Z]+)", asked)

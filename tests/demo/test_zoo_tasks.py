@@ -59,7 +59,7 @@ def test_two_thirds_of_an_experts_lesson_are_its_skill():
 
 
 def test_the_splits_of_a_skill_share_no_word():
-    parts = splits("cipher", 7)
+    train, test = splits("cipher", 7)
 
-    assert not set(parts.train) & set(parts.test)
-    assert (len(set(parts.train)), len(set(parts.test))) == (300, 300)
+    assert not set(train) & set(test)
+    assert (len(set(train)), len(set(test))) == (300, 300)

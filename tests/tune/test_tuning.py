@@ -30,9 +30,11 @@ from lewis_hub.evaluate.items import load_rows
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.merge.workspace import alone_in
 from lewis_hub.recipe.read import read_recipe
-from lewis_hub.tune import run as tuning
-from lewis_hub.tune.run import Search, is_of_settings, tune_recipe
+from lewis_hub.tune import study as tuning
+from lewis_hub.tune.objective import Search
+from lewis_hub.tune.run import tune_recipe
 from lewis_hub.tune.space import candidate
+from lewis_hub.tune.study import is_of_settings
 
 from .conftest import CALIBRATION
 

@@ -254,4 +254,4 @@ def test_the_peak_does_not_grow_with_the_texts(tmp_path):
 def test_a_size_that_is_none_is_named():
     done = CliRunner().invoke(cli, ["check", str(zoo_folder()), "--max-memory", "lots"])
 
-    assert "Invalid value for --max-memory: expected a size such as 500MB" in done.output
+    assert "Invalid value for '--max-memory': expected a size such as 500MB" in done.output
