@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
-from lewis_hub.tokenizer.vocabulary import Vocabulary
+from lewis_hub.tokenizer import Vocabulary
 
 MEAN = -1  # in place of the number of a source: the row is a mean of rows
 

@@ -26,7 +26,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare, passed_over, settle_heads
 from lewis_hub.methods.registry import Method
 from lewis_hub.recipe.schema import ApplyTo, Calibration, Missing
-from lewis_hub.tokenizer.union import KEEPERS, template_of
+from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 from lewis_hub.workflow.resolve import PinnedTask
 from lewis_hub.workflow.resources import Measurement, Workload
@@ -220,7 +220,7 @@ def chat_refusals(scored: Iterable[Source], api: HfApi) -> list[str]:
     """Refuse whole models without a chat template; an adapter uses the template of its base."""
     problems = []
     for source in {model.pinned: model for model in scored if not model.is_adapter}.values():
-        files = {name: read_small(api, source, name) for name in KEEPERS}
+        files = {name: read_small(api, source, name) for name in TEMPLATE_SOURCES}
         known = {name: content for name, content in files.items() if content is not None}
         if template_of(source.name, known) is None:
             problems.append(

@@ -21,7 +21,7 @@ from lewis_hub.hub.fetch import read_small, weight_files
 from lewis_hub.hub.ranges import read_range
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.recipe.schema import REPO
-from lewis_hub.tokenizer.vocabulary import Translation
+from lewis_hub.tokenizer import Translation
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -13,16 +13,23 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
 from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, TokenEmbedding, Tokenizer
-from lewis_hub.tokenizer import union
-from lewis_hub.tokenizer.union import CONFIG, unite
-from lewis_hub.tokenizer.vocabulary import (
+from lewis_hub.tokenizer import (
+    CONFIG,
     FILES,
+    OTHER_TEMPLATES,
+    STALE,
+    TEMPLATE_SOURCES,
     Translation,
     Vocabulary,
     disagreement,
+    extended_files,
     json_object,
     read_vocabulary,
+    shipped_template,
+    template_files,
+    template_of,
     translation,
+    unite,
 )
 from lewis_hub.workflow.open import MergeSources, OpenedSources
 
@@ -156,8 +163,8 @@ def _assembled(
         if (override := _override(named_sources, sources, vocabularies, token, one))
     }
     if merged is not start:
-        written = union.extended(merged, sources.read_json(named, union.CONFIG))
-        carried = replace(carried, written=written, dropped=union.STALE)
+        written = extended_files(merged, sources.read_json(named, CONFIG))
+        carried = replace(carried, written=written, dropped=STALE)
     ours = vocabularies[base.pinned]
     translations = {
         source.pinned: translation(ours, vocabularies[source.pinned], sources.rows(source))
@@ -312,20 +319,20 @@ def _with_template(request: TokenizerRequest, found: Tokens, sources: TokenizerS
     asked = request.chat_template
     if asked is None or asked == "auto":
         return found
-    text = union.built_in(asked) if asked in CHAT_TEMPLATES else asked
+    text = shipped_template(asked) if asked in CHAT_TEMPLATES else asked
     if asked in request.named:
         text = _template_of(request.named[asked], sources)
     carried = found.carried or Carried(sources.base.pinned)
     donor = next(s for s in sources.models if s.pinned == carried.donor)
-    changed = carried.written.get(union.CONFIG)
-    config = json.loads(changed) if changed else sources.read_json(donor, union.CONFIG)
-    written = {**carried.written, **union.with_template(text, config)}
-    dropped = (*carried.dropped, *union.TEMPLATES)
+    changed = carried.written.get(CONFIG)
+    config = json.loads(changed) if changed else sources.read_json(donor, CONFIG)
+    written = {**carried.written, **template_files(text, config)}
+    dropped = (*carried.dropped, *OTHER_TEMPLATES)
     return replace(found, carried=replace(carried, written=written, dropped=dropped))
 
 
 def _template_of(source: Source, sources: TokenizerSources) -> str:
-    text = union.template_of(source.name, sources.read(source, *union.KEEPERS))
+    text = template_of(source.name, sources.read(source, *TEMPLATE_SOURCES))
     if text is None:
         remedy = "Name a model that has one, or give its text."
         raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)

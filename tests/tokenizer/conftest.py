@@ -6,7 +6,7 @@ import json
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lewis_hub.tokenizer.vocabulary import read_vocabulary
+from lewis_hub.tokenizer import read_vocabulary
 
 
 def byte_level(merges=(), added=(), *, first=()):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.tokenizer.union import extended, template_of, unite, with_template
+from lewis_hub.tokenizer import extended_files, template_files, template_of, unite
 
 from .conftest import read, word_level
 
@@ -12,8 +12,8 @@ def test_a_configuration_that_lists_added_tokens_lists_the_new_ones_too():
     base = read("base", word_level(["a"], ["<x>"]))
     union = unite(base, [], ["<y>"])
 
-    plain = extended(union, {"model_max_length": 8})
-    listed = extended(union, {"added_tokens_decoder": {"1": {}}, "bos_token": "<x>"})
+    plain = extended_files(union, {"model_max_length": 8})
+    listed = extended_files(union, {"added_tokens_decoder": {"1": {}}, "bos_token": "<x>"})
 
     assert list(plain) == ["tokenizer.json"]
     told = json.loads(listed["tokenizer_config.json"])
@@ -51,6 +51,6 @@ def test_a_broken_file_with_a_template_is_named():
 
 
 def test_a_template_leaves_the_configuration_for_a_file_of_its_own():
-    assert with_template("t", {"a": 1}) == {"chat_template.jinja": "t"}
-    written = with_template("t", {"a": 1, "chat_template": "old"})
+    assert template_files("t", {"a": 1}) == {"chat_template.jinja": "t"}
+    written = template_files("t", {"a": 1, "chat_template": "old"})
     assert json.loads(written["tokenizer_config.json"]) == {"a": 1}

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.tokenizer.vocabulary import disagreement, read_vocabulary
+from lewis_hub.tokenizer import disagreement, read_vocabulary
 
 from .conftest import byte_level, read, unigram, word_level
 

@@ -3,8 +3,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.tokenizer.union import unite
-from lewis_hub.tokenizer.vocabulary import load, read_vocabulary
+from lewis_hub.tokenizer import load_tokenizer, read_vocabulary, unite
 
 from .conftest import byte_level, read, unigram, word_level
 
@@ -42,13 +41,13 @@ def test_every_token_is_there_once_and_the_base_s_ids_stay(kind):
     everything = set(base.ids).union(*(other.ids for other in others)) | {"<new>"}
     assert set(union.ids) == everything
     assert sorted(union.ids.values()) == list(range(len(everything)))
-    assert load("x", union.document).get_vocab(with_added_tokens=True) == union.ids
+    assert load_tokenizer("x", union.document).get_vocab(with_added_tokens=True) == union.ids
 
 
 @pytest.mark.parametrize("kind", BASE)
 def test_texts_that_the_base_can_write_are_cut_as_before_unless_the_parts_join(kind):
     base, _, union = united(kind)
-    before, after = load("x", base.document), load("x", union.document)
+    before, after = load_tokenizer("x", base.document), load_tokenizer("x", union.document)
 
     for text in ("he is", "a b ba", "red blue <|a|> red", "<|a|>"):
         assert after.encode(text).tokens == before.encode(text).tokens
@@ -56,7 +55,7 @@ def test_texts_that_the_base_can_write_are_cut_as_before_unless_the_parts_join(k
 
 def test_merges_of_the_others_come_after_the_base_s():
     _, _, union = united("byte_level")
-    tokenizer = load("x", union.document)
+    tokenizer = load_tokenizer("x", union.document)
 
     assert tokenizer.encode("hello hey w").tokens == ["he", "llo", "Ġ", "hey", "Ġw"]
     assert tokenizer.encode("<c><|d|>").tokens == ["<c>", "<|d|>"]
@@ -66,7 +65,7 @@ def test_merges_of_the_others_come_after_the_base_s():
 def test_pieces_of_a_unigram_bring_their_scores():
     _, _, union = united("unigram")
 
-    assert load("x", union.document).encode("ab <|b|>").tokens[0] == "▁ab"
+    assert load_tokenizer("x", union.document).encode("ab <|b|>").tokens[0] == "▁ab"
 
 
 def test_the_first_source_s_flags_count():
@@ -79,7 +78,7 @@ def test_the_first_source_s_flags_count():
 @pytest.mark.parametrize("kind", BASE)
 def test_transformers_loads_it_with_the_same_ids(kind, tmp_path):
     _, _, union = united(kind, ["<new>"])
-    load("x", union.document).save(str(tmp_path / "tokenizer.json"))
+    load_tokenizer("x", union.document).save(str(tmp_path / "tokenizer.json"))
     fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     fast.save_pretrained(tmp_path)
 

@@ -351,7 +351,7 @@ def calibrated(zoo, text):
 @pytest.mark.parametrize("guide", ["lewis", "lewis_reference"])
 def test_a_guide_gives_each_model_its_own_id_of_every_token(zoo, guide):
     """y has the bytes in another order: with its rows in the base's order it is the same model."""
-    from lewis_hub.tokenizer.vocabulary import read_vocabulary
+    from lewis_hub.tokenizer import read_vocabulary
 
     ids = [
         read_vocabulary(name, {"tokenizer.json": (zoo.root / name / "tokenizer.json").read_bytes()})
