@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import constants
 
@@ -35,21 +35,15 @@ def with_converted(source: Source, *, code: bool) -> Source:
         source: a source without pickles is returned as it is.
         code: whether its ``*.py`` files are included.
     """
-    folder = converted_folder(source, code=code)
+    folder = _folder(source, code=code)
     if not source.is_pickled or not (folder / NOTE).exists():
         return source
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    written = tuple(SourceFile(**file) for file in note)
     pickles = {*weight_files(source), PICKLED_INDEX}
-    others = tuple(file for file in source.files if file.path not in pickles)
-    return replace(source, files=tuple(sorted((*others, *written), key=_path)), converted=folder)
-
-
-def converted_folder(source: Source, *, code: bool) -> Path:
-    """The folder of the converted source; it may not exist yet."""
-    files = _beside(source, code=code) + [_file(source, path) for path in weight_files(source)]
-    digest = content_sha((file.path, file.digest) for file in files)
-    return Path(constants.HF_HOME) / "lewis-hub" / "converted" / digest.rpartition(":")[2][:40]
+    files = [file for file in source.files if file.path not in pickles]
+    files += [SourceFile(**written) for written in note]
+    files.sort(key=lambda file: file.path)
+    return replace(source, files=tuple(files), converted=folder)
 
 
 def pickles_of(source: Source) -> tuple[str, ...]:
@@ -66,58 +60,45 @@ def pickles_of(source: Source) -> tuple[str, ...]:
     return found
 
 
-def begin_conversion(source: Source, files: Path, *, code: bool) -> Path:
-    """A folder to convert into, with all files but the weights.
-
-    `finish_conversion` or `abandon_conversion` has to follow.
+def store_converted(
+    source: Source, files: Path, convert: Callable[[Path], Iterable[SourceFile]], *, code: bool
+) -> Source:
+    """Convert the weights of a source into the cache; returns the source with them.
 
     Args:
         source: its weights are pickles.
         files: the folder with its files.
+        convert: writes the weights into a folder that has all other files.
         code: whether its ``*.py`` files are included.
 
     Raises:
         OutputError: there is not enough room.
     """
-    folder = converted_folder(source, code=code)
+    folder = _folder(source, code=code)
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed = source.size_bytes(weight_files(source))
     remedy = "set HF_HOME to a folder on a larger disk"
     require_room(folder.parent, needed, f"the converted weights of {source.pinned}", remedy)
-    work = Path(mkdtemp(dir=folder.parent, prefix=".work-"))
-    for file in _beside(source, code=code):
-        (work / file.path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(files / file.path, work / file.path)
-    return work
+    with TemporaryDirectory(dir=folder.parent, prefix=".work-") as scratch:
+        work = Path(scratch) / "model"
+        for file in _beside(source, code=code):
+            (work / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files / file.path, work / file.path)
+        note = [vars(written) for written in convert(work)]
+        write_whole(work / NOTE, json.dumps(note, indent=2) + "\n")
+        with suppress(OSError):  # it exists: another run was faster and made the same files
+            work.rename(folder)
+    return with_converted(source, code=code)
 
 
-def finish_conversion(
-    source: Source, work: Path, written: Iterable[SourceFile], *, code: bool
-) -> None:
-    """Move the folder into the cache; another run may have been faster."""
-    note: Sequence[Mapping[str, object]] = [vars(file) for file in written]
-    write_whole(work / NOTE, json.dumps(note, indent=2) + "\n")
-    folder = converted_folder(source, code=code)
-    with suppress(OSError):  # it exists: the other run made the same files
-        work.rename(folder)
-    abandon_conversion(work)
-
-
-def abandon_conversion(work: Path) -> None:
-    """Delete the folder of an unfinished conversion."""
-    shutil.rmtree(work, ignore_errors=True)
+def _folder(source: Source, *, code: bool) -> Path:
+    """The folder of the converted source; it may not exist yet."""
+    weights = weight_files(source)
+    files = _beside(source, code=code) + [file for file in source.files if file.path in weights]
+    digest = content_sha((file.path, file.digest) for file in files)
+    return Path(constants.HF_HOME) / "lewis-hub" / "converted" / digest.rpartition(":")[2][:40]
 
 
 def _beside(source: Source, *, code: bool) -> list[SourceFile]:
     found = source.matching((*SIDECAR_FILES, *(CODE_FILES if code else ())))
     return [file for file in found if file.path != PICKLED_INDEX]
-
-
-def _file(source: Source, path: str) -> SourceFile:
-    file = source.file(path)
-    assert file
-    return file
-
-
-def _path(file: SourceFile) -> str:
-    return file.path

@@ -1,28 +1,34 @@
-"""Turns failures of the Hub and of the network into messages for the user."""
+"""Failures of the Hub and of the network: which calls are repeated, and what the user reads.
+
+huggingface_hub itself retries uploads and HEAD requests, but no lookup, download or commit.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub import errors as hf
-from huggingface_hub.utils import get_token
+from huggingface_hub.utils import get_token, parse_ratelimit_headers
 
 from lewis_hub.errors import PublishError, SourceError
-from lewis_hub.hub.cache import cached_revisions
-from lewis_hub.hub.retries import retry_after_s
-from lewis_hub.hub.source import RepoType
+from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+T = TypeVar("T")
 
+PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
+N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 SIGN_IN = "/oauth/token"
@@ -42,6 +48,21 @@ class HubRepo:
     repo_type: RepoType = "model"
     revision: str | None = None
     error_type: type[SourceError] | type[PublishError] = SourceError
+
+    @classmethod
+    def of(cls, api: HfApi, source: Source) -> HubRepo:
+        """The repo of a source at its commit."""
+        return cls(api, source.name, source.repo_type, source.commit_sha)
+
+    def file_url(self, path: str) -> str:
+        """The address of a file."""
+        return hf_hub_url(
+            self.name,
+            path,
+            repo_type=self.repo_type,
+            revision=self.revision,
+            endpoint=self.api.endpoint,
+        )
 
     @property
     def url(self) -> str:
@@ -68,6 +89,71 @@ class HubRepo:
 
     def _redacted(self, text: str) -> str:
         return TOKEN.sub("<token>", text.replace(self.token, "<token>") if self.token else text)
+
+
+def retry(call: Callable[[], T]) -> T:
+    """Call until it succeeds, as long as errors are transient: 408, 429, 5xx, lost connections."""
+    for attempt, pause_s in enumerate(PAUSES_S):
+        try:
+            return call()
+        except (hf.HfHubHTTPError, httpx2.TransportError, OSError) as error:
+            if not is_transient(error):
+                raise
+            if isinstance(error, httpx2.ConnectError) and attempt >= N_CONNECTION_RETRIES:
+                raise
+            after_s = retry_after_s(error)
+            if after_s is not None and after_s > LONGEST_PAUSE_S:
+                raise
+            time.sleep(pause_s if after_s is None else after_s)
+    return call()
+
+
+def retry_transfer(call: Callable[[], object], done: Callable[[], int]) -> None:
+    """Retry a transfer that resumes where it stopped.
+
+    It fails only when several attempts in a row transferred nothing.
+
+    Args:
+        call: one attempt; it keeps the bytes that it received before it failed.
+        done: gives the number of bytes received.
+    """
+    while True:
+        before = done()
+        try:
+            retry(call)
+        except (httpx2.TransportError, ConnectionResetError):
+            if done() <= before:
+                raise
+        else:
+            return
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a moment later."""
+    if isinstance(error, hf.HfHubHTTPError):
+        status = error.response.status_code
+        return status in {408, 429} or status >= 500
+    if isinstance(error, httpx2.TransportError):
+        return not isinstance(error, httpx2.UnsupportedProtocol | httpx2.ProxyError)
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+
+
+def retry_after_s(error: BaseException) -> float | None:
+    """The pause that the server requires before a retry, if it names one."""
+    if not isinstance(error, hf.HfHubHTTPError):
+        return None
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds + 1.0
+    seconds = headers.get("retry-after", "")
+    return float(seconds) if seconds.isdigit() else None
+
+
+def call_hub(hub_repo: HubRepo, call: Callable[[], T]) -> T:
+    """Call until it succeeds as `retry` does; a failure is an error of `hub_repo.error_type`."""
+    with hub_failures(hub_repo):
+        return retry(call)
 
 
 @contextmanager

@@ -1,28 +1,30 @@
-"""Downloads the files of a pinned source into huggingface_hub's cache."""
+"""Downloads the files of a pinned source into huggingface_hub's cache, or byte ranges of them.
+
+A merge that streams stores no file of its sources: it reads byte ranges.
+"""
 
 from __future__ import annotations
 
 import glob
+import os
+import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub import constants, get_session, hf_hub_download, hf_hub_url
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
+from lewis_hub.errors import SourceError
 from lewis_hub.files import require_room, sha256_of
-from lewis_hub.hub.cache import cache_folder, cache_root, snapshot_folder
-from lewis_hub.hub.failures import HubRepo, hub_failures
-from lewis_hub.hub.retries import retry, retry_transfer
-from lewis_hub.hub.source import ADAPTERS, PICKLED, Source, SourceFile
+from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
+from lewis_hub.hub.source import ADAPTERS, PICKLED, Source, SourceFile, cache_folder, cache_root
 from lewis_hub.progress import Advance
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 
 PIECE_BYTES = 1 << 20
 SIDECAR_FILES = (
@@ -39,84 +41,9 @@ CODE_FILES = ("*.py",)  # only for sources whose code the user allowed
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 N_DOWNLOADS = 4
 SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
-
-
-def partial_file(blob: Path) -> Path:
-    """The file that holds the bytes of a blob until the download is complete."""
-    return blob.with_name(f"{blob.name}.partial")
-
-
-def download_blob(
-    hub_repo: HubRepo,
-    url: str,
-    file: SourceFile,
-    blob: Path,
-    advance: Advance,
-    stop: threading.Event,
-) -> None:
-    """Download `url` to `blob`; return early when `stop` is set, and keep the partial file.
-
-    Raises:
-        SourceError: the bytes do not have the digest that the Hub lists, at the second try too.
-    """
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    cache = Path(constants.HF_HUB_CACHE)
-    lock = cache / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"  # huggingface_hub's
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    part = partial_file(blob)
-    with WeakFileLock(lock):
-        for _ in range(2):
-            if blob.exists() or stop.is_set():
-                return
-            retry_transfer(
-                lambda: _append(hub_repo, url, file, blob, advance, stop), lambda: _size(part)
-            )
-            if stop.is_set():
-                return
-            if f"sha256:{sha256_of(part)}" == file.digest:
-                part.rename(blob)
-                return
-            part.unlink()
-    raise hub_repo.failed(
-        f"`{file.path}` does not have the digest that {hub_repo.api.endpoint} lists",
-        "Try again; if the error stays, a proxy or the repo itself is broken.",
-    )
-
-
-def _append(
-    hub_repo: HubRepo,
-    url: str,
-    file: SourceFile,
-    blob: Path,
-    advance: Advance,
-    stop: threading.Event,
-) -> None:
-    part = partial_file(blob)
-    start = _size(part)
-    if start >= file.size_bytes:
-        part.touch()
-        return
-    headers = {
-        **build_hf_headers(token=hub_repo.api.token),
-        "Range": f"bytes={start}-",
-        "Accept-Encoding": "identity",
-    }
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        hf_raise_for_status(response)
-        whole = response.status_code == 200  # the server ignored the range
-        with part.open("wb" if whole else "ab") as out:
-            for piece in response.iter_bytes(PIECE_BYTES):
-                out.write(piece)
-                advance(len(piece))
-                if stop.is_set():
-                    return
-    if part.stat().st_size < file.size_bytes:
-        raise ConnectionResetError("Consistency check failed: the file ended early")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
+CUT = "Consistency check failed: the answer ended early"  # `retry` repeats such errors
 
 
 def weight_files(source: Source) -> tuple[str, ...]:
@@ -154,35 +81,31 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     received = _Progress(advance, bytes_to_download(api, source, only))
     if received.total:
         remedy = "set HF_HUB_CACHE to a folder on a larger disk"
-        require_room(cache_root(), received.total + SPARE_BYTES, _files_of(source), remedy)
-    folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
-    missing = [file for file in _selected_files(source, only) if not (folder / file.path).exists()]
+        content = f"the files of {source.pinned}"
+        require_room(cache_root(), received.total + SPARE_BYTES, content, remedy)
     stop = threading.Event()
-    hub_repo = HubRepo(api, source.name, source.repo_type, source.commit_sha)
+    hub_repo = HubRepo.of(api, source)
     pool = ThreadPoolExecutor(N_DOWNLOADS)
     try:
         with hub_failures(hub_repo):
+            missing = _missing_files(source, only)
             for _ in pool.map(lambda file: _fetch_file(hub_repo, file, received, stop), missing):
                 pass
     finally:
         stop.set()  # after an interruption the threads end at their next piece
         pool.shutdown(wait=False, cancel_futures=True)
-    received.finish()
-    return folder
+    received.advance(received.total - received.done)
+    return source.snapshot
 
 
 def bytes_to_download(api: HfApi, source: Source, only: Sequence[str] | None = None) -> int:  # noqa: ARG001
     """The bytes that `fetch` would download; files and parts that are cached do not count."""
     if source.local_folder:
         return 0
-    folder = snapshot_folder(source.name, source.repo_type, source.commit_sha)
-    blobs = {
-        _blob(source.name, source.repo_type, file): file for file in _selected_files(source, only)
-    }
+    blobs = {_blob(source.name, source.repo_type, f): f for f in _missing_files(source, only)}
     return sum(
-        max(0, file.size_bytes - _downloaded_bytes(blob))
+        max(0, file.size_bytes - (_size(blob) or _size(_partial(blob))))
         for blob, file in blobs.items()
-        if not (folder / file.path).exists()
     )
 
 
@@ -193,46 +116,123 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
     for folder in (source.converted, source.folder):
         if folder and (folder / path).exists():
             return (folder / path).read_bytes()
-    hub_repo = HubRepo(api, source.name, source.repo_type, source.commit_sha)
-    with hub_failures(hub_repo):
-        return retry(lambda: _through_cache(hub_repo, path)).read_bytes()
+    hub_repo = HubRepo.of(api, source)
+    return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None)).read_bytes()
 
 
-def _selected_files(source: Source, only: Sequence[str] | None) -> tuple[SourceFile, ...]:
-    if only is None:
-        only = (*map(glob.escape, weight_files(source)), *SIDECAR_FILES)
-    found, weights = source.matching(only), weight_files(source)
-    return tuple(f for f in found if f.path in weights or not f.path.endswith(NEVER))
+def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFile]:
+    weights = weight_files(source)
+    patterns = (*map(glob.escape, weights), *SIDECAR_FILES) if only is None else only
+    selected = source.matching(patterns)
+    allowed = (f for f in selected if f.path in weights or not f.path.endswith(NEVER))
+    return [file for file in allowed if not (source.snapshot / file.path).exists()]
+
+
+@dataclass
+class _Progress:
+    """Counts bytes of several threads and never reports more than the total."""
+
+    report: Callable[[int], None]
+    total: int
+    done: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def advance(self, n_bytes: int) -> None:
+        with self.lock:
+            n_bytes = min(n_bytes, self.total - self.done)
+            if n_bytes > 0:
+                self.done += n_bytes
+                self.report(n_bytes)
 
 
 def _fetch_file(
     hub_repo: HubRepo, file: SourceFile, received: _Progress, stop: threading.Event
 ) -> None:
-    url = hf_hub_url(
-        hub_repo.name,
-        file.path,
-        repo_type=hub_repo.repo_type,
-        revision=hub_repo.revision,
-        endpoint=hub_repo.api.endpoint,
-    )
-    blob = _blob(hub_repo.name, hub_repo.repo_type, file)
-    if file.digest.startswith("sha256:") and not _is_stored_in_xet(hub_repo, url):
-        download_blob(hub_repo, url, file, blob, received.advance, stop)
+    if file.digest.startswith("sha256:") and not _is_stored_in_xet(hub_repo, file):
+        _download_blob(hub_repo, file, received, stop)
         if stop.is_set():
             return
-        retry(lambda: _through_cache(hub_repo, file.path))  # links the blob into the snapshot
-    else:
-        retry(lambda: _through_cache(hub_repo, file.path, _bar(received.advance)))
+    # Links the blob into the snapshot, or downloads it first.
+    retry(lambda: _through_cache(hub_repo, file.path, received.advance))
 
 
-def _is_stored_in_xet(hub_repo: HubRepo, url: str) -> bool:
+def _is_stored_in_xet(hub_repo: HubRepo, file: SourceFile) -> bool:
     """Whether Xet stores a file; it downloads in parallel, but cannot resume a partial file."""
     if constants.HF_HUB_DISABLE_XET:
         return False
+    url = hub_repo.file_url(file.path)
     return retry(lambda: hub_repo.api.get_hf_file_metadata(url=url)).xet_file_data is not None
 
 
-def _through_cache(hub_repo: HubRepo, path: str, bar: type[Any] | None = None) -> Path:
+def _download_blob(
+    hub_repo: HubRepo, file: SourceFile, received: _Progress, stop: threading.Event
+) -> None:
+    """Download a file into the cache; return early when `stop` is set, and keep the partial file.
+
+    Raises:
+        SourceError: the bytes do not have the digest that the Hub lists, at the second try too.
+    """
+    blob = _blob(hub_repo.name, hub_repo.repo_type, file)
+    part = _partial(blob)
+    lock = cache_root() / ".locks" / blob.parent.parent.name / f"{blob.name}.lock"  # the client's
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        for _ in range(2):
+            if blob.exists() or stop.is_set():
+                return
+            retry_transfer(
+                lambda: _append(hub_repo, file, part, received, stop), lambda: _size(part)
+            )
+            if stop.is_set():
+                return
+            if f"sha256:{sha256_of(part)}" == file.digest:
+                part.rename(blob)
+                return
+            part.unlink()
+    raise hub_repo.failed(
+        f"`{file.path}` does not have the digest that {hub_repo.api.endpoint} lists",
+        "Try again; if the error stays, a proxy or the repo itself is broken.",
+    )
+
+
+def _append(
+    hub_repo: HubRepo, file: SourceFile, part: Path, received: _Progress, stop: threading.Event
+) -> None:
+    """Download the bytes of a file behind those in its partial file."""
+    start = _size(part)
+    if start >= file.size_bytes:
+        part.touch()
+        return
+    with _get(hub_repo.file_url(file.path), hub_repo.api.token, start) as response:
+        hf_raise_for_status(response)
+        whole = response.status_code == 200  # the server ignored the range
+        with part.open("wb" if whole else "ab") as out:
+            for piece in response.iter_bytes(PIECE_BYTES):
+                out.write(piece)
+                received.advance(len(piece))
+                if stop.is_set():
+                    return
+    if _size(part) < file.size_bytes:
+        raise ConnectionResetError(CUT)
+
+
+@contextmanager
+def _get(
+    url: str, token: str | bool | None, start: int, stop: int | None = None
+) -> Iterator[httpx2.Response]:
+    """Request the bytes [start, stop) of a file; the server may send others."""
+    headers = {
+        **build_hf_headers(token=token),
+        "Range": f"bytes={start}-{'' if stop is None else stop - 1}",
+        "Accept-Encoding": "identity",
+    }
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        yield response
+
+
+def _through_cache(hub_repo: HubRepo, path: str, advance: Advance) -> Path:
     return Path(
         hf_hub_download(
             hub_repo.name,
@@ -241,12 +241,12 @@ def _through_cache(hub_repo: HubRepo, path: str, bar: type[Any] | None = None) -
             revision=hub_repo.revision,
             endpoint=hub_repo.api.endpoint,
             token=hub_repo.api.token,
-            tqdm_class=bar or _bar(lambda _: None),
+            tqdm_class=_silent_bar(advance),
         )
     )
 
 
-def _bar(advance: Advance) -> type[Any]:
+def _silent_bar(advance: Advance) -> type[Any]:
     """A tqdm class that shows nothing and reports to `advance`."""
     from huggingface_hub.utils import tqdm
 
@@ -261,36 +261,155 @@ def _bar(advance: Advance) -> type[Any]:
     return Silent
 
 
-@dataclass
-class _Progress:
-    """Counts bytes of several threads and never reports more than the total."""
-
-    report: Callable[[int], None]
-    total: int
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def advance(self, n_bytes: int) -> None:
-        with self._lock:
-            n_bytes = min(n_bytes, self.total - self.done)
-            if n_bytes > 0:
-                self.done += n_bytes
-                self.report(n_bytes)
-
-    def finish(self) -> None:
-        self.advance(self.total - self.done)
-
-
 def _blob(repo: str, repo_type: str, file: SourceFile) -> Path:
     return cache_folder(repo, repo_type) / "blobs" / file.digest.partition(":")[2]
 
 
-def _downloaded_bytes(blob: Path) -> int:
-    found = blob if blob.exists() else partial_file(blob)
-    return found.stat().st_size if found.exists() else 0
+def _partial(blob: Path) -> Path:
+    """The file that holds the bytes of a blob until the download is complete."""
+    return blob.with_name(f"{blob.name}.partial")
 
 
-def _files_of(source: Source) -> str:
-    return f"the files of {source.pinned}"
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+class ByteCounter:
+    """A number of bytes to which several threads add."""
+
+    def __init__(self) -> None:
+        self.n_bytes, self._adding = 0, threading.Lock()
+
+    def add(self, n_bytes: int) -> None:
+        """Add to the number."""
+        with self._adding:
+            self.n_bytes += n_bytes
+
+
+@dataclass(frozen=True)
+class RemoteFiles:
+    """The files of a repo at a commit.
+
+    Threads may share it. It can be pickled for other machines; it does not contain the token, since
+    each machine has its own.
+
+    Attributes:
+        endpoint: the Hub's address.
+        received: counts the bytes received on this machine.
+    """
+
+    source: Source
+    endpoint: str
+    received: ByteCounter = field(default_factory=ByteCounter, repr=False, compare=False)
+    _located: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without signed addresses and counted bytes."""
+        return type(self), (self.source, self.endpoint)
+
+    def fetch(self, path: str, start: int, stop: int, take: Callable[[int, bytes], object]) -> None:
+        """Download the bytes [start, stop) of a file, in pieces and in order.
+
+        After an interruption the download resumes behind the last byte received.
+
+        Args:
+            path: of the file.
+            start: first byte.
+            stop: one behind the last byte.
+            take: called with the offset of a piece in the file, and the piece.
+
+        Raises:
+            SourceError: the download failed, or the file is not the pinned one.
+        """
+        hub_repo, position = HubRepo.of(HfApi(endpoint=self.endpoint), self.source), start
+
+        def resume() -> None:
+            nonlocal position
+            for piece in self._stream_range(hub_repo, path, position, stop):
+                self.received.add(len(piece))
+                take(position, piece)
+                position += len(piece)
+
+        with hub_failures(hub_repo):
+            retry_transfer(resume, lambda: position)
+
+    def _stream_range(self, hub_repo: HubRepo, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes [start, stop) that one request receives, and no more."""
+        located = self._located.get(path)
+        url = located or hub_repo.file_url(path)
+        token = False if located else hub_repo.api.token  # the storage must not see the token
+        with _get(url, token, start, stop) as found:
+            if located and found.status_code in OUTDATED:
+                self._located.pop(path, None)
+                raise ConnectionResetError("Consistency check failed: the address is outdated")
+            hf_raise_for_status(found)
+            self._require_range(hub_repo, path, (start, stop), found)
+            if located is None and found.history and found.url.host != found.history[0].url.host:
+                self._located[path] = str(found.url)
+            left = stop - start
+            for piece in found.iter_raw():
+                yield piece[:left]
+                left -= min(left, len(piece))
+        if left:
+            raise ConnectionResetError(CUT)
+
+    def _require_range(
+        self, hub_repo: HubRepo, path: str, wanted: tuple[int, int], found: httpx2.Response
+    ) -> None:
+        """Refuse an answer that does not contain these bytes of the pinned file."""
+        file = self.source.file(path)
+        assert file  # its header was read
+        start, stop = wanted
+        content_range = found.headers.get("Content-Range", "")
+        numbers = CONTENT_RANGE.fullmatch(content_range)
+        tags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in found.history]
+        if found.status_code != 206 or numbers is None:
+            problem = f"the server does not serve byte ranges of `{path}`"
+            problem += f" (status {found.status_code})"
+            raise hub_repo.failed(problem, "Merge without --stream: it downloads whole files.")
+        if tuple(map(int, numbers.groups())) != (start, stop - 1, file.size_bytes):
+            problem = f"bytes {start}-{stop - 1}/{file.size_bytes} of `{path}` were requested, "
+            problem += f"{content_range.removeprefix('bytes ')} received"
+            raise hub_repo.failed(problem, "A proxy may be broken: merge without --stream.")
+        if not {"", file.digest.partition(":")[2]}.issuperset(tags):
+            problem = f"`{path}` is another file than {hub_repo.api.endpoint} lists"
+            remedy = "Run the same command again; it resolves the files again."
+            raise hub_repo.failed(problem, remedy)
+
+
+def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> bytes:
+    """The bytes [start, stop) of a file, from disk if the file is there.
+
+    Raises:
+        SourceError: the source has no such file, it is shorter, or the download failed.
+    """
+    file = source.file(path)
+    if file is None or not 0 <= start <= stop <= file.size_bytes:
+        found = f"has {file.size_bytes} bytes" if file else "does not exist"
+        raise SourceError(
+            source.pinned,
+            f"bytes {start} to {stop} of `{path}` were requested, but it {found}",
+            "The file is cut short or its index is wrong: use an intact copy.",
+        )
+    if start == stop:
+        return b""
+    local = (source.local_folder or source.snapshot) / path
+    if local.exists():
+        with local.open("rb", buffering=0) as stored:
+            return os.pread(stored.fileno(), stop - start, start)
+    hub_repo = HubRepo.of(api, source)
+    return call_hub(hub_repo, lambda: _read_until(hub_repo, path, start, stop))
+
+
+def _read_until(hub_repo: HubRepo, path: str, start: int, stop: int) -> bytes:
+    """Read no further than `stop`, even if the server ignores ranges and sends the whole file."""
+    with _get(hub_repo.file_url(path), hub_repo.api.token, start, stop) as response:
+        hf_raise_for_status(response)
+        skipped = start if response.status_code == 200 else 0
+        wanted = skipped + stop - start
+        received = bytearray()
+        for piece in response.iter_bytes():
+            received += piece
+            if len(received) >= wanted:
+                return bytes(received[skipped:wanted])
+    raise ConnectionResetError(CUT)

@@ -1,47 +1,71 @@
-"""Publishes a folder by one commit or pull request, or by none if nothing changed."""
+"""Publishes a folder by one commit or pull request, or by none if nothing changed.
+
+After a lost answer it checks whether the commit exists.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+import json
+import re
+import time
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import httpx2
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.lfs import UploadInfo
+from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.display import to_html
-from lewis_hub.errors import PublishError
-from lewis_hub.hub.commit import (
-    Additions,
-    Change,
-    Message,
-    PushedCommit,
-    commit,
-    compare,
-    head_moved,
-    open_pull_request,
-    open_pull_requests,
-    upload,
+from lewis_hub.errors import PublishError, SourceError
+from lewis_hub.hub.failures import (
+    PAUSES_S,
+    HubRepo,
+    call_hub,
+    hub_failures,
+    is_transient,
+    retry_after_s,
 )
-from lewis_hub.hub.failures import HubRepo, hub_failures
-from lewis_hub.hub.retries import retry
-from lewis_hub.hub.target import Landing, Target, open_target, read_target
+from lewis_hub.hub.resolve import digests_of, git_sha1_of
+from lewis_hub.hub.target import (
+    MAIN,
+    Landing,
+    Target,
+    open_pull_requests,
+    open_repo,
+    read_target,
+    read_text,
+)
 from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+Additions = Mapping[str, CommitOperationAdd]
+
+LOCK = "lewis/lock.json"
+SIGNATURE = "model.sig"  # of the previous merge: it does not hold for this one
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+SAMPLE_BYTES = 512  # the Hub decides by a file's first bytes how to store it
+ALONE_BYTES = 8 << 20  # larger files are uploaded one by one, so that progress shows
+OVERTAKEN = {404, 412}  # a file to delete is gone already; the parent is not main any more
 
 
 @dataclass(frozen=True)
 class Publication:
     """How a folder is published."""
 
-    message: str
+    message: str  # the commit's title
     description: str = ""
     landing: Landing = "commit"
     tag: str | None = None
     private: bool = False  # of a repo that is created
-    expected_parent: str | None = (
-        None  # commit sha of main that the caller compared with; None: any
-    )
+    expected_parent: str | None = None  # commit sha of main that was compared with; None: any
 
 
 @dataclass(frozen=True)
@@ -78,6 +102,49 @@ class Published:
         return to_html(repr(self))
 
 
+@dataclass(frozen=True)
+class PushedCommit:
+    """A commit that exists on the Hub."""
+
+    commit_sha: str
+    pull_request_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """The content of one commit: it brings `target` to the files of a folder and uploaded files.
+
+    Attributes:
+        files: all of the folder; path in the repo -> file.
+        sent: uploaded already, in no commit yet, and deleted here.
+        digests: of all of them.
+        stale: files of the previous merge that this one does not have.
+    """
+
+    target: Target
+    files: Mapping[str, Path]
+    sent: Additions
+    digests: Mapping[str, str]
+    stale: Sequence[str]
+
+    @property
+    def added(self) -> list[str]:
+        """Paths that are new or have other bytes."""
+        present = self.target.digests
+        return [path for path in self.digests if present.get(path) != self.digests[path]]
+
+    def done_in(self, target: Target) -> bool:
+        """Whether a repo has exactly these files already."""
+        same = all(self._equal(path, target.digests.get(path)) for path in self.digests)
+        return same and not any(path in target.digests for path in self.stale)
+
+    def _equal(self, path: str, present: str | None) -> bool:
+        hashed = self.digests[path].startswith("sha256:") and path in self.files
+        if present and present.startswith("git-sha1:") and hashed:
+            return present == git_sha1_of(self.files[path])
+        return present == self.digests[path]
+
+
 def publish(
     api: HfApi,
     folder: Path,
@@ -106,40 +173,33 @@ def publish(
     hub_repo = HubRepo(api, repo_id, error_type=PublishError)
     files, sent = _files(folder), sent or {}
     _require_model(folder, [*files, *sent])
-    if publication.tag and publication.landing == "pull-request":
+    landing, tag = publication.landing, publication.tag
+    if tag and landing == "pull-request":
         remedy = "Tag it once it is merged, or push it as a commit."
         raise hub_repo.failed("a pull request has no commit on main to tag yet", remedy)
-    target = open_repo(hub_repo, publication.landing, private=publication.private)
-    change = compare(hub_repo, target, files, sent)
-    _require_free_tag(hub_repo, change, publication.tag)
-    if change.done_in(target):
+    target = open_repo(hub_repo, landing, private=publication.private)
+    change = _compare(hub_repo, target, files, sent)
+    _require_free_tag(hub_repo, change, tag)
+    found = PushedCommit(str(target.head)) if change.done_in(target) else None
+    if not found and publication.expected_parent not in {None, target.head}:
+        raise _head_moved(hub_repo, target.head)
+    if not found and landing == "pull-request":
+        found = _proposed(hub_repo, change)
+    if found:
         advance(folder_bytes(folder))
-        return _published(hub_repo, PushedCommit(str(target.head)), publication.tag, changed=False)
-    if publication.expected_parent not in {None, target.head}:
-        raise head_moved(hub_repo, target.head)
-    landing = publication.landing
-    if landing == "pull-request" and (found := open_pull_request(hub_repo, change)):
-        advance(folder_bytes(folder))
-        return _published(hub_repo, PushedCommit(found[1], found[0]), None, changed=False)
-    additions = upload(hub_repo, change, landing, advance)
-    message = Message(publication.message, publication.description)
-    landed = commit(hub_repo, change, additions, landing, message)
-    return _published(hub_repo, landed, publication.tag, changed=True)
+        return _published(hub_repo, found, tag, changed=False)
+    additions = _upload(hub_repo, change, landing, advance)
+    pushed = _commit(hub_repo, change, additions, publication)
+    return _published(hub_repo, pushed, tag, changed=True)
 
 
-def proposals(api: HfApi, repo_id: str) -> Iterator[tuple[str, Target]]:
-    """The address of each open pull request, and the state of the repo with it."""
-    return open_pull_requests(HubRepo(api, repo_id, error_type=PublishError))
-
-
-def publish_tag(api: HfApi, repo_id: str, landed: PushedCommit, tag: str | None) -> Published:
+def publish_tag(api: HfApi, repo_id: str, pushed: PushedCommit, tag: str | None) -> Published:
     """The result of a push whose commit exists already; adds the tag if it is missing.
 
     Raises:
         PublishError: the tag could not be made.
     """
-    hub_repo = HubRepo(api, repo_id, error_type=PublishError)
-    return _published(hub_repo, landed, tag, changed=False)
+    return _published(HubRepo(api, repo_id, error_type=PublishError), pushed, tag, changed=False)
 
 
 def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
@@ -149,29 +209,7 @@ def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
         PublishError: the Hub failed, or a file is a link to outside of the folder.
     """
     hub_repo = HubRepo(api, target.repo, error_type=PublishError)
-    return compare(hub_repo, target, _files(folder), {}).done_in(target)
-
-
-def open_repo(hub_repo: HubRepo, landing: Landing, *, private: bool) -> Target:
-    """The present state of the repo to push to; created if it does not exist.
-
-    Args:
-        hub_repo: the repo.
-        landing: a commit needs the right to write to it.
-        private: of a repo that is created.
-
-    Raises:
-        PublishError: no right to write.
-    """
-    target = open_target(hub_repo.api, hub_repo.name, landing)
-    if target.head is None:
-        with hub_failures(hub_repo):
-            retry(lambda: hub_repo.api.create_repo(hub_repo.name, private=private, exist_ok=True))
-        target = read_target(hub_repo)
-    if target.head is None:
-        remedy = f"Use a token that may ({hub_repo.api.endpoint}/settings/tokens), or another name."
-        raise hub_repo.failed("it exists already and this token may not see it", remedy)
-    return target
+    return _compare(hub_repo, target, _files(folder), {}).done_in(target)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -201,12 +239,43 @@ def _require_model(folder: Path, paths: Sequence[str]) -> None:
         raise PublishError(str(folder), problem, "Name the folder that `lewis-hub merge` wrote.")
 
 
+def _compare(
+    hub_repo: HubRepo, target: Target, files: Mapping[str, Path], sent: Additions
+) -> Change:
+    """Find the differences; a file that the Hub stores in git is compared by its git sha1."""
+    in_git = [path for path in files if target.digests.get(path, "").startswith("git-sha1:")]
+    others = [path for path in files if path not in in_git]
+    digests = dict(zip(others, digests_of([files[path] for path in others]), strict=True))
+    digests |= {path: git_sha1_of(files[path]) for path in in_git}
+    digests |= {path: f"sha256:{a.upload_info.sha256.hex()}" for path, a in sent.items()}
+    ours = {path for path in target.digests if WEIGHTS.fullmatch(path) or path == SIGNATURE}
+    ours |= _outputs_of_previous_merge(hub_repo, target) & set(target.digests)
+    return Change(target, files, sent, digests, sorted(ours - set(digests)))
+
+
+def _outputs_of_previous_merge(hub_repo: HubRepo, target: Target) -> set[str]:
+    """The output files of the published merge, by its lock."""
+    try:
+        lock = json.loads(read_text(hub_repo, target, LOCK) or "")
+    except ValueError:
+        return set()
+    outputs = lock.get("outputs") if isinstance(lock, dict) else None
+    return set(outputs) if isinstance(outputs, dict) else set()
+
+
+def _proposed(hub_repo: HubRepo, change: Change) -> PushedCommit | None:
+    """The open pull request with exactly this change."""
+    for url, proposed in open_pull_requests(hub_repo):
+        if change.done_in(proposed):
+            return PushedCommit(str(proposed.head), url)
+    return None
+
+
 def _require_free_tag(hub_repo: HubRepo, change: Change, tag: str | None) -> None:
     """Refuse a tag that exists on another commit, since a tag is never moved."""
     if tag is None:
         return
-    with hub_failures(hub_repo):
-        refs = retry(lambda: hub_repo.api.list_repo_refs(hub_repo.name))
+    refs = call_hub(hub_repo, lambda: hub_repo.api.list_repo_refs(hub_repo.name))
     tagged = next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
     if tagged and not (tagged == change.target.head and change.done_in(change.target)):
         problem = f"tag `{tag}` is already on {tagged}; nothing was changed"
@@ -214,29 +283,185 @@ def _require_free_tag(hub_repo: HubRepo, change: Change, tag: str | None) -> Non
 
 
 def _published(
-    hub_repo: HubRepo, landed: PushedCommit, tag: str | None, *, changed: bool
+    hub_repo: HubRepo, pushed: PushedCommit, tag: str | None, *, changed: bool
 ) -> Published:
+    sha, name, create_tag = pushed.commit_sha, hub_repo.name, hub_repo.api.create_tag
     if tag is not None:
-        _tag(hub_repo, landed.commit_sha, tag)
+        try:
+            call_hub(hub_repo, lambda: create_tag(name, tag=tag, revision=sha, exist_ok=True))
+        except PublishError as error:
+            problem = f"{sha} is published, but tag `{tag}` is not on it: {error.problem}"
+            raise PublishError(error.where, problem, error.remedy) from error
     return Published(
-        repo=hub_repo.name,
-        url=landed.pull_request_url or hub_repo.url,
-        commit_sha=landed.commit_sha,
-        commit_url=f"{hub_repo.url}/commit/{landed.commit_sha}",
+        repo=name,
+        url=pushed.pull_request_url or hub_repo.url,
+        commit_sha=sha,
+        commit_url=f"{hub_repo.url}/commit/{sha}",
         changed=changed,
-        pull_request_url=landed.pull_request_url,
+        pull_request_url=pushed.pull_request_url,
         tag=tag,
     )
 
 
-def _tag(hub_repo: HubRepo, commit_sha: str, tag: str) -> None:
+def _upload(hub_repo: HubRepo, change: Change, landing: Landing, advance: Advance) -> Additions:
+    """Upload the large files of a change; they belong to no commit yet.
+
+    Files that an interrupted push uploaded, and those of `change.sent`, are not uploaded again.
+    """
+    new = [path for path in change.added if path in change.files]
+    advance(sum(f.stat().st_size for path, f in change.files.items() if path not in new))
+    additions = {path: CommitOperationAdd(path, change.files[path]) for path in new}
+    large = [[a] for a in additions.values() if a.upload_info.size >= ALONE_BYTES]
+    small = [a for a in additions.values() if a.upload_info.size < ALONE_BYTES]
+    for batch in [small, *large]:
+        _preupload_files(hub_repo, batch, landing)
+        advance(sum(addition.upload_info.size for addition in batch))
+    return additions | {path: change.sent[path] for path in change.added if path in change.sent}
+
+
+def _preupload_files(
+    hub_repo: HubRepo, batch: Sequence[CommitOperationAdd], landing: Landing
+) -> None:
+    """Upload files that the Hub stores as large files."""
+    if not batch:
+        return
+    disable_progress_bars()  # only the command line prints
+    call_hub(
+        hub_repo,
+        lambda: hub_repo.api.preupload_lfs_files(
+            hub_repo.name,
+            batch,
+            revision=MAIN,
+            create_pr=landing == "pull-request",
+            free_memory=False,
+        ),
+    )
+
+
+def _commit(
+    hub_repo: HubRepo, change: Change, additions: Additions, publication: Publication
+) -> PushedCommit:
+    """Make the commit; its parent has to be the commit that was compared with.
+
+    Raises:
+        PublishError: somebody else pushed in the meantime, or the Hub failed; there is no commit.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            made = _send(hub_repo, change, additions, publication)
+        except (HfHubHTTPError, httpx2.TransportError) as error:
+            stale = isinstance(error, HfHubHTTPError) and error.response.status_code in OVERTAKEN
+            with hub_failures(hub_repo):
+                if not stale and not is_transient(error):
+                    raise
+                if not stale:
+                    time.sleep(retry_after_s(error) or pause_s or 0)
+                if pushed := _find_pushed(hub_repo, change, publication.landing):
+                    return pushed
+                if pause_s is None or stale:
+                    raise
+        except ValueError as error:  # the Hub checks the card itself
+            problem = " ".join(str(error).split()).rstrip(".")
+            raise hub_repo.failed(problem, "Repair README.md, then push again.") from error
+        else:
+            return PushedCommit(str(made.oid), made.pr_url)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _send(
+    hub_repo: HubRepo, change: Change, additions: Additions, publication: Publication
+) -> CommitInfo:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warnings while validating metadata")  # a bare card
+        return hub_repo.api.create_commit(
+            hub_repo.name,
+            [*additions.values(), *map(CommitOperationDelete, change.stale)],
+            commit_message=publication.message,
+            commit_description=publication.description,
+            revision=MAIN,
+            parent_commit=change.target.head,
+            create_pr=publication.landing == "pull-request",
+        )
+
+
+def _find_pushed(hub_repo: HubRepo, change: Change, landing: Landing) -> PushedCommit | None:
+    """Find the commit on the Hub if the answer to its request was lost.
+
+    Raises:
+        PublishError: main has another new commit.
+    """
+    if landing == "pull-request":
+        return _proposed(hub_repo, change)
+    now = read_target(hub_repo)
+    if change.done_in(now):
+        return PushedCommit(str(now.head))
+    if now.head != change.target.head:
+        raise _head_moved(hub_repo, now.head)
+    return None
+
+
+def _head_moved(hub_repo: HubRepo, head: str | None) -> PublishError | SourceError:
+    """The error when main is no longer the commit that was compared with."""
+    return hub_repo.failed(
+        f"somebody pushed {head} meanwhile; nothing was changed",
+        f"Look at {hub_repo.url}/commits/{MAIN}, then run the same command again.",
+    )
+
+
+def preupload(hub_repo: HubRepo, landing: Landing, file: Path, sha256: str) -> CommitOperationAdd:
+    """Upload a file of weights, unless the Hub has it; a later commit has to add it.
+
+    Args:
+        hub_repo: a repo that exists.
+        landing: of the later commit.
+        file: its name is its path in the repo.
+        sha256: 64 hex digits, computed when the file was written.
+
+    Raises:
+        PublishError: the upload failed, or the repo stores weights as text.
+    """
+    addition = CommitOperationAdd(file.name, file)
+    addition.upload_info.sha256 = bytes.fromhex(sha256)
+    _preupload_files(hub_repo, [addition], landing)
+    _require_large(hub_repo, addition)
+    return addition
+
+
+def find_uploaded(
+    hub_repo: HubRepo, landing: Landing, name: str, n_bytes: int, sha256: str
+) -> CommitOperationAdd | None:
+    """A file that `preupload` sent and that was deleted here; None if the Hub no longer has it.
+
+    Raises:
+        PublishError: the Hub failed, or the repo stores weights as text.
+    """
+    addition = CommitOperationAdd(name, b"")
+    addition.path_or_fileobj = cast("BinaryIO", _DeletedFile())
+    addition.upload_info = UploadInfo(n_bytes, bytes(SAMPLE_BYTES), bytes.fromhex(sha256))
     try:
-        with hub_failures(hub_repo):
-            retry(
-                lambda: hub_repo.api.create_tag(
-                    hub_repo.name, tag=tag, revision=commit_sha, exist_ok=True
-                )
-            )
-    except PublishError as error:
-        problem = f"{commit_sha} is published, but tag `{tag}` is not on it: {error.problem}"
-        raise PublishError(error.where, problem, error.remedy) from error
+        _preupload_files(hub_repo, [addition], landing)
+    except RuntimeError as error:  # huggingface_hub wraps the errors of an upload
+        if not isinstance(error.__cause__, _DeletedFileError):
+            raise
+        return None
+    _require_large(hub_repo, addition)
+    return addition
+
+
+def _require_large(hub_repo: HubRepo, addition: CommitOperationAdd) -> None:
+    if not addition._is_uploaded:  # there is no public attribute
+        problem = f"it stores `{addition.path_in_repo}` as text and not as a large file"
+        remedy = "Let its .gitattributes say `*.safetensors filter=lfs`, then run again."
+        raise hub_repo.failed(problem, remedy)
+
+
+class _DeletedFileError(Exception):
+    """The Hub requests the bytes of a file that was deleted here."""
+
+
+class _DeletedFile(io.BufferedIOBase):
+    """Stands for a file that was deleted here; reading it is an error."""
+
+    def tell(self) -> int:
+        """The first call of a reader."""
+        raise _DeletedFileError

@@ -11,20 +11,28 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import constants, hf_hub_url, is_offline_mode
+from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import sha256_of, write_whole
-from lewis_hub.hub.cache import ETAG, cached_sha, remember_revision, snapshot_folder
 from lewis_hub.hub.facts import quantised_from
-from lewis_hub.hub.failures import HubRepo, hub_failures
-from lewis_hub.hub.retries import retry
-from lewis_hub.hub.source import ADAPTERS, RepoType, Source, SourceFile
+from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
+from lewis_hub.hub.source import (
+    ADAPTERS,
+    RepoType,
+    Source,
+    SourceFile,
+    cached_sha,
+    listed_digest,
+    remember_revision,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -34,13 +42,13 @@ N_HASHING_THREADS = 2
 REMEMBERED_BYTES = 1 << 20  # hashing a smaller file is as fast as reading its stored digest
 SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
 SHA256 = re.compile(r"[0-9a-f]{64}")
+ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 ALLOW = (
     "\nWith `--allow-pickle` torch reads it without running its code, but a flaw in that reader "
     "would let its author run code here: allow it for authors that you trust."
 )
-LOOKUP_TIMEOUT_S = 30.0
 
 
 def digests_of(paths: Sequence[Path]) -> list[str]:
@@ -69,15 +77,14 @@ def _sha256(path: Path) -> str:
     if seen.st_size < REMEMBERED_BYTES:
         return sha256_of(path)
     note = _note(path, seen)
-    try:
-        known = note.read_text(encoding="ascii")
-    except (OSError, ValueError):
-        known = ""
-    if SHA256.fullmatch(known):
-        return known
+    with suppress(OSError, ValueError):
+        if SHA256.fullmatch(known := note.read_text(encoding="ascii")):
+            return known
     found = sha256_of(path)
     if began - seen.st_ctime_ns > SETTLED_NS and note == _note(path, path.stat()):
-        _remember(note, found)
+        with suppress(OSError):  # else the next call hashes the file again
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(note, found)
     return found
 
 
@@ -86,14 +93,6 @@ def _note(path: Path, seen: os.stat_result) -> Path:
     state = (path.resolve(), seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
     digest = hashlib.sha256(repr((*map(str, state), seen.st_ctime_ns)).encode()).hexdigest()
     return Path(constants.HF_HOME) / "lewis-hub" / "digests" / digest[:32]
-
-
-def _remember(note: Path, digest: str) -> None:
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(note, digest)
-    except OSError:
-        return  # the next call hashes the file again
 
 
 def resolve_model(
@@ -165,19 +164,17 @@ def _local_path(name: str, revision: str | None) -> Path | None:
 def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
     if not path.is_dir():
         raise SourceError(name, "this is a file, not a folder", "Name the folder it is in.")
-    found = [path / part for part in sorted(_visible(path))]
-    if not found:
+    files = _hashed(visible_files(path), path)
+    if not files:
         raise SourceError(name, "the folder is empty", "Check the path.")
-    files = _hashed(found, path)
     return Source(name, repo_type, None, _content_sha(files), files, path)
 
 
-def _visible(folder: Path) -> Iterable[str]:
-    """Paths of files that are neither hidden nor in a hidden folder such as .git or .cache."""
-    for path in folder.rglob("*"):
-        part = path.relative_to(folder)
-        if path.is_file() and not any(piece.startswith(".") for piece in part.parts):
-            yield part.as_posix()
+def visible_files(folder: Path) -> list[Path]:
+    """The files that are neither hidden nor in a hidden folder such as .git or .cache, in order."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    visible = (f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+    return sorted(visible, key=Path.as_posix)
 
 
 def _hashed(paths: Sequence[Path], root: Path) -> tuple[SourceFile, ...]:
@@ -202,43 +199,27 @@ def _repo(hub_repo: HubRepo) -> Source:
         ) from None
     if is_offline_mode():
         return _from_cache(hub_repo)
-    with hub_failures(hub_repo):
-        info = retry(
-            lambda: hub_repo.api.repo_info(
-                hub_repo.name,
-                repo_type=hub_repo.repo_type,
-                revision=hub_repo.revision,
-                files_metadata=True,
-                timeout=LOOKUP_TIMEOUT_S,
-            )
-        )
+    api, name, repo_type = hub_repo.api, hub_repo.name, hub_repo.repo_type
+    info = call_hub(
+        hub_repo,
+        lambda: api.repo_info(
+            name,
+            repo_type=repo_type,
+            revision=hub_repo.revision,
+            files_metadata=True,
+            timeout=30,
+        ),
+    )
     files = tuple(
-        SourceFile(
-            file.rfilename,
-            file.size or 0,
-            f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}",
-        )
+        SourceFile(file.rfilename, file.size or 0, listed_digest(file))
         for file in getattr(info, "siblings", None) or ()
         if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
     )
     sha = str(info.sha)
-    remember_revision(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha)
-    if getattr(info, "gated", False) and files:
-        _require_access(hub_repo, files[0].path, sha)
-    return Source(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha, files, None)
-
-
-def _require_access(hub_repo: HubRepo, path: str, sha: str) -> None:
-    """Read the metadata of one file: anyone may list a gated repo, but not read its files."""
-    url = hf_hub_url(
-        hub_repo.name,
-        path,
-        repo_type=hub_repo.repo_type,
-        revision=sha,
-        endpoint=hub_repo.api.endpoint,
-    )
-    with hub_failures(hub_repo):
-        retry(lambda: hub_repo.api.get_hf_file_metadata(url=url))
+    remember_revision(name, repo_type, hub_repo.revision, sha)
+    if getattr(info, "gated", False):  # anyone may list its files, but not read them
+        call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))
+    return Source(name, repo_type, hub_repo.revision, sha, files, None)
 
 
 def _from_cache(hub_repo: HubRepo) -> Source:
@@ -246,13 +227,14 @@ def _from_cache(hub_repo: HubRepo) -> Source:
     if sha is None:
         with hub_failures(hub_repo):
             raise OfflineModeIsEnabled
-    folder = snapshot_folder(hub_repo.name, hub_repo.repo_type, sha)
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = tuple(
+    source = Source(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha, (), None)
+    folder = source.snapshot
+    files = (
         SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, _cached_digest(path))
-        for path in paths
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
     )
-    return Source(hub_repo.name, hub_repo.repo_type, hub_repo.revision, sha, files, None)
+    return replace(source, files=tuple(files))
 
 
 def _cached_digest(path: Path) -> str:

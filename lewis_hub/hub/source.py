@@ -1,17 +1,30 @@
-"""A pinned source of weights or rows: the same `Source` always means the same bytes."""
+"""A pinned source of weights or rows: the same `Source` always means the same bytes.
+
+Files of a repo are in huggingface_hub's cache, whose layout is huggingface_hub's:
+`snapshots/<commit sha>/<path>` links to `blobs/<etag>`, where the etag is the file's sha256 (LFS)
+or its git sha1; `refs/<revision>` names a commit sha.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 RepoType = Literal["model", "dataset"]
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
+COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,11 @@ class Source:
     def local_folder(self) -> Path | None:
         """The folder with all files of a model, if it is outside of huggingface_hub's cache."""
         return self.converted or self.folder
+
+    @property
+    def snapshot(self) -> Path:
+        """The folder in which the cache stores this commit; it may hold some of its files."""
+        return cache_folder(self.name, self.repo_type) / "snapshots" / self.commit_sha
 
     @property
     def is_pickled(self) -> bool:
@@ -78,3 +96,51 @@ class Source:
     def size_bytes(self, patterns: Sequence[str]) -> int:
         """The size of the files that match."""
         return sum(file.size_bytes for file in self.matching(patterns))
+
+
+def listed_digest(file: RepoSibling) -> str:
+    """The digest of a file as the Hub lists it."""
+    return f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
+
+
+def cache_root() -> Path:
+    """The folder of the cache; it may not exist yet."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cache_folder(repo: str, repo_type: str) -> Path:
+    """The folder in which the cache stores a repo."""
+    return cache_root() / repo_folder_name(repo_id=repo, repo_type=repo_type)
+
+
+def cached_sha(repo: str, repo_type: str, revision: str | None) -> str | None:
+    """The commit sha that a revision resolved to last time, if the cache has that commit."""
+    wanted = revision or constants.DEFAULT_REVISION
+    folder = cache_folder(repo, repo_type)
+    ref = folder / "refs" / wanted
+    sha = wanted if COMMIT_SHA.fullmatch(wanted) else ref.read_text() if ref.is_file() else ""
+    return sha if sha and (folder / "snapshots" / sha).is_dir() else None
+
+
+def remember_revision(repo: str, repo_type: str, revision: str | None, commit_sha: str) -> None:
+    """Store the commit sha of a revision, so that it can be resolved offline."""
+    name = revision or constants.DEFAULT_REVISION
+    ref = cache_folder(repo, repo_type) / "refs" / name
+    if (
+        COMMIT_SHA.fullmatch(name)
+        or ".." in name
+        or (ref.is_file() and ref.read_text() == commit_sha)
+    ):
+        return
+    ref.parent.mkdir(parents=True, exist_ok=True)
+    ref.write_text(commit_sha)
+
+
+def cached_revisions(repo: str, repo_type: str) -> list[str]:
+    """Branches, tags and commit shas whose files are in the cache."""
+    folder = cache_folder(repo, repo_type)
+    snapshots = {path.name for path in folder.glob("snapshots/*")}
+    refs = [path for path in sorted(folder.glob("refs/**/*")) if path.is_file()]
+    named = {str(ref.relative_to(folder / "refs")): ref.read_text() for ref in refs}
+    unnamed = snapshots - set(named.values())
+    return [name for name, sha in named.items() if sha in snapshots] + sorted(unnamed)

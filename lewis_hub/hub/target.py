@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import HubRepo, hub_failures, no_token
-from lewis_hub.hub.retries import retry
+from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, retry
+from lewis_hub.hub.source import listed_digest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,6 +47,23 @@ def open_target(api: HfApi, repo: str, landing: Landing = "commit") -> Target:
     return target
 
 
+def open_repo(hub_repo: HubRepo, landing: Landing, *, private: bool) -> Target:
+    """The present state of the repo to push to; created, maybe `private`, if it does not exist.
+
+    Raises:
+        PublishError: no right to write.
+    """
+    target = open_target(hub_repo.api, hub_repo.name, landing)
+    if target.head is None:
+        create, name = hub_repo.api.create_repo, hub_repo.name
+        call_hub(hub_repo, lambda: create(name, private=private, exist_ok=True))
+        target = read_target(hub_repo)
+    if target.head is None:
+        remedy = f"Use a token that may ({hub_repo.api.endpoint}/settings/tokens), or another name."
+        raise hub_repo.failed("it exists already and this token may not see it", remedy)
+    return target
+
+
 def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
     """The present state of the repo."""
     with hub_failures(hub_repo):
@@ -58,27 +75,38 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
             )
         except RepositoryNotFoundError:
             return Target(hub_repo.name, None, {})
-    digests = {
-        file.rfilename: f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
-        for file in info.siblings or ()
-    }
+    digests = {file.rfilename: listed_digest(file) for file in info.siblings or ()}
     return Target(hub_repo.name, info.sha, digests)
+
+
+def open_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:
+    """The address of each open pull request, and the state of the repo with it."""
+    pull_requests = call_hub(
+        hub_repo,
+        lambda: list(
+            hub_repo.api.get_repo_discussions(
+                hub_repo.name, discussion_type="pull_request", discussion_status="open"
+            )
+        ),
+    )
+    for pull_request in pull_requests:
+        yield pull_request.url, read_target(hub_repo, f"refs/pr/{pull_request.num}")
 
 
 def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:
     """A small text file of the repo; None if it does not exist or is not text."""
     if path not in target.digests:
         return None
-    with hub_failures(hub_repo):
-        file = retry(
-            lambda: hf_hub_download(
-                hub_repo.name,
-                path,
-                revision=target.head,
-                endpoint=hub_repo.api.endpoint,
-                token=hub_repo.api.token,
-            )
-        )
+    file = call_hub(
+        hub_repo,
+        lambda: hf_hub_download(
+            hub_repo.name,
+            path,
+            revision=target.head,
+            endpoint=hub_repo.api.endpoint,
+            token=hub_repo.api.token,
+        ),
+    )
     try:
         return Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -103,9 +131,9 @@ def _require_rights(hub_repo: HubRepo, target: Target, landing: Landing) -> None
         return
     if hub_repo.token is None:
         raise no_token(hub_repo)
-    with hub_failures(hub_repo):
-        who = retry(lambda: hub_repo.api.whoami())
-    if _role(who) == "read":
+    who = call_hub(hub_repo, lambda: hub_repo.api.whoami())
+    token = who.get("auth", {}).get("accessToken") or {}
+    if token.get("role") == "read":
         raise hub_repo.failed(
             "this token may only read",
             f"Make one with write access at {hub_repo.api.endpoint}/settings/tokens, then set"
@@ -158,8 +186,3 @@ def _require_write(hub_repo: HubRepo, name: str) -> None:
                 f" such as {own}.",
             ) from error
 
-
-def _role(who: Mapping[str, Any]) -> str | None:
-    token = who.get("auth", {}).get("accessToken") or {}
-    role: str | None = token.get("role")
-    return role

@@ -17,7 +17,6 @@ from lewis_hub.checkpoint.ranges import Location, Locations, SourceFiles, Source
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
-from lewis_hub.hub.cache import cache_root
 from lewis_hub.hub.fetch import (
     CODE_FILES,
     SIDECAR_FILES,
@@ -26,8 +25,7 @@ from lewis_hub.hub.fetch import (
     read_small,
     weight_files,
 )
-from lewis_hub.hub.ranges import ByteCounter, RemoteFiles
-from lewis_hub.hub.source import Source, SourceFile
+from lewis_hub.hub.source import Source, SourceFile, cache_root
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import write_sidecars
@@ -151,16 +149,14 @@ def _converted(
         code_files(api, [source])
     config = json.loads(read_small(api, source, "config.json") or b"{}")
     files = {path: folder / path for path in converted.pickles_of(source)}
-    work = converted.begin_conversion(source, folder, code=code)
-    try:
-        total = source.size_bytes(weight_files(source))
+    total = source.size_bytes(weight_files(source))
+
+    def convert_into(work: Path) -> list[SourceFile]:
         with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
             written = convert(source.pinned, files, work, advance, ties=ties(config))
-        files_made = [SourceFile(f.name, f.n_bytes, f"sha256:{f.sha256}") for f in written]
-        converted.finish_conversion(source, work, files_made, code=code)
-    finally:
-        converted.abandon_conversion(work)
-    return converted.with_converted(source, code=code)
+        return [SourceFile(f.name, f.n_bytes, f"sha256:{f.sha256}") for f in written]
+
+    return converted.store_converted(source, folder, convert_into, code=code)
 
 
 REMEDY = (

@@ -192,7 +192,8 @@ def extract_lora(
         with progress.stage("Extracting", n_elements, "items") as advance:
             found = extract(pairs[0], pairs[1], most, error, work.folder, advance)
         licence = model_facts(api, sources[1]).licence
-        card = adapter_card(sources[0], sources[1], licence, found)
+        identifier = licence and licence.identifier
+        card = adapter_card(sources[0], sources[1], identifier, found)
         (work.folder / CARD).write_text(card, encoding="utf-8")
         work.finish((CARD, *found.files))
     return found

@@ -19,7 +19,7 @@ tags:
 
 
 def facts(source: str, licence: str | None, name: str | None = None) -> ModelFacts:
-    return ModelFacts(source, licence, name, None, (), (), gated=False, url=None)
+    return ModelFacts(source, licence and Licence(licence, name), (), None)
 
 
 def folder_with_card(tmp_path, card: str | bytes):
@@ -28,17 +28,13 @@ def folder_with_card(tmp_path, card: str | bytes):
     return str(tmp_path)
 
 
-def test_the_card_of_a_folder_gives_licence_languages_and_tags(tmp_path, api):
+def test_the_card_of_a_folder_gives_licence_and_languages(tmp_path, api):
     found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, CARD)))
 
     assert found == ModelFacts(
         source=str(tmp_path),
-        licence="other",
-        license_name="gemma",
-        license_link="https://ai.google.dev/gemma/terms",
+        licence=Licence("other", "gemma", "https://ai.google.dev/gemma/terms"),
         languages=("en", "no"),
-        tags=("math",),
-        gated=False,
         url=None,
     )
 
@@ -57,7 +53,7 @@ def test_the_card_of_a_folder_gives_licence_languages_and_tags(tmp_path, api):
 def test_a_card_without_readable_metadata_is_silent(tmp_path, api, card):
     found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, card)))
 
-    assert (found.licence, found.languages, found.tags) == (None, (), ())
+    assert (found.licence, found.languages) == (None, ())
 
 
 def test_a_card_with_windows_line_ends_and_a_byte_order_mark_is_read(tmp_path, api):
@@ -65,7 +61,7 @@ def test_a_card_with_windows_line_ends_and_a_byte_order_mark_is_read(tmp_path, a
 
     found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, card)))
 
-    assert found.licence == "mit"
+    assert found.licence == Licence("mit")
 
 
 def test_parents_that_agree_pass_their_licence_on():
@@ -113,6 +109,5 @@ def test_the_facts_of_a_repo_are_those_of_the_pinned_commit(hub, api, push):
 
     found = model_facts(api, resolve_model(api, "tests/model", sha))
 
-    assert found.licence == "other"
+    assert found.licence.identifier == "other"
     assert found.url == f"{api.endpoint}/tests/model"
-    assert found.gated is False

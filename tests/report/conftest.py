@@ -100,7 +100,7 @@ def source(
 
 def told(name: str, licence: str | None = "apache-2.0") -> ModelFacts:
     url = f"https://huggingface.co/{name}"
-    return ModelFacts(name, licence, None, None, ("en",), (), False, url)
+    return ModelFacts(name, licence and Licence(licence), ("en",), url)
 
 
 def scores(merged: float = 0.7, twin: float = 0.68, p: float = 0.6) -> Scores:

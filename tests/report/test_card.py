@@ -229,7 +229,7 @@ def test_inputs_are_pinned_and_linked_to_their_commits(make_facts, make_source):
 def test_local_folders_are_named_without_their_path_and_stay_out_of_the_metadata(make_facts):
     folder = "/home/mallory/models/mine"
     local = Source(folder, "model", None, "sha256:" + "c" * 64, (), Path(folder))
-    silent = ModelFacts(folder, None, None, None, (), (), False, None)
+    silent = ModelFacts(folder, None, (), None)
     facts = make_facts(guided=None, scores=None)
     changed = replace(
         facts, experts=(facts.experts[0], local), models={**facts.models, local.pinned: silent}
@@ -330,7 +330,10 @@ def test_the_licence_is_one_that_the_hub_takes(make_facts, licence, metadata):
 def stating(facts, *licences):
     """The same facts; base and experts state these licences."""
     pairs = zip(facts.models.items(), licences, strict=True)
-    models = {pinned: replace(told, licence=licence) for (pinned, told), licence in pairs}
+    models = {
+        pinned: replace(told, licence=licence and Licence(licence))
+        for (pinned, told), licence in pairs
+    }
     return replace(facts, models=models)
 
 
@@ -392,7 +395,7 @@ def test_the_licence_is_reasoned_from_the_parents(make_facts, stated, licence, c
 def test_parents_that_mean_other_texts_by_one_name_do_not_agree(make_facts):
     facts = stating(make_facts(licence=None), "other", "other", "other")
     (base, told), *others = facts.models.items()
-    linked = replace(told, license_link="https://x.org/licence")
+    linked = replace(told, licence=Licence("other", link="https://x.org/licence"))
 
     part = section(model_card(replace(facts, models={base: linked, **dict(others)})), "Made from")
 

@@ -31,9 +31,8 @@ def hostile_facts(make_facts):
     """Every string that comes from somebody else tries to get out."""
     facts, name = make_facts(), NAME
     base = replace(facts.base, name=name)
-    told = ModelFacts(
-        name, "x: [y\n---\n<b>", ONERROR, "javascript:1", ("<b>",), (), False, "javascript:1"
-    )
+    licence = Licence("x: [y\n---\n<b>", ONERROR, "javascript:1")
+    told = ModelFacts(name, licence, ("<b>",), "javascript:1")
     plots = tuple(replace(plot, caption=f'" {ONERROR}', expert=name) for plot in facts.guided.plots)
     schedule = facts.guided.schedule
     schedule = replace(schedule, experts=(replace(schedule.experts[0], source=name),))
