@@ -54,6 +54,11 @@ class HubRepo:
         """The repo of a source at its commit."""
         return cls(api, source.name, source.repo_type, source.commit_sha)
 
+    @classmethod
+    def to_publish(cls, api: HfApi, name: str) -> HubRepo:
+        """A model to publish to: its errors are of type `PublishError`."""
+        return cls(api, name, error_type=PublishError)
+
     def file_url(self, path: str) -> str:
         """The address of a file."""
         return hf_hub_url(

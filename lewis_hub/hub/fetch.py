@@ -204,7 +204,7 @@ def _append(
     if start >= file.size_bytes:
         part.touch()
         return
-    with _get(hub_repo.file_url(file.path), hub_repo.api.token, start) as response:
+    with _get(hub_repo.file_url(file.path), start, token=hub_repo.api.token) as response:
         hf_raise_for_status(response)
         whole = response.status_code == 200  # the server ignored the range
         with part.open("wb" if whole else "ab") as out:
@@ -219,7 +219,7 @@ def _append(
 
 @contextmanager
 def _get(
-    url: str, token: str | bool | None, start: int, stop: int | None = None
+    url: str, start: int, stop: int | None = None, *, token: str | bool | None
 ) -> Iterator[httpx2.Response]:
     """Request the bytes [start, stop) of a file; the server may send others."""
     headers = {
@@ -338,7 +338,7 @@ class RemoteFiles:
         located = self._located.get(path)
         url = located or hub_repo.file_url(path)
         token = False if located else hub_repo.api.token  # the storage must not see the token
-        with _get(url, token, start, stop) as found:
+        with _get(url, start, stop, token=token) as found:
             if located and found.status_code in OUTDATED:
                 self._located.pop(path, None)
                 raise ConnectionResetError("Consistency check failed: the address is outdated")
@@ -403,7 +403,7 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
 
 def _read_until(hub_repo: HubRepo, path: str, start: int, stop: int) -> bytes:
     """Read no further than `stop`, even if the server ignores ranges and sends the whole file."""
-    with _get(hub_repo.file_url(path), hub_repo.api.token, start, stop) as response:
+    with _get(hub_repo.file_url(path), start, stop, token=hub_repo.api.token) as response:
         hf_raise_for_status(response)
         skipped = start if response.status_code == 200 else 0
         wanted = skipped + stop - start

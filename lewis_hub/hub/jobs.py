@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import Volume
 from huggingface_hub.utils import disable_progress_bars
 
-from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import HubRepo, hub_failures, no_token
-from lewis_hub.hub.retries import retry, retry_transfer
+from lewis_hub.hub.failures import (
+    HubRepo,
+    call_hub,
+    hub_failures,
+    no_token,
+    retry,
+    retry_transfer,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -95,7 +100,7 @@ def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | N
     Raises:
         PublishError: the Hub does not answer. The Job continues.
     """
-    hub_repo = HubRepo(api, job.namespace, error_type=PublishError)
+    hub_repo = HubRepo.to_publish(api, job.namespace)
     n_said = 0
 
     def pass_on() -> None:
@@ -123,8 +128,7 @@ def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | N
 def scheduled(api: HfApi, namespace: str | None) -> list[dict[str, Any]]:
     """The schedules in a namespace that run this package."""
     hub_repo = _namespace(api, namespace)
-    with hub_failures(hub_repo):
-        found = retry(lambda: api.list_scheduled_jobs(namespace=hub_repo.name))
+    found = call_hub(hub_repo, lambda: api.list_scheduled_jobs(namespace=hub_repo.name))
     return [
         {
             "id": item.id,
@@ -169,13 +173,13 @@ def _without_experimental_warnings() -> Iterator[None]:
 
 def _namespace(api: HfApi, namespace: str | None) -> HubRepo:
     """The namespace in which Jobs run; the token's user by default."""
-    nobody = HubRepo(api, namespace or "Hugging Face Jobs", error_type=PublishError)
+    nobody = HubRepo.to_publish(api, namespace or "Hugging Face Jobs")
     if nobody.token is None:
         raise no_token(nobody)
     if namespace:
         return nobody
-    with hub_failures(nobody):
-        return HubRepo(api, retry(lambda: api.whoami())["name"], error_type=PublishError)
+    name = call_hub(nobody, lambda: api.whoami())["name"]
+    return HubRepo.to_publish(api, name)
 
 
 def _upload_files(hub_repo: HubRepo, files: Mapping[str, Path]) -> Volume:

@@ -170,7 +170,7 @@ def publish(
         PublishError: no model in the folder, no right to write, somebody else pushed in the
             meantime, or the Hub failed.
     """
-    hub_repo = HubRepo(api, repo_id, error_type=PublishError)
+    hub_repo = HubRepo.to_publish(api, repo_id)
     files, sent = _files(folder), sent or {}
     _require_model(folder, [*files, *sent])
     landing, tag = publication.landing, publication.tag
@@ -199,7 +199,7 @@ def publish_tag(api: HfApi, repo_id: str, pushed: PushedCommit, tag: str | None)
     Raises:
         PublishError: the tag could not be made.
     """
-    return _published(HubRepo(api, repo_id, error_type=PublishError), pushed, tag, changed=False)
+    return _published(HubRepo.to_publish(api, repo_id), pushed, tag, changed=False)
 
 
 def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
@@ -208,7 +208,7 @@ def matches_folder(api: HfApi, folder: Path, target: Target) -> bool:
     Raises:
         PublishError: the Hub failed, or a file is a link to outside of the folder.
     """
-    hub_repo = HubRepo(api, target.repo, error_type=PublishError)
+    hub_repo = HubRepo.to_publish(api, target.repo)
     return _compare(hub_repo, target, _files(folder), {}).done_in(target)
 
 

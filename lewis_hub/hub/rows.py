@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.failures import HubRepo, hub_failures
-from lewis_hub.hub.retries import retry
+from lewis_hub.hub.failures import HubRepo, hub_failures, retry
 from lewis_hub.hub.source import Source
 
 if TYPE_CHECKING:
@@ -61,9 +60,7 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
-    call = (
-        _single_file(source, config, split) if _is_file(source) else _dataset_call(source, config)
-    )
+    call = _dataset_call(source, config, split)
     with _dataset_failures(api, source, config, split):
         table = retry(lambda: datasets.load_dataset(**call, split=split, token=api.token))
     if not len(table):
@@ -90,11 +87,10 @@ def describe_dataset(
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)
-    if _is_file(source):
-        _single_file(source, config, split)
+    call = _dataset_call(source, config, split)
+    if source.folder and source.folder.is_file():
         return DatasetDescription((ONLY_SPLIT,), ())
     with _dataset_failures(api, source, config, split):
-        call = _dataset_call(source, config)
         builder = retry(lambda: datasets.load_dataset_builder(**call, token=api.token))
         splits = tuple(builder.info.splits or builder.config.data_files or ())
         columns = tuple(builder.info.features or ())
@@ -103,30 +99,20 @@ def describe_dataset(
     return DatasetDescription(splits, columns)
 
 
-def _is_file(source: Source) -> bool:
-    return source.folder is not None and source.folder.is_file()
-
-
-def _single_file(source: Source, config: str | None, split: str) -> dict[str, Any]:
+def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, Any]:
+    if source.folder is None:
+        cache = commit_cache(source.commit_sha)
+        pinned = {"revision": source.commit_sha, "cache_dir": cache}
+        return {"path": source.name, "name": config, **pinned}
+    if source.folder.is_dir():
+        return {"path": str(source.folder.resolve()), "name": config}
     if config is not None:
         remedy = "Leave out `config`."
         raise SourceError(source.name, f"a file has no configuration `{config}`", remedy)
     if re.split(r"\W", split)[0] != ONLY_SPLIT:
         remedy = f"Leave out `split`, or write `{ONLY_SPLIT}`, which is the whole file."
         raise SourceError(source.name, f"a file has no split `{split}`", remedy)
-    path = source.folder or Path()
-    return {"path": LOADERS[path.suffix], "data_files": str(path.resolve())}
-
-
-def _dataset_call(source: Source, config: str | None) -> dict[str, Any]:
-    if source.folder:
-        return {"path": str(source.folder.resolve()), "name": config}
-    return {
-        "path": source.name,
-        "name": config,
-        "revision": source.commit_sha,
-        "cache_dir": commit_cache(source.commit_sha),
-    }
+    return {"path": LOADERS[source.folder.suffix], "data_files": str(source.folder.resolve())}
 
 
 def commit_cache(commit_sha: str) -> str:
@@ -144,9 +130,8 @@ def _dataset_failures(api: HfApi, source: Source, config: str | None, split: str
     """Turn errors of `datasets`, which only differ in their text, into a `SourceError`."""
     from datasets.exceptions import DatasetsError
 
-    hub_repo = HubRepo(api, source.name, "dataset", source.commit_sha)
     try:
-        with hub_failures(hub_repo):
+        with hub_failures(HubRepo.of(api, source)):
             yield
     except StopIteration:  # the error of `datasets` for a file without rows
         raise SourceError(source.pinned, *NO_ROWS) from None

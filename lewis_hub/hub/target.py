@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from lewis_hub.errors import PublishError
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, retry
 from lewis_hub.hub.source import listed_digest
 
@@ -40,7 +39,7 @@ def open_target(api: HfApi, repo: str, landing: Landing = "commit") -> Target:
     Raises:
         PublishError: bad name, no token, a token that cannot write, or somebody else's namespace.
     """
-    hub_repo = HubRepo(api, repo, error_type=PublishError)
+    hub_repo = HubRepo.to_publish(api, repo)
     _require_name(hub_repo)
     target = read_target(hub_repo)
     _require_rights(hub_repo, target, landing)
@@ -185,4 +184,3 @@ def _require_write(hub_repo: HubRepo, name: str) -> None:
                 "Propose the change instead: `--as pull-request`. Or push to a repo of your own,"
                 f" such as {own}.",
             ) from error
-

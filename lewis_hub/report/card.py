@@ -22,7 +22,7 @@ from lewis_hub.display import size
 from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
-from lewis_hub.hub.facts import Licence, stated_licence
+from lewis_hub.hub.facts import Licence
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import REPO, Benchmark
 from lewis_hub.report import findings, markdown
@@ -54,7 +54,6 @@ FILTERS = {
     "shell": shlex.quote,
     "short_name": short_name,
     "size": lambda n_bytes: "–" if n_bytes is None else size(n_bytes),
-    "stated_licence": stated_licence,
     "weighted_mean": weighted_mean,
 }
 
@@ -90,7 +89,7 @@ def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **
 
 def _description(facts: CardFacts) -> dict[str, Any]:
     url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
-    licences = [stated_licence(facts.models[source.pinned]) for source in facts.sources]
+    licences = [facts.models[source.pinned].licence for source in facts.sources]
     return {
         "methods": METHODS,
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),

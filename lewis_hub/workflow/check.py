@@ -165,7 +165,7 @@ def _report_source(opened: OpenedSource) -> SourceReport:
         dtype=next((dtype for dtype, _ in by_dtype.most_common(1)), "?"),
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
-        licence=opened.facts.licence and opened.facts.licence.identifier,
+        licence=opened.facts.licence.identifier if opened.facts.licence else None,
         tied=bool(ties(config)),
     )
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.errors import (
     EvaluationError,
-    PublishError,
 )
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
 from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
@@ -278,7 +277,7 @@ def read_verdict(folder: Path) -> GateVerdict | None:
 
 
 def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
-    return HubRepo(api, repo, error_type=PublishError) if repo else None
+    return HubRepo.to_publish(api, repo) if repo else None
 
 
 def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:

@@ -20,6 +20,8 @@ from lewis_hub.hub import converted
 from lewis_hub.hub.fetch import (
     CODE_FILES,
     SIDECAR_FILES,
+    ByteCounter,
+    RemoteFiles,
     bytes_to_download,
     fetch,
     read_small,

@@ -17,8 +17,7 @@ from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_qu
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import ModelFacts, quantised_from
-from lewis_hub.hub.fetch import read_small, weight_files
-from lewis_hub.hub.ranges import read_range
+from lewis_hub.hub.fetch import read_range, read_small, weight_files
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.recipe.schema import REPO
 from lewis_hub.tokenizer import Translation

@@ -20,21 +20,21 @@ from lewis_hub.errors import (
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
-from lewis_hub.hub.commit import Additions, PushedCommit
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import (
+    Additions,
     Publication,
     Published,
+    PushedCommit,
     folder_bytes,
     matches_folder,
-    proposals,
     publish,
     publish_tag,
 )
 from lewis_hub.hub.source import Source, SourceFile
-from lewis_hub.hub.target import Target, open_target, read_target
+from lewis_hub.hub.target import Target, open_pull_requests, open_target, read_target
 from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
@@ -200,7 +200,7 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     if previous and previous.holds(planned):
         return publish_tag(api, asked.repo, PushedCommit(previous.source.commit_sha), asked.tag)
     if asked.landing == "pull-request":
-        for url, target in proposals(api, asked.repo):
+        for url, target in open_pull_requests(HubRepo.to_publish(api, asked.repo)):
             proposed = previous_merge(target, api)
             if proposed and proposed.holds(planned):
                 return publish_tag(
@@ -365,7 +365,7 @@ def look_ahead(
             raise OutputError(shortage.where, shortage.problem, remedy) from None
         found = Preflight("stream", f"{shortage.where}: {shortage.problem}")
         planned = without_scores(planned)  # scores need whole models
-    previous = previous_merge(read_target(HubRepo(api, asked.repo, error_type=PublishError)), api)
+    previous = previous_merge(read_target(HubRepo.to_publish(api, asked.repo)), api)
     held = None if force else _held(asked, previous, planned, api)
     if held:
         name, sha = asked.repo, held.source.commit_sha
@@ -382,7 +382,10 @@ def _held(
     """Return the planned merge if main, or an open pull request, holds it already."""
     merges = [main]
     if asked.landing == "pull-request":
-        merges += [previous_merge(target, api) for _, target in proposals(api, asked.repo)]
+        merges += [
+            previous_merge(target, api)
+            for _, target in open_pull_requests(HubRepo.to_publish(api, asked.repo))
+        ]
     return next((previous for previous in merges if previous and previous.holds(planned)), None)
 
 

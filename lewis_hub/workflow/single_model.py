@@ -192,7 +192,7 @@ def extract_lora(
         with progress.stage("Extracting", n_elements, "items") as advance:
             found = extract(pairs[0], pairs[1], most, error, work.folder, advance)
         licence = model_facts(api, sources[1]).licence
-        identifier = licence and licence.identifier
+        identifier = licence.identifier if licence else None
         card = adapter_card(sources[0], sources[1], identifier, found)
         (work.folder / CARD).write_text(card, encoding="utf-8")
         work.finish((CARD, *found.files))

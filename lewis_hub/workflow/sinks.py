@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.checkpoint.ranges import Locations, scratch_bytes
-from lewis_hub.errors import OutputError, PublishError
+from lewis_hub.errors import OutputError
 from lewis_hub.files import require_room
-from lewis_hub.hub.commit import find_uploaded, preupload
 from lewis_hub.hub.failures import HubRepo
-from lewis_hub.hub.publish import Published, open_repo
+from lewis_hub.hub.publish import Published, find_uploaded, preupload
 from lewis_hub.hub.source import Source
+from lewis_hub.hub.target import open_repo
 from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Backend, Ray
@@ -135,7 +135,7 @@ class HubSink:
         means = replace(means, is_read_next=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
-        asked = HubRepo(self.api, self.destination.asked.repo, error_type=PublishError)
+        asked = HubRepo.to_publish(self.api, self.destination.asked.repo)
         landing = self.destination.asked.landing
         open_repo(asked, landing, private=self.destination.asked.private)
         shards = self.work.scratch / "shards"

@@ -19,8 +19,8 @@ from lewis_hub.display import to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of
-from lewis_hub.hub.commit import SIGNATURE
 from lewis_hub.hub.fetch import read_small
+from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.methods.numerics import within_tolerance
 from lewis_hub.progress import Progress

@@ -7,9 +7,9 @@ import pytest
 from huggingface_hub import constants
 
 from lewis_hub.errors import OutputError, SourceError
-from lewis_hub.hub.cache import cache_folder
 from lewis_hub.hub.fetch import CODE_FILES, bytes_to_download, fetch
 from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.source import cache_folder
 
 SHARD = os.urandom(3 << 20)
 FILES = {

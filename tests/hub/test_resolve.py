@@ -7,8 +7,7 @@ from huggingface_hub import HfApi, constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import HubRepo
-from lewis_hub.hub.fetch import fetch, read_small, weight_files
-from lewis_hub.hub.ranges import read_range
+from lewis_hub.hub.fetch import fetch, read_range, read_small, weight_files
 from lewis_hub.hub.resolve import resolve_dataset, resolve_model
 
 WEIGHTS = bytes(range(256)) * 8

@@ -23,8 +23,8 @@ from lewis_hub.errors import (
 )
 from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.hub.cache import cache_root
 from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.source import cache_root
 from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.schema import ModelReference

@@ -7,7 +7,7 @@ import pytest
 from lewis_hub import check, merge_models, read_recipe
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
-from lewis_hub.hub.cache import cache_root
+from lewis_hub.hub.source import cache_root
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -14,7 +14,7 @@ from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
-from lewis_hub.hub.cache import cache_root
+from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.fetch import choose_loading
 from lewis_hub.workflow.resources import Execution, Loading

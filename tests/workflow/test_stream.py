@@ -34,7 +34,7 @@ import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import RecipeError
-from lewis_hub.hub.cache import cache_root
+from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resources import Execution
 

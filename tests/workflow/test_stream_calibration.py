@@ -31,7 +31,7 @@ from streamed_merges import (
 import lewis_hub
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import OutputError, RecipeError
-from lewis_hub.hub.cache import cache_root
+from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe
 
 TEXT = '"Question: {question}\\nAnswer: {answer}"'

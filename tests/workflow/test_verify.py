@@ -18,7 +18,7 @@ from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
-from lewis_hub.hub.cache import cache_root
+from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.schema import ModelReference, Publishing
 from lewis_hub.report.lock import Lock, OutputFile, provenance
 from lewis_hub.workflow.verify import weight_files_within_tolerance
