@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lewis_hub.progress import Silent
+from lewis_hub.display import Silent
 from lewis_hub.workflow.calibrate import guide
 from lewis_hub.workflow.fetch import fetch_whole
 from lewis_hub.workflow.job import prepare

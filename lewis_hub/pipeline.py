@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from lewis_hub.calibration.subject import FEWER, STATES
-from lewis_hub.display import to_html
+from lewis_hub.display import Progress, Silent, to_html
 from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
@@ -24,7 +24,6 @@ from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
-from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.findings import gate_sentences

@@ -23,9 +23,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from lewis_hub.display import Advance
 from lewis_hub.localhub.hub import Hub
 from lewis_hub.localhub.server import serve
-from lewis_hub.progress import Advance
 
 SESSION = ExitStack()
 LEAKS = (

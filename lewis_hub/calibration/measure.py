@@ -30,8 +30,8 @@ from lewis_hub.calibration.subject import CalibrationSet, Snapshot, Subject, Wei
 from lewis_hub.calibration.summaries import SUMMARIES, Summary, importances, stored_blocks
 from lewis_hub.calibration.texts import CalibrationTokens, single_text
 from lewis_hub.checkpoint import names
+from lewis_hub.display import Advance, shared
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.progress import Advance, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -51,7 +51,7 @@ from lewis_hub.calibration.texts import (
     unpadded,
     unpadded_batches,
 )
-from lewis_hub.progress import Advance, shared
+from lewis_hub.display import Advance, shared
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -41,8 +41,8 @@ from lewis_hub.calibration.model import (
 )
 from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.texts import CalibrationTokens, check_padding
+from lewis_hub.display import Advance
 from lewis_hub.errors import CalibrationModelError
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -50,8 +50,8 @@ from lewis_hub.calibration.texts import (
     unpadded_batches,
 )
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.display import Advance, shared
 from lewis_hub.errors import NotByBlockError
-from lewis_hub.progress import Advance, shared
 
 ROUNDINGS = 16  # errors of a sum, in units of its dtype's epsilon times the largest term
 

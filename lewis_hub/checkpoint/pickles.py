@@ -25,9 +25,9 @@ from lewis_hub.checkpoint.writer import (
     index_document,
     shard_name,
 )
+from lewis_hub.display import Advance
 from lewis_hub.errors import PickleError
 from lewis_hub.files import sha256_of
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     import torch

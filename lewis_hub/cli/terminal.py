@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from lewis_hub.display import TextTable, size
+from lewis_hub.display import Advance, Progress, Silent, TextTable, Unit, size
 from lewis_hub.errors import LewisHubError
-from lewis_hub.progress import Advance, Progress, Silent, Unit
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -21,9 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor

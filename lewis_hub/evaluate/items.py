@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, build, errors_named, prepared
 from lewis_hub.evaluate.harness import (
@@ -25,7 +26,6 @@ from lewis_hub.evaluate.harness import (
 )
 from lewis_hub.evaluate.scores import MetricResult
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,11 +20,11 @@ import httpx2
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
+from lewis_hub.display import Advance
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_room, sha256_of
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
 from lewis_hub.hub.source import ADAPTERS, PICKLED, Source, SourceFile, cache_folder, cache_root
-from lewis_hub.progress import Advance
 
 PIECE_BYTES = 1 << 20
 SIDECAR_FILES = (

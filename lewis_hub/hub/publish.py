@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils import disable_progress_bars
 
-from lewis_hub.display import to_html
+from lewis_hub.display import Advance, to_html
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub.failures import (
     PAUSES_S,
@@ -41,7 +41,6 @@ from lewis_hub.hub.target import (
     read_target,
     read_text,
 )
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

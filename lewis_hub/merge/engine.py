@@ -28,11 +28,11 @@ from lewis_hub.checkpoint.ranges import (
 )
 from lewis_hub.checkpoint.reader import INDEX, read_tensor
 from lewis_hub.checkpoint.writer import ShardLayout, ShardWriter, index_document
+from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, OutputError
 from lewis_hub.files import require_room, sha256_of, write_whole
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan
 from lewis_hub.merge.runners import Backend, Ray, Runner, cpus_of_this_task, threads
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,12 +22,12 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
 from lewis_hub.checkpoint.lora import PREFIX
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
+from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.kernels.operands import Floats
 from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
-from lewis_hub.progress import Advance
 
 if TYPE_CHECKING:
     import torch

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from lewis_hub.calibration.texts import draw_rows
+from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError, TuningError
 from lewis_hub.evaluate.benchmarks import build_requests, free_split, prepared
 from lewis_hub.evaluate.gate import unknown_metric
@@ -26,7 +27,6 @@ from lewis_hub.evaluate.items import (
 )
 from lewis_hub.evaluate.tasks import locate_tasks, require_metric
 from lewis_hub.hub.source import Source
-from lewis_hub.progress import Advance
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.resolve import scored_commits
 from lewis_hub.workflow.texts import DrawnText, ScoredTasks, count_overlap, drawn_items, overlaps

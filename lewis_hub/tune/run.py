@@ -14,7 +14,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.display import TextTable, to_html
+from lewis_hub.display import Progress, Silent, TextTable, to_html
 from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
@@ -29,7 +29,6 @@ from lewis_hub.evaluate.scores import ModelResult, PairedTest, Scores
 from lewis_hub.files import require_writable, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.workspace import alone_in
-from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space

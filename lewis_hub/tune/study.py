@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lewis_hub.checkpoint.ranges import Locations
+from lewis_hub.display import Advance, Progress, Silent
 from lewis_hub.errors import (
     MERGE,
     CalibrationModelError,
@@ -25,7 +26,6 @@ from lewis_hub.errors import (
 from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.plan import MergePlan
-from lewis_hub.progress import Advance, Progress, Silent
 from lewis_hub.tune.objective import Objective
 from lewis_hub.tune.space import Choice, Space, Value, Values, axes, candidate
 from lewis_hub.workflow.calibrate import guide

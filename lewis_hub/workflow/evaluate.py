@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.display import Progress
 from lewis_hub.errors import (
     EvaluationError,
 )
@@ -23,7 +24,6 @@ from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError, PublishError
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
@@ -18,7 +19,6 @@ from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import (
     Evaluation,

@@ -15,6 +15,7 @@ from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.pickles import convert
 from lewis_hub.checkpoint.ranges import Location, Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
+from lewis_hub.display import Progress
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
 from lewis_hub.hub.fetch import (
@@ -31,7 +32,6 @@ from lewis_hub.hub.source import Source, SourceFile, cache_root
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import write_sidecars
-from lewis_hub.progress import Progress
 from lewis_hub.workflow.merge import Folders, new_dtype, write_weights
 from lewis_hub.workflow.open import OpenedSource, ties
 from lewis_hub.workflow.resources import Loading

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lewis_hub.display import Progress
 from lewis_hub.errors import PublishError
 from lewis_hub.evaluate.gate import Demand
 from lewis_hub.evaluate.harness import EvaluationSettings
@@ -22,7 +23,6 @@ from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Backend
 from lewis_hub.methods import registry
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe
 from lewis_hub.report.facts import CardFacts

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.source import Source
@@ -37,7 +38,6 @@ from lewis_hub.merge.slices import (
     make_stacked_plan,
     stacked_config,
 )
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import ModelReference, Settings, Slice, SliceSource
 from lewis_hub.report.facts import StackedBlocks
 from lewis_hub.workflow.open import MergeSources, OpenedSource

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lewis_hub.display import Progress
 from lewis_hub.errors import (
     EvaluationError,
     GateRefusedError,
@@ -35,7 +36,6 @@ from lewis_hub.hub.publish import (
 )
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.target import Target, open_pull_requests, open_target, read_target
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
 from lewis_hub.report.card import DISAGREE

@@ -19,6 +19,7 @@ from lewis_hub.calibration.subject import (
 )
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
+from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
 from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.paired import compare
@@ -31,7 +32,6 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
-from lewis_hub.progress import Progress, Silent
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelReference, Recipe
 from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.checkpoint.ranges import Locations, scratch_bytes
+from lewis_hub.display import Progress
 from lewis_hub.errors import OutputError
 from lewis_hub.files import require_room
 from lewis_hub.hub.failures import HubRepo
@@ -21,7 +22,6 @@ from lewis_hub.merge.engine import ShardResult, make_shards, noted, write_index
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.runners import Backend, Ray
 from lewis_hub.merge.workspace import Workspace, open_workspace, unfinished
-from lewis_hub.progress import Progress
 from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, require_disk
 from lewis_hub.workflow.merge import report_nan, write_weights
 from lewis_hub.workflow.publish import Destination, published_importance, push

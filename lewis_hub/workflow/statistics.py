@@ -18,6 +18,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles
 from lewis_hub.checkpoint.reader import Checkpoint, local_header
+from lewis_hub.display import Advance
 from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
@@ -30,7 +31,6 @@ from lewis_hub.merge.plan import (
     Statistics,
     lacking_statistics,
 )
-from lewis_hub.progress import Advance
 from lewis_hub.report.facts import Measured
 from lewis_hub.workflow.fetch import ModelLoader, small_files
 from lewis_hub.workflow.merge import Folders, PlanSettings, SidecarSettings, report_nan

@@ -20,6 +20,7 @@ from lewis_hub.calibration.texts import (
     calibration_tokens,
     template_of,
 )
+from lewis_hub.display import Progress
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
@@ -27,7 +28,6 @@ from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of, contained_item
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.rows import load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.schema import Calibration
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.open import OpenedSource

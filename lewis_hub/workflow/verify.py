@@ -15,7 +15,7 @@ import yaml
 
 from lewis_hub.checkpoint.header import MERGEABLE, torch_dtypes
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
-from lewis_hub.display import to_html
+from lewis_hub.display import Progress, to_html
 from lewis_hub.errors import ExtraMissingError, OutputError, SignatureError
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of
@@ -23,7 +23,6 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.methods.numerics import within_tolerance
-from lewis_hub.progress import Progress
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.cost import FILE as COSTS

@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lewis_hub import pipeline
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.display import Silent
 from lewis_hub.errors import CheckFailedError, GuideError
 from lewis_hub.guides import registry
 from lewis_hub.guides.schedule import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.methods.registry import methods
-from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resolve import read_recipe, rules
 

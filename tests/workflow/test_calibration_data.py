@@ -14,6 +14,7 @@ from lewis_hub import pipeline
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.display import Silent
 from lewis_hub.errors import (
     CalibrationError,
     CheckFailedError,
@@ -25,7 +26,6 @@ from lewis_hub.evaluate.benchmarks import load_tasks
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_root
-from lewis_hub.progress import Silent
 from lewis_hub.recipe.read import parse_recipe, read_recipe
 from lewis_hub.recipe.schema import ModelReference
 from lewis_hub.workflow.resolve import pin_task, scored_commits

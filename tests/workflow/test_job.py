@@ -9,7 +9,7 @@ import pytest
 
 import lewis_hub
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.progress import Silent
+from lewis_hub.display import Silent
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.job import prepare
 from lewis_hub.workflow.resources import Execution
