@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from huggingface_hub import HfApi
 
 from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.display import Progress, Silent, to_html
@@ -26,11 +28,12 @@ from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.recipe.schema import ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
+from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
 from lewis_hub.workflow import fetch, report
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
-from lewis_hub.workflow.calibrate import Calibrated, Guidance, guide, require_by_ranges
+from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
 from lewis_hub.workflow.check import CheckReport, require_fine
 from lewis_hub.workflow.evaluate import (
     Scored,
@@ -58,9 +61,6 @@ from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, wo
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
 from lewis_hub.workflow.verify import Verdict
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progre
 
 def _measure(
     job: MergeJob, sets: Sets, loader: ModelLoader, sink: Sink, costs: Costs
-) -> tuple[Guidance | None, Gathered]:
+) -> tuple[Guided | None, Gathered]:
     """Measure the sources on the texts, for the guide and for second moments."""
     guidance, gathered, counts = None, Gathered(), loader.files.count_bytes
     statistics, scratch = job.statistics, sink.work.scratch
@@ -382,7 +382,7 @@ def _measure(
         with costs.measure("gather", counts):
             schedule = guidance.schedule if guidance else None
             gathered = gather(statistics, sets, loader, schedule, scratch)
-    return guidance, gathered
+    return guidance, replace(gathered, rows=tuple(one.tokens.rows for one in sets))
 
 
 def verify(

@@ -1,11 +1,11 @@
-"""Draw calibration texts, measure a profile with them, and turn it into a density schedule."""
+"""Measure a profile of the sources, and turn it into a density schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lewis_hub.calibration.grams import GramRequest
 from lewis_hub.calibration.profile import (
@@ -33,14 +33,12 @@ from lewis_hub.guides.schedule import (
     weighted_mean,
 )
 from lewis_hub.merge.runners import Ray, threads
+from lewis_hub.report.facts import Guided
 from lewis_hub.report.profiles import short_name
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.merge import PlanSettings
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.texts import Sets, remap_token_ids
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class GuideSettings:
     """The settings of a guide.
 
     Attributes:
+        base: its tokenizer cuts the texts.
         experts: in the recipe's order.
-        tokenizer: name of the model whose tokenizer cuts the texts.
         use: what the schedule sets, and its seed.
         calibration: the recipe's settings, for the profile.
         beside: folder in which `lewis-hub importance` writes its files.
@@ -58,29 +56,11 @@ class GuideSettings:
     guide: RegisteredGuide
     base: OpenedSource
     experts: tuple[OpenedSource, ...]
-    tokenizer: str
     bounds: Bounds
     use: Use
     calibration: Mapping[str, Any]
     beside: Path
     plan: PlanSettings
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """The profile and the schedule of a guide.
-
-    Attributes:
-        guide: its name.
-        profile: None if the guide measures nothing.
-        rows: rows of the data that each expert was measured on; empty if nothing is measured.
-    """
-
-    guide: str
-    profile: ImportanceProfile | None
-    schedule: DensitySchedule
-    notes: tuple[str, ...]
-    rows: tuple[tuple[int, ...], ...]
 
 
 def guide(
@@ -89,38 +69,27 @@ def guide(
     loader: ModelLoader,
     stores: Sequence[Path],
     wanted: Sequence[GramRequest] = (),
-) -> Guidance:
+) -> Guided:
     """Measure the sources that are not in a profile yet, and compute the density schedule.
 
-    Args:
-        settings: the guide, its sources and bounds.
-        sets: from `calibration_sets`.
-        loader: loads the sources.
-        stores: files `importance.json`: known measurements are read from all of them, and the
-            first is written after each source. Missing and damaged files are skipped.
-        wanted: per expert, or empty: second moments that the same pass can gather.
-
-    Raises:
-        CalibrationError: a source cannot be measured, or the guide has no valid schedule.
+    Known measurements are read from all `stores`, which are files `importance.json`; the first is
+    written after each source. Missing and damaged files are skipped. `wanted` are second moments
+    of each expert that the same pass can gather.
     """
-    chosen, base = settings.guide, settings.base
-    profile = None
+    chosen, profile = settings.guide, None
     if chosen.needs:
         profile = _measure(settings, sets, loader, stores, wanted)
-    tensors = base.checkpoint.tensors
     decided = schedule(
         chosen,
         settings.bounds,
         [expert.pinned for expert in settings.experts],
-        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in settings.base.checkpoint.tensors.items()},
         profile,
         settings.use,
     )
     for note in decided.notes:
         loader.progress.say(note)
-    found = settings.plan.restack(decided.schedule)
-    rows = tuple(one.tokens.rows for one in sets)
-    return Guidance(chosen.name, profile, found, decided.notes, rows)
+    return Guided(chosen.name, profile, settings.plan.restack(decided.schedule), decided.notes)
 
 
 def _subjects(
@@ -143,7 +112,7 @@ def _subjects(
     against = Snapshot(base.pinned, loader.files.folders[base.pinned]) if is_of_pairs else None
     moments: Sequence[GramRequest | None] = wanted or [None] * len(sets)
     for expert, texts, moment in zip(settings.experts, sets, moments, strict=True):
-        own = remap_token_ids(texts, expert, settings.tokenizer)
+        own = remap_token_ids(texts, expert, base.name)
         subjects.append(replace(loader.subject(expert, own), against=against, wanted=moment))
     return tuple(subjects)
 
@@ -204,11 +173,7 @@ def _on_texts(
 def require_by_ranges(
     settings: GuideSettings, sets: Sets, loader: ModelLoader, stores: Sequence[Path]
 ) -> None:
-    """Refuse a guide that would have to load whole models; nothing is loaded here.
-
-    Raises:
-        RecipeError: the guide measures whole models.
-    """
+    """Refuse a guide that would have to load whole models; nothing is loaded here."""
     known = _known(settings, stores)
     unknown = [
         subject.source
@@ -247,12 +212,7 @@ def known_profile(path: Path) -> ImportanceProfile | None:
 def measure_task_vectors(
     settings: GuideSettings, loader: ModelLoader, known: ImportanceProfile
 ) -> Iterator[SourceImportance]:
-    """Measure the task vector of each expert that `known` lacks, with the weights as merged.
-
-    Raises:
-        BrokenCheckpointError: a file is missing or ends too early.
-        SourceError: bytes of a source cannot be read.
-    """
+    """Measure the task vector of each expert that `known` lacks, with the weights as merged."""
     base = settings.base
     facts = {"measure": "task_vector", "base": base.digest}
     tensors = base.checkpoint.tensors
@@ -288,7 +248,7 @@ def _task_vector_sizes(
     workers = loader.means.runner
     with (
         SourceFiles(
-            loader.locations, steps, loader.scratch / "ranges", loader.max_shard_bytes
+            loader.files.locations, steps, loader.scratch / "ranges", loader.max_shard_bytes
         ) as files,
         open_source(base.pinned, first.base, files.reader) as of_base,
         open_source(expert.pinned, second.base, files.reader) as of_expert,

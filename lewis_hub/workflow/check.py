@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import HfApi
 
 from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
-from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import (
     CalibrationError,
@@ -20,20 +21,18 @@ from lewis_hub.errors import (
     SourceError,
 )
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
+from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
 from lewis_hub.hub.rows import describe_dataset, load_rows
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.compare import compare, passed_over, settle_heads
+from lewis_hub.merge.compare import settle_heads
+from lewis_hub.merge.slices import count_blocks
 from lewis_hub.methods.registry import Method
-from lewis_hub.recipe.schema import ApplyTo, Calibration, Missing
+from lewis_hub.recipe.schema import ApplyTo, Calibration
 from lewis_hub.tokenizer import TEMPLATE_SOURCES, template_of
 from lewis_hub.workflow.open import MergeSources, OpenedSource, ties
 from lewis_hub.workflow.resolve import PinnedTask
 from lewis_hub.workflow.resources import Measurement, Workload
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 
 POSITIONS = ("max_position_embeddings", "n_positions")  # keys of `config.json`
 SMALL_BYTES = 20_000_000  # rows of a smaller dataset are read to find its columns
@@ -121,22 +120,25 @@ class CheckReport:
 
 
 def require_fine(report: CheckReport) -> None:
-    """Refuse a merge with problems.
-
-    Raises:
-        CheckFailedError: the report has problems.
-    """
+    """Refuse a merge with problems."""
     if report.problems:
         raise CheckFailedError(report.problems)
 
 
 def make_report(
-    workload: Workload, problems: Sequence[str], notes: Sequence[str], api: HfApi
+    workload: Workload,
+    facts: Mapping[str, ModelFacts],
+    problems: Sequence[str],
+    notes: Sequence[str],
+    api: HfApi,
 ) -> CheckReport:
-    """Describe the sources, and estimate the disk and memory that the merge takes."""
+    """Describe the sources, and estimate the disk and memory that the merge takes.
+
+    `facts`: pinned source -> facts from its card.
+    """
     models, states_bytes = workload.sources.models, workload.states_bytes()
     return CheckReport(
-        sources=tuple(map(_report_source, models)),
+        sources=tuple(_report_source(model, facts[model.pinned].licence) for model in models),
         problems=tuple(problems),
         notes=tuple(notes),
         download_bytes=sum(bytes_to_download(api, model.source) for model in models),
@@ -147,7 +149,7 @@ def make_report(
     )
 
 
-def _report_source(opened: OpenedSource) -> SourceReport:
+def _report_source(opened: OpenedSource, licence: Licence | None) -> SourceReport:
     checkpoint, source = opened.checkpoint, opened.source
     tensors = own_tensors(checkpoint) if source.is_adapter else tuple(checkpoint.tensors.values())
     role = "adapter" if source.is_adapter else "expert"
@@ -165,7 +167,7 @@ def _report_source(opened: OpenedSource) -> SourceReport:
         dtype=next((dtype for dtype, _ in by_dtype.most_common(1)), "?"),
         n_parameters=sum(by_dtype.values()),
         n_vocabulary=text_config.get("vocab_size"),
-        licence=opened.facts.licence.identifier if opened.facts.licence else None,
+        licence=licence.identifier if licence else None,
         tied=bool(ties(config)),
     )
 
@@ -186,6 +188,18 @@ def guide_refusals(apply_to: ApplyTo, method: Method, *, is_stack: bool) -> list
             "Use `ties`, `dare_ties` or `dare_linear`, or remove the guide."
         ]
     return []
+
+
+def depth_refusals(sources: MergeSources) -> list[str]:
+    """Refuse experts whose blocks a guide cannot compare with those of the base."""
+    donor = count_blocks(sources.donor.checkpoint)
+    depths = [(expert.name, count_blocks(expert.checkpoint)) for expert in sources.experts]
+    return [
+        f"guide: {name} has {depth} blocks and the base {donor}, so their importance cannot be "
+        "compared block by block. Use guide `uniform`, or set `density`."
+        for name, depth in depths
+        if depth != donor
+    ]
 
 
 def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[str]:
@@ -278,53 +292,22 @@ def _check_task(selection: TaskSelection, calibration: Calibration) -> None:
             raise EvaluationError(file.name, problem, remedy)
 
 
-Configs = Mapping[str, Mapping[str, Any]]  # pinned source -> its config.json
-
-
-def settle(
-    donor: str, checkpoints: Mapping[str, Checkpoint], configs: Configs
-) -> dict[str, Checkpoint]:
+def settle(sources: MergeSources) -> MergeSources:
     """Give sources that tie head and embeddings, as the base does, a head if the base has one.
 
-    `donor` is the key of the base. If `tie_word_embeddings` is missing, the default of the
-    architecture holds: to tie, if a source without this key stores no head.
+    If `tie_word_embeddings` is missing, the default of the architecture holds: to tie, if a source
+    without this key stores no head.
     """
-    stated = {pinned: ties(configs[pinned]) for pinned in checkpoints}
     silent = any(
-        stated[pinned] is None and not any(map(names.is_head, checkpoint.tensors))
-        for pinned, checkpoint in checkpoints.items()
+        ties(one.config) is None and not any(map(names.is_head, one.checkpoint.tensors))
+        for one in sources.models
     )
-    tied = {pinned: silent if said is None else said for pinned, said in stated.items()}
-    base = checkpoints[donor]
-    return {
-        pinned: settle_heads(base, one) if tied[pinned] and tied[donor] else one
-        for pinned, one in checkpoints.items()
-    }
 
+    def settled(one: OpenedSource) -> OpenedSource:
+        stated = ties(one.config)
+        tied = silent if stated is None else stated
+        base = sources.donor.checkpoint
+        return replace(one, checkpoint=settle_heads(base, one.checkpoint)) if tied else one
 
-def misfits(
-    donor: Checkpoint,
-    experts: Sequence[Checkpoint],
-    missing: Missing,
-    rows: Collection[str],
-    *,
-    tokenizers_clash: bool,
-) -> list[str]:
-    """Return the reasons why the sources cannot be merged tensor by tensor.
-
-    Args:
-        donor: headers that the others are compared with.
-        experts: headers of the others.
-        missing: "base": tensors that an expert lacks are taken from the donor.
-        rows: tensors that are merged row by row.
-        tokenizers_clash: leave out different numbers of rows, as the tokenizers explain them.
-    """
-    problems = compare(donor, experts, missing, rows)
-    return [str(p) for p in problems if not (tokenizers_clash and p.kind == "vocabulary")]
-
-
-def left_alone(
-    donor: Checkpoint, experts: Sequence[Checkpoint], missing: Missing
-) -> tuple[str, ...]:
-    """Return a sentence for each group of tensors that `missing: base` keeps out of the merge."""
-    return passed_over(donor, experts) if missing == "base" else ()
+    stated = ties(sources.donor.config)
+    return sources.replaced(settled) if (silent if stated is None else stated) else sources

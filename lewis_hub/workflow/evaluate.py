@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
-from lewis_hub.errors import (
-    EvaluationError,
-)
+from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
 from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
@@ -24,10 +23,9 @@ from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
-from lewis_hub.recipe.schema import Benchmark
+from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK
-from lewis_hub.workflow.calibrate import Guidance
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.merge import (
     MergedModel,
@@ -39,10 +37,6 @@ from lewis_hub.workflow.merge import (
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.statistics import Gathered, StatisticsSettings, gather
 from lewis_hub.workflow.texts import ScoredTasks, Sets
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 
 CARD = "README.md"
 ITEMS = "lewis/items.json"
@@ -89,15 +83,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class PlainTwin:
-    """A twin of the merge without statistics, to be scored beside it.
-
-    Attributes:
-        takes_schedule: whether the guide's densities apply to it.
-    """
+    """A twin of the merge without statistics, to be scored beside it."""
 
     label: str
     plan: PlanSettings
-    takes_schedule: bool
+    takes_schedule: bool  # the guide's densities apply to it
 
 
 @dataclass(frozen=True)
@@ -107,9 +97,7 @@ class EvaluationPlan:
     Attributes:
         limit: number of items of each task, from the first; None: all items.
         rivals: label -> source that is scored beside the merge.
-        uniform_twin: whether a twin with uniform densities is made.
         demands: of the quality gate.
-        benchmarks: task -> benchmark on the Hub whose leaderboard shows the score.
     """
 
     limit: int | None
@@ -118,7 +106,6 @@ class EvaluationPlan:
     uniform_twin: bool
     plain_twin: PlainTwin | None
     demands: tuple[Demand, ...]
-    benchmarks: Mapping[str, Benchmark]
 
 
 @dataclass(frozen=True)
@@ -153,7 +140,7 @@ class TwinMaker:
 
     def _make(self, label: str, planned: MergePlan, title: str, known: Gathered) -> Candidate:
         loader, output = self.loader, self.loader.scratch / label
-        locations = {**loader.locations, **known.folders}
+        locations = {**loader.files.locations, **known.folders}
         shards = write_weights(planned, locations, output, loader.means, loader.progress, title)
         made = finish_model(planned, shards, self.sidecars, loader.files.folders, output)
         return Candidate(label, made.identity, made.folder)
@@ -163,14 +150,10 @@ def score_merge(
     evaluation: EvaluationPlan,
     tasks: ScoredTasks,
     merged: MergedModel,
-    guidance: Guidance | None,
+    guidance: Guided | None,
     maker: TwinMaker,
 ) -> Scored:
-    """Make the twins of the merge, and score it beside them and its rivals.
-
-    Raises:
-        EvaluationError: a task or a model cannot be used.
-    """
+    """Make the twins of the merge, and score it beside them and its rivals."""
     loader, twins = maker.loader, [Candidate("merged", merged.identity, merged.folder)]
     schedule = guidance.schedule if guidance else None
     if evaluation.plain_twin:
@@ -190,11 +173,7 @@ def score_merge(
 def score(
     candidates: Sequence[Candidate], run: Run, progress: Progress
 ) -> Mapping[str, ModelResult]:
-    """Score candidates on the same items; return label -> results.
-
-    Raises:
-        EvaluationError: a task or a model cannot be used.
-    """
+    """Score candidates on the same items; return label -> results."""
     run.kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
     benchmarks = with_prompts(run.loaded, run.limit)
@@ -229,12 +208,7 @@ def read_scores(output: Path) -> Scores | None:
 
 
 def judge_scores(demands: Sequence[Demand], scored: Scored, repo: str | None, api: HfApi) -> Scored:
-    """Return the same scores with the gate's verdict, if there are demands.
-
-    Raises:
-        EvaluationError: the gate names an unknown metric, or one that cannot be tested.
-        PublishError: the published model cannot be read.
-    """
+    """Return the same scores with the gate's verdict, if there are demands."""
     if not demands:
         return scored
     previous = _previous(demands, repo, api)
@@ -252,7 +226,7 @@ def judge_again(
     verdict = read_verdict(output)
     if verdict is None or not any("previous" in demand.not_worse_than for demand in demands):
         return verdict
-    asked = _asked(repo, api)
+    asked = HubRepo.to_publish(api, repo) if repo else None
     lock = (output / LOCK).read_text(encoding="utf-8")
     scores = read_scores(output)
     if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
@@ -267,25 +241,16 @@ def judge_again(
 
 
 def read_verdict(folder: Path) -> GateVerdict | None:
-    """Return the gate's verdict on the merge in a folder; None if there was no gate.
-
-    Raises:
-        EvaluationError: the file is damaged.
-    """
+    """Return the gate's verdict on the merge in a folder; None if there was no gate."""
     file = folder / FILE
     return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _asked(repo: str | None, api: HfApi) -> HubRepo | None:
-    return HubRepo.to_publish(api, repo) if repo else None
-
-
 def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
     """Read the results of the model that was published before."""
-    asked = _asked(repo, api)
-    wanted = any("previous" in demand.not_worse_than for demand in demands)
-    if asked is None or not wanted:
+    if repo is None or not any("previous" in demand.not_worse_than for demand in demands):
         return Previous("the published model", why="the recipe names no repo to publish to")
+    asked = HubRepo.to_publish(api, repo)
     target = read_target(asked)
     if target.head is None:
         return Previous(asked.name, why="the repo does not exist yet")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi
 
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST
 from lewis_hub.checkpoint.reader import Checkpoint
@@ -14,57 +15,32 @@ from lewis_hub.errors import MergeError, PublishError
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.chunks import AVERAGED, FUSED
+from lewis_hub.merge.compare import compare, passed_over
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
-from lewis_hub.recipe.schema import (
-    Evaluation,
-    Recipe,
-    Settings,
-)
-from lewis_hub.workflow.check import (
-    CheckReport,
-    benchmark_refusals,
-    chat_refusals,
-    data_refusals,
-    guide_refusals,
-    left_alone,
-    make_report,
-    misfits,
-    padding_refusals,
-    require_fine,
-    settle,
-)
+from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
+from lewis_hub.workflow import check
+from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
-from lewis_hub.workflow.merge import (
-    PinnedSlice,
-    PlanSettings,
-    depth_refusals,
-    merge_slices,
-    pin_slices,
-    stack_config,
-    stack_headers,
-)
+from lewis_hub.workflow.merge import PlanSettings, merge_slices, stack_config, stack_headers
 from lewis_hub.workflow.open import (
     MergeSources,
     OpenedSource,
-    OpenedSources,
     adapter_notes,
     open_sources,
     pickle_notes,
     quantised_notes,
-    ties,
 )
 from lewis_hub.workflow.resolve import (
     Inputs,
+    by_reference,
     calibrations_of,
     merged_entries,
     needs_moments,
     resolve_inputs,
-    sources_by_reference,
 )
 from lewis_hub.workflow.resources import (
     Execution,
@@ -80,9 +56,6 @@ from lewis_hub.workflow.tokenizers import (
     calibration_notes,
     compare_tokenizers,
 )
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
@@ -103,16 +76,16 @@ class Examined:
 
     Attributes:
         sources: sources with pickled weights have no tensors yet.
-        slices: the pinned slices of a stack; empty for a merge of whole models.
+        facts: pinned source -> facts from its card.
+        output: headers of the merge, in the dtypes of its sources.
     """
 
     report: CheckReport
     inputs: Inputs
     sources: MergeSources
+    facts: Mapping[str, ModelFacts]
     tokens: Tokens
-    measurement: Measurement
-    slices: tuple[PinnedSlice, ...]
-    workload: Workload
+    output: Checkpoint
 
 
 def examine_sources(
@@ -121,22 +94,18 @@ def examine_sources(
     """Pin, open and check the sources of a recipe; the returned report has no problems.
 
     Everything that can be checked without pickled weights is checked before they are converted.
-
-    Raises:
-        CheckFailedError: the sources do not fit together or do not fit the recipe.
-        LewisHubError: a source cannot be found or read; this machine lacks a device or runner.
     """
     execution.require_usable()
     inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     pickled = tuple(dict.fromkeys(source for source in inputs.models if source.is_pickled))
     if pickled:
-        require_fine(examine(recipe, replace(execution, allow_code=True), inputs, api).report)
+        check.require_fine(examine(recipe, replace(execution, allow_code=True), inputs, api).report)
         converted = convert_pickles(pickled, recipe.allow_code, api, progress)
         base = converted.get(inputs.base, inputs.base) if inputs.base else None
         experts = tuple(converted.get(expert, expert) for expert in inputs.experts)
         inputs = replace(inputs, base=base, experts=experts)
     examined = examine(recipe, execution, inputs, api)
-    require_fine(examined.report)
+    check.require_fine(examined.report)
     return examined
 
 
@@ -144,104 +113,84 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     """Read headers, configurations and cards of all sources, and check the recipe against them.
 
     Pickles are not opened.
-
-    Raises:
-        SourceError: a file cannot be read.
-        CheckpointError: a header is broken.
     """
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
-    opened, measurement = open_sources(inputs.models, api), measurement_of(recipe)
-    checkpoints, tokens, problems = opened.checkpoints, Tokens(), list(opened.problems)
-    if opened.is_read and not problems:
-        if not recipe.slices:
-            checkpoints = settle(inputs.donor.pinned, checkpoints, opened.configs)
-        request, models = _tokenizer_request(recipe, inputs, measurement)
-        tokens = compare_tokenizers(request, models, api, opened, checkpoints)
-        problems = [*tokens.problems]
+    sources, measurement, tokens = open_sources(inputs, api), measurement_of(recipe), Tokens()
+    problems = [one.problem for one in sources.distinct if one.problem]
+    if sources.are_read and not problems:
+        sources = sources if recipe.slices else check.settle(sources)
+        tokens = compare_tokenizers(_tokenizer_request(recipe, sources, measurement, api))
+        known = tokens.translations
+        sources = sources.replaced(lambda one: replace(one, translation=known.get(one.pinned)))
+        problems += tokens.problems
         if not recipe.slices:  # a stack is compared when it is planned
-            donor, *others = (checkpoints[source.pinned] for source in inputs.models)
-            rows, clash = tokens.alignment.tensors if tokens.alignment else (), bool(problems)
-            problems += misfits(donor, others, recipe.missing, rows, tokenizers_clash=clash)
-    sources = _merge_sources(inputs, checkpoints, opened, facts, tokens)
-    slices: tuple[PinnedSlice, ...] = ()
+            problems += _misfits(recipe, sources, tokens)
     output = sources.donor.checkpoint
     if not problems:
         try:
-            takes_base = registry.find(recipe.merge_method).takes_base
-            references = sources_by_reference(recipe, inputs)
-            slices = pin_slices(recipe.slices, recipe.base_model, references, takes_base=takes_base)
-            output = _check_plan(recipe, sources, tokens, slices)
+            output = _check_plan(recipe, sources, tokens)
             problems += _guide_problems(recipe, sources, measurement)
         except MergeError as error:
             problems.append(str(error))
         problems += _licence_problems(recipe, facts.values())
         problems += _refusals(recipe, execution, inputs, sources, measurement, api)
     workload = workload_of(recipe, execution, sources, measurement, output)
-    notes = _notes(recipe, inputs, sources, opened, workload)
-    notes += [*tokens.notes, *(calibration_notes(sources) if measurement.calibrations else ())]
-    report = make_report(workload, problems, notes, api)
-    return Examined(report, inputs, sources, tokens, measurement, slices, workload)
+    notes = [*_notes(recipe, sources, workload), *tokens.notes]
+    notes += calibration_notes(sources) if measurement.calibrations else ()
+    report = check.make_report(workload, facts, problems, notes, api)
+    return Examined(report, inputs, sources, facts, tokens, output)
 
 
 def _tokenizer_request(
-    recipe: Recipe, inputs: Inputs, measurement: Measurement
-) -> tuple[TokenizerRequest, tuple[Source, ...]]:
+    recipe: Recipe, sources: MergeSources, measurement: Measurement, api: HfApi
+) -> TokenizerRequest:
     """Return the tokenizer settings, and the models whose tokenizers have to be compared.
 
     A stack without texts only compares models whose embeddings, final norm or head it uses.
     """
-    sources = sources_by_reference(recipe, inputs)
+    references = by_reference(recipe, sources.base, sources.experts)
     tokenizer = recipe.asked_tokenizer
     names = [recipe.chat_template] if recipe.chat_template else []
     if tokenizer:
         tokens = (token.model for token in tokenizer.tokens.values())
         names += [tokenizer.source, *(model for model in tokens if model)]
-    references = {name: recipe.reference(name) for name in names}
-    named = {name: sources[model] for name, model in references.items() if model}
-    models = inputs.models
+    named = {name: references[model] for name in names if (model := recipe.reference(name))}
+    models = sources.models
     if recipe.slices and not tokenizer and not measurement.calibrations:
         ends = (recipe.slices[0], recipe.slices[-1])
-        used = {sources[source.model] for end in ends for source in end.sources}
-        models = tuple(model for model in models if model in used or model is inputs.donor)
-    return TokenizerRequest(tokenizer, recipe.chat_template, named), models
+        used = {references[source.model].pinned for end in ends for source in end.sources}
+        models = tuple(one for one in models if one.pinned in used or one is sources.donor)
+    return TokenizerRequest(tokenizer, recipe.chat_template, named, models, api)
 
 
-def _merge_sources(
-    inputs: Inputs,
-    checkpoints: Mapping[str, Checkpoint],
-    opened: OpenedSources,
-    facts: Mapping[str, ModelFacts],
-    tokens: Tokens,
-) -> MergeSources:
-    def open_source(source: Source) -> OpenedSource:
-        pinned = source.pinned
-        return OpenedSource(
-            source=source,
-            role="base" if source is inputs.base else "expert",
-            digest=inputs.digest(source),
-            checkpoint=checkpoints[pinned],
-            config=opened.configs[pinned],
-            facts=facts[pinned],
-            translation=tokens.translations.get(pinned),
-        )
+def _misfits(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> list[str]:
+    """Return the reasons why the sources cannot be merged tensor by tensor.
 
-    base = open_source(inputs.base) if inputs.base else None
-    return MergeSources(base, tuple(map(open_source, inputs.experts)))
+    Different numbers of rows are left out if the problems of the tokenizers explain them.
+    """
+    donor, *others = (one.checkpoint for one in sources.models)
+    rows = tokens.alignment.tensors if tokens.alignment else ()
+    found = compare(donor, others, recipe.missing, rows)
+    return [str(one) for one in found if not (tokens.problems and one.kind == "vocabulary")]
 
 
 def plan_settings(
-    recipe: Recipe,
-    execution: Execution,
-    sources: MergeSources,
-    tokens: Tokens,
-    slices: Sequence[PinnedSlice],
+    recipe: Recipe, execution: Execution, sources: MergeSources, tokens: Tokens
 ) -> PlanSettings:
-    """Return the settings that determine the plan of a merge."""
+    """Return the settings that determine the plan of a merge.
+
+    Raises:
+        MergeError: a slice does not list its base.
+    """
+    base, references = sources.base, by_reference(recipe, sources.base, sources.experts)
+    takes_base = registry.find(recipe.merge_method).takes_base
     settings: MergeSettings | StackSettings
-    if slices:
+    if recipe.slices:
         settings = StackSettings(
             method=recipe.merge_method,
-            slices=merge_slices(slices, sources),
+            slices=merge_slices(
+                recipe.slices, recipe.base_model, references, takes_base=takes_base
+            ),
             donor=sources.donor.checkpoint,
             parameters=recipe.parameters,
             dtype=recipe.output_dtype,
@@ -249,13 +198,12 @@ def plan_settings(
             alignment=tokens.alignment,
         )
     else:
-        base, entries = sources.base, merged_entries(recipe)
         settings = MergeSettings(
             method=recipe.merge_method,
             base=MergeSource(base.checkpoint, base.digest) if base else None,
             experts=tuple(
                 MergeSource(expert.checkpoint, expert.digest, entry.parameters)
-                for expert, entry in zip(sources.experts, entries, strict=True)
+                for expert, entry in zip(sources.experts, merged_entries(recipe), strict=True)
             ),
             parameters=recipe.parameters,
             dtype=recipe.output_dtype,
@@ -266,23 +214,15 @@ def plan_settings(
     return PlanSettings(settings, execution.max_shard_bytes, execution.allow_nan)
 
 
-def _check_plan(
-    recipe: Recipe, sources: MergeSources, tokens: Tokens, slices: Sequence[PinnedSlice]
-) -> Checkpoint:
-    """Plan the merge if all tensors are known; return the headers of its output.
-
-    Raises:
-        MergeError: the settings do not fit the method or the sources.
-    """
-    output = sources.donor.checkpoint
-    if not all(source.checkpoint.tensors for source in sources.models):
-        return output
-    planned = plan_settings(recipe, Execution(max_shard_bytes=1 << 40), sources, tokens, slices)
-    planned.plan(None)
-    if isinstance(planned.settings, StackSettings):
-        stack_config(slices, sources)
-        return stack_headers(planned.settings)
-    return output
+def _check_plan(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> Checkpoint:
+    """Plan the merge if all tensors are known; return the headers of its output."""
+    planned = plan_settings(recipe, Execution(max_shard_bytes=1 << 40), sources, tokens)
+    if sources.are_read:
+        planned.plan(None)
+        if isinstance(planned.settings, StackSettings):
+            stack_config(planned.settings, sources)
+            return stack_headers(planned.settings)
+    return sources.donor.checkpoint
 
 
 def _licence_problems(recipe: Recipe, facts: Iterable[ModelFacts]) -> list[str]:
@@ -299,8 +239,8 @@ def _guide_problems(recipe: Recipe, sources: MergeSources, measurement: Measurem
         return []
     method = registry.find(recipe.merge_method)
     is_stack = bool(recipe.slices)
-    problems = guide_refusals(recipe.guide.apply_to, method, is_stack=is_stack)
-    return problems + (depth_refusals(sources) if is_stack and measurement.measures else [])
+    problems = check.guide_refusals(recipe.guide.apply_to, method, is_stack=is_stack)
+    return problems + (check.depth_refusals(sources) if is_stack and measurement.measures else [])
 
 
 def _refusals(
@@ -312,18 +252,20 @@ def _refusals(
     api: HfApi,
 ) -> list[str]:
     """Return the reasons why a later step would refuse: texts, tasks, too large models."""
-    problems = padding_refusals(measurement, sources)
+    problems = check.padding_refusals(measurement, sources)
     evaluation, allow_code = recipe.evaluate, execution.allow_code
     if evaluation:
         gates = [(gate.task, gate.metric) for gate in evaluation.gate or ()]
         boards = [(task, board.metric) for task, board in (evaluation.benchmarks or {}).items()]
         selection = task_selection(evaluation, recipe.locate, allow_code=allow_code)
-        problems += benchmark_refusals(selection, [*gates, *boards])
+        problems += check.benchmark_refusals(selection, [*gates, *boards])
         if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
             rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
-            problems += chat_refusals([*merged, *rivals], api)
-    problems += data_refusals(measurement.calibrations, inputs.data, api, allow_code=allow_code)
+            problems += check.chat_refusals([*merged, *rivals], api)
+    problems += check.data_refusals(
+        measurement.calibrations, inputs.data, api, allow_code=allow_code
+    )
     return problems + loading_problems(measurement, sources, execution.loading)
 
 
@@ -402,13 +344,10 @@ def workload_of(
     )
 
 
-def _notes(
-    recipe: Recipe, inputs: Inputs, sources: MergeSources, opened: OpenedSources, workload: Workload
-) -> list[str]:
+def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[str]:
     """Return the notes of a check."""
-    notes = []
-    donor, config = inputs.donor, sources.donor.config
-    if "auto_map" in config and donor.name not in recipe.allow_code:
+    notes, donor = [], sources.donor
+    if "auto_map" in donor.config and donor.name not in recipe.allow_code:
         notes.append(
             f"{donor.name} contains Python code, which is not copied into the merge; list it "
             "under `allow_code` if its architecture needs it."
@@ -423,15 +362,15 @@ def _notes(
         notes.append("without a guide the merge equals its uniform twin, so it is scored once.")
 
     def is_base(name: str) -> bool:
-        if donor.folder:
-            return Path(recipe.locate(name)).resolve() == donor.folder.resolve()
+        if folder := donor.source.folder:
+            return Path(recipe.locate(name)).resolve() == folder.resolve()
         return name == donor.name
 
-    notes += adapter_notes(donor, opened.adapters, is_base, tied=bool(ties(config)))
-    notes += quantised_notes(inputs.models, opened.models, donor, recipe.output_dtype)
-    notes += pickle_notes(inputs.models)
+    notes += adapter_notes(sources, is_base)
+    notes += quantised_notes(sources, recipe.output_dtype)
+    notes += pickle_notes(sources)
     notes += loading_notes(measurement, sources, workload.loading, scores=workload.scores)
-    if opened.is_read:
+    if sources.are_read and recipe.missing == "base":  # tensors that are kept out of the merge
         first, *others = (one.checkpoint for one in sources.models)
-        notes += left_alone(first, others, recipe.missing)
+        notes += passed_over(first, others)
     return notes

@@ -7,8 +7,11 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi
 
 from lewis_hub.calibration.subject import CalibrationSet, Subject, Weights, in_folder
 from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
@@ -37,7 +40,6 @@ from lewis_hub.workflow.open import OpenedSource, ties
 from lewis_hub.workflow.resources import Loading
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
     from torch import Tensor
 
 
@@ -104,15 +106,9 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
 
 
 def require_disk(work: Path, download_bytes: int, made_bytes: int) -> None:
-    """Refuse disks that cannot hold the download and the written files together.
+    """Refuse disks that cannot hold the download and the files that are written into `work`.
 
-    Args:
-        work: folder of the merge; files of an earlier run in it count as free.
-        download_bytes: size of the sources that are not in the cache.
-        made_bytes: size of the files that are written into `work`.
-
-    Raises:
-        OutputError: a disk is too small.
+    Files of an earlier run in `work` count as free.
     """
     left = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     needs = ((cache_root(), download_bytes), (work, max(0, made_bytes - left)))
@@ -137,28 +133,25 @@ def convert_pickles(
         SourceError: a file cannot be fetched, or there is not enough room.
         PickleError: a pickle loads something else than tensors, or is damaged.
     """
-    folders = download(api, sources, progress)
-    return {
-        source: _converted(source, folders[source.pinned], api, progress, code=source.name in code)
-        for source in sources
-    }
+    found, folders = {}, download(api, sources, progress)
+    for source in sources:
+        has_code, folder = source.name in code, folders[source.pinned]
+        if has_code:
+            code_files(api, [source])
+        convert_into = partial(_convert_into, source, folder, api, progress)
+        found[source] = converted.store_converted(source, folder, convert_into, code=has_code)
+    return found
 
 
-def _converted(
-    source: Source, folder: Path, api: HfApi, progress: Progress, *, code: bool
-) -> Source:
-    if code:
-        code_files(api, [source])
+def _convert_into(
+    source: Source, folder: Path, api: HfApi, progress: Progress, work: Path
+) -> list[SourceFile]:
     config = json.loads(read_small(api, source, "config.json") or b"{}")
     files = {path: folder / path for path in converted.pickles_of(source)}
     total = source.size_bytes(weight_files(source))
-
-    def convert_into(work: Path) -> list[SourceFile]:
-        with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
-            written = convert(source.pinned, files, work, advance, ties=ties(config))
-        return [SourceFile(f.name, f.n_bytes, f"sha256:{f.sha256}") for f in written]
-
-    return converted.store_converted(source, folder, convert_into, code=code)
+    with progress.stage(f"Converting {source.name}", total, "bytes") as advance:
+        written = convert(source.pinned, files, work, advance, ties=ties(config))
+    return [SourceFile(f.name, f.n_bytes, f"sha256:{f.sha256}") for f in written]
 
 
 REMEDY = (
@@ -185,11 +178,6 @@ class ModelLoader:
     max_shard_bytes: int
     progress: Progress
 
-    @property
-    def locations(self) -> Locations:
-        """Pinned source -> where its weights are read."""
-        return self.files.locations
-
     def subject(self, source: OpenedSource, *sets: CalibrationSet) -> Subject:
         """Return a source and its texts, which are in its own token ids."""
         folder = self.files.folders[source.pinned]
@@ -202,10 +190,6 @@ class ModelLoader:
         on its base is written to `scratch` in the dtypes of the base, and a quantised model in
         bfloat16: transformers runs 8-bit floats only on a GPU, and measures need plain weights.
         The folder of an earlier call is used again.
-
-        Raises:
-            CheckpointError: a source is broken, or holds NaN or infinity.
-            OutputError: there is not enough room.
         """
         if not source.checkpoint.is_computed:
             return self.files.folders[source.pinned]
@@ -215,7 +199,7 @@ class ModelLoader:
         as_what = "on its base" if source.source.is_adapter else "in bfloat16"
         title = f"Writing out {source.name} {as_what}"
         means = replace(self.means, is_read_next=True)
-        write_weights(alone, self.locations, output, means, self.progress, title)
+        write_weights(alone, self.files.locations, output, means, self.progress, title)
         return output
 
     def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
@@ -223,10 +207,6 @@ class ModelLoader:
 
         They are read block by block if the model is too large for the memory, if no whole model
         may be on this disk, or if this takes less memory.
-
-        Raises:
-            CheckpointError: a source is broken.
-            OutputError: there is not enough room.
         """
         if not self.files.keeps_models:
             return replace(subject, weights=self._weights_by_ranges(source))
@@ -261,7 +241,7 @@ class ModelLoader:
                 for tensors in lists
             ]
             with (
-                SourceFiles(self.locations, steps, ranges, self.max_shard_bytes) as files,
+                SourceFiles(self.files.locations, steps, ranges, self.max_shard_bytes) as files,
                 open_source(source.pinned, checkpoint.base, files.reader) as reader,
             ):
                 for tensors in lists:
@@ -284,7 +264,6 @@ def choose_loading(
     subject: Subject, checkpoint: Checkpoint, loading: Loading, scratch: Path
 ) -> Subject:
     """Return a subject of a complete folder, block by block if this is needed or saves memory."""
-    must_be = loading.is_by_block(checkpoint)
-    by_block = must_be or loading.is_less_by_block(checkpoint, subject.n_tokens)
+    by_block = loading.goes_by_block(checkpoint, subject.n_tokens)
     weights = in_folder(subject.source, subject.folder, scratch) if by_block else None
-    return replace(subject, weights=weights, may_be_whole=not must_be)
+    return replace(subject, weights=weights, may_be_whole=not loading.is_too_large(checkpoint))

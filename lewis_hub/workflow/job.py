@@ -7,10 +7,12 @@ The steps below take no recipe, only the values of the job that they use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.errors import PublishError
@@ -22,10 +24,11 @@ from lewis_hub.guides.schedule import Bounds, Use
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Backend
+from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
-from lewis_hub.recipe.schema import Evaluation, Recipe
-from lewis_hub.report.facts import CardFacts
+from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
+from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow.calibrate import GuideSettings
@@ -43,24 +46,17 @@ from lewis_hub.workflow.examine import (
     workload_of,
 )
 from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
-from lewis_hub.workflow.merge import (
-    PlanSettings,
-    SidecarSettings,
-    name_by_pin,
-    new_dtype,
-    stack_config,
-    stacked_blocks,
-)
+from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype, stack_config
 from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.resolve import (
     Inputs,
     RecipeSnapshot,
+    by_reference,
     calibrations_of,
     merged_entries,
     needs_moments,
     snapshot,
-    sources_by_reference,
 )
 from lewis_hub.workflow.resources import (
     DiskNeeds,
@@ -73,23 +69,16 @@ from lewis_hub.workflow.resources import (
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
 
 @dataclass(frozen=True)
 class MergeJob:
     """A compiled recipe: all values that a merge needs.
 
     Attributes:
-        report: the result of the check; it has no problems.
-        code: sources whose Python files are copied.
         guide: None: densities come from the recipe's settings.
         statistics: None: the method needs no second moments.
-        sidecars: the files beside the weights.
         evaluation: None: nothing is scored.
         held_out: tasks whose items no calibration text may hold, scored now or later.
-        reporting: the values of the report that are known before the merge.
         repo: target repo; None: the merge stays on disk.
         means: runner and device that make the weights.
         replaces: whether an existing output folder may be replaced.
@@ -97,8 +86,6 @@ class MergeJob:
 
     report: CheckReport
     sources: MergeSources
-    code: tuple[Source, ...]
-    measurement: Measurement
     texts: TextSettings
     guide: GuideSettings | None
     statistics: StatisticsSettings | None
@@ -117,24 +104,27 @@ class MergeJob:
         """The lock of the merge, without its outputs."""
         return self.reporting.planned
 
+    @property
+    def code(self) -> tuple[Source, ...]:
+        """Sources whose Python files are copied."""
+        return (self.sources.donor.source,) if self.sidecars.code else ()
+
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
         """Return the bytes that the merge takes on the disk.
 
-        Args:
-            sets: calibration texts, one set per expert; empty: they are not drawn yet.
-            keeps_models: whether whole models may be on this disk.
+        Without `sets` the texts are not drawn yet. `keeps_models`: whether whole models may be on
+        this disk.
         """
-        report, calibrations = self.report, self.measurement.calibrations if sets else ()
+        report, calibrations = self.report, self.texts.calibrations if sets else ()
         n_tokens = {c: own.tokens.n_tokens for c, own in zip(calibrations, sets, strict=True)}
         loading = self.workload.loading if keeps_models else Loading(max_memory_bytes=0)
-        checkpoints = self.sources.checkpoints.values()
+        checkpoints = self.sources.checkpoints
         return DiskNeeds(
             report.download_bytes,
-            report.output_bytes,
             report.disk_bytes - report.states_bytes,
             self.workload.statistics_bytes(),
-            self.measurement.waiting_bytes(n_tokens, checkpoints, loading),
-            self.plan.max_shard_bytes,
+            self.workload.measurement.waiting_bytes(n_tokens, checkpoints, loading),
+            min(self.plan.max_shard_bytes, report.output_bytes),
         )
 
     def scored_tasks(self, api: HfApi, progress: Progress) -> ScoredTasks | None:
@@ -163,14 +153,14 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 
 
 def planned_lock(
-    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, taken: RecipeSnapshot
+    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, pinned: RecipeSnapshot
 ) -> Lock:
     """Return the lock of a planned merge, without outputs and calibration rows."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
         calibration=tuple(locked_data(inputs.data[one], one) for one in calibrations_of(recipe)),
-        recipe=taken.document,
+        recipe=pinned.document,
         method=recipe.merge_method,
         method_version=registry.find(recipe.merge_method).version,
         guide=guide.name if guide else None,
@@ -182,11 +172,6 @@ def planned_lock(
     )
 
 
-def take_snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
-    """Return the recipe as it is run, with every revision pinned."""
-    return snapshot(recipe, sources_by_reference(recipe, inputs), inputs.data)
-
-
 def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: HfApi) -> MergeJob:
     """Compile a recipe whose sources were examined; nothing is read.
 
@@ -196,32 +181,38 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         MergeError: the settings do not fit the method or the sources.
     """
     inputs, sources, tokens = examined.inputs, examined.sources, examined.tokens
-    measurement, slices = measurement_of(recipe), examined.slices
-    plan = plan_settings(recipe, execution, sources, tokens, slices)
+    measurement, allow_code = measurement_of(recipe), execution.allow_code
+    plan = plan_settings(recipe, execution, sources, tokens)
+    stack = plan.settings if isinstance(plan.settings, StackSettings) else None
     sidecars = SidecarSettings(
         donor=sources.donor.pinned,
         dtype=recipe.output_dtype or new_dtype(sources.donor.checkpoint),
         code=inputs.donor.name in recipe.allow_code,
         tokenizer=tokens.carried,
-        config=stack_config(slices, sources) if slices else None,
+        config=stack_config(stack, sources) if stack else None,
     )
     reporting = _report_settings(recipe, execution, examined, api)
-    guide = _guide_settings(recipe, sources, measurement, plan)
-    output = examined.workload.output
-    evaluation, allow_code = recipe.evaluate, execution.allow_code
-    held_out = evaluation or execution.held_out
+    statistics = None
+    if measurement.moments:
+        reader = tokens.carried.donor if tokens.carried else sources.donor.pinned
+        statistics = StatisticsSettings(
+            method=recipe.merge_method,
+            moments=measurement.moments,
+            sources=sources,
+            reader=next(one for one in sources.models if one.pinned == reader),
+            plan=plan,
+            sidecars=sidecars,
+            digest=reporting.planned.digest,
+        )
+    evaluation, held_out = recipe.evaluate, recipe.evaluate or execution.held_out
     return MergeJob(
         report=examined.report,
         sources=sources,
-        code=(inputs.donor,) if sidecars.code else (),
-        measurement=measurement,
         texts=TextSettings(
             inputs.donor, recipe.seed, allow_code, inputs.data, measurement.calibrations
         ),
-        guide=guide,
-        statistics=_statistics_settings(
-            recipe, examined, measurement, plan, sidecars, reporting.planned.digest
-        ),
+        guide=_guide_settings(recipe, sources, measurement, plan),
+        statistics=statistics,
         plan=plan,
         sidecars=sidecars,
         evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
@@ -230,8 +221,8 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         else None,
         reporting=reporting,
         repo=recipe.publish.repo if recipe.publish else None,
-        workload=workload_of(recipe, execution, sources, measurement, output),
-        means=execution.means(is_read_next=recipe.evaluate is not None),
+        workload=workload_of(recipe, execution, sources, measurement, examined.output),
+        means=execution.means(is_read_next=evaluation is not None),
         replaces=execution.replace,
     )
 
@@ -247,36 +238,11 @@ def _guide_settings(
         guide=guide,
         base=sources.base,
         experts=sources.experts,
-        tokenizer=sources.donor.name,
         bounds=Bounds(entry.gamma, entry.epsilon, entry.default_density, entry.mean_density),
         use=Use(entry.apply_to, recipe.seed),
         calibration=texts.model_dump(mode="json", exclude_none=True) if texts else {},
         beside=Path(recipe.locate("importance")),
         plan=plan,
-    )
-
-
-def _statistics_settings(
-    recipe: Recipe,
-    examined: Examined,
-    measurement: Measurement,
-    plan: PlanSettings,
-    sidecars: SidecarSettings,
-    digest: str,
-) -> StatisticsSettings | None:
-    if measurement.moments is None:
-        return None
-    sources, carried = examined.sources, examined.tokens.carried
-    reader = carried.donor if carried else sources.donor.pinned
-    return StatisticsSettings(
-        method=recipe.merge_method,
-        moments=measurement.moments,
-        sources=sources,
-        tokenizer=sources.donor.name,
-        reader=next(one for one in sources.models if one.pinned == reader),
-        plan=plan,
-        sidecars=sidecars,
-        digest=digest,
     )
 
 
@@ -286,8 +252,7 @@ def _evaluation(
     twin = None
     if plain := plain_twin(recipe):
         label, other = plain
-        sources, tokens, slices = examined.sources, examined.tokens, examined.slices
-        plan = plan_settings(other, execution, sources, tokens, slices)
+        plan = plan_settings(other, execution, examined.sources, examined.tokens)
         twin = PlainTwin(label, plan, takes_schedule=label == "by_magnitude")
     return EvaluationPlan(
         limit=evaluation.limit,
@@ -301,23 +266,20 @@ def _evaluation(
             Demand(gate.task, gate.metric, gate.not_worse_than, gate.tolerance, gate.on_refusal)
             for gate in evaluation.gate or ()
         ),
-        benchmarks=evaluation.benchmarks or {},
     )
 
 
 def _report_settings(
     recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
 ) -> ReportSettings:
-    inputs = examined.inputs
-    taken = take_snapshot(recipe, inputs)
-    planned = planned_lock(recipe, inputs, execution.max_shard_bytes, taken)
-    mergekit = _mergekit(recipe, examined, taken)
-    repo = recipe.publish.repo if recipe.publish else None
-    chosen = recipe.publish.license if recipe.publish else None
-    facts = {one.pinned: one.facts for one in examined.sources.models}
+    inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
+    pinned = snapshot(recipe, inputs)
+    planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
+    mergekit = _mergekit(recipe, examined, pinned.document)
+    chosen = publish.license if publish else None
     card = CardFacts(
-        title=repo.partition("/")[2] if repo else "Merged model",
-        repo=repo,
+        title=publish.repo.partition("/")[2] if publish else "Merged model",
+        repo=publish.repo if publish else None,
         endpoint=api.endpoint,
         base=inputs.base,
         experts=inputs.experts,
@@ -329,7 +291,7 @@ def _report_settings(
         guided=None,
         scores=None,
         costs=(),
-        recipe=taken.to_yaml(),
+        recipe=pinned.to_yaml(),
         licence=_licence([facts[one.pinned] for one in inputs.models], chosen),
         licence_chosen=chosen is not None,
         config={},
@@ -338,12 +300,12 @@ def _report_settings(
         mergekit=mergekit is not None,
         digest=planned.digest,
         software=planned.software,
-        stack=stacked_blocks(examined.slices),
+        stack=_stacked_blocks(recipe, inputs),
         in_sequence=fits_in_sequence(recipe),
         scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,
     )
     benchmarks = (recipe.evaluate.benchmarks or {}) if recipe.evaluate else {}
-    return ReportSettings(card, planned, taken, mergekit, benchmarks, execution.device)
+    return ReportSettings(card, planned, pinned, mergekit, benchmarks, execution.device)
 
 
 def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
@@ -354,17 +316,32 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
         return None
 
 
-def _mergekit(recipe: Recipe, examined: Examined, taken: RecipeSnapshot) -> MergekitMerge | None:
+def _stacked_blocks(recipe: Recipe, inputs: Inputs) -> tuple[StackedBlocks, ...]:
+    """Return the blocks of a stack and their sources, for the card."""
+    sources, rows, first = by_reference(recipe, inputs.base, inputs.experts), [], 0
+    takes_base = registry.find(recipe.merge_method).takes_base
+    for one in recipe.slices:
+        blocks = range(first, first + len(one.sources[0].blocks))
+        base = (one.base_model or recipe.base_model) if takes_base else None
+        made_from = tuple((sources[source.model], source.blocks) for source in one.sources)
+        rows.append(StackedBlocks(blocks, made_from, sources[base] if base else None))
+        first = blocks.stop
+    return tuple(rows)
+
+
+def _mergekit(
+    recipe: Recipe, examined: Examined, document: Mapping[str, Any]
+) -> MergekitMerge | None:
+    """Return the merge for mergekit, if mergekit has its method; `document`: the pinned recipe."""
     inputs = examined.inputs
     if recipe.merge_method not in METHODS or needs_moments(recipe):
         return None
     entries = zip(merged_entries(recipe), inputs.experts, strict=True)
-    document = taken.document
     return MergekitMerge(
         method=recipe.merge_method,
         base=inputs.base.pinned if inputs.base else None,
         models={expert.pinned: entry.parameters for entry, expert in entries},
-        slices=name_by_pin(recipe.slices, sources_by_reference(recipe, inputs)),
+        slices=tuple(Slice.model_validate(one) for one in document.get("slices", ())),
         parameters=recipe.parameters,
         dtype=recipe.output_dtype,
         schedule=None,

@@ -14,7 +14,6 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError
 from lewis_hub.guides.schedule import DensitySchedule
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.engine import ShardResult, run, tensors_in_memory
 from lewis_hub.merge.plan import (
     Fitted,
@@ -38,8 +37,7 @@ from lewis_hub.merge.slices import (
     make_stacked_plan,
     stacked_config,
 )
-from lewis_hub.recipe.schema import ModelReference, Settings, Slice, SliceSource
-from lewis_hub.report.facts import StackedBlocks
+from lewis_hub.recipe.schema import ModelReference, Slice, SliceSource
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.tokenizers import Carried
 
@@ -192,10 +190,6 @@ def write_weights(
     """Write the shards of a plan into a folder; finished shards of an earlier run are kept.
 
     `title` names the stage that shows progress.
-
-    Raises:
-        CheckpointError: a source is broken, or holds NaN or infinity.
-        OutputError: there is not enough room.
     """
     output.mkdir(parents=True, exist_ok=True)
     with progress.stage(title, planned.n_bytes, "bytes") as advance:
@@ -219,11 +213,7 @@ def finish_model(
 def merge_in_memory(
     planned: MergePlan, locations: Locations, scratch: Path, means: Backend
 ) -> dict[str, Tensor]:
-    """Make the tensors of a plan in memory; a Ray cluster is replaced by threads.
-
-    Raises:
-        CheckpointError: a source is broken, or holds NaN or infinity.
-    """
+    """Make the tensors of a plan in memory; a Ray cluster is replaced by threads."""
     if isinstance(means.runner, Ray):
         means = replace(means, runner=threads())
     return tensors_in_memory(planned, locations, scratch, means)
@@ -249,112 +239,59 @@ def new_dtype(checkpoint: Checkpoint) -> str | None:
     return "bfloat16" if holds_eight_bit else None
 
 
-@dataclass(frozen=True)
-class SourceBlocks:
-    """Consecutive blocks of a source, by their numbers there, and their settings."""
-
-    source: Source
-    blocks: range
-    parameters: Settings
-
-
-@dataclass(frozen=True)
-class PinnedSlice:
-    """A slice of a stack with pinned sources.
-
-    Attributes:
-        base: one of the listed sources; None for a method without a base.
-        experts: the other sources.
-        listed: all sources, in the recipe's order.
-    """
-
-    base: SourceBlocks | None
-    experts: tuple[SourceBlocks, ...]
-    listed: tuple[SourceBlocks, ...]
-    parameters: Settings
-
-
-def pin_slices(
+def merge_slices(
     slices: Sequence[Slice],
     base_model: ModelReference | None,
-    sources: Mapping[ModelReference, Source],
+    sources: Mapping[ModelReference, OpenedSource],
     *,
     takes_base: bool,
-) -> tuple[PinnedSlice, ...]:
-    """Pin the sources of slices; `base_model` is the base of a slice that names no base.
+) -> tuple[MergeSlice, ...]:
+    """Return the slices with their sources; `base_model` is the base of a slice that names none.
 
     Raises:
         MergeError: a slice does not list its base.
     """
 
-    def blocks(one: SliceSource) -> SourceBlocks:
-        return SourceBlocks(sources[one.model], one.blocks, one.parameters)
+    def blocks(one: SliceSource) -> Blocks:
+        source = sources[one.model]
+        return Blocks(MergeSource(source.checkpoint, source.digest, one.parameters), one.blocks)
 
     found = []
     for index, one in enumerate(slices):
         base = (one.base_model or base_model) if takes_base else None
-        listed = tuple(blocks(source) for source in one.sources)
-        if base is None:
-            found.append(PinnedSlice(None, listed, listed, one.parameters))
-            continue
         bases = [blocks(source) for source in one.sources if source.model == base]
-        if not bases:
+        if base and not bases:
             problem = f"the base `{base}` is not among the slice's sources"
             remedy = "Add it to `sources` with its `layer_range`."
             raise MergeError(f"slices[{index}]", problem, remedy)
         experts = tuple(blocks(source) for source in one.sources if source.model != base)
-        found.append(PinnedSlice(bases[0], experts, listed, one.parameters))
+        found.append(MergeSlice(bases[0] if bases else None, experts, one.parameters))
     return tuple(found)
 
 
-def merge_slices(slices: Sequence[PinnedSlice], sources: MergeSources) -> tuple[MergeSlice, ...]:
-    """Return the slices with the headers of their sources."""
-    opened = {one.source: one for one in sources.models}
-
-    def blocks(one: SourceBlocks) -> Blocks:
-        source = opened[one.source]
-        return Blocks(MergeSource(source.checkpoint, source.digest, one.parameters), one.blocks)
-
-    return tuple(
-        MergeSlice(
-            blocks(one.base) if one.base else None,
-            tuple(blocks(expert) for expert in one.experts),
-            one.parameters,
-        )
-        for one in slices
-    )
-
-
-def stack_config(slices: Sequence[PinnedSlice], sources: MergeSources) -> dict[str, Any]:
+def stack_config(settings: StackSettings, sources: MergeSources) -> dict[str, Any]:
     """Return the stack's `config.json`.
 
     Raises:
         MergeError: the number of blocks in the donor's configuration cannot be changed.
     """
-    opened = {one.source: one for one in sources.models}
-
-    def model(source: OpenedSource) -> Model:
-        return Model(source.pinned, source.config, count_blocks(source.checkpoint))
-
-    origins = []
-    for one in slices:
-        first = one.base or one.experts[0]
-        made_from = model(opened[first.source])
-        origins += [Origin(made_from, block) for block in first.blocks]
-    return stacked_config(model(sources.donor), origins)
+    models = {
+        one.pinned: Model(one.pinned, one.config, count_blocks(one.checkpoint))
+        for one in sources.distinct
+    }
+    firsts = [one.base or one.experts[0] for one in settings.slices]
+    origins = [
+        Origin(models[first.source.label], block) for first in firsts for block in first.numbers
+    ]
+    return stacked_config(models[sources.donor.pinned], origins)
 
 
 def stack_headers(settings: StackSettings) -> Checkpoint:
-    """Return the headers of the stack.
-
-    Raises:
-        MergeError: it cannot be made.
-    """
-    planned = make_stacked_plan(settings, 1 << 40)
-    made = [(layout.name, tensor) for layout in planned.layouts for tensor in layout.tensors]
+    """Return the headers of the stack."""
     headers = [
-        TensorHeader(tensor.name, tensor.dtype, tensor.shape, shard, 0, tensor.n_bytes)
-        for shard, tensor in made
+        TensorHeader(tensor.name, tensor.dtype, tensor.shape, layout.name, 0, tensor.n_bytes)
+        for layout in make_stacked_plan(settings, 1 << 40).layouts
+        for tensor in layout.tensors
     ]
     return Checkpoint("the stack", {header.name: header for header in headers})
 
@@ -371,49 +308,4 @@ def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
                     found[source][tensor.output.name] = given[source][header.name]
     return DensitySchedule(
         tuple(replace(one, tensors=found[one.source]) for one in schedule.experts)
-    )
-
-
-def depth_refusals(sources: MergeSources) -> list[str]:
-    """Refuse experts whose blocks a guide cannot compare with those of the base."""
-    donor = count_blocks(sources.donor.checkpoint)
-    depths = [(expert.name, count_blocks(expert.checkpoint)) for expert in sources.experts]
-    return [
-        f"guide: {name} has {depth} blocks and the base {donor}, so their importance cannot be "
-        "compared block by block. Use guide `uniform`, or set `density`."
-        for name, depth in depths
-        if depth != donor
-    ]
-
-
-def stacked_blocks(slices: Sequence[PinnedSlice]) -> tuple[StackedBlocks, ...]:
-    """Return the blocks of a stack and their sources, for the card."""
-    rows, first = [], 0
-    for one in slices:
-        blocks = range(first, first + len(one.listed[0].blocks))
-        made_from = tuple((source.source, source.blocks) for source in one.listed)
-        rows.append(StackedBlocks(blocks, made_from, one.base.source if one.base else None))
-        first = blocks.stop
-    return tuple(rows)
-
-
-def name_by_pin(
-    slices: Sequence[Slice], sources: Mapping[ModelReference, Source]
-) -> tuple[Slice, ...]:
-    """Return slices with the pinned name of every model."""
-
-    def pinned(model: ModelReference) -> ModelReference:
-        return ModelReference(name=sources[model].pinned)
-
-    return tuple(
-        one.model_copy(
-            update={
-                "base_model": pinned(one.base_model) if one.base_model else None,
-                "sources": tuple(
-                    source.model_copy(update={"model": pinned(source.model)})
-                    for source in one.sources
-                ),
-            }
-        )
-        for one in slices
     )

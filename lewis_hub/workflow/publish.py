@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from huggingface_hub import HfApi
+
 from lewis_hub.display import Progress
 from lewis_hub.errors import (
     EvaluationError,
@@ -43,13 +45,11 @@ from lewis_hub.report.difference import differences
 from lewis_hub.report.findings import gate_sentences, refusal, scores_table
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import Lock
-from lewis_hub.workflow import fetch
 from lewis_hub.workflow.evaluate import CARD, SCORES, read_scores, read_verdict
+from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from lewis_hub.recipe.schema import Publishing
     from lewis_hub.report.lock import Lock
 IMPORTANCE = "lewis/importance.json"
@@ -97,13 +97,16 @@ def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
         return None
     files = tuple(SourceFile(path, 0, digest) for path, digest in target.digests.items())
     source = Source(target.repo, "model", None, target.head, files, None)
+
+    def read(path: str) -> str:
+        return (read_small(api, source, path) or b"").decode("utf-8", "replace")
+
     try:
-        lock = Lock.from_json((read_small(api, source, LOCK) or b"").decode("utf-8", "replace"))
+        lock = Lock.from_json(read(LOCK))
     except OutputError:
         return None
     try:
-        changelog = (read_small(api, source, difference.FILE) or b"").decode("utf-8", "replace")
-        changes = difference.from_json(changelog)
+        changes = difference.from_json(read(difference.FILE))
     except OutputError:
         changes = ()
     return PreviousMerge(source, lock, changes)
@@ -114,12 +117,6 @@ def same_merge(found: Lock, planned: Lock) -> bool:
     return found.digest == planned.digest and all(
         planned.recipe.get(key) in (None, found.recipe.get(key)) for key in LATER
     )
-
-
-def without_scores(planned: Lock) -> Lock:
-    """Return the lock of the same merge without scoring."""
-    recipe = {key: value for key, value in planned.recipe.items() if key != "evaluate"}
-    return replace(planned, recipe=recipe)
 
 
 def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
@@ -182,30 +179,34 @@ class Destination:
 
 
 def open_destination(asked: Publishing, api: HfApi) -> Destination:
-    """Check before any work that a push can succeed.
-
-    Raises:
-        PublishError: no token, one that may not write there, or no such namespace.
-    """
+    """Check before any work that a push can succeed."""
     target = open_target(api, asked.repo, asked.landing)
     return Destination(asked, target, previous_merge(target, api))
 
 
 def published_already(destination: Destination, planned: Lock, api: HfApi) -> Published | None:
-    """Return main, or an open pull request, if it already holds the planned merge.
+    """Return main, or an open pull request, if it already holds the planned merge."""
+    asked = destination.asked
+    commit = _commit_with(planned, asked, destination.previous, api)
+    if commit is None:
+        return None
+    return publish_tag(api, asked.repo, commit, None if commit.pull_request_url else asked.tag)
+
+
+def _commit_with(
+    planned: Lock, asked: Publishing, main: PreviousMerge | None, api: HfApi
+) -> PushedCommit | None:
+    """Return the commit that holds a planned merge, on main or in an open pull request.
 
     Pull requests are only read if the merge would become a pull request.
     """
-    asked, previous = destination.asked, destination.previous
-    if previous and previous.holds(planned):
-        return publish_tag(api, asked.repo, PushedCommit(previous.source.commit_sha), asked.tag)
+    if main and main.holds(planned):
+        return PushedCommit(main.source.commit_sha)
     if asked.landing == "pull-request":
         for url, target in open_pull_requests(HubRepo.to_publish(api, asked.repo)):
             proposed = previous_merge(target, api)
             if proposed and proposed.holds(planned):
-                return publish_tag(
-                    api, asked.repo, PushedCommit(proposed.source.commit_sha, url), None
-                )
+                return PushedCommit(proposed.source.commit_sha, url)
     return None
 
 
@@ -228,20 +229,8 @@ def push(
     """Push a folder in one commit, unless the repo changed since `destination` was opened.
 
     The commit's message and the folder's changelog and card list the changes against the previous
-    merge. A merge that missed the quality gate is not pushed, or becomes a pull request if the gate
-    says so; with `force` it is pushed as usual, and the commit names the gate.
-
-    Args:
-        folder: the model.
-        destination: repo to push to.
-        api: the Hub.
-        progress: shows the uploaded bytes.
-        sent: files of the model that are uploaded already.
-        force: whether to push a merge that missed the gate.
-
-    Raises:
-        PublishError: the repo is unchanged, or only the tag is missing.
-        GateRefusedError: the merge missed its quality gate; the repo is unchanged.
+    merge. With `force`, a merge that missed its gate is pushed as usual, and the commit names the
+    gate. `sent` are files that are uploaded already. See `pipeline.publish`.
     """
     _require_licence(folder)
     asked, verdict = destination.asked, read_verdict(folder)
@@ -305,28 +294,18 @@ def _title(changes: Sequence[str], title: str) -> str:
 
 
 def _record_changes(folder: Path, previous: PreviousMerge | None) -> tuple[str, ...]:
-    """Return the changes against a previous merge; write them into changelog and card."""
-    lock = lock_in(folder)
+    """Return the changes against a previous merge; write all changes into changelog and card."""
+    lock, card = lock_in(folder), folder / CARD
     if not previous or not lock:
         return ()
-    changes = differences(previous.lock, lock)
-    _write_changelog(folder, previous, lock, changes)
-    return changes
-
-
-def _write_changelog(
-    folder: Path, previous: PreviousMerge, lock: Lock, changes: tuple[str, ...]
-) -> None:
-    """Write the new changes and those of earlier merges into changelog and card."""
-    entries, card = previous.changes, folder / CARD
+    changes, entries = differences(previous.lock, lock), previous.changes
     if changes:
-        today = datetime.now(UTC).date()
-        new = difference.ChangelogEntry(today, previous.source.commit_sha, lock.digest, changes)
-        entries = (new, *entries)
-    if not entries or not card.exists():
-        return
-    write_whole(folder / difference.FILE, difference.to_json(entries))
-    write_whole(card, difference.in_card(card.read_text(encoding="utf-8"), entries))
+        today, sha = datetime.now(UTC).date(), previous.source.commit_sha
+        entries = (difference.ChangelogEntry(today, sha, lock.digest, changes), *entries)
+    if entries and card.exists():
+        write_whole(folder / difference.FILE, difference.to_json(entries))
+        write_whole(card, difference.in_card(card.read_text(encoding="utf-8"), entries))
+    return changes
 
 
 Way = Literal["unchanged", "merge", "stream"]
@@ -351,10 +330,10 @@ class Preflight:
 def look_ahead(
     job: MergeJob, asked: Publishing, output: Path, api: HfApi, *, force: bool
 ) -> Preflight:
-    """Compare the job with disk and target; see `pipeline.preflight`."""
+    """Compare a job with the disk and the target; see `pipeline.preflight`."""
     needs, planned = job.disk_needs(), job.planned
     try:
-        fetch.require_disk(output, needs.download_bytes, needs.made_bytes)
+        require_disk(output, needs.download_bytes, needs.made_bytes)
         found = Preflight("merge", "The disk is large enough.")
     except OutputError as shortage:
         if job.evaluation and job.evaluation.demands:
@@ -364,34 +343,17 @@ def look_ahead(
             )
             raise OutputError(shortage.where, shortage.problem, remedy) from None
         found = Preflight("stream", f"{shortage.where}: {shortage.problem}")
-        planned = without_scores(planned)  # scores need whole models
+        unscored = {key: part for key, part in planned.recipe.items() if key != "evaluate"}
+        planned = replace(planned, recipe=unscored)  # scores need whole models
     previous = previous_merge(read_target(HubRepo.to_publish(api, asked.repo)), api)
-    held = None if force else _held(asked, previous, planned, api)
-    if held:
-        name, sha = asked.repo, held.source.commit_sha
-        why = f"{name}@{sha[:8]} holds this merge already."
-        return Preflight("unchanged", why, f"{api.endpoint}/{name}/commit/{sha}")
+    commit = None if force else _commit_with(planned, asked, previous, api)
+    if commit:
+        why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
+        url = f"{api.endpoint}/{asked.repo}/commit/{commit.commit_sha}"
+        return Preflight("unchanged", why, url)
     if previous and job.guide:
-        _keep_importance(job.guide.beside, previous, api)
+        place, profile = job.guide.beside / "importance.json", previous.read(IMPORTANCE, api)
+        if profile and not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            write_whole(place, profile)
     return found
-
-
-def _held(
-    asked: Publishing, main: PreviousMerge | None, planned: Lock, api: HfApi
-) -> PreviousMerge | None:
-    """Return the planned merge if main, or an open pull request, holds it already."""
-    merges = [main]
-    if asked.landing == "pull-request":
-        merges += [
-            previous_merge(target, api)
-            for _, target in open_pull_requests(HubRepo.to_publish(api, asked.repo))
-        ]
-    return next((previous for previous in merges if previous and previous.holds(planned)), None)
-
-
-def _keep_importance(folder: Path, previous: PreviousMerge, api: HfApi) -> None:
-    place = folder / "importance.json"
-    profile = previous.read(IMPORTANCE, api)
-    if profile and not place.exists():
-        place.parent.mkdir(exist_ok=True)
-        write_whole(place, profile)

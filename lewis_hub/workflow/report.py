@@ -30,12 +30,13 @@ from lewis_hub.report.lock import (
 )
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
-from lewis_hub.report.plots import Plot, draw
-from lewis_hub.workflow.calibrate import Guidance
-from lewis_hub.workflow.evaluate import CARD, Scored
+from lewis_hub.report.plots import draw
+from lewis_hub.workflow.evaluate import CARD, ITEMS, SCORES, Scored
 from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import PinnedTask, RecipeSnapshot
 from lewis_hub.workflow.statistics import Gathered
+
+PROFILE, SCHEDULE = "importance.json", "density.json"  # in the folder `lewis`
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ReportSettings:
 def write(
     settings: ReportSettings,
     merged: MergedModel,
-    guidance: Guidance | None,
+    guided: Guided | None,
     gathered: Gathered,
     scored: Scored | None,
     costs: Costs,
@@ -68,13 +69,11 @@ def write(
     """Write the report; return the paths of all files of the model, relative to its folder."""
     folder, machine = merged.folder, this_machine(settings.device)
     (folder / "lewis").mkdir(exist_ok=True)
-    plots = write_guidance(folder / "lewis", guidance) if guidance else ()
-    locked_files = _write_locked(settings, folder, guidance, plots, scored)
-    written = [*merged.sidecars, *locked_files]
+    guided = write_guidance(folder / "lewis", guided) if guided else None
     outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
-    outputs |= {name: _output(folder / name) for name in written}
-    rows = guidance.rows if guidance and guidance.rows else gathered.rows
-    lock = _finished(settings.planned, outputs, rows)
+    for name in (*merged.sidecars, *_write_locked(settings, folder, guided, scored)):
+        outputs[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
+    lock = _finished(settings.planned, outputs, gathered.rows)
     # The lock has no costs, times and verdict, so that equal merges have equal locks.
     beside = {COSTS: costs.to_json(machine), LOCK: lock.to_json()}
     beside[PROVENANCE] = provenance(lock, costs.began, datetime.now(UTC))
@@ -85,7 +84,7 @@ def write(
     facts = replace(
         settings.facts,
         parameters=merged.parameters,
-        guided=_guided(guidance, plots),
+        guided=guided,
         scores=scored.scores if scored else None,
         gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
@@ -99,25 +98,16 @@ def write(
     return (*outputs, *beside, *_write_card(settings, folder, facts, scored))
 
 
-def write_guidance(folder: Path, guidance: Guidance) -> tuple[Plot, ...]:
-    """Write profile, schedule and their plots into a folder; return the plots."""
-    for name, text in _documents(guidance).items():
-        write_whole(folder / name, text)
-    return draw(guidance.profile, guidance.schedule, folder)
-
-
-def _documents(guidance: Guidance) -> dict[str, str]:
-    """Return the text of the profile, if there is one, and of the schedule, by file name."""
-    measured = {"importance.json": guidance.profile.to_json()} if guidance.profile else {}
-    return measured | {"density.json": guidance.schedule.to_json()}
+def write_guidance(folder: Path, guided: Guided) -> Guided:
+    """Write profile, schedule and their plots into a folder; return the guidance with its plots."""
+    if guided.profile:
+        write_whole(folder / PROFILE, guided.profile.to_json())
+    write_whole(folder / SCHEDULE, guided.schedule.to_json())
+    return replace(guided, plots=draw(guided.profile, guided.schedule, folder))
 
 
 def _write_locked(
-    settings: ReportSettings,
-    folder: Path,
-    guidance: Guidance | None,
-    plots: Sequence[Plot],
-    scored: Scored | None,
+    settings: ReportSettings, folder: Path, guided: Guided | None, scored: Scored | None
 ) -> list[str]:
     """Write the descriptive files that are part of the lock.
 
@@ -126,24 +116,19 @@ def _write_locked(
     """
     texts = {"lewis/recipe.yaml": settings.snapshot.to_yaml()}
     if scored:
-        texts["lewis/scores.json"] = scored.scores.to_json()
-        texts["lewis/items.json"] = scored.items.to_json()
-    others = [*(_documents(guidance) if guidance else ())]
-    others += [file for plot in plots for file in plot.files]
+        texts[SCORES] = scored.scores.to_json()
+        texts[ITEMS] = scored.items.to_json()
+    others: list[str] = []
+    if guided:
+        others += [*([PROFILE] if guided.profile else []), SCHEDULE]
+        others += [file for plot in guided.plots for file in plot.files]
     others += settings.snapshot.copy_tasks(folder / "lewis")
     if settings.mergekit:
-        schedule = guidance.schedule if guidance else None
+        schedule = guided.schedule if guided else None
         texts[MERGEKIT] = mergekit_config(replace(settings.mergekit, schedule=schedule))
     for name, text in texts.items():
         write_whole(folder / name, text)
     return [*texts, *(f"lewis/{name}" for name in others)]
-
-
-def _guided(guidance: Guidance | None, plots: tuple[Plot, ...]) -> Guided | None:
-    """Return the guide's section of the card; None without a guide."""
-    if guidance is None:
-        return None
-    return Guided(guidance.guide, guidance.profile, guidance.schedule, guidance.notes, plots)
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -179,10 +164,6 @@ def _finished(
         replace(one, rows=own) for one, own in zip(planned.calibration, drawn, strict=True)
     )
     return replace(planned, outputs=outputs, calibration=calibration)
-
-
-def _output(path: Path) -> OutputFile:
-    return OutputFile(sha256_of(path), path.stat().st_size)
 
 
 def locked_input(source: Source, *, is_base: bool) -> LockedInput:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import yaml
+from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.lora import read_config
-from lewis_hub.errors import (
-    EvaluationError,
-    GuideError,
-    RecipeError,
-    SourceError,
-)
+from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError
 from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.guides import registry as guides
@@ -28,20 +25,7 @@ from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
 from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
-from lewis_hub.recipe.schema import (
-    Calibration,
-    ModelEntry,
-    ModelReference,
-    Publishing,
-    Recipe,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from huggingface_hub import HfApi
-
-    from lewis_hub.recipe.schema import Publishing
+from lewis_hub.recipe.schema import Calibration, ModelEntry, ModelReference, Publishing, Recipe
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -82,20 +66,6 @@ def allowing_overlap(recipe: Recipe) -> Recipe:
 def rules(recipe: Recipe) -> Iterator[Complaint]:
     """Yield the contradictions of a recipe, including those of its guide."""
     yield from contradictions(recipe)
-    yield from _guide_complaints(recipe)
-
-
-def require_valid(recipe: Recipe) -> None:
-    """Check a recipe that was not read from a file by the same rules.
-
-    Raises:
-        RecipeError: its fields contradict each other, or its guide lacks calibration data.
-    """
-    for where, problem, remedy in rules(recipe):
-        raise RecipeError("recipe", read.dotted(where), problem, remedy)
-
-
-def _guide_complaints(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.guide is None:
         return
     try:
@@ -116,28 +86,20 @@ def published_at(recipe: Recipe, repo: str) -> Recipe:
 
 
 def destination(recipe: Recipe) -> Publishing:
-    """Return the publishing settings of a recipe.
-
-    Raises:
-        RecipeError: it has none.
-    """
+    """Return the publishing settings of a recipe."""
     if recipe.publish is None:
-        raise RecipeError(
-            "recipe",
-            "publish.repo",
-            "the recipe does not say where to publish.",
-            "Add `publish: {repo: owner/name}`, or give --repo owner/name.",
-        )
+        problem = "the recipe does not say where to publish."
+        remedy = "Add `publish: {repo: owner/name}`, or give --repo owner/name."
+        raise RecipeError("recipe", "publish.repo", problem, remedy)
     return recipe.publish
 
 
+AnySource = TypeVar("AnySource")
 Locate = Callable[[str], str]  # a name as written -> the path of a local file, or the name itself
 
 
 def hub_api() -> HfApi:
     """Return the Hub of `HF_ENDPOINT`, with the token of `HF_TOKEN` or `hf auth login`."""
-    from huggingface_hub import HfApi
-
     return HfApi(library_name="lewis-hub", library_version=version("lewis-hub"))
 
 
@@ -167,21 +129,11 @@ class Inputs:
         every = [*named, *(source for task in tasks for source in task.datasets)]
         return tuple({source.pinned: source for source in every}.values())
 
-    def digest(self, source: Source) -> str:
-        """Return the digest of a source's weights; those of an adapter depend on its base."""
-        if source.is_adapter and self.base:
-            return f"{self.base.commit_sha}+{source.commit_sha}"
-        return source.commit_sha
-
 
 def resolve_one(
     model: ModelReference | Path | str, api: HfApi, *, allow_pickle: bool = False
 ) -> Source:
-    """Pin a model outside of a recipe.
-
-    Raises:
-        SourceError: it cannot be found or read, or is an adapter.
-    """
+    """Pin a model outside of a recipe."""
     reference = ModelReference.model_validate(model)
     if reference.on:
         problem = "`+` adds a LoRA adapter to a model, which only a merge can do"
@@ -191,25 +143,8 @@ def resolve_one(
     return require_whole(api, with_converted(found, code=False))
 
 
-def resolve_source(
-    reference: ModelReference, api: HfApi, locate: Locate, *, allow_pickle: bool, code: bool
-) -> Source:
-    """Pin a model of a recipe.
-
-    Raises:
-        SourceError: it cannot be found or may not be read.
-    """
-    located = _located(reference.name, locate)
-    source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
-    return with_converted(replace(source, name=reference.name), code=code)
-
-
 def require_whole(api: HfApi, source: Source) -> Source:
-    """Return a source that is a whole model.
-
-    Raises:
-        SourceError: it is an adapter.
-    """
+    """Return a source that is a whole model."""
     if not source.is_adapter:
         return source
     settings = ADAPTERS[0]
@@ -225,31 +160,24 @@ def require_whole(api: HfApi, source: Source) -> Source:
 def resolve_data(
     calibrations: Iterable[Calibration], api: HfApi, locate: Locate
 ) -> dict[Calibration, Source | PinnedTask]:
-    """Pin the data of calibrations; equal datasets are looked up once.
-
-    Raises:
-        EvaluationError: a task is unknown, or its data cannot be pinned.
-        SourceError: a dataset cannot be found or may not be read.
-    """
+    """Pin the data of calibrations; equal datasets are looked up once."""
     datasets: dict[str, Source] = {}
     found: dict[Calibration, Source | PinnedTask] = {}
     for one in dict.fromkeys(calibrations):
         if one.dataset is not None:
             if one.dataset not in datasets:
-                datasets[one.dataset] = _resolve_dataset(one.dataset, api, locate)
+                located = _located(one.dataset, locate)
+                name, _, revision = one.dataset.partition("@")
+                datasets[one.dataset] = (
+                    resolve_dataset(api, name, revision or None)
+                    if located == one.dataset
+                    else replace(resolve_dataset(api, located), name=one.dataset)
+                )
             found[one] = datasets[one.dataset]
         elif one.task is not None:
             include = Path(locate(one.include)) if one.include else None
             found[one] = pin_task(api, one.task, one.revision, include)
     return found
-
-
-def _resolve_dataset(written: str, api: HfApi, locate: Locate) -> Source:
-    located = _located(written, locate)
-    if located != written:
-        return replace(resolve_dataset(api, located), name=written)
-    name, _, revision = written.partition("@")
-    return resolve_dataset(api, name, revision or None)
 
 
 def _located(written: str, locate: Locate) -> str:
@@ -289,10 +217,6 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
     """Find a task's files and pin the data that they name; nothing is run or loaded.
 
     `revision` replaces the task's own revision of its repo; `include` holds the user's task files.
-
-    Raises:
-        EvaluationError: the task is unknown, or its data cannot be pinned.
-        SourceError: a dataset cannot be found or may not be read.
     """
     asked = TaskSelection((task,), include, allow_code=True)
     located = locate_tasks(asked)
@@ -315,19 +239,13 @@ def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
     A repo that cannot be found is not pinned: lm-eval reports the error, or has its rows in a
     cache.
     """
-    asked = ((data.repo, data.revision) for data in task_data(locate_tasks(selected)))
-    repos = dict.fromkeys((name, revision) for name, revision in asked if name)
-    return _commits(dict(_found(api, repos)))
-
-
-def _found(
-    api: HfApi, repos: dict[tuple[str, str | None], None]
-) -> Iterator[tuple[tuple[str, str | None], Source]]:
+    every = task_data(locate_tasks(selected))
+    repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
+    found: dict[tuple[str, str | None], Source] = {}
     for name, revision in repos:
-        try:
-            yield (name, revision), resolve_dataset(api, name, revision)
-        except SourceError:
-            continue
+        with suppress(SourceError):
+            found[name, revision] = resolve_dataset(api, name, revision)
+    return _commits(found)
 
 
 def _commits(pinned: dict[tuple[str, str | None], Source]) -> Commits:
@@ -347,8 +265,6 @@ def _require_pinnable(data: TaskData) -> None:
 
 TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
 TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
-Sources = Mapping[ModelReference, Source]  # every model that a recipe names
-Data = Mapping[Calibration, Source | PinnedTask]  # the data of each calibration
 
 
 @dataclass(frozen=True)
@@ -383,10 +299,11 @@ class RecipeSnapshot:
         return copied
 
 
-def snapshot(recipe: Recipe, sources: Sources, data: Data) -> RecipeSnapshot:
+def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     """Pin every revision of a recipe."""
     task_folders = _task_folders(recipe)
     document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    sources = by_reference(recipe, inputs.base, inputs.experts)
     names = {str(model): source.pinned for model, source in sources.items()}
     del document["models" if recipe.slices else "slices"]
     models = document.get("models", [])
@@ -396,18 +313,20 @@ def snapshot(recipe: Recipe, sources: Sources, data: Data) -> RecipeSnapshot:
             place["base_model"] = names[place["base_model"]]
     for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
-    _pin_tokenizer(document, recipe, sources)
+    _pin_tokenizer(document, recipe, names)
     places = [document, document.get("guide", {}), *models]
     drawn = [place["calibration"] for place in places if "calibration" in place]
     for calibration in drawn:
-        _pin_calibration(calibration, data)
+        _pin_calibration(calibration, inputs.data)
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = task_folders[recipe.locate(place["include"])]
     return RecipeSnapshot(document, task_folders)
 
 
-def _pin_calibration(calibration: dict[str, Any], data: Data) -> None:
+def _pin_calibration(
+    calibration: dict[str, Any], data: Mapping[Calibration, Source | PinnedTask]
+) -> None:
     """Write the commit of a dataset or task into a calibration; unused calibrations stay."""
     if "task" not in calibration:
         datasets = {one.dataset: found for one, found in data.items()}
@@ -421,7 +340,7 @@ def _pin_calibration(calibration: dict[str, Any], data: Data) -> None:
         calibration["revision"] = commits.pop()
 
 
-def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, sources: Sources) -> None:
+def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, names: Mapping[str, str]) -> None:
     """Pin models that are named as source of the tokenizer, a token or the chat template."""
 
     def pin(place: dict[str, Any], key: str) -> None:
@@ -429,7 +348,7 @@ def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, sources: Sources) -
         if not isinstance(name, str) or name in ("base", "union"):
             return
         if model := recipe.reference(name):
-            place[key] = sources[model].pinned
+            place[key] = names[str(model)]
 
     pin(document, "tokenizer_source")
     pin(document, "chat_template")
@@ -444,12 +363,8 @@ def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, sources: Sources) -
 def _task_folders(recipe: Recipe) -> dict[str, str]:
     """Return the folders with the user's task files -> name of the copy."""
     guide = recipe.guide.calibration if recipe.guide else None
-    places = [
-        recipe.evaluate,
-        recipe.calibration,
-        guide,
-        *(entry.calibration for entry in recipe.models),
-    ]
+    own = [entry.calibration for entry in recipe.models]
+    places = [recipe.evaluate, recipe.calibration, guide, *own]
     named = [place.include for place in places if place and place.include]
     folders = dict.fromkeys(map(recipe.locate, named))
     return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
@@ -464,13 +379,13 @@ def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
     return recipe.experts if takes_base or recipe.slices else recipe.models
 
 
-def sources_by_reference(recipe: Recipe, inputs: Inputs) -> dict[ModelReference, Source]:
-    """Return the pinned source of each model of a recipe."""
+def by_reference(
+    recipe: Recipe, base: AnySource | None, experts: Sequence[AnySource]
+) -> dict[ModelReference, AnySource]:
+    """Return the base and the experts of a recipe by their names in it."""
     models = [entry.model for entry in merged_entries(recipe)]
-    sources = dict(zip(models, inputs.experts, strict=True))
-    if recipe.base_model and inputs.base:
-        sources[recipe.base_model] = inputs.base
-    return sources
+    found = dict(zip(models, experts, strict=True))
+    return found | ({recipe.base_model: base} if recipe.base_model and base else {})
 
 
 def needs_moments(recipe: Recipe) -> bool:
@@ -493,11 +408,13 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         RecipeError: its fields contradict each other, or its guide lacks calibration data.
         SourceError: a source cannot be found or may not be read.
     """
-    require_valid(recipe)
+    for where, problem, remedy in rules(recipe):  # it may not have been read from a file
+        raise RecipeError("recipe", read.dotted(where), problem, remedy)
 
     def model(reference: ModelReference) -> Source:
-        code = reference.name in recipe.allow_code
-        return resolve_source(reference, api, recipe.locate, allow_pickle=allow_pickle, code=code)
+        name, located = reference.name, _located(reference.name, recipe.locate)
+        source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
+        return with_converted(replace(source, name=name), code=name in recipe.allow_code)
 
     base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
     entries = merged_entries(recipe)
@@ -517,15 +434,18 @@ def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
     Raises:
         RecipeError: a model is a local folder, or a file is not beside the recipe.
     """
-    for model in _models(recipe):
-        if Path(recipe.locate(model)).exists():
-            problem = f"`{model}` is a local folder, but a Job reads models from the Hub."
-            raise RecipeError(
-                str(file), "models", problem, f"Push it: `lewis-hub push {model} OWNER/NAME`."
-            )
+    models = [entry.model for entry in recipe.experts]
+    for model in [*([recipe.base_model] if recipe.base_model else []), *models]:
+        if Path(recipe.locate(model.name)).exists():
+            problem = f"`{model.name}` is a local folder, but a Job reads models from the Hub."
+            remedy = f"Push it: `lewis-hub push {model.name} OWNER/NAME`."
+            raise RecipeError(str(file), "models", problem, remedy)
+    named = [recipe.evaluate.include if recipe.evaluate else None]
+    for calibration in filter(None, map(recipe.calibration_of, recipe.experts)):
+        named += [calibration.dataset, calibration.include]
     found: dict[str, Path] = {}
     beside = file.resolve().parent
-    for name in _data(recipe):
+    for name in filter(None, named):
         place = Path(recipe.locate(name))
         if not place.exists():
             continue  # a repo, or a missing file, which the check reports
@@ -541,28 +461,8 @@ def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
     return found
 
 
-def _models(recipe: Recipe) -> Iterator[str]:
-    if recipe.base_model:
-        yield recipe.base_model.name
-    for entry in recipe.experts:
-        yield entry.model.name
-
-
-def _data(recipe: Recipe) -> Iterator[str]:
-    if recipe.evaluate and recipe.evaluate.include:
-        yield recipe.evaluate.include
-    for entry in recipe.experts:
-        calibration = recipe.calibration_of(entry)
-        named = calibration and (calibration.dataset, calibration.include)
-        yield from filter(None, named or ())
-
-
 def require_streamable(recipe: Recipe) -> None:
-    """Refuse a recipe that scores, because scoring needs whole models on the disk.
-
-    Raises:
-        RecipeError: the recipe has `evaluate`.
-    """
+    """Refuse a recipe that scores, because scoring needs whole models on the disk."""
     if recipe.evaluate is None:
         return
     problem = "scoring needs whole models on the disk, and --stream keeps none."

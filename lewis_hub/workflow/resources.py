@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
-from typing import TYPE_CHECKING
 
 from lewis_hub.calibration.grams import HELD_BYTES as GRAM_BYTES
 from lewis_hub.calibration.grams import WIDEST, n_entries
@@ -21,12 +20,10 @@ from lewis_hub.checkpoint.writer import DTYPES
 from lewis_hub.errors import DeviceError
 from lewis_hub.guides.registry import RegisteredGuide
 from lewis_hub.hub.fetch import weight_files
-from lewis_hub.merge.runners import Backend, Ray, Runner, parse_runner
+from lewis_hub.merge.runners import Backend, Ray, parse_runner
 from lewis_hub.recipe.schema import Calibration, Evaluation
 from lewis_hub.workflow.open import MergeSources
 
-if TYPE_CHECKING:
-    pass
 SOFTWARE = (
     *("torch", "transformers", "tokenizers", "accelerate", "safetensors", "huggingface_hub"),
     *("datasets", "lm_eval", "numpy", "numba"),
@@ -65,11 +62,6 @@ class Execution:
     held_out: Evaluation | None = None
 
     @property
-    def workers(self) -> Runner | Ray:
-        """The runner of this name."""
-        return parse_runner(self.runner, self.ray_address)
-
-    @property
     def loading(self) -> Loading:
         """The device and memory limit for measured models."""
         return Loading(self.device, self.max_memory_bytes)
@@ -77,7 +69,7 @@ class Execution:
     def means(self, *, is_read_next: bool) -> Backend:
         """Return runner and device of a merge; `is_read_next`: whether the files are read soon."""
         device = self.device if self.device.startswith("cuda") else None
-        return Backend(self.workers, device, is_read_next)
+        return Backend(parse_runner(self.runner, self.ray_address), device, is_read_next)
 
     def require_usable(self) -> None:
         """Refuse a runner or device that this machine does not have.
@@ -87,10 +79,11 @@ class Execution:
             ExtraMissingError: Ray is not installed.
             DeviceError: torch does not find the device.
         """
-        workers = self.workers
-        if isinstance(workers, Ray):
-            workers.require_installed()
-        _require_device(self.device)
+        runner = parse_runner(self.runner, self.ray_address)
+        if isinstance(runner, Ray):
+            runner.require_installed()
+        if self.device != "cpu":
+            _require_device(self.device)
 
 
 def software() -> dict[str, str]:
@@ -105,8 +98,6 @@ def software() -> dict[str, str]:
 
 
 def _require_device(name: str) -> None:
-    if name == "cpu":
-        return
     import torch
 
     try:
@@ -186,10 +177,7 @@ class Measurement:
     ) -> int:
         """Return the bytes of hidden states on the disk, in the largest measuring step.
 
-        Args:
-            n_tokens: number of tokens of each calibration's texts.
-            checkpoints: headers of all sources.
-            loading: decides which sources are measured block by block.
+        `n_tokens` is the number of tokens of each calibration's texts.
         """
         if not n_tokens or not (self.moments or self.measures - OF_WHOLE_MODELS - WITHOUT_TEXTS):
             return 0
@@ -198,9 +186,7 @@ class Measurement:
         sizes = [
             states_bytes(checkpoint, max(n_fitted, n_measured))
             for checkpoint in checkpoints
-            if self.in_sequence
-            or loading.is_by_block(checkpoint)
-            or loading.is_less_by_block(checkpoint, n_measured)
+            if self.in_sequence or loading.goes_by_block(checkpoint, n_measured)
         ]
         largest = max(sizes, default=0)
         return largest if largest > HELD_BYTES else 0
@@ -210,9 +196,7 @@ class Measurement:
 class Loading:
     """The device on which models are measured, and the memory limit for a model.
 
-    Attributes:
-        device: torch device.
-        max_memory_bytes: a larger model is loaded block by block; None: no limit.
+    A model that is larger than `max_memory_bytes` is loaded block by block; None: no limit.
     """
 
     device: str = "cpu"
@@ -225,7 +209,7 @@ class Loading:
             for tensor in checkpoint.tensors.values()
         )
 
-    def is_by_block(self, checkpoint: Checkpoint) -> bool:
+    def is_too_large(self, checkpoint: Checkpoint) -> bool:
         """Return whether a whole model is larger than the limit."""
         limit = self.max_memory_bytes
         return limit is not None and self.model_bytes(checkpoint) > limit
@@ -233,16 +217,17 @@ class Loading:
     def has_room_for_blocks(self, checkpoint: Checkpoint) -> bool:
         """Return whether the limit allows the whole model, or at least block by block."""
         limit = self.max_memory_bytes
-        return not self.is_by_block(checkpoint) or blocks_bytes(checkpoint) <= (limit or 0)
+        return not self.is_too_large(checkpoint) or blocks_bytes(checkpoint) <= (limit or 0)
 
-    def is_less_by_block(self, checkpoint: Checkpoint, n_tokens: int) -> bool:
-        """Return whether measuring a model block by block takes less memory than the whole model.
+    def goes_by_block(self, checkpoint: Checkpoint, n_tokens: int) -> bool:
+        """Return whether a model is measured block by block: it must be, or it takes less memory.
 
-        Always false on a GPU: a block is copied there as float32 through the CPU's memory, which
-        takes longer than loading the whole model.
+        It never takes less memory on a GPU: a block is copied there as float32 through the CPU's
+        memory, which takes longer than loading the whole model.
         """
         blocks = blocks_bytes(checkpoint) + min(states_bytes(checkpoint, n_tokens), HELD_BYTES)
-        return self.device == "cpu" and blocks < self.model_bytes(checkpoint)
+        is_less = self.device == "cpu" and blocks < self.model_bytes(checkpoint)
+        return is_less or self.is_too_large(checkpoint)
 
 
 def blocks_bytes(checkpoint: Checkpoint) -> int:
@@ -270,35 +255,20 @@ def states_bytes(checkpoint: Checkpoint, n_tokens: int) -> int:
     return WIDTH * max(widths, default=0) * n_tokens
 
 
-def batch_bytes(calibrations: Iterable[Calibration], checkpoint: Checkpoint) -> int:
-    """Return an upper bound for the float32 activations of one batch of texts in a block."""
-    n_tokens = max(
-        (min(c.samples * c.max_tokens, max(c.max_tokens, TOGETHER)) for c in calibrations),
-        default=0,
-    )
-    shapes = (t.shape for name, t in checkpoint.tensors.items() if names.block(name) is not None)
-    return WIDTH * ROWS * n_tokens * max((max(s[-2:]) for s in shapes if len(s) > 1), default=0)
-
-
 def loading_problems(
     measurement: Measurement, sources: MergeSources, loading: Loading
 ) -> list[str]:
     """Refuse models, or blocks, that do not fit into the allowed memory to be measured."""
-    guide = measurement.guide
-    whole = measurement.measures & OF_WHOLE_MODELS
-    if guide is None or not whole:
-        return _block_problems(measurement, sources, loading)
-    return [
-        f"guide `{guide.name}` runs whole models, and {label} takes {size:,} bytes in memory, "
-        "more than `--max-memory` allows. Raise the limit, or use a guide that measures block by "
-        "block, such as `lewis`."
-        for label, size in _too_large(sources, loading)
-    ]
-
-
-def _block_problems(measurement: Measurement, sources: MergeSources, loading: Loading) -> list[str]:
-    """Refuse models that do not fit into the allowed memory even block by block."""
-    limit = loading.max_memory_bytes
+    guide, limit = measurement.guide, loading.max_memory_bytes
+    if guide and measurement.measures & OF_WHOLE_MODELS:
+        return [
+            f"guide `{guide.name}` runs whole models, and {source.name} takes "
+            f"{loading.model_bytes(source.checkpoint):,} bytes in memory, more than "
+            "`--max-memory` allows. Raise the limit, or use a guide that measures block by block, "
+            "such as `lewis`."
+            for source in sources.distinct
+            if loading.is_too_large(source.checkpoint)
+        ]
     if limit is None or not measurement.calibrations:
         return []
     if measurement.in_sequence:
@@ -319,27 +289,19 @@ def loading_notes(
     measurement: Measurement, sources: MergeSources, loading: Loading, *, scores: bool
 ) -> list[str]:
     """Return notes: which models are measured block by block, and that scoring loads them whole."""
-    too_large = list(_too_large(sources, loading))
-    if not too_large:
-        return []
+    too_large = [one for one in sources.distinct if loading.is_too_large(one.checkpoint)]
     notes = [
-        f"{label} takes {size:,} bytes in memory, more than `--max-memory` allows, so it is "
-        "measured block by block."
-        for label, size in too_large
+        f"{source.name} takes {loading.model_bytes(source.checkpoint):,} bytes in memory, more "
+        "than `--max-memory` allows, so it is measured block by block."
+        for source in too_large
         if measurement.calibrations
     ]
-    if scores:
+    if scores and too_large:
         notes.append(
             "Scoring loads whole models and ignores `--max-memory`: skip it with `--no-eval`, and "
             "score the merge on a machine with enough memory."
         )
     return notes
-
-
-def _too_large(sources: MergeSources, loading: Loading) -> Iterator[tuple[str, int]]:
-    for source in sources.distinct:
-        if loading.is_by_block(source.checkpoint):
-            yield source.name, loading.model_bytes(source.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -368,10 +330,6 @@ class Workload:
     loaded: Collection[str]
 
     @property
-    def _checkpoints(self) -> tuple[Checkpoint, ...]:
-        return tuple(source.checkpoint for source in self.sources.distinct)
-
-    @property
     def _pickles(self) -> dict[str, int]:
         pickled = [s.source for s in self.sources.distinct if s.source.is_pickled]
         return {source.pinned: source.size_bytes(weight_files(source)) for source in pickled}
@@ -392,17 +350,17 @@ class Workload:
 
     def states_bytes(self) -> int:
         """Estimate the largest size of hidden states on the disk."""
-        measurement = self.measurement
-        return measurement.waiting_bytes(measurement.n_tokens, self._checkpoints, self.loading)
+        n_tokens, checkpoints = self.measurement.n_tokens, self.sources.checkpoints
+        return self.measurement.waiting_bytes(n_tokens, checkpoints, self.loading)
 
     def memory_bytes(self) -> int:
-        """Estimate the memory of the largest step."""
-        pickle_bytes = max(self._pickles.values(), default=0)
-        return max(
-            self._merging_bytes(),
-            self._scoring_bytes(pickle_bytes),
-            self._measuring_bytes(pickle_bytes),
-        )
+        """Estimate the memory of the largest step.
+
+        A pickle is assumed to hold numbers of two bytes, the smallest that can be merged.
+        """
+        n_pickled = max(self._pickles.values(), default=0) // 2
+        measuring = self._measuring_bytes(n_pickled)
+        return max(self._merging_bytes(), self._scoring_bytes(n_pickled), measuring)
 
     def statistics_bytes(self) -> int:
         """Estimate the files of second moments, or of the matrices that are fitted with them."""
@@ -423,7 +381,7 @@ class Workload:
 
         Kernels only hold parts of tensors. Of an adapter all low-rank matrices are in memory.
         """
-        tensors = [t for one in self._checkpoints for t in one.tensors.values()]
+        tensors = [t for one in self.sources.checkpoints for t in one.tensors.values()]
         updates = [t.adapted.update for t in tensors if t.adapted and t.adapted.update]
         narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)
         moments = self.measurement.moments
@@ -431,26 +389,20 @@ class Workload:
             return ENGINE_BYTES + narrow_bytes
         defined = _matrices(self.output) if self.has_kernel else [*self.output.tensors.values()]
         largest = max((tensor.n_elements for tensor in defined), default=0)
-        n_sources = len(self._checkpoints)
+        n_sources = len(self.sources.checkpoints)
         held_bytes = (4 * n_sources + 8 * DEFINED_COPIES) * largest
         if moments and moments.are_solved:
             held_bytes += _solving_bytes(self.output, n_sources)
         return TORCH_BYTES + held_bytes + narrow_bytes
 
-    def _scoring_bytes(self, largest_pickle_bytes: int) -> int:
-        """Estimate the memory of scoring: one model, in float32 on a CPU.
-
-        A pickle is assumed to hold numbers of two bytes, the smallest that can be merged.
-        """
+    def _scoring_bytes(self, n_pickled: int) -> int:
+        """Estimate the memory of scoring: one model, in float32 on a CPU."""
         if not self.scores:
             return 0
-        sizes = [
-            sum(t.n_elements for t in one.tensors.values())
-            for one in (self.output, *self._checkpoints)
-        ]
-        return TORCH_BYTES + 4 * max(*sizes, largest_pickle_bytes // 2)
+        sizes = map(_n_elements, (self.output, *self.sources.checkpoints))
+        return TORCH_BYTES + WIDTH * max(*sizes, n_pickled)
 
-    def _measuring_bytes(self, largest_pickle_bytes: int) -> int:
+    def _measuring_bytes(self, n_pickled: int) -> int:
         """Estimate the memory of calibration: a model or a block with its second moments.
 
         `output_shift` compares two models, so both are in memory.
@@ -461,22 +413,22 @@ class Workload:
             return self._fitting_bytes()
         n_tokens = sum(self.measurement.n_tokens.values())
         n_models = 2 if "output_shift" in self.measurement.measures else 1
-        found = [4 * (largest_pickle_bytes // 2)]
-        for one in (self.output, *self._checkpoints):
+        found = [WIDTH * n_pickled]
+        for one in (self.output, *self.sources.checkpoints):
             held_bytes = 2 * self._grams_bytes(one)
-            if self.loading.is_by_block(one):
+            if self.loading.is_too_large(one):
                 n_blocks = len({names.block(name) for name in one.tensors} - {None})
                 held_bytes //= max(n_blocks, 1)
                 found.append(blocks_bytes(one) + held_bytes + self._texts_bytes(one, n_tokens))
             else:
-                model_bytes = 4 * sum(t.n_elements for t in one.tensors.values())
+                model_bytes = WIDTH * _n_elements(one)
                 with_grams = model_bytes + min(GRAM_BYTES, held_bytes)
                 found.append(max(n_models * model_bytes, with_grams))
         return TORCH_BYTES + max(found)
 
     def _fitting_bytes(self) -> int:
         """Estimate fitting in sequence: a block of each model, a batch of texts, two moments."""
-        checkpoints = (self.output, *self._checkpoints)
+        checkpoints = (self.output, *self.sources.checkpoints)
         drawn = self.measurement.n_tokens
         n_tokens = 2 * sum(drawn[one] for one in self.measurement.calibrations)
         texts = max(self._texts_bytes(one, n_tokens) for one in checkpoints)
@@ -486,9 +438,20 @@ class Workload:
         return TORCH_BYTES + blocks + texts + moments + 4 * len(checkpoints) * largest
 
     def _texts_bytes(self, checkpoint: Checkpoint, n_tokens: int) -> int:
-        """Return the bytes of one batch and of the hidden states that are not on the disk."""
+        """Bound the activations of one batch, and the hidden states that are not on the disk."""
+        longest = max(
+            min(c.samples * c.max_tokens, max(c.max_tokens, TOGETHER))
+            for c in self.measurement.calibrations
+        )
+        inside = (t for name, t in checkpoint.tensors.items() if names.block(name) is not None)
+        shapes = (tensor.shape for tensor in inside)
+        widest = max((max(shape[-2:]) for shape in shapes if len(shape) > 1), default=0)
         held_bytes = min(states_bytes(checkpoint, n_tokens), HELD_BYTES)
-        return batch_bytes(self.measurement.calibrations, checkpoint) + held_bytes
+        return WIDTH * ROWS * longest * widest + held_bytes
+
+
+def _n_elements(checkpoint: Checkpoint) -> int:
+    return sum(tensor.n_elements for tensor in checkpoint.tensors.values())
 
 
 def _weight_bytes(tensors: Iterable[TensorHeader], dtype: str | None) -> int:
@@ -517,15 +480,12 @@ class DiskNeeds:
     """The bytes that a merge takes on the disk.
 
     Attributes:
-        download_bytes: of sources that are not in the cache.
         made_bytes: of all written files except downloads and hidden states.
         statistics_bytes: of second moments, or of matrices that are fitted with them.
-        states_bytes: of the hidden states of calibration texts.
         shard_bytes: of the largest file of weights.
     """
 
     download_bytes: int
-    output_bytes: int
     made_bytes: int
     statistics_bytes: int
     states_bytes: int

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from huggingface_hub import HfApi
+
 from lewis_hub.calibration.profile import ImportanceProfile, Measure
-from lewis_hub.calibration.subject import (
-    FEWER,
-    HELD_BYTES,
-    STATES,
-    CalibrationSet,
-    Subject,
-    missing,
-)
+from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.display import Progress, Silent
@@ -26,10 +20,10 @@ from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import locate_tasks
 from lewis_hub.files import require_room, require_writable, write_whole
+from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_model
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelReference, Recipe
@@ -48,29 +42,28 @@ from lewis_hub.workflow.fetch import (
     download,
     fetch_whole,
 )
-from lewis_hub.workflow.job import planned_lock, take_snapshot
-from lewis_hub.workflow.open import Opened, OpenedSource, open_model
+from lewis_hub.workflow.job import planned_lock
+from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model
 from lewis_hub.workflow.resolve import (
     hub_api,
     read_recipe,
     resolve_data,
     resolve_inputs,
     resolve_one,
+    snapshot,
 )
 from lewis_hub.workflow.resources import (
     ALLOW,
     EVEN_SO,
     Execution,
     Loading,
+    Measurement,
     blocks_bytes,
-    states_bytes,
 )
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from lewis_hub.merge.task_vectors import Extracted
 
 RANK = 32  # of an adapter's updates, unless a rank or an error is given
@@ -124,17 +117,12 @@ def evaluate_model(
             means = execution.means(is_read_next=True)
             size, loading = execution.max_shard_bytes, execution.loading
             loader = ModelLoader(files, Path(scratch), loading, means, size, progress)
-            folder = loader.materialize_checkpoint(_opened(whole, opened, api))
+            folder = loader.materialize_checkpoint(opened)
         candidate = Candidate(source.pinned, source.commit_sha, folder)
         tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
         how = EvaluationSettings(device=execution.device, chat_template=asked.chat_template)
         run = Run(tasks.loaded, asked.limit, how, Path(scratch))
         return compare(score([candidate], run, progress))
-
-
-def _opened(source: Source, opened: Opened, api: HfApi) -> OpenedSource:
-    facts, digest = model_facts(api, source), source.commit_sha
-    return OpenedSource(source, "expert", digest, opened.checkpoint, opened.config, facts, None)
 
 
 def _in_working_folder(name: str) -> str:
@@ -178,8 +166,7 @@ def extract_lora(
     output, progress, api = Path(output), progress or Silent(), hub_api()
     most = rank or (None if error else RANK)
     sources = [resolve_one(base, api), resolve_one(model, api)]
-    models = [open_model(api, source) for source in sources]
-    headers = _fitting(sources, models)
+    headers = _fitting(open_model(api, sources[0], "base"), open_model(api, sources[1]))
     with open_workspace(output, replace=False) as work, ExitStack() as opened:
         folders = download(api, sources, progress)
         readers = [
@@ -199,19 +186,15 @@ def extract_lora(
     return found
 
 
-def _fitting(sources: Sequence[Source], models: Sequence[Opened]) -> list[Checkpoint]:
+def _fitting(base: OpenedSource, expert: OpenedSource) -> list[Checkpoint]:
     """Return the headers of base and expert, which must fit each other."""
-    if refused := [model.problem for model in models if model.problem]:
+    if refused := [model.problem for model in (base, expert) if model.problem]:
         raise ExtractionError(tuple(refused))
-    named = list(zip((source.pinned for source in sources), models, strict=True))
-    checkpoints = {pinned: model.checkpoint for pinned, model in named}
-    configs = {pinned: model.config for pinned, model in named}
-    settled = settle(sources[0].pinned, checkpoints, configs)
-    base, expert = (settled[source.pinned] for source in sources)
-    if misfits := compare_checkpoints(base, [expert]):
+    headers = [one.checkpoint for one in settle(MergeSources(base, (expert,))).models]
+    if misfits := compare_checkpoints(headers[0], headers[1:]):
         remedy = "Name the base that it was fine-tuned from."
         raise ExtractionError(tuple(f"{m.source} {m.problem}. {remedy}" for m in misfits))
-    return [base, expert]
+    return headers
 
 
 def read_profile(name: Path | str) -> ImportanceProfile:
@@ -295,7 +278,9 @@ def measure_model(
     texts = TextSettings(source, seed, execution.allow_code, data, (calibration,))
     drawn = draw(texts, calibration, api, progress)
     tokens = drawn.tokens.measured(GUIDE)
-    _require_fits(source, open_model(api, source).checkpoint, tokens, output, execution.loading)
+    measurement = Measurement(guides.find(GUIDE), None, (calibration,))
+    opened, n_tokens = open_model(api, source), tokens.tokens.n_tokens
+    _require_fits(measurement, opened, n_tokens, output, execution.loading)
     folder = download(api, [source], progress)[source.pinned]
     subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
     checkpoint = local_checkpoint(source.pinned, folder)
@@ -314,16 +299,15 @@ def measure_model(
 
 
 def _require_fits(
-    source: Source, checkpoint: Checkpoint, tokens: CalibrationSet, output: Path, loading: Loading
+    measurement: Measurement, model: OpenedSource, n_tokens: int, output: Path, loading: Loading
 ) -> None:
     """Refuse, before weights are downloaded, a model that does not fit into memory or disk."""
+    checkpoint = model.checkpoint
     if not loading.has_room_for_blocks(checkpoint):
         problem = f"block by block it takes {blocks_bytes(checkpoint):,} bytes in memory, {EVEN_SO}"
-        raise CalibrationModelError(source.name, problem, ALLOW)
-    n_tokens = tokens.tokens.n_tokens
-    by_block = loading.is_by_block(checkpoint) or loading.is_less_by_block(checkpoint, n_tokens)
-    n_bytes = states_bytes(checkpoint, n_tokens)
-    if by_block and n_bytes > HELD_BYTES:
+        raise CalibrationModelError(model.name, problem, ALLOW)
+    drawn = dict.fromkeys(measurement.calibrations, n_tokens)
+    if n_bytes := measurement.waiting_bytes(drawn, [checkpoint], loading):
         require_room(output, n_bytes, STATES, FEWER)
 
 
@@ -371,4 +355,4 @@ def _made(name: Path | str, api: HfApi) -> Lock:
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return planned_lock(recipe, inputs, like.max_shard_bytes, take_snapshot(recipe, inputs))
+    return planned_lock(recipe, inputs, like.max_shard_bytes, snapshot(recipe, inputs))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.checkpoint.ranges import Locations, scratch_bytes
@@ -26,9 +27,6 @@ from lewis_hub.workflow.fetch import FetchedSources, fetch_whole, open_ranges, r
 from lewis_hub.workflow.merge import report_nan, write_weights
 from lewis_hub.workflow.publish import Destination, published_importance, push
 from lewis_hub.workflow.resources import DiskNeeds
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
 
 
 @dataclass(frozen=True)
@@ -106,8 +104,7 @@ class HubSink:
             require_room(self.work.scratch, needs.states_bytes, STATES, FEWER)
         if needs.statistics_bytes:
             present = sum(path.stat().st_size for path in self.work.scratch.rglob("*.safetensors"))
-            shard = min(needs.shard_bytes, needs.output_bytes)
-            n_bytes = needs.statistics_bytes + 2 * shard - present
+            n_bytes = needs.statistics_bytes + 2 * needs.shard_bytes - present
             remedy = "use a larger disk, or a method that merges without statistics"
             content = "the statistics of all experts and two shards"
             require_room(self.work.scratch, n_bytes, content, remedy)
@@ -127,10 +124,6 @@ class HubSink:
         """Make and upload the shards that the Hub does not have yet, one after the other.
 
         Meanwhile byte ranges for the next shard are fetched, at most the size of a shard.
-
-        Raises:
-            PublishError: the repo cannot be created, or a shard cannot be uploaded.
-            OutputError: there is not enough room for two shards.
         """
         means = replace(means, is_read_next=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -156,11 +149,7 @@ class HubSink:
         return ordered | write_index(planned, self.folder)
 
     def finish(self) -> Published:
-        """Push all files in one commit, and delete the workspace.
-
-        Raises:
-            PublishError: the repo is unchanged, or only the tag is missing.
-        """
+        """Push all files in one commit, and delete the workspace."""
         pushed = push(
             self.folder, self.destination, self.api, self.progress, self.sent, force=False
         )

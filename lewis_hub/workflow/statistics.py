@@ -12,25 +12,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import HfApi
+
 from lewis_hub.calibration.grams import GramFiles, GramRequest, read_grams
 from lewis_hub.calibration.subject import Subject, Weights, in_folder
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles
 from lewis_hub.checkpoint.reader import Checkpoint, local_header
-from lewis_hub.display import Advance
 from lewis_hub.errors import MERGE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.engine import MakeTensor, per_tensor
-from lewis_hub.merge.plan import (
-    Fitted,
-    Gram,
-    Moments,
-    ShardPlan,
-    Statistics,
-    lacking_statistics,
-)
+from lewis_hub.merge.plan import Fitted, Gram, Moments, ShardPlan, Statistics, lacking_statistics
 from lewis_hub.report.facts import Measured
 from lewis_hub.workflow.fetch import ModelLoader, small_files
 from lewis_hub.workflow.merge import Folders, PlanSettings, SidecarSettings, report_nan
@@ -39,7 +33,6 @@ from lewis_hub.workflow.resources import MomentSettings
 from lewis_hub.workflow.texts import Sets, remap_token_ids
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
     from torch import Tensor
 
     from lewis_hub.calibration.sequential import LayerMoments
@@ -58,7 +51,6 @@ class StatisticsSettings:
 
     Attributes:
         method: merge method, for messages.
-        tokenizer: name of the model whose tokenizer cuts the texts.
         reader: source in whose token ids the merged model reads the texts.
         sidecars: they hold the configuration of the merged model.
         digest: digest of the planned lock.
@@ -67,7 +59,6 @@ class StatisticsSettings:
     method: str
     moments: MomentSettings
     sources: MergeSources
-    tokenizer: str
     reader: OpenedSource
     plan: PlanSettings
     sidecars: SidecarSettings
@@ -81,14 +72,14 @@ class Gathered:
     Attributes:
         folders: label of the statistics -> folder with their files.
         measured: the sources and the data they were gathered on.
-        rows: rows of each expert's data.
+        rows: rows of the data that each expert was measured on, for a guide or for the method.
     """
 
     statistics: Sequence[Statistics] | Fitted = ()
     folders: Folders = field(default_factory=dict)
     measured: tuple[Measured, ...] = ()
-    rows: tuple[tuple[int, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
 
 
 def gather(
@@ -100,16 +91,11 @@ def gather(
 ) -> Gathered:
     """Run each expert's calibration texts through it; results of an earlier run are used again.
 
-    Args:
-        settings: which second moments are needed.
-        sets: one per expert.
-        loader: loads the sources.
-        schedule: of a guide, for matrices that are fitted in sequence; None without a guide.
-        store: folder for statistics that do not depend on the schedule.
+    `schedule` is that of a guide, for matrices that are fitted in sequence. Statistics that do not
+    depend on it are in the folder `store`.
 
     Raises:
         CalibrationError: a model cannot be loaded or measured, or not block by block.
-        CheckpointError: a source is broken, or holds NaN or infinity.
     """
     if settings.moments.in_sequence:
         return _fit_in_sequence(settings, sets, loader, schedule)
@@ -134,6 +120,9 @@ def wanted(
 def _gather_each(
     settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
 ) -> Gathered:
+    from lewis_hub.calibration.measure import gather_grams  # torch: only here
+    from lewis_hub.calibration.model import run_refusals
+
     subjects = _subjects(settings, sets, loader)
     asked = wanted(settings, sets, loader, store)
     found = [read_grams(one) for one in asked]
@@ -143,47 +132,35 @@ def _gather_each(
     ]
     n_tokens = sum(s.n_tokens for s, files in zip(placed, found, strict=True) if not files)
     with loader.progress.stage("Gathering statistics", n_tokens, "tokens") as advance:
-        gathered = [
-            files or _gather_one(settings.method, subject, one, loader.loading.device, advance)
-            for subject, one, files in zip(placed, asked, found, strict=True)
-        ]
+        for index, (subject, one) in enumerate(zip(placed, asked, strict=True)):
+            if found[index] is None:
+                with run_refusals(subject.source, f"method `{settings.method}`"):
+                    found[index] = gather_grams(subject, one, loader.loading.device, advance)
     tensors = settings.sources.donor.checkpoint.tensors
     known = tuple(
         _statistics(tensors, subject.source, one.folder, files)
-        for subject, one, files in zip(subjects, asked, gathered, strict=True)
+        for subject, one, files in zip(subjects, asked, found, strict=True)
+        if files
     )
-    lacking = lacking_statistics(settings.plan.plan(None, known), _matrices(_shapes(tensors)))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    lacking = lacking_statistics(settings.plan.plan(None, known), _matrices(shapes))
     solved = settings.moments.are_solved
     then = "average their task vectors" if solved else "trim them by magnitude"
     notes = _lacking_note(lacking, then, loader)
     folders = {own.label: one.folder for own, one in zip(known, asked, strict=True)}
-    return Gathered(known, folders, _measured(subjects), _rows(sets), notes)
-
-
-def _gather_one(
-    method: str, subject: Subject, one: GramRequest, device: str, advance: Advance
-) -> GramFiles:
-    from lewis_hub.calibration.measure import gather_grams  # torch: only here
-    from lewis_hub.calibration.model import run_refusals
-
-    with run_refusals(subject.source, f"method `{method}`"):
-        return gather_grams(subject, one, device, advance)
+    return Gathered(known, folders, _measured(subjects), notes)
 
 
 def _subjects(settings: StatisticsSettings, sets: Sets, loader: ModelLoader) -> tuple[Subject, ...]:
     """Return each expert with its texts in its own token ids."""
     return tuple(
-        loader.subject(expert, remap_token_ids(own, expert, settings.tokenizer))
+        loader.subject(expert, remap_token_ids(own, expert, settings.sources.donor.name))
         for expert, own in zip(settings.sources.experts, sets, strict=True)
     )
 
 
 def _measured(subjects: Sequence[Subject]) -> tuple[Measured, ...]:
     return tuple(Measured(subject.source, subject.sets[0].facts) for subject in subjects)
-
-
-def _rows(sets: Sets) -> tuple[tuple[int, ...], ...]:
-    return tuple(one.tokens.rows for one in sets)
 
 
 def _statistics(
@@ -202,10 +179,6 @@ def _statistics(
         if len(named) == 1:
             grams[named[0]] = Gram(headers[f"{gram.file}/{gram.tensor}"], gram.transposed)
     return Statistics(label, files.digest, grams)
-
-
-def _shapes(tensors: Mapping[str, TensorHeader]) -> dict[str, Sequence[int]]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _matrices(shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -260,10 +233,18 @@ def _fit_in_sequence(
     [planned] = whole.plan(schedule).shards
     subjects = _subjects(settings, sets, loader)
     folder = _folder_of_merge(loader.scratch / FOLDER, settings.digest)
-    place = folder / _short_digest(_facts(planned, subjects, settings.moments.widest))
+    facts = {
+        "version": VERSION,
+        "plan": planned.digest,
+        "calibration": [{**subject.sets[0].facts} for subject in subjects],
+        "widest": settings.moments.widest,
+    }
+    place = folder / _short_digest(facts)
     place.mkdir(parents=True, exist_ok=True)
     if not (place / INDEX).exists():
-        loader = _sharing(loader, 1 + len(subjects))
+        if not loader.files.keeps_models:  # all models together fetch two shards ahead
+            shared_bytes = 2 * loader.max_shard_bytes // (1 + len(subjects))
+            loader = replace(loader, max_shard_bytes=shared_bytes)
         placed = [
             loader.load_for_calibration(subject, expert)
             for subject, expert in zip(subjects, settings.sources.experts, strict=True)
@@ -277,27 +258,11 @@ def _fit_in_sequence(
     lacking = [name for name in asked if name not in tensors]
     notes = _lacking_note(lacking, "average their task vectors", loader)
     fitted = Fitted(LABEL, digest, tensors)
-    return Gathered(fitted, {LABEL: place}, _measured(subjects), _rows(sets), notes)
-
-
-def _sharing(loader: ModelLoader, n_models: int) -> ModelLoader:
-    """Return a loader that limits a stream to two shards fetched ahead, for all models together."""
-    if loader.files.keeps_models:
-        return loader
-    return replace(loader, max_shard_bytes=2 * loader.max_shard_bytes // n_models)
-
-
-def _facts(planned: ShardPlan, subjects: Sequence[Subject], widest: int) -> dict[str, Any]:
-    """Return the facts that determine the fitted matrices."""
-    sets = [{**subject.sets[0].facts} for subject in subjects]
-    return {"version": VERSION, "plan": planned.digest, "calibration": sets, "widest": widest}
+    return Gathered(fitted, {LABEL: place}, _measured(subjects), notes)
 
 
 def _folder_of_merge(folder: Path, digest: str) -> Path:
-    """Return the folder of a merge and its uniform twin.
-
-    Matrices of another interrupted merge are deleted, because they may be as large as a model.
-    """
+    """Return the folder of a merge and its twin, without the large files of interrupted merges."""
     place = folder / _short_digest(digest)
     for other in folder.glob("*"):
         if other != place:
@@ -321,12 +286,13 @@ def _fit(
     from lewis_hub.calibration.sequential import ExpertTexts
     from lewis_hub.calibration.sequential import fit as fit_blocks
 
-    merged = _MergedBlocks(planned, loader.locations, place / "ranges", loader.max_shard_bytes)
+    locations, most_bytes = loader.files.locations, loader.max_shard_bytes
+    merged = _MergedBlocks(planned, locations, place / "ranges", most_bytes)
     texts = [
         ExpertTexts(
             replace(subject.weights or in_folder(subject.source, subject.folder), remedy=REMEDY),
             subject.sets[0].tokens,
-            remap_token_ids(one, settings.reader, settings.tokenizer).tokens,
+            remap_token_ids(one, settings.reader, settings.sources.donor.name).tokens,
         )
         for subject, one in zip(subjects, sets, strict=True)
     ]
@@ -349,12 +315,13 @@ def _fit(
 class _MergedBlocks:
     """The blocks of a merge, made one by one while their tensors are fitted."""
 
+    _make: MakeTensor  # set by `parts`
+
     def __init__(
         self, planned: ShardPlan, locations: Locations, scratch: Path, most_bytes: int
     ) -> None:
         self._planned, self._locations, self._scratch = planned, locations, scratch
         self._most_bytes = most_bytes
-        self._make: MakeTensor | None = None
         self.mended: set[tuple[str, str]] = set()  # (source, fitted tensor) with NaN or infinity
 
     @property
@@ -381,7 +348,6 @@ class _MergedBlocks:
 
     def solve(self, tensor: str, seen: Sequence[LayerMoments], transposed: bool) -> Tensor:  # noqa: FBT001
         """Fit a tensor of the list that `parts` made last."""
-        assert self._make
         crosses = [one.cross_covariance for one in seen]
         residuals = [one.residual_covariance for one in seen]
         grams, known = [one.gram for one in seen], () if None in crosses else crosses

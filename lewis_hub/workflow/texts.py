@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lewis_hub.calibration.profile import (
-    calibration_facts,
-)
+from huggingface_hub import HfApi
+
+from lewis_hub.calibration.profile import calibration_facts
 from lewis_hub.calibration.subject import CalibrationSet
 from lewis_hub.calibration.texts import (
     CalibrationTokens,
@@ -33,8 +33,6 @@ from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.resolve import PinnedTask, scored_commits
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 Values = frozenset[str]  # texts without case and white space
 
 
@@ -136,20 +134,12 @@ class ScoredTasks:
 
     @cached_property
     def loaded(self) -> LoadedTasks:
-        """The loaded tasks.
-
-        Raises:
-            EvaluationError: a task cannot be built.
-        """
+        """The loaded tasks."""
         self.progress.say("Loading the benchmarks")
         return load_tasks(self.selection, scored_commits(self.api, self.selection))
 
     def items(self) -> list[TaskItem]:
-        """Return every item of every task.
-
-        Raises:
-            EvaluationError: a task cannot be built.
-        """
+        """Return every item of every task."""
         try:
             return list(scored_items(self.loaded))
         except EvaluationError as error:
@@ -162,12 +152,7 @@ class ScoredTasks:
 def refuse_overlap(
     scored: ScoredTasks | None, drawn: Mapping[Calibration, Sequence[DrawnText]], progress: Progress
 ) -> None:
-    """Refuse calibrations whose texts contain items that are scored now or later.
-
-    Raises:
-        CalibrationError: an item is in both, and the recipe does not allow it.
-        EvaluationError: the tasks cannot be loaded.
-    """
+    """Refuse calibrations whose texts contain items that are scored now or later."""
     compared = {one: items for one, items in drawn.items() if not one.allow_overlap}
     if scored is None or not compared:
         return
@@ -207,50 +192,34 @@ class TextSettings:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tokens to measure on, and the texts as `contamination` compares them."""
+    """Tokens to measure on, and the texts that are compared with scored items."""
 
     tokens: CalibrationSet
     texts: list[DrawnText]
 
 
 def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress: Progress) -> Drawn:
-    """Draw, render and tokenise the texts of one calibration.
-
-    Raises:
-        SourceError: a configuration or split is missing.
-        EvaluationError: a task has no such split, or its items cannot be rendered.
-        CalibrationError: the template does not fit, or no text is left.
-    """
+    """Draw, render and tokenise the texts of one calibration."""
     from lewis_hub.calibration.model import load_tokenizer  # torch: only here
 
     donor, data = settings.tokenizer, settings.data[calibration]
     tokenizer = load_tokenizer(str(small_files(api, donor)), donor.name)
-    rows = _rows(settings, calibration, api)
     template = template_of(calibration, tokenizer)
-    if isinstance(rows, items.TaskRows) and calibration.chat_template:
-        rows = replace(rows, chat=chat_of(tokenizer))
+    rows: TextRows
+    if isinstance(data, Source):
+        source_facts = {"dataset": data.pinned, "dataset_sha": data.commit_sha}
+        rows = load_rows(api, data, calibration.config, calibration.split)
+    else:
+        source_facts, may_overlap = data.facts, calibration.allow_overlap
+        selection = replace(data.selection, allow_code=settings.allow_code)
+        rows = items.load_rows(selection, calibration.split, data.commits, allow_scored=may_overlap)
+        rows = replace(rows, chat=chat_of(tokenizer)) if calibration.chat_template else rows
     tokens = calibration_tokens(rows, calibration, tokenizer, settings.seed)
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
-    facts = calibration_facts(calibration, _facts(data), settings.seed, _tokenizer_digest(donor))
+    facts = calibration_facts(calibration, source_facts, settings.seed, _tokenizer_digest(donor))
     texts = drawn_texts(rows, template, tokens)
     return Drawn(CalibrationSet(facts | tokens.facts, tokens), texts)
-
-
-def _rows(settings: TextSettings, calibration: Calibration, api: HfApi) -> TextRows:
-    data = settings.data[calibration]
-    if isinstance(data, Source):
-        return load_rows(api, data, calibration.config, calibration.split)
-    selection = replace(data.selection, allow_code=settings.allow_code)
-    return items.load_rows(
-        selection, calibration.split, data.commits, allow_scored=calibration.allow_overlap
-    )
-
-
-def _facts(data: Source | PinnedTask) -> dict[str, str]:
-    if isinstance(data, Source):
-        return {"dataset": data.pinned, "dataset_sha": data.commit_sha}
-    return data.facts
 
 
 def _tokenizer_digest(source: Source) -> str:
@@ -263,12 +232,7 @@ def _tokenizer_digest(source: Source) -> str:
 def draw_texts(
     settings: TextSettings, scored: ScoredTasks | None, api: HfApi, progress: Progress
 ) -> dict[Calibration, Drawn]:
-    """Draw the texts of all calibrations; no text may hold an item that `scored` scores.
-
-    Raises:
-        SourceError, EvaluationError: a configuration or split is missing.
-        CalibrationError: the template does not fit, no text is left, or an item is scored.
-    """
+    """Draw the texts of all calibrations; no text may hold an item that `scored` scores."""
     distinct = dict.fromkeys(settings.calibrations)
     drawn = {texts: draw(settings, texts, api, progress) for texts in distinct}
     refuse_overlap(scored, {key: one.texts for key, one in drawn.items()}, progress)
@@ -278,11 +242,7 @@ def draw_texts(
 def calibration_sets(
     settings: TextSettings, drawn: Mapping[Calibration, Drawn], experts: Sequence[OpenedSource]
 ) -> tuple[CalibrationSet, ...]:
-    """Return a set per expert; equal sets are shared.
-
-    Raises:
-        CalibrationError: an expert lacks a token of its texts.
-    """
+    """Return a set per expert; equal sets are shared."""
     sets = tuple(drawn[texts].tokens for texts in settings.calibrations)
     if sets:
         for expert, texts in zip(experts, sets, strict=True):
@@ -291,11 +251,7 @@ def calibration_sets(
 
 
 def remap_token_ids(texts: CalibrationSet, source: OpenedSource, tokenizer: str) -> CalibrationSet:
-    """Return a set in the token ids of a source; `tokenizer` names the model that cut the texts.
-
-    Raises:
-        CalibrationError: the texts have a token that the source lacks.
-    """
+    """Return a set in the token ids of a source; `tokenizer` names the model that cut the texts."""
     remap, tokens = source.translation, texts.tokens
     if remap is None:
         return texts

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
-from lewis_hub.checkpoint.reader import Checkpoint
+from huggingface_hub import HfApi
+
 from lewis_hub.errors import TokenizerError
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
 from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, TokenEmbedding, Tokenizer
 from lewis_hub.tokenizer import (
@@ -31,11 +32,7 @@ from lewis_hub.tokenizer import (
     translation,
     unite,
 )
-from lewis_hub.workflow.open import MergeSources, OpenedSources
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
+from lewis_hub.workflow.open import MergeSources, OpenedSource
 
 FAST = "tokenizer.json"
 
@@ -73,74 +70,72 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenizerRequest:
-    """The tokenizer settings of a recipe.
+    """The tokenizer settings of a recipe, and the small files of the models that are compared.
 
     Attributes:
         tokenizer: None: the tokenizers must agree.
         chat_template: a name, a model or a text; None or `auto`: unchanged.
-        named: pinned sources of the models in these settings, by name.
+        named: the models in these settings, by name.
+        models: first the source of the merge's tensors and configuration.
     """
 
     tokenizer: Tokenizer | None
     chat_template: str | None
-    named: Mapping[str, Source]
-
-
-@dataclass(frozen=True)
-class TokenizerSources:
-    """The small files of tokenizers, and the number of rows of their embeddings."""
-
-    models: tuple[Source, ...]  # first the source of the merge's tensors and configuration
+    named: Mapping[str, OpenedSource]
+    models: tuple[OpenedSource, ...]
     api: HfApi
-    checkpoints: Mapping[str, Checkpoint]
-    configs: Mapping[str, Mapping[str, Any]]
-    tensors: tuple[str, ...]  # names of the base's tensors with a row per token
+
+    @cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the base's tensors with a row per token."""
+        config = self.base.config
+        n_tokens = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
+        return tuple(token_tensors(self.base.checkpoint, n_tokens))
 
     @property
-    def base(self) -> Source:
+    def base(self) -> OpenedSource:
         """The source of the merge's tensors and configuration."""
         return self.models[0]
 
-    def rows(self, source: Source) -> int:
+    def rows(self, source: OpenedSource) -> int:
         """Return the number of rows of a source's embeddings."""
-        return rows_of(self.checkpoints[source.pinned], self.tensors)
+        return rows_of(source.checkpoint, self.tensors)
 
-    def is_alike(self, source: Source) -> bool:
+    def is_alike(self, source: OpenedSource) -> bool:
         """Return whether a source has the same tokenizer files and number of rows as the base."""
         if self.rows(source) != self.rows(self.base):
             return False
-        ours, theirs = self.base.file(FAST), source.file(FAST)
-        same = bool(ours and theirs and ours.digest == theirs.digest)
-        return source is self.base or (same and self._later(source) == self._later(self.base))
+        if source.pinned == self.base.pinned:
+            return True
+        ours, theirs = self.base.source.file(FAST), source.source.file(FAST)
+        if not ours or not theirs or ours.digest != theirs.digest:
+            return False
+        added = "added_tokens_decoder"  # tokens that are not in `tokenizer.json`
+        ours_added, theirs_added = self.read_json(self.base, CONFIG), self.read_json(source, CONFIG)
+        return bool(ours_added.get(added) == theirs_added.get(added))
 
-    def read(self, source: Source, *names: str) -> dict[str, bytes]:
+    def read(self, source: OpenedSource, *names: str) -> dict[str, bytes]:
         """Read small files; missing files are left out."""
-        found = {name: read_small(self.api, source, name) for name in names}
+        found = {name: read_small(self.api, source.source, name) for name in names}
         return {name: content for name, content in found.items() if content is not None}
 
-    def read_json(self, source: Source, name: str) -> dict[str, Any]:
+    def read_json(self, source: OpenedSource, name: str) -> dict[str, Any]:
         """Read a small JSON file; empty if it is missing."""
         return json_object(source.name, self.read(source, name), name)
 
-    def _later(self, source: Source) -> object:
-        """Return the added tokens, which are not in `tokenizer.json`."""
-        return self.read_json(source, CONFIG).get("added_tokens_decoder")
-
-    def vocabulary(self, source: Source) -> Vocabulary | None:
+    def vocabulary(self, source: OpenedSource) -> Vocabulary | None:
         """Read a source's vocabulary; None if that would need its code."""
         return read_vocabulary(source.name, self.read(source, *FILES))
 
 
-def _assembled(
-    asked: Tokenizer, named_sources: Mapping[str, Source], sources: TokenizerSources
-) -> Tokens:
+def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
     """Align embeddings token by token for the tokenizer that the recipe names."""
     base = sources.base
-    named = _named(asked, named_sources, sources)
+    named = _named(asked, sources)
     carried = Carried(named.pinned)
     changes = asked.tokens or asked.pad_to_multiple_of
     if not changes and all(map(sources.is_alike, sources.models)):
-        return Tokens(carried if named is not base else None)
+        return Tokens(carried if named.pinned != base.pinned else None)
     if not sources.tensors:
         problem = "none of its tensors has as many rows as its config.json has tokens"
         remedy = "Remove `tokenizer_source`: its embeddings cannot be aligned by token."
@@ -160,7 +155,7 @@ def _assembled(
     overrides = {
         merged.ids[token]: override
         for token, one in asked.tokens.items()
-        if (override := _override(named_sources, sources, vocabularies, token, one))
+        if (override := _override(sources, vocabularies, token, one))
     }
     if merged is not start:
         written = extended_files(merged, sources.read_json(named, CONFIG))
@@ -175,24 +170,24 @@ def _assembled(
     return Tokens(carried, replace(alignment, overrides=overrides), translations)
 
 
-def _named(asked: Tokenizer, named: Mapping[str, Source], sources: TokenizerSources) -> Source:
+def _named(asked: Tokenizer, sources: TokenizerRequest) -> OpenedSource:
     """Return the source whose tokenizer is copied, or extended to a union."""
     if asked.source in ("base", "union"):
         return sources.base
-    found = named[asked.source]
-    if not any(map(found.file, ("tokenizer.json", "vocab.json"))):
+    found = sources.named[asked.source]
+    if not any(map(found.source.file, (FAST, "vocab.json"))):
         remedy = "Name a model that has one, or write `base` or `union`."
         raise TokenizerError(f"tokenizer_source: {found.name}", "it has no tokenizer.json", remedy)
     return found
 
 
-def _vocabularies(sources: TokenizerSources) -> dict[str, Vocabulary]:
+def _vocabularies(sources: TokenizerRequest) -> dict[str, Vocabulary]:
     """Return the vocabulary of each pinned source; an unknown one of equal length is the base's."""
     base = sources.vocabulary(sources.base)
     found: dict[str, Vocabulary] = {}
     for source in sources.models:
         alike = base is not None and sources.is_alike(source)
-        own = base if alike or source is sources.base else sources.vocabulary(source)
+        own = base if alike or source.pinned == sources.base.pinned else sources.vocabulary(source)
         if own is None and base and sources.rows(source) == sources.rows(sources.base):
             own = base
         if own is None:
@@ -204,8 +199,7 @@ def _vocabularies(sources: TokenizerSources) -> dict[str, Vocabulary]:
 
 
 def _override(
-    named: Mapping[str, Source],
-    sources: TokenizerSources,
+    sources: TokenizerRequest,
     vocabularies: Mapping[str, Vocabulary],
     token: str,
     one: TokenEmbedding,
@@ -214,59 +208,39 @@ def _override(
         return None
     if one.model is None:
         return Override(None, is_forced=one.force)
-    source = named[one.model]
+    source = sources.named[one.model]
     asked = one.source if isinstance(one.source, ModelToken) else None
     text = asked.token if asked and asked.token is not None else token
     row = asked.token_id if asked else None
     row = vocabularies[source.pinned].ids.get(text) if row is None else row
     if row is None or row >= sources.rows(source):
-        problem = (
-            f"{source.name} has no row for {text!r}"
-            if row is None
-            else (f"{source.name} has no row {row}: it has {sources.rows(source)}")
-        )
+        lacking = f"for {text!r}" if row is None else f"{row}: it has {sources.rows(source)}"
+        problem = f"{source.name} has no row {lacking}"
         raise TokenizerError(f"tokenizer.tokens.{token}", problem, "Name a token that it has.")
     return Override(source.pinned, row, one.force)
 
 
-def _with_ids(carried: Carried, sources: TokenizerSources, named: Source, n_rows: int) -> Carried:
+def _with_ids(
+    carried: Carried, sources: TokenizerRequest, named: OpenedSource, n_rows: int
+) -> Carried:
     """Set vocabulary size and special token ids in the configurations."""
     config: dict[str, Any] = {}
     if n_rows != sources.rows(sources.base):
         config["vocab_size"] = n_rows
-    if named is sources.base:
+    if named.pinned == sources.base.pinned:
         return replace(carried, config=config)
-    config_of_named = sources.configs[named.pinned]
     generation = sources.read_json(named, "generation_config.json")
-    inner = config_of_named.get("text_config") or {}
-    own = {key: config_of_named.get(key, inner.get(key)) for key in SPECIAL}
-    return replace(
-        carried,
-        config=config | own,
-        generation={key: generation.get(key, own[key]) for key in SPECIAL},
-    )
+    inner = named.config.get("text_config") or {}
+    own = {key: named.config.get(key, inner.get(key)) for key in SPECIAL}
+    ids = {key: generation.get(key, own[key]) for key in SPECIAL}
+    return replace(carried, config=config | own, generation=ids)
 
 
-def compare_tokenizers(
-    request: TokenizerRequest,
-    models: Sequence[Source],
-    api: HfApi,
-    opened: OpenedSources,
-    checkpoints: Mapping[str, Checkpoint],
-) -> Tokens:
-    """Compare the tokenizers of sources, and decide on the tokenizer of the merge.
-
-    `models` begins with the source of the merge's tensors and configuration.
-    """
-    donor = models[0].pinned
-    config = opened.configs[donor]
-    n_tokens = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
-    tensors = token_tensors(checkpoints[donor], n_tokens)
-    sources = TokenizerSources(tuple(models), api, checkpoints, opened.configs, tensors)
-    asked = request.tokenizer
+def compare_tokenizers(request: TokenizerRequest) -> Tokens:
+    """Compare the tokenizers of sources, and decide on the tokenizer of the merge."""
     try:
-        found = _assembled(asked, request.named, sources) if asked else _agreeing(sources)
-        return _with_template(request, found, sources)
+        asked = request.tokenizer
+        return _with_template(_assembled(asked, request) if asked else _agreeing(request), request)
     except TokenizerError as error:
         return Tokens(problems=(str(error),))
 
@@ -282,7 +256,7 @@ def calibration_notes(sources: MergeSources) -> list[str]:
     ]
 
 
-def _agreeing(sources: TokenizerSources) -> Tokens:
+def _agreeing(sources: TokenizerRequest) -> Tokens:
     """Require that tokenizers agree; tokens that the base lacks are dropped as padding."""
     others = [s for s in sources.models if not sources.is_alike(s)]
     base = sources.vocabulary(sources.base) if others else None
@@ -309,19 +283,23 @@ def _agreeing(sources: TokenizerSources) -> Tokens:
             )
         if clash or sources.rows(source) < base.n_rows:
             translations[source.pinned] = translation(base, own, sources.rows(source))
-    every = [sources.checkpoints[source.pinned] for source in sources.models]
+    every = [source.checkpoint for source in sources.models]
     differ = len({sources.rows(source) for source in sources.models}) > 1
     alignment = by_row(every[0], every, sources.tensors) if differ and not problems else None
     return Tokens(None, alignment, translations, tuple(problems), tuple(notes))
 
 
-def _with_template(request: TokenizerRequest, found: Tokens, sources: TokenizerSources) -> Tokens:
-    asked = request.chat_template
+def _with_template(found: Tokens, sources: TokenizerRequest) -> Tokens:
+    asked = sources.chat_template
     if asked is None or asked == "auto":
         return found
     text = shipped_template(asked) if asked in CHAT_TEMPLATES else asked
-    if asked in request.named:
-        text = _template_of(request.named[asked], sources)
+    if source := sources.named.get(asked):
+        own = template_of(source.name, sources.read(source, *TEMPLATE_SOURCES))
+        if own is None:
+            problem, remedy = "has no chat template", "Name a model that has one, or give its text."
+            raise TokenizerError("chat_template", f"{source.name} {problem}", remedy)
+        text = own
     carried = found.carried or Carried(sources.base.pinned)
     donor = next(s for s in sources.models if s.pinned == carried.donor)
     changed = carried.written.get(CONFIG)
@@ -329,14 +307,6 @@ def _with_template(request: TokenizerRequest, found: Tokens, sources: TokenizerS
     written = {**carried.written, **template_files(text, config)}
     dropped = (*carried.dropped, *OTHER_TEMPLATES)
     return replace(found, carried=replace(carried, written=written, dropped=dropped))
-
-
-def _template_of(source: Source, sources: TokenizerSources) -> str:
-    text = template_of(source.name, sources.read(source, *TEMPLATE_SOURCES))
-    if text is None:
-        remedy = "Name a model that has one, or give its text."
-        raise TokenizerError("chat_template", f"{source.name} has no chat template", remedy)
-    return text
 
 
 def _listed(tokens: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
+from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.header import MERGEABLE, torch_dtypes
 from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint, read_tensor
@@ -35,7 +36,6 @@ from lewis_hub.report.page import FILE as REPORT
 from lewis_hub.workflow.resolve import calibrations_of
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
     from model_signing.hashing import Config
     from torch import Tensor
 
@@ -75,12 +75,7 @@ def sign(folder: Path, private_key: Path) -> None:
 
 
 def require_key(private_key: Path) -> None:
-    """Refuse a key that cannot sign, before any work.
-
-    Raises:
-        SignatureError: the key cannot be used.
-        ExtraMissingError: model-signing is not installed.
-    """
+    """Refuse a key that cannot sign, before any work."""
     _signer(private_key)
 
 
@@ -88,10 +83,6 @@ def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -
     """Return the reason why a signature is invalid; None if it is valid.
 
     Files that were not signed are ignored.
-
-    Raises:
-        SignatureError: the key cannot be used.
-        ExtraMissingError: model-signing is not installed.
     """
     _require_installed()
     from cryptography.exceptions import InvalidSignature
@@ -137,7 +128,10 @@ def _known(found: Mapping[str, str]) -> Config:
     """Return a hashing configuration of known hashes, so that model-signing reads no files."""
     from model_signing import hashing, manifest
 
-    digest = _digest_class()
+    with TemporaryDirectory() as folder:  # the class of its digests is not exported
+        (Path(folder) / "file").touch()
+        [item] = hashing.Config().hash(folder).resource_descriptors()
+        digest = type(item.digest)
     settings = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
     how = manifest.SerializationType.from_args(settings | {"ignore_paths": sorted(UNSIGNED)})
 
@@ -156,16 +150,6 @@ def _known(found: Mapping[str, str]) -> Config:
             return manifest.Manifest(Path(model_path).name or "model", items, how)
 
     return Known()
-
-
-def _digest_class() -> Any:
-    """Return the class of model-signing's digests, which it does not export."""
-    from model_signing import hashing
-
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "file").touch()
-        [item] = hashing.Config().hash(folder).resource_descriptors()
-    return type(item.digest)
 
 
 def _files(folder: Path) -> Iterable[str]:
@@ -221,11 +205,7 @@ class Verdict:
 
 
 def read_lock(source: Source, api: HfApi) -> Lock:
-    """Read the lock of a merge.
-
-    Raises:
-        OutputError: there is no lock, or it was changed.
-    """
+    """Read the lock of a merge."""
     content = read_small(api, source, LOCK)
     if content is None:
         problem = f"it has no {LOCK}, so lewis-hub did not make this merge."
@@ -237,9 +217,6 @@ def recipe_of(lock: Lock, source: Source, *, allow_code: bool) -> Recipe:
     """Return the recipe in a lock, with pinned sources and without scoring or publishing.
 
     Task files that came with the merge are code, so they need a folder and `allow_code`.
-
-    Raises:
-        OutputError: it calibrates on such files, and they may not be used or are missing.
     """
     kept = {k: v for k, v in lock.recipe.items() if k not in ("evaluate", "publish")}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
@@ -256,16 +233,7 @@ def verify_files(
 ) -> Verdict:
     """Compare every file with the lock; weights on the Hub are compared by the Hub's digests.
 
-    Args:
-        source: the merge.
-        lock: its lock.
-        api: the Hub.
-        progress: shows the number of bytes.
-        public_key: PEM file; None: the signature is not checked.
-
-    Raises:
-        SignatureError: the key cannot be used.
-        ExtraMissingError: a key was given, but model-signing is not installed.
+    `public_key` is a PEM file; None: the signature is not checked.
     """
     problems: list[str] = []
     total = sum(file.n_bytes for file in lock.outputs.values())
@@ -287,7 +255,8 @@ def verify_files(
     elif not is_provenance_of(statement.decode("utf-8", "replace"), lock):
         problems.append(f"{PROVENANCE}: it does not match the lock.")
     if public_key is None:
-        return Verdict(lock, tuple(problems), len(lock.outputs), _signature_in(source))
+        present: Literal["none", "unchecked"] = "unchecked" if source.file(SIGNATURE) else "none"
+        return Verdict(lock, tuple(problems), len(lock.outputs), present)
     broken = _problem_with_signature(source, api, found, public_key)
     problems += [f"{SIGNATURE}: {broken}."] if broken else []
     return Verdict(lock, tuple(problems), len(lock.outputs), "broken" if broken else "holds")
@@ -297,12 +266,7 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
     """Return the files of a model that differ when the same merge is made again.
 
     Weights, configuration, tokenizer and code are compared. Files in `lewis/` only describe the
-    merge, and plots differ between library versions.
-
-    Args:
-        lock: of the merge.
-        made: of the merge that was made again.
-        alike: weight files that count as equal whatever their digests.
+    merge, and plots differ between library versions. Weight files in `alike` count as equal.
     """
     locked, again = (
         {path: file.sha256 for path, file in one.outputs.items() if _is_loaded(path)}
@@ -341,7 +305,6 @@ def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]
 
 
 def _is_alike(rebuilt: Tensor, stored: Tensor, dtype: str) -> bool:
-    """Return whether two tensors, read in float32 where they are floats, have equal values."""
     if dtype not in MERGEABLE:
         return rebuilt.equal(stored)
     kind = torch_dtypes()[dtype]
@@ -367,10 +330,6 @@ def _problems(
         yield f"{path}: it has {file.size_bytes:,} bytes, the lock says {expected.n_bytes:,}."
     elif found != expected.sha256:
         yield f"{path}: its sha256 is {_short(found)}, the lock says {_short(expected.sha256)}."
-
-
-def _signature_in(source: Source) -> Literal["none", "unchecked"]:
-    return "none" if source.file(SIGNATURE) is None else "unchecked"
 
 
 def _problem_with_signature(

@@ -74,7 +74,7 @@ def test_a_plain_merge_measures_and_scores_nothing(job):
     plain = job("")
 
     assert (plain.guide, plain.statistics, plain.evaluation, plain.held_out) == (None,) * 4
-    assert plain.measurement.calibrations == ()
+    assert plain.texts.calibrations == ()
     assert [one.role for one in plain.sources.models] == ["base", "expert", "expert"]
     assert plain.disk_needs().statistics_bytes == 0
     assert plain.planned.outputs == {}

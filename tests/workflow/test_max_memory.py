@@ -93,9 +93,9 @@ def test_on_a_cpu_a_model_goes_by_block_where_that_takes_less(tmp_path):
     blocks = 390 * 128 + 128 + 2 * 184_576
     most = (elements - blocks) // width  # tokens, of which the hidden states take the rest
 
-    assert Loading().is_less_by_block(checkpoint, most - 1)
-    assert not Loading().is_less_by_block(checkpoint, most)
-    assert not Loading("cuda").is_less_by_block(checkpoint, 1)
+    assert Loading().goes_by_block(checkpoint, most - 1)
+    assert not Loading().goes_by_block(checkpoint, most)
+    assert not Loading("cuda").goes_by_block(checkpoint, 1)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,6 @@ def test_texts_whose_states_the_disk_cannot_hold_are_refused_before_a_download(
     free, what, run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("lewis_hub.workflow.resources.HELD_BYTES", 0)
-    monkeypatch.setattr("lewis_hub.workflow.single_model.HELD_BYTES", 0)
     monkeypatch.setattr("lewis_hub.hub.fetch.SPARE_BYTES", 0)
     words = RECIPE.replace("samples: 4", "samples: 400").replace("regmean", "ties")
     recipe = parse_recipe(words, "recipe.yaml")
