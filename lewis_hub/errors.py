@@ -46,7 +46,7 @@ class ListedError(LewisHubError):
 
     @property
     def listed(self) -> str:
-        """The problems, one a line."""
+        """The problems as a list, each on its own line."""
         return "\n".join(f"- {problem}" for problem in self.problems)
 
 
@@ -211,8 +211,8 @@ class HubServerError(LocatedError):
 class ExtraMissingError(LewisHubError):
     """A feature needs optional dependencies that are not installed."""
 
-    what: str
+    feature: str
     extra: str
 
     def __str__(self) -> str:
-        return f"{self.what} needs the {self.extra} extra: pip install 'lewis-hub[{self.extra}]'"
+        return f"{self.feature} needs the {self.extra} extra: pip install 'lewis-hub[{self.extra}]'"

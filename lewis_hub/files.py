@@ -27,14 +27,14 @@ def write_whole(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str = "") -> None:
+def require_room(folder: Path, n_bytes: int, content: str, remedy: str, where: str = "") -> None:
     """Refuse work whose files the disk cannot hold.
 
     Args:
         folder: on the disk; it may not exist yet.
         n_bytes: of the files that will be written.
-        what: the files, for the message; in the plural.
-        remedy: what to do instead of freeing space.
+        content: the files, for the message; in the plural.
+        remedy: an alternative to freeing space.
         where: for the message; the folder if not given.
 
     Raises:
@@ -42,7 +42,7 @@ def require_room(folder: Path, n_bytes: int, what: str, remedy: str, where: str 
     """
     free = shutil.disk_usage(existing(folder)).free
     if n_bytes > free:
-        problem = f"{what} need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        problem = f"{content} need {n_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise OutputError(where or str(folder), problem, f"Free some space, or {remedy}.")
 
 

@@ -1,8 +1,8 @@
 """The layouts of quantised tensors: which codes, scales and zeros a tensor is computed from.
 
-Read are headers, and the descriptions that bitsandbytes stores in small tensors. A scale, and where
-there is one a zero, is shared by a tensor, a row, a group of columns of a row, or a block of rows
-and columns; the shapes of tensor and scale tell which.
+Only headers are read, and the descriptions that bitsandbytes stores in small tensors. A scale, and
+a zero if there is any, belongs to a tensor, a row, a group of columns of a row, or a block of rows
+and columns; the shapes of tensor and scale show which.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def dequantise_packed(
         checkpoint: as its files store it.
         layout: how the codes are packed.
         n_bits: of a code; GPTQ uses it where no shape in the file tells it.
-        offset: what the stored zeros are reduced by.
+        offset: was subtracted from each zero before it was stored.
 
     Raises:
         BrokenCheckpointError: a part is missing, or does not fit its codes.

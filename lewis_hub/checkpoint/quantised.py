@@ -1,8 +1,8 @@
 """How a model is quantised by its configuration, and its tensors as float32.
 
-Read are 8-bit floats (F8_E4M3) with scales, as DeepSeek, Qwen, Mistral, AutoFP8, FBGEMM, ModelOpt
-and compressed-tensors write them; integers of compressed-tensors; 4 and 8 bits of bitsandbytes;
-GPTQ of 4 and 8 bits, AWQ (gemm), and MXFP4 of gpt-oss. Every other quantisation is refused by name.
+This version reads 8-bit floats (F8_E4M3) with scales, as DeepSeek, Qwen, Mistral, AutoFP8, FBGEMM,
+ModelOpt and compressed-tensors write them; integers of compressed-tensors; 4 and 8 bits of
+bitsandbytes; GPTQ of 4 and 8 bits, AWQ (gemm), and MXFP4 of gpt-oss. It refuses any other by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FP8_METHODS = {"fp8", "fbgemm_fp8"}
 UNPACKED_FORMATS = {"naive-quantized", "int-quantized", "float-quantized"}  # compressed-tensors
 PACKED_FORMAT = "pack-quantized"  # compressed-tensors
 PACKED_BITS = {4, 8}  # codes of other widths cross the borders of words
-GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # checkpoint format -> what its zeros are reduced by
+GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # checkpoint format -> subtracted from its zeros
 WRITERS = {  # how the name of a tensor ends that only a quantised model has -> who writes it
     ".qweight": "GPTQ and AWQ",
     ".qzeros": "GPTQ and AWQ",
@@ -56,7 +56,7 @@ class Quantisation:
     integers: bool = False  # whether integers with scales are weights, as in compressed-tensors
     n_packed_bits: int | None = None  # of codes in 32-bit words; None if there are none
     layout: Layout | None = None  # of matrices that are stored by columns; None if there are none
-    offset: int = 0  # what the stored zeros are reduced by
+    offset: int = 0  # was subtracted from each zero before it was stored
 
 
 def dequantise(

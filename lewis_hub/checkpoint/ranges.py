@@ -1,6 +1,6 @@
 """The weight files of several sources, each in a local folder or behind byte ranges.
 
-`SourceFiles` is told which tensors will be read, step by step, and opens both kinds in one way.
+`SourceFiles` knows which tensors each step reads, and opens local and remote files in one way.
 Remote ranges are fetched ahead of their step into a scratch folder and deleted after it, so that a
 step may read its tensors in any order and as often as it needs, and the ranges cost no memory.
 """
@@ -27,7 +27,7 @@ REQUEST_BYTES = 8 << 20  # at most
 
 TakePiece = Callable[[int, bytes], object]  # (offset of a piece in its file, the piece)
 FetchRange = Callable[[str, int, int, TakePiece], None]  # (file, start, stop, take)
-Location = Path | FetchRange  # of weight files: a local folder, or what fetches [start, stop)
+Location = Path | FetchRange  # of weight files: a local folder, or a function that fetches
 Locations = Mapping[str, Location]  # by the label of the source
 
 

@@ -59,7 +59,7 @@ def _tokenizer_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.tokenizer_source is not None and recipe.tokenizer is not None:
         remedy = "Keep one of the two; `tokenizer.source` is the same as `tokenizer_source`."
         yield ("tokenizer",), "both `tokenizer_source` and `tokenizer` are given.", remedy
-    tokenizer = recipe.asked_tokenizer
+    tokenizer = recipe.effective_tokenizer
     path: FieldPath = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
     if (
         tokenizer
@@ -102,25 +102,25 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield ("slices",), "both `models` and `slices` are given.", remedy
     if recipe.missing != "error":
         yield ("missing",), "`missing` does not apply to slices.", LEAVE_OUT
-    for index, one in enumerate(recipe.slices):
+    for index, part in enumerate(recipe.slices):
         where: FieldPath = ("slices", index)
-        if one.base_model and one.base_model.on:
+        if part.base_model and part.base_model.on:
             remedy = "Name the whole model, and list the adapter under `sources`."
             yield (*where, "base_model"), WHOLE_BASE, remedy
-        elif one.base_model and one.base_model not in [source.model for source in one.sources]:
+        elif part.base_model and part.base_model not in [source.model for source in part.sources]:
             remedy = "Add it to `sources` with its `layer_range`."
-            problem = f"the base `{one.base_model}` is not among the slice's sources."
+            problem = f"the base `{part.base_model}` is not among the slice's sources."
             yield (*where, "base_model"), problem, remedy
-        lengths = [len(source.blocks) for source in one.sources]
+        lengths = [len(source.blocks) for source in part.sources]
         if len(set(lengths)) > 1:
             problem = f"its sources have {_listed(lengths)} blocks."
             remedy = "The sources are merged block by block: give ranges of equal length."
             yield (*where, "sources"), problem, remedy
-        names = [str(source.model.model_copy(update={"on": None})) for source in one.sources]
+        names = [str(source.model.model_copy(update={"on": None})) for source in part.sources]
         for twice in sorted({name for name in names if names.count(name) > 1}):
             remedy = "List each model once in a slice; another slice may list it again."
             yield (*where, "sources"), f"`{twice}` is listed twice.", remedy
-        for number, source in enumerate(one.sources):
+        for number, source in enumerate(part.sources):
             inner = (*where, "sources", number, "model")
             yield from _adapter_contradictions(recipe, inner, source.model)
 
@@ -150,14 +150,14 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             yield (*where, "density"), problem, "Remove one of the two."
 
 
-def _guided_slice(recipe: Recipe, where: FieldPath, one: Slice) -> Iterator[Complaint]:
+def _guided_slice(recipe: Recipe, where: FieldPath, part: Slice) -> Iterator[Complaint]:
     """A guide compares each block of an expert with the base's block of the same number."""
-    if one.base_model and one.base_model != recipe.base_model:
+    if part.base_model and part.base_model != recipe.base_model:
         problem = f"a guide compares with `{recipe.base_model}`, but this slice has another base."
         yield (*where, "base_model"), problem, "Leave it out, or give densities without a guide."
-    ranges = {source.model: source.layer_range for source in one.sources}
+    ranges = {source.model: source.layer_range for source in part.sources}
     own = ranges.get(recipe.base_model) if recipe.base_model else None
-    for number, source in enumerate(one.sources):
+    for number, source in enumerate(part.sources):
         if own and source.layer_range != own:
             problem = "a guide compares blocks with the same number, but the base has the range "
             problem += f"{[*own]} in this slice."
@@ -246,9 +246,9 @@ def _all_parameters(recipe: Recipe) -> Iterator[tuple[FieldPath, Settings]]:
     yield ("parameters",), recipe.parameters
     for index, entry in enumerate(recipe.models):
         yield ("models", index, "parameters"), entry.parameters
-    for index, one in enumerate(recipe.slices):
-        yield ("slices", index, "parameters"), one.parameters
-        for number, source in enumerate(one.sources):
+    for index, part in enumerate(recipe.slices):
+        yield ("slices", index, "parameters"), part.parameters
+        for number, source in enumerate(part.sources):
             yield ("slices", index, "sources", number, "parameters"), source.parameters
 
 

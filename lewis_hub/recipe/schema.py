@@ -519,12 +519,12 @@ class Recipe(Part):
 
         With `slices`, each model once, in the order of its first slice.
         """
-        named = dict.fromkeys(source.model for one in self.slices for source in one.sources)
+        named = dict.fromkeys(source.model for part in self.slices for source in part.sources)
         listed = self.models or tuple(ModelEntry(model=model) for model in named)
         return tuple(entry for entry in listed if entry.model != self.base_model)
 
     @property
-    def asked_tokenizer(self) -> Tokenizer | None:
+    def effective_tokenizer(self) -> Tokenizer | None:
         """The settings of the tokenizer, from either field; None: the base's tokenizer."""
         source = self.tokenizer_source
         return self.tokenizer if source is None else Tokenizer(source=source)

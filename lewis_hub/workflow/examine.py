@@ -149,7 +149,7 @@ def _tokenizer_request(
     A stack without texts only compares models whose embeddings, final norm or head it uses.
     """
     references = by_reference(recipe, sources.base, sources.experts)
-    tokenizer = recipe.asked_tokenizer
+    tokenizer = recipe.effective_tokenizer
     names = [recipe.chat_template] if recipe.chat_template else []
     if tokenizer:
         tokens = (token.model for token in tokenizer.tokens.values())
