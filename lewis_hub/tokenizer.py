@@ -116,11 +116,7 @@ def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabular
 
 
 def load_tokenizer(label: str, document: Document) -> Tokenizer:
-    """Load the tokenizer of a `tokenizer.json`.
-
-    Raises:
-        TokenizerError: the tokenizers library cannot read it.
-    """
+    """Load a `tokenizer.json`; a `TokenizerError` if the tokenizers library cannot read it."""
     from tokenizers import Tokenizer
 
     try:
@@ -132,11 +128,7 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
 
 
 def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The content of a JSON file; empty if the source does not have it.
-
-    Raises:
-        TokenizerError: it is not a JSON object.
-    """
+    """The content of a JSON file, checked to be an object; empty if the source lacks it."""
     try:
         document = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError):
@@ -314,9 +306,7 @@ def _merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def extended_files(vocabulary: Vocabulary, config: Mapping[str, Any]) -> dict[str, str]:
     """The files of a tokenizer with new tokens, by name.
 
-    Args:
-        vocabulary: with its `tokenizer.json`.
-        config: the content of the base's `tokenizer_config.json`; empty if it has none.
+    `config` is the content of the base's `tokenizer_config.json`; empty if it has none.
     """
     written = {"tokenizer.json": _json(vocabulary.document)}
     if "added_tokens_decoder" in config:
@@ -331,9 +321,7 @@ def extended_files(vocabulary: Vocabulary, config: Mapping[str, Any]) -> dict[st
 def template_files(template: str, config: Mapping[str, Any]) -> dict[str, str]:
     """The files of a chat template, by name.
 
-    Args:
-        template: its text.
-        config: the content of `tokenizer_config.json`, whose own template is removed.
+    `config` is the content of `tokenizer_config.json`, whose own template is removed.
     """
     kept = {key: value for key, value in config.items() if key != "chat_template"}
     return {TEMPLATE: template} | ({CONFIG: _json(kept)} if len(kept) < len(config) else {})

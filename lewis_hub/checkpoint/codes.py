@@ -1,5 +1,8 @@
 """The layouts of quantised tensors: which codes, scales and zeros a tensor is computed from.
 
+Each function takes a checkpoint as its files store it, and raises a `BrokenCheckpointError` if a
+part is missing or does not fit.
+
 Only headers are read, and the descriptions that bitsandbytes stores in small tensors. A scale, and
 a zero if there is any, belongs to a tensor, a row, a group of columns of a row, or a block of rows
 and columns; the shapes of tensor and scale show which.
@@ -60,12 +63,7 @@ BLOCK_BYTES = BLOCK_VALUES // 2
 def dequantise_fp8(checkpoint: Checkpoint, block: tuple[int, int] = FP8_BLOCK) -> Checkpoint:
     """Describe 8-bit floats that have a scale as float32, and drop the scales.
 
-    Args:
-        checkpoint: as its files store it.
-        block: rows and columns that share a scale, if scales are not by row, group or tensor.
-
-    Raises:
-        BrokenCheckpointError: a scale does not fit its tensor.
+    `block` is the rows and columns that share a scale, if scales are not by row, group or tensor.
     """
     tensors, values = checkpoint.tensors, {}
     dropped = {name for name in tensors if name.endswith(ACTIVATION_SCALES)}
@@ -83,13 +81,7 @@ def dequantise_integers(
 ) -> Checkpoint:
     """Describe the integers of compressed-tensors as float32, and drop scales, zeros and orders.
 
-    Args:
-        checkpoint: as its files store it.
-        block: rows and columns that share a scale, if scales are not by row, group or tensor.
-        n_bits: of codes in 32-bit words, 4 or 8; None if no codes are packed.
-
-    Raises:
-        BrokenCheckpointError: a part does not fit its tensor.
+    `n_bits` is the width of codes in 32-bit words, 4 or 8; None if no codes are packed.
     """
     tensors, values = checkpoint.tensors, {}
     dropped = {name for name in tensors if name.endswith(ACTIVATION_SCALES)}
@@ -113,13 +105,6 @@ def dequantise_bitsandbytes(checkpoint: Checkpoint, read: ReadTensor) -> Checkpo
 
     4 bits are a packed weight, a table of 16 values, a scale for every block of elements, and a
     JSON document in a tensor of bytes. 8 bits are a weight in 127ths and a scale for every row.
-
-    Args:
-        checkpoint: as its files store it.
-        read: the bytes of a small tensor; called from several threads.
-
-    Raises:
-        BrokenCheckpointError: a part is missing, or does not fit its tensor.
     """
     tensors, values, dropped = checkpoint.tensors, {}, set()
     states = {name: ending for name in tensors for ending in STATES if name.endswith(ending)}
@@ -147,14 +132,8 @@ def dequantise_packed(
 ) -> Checkpoint:
     """Describe matrices that are packed along their columns as float32, and drop their parts.
 
-    Args:
-        checkpoint: as its files store it.
-        layout: how the codes are packed.
-        n_bits: of a code; GPTQ uses it where no shape in the file tells it.
-        offset: was subtracted from each zero before it was stored.
-
-    Raises:
-        BrokenCheckpointError: a part is missing, or does not fit its codes.
+    GPTQ uses `n_bits` where no shape in the file shows it. `offset` was subtracted from each zero
+    before it was stored.
     """
     values, dropped = {}, set()
     for name, stored in checkpoint.tensors.items():

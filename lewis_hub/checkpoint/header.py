@@ -175,7 +175,7 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[T
     Args:
         label: the source, for messages.
         path: the file within the source.
-        n_bytes: size of the whole file.
+        n_bytes: size of the file.
         read: called once, or twice if the header is long.
 
     Returns:

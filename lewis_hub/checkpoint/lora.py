@@ -101,11 +101,7 @@ def _matching(module: str, patterns: Mapping[str, Value], default: Value) -> Val
 
 
 def read_config(where: str, text: bytes) -> AdapterConfig:
-    """Read the configuration of an adapter.
-
-    Args:
-        where: the source and the file, for messages.
-        text: the content of `adapter_config.json`.
+    """Read the content of an `adapter_config.json`; messages name it `where`.
 
     Raises:
         AdapterError: it is not a configuration, or has a setting that this version does not

@@ -245,11 +245,7 @@ def scratch_bytes(
 ) -> int:
     """The most bytes that the scratch folder of `SourceFiles` holds at a time.
 
-    Args:
-        locations: as `SourceFiles` takes them; so are `steps` and `max_bytes`.
-        steps: the tensors that each step reads.
-        max_bytes: of the bytes fetched ahead.
-        n_parallel: consecutive steps that are worked on at a time.
+    The first arguments are those of `SourceFiles`; `n_parallel` consecutive steps run at a time.
     """
     changes = [0] * (len(steps) + 1)
     requests = _requests(locations, steps, max_bytes, Path())

@@ -71,20 +71,12 @@ def read_headers(
 
 
 def local_header(label: str, file: Path) -> tuple[TensorHeader, ...]:
-    """Read the header of one local file.
-
-    Raises:
-        BrokenCheckpointError: the header is broken.
-    """
+    """Read the header of one local file."""
     return read_header(label, file.name, file.stat().st_size, partial(_read_local, file.parent))
 
 
 def local_checkpoint(label: str, folder: Path) -> Checkpoint:
-    """Read the headers of a local folder.
-
-    Raises:
-        BrokenCheckpointError: as `read_headers`.
-    """
+    """Read the headers of a local folder, as `read_headers` does."""
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
     index = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else None
     return read_headers(label, sizes, partial(_read_local, folder), index)
@@ -163,12 +155,7 @@ class Reader(Protocol):
 
 
 class TensorReader:
-    """Reads the tensors of a checkpoint in a local folder. Threads may share it; close it.
-
-    Args:
-        folder: of the shards.
-        label: the source, for messages.
-    """
+    """Reads the tensors of a checkpoint in a local folder; messages name it `label`."""
 
     def __init__(self, folder: Path, label: str) -> None:
         self._folder, self._label = folder, label
@@ -184,11 +171,7 @@ class TensorReader:
         self._descriptors.clear()
 
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from `first_byte` on.
-
-        Raises:
-            BrokenCheckpointError: the file is missing or too short.
-        """
+        """Read by the file's descriptor; a missing or short file is a `BrokenCheckpointError`."""
         descriptor = self._descriptors.get(tensor.shard) or self._open(tensor.shard)
         position = tensor.start + first_byte
         while into.nbytes:
