@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
-.PHONY: demo quick test test-all bench evidence check fix clean
+.PHONY: demo quick test test-all bench evidence kernels check fix clean
 
 demo: .venv/demo
 	$(BIN)/lewis-hub demo
@@ -61,6 +61,10 @@ ifdef MODELS
 	    'ties 0.5 lambda 1.0' --split tune
 endif
 LAB = --models $(MODELS) --data evidence/data/skills
+
+# After a change to a loop: what LLVM compiles on a user's machine, without numba.
+kernels: .venv/dev
+	$(BIN)/python -c 'from lewis_hub.kernels.compiler import write_archive; write_archive()'
 
 check: test
 

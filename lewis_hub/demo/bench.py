@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryFile
 from typing import Any
 
 from lewis_hub.demo.zoo import zoo_folder
@@ -24,6 +25,7 @@ from lewis_hub.files import require_room
 
 VOCABULARY, HEAD_SIZE = 32_000, 64
 LEWIS_HUB = (sys.executable, "-m", "lewis_hub")
+POLL_S = 0.005
 DENSITIES = {"self_attn": 0.3, "gate_proj": 0.5, "up_proj": 0.6, "down_proj": 0.8}
 
 
@@ -211,18 +213,34 @@ def run(command: Sequence[str], output: Path) -> Usage:
                 pass
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment |= {"HF_HOME": str(output.parent / "hf-home"), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
-    )
-    assert process.stderr
-    with process.stderr as stderr:
-        messages = stderr.read().decode(errors="replace")
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
+    start, peak_bytes = time.perf_counter(), 0
+    with TemporaryFile() as messages:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=messages, env=environment
+        )
+        ended = False
+        while not ended:
+            time.sleep(POLL_S)
+            # Each stage of a merge resets the peak that the system counts.
+            peak_bytes = max(peak_bytes, _peak_bytes(process.pid))
+            ended_id, status, usage = os.wait4(process.pid, os.WNOHANG)
+            ended = ended_id == process.pid
+        seconds = time.perf_counter() - start
+        messages.seek(0)
+        told = messages.read().decode(errors="replace")
     process.returncode = os.waitstatus_to_exitcode(status)
     if status:
-        problem = f"it failed with exit code {process.returncode}: {messages[-2000:].strip()}"
+        problem = f"it failed with exit code {process.returncode}: {told[-2000:].strip()}"
         raise MergeError(command[0], problem, "Run it by hand on a configuration of your own.")
     shutil.rmtree(output, ignore_errors=True)
-    return Usage(seconds, usage.ru_maxrss * 1024)
+    return Usage(seconds, max(peak_bytes, usage.ru_maxrss * 1024))
+
+
+def _peak_bytes(process_id: int) -> int:
+    """The peak of the resident memory of a process; 0 if the system does not tell."""
+    try:
+        status = Path(f"/proc/{process_id}/status").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    _, _, peak = status.partition("VmHWM:")
+    return int(peak.split()[0]) * 1024 if peak else 0

@@ -1,6 +1,6 @@
-"""Compile the loops with numba.
+"""Translate the loops to LLVM's intermediate code, with numba.
 
-The modules with loops import this module, and only `machine_code` imports those, to compile.
+The modules with loops import this module; `machine_code` imports them only to compile.
 
 Loops must not raise exceptions or allocate arrays, because numba is not loaded when they run.
 Floats are computed as written: no fast-math, no fused multiply-add.
@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
+from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from llvmlite import binding, ir
-from numba import cfunc, njit, types
+from numba import cfunc, config, njit, types
 from numba.extending import intrinsic
 
-FREE = ("llvm.", "memset", "memcpy", "memmove")  # functions that exist without numba
+from lewis_hub.kernels.machine_code import ARCHIVE, LOOPS, digest_of_loops, optimize
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,30 +61,44 @@ def prefetch(_: Any, address: Any, offset: Any) -> Any:  # noqa: ARG001
     return types.none(types.voidptr, types.int64), generate
 
 
-def compile_kernel(module: str, name: str, machine: Any) -> bytes:
-    """Compile a function marked by `entry` to an object file.
+def intermediate_code(module: str, name: str) -> Any:
+    """Compile a function marked by `entry` to LLVM's intermediate code, for any processor.
+
+    numba only translates: its own optimisation would be repeated for the processor at hand.
 
     Args:
         module: the module of this package that defines it.
-        name: the name of the function, here and in the object file.
-        machine: LLVM's description of the processor.
+        name: the name of the function, here and in the code.
 
-    Raises:
-        RuntimeError: the function can raise an exception, or allocates memory.
+    Returns:
+        A module of LLVM, simplified but not vectorised.
     """
     import_module(f"lewis_hub.kernels.{module}")
     function, signature = ENTRIES[name]
-    compiled = cfunc(signature, error_model="numpy")(function)
-    code = binding.parse_assembly(compiled.inspect_llvm())
+    level, config.OPT = config.OPT, type(config.OPT)(0)
+    try:
+        compiled = cfunc(signature, error_model="numpy")(function)
+    finally:
+        config.OPT = level
+    # Arrays are views of memory that Python owns: counting references, inlined, does nothing.
+    code = binding.parse_assembly(compiled.inspect_llvm().replace("noinline", "alwaysinline"))
     for each in code.functions:
         if not each.is_declaration:
             each.linkage = "external" if each.name == compiled.native_name else "internal"
     code.get_function(compiled.native_name).name = name
-    # remove unused code, such as numba's exceptions
-    options = binding.create_pipeline_tuning_options(speed_level=1)
-    passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(code, passes)
-    called = [each.name for each in code.functions if each.is_declaration]
-    if missing := [each for each in called if not each.startswith(FREE)]:
-        raise RuntimeError(f"kernel {name} calls {missing}: it must neither raise nor allocate")
-    return bytes(machine.emit_object(code))
+    machine = binding.Target.from_default_triple().create_target_machine()
+    optimize(code, machine, speed_level=1, vectorize=False)
+    return code
+
+
+def write_archive() -> None:
+    """Compile all kernels for any processor, into the archive that comes with the package."""
+    for module in LOOPS:
+        import_module(f"lewis_hub.kernels.{module}")
+    with ZipFile(ARCHIVE, "w", ZIP_LZMA) as archive:
+        archive.comment = digest_of_loops().encode()
+        for function, _ in ENTRIES.values():
+            module = function.__module__.rpartition(".")[2]
+            code = intermediate_code(module, function.__name__)
+            member = ZipInfo(f"{module}.{function.__name__}")  # of a fixed date
+            archive.writestr(member, code.as_bitcode(), ZIP_LZMA)

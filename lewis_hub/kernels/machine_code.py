@@ -1,9 +1,10 @@
-"""The kernels as machine code: compiled by numba on first use, and read from disk afterwards.
+"""The kernels as machine code: LLVM compiles them for this processor on first use.
 
-Importing numba and loading a function from numba's own cache takes a second and 100 MB, more than
-the arithmetic of most merges. So numba's output is stored as an object file, which llvmlite loads
-in a few milliseconds. The name of the file contains a digest of everything that determines its
-content: after a change to a loop, it is compiled again.
+Numba takes 20 seconds to translate the loops, so the package contains its translation: an archive
+with LLVM's intermediate code of each kernel, which is the same for all processors. From it, LLVM
+makes the machine code of a kernel in a fraction of a second, and it is stored as an object file
+that later runs load in a few milliseconds. After a change to a loop, numba translates it again on
+its next call; `make kernels` writes a new archive.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib.metadata import version
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import numpy.typing as npt
 from huggingface_hub import constants
-from llvmlite import binding
 
 Argument = int | npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 
-COMPILED = ("compiler", "decode", "operands", "random_bits", "ranks", "threshold", "vote")
+ARCHIVE = Path(__file__).with_name("kernels.zip")
+LOOPS = ("decode", "threshold", "vote")
+FREE = ("llvm.", "memset", "memcpy", "memmove")  # functions that exist without numba
+SOURCES = ("compiler", "operands", "random_bits", *LOOPS)  # they determine the archive
 
 _loading = threading.Lock()
-_engines: list[Any] = []
+_functions: dict[str, Any] = {}
+_engines: list[Any] = []  # the code lives as long as its engine
 
 
 def call(kernel: str, *arguments: Argument) -> int:
@@ -41,8 +45,7 @@ def call(kernel: str, *arguments: Argument) -> int:
     """
     held = [each if isinstance(each, (int, np.ndarray)) else _table(each) for each in arguments]
     words = [each if isinstance(each, int) else each.ctypes.data for each in held]
-    with _loading:
-        function = _load(kernel, len(words))
+    function = _functions.get(kernel) or _load(kernel, len(words))
     return int(function(*words))
 
 
@@ -50,20 +53,25 @@ def _table(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.uint64]:
     return np.array([array.ctypes.data for array in arrays], np.uint64)
 
 
-@cache
 def _load(kernel: str, n_arguments: int) -> Any:
-    module, _, name = kernel.partition(".")
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
-    content = _stored(kernel) or _compiled(kernel)
-    engine.add_object_file(binding.ObjectFileRef.from_data(content))
-    engine.finalize_object()
-    kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * n_arguments)
-    _engines.append(engine)  # the code lives as long as its engine
-    return kind(engine.get_function_address(name))
+    from llvmlite import binding  # takes 50 MB: not before a kernel is needed
+
+    with _loading:
+        if kernel not in _functions:
+            engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
+            content = _stored(kernel) or _compiled(kernel)
+            engine.add_object_file(binding.ObjectFileRef.from_data(content))
+            engine.finalize_object()
+            kind = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * n_arguments)
+            _engines.append(engine)
+            _functions[kernel] = kind(engine.get_function_address(kernel.partition(".")[2]))
+        return _functions[kernel]
 
 
 def _machine() -> Any:
     """LLVM's description of this machine; an engine that gets it owns it."""
+    from llvmlite import binding
+
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple()
@@ -81,10 +89,13 @@ def _stored(kernel: str) -> bytes | None:
 
 
 def _compiled(kernel: str) -> bytes:
-    from lewis_hub.kernels.compiler import compile_kernel  # imports numba
+    code = _archived(kernel)
+    if code is None:
+        from lewis_hub.kernels.compiler import intermediate_code  # imports numba
 
-    module, _, name = kernel.partition(".")
-    content = compile_kernel(module, name, _machine())
+        module, _, name = kernel.partition(".")
+        code = intermediate_code(module, name)
+    content = object_code(code)
     for path in _places(kernel):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +108,44 @@ def _compiled(kernel: str) -> bytes:
     return content
 
 
+def _archived(kernel: str) -> Any:
+    """The intermediate code from the archive; None if the loops or LLVM's format differ."""
+    from llvmlite import binding
+
+    try:
+        with ZipFile(ARCHIVE) as archive:
+            if archive.comment.decode() == digest_of_loops():
+                return binding.parse_bitcode(archive.read(kernel))
+    except (OSError, BadZipFile, KeyError, RuntimeError):  # RuntimeError: an older LLVM
+        return None
+    return None
+
+
+def object_code(code: Any) -> bytes:
+    """Compile intermediate code for this processor.
+
+    Raises:
+        RuntimeError: a loop can raise an exception, or allocates memory.
+    """
+    machine = _machine()
+    code.triple, code.data_layout = machine.triple, str(machine.target_data)
+    optimize(code, machine, speed_level=3, vectorize=True)
+    called = [each.name for each in code.functions if each.is_declaration]
+    if missing := [each for each in called if not each.startswith(FREE)]:
+        raise RuntimeError(f"a kernel calls {missing}: it must neither raise nor allocate")
+    return bytes(machine.emit_object(code))
+
+
+def optimize(code: Any, machine: Any, speed_level: int, *, vectorize: bool) -> None:
+    """Optimise intermediate code in place; only for a known processor it should be vectorised."""
+    from llvmlite import binding
+
+    options = binding.create_pipeline_tuning_options(speed_level=speed_level)
+    options.loop_vectorization, options.loop_unrolling = vectorize, False
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(code, passes)
+
+
 def _places(kernel: str) -> Iterator[Path]:
     """Paths of the machine code: in Python's own cache of the package, or in the user's cache."""
     name = f"{kernel}-{_digest()}.o"
@@ -105,10 +154,20 @@ def _places(kernel: str) -> Iterator[Path]:
 
 
 @cache
-def _digest() -> str:
-    """Of everything that determines the machine code."""
-    told = f"{version('numba')} {binding.get_host_cpu_name()} "
-    digest = hashlib.sha256((told + binding.get_host_cpu_features().flatten()).encode())
-    for module in COMPILED:
+def digest_of_loops() -> str:
+    """Of everything that determines the intermediate code."""
+    digest = hashlib.sha256()
+    for module in SOURCES:
         digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:32]
+
+
+@cache
+def _digest() -> str:
+    """Of everything that determines the machine code."""
+    import llvmlite
+    from llvmlite import binding
+
+    told = f"{digest_of_loops()} {llvmlite.__version__} {binding.get_host_cpu_name()} "
+    told += binding.get_host_cpu_features().flatten()
+    return hashlib.sha256(told.encode() + Path(__file__).read_bytes()).hexdigest()[:32]

@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray
 
 from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
-from lewis_hub.kernels.decode import bits_of, float_of, narrow, size_of, value_at, views_of, widen
+from lewis_hub.kernels.decode import bits_of, float_of, narrow, size_of, widen
 from lewis_hub.kernels.operands import (
     DRAW,
     EXPERT,
@@ -28,17 +28,13 @@ from lewis_hub.kernels.operands import (
     Words,
 )
 from lewis_hub.kernels.random_bits import GOLDEN, MIX_1, MIX_2
-from lewis_hub.kernels.ranks import N_BINS, thin_row
 from lewis_hub.kernels.threshold import find
 
 U32, U64, F32 = np.uint32, np.uint64, np.float32
-BASE, BALANCE, MIXED, TOTAL, VOTES = (
-    0,
-    1,
-    2,
-    3,
-    4,
-)  # rows of the scratch array, then a row for each expert
+# Rows of the scratch array; from VOTES on a row for each expert.
+BASE, BALANCE, MIXED, TOTAL, VOTES = 0, 1, 2, 3, 4
+LOW, MIDDLE, HIGH = 0, 9, 20  # first bits of the digits of a magnitude when ranks are found
+N_BINS = 1 << 11  # of a digit
 FLOATS, FLAGS, PLACES, WORDS, KEYS, COUNTS, LARGEST = 0, 1, 2, 3, 4, 5, 6  # scratch arrays
 
 
@@ -77,10 +73,10 @@ def merge_task_vectors(  # noqa: PLR0913
         worst[0] = max(worst[0], widen(raw[0], kinds[0], start, base))
         for e in range(n_experts):
             votes, expert = rows[VOTES + e][:m], experts[e]
-            views = views_of(raw[e + 1], kinds[e + 1], start, m)
+            worst[e + 1] = max(worst[e + 1], widen(raw[e + 1], kinds[e + 1], start, votes))
             weight = expert.weight if expert.mode == KEEP_ALL else F32(1)
-            largest = subtract(views, kinds[e + 1], base, weight, votes)
-            worst[e + 1] = max(worst[e + 1], largest)
+            for i in range(m):
+                votes[i] = weight * (votes[i] - base[i])
             thin(votes, experts[e : e + 1], first + start, limits[e], factors[e], scratch)
         if elects:
             add_elected(rows, m, experts, normalize, mix[1])
@@ -92,17 +88,6 @@ def merge_task_vectors(  # noqa: PLR0913
         if worst[s] >= U32(EXPONENT):
             return s
     return n_experts + 1 if result >= U32(EXPONENT) else -1
-
-
-@loop
-def subtract(views: Any, kind: int, base: Floats, weight: np.float32, votes: Floats) -> np.uint32:
-    """Write weight * (expert - base); returns the largest magnitude of the expert."""
-    largest = U32(0)
-    for i in range(votes.size):
-        value = value_at(views, kind, i)
-        largest = max(largest, size_of(value))
-        votes[i] = weight * (value - base[i])
-    return largest
 
 
 @loop
@@ -186,13 +171,80 @@ def draw(votes: Floats, halves: Words, below: int, factor: np.float32, weight: n
 
 @loop
 def drop_by_rank(votes: Floats, halves: Words, below: Any, factors: Floats, scratch: Any) -> None:
-    """Keep entries by their rank within each row, and rescale them; see `ranks.thin_row`."""
+    """Keep entries by their rank within each row, and rescale them; see `thin_row`."""
     row, start = below.size, 0
     keys = carray(scratch[KEYS], (2, row), np.uint64)
     counts = carray(scratch[COUNTS], N_BINS, np.uint32)
     while start < votes.size:
         thin_row(votes[start : start + row], halves[start:], below, factors, keys, counts)
         start += row
+
+
+@loop
+def thin_row(
+    values: Floats, halves: Any, below: Any, factors: Floats, keys: Any, counts: Any
+) -> None:
+    """Keep an entry of a row if its random bits are below what its rank allows, and rescale it.
+
+    Args:
+        values: (n,), changed.
+        halves: (n,) uint32, random.
+        below: (n,) uint64, by rank.
+        factors: (n,), by rank.
+        keys: (2, n) uint64, scratch.
+        counts: (N_BINS,) uint32, scratch.
+    """
+    ordered = keys[sort(values, keys, counts)]
+    for rank in range(values.size):
+        place = U32(ordered[rank])
+        kept = values[place] * factors[rank]
+        values[place] = kept if U64(halves[place]) < below[rank] else np.float32(0)
+
+
+@loop
+def sort(values: Floats, keys: Any, counts: Any) -> int:
+    """Sort the places of a row's entries by magnitude; equal ones stay in the order of the row.
+
+    This is a radix sort of keys: a magnitude in the high half, its place in the low half. The high
+    22 bits of the magnitude suffice for most task vectors of 16-bit floats. If they do not, the
+    keys are sorted by all 31.
+
+    Returns:
+        The row of `keys` that is sorted.
+    """
+    n = values.size
+    for i in range(n):
+        keys[0, i] = U64(U64(size_of(values[i])) << U64(32)) | U64(i)
+    pass_digits(keys[0], keys[1], counts, MIDDLE)
+    pass_digits(keys[1], keys[0], counts, HIGH)
+    in_order = True
+    for i in range(1, n):
+        in_order &= keys[0, i - 1] < keys[0, i]
+    if in_order:
+        return 0
+    pass_digits(keys[0], keys[1], counts, LOW)
+    pass_digits(keys[1], keys[0], counts, MIDDLE)
+    pass_digits(keys[0], keys[1], counts, HIGH)
+    return 1
+
+
+@loop
+def pass_digits(source: Any, target: Any, counts: Any, first_bit: int) -> None:
+    """Sort keys by the 11 bits of their magnitude from `first_bit` on; the sort is stable."""
+    shift, mask = U64(32 + first_bit), U64(N_BINS - 1)
+    for b in range(N_BINS):
+        counts[b] = U32(0)
+    for i in range(source.size):
+        counts[(source[i] >> shift) & mask] += U32(1)
+    total = U32(0)
+    for b in range(N_BINS):
+        here = counts[b]
+        counts[b] = total
+        total = U32(total + here)
+    for i in range(source.size):
+        b = (source[i] >> shift) & mask
+        target[counts[b]] = source[i]
+        counts[b] += U32(1)
 
 
 @loop
@@ -285,17 +337,6 @@ def finish(mixed: Floats, total: Floats, balance: Floats, scale: np.float32, bas
         base[i] = base[i] + scale * (vote / divisor)
 
 
-@loop
-def add_weighted(views: Any, kind: int, weight: np.float32, total: Floats) -> np.uint32:
-    """Add weight * source; returns the largest magnitude of the source."""
-    largest = U32(0)
-    for i in range(total.size):
-        value = value_at(views, kind, i)
-        largest = max(largest, size_of(value))
-        total[i] += weight * value
-    return largest
-
-
 @entry(ADDRESSES, INTEGERS, INTEGER, INTEGER, INTEGER, ADDRESS, INTEGER, ADDRESS, ADDRESSES)
 def average(  # noqa: PLR0913
     raw: Any,
@@ -310,17 +351,17 @@ def average(  # noqa: PLR0913
 ) -> int:
     """Average one piece of several models; the divisor follows their weights."""
     weights = carray(weights, n_sources + 1, np.float32)
-    sums = carray(scratch[0], strip, np.float32)
+    rows = carray(scratch[0], (2, strip), np.float32)
     worst, result = carray(scratch[1], n_sources, np.uint32), U32(0)
     start = 0
     while start < n:  # a range of unknown step would raise
         m = min(strip, n - start)
-        total = sums[:m]
+        total, values = rows[0][:m], rows[1][:m]
         fill(total, F32(0))
         for s in range(n_sources):
-            views = views_of(raw[s], kinds[s], start, m)
-            largest = add_weighted(views, kinds[s], weights[s], total)
-            worst[s] = max(worst[s], largest)
+            worst[s] = max(worst[s], widen(raw[s], kinds[s], start, values))
+            for i in range(m):
+                total[i] += weights[s] * values[i]
         for i in range(m):
             total[i] = total[i] / weights[n_sources]
         result = max(result, narrow(total, out_kind, out, start))

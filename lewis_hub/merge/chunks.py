@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from lewis_hub.kernels.operands import (
     NO_TABLE,
     RANK,
     TRIM,
+    Bytes,
     Experts,
     Mix,
     Piece,
@@ -60,6 +61,8 @@ FUSED = {
     "regmean": Fused(TRIM, elects=False, averages=True),
 }
 AVERAGED = "linear"
+# The options that the kernels know; those of second moments do not matter to them.
+OPTIONS = {"normalize", "lambda", "rescale", "trim", "trim_exponent", "off_diagonal", "inputs"}
 LONGEST_ROW = 1 << 20  # of a longer one the ranks are left to the definition
 
 
@@ -75,8 +78,10 @@ def row_of(tensor: TensorPlan) -> int:
 
 
 def is_fused(method: str, tensor: TensorPlan) -> bool:
-    """Whether a kernel can make the tensor: it knows magnitudes, and no activations."""
+    """Whether a kernel can make the tensor: it knows magnitudes, no activations, and OPTIONS."""
     if method not in FUSED or tensor.grams or block_of(method, tensor) > LONGEST_ROW:
+        return False
+    if not tensor.options.keys() <= OPTIONS:
         return False
     return FUSED[method].thins != TRIM or not tensor.options.get("rescale")
 
@@ -148,7 +153,7 @@ def _in_order(weights: Sequence[float]) -> np.float32:
 
 
 RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
-MAPPED_BYTES = 40 << 20  # of all sources mapped at once, which is kept from pass to pass
+MAPPED_BYTES = 24 << 20  # of all sources, mapped at once by a thread, and kept from pass to pass
 LONGEST_SPAN = 1 << 31  # elements: they are counted in 32 bits
 
 Span = range  # of elements; begins at a multiple of the job's block
@@ -163,13 +168,16 @@ class SourceViews:
     views: Sequence[memoryview | None]
 
 
+NOTHING_MAPPED = SourceViews("", range(0), ())
+
+
 @dataclass
 class Buffer:
-    """Room for one piece, reused from piece to piece; and what was last looked at from it."""
+    """Memory for one piece, reused from piece to piece; and the elements that are mapped."""
 
     raw: npt.NDArray[np.uint8]  # (n_sources, bytes)
     out: npt.NDArray[np.uint8]
-    mapped: SourceViews | None = None
+    mapped: SourceViews = NOTHING_MAPPED
 
     @property
     def n_elements(self) -> int:
@@ -287,11 +295,13 @@ class TensorJob:
             most = buffer.n_elements // self.block * self.block
             together = max(MAPPED_BYTES // sum(self._widths) // most, 1) * most
             for start in range(span.start, span.stop, together):
-                mapped = self._look_at(buffer, span[start - span.start :][:together])
-                for first in range(start, mapped.elements.stop, most):
-                    n = min(most, mapped.elements.stop - first)
-                    raw = self._raw(buffer, mapped, first, n)
+                elements = span[start - span.start :][:together]
+                self._map(buffer, elements)
+                for first in range(start, elements.stop, most):
+                    n = min(most, elements.stop - first)
+                    raw = self._raw(buffer, first, n)
                     yield Piece(raw, self.kinds, n, first, self.block, buffer.out, kind)
+                    raw.clear()  # else these pages stay mapped while the next are
 
     def write(self, piece: Piece) -> None:
         """Put a finished piece where it belongs."""
@@ -317,22 +327,21 @@ class TensorJob:
         """Bytes of an element, one an input."""
         return [WIDTHS[tensor.dtype] for tensor in self.tensor.inputs]
 
-    def _look_at(self, buffer: Buffer, elements: Span) -> SourceViews:
-        """Look at some elements, unless the last pass did."""
-        name, found = self.tensor.output.name, buffer.mapped
-        if found is None or (found.tensor, found.elements) != (name, elements):
-            buffer.mapped = None  # what is mapped counts as memory
+    def _map(self, buffer: Buffer, elements: Span) -> None:
+        """Map some elements of every input, unless the last pass did."""
+        name = self.tensor.output.name
+        if (buffer.mapped.tensor, buffer.mapped.elements) != (name, elements):
+            buffer.mapped = NOTHING_MAPPED  # mapped pages count as memory of the process
             sources = zip(self.readers, self.tensor.inputs, self._widths, strict=True)
             views = [
                 reader.view(tensor, elements.start * width, len(elements) * width)
                 for reader, tensor, width in sources
             ]
-            buffer.mapped = found = SourceViews(name, elements, views)
-        return found
+            buffer.mapped = SourceViews(name, elements, views)
 
-    def _raw(self, buffer: Buffer, mapped: SourceViews, first: int, n: int) -> tuple[Any, ...]:
-        """Elements [first, first + n) of every input as bytes, read onto the buffer if need be."""
-        found = []
+    def _raw(self, buffer: Buffer, first: int, n: int) -> list[Bytes]:
+        """Elements [first, first + n) of every input as bytes, read into the buffer if need be."""
+        mapped, found = buffer.mapped, []
         for source, (view, width) in enumerate(zip(mapped.views, self._widths, strict=True)):
             if view is None:
                 held = buffer.raw[source].data[: n * width]
@@ -341,4 +350,4 @@ class TensorJob:
                 start = (first - mapped.elements.start) * width
                 held = view[start : start + n * width]
             found.append(np.frombuffer(held, np.uint8))
-        return tuple(found)
+        return found

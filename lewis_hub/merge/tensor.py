@@ -57,7 +57,7 @@ def make_tensor(job: TensorJob, runner: Runner) -> int:
     spans = job.spans(runner)
     if job.tensor.is_copied:
         job.copy()
-    elif method == chunks.AVERAGED:
+    elif method == chunks.AVERAGED and job.tensor.options.keys() <= chunks.OPTIONS:
         list(runner.map(lambda span: _average(job, span), spans))
     elif chunks.is_fused(method, job.tensor):
         experts = chunks.experts_of(job.tensor, chunks.FUSED[method])

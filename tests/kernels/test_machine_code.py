@@ -1,8 +1,10 @@
-"""Machine code is compiled once, kept where there is space, and does without numba."""
+"""Machine code is compiled once, kept where there is space, and without numba."""
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -61,6 +63,44 @@ def test_a_kernel_that_was_compiled_needs_no_numba():
     assert done.stdout == "[ 1. -2.]\n"
 
 
+def test_the_archive_holds_all_kernels_as_the_loops_are_now():
+    from lewis_hub.kernels import compiler
+
+    for module in machine_code.LOOPS:
+        import_module(f"lewis_hub.kernels.{module}")
+    names = {
+        f"{f.__module__.rpartition('.')[2]}.{f.__name__}" for f, _ in compiler.ENTRIES.values()
+    }
+
+    with ZipFile(machine_code.ARCHIVE) as archive:
+        assert archive.comment.decode() == machine_code.digest_of_loops(), "run `make kernels`"
+        assert set(archive.namelist()) == names
+
+
+def test_numba_translates_a_loop_to_what_the_archive_holds():
+    from lewis_hub.kernels.compiler import intermediate_code
+
+    translated = machine_code.object_code(intermediate_code("decode", "widen_array"))
+
+    assert machine_code.object_code(machine_code._archived(KERNEL)) == translated
+
+
+def test_a_changed_loop_is_translated_again(places, monkeypatch):
+    monkeypatch.setattr(machine_code, "digest_of_loops", lambda: "of other loops")
+
+    assert machine_code._archived(KERNEL) is None
+    assert machine_code._compiled(KERNEL) == places[1].read_bytes()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive"])
+def test_without_the_archive_numba_is_used(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_code, "ARCHIVE", tmp_path / "kernels.zip")
+    if content is not None:
+        machine_code.ARCHIVE.write_bytes(content)
+
+    assert machine_code._archived(KERNEL) is None
+
+
 def test_a_kernel_that_could_raise_is_refused():
     from lewis_hub.kernels import compiler
 
@@ -71,7 +111,8 @@ def test_a_kernel_that_could_raise_is_refused():
         return 0
 
     try:
-        with pytest.raises(RuntimeError, match="raising calls .* must neither raise nor allocate"):
-            compiler.compile_kernel("decode", "raising", machine_code._machine())
+        code = compiler.intermediate_code("decode", "raising")
+        with pytest.raises(RuntimeError, match=r"calls \[.*must neither raise nor allocate"):
+            machine_code.object_code(code)
     finally:
         del compiler.ENTRIES["raising"]

@@ -2,7 +2,6 @@
 
 import tempfile
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +55,7 @@ def on_a_plain_processor():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine_code, "_machine", lambda: target.create_target_machine(opt=3))
         patch.setattr(machine_code, "_places", lambda _: [])
-        patch.setattr(machine_code, "_load", cache(machine_code._load.__wrapped__))
+        patch.setattr(machine_code, "_functions", {})
         yield
 
 
