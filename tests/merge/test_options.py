@@ -1,10 +1,14 @@
 """What an option of mergekit's does to the bytes, held against the method's own function."""
 
+import inspect
+from dataclasses import replace
+
 import pytest
 import torch
 from methods.test_mergekit_options import OPTIONS, REFUSED
 
 from lewis_hub.kernels.random_bits import stream
+from lewis_hub.methods import registry
 from lewis_hub.methods.registry import PER_SOURCE, find
 
 SHAPE, SEED = (24, 40), 7
@@ -104,3 +108,22 @@ def test_a_setting_of_one_expert_s_own_counts_for_it_alone(zoo, method, option, 
 
     assert torch.equal(found, by_function(known, owns, options))
     assert not torch.equal(found, merged(zoo, "plain", known, [own, *others], options))
+
+
+def test_an_option_that_the_kernel_does_not_know_is_left_to_the_definition(zoo, monkeypatch):
+    base, *experts = (zoo.source(str(i), {"a": torch.full((3,), float(i))}) for i in range(2))
+    ties = registry.find("ties")
+
+    def shifted(base, task_vectors, *, shift=0.0, **options):
+        return ties.function(base, task_vectors, **options) + shift
+
+    parameters = {
+        **ties.parameters,
+        "shift": inspect.Parameter("shift", inspect.Parameter.KEYWORD_ONLY, default=0.0),
+    }
+    extended = replace(ties, function=shifted, parameters=parameters)
+    monkeypatch.setattr(registry, "find", lambda _: extended)
+
+    merged = zoo.merge(zoo.settings("ties", base, experts, parameters={"shift": 4.0}))
+
+    assert merged.tensors["a"].tolist() == [5.0, 5.0, 5.0]
