@@ -64,7 +64,7 @@ LAB = --models $(MODELS) --data evidence/data/skills
 
 # After a change to a loop: what LLVM compiles on a user's machine, without numba.
 kernels: .venv/dev
-	$(BIN)/python -c 'from lewis_hub.kernels.compiler import write_archive; write_archive()'
+	$(BIN)/python -c 'from lewis_hub.kernels.machine_code import write_archive; write_archive()'
 
 check: test
 

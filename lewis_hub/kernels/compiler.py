@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, TypeVar
-from zipfile import ZIP_LZMA, ZipFile, ZipInfo
 
 from llvmlite import binding, ir
 from numba import cfunc, config, njit, types
 from numba.extending import intrinsic
-
-from lewis_hub.kernels.machine_code import ARCHIVE, LOOPS, digest_of_loops, optimize
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -61,17 +58,14 @@ def prefetch(_: Any, address: Any, offset: Any) -> Any:  # noqa: ARG001
     return types.none(types.voidptr, types.int64), generate
 
 
-def intermediate_code(module: str, name: str) -> Any:
-    """Compile a function marked by `entry` to LLVM's intermediate code, for any processor.
+def translate(module: str, name: str) -> Any:
+    """Translate a function marked by `entry` to a module of LLVM's intermediate code.
 
-    numba only translates: its own optimisation would be repeated for the processor at hand.
+    It is not optimised: LLVM does that once, for the processor at hand.
 
     Args:
         module: the module of this package that defines it.
         name: the name of the function, here and in the code.
-
-    Returns:
-        A module of LLVM, simplified but not vectorised.
     """
     import_module(f"lewis_hub.kernels.{module}")
     function, signature = ENTRIES[name]
@@ -86,19 +80,4 @@ def intermediate_code(module: str, name: str) -> Any:
         if not each.is_declaration:
             each.linkage = "external" if each.name == compiled.native_name else "internal"
     code.get_function(compiled.native_name).name = name
-    machine = binding.Target.from_default_triple().create_target_machine()
-    optimize(code, machine, speed_level=1, vectorize=False)
     return code
-
-
-def write_archive() -> None:
-    """Compile all kernels for any processor, into the archive that comes with the package."""
-    for module in LOOPS:
-        import_module(f"lewis_hub.kernels.{module}")
-    with ZipFile(ARCHIVE, "w", ZIP_LZMA) as archive:
-        archive.comment = digest_of_loops().encode()
-        for function, _ in ENTRIES.values():
-            module = function.__module__.rpartition(".")[2]
-            code = intermediate_code(module, function.__name__)
-            member = ZipInfo(f"{module}.{function.__name__}")  # of a fixed date
-            archive.writestr(member, code.as_bitcode(), ZIP_LZMA)

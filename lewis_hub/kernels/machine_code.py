@@ -15,10 +15,11 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZIP_LZMA, BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 import numpy.typing as npt
@@ -90,12 +91,7 @@ def _stored(kernel: str) -> bytes | None:
 
 def _compiled(kernel: str) -> bytes:
     code = _archived(kernel)
-    if code is None:
-        from lewis_hub.kernels.compiler import intermediate_code  # imports numba
-
-        module, _, name = kernel.partition(".")
-        code = intermediate_code(module, name)
-    content = object_code(code)
+    content = object_code(code or intermediate_code(kernel))
     for path in _places(kernel):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +117,33 @@ def _archived(kernel: str) -> Any:
     return None
 
 
+def intermediate_code(kernel: str) -> Any:
+    """Translate a kernel to intermediate code for any processor: simplified, not vectorised."""
+    from llvmlite import binding
+
+    from lewis_hub.kernels.compiler import translate  # imports numba
+
+    module, _, name = kernel.partition(".")
+    code = translate(module, name)
+    machine = binding.Target.from_default_triple().create_target_machine()
+    _optimize(code, machine, speed_level=1, vectorize=False)
+    return code
+
+
+def write_archive() -> None:
+    """Translate all kernels, into the archive that comes with the package."""
+    from lewis_hub.kernels.compiler import ENTRIES
+
+    for module in LOOPS:
+        import_module(f"lewis_hub.kernels.{module}")
+    with ZipFile(ARCHIVE, "w") as archive:
+        archive.comment = digest_of_loops().encode()
+        for function, _ in ENTRIES.values():
+            kernel = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+            content = intermediate_code(kernel).as_bitcode()
+            archive.writestr(ZipInfo(kernel), content, ZIP_LZMA)  # dated 1980: equal bytes
+
+
 def object_code(code: Any) -> bytes:
     """Compile intermediate code for this processor.
 
@@ -129,14 +152,14 @@ def object_code(code: Any) -> bytes:
     """
     machine = _machine()
     code.triple, code.data_layout = machine.triple, str(machine.target_data)
-    optimize(code, machine, speed_level=3, vectorize=True)
+    _optimize(code, machine, speed_level=3, vectorize=True)
     called = [each.name for each in code.functions if each.is_declaration]
     if missing := [each for each in called if not each.startswith(FREE)]:
         raise RuntimeError(f"a kernel calls {missing}: it must neither raise nor allocate")
     return bytes(machine.emit_object(code))
 
 
-def optimize(code: Any, machine: Any, speed_level: int, *, vectorize: bool) -> None:
+def _optimize(code: Any, machine: Any, speed_level: int, *, vectorize: bool) -> None:
     """Optimise intermediate code in place; only for a known processor it should be vectorised."""
     from llvmlite import binding
 

@@ -78,9 +78,7 @@ def test_the_archive_holds_all_kernels_as_the_loops_are_now():
 
 
 def test_numba_translates_a_loop_to_what_the_archive_holds():
-    from lewis_hub.kernels.compiler import intermediate_code
-
-    translated = machine_code.object_code(intermediate_code("decode", "widen_array"))
+    translated = machine_code.object_code(machine_code.intermediate_code(KERNEL))
 
     assert machine_code.object_code(machine_code._archived(KERNEL)) == translated
 
@@ -111,7 +109,7 @@ def test_a_kernel_that_could_raise_is_refused():
         return 0
 
     try:
-        code = compiler.intermediate_code("decode", "raising")
+        code = machine_code.intermediate_code("decode.raising")
         with pytest.raises(RuntimeError, match=r"calls \[.*must neither raise nor allocate"):
             machine_code.object_code(code)
     finally:
