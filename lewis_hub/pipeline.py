@@ -130,7 +130,7 @@ def check(
         fetch.require_disk(partial, result.download_bytes, made_bytes)
     except OutputError as error:
         remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
-        notes.append(f"{error.where}: {error.problem} {remedy}")
+        notes.append(f"{error.where}: {error.problem}. {remedy}")
     return replace(result, problems=problems, notes=tuple(notes))
 
 

@@ -342,7 +342,7 @@ def look_ahead(
                 "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
             )
             raise OutputError(shortage.where, shortage.problem, remedy) from None
-        found = Preflight("stream", f"{shortage.where}: {shortage.problem}")
+        found = Preflight("stream", f"{shortage.where}: {shortage.problem}.")
         unscored = {key: part for key, part in planned.recipe.items() if key != "evaluate"}
         planned = replace(planned, recipe=unscored)  # scores need whole models
     previous = previous_merge(read_target(HubRepo.to_publish(api, asked.repo)), api)
