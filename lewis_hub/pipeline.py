@@ -141,12 +141,7 @@ def require_mergeable(
     allow_pickle: bool = False,
     max_memory_bytes: int | None = None,
 ) -> None:
-    """Refuse a merge that `check` finds problems of, before it is sent to another machine.
-
-    Raises:
-        CheckFailedError: the sources do not fit together or do not fit the recipe.
-        LewisHubError: a source cannot be found or read; a streamed recipe scores.
-    """
+    """Refuse a merge that `check` finds problems of, before it is sent to another machine."""
     if is_streamed:
         require_streamable(recipe)
     require_fine(check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes))
@@ -254,10 +249,9 @@ def merge_models(
     gives_way = target is not None and publishing.is_published(output, target, api)
     with open_workspace(output, replace=job.replaces or gives_way) as work:
         sink = FolderSink(work, target, api, progress)
-        outcome = run(job, sink, api, progress)
-        scored = outcome.scored
+        files, scored = run(job, sink, api, progress)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
-        return Merged("merged", sink.finish(outcome.files), scores, gate)
+        return Merged("merged", sink.finish(files), scores, gate)
 
 
 def _made_before(
@@ -319,19 +313,13 @@ def stream(
         return sink.finish()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The files of a merged model, and its scores if it was scored."""
-
-    files: tuple[str, ...]
-    scored: Scored | None
-
-
-def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
+def run(
+    job: MergeJob, sink: Sink, api: HfApi, progress: Progress
+) -> tuple[tuple[str, ...], Scored | None]:
     """Fetch, calibrate, merge, evaluate and report: the one sequence of every merge.
 
-    Raises:
-        LewisHubError: see the subclasses in `errors`.
+    Returns:
+        The files of the merged model, and its scores if it was scored.
     """
     sink.require_room(job.disk_needs(keeps_models=sink.keeps_models))
     tasks = job.scored_tasks(api, progress)
@@ -355,8 +343,7 @@ def run(job: MergeJob, sink: Sink, api: HfApi, progress: Progress) -> Outcome:
         with costs.measure("evaluate"):
             scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
         scored = judge_scores(job.evaluation.demands, scored, job.repo, api)
-    written = report.write(job.reporting, merged, guidance, gathered, scored, costs)
-    return Outcome(written, scored)
+    return report.write(job.reporting, merged, guidance, gathered, scored, costs), scored
 
 
 def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progress) -> Sets:
@@ -493,14 +480,10 @@ def job_request(
 ) -> JobRequest:
     """Return the Job that merges a recipe and pushes the result.
 
-    Args:
-        recipe_file: the file of the recipe, which the Job gets with the local files beside it.
-        recipe: the recipe with the changes that the options make.
-        options: those of `merge` for the Job.
-        hardware: the hardware of the Job.
+    The Job gets the recipe's file, the local files beside it, and `options` of `merge`.
 
     Raises:
-        RecipeError: it names models or files that a Job cannot read.
+        RecipeError: the recipe names models or files that a Job cannot read.
     """
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -252,23 +252,17 @@ def data_refusals(
     allow_code: bool,
 ) -> list[str]:
     """Return the problems of calibration data that are known before its rows are loaded."""
-    return [
-        problem
-        for calibration in dict.fromkeys(calibrations)
-        for problem in _problems(api, calibration, data[calibration], allow_code=allow_code)
-    ]
-
-
-def _problems(
-    api: HfApi, calibration: Calibration, data: Source | PinnedTask, *, allow_code: bool
-) -> Iterator[str]:
-    try:
-        if isinstance(data, Source):
-            check_columns(calibration, _columns(api, calibration, data) or None)
-        else:
-            _check_task(replace(data.selection, allow_code=allow_code), calibration)
-    except (CalibrationError, EvaluationError, SourceError) as error:
-        yield str(error)
+    problems = []
+    for calibration in dict.fromkeys(calibrations):
+        source = data[calibration]
+        try:
+            if isinstance(source, Source):
+                check_columns(calibration, _columns(api, calibration, source) or None)
+            else:
+                _check_task(replace(source.selection, allow_code=allow_code), calibration)
+        except (CalibrationError, EvaluationError, SourceError) as error:
+            problems.append(str(error))
+    return problems
 
 
 def _columns(api: HfApi, calibration: Calibration, source: Source) -> tuple[str, ...]:
