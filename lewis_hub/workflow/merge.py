@@ -103,7 +103,16 @@ class PlanSettings:
         """Return the schedule by the tensors of the stack; unchanged for whole models."""
         if isinstance(self.settings, MergeSettings):
             return schedule
-        return restacked(schedule, self._plan(None))
+        found: dict[str, dict[str, float]] = {one.source: {} for one in schedule.experts}
+        given = {one.source: one.tensors for one in schedule.experts}
+        for shard in self._plan(None).shards:
+            for tensor in shard.tensors:
+                for header, i in zip(tensor.inputs, tensor.sources, strict=True):
+                    source = shard.labels[i]
+                    if header.name in given.get(source, {}):
+                        found[source][tensor.output.name] = given[source][header.name]
+        experts = (replace(one, tensors=found[one.source]) for one in schedule.experts)
+        return DensitySchedule(tuple(experts))
 
     def _plan(self, schedule: DensitySchedule | None) -> MergePlan:
         if isinstance(self.settings, StackSettings):
@@ -294,18 +303,3 @@ def stack_headers(settings: StackSettings) -> Checkpoint:
         for tensor in layout.tensors
     ]
     return Checkpoint("the stack", {header.name: header for header in headers})
-
-
-def restacked(schedule: DensitySchedule, planned: MergePlan) -> DensitySchedule:
-    """Return a schedule of whole models by the names of the stack's tensors."""
-    found: dict[str, dict[str, float]] = {one.source: {} for one in schedule.experts}
-    given = {one.source: one.tensors for one in schedule.experts}
-    for shard in planned.shards:
-        for tensor in shard.tensors:
-            for header, i in zip(tensor.inputs, tensor.sources, strict=True):
-                source = shard.labels[i]
-                if header.name in given.get(source, {}):
-                    found[source][tensor.output.name] = given[source][header.name]
-    return DensitySchedule(
-        tuple(replace(one, tensors=found[one.source]) for one in schedule.experts)
-    )

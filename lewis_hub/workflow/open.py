@@ -119,21 +119,21 @@ class MergeSources:
 
 def open_model(api: HfApi, source: Source, role: Role = "expert") -> OpenedSource:
     """Read configuration and headers of a whole model; a repo is read by byte ranges."""
+
+    def read(tensor: TensorHeader) -> bytes:
+        return read_range(api, source, tensor.shard, tensor.start, tensor.start + tensor.n_bytes)
+
     config = _config(api, source)
     checkpoint = Checkpoint(source.pinned, {}) if source.is_pickled else _headers(api, source)
     beside = read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
     if found is None or found.is_read:
-        checkpoint = dequantise(checkpoint, found, partial(_read_tensor, api, source))
+        checkpoint = dequantise(checkpoint, found, read)
     how = found.method if found and not found.is_read else None
     if how is None and (sign := quantised_tensor(checkpoint)):
         how = f"it holds {sign}"
     problem = _refusal(api, source, how, config) if how else None
     return OpenedSource(source, role, source.commit_sha, checkpoint, config, problem)
-
-
-def _read_tensor(api: HfApi, source: Source, tensor: TensorHeader) -> bytes:
-    return read_range(api, source, tensor.shard, tensor.start, tensor.start + tensor.n_bytes)
 
 
 def quantised_notes(sources: MergeSources, dtype: str | None) -> list[str]:
@@ -183,12 +183,7 @@ def _headers(api: HfApi, source: Source) -> Checkpoint:
     weights = set(weight_files(source))
     sizes = {file.path: file.size_bytes for file in source.files if file.path in weights}
     index = read_small(api, source, INDEX)
-    return read_headers(
-        source.pinned,
-        sizes,
-        lambda path, start, stop: read_range(api, source, path, start, stop),
-        index,
-    )
+    return read_headers(source.pinned, sizes, partial(read_range, api, source), index)
 
 
 def _config(api: HfApi, source: Source) -> Mapping[str, Any]:
@@ -213,12 +208,8 @@ def _open_adapter(api: HfApi, source: Source, base: OpenedSource) -> OpenedSourc
         settings, weights = ADAPTERS
         content = read_small(api, source, settings) or b""
         config = read_config(f"{source.pinned}: {settings}", content)
-        stored = read_header(
-            source.pinned,
-            weights,
-            source.size_bytes([weights]),
-            lambda path, start, stop: read_range(api, source, path, start, stop),
-        )
+        read = partial(read_range, api, source)
+        stored = read_header(source.pinned, weights, source.size_bytes([weights]), read)
         checkpoint = adapt(source.pinned, base.checkpoint, stored, config)
         trained_on = config.base_model_name_or_path
     digest = f"{base.digest}+{source.commit_sha}"

@@ -73,7 +73,11 @@ def write(
     outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
     for name in (*merged.sidecars, *_write_locked(settings, folder, guided, scored)):
         outputs[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
-    lock = _finished(settings.planned, outputs, gathered.rows)
+    planned = settings.planned
+    rows: Sequence[tuple[int, ...] | None] = gathered.rows or [None] * len(planned.calibration)
+    data = zip(planned.calibration, rows, strict=True)
+    calibration = tuple(replace(one, rows=drawn) for one, drawn in data)
+    lock = replace(planned, outputs=outputs, calibration=calibration)
     # The lock has no costs, times and verdict, so that equal merges have equal locks.
     beside = {COSTS: costs.to_json(machine), LOCK: lock.to_json()}
     beside[PROVENANCE] = provenance(lock, costs.began, datetime.now(UTC))
@@ -153,17 +157,6 @@ def _write_card(
         (folder / name).parent.mkdir(exist_ok=True)
         write_whole(folder / name, text)
     return tuple(texts)
-
-
-def _finished(
-    planned: Lock, outputs: Mapping[str, OutputFile], rows: Sequence[tuple[int, ...]]
-) -> Lock:
-    """Return the planned lock with the outputs and the measured rows."""
-    drawn: Sequence[tuple[int, ...] | None] = rows or [None] * len(planned.calibration)
-    calibration = tuple(
-        replace(one, rows=own) for one, own in zip(planned.calibration, drawn, strict=True)
-    )
-    return replace(planned, outputs=outputs, calibration=calibration)
 
 
 def locked_input(source: Source, *, is_base: bool) -> LockedInput:

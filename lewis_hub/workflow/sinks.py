@@ -133,7 +133,10 @@ class HubSink:
         open_repo(asked, landing, private=self.destination.asked.private)
         shards = self.work.scratch / "shards"
         shards.mkdir(exist_ok=True)
-        _clear(planned, shards)
+        whole = {note.name for shard in planned.shards if (note := noted(shard, shards))}
+        for path in shards.glob("*.safetensors"):  # of an interrupted run
+            if path.name not in whole:  # incomplete, or of another plan
+                path.unlink()
         results = self._sent_before(planned, shards, asked)
         left = MergePlan(tuple(s for s in planned.shards if s.layout.name not in results))
         _require_room_for_shards(left, locations, shards, means)
@@ -186,14 +189,6 @@ def discard_work(output: Path) -> None:
     if unfinished(folder).exists():
         with suppress(OutputError), open_workspace(folder, replace=False) as work:
             work.discard()
-
-
-def _clear(planned: MergePlan, folder: Path) -> None:
-    """Delete the shards of an interrupted run that are incomplete or belong to another plan."""
-    whole = {note.name for shard in planned.shards if (note := noted(shard, folder))}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in whole:
-            path.unlink()
 
 
 def _require_room_for_shards(

@@ -99,27 +99,6 @@ def gather(
     """
     if settings.moments.in_sequence:
         return _fit_in_sequence(settings, sets, loader, schedule)
-    return _gather_each(settings, sets, loader, store)
-
-
-def wanted(
-    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
-) -> tuple[GramRequest, ...]:
-    """Return the second moments that `gather` expects in a folder, one per expert, or none.
-
-    A pass that measures the experts for a guide can write them there.
-    """
-    if settings.moments.in_sequence:
-        return ()
-    widest = settings.moments.widest
-    facts = [subject.gram_facts(widest) for subject in _subjects(settings, sets, loader)]
-    places = [store / "statistics" / _short_digest(one) for one in facts]
-    return tuple(GramRequest(place, widest, one) for place, one in zip(places, facts, strict=True))
-
-
-def _gather_each(
-    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
-) -> Gathered:
     from lewis_hub.calibration.measure import gather_grams  # torch: only here
     from lewis_hub.calibration.model import run_refusals
 
@@ -149,6 +128,21 @@ def _gather_each(
     notes = _lacking_note(lacking, then, loader)
     folders = {own.label: one.folder for own, one in zip(known, asked, strict=True)}
     return Gathered(known, folders, _measured(subjects), notes)
+
+
+def wanted(
+    settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
+) -> tuple[GramRequest, ...]:
+    """Return the second moments that `gather` expects in a folder, one per expert, or none.
+
+    A pass that measures the experts for a guide can write them there.
+    """
+    if settings.moments.in_sequence:
+        return ()
+    widest = settings.moments.widest
+    facts = [subject.gram_facts(widest) for subject in _subjects(settings, sets, loader)]
+    places = [store / "statistics" / _short_digest(one) for one in facts]
+    return tuple(GramRequest(place, widest, one) for place, one in zip(places, facts, strict=True))
 
 
 def _subjects(settings: StatisticsSettings, sets: Sets, loader: ModelLoader) -> tuple[Subject, ...]:
