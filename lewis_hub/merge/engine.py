@@ -29,8 +29,8 @@ from lewis_hub.checkpoint.ranges import (
 from lewis_hub.checkpoint.reader import INDEX, read_tensor
 from lewis_hub.checkpoint.writer import ShardLayout, ShardWriter, index_document
 from lewis_hub.display import Advance
-from lewis_hub.errors import MergeError, OutputError
-from lewis_hub.files import require_room, sha256_of, write_whole
+from lewis_hub.errors import MergeError
+from lewis_hub.files import require_room, sha256_of, unwritable, write_whole
 from lewis_hub.merge.plan import MergePlan, Moments, ShardPlan
 from lewis_hub.merge.runners import Backend, Ray, Runner, cpus_of_this_task, threads
 
@@ -281,8 +281,7 @@ def _make_shard(
     try:
         write_whole(note, json.dumps(facts, indent=2) + "\n")
     except OSError as error:
-        problem = f"it cannot be written ({error.strerror})."
-        raise OutputError(str(note), problem, "Free some space, then run again.") from None
+        raise unwritable(note, error, "Free some space, then run again.") from None
     return result
 
 

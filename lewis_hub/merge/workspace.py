@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lewis_hub.errors import OutputError
+from lewis_hub.files import unwritable
 
 LOCK = ".lock"
 
@@ -92,11 +93,7 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
         (folder / ".scratch").mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()
     except OSError as error:
-        raise OutputError(
-            str(output),
-            f"it cannot be written ({error.strerror}).",
-            "Name a folder that you may write to with -o.",
-        ) from None
+        raise unwritable(output, error) from None
     with alone_in(folder, output):
         try:
             yield Workspace(output, folder, folder / ".scratch")
