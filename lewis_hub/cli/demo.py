@@ -139,15 +139,11 @@ def models_table(merges: Mapping[str, Scores]) -> TextTable:
 @click.option(
     "--mergekit",
     type=click.Path(exists=True, dir_okay=False),
-    help="Path of mergekit-yaml [the one on the PATH].",
+    help="Path of mergekit-yaml. [default: the one on the PATH]",
 )
-@click.option(
-    "--blocks", default=2, type=options.COUNT, help="Blocks of the models; 14 are 0.5 B [2]."
-)
-@click.option(
-    "--hidden-size", default=1536, type=click.IntRange(min=64), help="A multiple of 64 [1536]."
-)
-@click.option("--runs", default=3, type=options.COUNT, help="Runs of each program [3].")
+@click.option("--blocks", default=2, type=options.COUNT, help="Blocks of a model; 14 are 0.5 B.")
+@click.option("--hidden-size", default=1536, type=options.COUNT, help="A multiple of 64.")
+@click.option("--runs", default=3, type=options.COUNT, help="Runs of each program.")
 @terminal_options
 def bench(
     terminal: Terminal, mergekit: str | None, blocks: int, hidden_size: int, runs: int
