@@ -61,7 +61,9 @@ class Terminal:
             from rich.console import Console
 
             # names from repos may look like markup or emoji codes
-            Console(width=self.width, highlight=False, markup=False, emoji=False).print(rich(item))
+            Console(width=self.width, highlight=False, markup=False, emoji=False).print(
+                to_rich(item)
+            )
 
     def refuse(self, refusal: LewisHubError) -> NoReturn:
         """Exit after a result that the quality gate refuses."""
@@ -76,7 +78,7 @@ def scores_table(scores: Scores) -> TextTable:
     return replace(scores.table, header=("task", "metric", "n", *map(model_name, scores.labels)))
 
 
-def rich(texts: TextTable) -> Table:
+def to_rich(texts: TextTable) -> Table:
     """Convert a table; columns of numbers are aligned on the right."""
     from rich.table import Table
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lewis_hub.cli.terminal import rich
+from lewis_hub.cli.terminal import to_rich
 from lewis_hub.cli.tuning import trials_tables
 from lewis_hub.tune.run import Tuned
 from lewis_hub.tune.study import Trial
@@ -38,7 +38,7 @@ def shown(width):
     )
     file = io.StringIO()
     for table in trials_tables(tuned, 10, width):
-        Console(file=file, width=width).print(table if isinstance(table, str) else rich(table))
+        Console(file=file, width=width).print(table if isinstance(table, str) else to_rich(table))
     return file.getvalue()
 
 
