@@ -9,73 +9,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lewis_hub.demo.zoo import zoo_folder
-    from lewis_hub.errors import LewisHubError
-    from lewis_hub.pipeline import (
-        calibrate,
-        check,
-        merge_models,
-        open_target,
-        publish,
-        stream,
-        verify,
-    )
-    from lewis_hub.recipe.schema import (
-        Calibration,
-        Evaluation,
-        Gate,
-        Guide,
-        ModelEntry,
-        ModelReference,
-        Publishing,
-        Recipe,
-    )
-    from lewis_hub.report.profiles import compare_profiles
-    from lewis_hub.tune.objective import Search
-    from lewis_hub.tune.run import tune_recipe
-    from lewis_hub.workflow.resolve import read_recipe
-    from lewis_hub.workflow.resources import Execution
-    from lewis_hub.workflow.single_model import (
-        diff_merges,
-        evaluate_model,
-        extract_lora,
-        measure_model,
-        read_profile,
-    )
+    from lewis_hub.demo.zoo import zoo_folder as zoo_folder
+    from lewis_hub.errors import LewisHubError as LewisHubError
+    from lewis_hub.pipeline import calibrate as calibrate
+    from lewis_hub.pipeline import check as check
+    from lewis_hub.pipeline import merge_models as merge_models
+    from lewis_hub.pipeline import open_target as open_target
+    from lewis_hub.pipeline import publish as publish
+    from lewis_hub.pipeline import stream as stream
+    from lewis_hub.pipeline import verify as verify
+    from lewis_hub.recipe.schema import Calibration as Calibration
+    from lewis_hub.recipe.schema import Evaluation as Evaluation
+    from lewis_hub.recipe.schema import Gate as Gate
+    from lewis_hub.recipe.schema import Guide as Guide
+    from lewis_hub.recipe.schema import ModelEntry as ModelEntry
+    from lewis_hub.recipe.schema import ModelReference as ModelReference
+    from lewis_hub.recipe.schema import Publishing as Publishing
+    from lewis_hub.recipe.schema import Recipe as Recipe
+    from lewis_hub.report.profiles import compare_profiles as compare_profiles
+    from lewis_hub.tune.objective import Search as Search
+    from lewis_hub.tune.run import tune_recipe as tune_recipe
+    from lewis_hub.workflow.resolve import read_recipe as read_recipe
+    from lewis_hub.workflow.resources import Execution as Execution
+    from lewis_hub.workflow.single_model import diff_merges as diff_merges
+    from lewis_hub.workflow.single_model import evaluate_model as evaluate_model
+    from lewis_hub.workflow.single_model import extract_lora as extract_lora
+    from lewis_hub.workflow.single_model import measure_model as measure_model
+    from lewis_hub.workflow.single_model import read_profile as read_profile
 
 
 __version__ = "0.1.0"
-__all__ = [
-    "Calibration",
-    "Evaluation",
-    "Execution",
-    "Gate",
-    "Guide",
-    "LewisHubError",
-    "ModelEntry",
-    "ModelReference",
-    "Publishing",
-    "Recipe",
-    "Search",
-    "calibrate",
-    "check",
-    "compare_profiles",
-    "diff_merges",
-    "evaluate_model",
-    "extract_lora",
-    "measure_model",
-    "merge_models",
-    "open_target",
-    "publish",
-    "read_profile",
-    "read_recipe",
-    "stream",
-    "tune_recipe",
-    "verify",
-    "zoo_folder",
-]
-
-_HOME = {
+_HOME = {  # module -> its public names
     "demo.zoo": ("zoo_folder",),
     "errors": ("LewisHubError",),
     "pipeline": (
@@ -96,6 +60,7 @@ _HOME = {
         *("measure_model", "read_profile"),
     ),
 }
+__all__ = sorted(name for names in _HOME.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

@@ -43,11 +43,11 @@ def test_every_public_name_exists_and_has_a_docstring():
 def test_the_public_names_the_lazy_table_and_the_type_checked_imports_agree():
     source = ast.parse(Path(lewis_hub.__file__).read_text())
     (typed,) = (node for node in source.body if isinstance(node, ast.If))
-    imported = {i.module: tuple(alias.name for alias in i.names) for i in typed.body}
+    imported = [(i.module, alias.name, alias.asname) for i in typed.body for alias in i.names]
     table = {f"lewis_hub.{module}": names for module, names in lewis_hub._HOME.items()}
     names = [name for names in table.values() for name in names]
 
-    assert imported == table
+    assert imported == [(module, name, name) for module in table for name in table[module]]
     assert lewis_hub.__all__ == sorted(names) == sorted(set(names))
     assert set(names) <= set(dir(lewis_hub))
 
