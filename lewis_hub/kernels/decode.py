@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray
 
 from lewis_hub.kernels.compiler import ADDRESS, INTEGER, entry, loop, prefetch
-from lewis_hub.kernels.operands import ABSOLUTE, BF16, EXPONENT, F16, F32, Floats
+from lewis_hub.kernels.operands import ABSOLUTE, BF16, EXPONENT, F16, F32, Floats, Halves
 
 U16, U32 = np.uint16, np.uint32
 UP_112 = np.float32(2.0**112)  # the difference of the exponents' biases
@@ -41,11 +41,37 @@ def size_of(value: np.float32) -> np.uint32:
 
 
 @loop
+def views_of(raw: Any, kind: int, first: int, n: int) -> tuple[Halves, Floats]:
+    """Elements [first, first + n) of raw bytes as 16-bit and as 32-bit items, for `value_at`.
+
+    The items behind them are loaded into the cache meanwhile: the processor's own prefetching stops
+    when the sources take turns.
+    """
+    width = 4 if kind == F32 else 2
+    for i in range(0, n * width, LINE_BYTES):
+        prefetch(raw, (first + n) * width + i)
+    return carray(raw, first + n, np.uint16)[first:], carray(raw, first + n, np.float32)[first:]
+
+
+@loop
+def value_at(views: tuple[Halves, Floats], kind: int, i: int) -> np.float32:
+    """Return an element as float32. LLVM compiles a loop over it once for each format."""
+    if kind == BF16:
+        return float_of(U32(views[0][i]) << U32(16))
+    if kind == F16:
+        half = U32(views[0][i])
+        size = U32(half & U32(0x7FFF))
+        scaled = float_of(size << U32(13)) * UP_112
+        # in NaN and infinity, all bits of the exponent are set in both formats
+        odd = U32(EXPONENT) if size >= U32(0x7C00) else U32(0)
+        return float_of(U32(bits_of(scaled) | odd) | U32(U32(half & U32(0x8000)) << U32(16)))
+    value: np.float32 = views[1][i]
+    return value
+
+
+@loop
 def widen(raw: Any, kind: int, first: int, values: Floats) -> np.uint32:
     """Read elements [first, first + n) of raw bytes as float32.
-
-    The bytes behind them are loaded into the cache meanwhile: the processor's own prefetching stops
-    when the sources take turns.
 
     Args:
         raw: address of element 0.
@@ -56,33 +82,11 @@ def widen(raw: Any, kind: int, first: int, values: Floats) -> np.uint32:
     Returns:
         The largest magnitude.
     """
-    n, largest, width = values.size, U32(0), 4 if kind == F32 else 2
-    for i in range(0, n * width, LINE_BYTES):
-        prefetch(raw, (first + n) * width + i)
-    halves = carray(raw, first + n, np.uint16)[first:]
-    if kind == BF16:
-        for i in range(n):
-            values[i] = float_of(U32(halves[i]) << U32(16))
-    elif kind == F16:
-        for i in range(n):
-            values[i] = from_half(U32(halves[i]))
-    else:
-        floats = carray(raw, first + n, np.float32)[first:]
-        for i in range(n):
-            values[i] = floats[i]
-    for i in range(n):
+    views, largest = views_of(raw, kind, first, values.size), U32(0)
+    for i in range(values.size):
+        values[i] = value_at(views, kind, i)
         largest = max(largest, size_of(values[i]))
     return largest
-
-
-@loop
-def from_half(half: np.uint32) -> np.float32:
-    """The float32 with the value of an fp16, given as bits."""
-    size = U32(half & U32(0x7FFF))
-    scaled = float_of(size << U32(13)) * UP_112
-    # in NaN and infinity, all bits of the exponent are set in both formats
-    odd = U32(EXPONENT) if size >= U32(0x7C00) else U32(0)
-    return float_of(U32(bits_of(scaled) | odd) | U32(U32(half & U32(0x8000)) << U32(16)))
 
 
 @loop

@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray
 
 from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
-from lewis_hub.kernels.decode import size_of, widen
+from lewis_hub.kernels.decode import size_of, value_at, views_of, widen
 from lewis_hub.kernels.operands import (
     ABOVE,
     AT_HIGH,
@@ -60,10 +60,9 @@ def find(flags: Any, n: int, places: Halves) -> int:
 @loop
 def magnitudes(raw: Any, kind: int, first: int, base: Floats, sizes: Words) -> None:
     """Write the magnitudes of a task vector: elements [first, first + n) of an expert - base."""
-    values = sizes.view(np.float32)
-    widen(raw, kind, first, values)
+    views = views_of(raw, kind, first, sizes.size)
     for i in range(sizes.size):
-        sizes[i] = size_of(values[i] - base[i])
+        sizes[i] = size_of(value_at(views, kind, i) - base[i])
 
 
 @entry(ADDRESSES, INTEGERS, INTEGER, ADDRESS, INTEGER, ADDRESSES, ADDRESS)

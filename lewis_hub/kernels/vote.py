@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray
 
 from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
-from lewis_hub.kernels.decode import bits_of, float_of, narrow, size_of, widen
+from lewis_hub.kernels.decode import bits_of, float_of, narrow, size_of, value_at, views_of, widen
 from lewis_hub.kernels.operands import (
     DRAW,
     EXPERT,
@@ -73,10 +73,10 @@ def merge_task_vectors(  # noqa: PLR0913
         worst[0] = max(worst[0], widen(raw[0], kinds[0], start, base))
         for e in range(n_experts):
             votes, expert = rows[VOTES + e][:m], experts[e]
-            worst[e + 1] = max(worst[e + 1], widen(raw[e + 1], kinds[e + 1], start, votes))
+            views = views_of(raw[e + 1], kinds[e + 1], start, m)
             weight = expert.weight if expert.mode == KEEP_ALL else F32(1)
-            for i in range(m):
-                votes[i] = weight * (votes[i] - base[i])
+            largest = subtract(views, kinds[e + 1], base, weight, votes)
+            worst[e + 1] = max(worst[e + 1], largest)
             thin(votes, experts[e : e + 1], first + start, limits[e], factors[e], scratch)
         if elects:
             add_elected(rows, m, experts, normalize, mix[1])
@@ -88,6 +88,17 @@ def merge_task_vectors(  # noqa: PLR0913
         if worst[s] >= U32(EXPONENT):
             return s
     return n_experts + 1 if result >= U32(EXPONENT) else -1
+
+
+@loop
+def subtract(views: Any, kind: int, base: Floats, weight: np.float32, votes: Floats) -> np.uint32:
+    """Write weight * (expert - base); returns the largest magnitude of the expert."""
+    largest = U32(0)
+    for i in range(votes.size):
+        value = value_at(views, kind, i)
+        largest = max(largest, size_of(value))
+        votes[i] = weight * (value - base[i])
+    return largest
 
 
 @loop
@@ -337,6 +348,17 @@ def finish(mixed: Floats, total: Floats, balance: Floats, scale: np.float32, bas
         base[i] = base[i] + scale * (vote / divisor)
 
 
+@loop
+def add_weighted(views: Any, kind: int, weight: np.float32, total: Floats) -> np.uint32:
+    """Add weight * source; returns the largest magnitude of the source."""
+    largest = U32(0)
+    for i in range(total.size):
+        value = value_at(views, kind, i)
+        largest = max(largest, size_of(value))
+        total[i] += weight * value
+    return largest
+
+
 @entry(ADDRESSES, INTEGERS, INTEGER, INTEGER, INTEGER, ADDRESS, INTEGER, ADDRESS, ADDRESSES)
 def average(  # noqa: PLR0913
     raw: Any,
@@ -351,17 +373,17 @@ def average(  # noqa: PLR0913
 ) -> int:
     """Average one piece of several models; the divisor follows their weights."""
     weights = carray(weights, n_sources + 1, np.float32)
-    rows = carray(scratch[0], (2, strip), np.float32)
+    sums = carray(scratch[0], strip, np.float32)
     worst, result = carray(scratch[1], n_sources, np.uint32), U32(0)
     start = 0
     while start < n:  # a range of unknown step would raise
         m = min(strip, n - start)
-        total, values = rows[0][:m], rows[1][:m]
+        total = sums[:m]
         fill(total, F32(0))
         for s in range(n_sources):
-            worst[s] = max(worst[s], widen(raw[s], kinds[s], start, values))
-            for i in range(m):
-                total[i] += weights[s] * values[i]
+            views = views_of(raw[s], kinds[s], start, m)
+            largest = add_weighted(views, kinds[s], weights[s], total)
+            worst[s] = max(worst[s], largest)
         for i in range(m):
             total[i] = total[i] / weights[n_sources]
         result = max(result, narrow(total, out_kind, out, start))

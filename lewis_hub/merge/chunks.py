@@ -288,13 +288,20 @@ class TensorJob:
         length = max(-(-n // n_spans // self.block) * self.block, self.block)
         return [range(first, min(first + length, n)) for first in range(0, n, length)]
 
-    def pieces(self, span: Span) -> Iterator[Piece]:
-        """All of a span, in order; a piece is good until the next is asked for."""
+    def pieces(self, span: Span, *, backwards: bool = False) -> Iterator[Piece]:
+        """All of a span; a piece is valid until the next is requested.
+
+        Args:
+            span: of the tensor.
+            backwards: whether the parts that are mapped together come in the opposite order, so
+                that the first of them is still mapped by the pass before.
+        """
         kind = FORMATS[self.tensor.output.dtype]
         with self.context.buffers.one() as buffer:
             most = buffer.n_elements // self.block * self.block
             together = max(MAPPED_BYTES // sum(self._widths) // most, 1) * most
-            for start in range(span.start, span.stop, together):
+            starts = range(span.start, span.stop, together)
+            for start in reversed(starts) if backwards else starts:
                 elements = span[start - span.start :][:together]
                 self._map(buffer, elements)
                 for first in range(start, elements.stop, most):

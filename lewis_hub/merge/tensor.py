@@ -128,7 +128,7 @@ def _sort_out(job: TensorJob, brackets: dict[int, Bracket], span: Span) -> dict[
     capacity = int(ROOM * max(found.share for found in brackets.values()) * len(span)) + RUN
     tallies = np.zeros((len(brackets), 4), np.int64)
     inside = np.empty((len(brackets), capacity), np.uint32)
-    for piece in job.pieces(span):
+    for piece in job.pieces(span, backwards=True):
         calls.sort_out(piece, chosen, ends, tallies, inside)
     return {
         e: Tally(tally, found[: tally[INSIDE]], bool(tally[INSIDE] >= capacity))
@@ -162,7 +162,7 @@ def _count_high(job: TensorJob, chosen: Integers, span: Span) -> Words:
 
 def _count_low(job: TensorJob, chosen: Integers, high: Words, span: Span) -> Words:
     counts = np.zeros((len(chosen), LOW_BINS), np.uint32)
-    for piece in job.pieces(span):
+    for piece in job.pieces(span, backwards=True):
         calls.count_low(piece, chosen, high, counts)
     return counts
 
