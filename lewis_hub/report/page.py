@@ -172,13 +172,7 @@ def _importance(profile: ImportanceProfile, expert: SourceImportance) -> list[Do
 def _map(title: str, unit: str, grid: Grid | None) -> Document | None:
     if grid is None:
         return None
-    clipped, note = clip(grid), ""
-    if clipped:
-        others = f", and {clipped.n_above - 1} more" if clipped.n_above > 1 else ""
-        note = (
-            f"The colour scale ends at {clipped.limit:.4g}. Above it: {visible(clipped.top)}, "
-            f"{clipped.top_value:.4g}{others}."
-        )
+    clipped = clip(grid)
     return {
         "title": title,
         "unit": unit,
@@ -187,7 +181,7 @@ def _map(title: str, unit: str, grid: Grid | None) -> Document | None:
         "values": [[_rounded(value) for value in row] for row in grid.values],
         "bottom": _rounded(grid.known[0]),
         "top": _rounded(clipped.limit if clipped else grid.known[-1]),
-        "note": note,
+        "note": visible(clipped.sentence("{:.4g}".format)) if clipped else "",
     }
 
 

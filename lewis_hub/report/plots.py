@@ -133,28 +133,23 @@ def draw(
     profile = profile.by(profile.measures[0]) if profile and profile.measures else None
     measured = profile.experts if profile else ()
     scheduled = schedule.experts if schedule else ()
-    sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
+    sources = dict.fromkeys(e.source for e in (*measured, *scheduled))
     slugs = dict(zip(sources, unique_slugs(sources), strict=True))
     maps: list[tuple[Kind, str, HeatMap | None]] = []
     if profile:
         maps += [("importance", e.source, _importance(profile, e)) for e in measured]
-    for expert in scheduled:
-        heat = _fractions("Density", expert.source, "fraction kept", expert.tensors)
-        maps.append(("density", expert.source, heat))
-    for expert in scheduled:
-        heat = _fractions("Weight", expert.source, "factor", expert.weights)
-        maps.append(("weight", expert.source, heat))
-    return tuple(
-        _plot(kind, source, heat, f"{kind}-{slugs[source]}", folder)
-        for kind, source, heat in maps
-        if heat
-    )
-
-
-def _plot(kind: Kind, source: str, heat: HeatMap, stem: str, folder: Path) -> Plot:
-    light, dark = _save_both(heat, stem, folder)
-    note = note_on(heat.clipped) if heat.clipped else ""
-    return Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.", note)
+    for e in scheduled:
+        title = f"Density of {short_name(e.source)}"
+        maps.append(("density", e.source, _heat_map(title, "fraction kept", e.tensors)))
+    for e in scheduled:
+        title = f"Weight of {short_name(e.source)}"
+        maps.append(("weight", e.source, _heat_map(title, "factor", e.weights)))
+    plots = []
+    for kind, source, heat in maps:
+        if heat:
+            light, dark = _save_both(heat, f"{kind}-{slugs[source]}", folder)
+            plots.append(Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.", heat.note))
+    return tuple(plots)
 
 
 def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap | None:
@@ -164,11 +159,12 @@ def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap
         base = None
     word, name = WORDS.get(expert.measure, expert.measure), short_name(expert.source)
     title = f"Change of {word}, base to {name}" if base else f"{word.capitalize()} in {name}"
-    if expert.measure in PAIRED:
-        percentages = {module: 100 * value for module, value in expert.modules.items()}
-        return _percentages(title, "% of the base's", arrange(percentages))
     scale = "% of the base's" if base else "% of the component's mean"
-    return _percentages(title, scale, arrange(relative_change(expert.modules, base)))
+    values = relative_change(expert.modules, base)
+    if expert.measure in PAIRED:
+        scale = "% of the base's"
+        values = {module: 100 * value for module, value in expert.modules.items()}
+    return _heat_map(title, scale, values)
 
 
 def draw_comparisons(compared: Sequence[ProfileComparison], folder: Path) -> tuple[str, ...]:
@@ -182,54 +178,39 @@ def draw_comparisons(compared: Sequence[ProfileComparison], folder: Path) -> tup
         a, b = short_name(comparison.before), short_name(comparison.after)
         pair = f"{a} to {b}" if a != b else f"{a}, A to B"
         title = f"Change of {WORDS.get(comparison.measure, comparison.measure)}, {pair}"
-        if heat := _percentages(title, "% of A's", arrange(relative_change(after, before))):
+        if heat := _heat_map(title, "% of A's", relative_change(after, before)):
             names += _save_both(heat, f"change-{slug}", folder)
     return tuple(names)
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A heat map: components by blocks.
-
-    Attributes:
-        scale: the label of the colour scale.
-        percent: whether values are percentages, rather than fractions.
-        clipped: the end of the scale if some values exceed it; a note under the map names them.
-    """
+    """Components by blocks: percentages, whose scale may end below the highest, or fractions."""
 
     title: str
-    scale: str
-    percent: bool
-    bottom: float
-    top: float
+    scale: str  # label of the colour scale
     grid: Grid
-    clipped: Clip | None = None
+
+    @property
+    def percent(self) -> bool:
+        """Whether values are percentages."""
+        return self.scale.startswith("%")
+
+    @property
+    def clipped(self) -> Clip | None:
+        """The end of the scale if some values exceed it."""
+        return clip(self.grid) if self.percent else None
+
+    @property
+    def note(self) -> str:
+        """A sentence on the values above the scale; empty if there are none."""
+        clipped = self.clipped
+        return clipped.sentence(_percent) if clipped else ""
 
 
-def _fractions(value: str, source: str, scale: str, tensors: Mapping[str, float]) -> HeatMap | None:
-    grid = arrange(tensors)
-    if grid is None:
-        return None
-    title = f"{value} of {short_name(source)}"
-    return HeatMap(title, scale, False, grid.known[0], grid.known[-1], grid)  # noqa: FBT003
-
-
-def _percentages(title: str, scale: str, grid: Grid | None) -> HeatMap | None:
-    if grid is None:
-        return None
-    clipped = clip(grid)
-    top = clipped.limit if clipped else grid.known[-1]
-    return HeatMap(title, scale, True, 0.0, top, grid, clipped)  # noqa: FBT003
-
-
-def note_on(clipped: Clip) -> str:
-    """A sentence on the end of the colour scale and the modules above it."""
-    others = clipped.n_above - 1
-    more = f", and {others} more" if others else ""
-    return (
-        f"The colour scale ends at {_percent(clipped.limit)} (percentile "
-        f"{clipped.percentile:.1f}). Above it: {clipped.top}, {_percent(clipped.top_value)}{more}."
-    )
+def _heat_map(title: str, scale: str, values: Mapping[str, float]) -> HeatMap | None:
+    grid = arrange(values)
+    return HeatMap(title, scale, grid) if grid else None
 
 
 def _percent(value: float) -> str:
@@ -253,8 +234,7 @@ def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
     left = 0.3 + 0.078 * max(map(len, heat.grid.components))
     width, height = max(cell * n_columns, 3.2), max(0.3 * n_rows, 1.5)
     across = left + width + 1.0
-    note = _drawable(note_on(heat.clipped)) if heat.clipped else ""
-    lines = textwrap.wrap(note, int(15 * across) - 4, break_on_hyphens=False)
+    lines = textwrap.wrap(_drawable(heat.note), int(15 * across) - 4, break_on_hyphens=False)
     below = 0.55 + (0.09 + 0.15 * len(lines) if lines else 0)
     up = below + height + 0.48
 
@@ -263,7 +243,7 @@ def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
 
     with own_style(theme):
         figure = Figure(figsize=(across, up), dpi=DPI, facecolor=theme.paper)
-        image = _heat_map(figure.add_axes(box(left, width)), heat, theme)
+        image = _draw(figure.add_axes(box(left, width)), heat, theme)
         bar = figure.colorbar(
             image,
             cax=figure.add_axes(box(left + width + 0.15, 0.14)),
@@ -280,18 +260,20 @@ def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
         figure.savefig(path, metadata={"Software": None})
 
 
-def _heat_map(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
+def _draw(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
     from matplotlib import colormaps
 
-    grid = heat.grid
+    grid, clipped = heat.grid, heat.clipped
+    bottom = 0.0 if heat.percent else grid.known[0]
+    top = clipped.limit if clipped else grid.known[-1]
     n_rows, n_columns = len(grid.components), len(grid.blocks)
     image = axes.imshow(
         grid.values,
         aspect="auto",
         interpolation="nearest",
         cmap=colormaps["viridis"].with_extremes(over=HIGHLIGHT, bad=theme.faint),
-        vmin=heat.bottom,
-        vmax=heat.top if heat.top > heat.bottom else heat.bottom + 1,
+        vmin=bottom,
+        vmax=top if top > bottom else bottom + 1,
     )
     axes.set_yticks(range(n_rows), list(map(_drawable, grid.components)))
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 24 * s)

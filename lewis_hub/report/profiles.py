@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import fsum, isnan, nan
 from pathlib import Path
@@ -52,6 +52,14 @@ class Clip:
     n_above: int
     top: str  # the module with the highest value
     top_value: float
+
+    def sentence(self, shown: Callable[[float], str]) -> str:
+        """A sentence on the end of the scale and the modules above it, with values as `shown`."""
+        others = f", and {self.n_above - 1} more" if self.n_above > 1 else ""
+        return (
+            f"The colour scale ends at {shown(self.limit)} (percentile {self.percentile:.1f}). "
+            f"Above it: {self.top}, {shown(self.top_value)}{others}."
+        )
 
 
 def arrange(values: Mapping[str, float]) -> Grid | None:
@@ -137,36 +145,24 @@ class ModuleChange:
 
 @dataclass(frozen=True)
 class ProfileComparison:
-    """A measurement of profile A compared with one of profile B, by the same measure.
-
-    Attributes:
-        measure: the name of the measure.
-        texts_before: a description of the texts of A; empty if it needs no texts.
-        texts_after: the same of B.
-        rows: modules in both, in the model's order.
-        spearman: rank correlation over them; None if it is not defined.
-        only_before: modules in A only.
-        only_after: modules in B only.
-    """
+    """A measurement of profile A compared with one of profile B, by the same measure."""
 
     before: str
     after: str
     measure: str
-    texts_before: str
+    texts_before: str  # empty if the measure needs no texts
     texts_after: str
-    rows: tuple[ModuleChange, ...]
-    spearman: float | None
+    rows: tuple[ModuleChange, ...]  # modules in both, in the model's order
+    spearman: float | None  # rank correlation over them; None if it is not defined
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
 
     @property
     def by_change(self) -> tuple[ModuleChange, ...]:
         """The largest relative change first."""
-
-        def key(row: ModuleChange) -> float:
-            return -np.inf if row.change is None else -abs(row.change)
-
-        return tuple(sorted(self.rows, key=key))
+        return tuple(
+            sorted(self.rows, key=lambda row: -np.inf if row.change is None else -abs(row.change))
+        )
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -245,20 +241,19 @@ def _compared(first: SourceImportance, second: SourceImportance) -> ProfileCompa
         if module in b
     ]
     return ProfileComparison(
-        first.source,
-        second.source,
-        first.measure,
-        _texts(first),
-        _texts(second),
-        tuple(rows),
-        spearman([row.before for row in rows], [row.after for row in rows]),
-        tuple(module for module in a if module not in b),
-        tuple(module for module in b if module not in a),
+        before=first.source,
+        after=second.source,
+        measure=first.measure,
+        texts_before=_texts(first),
+        texts_after=_texts(second),
+        rows=tuple(rows),
+        spearman=spearman([row.before for row in rows], [row.after for row in rows]),
+        only_before=tuple(module for module in a if module not in b),
+        only_after=tuple(module for module in b if module not in a),
     )
 
 
 def _held(profile: ImportanceProfile) -> str:
-    """The sources of a profile; with their measures if there are several measures."""
     several = len(profile.measures) > 1
     names = (f"{s.source} ({s.measure})" if several else s.source for s in profile.sources)
     return ", ".join(dict.fromkeys(names))

@@ -70,7 +70,9 @@ def test_a_module_that_stands_out_ends_the_colours_early_and_is_named(make_facts
 
     change = page_data(replace(guided, profile=profile), {})["experts"][0]["maps"][1]
 
-    assert change["note"] == f"The colour scale ends at 20. Above it: {loud}, 978.7."
+    assert (
+        change["note"] == f"The colour scale ends at 20 (percentile 95.8). Above it: {loud}, 978.7."
+    )
     assert change["top"] == 20.0
     assert change["values"][3][1] == 978.7
 
