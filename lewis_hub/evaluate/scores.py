@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -172,15 +172,18 @@ class Scores:
         """Of all models, in the order in which tasks name them."""
         return tuple(dict.fromkeys(label for task in self.tasks.values() for label in task.models))
 
+    def by_metric(self) -> Iterator[tuple[str, str, str, list[MetricScore | None]]]:
+        """Task, metric, number of items and a score for each label, for every task and metric."""
+        for name, task in self.tasks.items():
+            for metric in dict.fromkeys(key for scored in task.models.values() for key in scored):
+                scores = [task.models.get(label, {}).get(metric) for label in self.labels]
+                yield name, metric, f"{task.n:,}", scores
+
     @property
     def table(self) -> TextTable:
         """A row per task and metric, a column per model."""
-        labels, rows = self.labels, []
-        for name, task in self.tasks.items():
-            for metric in dict.fromkeys(key for scored in task.models.values() for key in scored):
-                cells = (str(task.models.get(label, {}).get(metric, "-")) for label in labels)
-                rows.append((name, metric, f"{task.n:,}", *cells))
-        names = (re.sub("^expert:|@[0-9a-f]{40}$", "", label) for label in labels)
+        rows = ((*row, *(str(s or "-") for s in scores)) for *row, scores in self.by_metric())
+        names = (re.sub("^expert:|@[0-9a-f]{40}$", "", label) for label in self.labels)
         return TextTable(("task", "metric", "n", *names), tuple(rows))
 
     def __repr__(self) -> str:

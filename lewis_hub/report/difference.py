@@ -26,13 +26,13 @@ MAX_CHARACTERS = 300  # of a change in the card
 SHORT = 12  # digits of a commit sha, or of a folder's digest
 NAMES = {"model", "base_model", "dataset"}  # their changes are in the differences of the inputs
 ABSENT = "absent"
-
-Place = tuple[str, str]  # role, name
+UNCHANGED = ", without a change of the files that are read"
 
 
 def differences(before: Lock, after: Lock) -> tuple[str, ...]:
     """A sentence for each difference; none if the merges and their bytes are the same."""
-    changes = [*_inputs(_sources(before), _sources(after)), *_inputs(_data(before), _data(after))]
+    changes = [*_inputs(before.inputs, after.inputs)]
+    changes += _inputs(before.calibration, after.calibration)
     changes += recipe_differences(before.recipe, after.recipe, ignored=NAMES)
     changes += _versions(before, after)
     if before.max_shard_bytes != after.max_shard_bytes:
@@ -48,10 +48,8 @@ def differences(before: Lock, after: Lock) -> tuple[str, ...]:
 def recipe_differences(before: Any, after: Any, ignored: Collection[str] = ()) -> Iterator[str]:
     """A sentence for each field that differs, but for `ignored` keys."""
     old, new = (dict(_fields(side, ignored)) for side in (before, after))
-    for field in dict.fromkeys((*old, *new)):
-        ours, theirs = old.get(field, ABSENT), new.get(field, ABSENT)
-        if ours != theirs:
-            yield f"{field}: {ours} → {theirs}"
+    for field in _differing(old, new):
+        yield f"{field}: {old.get(field, ABSENT)} → {new.get(field, ABSENT)}"
 
 
 def _fields(value: Any, ignored: Collection[str], path: str = "") -> Iterator[tuple[str, str]]:
@@ -76,17 +74,13 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _sources(lock: Lock) -> dict[Place, LockedInput | LockedData]:
-    return {(source.role, source.name): source for source in lock.inputs}
-
-
-def _data(lock: Lock) -> dict[Place, LockedInput | LockedData]:
-    return {("calibration", data.name): data for data in lock.calibration}
-
-
 def _inputs(
-    old: Mapping[Place, LockedInput | LockedData], new: Mapping[Place, LockedInput | LockedData]
+    before: Sequence[LockedInput | LockedData], after: Sequence[LockedInput | LockedData]
 ) -> Iterator[str]:
+    old, new = (
+        {(getattr(each, "role", "calibration"), each.name): each for each in side}
+        for side in (before, after)
+    )
     for place in dict.fromkeys((*old, *new)):
         role, name = place
         if place not in new:
@@ -95,15 +89,14 @@ def _inputs(
             yield f"{role} {name}: new, at {_commit(new[place])}"
         elif old[place].commit_sha != new[place].commit_sha:
             moved = f"{_commit(old[place])} → {_commit(new[place])}"
-            yield f"{role} {name}: {moved}{_changed(old[place].files, new[place].files)}"
+            changed = _differing(old[place].files, new[place].files)
+            rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            files = f" ({', '.join(changed[:3])}{rest})"
+            yield f"{role} {name}: {moved}{files if changed else UNCHANGED}"
 
 
-def _changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    changed = [path for path in dict.fromkeys((*old, *new)) if old.get(path) != new.get(path)]
-    if not changed:
-        return ", without a change of the files that are read"
-    rest = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return f" ({', '.join(changed[:3])}{rest})"
+def _differing(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    return [key for key in dict.fromkeys((*old, *new)) if old.get(key) != new.get(key)]
 
 
 def _versions(before: Lock, after: Lock) -> Iterator[str]:
@@ -119,7 +112,7 @@ def _weights(before: Lock, after: Lock) -> Iterator[str]:
         {path: file.sha256 for path, file in lock.outputs.items() if path.endswith(".safetensors")}
         for lock in (before, after)
     )
-    changed = [path for path in dict.fromkeys((*old, *new)) if old.get(path) != new.get(path)]
+    changed = _differing(old, new)
     if changed and before.outputs and after.outputs:  # a planned merge has no outputs
         total = len(dict.fromkeys((*old, *new)))
         yield f"weights: {len(changed)} of {total} files differ"
@@ -131,19 +124,12 @@ def _commit(source: LockedInput | LockedData) -> str:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ChangelogEntry:
-    """A published merge.
+    """A published merge."""
 
-    Attributes:
-        day: of the push, in UTC.
-        replaced: commit sha of the repo's main before the push.
-        digest: of the new lock.
-        changes: sentences, as `differences` writes them.
-    """
-
-    day: date
-    replaced: str
-    digest: str
-    changes: tuple[str, ...]
+    day: date  # of the push, in UTC
+    replaced: str  # commit sha of the repo's main before the push
+    digest: str  # of the new lock
+    changes: tuple[str, ...]  # from `differences`
 
 
 def to_json(entries: Sequence[ChangelogEntry]) -> str:

@@ -125,15 +125,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class StackedBlocks:
-    """Blocks of the output, and the blocks of the sources that they are made from, in order.
-
-    Attributes:
-        base: the source that task vectors start from; None for a method without a base.
-    """
+    """Blocks of the output, and the blocks of the sources that they are made from, in order."""
 
     blocks: range
     sources: tuple[tuple[Source, range], ...]
-    base: Source | None
+    base: Source | None  # that task vectors start from
 
     @property
     def base_first(self) -> list[tuple[Source, range]]:
@@ -146,34 +142,25 @@ class CardFacts:
     """All facts that a card states. Strings may come from anywhere; the card escapes them.
 
     Attributes:
-        title: the name of the model, such as the last part of `repo`.
         repo: the Hub repo that it is published to; None if it stays on disk.
         endpoint: address of the Hub, without a slash at the end.
         base: the source that task vectors start from; None for a method without a base.
-        experts: the merged sources in the recipe's order.
         models: pinned source -> facts from its own card.
         datasets: of the calibration, each once.
         parameters: tensor of the merge -> number of parameters.
         dtype: of the merge; None if each tensor kept its own dtype.
-        method: from the registry.
         guided: None if the densities come from the recipe's own settings.
         measured: for a method that merges by statistics, the calibration of each expert.
         in_sequence: whether matrices were fitted one after the other, on the merged model's inputs.
         notes: warnings about those statistics, in plain words.
-        machine: the machine of this run; None if unknown.
-        scores: None if nothing was scored.
         costs: of the run that finished the merge.
         recipe: as run, with pinned revisions, as YAML.
-        licence: None if no licence is stated.
         licence_chosen: whether the recipe states it; otherwise it follows from the parents.
         config: the content of the merge's `config.json`, unchecked.
         chat: whether the tokenizer has a chat template.
         custom_code: whether transformers needs `trust_remote_code` to load the model.
         mergekit: whether there is a `mergekit_config.yml` beside the card.
-        digest: of the lock.
         software: name -> version, with lewis_hub.
-        stack: the slices of a model whose blocks were stacked.
-        gate: the verdict of the quality gate; None without a gate.
         scored_in_chat: whether prompts went through each model's chat template.
     """
 

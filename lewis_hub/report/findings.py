@@ -15,7 +15,6 @@ from lewis_hub.evaluate.scores import (
     TWINS,
     VERSION,
     MetricScore,
-    PairedTest,
     Scores,
     TaskScores,
 )
@@ -45,8 +44,7 @@ TITLES = {
 
 def twins(scores: Scores) -> tuple[str, ...]:
     """A sentence for each twin that was scored beside the merge."""
-    scored = {label for task in scores.tasks.values() for label in task.models}
-    return tuple(MEANINGS[label] for label in TWINS if label in scored)
+    return tuple(MEANINGS[label] for label in TWINS if label in scores.labels)
 
 
 def findings(scores: Scores) -> tuple[list[str], list[str]]:
@@ -92,39 +90,33 @@ def _against(
     test = next(tests, None)
     margin = merged.merit - other.merit
     is_noise = test is not None and test.p_holm >= SIGNIFICANT
-    numbers = f"{number(merged.value)} against {number(other.value)}{_tested(test)}"
+    numbers = f"{number(merged.value)} against {number(other.value)}"
+    if test:
+        difference = _difference(test.difference, test.ci95)
+        numbers += f" ({difference}, adjusted p {_p(test.p_holm)})"
     if label == UNIFORM and (margin == 0 or is_noise):
-        yield (
-            False,
-            f"{where} the merged model is not significantly better than {rival}: {numbers}.",
-        )
+        worse = "is not significantly better than"
+        yield False, f"{where} the merged model {worse} {rival}: {numbers}."
     elif margin:
         word = "better" if margin > 0 else "worse"
         noise = "; the difference is not significant" if is_noise else ""
         yield margin > 0, f"{where} the merged model is {word} than {rival}: {numbers}{noise}."
 
 
-def _tested(test: PairedTest | None) -> str:
-    if test is None:
-        return ""
-    low, high = test.ci95
-    return (
-        f" (difference {signed(test.difference)}, 95 % interval {signed(low)} to {signed(high)}, "
-        f"adjusted p {_p(test.p_holm)})"
-    )
+def _difference(value: float, ci95: tuple[float, float]) -> str:
+    low, high = map(signed, ci95)
+    return f"difference {signed(value)}, 95 % interval {low} to {high}"
 
 
 def scores_table(scores: Scores) -> str:
     """A row for each task and metric, a column for each model, the best score in bold."""
-    labels = list(dict.fromkeys(label for task in scores.tasks.values() for label in task.models))
     rows = []
-    for name, task in scores.tasks.items():
-        for metric in dict.fromkeys(key for keys in task.models.values() for key in keys):
-            row = {label: task.models.get(label, {}).get(metric) for label in labels}
-            best = _best([score for score in row.values() if score])
-            cells = [_score(row[label], best) for label in labels]
-            rows.append([markdown.code(name), _metric(metric), f"{task.n:,}", *cells])
-    header = ["task", "metric", "n", *(markdown.text(model_name(label)) for label in labels)]
+    for task, metric, n, by_model in scores.by_metric():
+        best = _best([score for score in by_model if score])
+        cells = [_score(score, best) for score in by_model]
+        rows.append([markdown.code(task), _metric(metric), n, *cells])
+    names = (markdown.text(model_name(label)) for label in scores.labels)
+    header = ["task", "metric", "n", *names]
     return markdown.table(header, rows, right=range(2, len(header)))
 
 
@@ -222,12 +214,10 @@ def _clause(check: Check) -> str:
     if check.difference is None or check.ci95 is None or check.other is None:
         return f"{where} not compared with {rival}: {check.why}"
     word = "worse than" if check.missed else "not significantly worse than"
-    low, high = check.ci95
+    numbers = f"{number(check.value)} against {number(check.other)}"
     tolerance = f", tolerance {number(check.tolerance)}" if check.tolerance else ""
-    return (
-        f"{where} {word} {rival}: {number(check.value)} against {number(check.other)} (difference "
-        f"{signed(check.difference)}, 95 % interval {signed(low)} to {signed(high)}{tolerance})"
-    )
+    difference = _difference(check.difference, check.ci95)
+    return f"{where} {word} {rival}: {numbers} ({difference}{tolerance})"
 
 
 def _rival(label: str) -> str:

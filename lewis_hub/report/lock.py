@@ -51,29 +51,18 @@ CLOSED = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=CLOSED)
 class LockedInput:
-    """A source model.
+    """A source model."""
 
-    Attributes:
-        name: as the recipe writes it.
-        revision: as the recipe writes it; None is the default branch.
-        commit_sha: the commit of that revision; for a folder, the digest of its contents.
-        files: path -> digest, for files that can change the result.
-    """
-
-    name: str
+    name: str  # as the recipe writes it
     role: Literal["base", "expert"]
-    revision: str | None
-    commit_sha: str
-    files: Mapping[str, str]
+    revision: str | None  # as the recipe writes it; None is the default branch
+    commit_sha: str  # of that revision; for a folder, the digest of its contents
+    files: Mapping[str, str]  # path -> digest, for files that can change the result
 
 
 @dataclass(frozen=True, config=CLOSED)
 class LockedData:
-    """The calibration data of an expert; the first four fields are as in `LockedInput`.
-
-    Attributes:
-        rows: index of each measured row, in the order of the data; None before rows are drawn.
-    """
+    """The calibration data of an expert; the first four fields are as in `LockedInput`."""
 
     name: str
     revision: str | None
@@ -81,7 +70,7 @@ class LockedData:
     files: Mapping[str, str]
     config: str | None
     split: str
-    rows: tuple[int, ...] | None
+    rows: tuple[int, ...] | None  # measured, in the order of the data; None before they are drawn
 
 
 @dataclass(frozen=True, config=CLOSED)
@@ -158,16 +147,14 @@ class Lock:
             if document["version"] != VERSION:
                 problem = f"it has version {document['version']}, expected {VERSION}."
                 raise OutputError(file, problem, "Use the version of lewis-hub that wrote it.")
-            stated = {key: document.pop(key) for key in ("version", "digest", "seal")}
+            _, digest, _ = (document.pop(key) for key in ("version", "digest", "seal"))
             lock = TypeAdapter(cls).validate_python(document)
             written = lock.to_json()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             problem = f"it is not the lock of a merge ({_reason(error)})."
             raise OutputError(file, problem, "Use the file that the merge wrote.") from None
-        if stated["digest"] != lock.digest:
-            problem = (
-                f"it states the digest {stated['digest']}, but its contents have {lock.digest}."
-            )
+        if digest != lock.digest:
+            problem = f"it states the digest {digest}, but its contents have {lock.digest}."
             raise OutputError(file, problem, CHANGED)
         if written != text:
             problem = "its contents do not match its seal."
@@ -179,14 +166,9 @@ def schema() -> str:
     """The lock's JSON Schema."""
     document = TypeAdapter(Lock).json_schema()
     digest = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
-    own = document.pop("properties")
+    own = {"version": {"const": VERSION}, "digest": digest, **document.pop("properties")}
     first = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA}
-    document["properties"] = {
-        "version": {"const": VERSION},
-        "digest": digest,
-        **own,
-        "seal": digest,
-    }
+    document["properties"] = {**own, "seal": digest}
     document["required"] = list(document["properties"])
     return json.dumps(first | document, indent=2) + "\n"
 
@@ -262,13 +244,7 @@ def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def provenance(lock: Lock, began: datetime, ended: datetime) -> str:
-    """The text of `provenance.json`; the same lock and times give the same text.
-
-    Args:
-        lock: of the merge.
-        began: start of the run that finished the merge, with a time zone.
-        ended: its end, with a time zone.
-    """
+    """The text of `provenance.json`; the times are those of the run that finished the merge."""
     statement = {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": list(_subjects(lock)),
@@ -328,9 +304,6 @@ def _dependencies(kind: str, source: LockedInput | LockedData) -> Iterator[dict[
         yield {"uri": place, "digest": {"gitCommit": source.commit_sha}, **revision}
     for path, digest in sorted(source.files.items()):
         where = {"uri": f"{place}/{path}"} if on_hub else {"name": f"{source.name}/{path}"}
-        yield {**where, "digest": _digest(digest)}
-
-
-def _digest(written: str) -> Mapping[str, str]:
-    algorithm, _, digits = written.partition(":")
-    return {"gitBlob" if algorithm == "git-sha1" else algorithm: digits}
+        algorithm, _, digits = digest.partition(":")
+        kind_of_digest = "gitBlob" if algorithm == "git-sha1" else algorithm
+        yield {**where, "digest": {kind_of_digest: digits}}

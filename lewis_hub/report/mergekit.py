@@ -20,6 +20,7 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe.schema import Conditional, Setting, Settings, Slice, SliceSource
 
 FILE = "mergekit_config.yml"
+TAG = "tag:yaml.org,2002:"
 METHODS = frozenset(  # without sce, whose densities mergekit ignores, and our own methods
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
     | {"della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp"}
@@ -33,30 +34,17 @@ HEADER = """\
 
 @dataclass(frozen=True)
 class MergekitMerge:
-    """The parts of a merge that mergekit's configuration states.
+    """The parts of a merge that mergekit's configuration states; sources are pinned."""
 
-    Attributes:
-        method: a member of METHODS.
-        base: pinned; None for a method without a base.
-        models: pinned source -> its own settings, in the recipe's order; empty for slices.
-        parameters: settings of all models.
-        dtype: of the output; None if each tensor keeps its own dtype.
-        schedule: the densities of a guide; None if they are in the settings.
-        tensors: names of all tensors of the checkpoint.
-        adapters: the models that are LoRA adapters of the base.
-        tokenizer: the recipe's tokenizer settings; empty for the tokenizer of the base.
-        slices: in order, with pinned sources.
-    """
-
-    method: str
+    method: str  # a member of METHODS
     base: str | None
-    models: Mapping[str, Settings]
-    parameters: Settings
-    dtype: str | None
-    schedule: DensitySchedule | None
-    tensors: Collection[str]
-    adapters: Collection[str] = ()
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    models: Mapping[str, Settings]  # source -> its own settings; empty for slices
+    parameters: Settings  # of all models
+    dtype: str | None  # of the output; None if each tensor keeps its own dtype
+    schedule: DensitySchedule | None  # None if the densities are in the settings
+    tensors: Collection[str]  # names of all tensors of the checkpoint
+    adapters: Collection[str] = ()  # the models that are LoRA adapters of the base
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)  # empty: that of the base
     slices: Sequence[Slice] = ()
 
 
@@ -181,13 +169,9 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
-def _on_one_line(dumper: yaml.SafeDumper, row: _Row) -> yaml.Node:
-    return dumper.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True)
-
-
-def _list_on_one_line(dumper: yaml.SafeDumper, items: _Flow) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-
-
-_Dumper.add_representer(_Row, _on_one_line)
-_Dumper.add_representer(_Flow, _list_on_one_line)
+_Dumper.add_representer(
+    _Row, lambda dumper, row: dumper.represent_mapping(TAG + "map", row, flow_style=True)
+)
+_Dumper.add_representer(
+    _Flow, lambda dumper, items: dumper.represent_sequence(TAG + "seq", items, flow_style=True)
+)
