@@ -28,20 +28,13 @@ Commits = Mapping[tuple[str, str | None], str]  # (repo, revision in the task fi
 
 @dataclass(frozen=True)
 class TaskData:
-    """Where a task's rows come from.
-
-    Attributes:
-        repo: a dataset's repo or folder; None where the task names `files`.
-        revision: as the task's file writes it.
-        files: what `data_files` names: local files or addresses.
-        by_code: whether a Python function makes the rows, so that their origin is unknown.
-    """
+    """Where a task's rows come from."""
 
     task: str
-    repo: str | None
-    revision: str | None
-    files: tuple[str, ...]
-    by_code: bool
+    repo: str | None  # a dataset's repo or folder; None where the task names `files`
+    revision: str | None  # as the task's file writes it
+    files: tuple[str, ...]  # what `data_files` names: local files or addresses
+    by_code: bool  # a Python function makes the rows, so their origin is unknown
 
 
 def task_data(located: LocatedTasks) -> tuple[TaskData, ...]:

@@ -56,26 +56,19 @@ class Previous:
 
 @dataclass(frozen=True)
 class Check:
-    """The merged model compared with one other model.
-
-    Attributes:
-        against: a label of the scores, or the repo@commit that was published before.
-        value: the merged model's metric; `other` is that of the other model.
-        difference: merged minus the other, with its 95 % interval. None if the previous merge
-            could not be compared; `why` is the reason then.
-    """
+    """The merged model compared with one other model."""
 
     task: str
     metric: str
-    against: str
+    against: str  # a label of the scores, or the repo@commit that was published before
     tolerance: float
     on_refusal: OnRefusal
     higher_is_better: bool
-    value: float
-    other: float | None = None
-    difference: float | None = None
+    value: float  # the merged model's metric
+    other: float | None = None  # the other model's
+    difference: float | None = None  # merged minus the other; None if they could not be compared
     ci95: tuple[float, float] | None = None
-    why: str = ""
+    why: str = ""  # the reason why they could not be compared
 
     @property
     def missed(self) -> bool:
@@ -127,13 +120,7 @@ class GateVerdict:
 def judge(
     demands: Sequence[Demand], scores: Scores, items: ModelResult, previous: Previous
 ) -> GateVerdict:
-    """Compare a scored merge with the models that the demands name.
-
-    Args:
-        demands: the requirements.
-        scores: of the merged model and the others, with their paired tests.
-        items: the merged model's results, item by item.
-        previous: the previously published merge.
+    """Compare a scored merge, whose results are `items`, with the models that the demands name.
 
     Raises:
         EvaluationError: the task does not have a metric, or the metric is not a mean over items.

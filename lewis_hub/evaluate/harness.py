@@ -28,7 +28,6 @@ from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, poo
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOGGERS = ("lm_eval", "datasets", "transformers", "accelerate", "huggingface_hub")
 FEWSHOT_SEED = 1234  # the same few-shot examples for every model and run
 CPU_BYTES = 2_000_000_000
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
@@ -55,18 +54,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Tasks whose data and prompts are ready for any number of models.
+    """Tasks whose data and prompts are ready for any number of models."""
 
-    Attributes:
-        tasks: lm-eval's task objects by name, `groups` its group objects.
-        limit: number of first items of each task that are scored; None: all.
-        allow_code: whether tasks may run code that the model writes.
-    """
-
-    tasks: Mapping[str, Any]
-    groups: Mapping[str, Any]
-    limit: int | None
-    allow_code: bool
+    tasks: Mapping[str, Any]  # lm-eval's task objects by name
+    groups: Mapping[str, Any]  # its group objects by name
+    limit: int | None  # number of first items of each task that are scored; None: all
+    allow_code: bool  # tasks may run code that the model writes
 
     @property
     def n_requests(self) -> int:
@@ -126,10 +119,6 @@ def exchange(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
     transformers maps tensors of a file to parameters in memory: it may join, split or rename them.
     Tokenizer and configuration stay.
-
-    Args:
-        model: the `model` of what `load` returns.
-        tensors: all tensors of the other checkpoint by their names in a file.
 
     Raises:
         EvaluationError: a weight of the model is not among them, or has another shape. The model
@@ -346,11 +335,9 @@ def quiet_libraries() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        _hide_bars(stack)  # imports the libraries, which sets their log levels
-        for name in LOGGERS:
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        _hide_bars(stack)
         yield
 
 

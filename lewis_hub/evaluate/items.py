@@ -45,17 +45,12 @@ Chat = Callable[..., str]  # (messages, add_generation_prompt) -> text
 
 @dataclass(frozen=True)
 class TaskItem:
-    """A document of a task with its prompt and answer.
-
-    Attributes:
-        prompt: without few-shot examples; empty where the whole text is the answer.
-        document: the dataset's row.
-    """
+    """A document of a task with its prompt and answer."""
 
     task: str
-    prompt: str
+    prompt: str  # without few-shot examples; empty where the whole text is the answer
     answer: str
-    document: Mapping[str, Any]
+    document: Mapping[str, Any]  # the dataset's row
 
 
 @dataclass(frozen=True)
@@ -69,16 +64,11 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A split of a task, or of all tasks of a group, one after the other.
-
-    Attributes:
-        parts: lm-eval's task object and its documents, of each task.
-        chat: the chat template that prompts go through; None: prompts stay as they are.
-    """
+    """A split of a task, or of all tasks of a group, one after the other."""
 
     selection: TaskSelection
-    parts: tuple[tuple[Any, Any], ...]
-    chat: Chat | None = None
+    parts: tuple[tuple[Any, Any], ...]  # lm-eval's task object and its documents, of each task
+    chat: Chat | None = None  # the chat template of prompts; None: they stay as they are
     columns: tuple[str, ...] = (TEXT,)
 
     def __len__(self) -> int:

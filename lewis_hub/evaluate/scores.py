@@ -35,16 +35,13 @@ Value = Annotated[
 class MetricResult:
     """One metric of one model on one task.
 
-    Attributes:
-        value: as lm-eval aggregates it.
-        values: one number per item in the order of `TaskResult.documents`, None where the task
-            gives none; no numbers at all where the metric is not a mean over items.
-        higher_is_better: None where the task does not say.
+    `values` has a number per item in the order of `TaskResult.documents`, None where the task gives
+    none. It is None where the metric is not a mean over items.
     """
 
-    value: Value
+    value: Value  # as lm-eval aggregates it
     values: tuple[float | None, ...] | None
-    higher_is_better: bool | None = None
+    higher_is_better: bool | None = None  # None where the task does not say
 
     @property
     def stderr(self) -> float | None:

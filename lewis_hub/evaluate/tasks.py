@@ -204,18 +204,12 @@ class TaskSelection:
 
 @dataclass(frozen=True)
 class LocatedTasks:
-    """The files of a selection.
-
-    Attributes:
-        selected: names of the tasks and groups that lm-eval loads; tags are expanded.
-        files: every group and task of the selection.
-        through_tag: whether a group lists a tag, which only lm-eval's full index can expand.
-    """
+    """The files of a selection."""
 
     selection: TaskSelection
-    selected: tuple[str, ...]
-    files: tuple[TaskFile, ...]
-    through_tag: bool
+    selected: tuple[str, ...]  # the tasks and groups that lm-eval loads; tags are expanded
+    files: tuple[TaskFile, ...]  # every group and task
+    through_tag: bool  # a group lists a tag, which only lm-eval's full index can expand
 
     @property
     def tasks(self) -> tuple[TaskFile, ...]:

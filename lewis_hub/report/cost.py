@@ -29,19 +29,12 @@ Span = Literal["stage", "process"]
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, without data that identify its owner.
+    """A machine, without data that identify its owner."""
 
-    Attributes:
-        processor: its product name, or its architecture if the name is unknown.
-        n_cores: cores that this process may use.
-        memory_bytes: of the whole machine; None if unknown.
-        accelerator: the device of calibration, merge and evaluation; None: the processor.
-    """
-
-    processor: str
-    n_cores: int
-    memory_bytes: int | None
-    accelerator: str | None = None
+    processor: str  # its product name, or its architecture if the name is unknown
+    n_cores: int  # cores that this process may use
+    memory_bytes: int | None  # of the whole machine
+    accelerator: str | None = None  # of calibration, merge and evaluation; None: the processor
 
     def __str__(self) -> str:
         memory = f", {size(self.memory_bytes)} of memory" if self.memory_bytes else ""
@@ -52,34 +45,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class StageCost:
-    """A stage of a run. Numbers are of the whole process with all threads; None if unknown.
-
-    Attributes:
-        stage: its name, such as `merge`.
-        seconds: wall-clock time.
-        peak_rss_bytes: peak resident memory, with pages of mapped files.
-        peak_over: the period of the peak: the stage, or the process since its start if the system
-            cannot reset an earlier peak.
-        read_bytes: bytes of read calls, from storage or from the page cache. Reads through a memory
-            map are only in `disk_read_bytes`.
-        written_bytes: bytes of write calls.
-        disk_read_bytes: read from storage, so without bytes from the page cache.
-        disk_written_bytes: written to storage.
-        fetched_bytes: bytes of weights that a stream downloaded in ranges. None without a stream,
-            or if Ray's workers download.
-        rss_before_bytes: resident memory at the start of the stage.
-    """
+    """A stage of a run. Numbers are of the whole process with all threads; None if unknown."""
 
     stage: str
-    seconds: float
-    peak_rss_bytes: int
-    peak_over: Span
-    read_bytes: int | None
-    written_bytes: int | None
-    disk_read_bytes: int | None
-    disk_written_bytes: int | None
-    fetched_bytes: int | None = None
-    rss_before_bytes: int | None = None
+    seconds: float  # wall-clock time
+    peak_rss_bytes: int  # resident memory, with pages of mapped files
+    peak_over: Span  # "process": since its start, if the system cannot reset an earlier peak
+    read_bytes: int | None  # by read calls, not through memory maps; also from the page cache
+    written_bytes: int | None  # by write calls
+    disk_read_bytes: int | None  # from storage, so without the page cache, also through memory maps
+    disk_written_bytes: int | None  # to storage
+    fetched_bytes: int | None = None  # weights that a stream downloaded in ranges; None with Ray
+    rss_before_bytes: int | None = None  # at the start of the stage
 
 
 class Costs:

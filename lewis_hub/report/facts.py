@@ -139,60 +139,37 @@ class StackedBlocks:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All facts that a card states. Strings may come from anywhere; the card escapes them.
-
-    Attributes:
-        repo: the Hub repo that it is published to; None if it stays on disk.
-        endpoint: address of the Hub, without a slash at the end.
-        base: the source that task vectors start from; None for a method without a base.
-        models: pinned source -> facts from its own card.
-        datasets: of the calibration, each once.
-        parameters: tensor of the merge -> number of parameters.
-        dtype: of the merge; None if each tensor kept its own dtype.
-        guided: None if the densities come from the recipe's own settings.
-        measured: for a method that merges by statistics, the calibration of each expert.
-        in_sequence: whether matrices were fitted one after the other, on the merged model's inputs.
-        notes: warnings about those statistics, in plain words.
-        costs: of the run that finished the merge.
-        recipe: as run, with pinned revisions, as YAML.
-        licence_chosen: whether the recipe states it; otherwise it follows from the parents.
-        config: the content of the merge's `config.json`, unchecked.
-        chat: whether the tokenizer has a chat template.
-        custom_code: whether transformers needs `trust_remote_code` to load the model.
-        mergekit: whether there is a `mergekit_config.yml` beside the card.
-        software: name -> version, with lewis_hub.
-        scored_in_chat: whether prompts went through each model's chat template.
-    """
+    """All facts that a card states. Strings may come from anywhere; the card escapes them."""
 
     title: str
-    repo: str | None
-    endpoint: str
-    base: Source | None
+    repo: str | None  # the Hub repo that it is published to; None if it stays on disk
+    endpoint: str  # address of the Hub, without a slash at the end
+    base: Source | None  # the source that task vectors start from; None for a method without a base
     experts: tuple[Source, ...]
-    models: Mapping[str, ModelFacts]
-    datasets: tuple[Source, ...]
-    parameters: Mapping[str, int]
-    dtype: str | None
+    models: Mapping[str, ModelFacts]  # pinned source -> facts from its own card
+    datasets: tuple[Source, ...]  # of the calibration, each once
+    parameters: Mapping[str, int]  # tensor of the merge -> number of parameters
+    dtype: str | None  # None if each tensor kept its own dtype
     method: Method
-    guided: Guided | None
+    guided: Guided | None  # None if the densities come from the recipe's own settings
     scores: Scores | None
-    costs: tuple[StageCost, ...]
-    recipe: str
+    costs: tuple[StageCost, ...]  # of the run that finished the merge
+    recipe: str  # as run, with pinned revisions, as YAML
     licence: Licence | None
-    licence_chosen: bool
-    config: Mapping[str, Any]
-    chat: bool
-    custom_code: bool
-    mergekit: bool
+    licence_chosen: bool  # the recipe states it; otherwise it follows from the parents
+    config: Mapping[str, Any]  # the content of the merge's `config.json`, unchecked
+    chat: bool  # the tokenizer has a chat template
+    custom_code: bool  # transformers needs `trust_remote_code` to load the model
+    mergekit: bool  # there is a `mergekit_config.yml` beside the card
     digest: str
-    software: Mapping[str, str]
+    software: Mapping[str, str]  # name -> version, with lewis_hub
     stack: tuple[StackedBlocks, ...] = ()
     gate: GateVerdict | None = None
-    measured: tuple[Measured, ...] = ()
-    in_sequence: bool = False
-    notes: tuple[str, ...] = ()
+    measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
+    in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
+    notes: tuple[str, ...] = ()  # warnings about those statistics, in plain words
     machine: Machine | None = None
-    scored_in_chat: bool = False
+    scored_in_chat: bool = False  # prompts went through each model's chat template
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -83,30 +83,19 @@ class OutputFile:
 
 @dataclass(frozen=True, config=CLOSED)
 class Lock:
-    """The inputs, settings and outputs of a merge.
+    """The inputs, settings and outputs of a merge."""
 
-    Attributes:
-        inputs: the base, then the experts in the recipe's order.
-        calibration: the dataset of each expert in the same order; empty if nothing is measured.
-        recipe: as run, with pinned revisions, as plain JSON.
-        method_version, guide_version: increased when their results for the same inputs change.
-        max_shard_bytes: largest file of weights.
-        outputs: path -> file, for all files of the merge but those that only describe it: the
-            lock, the card, costs, provenance, changelog and signature.
-        software: name -> version; not part of the digest.
-    """
-
-    inputs: tuple[LockedInput, ...]
-    calibration: tuple[LockedData, ...]
-    recipe: Mapping[str, Any]
+    inputs: tuple[LockedInput, ...]  # the base, then the experts in the recipe's order
+    calibration: tuple[LockedData, ...]  # of each expert; empty if nothing is measured
+    recipe: Mapping[str, Any]  # as run, with pinned revisions, as plain JSON
     method: str
-    method_version: int
+    method_version: int  # increased when results for the same inputs change
     guide: str | None
     guide_version: int | None
     seed: int
-    max_shard_bytes: int
-    outputs: Mapping[str, OutputFile]
-    software: Mapping[str, str]
+    max_shard_bytes: int  # largest file of weights
+    outputs: Mapping[str, OutputFile]  # by path, but for files that only describe the merge
+    software: Mapping[str, str]  # name -> version; not part of the digest
 
     @property
     def digest(self) -> str:

@@ -39,12 +39,7 @@ Document = dict[str, Any]
 
 
 def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
-    """Write the page; the same facts and results give the same text.
-
-    Args:
-        facts: those of the card.
-        results: label, as in the scores -> results of a model; empty if nothing was scored.
-    """
+    """Write the page; `results` of models are by their labels in the scores."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -133,12 +128,7 @@ def _bar(name: str, label: str, value: float, top: float, margin: float = 0.0) -
 
 
 def page_data(guided: Guided | None, results: Mapping[str, ModelResult]) -> Document:
-    """The data that the script of the page draws, as plain JSON.
-
-    Args:
-        guided: None without a guide.
-        results: label -> results of a model; empty if nothing was scored.
-    """
+    """The data that the script of the page draws, as plain JSON."""
     return {
         "experts": list(_experts(guided)) if guided else [],
         "metrics": list(_metrics(results)),

@@ -66,22 +66,14 @@ THEMES = (
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot of an expert in its two versions.
-
-    Attributes:
-        expert: the source.
-        light: file name, such as `density-math-light.png`.
-        dark: the file of the version for dark pages.
-        caption: a description in words.
-        note: a sentence on values above the colour scale; empty if there are none.
-    """
+    """A plot of an expert in its two versions."""
 
     kind: Kind
-    expert: str
-    light: str
-    dark: str
-    caption: str
-    note: str = ""
+    expert: str  # the source
+    light: str  # file name, such as `density-math-light.png`
+    dark: str  # the file for dark pages
+    caption: str  # a description in words
+    note: str = ""  # on values above the colour scale; empty if there are none
 
     @property
     def files(self) -> tuple[str, str]:
@@ -100,17 +92,12 @@ class PlottedTrial:
 
 @dataclass(frozen=True)
 class SearchPlot:
-    """Trials as lines over the axes of a search.
-
-    Attributes:
-        trials: the completely scored ones are drawn.
-        best: number of the highlighted trial.
-    """
+    """Trials as lines over the axes of a search."""
 
     title: str
     objective: str
-    trials: tuple[PlottedTrial, ...]
-    best: int
+    trials: tuple[PlottedTrial, ...]  # the completely scored ones are drawn
+    best: int  # number of the highlighted trial
     lower_is_better: bool
 
 
@@ -119,15 +106,8 @@ def draw(
 ) -> tuple[Plot, ...]:
     """Draw each expert's importance, densities and weights into a folder.
 
-    The same data give the same bytes with the same version of matplotlib.
-
-    Args:
-        profile: None if nothing was measured; there are no importance maps then.
-        schedule: None without a guide; there are no density maps then.
-        folder: it is created if it does not exist.
-
-    Returns:
-        The plots, importance before density, experts in the recipe's order.
+    The same data give the same bytes with the same version of matplotlib. The plots are returned
+    with importance before density, and experts in the recipe's order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     profile = profile.by(profile.measures[0]) if profile and profile.measures else None

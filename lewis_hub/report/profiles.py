@@ -23,19 +23,12 @@ STANDS_OUT = 2.5  # times the percentile: below it a colour scale still shows th
 
 @dataclass(frozen=True)
 class Grid:
-    """A value per component and block; NaN where a block has no such component.
+    """A value per component and block; NaN where a block has no such component."""
 
-    Attributes:
-        components: in the model's order; the routed experts of a block are one component, `*`.
-        blocks: their numbers, ascending.
-        values: one row per component, one column per block.
-        top: the module of the highest value; of routed experts the one with the highest value.
-    """
-
-    components: tuple[str, ...]
-    blocks: tuple[int, ...]
-    values: tuple[tuple[float, ...], ...]
-    top: str
+    components: tuple[str, ...]  # in the model's order; routed experts of a block are one, `*`
+    blocks: tuple[int, ...]  # their numbers, ascending
+    values: tuple[tuple[float, ...], ...]  # a row per component, a column per block
+    top: str  # the module of the highest value
 
     @property
     def known(self) -> tuple[float, ...]:
