@@ -265,8 +265,8 @@ def _made_before(
         verdict = publishing.published_verdict(previous, api)
         return Merged("unchanged", output, scores, verdict, published)
     if publishing.is_this_merge(output, job.planned):
-        demands = job.evaluation.demands if job.evaluation else ()
-        gate = judge_again(demands, output, job.repo, api)
+        gates = job.evaluation.gates if job.evaluation else ()
+        gate = judge_again(gates, output, job.repo, api)
         return Merged("unchanged", output, read_scores(output), gate)
     return None
 
@@ -342,7 +342,7 @@ def run(
         maker = TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
         with costs.measure("evaluate"):
             scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
-        scored = judge_scores(job.evaluation.demands, scored, job.repo, api)
+        scored = judge_scores(job.evaluation.gates, scored, job.repo, api)
     return report.write(job.reporting, merged, guidance, gathered, scored, costs), scored
 
 

@@ -23,23 +23,13 @@ from lewis_hub.evaluate.scores import (
     TaskScores,
     read_document,
 )
+from lewis_hub.recipe.schema import Gate
 
 VERSION = 1
 FILE = "lewis/gate.json"
 
 Rival = Literal["base", "experts", "uniform", "previous"]
 OnRefusal = Literal["stop", "pull-request"]
-
-
-@dataclass(frozen=True)
-class Demand:
-    """A requirement on a merge; `tolerance` is in the metric's own unit, 0 or more."""
-
-    task: str
-    metric: str
-    not_worse_than: tuple[Rival, ...]
-    tolerance: float
-    on_refusal: OnRefusal
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class Check:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """A check for each demand and each model that it names."""
+    """A check for each gate and each model that it names."""
 
     checks: tuple[Check, ...]
 
@@ -118,53 +108,53 @@ class GateVerdict:
 
 
 def judge(
-    demands: Sequence[Demand], scores: Scores, items: ModelResult, previous: Previous
+    gates: Sequence[Gate], scores: Scores, items: ModelResult, previous: Previous
 ) -> GateVerdict:
-    """Compare a scored merge, whose results are `items`, with the models that the demands name.
+    """Compare a scored merge, whose results are `items`, with the models that the gates name.
 
     Raises:
         EvaluationError: the task does not have a metric, or the metric is not a mean over items.
     """
     checks: list[Check] = []
-    for demand in demands:
-        mine = items.tasks[demand.task]
-        if demand.metric not in mine.metrics:
-            raise unknown_metric(demand.task, demand.metric, list(mine.metrics))
-        if mine.metrics[demand.metric].values is None:
+    for gate in gates:
+        mine = items.tasks[gate.task]
+        if gate.metric not in mine.metrics:
+            raise unknown_metric(gate.task, gate.metric, list(mine.metrics))
+        if mine.metrics[gate.metric].values is None:
             means = [key for key, metric in mine.metrics.items() if metric.values is not None]
-            raise _not_a_mean(demand, means)
-        for rival in demand.not_worse_than:
+            raise _not_a_mean(gate, means)
+        for rival in gate.not_worse_than:
             if rival == "previous":
-                checks.append(_against_previous(demand, mine, previous))
+                checks.append(_against_previous(gate, mine, previous))
             else:
-                checks += _against(demand, scores.tasks[demand.task], rival)
+                checks += _against(gate, scores.tasks[gate.task], rival)
     return GateVerdict(tuple(checks))
 
 
-def _against(demand: Demand, task: TaskScores, rival: Rival) -> Iterator[Check]:
+def _against(gate: Gate, task: TaskScores, rival: Rival) -> Iterator[Check]:
     for label, others in task.models.items():
         if _names(rival, label):
             tests = {test.metric: test for test in task.paired if test.against == label}
-            if demand.metric not in tests:
-                raise _not_a_mean(demand, sorted(tests))
-            other, mine = others[demand.metric].value, task.models[MERGED][demand.metric]
-            yield _check(demand, label, mine, other, tests[demand.metric])
+            if gate.metric not in tests:
+                raise _not_a_mean(gate, sorted(tests))
+            other, mine = others[gate.metric].value, task.models[MERGED][gate.metric]
+            yield _check(gate, label, mine, other, tests[gate.metric])
 
 
-def _against_previous(demand: Demand, mine: TaskResult, previous: Previous) -> Check:
-    metric = mine.metrics[demand.metric]
-    theirs = previous.items.tasks.get(demand.task) if previous.items else None
-    why = _why_not(mine, theirs, demand.metric) if previous.items else previous.why
+def _against_previous(gate: Gate, mine: TaskResult, previous: Previous) -> Check:
+    metric = mine.metrics[gate.metric]
+    theirs = previous.items.tasks.get(gate.task) if previous.items else None
+    why = _why_not(mine, theirs, gate.metric) if previous.items else previous.why
     if theirs is None or why:
-        return _check(demand, previous.name, metric, why=why)
-    other = theirs.metrics[demand.metric]
+        return _check(gate, previous.name, metric, why=why)
+    other = theirs.metrics[gate.metric]
     test = paired(metric, other)
     why = "" if test else "no item has a number from both models"
-    return _check(demand, previous.name, metric, other.value, test, why)
+    return _check(gate, previous.name, metric, other.value, test, why)
 
 
 def _check(
-    demand: Demand,
+    gate: Gate,
     against: str,
     mine: MetricScore | MetricResult,
     other: float | None = None,
@@ -172,11 +162,11 @@ def _check(
     why: str = "",
 ) -> Check:
     return Check(
-        task=demand.task,
-        metric=demand.metric,
+        task=gate.task,
+        metric=gate.metric,
         against=against,
-        tolerance=demand.tolerance,
-        on_refusal=demand.on_refusal,
+        tolerance=gate.tolerance,
+        on_refusal=gate.on_refusal,
         higher_is_better=mine.higher_is_better is not False,
         value=mine.value,
         other=other,
@@ -211,8 +201,8 @@ def unknown_metric(task: str, metric: str, known: Sequence[str]) -> EvaluationEr
     return EvaluationError(task, f"it has no metric `{metric}`.", f"{remedy}It has {listed}.")
 
 
-def _not_a_mean(demand: Demand, means: Sequence[str]) -> EvaluationError:
-    problem = f"`{demand.metric}` is not a mean over items, so the gate cannot test differences."
+def _not_a_mean(gate: Gate, means: Sequence[str]) -> EvaluationError:
+    problem = f"`{gate.metric}` is not a mean over items, so the gate cannot test differences."
     listed = ", ".join(f"`{key}`" for key in means)
     remedy = f"Use {listed} in the gate." if means else "Use another task in the gate."
-    return EvaluationError(demand.task, problem, remedy)
+    return EvaluationError(gate.task, problem, remedy)

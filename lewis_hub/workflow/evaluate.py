@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
-from lewis_hub.evaluate.gate import FILE, Demand, GateVerdict, Previous, judge
+from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores
@@ -23,6 +23,7 @@ from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
+from lewis_hub.recipe.schema import Gate
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK
@@ -97,7 +98,7 @@ class EvaluationPlan:
     Attributes:
         limit: number of items of each task, from the first; None: all items.
         rivals: label -> source that is scored beside the merge.
-        demands: of the quality gate.
+        gates: the conditions for publishing.
     """
 
     limit: int | None
@@ -105,7 +106,7 @@ class EvaluationPlan:
     rivals: Mapping[str, OpenedSource]
     uniform_twin: bool
     plain_twin: PlainTwin | None
-    demands: tuple[Demand, ...]
+    gates: tuple[Gate, ...]
 
 
 @dataclass(frozen=True)
@@ -207,16 +208,16 @@ def read_scores(output: Path) -> Scores | None:
     return Scores.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def judge_scores(demands: Sequence[Demand], scored: Scored, repo: str | None, api: HfApi) -> Scored:
-    """Return the same scores with the gate's verdict, if there are demands."""
-    if not demands:
+def judge_scores(gates: Sequence[Gate], scored: Scored, repo: str | None, api: HfApi) -> Scored:
+    """Return the same scores with the gate's verdict, if there are gates."""
+    if not gates:
         return scored
-    previous = _previous(demands, repo, api)
-    return replace(scored, gate=judge(demands, scored.scores, scored.items, previous))
+    previous = _previous(gates, repo, api)
+    return replace(scored, gate=judge(gates, scored.scores, scored.items, previous))
 
 
 def judge_again(
-    demands: Sequence[Demand], output: Path, repo: str | None, api: HfApi
+    gates: Sequence[Gate], output: Path, repo: str | None, api: HfApi
 ) -> GateVerdict | None:
     """Return the verdict on an existing merge, whose published rival may have changed.
 
@@ -224,7 +225,7 @@ def judge_again(
     compared with itself.
     """
     verdict = read_verdict(output)
-    if verdict is None or not any("previous" in demand.not_worse_than for demand in demands):
+    if verdict is None or not any("previous" in gate.not_worse_than for gate in gates):
         return verdict
     asked = HubRepo.to_publish(api, repo) if repo else None
     lock = (output / LOCK).read_text(encoding="utf-8")
@@ -232,7 +233,7 @@ def judge_again(
     if scores is None or (asked and read_text(asked, read_target(asked), LOCK) == lock):
         return verdict
     items = ModelResult.from_json((output / ITEMS).read_text(encoding="utf-8"))
-    found = judge(demands, scores, items, _previous(demands, repo, api))
+    found = judge(gates, scores, items, _previous(gates, repo, api))
     if found != verdict:
         card = (output / CARD).read_text(encoding="utf-8")
         write_whole(output / CARD, card.replace(gate_section(verdict), gate_section(found)))
@@ -246,9 +247,9 @@ def read_verdict(folder: Path) -> GateVerdict | None:
     return GateVerdict.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def _previous(demands: Sequence[Demand], repo: str | None, api: HfApi) -> Previous:
+def _previous(gates: Sequence[Gate], repo: str | None, api: HfApi) -> Previous:
     """Read the results of the model that was published before."""
-    if repo is None or not any("previous" in demand.not_worse_than for demand in demands):
+    if repo is None or not any("previous" in gate.not_worse_than for gate in gates):
         return Previous("the published model", why="the recipe names no repo to publish to")
     asked = HubRepo.to_publish(api, repo)
     target = read_target(asked)

@@ -16,7 +16,6 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.errors import PublishError
-from lewis_hub.evaluate.gate import Demand
 from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
@@ -262,10 +261,7 @@ def _evaluation(
         rivals=rivals_of(evaluation, examined.sources),
         uniform_twin=has_uniform_twin(recipe),
         plain_twin=twin,
-        demands=tuple(
-            Demand(gate.task, gate.metric, gate.not_worse_than, gate.tolerance, gate.on_refusal)
-            for gate in evaluation.gate or ()
-        ),
+        gates=evaluation.gate or (),
     )
 
 

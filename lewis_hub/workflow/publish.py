@@ -336,7 +336,7 @@ def look_ahead(
         require_disk(output, needs.download_bytes, needs.made_bytes)
         found = Preflight("merge", "The disk is large enough.")
     except OutputError as shortage:
-        if job.evaluation and job.evaluation.demands:
+        if job.evaluation and job.evaluation.gates:
             remedy = (
                 "A quality gate scores whole models, so the merge cannot be streamed: use a "
                 "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."

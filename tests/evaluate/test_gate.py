@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.gate import Demand, GateVerdict, Previous, Rival, judge
+from lewis_hub.evaluate.gate import GateVerdict, Previous, Rival, judge
 from lewis_hub.evaluate.paired import compare, newcombe_interval
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
+from lewis_hub.recipe.schema import Gate
 
 BETTER, WORSE = [1.0] * 30, [0.0] * 30
 MIXED = [1.0, 0.0] * 15
@@ -26,14 +27,14 @@ def result(values: Sequence[float], *, higher: bool = True, version: str = "1", 
     return ModelResult({"t": TaskResult(version, documents, documents, metrics)})
 
 
-def demand(*rivals: Rival, tolerance: float = 0.0, metric: str = "m,none"):
-    return Demand("t", metric, rivals, tolerance, "stop")
+def gate(*rivals: Rival, tolerance: float = 0.0, metric: str = "m,none"):
+    return Gate(task="t", metric=metric, not_worse_than=rivals, tolerance=tolerance)
 
 
-def verdict(demands, previous=None, **models):
+def verdict(asked, previous=None, **models):
     results = {label.replace("expert_", "expert:"): one for label, one in models.items()}
     before = previous or Previous("me/x", why="the repo does not exist yet")
-    return judge([demands], compare(results), results["merged"], before)
+    return judge([asked], compare(results), results["merged"], before)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def verdict(demands, previous=None, **models):
     ],
 )
 def test_a_merge_is_refused_only_where_the_whole_interval_lies_below(merged, passes):
-    found = verdict(demand("base"), base=result(MIXED), merged=result(merged))
+    found = verdict(gate("base"), base=result(MIXED), merged=result(merged))
 
     assert [check.missed for check in found.checks] == [not passes]
     assert found.stops is not passes
@@ -64,11 +65,11 @@ def test_what_is_nowhere_worse_is_never_refused(pairs, higher):
         "merged": result(list(merged), higher=higher),
     }
 
-    assert not verdict(demand("base"), **models).missed
+    assert not verdict(gate("base"), **models).missed
 
 
 def test_a_check_keeps_the_numbers_that_decide():
-    (check,) = verdict(demand("base"), base=result(MIXED), merged=result(WORSE)).checks
+    (check,) = verdict(gate("base"), base=result(MIXED), merged=result(WORSE)).checks
 
     assert (check.value, check.other, check.difference) == (0.0, 0.5, -0.5)
     assert check.ci95 == newcombe_interval(0, 0, 15, 15)
@@ -76,7 +77,7 @@ def test_a_check_keeps_the_numbers_that_decide():
 
 
 def test_tolerance_is_taken_from_the_interval_s_better_end():
-    (check,) = verdict(demand("base"), base=result(MIXED), merged=result(WORSE)).checks
+    (check,) = verdict(gate("base"), base=result(MIXED), merged=result(WORSE)).checks
     assert check.ci95
     high = check.ci95[1]  # about -0.31
 
@@ -87,14 +88,14 @@ def test_tolerance_is_taken_from_the_interval_s_better_end():
 def test_where_lower_is_better_the_higher_model_is_refused():
     low, high = result([1.0, 2.0] * 15, higher=False), result([3.0, 4.0] * 15, higher=False)
 
-    assert verdict(demand("base"), base=low, merged=high).missed
-    assert not verdict(demand("base"), base=high, merged=low).missed
-    assert not verdict(demand("base", tolerance=2.5), base=low, merged=high).missed
+    assert verdict(gate("base"), base=low, merged=high).missed
+    assert not verdict(gate("base"), base=high, merged=low).missed
+    assert not verdict(gate("base", tolerance=2.5), base=low, merged=high).missed
 
 
 def test_every_expert_is_a_rival_of_its_own():
     found = verdict(
-        demand("experts", "uniform"),
+        gate("experts", "uniform"),
         expert_a=result(WORSE),
         expert_b=result(BETTER),
         uniform=result(MIXED),
@@ -110,7 +111,7 @@ def test_every_expert_is_a_rival_of_its_own():
 
 def test_what_was_published_before_is_compared_item_by_item():
     better = Previous("me/x@abc", result(BETTER))
-    found = verdict(demand("previous"), better, merged=result(MIXED))
+    found = verdict(gate("previous"), better, merged=result(MIXED))
 
     (check,) = found.missed
     assert (check.against, check.difference, check.other) == ("me/x@abc", -0.5, 1.0)
@@ -134,7 +135,7 @@ def test_what_was_published_before_is_compared_item_by_item():
     ],
 )
 def test_what_was_published_before_counts_only_on_the_same_items(before, why):
-    (check,) = verdict(demand("previous"), before, merged=result(WORSE)).checks
+    (check,) = verdict(gate("previous"), before, merged=result(WORSE)).checks
 
     assert (check.missed, check.ci95, check.why) == (False, None, why)
 
@@ -144,7 +145,7 @@ def test_other_prompts_for_the_same_items_are_another_test():
     asked_otherwise = replace(task, prompts=tuple(f"now {p}" for p in task.prompts))
     before = Previous("me/x@abc", ModelResult({"t": asked_otherwise}))
 
-    (check,) = verdict(demand("previous"), before, merged=result(WORSE)).checks
+    (check,) = verdict(gate("previous"), before, merged=result(WORSE)).checks
 
     assert check.why == "it was scored on other items or prompts"
 
@@ -166,7 +167,7 @@ def test_other_prompts_for_the_same_items_are_another_test():
 )
 def test_a_metric_that_cannot_be_tested_is_told(rival, metric, message):
     with pytest.raises(EvaluationError) as caught:
-        verdict(demand(rival, metric=metric), base=result(MIXED), merged=result(MIXED))
+        verdict(gate(rival, metric=metric), base=result(MIXED), merged=result(MIXED))
 
     assert str(caught.value) == message
 
@@ -174,7 +175,7 @@ def test_a_metric_that_cannot_be_tested_is_told(rival, metric, message):
 def test_uniform_is_every_twin_that_was_scored():
     twins = {"uniform": result(MIXED), "task_arithmetic": result(BETTER)}
 
-    found = verdict(demand("uniform"), **twins, base=result(BETTER), merged=result(MIXED))
+    found = verdict(gate("uniform"), **twins, base=result(BETTER), merged=result(MIXED))
 
     assert [(check.against, check.missed) for check in found.checks] == [
         ("uniform", False),
@@ -184,7 +185,7 @@ def test_uniform_is_every_twin_that_was_scored():
 
 def test_a_verdict_is_read_back_without_loss():
     before = Previous("me/x", why="the repo does not exist yet")
-    found = verdict(demand("base", "previous"), before, base=result(MIXED), merged=result(WORSE))
+    found = verdict(gate("base", "previous"), before, base=result(MIXED), merged=result(WORSE))
 
     assert GateVerdict.from_json(found.to_json()) == found
 
@@ -198,7 +199,7 @@ def test_a_damaged_verdict_is_one_message(text):
 
 
 def test_a_pull_request_is_opened_only_where_all_that_missed_ask_for_it():
-    found = verdict(demand("base"), base=result(BETTER), merged=result(WORSE))
+    found = verdict(gate("base"), base=result(BETTER), merged=result(WORSE))
     (stops,) = found.checks
     proposes = replace(stops, on_refusal="pull-request")
     passed = replace(stops, ci95=(0.0, 0.1))
