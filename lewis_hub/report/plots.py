@@ -113,7 +113,7 @@ def draw(
     profile = profile.by(profile.measures[0]) if profile and profile.measures else None
     measured = profile.experts if profile else ()
     scheduled = schedule.experts if schedule else ()
-    sources = dict.fromkeys(e.source for e in (*measured, *scheduled))
+    sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
     slugs = dict(zip(sources, unique_slugs(sources), strict=True))
     maps: list[tuple[Kind, str, HeatMap | None]] = []
     if profile:
