@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lewis_hub.checkpoint.codes import dequantise_bitsandbytes
+from lewis_hub.checkpoint.quantised import dequantise
 from lewis_hub.checkpoint.reader import TensorReader, read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.plan import MergeSource
@@ -28,7 +28,7 @@ def opened(zoo, tensors, label="source"):
             files.read(tensor, 0, memoryview(held))
             return bytes(held)
 
-    return MergeSource(dequantise_bitsandbytes(source.checkpoint, read), source.digest, {})
+    return MergeSource(dequantise(source.checkpoint, None, read), source.digest, {})
 
 
 def values(zoo, source):

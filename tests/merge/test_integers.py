@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.codes import dequantise_integers
+from lewis_hub.checkpoint.quantised import Quantisation, dequantise
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.plan import MergeSource
@@ -43,7 +43,8 @@ def pack(codes, n_bits):
 
 def opened(zoo, tensors, n_bits, label="source", parameters=None):
     source = zoo.source(label, tensors)
-    found = dequantise_integers(source.checkpoint, (128, 128), n_bits)
+    how = Quantisation("integers", is_read=True, integers=True, n_packed_bits=n_bits)
+    found = dequantise(source.checkpoint, how, bytes)
     return MergeSource(found, source.digest, parameters or {})
 
 

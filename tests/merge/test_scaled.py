@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.codes import dequantise_fp8
+from lewis_hub.checkpoint.quantised import Quantisation, dequantise
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import NonFiniteError
 from lewis_hub.kernels.calls import scale_up
@@ -62,7 +62,9 @@ LAYOUTS = {
 
 def eight_bit(zoo, label, tensors, block=(128, 128), parameters=None):
     source = zoo.source(label, tensors)
-    return MergeSource(dequantise_fp8(source.checkpoint, block), source.digest, parameters or {})
+    how = Quantisation("fp8", is_read=True, block=block)
+    checkpoint = dequantise(source.checkpoint, how, bytes)
+    return MergeSource(checkpoint, source.digest, parameters or {})
 
 
 def materialised(zoo, source):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lewis_hub.checkpoint.codes import dequantise_packed
+from lewis_hub.checkpoint.quantised import Quantisation, dequantise
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import BrokenCheckpointError
 from lewis_hub.merge.plan import MergeSource
@@ -59,9 +59,8 @@ def mxfp4(n=3, n_rows=64, n_columns=40, seed=0):
 
 def opened(zoo, tensors, layout, n_bits=4, offset=0, label="source"):
     source = zoo.source(label, tensors)
-    return MergeSource(
-        dequantise_packed(source.checkpoint, layout, n_bits, offset), source.digest, {}
-    )
+    how = Quantisation(layout, is_read=True, n_packed_bits=n_bits, layout=layout, offset=offset)
+    return MergeSource(dequantise(source.checkpoint, how, bytes), source.digest, {})
 
 
 def values(zoo, source):

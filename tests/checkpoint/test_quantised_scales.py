@@ -2,12 +2,16 @@
 
 import pytest
 
-from lewis_hub.checkpoint.codes import dequantise_fp8
 from lewis_hub.checkpoint.header import WIDTHS, TensorHeader
+from lewis_hub.checkpoint.quantised import dequantise
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import BrokenCheckpointError
 
 WEIGHT = ("a.weight", "F8_E4M3", (300, 200))
+
+
+def read(checkpoint):
+    return dequantise(checkpoint, None, bytes)
 
 
 def checkpoint(*tensors):
@@ -32,7 +36,7 @@ def checkpoint(*tensors):
     ],
 )
 def test_the_shape_of_a_scale_says_what_it_is_for(shape, block):
-    found = dequantise_fp8(checkpoint(WEIGHT, ("a.weight_scale", "F32", shape)))
+    found = read(checkpoint(WEIGHT, ("a.weight_scale", "F32", shape)))
 
     (tensor,) = found.tensors.values()
     assert tensor.scaled.block == block
@@ -45,8 +49,8 @@ def test_a_checkpoint_without_scales_stays_as_it_is():
     plain = checkpoint(("a.weight", "BF16", (4, 4)), ("a.input_scale", "F32", ()))
     unscaled = checkpoint(WEIGHT)
 
-    assert dequantise_fp8(plain) is plain
-    assert dequantise_fp8(unscaled) is unscaled
+    assert read(plain) is plain
+    assert read(unscaled) is unscaled
     assert not plain.is_computed
 
 
@@ -54,7 +58,7 @@ def test_scales_of_activations_and_caches_leave_with_those_of_the_weights():
     names = ["a.input_scale", "a.activation_scale", "attn.k_scale", "k_proj.k_scale"]
     more = [(name, "F32", (1,)) for name in names]
 
-    found = dequantise_fp8(checkpoint(WEIGHT, ("a.weight_scale_inv", "BF16", (3, 2)), *more))
+    found = read(checkpoint(WEIGHT, ("a.weight_scale_inv", "BF16", (3, 2)), *more))
 
     assert list(found.tensors) == ["a.weight"]
 
@@ -62,7 +66,7 @@ def test_scales_of_activations_and_caches_leave_with_those_of_the_weights():
 @pytest.mark.parametrize("shape", [(2, 3), (1, 200), (200,), (300, 3), (300, 0), (3, 2, 1)])
 def test_a_scale_that_does_not_fit_is_told(shape):
     with pytest.raises(BrokenCheckpointError) as caught:
-        dequantise_fp8(checkpoint(WEIGHT, ("a.weight_scale_inv", "F32", shape)))
+        read(checkpoint(WEIGHT, ("a.weight_scale_inv", "F32", shape)))
 
     assert str(caught.value) == (
         f"me/model: model.safetensors: `a.weight_scale_inv` has shape {list(shape)}, which fits "
@@ -74,7 +78,7 @@ def test_a_scale_that_does_not_fit_is_told(shape):
 
 def test_a_scale_of_another_kind_is_told():
     with pytest.raises(BrokenCheckpointError) as caught:
-        dequantise_fp8(checkpoint(WEIGHT, ("a.weight_scale_inv", "F8_E8M0", (3, 2))))
+        read(checkpoint(WEIGHT, ("a.weight_scale_inv", "F8_E8M0", (3, 2))))
 
     assert str(caught.value) == (
         "me/model: model.safetensors: `a.weight_scale_inv` is F8_E8M0, which is not read as a "
