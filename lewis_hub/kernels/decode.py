@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from lewis_hub.kernels.calls import ABSOLUTE, BF16, EXPONENT, F16, F32, Floats, Halves
 from lewis_hub.kernels.compiler import ADDRESS, INTEGER, entry, loop, prefetch
-from lewis_hub.kernels.operands import ABSOLUTE, BF16, EXPONENT, F16, F32, Floats, Halves
 
 U16, U32 = np.uint16, np.uint32
 UP_112 = np.float32(2.0**112)  # the difference of the exponents' biases

@@ -30,7 +30,7 @@ Argument = int | npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 ARCHIVE = Path(__file__).with_name("kernels.zip")
 LOOPS = ("decode", "threshold", "vote")
 FREE = ("llvm.", "memset", "memcpy", "memmove")  # functions that exist without numba
-SOURCES = ("compiler", "operands", "random_bits", *LOOPS)  # they determine the archive
+SOURCES = ("calls", "compiler", "random_bits", *LOOPS)  # they determine the archive
 
 _loading = threading.Lock()
 _functions: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.kernels.operands import ABSOLUTE, AT_HIGH, AT_LOW, LOW_BINS
+from lewis_hub.kernels.calls import ABSOLUTE, AT_HIGH, AT_LOW, LOW_BINS
 
 SAFETY = 4.0  # standard errors of the sample on either side
 N_BITS = 12  # that magnitudes are told apart by before they are sorted

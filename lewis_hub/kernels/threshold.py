@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
-from lewis_hub.kernels.decode import size_of, value_at, views_of, widen
-from lewis_hub.kernels.operands import (
+from lewis_hub.kernels.calls import (
     ABOVE,
     AT_HIGH,
     AT_LOW,
@@ -29,6 +27,8 @@ from lewis_hub.kernels.operands import (
     Integers,
     Words,
 )
+from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
+from lewis_hub.kernels.decode import size_of, value_at, views_of, widen
 
 U32 = np.uint32
 

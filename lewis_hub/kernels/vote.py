@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
-from lewis_hub.kernels.decode import bits_of, float_of, narrow, size_of, value_at, views_of, widen
-from lewis_hub.kernels.operands import (
+from lewis_hub.kernels.calls import (
     DRAW,
     EXPERT,
     EXPONENT,
     KEEP_ALL,
     KEEP_NONE,
+    N_BINS,
     RANK,
     SIGN,
     TRIM,
@@ -27,6 +26,8 @@ from lewis_hub.kernels.operands import (
     Halves,
     Words,
 )
+from lewis_hub.kernels.compiler import ADDRESS, ADDRESSES, INTEGER, INTEGERS, entry, loop
+from lewis_hub.kernels.decode import bits_of, float_of, narrow, size_of, value_at, views_of, widen
 from lewis_hub.kernels.random_bits import GOLDEN, MIX_1, MIX_2
 from lewis_hub.kernels.threshold import find
 
@@ -34,7 +35,6 @@ U32, U64, F32 = np.uint32, np.uint64, np.float32
 # Rows of the scratch array; from VOTES on a row for each expert.
 BASE, BALANCE, MIXED, TOTAL, VOTES = 0, 1, 2, 3, 4
 LOW, MIDDLE, HIGH = 0, 9, 20  # first bits of the digits of a magnitude when ranks are found
-N_BINS = 1 << 11  # of a digit
 FLOATS, FLAGS, PLACES, WORDS, KEYS, COUNTS, LARGEST = 0, 1, 2, 3, 4, 5, 6  # scratch arrays
 
 
@@ -287,7 +287,7 @@ def random_words(stream: int, first: int, words: Any) -> None:
 
 @loop
 def add_votes(rows: Floats, n: int, divisor: np.float32, scale: np.float32) -> None:
-    """Add all votes to the base, as `combine.all_votes` does."""
+    """Add all votes to the base, as `methods.votes.all_votes` does."""
     base, total = rows[BASE][:n], rows[BALANCE][:n]
     fill(total, F32(0))
     for e in range(VOTES, len(rows)):
@@ -298,7 +298,7 @@ def add_votes(rows: Floats, n: int, divisor: np.float32, scale: np.float32) -> N
 
 @loop
 def add_elected(rows: Floats, n: int, experts: Any, normalize: int, scale: np.float32) -> None:
-    """Add to the base the votes with the elected sign, as `combine.elected_votes` does."""
+    """Add to the base the votes with the elected sign, as `methods.votes.elected_votes` does."""
     base, balance = rows[BASE][:n], rows[BALANCE][:n]
     mixed, total = rows[MIXED][:n], rows[TOTAL][:n]
     for row in (balance, mixed, total):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader, read_tensor
 from lewis_hub.kernels import random_bits
-from lewis_hub.kernels.operands import (
+from lewis_hub.kernels.calls import (
     BLOCK,
     DRAW,
     EXPERT,
@@ -37,9 +37,8 @@ from lewis_hub.kernels.operands import (
 from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.readers import NanReplacingReader, input_readers
 from lewis_hub.merge.runners import Runner
-from lewis_hub.methods.combine import NEGLIGIBLE
-from lewis_hub.methods.della import allowances
-from lewis_hub.methods.sparsify import n_kept
+from lewis_hub.methods.dare import allowances
+from lewis_hub.methods.votes import NEGLIGIBLE, n_kept
 
 
 @dataclass(frozen=True)

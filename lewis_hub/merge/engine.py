@@ -212,7 +212,7 @@ def open_files(shards: Sequence[ShardPlan], locations: Locations, scratch: Path)
 @contextmanager
 def _open_shard(plan: ShardPlan, open_files: OpenFiles, shard: Shard) -> Iterator[ShardContext]:
     """Open all sources of a shard; `open_files` opens the files of a label."""
-    from lewis_hub.kernels.operands import BLOCK
+    from lewis_hub.kernels.calls import BLOCK
     from lewis_hub.merge.chunks import LONGEST_ROW, Buffers, ShardContext, block_of
     from lewis_hub.merge.readers import open_source
 

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from lewis_hub.checkpoint.header import WIDTHS, FourBit, Scaled, TensorHeader, Transposed
 from lewis_hub.checkpoint.reader import Reader
 from lewis_hub.errors import BrokenCheckpointError
-from lewis_hub.kernels.calls import scale_up, widen
-from lewis_hub.kernels.operands import FORMATS, Bytes, Decoding, Floats
+from lewis_hub.kernels.calls import FORMATS, Bytes, Decoding, Floats, scale_up, widen
 
 WIDTH = 4  # bytes of a float32
 BLOCK = 1 << 16  # elements decoded at a time; even, as two codes of 4 bits share a byte

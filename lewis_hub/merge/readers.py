@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS, Adapted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Reader
-from lewis_hub.kernels.calls import add_low_rank, narrow, widen
-from lewis_hub.kernels.operands import FORMATS, Floats
+from lewis_hub.kernels.calls import FORMATS, Floats, add_low_rank, narrow, widen
 from lewis_hub.merge.alignment import MEAN, Assembled
 from lewis_hub.merge.plan import ShardPlan, TensorPlan
 from lewis_hub.merge.quantised import BLOCK, ScaledReader, fill_floats, read_floats

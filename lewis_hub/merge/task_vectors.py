@@ -25,7 +25,7 @@ from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
-from lewis_hub.kernels.operands import Floats
+from lewis_hub.kernels.calls import Floats
 from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
 

@@ -15,7 +15,7 @@ from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.kernels import calls, selection
-from lewis_hub.kernels.operands import (
+from lewis_hub.kernels.calls import (
     HIGH_BINS,
     INSIDE,
     LOW_BINS,
@@ -32,7 +32,7 @@ from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.runners import Runner
 from lewis_hub.methods import registry
 from lewis_hub.methods.registry import Method
-from lewis_hub.methods.sparsify import n_kept
+from lewis_hub.methods.votes import n_kept
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from lewis_hub.methods import averages, breadcrumbs, dare, della, regmean, selection, spheres, ties
+from lewis_hub.methods import averages, dare, regmean, selection, ties
 
-__all__ = [
-    "averages",
-    "breadcrumbs",
-    "dare",
-    "della",
-    "regmean",
-    "selection",
-    "spheres",
-    "ties",
-]
+__all__ = ["averages", "dare", "regmean", "selection", "ties"]

@@ -1,14 +1,14 @@
 """Arithmetic whose result does not depend on the number of threads.
 
-torch splits a long sum among its threads, and each split rounds differently. Inner products here
-add neighbours pairwise in float64, in a fixed order: they are equal on all machines. LAPACK and
-BLAS run on one thread: their results are equal on all machines of one kind.
+torch splits a long sum among its threads, and each split rounds differently. Here tensors are added
+in order, and inner products add neighbours pairwise in float64: both are equal on all machines.
+LAPACK and BLAS run on one thread: their results are equal on all machines of one kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,14 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
     """
     with torch_threads(1):
         return rows.clone() @ matrix
+
+
+def summed(terms: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Add tensors in order; zeros in the shape of `like` if there are none."""
+    total = like.new_zeros(like.shape)
+    for term in terms:
+        total = total + term
+    return total
 
 
 def dot(first: Tensor, second: Tensor) -> float:

@@ -43,6 +43,7 @@ PER_SOURCE = {  # keyword -> the recipe's name
 MOMENTS = {"grams", "cross_covariances", "residual_covariances", "transposed"}
 GIVEN = {"base", "task_vectors", "tensors", "streams", *MOMENTS, *PER_SOURCE}
 ANY_NUMBER = (1, None)
+INT8_MASK = {"int8_mask": (True, False)}  # an option of mergekit that changes nothing here
 
 MethodFunction = Callable[..., "Tensor"]
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
-from lewis_hub.methods.combine import all_votes, summed
-from lewis_hub.methods.numerics import cholesky, dot, product, solve
+from lewis_hub.methods.numerics import cholesky, dot, product, solve, summed
 from lewis_hub.methods.registry import register
-from lewis_hub.methods.sparsify import TRIMS, Trim, channel_scales, trimmed
+from lewis_hub.methods.votes import TRIMS, Trim, all_votes, channel_scales, trimmed
 
 if TYPE_CHECKING:
     from torch import Tensor

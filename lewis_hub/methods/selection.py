@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lewis_hub.methods.combine import summed
-from lewis_hub.methods.numerics import CHUNK, dot, total
-from lewis_hub.methods.registry import register
-from lewis_hub.methods.sparsify import largest, n_kept
+from lewis_hub.methods.numerics import CHUNK, dot, summed, total
+from lewis_hub.methods.registry import INT8_MASK, register
+from lewis_hub.methods.votes import largest, n_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 @register(
     "sce",
     paper="https://arxiv.org/abs/2408.07990",
-    accepted={"int8_mask": (True, False)},
+    accepted=INT8_MASK,
     n_experts=(2, None),
 )
 def sce(

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from lewis_hub.kernels import machine_code
-from lewis_hub.kernels.calls import widen
-from lewis_hub.kernels.operands import BF16
+from lewis_hub.kernels.calls import BF16, widen
 
 KERNEL = "decode.widen_array"
 

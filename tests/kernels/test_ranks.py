@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from lewis_hub.kernels.calls import merge_task_vectors
-from lewis_hub.kernels.operands import EXPERT, F32, RANK, Mix, Piece, Table
+from lewis_hub.kernels.calls import EXPERT, F32, RANK, Mix, Piece, Table, merge_task_vectors
 from lewis_hub.kernels.random_bits import halves
 
 ROW = 300

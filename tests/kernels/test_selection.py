@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.kernels import calls
-from lewis_hub.kernels.operands import (
+from lewis_hub.kernels.calls import (
     AT_LOW,
     BF16,
     BLOCK,

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from llvmlite import binding
 
 from lewis_hub.kernels import machine_code
-from lewis_hub.kernels.calls import average
-from lewis_hub.kernels.operands import BLOCK, F16, F32, Piece
+from lewis_hub.kernels.calls import BLOCK, F16, F32, Piece, average
 from lewis_hub.kernels.random_bits import halves, stream
 from lewis_hub.merge import tensor as trimming
 from lewis_hub.merge.runners import Runner

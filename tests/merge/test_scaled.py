@@ -7,8 +7,7 @@ import torch
 from lewis_hub.checkpoint.quantised import Quantisation, dequantise
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import NonFiniteError
-from lewis_hub.kernels.calls import scale_up
-from lewis_hub.kernels.operands import Decoding
+from lewis_hub.kernels.calls import Decoding, scale_up
 from lewis_hub.merge.plan import MergeSource
 from lewis_hub.merge.quantised import BLOCK, VALUES
 from lewis_hub.merge.runners import Runner, threads

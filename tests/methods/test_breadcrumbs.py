@@ -3,8 +3,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.breadcrumbs import breadcrumbs, breadcrumbs_ties, keep_band
-from lewis_hub.methods.sparsify import n_kept
+from lewis_hub.methods.ties import breadcrumbs, breadcrumbs_ties, keep_band
+from lewis_hub.methods.votes import n_kept
 
 VECTOR = torch.tensor([9.0, -8.0, 7.0, -6.0, 5.0, 4.0, 3.0, 2.0])
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.methods.selection import cabs, pcb
-from lewis_hub.methods.sparsify import n_kept
+from lewis_hub.methods.votes import n_kept
 
 BASE = torch.full((4,), 10.0)
 ONES = torch.ones(2)

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.kernels.random_bits import halves
-from lewis_hub.methods.della import della, della_linear, drop_by_rank, probabilities
+from lewis_hub.methods.dare import della, della_linear, drop_by_rank, probabilities
 
 ONES = torch.ones(2)
 

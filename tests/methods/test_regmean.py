@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.methods.regmean import RIDGE, regmean
-from lewis_hub.methods.sparsify import trim
 from lewis_hub.methods.ties import ties
+from lewis_hub.methods.votes import trim
 
 
 def moments(n_sources, width, seed, *, n_parts=1, samples=40):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.spheres import nuslerp, slerp
+from lewis_hub.methods.averages import nuslerp, slerp
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 ROWS = st.lists(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lewis_hub.methods.spheres import karcher, multislerp
+from lewis_hub.methods.averages import karcher, multislerp
 
 ROOT = math.sqrt(2)
 SEEDS = st.integers(0, 2**32)

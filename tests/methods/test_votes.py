@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.kernels.random_bits import below, halves, stream
-from lewis_hub.methods.sparsify import drop, n_kept, trim
+from lewis_hub.methods.votes import drop, n_kept, trim
 
 
 def naive_trim(values, density):

@@ -1,4 +1,4 @@
-"""Keep a fraction of a task vector: the largest entries, or random ones."""
+"""Turn task vectors into votes: keep a fraction of each; add all votes, or those that agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from lewis_hub.kernels import random_bits
-from lewis_hub.methods.numerics import total
+from lewis_hub.methods.numerics import summed, total
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 Trim = Literal["magnitude", "activation"]
+NEGLIGIBLE = 1e-8  # weights whose sum is below this are not divided by; as in mergekit
 TRIMS = ("magnitude", "activation")
 
 
@@ -115,3 +116,35 @@ def mask(drawn: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
     import torch
 
     return torch.from_numpy(drawn).to(like.device).reshape(like.shape)
+
+
+def all_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> Tensor:
+    """Add the weighted task vectors, or average them.
+
+    Args:
+        votes: weight times task vector, one a source.
+        weights: (n_sources,).
+        normalize: divide by the sum of the weights.
+    """
+    mixed = summed(votes, votes[0])
+    total = summed(weights, weights[0])
+    return mixed / total if normalize and abs(total) >= NEGLIGIBLE else mixed
+
+
+def elected_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> Tensor:
+    """Elect a sign per entry, then add or average the votes that have it.
+
+    A tie keeps no vote; mergekit counts it as positive.
+
+    Args:
+        votes: weight times trimmed task vector, one a source.
+        weights: (n_sources,).
+        normalize: divide by the sum of the agreeing sources' weights.
+    """
+    elected = summed(votes, votes[0]).sign()
+    agrees = [(vote.sign() == elected) & (vote != 0) for vote in votes]
+    mixed = summed((v.where(a, 0.0) for v, a in zip(votes, agrees, strict=True)), votes[0])
+    if not normalize:
+        return mixed
+    total = summed((w * a for w, a in zip(weights, agrees, strict=True)), votes[0])
+    return mixed / total.where(total != 0, 1.0)
