@@ -72,7 +72,7 @@ class AdapterConfig(BaseModel):
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _compile(cls, value: dict[str, float]) -> dict[str, float]:
+    def _are_patterns(cls, value: dict[str, float]) -> dict[str, float]:
         for pattern in value:
             try:
                 re.compile(pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from lewis_hub.recipe.schema import (
@@ -91,9 +91,8 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield ("models",), "`models` is missing.", remedy
     for index, entry in enumerate(recipe.models):
         yield from _adapter_contradictions(recipe, ("models", index, "model"), entry.model)
-    names = [str(entry.model.model_copy(update={"on": None})) for entry in recipe.experts]
-    for twice in sorted({name for name in names if names.count(name) > 1}):
-        yield ("models",), f"`{twice}` is listed twice.", "List each expert once, with its weight."
+    for name in _repeated(entry.model for entry in recipe.experts):
+        yield ("models",), f"`{name}` is listed twice.", "List each expert once, with its weight."
 
 
 def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -116,13 +115,18 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             problem = f"its sources have {_listed(lengths)} blocks."
             remedy = "The sources are merged block by block: give ranges of equal length."
             yield (*where, "sources"), problem, remedy
-        names = [str(source.model.model_copy(update={"on": None})) for source in part.sources]
-        for twice in sorted({name for name in names if names.count(name) > 1}):
+        for name in _repeated(source.model for source in part.sources):
             remedy = "List each model once in a slice; another slice may list it again."
-            yield (*where, "sources"), f"`{twice}` is listed twice.", remedy
+            yield (*where, "sources"), f"`{name}` is listed twice.", remedy
         for number, source in enumerate(part.sources):
             inner = (*where, "sources", number, "model")
             yield from _adapter_contradictions(recipe, inner, source.model)
+
+
+def _repeated(models: Iterable[ModelReference]) -> list[str]:
+    """The models that are listed more than once, whatever their adapters are put on."""
+    names = [str(model.model_copy(update={"on": None})) for model in models]
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _adapter_contradictions(
@@ -169,13 +173,7 @@ def _gate_contradictions(recipe: Recipe, evaluation: Evaluation) -> Iterator[Com
     gates = evaluation.gate or ()
     for index, gate in enumerate(gates):
         where: FieldPath = ("evaluate", "gate", *([index] if len(gates) > 1 else []))
-        if gate.task not in evaluation.tasks:
-            problem = f"`{gate.task}` is not in `evaluate.tasks`."
-            yield (
-                (*where, "task"),
-                problem,
-                f"Write one of {', '.join(evaluation.tasks)}, or add it.",
-            )
+        yield from _unscored(evaluation, (*where, "task"), gate.task)
         path = (*where, "not_worse_than")
         for rival in gate.not_worse_than:
             if rival != "previous" and rival not in evaluation.compare:
@@ -219,15 +217,19 @@ def _statistical_contradictions(recipe: Recipe) -> Iterator[Complaint]:
 def _benchmark_contradictions(evaluation: Evaluation) -> Iterator[Complaint]:
     for task, benchmark in (evaluation.benchmarks or {}).items():
         where: FieldPath = ("evaluate", "benchmarks", task)
-        if task not in evaluation.tasks:
-            problem = f"`{task}` is not in `evaluate.tasks`."
-            yield where, problem, f"Write one of {', '.join(evaluation.tasks)}, or add it."
+        yield from _unscored(evaluation, where, task)
         if evaluation.limit is not None:
             problem = "`limit` scores a part of the items, which is not a benchmark result."
             yield where, problem, "Remove `limit`, or `benchmarks`."
         if not REPO.fullmatch(benchmark.dataset):
             problem = f"{benchmark.dataset!r} is not owner/name (letters, digits, `-`, `_`, `.`)."
             yield (*where, "dataset"), problem, "Name the benchmark's dataset on the Hub."
+
+
+def _unscored(evaluation: Evaluation, where: FieldPath, task: str) -> Iterator[Complaint]:
+    if task not in evaluation.tasks:
+        remedy = f"Write one of {', '.join(evaluation.tasks)}, or add it."
+        yield where, f"`{task}` is not in `evaluate.tasks`.", remedy
 
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:
