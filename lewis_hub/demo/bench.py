@@ -107,8 +107,8 @@ def measure_cases(
     Args:
         chosen: the merges.
         folder: for checkpoints and outputs; its `models` folder is replaced.
-        mergekit: the path of `mergekit-yaml`; None: only ours runs.
-        n_runs: runs of each program.
+        mergekit: the path of `mergekit-yaml`; None: only lewis-hub runs.
+        n_runs: the medians of so many runs are taken.
         program: the command that starts lewis-hub.
 
     Raises:

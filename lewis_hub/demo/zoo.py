@@ -62,8 +62,8 @@ def run_demo(folder: Path, port: int, *, quiet: bool) -> Iterator[tuple[str, dic
         quiet: print no progress on stderr.
 
     Yields:
-        The address of the Hub, and the output of ``lewis-hub merge --push --json``; `regmean` in
-        it is that of the second merge.
+        The Hub's address, and the document of `merge --push` with that of the second merge as
+        `regmean`.
 
     Raises:
         OutputError: `folder` contains other files.
