@@ -50,11 +50,11 @@ from lewis_hub.workflow.merge import finish_model
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.resolve import (
     hub_api,
+    local_files,
     needs_moments,
     require_streamable,
     resolve_inputs,
     resolve_one,
-    travelling,
 )
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
@@ -211,7 +211,7 @@ def preflight(recipe: Recipe, asked: Publishing, output: Path, *, force: bool) -
     """
     api = hub_api()
     job = prepare(recipe, Execution(replace=force), api, Silent())
-    return publishing.look_ahead(job, asked, output, api, force=force)
+    return publishing.preflight(job, asked, output, api, force=force)
 
 
 def merge_models(
@@ -487,7 +487,7 @@ def job_request(
     """
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
-        files={"recipe.yaml": recipe_file, **travelling(recipe_file, recipe)},
+        files={"recipe.yaml": recipe_file, **local_files(recipe_file, recipe)},
         package=f"lewis-hub=={version('lewis-hub')}",
         flavor=hardware.flavor,
         timeout=hardware.timeout,

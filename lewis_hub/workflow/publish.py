@@ -327,7 +327,7 @@ class Preflight:
     commit_url: str | None = None
 
 
-def look_ahead(
+def preflight(
     job: MergeJob, asked: Publishing, output: Path, api: HfApi, *, force: bool
 ) -> Preflight:
     """Compare a job with the disk and the target; see `pipeline.preflight`."""

@@ -428,7 +428,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
 
 
-def travelling(file: Path, recipe: Recipe) -> Mapping[str, Path]:
+def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
     """Return the local files that a recipe names, by their path beside it.
 
     Raises:
