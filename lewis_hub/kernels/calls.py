@@ -174,29 +174,18 @@ def sort_out(
     )
 
 
-def count_high(piece: Piece, chosen: Integers, counts: Words) -> None:
-    """Count the magnitudes of task vectors by their high 16 bits.
+def count_bits(piece: Piece, chosen: Integers, high: Integers, counts: Words) -> None:
+    """Count magnitudes of task vectors by their bits.
 
     Args:
         piece: of all sources.
         chosen: (n_chosen,): numbers of the experts that are looked at.
-        counts: (n_chosen, HIGH_BINS), added to.
-    """
-    arguments = piece.raw, piece.kinds, piece.n, chosen, len(chosen), list(counts)
-    call("threshold.count_high", *arguments, _scratch())
-
-
-def count_low(piece: Piece, chosen: Integers, high: Words, counts: Words) -> None:
-    """Count, among magnitudes with certain high bits, by the low 15 bits.
-
-    Args:
-        piece: of all sources.
-        chosen: (n_chosen,): numbers of the experts that are looked at.
-        high: (n_chosen,): the high bits.
-        counts: (n_chosen, LOW_BINS), added to.
+        high: (n_chosen,): -1 counts all magnitudes by their high 16 bits; else those with these
+            high bits are counted by their low 15.
+        counts: (n_chosen, HIGH_BINS or LOW_BINS), added to.
     """
     arguments = piece.raw, piece.kinds, piece.n, chosen, len(chosen), high, list(counts)
-    call("threshold.count_low", *arguments, _scratch())
+    call("threshold.count_bits", *arguments, _scratch())
 
 
 def scale_up(codes: Bytes, first: int, decoding: Decoding, values: Floats) -> None:

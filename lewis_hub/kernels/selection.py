@@ -139,12 +139,12 @@ class Cut:
 
 
 def cut_high(counts: Sequence[Words], k: int) -> Cut:
-    """The high bits of the k-th largest; `counts`: per span, of `threshold.count_high`."""
+    """The high bits of the k-th largest; `counts`: per span, of `calls.count_bits`."""
     return Cut(*_bin_of(_added(counts), k))
 
 
 def cut_low(counts: Sequence[Words], cut: Cut, k: int) -> Threshold:
-    """The whole of it; `counts`: per span, of `threshold.count_low` under the cut."""
+    """The whole of it; `counts`: per span, of `calls.count_bits` under the cut."""
     low, n_above = _bin_of(_added(counts), k - cut.n_above)
     tied = tuple(int(count[low]) for count in counts)
     return Threshold(cut.high * LOW_BINS + low, k - cut.n_above - n_above, tied)

@@ -17,7 +17,6 @@ from lewis_hub.kernels.calls import (
     BLOCK,
     HIGH_BINS,
     INSIDE,
-    LOW_BINS,
     LOW_BITS,
     LOW_MASK,
     RUN,
@@ -139,11 +138,11 @@ def count(sizes: Words, low: int, high: int, tally: Integers, flags: Bytes) -> N
     tally[AT_LOW] += n_at_low
 
 
-@entry(ADDRESSES, INTEGERS, INTEGER, ADDRESS, INTEGER, ADDRESSES, ADDRESSES)
-def count_high(  # noqa: PLR0913
-    raw: Any, kinds: Any, n: int, chosen: Any, n_chosen: int, counts: Any, scratch: Any
+@entry(ADDRESSES, INTEGERS, INTEGER, ADDRESS, INTEGER, INTEGERS, ADDRESSES, ADDRESSES)
+def count_bits(  # noqa: PLR0913
+    raw: Any, kinds: Any, n: int, chosen: Any, n_chosen: int, high: Any, counts: Any, scratch: Any
 ) -> int:
-    """Count the magnitudes by their high 16 bits."""
+    """Count magnitudes by their high 16 bits, or those with certain high bits by the low 15."""
     chosen = carray(chosen, n_chosen, np.int64)
     rows = carray(scratch[0], (2, BLOCK), np.float32)
     for first in range(0, n, BLOCK):
@@ -154,27 +153,11 @@ def count_high(  # noqa: PLR0913
             source = chosen[c] + 1
             magnitudes(raw[source], kinds[source], first, base, sizes)
             bins = carray(counts[c], HIGH_BINS, np.uint32)
-            for i in range(sizes.size):
-                bins[sizes[i] >> U32(LOW_BITS)] += U32(1)
-    return 0
-
-
-@entry(ADDRESSES, INTEGERS, INTEGER, ADDRESS, INTEGER, ADDRESS, ADDRESSES, ADDRESSES)
-def count_low(  # noqa: PLR0913
-    raw: Any, kinds: Any, n: int, chosen: Any, n_chosen: int, high: Any, counts: Any, scratch: Any
-) -> int:
-    """Count, among magnitudes with certain high bits, by the low 15 bits."""
-    chosen, high = carray(chosen, n_chosen, np.int64), carray(high, n_chosen, np.uint32)
-    rows = carray(scratch[0], (2, BLOCK), np.float32)
-    for first in range(0, n, BLOCK):
-        base, values = rows[0][: n - first], rows[1][: n - first]
-        sizes = values.view(np.uint32)
-        widen(raw[0], kinds[0], first, base)
-        for c in range(n_chosen):
-            source = chosen[c] + 1
-            magnitudes(raw[source], kinds[source], first, base, sizes)
-            bins = carray(counts[c], LOW_BINS, np.uint32)
-            for i in range(sizes.size):
-                if sizes[i] >> U32(LOW_BITS) == high[c]:
-                    bins[sizes[i] & U32(LOW_MASK)] += U32(1)
+            if high[c] < 0:
+                for i in range(sizes.size):
+                    bins[sizes[i] >> U32(LOW_BITS)] += U32(1)
+            else:
+                for i in range(sizes.size):
+                    if sizes[i] >> U32(LOW_BITS) == U32(high[c]):
+                        bins[sizes[i] & U32(LOW_MASK)] += U32(1)
     return 0

@@ -98,22 +98,19 @@ class CudaPipeline:
 
         if job.tensor.is_copied:
             return Transfer((), None)
-        if fetched.done is None:
-            sources = [source.float() for source in fetched.tensors]
-            merged = merge_by_definition(job.context.plan, job.tensor, sources, fetched.moments)
-            return Transfer((merged,), None)
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(fetched.done)
-        for held in (
-            *fetched.tensors,
-            *(gram for gram in fetched.moments.grams if gram is not None),
-        ):
-            held.record_stream(stream)  # its memory is not given away before it was read
+        if fetched.done:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(fetched.done)
+            for held in (*fetched.tensors, *fetched.moments.grams):
+                if held is not None:
+                    held.record_stream(stream)  # its memory is not given away before it was read
         sources = [source.float() for source in fetched.tensors]
         merged = merge_by_definition(job.context.plan, job.tensor, sources, fetched.moments)
+        if not fetched.done:
+            return Transfer((merged,), None)
         back = torch.empty(merged.shape, dtype=merged.dtype, pin_memory=True)
         back.copy_(merged, non_blocking=True)
-        return Transfer((back,), stream.record_event())
+        return Transfer((back,), torch.cuda.current_stream(self._device).record_event())
 
     def _read(self, reader: Reader, header: TensorHeader) -> Tensor:
         import torch

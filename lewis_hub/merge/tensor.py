@@ -141,29 +141,24 @@ def _by_bits(
 ) -> Thresholds:
     """Find thresholds in two passes: by the high 16 bits, then by the low 15 below these."""
     chosen = np.array(list(kept))
-    high = list(runner.map(partial(_count_high, job, chosen), spans))
+    high = list(runner.map(partial(_count, job, chosen, np.full(len(chosen), -1)), spans))
     cuts = [
         selection.cut_high([count[c] for count in high], k) for c, k in enumerate(kept.values())
     ]
-    ends = np.array([cut.high for cut in cuts], np.uint32)
-    low = list(runner.map(partial(_count_low, job, chosen, ends), spans))
+    ends = np.array([cut.high for cut in cuts])
+    low = list(runner.map(partial(_count, job, chosen, ends), spans))
     return {
         e: selection.cut_low([count[c] for count in low], cuts[c], k)
         for c, (e, k) in enumerate(kept.items())
     }
 
 
-def _count_high(job: TensorJob, chosen: Integers, span: Span) -> Words:
-    counts = np.zeros((len(chosen), HIGH_BINS), np.uint32)
-    for piece in job.pieces(span):
-        calls.count_high(piece, chosen, counts)
-    return counts
-
-
-def _count_low(job: TensorJob, chosen: Integers, high: Words, span: Span) -> Words:
-    counts = np.zeros((len(chosen), LOW_BINS), np.uint32)
-    for piece in job.pieces(span, backwards=True):
-        calls.count_low(piece, chosen, high, counts)
+def _count(job: TensorJob, chosen: Integers, high: Integers, span: Span) -> Words:
+    """Count magnitudes by their high bits; if `high` is not -1, by the low bits below it."""
+    by_low_bits = bool(high[0] >= 0)
+    counts = np.zeros((len(chosen), LOW_BINS if by_low_bits else HIGH_BINS), np.uint32)
+    for piece in job.pieces(span, backwards=by_low_bits):
+        calls.count_bits(piece, chosen, high, counts)
     return counts
 
 

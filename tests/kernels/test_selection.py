@@ -23,7 +23,7 @@ from lewis_hub.kernels.selection import Bracket, Tally, at_ranks, bracket, pick
 
 
 def tally_of(values, found):
-    """What `counting.sort_out` makes of one span."""
+    """What `calls.sort_out` makes of one span."""
     inside = values[(values > found.low) & (values < found.high)]
     at_low = (values == found.low).sum() if found.low != found.high else 0
     counts = [(values > found.high).sum(), (values == found.high).sum(), at_low, len(inside)]
@@ -124,9 +124,9 @@ def test_the_bins_count_every_magnitude(dtype):
     sizes = np.abs(values[1] - values[0]).view(np.uint32)
     high, low = np.zeros((1, HIGH_BINS), np.uint32), np.zeros((1, LOW_BINS), np.uint32)
 
-    calls.count_high(piece, np.array([0]), high)
+    calls.count_bits(piece, np.array([0]), np.array([-1]), high)
     most = int(high.argmax())
-    calls.count_low(piece, np.array([0]), np.array([most], np.uint32), low)
+    calls.count_bits(piece, np.array([0]), np.array([most]), low)
 
     assert np.array_equal(high[0], np.bincount(sizes >> LOW_BITS, minlength=HIGH_BINS))
     chosen = sizes[sizes >> LOW_BITS == most] & LOW_MASK
