@@ -63,17 +63,11 @@ class Assembled:
 
 @dataclass(frozen=True)
 class Override:
-    """The row of a token, instead of the one that `Alignment` describes.
+    """The row of a token, instead of the one that `Alignment` describes."""
 
-    Attributes:
-        source: label of the source whose row is used; None: zeros.
-        row: of this source.
-        is_forced: whether it also replaces the row of sources that have the token.
-    """
-
-    source: str | None
-    row: int = 0
-    is_forced: bool = False
+    source: str | None  # label of the source whose row is used; None: zeros
+    row: int = 0  # of this source
+    is_forced: bool = False  # whether it also replaces the row of sources that have the token
 
 
 @dataclass(frozen=True)
@@ -82,21 +76,14 @@ class Alignment:
 
     A source that lacks a token gets the base's row; if the base lacks it too, the mean of the rows
     of all sources that have it. If no source has it, the row is the mean of all rows of the first
-    source.
-
-    Attributes:
-        tensors: names of the tensors.
-        n_rows: of the merge.
-        ids: label of a source -> (n_rows,) int32, its row for each row of the merge, or -1.
-        base: label of the base; None without a base.
-        overrides: by row of the merge; ignored for a tensor that the override's source lacks.
+    source. An override is ignored for a tensor that its source lacks.
     """
 
-    tensors: frozenset[str]
-    n_rows: int
-    ids: Mapping[str, Ints]
-    base: str | None
-    overrides: Mapping[int, Override] = field(default_factory=dict)
+    tensors: frozenset[str]  # their names
+    n_rows: int  # of the merge
+    ids: Mapping[str, Ints]  # label of a source -> (n_rows,) int32, its row for each row, or -1
+    base: str | None  # label of the base; None without a base
+    overrides: Mapping[int, Override] = field(default_factory=dict)  # by row
 
     def assemble(
         self, labels: Sequence[str], parts: Sequence[TensorHeader | None]
@@ -180,12 +167,7 @@ def assemble_inputs(
 ) -> tuple[tuple[TensorHeader, ...], tuple[Assembled | None, ...]]:
     """The headers of one tensor of the merge as each source provides it.
 
-    Args:
-        alignment: None: row i is the same token in all sources.
-        name: of the tensor.
-        shape: in the merge.
-        labels: of the sources, in the plan's order.
-        parts: the tensor in each source; the first source's replaces those that others lack.
+    The first source's tensor replaces those that other sources lack (None in `parts`).
 
     Returns:
         Per source the header, and the origin of its rows; no origins if all are stored as needed.

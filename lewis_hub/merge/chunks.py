@@ -252,7 +252,7 @@ class TensorJob:
         return input_readers(self.context.plan, self.tensor, self.context.readers)
 
     @property
-    def mended(self) -> list[tuple[str, str]]:
+    def replaced_nan(self) -> list[tuple[str, str]]:
         """Each source that held NaN or infinity, and what it calls the tensor."""
         inputs = zip(self.readers, self.tensor.sources, self.tensor.inputs, strict=True)
         return [

@@ -80,13 +80,9 @@ def _differing(base: Checkpoint, expert: Checkpoint) -> tuple[list[str], list[st
 def _strangers(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     missing, _ = _differing(base, expert)
     if len(missing) == len(base.tensors):
-        yield Mismatch(
-            "missing",
-            expert.label,
-            tuple(missing),
-            f"has no tensor of the base {base.label}",
-            "Nothing of it would be merged: use models of one architecture.",
-        )
+        problem = f"has no tensor of the base {base.label}"
+        remedy = "Nothing of it would be merged: use models of one architecture."
+        yield Mismatch("missing", expert.label, tuple(missing), problem, remedy)
 
 
 def _names(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
@@ -144,26 +140,20 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[Mismatch]:
     unread = [t for t in checkpoint.tensors.values() if t.dtype not in (*MERGEABLE, *COPIED)]
     for dtype in sorted({tensor.dtype for tensor in unread}):
         named = [tensor.name for tensor in unread if tensor.dtype == dtype]
-        yield Mismatch(
-            "dtype",
-            checkpoint.label,
-            tuple(named),
-            f"holds {_listed(named)} as {dtype}, which this version does not read",
-            "Use the model in bfloat16, float16 or float32.",
-        )
+        problem = f"holds {_listed(named)} as {dtype}, which this version does not read"
+        remedy = "Use the model in bfloat16, float16 or float32."
+        yield Mismatch("dtype", checkpoint.label, tuple(named), problem, remedy)
 
 
 def _kinds(base: Checkpoint, expert: Checkpoint) -> Iterator[Mismatch]:
     for name, ours in base.tensors.items():
         theirs = expert.tensors.get(name)
         if theirs and (ours.dtype in MERGEABLE) != (theirs.dtype in MERGEABLE):
-            yield Mismatch(
-                "dtype",
-                expert.label,
-                (name,),
-                f"holds {name} as {theirs.dtype}, the base {base.label} as {ours.dtype}",
-                "Numbers and counts cannot be merged: use experts that were trained from the base.",
+            problem = f"holds {name} as {theirs.dtype}, the base {base.label} as {ours.dtype}"
+            remedy = (
+                "Numbers and counts cannot be merged: use experts that were trained from the base."
             )
+            yield Mismatch("dtype", expert.label, (name,), problem, remedy)
 
 
 def _only_rows_differ(ours: TensorHeader, theirs: TensorHeader) -> bool:

@@ -56,7 +56,7 @@ class ShardResult:
     sha256: str
     n_bytes: int
     is_kept: bool = False  # made by an earlier run
-    mended: Mapping[str, int] = field(default_factory=dict)  # source -> tensors with replaced NaN
+    replaced_nan: Mapping[str, int] = field(default_factory=dict)  # source -> number of tensors
 
 
 def run(
@@ -142,13 +142,13 @@ def tensors_in_memory(
 
 @contextmanager
 def per_tensor(
-    plan: ShardPlan, open_files: OpenFiles, mended: set[tuple[str, str]]
+    plan: ShardPlan, open_files: OpenFiles, replaced_nan: set[tuple[str, str]]
 ) -> Iterator[MakeTensor]:
     """Make tensors of a shard one by one, in any order, while its sources are open.
 
     Yields a function that makes a tensor by its name, with the moments of its inputs on their
     device, or on the CPU without any. In the first case, if NaN or infinity was replaced in a
-    source, (source, tensor) is added to `mended`.
+    source, (source, tensor) is added to `replaced_nan`.
     """
     from lewis_hub.merge.chunks import TensorJob
     from lewis_hub.merge.tensor import make_tensor, merge_by_definition
@@ -168,7 +168,7 @@ def per_tensor(
             device = next(gram.device for gram in moments.grams if gram is not None)
             pairs = zip(job.readers, tensor.inputs, strict=True)
             sources = [read_tensor(reader, header).to(device) for reader, header in pairs]
-            mended.update(job.mended)
+            replaced_nan.update(job.replaced_nan)
             return merge_by_definition(plan, tensor, sources, moments)
 
         yield make
@@ -242,7 +242,7 @@ def _make_tensors(
         for n_bytes in _make_in_order(jobs, backend):
             files.step_done()
             advance(n_bytes)
-        return Counter(label for label, _ in {one for job in jobs for one in job.mended})
+        return Counter(label for label, _ in {one for job in jobs for one in job.replaced_nan})
 
 
 def _make_in_order(jobs: Sequence[TensorJob], backend: Backend) -> Iterator[int]:
@@ -259,10 +259,8 @@ def _make_in_order(jobs: Sequence[TensorJob], backend: Backend) -> Iterator[int]
     runner = backend.runner
     assert not isinstance(runner, Ray)  # its workers have a runner of their own
 
-    def is_large(job: TensorJob) -> bool:
-        return job.tensor.output.n_elements > runner.large_elements
-
-    for are_large, group in groupby(jobs, key=is_large):
+    most = runner.large_elements
+    for are_large, group in groupby(jobs, lambda job: job.tensor.output.n_elements > most):
         if are_large:
             yield from (make_tensor(job, runner) for job in group)
         else:
@@ -272,11 +270,12 @@ def _make_in_order(jobs: Sequence[TensorJob], backend: Backend) -> Iterator[int]
 def _make_shard(
     plan: ShardPlan, files: SourceFiles, output: Path, backend: Backend, advance: Advance
 ) -> ShardResult:
-    layout, note = plan.layout, _note(output, plan.layout.name)
+    layout, note = plan.layout, output / (plan.layout.name + NOTE)
     note.unlink(missing_ok=True)
     with ShardWriter(output, layout, stays_cached=backend.is_read_next) as writer:
-        mended = _make_tensors(plan, files, writer, backend, advance)
-        result = ShardResult(layout.name, writer.finish(), layout.n_bytes, mended=mended)
+        replaced = _make_tensors(plan, files, writer, backend, advance)
+        sha256 = writer.finish()
+    result = ShardResult(layout.name, sha256, layout.n_bytes, replaced_nan=replaced)
     facts = {"plan": plan.digest, "sha256": result.sha256, "n_bytes": result.n_bytes}
     try:
         write_whole(note, json.dumps(facts, indent=2) + "\n")
@@ -301,7 +300,8 @@ def _make_on_worker(
 def noted(plan: ShardPlan, output: Path) -> ShardResult | None:
     """The result in the note beside a shard, if it fits the plan; the shard itself may be gone."""
     try:
-        note: Any = json.loads(_note(output, plan.layout.name).read_text(encoding="utf-8"))
+        path = output / (plan.layout.name + NOTE)
+        note: Any = json.loads(path.read_text(encoding="utf-8"))
         if note["plan"] == plan.digest:
             return ShardResult(plan.layout.name, note["sha256"], note["n_bytes"], is_kept=True)
     except (OSError, ValueError, KeyError, TypeError):
@@ -315,10 +315,6 @@ def _kept(plan: ShardPlan, output: Path) -> ShardResult | None:
     if result and _size(path) == result.n_bytes and sha256_of(path) == result.sha256:
         return result
     return None
-
-
-def _note(output: Path, shard: str) -> Path:
-    return output / (shard + NOTE)
 
 
 def _size(path: Path) -> int:

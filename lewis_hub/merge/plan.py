@@ -60,27 +60,16 @@ class MergeSource:
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """The sources of a merge, and how they are merged.
-
-    Attributes:
-        base: None for a method without a base.
-        experts: in the recipe's order; for a method without a base all models.
-        parameters: the recipe's, for all models and tensors.
-        dtype: of the output: float32, float16 or bfloat16; None keeps the dtype of each of the
-            base's tensors, and makes 8-bit floats bfloat16.
-        seed: of random methods.
-        missing: "base": the base's tensors replace those that an expert lacks.
-        alignment: of different vocabularies; None: row i is the same token in all sources.
-    """
+    """The sources of a merge, and how they are merged."""
 
     method: str
-    base: MergeSource | None
-    experts: tuple[MergeSource, ...]
-    parameters: Settings = field(default_factory=dict)
-    dtype: str | None = None
-    seed: int = 42
-    missing: Missing = "error"
-    alignment: Alignment | None = None
+    base: MergeSource | None  # None for a method without a base
+    experts: tuple[MergeSource, ...]  # in the recipe's order; all models if there is no base
+    parameters: Settings = field(default_factory=dict)  # the recipe's, for all models and tensors
+    dtype: str | None = None  # of the output: float32, float16 or bfloat16; None keeps the base's
+    seed: int = 42  # of random methods
+    missing: Missing = "error"  # `base`: the base's tensors replace those that experts lack
+    alignment: Alignment | None = None  # None: row i is the same token in all sources
 
     @property
     def sources(self) -> tuple[MergeSource, ...]:
@@ -91,61 +80,44 @@ class MergeSettings:
 
 @dataclass(frozen=True)
 class Gram:
-    """Where second moments of a matrix's inputs are stored: (n_parts, width, width) float32.
+    """Where second moments of a matrix's inputs are stored."""
 
-    `transposed` says that the matrix itself is stored as (in, out).
-    """
-
-    stored: TensorHeader
-    transposed: bool
+    stored: TensorHeader  # (n_parts, width, width) float32
+    transposed: bool  # whether the matrix itself is stored as (in, out)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a matrix's inputs, on the device that the matrix is merged on.
+    """Second moments of a matrix's inputs x, on the device that the matrix is merged on.
 
-    Attributes:
-        grams: E[x x^T], one per expert; None for an expert without any.
-        cross_covariances: E[z x^T], where z is the input in the expert; empty: z is x.
-        transposed: whether the matrix is stored as (in, out).
-        residual_covariances: E[d x^T], where d is what the output has to compensate; empty: d is 0.
+    If a sequence is empty, z is x and d is 0.
     """
 
-    grams: Sequence[Tensor | None]
-    cross_covariances: Sequence[Tensor | None] = ()
-    transposed: bool = False
-    residual_covariances: Sequence[Tensor | None] = ()
+    grams: Sequence[Tensor | None]  # E[x x^T], per expert
+    cross_covariances: Sequence[Tensor | None] = ()  # E[z x^T], z: the expert's input
+    transposed: bool = False  # whether the matrix is stored as (in, out)
+    residual_covariances: Sequence[Tensor | None] = ()  # E[d x^T], d: missing output
 
 
 @dataclass(frozen=True)
 class TensorPlan:
     """How one tensor is made.
 
-    Attributes:
-        inputs: the tensor in each source, the base first; only the base's if it is copied. In a
-            stack, the block of an input may have another number than the output's.
-        sources: for each input, the index of its source in `ShardPlan.labels`.
-        weights: one per expert; empty if the tensor is copied.
-        densities: one per expert; empty if the method takes none.
-        streams: of random bits, one per expert; empty if the method is not random.
-        own: the experts' other settings: keyword of the method's function -> a value per expert.
-        options: of the method, by the recipe's names.
-        assembled: for each source, the origin of its rows, or None if they are stored as needed;
-            empty if all are.
-        grams: for each expert, second moments of its inputs, or None if it has none; empty if the
-            method takes none.
+    A copied tensor has one input, the base's, and no weights. In a stack, the block of an input may
+    have another number than the output's. `own` are settings of the experts by keyword of the
+    method's function.
     """
 
     output: OutputTensor
-    inputs: tuple[TensorHeader, ...]
-    sources: tuple[int, ...]
-    weights: tuple[float, ...] = ()
-    densities: tuple[float, ...] = ()
-    streams: tuple[int, ...] = ()
-    own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    assembled: tuple[Assembled | None, ...] = ()
-    grams: tuple[Gram | None, ...] = ()
+    inputs: tuple[TensorHeader, ...]  # per source, the base first
+    sources: tuple[int, ...]  # of the inputs, as indices of `ShardPlan.labels`
+    weights: tuple[float, ...] = ()  # per expert
+    densities: tuple[float, ...] = ()  # per expert; empty if the method takes none
+    streams: tuple[int, ...] = ()  # of random bits, per expert; empty if it is not random
+    own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # keyword -> per expert
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the method, by the recipe's names
+    assembled: tuple[Assembled | None, ...] = ()  # per source: None if it is stored as needed
+    grams: tuple[Gram | None, ...] = ()  # per expert; empty if the method takes none
 
     @property
     def is_copied(self) -> bool:
@@ -160,24 +132,16 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file.
-
-    Attributes:
-        labels: of the sources, which `TensorPlan.sources` refers to.
-        bases: for each source that is an adapter, the label of the checkpoint that it changes.
-        tensors: in the order of the layout.
-        allow_nan: whether sources may hold NaN and infinity; see `NanReplacingReader`.
-        statistics: label -> digest of each expert's second moments, if the method needs them.
-    """
+    """One output file."""
 
     method: str
-    labels: tuple[str, ...]
-    bases: tuple[str | None, ...]
+    labels: tuple[str, ...]  # of the sources
+    bases: tuple[str | None, ...]  # of adapters: label of the checkpoint that it changes
     source_digests: tuple[str, ...]
     layout: ShardLayout
-    tensors: tuple[TensorPlan, ...]
-    allow_nan: bool = False
-    statistics: Mapping[str, str] = field(default_factory=dict)
+    tensors: tuple[TensorPlan, ...]  # in the order of the layout
+    allow_nan: bool = False  # whether sources may hold NaN and infinity; see `NanReplacingReader`
+    statistics: Mapping[str, str] = field(default_factory=dict)  # label -> digest, per expert
 
     @property
     def reads(self) -> list[list[SourceTensor]]:
@@ -241,12 +205,7 @@ class MergePlan:
 def make_plan(
     settings: MergeSettings, max_shard_bytes: int, schedule: Schedule | None = None
 ) -> MergePlan:
-    """Plan a merge from headers alone.
-
-    Args:
-        settings: the sources, and how they are merged.
-        max_shard_bytes: limit for a file; a larger tensor gets a file of its own.
-        schedule: densities of a guide, which override those of `settings`.
+    """Plan a merge from headers alone; a guide's densities override those of the settings.
 
     Raises:
         MergeError: a method or parameter is unknown, a filter or the schedule names no tensor, or
@@ -334,11 +293,7 @@ def _plan_tensor(
 
 
 def require_mergeable(settings: MergeSettings) -> None:
-    """Refuse sources that do not fit the method or each other, and unknown settings.
-
-    Raises:
-        MergeError: as for `make_plan`.
-    """
+    """Raise a MergeError for sources that do not fit, and for unknown or invalid settings."""
     method = registry.find(settings.method)
     where = f"method `{method.name}`"
     if method.needs_base and settings.base is None:

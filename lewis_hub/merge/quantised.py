@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,7 +124,7 @@ class ScaledReader:
                 held = _block_scales(self._files, tensor, scaled)
             with self._holding:
                 self._held[tensor.name] = held
-                while len(self._held) > 1 and sum(map(_n_bytes, self._held.values())) > HELD_BYTES:
+                while len(self._held) > 1 and _n_bytes(self._held.values()) > HELD_BYTES:
                     del self._held[next(iter(self._held))]
         return held
 
@@ -237,8 +237,8 @@ def _read_bytes(files: Reader, tensor: TensorHeader) -> Bytes:
     return raw
 
 
-def _n_bytes(decoding: Decoding) -> int:
-    return int(decoding.scales.nbytes + decoding.zeros.nbytes + decoding.groups.nbytes)
+def _n_bytes(held: Iterable[Decoding]) -> int:
+    return sum(one.scales.nbytes + one.zeros.nbytes + one.groups.nbytes for one in held)
 
 
 def _broken(tensor: TensorHeader, problem: str) -> BrokenCheckpointError:
@@ -292,17 +292,14 @@ def _read_words(
         words += np.uint32(stored.offset * ONES[stored.codes])
         zeros = PLAIN[_by_rows(words.view(np.uint8), stored)]
     groups = _groups(files, stored.groups, n_columns, -(-n_columns // n_groups), n_groups)
-    codes = _codes_by_rows(files, stored, matrix, rows)
-    return codes, Decoding(PLAIN, 1, groups, scales, zeros)
-
-
-def _codes_by_rows(files: Reader, stored: Transposed, matrix: int, rows: range) -> Bytes:
-    n_lines = stored.stored.shape[0]
+    share = _share(rows, 1, 2) if stored.layout == "AWQ" else _share(rows, 4, 1)
+    packed = _lines(files, stored.stored, matrix, stored.stored.shape[0], share)
     if stored.layout == "AWQ":
-        return _by_rows(_lines(files, stored.stored, matrix, n_lines, _share(rows, 1, 2)), stored)
-    words = _lines(files, stored.stored, matrix, n_lines, _share(rows, 4, 1)).view("<u4")
-    along_columns = np.ascontiguousarray(words.T).view(np.uint8)
-    return halves(along_columns) if stored.codes == "I4" else along_columns
+        codes = _by_rows(packed, stored)
+    else:
+        along_columns = np.ascontiguousarray(packed.view("<u4").T).view(np.uint8)
+        codes = halves(along_columns) if stored.codes == "I4" else along_columns
+    return codes, Decoding(PLAIN, 1, groups, scales, zeros)
 
 
 def _by_rows(packed: Bytes, stored: Transposed) -> Bytes:

@@ -24,9 +24,7 @@ from lewis_hub.merge.quantised import BLOCK, ScaledReader, fill_floats, read_flo
 
 N_HELD = 32  # tensors whose factors are cached: more than there are threads at work
 N_KEPT = 64  # a mean of more rows is computed once and kept
-EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}  # bits: all set in NaN, infinity
 
-Bits = npt.NDArray[np.unsignedinteger]
 OpenFiles = Callable[[str], AbstractContextManager[Reader]]  # of the source with this label
 
 
@@ -181,12 +179,10 @@ class AssemblingReader:
 
     def _fill_means(self, elements: range, n_columns: int, into: memoryview) -> None:
         """Fill `into` with elements of the table whose rows are the means."""
-        for number in range(elements.start // n_columns, -(-elements.stop // n_columns)):
-            begin = max(elements.start, number * n_columns)
-            end = min(elements.stop, (number + 1) * n_columns)
-            row = self._mean(number, n_columns)
-            piece = row[begin - number * n_columns : end - number * n_columns].view(np.uint8).data
-            into[4 * (begin - elements.start) : 4 * (end - elements.start)] = piece
+        first, stop = elements.start // n_columns, -(-elements.stop // n_columns)
+        rows = np.concatenate([self._mean(number, n_columns) for number in range(first, stop)])
+        start = elements.start - first * n_columns
+        into[:] = rows[start : start + len(elements)].view(np.uint8).data
 
     def _mean(self, number: int, n_columns: int) -> Floats:
         """A mean in float64, rounded once; two threads may both compute it."""
@@ -219,36 +215,23 @@ class NanReplacingReader:
         self._own.read(tensor, first_byte, into)
         if tensor.dtype not in FORMATS:
             return
-        bits = _bits(tensor.dtype, into)
-        broken = _not_finite(bits, tensor.dtype)
+        kind, width = FORMATS[tensor.dtype], WIDTHS[tensor.dtype]
+        bits = np.frombuffer(into, f"<u{width}")
+        broken = ~np.isfinite(widen(bits.view(np.uint8), kind, bits.size))
         if broken.any():
             self.has_replaced = True
-            first = first_byte // WIDTHS[tensor.dtype]
-            bits[broken] = self._replacements(tensor.dtype, first, len(bits))[broken]
+            replacements = self._replacements(kind, first_byte // width, bits.size)
+            bits[broken] = replacements[broken]
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
         """None: every value is checked."""
         return None
 
-    def _replacements(self, dtype: str, first: int, n: int) -> Bits:
-        if self._base is None:
-            return np.zeros(n, f"<u{WIDTHS[dtype]}")
-        reader, header = self._base
-        width = WIDTHS[header.dtype]
-        content = memoryview(bytearray(n * width))
-        reader.read(header, first * width, content)
-        bits = _bits(header.dtype, content)
-        bits[_not_finite(bits, header.dtype)] = 0
-        rounded = narrow(widen(bits.view(np.uint8), FORMATS[header.dtype], n), FORMATS[dtype])
-        rounded[_not_finite(rounded, dtype)] = 0
-        return rounded
-
-
-def _bits(dtype: str, raw: memoryview) -> Bits:
-    return np.frombuffer(raw, np.dtype(f"<u{WIDTHS[dtype]}"))
-
-
-def _not_finite(bits: Bits, dtype: str) -> npt.NDArray[np.bool_]:
-    exponent = bits.dtype.type(EXPONENTS[dtype])
-    found: npt.NDArray[np.bool_] = (bits & exponent) == exponent
-    return found
+    def _replacements(self, kind: int, first: int, n: int) -> npt.NDArray[np.unsignedinteger]:
+        values = np.zeros(n, np.float32)
+        if self._base is not None:
+            values = read_floats(*self._base, first, n)
+            values[~np.isfinite(values)] = 0
+        bits = narrow(values, kind)
+        bits[~np.isfinite(widen(bits.view(np.uint8), kind, n))] = 0
+        return bits

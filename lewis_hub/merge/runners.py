@@ -30,13 +30,11 @@ Result = TypeVar("Result")
 class Ray:
     """Workers of a Ray cluster, on machines that see the same folders under the same paths.
 
-    Attributes:
-        address: `auto` or HOST:PORT of the cluster that this machine belongs to; None: a cluster
-            is started on this machine and stopped afterwards. If this process is already connected
-            to a cluster, that cluster is used and stays connected.
+    Without an address, a cluster is started on this machine and stopped afterwards. If this process
+    is already connected to a cluster, that cluster is used and stays connected.
     """
 
-    address: str | None = None
+    address: str | None = None  # `auto`, or HOST:PORT
 
     def require_installed(self) -> None:
         """Raise an ExtraMissingError if Ray is not installed."""
@@ -92,7 +90,9 @@ def _connected(address: str | None) -> Iterator[Any]:
         if address is None:
             _start(ray)
         else:
-            _require_answer(address)
+            if address != "auto":  # Ray itself would try to connect for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         remedy = "See `ray status` on this machine, or work without Ray: `--runner threads`."
@@ -119,13 +119,6 @@ def _start(ray: Any) -> None:
             return
 
 
-def _require_answer(address: str) -> None:
-    """Raise an OSError if nothing listens there; Ray itself would try for minutes."""
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-
-
 def _result(ray: Any, finished: Any) -> Any:
     remedy = "Run again, and finished shards are kept; or try `--runner threads`."
     try:
@@ -148,15 +141,10 @@ def _line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Runner:
-    """Threads of this process; one thread is the calling thread itself.
+    """Threads of this process; one thread is the calling thread itself."""
 
-    Attributes:
-        n_workers: items that are worked on at a time.
-        large_elements: a tensor with more elements is divided among the workers.
-    """
-
-    n_workers: int = 1
-    large_elements: int = LARGE_ELEMENTS
+    n_workers: int = 1  # items that are worked on at a time
+    large_elements: int = LARGE_ELEMENTS  # a tensor with more elements is divided among workers
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Return the results in the order of the items; after an error no further item begins."""
@@ -177,17 +165,11 @@ def threads(n_workers: int | None = None) -> Runner:
 
 @dataclass(frozen=True)
 class Backend:
-    """The hardware that a merge runs on; the merged bytes do not depend on it.
-
-    Attributes:
-        device: a torch device that runs the methods' definitions; None: kernels run on the CPU, as
-            they do on Ray's workers.
-        is_read_next: whether the merged weights stay in the page cache after they are written.
-    """
+    """The hardware that a merge runs on; the merged bytes do not depend on it."""
 
     runner: Runner | Ray
-    device: str | None = None
-    is_read_next: bool = False
+    device: str | None = None  # of torch, for the methods' definitions; None: kernels on the CPU
+    is_read_next: bool = False  # whether merged weights stay in the page cache
 
     @property
     def n_together(self) -> int:

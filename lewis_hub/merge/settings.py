@@ -28,6 +28,11 @@ RANGES = {  # lowest value, highest value, meaning
     "select_topk": (0, 1, "It is the fraction of entries that are selected."),
     "epsilon": (0, 0.5, "It is how far an entry's probability of being kept is from the density."),
 }
+KINDS = {  # of an option that is no float: expected value, remedy
+    bool: ("true or false", "Write true or false."),
+    int: ("a whole number of at least 1", "Give one number: it has no gradient."),
+    str: ("a word", "Give a word."),
+}
 ANY = (None, "*")
 NOTHING = 1e-6  # a sum of weights below this share of their magnitudes is zero in float32
 
@@ -87,11 +92,7 @@ def look_up(setting_name: str, places: Sequence[Settings], name: str, depth: flo
 
 
 def require_valid(method: Method, common: Settings, per_source: Sequence[Settings]) -> None:
-    """Refuse unknown parameters and invalid values; no checkpoint is needed.
-
-    Raises:
-        MergeError: it names the parameter, and the most similar known one.
-    """
+    """Raise a MergeError for unknown parameters and invalid values; no checkpoint is needed."""
     method.require_known(common, per_source=False)
     for settings in per_source:
         method.require_known(settings, per_source=True)
@@ -100,27 +101,21 @@ def require_valid(method: Method, common: Settings, per_source: Sequence[Setting
     for name, setting in common.items():
         if name in method.accepted:
             _require_among(name, setting, method)
-        elif name in method.settings:
-            _require_number(name, setting)
+        elif type(default := method.options.get(name)) in KINDS:
+            _require_kind(name, setting, type(default))
         else:
-            default = method.options[name]
-            _require_kind(name, setting, float if default is None else type(default))
+            _require_number(name, setting)
     for name, default in method.options.items():
         if default is None and name not in common:
             problem = f"`{method.name}` needs this parameter, and the recipe does not set it"
-            raise MergeError(
-                f"parameter `{name}`", problem, "Give it in the recipe's `parameters`."
-            )
+            remedy = "Give it in the recipe's `parameters`."
+            raise MergeError(f"parameter `{name}`", problem, remedy)
 
 
 def require_filters_fit(
     common: Settings, per_source: Sequence[Settings], tensors: Collection[str]
 ) -> None:
-    """Refuse a filter that is part of no tensor's name.
-
-    Raises:
-        MergeError: it names the filter, and the most similar component.
-    """
+    """Raise a MergeError for a filter that is part of no tensor's name."""
     for settings in (common, *per_source):
         for name, setting in settings.items():
             for conditional in setting if isinstance(setting, tuple) else ():
@@ -156,18 +151,11 @@ def _require_number(name: str, setting: Setting) -> None:
 
 
 def _require_kind(name: str, setting: Setting, kind: type) -> None:
-    where = f"parameter `{name}`"
+    expected, remedy = KINDS[kind]
     for value in _values(setting):
-        if kind is bool and not isinstance(value, bool):
-            problem = f"expected true or false, found {value!r}"
-            raise MergeError(where, problem, "Write true or false.")
-        if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            problem = f"expected a whole number of at least 1, found {value!r}"
-            raise MergeError(where, problem, "Give one number: it has no gradient.")
-        if kind is str and not isinstance(value, str):
-            raise MergeError(where, f"expected a word, found {value!r}", "Give a word.")
-        if kind is float:
-            _require_number(name, value)
+        if type(value) is not kind or (type(value) is int and value < 1):
+            problem = f"expected {expected}, found {value!r}"
+            raise MergeError(f"parameter `{name}`", problem, remedy)
 
 
 def _require_among(name: str, setting: Setting, method: Method) -> None:
@@ -181,11 +169,7 @@ def _require_among(name: str, setting: Setting, method: Method) -> None:
 
 
 def options_of(method: Method, common: Settings, name: str, depth: float) -> Mapping[str, Any]:
-    """The method's options for one tensor, by the recipe's names.
-
-    Raises:
-        MergeError: no filter of a required option fits this tensor.
-    """
+    """The method's options for one tensor, by the recipe's names; a missing one is refused."""
     found = {}
     for option, default in method.options.items():
         value = look_up(option, (common,), name, depth)

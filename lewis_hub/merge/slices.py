@@ -57,14 +57,11 @@ class Blocks:
 class MergeSlice:
     """The next blocks of the output, each merged from one block of each source.
 
-    Attributes:
-        base: None for a method without a base.
-        experts: at least one, in the recipe's order, each with as many blocks as the base.
-        parameters: of the slice; a source's own override them, and they override the recipe's.
+    Its parameters override the recipe's, and a source's own override them.
     """
 
-    base: Blocks | None
-    experts: tuple[Blocks, ...]
+    base: Blocks | None  # None for a method without a base
+    experts: tuple[Blocks, ...]  # at least one, each with as many blocks as the base
     parameters: Settings = field(default_factory=dict)
 
     @property
@@ -75,24 +72,15 @@ class MergeSlice:
 
 @dataclass(frozen=True)
 class StackSettings:
-    """The slices of a stack, and how they are merged.
-
-    Attributes:
-        slices: from the embeddings to the head.
-        donor: the source of the configuration, in which the number of blocks is changed.
-        parameters: the recipe's, for all slices.
-        dtype: of the output; None keeps that of each tensor's first source.
-        seed: of random methods.
-        alignment: of different vocabularies; None: row i is the same token in all sources.
-    """
+    """The slices of a stack, and how they are merged."""
 
     method: str
-    slices: tuple[MergeSlice, ...]
-    donor: Checkpoint
-    parameters: Settings = field(default_factory=dict)
-    dtype: str | None = None
-    seed: int = 42
-    alignment: Alignment | None = None
+    slices: tuple[MergeSlice, ...]  # from the embeddings to the head
+    donor: Checkpoint  # of the configuration, in which the number of blocks is changed
+    parameters: Settings = field(default_factory=dict)  # the recipe's, for all slices
+    dtype: str | None = None  # of the output; None keeps that of each tensor's first source
+    seed: int = 42  # of random methods
+    alignment: Alignment | None = None  # None: row i is the same token in all sources
 
 
 @dataclass(frozen=True)
@@ -112,12 +100,7 @@ _Parts = Mapping[_Place, MergeSettings]  # the merge of each slice
 def make_stacked_plan(
     settings: StackSettings, max_shard_bytes: int, schedule: Schedule | None = None
 ) -> MergePlan:
-    """Plan a stack from headers alone.
-
-    Args:
-        settings: the slices, and how they are merged.
-        max_shard_bytes: limit for a file; a larger tensor gets a file of its own.
-        schedule: densities of a guide by names of the output, which override those of `settings`.
+    """Plan a stack from headers alone; a guide's densities go by names of the output.
 
     Raises:
         MergeError: a method or parameter is unknown, a filter names no tensor, a model lacks
@@ -251,11 +234,9 @@ def _require_own_overrides(
     labels = [source.label for source in sources]
     for override in alignment.overrides.values():
         if override.source is not None and override.source not in labels:
-            problem = (
-                f"a token takes its row from {override.source}, but this slice does not use it"
-            )
+            problem = f"a token takes its row from {override.source}, but this slice does not use "
             remedy = "Rows of tokens come from the first slice's sources, of the head from the "
-            raise MergeError(place.where, problem, remedy + "last's: name one of them.")
+            raise MergeError(place.where, f"{problem}it", f"{remedy}last's: name one of them.")
 
 
 def _mismatches(
@@ -292,16 +273,11 @@ class Model:
     n_blocks: int
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The block of the first source that a block of the output is merged from."""
-
-    model: Model
-    block: int
+Origin = tuple[Model, int]  # a block of the first source that a block of the output is made from
 
 
 def stacked_config(donor: Model, origins: Sequence[Origin]) -> dict[str, Any]:
-    """Return the donor's configuration with the stack's number of blocks.
+    """Return the donor's configuration with the stack's number of blocks, given their origins.
 
     Lists with an entry per block, such as `layer_types`, get the entries of the blocks' sources.
 
@@ -337,12 +313,13 @@ def _stacked(
 
 def _entry(donors: list[Any], origin: Origin, path: tuple[str, ...]) -> Any:
     """The entry of one block in its own model's list, or in the donor's if all are equal."""
-    own: Any = origin.model.config
+    model, block = origin
+    own: Any = model.config
     for key in path:
         own = own.get(key) if isinstance(own, Mapping) else None
-    if isinstance(own, list) and len(own) == origin.model.n_blocks:
-        return own[origin.block]
+    if isinstance(own, list) and len(own) == model.n_blocks:
+        return own[block]
     if all(entry == donors[0] for entry in donors):
         return donors[0]
     problem = f"its config.json has no `{'.'.join(path)}` with one entry per block, the base's has"
-    raise MergeError(origin.model.label, problem, "Stack models of one architecture.")
+    raise MergeError(model.label, problem, "Stack models of one architecture.")

@@ -90,18 +90,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Extracted:
-    """An adapter on disk.
+    """An adapter on disk."""
 
-    Attributes:
-        fits: module -> its low-rank update.
-        whole: tensors that are stored whole.
-        n_bytes: of the adapter's weights.
-        files: their names.
-    """
-
-    fits: Mapping[str, Fit]
-    whole: tuple[str, ...]
-    n_bytes: int
+    fits: Mapping[str, Fit]  # module -> its low-rank update
+    whole: tuple[str, ...]  # tensors that are stored whole
+    n_bytes: int  # of the adapter's weights
     files: tuple[str, ...] = ADAPTERS
 
 
@@ -115,13 +108,8 @@ def extract(
 ) -> Extracted:
     """Write `adapter_model.safetensors` and `adapter_config.json` into a folder; imports torch.
 
-    Args:
-        base: headers and reader.
-        expert: the same of the fine-tuned model; its tensors fit the base's.
-        most: highest rank of an update; None: no limit.
-        error: each module gets the lowest rank within this error; 0: the highest rank.
-        output: the folder.
-        advance: called with the number of elements done.
+    Each module gets the lowest rank within `error`, of at most `most`; 0: the highest rank.
+    `advance` is called with the number of elements done.
 
     Raises:
         MergeError: the models are equal, or an adapter cannot store their difference.

@@ -66,7 +66,10 @@ def make_tensor(job: TensorJob, runner: Runner) -> int:
             views = _with_thresholds(job, experts, spans, runner)
         list(runner.map(lambda part: _merge(job, *part), zip(spans, views, strict=True)))
     else:
-        _define(job)
+        pairs = zip(job.readers, job.tensor.inputs, strict=True)
+        sources = [read_tensor(reader, header) for reader, header in pairs]
+        merged = merge_by_definition(job.context.plan, job.tensor, sources, job.moments())
+        job.context.writer.write(job.start, bytes_of(merged))
     job.finish()
     return job.tensor.output.n_bytes
 
@@ -187,13 +190,6 @@ def _average(job: TensorJob, span: Span) -> None:
     weights = np.array(job.tensor.weights, np.float32)
     divisor = chunks.divisor_of(job.tensor)
     _make(job, span, lambda piece: calls.average(piece, weights, divisor))
-
-
-def _define(job: TensorJob) -> None:
-    pairs = zip(job.readers, job.tensor.inputs, strict=True)
-    sources = [read_tensor(reader, header) for reader, header in pairs]
-    merged = merge_by_definition(job.context.plan, job.tensor, sources, job.moments())
-    job.context.writer.write(job.start, bytes_of(merged))
 
 
 def merge_by_definition(

@@ -18,17 +18,11 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder in which a run works.
+    """The folder in which a run works."""
 
-    Attributes:
-        output: the path of the finished folder.
-        folder: ``OUTPUT.partial``; it still has the files of an interrupted run.
-        scratch: for files that are not part of the output.
-    """
-
-    output: Path
-    folder: Path
-    scratch: Path
+    output: Path  # the path of the finished folder
+    folder: Path  # OUTPUT.partial; it still has the files of an interrupted run
+    scratch: Path  # for files that are not part of the output
 
     def finish(self, files: Iterable[str]) -> Path:
         """Delete all but `files` (relative paths) and rename the folder to `output`.
@@ -83,11 +77,9 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
     """
     output = output.resolve()
     if output.exists() and not replace:
-        raise OutputError(
-            str(output),
-            "it exists and holds something else than this merge.",
-            "Name another folder with -o, or replace it with --force.",
-        )
+        problem = "it exists and holds something else than this merge."
+        remedy = "Name another folder with -o, or replace it with --force."
+        raise OutputError(str(output), problem, remedy)
     folder = unfinished(output)
     try:
         (folder / ".scratch").mkdir(parents=True, exist_ok=True)
@@ -115,11 +107,8 @@ def alone_in(folder: Path, output: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
-                str(output),
-                "another run is working on it.",
-                "Wait until it ends, or name another folder with -o.",
-            ) from None
+            remedy = "Wait until it ends, or name another folder with -o."
+            raise OutputError(str(output), "another run is working on it.", remedy) from None
         yield
     finally:
         os.close(lock)

@@ -23,6 +23,7 @@ from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
+from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.recipe.schema import Gate
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
@@ -31,7 +32,6 @@ from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.merge import (
     MergedModel,
     PlanSettings,
-    SidecarSettings,
     finish_model,
     write_weights,
 )

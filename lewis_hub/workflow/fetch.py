@@ -34,7 +34,7 @@ from lewis_hub.hub.fetch import (
 from lewis_hub.hub.source import Source, SourceFile, cache_root
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
-from lewis_hub.merge.sidecars import write_sidecars
+from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.workflow.merge import Folders, new_dtype, write_weights
 from lewis_hub.workflow.open import OpenedSource, ties
 from lewis_hub.workflow.resources import Loading
@@ -218,8 +218,8 @@ class ModelLoader:
         name = hashlib.sha256(f"{source.pinned} {source.digest}".encode()).hexdigest()[:16]
         output = self.scratch / "materialized" / name
         output.mkdir(parents=True, exist_ok=True)
-        beside = self.files.folders[source.checkpoint.base or source.pinned]
-        write_sidecars(beside, output, new_dtype(source.checkpoint), code=False)
+        donor = source.checkpoint.base or source.pinned
+        SidecarSettings(donor, new_dtype(source.checkpoint)).write(self.files.folders, output)
         return output
 
     def _weights_by_ranges(self, source: OpenedSource) -> Weights:

@@ -23,6 +23,7 @@ from lewis_hub.guides.schedule import Bounds, Use
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Backend
+from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
@@ -45,7 +46,7 @@ from lewis_hub.workflow.examine import (
     workload_of,
 )
 from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
-from lewis_hub.workflow.merge import PlanSettings, SidecarSettings, new_dtype, stack_config
+from lewis_hub.workflow.merge import PlanSettings, new_dtype, stack_config
 from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.resolve import (
@@ -193,7 +194,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     reporting = _report_settings(recipe, execution, examined, api)
     statistics = None
     if measurement.moments:
-        reader = tokens.carried.donor if tokens.carried else sources.donor.pinned
+        reader = tokens.carried.source if tokens.carried else sources.donor.pinned
         statistics = StatisticsSettings(
             method=recipe.merge_method,
             moments=measurement.moments,

@@ -26,12 +26,11 @@ from lewis_hub.merge.plan import (
     with_statistics,
 )
 from lewis_hub.merge.runners import Backend, Ray, threads
-from lewis_hub.merge.sidecars import TokenizerFiles, write_sidecars
+from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.merge.slices import (
     Blocks,
     MergeSlice,
     Model,
-    Origin,
     StackSettings,
     count_blocks,
     make_stacked_plan,
@@ -39,7 +38,6 @@ from lewis_hub.merge.slices import (
 )
 from lewis_hub.recipe.schema import ModelReference, Slice, SliceSource
 from lewis_hub.workflow.open import MergeSources, OpenedSource
-from lewis_hub.workflow.tokenizers import Carried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,45 +147,6 @@ def _densities(schedule: DensitySchedule, names: Callable[[str], Iterable[str]])
     }
 
 
-@dataclass(frozen=True)
-class SidecarSettings:
-    """The settings of the files beside the weights.
-
-    Attributes:
-        donor: pinned source whose configuration is copied.
-        dtype: the dtype in `config.json`; None: the donor's.
-        code: whether the donor's Python files are copied.
-        tokenizer: None: the donor's, unchanged.
-        config: `config.json` of a stack; None: the donor's.
-    """
-
-    donor: str
-    dtype: str | None
-    code: bool
-    tokenizer: Carried | None
-    config: Mapping[str, Any] | None
-
-    def write(self, folders: Folders, output: Path) -> tuple[str, ...]:
-        """Write the files; return their paths, relative to `output`."""
-        tokenizer = None
-        if carried := self.tokenizer:
-            tokenizer = TokenizerFiles(
-                folders[carried.donor],
-                carried.written,
-                carried.dropped,
-                carried.config,
-                carried.generation,
-            )
-        return write_sidecars(
-            folders[self.donor],
-            output,
-            self.dtype,
-            code=self.code,
-            tokenizer=tokenizer,
-            config=self.config,
-        )
-
-
 def write_weights(
     planned: MergePlan,
     locations: Locations,
@@ -203,7 +162,7 @@ def write_weights(
     output.mkdir(parents=True, exist_ok=True)
     with progress.stage(title, planned.n_bytes, "bytes") as advance:
         found = run(planned, locations, output, means, advance)
-    report_nan((result.mended for result in found.values()), progress)
+    report_nan((result.replaced_nan for result in found.values()), progress)
     return found
 
 
@@ -289,9 +248,7 @@ def stack_config(settings: StackSettings, sources: MergeSources) -> dict[str, An
         for one in sources.distinct
     }
     firsts = [one.base or one.experts[0] for one in settings.slices]
-    origins = [
-        Origin(models[first.source.label], block) for first in firsts for block in first.numbers
-    ]
+    origins = [(models[first.source.label], block) for first in firsts for block in first.numbers]
     return stacked_config(models[sources.donor.pinned], origins)
 
 

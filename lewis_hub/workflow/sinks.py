@@ -147,7 +147,7 @@ class HubSink:
                 self.sent[result.name] = preupload(asked, landing, file, result.sha256)
                 results[result.name] = result
                 file.unlink()
-        report_nan((result.mended for result in results.values()), self.progress)
+        report_nan((result.replaced_nan for result in results.values()), self.progress)
         ordered = {layout.name: results[layout.name] for layout in planned.layouts}
         return ordered | write_index(planned, self.folder)
 

@@ -25,9 +25,10 @@ from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.engine import MakeTensor, per_tensor
 from lewis_hub.merge.plan import Fitted, Gram, Moments, ShardPlan, Statistics, lacking_statistics
+from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.report.facts import Measured
 from lewis_hub.workflow.fetch import ModelLoader, small_files
-from lewis_hub.workflow.merge import Folders, PlanSettings, SidecarSettings, report_nan
+from lewis_hub.workflow.merge import Folders, PlanSettings, report_nan
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 from lewis_hub.workflow.resources import MomentSettings
 from lewis_hub.workflow.texts import Sets, remap_token_ids
@@ -302,7 +303,7 @@ def _fit(
         run_refusals(settings.sources.donor.pinned, asked),
     ):
         files = fit_blocks(weights, texts, merged.solve, place, widest, device, advance)
-    report_nan([Counter(label for label, _ in merged.mended)], loader.progress)
+    report_nan([Counter(label for label, _ in merged.replaced_nan)], loader.progress)
     return files
 
 
@@ -316,7 +317,7 @@ class _MergedBlocks:
     ) -> None:
         self._planned, self._locations, self._scratch = planned, locations, scratch
         self._most_bytes = most_bytes
-        self.mended: set[tuple[str, str]] = set()  # (source, fitted tensor) with NaN or infinity
+        self.replaced_nan: set[tuple[str, str]] = set()  # (source, fitted tensor)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -334,7 +335,7 @@ class _MergedBlocks:
         steps = [[read for tensor in tensors for read in reads[tensor.name]] for tensors in lists]
         with (
             SourceFiles(self._locations, steps, self._scratch, self._most_bytes) as files,
-            per_tensor(self._planned, files.reader, self.mended) as self._make,
+            per_tensor(self._planned, files.reader, self.replaced_nan) as self._make,
         ):
             for tensors in lists:
                 yield {tensor.name: self._make(tensor.name, None).float() for tensor in tensors}

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from lewis_hub.errors import TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
+from lewis_hub.merge.sidecars import TokenizerFiles
 from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, TokenEmbedding, Tokenizer
 from lewis_hub.tokenizer import (
     CONFIG,
@@ -41,17 +42,6 @@ N_SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Carried:
-    """The differences between the merge's and the base's tokenizer; see `TokenizerFiles`."""
-
-    donor: str  # pinned
-    written: Mapping[str, str] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    generation: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Tokens:
     """The tokenizer and token alignment of a merge.
 
@@ -61,7 +51,7 @@ class Tokens:
         translations: pinned source -> its ids of the base's tokens, if they differ.
     """
 
-    carried: Carried | None = None
+    carried: TokenizerFiles | None = None
     alignment: Alignment | None = None
     translations: Mapping[str, Translation] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
@@ -132,7 +122,7 @@ def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
     """Align embeddings token by token for the tokenizer that the recipe names."""
     base = sources.base
     named = _named(asked, sources)
-    carried = Carried(named.pinned)
+    carried = TokenizerFiles(named.pinned)
     changes = asked.tokens or asked.pad_to_multiple_of
     if not changes and all(map(sources.is_alike, sources.models)):
         return Tokens(carried if named.pinned != base.pinned else None)
@@ -221,8 +211,8 @@ def _override(
 
 
 def _with_ids(
-    carried: Carried, sources: TokenizerRequest, named: OpenedSource, n_rows: int
-) -> Carried:
+    carried: TokenizerFiles, sources: TokenizerRequest, named: OpenedSource, n_rows: int
+) -> TokenizerFiles:
     """Set vocabulary size and special token ids in the configurations."""
     config: dict[str, Any] = {}
     if n_rows != sources.rows(sources.base):
@@ -300,8 +290,8 @@ def _with_template(found: Tokens, sources: TokenizerRequest) -> Tokens:
             problem, remedy = "has no chat template", "Name a model that has one, or give its text."
             raise TokenizerError("chat_template", f"{source.name} {problem}", remedy)
         text = own
-    carried = found.carried or Carried(sources.base.pinned)
-    donor = next(s for s in sources.models if s.pinned == carried.donor)
+    carried = found.carried or TokenizerFiles(sources.base.pinned)
+    donor = next(s for s in sources.models if s.pinned == carried.source)
     changed = carried.written.get(CONFIG)
     config = json.loads(changed) if changed else sources.read_json(donor, CONFIG)
     written = {**carried.written, **template_files(text, config)}

@@ -1,7 +1,7 @@
 import pytest
 
 from lewis_hub.errors import MergeError
-from lewis_hub.merge.slices import Model, Origin, stacked_config
+from lewis_hub.merge.slices import Model, stacked_config
 
 TYPES = ["full", "sliding", "full", "sliding"]
 LLAMA = {
@@ -15,8 +15,8 @@ LLAMA = {
 
 def stacked(config, blocks, other=None):
     donor = Model("donor", config, 4)
-    origins = [Origin(donor, block) for block in blocks]
-    return stacked_config(donor, origins + ([Origin(other, 0)] if other else []))
+    origins = [(donor, block) for block in blocks]
+    return stacked_config(donor, origins + ([(other, 0)] if other else []))
 
 
 def test_the_number_of_blocks_and_lists_by_block_follow_the_blocks():

@@ -53,7 +53,7 @@ def test_an_experts_odd_entries_count_as_the_bases(zoo, method, dtype):
     )
 
     assert found == expected.bytes["model.safetensors"] == again[1]
-    assert result.mended == {"odd": 1}
+    assert result.replaced_nan == {"odd": 1}
 
 
 def test_the_bases_odd_entries_are_zero(zoo):
@@ -70,7 +70,7 @@ def test_the_bases_odd_entries_are_zero(zoo):
     result, found = merged(zoo, zoo.settings("ties", odd, experts), "found")
 
     assert found == expected.bytes["model.safetensors"]
-    assert result.mended == {"odd": 1}
+    assert result.replaced_nan == {"odd": 1}
 
 
 def test_without_a_base_odd_entries_are_zero(zoo):
@@ -129,7 +129,7 @@ def test_in_a_stack_each_block_has_the_stand_ins_of_its_own_base(zoo):
         alone = zoo.settings("ties", zoo.source(f"start {number}", {"a": start}), [mended])
         expected = zoo.merge(alone, f"expected {number}").tensors["a"]
         assert torch.equal(found[f"model.layers.{number}.q.weight"], expected)
-    assert results["model.safetensors"].mended == {"odd": 1}
+    assert results["model.safetensors"].replaced_nan == {"odd": 1}
 
 
 def test_finite_sources_give_the_same_bytes_and_nothing_is_mended(zoo):
@@ -139,7 +139,7 @@ def test_finite_sources_give_the_same_bytes_and_nothing_is_mended(zoo):
     result, found = merged(zoo, settings, "found")
 
     assert found == zoo.merge(settings, "plain").bytes["model.safetensors"]
-    assert result.mended == {}
+    assert result.replaced_nan == {}
 
 
 def test_a_result_that_does_not_fit_is_an_error_all_the_same(zoo):

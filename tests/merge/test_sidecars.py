@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lewis_hub.merge.sidecars import write_sidecars
+from lewis_hub.merge.sidecars import SidecarSettings
 
 CONFIG = {
     "model_type": "llama",
@@ -31,7 +31,7 @@ def test_the_configuration_says_the_dtype_of_the_merge(base, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
 
-    written = write_sidecars(base, output, "bfloat16", code=True)
+    written = SidecarSettings("base", "bfloat16", code=True).write({"base": base}, output)
 
     assert json.loads((output / "config.json").read_text()) == CONFIG | {
         "torch_dtype": "bfloat16",
@@ -52,7 +52,7 @@ def test_code_stays_behind_unless_it_is_allowed(base, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
 
-    written = write_sidecars(base, output, None, code=False)
+    written = SidecarSettings("base", None).write({"base": base}, output)
 
     assert "modeling_own.py" not in written
     config = json.loads((output / "config.json").read_text())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lewis_hub.merge.runners import Runner, threads
-from lewis_hub.merge.task_vectors import PIECE, relative_changes
+from lewis_hub.merge.task_vectors import PIECE, fit, relative_changes
 
 A, B = "model.layers.0.q.weight", "model.layers.1.q.weight"
 
@@ -71,3 +71,75 @@ def test_what_is_missing_or_not_finite_counts_for_nothing(zoo, changes):
 
     assert changes(base, expert, [A, B]) == {A: pytest.approx(1 / 5**0.5), B: 0.0}
     assert changes(base, moved, [A, B]) == {A: 0.0, B: 1.0}
+
+
+def spectrum(rows, columns, values, seed=0):
+    """A matrix with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(values)
+    left = torch.linalg.qr(torch.randn(rows, n, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(columns, n, generator=generator)).Q
+    return left @ torch.diag(torch.tensor(values)) @ right.T
+
+
+def best(values, rank):
+    squares = [value**2 for value in values]
+    return (sum(squares[rank:]) / sum(squares)) ** 0.5
+
+
+FALLING = [0.8**i for i in range(60)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(200, 90), (90, 200), (60, 60)])
+@pytest.mark.parametrize("rank", [1, 5, 24])
+def test_the_fit_of_a_rank_misses_no_more_than_the_best(rows, columns, rank):
+    matrix = spectrum(rows, columns, FALLING)
+
+    found = fit(matrix, rank, 0.0, torch.float32)
+
+    assert found.rank == rank
+    assert found.error == pytest.approx(best(FALLING, rank), rel=1e-3)
+    rest = matrix - found.left @ found.right
+    assert found.error == pytest.approx(float(rest.norm() / matrix.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("error", [0.5, 0.1, 0.03])
+def test_an_error_takes_the_lowest_rank_within_it(error):
+    found = fit(spectrum(200, 90, FALLING), 60, error, torch.float32)
+
+    assert best(FALLING, found.rank) <= error < best(FALLING, found.rank - 1)
+
+
+@pytest.mark.parametrize(("error", "stored"), [(0.03, torch.bfloat16), (0.001, torch.float32)])
+def test_rounding_breaks_no_bound(error, stored):
+    matrix = spectrum(200, 90, FALLING)
+
+    found = fit(matrix, 60, error, torch.bfloat16)
+
+    rest = matrix - found.left.float() @ found.right.float()
+    assert float(rest.norm() / matrix.norm()) <= error
+    assert found.left.dtype == found.right.dtype == stored
+
+
+def test_the_highest_rank_is_not_exceeded_for_an_error():
+    found = fit(spectrum(200, 90, FALLING), 3, 0.01, torch.float32)
+
+    assert found.rank == 3
+    assert found.error > 0.01
+
+
+def test_a_matrix_of_low_rank_is_found_exactly_and_the_same_each_time():
+    matrix = spectrum(300, 150, [3.0, 2.0, 1.0])
+
+    first, again = (fit(matrix, 3, 0.0, torch.float32) for _ in range(2))
+
+    assert first.error < 1e-5
+    assert torch.equal(first.left, again.left)
+    assert torch.equal(first.right, again.right)
+
+
+def test_the_error_counts_the_rounding_of_the_factors():
+    found = fit(spectrum(300, 150, [3.0, 2.0, 1.0]), 3, 0.0, torch.bfloat16)
+
+    assert 1e-4 < found.error < 1e-2
+    assert found.left.dtype == found.right.dtype == torch.bfloat16
