@@ -15,7 +15,7 @@ import os
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
+from lewis_hub.methods.numerics import torch_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FEWSHOT_SEED = 1234  # the same few-shot examples for every model and run
+SAMPLING_SEED = 1234  # for tasks that sample their answers
 CPU_BYTES = 2_000_000_000
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
@@ -36,20 +38,10 @@ TINY = 20_000_000  # parameters
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How models are run; the same for all that are compared.
+    """How models are run; the same for all that are compared."""
 
-    Attributes:
-        device: a torch device. On `cpu` the arithmetic is float32, else the model's own dtype.
-        batch_size: requests answered together; None: as many as an eighth of a GPU's memory, or
-            2 GB on a CPU, allow. Scores depend on it only by rounding.
-        chat_template: whether prompts go through each model's own chat template.
-        seed: for tasks that sample their answers.
-    """
-
-    device: str = "cpu"
-    batch_size: int | None = None
-    chat_template: bool = False
-    seed: int = 1234
+    device: str = "cpu"  # on `cpu` the arithmetic is float32, else the model's own dtype
+    chat_template: bool = False  # prompts go through each model's own chat template
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,6 @@ def load(folder: Path, settings: EvaluationSettings) -> Any:
                 tokenizer=path,
                 device=settings.device,
                 dtype="float32" if settings.device == "cpu" else "auto",
-                batch_size=settings.batch_size or 1,
                 trust_remote_code=False,
                 use_safetensors=True,
             )
@@ -156,9 +147,8 @@ def evaluate_loaded(
     if settings.chat_template and not lm.tokenizer.chat_template:
         remedy = "Remove `evaluate.chat_template`, or compare with other models."
         raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
-    with library_settings(allow_code=benchmarks.allow_code), _seeded(settings.seed):
-        if settings.batch_size is None:
-            lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
+    with library_settings(allow_code=benchmarks.allow_code), _seeded():
+        lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
@@ -206,16 +196,16 @@ def reset_fewshot(task: Any) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded() -> Iterator[None]:
     """Seed the global generators that sampling tasks draw from, and restore them afterwards."""
     import numpy as np
     import torch
 
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        random.seed(SAMPLING_SEED)
+        np.random.seed(SAMPLING_SEED)
+        torch.manual_seed(SAMPLING_SEED)
         try:
             yield
         finally:
@@ -223,21 +213,15 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-@contextmanager
-def threads_for(model: Any) -> Iterator[None]:
+def threads_for(model: Any) -> AbstractContextManager[None]:
     """Run a tiny model on one thread: several threads wait for each other longer than they work."""
     import torch
 
-    before = torch.get_num_threads()
-    if model.num_parameters() < TINY:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return torch_threads(1 if model.num_parameters() < TINY else torch.get_num_threads())
 
 
 def _affordable_batch(lm: Any, benchmarks: Benchmarks) -> int:
+    """As many requests as an eighth of a GPU's memory, or CPU_BYTES, allow."""
     import torch
 
     on_gpu = lm.device.type == "cuda"

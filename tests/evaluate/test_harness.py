@@ -9,6 +9,7 @@ import pytest
 
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate import harness
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
 from lewis_hub.evaluate.harness import (
     Benchmarks,
@@ -116,10 +117,11 @@ def test_a_limit_scores_the_first_items_only(own_tasks, poor_model, poor):
     assert result.tasks["after"].metrics["exact_match,none"].values == (1.0, 0.0, 0.0)
 
 
-def test_the_batch_size_does_not_change_a_score(own_tasks, poor_model, poor):
+def test_the_batch_size_does_not_change_a_score(own_tasks, poor_model, poor, monkeypatch):
+    monkeypatch.setattr(harness, "MAX_BATCH_SIZE", 3)
     tasks = with_prompts(load_tasks(TaskSelection(("after", "choose"), include=own_tasks), {}))
 
-    result = evaluate_model(poor_model, tasks, EvaluationSettings(batch_size=3), ignore)
+    result = evaluate_model(poor_model, tasks, CPU, ignore)
 
     assert result.tasks["after"] == poor.tasks["after"]
     assert result.tasks["choose"] == poor.tasks["choose"]
