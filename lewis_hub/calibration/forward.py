@@ -20,13 +20,14 @@ from functools import cache, partial
 from math import gcd
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from lewis_hub.calibration.hooks import ProductRecorder
 from lewis_hub.calibration.meta_model import MetaModel
@@ -36,10 +37,6 @@ from lewis_hub.calibration.texts import TokenBatch
 from lewis_hub.errors import NotByBlockError, OutputError
 from lewis_hub.files import require_room
 from lewis_hub.methods.numerics import torch_threads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 PAIR = 32  # float32 numbers in two of a CPU's widest vectors, AVX-512
 SEVERAL = (tuple, list)  # types that a block may return, hidden states first; no subclasses

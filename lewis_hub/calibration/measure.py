@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import isfinite, sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lewis_hub.calibration import grams
 from lewis_hub.calibration.forward import deterministic_threads, forward
@@ -32,9 +32,6 @@ from lewis_hub.calibration.texts import CalibrationTokens, single_text
 from lewis_hub.checkpoint import names
 from lewis_hub.display import Advance, shared
 from lewis_hub.errors import CalibrationModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def calibrate(  # noqa: PLR0913

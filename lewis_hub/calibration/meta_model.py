@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
-from transformers import AutoConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -45,11 +45,6 @@ from lewis_hub.calibration.subject import Weights
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.errors import CalibrationModelError, NotByBlockError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -12,14 +12,16 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
+import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as untyped_logging
 
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -28,13 +30,10 @@ LINE = 64  # bytes of a cache line, to which torch aligns its allocations
 
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
-    from transformers import AutoTokenizer
-
+    auto = transformers.AutoTokenizer
     with refusals(name, "tokenizer"):
-        return cast(
-            "PreTrainedTokenizerBase",
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
-        )
+        loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return cast("PreTrainedTokenizerBase", loaded)
 
 
 def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
@@ -52,8 +51,6 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
         CalibrationModelError: transformers cannot load it, it needs own code, weights that the
             architecture needs are not in the files, or the GPUs have no room for it.
     """
-    import torch
-
     with refusals(name, "model"), quiet():
         model, report = model_class(folder).from_pretrained(
             folder,
@@ -100,8 +97,6 @@ def check_on_gpus(name: str, placed: Mapping[str, int | str | torch.device], dev
 
 def model_class(folder: Path) -> Any:
     """The class that a configuration names, or causal language models if there is no such."""
-    import transformers
-
     config = transformers.AutoConfig.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
@@ -130,9 +125,7 @@ def check_reads_tokens(name: str, model: PreTrainedModel) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bar and no report of transformers, as only the command line prints."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
+    logging: Any = untyped_logging
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lewis_hub.calibration.forward import (
     ActivationCache,
@@ -52,9 +53,6 @@ from lewis_hub.calibration.texts import (
     unpadded_batches,
 )
 from lewis_hub.display import Advance, shared
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
 

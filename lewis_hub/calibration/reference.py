@@ -22,10 +22,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lewis_hub.calibration.forward import block_output, deterministic_threads, replaced_forwards
 from lewis_hub.calibration.hooks import hooked, require_seen
@@ -43,10 +44,6 @@ from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.texts import CalibrationTokens, check_padding
 from lewis_hub.display import Advance
 from lewis_hub.errors import CalibrationModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 PRUNED = 0.5  # of every row of a measured block
 

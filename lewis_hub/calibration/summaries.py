@@ -8,9 +8,9 @@ in_features), or one for each entry of the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lewis_hub.calibration.grams import ROWS_AT_ONCE, InputSum, group_by_block, sum_of_squares
@@ -19,9 +19,6 @@ from lewis_hub.calibration.model import matrix
 from lewis_hub.calibration.passes import BlockInputs
 from lewis_hub.calibration.profile import Measure
 from lewis_hub.checkpoint import names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Weighted = Mapping[str, Tensor]  # module -> weight, or module -> activation norms
 Summary = Callable[[Weighted, Weighted], dict[str, float]]
