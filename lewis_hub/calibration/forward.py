@@ -131,7 +131,8 @@ def forward(
         shifted[:, 0] = start
         options |= {"decoder_input_ids": shifted, "decoder_attention_mask": mask}
     options = {key: value for key, value in options.items() if key in accepted}
-    with ByOneDNN(), products or nullcontext():  # `products` must see a Linear's own factors
+    # `products` is innermost, as it must see a Linear's own factors
+    with torch.no_grad(), ByOneDNN(), products or nullcontext():
         body(input_ids=ids, attention_mask=mask, **options)
 
 
@@ -296,7 +297,7 @@ def enter_blocks(
         NotByBlockError: the decoder is not a chain of blocks.
     """
     run, blocks, first = partial(forward, model.model), list(model.blocks), groups[0][0]
-    with torch.no_grad(), _chain_errors(model):
+    with _chain_errors(model):
         rest = further_outputs(blocks, first, run)
 
         def state(batch: TokenBatch) -> BatchState:

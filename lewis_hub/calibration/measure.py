@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import isfinite, sqrt
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -93,7 +92,7 @@ def _measurement(
         source=subject.source,
         commit_sha=subject.commit_sha,
         role=subject.role,
-        n_tokens=one.tokens.n_padded if pads else one.tokens.n_tokens,
+        n_tokens=len(one.tokens.ids) * one.tokens.limit if pads else one.tokens.n_tokens,
         modules=modules,
         calibration=one.facts,
     )
@@ -274,15 +273,14 @@ def output_shifts(
             difference += _square_sum(y - before.to(y.device))  # GPUs may differ
             sums[path] = difference, total + _square_sum(before)
 
-    with torch.no_grad():
-        for ids in tokens.ids:
-            batch = single_text(ids)
-            with _outputs(of_base, hold):
-                forward(base, batch)
-            with _outputs(of_expert, compare):
-                forward(expert, batch)
-            held.clear()
-            advance(len(ids))
+    for ids in tokens.ids:
+        batch = single_text(ids)
+        with _outputs(of_base, hold):
+            forward(base, batch)
+        with _outputs(of_expert, compare):
+            forward(expert, batch)
+        held.clear()
+        advance(len(ids))
     stored_as = weight_names(base)
     found = {
         names.module(stored_as[f"{path}.weight"]): _shift(name, path, *sums[path])

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -88,26 +87,27 @@ def whole_pass(  # noqa: PLR0913
 ) -> Iterator[BlockInputs]:
     """Run all texts through a model that is loaded whole, once for each share of its Linears."""
     grouping = unpadded_batches if with_products and has_stacks(model) else batches
+    loose = loose_parameters(model) if with_products else {}
     for modules in shares:
         sums, products = [], []
         for tokens in sets:
             check_tokens_fit(model, name, tokens)
-            watched = _watched(model, tokens) if with_products else None
+            trial = partial(forward, model, first_tokens(tokens))
+            used = _used(loose, trial) if loose else {}
+            watched = ProductRecorder(used) if used else None
             found = input_sums(model, name, modules, grouping(tokens), statistic, advance, watched)
             sums.append([found])
             products.append(watched)
         yield BlockInputs(model, "", modules, sums, products)
 
 
-def _watched(model: PreTrainedModel, tokens: CalibrationTokens) -> ProductRecorder | None:
-    """An empty recorder for what a few tokens are multiplied with; None if Linears own it all."""
-    loose = loose_parameters(model)
-    if not loose:
-        return None
-    trial = ProductRecorder(loose)
-    with torch.no_grad():
-        forward(model, first_tokens(tokens), trial)
-    return ProductRecorder(trial.used) if trial.used else None
+def _used(
+    loose: Mapping[str, Tensor], run: Callable[[ProductRecorder], object]
+) -> dict[str, Tensor]:
+    """The `loose` parameters that a few tokens are multiplied with in `run`."""
+    recorder = ProductRecorder(loose)
+    run(recorder)
+    return recorder.used
 
 
 def input_sums(  # noqa: PLR0913
@@ -139,7 +139,7 @@ def input_sums(  # noqa: PLR0913
             forward(model, part, products)
             recorder.finish()
 
-    with hooked(modules, recorder.see), torch.no_grad():
+    with hooked(modules, recorder.see):
         for batch in calibration:
             try:
                 record(unpadded(batch) if products else [batch])
@@ -200,14 +200,20 @@ def _blocks(  # noqa: PLR0913
 ) -> Generator[BlockInputs, None, None]:
     advance = shared(advance, len(model.blocks))
     groups = [[first_tokens(sets[0])], *(list(grouping(tokens)) for tokens in sets)]
+
+    def run_trial(products: ProductRecorder) -> None:
+        trial.move(trial.run(products))
+
     with ActivationCache(model.weights.scratch) as cache, closing(model.walk()) as walk:
         for number, block in enumerate(walk):
             if number == 0:
                 [[trial], *states] = enter_blocks(model, groups, cache)
-            used = _used(trial, loose)
+            path = f"{model.path}.{number}"
+            parameters = block.named_parameters(prefix=path)
+            own = ((name, parameter) for name, parameter in parameters if name in loose)
+            used = _used(dict(own), run_trial) if loose else {}
             if used and grouping is not unpadded_batches:
                 raise OutOfStepError
-            path = f"{model.path}.{number}"
             modules, sums, products = dict(linears(path, block)), [], []
             for texts in states:
                 watched = ProductRecorder(used) if used else None
@@ -215,16 +221,6 @@ def _blocks(  # noqa: PLR0913
                 sums.append(block_sums(texts, modules, statistics, run))
                 products.append(watched)
             yield BlockInputs(block, path, modules, sums, products)
-
-
-def _used(trial: BatchState, loose: Collection[str]) -> dict[str, Tensor]:
-    """The block's `loose` parameters that `trial` is multiplied with on its way to the next."""
-    if not loose:
-        return {}
-    parameters = trial.block.named_parameters(prefix=trial.path)
-    recorder = ProductRecorder({name: p for name, p in parameters if name in loose})
-    trial.move(trial.run(recorder))
-    return recorder.used
 
 
 def _run_and_move(products: ProductRecorder | None, advance: Advance, state: BatchState) -> None:

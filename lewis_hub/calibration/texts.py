@@ -208,11 +208,6 @@ class CalibrationTokens:
         return sum(map(len, self.ids))
 
     @property
-    def n_padded(self) -> int:
-        """The number of tokens if each text is padded to the limit."""
-        return len(self.ids) * self.limit
-
-    @property
     def facts(self) -> dict[str, Any]:
         """Digests of row indices and token ids, and counts, for the profile."""
         texts = "\n".join(_joined(ids) for ids in self.ids)
