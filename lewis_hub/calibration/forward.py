@@ -244,20 +244,14 @@ BlockCall = Callable[[nn.Module, Tensor], Any]
 
 @dataclass
 class BatchState:
-    """A batch of texts before a block of a model.
-
-    Attributes:
-        entered: runs the batch up to the first block, as `enter` does.
-        cache: holds the block's input, (n_texts, n_tokens, width), under `key`.
-        number: of the block.
-    """
+    """A batch of texts before a block of a model."""
 
     model: MetaModel
     batch: TokenBatch
-    entered: Callable[[], tuple[Tensor, Sequence[BlockCall]]]
-    cache: ActivationCache
+    entered: Callable[[], tuple[Tensor, Sequence[BlockCall]]]  # runs it up to the first block
+    cache: ActivationCache  # holds the block's input, (n_texts, n_tokens, width), under `key`
     key: int
-    number: int = 0
+    number: int = 0  # of the block
 
     @property
     def block(self) -> nn.Module:

@@ -50,16 +50,11 @@ class InputSum:
 
 @dataclass(frozen=True)
 class ModuleGram:
-    """Where the second moments of one module's inputs are stored.
-
-    Attributes:
-        tensor: in the file: (n_parts, width, width) float32.
-        transposed: whether the module's weight is stored as (in, out), as in GPT-2's Conv1D.
-    """
+    """Where the second moments of one module's inputs are stored."""
 
     file: str
-    tensor: str
-    transposed: bool
+    tensor: str  # in the file: (n_parts, width, width) float32
+    transposed: bool  # whether the module's weight is stored as (in, out), as in GPT-2's Conv1D
     n_tokens: int
 
 
@@ -67,16 +62,12 @@ class ModuleGram:
 class GramFiles:
     """Second moments of one source.
 
-    Attributes:
-        facts: all that fixes them: source, calibration set, width.
-        modules: module, as the checkpoint names it -> its matrix, in the model's order. A module
-            that saw no token is left out, and so is one that the checkpoint stores otherwise.
-        files: file -> SHA-256 in hexadecimal.
+    A module that saw no token is left out, and so is one that the checkpoint stores otherwise.
     """
 
-    facts: Mapping[str, Any]
-    modules: Mapping[str, ModuleGram]
-    files: Mapping[str, str]
+    facts: Mapping[str, Any]  # all that fixes them: source, calibration set, width
+    modules: Mapping[str, ModuleGram]  # as the checkpoint names them, in the model's order
+    files: Mapping[str, str]  # file -> SHA-256 in hexadecimal
 
     @property
     def digest(self) -> str:
@@ -88,17 +79,11 @@ class GramFiles:
 
 @dataclass(frozen=True)
 class GramRequest:
-    """Which second moments to store, and where.
+    """Which second moments to store, and where."""
 
-    Attributes:
-        folder: for their files; incomplete files of an earlier run are overwritten.
-        widest: the most inputs of one matrix; DIAGONAL stores squares alone.
-        facts: from `Subject.gram_facts`.
-    """
-
-    folder: Path
-    widest: int
-    facts: Mapping[str, Any]
+    folder: Path  # for their files; incomplete files of an earlier run are overwritten
+    widest: int  # the most inputs of one matrix; DIAGONAL stores squares alone
+    facts: Mapping[str, Any]  # from `Subject.gram_facts`
 
 
 def read_grams(request: GramRequest) -> GramFiles | None:

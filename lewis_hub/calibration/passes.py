@@ -58,21 +58,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What the Linears of one or more blocks got; the blocks have their weights until the next.
+    """What the Linears of one or more blocks got; the blocks have their weights until the next."""
 
-    Attributes:
-        module: the block, or the model with all blocks.
-        path: of the module in the model.
-        modules: path -> Linear of the blocks.
-        sums: for each calibration set and each statistic, path -> the sum over its tokens.
-        products: for each set, the recorder of parameters that no Linear owns.
-    """
-
-    module: nn.Module
-    path: str
-    modules: Mapping[str, Linear]
-    sums: Sequence[Sequence[Mapping[str, InputSum]]]
-    products: Sequence[ProductRecorder | None]
+    module: nn.Module  # the block, or the model with all blocks
+    path: str  # of the module in the model
+    modules: Mapping[str, Linear]  # by their paths
+    sums: Sequence[Sequence[Mapping[str, InputSum]]]  # for each set and each statistic, by paths
+    products: Sequence[ProductRecorder | None]  # for each set, of parameters that no Linear owns
 
 
 def whole_pass(  # noqa: PLR0913

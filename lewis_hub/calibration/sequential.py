@@ -107,25 +107,16 @@ Pairs = Sequence[Sequence[BatchPair]]  # of all texts of each expert
 
 @dataclass(frozen=True)
 class SequentialFit:
-    """What all blocks are fitted with.
+    """What all blocks are fitted with."""
 
-    Attributes:
-        merged: has the weights of a merge without statistics in all blocks not fitted yet.
-        stored_as: parameter of the merged model -> tensor of the checkpoint.
-        folder: for the tensors of each block.
-        widest: the most inputs of one matrix.
-        grouping: `batches`; or `unpadded_batches`, if a module has not a row for each token.
-        n_threads: the number of matrices solved at a time.
-    """
-
-    merged: MetaModel
+    merged: MetaModel  # with the weights of a merge without statistics in blocks not fitted yet
     experts: Sequence[MetaModel]
-    stored_as: Mapping[str, str]
+    stored_as: Mapping[str, str]  # parameter of the merged model -> tensor of the checkpoint
     solve: Solve
-    folder: Path
-    widest: int
-    grouping: Grouping
-    n_threads: int
+    folder: Path  # for the tensors of each block
+    widest: int  # the most inputs of one matrix
+    grouping: Grouping  # unpadded_batches if a module has not a row for each token
+    n_threads: int  # the number of matrices solved at a time
 
 
 def fit(  # noqa: PLR0913

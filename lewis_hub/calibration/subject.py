@@ -26,6 +26,8 @@ STATES = "the hidden states of all calibration texts"
 FEWER = "lower `samples` or `max_tokens` of the calibration"
 
 Measured = TypeVar("Measured")
+# takes lists of tensors and yields each as tensor -> values in float32, which the caller owns; the
+# next list may be read in the background, so the generator has to be closed
 Parts = Callable[[Sequence[Sequence[TensorHeader]]], "Generator[dict[str, Tensor], None, None]"]
 
 
@@ -51,22 +53,13 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's weights come from.
+    """Where a model's weights come from."""
 
-    Attributes:
-        folder: contains its configuration.
-        checkpoint: its headers, labelled with the name that the user gave.
-        parts: takes lists of tensors and yields each list as tensor -> values in float32. The
-            caller owns the values; the next list may be read in the background. Close it.
-        remedy: what the user can do if the model cannot be measured part by part.
-        scratch: a folder for hidden states beyond `HELD_BYTES`; None: the system's default.
-    """
-
-    folder: Path
-    checkpoint: Checkpoint
+    folder: Path  # contains its configuration
+    checkpoint: Checkpoint  # its headers, labelled with the name that the user gave
     parts: Parts
-    remedy: str = WHOLE
-    scratch: Path | None = None
+    remedy: str = WHOLE  # what the user can do if the model cannot be measured part by part
+    scratch: Path | None = None  # for hidden states beyond HELD_BYTES; None: the system's default
 
 
 def in_folder(name: str, folder: Path, scratch: Path | None = None) -> Weights:
@@ -84,28 +77,17 @@ def in_folder(name: str, folder: Path, scratch: Path | None = None) -> Weights:
 
 @dataclass(frozen=True)
 class Subject:
-    """A source, and the sets that it is measured on.
+    """A source, and the sets that it is measured on."""
 
-    Attributes:
-        source: repo@sha, or the folder as written.
-        folder: a complete local snapshot, if the model is loaded whole.
-        against: the base, for a measure of pairs.
-        weights: of a model that is measured block by block, if its architecture and the measure
-            allow that. None: the model is loaded whole from `folder`.
-        may_be_whole: whether it may be loaded whole if it cannot be measured block by block.
-        wanted: second moments that a pass block by block over a single set also writes, if their
-            files do not exist yet.
-    """
-
-    source: str
+    source: str  # repo@sha, or the folder as written
     commit_sha: str
     role: Role
-    folder: Path
+    folder: Path  # a complete local snapshot, if the model is loaded whole
     sets: tuple[CalibrationSet, ...]
-    against: Snapshot | None = None
-    weights: Weights | None = None
-    may_be_whole: bool = False
-    wanted: GramRequest | None = None
+    against: Snapshot | None = None  # the base, for a measure of pairs
+    weights: Weights | None = None  # to measure it block by block, if it can be; None: whole
+    may_be_whole: bool = False  # whether it may be loaded whole if it cannot
+    wanted: GramRequest | None = None  # what a pass block by block over a single set also writes
 
     @property
     def snapshot(self) -> Snapshot:

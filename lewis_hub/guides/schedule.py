@@ -187,18 +187,12 @@ class Use:
 
 @dataclass(frozen=True)
 class ExpertSchedule:
-    """The density of each tensor's task vector for one expert, and factors of its weight.
-
-    Attributes:
-        tensors: scheduled tensor -> density, with the checkpoint's names, in the guide's order. If
-            empty, the recipe's own densities apply.
-        weights: tensor -> factor of the expert's weight; 1 for all others.
-    """
+    """The density of each tensor's task vector for one expert, and factors of its weight."""
 
     source: str
     default_density: Density
-    tensors: Mapping[str, Density]
-    weights: Mapping[str, FiniteFloat] = field(default_factory=dict)
+    tensors: Mapping[str, Density]  # in the guide's order; if empty, the recipe's densities apply
+    weights: Mapping[str, FiniteFloat] = field(default_factory=dict)  # 1 for all other tensors
 
     def density(self, tensor: str) -> float:
         """The tensor's density, in (0, 1]."""
