@@ -169,7 +169,7 @@ def create(
 
     hardware = Hardware(flavor, timeout, namespace)
     request = _checked_request(recipe_file, recipe, hardware, LOCAL_OPTIONS | {"as_json"})
-    scheduled = jobs.schedule(hub_api(), request, cron)
+    scheduled = jobs.submit(hub_api(), request, cron)
     document = {"status": "scheduled", "id": scheduled.id, "schedule": cron, "url": scheduled.url}
     terminal.finish(document, f"Scheduled {scheduled.id} for {cron}: {scheduled.url}")
 

@@ -167,18 +167,17 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     try:
         yield
     except hf.HfHubHTTPError as error:
-        raise _refused(error, hub_repo) from error
+        raise hub_repo.failed(*_refused(error, hub_repo)) from error
     except (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise _unreachable(error, hub_repo) from error
+        raise hub_repo.failed(*_unreachable(error, hub_repo)) from error
     except hf.LocalTokenNotFoundError as error:
         raise no_token(hub_repo) from error
     except hf.OIDCError as error:
         remedy = "Give the workflow `permissions: id-token: write` and set HF_OIDC_RESOURCE."
         raise hub_repo.failed(f"trusted publishing failed: {error}", remedy) from error
     except (hf.FileMetadataError, json.JSONDecodeError) as error:
-        raise hub_repo.failed(
-            f"{hub_repo.api.endpoint} does not answer like a Hub", "Check HF_ENDPOINT."
-        ) from error
+        problem = f"{hub_repo.api.endpoint} does not answer like a Hub"
+        raise hub_repo.failed(problem, "Check HF_ENDPOINT.") from error
     except RuntimeError as error:  # huggingface_hub wraps the errors of an upload
         if not isinstance(error.__cause__, httpx2.HTTPError):
             raise
@@ -188,84 +187,61 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
 
 def no_token(hub_repo: HubRepo) -> SourceError | PublishError:
     """The error of a call that needs a token without one."""
-    remedy = (
-        f"Make one with write access at {hub_repo.api.endpoint}/settings/tokens, then {LOG_IN}."
-    )
+    settings = f"{hub_repo.api.endpoint}/settings/tokens"
+    remedy = f"Make one with write access at {settings}, then {LOG_IN}."
     return hub_repo.failed("there is no token to sign in with", remedy)
 
 
-def _refused(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> SourceError | PublishError:
-    status = error.response.status_code
+def _refused(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> tuple[str, str]:
+    """Problem and remedy of an answer that is an error."""
+    status, host, noun = error.response.status_code, hub_repo.api.endpoint, hub_repo.repo_type
+    said = " ".join((error.server_message or "").split()).rstrip(".")[:300]
+    because = f": {said}" if said else ""
     if error.response.url.path == SIGN_IN and status < 500:
         remedy = f"Name this workflow in {hub_repo.url}/settings as a trusted publisher."
-        return hub_repo.failed(f"trusted publishing was refused{_server_message(error)}", remedy)
+        return f"trusted publishing was refused{because}", remedy
     if isinstance(error, hf.GatedRepoError):
         found = "this token has no access" if hub_repo.token else "there is no token"
         then = "run the same command again" if hub_repo.token else LOG_IN
-        remedy = f"Ask for access at {hub_repo.url}, then {then}."
-        return hub_repo.failed(f"access is gated and {found}", remedy)
+        return f"access is gated and {found}", f"Ask for access at {hub_repo.url}, then {then}."
     if isinstance(error, hf.DisabledRepoError):
-        return hub_repo.failed(
-            "access to it has been disabled", f"See {hub_repo.url}, or use another."
-        )
+        return "access to it has been disabled", f"See {hub_repo.url}, or use another."
     if isinstance(error, hf.RevisionNotFoundError):
-        return hub_repo.failed(
-            f"this {hub_repo.repo_type} has no such revision", _revisions(hub_repo)
-        )
+        return f"this {noun} has no such revision", _revisions(hub_repo)
     if isinstance(error, hf.RemoteEntryNotFoundError):
         path = error.response.url.path.partition("/resolve/")[2].partition("/")[2]
-        return hub_repo.failed(f"it has no file `{path}`", f"See {hub_repo.url}.")
-    if status == 401 and hub_repo.token and not isinstance(error, hf.RepositoryNotFoundError):
-        return hub_repo.failed(
-            f"{hub_repo.api.endpoint} does not know this token",
-            f"It may be mistyped, expired or from another Hub: {LOG_IN}.",
-        )
-    if isinstance(error, hf.RepositoryNotFoundError) or status == 401:
+        return f"it has no file `{path}`", f"See {hub_repo.url}."
+    missing = isinstance(error, hf.RepositoryNotFoundError)
+    if status == 401 and hub_repo.token and not missing:
+        remedy = f"It may be mistyped, expired or from another Hub: {LOG_IN}."
+        return f"{host} does not know this token", remedy
+    if missing or status == 401:
         return _not_found(hub_repo)
     if status == 403:
         doing = "read this" if hub_repo.error_type is SourceError else "write here"
-        return hub_repo.failed(
-            f"this token may not {doing}{_server_message(error)}",
-            f"Use a token that may ({hub_repo.api.endpoint}/settings/tokens): {LOG_IN}.",
-        )
-    return _temporary(error, hub_repo)
-
-
-def _temporary(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> SourceError | PublishError:
-    status, host = error.response.status_code, hub_repo.api.endpoint
+        remedy = f"Use a token that may ({host}/settings/tokens): {LOG_IN}."
+        return f"this token may not {doing}{because}", remedy
     if status == 429:
         pause_s = retry_after_s(error)
         wait = f"Wait {pause_s:.0f} s" if pause_s else "Wait a few minutes"
-        return hub_repo.failed(
-            f"{host} limits the rate of requests (429)", f"{wait}, then {AGAIN}."
-        )
+        return f"{host} limits the rate of requests (429)", f"{wait}, then {AGAIN}."
     if status >= 500:
-        problem = f"{host} still fails with {status} after several attempts{_server_message(error)}"
-        return hub_repo.failed(problem, f"This is usually temporary: wait a little, then {AGAIN}.")
-    problem = f"{host} refused this with {status}{_server_message(error)}"
-    return hub_repo.failed(
-        problem, "Correct the cause that it names, then run the same command again."
-    )
+        problem = f"{host} still fails with {status} after several attempts{because}"
+        return problem, f"This is usually temporary: wait a little, then {AGAIN}."
+    remedy = "Correct the cause that it names, then run the same command again."
+    return f"{host} refused this with {status}{because}", remedy
 
 
-def _server_message(error: hf.HfHubHTTPError) -> str:
-    words = " ".join((error.server_message or "").split()).rstrip(".")
-    return f": {words[:300]}" if words else ""
-
-
-def _not_found(hub_repo: HubRepo) -> SourceError | PublishError:
-    other: RepoType = "dataset" if hub_repo.repo_type == "model" else "model"
+def _not_found(hub_repo: HubRepo) -> tuple[str, str]:
+    noun: RepoType = hub_repo.repo_type
+    other: RepoType = "dataset" if noun == "model" else "model"
     if _exists(hub_repo, other):
-        return hub_repo.failed(
-            f"this is a {other}, not a {hub_repo.repo_type}", f"Name a {hub_repo.repo_type}."
-        )
-    problem = f"no {hub_repo.repo_type} of this name on {hub_repo.api.endpoint}"
-    if hub_repo.token:
-        problem += ", or it is private and this token may not see it"
-        return hub_repo.failed(
-            problem, "Check the spelling, and whose token this is: `hf auth whoami`."
-        )
-    return hub_repo.failed(problem, f"Check the spelling; if it is private, {LOG_IN}.")
+        return f"this is a {other}, not a {noun}", f"Name a {noun}."
+    problem = f"no {noun} of this name on {hub_repo.api.endpoint}"
+    if not hub_repo.token:
+        return problem, f"Check the spelling; if it is private, {LOG_IN}."
+    problem += ", or it is private and this token may not see it"
+    return problem, "Check the spelling, and whose token this is: `hf auth whoami`."
 
 
 def _exists(hub_repo: HubRepo, repo_type: RepoType) -> bool:
@@ -289,21 +265,21 @@ def _revisions(hub_repo: HubRepo) -> str:
     return f"Name one of its {'; '.join(named)}; or a commit sha."
 
 
-def _unreachable(error: Exception, hub_repo: HubRepo) -> SourceError | PublishError:
+def _unreachable(error: Exception, hub_repo: HubRepo) -> tuple[str, str]:
+    """Problem and remedy of a call without an answer."""
     cause = error.__cause__ if isinstance(error, hf.LocalEntryNotFoundError) else error
     if isinstance(cause, hf.HfHubHTTPError):
         return _refused(cause, hub_repo)
-    if hub_repo.error_type is PublishError:
-        cached = ""
-    else:
-        revisions = cached_revisions(hub_repo.name, hub_repo.repo_type)
+    cached = use_cache = ""
+    if hub_repo.error_type is SourceError:
         where = f"the cache ({constants.HF_HUB_CACHE})"
-        cached = f" In {where}: {', '.join(revisions)}." if revisions else f" It is not in {where}."
+        cached = f" It is not in {where}."
+        if revisions := cached_revisions(hub_repo.name, hub_repo.repo_type):
+            cached = f" In {where}: {', '.join(revisions)}."
+            use_cache = " HF_HUB_OFFLINE=1 uses what is cached."
     if cause is None or isinstance(cause, hf.OfflineModeIsEnabled):
         problem = "HF_HUB_OFFLINE is set and the cache does not hold all its files"
-        return hub_repo.failed(problem, f"Unset HF_HUB_OFFLINE, then {AGAIN}.{cached}")
+        return problem, f"Unset HF_HUB_OFFLINE, then {AGAIN}.{cached}"
     how = "no answer in time" if isinstance(cause, httpx2.TimeoutException) else str(cause)
     problem = f"cannot reach {hub_repo.api.endpoint} ({how or type(cause).__name__})"
-    use_cache = " HF_HUB_OFFLINE=1 uses what is cached." if "In the cache" in cached else ""
-    remedy = f"Check the network and HF_ENDPOINT, then {AGAIN}.{cached}{use_cache}"
-    return hub_repo.failed(problem, remedy)
+    return problem, f"Check the network and HF_ENDPOINT, then {AGAIN}.{cached}{use_cache}"

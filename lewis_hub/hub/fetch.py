@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     """
     if source.local_folder:
         return source.local_folder
-    received = _Progress(advance, bytes_to_download(api, source, only))
+    received = ByteCounter(bytes_to_download(api, source, only), advance)
     if received.total:
         remedy = "set HF_HUB_CACHE to a folder on a larger disk"
         content = f"the files of {source.pinned}"
@@ -94,7 +95,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     finally:
         stop.set()  # after an interruption the threads end at their next piece
         pool.shutdown(wait=False, cancel_futures=True)
-    received.advance(received.total - received.done)
+    received.add(received.total - received.n_bytes)
     return source.snapshot
 
 
@@ -116,7 +117,11 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
     for folder in (source.converted, source.folder):
         if folder and (folder / path).exists():
             return (folder / path).read_bytes()
-    hub_repo = HubRepo.of(api, source)
+    return read_file(HubRepo.of(api, source), path)
+
+
+def read_file(hub_repo: HubRepo, path: str) -> bytes:
+    """The content of a small file of a repo, which is then in the cache."""
     return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None)).read_bytes()
 
 
@@ -129,31 +134,32 @@ def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFil
 
 
 @dataclass
-class _Progress:
-    """Counts bytes of several threads and never reports more than the total."""
+class ByteCounter:
+    """Counts and reports the bytes that several threads receive, and never more than `total`."""
 
-    report: Callable[[int], None]
-    total: int
-    done: int = 0
+    total: int = sys.maxsize
+    report: Advance = lambda _: None
+    n_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def advance(self, n_bytes: int) -> None:
+    def add(self, n_bytes: int) -> None:
+        """Add to the number."""
         with self.lock:
-            n_bytes = min(n_bytes, self.total - self.done)
+            n_bytes = min(n_bytes, self.total - self.n_bytes)
             if n_bytes > 0:
-                self.done += n_bytes
+                self.n_bytes += n_bytes
                 self.report(n_bytes)
 
 
 def _fetch_file(
-    hub_repo: HubRepo, file: SourceFile, received: _Progress, stop: threading.Event
+    hub_repo: HubRepo, file: SourceFile, received: ByteCounter, stop: threading.Event
 ) -> None:
     if file.digest.startswith("sha256:") and not _is_stored_in_xet(hub_repo, file):
         _download_blob(hub_repo, file, received, stop)
         if stop.is_set():
             return
     # Links the blob into the snapshot, or downloads it first.
-    retry(lambda: _through_cache(hub_repo, file.path, received.advance))
+    retry(lambda: _through_cache(hub_repo, file.path, received.add))
 
 
 def _is_stored_in_xet(hub_repo: HubRepo, file: SourceFile) -> bool:
@@ -165,7 +171,7 @@ def _is_stored_in_xet(hub_repo: HubRepo, file: SourceFile) -> bool:
 
 
 def _download_blob(
-    hub_repo: HubRepo, file: SourceFile, received: _Progress, stop: threading.Event
+    hub_repo: HubRepo, file: SourceFile, received: ByteCounter, stop: threading.Event
 ) -> None:
     """Download a file into the cache; return early when `stop` is set, and keep the partial file.
 
@@ -197,7 +203,7 @@ def _download_blob(
 
 
 def _append(
-    hub_repo: HubRepo, file: SourceFile, part: Path, received: _Progress, stop: threading.Event
+    hub_repo: HubRepo, file: SourceFile, part: Path, received: ByteCounter, stop: threading.Event
 ) -> None:
     """Download the bytes of a file behind those in its partial file."""
     start = _size(part)
@@ -210,7 +216,7 @@ def _append(
         with part.open("wb" if whole else "ab") as out:
             for piece in response.iter_bytes(PIECE_BYTES):
                 out.write(piece)
-                received.advance(len(piece))
+                received.add(len(piece))
                 if stop.is_set():
                     return
     if _size(part) < file.size_bytes:
@@ -272,18 +278,6 @@ def _partial(blob: Path) -> Path:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-class ByteCounter:
-    """A number of bytes to which several threads add."""
-
-    def __init__(self) -> None:
-        self.n_bytes, self._adding = 0, threading.Lock()
-
-    def add(self, n_bytes: int) -> None:
-        """Add to the number."""
-        with self._adding:
-            self.n_bytes += n_bytes
 
 
 @dataclass(frozen=True)

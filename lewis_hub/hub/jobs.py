@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -67,26 +66,31 @@ class SubmittedJob:
     schedule: str | None = None
 
 
-def submit(api: HfApi, request: JobRequest) -> SubmittedJob:
-    """Start a Job; it gets the token only as a secret.
+def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> SubmittedJob:
+    """Start a Job, or create one that runs on the schedule `cron`, in UTC.
+
+    It gets the token only as a secret.
 
     Raises:
         PublishError: no token, no right to run Jobs there, or the Hub failed.
     """
-    hub_repo, options = _job_options(api, request)
-    with hub_failures(hub_repo), _without_experimental_warnings():
-        job = api.run_uv_job("lewis-hub", **options)
-    return SubmittedJob(job.id, hub_repo.name, job.url)
-
-
-def schedule(api: HfApi, request: JobRequest, cron: str) -> SubmittedJob:
-    """Create a Job that runs on the schedule `cron`, in UTC.
-
-    Raises:
-        PublishError: as `submit`.
-    """
-    hub_repo, options = _job_options(api, request)
-    with hub_failures(hub_repo), _without_experimental_warnings():
+    hub_repo = _namespace(api, request.namespace)
+    options = {
+        "script_args": list(request.words),
+        "dependencies": [request.package],
+        "python": PYTHON,
+        "flavor": request.flavor,
+        "timeout": request.timeout,
+        "secrets": {"HF_TOKEN": hub_repo.token},
+        "volumes": [_upload_files(hub_repo, request.files)],
+        "namespace": hub_repo.name,
+    }
+    with hub_failures(hub_repo), warnings.catch_warnings():
+        # huggingface_hub says so of its functions for uv, and no user can act on it.
+        warnings.filterwarnings("ignore", ".* is experimental", UserWarning)
+        if cron is None:
+            job = api.run_uv_job("lewis-hub", **options)
+            return SubmittedJob(job.id, hub_repo.name, job.url)
         made = api.create_scheduled_uv_job("lewis-hub", schedule=cron, **options)
     return SubmittedJob(made.id, hub_repo.name, f"{api.endpoint}/settings/jobs", cron)
 
@@ -146,29 +150,6 @@ def unschedule(api: HfApi, job_id: str, namespace: str | None) -> None:
     hub_repo = _namespace(api, namespace)
     with hub_failures(hub_repo):
         api.delete_scheduled_job(scheduled_job_id=job_id, namespace=hub_repo.name)
-
-
-def _job_options(api: HfApi, request: JobRequest) -> tuple[HubRepo, dict[str, Any]]:
-    hub_repo = _namespace(api, request.namespace)
-    options = {
-        "script_args": list(request.words),
-        "dependencies": [request.package],
-        "python": PYTHON,
-        "flavor": request.flavor,
-        "timeout": request.timeout,
-        "secrets": {"HF_TOKEN": hub_repo.token},
-        "volumes": [_upload_files(hub_repo, request.files)],
-        "namespace": hub_repo.name,
-    }
-    return hub_repo, options
-
-
-@contextmanager
-def _without_experimental_warnings() -> Iterator[None]:
-    """Hide huggingface_hub's warning about its functions for uv, which no user can act on."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is experimental", UserWarning)
-        yield
 
 
 def _namespace(api: HfApi, namespace: str | None) -> HubRepo:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, retry
+from lewis_hub.hub.fetch import read_file
 from lewis_hub.hub.source import listed_digest
 
 if TYPE_CHECKING:
@@ -96,32 +95,19 @@ def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:
     """A small text file of the repo; None if it does not exist or is not text."""
     if path not in target.digests:
         return None
-    file = call_hub(
-        hub_repo,
-        lambda: hf_hub_download(
-            hub_repo.name,
-            path,
-            revision=target.head,
-            endpoint=hub_repo.api.endpoint,
-            token=hub_repo.api.token,
-        ),
-    )
+    content = read_file(replace(hub_repo, revision=target.head), path)
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return content.decode()
     except UnicodeDecodeError:
         return None
 
 
 def _require_name(hub_repo: HubRepo) -> None:
     try:
-        validate_repo_id(hub_repo.name)
+        validate_repo_id(hub_repo.name if "/" in hub_repo.name else "")
     except HFValidationError:
-        well_formed = False
-    else:
-        well_formed = "/" in hub_repo.name
-    if not well_formed:
         remedy = "Write owner/name: letters, digits, `-`, `_`, `.`; no `--` and no `..`."
-        raise hub_repo.failed("this is not the name of a repo", remedy)
+        raise hub_repo.failed("this is not the name of a repo", remedy) from None
 
 
 def _require_rights(hub_repo: HubRepo, target: Target, landing: Landing) -> None:

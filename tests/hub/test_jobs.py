@@ -198,7 +198,7 @@ def test_a_schedule_is_made_listed_triggered_and_deleted(api, tmp_path):
     files = {"recipe.yaml": tmp_path / "recipe.yaml"}
     asked = JobRequest(["merge", "/recipe"], files, "lewis-hub", "cpu-basic", "1h", ME)
 
-    made = jobs.schedule(api, asked, "17 4 * * 1")
+    made = jobs.submit(api, asked, "17 4 * * 1")
 
     (found,) = [one for one in jobs.scheduled(api, ME) if one["id"] == made.id]
     assert (found["schedule"], found["flavor"]) == ("17 4 * * 1", "cpu-basic")
