@@ -12,7 +12,9 @@ def _status(code):
 
 
 def _cut(after_bytes):
-    return lambda hub, skip, times: hub.drop(ANY, skip=skip, times=times, after_bytes=after_bytes)
+    return lambda hub, skip, times: hub.fail(
+        ANY, "drop", skip=skip, times=times, after_bytes=after_bytes
+    )
 
 
 FAULTS = {  # name -> a function that makes it happen `times` times, after `skip` good calls

@@ -31,9 +31,7 @@ NUMBERED = re.compile(r"pytorch_model-(\d+)-of-(\d+)\.bin")
 def with_converted(source: Source, *, code: bool) -> Source:
     """The source with safetensors in place of its pickles, if they were converted before.
 
-    Args:
-        source: a source without pickles is returned as it is.
-        code: whether its ``*.py`` files are included.
+    `code` says whether its ``*.py`` files are included.
     """
     folder = _folder(source, code=code)
     if not source.is_pickled or not (folder / NOTE).exists():
@@ -65,11 +63,8 @@ def store_converted(
 ) -> Source:
     """Convert the weights of a source into the cache; returns the source with them.
 
-    Args:
-        source: its weights are pickles.
-        files: the folder with its files.
-        convert: writes the weights into a folder that has all other files.
-        code: whether its ``*.py`` files are included.
+    `files` is the folder with its files; `convert` writes the weights into a folder that has all
+    the others.
 
     Raises:
         OutputError: there is not enough room.

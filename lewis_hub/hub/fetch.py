@@ -302,15 +302,9 @@ class RemoteFiles:
         return type(self), (self.source, self.endpoint)
 
     def fetch(self, path: str, start: int, stop: int, take: Callable[[int, bytes], object]) -> None:
-        """Download the bytes [start, stop) of a file, in pieces and in order.
+        """Download the bytes [start, stop) of a file; `take` gets each piece and its offset.
 
         After an interruption the download resumes behind the last byte received.
-
-        Args:
-            path: of the file.
-            start: first byte.
-            stop: one behind the last byte.
-            take: called with the offset of a piece in the file, and the piece.
 
         Raises:
             SourceError: the download failed, or the file is not the pinned one.

@@ -408,13 +408,9 @@ def _head_moved(hub_repo: HubRepo, head: str | None) -> PublishError | SourceErr
 
 
 def preupload(hub_repo: HubRepo, landing: Landing, file: Path, sha256: str) -> CommitOperationAdd:
-    """Upload a file of weights, unless the Hub has it; a later commit has to add it.
+    """Upload a file of weights, unless the repo has it; a later commit has to add it.
 
-    Args:
-        hub_repo: a repo that exists.
-        landing: of the later commit.
-        file: its name is its path in the repo.
-        sha256: 64 hex digits, computed when the file was written.
+    Its name is its path in the repo, and `sha256` was computed when it was written.
 
     Raises:
         PublishError: the upload failed, or the repo stores weights as text.

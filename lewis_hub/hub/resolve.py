@@ -100,11 +100,8 @@ def resolve_model(
 ) -> Source:
     """Pin a model with safetensors weights, or a LoRA adapter.
 
-    Args:
-        api: whose endpoint and token are used.
-        name: `owner/name` on the Hub, or a folder: a name that exists here or looks like a path.
-        revision: branch, tag or commit sha; folders have none.
-        allow_pickle: accept a model whose weights are all pickled.
+    A name that exists here or looks like a path is a folder, which has no revision. With
+    `allow_pickle` the weights may all be pickled.
 
     Raises:
         SourceError: it cannot be found, may not be read, or has no safetensors weights.

@@ -47,11 +47,7 @@ class Rows:
 def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Rows:
     """Load one split of a dataset at its pinned commit; rows keep the order of the files.
 
-    Args:
-        api: whose token is used; `datasets` itself takes the endpoint from HF_ENDPOINT.
-        source: a dataset from `resolve_dataset`.
-        config: the configuration (subset), where the dataset has several.
-        split: `train`, `test`, ..., or a slice of one such as `train[:100]`.
+    A split may be a slice such as `train[:100]`. `datasets` takes the endpoint from HF_ENDPOINT.
 
     Raises:
         SourceError: no such configuration or split, no readable data files, or no rows.

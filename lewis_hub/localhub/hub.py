@@ -54,7 +54,7 @@ class Hub:
         storage_url: the other origin, which stores large files.
         signing_key: signs the addresses of large files.
         publishers: identity of a CI run -> the repository that it may publish without a token.
-        faults: the faults of requests; `fail`, `drop` and `faults.delay_s` set them.
+        faults: the faults of requests; `fail` and `faults.delay_s` set them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -108,24 +108,17 @@ class Hub:
             file.write(GRANTS.dump_json(list(self.grants.values()), indent=2))
 
     def fail(
-        self, path: str, status: int, *, times: int = 1, method: str | None = None, skip: int = 0
-    ) -> Fault:
-        """Answer requests whose path and query match a pattern with an error; see `Fault`."""
-        return self._add(Fault(re.compile(path), status, times, method, skip=skip))
-
-    def drop(
         self,
         path: str,
+        status: int | Literal["drop"],
         *,
-        after_bytes: int | None = None,
         times: int = 1,
         method: str | None = None,
+        after_bytes: int | None = None,
         skip: int = 0,
     ) -> Fault:
-        """Cut the connection of requests whose path and query match a pattern; see `Fault`."""
-        return self._add(Fault(re.compile(path), "drop", times, method, after_bytes, skip))
-
-    def _add(self, fault: Fault) -> Fault:
+        """Let requests whose path and query match a pattern fail from now on; see `Fault`."""
+        fault = Fault(re.compile(path), status, times, method, after_bytes, skip)
         self.faults.pending.append(fault)
         return fault
 

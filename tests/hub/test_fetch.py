@@ -109,7 +109,7 @@ def test_an_interrupted_file_goes_on_from_the_bytes_that_arrived(api, source):
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(api, source, hub, no_pauses):
-    hub.drop("/lfs/", after_bytes=1 << 20, times=3)
+    hub.fail("/lfs/", "drop", after_bytes=1 << 20, times=3)
     arrived = []
 
     folder = fetch(api, source, arrived.append)

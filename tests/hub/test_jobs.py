@@ -70,7 +70,7 @@ def test_lines_come_while_the_job_still_runs(api):
 
 TROUBLE = {
     "no log": lambda hub: hub.fail("/logs", 503, times=3),
-    "the log breaks off": lambda hub: hub.drop("/logs", after_bytes=250),
+    "the log breaks off": lambda hub: hub.fail("/logs", "drop", after_bytes=250),
     "no status": lambda hub: hub.fail(r"/api/jobs/lewis/\w{24}\?", 500, times=3),
 }
 

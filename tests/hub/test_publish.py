@@ -302,7 +302,7 @@ def test_a_tag_that_cannot_be_made_is_told_with_the_commit_that_is_there(
 def test_a_commit_whose_answer_was_lost_is_found_and_not_made_twice(api, folder, hub, no_pauses):
     publish(api, folder, REPO, PLAIN, lambda _: None)
     write(folder, {"config.json": b"[]"})
-    hub.drop(f"/api/models/{REPO}/commit/", after_bytes=0)
+    hub.fail(f"/api/models/{REPO}/commit/", "drop", after_bytes=0)
 
     published = publish(api, folder, REPO, Publication("Second"), lambda _: None)
 
@@ -315,7 +315,7 @@ def test_a_pull_request_whose_answer_was_lost_is_found_and_not_opened_twice(
 ):
     publish(api, folder, REPO, PLAIN, lambda _: None)
     write(folder, {"config.json": b"[]"})
-    hub.drop(f"/api/models/{REPO}/commit/", after_bytes=0)
+    hub.fail(f"/api/models/{REPO}/commit/", "drop", after_bytes=0)
 
     published = publish(
         api, folder, REPO, Publication("Second", landing="pull-request"), lambda _: None

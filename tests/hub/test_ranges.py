@@ -46,7 +46,7 @@ def test_trouble_that_passes_costs_nothing(files, hub, no_pauses, path, status):
 
 def test_what_breaks_off_goes_on_behind_the_bytes_that_came(files, hub, no_pauses):
     for _ in range(10):  # more often than one call is tried again
-        hub.drop("/lfs/", after_bytes=20_000)
+        hub.fail("/lfs/", "drop", after_bytes=20_000)
     taken = []
 
     files.fetch("model.safetensors", 0, 300_000, lambda at, piece: taken.append((at, len(piece))))

@@ -47,7 +47,7 @@ def test_an_error_on_the_commit_itself_reaches_the_user_and_nothing_is_committed
 
 def test_a_connection_can_be_cut_before_anything_happens(hub, api):
     api.create_repo("acme/base")
-    hub.drop("/commit/")
+    hub.fail("/commit/", "drop")
 
     with pytest.raises(httpx.RemoteProtocolError):
         api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="acme/base")
@@ -57,7 +57,7 @@ def test_a_connection_can_be_cut_before_anything_happens(hub, api):
 
 def test_a_connection_can_be_cut_after_the_commit_was_made(hub, api):
     api.create_repo("acme/base")
-    hub.drop("/commit/", after_bytes=0)
+    hub.fail("/commit/", "drop", after_bytes=0)
 
     with pytest.raises(httpx.RemoteProtocolError):
         api.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="acme/base")
@@ -68,7 +68,7 @@ def test_a_connection_can_be_cut_after_the_commit_was_made(hub, api):
 def test_a_cut_download_is_taken_up_where_it_ended(hub, api, push, no_pauses):
     weights = os.urandom(300_000)
     push("acme/base", {"m.bin": weights})
-    hub.drop("/lfs/", after_bytes=100_000, method="GET")
+    hub.fail("/lfs/", "drop", after_bytes=100_000, method="GET")
 
     assert Path(api.hf_hub_download("acme/base", "m.bin")).read_bytes() == weights
 
