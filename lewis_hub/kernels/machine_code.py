@@ -160,11 +160,11 @@ def object_code(code: Any) -> bytes:
 
 
 def _optimize(code: Any, machine: Any, speed_level: int, *, vectorize: bool) -> None:
-    """Optimise intermediate code in place; only for a known processor it should be vectorised."""
+    """Optimise intermediate code in place; vectorise and unroll only for a known processor."""
     from llvmlite import binding
 
     options = binding.create_pipeline_tuning_options(speed_level=speed_level)
-    options.loop_vectorization, options.loop_unrolling = vectorize, False
+    options.loop_vectorization = options.loop_unrolling = vectorize
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(code, passes)
 
