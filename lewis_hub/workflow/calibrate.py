@@ -43,23 +43,15 @@ from lewis_hub.workflow.texts import Sets, remap_token_ids
 
 @dataclass(frozen=True)
 class GuideSettings:
-    """The settings of a guide.
-
-    Attributes:
-        base: its tokenizer cuts the texts.
-        experts: in the recipe's order.
-        use: what the schedule sets, and its seed.
-        calibration: the recipe's settings, for the profile.
-        beside: folder in which `lewis-hub importance` writes its files.
-    """
+    """The settings of a guide."""
 
     guide: RegisteredGuide
-    base: OpenedSource
-    experts: tuple[OpenedSource, ...]
+    base: OpenedSource  # its tokenizer cuts the texts
+    experts: tuple[OpenedSource, ...]  # in the recipe's order
     bounds: Bounds
-    use: Use
-    calibration: Mapping[str, Any]
-    beside: Path
+    use: Use  # what the schedule sets, and its seed
+    calibration: Mapping[str, Any]  # the recipe's settings, for the profile
+    beside: Path  # folder in which `lewis-hub importance` writes its files
     plan: PlanSettings
 
 

@@ -55,17 +55,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Run:
-    """The evaluation of several models.
-
-    Attributes:
-        limit: number of items of each task, from the first; None: all items.
-        kept: folder for results, which later runs use again.
-    """
+    """The evaluation of several models."""
 
     loaded: LoadedTasks
-    limit: int | None
+    limit: int | None  # number of items of each task, from the first; None: all items
     settings: EvaluationSettings
-    kept: Path
+    kept: Path  # folder for results, which later runs use again
 
 
 @dataclass(frozen=True)
@@ -93,36 +88,25 @@ class PlainTwin:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """The models to score, and how.
+    """The models to score, and how."""
 
-    Attributes:
-        limit: number of items of each task, from the first; None: all items.
-        rivals: label -> source that is scored beside the merge.
-        gates: the conditions for publishing.
-    """
-
-    limit: int | None
+    limit: int | None  # number of items of each task, from the first; None: all items
     settings: EvaluationSettings
-    rivals: Mapping[str, OpenedSource]
+    rivals: Mapping[str, OpenedSource]  # label -> source that is scored beside the merge
     uniform_twin: bool
     plain_twin: PlainTwin | None
-    gates: tuple[Gate, ...]
+    gates: tuple[Gate, ...]  # the conditions for publishing
 
 
 @dataclass(frozen=True)
 class TwinMaker:
-    """Makes twins of a merge in the scratch folder.
-
-    Attributes:
-        statistics: None: the method needs no second moments.
-        sets: calibration texts, one set per expert.
-    """
+    """Makes twins of a merge in the scratch folder."""
 
     plan: PlanSettings
     sidecars: SidecarSettings
     loader: ModelLoader
-    statistics: StatisticsSettings | None
-    sets: Sets
+    statistics: StatisticsSettings | None  # None: the method needs no second moments
+    sets: Sets  # calibration texts, one set per expert
 
     def uniform(self, schedule: DensitySchedule) -> Candidate:
         """Make the merge with the mean density everywhere, the baseline for the guide."""

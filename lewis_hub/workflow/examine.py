@@ -72,20 +72,14 @@ def measurement_of(recipe: Recipe) -> Measurement:
 
 @dataclass(frozen=True)
 class Examined:
-    """The opened sources of a recipe and the result of the check.
-
-    Attributes:
-        sources: sources with pickled weights have no tensors yet.
-        facts: pinned source -> facts from its card.
-        output: headers of the merge, in the dtypes of its sources.
-    """
+    """The opened sources of a recipe and the result of the check."""
 
     report: CheckReport
     inputs: Inputs
-    sources: MergeSources
-    facts: Mapping[str, ModelFacts]
+    sources: MergeSources  # sources with pickled weights have no tensors yet
+    facts: Mapping[str, ModelFacts]  # pinned source -> facts from its card
     tokens: Tokens
-    output: Checkpoint
+    output: Checkpoint  # headers of the merge, in the dtypes of its sources
 
 
 def examine_sources(

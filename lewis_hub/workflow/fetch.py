@@ -45,19 +45,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FetchedSources:
-    """The files of sources.
+    """The files of sources."""
 
-    Attributes:
-        folders: pinned source -> folder with at least its configuration and tokenizer.
-        locations: pinned source -> folder of its weights, or function that reads byte ranges.
-        keeps_models: whether whole models may be on this disk; otherwise byte ranges are read.
-        count_bytes: returns the number of bytes that were read by ranges.
-    """
-
-    folders: Folders
-    locations: Locations
-    keeps_models: bool
-    count_bytes: Callable[[], int] | None = None
+    folders: Folders  # pinned source -> folder with at least its configuration and tokenizer
+    locations: Locations  # pinned source -> folder of its weights, or reader of byte ranges
+    keeps_models: bool  # whether whole models may be on this disk; otherwise byte ranges are read
+    count_bytes: Callable[[], int] | None = None  # counts the bytes that were read by ranges
 
 
 def small_files(api: HfApi, source: Source) -> Path:
@@ -163,19 +156,13 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """Loads the sources of a merge.
-
-    Attributes:
-        scratch: folder for temporary files.
-        means: runner and device that write out weights.
-        max_shard_bytes: limit for a file, and for bytes that are fetched ahead.
-    """
+    """Loads the sources of a merge."""
 
     files: FetchedSources
-    scratch: Path
+    scratch: Path  # folder for temporary files
     loading: Loading
-    means: Backend
-    max_shard_bytes: int
+    means: Backend  # runner and device that write out weights
+    max_shard_bytes: int  # limit for a file, and for bytes that are fetched ahead
     progress: Progress
 
     def subject(self, source: OpenedSource, *sets: CalibrationSet) -> Subject:

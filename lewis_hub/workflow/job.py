@@ -72,32 +72,22 @@ from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 
 @dataclass(frozen=True)
 class MergeJob:
-    """A compiled recipe: all values that a merge needs.
-
-    Attributes:
-        guide: None: densities come from the recipe's settings.
-        statistics: None: the method needs no second moments.
-        evaluation: None: nothing is scored.
-        held_out: tasks whose items no calibration text may hold, scored now or later.
-        repo: target repo; None: the merge stays on disk.
-        means: runner and device that make the weights.
-        replaces: whether an existing output folder may be replaced.
-    """
+    """A compiled recipe: all values that a merge needs."""
 
     report: CheckReport
     sources: MergeSources
     texts: TextSettings
-    guide: GuideSettings | None
-    statistics: StatisticsSettings | None
+    guide: GuideSettings | None  # None: densities come from the recipe's settings
+    statistics: StatisticsSettings | None  # None: the method needs no second moments
     plan: PlanSettings
     sidecars: SidecarSettings
-    evaluation: EvaluationPlan | None
-    held_out: TaskSelection | None
+    evaluation: EvaluationPlan | None  # None: nothing is scored
+    held_out: TaskSelection | None  # no calibration text may hold items of these tasks
     reporting: ReportSettings
-    repo: str | None
+    repo: str | None  # target repo; None: the merge stays on disk
     workload: Workload
-    means: Backend
-    replaces: bool
+    means: Backend  # runner and device that make the weights
+    replaces: bool  # whether an existing output folder may be replaced
 
     @property
     def planned(self) -> Lock:

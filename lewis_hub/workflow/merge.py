@@ -48,35 +48,23 @@ Folders = Mapping[str, Path]  # pinned source -> a folder with at least its smal
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged model.
+    """A merged model."""
 
-    Attributes:
-        identity: digest of its plan; models with the same digest have the same weights.
-        shards: by file name, including the index. The shards of a stream are only on the Hub.
-        sidecars: paths of the files beside the weights, relative to `folder`.
-        parameters: tensor -> number of parameters.
-    """
-
-    identity: str
+    identity: str  # digest of its plan; models with the same digest have the same weights
     folder: Path
+    # by file name, including the index. The shards of a stream are only on the Hub.
     shards: Mapping[str, ShardResult]
-    sidecars: tuple[str, ...]
-    parameters: Mapping[str, int]
+    sidecars: tuple[str, ...]  # paths of the files beside the weights, relative to `folder`
+    parameters: Mapping[str, int]  # tensor -> number of parameters
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The settings of a plan, without densities and second moments.
+    """The settings of a plan, without densities and second moments."""
 
-    Attributes:
-        settings: of whole models, or of a stack of their blocks.
-        max_shard_bytes: limit for a file.
-        allow_nan: whether NaN and infinity in sources are replaced by the base's values.
-    """
-
-    settings: MergeSettings | StackSettings
-    max_shard_bytes: int
-    allow_nan: bool
+    settings: MergeSettings | StackSettings  # of whole models, or of a stack of their blocks
+    max_shard_bytes: int  # limit for a file
+    allow_nan: bool  # whether NaN and infinity in sources are replaced by the base's values
 
     def plan(
         self, schedule: DensitySchedule | None, statistics: Sequence[Statistics] | Fitted = ()

@@ -44,26 +44,19 @@ MODELOPT = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A pinned source with its configuration and headers.
-
-    Attributes:
-        digest: a commit sha, or a digest over the files of a folder; an adapter's digest is
-            `base+adapter`.
-        checkpoint: the headers as merged: quantised tensors in float32, without scales. An adapter
-            has those of its base, changed. Pickles that are not converted yet have no tensors.
-        config: `config.json`; an adapter has that of its base.
-        problem: the reason why it cannot be merged, if there is one.
-        trained_on: the base that an adapter's configuration names.
-        translation: from the token ids of the texts to its own; None: they are the same.
-    """
+    """A pinned source with its configuration and headers."""
 
     source: Source
     role: Role
+    # a commit sha, or a digest over the files of a folder; an adapter's digest is `base+adapter`
     digest: str
+    # the headers as merged: quantised tensors in float32, without scales. An adapter has those of
+    # its base, changed. Pickles that are not converted yet have no tensors.
     checkpoint: Checkpoint
-    config: Mapping[str, Any]
-    problem: str | None = None
-    trained_on: str | None = None
+    config: Mapping[str, Any]  # `config.json`; an adapter has that of its base
+    problem: str | None = None  # the reason why it cannot be merged, if there is one
+    trained_on: str | None = None  # the base that an adapter's configuration names
+    # from the token ids of the texts to its own; None: they are the same
     translation: Translation | None = None
 
     @property

@@ -61,16 +61,11 @@ LATER = ("evaluate", "publish")  # parts of a recipe that do not change the weig
 
 @dataclass(frozen=True)
 class PreviousMerge:
-    """The merge in the target repo.
+    """The merge in the target repo."""
 
-    Attributes:
-        source: the repo at the commit that was read.
-        changes: entries of its changelog; empty if it cannot be read.
-    """
-
-    source: Source
+    source: Source  # the repo at the commit that was read
     lock: Lock
-    changes: tuple[difference.ChangelogEntry, ...]
+    changes: tuple[difference.ChangelogEntry, ...]  # its changelog; empty if not readable
 
     def holds(self, planned: Lock) -> bool:
         """Return whether it is the planned merge with all files, by the digests of the Hub."""
@@ -166,15 +161,11 @@ def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict
 
 @dataclass(frozen=True)
 class Destination:
-    """A repo as it was before the work began.
+    """A repo as it was before the work began."""
 
-    Attributes:
-        asked: the publishing settings.
-        previous: the merge in the repo; None if it holds another model or no model.
-    """
-
-    asked: Publishing
+    asked: Publishing  # the publishing settings
     target: Target
+    # the merge in the repo; None if it holds another model or no model
     previous: PreviousMerge | None
 
 
@@ -313,18 +304,13 @@ Way = Literal["unchanged", "merge", "stream"]
 
 @dataclass(frozen=True)
 class Preflight:
-    """The result of a preflight.
+    """The result of a preflight."""
 
-    Attributes:
-        way: `unchanged`: the target repo holds this merge already; `merge`: on this disk;
-            `stream`: from Hub to Hub, because this disk is too small.
-        why: the reason, as a sentence.
-        commit_url: of the commit that holds the merge.
-    """
-
+    # `unchanged`: the target repo holds this merge already; `merge`: on this disk; `stream`: from
+    # Hub to Hub, because this disk is too small
     way: Way
-    why: str
-    commit_url: str | None = None
+    why: str  # the reason, as a sentence
+    commit_url: str | None = None  # of the commit that holds the merge
 
 
 def preflight(

@@ -41,20 +41,13 @@ PROFILE, SCHEDULE = "importance.json", "density.json"  # in the folder `lewis`
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """The values of a report that are known before the merge.
+    """The values of a report that are known before the merge."""
 
-    Attributes:
-        facts: of the card, without results of the merge.
-        planned: the lock without outputs and rows.
-        mergekit: the settings for mergekit; None if mergekit has no such merge.
-        benchmarks: task -> benchmark on the Hub whose leaderboard shows the score.
-    """
-
-    facts: CardFacts
-    planned: Lock
+    facts: CardFacts  # of the card, without results of the merge
+    planned: Lock  # the lock without outputs and rows
     snapshot: RecipeSnapshot
-    mergekit: MergekitMerge | None
-    benchmarks: Mapping[str, Benchmark]
+    mergekit: MergekitMerge | None  # the settings for mergekit; None if mergekit has no such merge
+    benchmarks: Mapping[str, Benchmark]  # task -> benchmark whose leaderboard shows the score
     device: str
 
 

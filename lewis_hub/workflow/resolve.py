@@ -190,18 +190,12 @@ def _located(written: str, locate: Locate) -> str:
 
 @dataclass(frozen=True)
 class PinnedTask:
-    """A task or group that calibration draws from.
-
-    Attributes:
-        digest: over the task files of lm-eval or the user.
-        datasets: its pinned data; each local file is a source.
-        commits: the commits of its repos, for lm-eval.
-    """
+    """A task or group that calibration draws from."""
 
     selection: TaskSelection
-    digest: str
-    datasets: tuple[Source, ...]
-    commits: Commits
+    digest: str  # over the task files of lm-eval or the user
+    datasets: tuple[Source, ...]  # its pinned data; each local file is a source
+    commits: Commits  # the commits of its repos, for lm-eval
 
     @property
     def facts(self) -> dict[str, str]:
@@ -269,15 +263,12 @@ TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 
 @dataclass(frozen=True)
 class RecipeSnapshot:
-    """A recipe as it was run.
+    """A recipe as it was run."""
 
-    Attributes:
-        document: plain data with all defaults and pinned revisions. It can be read as a recipe
-            beside the copied task files.
-        task_folders: folder with the user's task files -> name of its copy beside the document.
-    """
-
+    # plain data with all defaults and pinned revisions. It can be read as a recipe beside the
+    # copied task files.
     document: Mapping[str, Any]
+    # folder with the user's task files -> name of its copy beside the document
     task_folders: Mapping[str, str]
 
     def to_yaml(self) -> str:

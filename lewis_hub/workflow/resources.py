@@ -128,31 +128,20 @@ ROWS = 8  # upper bound for vectors per token, as wide as the widest matrix, wit
 
 @dataclass(frozen=True)
 class MomentSettings:
-    """The second moments that a merge needs.
+    """The second moments that a merge needs."""
 
-    Attributes:
-        widest: number of inputs that one matrix of second moments covers at most.
-        are_solved: whether matrices are fitted; otherwise entries are trimmed by the diagonal.
-        in_sequence: whether matrices are fitted one after the other, on activations of the
-            merged model.
-    """
-
-    widest: int
-    are_solved: bool
-    in_sequence: bool
+    widest: int  # number of inputs that one matrix of second moments covers at most
+    are_solved: bool  # whether matrices are fitted; otherwise entries are trimmed by the diagonal
+    in_sequence: bool  # whether matrices are fitted one by one, on the merged model's activations
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The measurements that a merge needs.
-
-    Attributes:
-        calibrations: of each expert, in order; empty if nothing is measured on texts.
-    """
+    """The measurements that a merge needs."""
 
     guide: RegisteredGuide | None
     moments: MomentSettings | None
-    calibrations: tuple[Calibration, ...]
+    calibrations: tuple[Calibration, ...]  # of each expert; empty if nothing is measured on texts
 
     @property
     def in_sequence(self) -> bool:
@@ -306,28 +295,18 @@ def loading_notes(
 
 @dataclass(frozen=True)
 class Workload:
-    """The values that determine the disk and memory of a merge.
-
-    Attributes:
-        output: headers of the merge, in the dtypes of its sources.
-        dtype: dtype of the output; None keeps the dtype of each tensor.
-        has_kernel: whether compiled kernels compute all tensors that need no second moments.
-        scores: whether models are scored.
-        n_twins: number of twins that are made to be scored beside the merge.
-        uniform_twin: whether one of them has uniform densities.
-        loaded: pinned sources that transformers loads as whole models.
-    """
+    """The values that determine the disk and memory of a merge."""
 
     sources: MergeSources
-    output: Checkpoint
-    dtype: str | None
-    has_kernel: bool
+    output: Checkpoint  # headers of the merge, in the dtypes of its sources
+    dtype: str | None  # dtype of the output; None keeps the dtype of each tensor
+    has_kernel: bool  # whether compiled kernels compute all tensors that need no second moments
     measurement: Measurement
     loading: Loading
-    scores: bool
-    n_twins: int
-    uniform_twin: bool
-    loaded: Collection[str]
+    scores: bool  # whether models are scored
+    n_twins: int  # number of twins that are made to be scored beside the merge
+    uniform_twin: bool  # whether one of them has uniform densities
+    loaded: Collection[str]  # pinned sources that transformers loads as whole models
 
     @property
     def _pickles(self) -> dict[str, int]:
@@ -477,16 +456,10 @@ def _solving_bytes(output: Checkpoint, n_sources: int) -> int:
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """The bytes that a merge takes on the disk.
-
-    Attributes:
-        made_bytes: of all written files except downloads and hidden states.
-        statistics_bytes: of second moments, or of matrices that are fitted with them.
-        shard_bytes: of the largest file of weights.
-    """
+    """The bytes that a merge takes on the disk."""
 
     download_bytes: int
-    made_bytes: int
-    statistics_bytes: int
+    made_bytes: int  # of all written files except downloads and hidden states
+    statistics_bytes: int  # of second moments, or of matrices that are fitted with them
     states_bytes: int
-    shard_bytes: int
+    shard_bytes: int  # of the largest file of weights

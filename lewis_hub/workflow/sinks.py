@@ -31,15 +31,10 @@ from lewis_hub.workflow.resources import DiskNeeds
 
 @dataclass(frozen=True)
 class FolderSink:
-    """A folder that gets its name when the merge is complete.
+    """A folder that gets its name when the merge is complete."""
 
-    Attributes:
-        work: the workspace; files of an interrupted run in it are used again.
-        destination: repo of a later push; its profile is read. None: the merge stays here.
-    """
-
-    work: Workspace
-    destination: Destination | None
+    work: Workspace  # files of an interrupted run in it are used again
+    destination: Destination | None  # for a later push; its profile is read
     api: HfApi
     progress: Progress
 
@@ -78,17 +73,13 @@ class FolderSink:
 
 @dataclass
 class HubSink:
-    """A Hub repo: each shard is uploaded when it is finished, and one commit follows at the end.
+    """A Hub repo: each shard is uploaded when it is finished, and one commit follows at the end."""
 
-    Attributes:
-        work: the workspace; it keeps measurements and a note on each uploaded shard for a rerun.
-        sent: files that are uploaded but not committed.
-    """
-
-    work: Workspace
+    work: Workspace  # keeps measurements and a note on each uploaded shard for a rerun
     destination: Destination
     api: HfApi
     progress: Progress
+    # uploaded but not committed
     sent: dict[str, CommitOperationAdd] = field(default_factory=dict)
 
     keeps_models = False  # the disk never holds a whole source or merge

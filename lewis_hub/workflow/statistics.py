@@ -48,39 +48,26 @@ N_SHOWN = 3  # tensors that a note lists
 
 @dataclass(frozen=True)
 class StatisticsSettings:
-    """The settings for gathering second moments and fitting matrices with them.
+    """The settings for gathering second moments and fitting matrices with them."""
 
-    Attributes:
-        method: merge method, for messages.
-        reader: source in whose token ids the merged model reads the texts.
-        sidecars: they hold the configuration of the merged model.
-        digest: digest of the planned lock.
-    """
-
-    method: str
+    method: str  # merge method, for messages
     moments: MomentSettings
     sources: MergeSources
-    reader: OpenedSource
+    reader: OpenedSource  # source in whose token ids the merged model reads the texts
     plan: PlanSettings
-    sidecars: SidecarSettings
-    digest: str
+    sidecars: SidecarSettings  # they hold the configuration of the merged model
+    digest: str  # digest of the planned lock
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """The second moments of each expert, in the recipe's order, or the fitted matrices.
-
-    Attributes:
-        folders: label of the statistics -> folder with their files.
-        measured: the sources and the data they were gathered on.
-        rows: rows of the data that each expert was measured on, for a guide or for the method.
-    """
+    """The second moments of each expert, in the recipe's order, or the fitted matrices."""
 
     statistics: Sequence[Statistics] | Fitted = ()
-    folders: Folders = field(default_factory=dict)
-    measured: tuple[Measured, ...] = ()
+    folders: Folders = field(default_factory=dict)  # label -> folder of the statistics
+    measured: tuple[Measured, ...] = ()  # the sources and the data they were gathered on
     notes: tuple[str, ...] = ()
-    rows: tuple[tuple[int, ...], ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()  # of the data that each expert was measured on
 
 
 def gather(

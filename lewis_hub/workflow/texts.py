@@ -38,15 +38,10 @@ Values = frozenset[str]  # texts without case and white space
 
 @dataclass(frozen=True)
 class DrawnText:
-    """A calibration text or an item to tune on.
+    """A calibration text or an item to tune on."""
 
-    Attributes:
-        texts: the rendered text, and the part of it that comes from the data.
-        fixing: sets of values of which each identifies the item.
-    """
-
-    texts: tuple[str, ...]
-    fixing: tuple[Values, ...]
+    texts: tuple[str, ...]  # the rendered text, and the part of it that comes from the data
+    fixing: tuple[Values, ...]  # sets of values of which each identifies the item
 
 
 def drawn_texts(rows: TextRows, template: Template, tokens: CalibrationTokens) -> list[DrawnText]:
@@ -121,14 +116,10 @@ def overlaps(
 
 @dataclass(frozen=True)
 class ScoredTasks:
-    """Tasks that are scored now or later; they are loaded on first use.
-
-    Attributes:
-        are_scored_now: whether this run scores them; otherwise a later run does.
-    """
+    """Tasks that are scored now or later; they are loaded on first use."""
 
     selection: TaskSelection
-    are_scored_now: bool
+    are_scored_now: bool  # whether this run scores them; otherwise a later run does
     api: HfApi
     progress: Progress
 
@@ -176,18 +167,13 @@ Sets = Sequence[CalibrationSet]  # one per expert; empty if nothing is measured 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The data of the calibration texts.
+    """The data of the calibration texts."""
 
-    Attributes:
-        tokenizer: source whose tokenizer cuts the texts.
-        calibrations: of each expert, in order; empty if nothing is measured on texts.
-    """
-
-    tokenizer: Source
+    tokenizer: Source  # source whose tokenizer cuts the texts
     seed: int
     allow_code: bool
     data: Mapping[Calibration, Source | PinnedTask]
-    calibrations: tuple[Calibration, ...]
+    calibrations: tuple[Calibration, ...]  # of each expert; empty if nothing is measured on texts
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,11 @@ N_SHOWN = 3
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokenizer and token alignment of a merge.
+    """The tokenizer and token alignment of a merge."""
 
-    Attributes:
-        carried: None: the base's tokenizer, unchanged.
-        alignment: None if row i is the same token in all sources.
-        translations: pinned source -> its ids of the base's tokens, if they differ.
-    """
-
-    carried: TokenizerFiles | None = None
-    alignment: Alignment | None = None
+    carried: TokenizerFiles | None = None  # None: the base's tokenizer, unchanged
+    alignment: Alignment | None = None  # None if row i is the same token in all sources
+    # pinned source -> its ids of the base's tokens, if they differ
     translations: Mapping[str, Translation] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -60,19 +55,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenizerRequest:
-    """The tokenizer settings of a recipe, and the small files of the models that are compared.
+    """The tokenizer settings of a recipe, and the small files of the models that are compared."""
 
-    Attributes:
-        tokenizer: None: the tokenizers must agree.
-        chat_template: a name, a model or a text; None or `auto`: unchanged.
-        named: the models in these settings, by name.
-        models: first the source of the merge's tensors and configuration.
-    """
-
-    tokenizer: Tokenizer | None
-    chat_template: str | None
-    named: Mapping[str, OpenedSource]
-    models: tuple[OpenedSource, ...]
+    tokenizer: Tokenizer | None  # None: the tokenizers must agree
+    chat_template: str | None  # a name, a model or a text; None or `auto`: unchanged
+    named: Mapping[str, OpenedSource]  # the models in these settings, by name
+    models: tuple[OpenedSource, ...]  # first the source of the merge's tensors and configuration
     api: HfApi
 
     @cached_property
