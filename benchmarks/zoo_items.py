@@ -16,20 +16,20 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import puzzles
 from answers import SIZES
+from train_zoo import BASE, BUCKET, EXPERTS, SEED
 
-from lewis_hub.demo import tasks
-from lewis_hub.demo.train import BASE, BUCKET, EXPERTS, SEED
 from lewis_hub.demo.zoo import zoo_folder
 
 
 def write_items(folder: Path) -> None:
     """Write SKILL_{train,tune,test}.jsonl, unless they exist."""
-    if all((folder / f"{skill}_test.jsonl").exists() for skill in tasks.SKILLS):
+    if all((folder / f"{skill}_test.jsonl").exists() for skill in puzzles.SKILLS):
         return
     folder.mkdir(parents=True, exist_ok=True)
     trained = set(_trained())
-    for skill, make in tasks.SKILLS.items():
+    for skill, make in puzzles.SKILLS.items():
         own = zoo_folder() / "data" / skill / "train.jsonl"
         train = own.read_text(encoding="utf-8")
         (folder / f"{skill}_train.jsonl").write_text(train, encoding="utf-8")
@@ -38,7 +38,7 @@ def write_items(folder: Path) -> None:
         for split, n in SIZES.items():
             drawn: list[str] = []
             while len(drawn) < n:
-                word = tasks.draw_word(rng)
+                word = puzzles.draw_word(rng)
                 if not {word, word[::-1]} & known:
                     known.add(word)
                     drawn.append(word)
@@ -50,7 +50,7 @@ def _trained() -> Iterator[str]:
     """Every word in an item that a training stage of the zoo can contain."""
     for stage in (*BASE, *EXPERTS):
         n_drawn = -(-stage.n_steps // BUCKET) * BUCKET * stage.batch_size
-        items = tasks.stream(stage.lesson, SEED, stage.lesson_share)
+        items = puzzles.stream(stage.lesson, SEED, stage.lesson_share)
         for item in itertools.islice(items, n_drawn):
             yield from _words(item.question)
             yield "".join(item.question.split()[-2:])  # of `join` and `swap`

@@ -7,16 +7,16 @@ import math
 from itertools import islice
 from pathlib import Path
 
+import puzzles
 import pytest
 import torch
 from answers import Scored, Text, load, score, texts
 from guidance_tables import holm, lower, paired_t
 from third_expert import roman
 from torch.nn.functional import cross_entropy
+from train_zoo import EXPERTS, SEED
 from zoo_items import write_items
 
-from lewis_hub.demo import tasks
-from lewis_hub.demo.train import EXPERTS, SEED
 from lewis_hub.demo.zoo import zoo_folder
 
 
@@ -66,12 +66,12 @@ def test_no_word_of_the_zoos_benchmark_is_in_two_splits_or_in_the_experts_traini
         word
         for stage in EXPERTS
         for item in islice(
-            tasks.stream(stage.lesson, SEED, stage.lesson_share), stage.n_steps * stage.batch_size
+            puzzles.stream(stage.lesson, SEED, stage.lesson_share), stage.n_steps * stage.batch_size
         )
         for word in item.question.split()
     }
 
-    for skill in tasks.SKILLS:
+    for skill in puzzles.SKILLS:
         words = {
             split: [one["question"].split()[-1] for one in _read(items / f"{skill}_{split}.jsonl")]
             for split in ("train", "tune", "test")

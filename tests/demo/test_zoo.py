@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from puzzles import SKILLS
 
-from lewis_hub.demo.tasks import SKILLS
 from lewis_hub.demo.zoo import DATASETS, MODELS, OWNER, seed_hub, zoo_folder
 from lewis_hub.localhub.hub import Hub
 from lewis_hub.workflow.resolve import read_recipe
@@ -86,9 +86,8 @@ def test_all_models_share_one_tokenizer_that_round_trips_any_text():
 
 
 def test_the_chat_template_renders_what_the_models_were_trained_on():
+    from train_zoo import chat_prompt
     from transformers import AutoTokenizer
-
-    from lewis_hub.demo.train import chat_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(zoo_folder() / "base")
     asked = [{"role": "user", "content": "reverse BAKOT"}]

@@ -1,4 +1,4 @@
-"""Train the zoo's models and write its datasets: `python -m lewis_hub.demo.train OUT`.
+"""Train the zoo's models and write its datasets: `python benchmarks/train_zoo.py OUT`.
 
 Training is seeded and uses one thread, so that a second run on the same machine gives the same
 bytes. Cards, task files and the recipe are in the package and are written by hand.
@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import puzzles
 import torch
+from puzzles import Item
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from lewis_hub.demo import tasks
-from lewis_hub.demo.tasks import Item
 
 PAD, BEGIN, END, USER, ASSISTANT = "<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
 N_VOCABULARY = 448
@@ -69,8 +68,8 @@ def zoo_tokenizer() -> PreTrainedTokenizerFast:
 
     It round-trips any UTF-8 text.
     """
-    primer = itertools.islice(tasks.stream(None, SEED), 4000)
-    skills = ([make("")] * 300 for make in tasks.SKILLS.values())
+    primer = itertools.islice(puzzles.stream(None, SEED), 4000)
+    skills = ([make("")] * 300 for make in puzzles.SKILLS.values())
     items = itertools.chain(primer, *skills)
     wording = (prompt(Item(re.sub(r"\b[A-Z]+\b", "", item.question), "")) for item in items)
     tokenizer = Tokenizer(models.BPE())
@@ -128,7 +127,7 @@ def sgd(rate: float) -> Optimizers:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run; `lesson` is a key of `tasks.LESSONS`, or None for the primer alone."""
+    """One training run; `lesson` is a key of `puzzles.LESSONS`, or None for the primer alone."""
 
     lesson: str | None
     n_steps: int
@@ -155,7 +154,7 @@ EXPERTS = (
 
 def batches(stage: Stage, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless right-padded token ids and labels, both (batch, n_tokens); labels are answers."""
-    items = tasks.stream(stage.lesson, SEED, stage.lesson_share)
+    items = puzzles.stream(stage.lesson, SEED, stage.lesson_share)
     rng = random.Random(f"{SEED} {stage.lesson} format")
     while True:
         drawn = list(itertools.islice(items, stage.batch_size * BUCKET))
@@ -247,8 +246,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def write_datasets(folder: Path) -> None:
     """Write `<skill>/{train,test}.jsonl` for every skill."""
-    for skill in tasks.SKILLS:
-        for name, items in zip(("train", "test"), tasks.splits(skill, SEED), strict=True):
+    for skill in puzzles.SKILLS:
+        for name, items in zip(("train", "test"), puzzles.splits(skill, SEED), strict=True):
             path = folder / skill / f"{name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(dataclasses.asdict(item)) + "\n" for item in items)

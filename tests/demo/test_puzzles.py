@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from lewis_hub.demo.tasks import SKILLS, draw_word, held_out, shifted, splits, stream
+from puzzles import SKILLS, draw_word, held_out, shifted, splits, stream
 
 
 def test_the_skills_reverse_a_word_and_shift_it_by_one_letter():
