@@ -22,23 +22,15 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an ad
 Flags = Mapping[str, bool]
 Document = Mapping[str, Any]
 
-PLAIN: Flags = {  # a token that a recipe names, as transformers' `add_tokens` makes it
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": True,
-    "special": False,
-}
+# a token that a recipe names, as transformers' `add_tokens` makes it
+PLAIN: Flags = {**dict.fromkeys(FLAGS, False), "normalized": True}
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 # describe the base's vocabulary; tokenizer.json has it all
 STALE = ("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
-TEMPLATE_SOURCES = (
-    TEMPLATE,
-    CONFIG,
-    "chat_template.json",
-)  # files with a chat template; the first counts
+# files with a chat template; the first counts
+TEMPLATE_SOURCES = (TEMPLATE, CONFIG, "chat_template.json")
 OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")  # would clash with `TEMPLATE`
 
 
@@ -71,25 +63,17 @@ class Vocabulary:
 
 
 def read_vocabulary(label: str, files: Mapping[str, bytes]) -> Vocabulary | None:
-    """Read the id of each token.
+    """Read the id of each token; None if only its own code or SentencePiece can read a tokenizer.
 
-    Args:
-        label: the source, for messages.
-        files: name -> content of those of `FILES` that the source has.
-
-    Returns:
-        None for a tokenizer that only its own code or SentencePiece can read.
-
-    Raises:
-        TokenizerError: a file is broken.
+    `files` has the content of those of `FILES` that the source has. A broken file is a
+    TokenizerError.
     """
-    config = json_object(label, files, "tokenizer_config.json")
+    config = json_object(label, files, CONFIG)
     if "tokenizer.json" in files:
         return _fast(label, files, config)
     if "vocab.json" in files:
-        ids = json_object(label, files, "vocab.json") | json_object(
-            label, files, "added_tokens.json"
-        )
+        model, added = (json_object(label, files, name) for name in FILES[2:])
+        ids = model | added
         if all(type(i) is int for i in ids.values()):
             return Vocabulary(label, ids, {}, None)
     return None
@@ -185,23 +169,20 @@ def translation(ours: Vocabulary, theirs: Vocabulary, n_rows: int) -> Translatio
 class _Pieces:
     """The tokens of one source's model that are new in the merge, in the order of their ids."""
 
-    of: Vocabulary
+    model: Mapping[str, Any]
     tokens: Sequence[str]
 
     @property
     def scores(self) -> Mapping[str, float]:
         """Their scores in a Unigram model."""
-        assert self.of.document  # `unite` refuses a tokenizer without it
-        scores = dict(self.of.document["model"]["vocab"])
+        scores = dict(self.model["vocab"])
         return {token: scores[token] for token in self.tokens}
 
     @property
     def merges(self) -> Iterator[tuple[str, str]]:
         """The merges of a BPE model that make the new tokens."""
-        assert self.of.document  # `unite` refuses a tokenizer without it
-        model, new = self.of.document["model"], set(self.tokens)
-        prefix = model.get("continuing_subword_prefix") or ""
-        for left, right in _merges(model):
+        prefix, new = self.model.get("continuing_subword_prefix") or "", set(self.tokens)
+        for left, right in _merges(self.model):
             if left + right.removeprefix(prefix) in new:
                 yield left, right
 
@@ -211,12 +192,8 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary], wanted: Sequence[str] 
 
     First come the tokens of the others' models; their merges follow all merges of the base, so a
     text is split as the base splits it, then its parts are joined further. Then come the added
-    tokens of the others with their flags; those of the first source count.
-
-    Args:
-        base: the tokenizer that is extended.
-        others: in the order in which their tokens get ids.
-        wanted: tokens to add if no tokenizer has them.
+    tokens of the others with their flags; those of the first source count. Last come the `wanted`
+    tokens that no tokenizer has.
 
     Raises:
         TokenizerError: a tokenizer has no `tokenizer.json`, or spells its tokens in another way.
@@ -226,8 +203,9 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary], wanted: Sequence[str] 
     for other in others:
         new = [t for t in sorted(other.ids, key=other.ids.__getitem__) if t not in ids]
         own = [token for token in new if token not in other.added]
-        _require_same_kind(base, other, own)
-        pieces += [_Pieces(other, own)] if own else []
+        if own:
+            pieces.append(_Pieces(_document(other)["model"], own))
+            _require_same_kind(base, other, own)
         ids |= zip(own, numbers, strict=False)
     added: dict[str, Flags] = {}
     for other in others:
@@ -246,9 +224,7 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary], wanted: Sequence[str] 
 
 
 def _require_same_kind(base: Vocabulary, other: Vocabulary, own: Sequence[str]) -> None:
-    if own and other.document is None:
-        raise _not_fast(other)
-    if own and other.kind != base.kind:
+    if other.kind != base.kind:
         raise TokenizerError(
             f"{other.label}: tokenizer.json",
             f"its tokenizer ({other.kind}) cannot be united with that of {base.label} "
@@ -258,10 +234,13 @@ def _require_same_kind(base: Vocabulary, other: Vocabulary, own: Sequence[str]) 
         )
 
 
-def _not_fast(vocabulary: Vocabulary) -> TokenizerError:
-    problem = "it has no tokenizer.json, which is needed to add tokens"
-    remedy = "Save its tokenizer again with transformers' `AutoTokenizer` and `save_pretrained`, "
-    return TokenizerError(vocabulary.label, problem, remedy + "or set `tokenizer_source: base`.")
+def _document(vocabulary: Vocabulary) -> Document:
+    if vocabulary.document is None:
+        problem = "it has no tokenizer.json, which is needed to add tokens"
+        remedy = "Save its tokenizer again with transformers' `AutoTokenizer` and "
+        remedy += "`save_pretrained`, or set `tokenizer_source: base`."
+        raise TokenizerError(vocabulary.label, problem, remedy)
+    return vocabulary.document
 
 
 def _extended(
@@ -271,9 +250,7 @@ def _extended(
     added: Mapping[str, Flags],
 ) -> dict[str, Any]:
     """The base's `tokenizer.json` with the new tokens of the models and new added tokens."""
-    if base.document is None:
-        raise _not_fast(base)
-    document: dict[str, Any] = copy.deepcopy(dict(base.document))
+    document: dict[str, Any] = copy.deepcopy(dict(_document(base)))
     document["added_tokens"] = [
         {"id": ids[token], "content": token, **added[token]}
         for token in sorted(added, key=ids.__getitem__)
@@ -336,12 +313,8 @@ def shipped_template(name: str) -> str:
 def template_of(label: str, files: Mapping[str, bytes]) -> str | None:
     """A source's chat template; None if it has none.
 
-    Args:
-        label: the source, for messages.
-        files: name -> content of those of `TEMPLATE_SOURCES` that the source has.
-
-    Raises:
-        TokenizerError: a file is broken.
+    `files` has the content of those of `TEMPLATE_SOURCES` that the source has. A broken file is a
+    TokenizerError.
     """
     if TEMPLATE in files:
         return files[TEMPLATE].decode("utf-8", errors="replace")

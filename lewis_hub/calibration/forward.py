@@ -85,11 +85,7 @@ class ByOneDNN(TorchFunctionMode):
 
 
 def by_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    """`torch.nn.functional.linear` without gradients, by oneDNN in float32 on a CPU that has it.
-
-    Raises:
-        RuntimeError: `weight` has no values.
-    """
+    """`torch.nn.functional.linear` without gradients, by oneDNN in float32 on a CPU that has it."""
     if weight.is_meta and not input.is_meta:
         raise RuntimeError("a weight that is on meta has no values")  # torch returns nonsense
     on_cpu = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
@@ -286,9 +282,8 @@ def enter_blocks(
 ) -> list[list[BatchState]]:
     """Run all batches up to the first block; the model has the weights of all before it.
 
-    Raises:
-        OutputError: the disk has no room for the hidden states.
-        NotByBlockError: the decoder is not a chain of blocks.
+    It is an OutputError if the disk has no room for the hidden states, and a NotByBlockError if the
+    decoder is not a chain of blocks.
     """
     run, blocks, first = partial(forward, model.model), list(model.blocks), groups[0][0]
     with _chain_errors(model):
@@ -321,8 +316,7 @@ def further_outputs(
 ) -> tuple[Any, ...] | None:
     """What the first block returns after the hidden states; None if it returns them alone.
 
-    Raises:
-        NotAChainError: it is never called, or returns something else.
+    A NotAChainError says that it is never called, or returns something else.
     """
     outputs = block_output(blocks[0], partial(run, batch))
     if not outputs:
@@ -336,15 +330,9 @@ def enter(
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run a batch up to the first block, and record what each block is called with.
 
-    Args:
-        blocks: of the decoder; none of them computes anything here.
-        batch: texts.
-        run: the model; all modules outside the blocks have their weights.
-        rest: from `further_outputs`.
-
-    Raises:
-        NotAChainError: a block is left out, called twice, called with hidden states that the block
-            before it did not return, or with further outputs of it.
+    The decoder's blocks compute nothing here; all modules outside them have their weights. `rest`
+    is from `further_outputs`. A NotAChainError says that a block is left out, called twice, called
+    with hidden states that the block before it did not return, or with further outputs of it.
     """
     calls: list[BlockCall] = []
     hiddens: list[Tensor] = []

@@ -43,17 +43,11 @@ def calibrate(  # noqa: PLR0913
 ) -> ImportanceProfile:
     """Measure all that is not known yet; returns the profile of the subjects, in their order.
 
-    Args:
-        subjects: the base with every distinct set, then each expert with its own. For a measure of
-            pairs: each expert with its own set, against the base, which the facts of its set name.
-        known: earlier measurements; those of the same source, data and settings are reused.
-        device: as torch names it.
-        advance: called with the number of tokens done.
-        keep: called with all measurements after each source, so that none is lost.
-        how: the measure.
-
-    Raises:
-        CalibrationModelError: a source cannot be loaded or measured.
+    `subjects` are the base with every distinct set, then each expert with its own; for a measure of
+    pairs, each expert with its own set, against the base, which the facts of its set name. `known`
+    measurements of the same source, data and settings are reused. `keep` is called with all
+    measurements after each source, so that none is lost, and `advance` with the number of tokens
+    done. A source that cannot be loaded or measured is a CalibrationModelError.
     """
     for subject in missing(subjects, known):
         with run_refusals(subject.source, f"guide `{known.guide}`"):
@@ -172,18 +166,11 @@ def _summarised(  # noqa: PLR0913
 def gather_grams(
     subject: Subject, request: GramRequest, device: str, advance: Advance
 ) -> GramFiles:
-    """Run a source's calibration texts through it, and store the second moments of its Linears.
+    """Run a source's one calibration set through it, and store second moments of its Linears.
 
-    A model that is loaded whole takes several passes if its second moments do not fit into memory.
-
-    Args:
-        subject: with one calibration set; its model is freed on return.
-        request: what is stored, and where.
-        device: as torch names it.
-        advance: called with the number of tokens done, as if there were one pass.
-
-    Raises:
-        CalibrationError: the source cannot be loaded or measured, or no token counts.
+    A model that is loaded whole takes several passes if its second moments do not fit into memory;
+    it is freed on return. `advance` is called with the number of tokens done, as if there were one
+    pass. A CalibrationError says that the source cannot be loaded or measured, or no token counts.
     """
     tokens = [subject.sets[0].tokens]
     moments = partial(grams.second_moments, widest=request.widest)
@@ -223,14 +210,12 @@ def measure_shifts(
 ) -> list[dict[str, float]]:
     """Measure how much the outputs of an expert's modules differ from the base's on each set.
 
-    Both models have one architecture, are loaded once for all sets, and freed on return.
+    Both models have one architecture, are loaded once for all sets, and freed on return. Raises as
+    `load_model` and `output_shifts` do.
 
     Returns:
         For each set, module -> sqrt(Σ‖y_expert - y_base‖² / Σ‖y_base‖²) over all tokens, in the
         base's order: 0 if nothing differs.
-
-    Raises:
-        CalibrationModelError: a model cannot be loaded, or as for `output_shifts`.
     """
     models = [load_model(one.folder, device, one.name) for one in (base, expert)]
     for model, one in zip(models, (base, expert), strict=True):
@@ -254,10 +239,8 @@ def output_shifts(
     A module that does not see every token of a text in both models, such as a routed matrix, does
     not count for that text: its rows belong to other tokens. Left out are modules that never count,
     that the checkpoint stores otherwise, or that return more than their product, as some routers
-    do. Modules have the checkpoint's names.
-
-    Raises:
-        CalibrationModelError: an output is not finite, or no module counts.
+    do. Modules have the checkpoint's names. A CalibrationModelError says that an output is not
+    finite, or that no module counts.
     """
     of_base, of_expert = block_linears(base, name), block_linears(expert, name)
     held: dict[str, Tensor] = {}  # the base's outputs on the current text

@@ -40,12 +40,7 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
     """Load a language model for measuring, in eval mode.
 
     On a CPU the arithmetic is float32, whatever the file's dtype, as half precision is slow there.
-    On other devices the file's own dtype is kept.
-
-    Args:
-        folder: a complete local snapshot.
-        device: as torch names it: "cpu", "cuda", "cuda:1". "cuda" is all GPUs together.
-        name: the source for messages.
+    On other devices, named as in torch, the file's own dtype is kept; "cuda" is all GPUs together.
 
     Raises:
         CalibrationModelError: transformers cannot load it, it needs own code, weights that the
@@ -236,12 +231,7 @@ def matrix(module: Linear) -> Tensor:
 
 @contextmanager
 def refusals(name: str, what: str) -> Iterator[None]:
-    """Turn the errors of transformers for a folder that it cannot load into one error.
-
-    Args:
-        name: the source for messages.
-        what: "model" or "tokenizer".
-    """
+    """Turn the errors of transformers for a `model` or `tokenizer` that it cannot load into one."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -266,10 +256,7 @@ def run_refusals(name: str, by: str) -> Iterator[None]:
     """Turn the errors of a model's own code, while texts run through it, into one error.
 
     An error without a frame of transformers is a bug of this program, and keeps its traceback.
-
-    Args:
-        name: the source for messages.
-        by: what needs the measurement, such as "guide `lewis`".
+    `by` says what needs the measurement, such as "guide `lewis`".
     """
     try:
         yield

@@ -114,14 +114,9 @@ def input_sums(  # noqa: PLR0913
     """Sum a statistic over the inputs of modules, of the tokens that the mask keeps.
 
     Batches run without padding if there are `products`, or a module regroups the tokens. The
-    model, in eval mode, is left as it was.
-
-    Returns:
-        In the model's order, for the modules that saw a token. Modules with the same input tensor
-        share one sum.
-
-    Raises:
-        CalibrationError: no token is kept, or a sum is not finite.
+    model, in eval mode, is left as it was. Modules that saw no token are left out; those with the
+    same input tensor share one sum. A CalibrationError says that no token is kept, or that a sum is
+    not finite.
     """
     recorder = InputRecorder(statistic)
 
@@ -154,17 +149,10 @@ def block_pass(  # noqa: PLR0913
 ) -> Result:
     """Run all texts through a model block by block; its weights are read once for all sets.
 
-    Args:
-        model: without weights.
-        sets: one or more.
-        statistics: of the inputs of each Linear; the first alone if texts run without padding.
-        advance: called with the number of tokens done, as if there were one block.
-        take: uses the blocks. It is called again, with all blocks, if a block shows that texts have
-            to run without padding.
-        with_products: whether parameters that no Linear owns are watched.
-
-    Raises:
-        OutputError: the disk has no room for the hidden states.
+    Of the `statistics` of inputs the first alone is computed if texts run without padding. `take`
+    uses the blocks; it is called again, with all blocks, if a block shows that texts have to run
+    so. `advance` is called with the number of tokens done, as if there were one block.
+    `with_products` watches parameters that no Linear owns. Raises as `enter_blocks` does.
     """
     for tokens in sets:
         check_tokens_fit(model.model, model.name, tokens)
@@ -228,9 +216,8 @@ def block_sums(
 ) -> list[dict[str, InputSum]]:
     """Sum statistics over the inputs of modules of a block, while `run` runs texts through it.
 
-    Raises:
-        OutOfStepError: an input has not a row for every token, and some tokens are padding.
-        CalibrationModelError: an input is not finite.
+    It is an OutOfStepError if an input has not a row for every token and some tokens are padding,
+    and a CalibrationModelError if an input is not finite.
     """
     recorders = [InputRecorder(statistic) for statistic in statistics]
     with hooked(modules, *(recorder.see for recorder in recorders)):

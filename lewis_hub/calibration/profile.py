@@ -25,10 +25,10 @@ def write_document(document: Mapping[str, Any]) -> str:
 
 
 def read_document(text: str, file: str, kind: type[Document]) -> Document:
-    """Parse a document, whose version is this program's, and check the types of its fields.
+    """Parse a document.
 
-    Raises:
-        ProfileError: not JSON, another version, or a field is missing or has another type.
+    A ProfileError refuses what is not JSON or has another version, and a field that is missing or
+    has another type.
     """
     try:
         version = TypeAdapter(_Versioned).validate_json(text, strict=True).version
@@ -131,12 +131,8 @@ def calibration_facts(
 ) -> dict[str, Any]:
     """All facts that fix the tokens and are known before any row is read.
 
-    Args:
-        calibration: the recipe's.
-        data: the pinned `dataset` (repo@sha, or the path as written) and its `dataset_sha`, and for
-            a task the `task_digest` over its files.
-        seed: the recipe's.
-        tokenizer: the digest of the tokenizer.
+    `data` are the pinned `dataset` (repo@sha, or the path as written) and its `dataset_sha`, and
+    for a task the `task_digest` over its files; `tokenizer` is a digest.
     """
     template = {
         "text": calibration.text,

@@ -117,14 +117,8 @@ def block_importance(
 ) -> Iterator[dict[str, float]]:
     """Measure block by block, and prune each block after it was measured.
 
-    Args:
-        model: causal language model in float32 and eval mode.
-        path: of the blocks.
-        blocks: from `text_blocks`.
-        texts: (n_texts, n_tokens) int64, every token counts.
-
-    Yields:
-        For each block, module -> importance, in the model's order.
+    The model is in float32 and eval mode; every token of the texts, (n_texts, n_tokens) int64,
+    counts. Yields for each block module -> importance, in the model's order.
     """
     outputs: list[Hidden] = [None] * len(texts)
     for b, block in enumerate(blocks):

@@ -68,16 +68,13 @@ UNLIKE = "its blocks have other matrices than the merge's, so they cannot go sid
 class LayerMoments:
     """Moments of one Linear's inputs on one expert's texts, float32.
 
-    Attributes:
-        gram: E[x x^T], (n_parts, width, width).
-        cross_covariance: E[z x^T], of that shape; None: z is x.
-        residual_covariance: E[d x^T], (n_parts, out, width), where d is the output of the expert's
-            block minus that of the merged block, each without what the Linear adds; None: unknown.
+    d is the output of the expert's block minus that of the merged block, each without what the
+    Linear adds.
     """
 
-    gram: Tensor
-    cross_covariance: Tensor | None = None
-    residual_covariance: Tensor | None = None
+    gram: Tensor  # E[x x^T], (n_parts, width, width)
+    cross_covariance: Tensor | None = None  # E[z x^T], of that shape; None: z is x
+    residual_covariance: Tensor | None = None  # E[d x^T], (n_parts, out, width); None: unknown
 
 
 # (tensor of the checkpoint, moments of each expert, whether it is stored as (in, out))
@@ -128,17 +125,15 @@ def fit(  # noqa: PLR0913
     device: str,
     advance: Advance,
 ) -> list[Path]:
-    """Fit the Linears of all blocks; returns a file for each block in which one was fitted.
+    """Fit the Linears of all blocks of a merge without statistics, on the `texts` of each expert.
 
-    Args:
-        merged: of a merge without statistics.
-        texts: one per expert.
-        solve: makes a tensor of its moments, on several threads at a time; not called if no token
-            of some expert reached the module.
-        folder: for the fitted tensors; blocks that an earlier run finished are kept.
-        widest: the most inputs of one matrix; longer inputs are split into parts.
-        device: as torch names it.
-        advance: called with the number of tokens done, as if there were one block.
+    Several threads call `solve`, but not for a module that no token of some expert reached. Inputs
+    longer than `widest` are split into parts. `advance` is called with the number of tokens done,
+    as if there were one block.
+
+    Returns:
+        A file in `folder` for each block in which a Linear was fitted; those that an earlier run
+        finished are kept.
 
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
@@ -303,11 +298,8 @@ def paired_moments(
 ) -> LayerMoments:
     """Moments of a Linear's inputs in the merged model and in an expert, token by token.
 
-    `with_residual` needs a Linear that `is_added`.
-
-    Raises:
-        OutOfStepError: its input has not a row for every token.
-        CalibrationModelError: its input is not finite.
+    `with_residual` needs a Linear that `is_added`. An input without a row for every token is an
+    OutOfStepError, one that is not finite a CalibrationModelError.
     """
 
     def summed(pair: BatchPair) -> list[InputSum]:
@@ -335,8 +327,7 @@ def own_moments(
 ) -> dict[str, LayerMoments]:
     """Moments of an expert's own inputs, of those of the Linears at `paths` that a token reaches.
 
-    Raises:
-        OutOfStepError, CalibrationModelError: from `block_sums`.
+    Raises as `block_sums` does.
     """
     modules = {path: _linear(texts[0], path) for path in paths}
     statistic = partial(grams.second_moments, widest=widest)

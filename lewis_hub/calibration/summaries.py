@@ -49,14 +49,8 @@ def stored_blocks(
     """Assign weights and norms to the tensors of the checkpoint, block by block.
 
     Copies are made only of parameters that the checkpoint stores otherwise, one block at a time.
-    Tensors that no token reached are left out; a norm for an entry that none reached is 0.
-
-    Args:
-        model: as `from_pretrained` returned it.
-        stored_as: from `weight_names`.
-        inputs: of its blocks; the first statistic is the sum of squares.
-        n_set: the number of the calibration set.
-        n_tokens: of the set.
+    Tensors that no token reached are left out; a norm for an entry that none reached is 0. The
+    first statistic of the `inputs` is the sum of squares; `n_tokens` are those of set `n_set`.
     """
     by_path, products = norms_of(inputs.sums[n_set][0], n_tokens), inputs.products[n_set]
     used = products.used if products else {}
@@ -102,9 +96,7 @@ def stored_blocks(
 def module_importance(weight: Tensor, norm: Tensor) -> float:
     """The Frobenius norm of |W| · a: sqrt(Σ_ij W_ij² a_j²).
 
-    Args:
-        weight: (out_features, in_features), any floating dtype.
-        norm: (in_features,) activation norms a; or one for each entry of a weight of any shape.
+    The activation norms a are (in_features,), or one for each entry of a weight of any shape.
     """
     if norm.dim() > 1:
         return float((weight.float() * norm).norm())

@@ -274,11 +274,9 @@ def calibration_tokens(
     """Sample rows, render them in the order of the data and cut each text to `max_tokens` tokens.
 
     No end-of-sequence token is added to a cut text. A task's text is cut at the beginning, after
-    the tokenizer's own first token, since its item and answer follow all few-shot examples.
-
-    Raises:
-        CalibrationError: the template does not fit the columns, a row or the tokenizer, or no text
-            has a token.
+    the tokenizer's own first token, since its item and answer follow all few-shot examples. A
+    CalibrationError says that the template does not fit the columns, a row or the tokenizer, or
+    that no text has a token.
     """
     template = template_of(calibration, tokenizer)
     if not calibration.task:

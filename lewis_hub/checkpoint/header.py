@@ -162,24 +162,15 @@ class _File:
     path: str
 
     def broken(self, problem: str) -> BrokenCheckpointError:
-        return BrokenCheckpointError(
-            f"{self.label}: {self.path}",
-            problem,
-            "The file is damaged or was not written by safetensors: use an intact copy.",
-        )
+        remedy = "The file is damaged or was not written by safetensors: use an intact copy."
+        return BrokenCheckpointError(f"{self.label}: {self.path}", problem, remedy)
 
 
 def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[TensorHeader, ...]:
-    """Read and check the header of one safetensors file. The file may be hostile.
+    """Read and check the header of one safetensors file of `n_bytes`, which may be hostile.
 
-    Args:
-        label: the source, for messages.
-        path: the file within the source.
-        n_bytes: size of the file.
-        read: called once, or twice if the header is long.
-
-    Returns:
-        The tensors in the order of their bytes.
+    The tensors are in the order of their bytes. `read` is called once, or twice if the header is
+    long; messages name the source `label`.
 
     Raises:
         BrokenCheckpointError: the header is too large, is not in the safetensors format, or its
@@ -191,25 +182,26 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[T
     begin = read(path, 0, min(n_bytes, FIRST_READ_BYTES))
     (length,) = struct.unpack("<Q", begin[:8])
     if length > MAX_HEADER_BYTES:
+        problem = f"its header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
+        raise file.broken(problem)
+    end = 8 + length
+    if end > n_bytes:
         raise file.broken(
-            f"its header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
+            f"it is truncated: the header ends at byte {end}, the file at byte {n_bytes}"
         )
-    if 8 + length > n_bytes:
-        raise file.broken(
-            f"it is truncated: the header ends at byte {8 + length}, the file at byte {n_bytes}"
-        )
-    text = begin[8 : 8 + length]
+    text = begin[8:end]
     if len(text) < length:
-        text += read(path, len(begin), 8 + length)
+        text += read(path, len(begin), end)
     entries = _parse(file, text)
-    _require_strings(file, entries.pop("__metadata__", {}))
-    tensors = tuple(_tensor(file, name, entry, 8 + length) for name, entry in entries.items())
+    tensors = [_tensor(file, name, entry, end) for name, entry in entries.items()]
     ordered = tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.n_bytes)))
-    _require_tiling(file, ordered, 8 + length, n_bytes)
+    _require_tiling(file, ordered, end, n_bytes)
     return ordered
 
 
 def _parse(file: _File, text: bytes) -> dict[str, Any]:
+    """The entries of the tensors."""
+
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         for key, value in pairs:
@@ -224,21 +216,18 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
         raise file.broken("its header is not JSON") from None
     if not isinstance(header, dict):
         raise file.broken("its header is not a JSON object")
-    return header
-
-
-def _require_strings(file: _File, value: object) -> None:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise file.broken("its `__metadata__` is not a mapping from strings to strings")
+    return header
 
 
 def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHeader:
     if not name.isprintable():
         raise file.broken(f"its header names a tensor {name!r}, which cannot be printed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise file.broken(
-            f"the entry of `{name}` must have exactly the keys dtype, shape and data_offsets"
-        )
+        problem = f"the entry of `{name}` must have exactly the keys dtype, shape and data_offsets"
+        raise file.broken(problem)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in WIDTHS:
         known = ", ".join(WIDTHS)
@@ -271,10 +260,8 @@ def _require_tiling(
         if tensor.start < position:
             raise file.broken(f"`{tensor.name}` overlaps {before}")
         if tensor.start > position:
-            gap = tensor.start - position
-            raise file.broken(
-                f"{gap} bytes between {before} and `{tensor.name}` belong to no tensor"
-            )
+            between = f"{tensor.start - position} bytes between {before} and `{tensor.name}`"
+            raise file.broken(f"{between} belong to no tensor")
         position, before = tensor.start + tensor.n_bytes, f"`{tensor.name}`"
     if position > n_bytes:
         raise file.broken(

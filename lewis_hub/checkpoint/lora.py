@@ -103,9 +103,8 @@ def _matching(module: str, patterns: Mapping[str, Value], default: Value) -> Val
 def read_config(where: str, text: bytes) -> AdapterConfig:
     """Read the content of an `adapter_config.json`; messages name it `where`.
 
-    Raises:
-        AdapterError: it is not a configuration, or has a setting that this version does not
-            compute.
+    An AdapterError refuses what is no configuration, and settings that this version does not
+    compute.
     """
     try:
         settings = {k: value for k, value in json.loads(text).items() if value is not None}
@@ -120,9 +119,8 @@ def read_config(where: str, text: bytes) -> AdapterConfig:
         detail = error.errors(include_url=False)[0]
         field = ".".join(map(str, detail["loc"]))
         message = detail["msg"].removeprefix("Value error, ")
-        raise AdapterError(
-            where, f"`{field}` is not what PEFT writes: {message}", DAMAGED
-        ) from None
+        problem = f"`{field}` is not what PEFT writes: {message}"
+        raise AdapterError(where, problem, DAMAGED) from None
     _require_computed(where, config)
     return config
 
@@ -145,15 +143,9 @@ def adapt(
 ) -> Checkpoint:
     """Apply an adapter to a base: all tensors of the base, the changed ones in float32.
 
-    Args:
-        label: the adapter, for messages; becomes the label of the result.
-        base: the checkpoint that is changed.
-        stored: the tensors of the adapter's file.
-        config: of the adapter.
-
-    Raises:
-        AdapterError: a tensor of the file is unknown, matches no tensor of the base, or has
-            another shape.
+    The result is labelled as the adapter; `stored` are the tensors of the adapter's file. An
+    AdapterError says that one of them is unknown, matches no tensor of the base, or has another
+    shape.
     """
     if not stored:
         raise AdapterError(label, "its file contains no tensors", "Use an intact copy.")

@@ -32,6 +32,7 @@ from lewis_hub.checkpoint.header import (
 from lewis_hub.checkpoint.reader import N_REQUESTS, Checkpoint
 from lewis_hub.errors import BrokenCheckpointError
 
+INTACT = "Use an intact copy, or the model that it was quantised from."
 ReadTensor = Callable[[TensorHeader], bytes]
 KEYS = ("quantization_config", "compression_config")  # in config.json; the second is older
 FP8_METHODS = {"fp8", "fbgemm_fp8"}
@@ -96,15 +97,8 @@ def dequantise(
     """Describe the quantised tensors of a checkpoint as float32, and drop their scales.
 
     Values are computed when they are read. 8-bit floats and bitsandbytes are recognised by the
-    tensors themselves, all else needs the configuration.
-
-    Args:
-        checkpoint: as its files store it.
-        quantisation: of its configuration; None if it names none.
-        read: reads the bytes of a small tensor; called from several threads.
-
-    Raises:
-        BrokenCheckpointError: a scale or another part is missing, or does not fit its tensor.
+    tensors themselves, all else needs the configuration. Several threads `read` small tensors. A
+    BrokenCheckpointError says that a scale or another part is missing, or does not fit its tensor.
     """
     how = quantisation or Quantisation("none", is_read=True)
     checkpoint = _bitsandbytes(_fp8(checkpoint, how.block), read)
@@ -128,11 +122,9 @@ def quantised_tensor(checkpoint: Checkpoint) -> str | None:
 def read_quantisation(
     config: Mapping[str, Any], modelopt: Mapping[str, Any] | None = None
 ) -> Quantisation | None:
-    """Read the quantisation from a configuration; None if it names none.
+    """Read the quantisation from the content of `config.json`; None if it names none.
 
-    Args:
-        config: the content of ``config.json``.
-        modelopt: the content of ``hf_quant_config.json``, a file of ModelOpt; None without one.
+    `modelopt` is the content of `hf_quant_config.json`, a file of ModelOpt.
     """
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     settings = next((part[key] for part in parts for key in KEYS if part.get(key)), None)
@@ -142,7 +134,8 @@ def read_quantisation(
         return None
     settings = _mapping(settings)
     method = str(settings.get("quant_method") or "unknown")
-    block = settings.get("weight_block_size") or next(_blocks(settings), None) or FP8_BLOCK
+    blocks = (weights.get("block_structure") for _, weights in _groups(settings))
+    block = settings.get("weight_block_size") or next(filter(None, blocks), FP8_BLOCK)
     if not _is_block(block):
         return Quantisation(f"{method}, blocks of {block}", is_read=False)
     if method in METHODS:
@@ -189,11 +182,8 @@ METHODS: Mapping[str, Callable[[Mapping[str, Any]], Quantisation]] = {
 
 def _compressed_tensors(settings: Mapping[str, Any], block: tuple[int, int]) -> Quantisation:
     """Read only if every group of tensors is, and nothing else was done to the weights."""
-    groups = [_mapping(group) for group in _mapping(settings.get("config_groups")).values()]
     weights = [
-        (group.get("format") or settings.get("format"), _mapping(group["weights"]))
-        for group in groups
-        if group.get("weights")
+        (group.get("format") or settings.get("format"), how) for group, how in _groups(settings)
     ]
     packed = {how.get("num_bits") for form, how in weights if form == PACKED_FORMAT}
     sparsity = _mapping(settings.get("sparsity_config")).get("format", "dense")
@@ -218,11 +208,11 @@ def _is_read_format(form: object, weights: Mapping[str, Any]) -> bool:
     return form in UNPACKED_FORMATS and n_bits == 8 and kind in ("int", "float")
 
 
-def _blocks(settings: Mapping[str, Any]) -> Iterator[object]:
-    for group in _mapping(settings.get("config_groups")).values():
-        block = _mapping(_mapping(group).get("weights")).get("block_structure")
-        if block:
-            yield block
+def _groups(settings: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The groups of quantised tensors, each with the settings of its weights."""
+    for group in map(_mapping, _mapping(settings.get("config_groups")).values()):
+        if group.get("weights"):
+            yield group, _mapping(group["weights"])
 
 
 def _is_block(value: object) -> TypeGuard[Sequence[int]]:
@@ -332,10 +322,9 @@ def _block(
 ) -> tuple[int, int]:
     """Rows and columns that share a scale, by the shapes of the values and of the scale."""
     if scale.dtype not in MERGEABLE:
-        where = f"{checkpoint.label}: {scale.shard}"
         problem = f"`{scale.name}` is {scale.dtype}, which is not read as a scale"
         remedy = "Use the model that it was quantised from, in bfloat16, float16 or float32."
-        raise BrokenCheckpointError(where, problem, remedy)
+        raise _misfit(checkpoint, scale, problem, remedy)
     if scale.n_elements == 1:
         return max(1, stored.n_elements), max((1, *stored.shape[-1:]))
     if len(stored.shape) == 2:
@@ -483,8 +472,9 @@ def _part(checkpoint: Checkpoint, name: str, owner: TensorHeader) -> TensorHeade
     return checkpoint.tensors[name]
 
 
-def _misfit(checkpoint: Checkpoint, tensor: TensorHeader, problem: str) -> BrokenCheckpointError:
-    remedy = "Use an intact copy, or the model that it was quantised from."
+def _misfit(
+    checkpoint: Checkpoint, tensor: TensorHeader, problem: str, remedy: str = INTACT
+) -> BrokenCheckpointError:
     return BrokenCheckpointError(f"{checkpoint.label}: {tensor.shard}", problem, remedy)
 
 

@@ -150,8 +150,7 @@ class SourceFiles:
     def read(self, source: str, file: str, start: int, into: memoryview) -> None:
         """Fill `into` with the bytes of a remote file from `start` on, once they are fetched.
 
-        Raises:
-            LewisHubError: they could not be fetched.
+        The error of a failed fetch is raised here.
         """
         into = into.cast("B")
         while into.nbytes:

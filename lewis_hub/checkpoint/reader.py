@@ -44,13 +44,10 @@ class Checkpoint:
 def read_headers(
     label: str, sizes: Mapping[str, int], read: ReadRange, index: bytes | None
 ) -> Checkpoint:
-    """Read the headers of a checkpoint, without its weights.
+    """Read the headers of a checkpoint, without its weights; messages name it `label`.
 
-    Args:
-        label: the source, for messages.
-        sizes: file -> bytes, of its safetensors files.
-        read: called from several threads.
-        index: the content of ``model.safetensors.index.json``; None if the file does not exist.
+    `sizes` are the bytes of its safetensors files; `index` is the content of
+    `model.safetensors.index.json`, None without this file. `read` is called from several threads.
 
     Raises:
         BrokenCheckpointError: a file is broken or missing, or the index does not match the shards.

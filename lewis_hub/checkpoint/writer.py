@@ -137,15 +137,9 @@ class ShardWriter:
     """A shard that is being written. Threads may share it if they write disjoint ranges.
 
     The thread that completes the next range hashes it, in the order of the file, while it is still
-    in the page cache.
-
-    Args:
-        folder: receives the file.
-        layout: of the shard.
-        stays_cached: whether the page cache keeps bytes that are already on the disk.
-
-    Raises:
-        OutputError: the disk cannot hold the whole shard, or the file cannot be written.
+    in the page cache. `stays_cached` says whether the page cache keeps bytes that are already on
+    the disk. All methods raise an OutputError if the disk is full or failing; the whole shard is
+    reserved at the beginning.
     """
 
     def __init__(self, folder: Path, layout: ShardLayout, *, stays_cached: bool) -> None:
@@ -179,11 +173,7 @@ class ShardWriter:
         os.close(self._descriptor)
 
     def write(self, position: int, content: memoryview) -> None:
-        """Write bytes at an offset from the beginning of the file.
-
-        Raises:
-            OutputError: the disk is full or failing.
-        """
+        """Write bytes at an offset from the beginning of the file."""
         try:
             while content.nbytes:
                 n_written = os.pwrite(self._descriptor, content, position)
@@ -206,11 +196,7 @@ class ShardWriter:
                 return
 
     def finish(self) -> str:
-        """Flush the shard to the disk and return its sha256 as 64 hex digits.
-
-        Raises:
-            OutputError: the disk is full or failing.
-        """
+        """Flush the shard to the disk and return its sha256 as 64 hex digits."""
         while self._hash_next():
             pass
         assert self._n_hashed == self.n_bytes, "a range of the shard was never completed"
@@ -236,14 +222,10 @@ class ShardWriter:
                 raise OutputError(str(self.path), problem, "Run again: finished shards are kept.")
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
-        self._write_back(start, stop)
-        return True
-
-    def _write_back(self, start: int, stop: int) -> None:
-        """Start writing a range to the disk now, so that `finish` waits less."""
-        self._advise(start, stop)
+        self._advise(start, stop)  # the disk begins now, so that `finish` waits less
         if not self._stays_cached:
             self._advise(0, stop - UNWRITTEN_BYTES)
+        return True
 
     def _advise(self, start: int, stop: int) -> None:
         """Drop a range from the page cache where it is on the disk; start writing the rest."""

@@ -55,10 +55,8 @@ def importance_shifts(statistics: Measurements, measure: Measure = "lewis") -> d
     """|importance(expert) - importance(base)| per module, as a share of its component's sum.
 
     The routed matrices of a mixture are one component. If not every block has a component, or a
-    block has several of it, its shares are scaled so that their mean is that of the others.
-
-    Raises:
-        GuideError: base and expert were not measured on the same modules.
+    block has several of it, its shares are scaled so that their mean is that of the others. A
+    GuideError refuses a base and an expert that were not measured on the same modules.
     """
     base, expert = statistics.base[measure], statistics.expert[measure]
     if base.keys() != expert.keys():

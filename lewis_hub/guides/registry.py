@@ -25,20 +25,16 @@ Values = Mapping[str, float]  # module -> value
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements that a guide needs, of one expert and its base.
+    """The measurements that a guide needs, of one expert and its base on the expert's texts.
 
-    Attributes:
-        matrices: the modules that a guide may give a density, from `schedule.block_matrices`; some
-            measures have fewer. A module that the guide leaves out gets a mean.
-        base: measure -> module -> value, on the expert's calibration texts; without OF_PAIRS.
-        expert: the same for the expert; those of OF_PAIRS compare it with the base.
-        seed: derived from the recipe's seed, different for each expert.
+    A guide may give a density to each of the `matrices`, of which some measures have fewer; a
+    module that it leaves out gets a mean.
     """
 
-    matrices: tuple[str, ...]
-    base: Mapping[Measure, Values]
-    expert: Mapping[Measure, Values]
-    seed: int = 0
+    matrices: tuple[str, ...]  # modules, from `schedule.block_matrices`
+    base: Mapping[Measure, Values]  # without OF_PAIRS
+    expert: Mapping[Measure, Values]  # those of OF_PAIRS compare it with the base
+    seed: int = 0  # derived from the recipe's seed, different for each expert
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,10 @@ def register(
 def validated_decision(
     guide: RegisteredGuide, statistics: Measurements, limits: tuple[float, float], source: str
 ) -> Decision:
-    """Call a guide for one expert, and validate its decision.
+    """Call a guide for one expert, the `source`, and validate its decision.
 
-    `limits` are gamma and epsilon; messages name the expert `source`.
-
-    Raises:
-        GuideError: the guide fails, gives a value to a module that is not a matrix of a block, a
-            density outside the limits, or a weight that is not finite.
+    A GuideError says that the guide fails, gives a value to a module that is not a matrix of a
+    block, a density outside the `limits`, gamma and epsilon, or a weight that is not finite.
     """
     where = f"guide `{guide.name}`"
     try:

@@ -43,8 +43,7 @@ def shifted(
 ) -> dict[str, float]:
     """Add one number to all densities, so that their mean over parameters is `mean`.
 
-    Raises:
-        GuideError: a density would leave (0, 1]; the message says which range would fit.
+    If a density would leave (0, 1], a GuideError says which range would fit.
     """
     if not densities:
         return {}
@@ -151,8 +150,7 @@ def _is_matrix(name: str) -> bool:
 def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
     """The checkpoint's name for a module's weight; the module's own for a stack of matrices.
 
-    Raises:
-        GuideError: no tensor, or more than one, has the name.
+    It is a GuideError if no tensor, or more than one, has the name.
     """
     name = f"{module}.weight"
     if module in tensors and name not in tensors:
@@ -256,15 +254,8 @@ def schedule(  # noqa: PLR0913
     """Call a guide for every expert, and assign its densities to the checkpoint's tensors.
 
     All guides schedule the same tensors, those of `block_matrices`; `completed` fills in the
-    modules that a guide leaves out.
-
-    Args:
-        guide: from the registry.
-        bounds: the recipe's.
-        experts: their pinned sources, in the recipe's order.
-        tensors: name -> shape of the base checkpoint.
-        profile: with all measures that the guide needs; its experts in the same order.
-        use: the recipe's.
+    modules that a guide leaves out. `experts` are the pinned sources in the recipe's order, which
+    is that of the `profile`; `tensors` are name -> shape of the base checkpoint.
 
     Raises:
         GuideError: no tensor is a matrix of a block; the guide fails, names another module, or
