@@ -30,32 +30,17 @@ from lewis_hub.recipe.schema import ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
-from lewis_hub.workflow import fetch, report
+from lewis_hub.workflow import evaluate, fetch, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
 from lewis_hub.workflow.check import CheckReport, require_fine
-from lewis_hub.workflow.evaluate import (
-    Scored,
-    TwinMaker,
-    judge_again,
-    judge_scores,
-    read_scores,
-    score_merge,
-)
 from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.merge import finish_model
 from lewis_hub.workflow.publish import Destination, Preflight
-from lewis_hub.workflow.resolve import (
-    hub_api,
-    local_files,
-    needs_moments,
-    require_streamable,
-    resolve_inputs,
-    resolve_one,
-)
+from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
@@ -143,7 +128,7 @@ def require_mergeable(
 ) -> None:
     """Refuse a merge that `check` finds problems of, before it is sent to another machine."""
     if is_streamed:
-        require_streamable(recipe)
+        resolve.require_streamable(recipe)
     require_fine(check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes))
 
 
@@ -264,10 +249,11 @@ def _made_before(
         scores = publishing.published_scores(previous, api)
         verdict = publishing.published_verdict(previous, api)
         return Merged("unchanged", output, scores, verdict, published)
-    if publishing.is_this_merge(output, job.planned):
+    found = publishing.lock_in(output)
+    if found and publishing.same_merge(found, job.planned):
         gates = job.evaluation.gates if job.evaluation else ()
-        gate = judge_again(gates, output, job.repo, api)
-        return Merged("unchanged", output, read_scores(output), gate)
+        gate = evaluate.judge_again(gates, output, job.repo, api)
+        return Merged("unchanged", output, evaluate.read_scores(output), gate)
     return None
 
 
@@ -300,7 +286,7 @@ def stream(
         True
     """
     output, progress, api = Path(output), progress or Silent(), hub_api()
-    require_streamable(recipe)
+    resolve.require_streamable(recipe)
     execution = replace(execution or Execution(), allow_code=False, allow_pickle=False)
     job = prepare(recipe, execution, api, progress)
     if not job.replaces and (published := publishing.published_already(target, job.planned, api)):
@@ -315,19 +301,16 @@ def stream(
 
 def run(
     job: MergeJob, sink: Sink, api: HfApi, progress: Progress
-) -> tuple[tuple[str, ...], Scored | None]:
-    """Fetch, calibrate, merge, evaluate and report: the one sequence of every merge.
-
-    Returns:
-        The files of the merged model, and its scores if it was scored.
-    """
+) -> tuple[tuple[str, ...], evaluate.Scored | None]:
+    """Fetch, calibrate, merge, evaluate and report; return files and scores of the merge."""
     sink.require_room(job.disk_needs(keeps_models=sink.keeps_models))
     tasks = job.scored_tasks(api, progress)
     sets = _draw(job, tasks, api, progress)  # needs only small files, so errors show early
     sink.require_room(job.disk_needs(sets, keeps_models=sink.keeps_models))
     costs = Costs()
     with costs.measure("download"):
-        fetch.code_files(api, job.code)
+        if job.sidecars.code:
+            fetch.code_files(api, job.sources.donor.source)
         files = sink.open_sources([one.source for one in job.sources.models])
     loader = job.loader(files, sink.work.scratch, progress)
     guidance, gathered = _measure(job, sets, loader, sink, costs)
@@ -339,10 +322,10 @@ def run(
         merged = finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
     scored = None
     if job.evaluation and tasks:
-        maker = TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
+        maker = evaluate.TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
         with costs.measure("evaluate"):
-            scored = score_merge(job.evaluation, tasks, merged, guidance, maker)
-        scored = judge_scores(job.evaluation.gates, scored, job.repo, api)
+            scored = evaluate.score_merge(job.evaluation, tasks, merged, guidance, maker)
+        scored = evaluate.judge_scores(job.evaluation.gates, scored, job.repo, api)
     return report.write(job.reporting, merged, guidance, gathered, scored, costs), scored
 
 
@@ -413,7 +396,8 @@ def verify(
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(made.output, api), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()
-        if differing and needs_moments(recipe):  # machines of other kinds round them differently
+        # machines of other kinds round second moments differently
+        if differing and resolve.needs_moments(recipe):
             stored = fetch.download(api, [source], progress)[source.pinned]
             alike = verification.weight_files_within_tolerance(stored, made.output)
             differing = verification.compare_models(lock, again, alike)
@@ -487,7 +471,7 @@ def job_request(
     """
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
-        files={"recipe.yaml": recipe_file, **local_files(recipe_file, recipe)},
+        files={"recipe.yaml": recipe_file, **resolve.local_files(recipe_file, recipe)},
         package=f"lewis-hub=={version('lewis-hub')}",
         flavor=hardware.flavor,
         timeout=hardware.timeout,

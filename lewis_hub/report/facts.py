@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -148,22 +148,22 @@ class CardFacts:
     experts: tuple[Source, ...]
     models: Mapping[str, ModelFacts]  # pinned source -> facts from its own card
     datasets: tuple[Source, ...]  # of the calibration, each once
-    parameters: Mapping[str, int]  # tensor of the merge -> number of parameters
     dtype: str | None  # None if each tensor kept its own dtype
     method: Method
-    guided: Guided | None  # None if the densities come from the recipe's own settings
-    scores: Scores | None
-    costs: tuple[StageCost, ...]  # of the run that finished the merge
     recipe: str  # as run, with pinned revisions, as YAML
     licence: Licence | None
     licence_chosen: bool  # the recipe states it; otherwise it follows from the parents
-    config: Mapping[str, Any]  # the content of the merge's `config.json`, unchecked
-    chat: bool  # the tokenizer has a chat template
     custom_code: bool  # transformers needs `trust_remote_code` to load the model
     mergekit: bool  # there is a `mergekit_config.yml` beside the card
     digest: str
     software: Mapping[str, str]  # name -> version, with lewis_hub
     stack: tuple[StackedBlocks, ...] = ()
+    parameters: Mapping[str, int] = field(default_factory=dict)  # tensor -> number of parameters
+    guided: Guided | None = None  # None if the densities come from the recipe's own settings
+    scores: Scores | None = None
+    costs: tuple[StageCost, ...] = ()  # of the run that finished the merge
+    config: Mapping[str, Any] = field(default_factory=dict)  # `config.json`, unchecked
+    chat: bool = False  # the tokenizer has a chat template
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs

@@ -153,7 +153,8 @@ def tune_recipe(
         needs = job.disk_needs(sets)
         require_disk(output, needs.download_bytes, needs.made_bytes + needs.states_bytes)
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)
-        code_files(api, job.code)
+        if job.sidecars.code:
+            code_files(api, job.sources.donor.source)
         shared = (examined, execution, api, progress, space, objective, files, sets, output)
         tuner = Tuner(*shared, Path(scratch))
         _measure(tuner, corners)

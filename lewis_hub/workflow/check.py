@@ -9,17 +9,12 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from lewis_hub import errors
 from lewis_hub.calibration.texts import check_columns, check_padding
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.display import TextTable, size, to_html
-from lewis_hub.errors import (
-    CalibrationError,
-    CalibrationModelError,
-    CheckFailedError,
-    EvaluationError,
-    SourceError,
-)
+from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
@@ -122,20 +117,17 @@ class CheckReport:
 def require_fine(report: CheckReport) -> None:
     """Refuse a merge with problems."""
     if report.problems:
-        raise CheckFailedError(report.problems)
+        raise errors.CheckFailedError(report.problems)
 
 
 def make_report(
     workload: Workload,
-    facts: Mapping[str, ModelFacts],
+    facts: Mapping[str, ModelFacts],  # by pinned source
     problems: Sequence[str],
     notes: Sequence[str],
     api: HfApi,
 ) -> CheckReport:
-    """Describe the sources, and estimate the disk and memory that the merge takes.
-
-    `facts`: pinned source -> facts from its card.
-    """
+    """Describe the sources, and estimate the disk and memory that the merge takes."""
     models, states_bytes = workload.sources.models, workload.states_bytes()
     return CheckReport(
         sources=tuple(_report_source(model, facts[model.pinned].licence) for model in models),
@@ -214,7 +206,7 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
         try:
             known = n_positions if isinstance(n_positions, int) else None
             check_padding(source.name, longest, known)
-        except CalibrationModelError as error:
+        except errors.CalibrationModelError as error:
             problems.append(str(error))
     return problems
 
@@ -260,7 +252,7 @@ def data_refusals(
                 check_columns(calibration, _columns(api, calibration, source) or None)
             else:
                 _check_task(replace(source.selection, allow_code=allow_code), calibration)
-        except (CalibrationError, EvaluationError, SourceError) as error:
+        except (errors.CalibrationError, EvaluationError, errors.SourceError) as error:
             problems.append(str(error))
     return problems
 

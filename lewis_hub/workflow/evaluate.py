@@ -29,12 +29,7 @@ from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.workflow.fetch import ModelLoader
-from lewis_hub.workflow.merge import (
-    MergedModel,
-    PlanSettings,
-    finish_model,
-    write_weights,
-)
+from lewis_hub.workflow.merge import MergedModel, PlanSettings, finish_model, write_weights
 from lewis_hub.workflow.open import OpenedSource
 from lewis_hub.workflow.statistics import Gathered, StatisticsSettings, gather
 from lewis_hub.workflow.texts import ScoredTasks, Sets

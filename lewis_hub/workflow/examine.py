@@ -22,7 +22,7 @@ from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
-from lewis_hub.workflow import check
+from lewis_hub.workflow import check, resources, tokenizers
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, stack_config, stack_headers
@@ -42,20 +42,8 @@ from lewis_hub.workflow.resolve import (
     needs_moments,
     resolve_inputs,
 )
-from lewis_hub.workflow.resources import (
-    Execution,
-    Measurement,
-    MomentSettings,
-    Workload,
-    loading_notes,
-    loading_problems,
-)
-from lewis_hub.workflow.tokenizers import (
-    TokenizerRequest,
-    Tokens,
-    calibration_notes,
-    compare_tokenizers,
-)
+from lewis_hub.workflow.resources import Execution, Measurement, Workload
+from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
 
 
 def measurement_of(recipe: Recipe) -> Measurement:
@@ -65,7 +53,7 @@ def measurement_of(recipe: Recipe) -> Measurement:
     if needs_moments(recipe):
         solved = registry.find(recipe.merge_method).needs_grams
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
-        moments = MomentSettings(widest, solved, fits_in_sequence(recipe))
+        moments = resources.MomentSettings(widest, solved, fits_in_sequence(recipe))
     on_texts = moments is not None or (guide is not None and guide.needs_texts)
     return Measurement(guide, moments, calibrations_of(recipe) if on_texts else ())
 
@@ -104,16 +92,15 @@ def examine_sources(
 
 
 def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) -> Examined:
-    """Read headers, configurations and cards of all sources, and check the recipe against them.
-
-    Pickles are not opened.
-    """
+    """Check a recipe against headers, configurations and cards; pickles are not opened."""
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
     sources, measurement, tokens = open_sources(inputs, api), measurement_of(recipe), Tokens()
     problems = [one.problem for one in sources.distinct if one.problem]
     if sources.are_read and not problems:
         sources = sources if recipe.slices else check.settle(sources)
-        tokens = compare_tokenizers(_tokenizer_request(recipe, sources, measurement, api))
+        tokens = tokenizers.compare_tokenizers(
+            _tokenizer_request(recipe, sources, measurement, api)
+        )
         known = tokens.translations
         sources = sources.replaced(lambda one: replace(one, translation=known.get(one.pinned)))
         problems += tokens.problems
@@ -130,7 +117,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
         problems += _refusals(recipe, execution, inputs, sources, measurement, api)
     workload = workload_of(recipe, execution, sources, measurement, output)
     notes = [*_notes(recipe, sources, workload), *tokens.notes]
-    notes += calibration_notes(sources) if measurement.calibrations else ()
+    notes += tokenizers.calibration_notes(sources) if measurement.calibrations else ()
     report = check.make_report(workload, facts, problems, notes, api)
     return Examined(report, inputs, sources, facts, tokens, output)
 
@@ -171,11 +158,7 @@ def _misfits(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> list[str]
 def plan_settings(
     recipe: Recipe, execution: Execution, sources: MergeSources, tokens: Tokens
 ) -> PlanSettings:
-    """Return the settings that determine the plan of a merge.
-
-    Raises:
-        MergeError: a slice does not list its base.
-    """
+    """Return the settings that determine the plan of a merge."""
     base, references = sources.base, by_reference(recipe, sources.base, sources.experts)
     takes_base = registry.find(recipe.merge_method).takes_base
     settings: MergeSettings | StackSettings
@@ -260,7 +243,7 @@ def _refusals(
     problems += check.data_refusals(
         measurement.calibrations, inputs.data, api, allow_code=allow_code
     )
-    return problems + loading_problems(measurement, sources, execution.loading)
+    return problems + resources.loading_problems(measurement, sources, execution.loading)
 
 
 def task_selection(
@@ -363,7 +346,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
     notes += adapter_notes(sources, is_base)
     notes += quantised_notes(sources, recipe.output_dtype)
     notes += pickle_notes(sources)
-    notes += loading_notes(measurement, sources, workload.loading, scores=workload.scores)
+    notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)
     if sources.are_read and recipe.missing == "base":  # tensors that are kept out of the merge
         first, *others = (one.checkpoint for one in sources.models)
         notes += passed_over(first, others)

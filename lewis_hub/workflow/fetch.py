@@ -58,10 +58,9 @@ def small_files(api: HfApi, source: Source) -> Path:
     return fetch(api, source, lambda _: None, only=SIDECAR_FILES)
 
 
-def code_files(api: HfApi, sources: Sequence[Source]) -> None:
-    """Fetch the Python files of sources."""
-    for source in sources:
-        fetch(api, source, lambda _: None, only=CODE_FILES)
+def code_files(api: HfApi, source: Source) -> None:
+    """Fetch the Python files of a source."""
+    fetch(api, source, lambda _: None, only=CODE_FILES)
 
 
 def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
@@ -99,10 +98,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
 
 
 def require_disk(work: Path, download_bytes: int, made_bytes: int) -> None:
-    """Refuse disks that cannot hold the download and the files that are written into `work`.
-
-    Files of an earlier run in `work` count as free.
-    """
+    """Refuse disks without room for download and new files; old files in `work` count as free."""
     left = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     needs = ((cache_root(), download_bytes), (work, max(0, made_bytes - left)))
     of_disk: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
@@ -121,16 +117,12 @@ def convert_pickles(
     """Download pickled weights and convert them to safetensors; return source -> converted source.
 
     `code` names the sources whose Python files are copied.
-
-    Raises:
-        SourceError: a file cannot be fetched, or there is not enough room.
-        PickleError: a pickle loads something else than tensors, or is damaged.
     """
     found, folders = {}, download(api, sources, progress)
     for source in sources:
         has_code, folder = source.name in code, folders[source.pinned]
         if has_code:
-            code_files(api, [source])
+            code_files(api, source)
         convert_into = partial(_convert_into, source, folder, api, progress)
         found[source] = converted.store_converted(source, folder, convert_into, code=has_code)
     return found

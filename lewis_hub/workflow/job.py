@@ -21,7 +21,6 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import Bounds, Use
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
-from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.merge.slices import StackSettings
@@ -31,41 +30,17 @@ from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
+from lewis_hub.workflow import examine, resolve, resources
 from lewis_hub.workflow.calibrate import GuideSettings
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
-from lewis_hub.workflow.examine import (
-    Examined,
-    examine_sources,
-    has_uniform_twin,
-    measurement_of,
-    plain_twin,
-    plan_settings,
-    rivals_of,
-    task_selection,
-    workload_of,
-)
+from lewis_hub.workflow.examine import Examined, examine_sources
 from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, new_dtype, stack_config
 from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
-from lewis_hub.workflow.resolve import (
-    Inputs,
-    RecipeSnapshot,
-    by_reference,
-    calibrations_of,
-    merged_entries,
-    needs_moments,
-    snapshot,
-)
-from lewis_hub.workflow.resources import (
-    DiskNeeds,
-    Execution,
-    Loading,
-    Measurement,
-    Workload,
-    software,
-)
+from lewis_hub.workflow.resolve import Inputs
+from lewis_hub.workflow.resources import DiskNeeds, Execution
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
 
@@ -85,7 +60,7 @@ class MergeJob:
     held_out: TaskSelection | None  # no calibration text may hold items of these tasks
     reporting: ReportSettings
     repo: str | None  # target repo; None: the merge stays on disk
-    workload: Workload
+    workload: resources.Workload
     means: Backend  # runner and device that make the weights
     replaces: bool  # whether an existing output folder may be replaced
 
@@ -93,11 +68,6 @@ class MergeJob:
     def planned(self) -> Lock:
         """The lock of the merge, without its outputs."""
         return self.reporting.planned
-
-    @property
-    def code(self) -> tuple[Source, ...]:
-        """Sources whose Python files are copied."""
-        return (self.sources.donor.source,) if self.sidecars.code else ()
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
         """Return the bytes that the merge takes on the disk.
@@ -107,7 +77,7 @@ class MergeJob:
         """
         report, calibrations = self.report, self.texts.calibrations if sets else ()
         n_tokens = {c: own.tokens.n_tokens for c, own in zip(calibrations, sets, strict=True)}
-        loading = self.workload.loading if keeps_models else Loading(max_memory_bytes=0)
+        loading = self.workload.loading if keeps_models else resources.Loading(max_memory_bytes=0)
         checkpoints = self.sources.checkpoints
         return DiskNeeds(
             report.download_bytes,
@@ -143,13 +113,15 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 
 
 def planned_lock(
-    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, pinned: RecipeSnapshot
+    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, pinned: resolve.RecipeSnapshot
 ) -> Lock:
     """Return the lock of a planned merge, without outputs and calibration rows."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
     return Lock(
         inputs=tuple(locked_input(one, is_base=one is inputs.base) for one in inputs.models),
-        calibration=tuple(locked_data(inputs.data[one], one) for one in calibrations_of(recipe)),
+        calibration=tuple(
+            locked_data(inputs.data[one], one) for one in resolve.calibrations_of(recipe)
+        ),
         recipe=pinned.document,
         method=recipe.merge_method,
         method_version=registry.find(recipe.merge_method).version,
@@ -158,21 +130,15 @@ def planned_lock(
         seed=recipe.seed,
         max_shard_bytes=max_shard_bytes,
         outputs={},
-        software=software(),
+        software=resources.software(),
     )
 
 
 def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: HfApi) -> MergeJob:
-    """Compile a recipe whose sources were examined; nothing is read.
-
-    It may be another recipe of the same sources.
-
-    Raises:
-        MergeError: the settings do not fit the method or the sources.
-    """
+    """Compile a recipe whose sources were examined, or another recipe of the same sources."""
     inputs, sources, tokens = examined.inputs, examined.sources, examined.tokens
-    measurement, allow_code = measurement_of(recipe), execution.allow_code
-    plan = plan_settings(recipe, execution, sources, tokens)
+    measurement, allow_code = examine.measurement_of(recipe), execution.allow_code
+    plan = examine.plan_settings(recipe, execution, sources, tokens)
     stack = plan.settings if isinstance(plan.settings, StackSettings) else None
     sidecars = SidecarSettings(
         donor=sources.donor.pinned,
@@ -206,19 +172,19 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         plan=plan,
         sidecars=sidecars,
         evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
-        held_out=task_selection(held_out, recipe.locate, allow_code=allow_code)
+        held_out=examine.task_selection(held_out, recipe.locate, allow_code=allow_code)
         if held_out
         else None,
         reporting=reporting,
         repo=recipe.publish.repo if recipe.publish else None,
-        workload=workload_of(recipe, execution, sources, measurement, examined.output),
+        workload=examine.workload_of(recipe, execution, sources, measurement, examined.output),
         means=execution.means(is_read_next=evaluation is not None),
         replaces=execution.replace,
     )
 
 
 def _guide_settings(
-    recipe: Recipe, sources: MergeSources, measurement: Measurement, plan: PlanSettings
+    recipe: Recipe, sources: MergeSources, measurement: resources.Measurement, plan: PlanSettings
 ) -> GuideSettings | None:
     entry, guide = recipe.guide, measurement.guide
     if entry is None or guide is None or sources.base is None:
@@ -240,17 +206,17 @@ def _evaluation(
     recipe: Recipe, evaluation: Evaluation, execution: Execution, examined: Examined
 ) -> EvaluationPlan:
     twin = None
-    if plain := plain_twin(recipe):
+    if plain := examine.plain_twin(recipe):
         label, other = plain
-        plan = plan_settings(other, execution, examined.sources, examined.tokens)
+        plan = examine.plan_settings(other, execution, examined.sources, examined.tokens)
         twin = PlainTwin(label, plan, takes_schedule=label == "by_magnitude")
     return EvaluationPlan(
         limit=evaluation.limit,
         settings=EvaluationSettings(
             device=execution.device, chat_template=evaluation.chat_template
         ),
-        rivals=rivals_of(evaluation, examined.sources),
-        uniform_twin=has_uniform_twin(recipe),
+        rivals=examine.rivals_of(evaluation, examined.sources),
+        uniform_twin=examine.has_uniform_twin(recipe),
         plain_twin=twin,
         gates=evaluation.gate or (),
     )
@@ -260,7 +226,7 @@ def _report_settings(
     recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
 ) -> ReportSettings:
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
-    pinned = snapshot(recipe, inputs)
+    pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
     mergekit = _mergekit(recipe, examined, pinned.document)
     chosen = publish.license if publish else None
@@ -272,17 +238,11 @@ def _report_settings(
         experts=inputs.experts,
         models=facts,
         datasets=inputs.datasets,
-        parameters={},
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
-        guided=None,
-        scores=None,
-        costs=(),
         recipe=pinned.to_yaml(),
         licence=_licence([facts[one.pinned] for one in inputs.models], chosen),
         licence_chosen=chosen is not None,
-        config={},
-        chat=False,
         custom_code=inputs.donor.name in recipe.allow_code,
         mergekit=mergekit is not None,
         digest=planned.digest,
@@ -305,7 +265,7 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
 
 def _stacked_blocks(recipe: Recipe, inputs: Inputs) -> tuple[StackedBlocks, ...]:
     """Return the blocks of a stack and their sources, for the card."""
-    sources, rows, first = by_reference(recipe, inputs.base, inputs.experts), [], 0
+    sources, rows, first = resolve.by_reference(recipe, inputs.base, inputs.experts), [], 0
     takes_base = registry.find(recipe.merge_method).takes_base
     for one in recipe.slices:
         blocks = range(first, first + len(one.sources[0].blocks))
@@ -321,9 +281,9 @@ def _mergekit(
 ) -> MergekitMerge | None:
     """Return the merge for mergekit, if mergekit has its method; `document`: the pinned recipe."""
     inputs = examined.inputs
-    if recipe.merge_method not in METHODS or needs_moments(recipe):
+    if recipe.merge_method not in METHODS or resolve.needs_moments(recipe):
         return None
-    entries = zip(merged_entries(recipe), inputs.experts, strict=True)
+    entries = zip(resolve.merged_entries(recipe), inputs.experts, strict=True)
     return MergekitMerge(
         method=recipe.merge_method,
         base=inputs.base.pinned if inputs.base else None,

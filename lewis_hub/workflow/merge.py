@@ -74,9 +74,6 @@ class PlanSettings:
         Args:
             schedule: of a guide, for a stack by the names of the output; None: no guide.
             statistics: second moments or fitted matrices, if the method needs them.
-
-        Raises:
-            MergeError: the settings do not fit the method or the sources.
         """
         planned = with_statistics(self._plan(schedule), statistics)
         return planned.allowing_nan if self.allow_nan else planned
@@ -143,10 +140,7 @@ def write_weights(
     progress: Progress,
     title: str = "Merging",
 ) -> dict[str, ShardResult]:
-    """Write the shards of a plan into a folder; finished shards of an earlier run are kept.
-
-    `title` names the stage that shows progress.
-    """
+    """Write the shards of a plan into a folder; finished shards of an earlier run are kept."""
     output.mkdir(parents=True, exist_ok=True)
     with progress.stage(title, planned.n_bytes, "bytes") as advance:
         found = run(planned, locations, output, means, advance)
@@ -202,11 +196,7 @@ def merge_slices(
     *,
     takes_base: bool,
 ) -> tuple[MergeSlice, ...]:
-    """Return the slices with their sources; `base_model` is the base of a slice that names none.
-
-    Raises:
-        MergeError: a slice does not list its base.
-    """
+    """Return the slices with their sources; `base_model` is the base of a slice that names none."""
 
     def blocks(one: SliceSource) -> Blocks:
         source = sources[one.model]
@@ -226,11 +216,7 @@ def merge_slices(
 
 
 def stack_config(settings: StackSettings, sources: MergeSources) -> dict[str, Any]:
-    """Return the stack's `config.json`.
-
-    Raises:
-        MergeError: the number of blocks in the donor's configuration cannot be changed.
-    """
+    """Return the stack's `config.json`."""
     models = {
         one.pinned: Model(one.pinned, one.config, count_blocks(one.checkpoint))
         for one in sources.distinct

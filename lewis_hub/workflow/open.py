@@ -229,12 +229,7 @@ def adapter_notes(sources: MergeSources, is_base: Callable[[str], bool]) -> list
 
 
 def open_sources(inputs: Inputs, api: HfApi) -> MergeSources:
-    """Read configurations and headers; adapters are applied to the base.
-
-    Raises:
-        CheckFailedError: there are adapters, and their base cannot be read.
-        CheckpointError: a header is broken.
-    """
+    """Read configurations and headers; adapters are applied to the base."""
     whole = {source.pinned: source for source in inputs.models if not source.is_adapter}
     opened = {pinned: open_model(api, source) for pinned, source in whole.items()}
     adapters = dict.fromkeys(source for source in inputs.models if source.is_adapter)

@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from huggingface_hub import HfApi
 
+from lewis_hub import errors
 from lewis_hub.display import Progress
-from lewis_hub.errors import (
-    EvaluationError,
-    GateRefusedError,
-    LewisHubError,
-    OutputError,
-    PublishError,
-)
+from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
@@ -49,9 +44,6 @@ from lewis_hub.workflow.evaluate import CARD, SCORES, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
 
-if TYPE_CHECKING:
-    from lewis_hub.recipe.schema import Publishing
-    from lewis_hub.report.lock import Lock
 IMPORTANCE = "lewis/importance.json"
 TITLE = "Merge with lewis-hub"
 BELOW = f"{TITLE}, below the quality gate"
@@ -134,27 +126,18 @@ def lock_in(folder: Path) -> Lock | None:
     """Return the lock of a folder; None if it has no valid lock."""
     try:
         return Lock.from_json((folder / LOCK).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, LewisHubError):
+    except (OSError, UnicodeDecodeError, errors.LewisHubError):
         return None
 
 
-def is_this_merge(output: Path, planned: Lock) -> bool:
-    """Return whether a folder holds the planned merge with its scores."""
-    found = lock_in(output)
-    return found is not None and same_merge(found, planned)
-
-
 def published_verdict(previous: PreviousMerge | None, api: HfApi) -> GateVerdict | None:
-    """Return the gate's verdict on the merge in the target repo; None if it was pushed by force.
-
-    The file is not part of the lock, so a damaged file is ignored.
-    """
+    """Return the gate's verdict on the merge in the target repo; None if it was pushed by force."""
     content = read_small(api, previous.source, FILE) if previous else None
     if content is None:
         return None
     try:
         verdict = GateVerdict.from_json(content.decode("utf-8", errors="replace"))
-    except EvaluationError:
+    except errors.EvaluationError:  # the file is not part of the lock, so it may be damaged
         return None
     return None if verdict.missed else verdict
 
@@ -248,7 +231,7 @@ def _require_licence(folder: Path) -> None:
     card = folder / CARD
     content = card.read_bytes() if card.exists() else b""
     if DISAGREE.encode() in content and not states_a_licence(content):
-        raise PublishError(
+        raise errors.PublishError(
             str(folder),
             f"its parents' licences differ, and {CARD} states none",
             "Decide which licence a merge of them may have: write `license: ...` into the "
@@ -299,16 +282,13 @@ def _record_changes(folder: Path, previous: PreviousMerge | None) -> tuple[str, 
     return changes
 
 
-Way = Literal["unchanged", "merge", "stream"]
-
-
 @dataclass(frozen=True)
 class Preflight:
     """The result of a preflight."""
 
     # `unchanged`: the target repo holds this merge already; `merge`: on this disk; `stream`: from
     # Hub to Hub, because this disk is too small
-    way: Way
+    way: Literal["unchanged", "merge", "stream"]
     why: str  # the reason, as a sentence
     commit_url: str | None = None  # of the commit that holds the merge
 

@@ -106,11 +106,7 @@ def write_guidance(folder: Path, guided: Guided) -> Guided:
 def _write_locked(
     settings: ReportSettings, folder: Path, guided: Guided | None, scored: Scored | None
 ) -> list[str]:
-    """Write the descriptive files that are part of the lock.
-
-    Returns:
-        Paths of these files and of the guidance, which is written already.
-    """
+    """Write the descriptive files of the lock; return their paths and those of the guidance."""
     texts = {"lewis/recipe.yaml": settings.snapshot.to_yaml()}
     if scored:
         texts[SCORES] = scored.scores.to_json()

@@ -420,11 +420,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
 
 
 def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
-    """Return the local files that a recipe names, by their path beside it.
-
-    Raises:
-        RecipeError: a model is a local folder, or a file is not beside the recipe.
-    """
+    """Return the local files that a recipe names, by their path beside it."""
     models = [entry.model for entry in recipe.experts]
     for model in [*([recipe.base_model] if recipe.base_model else []), *models]:
         if Path(recipe.locate(model.name)).exists():

@@ -72,13 +72,7 @@ class Execution:
         return Backend(parse_runner(self.runner, self.ray_address), device, is_read_next)
 
     def require_usable(self) -> None:
-        """Refuse a runner or device that this machine does not have.
-
-        Raises:
-            MergeError: the runner is unknown, or the address is invalid.
-            ExtraMissingError: Ray is not installed.
-            DeviceError: torch does not find the device.
-        """
+        """Refuse a runner or device that is unknown or that this machine does not have."""
         runner = parse_runner(self.runner, self.ray_address)
         if isinstance(runner, Ray):
             runner.require_installed()
@@ -160,14 +154,11 @@ class Measurement:
 
     def waiting_bytes(
         self,
-        n_tokens: Mapping[Calibration, int],
+        n_tokens: Mapping[Calibration, int],  # of each calibration's texts
         checkpoints: Iterable[Checkpoint],
         loading: Loading,
     ) -> int:
-        """Return the bytes of hidden states on the disk, in the largest measuring step.
-
-        `n_tokens` is the number of tokens of each calibration's texts.
-        """
+        """Return the bytes of hidden states on the disk, in the largest measuring step."""
         if not n_tokens or not (self.moments or self.measures - OF_WHOLE_MODELS - WITHOUT_TEXTS):
             return 0
         n_measured = sum(n_tokens.values())
@@ -333,11 +324,8 @@ class Workload:
         return self.measurement.waiting_bytes(n_tokens, checkpoints, self.loading)
 
     def memory_bytes(self) -> int:
-        """Estimate the memory of the largest step.
-
-        A pickle is assumed to hold numbers of two bytes, the smallest that can be merged.
-        """
-        n_pickled = max(self._pickles.values(), default=0) // 2
+        """Estimate the memory of the largest step."""
+        n_pickled = max(self._pickles.values(), default=0) // 2  # two bytes: the smallest merged
         measuring = self._measuring_bytes(n_pickled)
         return max(self._merging_bytes(), self._scoring_bytes(n_pickled), measuring)
 
@@ -382,16 +370,13 @@ class Workload:
         return TORCH_BYTES + WIDTH * max(*sizes, n_pickled)
 
     def _measuring_bytes(self, n_pickled: int) -> int:
-        """Estimate the memory of calibration: a model or a block with its second moments.
-
-        `output_shift` compares two models, so both are in memory.
-        """
+        """Estimate the memory of calibration: a model or a block with its second moments."""
         if not self.measurement.calibrations:
             return 0
         if self.measurement.in_sequence:
             return self._fitting_bytes()
         n_tokens = sum(self.measurement.n_tokens.values())
-        n_models = 2 if "output_shift" in self.measurement.measures else 1
+        n_models = 2 if "output_shift" in self.measurement.measures else 1  # it compares two
         found = [WIDTH * n_pickled]
         for one in (self.output, *self.sources.checkpoints):
             held_bytes = 2 * self._grams_bytes(one)

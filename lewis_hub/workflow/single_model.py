@@ -31,35 +31,16 @@ from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.plots import draw as draw_plots
+from lewis_hub.workflow import fetch, resolve, resources
 from lewis_hub.workflow.calibrate import known_profile
 from lewis_hub.workflow.check import settle
 from lewis_hub.workflow.evaluate import CARD, Candidate, Run, score
 from lewis_hub.workflow.examine import task_selection
-from lewis_hub.workflow.fetch import (
-    ModelLoader,
-    choose_loading,
-    convert_pickles,
-    download,
-    fetch_whole,
-)
+from lewis_hub.workflow.fetch import fetch_whole
 from lewis_hub.workflow.job import planned_lock
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model
-from lewis_hub.workflow.resolve import (
-    hub_api,
-    read_recipe,
-    resolve_data,
-    resolve_inputs,
-    resolve_one,
-    snapshot,
-)
-from lewis_hub.workflow.resources import (
-    ALLOW,
-    EVEN_SO,
-    Execution,
-    Loading,
-    Measurement,
-    blocks_bytes,
-)
+from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
+from lewis_hub.workflow.resources import Execution, Loading, Measurement
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 from lewis_hub.workflow.verify import read_lock
 
@@ -108,7 +89,7 @@ def evaluate_model(
     locate_tasks(selected)
     whole = source
     if source.is_pickled:
-        whole = convert_pickles([source], (), api, progress)[source]
+        whole = fetch.convert_pickles([source], (), api, progress)[source]
     files = fetch_whole(api, [whole], progress)
     with TemporaryDirectory() as scratch:
         folder = files.folders[whole.pinned]
@@ -116,7 +97,7 @@ def evaluate_model(
         if opened.checkpoint.is_computed and not opened.problem:
             means = execution.means(is_read_next=True)
             size, loading = execution.max_shard_bytes, execution.loading
-            loader = ModelLoader(files, Path(scratch), loading, means, size, progress)
+            loader = fetch.ModelLoader(files, Path(scratch), loading, means, size, progress)
             folder = loader.materialize_checkpoint(opened)
         candidate = Candidate(source.pinned, source.commit_sha, folder)
         tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
@@ -168,7 +149,7 @@ def extract_lora(
     sources = [resolve_one(base, api), resolve_one(model, api)]
     headers = _fitting(open_model(api, sources[0], "base"), open_model(api, sources[1]))
     with open_workspace(output, replace=False) as work, ExitStack() as opened:
-        folders = download(api, sources, progress)
+        folders = fetch.download(api, sources, progress)
         readers = [
             ScaledReader(opened.enter_context(TensorReader(folders[source.pinned], source.pinned)))
             for source in sources
@@ -281,10 +262,10 @@ def measure_model(
     measurement = Measurement(guides.find(GUIDE), None, (calibration,))
     opened, n_tokens = open_model(api, source), tokens.tokens.n_tokens
     _require_fits(measurement, opened, n_tokens, output, execution.loading)
-    folder = download(api, [source], progress)[source.pinned]
+    folder = fetch.download(api, [source], progress)[source.pinned]
     subject = Subject(source.pinned, source.commit_sha, "expert", folder, (tokens,))
     checkpoint = local_checkpoint(source.pinned, folder)
-    subject = choose_loading(subject, checkpoint, execution.loading, output)
+    subject = fetch.choose_loading(subject, checkpoint, execution.loading, output)
     output.mkdir(parents=True, exist_ok=True)
     file = output / PROFILE
     document = calibration.model_dump(mode="json", exclude_none=True)
@@ -304,8 +285,9 @@ def _require_fits(
     """Refuse, before weights are downloaded, a model that does not fit into memory or disk."""
     checkpoint = model.checkpoint
     if not loading.has_room_for_blocks(checkpoint):
-        problem = f"block by block it takes {blocks_bytes(checkpoint):,} bytes in memory, {EVEN_SO}"
-        raise CalibrationModelError(model.name, problem, ALLOW)
+        n_bytes = resources.blocks_bytes(checkpoint)
+        problem = f"block by block it takes {n_bytes:,} bytes in memory, {resources.EVEN_SO}"
+        raise CalibrationModelError(model.name, problem, resources.ALLOW)
     drawn = dict.fromkeys(measurement.calibrations, n_tokens)
     if n_bytes := measurement.waiting_bytes(drawn, [checkpoint], loading):
         require_room(output, n_bytes, STATES, FEWER)
@@ -342,7 +324,7 @@ def diff_merges(before: Path | str, after: Path | str) -> tuple[str, ...]:
 
 
 def _recipe(name: Path | str) -> Recipe | None:
-    return read_recipe(name) if Path(name).suffix in RECIPES else None
+    return resolve.read_recipe(name) if Path(name).suffix in RECIPES else None
 
 
 def _told(recipe: Recipe) -> dict[str, object]:
@@ -355,4 +337,4 @@ def _made(name: Path | str, api: HfApi) -> Lock:
 
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return planned_lock(recipe, inputs, like.max_shard_bytes, snapshot(recipe, inputs))
+    return planned_lock(recipe, inputs, like.max_shard_bytes, resolve.snapshot(recipe, inputs))

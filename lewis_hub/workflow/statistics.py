@@ -81,9 +81,6 @@ def gather(
 
     `schedule` is that of a guide, for matrices that are fitted in sequence. Statistics that do not
     depend on it are in the folder `store`.
-
-    Raises:
-        CalibrationError: a model cannot be loaded or measured, or not block by block.
     """
     if settings.moments.in_sequence:
         return _fit_in_sequence(settings, sets, loader, schedule)

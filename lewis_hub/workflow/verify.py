@@ -55,10 +55,6 @@ def sign(folder: Path, private_key: Path) -> None:
     Args:
         folder: a finished merge.
         private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521), not encrypted.
-
-    Raises:
-        SignatureError: the key cannot be used.
-        ExtraMissingError: model-signing is not installed.
     """
     signer, public_half = _signer(private_key)
     found = {path: sha256_of(folder / path) for path in _files(folder)}
@@ -80,10 +76,7 @@ def require_key(private_key: Path) -> None:
 
 
 def problem_with(signature: bytes, found: Mapping[str, str], public_key: Path) -> str | None:
-    """Return the reason why a signature is invalid; None if it is valid.
-
-    Files that were not signed are ignored.
-    """
+    """Return why a signature is invalid, None if it is valid; unsigned files are ignored."""
     _require_installed()
     from cryptography.exceptions import InvalidSignature
     from model_signing import verifying
@@ -283,10 +276,7 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
 
 
 def weight_files_within_tolerance(stored: Path, rebuilt: Path) -> frozenset[str]:
-    """Return the weight files of two folders whose tensors differ by rounding alone.
-
-    Machines of different kinds round second moments differently; see `within_tolerance`.
-    """
+    """Return the weight files of two folders whose tensors differ by rounding alone."""
     first, second = local_checkpoint("stored", stored), local_checkpoint("rebuilt", rebuilt)
     differing = {
         tensor.shard
