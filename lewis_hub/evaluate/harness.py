@@ -341,11 +341,7 @@ def _hide_bars(stack: ExitStack) -> None:
         transformers_logging.disable_progress_bar()
         stack.callback(transformers_logging.enable_progress_bar)
     # lm-eval has no switch for its bars, so the name `tqdm` of its modules is replaced
-    modules: tuple[Any, ...] = (
-        lm_eval.api.model,
-        lm_eval.api.task,
-        lm_eval.models.huggingface,
-    )
+    modules: tuple[Any, ...] = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
     for module in modules:
         stack.callback(setattr, module, "tqdm", module.tqdm)
         module.tqdm = _without_bar(module.tqdm)

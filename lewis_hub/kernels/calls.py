@@ -46,7 +46,7 @@ EXPERT = np.dtype(  # a row for each expert
         ("weight", np.float32),
         ("factor", np.float32),  # DRAW: what a kept entry is multiplied by
         ("unused", np.float32),
-    ],
+    ]
 )
 Experts = npt.NDArray[np.void]  # (n_experts,) EXPERT
 
@@ -96,13 +96,7 @@ N_BINS = 1 << 11  # of a digit of a magnitude, when ranks are found
 
 
 def merge_task_vectors(piece: Piece, experts: Experts, table: Table, mix: Mix) -> int:
-    """Merge one piece of a base and its experts.
-
-    Args:
-        piece: of all sources.
-        experts: (n_experts,) EXPERT; the remainders are carried on.
-        table: of the experts whose mode is RANK.
-        mix: how their votes become one.
+    """Merge one piece of a base and its experts, whose remainders are carried on.
 
     Returns:
         -1; or the number of a source that holds NaN or infinity; or, where only the result does,
@@ -142,10 +136,7 @@ def average(piece: Piece, weights: Floats, divisor: np.float32) -> int:
 def sample(piece: Piece, places: Integers, found: Words) -> None:
     """Write the magnitudes of each expert's task vector at some places, RUN from each on.
 
-    Args:
-        piece: of all sources; of at least RUN elements.
-        places: (n_places,): of elements within the piece, at most n - RUN.
-        found: (n_experts, n_places, RUN), written.
+    Places are indices within the piece, at most n - RUN. `found` is (n_experts, n_places, RUN).
     """
     base = np.empty(RUN, np.float32)
     call(
@@ -161,7 +152,7 @@ def sort_out(
 
     Args:
         piece: of all sources.
-        chosen: (n_chosen,): numbers of the experts that are looked at.
+        chosen: (n_chosen,): numbers of experts.
         brackets: (n_chosen, 2): the lower and the upper end.
         tallies: (n_chosen, 4), added to: above, at high, at low, inside.
         inside: (n_chosen, capacity), filled as far as the tally's last column says; where that is
@@ -175,28 +166,17 @@ def sort_out(
 
 
 def count_bits(piece: Piece, chosen: Integers, high: Integers, counts: Words) -> None:
-    """Count magnitudes of task vectors by their bits.
+    """Count magnitudes of the chosen experts' task vectors, into (n_chosen, n_bins).
 
-    Args:
-        piece: of all sources.
-        chosen: (n_chosen,): numbers of the experts that are looked at.
-        high: (n_chosen,): -1 counts all magnitudes by their high 16 bits; else those with these
-            high bits are counted by their low 15.
-        counts: (n_chosen, HIGH_BINS or LOW_BINS), added to.
+    Where `high` is -1, all are counted by their high 16 bits; else those with these high bits are
+    counted by their low 15.
     """
     arguments = piece.raw, piece.kinds, piece.n, chosen, len(chosen), high, list(counts)
     call("threshold.count_bits", *arguments, _scratch())
 
 
 def scale_up(codes: Bytes, first: int, decoding: Decoding, values: Floats) -> None:
-    """Read a piece of a matrix of codes as float32: one difference and one product an element.
-
-    Args:
-        codes: (n,): elements [first, first + n) of the matrix, row by row.
-        first: the piece's first element.
-        decoding: of the matrix.
-        values: (n,), written.
-    """
+    """Write elements [first, first + n) of a matrix of codes as float32, row by row."""
     table, n_rows, groups, scales, zeros = decoding
     numbers = codes.size, first, groups.size, n_rows, scales.shape[1]
     call("decode.scale_up", codes, *numbers, table, groups, scales, zeros, values)
@@ -205,29 +185,11 @@ def scale_up(codes: Bytes, first: int, decoding: Decoding, values: Floats) -> No
 def add_low_rank(
     values: Floats, first: int, left: Floats, right: Floats, scale: np.float32
 ) -> None:
-    """Add scale * left @ right to a piece of a matrix.
-
-    Args:
-        values: (n,): elements [first, first + n) of the matrix, row by row; added to.
-        first: the piece's first element.
-        left: (rows, rank).
-        right: (rank, columns).
-        scale: of the product.
-    """
+    """Add scale * left @ right to elements [first, first + n) of a matrix, row by row."""
     rank, n_columns = right.shape
     factor, sums = np.array([scale], np.float32), np.empty(n_columns, np.float32)
-    call(
-        "decode.add_low_rank",
-        values,
-        values.size,
-        first,
-        n_columns,
-        rank,
-        left,
-        right,
-        factor,
-        sums,
-    )
+    numbers = values.size, first, n_columns, rank
+    call("decode.add_low_rank", values, *numbers, left, right, factor, sums)
 
 
 def widen(raw: Bytes, kind: int, n: int) -> Floats:

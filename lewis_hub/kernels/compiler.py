@@ -30,11 +30,7 @@ def loop(function: Function) -> Function:
 
 
 def entry(*arguments: Any) -> Callable[[Function], Function]:
-    """Mark a function that Python calls with integers and addresses.
-
-    Args:
-        arguments: the type of each argument.
-    """
+    """Mark a function that Python calls with integers and addresses, of these types."""
 
     def add(function: Function) -> Function:
         ENTRIES[function.__name__] = function, types.int64(*arguments)
@@ -62,10 +58,6 @@ def translate(module: str, name: str) -> Any:
     """Translate a function marked by `entry` to a module of LLVM's intermediate code.
 
     It is not optimised: LLVM does that once, for the processor at hand.
-
-    Args:
-        module: the module of this package that defines it.
-        name: the name of the function, here and in the code.
     """
     import_module(f"lewis_hub.kernels.{module}")
     function, signature = ENTRIES[name]

@@ -71,17 +71,7 @@ def value_at(views: tuple[Halves, Floats], kind: int, i: int) -> np.float32:
 
 @loop
 def widen(raw: Any, kind: int, first: int, values: Floats) -> np.uint32:
-    """Read elements [first, first + n) of raw bytes as float32.
-
-    Args:
-        raw: address of element 0.
-        kind: their format.
-        first: number of the first.
-        values: (n,), written.
-
-    Returns:
-        The largest magnitude.
-    """
+    """Read elements [first, first + n) of raw bytes as float32; returns the largest magnitude."""
     views, largest = views_of(raw, kind, first, values.size), U32(0)
     for i in range(values.size):
         values[i] = value_at(views, kind, i)
@@ -92,12 +82,6 @@ def widen(raw: Any, kind: int, first: int, values: Floats) -> np.uint32:
 @loop
 def narrow(values: Floats, kind: int, out: Any, first: int) -> np.uint32:
     """Write float32 as elements [first, first + n) of a format, rounding to nearest even.
-
-    Args:
-        values: (n,).
-        kind: the format.
-        out: address of element 0.
-        first: number of the first.
 
     Returns:
         Bits that reach EXPONENT where a value is not finite, before or after.
@@ -154,19 +138,7 @@ def narrow_array(values: Any, n: int, kind: int, out: Any) -> int:
     return 0
 
 
-@entry(
-    ADDRESS,
-    INTEGER,
-    INTEGER,
-    INTEGER,
-    INTEGER,
-    INTEGER,
-    ADDRESS,
-    ADDRESS,
-    ADDRESS,
-    ADDRESS,
-    ADDRESS,
-)
+@entry(ADDRESS, *[INTEGER] * 5, *[ADDRESS] * 5)
 def scale_up(  # noqa: PLR0913
     codes: Any,
     n: int,

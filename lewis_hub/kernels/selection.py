@@ -24,21 +24,16 @@ Words = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Where a task vector is trimmed, as bits of its magnitude.
-
-    Attributes:
-        wanted: how many of the entries at the threshold are kept.
-        tied: per span of the tensor, how many entries are at the threshold.
-    """
+    """The smallest magnitude of a task vector that is kept."""
 
     bits: int
-    wanted: int
-    tied: tuple[int, ...]
+    wanted: int  # how many of the entries at the threshold are kept
+    tied: tuple[int, ...]  # per span of the tensor, how many entries are at the threshold
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """Two magnitudes that the threshold lies between, or on, and how much of a tensor does."""
+    """Two magnitudes between which, or on which, the threshold lies; the share between them."""
 
     low: int
     high: int
@@ -61,10 +56,10 @@ def bracket(sample: Words, fraction: float) -> Bracket | None:
 
     Args:
         sample: (n_places, length): magnitudes from all over the tensor, neighbours from each place.
-        fraction: wanted above, in (0, 1).
+        fraction: in (0, 1).
 
     Returns:
-        None where the sample is too vague to save a pass.
+        None if the sample is too vague to save a pass.
     """
     last = sample.size - 1
     rank = min(int((1 - fraction) * sample.size), last)
@@ -108,14 +103,10 @@ def pick(tallies: Sequence[Tally], found: Bracket, k: int) -> Threshold | None:
 
 
 def at_ranks(values: Words, ranks: Sequence[int]) -> list[int]:
-    """What would lie at some places if the values were sorted, ascending from 0.
+    """The values at some ranks, ascending from 0.
 
     They are counted by their leading bits, and only those of a bin are sorted: bfloat16's task
     vectors have few magnitudes, many times each, on which numpy's own selection is very slow.
-
-    Args:
-        values: (n,), n at least 1.
-        ranks: each below n.
     """
     lowest = values.min()
     shift = np.uint32(max(int(values.max() - lowest).bit_length() - N_BITS, 0))

@@ -34,17 +34,10 @@ U32 = np.uint32
 
 @loop
 def find(flags: Any, n: int, places: Halves) -> int:
-    """Write where flags are set, in ascending order.
+    """Write where flags are set, in ascending order, into (n + 8,); returns their number.
 
-    Eight flags with a set one among them are processed without branches: those were mispredicted.
-
-    Args:
-        flags: address of n bytes, each 0 or 1, followed by zeros up to a multiple of 8.
-        n: number of flags.
-        places: (n + 8,), written.
-
-    Returns:
-        The number of set flags.
+    Flags are bytes, 0 or 1, followed by zeros up to a multiple of 8. Eight flags with a set one
+    among them are processed without branches: those were mispredicted.
     """
     words, flags = carray(flags, (n + 7) >> 3, np.uint64), carray(flags, n + 8, np.uint8)
     found = 0

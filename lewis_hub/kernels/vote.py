@@ -105,15 +105,9 @@ def subtract(views: Any, kind: int, base: Floats, weight: np.float32, votes: Flo
 def thin(
     votes: Floats, experts: Any, first: int, below: Any, factors: Floats, scratch: Any
 ) -> None:
-    """Turn a task vector into votes.
+    """Turn elements [first, first + n) of a task vector into votes.
 
-    Args:
-        votes: (n,): elements [first, first + n) of the task vector; changed.
-        experts: the expert's row.
-        first: number of the first element.
-        below: RANK: (row,), what each rank allows.
-        factors: RANK: (row,), what an entry of each rank is multiplied by.
-        scratch: addresses of scratch arrays.
+    `below` and `factors` are those of each rank in a row, if the mode is RANK.
     """
     expert, n = experts[0], votes.size
     if expert.mode == TRIM:
@@ -159,10 +153,7 @@ def drop_ties(votes: Floats, places: Halves, wanted: int, tied: int, remainder: 
         places: the tied entries among them, ascending.
         wanted: number of tied entries of the tensor that are kept.
         tied: number of tied entries of the tensor.
-        remainder: j * wanted modulo tied, where j is the number of tied entries before these.
-
-    Returns:
-        The remainder after them.
+        remainder: j * wanted modulo tied before these entries; it is returned as after them.
     """
     for place in places:
         remainder += wanted
@@ -195,15 +186,9 @@ def drop_by_rank(votes: Floats, halves: Words, below: Any, factors: Floats, scra
 def thin_row(
     values: Floats, halves: Any, below: Any, factors: Floats, keys: Any, counts: Any
 ) -> None:
-    """Keep an entry of a row if its random bits are below what its rank allows, and rescale it.
+    """Keep an entry of a row if its random bits are below the limit of its rank; rescale it.
 
-    Args:
-        values: (n,), changed.
-        halves: (n,) uint32, random.
-        below: (n,) uint64, by rank.
-        factors: (n,), by rank.
-        keys: (2, n) uint64, scratch.
-        counts: (N_BINS,) uint32, scratch.
+    The arrays have a row's length n; `keys`, (2, n), and `counts`, (N_BINS,), are scratch.
     """
     ordered = keys[sort(values, keys, counts)]
     for rank in range(values.size):

@@ -101,7 +101,7 @@ def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
 
 
 def table_of(tensor: TensorPlan, fused: Fused) -> Table:
-    """What each rank allows, where ranks count."""
+    """The limit and the factor of each rank, where ranks count."""
     if fused.thins != RANK:
         return NO_TABLE
     rescales = tensor.options.get("rescale", False)
@@ -129,7 +129,7 @@ def mix_of(tensor: TensorPlan, fused: Fused) -> Mix:
 
 
 def divisor_of(tensor: TensorPlan) -> np.float32:
-    """What a weighted sum of models is divided by."""
+    """The divisor of a weighted sum of models."""
     return _in_order(tensor.weights) if tensor.options["normalize"] else np.float32(1)
 
 
@@ -160,7 +160,7 @@ Span = range  # of elements; begins at a multiple of the job's block
 
 @dataclass(frozen=True)
 class SourceViews:
-    """Elements of a tensor in the place where they lie, one view a source; None: to be read."""
+    """Elements of a tensor where they are stored, a view per source; None: to be read."""
 
     tensor: str
     elements: Span
@@ -178,19 +178,9 @@ class Buffer:
     out: npt.NDArray[np.uint8]
     mapped: SourceViews = NOTHING_MAPPED
 
-    @property
-    def n_elements(self) -> int:
-        """The largest piece, whatever the dtypes."""
-        return int(self.raw.shape[1] // 4)
-
 
 class Buffers:
-    """As many buffers as there are threads at work.
-
-    Args:
-        n_sources: that are read together.
-        least: entries that a piece must be able to hold.
-    """
+    """As many buffers as there are threads at work; a buffer holds `least` elements or more."""
 
     def __init__(self, n_sources: int, least: int = BLOCK) -> None:
         n_elements = max(RAW_BYTES // (2 * n_sources) // BLOCK * BLOCK, least)
@@ -203,9 +193,7 @@ class Buffers:
         try:
             buffer = self._free.get_nowait()
         except queue.Empty:
-            raw = np.empty(self._shape, np.uint8)
-            out = np.empty(self._shape[1], np.uint8)
-            buffer = Buffer(raw, out)
+            buffer = Buffer(np.empty(self._shape, np.uint8), np.empty(self._shape[1], np.uint8))
         try:
             yield buffer
         finally:
@@ -224,18 +212,13 @@ class Shard(Protocol):
 
 @dataclass(frozen=True)
 class ShardContext:
-    """Where a shard is made.
-
-    Attributes:
-        readers: one a source, as the plan's `labels` count them.
-        statistics: one an expert, where the method merges by them.
-    """
+    """The open sources of a shard, and the place where its bytes are written."""
 
     plan: ShardPlan
-    readers: Sequence[Reader]
+    readers: Sequence[Reader]  # per source, in the order of the plan's labels
     writer: Shard
     buffers: Buffers
-    statistics: Sequence[Reader] = ()
+    statistics: Sequence[Reader] = ()  # per expert, if the method takes them
 
 
 @dataclass(frozen=True)
@@ -248,12 +231,12 @@ class TensorJob:
 
     @cached_property
     def readers(self) -> tuple[Reader, ...]:
-        """One an input."""
+        """The reader of each input."""
         return input_readers(self.context.plan, self.tensor, self.context.readers)
 
     @property
     def replaced_nan(self) -> list[tuple[str, str]]:
-        """Each source that held NaN or infinity, and what it calls the tensor."""
+        """Each source that held NaN or infinity, and its name of the tensor."""
         inputs = zip(self.readers, self.tensor.sources, self.tensor.inputs, strict=True)
         return [
             (self.context.plan.labels[source], header.name)
@@ -262,17 +245,12 @@ class TensorJob:
         ]
 
     def moments(self) -> Moments:
-        """Second moments of its inputs, one an expert; read anew. Imports torch."""
+        """Second moments of its inputs, per expert; read anew. Imports torch."""
         if not self.tensor.grams:
             return Moments([None] * len(self.tensor.weights))
         pairs = zip(self.context.statistics, self.tensor.grams, strict=True)
         grams = [read_tensor(reader, gram.stored) if gram else None for reader, gram in pairs]
         return Moments(grams, transposed=self.tensor.is_transposed)
-
-    @cached_property
-    def kinds(self) -> npt.NDArray[np.int64]:
-        """The sources' formats, as kernels take them."""
-        return np.array([FORMATS[tensor.dtype] for tensor in self.tensor.inputs], np.int64)
 
     @cached_property
     def block(self) -> int:
@@ -290,14 +268,13 @@ class TensorJob:
     def pieces(self, span: Span, *, backwards: bool = False) -> Iterator[Piece]:
         """All of a span; a piece is valid until the next is requested.
 
-        Args:
-            span: of the tensor.
-            backwards: whether the parts that are mapped together come in the opposite order, so
-                that the first of them is still mapped by the pass before.
+        With `backwards` the parts that are mapped together come in the opposite order: the first of
+        them is still mapped by the pass before.
         """
+        kinds = np.array([FORMATS[tensor.dtype] for tensor in self.tensor.inputs], np.int64)
         kind = FORMATS[self.tensor.output.dtype]
         with self.context.buffers.one() as buffer:
-            most = buffer.n_elements // self.block * self.block
+            most = buffer.out.size // 4 // self.block * self.block  # whatever the dtypes
             together = max(MAPPED_BYTES // sum(self._widths) // most, 1) * most
             starts = range(span.start, span.stop, together)
             for start in reversed(starts) if backwards else starts:
@@ -306,11 +283,11 @@ class TensorJob:
                 for first in range(start, elements.stop, most):
                     n = min(most, elements.stop - first)
                     raw = self._raw(buffer, first, n)
-                    yield Piece(raw, self.kinds, n, first, self.block, buffer.out, kind)
+                    yield Piece(raw, kinds, n, first, self.block, buffer.out, kind)
                     raw.clear()  # else these pages stay mapped while the next are
 
     def write(self, piece: Piece) -> None:
-        """Put a finished piece where it belongs."""
+        """Write a finished piece."""
         width = WIDTHS[self.tensor.output.dtype]
         written = piece.out.data[: piece.n * width]
         self.context.writer.write(self.start + piece.first * width, written)
@@ -330,7 +307,6 @@ class TensorJob:
 
     @cached_property
     def _widths(self) -> list[int]:
-        """Bytes of an element, one an input."""
         return [WIDTHS[tensor.dtype] for tensor in self.tensor.inputs]
 
     def _map(self, buffer: Buffer, elements: Span) -> None:

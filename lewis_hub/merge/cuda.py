@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.errors import DeviceError
@@ -40,9 +40,6 @@ def make_on_device(jobs: Sequence[TensorJob], device: str) -> Iterator[int]:
     """Make the tensors of a shard in order; the numbers of bytes written.
 
     Raises:
-        NonFiniteError: a source or the result holds NaN or infinity.
-        BrokenCheckpointError: a file ends too early.
-        OutputError: the disk is full.
         DeviceError: a tensor does not fit on the device.
     """
     import torch
@@ -58,7 +55,10 @@ def make_on_device(jobs: Sequence[TensorJob], device: str) -> Iterator[int]:
                     coming.append(pool.submit(pipeline.fetch, following))
                 merged = pipeline.compute(job, fetched)
             except torch.OutOfMemoryError:
-                raise _too_small(job, device) from None
+                output = job.tensor.output
+                problem = f"it has too little memory to merge {output.name} {list(output.shape)}"
+                remedy = "Use `--device cpu`: finished shards stay."
+                raise DeviceError(f"device `{device}`", problem, remedy) from None
             del fetched
             yield from (stored.result() for stored in going)
             going = [pool.submit(_store, job, merged)]
@@ -67,11 +67,7 @@ def make_on_device(jobs: Sequence[TensorJob], device: str) -> Iterator[int]:
 
 
 class CudaPipeline:
-    """The way from files to a device and back.
-
-    Args:
-        device: any that torch has; copies overlap where it is a GPU.
-    """
+    """The way from files to a device of torch and back; on a GPU, copies overlap."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -83,9 +79,11 @@ class CudaPipeline:
 
     def fetch(self, job: TensorJob) -> Transfer:
         """The tensor's sources, as their files have them; none of one that is only copied."""
+        import torch
+
         if job.tensor.is_copied:
             return Transfer((), None)
-        with self._aside():
+        with torch.cuda.stream(self._inward) if self._inward else nullcontext():
             pairs = zip(job.readers, job.tensor.inputs, strict=True)
             sources = tuple(self._read(reader, header) for reader, header in pairs)
             found = job.moments()
@@ -126,11 +124,6 @@ class CudaPipeline:
         held = gram.pin_memory() if self._inward else gram
         return held.to(self._device, non_blocking=True)
 
-    def _aside(self) -> AbstractContextManager[Any]:
-        import torch
-
-        return torch.cuda.stream(self._inward) if self._inward else nullcontext()
-
 
 def _store(job: TensorJob, merged: Transfer) -> int:
     if merged.done:
@@ -141,9 +134,3 @@ def _store(job: TensorJob, merged: Transfer) -> int:
         job.context.writer.write(job.start, bytes_of(*merged.tensors))
     job.finish()
     return job.tensor.output.n_bytes
-
-
-def _too_small(job: TensorJob, device: str) -> DeviceError:
-    output = job.tensor.output
-    problem = f"it has too little memory to merge {output.name} {list(output.shape)}"
-    return DeviceError(f"device `{device}`", problem, "Use `--device cpu`: finished shards stay.")

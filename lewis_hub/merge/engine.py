@@ -20,12 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lewis_hub.checkpoint.header import torch_dtypes
-from lewis_hub.checkpoint.ranges import (
-    Locations,
-    SourceFiles,
-    absolute_locations,
-    missing_folders,
-)
+from lewis_hub.checkpoint.ranges import Locations, SourceFiles, absolute_locations, missing_folders
 from lewis_hub.checkpoint.reader import INDEX, read_tensor
 from lewis_hub.checkpoint.writer import ShardLayout, ShardWriter, index_document
 from lewis_hub.display import Advance
@@ -69,7 +64,7 @@ def run(
         locations: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
         backend: the bytes do not depend on it.
-        advance: called from this thread with bytes written or kept, in all `plan.n_bytes`.
+        advance: called from this thread with bytes written or kept.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
@@ -287,7 +282,6 @@ def _make_shard(
 def _make_on_worker(
     locations: Locations, output: Path, backend: Backend, plan: ShardPlan
 ) -> ShardResult:
-    """Make a shard in a task of a Ray cluster."""
     for folder in missing_folders({**locations, "output": output}):
         problem = f"the worker on {socket.gethostname()} does not see {folder}"
         remedy = "Keep sources and output where all machines mount them under the same path."

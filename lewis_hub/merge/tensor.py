@@ -15,16 +15,7 @@ from lewis_hub.checkpoint.header import torch_dtypes
 from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.kernels import calls, selection
-from lewis_hub.kernels.calls import (
-    HIGH_BINS,
-    INSIDE,
-    LOW_BINS,
-    RUN,
-    TRIM,
-    Experts,
-    Integers,
-    Piece,
-)
+from lewis_hub.kernels.calls import HIGH_BINS, INSIDE, LOW_BINS, RUN, TRIM, Experts, Integers, Piece
 from lewis_hub.kernels.selection import Bracket, Tally, Threshold, Words
 from lewis_hub.merge import chunks
 from lewis_hub.merge.chunks import Span, TensorJob
@@ -46,13 +37,7 @@ Thresholds = dict[int, Threshold]  # number of an expert -> its threshold
 
 
 def make_tensor(job: TensorJob, runner: Runner) -> int:
-    """Make one tensor; returns the bytes written.
-
-    Raises:
-        NonFiniteError: a source or the result holds NaN or infinity.
-        BrokenCheckpointError: a file ends too early.
-        OutputError: the disk is full.
-    """
+    """Make one tensor; returns the bytes written."""
     method = job.context.plan.method
     spans = job.spans(runner)
     if job.tensor.is_copied:
@@ -197,8 +182,7 @@ def merge_by_definition(
 ) -> Tensor:
     """Merge one tensor with the method's function, on the device of its float32 sources.
 
-    Returns:
-        The result in the output's dtype, contiguous, on the same device.
+    The result is contiguous and has the output's dtype.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.

@@ -180,15 +180,9 @@ def nuslerp(
 
 
 def arc(t: float, cosines: Floats, straight: npt.NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """The factors of two vectors for the point at t of the arc between them.
+    """The factors of two vectors for the point at t of the arc between them; 0 is the first.
 
-    Args:
-        t: 0 is the first vector, 1 the second.
-        cosines: of the angles between them, in [-1, 1].
-        straight: where the interpolation is linear instead.
-
-    Returns:
-        Two factors, in the shape of `cosines`.
+    `cosines` are those of the angles; where `straight` holds, the interpolation is linear instead.
     """
     theta = np.arccos(np.where(straight, 0.0, cosines))
     start, end = np.sin((1 - t) * theta) / np.sin(theta), np.sin(t * theta) / np.sin(theta)

@@ -52,23 +52,18 @@ MethodFunction = Callable[..., "Tensor"]
 class Method:
     """A registered method.
 
-    Attributes:
-        parameters: of the function, from `inspect`.
-        accepted: option -> the values that a recipe may give: of mergekit's options that change
-            nothing here, and of options that are words.
-        n_experts: least and most sources beside the base; None for no limit.
-        base_is_optional: without a base its `base` is zero, so that task vectors are the models.
-        version: raised when the same inputs give other numbers, so that locks differ.
+    `accepted` has the values that a recipe may give, by option: of mergekit's options that change
+    nothing here, and of options that are words.
     """
 
     name: str
     function: MethodFunction
-    parameters: Mapping[str, inspect.Parameter]
+    parameters: Mapping[str, inspect.Parameter]  # of the function
     paper: str | None = None
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    n_experts: tuple[int, int | None] = ANY_NUMBER
-    base_is_optional: bool = False
-    version: int = 1
+    n_experts: tuple[int, int | None] = ANY_NUMBER  # sources beside the base; None for no limit
+    base_is_optional: bool = False  # without a base its `base` is zero
+    version: int = 1  # raised when the same inputs give other numbers, so that locks differ
 
     @property
     def summary(self) -> str:
@@ -130,14 +125,9 @@ class Method:
         return option if self.takes(option) else f"{option}_"
 
     def require_known(self, names: Iterable[str], *, per_source: bool) -> None:
-        """Refuse settings that this method does not have.
+        """Raise a MergeError for settings that are unknown, or in the wrong place.
 
-        Args:
-            names: the recipe's names.
-            per_source: whether they are settings of a source, or in the recipe's `parameters`.
-
-        Raises:
-            MergeError: a setting is unknown, or in the wrong place.
+        With `per_source` they are settings of a source, else of the recipe's `parameters`.
         """
         for name in names:
             if name in self.settings or (

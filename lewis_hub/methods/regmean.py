@@ -88,17 +88,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
 
 @dataclass(frozen=True)
 class _PartMoments:
-    """Moments of one source for one part of the inputs.
+    """Moments of one source for one part of the inputs."""
 
-    Attributes:
-        gram: E[x x^T], (width, width).
-        cross: E[z x^T], (width, width); None: z is x.
-        residual: this part's share of E[d x^T], (out, width); None: d is 0.
-    """
-
-    gram: Tensor
-    cross: Tensor | None
-    residual: Tensor | None
+    gram: Tensor  # E[x x^T], (width, width)
+    cross: Tensor | None  # E[z x^T], (width, width); None: z is x
+    residual: Tensor | None  # this part's share of E[d x^T], (out, width); None: d is 0
 
 
 def _nearest(

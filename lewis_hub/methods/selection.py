@@ -17,12 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register(
-    "sce",
-    paper="https://arxiv.org/abs/2408.07990",
-    accepted=INT8_MASK,
-    n_experts=(2, None),
-)
+@register("sce", paper="https://arxiv.org/abs/2408.07990", accepted=INT8_MASK, n_experts=(2, None))
 def sce(
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base; two or more

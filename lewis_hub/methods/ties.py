@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 BREADCRUMBS = "https://arxiv.org/abs/2312.06795"
 
 
-@register(
-    "ties",
-    paper="https://arxiv.org/abs/2306.01708",
-    accepted=INT8_MASK | {"trim": TRIMS},
-)
+@register("ties", paper="https://arxiv.org/abs/2306.01708", accepted=INT8_MASK | {"trim": TRIMS})
 def ties(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base

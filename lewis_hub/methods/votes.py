@@ -119,13 +119,7 @@ def mask(drawn: npt.NDArray[np.bool_], like: Tensor) -> Tensor:
 
 
 def all_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> Tensor:
-    """Add the weighted task vectors, or average them.
-
-    Args:
-        votes: weight times task vector, one a source.
-        weights: (n_sources,).
-        normalize: divide by the sum of the weights.
-    """
+    """Add the votes (weight times task vector), or divide their sum by that of the weights."""
     mixed = summed(votes, votes[0])
     total = summed(weights, weights[0])
     return mixed / total if normalize and abs(total) >= NEGLIGIBLE else mixed
@@ -134,12 +128,8 @@ def all_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> T
 def elected_votes(votes: Sequence[Tensor], weights: Tensor, *, normalize: bool) -> Tensor:
     """Elect a sign per entry, then add or average the votes that have it.
 
-    A tie keeps no vote; mergekit counts it as positive.
-
-    Args:
-        votes: weight times trimmed task vector, one a source.
-        weights: (n_sources,).
-        normalize: divide by the sum of the agreeing sources' weights.
+    A tie keeps no vote; mergekit counts it as positive. An average divides by the sum of the
+    agreeing sources' weights.
     """
     elected = summed(votes, votes[0]).sign()
     agrees = [(vote.sign() == elected) & (vote != 0) for vote in votes]
