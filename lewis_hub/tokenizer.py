@@ -15,7 +15,6 @@ from lewis_hub.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "added_tokens.json")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
@@ -193,10 +192,8 @@ def unite(base: Vocabulary, others: Sequence[Vocabulary], wanted: Sequence[str] 
     First come the tokens of the others' models; their merges follow all merges of the base, so a
     text is split as the base splits it, then its parts are joined further. Then come the added
     tokens of the others with their flags; those of the first source count. Last come the `wanted`
-    tokens that no tokenizer has.
-
-    Raises:
-        TokenizerError: a tokenizer has no `tokenizer.json`, or spells its tokens in another way.
+    tokens that no tokenizer has. A TokenizerError refuses tokenizers without `tokenizer.json`, or
+    with another spelling of tokens.
     """
     ids, numbers = dict(base.ids), count(base.n_rows)
     pieces = []

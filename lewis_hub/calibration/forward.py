@@ -190,8 +190,8 @@ class ActivationCache:
 
     def add(self, tensor: Tensor) -> int:
         """Store a tensor; returns its number."""
-        self._slots.append(self._reserve(tensor))
-        self._write(self._slots[-1], tensor)
+        self._slots.append(_Slot(self._end, 0, tensor, tensor.device))
+        self.write(len(self._slots) - 1, tensor)
         return len(self._slots) - 1
 
     def read(self, number: int) -> Tensor:
@@ -206,15 +206,9 @@ class ActivationCache:
         """Replace the tensor with a number."""
         slot = replace(self._slots[number], like=tensor.to("meta"), device=tensor.device)
         if tensor.nbytes > slot.reserved_bytes:  # the first block may return a wider dtype
-            slot = self._reserve(tensor)
+            slot = replace(slot, start=self._end, reserved_bytes=tensor.nbytes)
+            self._end += tensor.nbytes
         self._slots[number] = slot
-        self._write(slot, tensor)
-
-    def _reserve(self, tensor: Tensor) -> _Slot:
-        start, self._end = self._end, self._end + tensor.nbytes
-        return _Slot(start, tensor.nbytes, tensor.to("meta"), tensor.device)
-
-    def _write(self, slot: _Slot, tensor: Tensor) -> None:
         try:
             self._file.seek(slot.start)
             self._file.write(_bytes(torch.empty_like(slot.like, device="cpu").copy_(tensor)))

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from lewis_hub.calibration.model import Linear
 
-
 Value = TypeVar("Value")
 
 INDEX = "grams.json"

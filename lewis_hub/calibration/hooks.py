@@ -155,18 +155,12 @@ def not_finite(numbers: str, name: str) -> CalibrationModelError:
     return CalibrationModelError(name, f"{numbers} are not finite", remedy)
 
 
-FACTORS: dict[Callable[..., Any], tuple[int, int]] = {  # product -> arguments that are multiplied
-    linear: (0, 1),  # the second is stored as (n_out, n_in)
-    torch.matmul: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    torch.mm: (0, 1),
-    Tensor.mm: (0, 1),
-    torch.bmm: (0, 1),
-    Tensor.bmm: (0, 1),
-    torch.addmm: (1, 2),
-    torch.baddbmm: (1, 2),
-}
+PRODUCTS: Sequence[Callable[..., Any]] = (  # of their first two arguments
+    *(linear, torch.matmul, torch.mm, torch.bmm),  # a Linear's weight is stored as (n_out, n_in)
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
+)
+FACTORS = dict.fromkeys(PRODUCTS, (0, 1))  # product -> arguments that are multiplied
+FACTORS |= {torch.addmm: (1, 2), torch.baddbmm: (1, 2)}
 
 Slice = tuple[str, int, tuple[int, ...], tuple[int, ...]]  # of: path, offset, shape, stride
 

@@ -113,9 +113,8 @@ def measure_inputs(  # noqa: PLR0913
         them. A module that saw no token is left out.
 
     Raises:
-        CalibrationError: it cannot be loaded, the tokens do not fit it, no token counts, or
+        CalibrationError: it cannot be loaded or run, the tokens do not fit it, no token counts, or
             its activations are not finite.
-        NotByBlockError: from `build_meta_model`, or the decoder is not a chain of blocks.
     """
     if isinstance(source, Snapshot):
         model = load_model(source.folder, device, source.name)

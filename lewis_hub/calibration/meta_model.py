@@ -147,11 +147,9 @@ def _replace(model: nn.Module, name: str, value: Tensor, device: str) -> None:
 def build_meta_model(weights: Weights, device: str) -> MetaModel:
     """Build a model from its configuration and the headers of its files; no weight is read.
 
-    The dtypes are those of `load_model`.
-
-    Raises:
-        NotByBlockError: transformers cannot build it, weights are not in the files, or it is an
-            encoder-decoder or shares weights between blocks.
+    The dtypes are those of `load_model`. A NotByBlockError says that transformers cannot build it,
+    that weights are not in the files, or that it is an encoder-decoder or shares weights between
+    blocks.
     """
     checkpoint = weights.checkpoint
     try:

@@ -24,7 +24,6 @@ from lewis_hub.errors import CalibrationModelError, LewisHubError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 LINE = 64  # bytes of a cache line, to which torch aligns its allocations
 
 
@@ -41,10 +40,8 @@ def load_model(folder: Path, device: str, name: str) -> PreTrainedModel:
 
     On a CPU the arithmetic is float32, whatever the file's dtype, as half precision is slow there.
     On other devices, named as in torch, the file's own dtype is kept; "cuda" is all GPUs together.
-
-    Raises:
-        CalibrationModelError: transformers cannot load it, it needs own code, weights that the
-            architecture needs are not in the files, or the GPUs have no room for it.
+    A CalibrationModelError says that transformers cannot load it, that it needs own code, that
+    weights of the architecture are not in the files, or that the GPUs have no room for it.
     """
     with refusals(name, "model"), quiet():
         model, report = model_class(folder).from_pretrained(

@@ -55,11 +55,9 @@ def measure_reference(
 ) -> list[dict[str, float]]:
     """Measure one source on each calibration set, as `measure_inputs` does for `lewis`.
 
-    The model is loaded once for each set, as measuring prunes it.
-
-    Raises:
-        CalibrationModelError: it cannot be loaded or has no blocks that texts reach, the padded
-            texts do not fit it, or there is no end-of-sequence token to pad with.
+    The model is loaded once for each set, as measuring prunes it. A CalibrationModelError says that
+    it cannot be loaded or has no blocks that texts reach, that the padded texts do not fit it, or
+    that there is no end-of-sequence token to pad with.
     """
     found = []
     for tokens in sets:

@@ -129,11 +129,8 @@ def fit(  # noqa: PLR0913
 
     Several threads call `solve`, but not for a module that no token of some expert reached. Inputs
     longer than `widest` are split into parts. `advance` is called with the number of tokens done,
-    as if there were one block.
-
-    Returns:
-        A file in `folder` for each block in which a Linear was fitted; those that an earlier run
-        finished are kept.
+    as if there were one block. Returns a file in `folder` for each block in which a Linear was
+    fitted; those that an earlier run finished are kept.
 
     Raises:
         CalibrationModelError: a model cannot be loaded or measured.
@@ -142,10 +139,10 @@ def fit(  # noqa: PLR0913
     """
     model = build_meta_model(merged, device)
     experts = [build_meta_model(one.weights, device) for one in texts]
-    paths = _linear_paths(model)
+    paths = {path for path, _ in linears("", model.blocks)}
     for expert, one in zip(experts, texts, strict=True):
         check_tokens_fit(expert.model, expert.name, one.own)
-        if _linear_paths(expert) != paths:
+        if paths != {path for path, _ in linears("", expert.blocks)}:
             raise NotByBlockError(expert.name, UNLIKE, expert.weights.remedy)
     n_threads = torch.get_num_threads() if device == "cpu" else 1
     stored_as = weight_names(model.model)
@@ -164,10 +161,6 @@ def require_beside(merged: MetaModel, experts: Iterable[Checkpoint]) -> None:
     for expert in experts:
         if any(name and name not in expert.tensors for name in needed):
             raise NotByBlockError(expert.label, UNLIKE, merged.weights.remedy)
-
-
-def _linear_paths(model: MetaModel) -> set[str]:
-    return {path for path, _ in linears("", model.blocks)}
 
 
 def _fit_blocks(job: SequentialFit, texts: Sequence[ExpertTexts], advance: Advance) -> list[Path]:

@@ -18,7 +18,6 @@ from lewis_hub.errors import NotByBlockError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 WHOLE = "Calibrate it whole, where there is memory for it: leave out `--max-memory`."
 
 HELD_BYTES = 64 << 20  # of hidden states in memory, all texts together; more is kept on disk
@@ -108,8 +107,7 @@ class Subject:
     def measured(self, measure: Callable[[Snapshot | Weights], Measured]) -> Measured:
         """Call a function with the weights, block by block, if possible, else with the folder.
 
-        Raises:
-            NotByBlockError: it cannot be measured block by block, and must not be loaded whole.
+        It is a NotByBlockError if the first is not possible and it must not be loaded whole.
         """
         if self.weights:
             try:

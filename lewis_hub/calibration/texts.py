@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-
 RENDERED = "text"  # the column of rows that are already rendered
 
 

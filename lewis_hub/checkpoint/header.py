@@ -15,7 +15,6 @@ from lewis_hub.errors import BrokenCheckpointError
 if TYPE_CHECKING:
     import torch
 
-
 ReadRange = Callable[[str, int, int], bytes]  # (file, start, stop) -> its bytes [start, stop)
 Codes = Literal["F8_E4M3", "I8", "I4", "INT8"]
 Layout = Literal["GPTQ", "AWQ", "MXFP4"]
@@ -170,11 +169,8 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[T
     """Read and check the header of one safetensors file of `n_bytes`, which may be hostile.
 
     The tensors are in the order of their bytes. `read` is called once, or twice if the header is
-    long; messages name the source `label`.
-
-    Raises:
-        BrokenCheckpointError: the header is too large, is not in the safetensors format, or its
-            tensors do not tile the file.
+    long. A BrokenCheckpointError says that the header is too large, is not in the safetensors
+    format, or that its tensors do not tile the file.
     """
     file = _File(label, path)
     if n_bytes < 8:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 UNSAFE = "Use the model as safetensors: ask its author, or convert it on a machine without secrets."
 DAMAGED = "The file is damaged or was not written by torch: use an intact copy."
@@ -54,15 +53,9 @@ def convert(
     """Write the tensors of a model's pickles as safetensors, one file for each pickle.
 
     Tensors that share memory are written once, as in `save_pretrained`: the embeddings rather than
-    a head, otherwise the first.
-
-    Args:
-        label: the source, for messages.
-        pickles: file within the source -> its path, in order.
-        output: folder to write into.
-        advance: called with bytes written.
-        ties: `tie_word_embeddings` of the configuration; None if it is not set. True drops a head
-            with the shape of the embeddings, False keeps a head that shares their memory.
+    a head, otherwise the first. `pickles` are file within the source -> its path, in order; `ties`
+    is `tie_word_embeddings` of the configuration, None if it is not set: True drops a head with the
+    shape of the embeddings, False keeps a head that shares their memory.
 
     Raises:
         PickleError: a pickle contains more than tensors, is damaged, or contains no model.

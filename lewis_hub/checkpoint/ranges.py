@@ -72,14 +72,12 @@ class SourceFiles:
 
     The remote bytes of a step are fetched ahead, in the order of the steps and with several
     requests in flight, and deleted after `step_done`. A thread that reads for a later step gets its
-    bytes at once, so no thread waits for another thread's work. `scratch_bytes` says how much
-    `scratch` holds at most.
+    bytes at once, so no thread waits for another thread's work. A step that needs more than
+    `max_bytes` gets its own bytes only. `scratch_bytes` says how much the folder `scratch`, which
+    is created and deleted here, holds at most.
 
-    Args:
-        locations: of the sources, and of the bases of adapters.
-        steps: the tensors that each step reads; a local source's may be left out.
-        scratch: a folder that this creates and deletes.
-        max_bytes: of the bytes fetched ahead. A step that needs more gets its own bytes only.
+    `locations` are those of the sources and of the bases of adapters; `steps` are the tensors that
+    each step reads, of which a local source's may be left out.
     """
 
     def __init__(

@@ -19,7 +19,6 @@ from lewis_hub.errors import BrokenCheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
@@ -48,9 +47,7 @@ def read_headers(
 
     `sizes` are the bytes of its safetensors files; `index` is the content of
     `model.safetensors.index.json`, None without this file. `read` is called from several threads.
-
-    Raises:
-        BrokenCheckpointError: a file is broken or missing, or the index does not match the shards.
+    A BrokenCheckpointError says what is broken, missing or does not match the index.
     """
     located = _weight_map(label, index) if index is not None else {}
     shards = sorted(set(located.values())) if index is not None else [_single(label, sizes)]

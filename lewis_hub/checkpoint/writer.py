@@ -14,6 +14,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -74,11 +75,8 @@ class ShardLayout:
     @property
     def starts(self) -> tuple[int, ...]:
         """The offset of each tensor's first byte from the beginning of the file."""
-        position, starts = len(self.header), []
-        for tensor in self.tensors:
-            starts.append(position)
-            position += tensor.n_bytes
-        return tuple(starts)
+        sizes = (tensor.n_bytes for tensor in self.tensors)
+        return tuple(accumulate(sizes, initial=len(self.header)))[:-1]
 
     @property
     def n_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Baselines: one density everywhere, simple measures, and controls of `lewis`."""
+"""Baselines: one density everywhere, simple measures, AIM and OWL, and controls of `lewis`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Mapping
 
 from lewis_hub.checkpoint import names
 from lewis_hub.guides.lewis import importance_shifts, spread
-from lewis_hub.guides.registry import Measurements, register
+from lewis_hub.guides.registry import Decision, Measurements, register
+
+OMEGA = 0.4  # how much of a task vector the base's most active channel takes, in AIM
 
 
 @register("uniform", version=2)
@@ -35,6 +37,37 @@ def activation_shift(statistics: Measurements, gamma: float, epsilon: float) -> 
     [gamma, epsilon]. Changes of earlier blocks count too, so it grows with depth. No paper.
     """
     return spread(statistics.expert["output_shift"], gamma, epsilon)
+
+
+@register("aim", needs=("evenness",), paper="https://arxiv.org/abs/2502.02421", version=2)
+def aim(statistics: Measurements, gamma: float, epsilon: float) -> Decision:
+    """Densities and weights fall where many input channels matter to the base, after AIM.
+
+    AIM multiplies column j of a merged task vector by f_j = 1 - (1 - ω) · a_j / max a, with the
+    base's activations a. A guide decides for a whole module, so the mean of f over its channels is
+    the weight, and one min-max of it over all modules spans [gamma, epsilon].
+
+    Source:
+        AIM, arXiv:2502.02421, which scales channel by channel after the merge, by the mean of
+        |activation|; here it is the root mean square, and each expert's own texts.
+    """
+    even = statistics.base["evenness"]
+    factors = {module: 1 - (1 - OMEGA) * value for module, value in even.items()}
+    return Decision(spread(factors, gamma, epsilon), factors)
+
+
+@register("owl", needs=("outliers",), paper="https://arxiv.org/abs/2310.05175", version=2)
+def owl(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
+    """Densities follow each block's share of outliers in the expert, as OWL prunes models.
+
+    All modules of a block get one density. One min-max over the blocks spans [gamma, epsilon]; the
+    paper's [S - λ, S + λ] about the mean S is that range with `mean_density`.
+
+    Source:
+        OWL, arXiv:2310.05175, prunes a model's weights. Here the same shares set the density of the
+        expert's task vector.
+    """
+    return spread(statistics.expert["outliers"], gamma, epsilon)
 
 
 @register("random", needs=("lewis",), version=2)

@@ -15,7 +15,6 @@ SHARE_DECIMALS = 5  # of a share, as the published code rounds it
 DECIMALS = 4  # of a density: coarser than the rounding of another CPU, so merged bytes are equal
 SQUEEZED = 0.25  # of the range: below it, the other blocks hardly differ from each other
 
-
 Component = tuple[str | None, str]  # list of blocks, and name in a block
 
 

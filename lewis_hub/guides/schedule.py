@@ -86,7 +86,7 @@ def completed(values: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str
     for module, value in values.items():
         known[component(module)][module] = value
     every = weighted_mean(values, sizes)
-    means = {one: weighted_mean(found, sizes) for one, found in known.items()}
+    means = {part: weighted_mean(found, sizes) for part, found in known.items()}
     return {**values, **{m: means.get(component(m), every) for m in sizes if m not in values}}
 
 
@@ -257,10 +257,8 @@ def schedule(  # noqa: PLR0913
     modules that a guide leaves out. `experts` are the pinned sources in the recipe's order, which
     is that of the `profile`; `tensors` are name -> shape of the base checkpoint.
 
-    Raises:
-        GuideError: no tensor is a matrix of a block; the guide fails, names another module, or
-            leaves the bounds; or a mean density is out of reach.
-        ProfileError: the profile lacks an expert, or the base on its calibration set.
+    It is a GuideError if no tensor is a matrix of a block, as `validated_decision` says, or if a
+    mean density is out of reach; and a ProfileError if the profile lacks an expert or its base.
     """
     sizes = {
         module: prod(tensors[checkpoint_tensor(module, tensors)])

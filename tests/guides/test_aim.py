@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lewis_hub.calibration.summaries import evenness
-from lewis_hub.guides.aim import OMEGA, aim
+from lewis_hub.guides.baselines import OMEGA, aim
 from lewis_hub.guides.registry import Decision, Measurements, find
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lewis_hub.calibration.summaries import FAR, outlier_ratios
-from lewis_hub.guides.owl import owl
+from lewis_hub.guides.baselines import owl
 from lewis_hub.guides.registry import Measurements, find
 
 Q, DOWN = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.down_proj"
