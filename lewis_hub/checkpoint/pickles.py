@@ -30,7 +30,6 @@ from lewis_hub.errors import PickleError
 from lewis_hub.files import sha256_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -114,7 +113,7 @@ def _tensors(where: str, loaded: object) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(name, str) or not name.isprintable() or not plain:
             problem = f"it contains {str(name)!r}, which is not a named dense tensor"
             raise PickleError(where, problem, UNSAFE)
-        if tensor.is_quantized or tensor.dtype not in _dtypes():
+        if tensor.is_quantized or tensor.dtype not in torch_dtypes().values():
             problem = f"it contains `{name}` as {tensor.dtype}, which is not read"
             raise PickleError(where, problem, "Use the model in bfloat16, float16 or float32.")
         yield name, tensor.detach()
@@ -139,7 +138,7 @@ def _second_copies(tensors: Mapping[str, Tensor], *, ties: bool | None) -> set[s
 
 
 def _layout(file: str, state_dict: Mapping[str, Tensor], dropped: set[str]) -> ShardLayout:
-    dtypes = _dtypes()
+    dtypes = {dtype: name for name, dtype in torch_dtypes().items()}
     outputs = [
         OutputTensor(name, dtypes[tensor.dtype], tuple(tensor.shape))
         for name, tensor in state_dict.items()
@@ -160,7 +159,3 @@ def _write(
             writer.complete(start, start + output_tensor.n_bytes)
             advance(output_tensor.n_bytes)
         return WrittenFile(layout.name, writer.finish(), layout.n_bytes)
-
-
-def _dtypes() -> dict[torch.dtype, str]:
-    return {dtype: name for name, dtype in torch_dtypes().items()}

@@ -261,12 +261,6 @@ def absolute_locations(locations: Locations) -> Locations:
     }
 
 
-def missing_folders(locations: Locations) -> list[Path]:
-    """The local folders that this machine does not have."""
-    folders = (location for location in locations.values() if isinstance(location, Path))
-    return [folder for folder in folders if not folder.is_dir()]
-
-
 def _stored_parts(part: object) -> Iterator[TensorHeader]:
     """The stored tensors that a quantised tensor is computed from."""
     if isinstance(part, TensorHeader):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lewis_hub.checkpoint.header import torch_dtypes
-from lewis_hub.checkpoint.ranges import Locations, SourceFiles, absolute_locations, missing_folders
+from lewis_hub.checkpoint.ranges import Locations, SourceFiles, absolute_locations
 from lewis_hub.checkpoint.reader import INDEX, read_tensor
 from lewis_hub.checkpoint.writer import ShardLayout, ShardWriter, index_document
 from lewis_hub.display import Advance
@@ -282,10 +282,11 @@ def _make_shard(
 def _make_on_worker(
     locations: Locations, output: Path, backend: Backend, plan: ShardPlan
 ) -> ShardResult:
-    for folder in missing_folders({**locations, "output": output}):
-        problem = f"the worker on {socket.gethostname()} does not see {folder}"
-        remedy = "Keep sources and output where all machines mount them under the same path."
-        raise MergeError("runner `ray`", problem, remedy)
+    for folder in (*locations.values(), output):
+        if isinstance(folder, Path) and not folder.is_dir():
+            problem = f"the worker on {socket.gethostname()} does not see {folder}"
+            remedy = "Keep sources and output where all machines mount them under the same path."
+            raise MergeError("runner `ray`", problem, remedy)
     backend = replace(backend, runner=threads(cpus_of_this_task()))
     with open_files([plan], locations, output / f"{RANGES}-{plan.layout.name}") as files:
         return _make_shard(plan, files, output, backend, lambda _: None)
