@@ -25,11 +25,7 @@ def write_document(document: Mapping[str, Any]) -> str:
 
 
 def read_document(text: str, file: str, kind: type[Document]) -> Document:
-    """Parse a document.
-
-    A ProfileError refuses what is not JSON or has another version, and a field that is missing or
-    has another type.
-    """
+    """Parse a document, or refuse its JSON, version or fields with a ProfileError."""
     try:
         version = TypeAdapter(_Versioned).validate_json(text, strict=True).version
         if version != VERSION:

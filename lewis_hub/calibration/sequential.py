@@ -318,10 +318,7 @@ def paired_moments(
 def own_moments(
     texts: Sequence[BatchState], paths: Iterable[str], widest: int
 ) -> dict[str, LayerMoments]:
-    """Moments of an expert's own inputs, of those of the Linears at `paths` that a token reaches.
-
-    Raises as `block_sums` does.
-    """
+    """Moments of an expert's own inputs, for the Linears at `paths` that a token reaches."""
     modules = {path: _linear(texts[0], path) for path in paths}
     statistic = partial(grams.second_moments, widest=widest)
     [totals] = block_sums(texts, modules, [statistic], lambda state: state.run())

@@ -101,11 +101,7 @@ def _matching(module: str, patterns: Mapping[str, Value], default: Value) -> Val
 
 
 def read_config(where: str, text: bytes) -> AdapterConfig:
-    """Read the content of an `adapter_config.json`; messages name it `where`.
-
-    An AdapterError refuses what is no configuration, and settings that this version does not
-    compute.
-    """
+    """Read an `adapter_config.json`, or refuse it with an AdapterError that names it `where`."""
     try:
         settings = {k: value for k, value in json.loads(text).items() if value is not None}
     except (ValueError, RecursionError, AttributeError):

@@ -146,10 +146,7 @@ class SourceFiles:
             self._send()
 
     def read(self, source: str, file: str, start: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of a remote file from `start` on, once they are fetched.
-
-        The error of a failed fetch is raised here.
-        """
+        """Fill `into` with bytes of a remote file from `start` on, or raise the fetch's error."""
         into = into.cast("B")
         while into.nbytes:
             request = self._fetched(source, file, start)

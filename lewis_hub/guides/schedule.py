@@ -257,8 +257,8 @@ def schedule(  # noqa: PLR0913
     modules that a guide leaves out. `experts` are the pinned sources in the recipe's order, which
     is that of the `profile`; `tensors` are name -> shape of the base checkpoint.
 
-    It is a GuideError if no tensor is a matrix of a block, as `validated_decision` says, or if a
-    mean density is out of reach; and a ProfileError if the profile lacks an expert or its base.
+    A GuideError says that no tensor is a matrix of a block, that a decision is refused, or that a
+    mean density is out of reach; a ProfileError, that the profile lacks an expert or its base.
     """
     sizes = {
         module: prod(tensors[checkpoint_tensor(module, tensors)])
