@@ -30,39 +30,30 @@ from lewis_hub.recipe.schema import ModelReference, Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
-from lewis_hub.workflow import evaluate, fetch, report, resolve
+from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
-from lewis_hub.workflow.check import CheckReport, require_fine
+from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.examine import examine
-from lewis_hub.workflow.fetch import ModelLoader
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
-from lewis_hub.workflow.merge import finish_model
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
-from lewis_hub.workflow.verify import Verdict
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A finished merge.
-
-    Attributes:
-        output: its folder; not created if the target repo holds the merge already.
-        gate: the quality gate's verdict on the scores.
-        published: the merge in the target repo, if it is this merge.
-    """
+    """A finished merge."""
 
     status: Literal["merged", "unchanged"]
-    output: Path
+    output: Path  # its folder; not created if the target repo holds the merge already
     scores: Scores | None
-    gate: GateVerdict | None = None
-    published: Published | None = None
+    gate: GateVerdict | None = None  # the quality gate's verdict on the scores
+    published: Published | None = None  # the merge in the target repo, if it is this merge
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -117,19 +108,6 @@ def check(
         remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
         notes.append(f"{error.where}: {error.problem}. {remedy}")
     return replace(result, problems=problems, notes=tuple(notes))
-
-
-def require_mergeable(
-    recipe: Recipe,
-    *,
-    is_streamed: bool = False,
-    allow_pickle: bool = False,
-    max_memory_bytes: int | None = None,
-) -> None:
-    """Refuse a merge that `check` finds problems of, before it is sent to another machine."""
-    if is_streamed:
-        resolve.require_streamable(recipe)
-    require_fine(check(recipe, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes))
 
 
 def calibrate(
@@ -236,7 +214,7 @@ def merge_models(
         sink = FolderSink(work, target, api, progress)
         files, scored = run(job, sink, api, progress)
         scores, gate = (scored.scores, scored.gate) if scored else (None, None)
-        return Merged("merged", sink.finish(files), scores, gate)
+        return Merged("merged", work.finish(files), scores, gate)
 
 
 def _made_before(
@@ -319,7 +297,7 @@ def run(
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
         locations = {**files.locations, **gathered.folders}
         shards = sink.write(planned, locations, job.means)
-        merged = finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
+        merged = merge.finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
     scored = None
     if job.evaluation and tasks:
         maker = evaluate.TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
@@ -336,7 +314,7 @@ def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progre
 
 
 def _measure(
-    job: MergeJob, sets: Sets, loader: ModelLoader, sink: Sink, costs: Costs
+    job: MergeJob, sets: Sets, loader: fetch.ModelLoader, sink: Sink, costs: Costs
 ) -> tuple[Guided | None, Gathered]:
     """Measure the sources on the texts, for the guide and for second moments."""
     guidance, gathered, counts = None, Gathered(), loader.files.count_bytes
@@ -362,7 +340,7 @@ def verify(
     *,
     rebuild: bool = False,
     public_key: Path | None = None,
-) -> Verdict:
+) -> verification.Verdict:
     """Compare a merged model with its lock; the model is not run or loaded.
 
     Args:

@@ -72,6 +72,8 @@ def _checked_request(
     The options of the running command apply to the check as they do to the Job.
     """
     from lewis_hub import pipeline
+    from lewis_hub.workflow.check import require_fine
+    from lewis_hub.workflow.resolve import require_streamable
 
     ctx = click.get_current_context()
     request = pipeline.job_request(recipe_file, recipe, job_options(ctx, local), hardware)
@@ -79,12 +81,10 @@ def _checked_request(
     given = ctx.params
     if given.get("no_eval"):
         recipe = recipe.model_copy(update={"evaluate": None})
-    pipeline.require_mergeable(
-        recipe,
-        is_streamed=bool(given.get("stream")),
-        allow_pickle=bool(given.get("allow_pickle")),
-        max_memory_bytes=given.get("max_memory_bytes"),
-    )
+    if given.get("stream"):
+        require_streamable(recipe)
+    allow_pickle, limit = bool(given.get("allow_pickle")), given.get("max_memory_bytes")
+    require_fine(pipeline.check(recipe, allow_pickle=allow_pickle, max_memory_bytes=limit))
     return request
 
 

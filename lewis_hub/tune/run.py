@@ -43,7 +43,7 @@ from lewis_hub.tune.objective import (
 )
 from lewis_hub.tune.space import Space, axes
 from lewis_hub.tune.study import Trial, Tuner
-from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, Run, score
+from lewis_hub.workflow.evaluate import Candidate, EvaluationPlan, score
 from lewis_hub.workflow.examine import Examined, examine_sources, measurement_of
 from lewis_hub.workflow.fetch import code_files, fetch_whole, require_disk
 from lewis_hub.workflow.job import MergeJob, compile_job
@@ -281,14 +281,14 @@ def score_both(
     from lewis_hub.calibration.model import load_tokenizer
 
     settings, loaded, limit = evaluation.settings, tasks.loaded, evaluation.limit
-    run = Run(loaded, limit, settings, scratch / "scored")
     candidates = [Candidate(label, one.identity, one.folder) for label, one in models.items()]
-    results = dict(score(candidates, run, tasks.progress))
+    kept, progress = scratch / "scored", tasks.progress
+    results = dict(score(candidates, loaded, limit, settings, kept, progress))
     merged = models["merged"].folder  # all have its tokenizer
     chat = chat_of(load_tokenizer(str(merged), "merged")) if settings.chat_template else None
     questions = scored_questions(loaded, limit, chat)
     n_items = len(models) * sum(map(len, questions.values()))
-    with tasks.progress.stage("Scoring right answers", n_items, "items") as advance:
+    with progress.stage("Scoring right answers", n_items, "items") as advance:
         for label, one in models.items():
             lm = load(one.folder, settings)
             scored = dict(results[label].tasks)

@@ -263,16 +263,12 @@ def _task_vector_sizes(
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A finished calibration: a folder with the profile, the schedule and their plots.
-
-    Attributes:
-        sizes: tensor -> number of parameters, of the merge.
-    """
+    """A finished calibration: a folder with the profile, the schedule and their plots."""
 
     output: Path
     profile: ImportanceProfile | None
     schedule: DensitySchedule
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int]  # tensor -> number of parameters, of the merge
 
     @property
     def table(self) -> TextTable:

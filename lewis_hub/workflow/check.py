@@ -50,27 +50,19 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The result of a check: problems, notes, and the resources of the merge.
-
-    Attributes:
-        problems: reasons why the merge cannot run; empty if it can.
-        notes: facts that a user should know, without an action.
-        download_bytes: size of the files that are not in the cache yet.
-        disk_bytes: peak size of all other files: the merged model, its twins, statistics, sources
-            that are written out to be measured or scored, converted pickles, and `states_bytes`.
-        states_bytes: upper bound for hidden states of calibration texts on the disk; 0 if they
-            fit into memory.
-        memory_bytes: upper bound for the largest step.
-    """
+    """The result of a check: problems, notes, and the resources of the merge."""
 
     sources: tuple[SourceReport, ...]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    download_bytes: int
+    problems: tuple[str, ...]  # reasons why the merge cannot run; empty if it can
+    notes: tuple[str, ...]  # facts that a user should know, without an action
+    download_bytes: int  # size of the files that are not in the cache yet
     output_bytes: int
+    # peak size of all other files: the merged model, its twins, statistics, sources that are
+    # written out to be measured or scored, converted pickles, and `states_bytes`
     disk_bytes: int
+    # upper bound for hidden states of calibration texts on the disk; 0 if they fit into memory
     states_bytes: int
-    memory_bytes: int
+    memory_bytes: int  # upper bound for the largest step
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of `lewis-hub check --json`."""

@@ -49,16 +49,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The evaluation of several models."""
-
-    loaded: LoadedTasks
-    limit: int | None  # number of items of each task, from the first; None: all items
-    settings: EvaluationSettings
-    kept: Path  # folder for results, which later runs use again
-
-
-@dataclass(frozen=True)
 class Scored:
     """The scores of a merge and its rivals, their results by item, and the gate's verdict."""
 
@@ -145,39 +135,45 @@ def score_merge(
         for label, source in evaluation.rivals.items()
     ]
     kept = loader.scratch / "scored"
-    run = Run(tasks.loaded, evaluation.limit, evaluation.settings, kept)
-    results = score([*rivals, *twins], run, loader.progress)
+    models, limit, settings = [*rivals, *twins], evaluation.limit, evaluation.settings
+    results = score(models, tasks.loaded, limit, settings, kept, loader.progress)
     return Scored(compare(results), results)
 
 
 def score(
-    candidates: Sequence[Candidate], run: Run, progress: Progress
+    candidates: Sequence[Candidate],
+    loaded: LoadedTasks,
+    limit: int | None,
+    settings: EvaluationSettings,
+    kept: Path,
+    progress: Progress,
 ) -> Mapping[str, ModelResult]:
-    """Score candidates on the same items; return label -> results."""
-    run.kept.mkdir(parents=True, exist_ok=True)
+    """Score candidates on the same items, or use their results in `kept`; label -> results."""
+    kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    benchmarks = with_prompts(run.loaded, run.limit)
-    files = {candidate.label: run.kept / _file_name(candidate, run) for candidate in candidates}
+    benchmarks = with_prompts(loaded, limit)
+    files = {one.label: kept / _file_name(one, loaded, limit, settings) for one in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
     with progress.stage("Evaluating", n_new * benchmarks.n_requests, "items") as advance:
         for candidate in candidates:
             file = files[candidate.label]
             if not file.exists():
-                result = evaluate_model(candidate.folder, benchmarks, run.settings, advance)
+                result = evaluate_model(candidate.folder, benchmarks, settings, advance)
                 write_whole(file, result.to_json())
             results[candidate.label] = ModelResult.from_json(file.read_text(encoding="utf-8"))
     return results
 
 
-def _file_name(candidate: Candidate, run: Run) -> str:
+def _file_name(
+    candidate: Candidate, loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
+) -> str:
     """Return a name by model, tasks, the user's task files, data, settings and lm-eval version."""
-    selected, commits = run.loaded.selection, run.loaded.commits
-    own = selected.include
+    selected, own = loaded.selection, loaded.selection.include
     files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
     texts = {str(file.relative_to(own)): sha256_of(file) for file in files} if own else {}
-    facts = [candidate.identity, selected.names, texts, run.limit, vars(run.settings)]
-    document = json.dumps([*facts, sorted(commits.values()), version("lm_eval")])
+    facts = [candidate.identity, selected.names, texts, limit, vars(settings)]
+    document = json.dumps([*facts, sorted(loaded.commits.values()), version("lm_eval")])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
 
 

@@ -30,8 +30,7 @@ from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
-from lewis_hub.workflow import examine, resolve, resources
-from lewis_hub.workflow.calibrate import GuideSettings
+from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
 from lewis_hub.workflow.examine import Examined, examine_sources
@@ -39,7 +38,6 @@ from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, new_dtype, stack_config
 from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
-from lewis_hub.workflow.resolve import Inputs
 from lewis_hub.workflow.resources import DiskNeeds, Execution
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
@@ -52,7 +50,7 @@ class MergeJob:
     report: CheckReport
     sources: MergeSources
     texts: TextSettings
-    guide: GuideSettings | None  # None: densities come from the recipe's settings
+    guide: calibrate.GuideSettings | None  # None: densities come from the recipe's settings
     statistics: StatisticsSettings | None  # None: the method needs no second moments
     plan: PlanSettings
     sidecars: SidecarSettings
@@ -113,7 +111,7 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 
 
 def planned_lock(
-    recipe: Recipe, inputs: Inputs, max_shard_bytes: int, pinned: resolve.RecipeSnapshot
+    recipe: Recipe, inputs: resolve.Inputs, max_shard_bytes: int, pinned: resolve.RecipeSnapshot
 ) -> Lock:
     """Return the lock of a planned merge, without outputs and calibration rows."""
     guide = guides.find(recipe.guide.name) if recipe.guide else None
@@ -185,12 +183,12 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
 
 def _guide_settings(
     recipe: Recipe, sources: MergeSources, measurement: resources.Measurement, plan: PlanSettings
-) -> GuideSettings | None:
+) -> calibrate.GuideSettings | None:
     entry, guide = recipe.guide, measurement.guide
     if entry is None or guide is None or sources.base is None:
         return None
     texts = entry.calibration
-    return GuideSettings(
+    return calibrate.GuideSettings(
         guide=guide,
         base=sources.base,
         experts=sources.experts,
@@ -263,7 +261,7 @@ def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
         return None
 
 
-def _stacked_blocks(recipe: Recipe, inputs: Inputs) -> tuple[StackedBlocks, ...]:
+def _stacked_blocks(recipe: Recipe, inputs: resolve.Inputs) -> tuple[StackedBlocks, ...]:
     """Return the blocks of a stack and their sources, for the card."""
     sources, rows, first = resolve.by_reference(recipe, inputs.base, inputs.experts), [], 0
     takes_base = registry.find(recipe.merge_method).takes_base

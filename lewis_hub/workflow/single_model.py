@@ -31,18 +31,14 @@ from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
 from lewis_hub.report.plots import draw as draw_plots
-from lewis_hub.workflow import fetch, resolve, resources
+from lewis_hub.workflow import check, examine, fetch, job, resolve, resources, verify
 from lewis_hub.workflow.calibrate import known_profile
-from lewis_hub.workflow.check import settle
-from lewis_hub.workflow.evaluate import CARD, Candidate, Run, score
-from lewis_hub.workflow.examine import task_selection
+from lewis_hub.workflow.evaluate import CARD, Candidate, score
 from lewis_hub.workflow.fetch import fetch_whole
-from lewis_hub.workflow.job import planned_lock
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
-from lewis_hub.workflow.verify import read_lock
 
 if TYPE_CHECKING:
     from lewis_hub.merge.task_vectors import Extracted
@@ -85,7 +81,7 @@ def evaluate_model(
     execution.require_usable()
     api = hub_api()
     source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
-    selected = task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
+    selected = examine.task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     locate_tasks(selected)
     whole = source
     if source.is_pickled:
@@ -102,8 +98,8 @@ def evaluate_model(
         candidate = Candidate(source.pinned, source.commit_sha, folder)
         tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
         how = EvaluationSettings(device=execution.device, chat_template=asked.chat_template)
-        run = Run(tasks.loaded, asked.limit, how, Path(scratch))
-        return compare(score([candidate], run, progress))
+        kept = Path(scratch)
+        return compare(score([candidate], tasks.loaded, asked.limit, how, kept, progress))
 
 
 def _in_working_folder(name: str) -> str:
@@ -171,7 +167,7 @@ def _fitting(base: OpenedSource, expert: OpenedSource) -> list[Checkpoint]:
     """Return the headers of base and expert, which must fit each other."""
     if refused := [model.problem for model in (base, expert) if model.problem]:
         raise ExtractionError(tuple(refused))
-    headers = [one.checkpoint for one in settle(MergeSources(base, (expert,))).models]
+    headers = [one.checkpoint for one in check.settle(MergeSources(base, (expert,))).models]
     if misfits := compare_checkpoints(headers[0], headers[1:]):
         remedy = "Name the base that it was fine-tuned from."
         raise ExtractionError(tuple(f"{m.source} {m.problem}. {remedy}" for m in misfits))
@@ -313,28 +309,27 @@ def diff_merges(before: Path | str, after: Path | str) -> tuple[str, ...]:
         >>> lewis_hub.diff_merges(recipe, again)
         ('seed: 42 → 7',)
     """
-    api, old, new = hub_api(), _recipe(before), _recipe(after)
-    if old and new:
-        return tuple(recipe_differences(_told(old), _told(new)))
-    if old:
-        made = _made(after, api)
-        return differences(_planned(old, made, api), made)
-    made = _made(before, api)
-    return differences(made, _planned(new, made, api) if new else _made(after, api))
+    api = hub_api()
+    old, new = _recipe_or_lock(before, api), _recipe_or_lock(after, api)
+    if isinstance(old, Recipe):
+        if isinstance(new, Recipe):
+            return tuple(recipe_differences(_told(old), _told(new)))
+        old = _planned(old, new, api)
+    elif isinstance(new, Recipe):
+        new = _planned(new, old, api)
+    return differences(old, new)
 
 
-def _recipe(name: Path | str) -> Recipe | None:
-    return resolve.read_recipe(name) if Path(name).suffix in RECIPES else None
+def _recipe_or_lock(name: Path | str, api: HfApi) -> Recipe | Lock:
+    if Path(name).suffix in RECIPES:
+        return resolve.read_recipe(name)
+    return verify.read_lock(resolve_one(name, api), api)
 
 
 def _told(recipe: Recipe) -> dict[str, object]:
     return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def _made(name: Path | str, api: HfApi) -> Lock:
-    return read_lock(resolve_one(name, api), api)
-
-
 def _planned(recipe: Recipe, like: Lock, api: HfApi) -> Lock:
     inputs = resolve_inputs(recipe, api, allow_pickle=True)
-    return planned_lock(recipe, inputs, like.max_shard_bytes, resolve.snapshot(recipe, inputs))
+    return job.planned_lock(recipe, inputs, like.max_shard_bytes, resolve.snapshot(recipe, inputs))

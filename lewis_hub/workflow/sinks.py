@@ -66,10 +66,6 @@ class FolderSink:
         """Write the shards into the folder."""
         return write_weights(planned, locations, self.folder, means, self.progress)
 
-    def finish(self, files: Sequence[str]) -> Path:
-        """Give the folder its name and return it; `files`: paths of all files of the model."""
-        return self.work.finish(files)
-
 
 @dataclass
 class HubSink:

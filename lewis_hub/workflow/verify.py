@@ -174,17 +174,12 @@ PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of a verification.
-
-    Attributes:
-        problems: files that differ from the lock; empty if all files match.
-        n_files: number of compared files.
-        signature: `unchecked` without a key; otherwise whether it is valid.
-    """
+    """The result of a verification."""
 
     lock: Lock
-    problems: tuple[str, ...]
-    n_files: int
+    problems: tuple[str, ...]  # files that differ from the lock; empty if all files match
+    n_files: int  # number of compared files
+    # `unchecked` without a key; otherwise whether it is valid
     signature: Literal["none", "unchecked", "holds", "broken"]
 
     def __repr__(self) -> str:
@@ -262,7 +257,11 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
     merge, and plots differ between library versions. Weight files in `alike` count as equal.
     """
     locked, again = (
-        {path: file.sha256 for path, file in one.outputs.items() if _is_loaded(path)}
+        {
+            path: file.sha256
+            for path, file in one.outputs.items()
+            if not path.startswith("lewis/") and path != MERGEKIT
+        }
         for one in (lock, made)
     )
     return tuple(
@@ -299,10 +298,6 @@ def _is_alike(rebuilt: Tensor, stored: Tensor, dtype: str) -> bool:
         return rebuilt.equal(stored)
     kind = torch_dtypes()[dtype]
     return within_tolerance(rebuilt.to(kind), stored.to(kind))
-
-
-def _is_loaded(path: str) -> bool:
-    return not path.startswith("lewis/") and path != MERGEKIT
 
 
 def _may_be_added(path: str) -> bool:
