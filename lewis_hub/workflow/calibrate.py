@@ -7,31 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lewis_hub.calibration import profile as profiles
 from lewis_hub.calibration.grams import GramRequest
-from lewis_hub.calibration.profile import (
-    OF_PAIRS,
-    OF_WHOLE_MODELS,
-    WITHOUT_TEXTS,
-    ImportanceProfile,
-    Measure,
-    SourceImportance,
-    reusable,
-)
+from lewis_hub.calibration.profile import ImportanceProfile, Measure, SourceImportance
 from lewis_hub.calibration.subject import Snapshot, Subject, missing
 from lewis_hub.checkpoint.ranges import SourceFiles, SourceTensor
 from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import ProfileError, RecipeError
 from lewis_hub.files import write_whole
+from lewis_hub.guides import schedule as schedules
 from lewis_hub.guides.registry import RegisteredGuide
-from lewis_hub.guides.schedule import (
-    Bounds,
-    DensitySchedule,
-    Use,
-    block_matrices,
-    checkpoint_tensor,
-    schedule,
-    weighted_mean,
-)
+from lewis_hub.guides.schedule import Bounds, DensitySchedule, Use, schedule
 from lewis_hub.merge.runners import Ray, threads
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.profiles import short_name
@@ -95,7 +81,7 @@ def _subjects(
 
     A measure of pairs only has the experts, each compared with the base.
     """
-    base, is_of_pairs = settings.base, measure in OF_PAIRS
+    base, is_of_pairs = settings.base, measure in profiles.OF_PAIRS
     facts = {"base": base.digest} if is_of_pairs else {}
     sets = [texts.measured(measure, **facts) for texts in sets]
     subjects: list[Subject] = []
@@ -124,7 +110,7 @@ def _measure(
         write_whole(stores[0], replace(now, sources=(*entries, *now.sources)).to_json())
 
     for measure in settings.guide.needs:
-        if measure in WITHOUT_TEXTS:
+        if measure in profiles.WITHOUT_TEXTS:
             measured: tuple[SourceImportance, ...] = ()
             for one in measure_task_vectors(settings, loader, known):
                 measured = (*measured, one)
@@ -170,7 +156,7 @@ def require_by_ranges(
     unknown = [
         subject.source
         for measure in settings.guide.needs
-        if measure in OF_WHOLE_MODELS
+        if measure in profiles.OF_WHOLE_MODELS
         for subject in missing(_subjects(settings, sets, loader, measure), known)
     ]
     if unknown:
@@ -185,11 +171,11 @@ def require_by_ranges(
 
 
 def _known(settings: GuideSettings, stores: Sequence[Path]) -> ImportanceProfile:
-    profiles = [profile for path in stores if (profile := known_profile(path))]
+    found = [profile for path in stores if (profile := known_profile(path))]
     return ImportanceProfile(
         settings.guide.name,
         settings.calibration,
-        tuple(entry for profile in profiles for entry in profile.sources),
+        tuple(entry for profile in found for entry in profile.sources),
     )
 
 
@@ -208,9 +194,9 @@ def measure_task_vectors(
     base = settings.base
     facts = {"measure": "task_vector", "base": base.digest}
     tensors = base.checkpoint.tensors
-    matrices = block_matrices({name: tensor.shape for name, tensor in tensors.items()})
+    matrices = schedules.block_matrices({name: tensor.shape for name, tensor in tensors.items()})
     for expert in settings.experts:
-        entry = reusable(known, expert.digest, facts)
+        entry = profiles.reusable(known, expert.digest, facts)
         if entry and entry.modules.keys() == set(matrices):  # versions may differ in their matrices
             modules = entry.modules
         else:
@@ -226,7 +212,7 @@ def _task_vector_sizes(
     from lewis_hub.merge.task_vectors import relative_changes
 
     first, second = base.checkpoint, expert.checkpoint
-    modules = {checkpoint_tensor(module, first.tensors): module for module in matrices}
+    modules = {schedules.checkpoint_tensor(module, first.tensors): module for module in matrices}
     tensors = list(modules)
     n_elements = sum(first.tensors[name].n_elements for name in tensors)
     steps = [
@@ -281,7 +267,7 @@ class Calibrated:
             densities = expert.tensors or expert.weights
             top = max(densities, key=lambda name: densities[name], default="-")
             values = densities.values()
-            mean = weighted_mean(densities, self.sizes) if values else 0.0
+            mean = schedules.weighted_mean(densities, self.sizes) if values else 0.0
             numbers = (mean, min(values, default=0.0), max(values, default=0.0))
             cells = (str(len(values)), *(f"{number:.3f}" for number in numbers))
             rows.append((short_name(expert.source), top.removesuffix(".weight"), *cells))

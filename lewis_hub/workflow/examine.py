@@ -23,17 +23,11 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
 from lewis_hub.workflow import check, resources, tokenizers
+from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, stack_config, stack_headers
-from lewis_hub.workflow.open import (
-    MergeSources,
-    OpenedSource,
-    adapter_notes,
-    open_sources,
-    pickle_notes,
-    quantised_notes,
-)
+from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import (
     Inputs,
     by_reference,
@@ -343,9 +337,9 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
             return Path(recipe.locate(name)).resolve() == folder.resolve()
         return name == donor.name
 
-    notes += adapter_notes(sources, is_base)
-    notes += quantised_notes(sources, recipe.output_dtype)
-    notes += pickle_notes(sources)
+    notes += opening.adapter_notes(sources, is_base)
+    notes += opening.quantised_notes(sources, recipe.output_dtype)
+    notes += opening.pickle_notes(sources)
     notes += resources.loading_notes(measurement, sources, workload.loading, scores=workload.scores)
     if sources.are_read and recipe.missing == "base":  # tensors that are kept out of the merge
         first, *others = (one.checkpoint for one in sources.models)

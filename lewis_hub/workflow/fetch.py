@@ -21,16 +21,8 @@ from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Progress
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
-from lewis_hub.hub.fetch import (
-    CODE_FILES,
-    SIDECAR_FILES,
-    ByteCounter,
-    RemoteFiles,
-    bytes_to_download,
-    fetch,
-    read_small,
-    weight_files,
-)
+from lewis_hub.hub import fetch as hub_fetch
+from lewis_hub.hub.fetch import bytes_to_download, fetch, read_small, weight_files
 from lewis_hub.hub.source import Source, SourceFile, cache_root
 from lewis_hub.merge.plan import MergeSettings, MergeSource, make_plan
 from lewis_hub.merge.runners import Backend
@@ -55,12 +47,12 @@ class FetchedSources:
 
 def small_files(api: HfApi, source: Source) -> Path:
     """Fetch configuration and tokenizer; return their folder."""
-    return fetch(api, source, lambda _: None, only=SIDECAR_FILES)
+    return fetch(api, source, lambda _: None, only=hub_fetch.SIDECAR_FILES)
 
 
 def code_files(api: HfApi, source: Source) -> None:
     """Fetch the Python files of a source."""
-    fetch(api, source, lambda _: None, only=CODE_FILES)
+    fetch(api, source, lambda _: None, only=hub_fetch.CODE_FILES)
 
 
 def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
@@ -80,13 +72,13 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
     """Fetch small files; weights that are not in the cache are read by byte ranges."""
     folders: dict[str, Path] = {}
     locations: dict[str, Location] = {}
-    counts: list[ByteCounter] = []
+    counts: list[hub_fetch.ByteCounter] = []
     for source in dict.fromkeys(sources):
         folders[source.pinned] = small_files(api, source)
         if bytes_to_download(api, source) == 0:
             locations[source.pinned] = fetch(api, source, lambda _: None)
         else:
-            files = RemoteFiles(source, api.endpoint)
+            files = hub_fetch.RemoteFiles(source, api.endpoint)
             locations[source.pinned] = files.fetch
             counts.append(files.received)
     return FetchedSources(

@@ -18,19 +18,11 @@ from lewis_hub.errors import GateRefusedError, OutputError
 from lewis_hub.evaluate.gate import FILE, GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
+from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
-from lewis_hub.hub.publish import (
-    Additions,
-    Publication,
-    Published,
-    PushedCommit,
-    folder_bytes,
-    matches_folder,
-    publish,
-    publish_tag,
-)
+from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.target import Target, open_pull_requests, open_target, read_target
 from lewis_hub.recipe.schema import Publishing
@@ -164,7 +156,8 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
     commit = _commit_with(planned, asked, destination.previous, api)
     if commit is None:
         return None
-    return publish_tag(api, asked.repo, commit, None if commit.pull_request_url else asked.tag)
+    tag = None if commit.pull_request_url else asked.tag
+    return hub_publish.publish_tag(api, asked.repo, commit, tag)
 
 
 def _commit_with(
@@ -188,7 +181,7 @@ def is_published(folder: Path, destination: Destination, api: HfApi) -> bool:
     """Return whether the target repo holds every file of a folder, so that it may be replaced."""
     previous = destination.previous
     same = previous is not None and lock_in(folder) == previous.lock
-    return same and matches_folder(api, folder, destination.target)
+    return same and hub_publish.matches_folder(api, folder, destination.target)
 
 
 def push(
@@ -222,7 +215,7 @@ def push(
         private=asked.private,
         expected_parent=destination.target.head,
     )
-    with progress.stage("Publishing", folder_bytes(folder), "bytes") as advance:
+    with progress.stage("Publishing", hub_publish.folder_bytes(folder), "bytes") as advance:
         return publish(api, folder, asked.repo, publication, advance, sent)
 
 

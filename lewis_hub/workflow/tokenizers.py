@@ -10,29 +10,13 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from lewis_hub import tokenizer
 from lewis_hub.errors import TokenizerError
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.alignment import Alignment, Override, by_row, by_token, rows_of, token_tensors
 from lewis_hub.merge.sidecars import TokenizerFiles
 from lewis_hub.recipe.schema import CHAT_TEMPLATES, ModelToken, TokenEmbedding, Tokenizer
-from lewis_hub.tokenizer import (
-    CONFIG,
-    FILES,
-    OTHER_TEMPLATES,
-    STALE,
-    TEMPLATE_SOURCES,
-    Translation,
-    Vocabulary,
-    disagreement,
-    extended_files,
-    json_object,
-    read_vocabulary,
-    shipped_template,
-    template_files,
-    template_of,
-    translation,
-    unite,
-)
+from lewis_hub.tokenizer import CONFIG, Translation, Vocabulary, disagreement, translation
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 
 FAST = "tokenizer.json"
@@ -57,7 +41,7 @@ class Tokens:
 class TokenizerRequest:
     """The tokenizer settings of a recipe, and the small files of the models that are compared."""
 
-    tokenizer: Tokenizer | None  # None: the tokenizers must agree
+    asked: Tokenizer | None  # None: the tokenizers must agree
     chat_template: str | None  # a name, a model or a text; None or `auto`: unchanged
     named: Mapping[str, OpenedSource]  # the models in these settings, by name
     models: tuple[OpenedSource, ...]  # first the source of the merge's tensors and configuration
@@ -99,11 +83,11 @@ class TokenizerRequest:
 
     def read_json(self, source: OpenedSource, name: str) -> dict[str, Any]:
         """Read a small JSON file; empty if it is missing."""
-        return json_object(source.name, self.read(source, name), name)
+        return tokenizer.json_object(source.name, self.read(source, name), name)
 
     def vocabulary(self, source: OpenedSource) -> Vocabulary | None:
         """Read a source's vocabulary; None if that would need its code."""
-        return read_vocabulary(source.name, self.read(source, *FILES))
+        return tokenizer.read_vocabulary(source.name, self.read(source, *tokenizer.FILES))
 
 
 def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
@@ -121,7 +105,7 @@ def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
     vocabularies = _vocabularies(sources)
     others = [vocabularies[s.pinned] for s in sources.models] if asked.source == "union" else []
     start = vocabularies[named.pinned]
-    merged = unite(start, others, tuple(asked.tokens))
+    merged = tokenizer.unite(start, others, tuple(asked.tokens))
     n_rows = sources.rows(named)
     if asked.pad_to_multiple_of:
         n_rows = -(-merged.n_rows // asked.pad_to_multiple_of) * asked.pad_to_multiple_of
@@ -136,8 +120,8 @@ def _assembled(asked: Tokenizer, sources: TokenizerRequest) -> Tokens:
         if (override := _override(sources, vocabularies, token, one))
     }
     if merged is not start:
-        written = extended_files(merged, sources.read_json(named, CONFIG))
-        carried = replace(carried, written=written, dropped=STALE)
+        written = tokenizer.extended_files(merged, sources.read_json(named, CONFIG))
+        carried = replace(carried, written=written, dropped=tokenizer.STALE)
     ours = vocabularies[base.pinned]
     translations = {
         source.pinned: translation(ours, vocabularies[source.pinned], sources.rows(source))
@@ -217,7 +201,7 @@ def _with_ids(
 def compare_tokenizers(request: TokenizerRequest) -> Tokens:
     """Compare the tokenizers of sources, and decide on the tokenizer of the merge."""
     try:
-        asked = request.tokenizer
+        asked = request.asked
         return _with_template(_assembled(asked, request) if asked else _agreeing(request), request)
     except TokenizerError as error:
         return Tokens(problems=(str(error),))
@@ -271,9 +255,9 @@ def _with_template(found: Tokens, sources: TokenizerRequest) -> Tokens:
     asked = sources.chat_template
     if asked is None or asked == "auto":
         return found
-    text = shipped_template(asked) if asked in CHAT_TEMPLATES else asked
+    text = tokenizer.shipped_template(asked) if asked in CHAT_TEMPLATES else asked
     if source := sources.named.get(asked):
-        own = template_of(source.name, sources.read(source, *TEMPLATE_SOURCES))
+        own = tokenizer.template_of(source.name, sources.read(source, *tokenizer.TEMPLATE_SOURCES))
         if own is None:
             problem, remedy = "has no chat template", "Name a model that has one, or give its text."
             raise TokenizerError("chat_template", f"{source.name} {problem}", remedy)
@@ -282,8 +266,8 @@ def _with_template(found: Tokens, sources: TokenizerRequest) -> Tokens:
     donor = next(s for s in sources.models if s.pinned == carried.source)
     changed = carried.written.get(CONFIG)
     config = json.loads(changed) if changed else sources.read_json(donor, CONFIG)
-    written = {**carried.written, **template_files(text, config)}
-    dropped = (*carried.dropped, *OTHER_TEMPLATES)
+    written = {**carried.written, **tokenizer.template_files(text, config)}
+    dropped = (*carried.dropped, *tokenizer.OTHER_TEMPLATES)
     return replace(found, carried=replace(carried, written=written, dropped=dropped))
 
 
