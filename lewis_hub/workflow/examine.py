@@ -22,20 +22,13 @@ from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
-from lewis_hub.workflow import check, resources, tokenizers
+from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
 from lewis_hub.workflow.merge import PlanSettings, merge_slices, stack_config, stack_headers
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
-from lewis_hub.workflow.resolve import (
-    Inputs,
-    by_reference,
-    calibrations_of,
-    merged_entries,
-    needs_moments,
-    resolve_inputs,
-)
+from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
 from lewis_hub.workflow.tokenizers import TokenizerRequest, Tokens
 
@@ -49,7 +42,7 @@ def measurement_of(recipe: Recipe) -> Measurement:
         widest = WIDEST if solved else DIAGONAL  # a trim needs only the diagonal
         moments = resources.MomentSettings(widest, solved, fits_in_sequence(recipe))
     on_texts = moments is not None or (guide is not None and guide.needs_texts)
-    return Measurement(guide, moments, calibrations_of(recipe) if on_texts else ())
+    return Measurement(guide, moments, resolve.calibrations_of(recipe) if on_texts else ())
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def examine_sources(
     Everything that can be checked without pickled weights is checked before they are converted.
     """
     execution.require_usable()
-    inputs = resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
+    inputs = resolve.resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     pickled = tuple(dict.fromkeys(source for source in inputs.models if source.is_pickled))
     if pickled:
         check.require_fine(examine(recipe, replace(execution, allow_code=True), inputs, api).report)

@@ -14,28 +14,13 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError
 from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.merge import plan as plans
+from lewis_hub.merge import slices as stacks
 from lewis_hub.merge.engine import ShardResult, run, tensors_in_memory
-from lewis_hub.merge.plan import (
-    Fitted,
-    MergePlan,
-    MergeSettings,
-    MergeSource,
-    Schedule,
-    Statistics,
-    make_plan,
-    with_statistics,
-)
+from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Statistics, make_plan
 from lewis_hub.merge.runners import Backend, Ray, threads
 from lewis_hub.merge.sidecars import SidecarSettings
-from lewis_hub.merge.slices import (
-    Blocks,
-    MergeSlice,
-    Model,
-    StackSettings,
-    count_blocks,
-    make_stacked_plan,
-    stacked_config,
-)
+from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
 from lewis_hub.recipe.schema import ModelReference, Slice, SliceSource
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 
@@ -67,7 +52,7 @@ class PlanSettings:
     allow_nan: bool  # whether NaN and infinity in sources are replaced by the base's values
 
     def plan(
-        self, schedule: DensitySchedule | None, statistics: Sequence[Statistics] | Fitted = ()
+        self, schedule: DensitySchedule | None, statistics: Sequence[Statistics] | plans.Fitted = ()
     ) -> MergePlan:
         """Return the plan: sources and settings of each output tensor.
 
@@ -75,7 +60,7 @@ class PlanSettings:
             schedule: of a guide, for a stack by the names of the output; None: no guide.
             statistics: second moments or fitted matrices, if the method needs them.
         """
-        planned = with_statistics(self._plan(schedule), statistics)
+        planned = plans.with_statistics(self._plan(schedule), statistics)
         return planned.allowing_nan if self.allow_nan else planned
 
     def sizes(self) -> dict[str, int]:
@@ -123,7 +108,7 @@ def output_sizes(planned: MergePlan) -> dict[str, int]:
     return {output.name: output.n_elements for output in outputs}
 
 
-def _densities(schedule: DensitySchedule, names: Callable[[str], Iterable[str]]) -> Schedule:
+def _densities(schedule: DensitySchedule, names: Callable[[str], Iterable[str]]) -> plans.Schedule:
     """Return the density of every tensor, with the default for tensors outside of the guide."""
     return {
         expert.source: {name: expert.density(name) for name in names(expert.source)}
@@ -218,12 +203,12 @@ def merge_slices(
 def stack_config(settings: StackSettings, sources: MergeSources) -> dict[str, Any]:
     """Return the stack's `config.json`."""
     models = {
-        one.pinned: Model(one.pinned, one.config, count_blocks(one.checkpoint))
+        one.pinned: stacks.Model(one.pinned, one.config, stacks.count_blocks(one.checkpoint))
         for one in sources.distinct
     }
     firsts = [one.base or one.experts[0] for one in settings.slices]
     origins = [(models[first.source.label], block) for first in firsts for block in first.numbers]
-    return stacked_config(models[sources.donor.pinned], origins)
+    return stacks.stacked_config(models[sources.donor.pinned], origins)
 
 
 def stack_headers(settings: StackSettings) -> Checkpoint:

@@ -13,21 +13,11 @@ from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.schema import Benchmark, Calibration
-from lewis_hub.report import page
+from lewis_hub.report import cost, page
+from lewis_hub.report import lock as locks
 from lewis_hub.report.card import eval_results, model_card
-from lewis_hub.report.cost import FILE as COSTS
-from lewis_hub.report.cost import Costs, this_machine
 from lewis_hub.report.facts import CardFacts, Guided
-from lewis_hub.report.lock import FILE as LOCK
-from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
-from lewis_hub.report.lock import (
-    Lock,
-    LockedData,
-    LockedInput,
-    OutputFile,
-    can_change_the_result,
-    provenance,
-)
+from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
 from lewis_hub.report.plots import draw
@@ -57,10 +47,10 @@ def write(
     guided: Guided | None,
     gathered: Gathered,
     scored: Scored | None,
-    costs: Costs,
+    costs: cost.Costs,
 ) -> tuple[str, ...]:
     """Write the report; return the paths of all files of the model, relative to its folder."""
-    folder, machine = merged.folder, this_machine(settings.device)
+    folder, machine = merged.folder, cost.this_machine(settings.device)
     (folder / "lewis").mkdir(exist_ok=True)
     guided = write_guidance(folder / "lewis", guided) if guided else None
     outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
@@ -72,8 +62,8 @@ def write(
     calibration = tuple(replace(one, rows=drawn) for one, drawn in data)
     lock = replace(planned, outputs=outputs, calibration=calibration)
     # The lock has no costs, times and verdict, so that equal merges have equal locks.
-    beside = {COSTS: costs.to_json(machine), LOCK: lock.to_json()}
-    beside[PROVENANCE] = provenance(lock, costs.began, datetime.now(UTC))
+    beside = {cost.FILE: costs.to_json(machine), locks.FILE: lock.to_json()}
+    beside[locks.PROVENANCE_FILE] = locks.provenance(lock, costs.began, datetime.now(UTC))
     if scored and scored.gate:
         beside[GATE] = scored.gate.to_json()
     for name, text in beside.items():
@@ -150,7 +140,7 @@ def _write_card(
 
 def locked_input(source: Source, *, is_base: bool) -> LockedInput:
     """Return the entry of a source in the lock."""
-    files = {f.path: f.digest for f in source.files if can_change_the_result(f.path)}
+    files = {f.path: f.digest for f in source.files if locks.can_change_the_result(f.path)}
     role: Literal["base", "expert"] = "base" if is_base else "expert"
     return LockedInput(source.name, role, source.revision, source.commit_sha, files)
 

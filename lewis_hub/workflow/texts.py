@@ -11,15 +11,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from lewis_hub.calibration import texts as calibration_texts
 from lewis_hub.calibration.profile import calibration_facts
 from lewis_hub.calibration.subject import CalibrationSet
-from lewis_hub.calibration.texts import (
-    CalibrationTokens,
-    Template,
-    TextRows,
-    calibration_tokens,
-    template_of,
-)
+from lewis_hub.calibration.texts import CalibrationTokens, Template, TextRows
 from lewis_hub.display import Progress
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
@@ -190,7 +185,7 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
 
     donor, data = settings.tokenizer, settings.data[calibration]
     tokenizer = load_tokenizer(str(small_files(api, donor)), donor.name)
-    template = template_of(calibration, tokenizer)
+    template = calibration_texts.template_of(calibration, tokenizer)
     rows: TextRows
     if isinstance(data, Source):
         source_facts = {"dataset": data.pinned, "dataset_sha": data.commit_sha}
@@ -200,7 +195,7 @@ def draw(settings: TextSettings, calibration: Calibration, api: HfApi, progress:
         selection = replace(data.selection, allow_code=settings.allow_code)
         rows = items.load_rows(selection, calibration.split, data.commits, allow_scored=may_overlap)
         rows = replace(rows, chat=chat_of(tokenizer)) if calibration.chat_template else rows
-    tokens = calibration_tokens(rows, calibration, tokenizer, settings.seed)
+    tokens = calibration_texts.calibration_tokens(rows, calibration, tokenizer, settings.seed)
     drawn = f"{len(tokens.ids):,} texts, {tokens.n_tokens:,} tokens"
     progress.say(f"{calibration.data}: {'; '.join((drawn, *tokens.notes))}.")
     facts = calibration_facts(calibration, source_facts, settings.seed, _tokenizer_digest(donor))
