@@ -79,7 +79,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     """
     if source.local_folder:
         return source.local_folder
-    received = ByteCounter(bytes_to_download(api, source, only), advance)
+    received = ByteCounter(bytes_to_download(source, only), advance)
     if received.total:
         remedy = "set HF_HUB_CACHE to a folder on a larger disk"
         content = f"the files of {source.pinned}"
@@ -99,7 +99,7 @@ def fetch(api: HfApi, source: Source, advance: Advance, only: Sequence[str] | No
     return source.snapshot
 
 
-def bytes_to_download(api: HfApi, source: Source, only: Sequence[str] | None = None) -> int:  # noqa: ARG001
+def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
     """The bytes that `fetch` would download; files and parts that are cached do not count."""
     if source.local_folder:
         return 0

@@ -25,11 +25,7 @@ def refusal(status: int, message: str, code: str | None = None) -> HTTPException
 
 @dataclass(frozen=True)
 class Call:
-    """A request whose body has been read.
-
-    Attributes:
-        parts: the variable parts of the path by name, percent-decoded.
-    """
+    """A request whose body has been read; `parts` of the path are percent-decoded."""
 
     hub: Hub
     request: Request
@@ -50,11 +46,9 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The body, a JSON object."""
         try:
-            document = json.loads(self.body or b"{}")
+            document: dict[str, Any] = json.loads(self.body or b"{}")
         except ValueError:
-            document = None
-        if not isinstance(document, dict):
-            raise refusal(400, "The body must be a JSON object")
+            raise refusal(400, "The body must be a JSON object") from None
         return document
 
     def flag(self, name: str) -> bool:
@@ -125,23 +119,16 @@ class Call:
     def commit(self, repo: Repo, revision: str | None = None) -> Commit:
         """The commit of a revision, by default the path's."""
         revision = revision or self.parts.get("revision", "main")
-        commit = repo.resolve(revision)
-        if commit is None:
-            raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
+        if commit := repo.resolve(revision):
+            return commit
+        raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
 Answer = Callable[[Call], Any]  # a Response, or a value that is sent as JSON
 
 
 def endpoint(hub: Hub, answer: Answer, kind: str = "") -> Callable[[Request], Awaitable[Response]]:
-    """Make a Starlette endpoint from a function of a `Call`.
-
-    Args:
-        hub: the Hub that is called.
-        answer: answers the call; it must be quick, since it runs in the server's event loop.
-        kind: of the repositories below this path; it is added to `Call.parts`.
-    """
+    """Make a Starlette endpoint of a quick function; `kind` of repository is added to `parts`."""
 
     async def answered(request: Request) -> Response:
         body = await request.body()

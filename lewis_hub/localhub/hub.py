@@ -1,4 +1,4 @@
-"""An embedded Hub: its repositories, tokens and faults, and its addresses while it is served.
+"""An embedded Hub: its repositories and tokens, its address, and the faults that tests ask for.
 
 ``users.json`` in the Hub's folder lists tokens: ``[{"token", "user", "role", "namespaces"}]``.
 A fresh folder gets one user who may write in every namespace, with a write and a read token.
@@ -6,15 +6,15 @@ A fresh folder gets one user who may write in every namespace, with a write and 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter
 
-from lewis_hub.localhub.faults import Fault, Faults
 from lewis_hub.localhub.store import Store, replacing
 
 if TYPE_CHECKING:
@@ -22,16 +22,12 @@ if TYPE_CHECKING:
 
 Role = Literal["write", "read"]
 FIRST_USER = "lewis"
+BUFFERED_S = 0.05  # buffers of a real link bridge pauses of the sender of about this length
 
 
 @dataclass(frozen=True)
 class Grant:
-    """The rights of a token.
-
-    Attributes:
-        namespaces: where its user owns repositories; "*" is every namespace, owner/name is one
-            repository.
-    """
+    """The rights of a token; a namespace may be "*" (all) or owner/name (one repository)."""
 
     token: str
     user: str
@@ -46,28 +42,75 @@ class Grant:
 GRANTS = TypeAdapter(list[Grant])
 
 
-class Hub:
-    """A Hub in a folder.
+@dataclass
+class Fault:
+    """A fault of requests whose path and query match, after `skip` that succeed.
 
     Attributes:
-        url: the Hub's address, for ``HF_ENDPOINT``; empty until it is served.
-        storage_url: the other origin, which stores large files.
-        signing_key: signs the addresses of large files.
-        publishers: identity of a CI run -> the repository that it may publish without a token.
-        faults: the faults of requests; `fail` and `faults.delay_s` set them.
+        status: of the answer, sent without carrying out the request; "drop" cuts the connection.
+        after_bytes: number of bytes of the answer's body that still reach the client before "drop"
+            cuts the connection; the request is then carried out. None drops before that.
     """
+
+    path: re.Pattern[str]
+    status: int | Literal["drop"]
+    times: int
+    method: str | None
+    after_bytes: int | None = None
+    skip: int = 0
+
+
+@dataclass
+class Faults:
+    """The faults from now on."""
+
+    pending: list[Fault] = field(default_factory=list)
+    delay_s: float = 0.0  # before every answer
+    bytes_per_s: float | None = None  # shared by all bodies in both directions; None is unlimited
+    busy_until: float = 0.0  # the time on the event loop's clock when the link is free again
+
+    def take(self, method: str, target: str) -> Fault | None:
+        """The fault of a request, counted down; None if the request succeeds."""
+        for fault in self.pending:
+            if fault.method in (None, method) and fault.path.search(target):
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                if fault.times <= 0:
+                    self.pending.remove(fault)
+                return fault
+        return None
+
+    async def transfer(self, n_bytes: int) -> None:
+        """Wait as long as the link needs for these bytes and those that are queued before them."""
+        if self.bytes_per_s and n_bytes:
+            now = asyncio.get_running_loop().time()
+            start = max(self.busy_until, now - BUFFERED_S)
+            self.busy_until = start + n_bytes / self.bytes_per_s
+            await asyncio.sleep(self.busy_until - now)
+
+    def clear(self) -> None:
+        """Remove all faults."""
+        self.pending.clear()
+        self.delay_s, self.bytes_per_s = 0.0, None
+
+
+class Hub:
+    """A Hub in a folder; `url` is its address for ``HF_ENDPOINT``, empty until it is served."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store = Store(root)
-        self.publishers: dict[str, str] = {}
+        self.publishers: dict[str, str] = {}  # identity of a CI run -> the repo that it may write
         self.faults = Faults()
-        self.url = self.storage_url = ""
-        self.signing_key = secrets.token_bytes(32)
-        self.grants: dict[str, Grant] = {}  # by token
-        if self._users.exists():
-            self.grants = {g.token: g for g in GRANTS.validate_json(self._users.read_bytes())}
-        else:
+        self.url = ""
+        self.storage_url = ""  # the other origin, which stores large files
+        self.signing_key = secrets.token_bytes(32)  # for the addresses of large files
+        self.users = root / "users.json"
+        known = GRANTS.validate_json(self.users.read_bytes()) if self.users.exists() else []
+        self.grants = {grant.token: grant for grant in known}
+        if not self.grants:
             self.add_token(f"hf_{secrets.token_hex(16)}", FIRST_USER, "write", ("*",))
             self.add_token(f"hf_{secrets.token_hex(16)}", FIRST_USER, "read", ("*",))
 
@@ -86,10 +129,6 @@ class Hub:
         """The user of `write_token`."""
         return self._first("write").user
 
-    @property
-    def _users(self) -> Path:
-        return self.root / "users.json"
-
     def _first(self, role: Role) -> Grant:
         return next(grant for grant in self.grants.values() if grant.role == role)
 
@@ -104,7 +143,7 @@ class Hub:
     ) -> None:
         """Accept a token, also after a restart; its user owns `namespaces` (by default its own)."""
         self.grants[token] = Grant(token, user, role, namespaces or (user,))
-        with replacing(self._users) as file:  # only the owner's system account may read it
+        with replacing(self.users) as file:  # only the owner's system account may read it
             file.write(GRANTS.dump_json(list(self.grants.values()), indent=2))
 
     def fail(

@@ -38,47 +38,23 @@ UV_WITH_VALUE = ("--with", "--python")
 SPEC = ("dockerImage", "command", "arguments", "environment", "flavor", "labels", "volumes")
 
 
-@dataclass(kw_only=True)
-class Submitted:
-    """What a user of a namespace submitted; `spec` is the request without its secrets."""
+@dataclass
+class Job:
+    """One run of a command: what answers say about it, and the time and text of each line."""
 
-    namespace: str
-    user: str
-    spec: Mapping[str, Any]
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
-    created_at: str = field(default_factory=now)
-
-    def entry(self) -> dict[str, Any]:
-        """What answers say about it."""
-        owner = {"type": "user", "id": object_id(self.namespace), "name": self.namespace}
-        return {"id": self.id, "createdAt": self.created_at, "owner": owner}
-
-    def spec_entry(self) -> dict[str, Any]:
-        """The command and where it runs, for answers."""
-        return {key: self.spec.get(key) for key in SPEC}
-
-
-S = TypeVar("S", bound=Submitted)
-
-
-@dataclass(kw_only=True)
-class Job(Submitted):
-    """One run of a command; `log` has the time and the text of each line."""
-
-    stage: str = "SCHEDULING"
-    message: str | None = None
+    entry: dict[str, Any]
     log: list[tuple[str, str]] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
 
     @property
     def active(self) -> bool:
         """Whether the Job has not ended yet."""
-        return self.stage in ("SCHEDULING", "RUNNING")
+        return self.entry["status"]["stage"] in ("SCHEDULING", "RUNNING")
 
     def enter(self, stage: str, message: str | None = None) -> None:
         """Enter a stage, unless the Job has ended."""
         if self.active:
-            self.stage, self.message = stage, message
+            self.entry["status"] = {"stage": stage, "message": message}
 
     def stop(self, stage: str, message: str | None = None) -> None:
         """Enter a last stage, and end the process with its children."""
@@ -87,30 +63,33 @@ class Job(Submitted):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def entry(self) -> dict[str, Any]:
-        """What answers say about it."""
-        initiator = {"type": "user", "id": object_id(self.user), "name": self.user}
-        status = {"stage": self.stage, "message": self.message}
-        return super().entry() | {"initiator": initiator, "status": status} | self.spec_entry()
+
+@dataclass(frozen=True)
+class Schedule:
+    """A scheduled Job: what answers say about it, who made it, and the request of each run."""
+
+    entry: dict[str, Any]
+    user: str
+    spec: Mapping[str, Any]
 
 
-@dataclass(kw_only=True)
-class Schedule(Submitted):
-    """A scheduled Job, and the Job that it started last."""
+S = TypeVar("S", Job, Schedule)
 
-    cron: str
-    variables: Mapping[str, str]  # the secrets
-    last: Job | None = None
 
-    def entry(self) -> dict[str, Any]:
-        """What answers say about it."""
-        last = {"id": self.last.id, "at": self.last.created_at} if self.last else None
-        run = {"schedule": self.cron, "suspend": False, "concurrency": False}
-        return super().entry() | run | {"jobSpec": self.spec_entry(), "status": {"lastJob": last}}
+def _user(name: str) -> dict[str, str]:
+    return {"type": "user", "id": object_id(name), "name": name}
+
+
+def _new_entry(namespace: str) -> dict[str, Any]:
+    return {"id": secrets.token_hex(12), "createdAt": now(), "owner": _user(namespace)}
+
+
+def _without_secrets(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: spec.get(key) for key in SPEC}
 
 
 class Jobs:
-    """The Jobs, schedules and buckets of a Hub; `close` ends the Jobs that run."""
+    """The Jobs, schedules and buckets of a Hub."""
 
     def __init__(self, root: Path, url: str) -> None:
         self.root, self.url = root, url
@@ -128,27 +107,25 @@ class Jobs:
         bucket = "/api/buckets/{namespace}/{name}"
         return (
             ("POST", jobs, self._run),
-            ("GET", jobs, lambda call: self._entries(call, self.jobs)[::-1]),  # newest first
-            ("GET", jobs + "/{id}", lambda call: self._find(call, self.jobs).entry()),
+            ("GET", jobs, lambda call: _entries(call, self.jobs)[::-1]),  # newest first
+            ("GET", jobs + "/{id}", lambda call: _find(call, self.jobs).entry),
             ("GET", jobs + "/{id}/logs", self._send_log),
             ("POST", jobs + "/{id}/cancel", self._cancel),
             ("POST", schedules, self._schedule),
-            ("GET", schedules, lambda call: self._entries(call, self.schedules)),
+            ("GET", schedules, lambda call: _entries(call, self.schedules)),
             ("DELETE", schedules + "/{id}", self._unschedule),
             ("POST", schedules + "/{id}/run", self._trigger),
             ("POST", bucket, self._create_bucket),
-            ("GET", bucket + "/xet-write-token", _bucket_token),
+            ("GET", bucket + "/xet-write-token", lambda c: files.xet_token(c.store, _writer(c))),
             ("POST", bucket + "/batch", self._fill_bucket),
         )
 
     def _run(self, call: Call) -> dict[str, Any]:
-        grant, spec = _writer(call), call.json()
-        variables = spec.pop("secrets", None) or {}
-        return self._start(call.parts["namespace"], grant.user, spec, variables).entry()
+        return self._start(call.parts["namespace"], _writer(call).user, call.json()).entry
 
     def _send_log(self, call: Call) -> Response:
         """The lines as events, until the Job ends."""
-        job = self._find(call, self.jobs)
+        job = _find(call, self.jobs)
 
         async def events() -> AsyncIterator[str]:
             n_sent = 0
@@ -161,44 +138,33 @@ class Jobs:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     def _cancel(self, call: Call) -> dict[str, Any]:
-        job = self._find(call, self.jobs)
+        job = _find(call, self.jobs)
         job.stop("CANCELED")
-        return job.entry()
+        return job.entry
 
     def _schedule(self, call: Call) -> dict[str, Any]:
-        grant, document = _writer(call), call.json()
-        spec = dict(document.get("jobSpec") or {})
-        made = Schedule(
-            namespace=call.parts["namespace"],
-            user=grant.user,
-            variables=spec.pop("secrets", None) or {},
-            spec=spec,
-            cron=str(document.get("schedule")),
-        )
-        self.schedules[made.id] = made
-        return made.entry()
+        user, document = _writer(call).user, call.json()
+        spec = document.get("jobSpec") or {}
+        entry = _new_entry(call.parts["namespace"]) | {
+            "schedule": str(document.get("schedule")),
+            "suspend": False,
+            "concurrency": False,
+            "jobSpec": _without_secrets(spec),
+            "status": {"lastJob": None},
+        }
+        self.schedules[entry["id"]] = Schedule(entry, user, spec)
+        return entry
 
     def _unschedule(self, call: Call) -> dict[str, Any]:
-        del self.schedules[self._find(call, self.schedules, "Scheduled Job").id]
+        del self.schedules[_find(call, self.schedules, "Scheduled Job").entry["id"]]
         return {}
 
     def _trigger(self, call: Call) -> dict[str, Any]:
         """Run a scheduled Job now, whatever its schedule says."""
-        item = self._find(call, self.schedules, "Scheduled Job")
-        item.last = self._start(item.namespace, item.user, item.spec, item.variables)
-        return item.last.entry()
-
-    def _entries(self, call: Call, known: Mapping[str, Submitted]) -> list[dict[str, Any]]:
-        _writer(call)
-        namespace = call.parts["namespace"]
-        return [item.entry() for item in known.values() if item.namespace == namespace]
-
-    def _find(self, call: Call, known: Mapping[str, S], noun: str = "Job") -> S:
-        _writer(call)
-        item = known.get(call.parts["id"])
-        if item is None or item.namespace != call.parts["namespace"]:
-            raise refusal(404, f"{noun} not found")
-        return item
+        item = _find(call, self.schedules, "Scheduled Job")
+        started = self._start(call.parts["namespace"], item.user, item.spec).entry
+        item.entry["status"]["lastJob"] = {"id": started["id"], "at": started["createdAt"]}
+        return started
 
     def _bucket(self, namespace: str, name: str) -> Path:
         """The folder with a bucket's files."""
@@ -228,17 +194,14 @@ class Jobs:
                 raise refusal(400, f"{entry['path']} was not uploaded")
         return {"success": True}
 
-    def _start(
-        self, namespace: str, user: str, spec: Mapping[str, Any], variables: Mapping[str, str]
-    ) -> Job:
+    def _start(self, namespace: str, user: str, spec: Mapping[str, Any]) -> Job:
         """Run a command in a thread, with the secrets as environment variables."""
         command = without_uv([*(spec.get("command") or ()), *(spec.get("arguments") or ())])
-        if not command:
-            raise refusal(400, "A Job needs a command")
-        job = Job(namespace=namespace, user=user, spec=spec)
-        folder = self.root / "jobs" / job.id
+        entry = _new_entry(namespace) | {"initiator": _user(user)} | _without_secrets(spec)
+        job = Job(entry | {"status": {"stage": "SCHEDULING", "message": None}})
+        folder = self.root / "jobs" / entry["id"]
         mounts = self._mount(folder, spec.get("volumes") or ())
-        self.jobs[job.id] = job
+        self.jobs[entry["id"]] = job
         words = [_below_mount(word, mounts) for word in command]
         environment = {
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
@@ -249,11 +212,13 @@ class Jobs:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "LANG": "C.UTF-8",
-            "JOB_ID": job.id,
+            "JOB_ID": entry["id"],
             **(spec.get("environment") or {}),
-            **variables,
+            **(spec.get("secrets") or {}),
         }
-        threading.Thread(target=_run, args=(job, words, folder, environment), daemon=True).start()
+        timeout_s = spec.get("timeoutSeconds", DEFAULT_TIMEOUT_S)
+        run = (job, words, folder, environment, timeout_s)
+        threading.Thread(target=_run, args=run, daemon=True).start()
         return job
 
     def _mount(self, folder: Path, volumes: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
@@ -286,8 +251,18 @@ def _writer(call: Call) -> Grant:
     return call.owner(call.parts["namespace"], "job")
 
 
-def _bucket_token(call: Call) -> dict[str, Any]:
-    return files.xet_token(call.store, _writer(call))
+def _entries(call: Call, known: Mapping[str, S]) -> list[dict[str, Any]]:
+    _writer(call)
+    namespace = call.parts["namespace"]
+    return [item.entry for item in known.values() if item.entry["owner"]["name"] == namespace]
+
+
+def _find(call: Call, known: Mapping[str, S], noun: str = "Job") -> S:
+    _writer(call)
+    item = known.get(call.parts["id"])
+    if item is None or item.entry["owner"]["name"] != call.parts["namespace"]:
+        raise refusal(404, f"{noun} not found")
+    return item
 
 
 def without_uv(command: Sequence[str]) -> list[str]:
@@ -308,7 +283,9 @@ def _below_mount(word: str, mounts: Mapping[str, Path]) -> str:
     return word
 
 
-def _run(job: Job, words: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+def _run(
+    job: Job, words: list[str], folder: Path, environment: Mapping[str, str], timeout_s: float
+) -> None:
     """Run a Job's command to its end, and keep its lines."""
     job.log.append((now(), f"===== Job started at {now()} ====="))
     try:
@@ -329,8 +306,7 @@ def _run(job: Job, words: list[str], folder: Path, environment: Mapping[str, str
     job.process = process
     job.enter("RUNNING")
     if not job.active:  # it was cancelled before the process started
-        job.stop(job.stage)
-    timeout_s = job.spec.get("timeoutSeconds", DEFAULT_TIMEOUT_S)
+        job.stop("CANCELED")
     timer = threading.Timer(timeout_s, job.stop, ("ERROR", "Job timeout"))
     timer.daemon = True
     timer.start()

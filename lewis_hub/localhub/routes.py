@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 from starlette.applications import Starlette
@@ -9,12 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis_hub.localhub import commits, files, jobs, pages, repositories
 from lewis_hub.localhub.call import Answer, Call, endpoint, refusal
-from lewis_hub.localhub.faults import FaultInjector
-from lewis_hub.localhub.hub import Hub
+from lewis_hub.localhub.hub import Fault, Faults, Hub
 
 UNQUOTED_REF = re.compile(r"(/(?:tree|resolve|revision|commits?|preupload)/)refs/(pr|heads|tags)/")
 
@@ -83,7 +83,7 @@ def application(hub: Hub, running: jobs.Jobs | None) -> ASGIApp:
             routes.append(Route(prefix + "/{rest:path}", nothing, methods=METHODS))
     app = Starlette(routes=routes, exception_handlers={HTTPException: refused})
     app.state.hub = hub
-    return FaultInjector(by_raw_path(app), hub.faults)
+    return with_faults(by_raw_path(app), hub.faults)
 
 
 def _below_repo(table: Table) -> Table:
@@ -91,7 +91,7 @@ def _below_repo(table: Table) -> Table:
 
 
 def refused(_request: Request, error: Exception) -> Response:
-    """Send a refusal as the Hub does: in the body, and in headers that its clients read."""
+    """Send a refusal in the body and in headers, as the Hub does."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
@@ -116,3 +116,56 @@ def unknown_address(call: Call) -> Response:
     if re.match(r"/api/(models|datasets)/[^/]+($|/revision/)|/(datasets/)?[^/]+/resolve/", path):
         raise call.not_found()
     raise refusal(404, f"This Hub has nothing at {path}")
+
+
+def with_faults(app: ASGIApp, faults: Faults) -> ASGIApp:
+    """Let requests fail, or be slow, as `faults` say."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        target = scope["path"] + "?" + scope["query_string"].decode("latin-1")
+        fault = faults.take(scope["method"], target)
+        await asyncio.sleep(faults.delay_s)
+
+        async def paced_receive() -> Message:
+            message = await receive()
+            await faults.transfer(len(message.get("body", b"")))
+            return message
+
+        async def paced_send(message: Message) -> None:
+            await faults.transfer(len(message.get("body", b"")))
+            await send(message)
+
+        if fault is None:
+            await app(scope, paced_receive, paced_send)
+        elif fault.status == "drop" and fault.after_bytes is not None:
+            await app(scope, paced_receive, _cut(paced_send, fault.after_bytes))
+        else:
+            await _fail(send, fault)
+
+    return answer
+
+
+def _cut(send: Send, after_bytes: int) -> Send:
+    """Let some bytes of the body through; the server then closes, since the rest is missing."""
+    left = after_bytes
+
+    async def cut(message: Message) -> None:
+        nonlocal left
+        if message["type"] == "http.response.start":
+            await send(message)
+        elif left > 0:
+            body = message.get("body", b"")[:left]
+            left -= len(body)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    return cut
+
+
+async def _fail(send: Send, fault: Fault) -> None:
+    dropped = fault.status == "drop"
+    body = b'{"error":"injected fault"}'
+    length = len(body) + dropped  # a dropped answer announces a byte that never comes
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
+    code = 200 if dropped else fault.status
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": dropped})

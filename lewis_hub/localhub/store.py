@@ -28,11 +28,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class File:
-    """One file of a commit.
-
-    Attributes:
-        oid: git's SHA-1 of the content, or of the LFS pointer where `lfs` is set.
-    """
+    """One file of a commit; `oid` is git's SHA-1 of its content, or of its LFS pointer."""
 
     sha256: str
     size_bytes: int
@@ -41,12 +37,10 @@ class File:
 
     @property
     def lfs_entry(self) -> dict[str, Any]:
-        """What answers say about an LFS file; nothing about another."""
-        if not self.lfs:
-            return {}
+        """The part of an answer about an LFS file; empty for another."""
         n_pointer = len(lfs_pointer(self.sha256, self.size_bytes))
-        sizes = {"size": self.size_bytes, "pointerSize": n_pointer}
-        return {"lfs": {"oid": self.sha256, "sha256": self.sha256, **sizes}}
+        entry = {"oid": self.sha256, "sha256": self.sha256, "size": self.size_bytes}
+        return {"lfs": {**entry, "pointerSize": n_pointer}} if self.lfs else {}
 
 
 @dataclass(frozen=True)
@@ -75,13 +69,7 @@ class PullRequest:
 
 @dataclass
 class Repo:
-    """A repository.
-
-    Attributes:
-        gated: who reads files needs access; "auto" and "manual" as on the Hub.
-        refs: full ref name (``refs/heads/main``) -> commit sha, in order of creation.
-        commits: by sha.
-    """
+    """A repository; `refs` has full names such as ``refs/heads/main``, in order of creation."""
 
     kind: Kind
     namespace: str
@@ -144,10 +132,6 @@ class Blobs:
         path = self.path(sha256)
         return path.stat().st_size if path.exists() else None
 
-    def read(self, sha256: str) -> bytes:
-        """All bytes of a stored content."""
-        return self.path(sha256).read_bytes()
-
     def add(self, content: bytes) -> str:
         """Store bytes; returns their SHA-256."""
         sha256 = hashlib.sha256(content).hexdigest()
@@ -168,7 +152,7 @@ class Store:
             self.repos[repo.kind, repo.id] = repo
 
     def find(self, kind: str, repo_id: str) -> Repo | None:
-        """A repository by name; None if there is none."""
+        """A repository by name."""
         return self.repos.get((kind, repo_id))
 
     def save(self, repo: Repo) -> None:
@@ -189,7 +173,7 @@ class Store:
     def read_text(self, commit: Commit, path: str) -> str:
         """A text file of a commit; empty if it has none."""
         file = commit.files.get(path)
-        return self.blobs.read(file.sha256).decode(errors="replace") if file else ""
+        return self.blobs.path(file.sha256).read_text("utf-8", "replace") if file else ""
 
     def clear(self) -> None:
         """Remove everything: repositories, contents and uploads."""
@@ -206,8 +190,7 @@ def git_file(content: bytes, sha256: str) -> File:
 
 def lfs_file(sha256: str, size_bytes: int) -> File:
     """A stored content as a file of which git holds the pointer."""
-    pointer = git_file(lfs_pointer(sha256, size_bytes), "")
-    return File(sha256, size_bytes, pointer.oid, lfs=True)
+    return File(sha256, size_bytes, git_file(lfs_pointer(sha256, size_bytes), "").oid, lfs=True)
 
 
 def lfs_pointer(sha256: str, size_bytes: int) -> bytes:

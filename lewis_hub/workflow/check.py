@@ -117,7 +117,6 @@ def make_report(
     facts: Mapping[str, ModelFacts],  # by pinned source
     problems: Sequence[str],
     notes: Sequence[str],
-    api: HfApi,
 ) -> CheckReport:
     """Describe the sources, and estimate the disk and memory that the merge takes."""
     models, states_bytes = workload.sources.models, workload.states_bytes()
@@ -125,7 +124,7 @@ def make_report(
         sources=tuple(_report_source(model, facts[model.pinned].licence) for model in models),
         problems=tuple(problems),
         notes=tuple(notes),
-        download_bytes=sum(bytes_to_download(api, model.source) for model in models),
+        download_bytes=sum(bytes_to_download(model.source) for model in models),
         output_bytes=workload.output_bytes(),
         disk_bytes=workload.disk_bytes() + states_bytes,
         states_bytes=states_bytes,

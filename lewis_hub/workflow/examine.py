@@ -105,7 +105,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     workload = workload_of(recipe, execution, sources, measurement, output)
     notes = [*_notes(recipe, sources, workload), *tokens.notes]
     notes += tokenizers.calibration_notes(sources) if measurement.calibrations else ()
-    report = check.make_report(workload, facts, problems, notes, api)
+    report = check.make_report(workload, facts, problems, notes)
     return Examined(report, inputs, sources, facts, tokens, output)
 
 

@@ -57,7 +57,7 @@ def code_files(api: HfApi, source: Source) -> None:
 
 def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[str, Path]:
     """Download whole sources that are not in the cache; return pinned source -> folder."""
-    total = sum(bytes_to_download(api, source) for source in sources)
+    total = sum(bytes_to_download(source) for source in sources)
     with progress.stage("Downloading", total, "bytes") as advance:
         return {source.pinned: fetch(api, source, advance) for source in sources}
 
@@ -75,7 +75,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
     counts: list[hub_fetch.ByteCounter] = []
     for source in dict.fromkeys(sources):
         folders[source.pinned] = small_files(api, source)
-        if bytes_to_download(api, source) == 0:
+        if bytes_to_download(source) == 0:
             locations[source.pinned] = fetch(api, source, lambda _: None)
         else:
             files = hub_fetch.RemoteFiles(source, api.endpoint)

@@ -47,7 +47,7 @@ def test_a_model_is_fetched_without_pickles_code_and_second_copies(api, source):
 
     assert files_in(folder) == FILES
     assert sum(arrived) == sum(map(len, FILES.values()))
-    assert bytes_to_download(api, source) == 0
+    assert bytes_to_download(source) == 0
 
 
 def test_nothing_is_fetched_twice(api, source, hub, no_pauses):
@@ -58,7 +58,7 @@ def test_nothing_is_fetched_twice(api, source, hub, no_pauses):
 
 
 def test_only_the_asked_files_are_fetched(api, source):
-    assert bytes_to_download(api, source, ("*.jinja",)) == 14
+    assert bytes_to_download(source, ("*.jinja",)) == 14
 
     folder = fetch(api, source, lambda _: None, ("*.jinja",))
 
@@ -76,7 +76,7 @@ def test_a_local_folder_is_used_where_it_is(tmp_path, api):
     local = resolve_model(api, str(tmp_path))
 
     assert fetch(api, local, pytest.fail) == tmp_path
-    assert bytes_to_download(api, local) == 0
+    assert bytes_to_download(local) == 0
 
 
 def test_a_server_error_during_the_download_is_retried(api, source, hub, no_pauses):
@@ -86,7 +86,7 @@ def test_a_server_error_during_the_download_is_retried(api, source, hub, no_paus
 
 
 def test_an_interrupted_file_goes_on_from_the_bytes_that_arrived(api, source):
-    whole = bytes_to_download(api, source)
+    whole = bytes_to_download(source)
     received = []
 
     def interrupt(n_bytes):
@@ -97,7 +97,7 @@ def test_an_interrupted_file_goes_on_from_the_bytes_that_arrived(api, source):
     with pytest.raises(KeyboardInterrupt):
         fetch(api, source, interrupt)
     parts = list(cache_folder("tests/model", "model").glob("blobs/*.partial"))
-    left = bytes_to_download(api, source)
+    left = bytes_to_download(source)
     arrived = []
     folder = fetch(api, source, arrived.append)
 

@@ -24,7 +24,7 @@ from streamed_merges import REPO, fetched_bytes, hub_digests, local_digests, rea
 
 import lewis_hub
 from lewis_hub.errors import LewisHubError
-from lewis_hub.localhub.faults import Fault
+from lewis_hub.localhub.hub import Fault
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resources import Execution
 
