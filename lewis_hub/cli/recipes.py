@@ -210,17 +210,9 @@ def _print_list(
 
 
 def write_workflow(recipe: Path, *, force: bool) -> Path:
-    """Write the GitHub workflow that merges `recipe` every week.
+    """Write the GitHub workflow that merges `recipe` every week; returns its file.
 
-    Args:
-        recipe: a file in a git repository. Without a repository, the working folder is its root.
-        force: replace an existing workflow.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        click.UsageError: a workflow exists, or the recipe is not in the repository.
+    Outside of a git repository, the working folder counts as its root.
     """
     path, here = recipe.resolve(), Path.cwd()
     root = next((folder for folder in path.parents if (folder / ".git").exists()), here)

@@ -37,11 +37,7 @@ AGAIN = "run the same command again: finished work is kept"
 
 @dataclass(frozen=True)
 class HubRepo:
-    """A repo, the client that calls the Hub for it, and the error if a call fails.
-
-    Attributes:
-        error_type: of the errors that `failed` makes.
-    """
+    """A repo, the client that calls the Hub for it, and the error if a call fails."""
 
     api: HfApi
     name: str

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,10 +223,9 @@ def _append(
         raise ConnectionResetError(CUT)
 
 
-@contextmanager
 def _get(
     url: str, start: int, stop: int | None = None, *, token: str | bool | None
-) -> Iterator[httpx2.Response]:
+) -> AbstractContextManager[httpx2.Response]:
     """Request the bytes [start, stop) of a file; the server may send others."""
     headers = {
         **build_hf_headers(token=token),
@@ -234,8 +233,7 @@ def _get(
         "Accept-Encoding": "identity",
     }
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
-        yield response
+    return get_session().stream("GET", url, headers=headers, timeout=timeout)
 
 
 def _through_cache(hub_repo: HubRepo, path: str, advance: Advance) -> Path:
@@ -282,14 +280,9 @@ def _size(path: Path) -> int:
 
 @dataclass(frozen=True)
 class RemoteFiles:
-    """The files of a repo at a commit.
+    """The files of a repo at a commit; threads may share it.
 
-    Threads may share it. It can be pickled for other machines; it does not contain the token, since
-    each machine has its own.
-
-    Attributes:
-        endpoint: the Hub's address.
-        received: counts the bytes received on this machine.
+    It can be pickled for other machines; it does not contain the token, since each has its own.
     """
 
     source: Source

@@ -111,20 +111,13 @@ class PushedCommit:
 
 @dataclass(frozen=True)
 class Change:
-    """The content of one commit: it brings `target` to the files of a folder and uploaded files.
-
-    Attributes:
-        files: all of the folder; path in the repo -> file.
-        sent: uploaded already, in no commit yet, and deleted here.
-        digests: of all of them.
-        stale: files of the previous merge that this one does not have.
-    """
+    """The content of one commit: it brings `target` to the files of a folder and uploaded files."""
 
     target: Target
-    files: Mapping[str, Path]
-    sent: Additions
-    digests: Mapping[str, str]
-    stale: Sequence[str]
+    files: Mapping[str, Path]  # all of the folder, by path in the repo
+    sent: Additions  # uploaded already, in no commit yet, and deleted here
+    digests: Mapping[str, str]  # of all of them
+    stale: Sequence[str]  # files of the previous merge that this one does not have
 
     @property
     def added(self) -> list[str]:

@@ -113,24 +113,9 @@ class Hub:
         if not self.grants:
             self.add_token(f"hf_{secrets.token_hex(16)}", FIRST_USER, "write", ("*",))
             self.add_token(f"hf_{secrets.token_hex(16)}", FIRST_USER, "read", ("*",))
-
-    @property
-    def write_token(self) -> str:
-        """The first token that may write."""
-        return self._first("write").token
-
-    @property
-    def read_token(self) -> str:
-        """The first token that may only read."""
-        return self._first("read").token
-
-    @property
-    def user(self) -> str:
-        """The user of `write_token`."""
-        return self._first("write").user
-
-    def _first(self, role: Role) -> Grant:
-        return next(grant for grant in self.grants.values() if grant.role == role)
+        first = {grant.role: grant.token for grant in reversed(self.grants.values())}
+        self.write_token, self.read_token = first["write"], first.get("read", "")
+        self.user = self.grants[self.write_token].user
 
     def api(self, token: str | None = None) -> HfApi:
         """A client of this Hub, by default with `write_token`."""

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lewis_hub.localhub import commits, files, jobs, pages, repositories
@@ -64,30 +64,26 @@ REPO_SITE: Table = (
 
 def application(hub: Hub, running: jobs.Jobs | None) -> ASGIApp:
     """The Hub as an ASGI application; `running` runs Jobs, None refuses them."""
-    routes: list[BaseRoute] = [
+    unknown = tuple((method, "/{rest:path}", unknown_address) for method in METHODS)
+    tables: tuple[tuple[str, str, Table], ...] = (
+        ("", "", (*API, *(running.routes() if running else jobs.REFUSED))),
+        ("/api/datasets" + REPO, "datasets", REPO_API),
+        ("/api/models" + REPO, "models", REPO_API),
+        ("/api", "", unknown),
+        ("/datasets" + REPO, "datasets", REPO_SITE),
+        (REPO, "models", REPO_SITE),
+        ("", "", unknown),
+    )
+    routes = [
         Route("/lfs/{oid}/{name}", files.lfs_download, methods=["GET"]),
         Route("/lfs-upload/{oid}", files.lfs_upload, methods=["PUT"]),
     ]
-    for prefix, kind, table in (
-        ("", "", (*API, *(running.routes() if running else jobs.REFUSED))),
-        ("/api/datasets", "datasets", _below_repo(REPO_API)),
-        ("/api/models", "models", _below_repo(REPO_API)),
-        ("/api", "", ()),
-        ("/datasets", "datasets", _below_repo(REPO_SITE)),
-        ("", "models", _below_repo(REPO_SITE)),
-    ):
+    for prefix, kind, table in tables:
         for method, path, answer in table:
             routes.append(Route(prefix + path, endpoint(hub, answer, kind), methods=[method]))
-        if kind or prefix:
-            nothing = endpoint(hub, unknown_address)
-            routes.append(Route(prefix + "/{rest:path}", nothing, methods=METHODS))
     app = Starlette(routes=routes, exception_handlers={HTTPException: refused})
     app.state.hub = hub
     return with_faults(by_raw_path(app), hub.faults)
-
-
-def _below_repo(table: Table) -> Table:
-    return tuple((method, REPO + path, answer) for method, path, answer in table)
 
 
 def refused(_request: Request, error: Exception) -> Response:

@@ -59,18 +59,18 @@ def serve(
         _listen_elsewhere(*api.getsockname()) as storage,
     ):
         hub = Hub(root)
-        hub.url, hub.storage_url = _url(api), _url(storage)
+        hub.url, hub.storage_url = (
+            "http://{}:{}".format(*listener.getsockname()) for listener in (api, storage)
+        )
         running = Jobs(root, hub.url) if jobs else None
         config = uvicorn.Config(
             application(hub, running),
             http="h11",
-            ws="none",
             loop="asyncio",
             lifespan="off",
             log_config=None,
             log_level="error",
             access_log=False,
-            server_header=False,
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
@@ -139,8 +139,3 @@ def _listen_elsewhere(host: str, port: int) -> socket.socket:
         with contextlib.suppress(OSError):
             return socket.create_server(address)
     return socket.create_server((host, 0))
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()
-    return f"http://{host}:{port}"

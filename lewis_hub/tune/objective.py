@@ -61,18 +61,13 @@ class Search:
 
 @dataclass(frozen=True)
 class TuningItems:
-    """The items of a task that a search tunes on.
-
-    Attributes:
-        indices: of `rows`, in the order in which they are scored.
-        n_calibrated: number of items that were skipped because calibration draws them.
-    """
+    """The items of a task that a search tunes on."""
 
     task: str
     split: str
     rows: TaskRows
-    indices: tuple[int, ...]
-    n_calibrated: int
+    indices: tuple[int, ...]  # of `rows`, in the order in which they are scored
+    n_calibrated: int  # items that were skipped because calibration draws them
 
 
 def draw_items(
@@ -84,14 +79,8 @@ def draw_items(
 ) -> tuple[TuningItems, ...]:
     """Draw items of each task.
 
-    Items that calibration draws are skipped; items that are scored are refused.
-
-    Args:
-        search: tasks, split and number of items.
-        scored: the tasks of the recipe.
-        calibrated: calibration texts.
-        seed: draws the items.
-        chat_model: its chat template formats the prompts; None: no template.
+    Items that calibration draws are skipped; items that are scored are refused. The chat template
+    of `chat_model` formats the prompts.
 
     Raises:
         EvaluationError: a task or split is unknown, or the split is scored.
@@ -173,19 +162,13 @@ Part = Callable[[Any, Advance], Sequence[Share]]  # (loaded model, advance) -> s
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective of a model: the mean over tasks of each task's mean.
+    """The objective of a model: the mean over tasks of each task's mean."""
 
-    Attributes:
-        metric: `metric,filter`.
-        parts: groups of items, in the order in which they are scored.
-        digest: over the items and the metric.
-    """
-
-    metric: str
+    metric: str  # `metric,filter`
     lower_is_better: bool
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # groups of items, in the order in which they are scored
     n_items: int
-    digest: str
+    digest: str  # over the items and the metric
 
     def values(self, lm: Any, advance: Advance) -> Iterator[float]:
         """Yield the objective over the scored items after each part; `advance` counts items."""

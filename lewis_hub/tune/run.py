@@ -64,9 +64,6 @@ class Tuned:
     """The result of a search.
 
     Attributes:
-        n_begun: number of trials of this run.
-        start: the trial of the recipe's own settings; None if it was not scored to the end.
-        refused: the reason why these settings cannot be merged or scored, if there is one.
         final: best and start on the items that `evaluate` scores; without start if it was refused.
             None if best and start are the same.
     """
@@ -76,10 +73,10 @@ class Tuned:
     objective: Objective
     items: tuple[TuningItems, ...]
     trials: tuple[Trial, ...]
-    n_begun: int
+    n_begun: int  # trials of this run
     best: Trial
-    start: Trial | None
-    refused: str | None
+    start: Trial | None  # with the recipe's own settings; None if it was not scored to the end
+    refused: str | None  # the reason why these settings cannot be merged or scored
     final: Scores | None
 
     def __repr__(self) -> str:
@@ -203,15 +200,11 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
     for recipe, guide in guided.values():
         # these settings may not reach the mean density of the recipe
         any_mean = {"guide": guide.model_copy(update={"mean_density": None})}
-        tuner.guide(_compile(tuner, recipe.model_copy(update=any_mean)), tuner.progress)
+        tuner.guide(tuner.compile(recipe.model_copy(update=any_mean)), tuner.progress)
     moments = ((measurement_of(one).moments, one) for one in corners)
     by_width = {m.widest: one for m, one in moments if m and not m.in_sequence}
     for one in by_width.values():
-        tuner.gather(_compile(tuner, one), None, tuner.progress)
-
-
-def _compile(tuner: Tuner, recipe: Recipe) -> MergeJob:
-    return compile_job(recipe, tuner.execution, tuner.examined, tuner.api)
+        tuner.gather(tuner.compile(one), None, tuner.progress)
 
 
 def _draw(

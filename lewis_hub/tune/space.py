@@ -178,12 +178,9 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] = ()) -> Space:
-    """Return the search space around a recipe.
+    """Return the search space around a recipe; `methods` and `guides` are tried besides its own.
 
-    Args:
-        recipe: the recipe to tune.
-        methods: tried besides its own.
-        guides: tried besides its own, or `none`; empty: `uniform` if the recipe has a guide.
+    Without `guides`, `uniform` is tried if the recipe has a guide.
 
     Raises:
         RecipeError: one of the recipes is contradictory, or it stacks slices.

@@ -26,6 +26,7 @@ from lewis_hub.errors import (
 from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.plan import MergePlan
+from lewis_hub.recipe.schema import Recipe
 from lewis_hub.tune.objective import Objective
 from lewis_hub.tune.space import Choice, Space, Value, Values, axes, candidate
 from lewis_hub.workflow.calibrate import guide
@@ -50,22 +51,15 @@ STATES: Mapping[str, State] = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of a set of values.
-
-    Attributes:
-        value: the objective over all items; None if it was not scored to the end.
-        reached: the objective over the scored items.
-        seconds: step -> duration.
-        error: the reason why these values cannot be merged or scored.
-    """
+    """The result of a set of values."""
 
     number: int
     state: State
     values: Values
-    value: float | None
-    reached: float | None
-    seconds: Mapping[str, float]
-    error: str | None = None
+    value: float | None  # the objective over all items; None if it was not scored to the end
+    reached: float | None  # the objective over the scored items
+    seconds: Mapping[str, float]  # of each step
+    error: str | None = None  # the reason why these values cannot be merged or scored
 
     @property
     def tells(self) -> bool:
@@ -198,12 +192,7 @@ class ResidentModel:
 
 @dataclass(frozen=True)
 class Tuner:
-    """The sources, texts and items that all trials share.
-
-    Attributes:
-        sets: calibration texts.
-        output: folder for `importance.json` and statistics.
-    """
+    """The sources, texts and items that all trials share."""
 
     examined: Examined
     execution: Execution
@@ -212,10 +201,14 @@ class Tuner:
     space: Space
     objective: Objective
     files: FetchedSources
-    sets: Sets
-    output: Path
+    sets: Sets  # calibration texts
+    output: Path  # folder for `importance.json` and statistics
     scratch: Path
     model: ResidentModel = field(default_factory=ResidentModel)
+
+    def compile(self, recipe: Recipe) -> MergeJob:
+        """Compile a recipe of the space."""
+        return compile_job(recipe, self.execution, self.examined, self.api)
 
     def gather(
         self, job: MergeJob, schedule: DensitySchedule | None, progress: Progress
@@ -237,8 +230,7 @@ class Tuner:
 
     def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
         """Return the job and plan of some values, and the places of its sources."""
-        recipe, silent = candidate(self.space, values), Silent()
-        job = compile_job(recipe, self.execution, self.examined, self.api)
+        job, silent = self.compile(candidate(self.space, values)), Silent()
         schedule = self.guide(job, silent)
         known = self.gather(job, schedule, silent)
         planned = job.plan.plan(schedule, known.statistics)
