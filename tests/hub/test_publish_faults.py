@@ -65,7 +65,11 @@ def content(hub, repo):
     if found is None:
         return {}
     files = found.resolve("main").files
-    return {p: hub.store.blobs.read(f.sha256) for p, f in files.items() if p != ".gitattributes"}
+    return {
+        p: hub.store.blobs.path(f.sha256).read_bytes()
+        for p, f in files.items()
+        if p != ".gitattributes"
+    }
 
 
 def n_calls(hub, api, repo, folder, after):
