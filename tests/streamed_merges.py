@@ -96,7 +96,7 @@ def hub_digests(hub, repo=REPO):
 
 def read_published(hub, path, repo=REPO):
     """The bytes of one file on main."""
-    return hub.store.blobs.read(hub_digests(hub, repo)[path])
+    return hub.store.blobs.path(hub_digests(hub, repo)[path]).read_bytes()
 
 
 def local_digests(folder):
