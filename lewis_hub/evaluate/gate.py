@@ -99,11 +99,7 @@ class GateVerdict:
 
     @classmethod
     def from_json(cls, text: str) -> GateVerdict:
-        """Read what `to_json` wrote; `missed` is computed again from the numbers.
-
-        Raises:
-            EvaluationError: the text has another version, or is no such document.
-        """
+        """Read what `to_json` wrote; `missed` is computed again from the numbers."""
         return read_document(text, FILE, VERSION, cls, "Use the file that the merge wrote.")
 
 

@@ -78,11 +78,7 @@ def evaluate_model(
 
 
 def load(folder: Path, settings: EvaluationSettings) -> Any:
-    """Load the model in a folder as lm-eval's `HFLM`.
-
-    Raises:
-        EvaluationError: it cannot be loaded.
-    """
+    """Load the model in a folder as lm-eval's `HFLM`, or raise an EvaluationError."""
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     with quiet_libraries():
         from lm_eval.models.huggingface import HFLM
@@ -357,9 +353,6 @@ def library_settings(*, allow_code: bool) -> Iterator[None]:
 
     lm-eval compiles a template again for every item, which was more than half of the time of a
     small model's evaluation. A template holds no state, so the prompts are the same.
-
-    Args:
-        allow_code: whether the `evaluate` library may run code that a model wrote.
     """
     variable, before = "HF_ALLOW_CODE_EVAL", os.environ.get("HF_ALLOW_CODE_EVAL")
     with quiet_libraries():

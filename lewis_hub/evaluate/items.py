@@ -64,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A split of a task, or of all tasks of a group, one after the other."""
+    """A split of a task, or of all tasks of a group in turn."""
 
     selection: TaskSelection
     parts: tuple[tuple[Any, Any], ...]  # lm-eval's task object and its documents, of each task
@@ -132,16 +132,10 @@ def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
 def load_rows(
     selection: TaskSelection, split: str, commits: Commits, *, allow_scored: bool = False
 ) -> TaskRows:
-    """Build a task and load a split of its data.
+    """Build a task or a group and load a split of its data.
 
     Few-shot examples come from where the task says. If that is the split that the task scores, they
-    come from the loaded split instead.
-
-    Args:
-        selection: one task or group.
-        split: its name in the dataset.
-        commits: of the datasets.
-        allow_scored: whether the split may be the one that the task scores.
+    come from the loaded split instead. The loaded split may be scored only with `allow_scored`.
 
     Raises:
         EvaluationError: there is no such split, the task scores it, or it is not a text task.
@@ -163,11 +157,7 @@ def load_rows(
 
 
 def scored_items(loaded: LoadedTasks) -> Iterator[TaskItem]:
-    """Every item of every split that the tasks score, whatever the limit.
-
-    Raises:
-        EvaluationError: a task's items cannot be rendered.
-    """
+    """Every item of every split that the tasks score, whatever the limit."""
     with prepared(loaded.selection, {}):
         for name, task in loaded.tasks.items():
             with errors_named(name):
@@ -177,11 +167,7 @@ def scored_items(loaded: LoadedTasks) -> Iterator[TaskItem]:
 def scored_questions(
     loaded: LoadedTasks, limit: int | None, chat: Chat | None
 ) -> dict[str, list[Question]]:
-    """Task -> its first `limit` scored items; tasks that are Python classes are left out.
-
-    Raises:
-        EvaluationError: a task's items cannot be rendered.
-    """
+    """Task -> its first `limit` scored items; tasks that are Python classes are left out."""
     from lm_eval.api.task import ConfigurableTask
 
     questions = {}
@@ -402,12 +388,8 @@ def answer_losses(lm: Any, questions: Sequence[Question], advance: Advance) -> l
     """Score the right answers, in the order of the questions.
 
     Prompt and answer are tokenized as in lm-eval's loglikelihood; a text that is too long loses its
-    beginning. Padding comes last, where no token of a text attends to it.
-
-    Args:
-        lm: from `harness.load`.
-        questions: an empty answer has 0 nats over 0 tokens.
-        advance: called with the number of items done.
+    beginning. Padding comes last, where no token of a text attends to it. An empty answer has 0
+    nats over 0 tokens.
     """
     with quiet_libraries():
         encoded = [_encode(lm, place, question) for place, question in enumerate(questions)]

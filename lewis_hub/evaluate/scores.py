@@ -79,11 +79,7 @@ class ModelResult:
 
     @classmethod
     def from_json(cls, text: str) -> ModelResult:
-        """Read what `to_json` wrote.
-
-        Raises:
-            EvaluationError: the text has another version, or is no such document.
-        """
+        """Read what `to_json` wrote, or raise an EvaluationError."""
         name = "evaluation result"
         result = read_document(text, name, ITEMS_VERSION, cls)
         for task in result.tasks.values():
@@ -205,11 +201,7 @@ class Scores:
 
     @classmethod
     def from_json(cls, text: str) -> Scores:
-        """Read what `to_json` wrote.
-
-        Raises:
-            EvaluationError: the text has another version, or is no such document.
-        """
+        """Read what `to_json` wrote, or raise an EvaluationError."""
         return read_document(text, "scores.json", VERSION, cls)
 
 

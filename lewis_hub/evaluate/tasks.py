@@ -189,17 +189,14 @@ def _task_files(folder: Path) -> Iterator[str]:
 class TaskSelection:
     """The tasks, groups or tags to score, and where to look for them.
 
-    Attributes:
-        include: folder of own task files; they come before lm-eval's.
-        own_include: whether that folder is the user's own. Task files are code (Python functions,
-            unrestricted templates), so a folder from a Hub repo needs `allow_code`.
-        allow_code: whether tasks may run code that the model writes.
+    Task files are code (Python functions, unrestricted templates), so a folder from a Hub repo
+    needs `allow_code`.
     """
 
     names: tuple[str, ...]
-    include: Path | None = None
-    own_include: bool = True
-    allow_code: bool = False
+    include: Path | None = None  # folder of own task files; they come before lm-eval's
+    own_include: bool = True  # whether that folder is the user's own
+    allow_code: bool = False  # whether tasks may run code that the model writes
 
 
 @dataclass(frozen=True)
@@ -266,11 +263,9 @@ class _Catalog:
         return scan_headers(bundled_folder())
 
     def expand(self, name: str, parent: TaskFile | None = None) -> Iterator[TaskFile]:
-        """The task, or the group and its members, or all tasks of the tag.
+        """The task, or the group and its members, or all tasks of the tag; own ones come first.
 
-        Args:
-            name: own names and tags come before those of lm-eval.
-            parent: the group that lists the name.
+        `parent` is the group that lists the name.
         """
         file = self.own.get(name)
         tagged = sorted(own.name for own in self.own.values() if name in own.tags)

@@ -37,17 +37,10 @@ def compare(
     missing: Missing = "error",
     assembled: Collection[str] = (),
 ) -> tuple[Mismatch, ...]:
-    """Compare every expert with the base, tensor by tensor.
+    """Find the differences between every expert and the base that prevent a merge.
 
-    Args:
-        base: it has the tensors of the merge; for a method without a base the first source.
-        experts: all other sources.
-        missing: "base": the base's tensors replace those that an expert lacks, and tensors that
-            only an expert has are left out.
-        assembled: tensors whose numbers of rows may differ.
-
-    Returns:
-        The differences that prevent a merge.
+    The base has the tensors of the merge; for a method without a base it is the first source.
+    Tensors that are `assembled` may differ in their numbers of rows.
     """
     found = list(_dtypes(base))
     for expert in experts:

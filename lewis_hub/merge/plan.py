@@ -286,7 +286,7 @@ def _plan_tensor(
         schedule.get(expert.label, {}).get(name, density)
         for expert, density in zip(experts, own.pop("densities", ()), strict=False)
     )
-    n_streams = len(experts) if method.is_random else 0
+    n_streams = len(experts) if method.takes("streams") else 0
     streams = tuple(random_bits.stream(settings.seed, name, i) for i in range(n_streams))
     used = tuple(range(len(inputs)))
     return TensorPlan(output, inputs, used, weights, densities, streams, own, options, assembled)
@@ -296,7 +296,7 @@ def require_mergeable(settings: MergeSettings) -> None:
     """Raise a MergeError for sources that do not fit, and for unknown or invalid settings."""
     method = registry.find(settings.method)
     where = f"method `{method.name}`"
-    if method.needs_base and settings.base is None:
+    if method.takes_base and not method.base_is_optional and settings.base is None:
         raise MergeError(where, "it needs a base to start from", "Name a `base_model`.")
     if not settings.experts:
         raise MergeError(where, "there is nothing to merge", "List at least one expert.")

@@ -64,12 +64,7 @@ class ScaledReader:
         self._panels = threading.local()
 
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from `first_byte` on.
-
-        Raises:
-            BrokenCheckpointError: a file is missing or too short, or the scales, zeros or groups do
-                not fit the codes.
-        """
+        """Fill `into` with the tensor's bytes from `first_byte` on."""
         scaled = tensor.scaled
         if scaled is None:
             self._files.read(tensor, first_byte, into)

@@ -180,11 +180,7 @@ class Backend:
 
 
 def parse_runner(name: str, ray_address: str | None = None) -> Runner | Ray:
-    """Parse `inline`, `threads`, `threads:N` or `ray`; only `ray` takes an address.
-
-    Raises:
-        MergeError: the runner or the address is invalid.
-    """
+    """Parse `inline`, `threads`, `threads:N` or `ray`; only `ray` takes an address."""
     if name == "ray":
         if ray_address is not None and not ADDRESS.fullmatch(ray_address):
             problem = f"`{ray_address}` is not the address of a Ray cluster"

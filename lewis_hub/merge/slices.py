@@ -121,11 +121,7 @@ def make_stacked_plan(
 
 
 def count_blocks(checkpoint: Checkpoint) -> int:
-    """The number of blocks of a model.
-
-    Raises:
-        MergeError: it has none, or several stacks of them.
-    """
+    """The number of blocks of a model, which must have one stack of them."""
     last = last_blocks(checkpoint.tensors)
     if len(last) != 1:
         found = f"several stacks of blocks ({', '.join(sorted(last))})" if last else "no blocks"

@@ -153,8 +153,7 @@ def extract(
 def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
     """Whether a tensor can be a low-rank update: a matrix of a block, (out, in) as in a Linear.
 
-    Raises:
-        MergeError: PEFT has no adapter for it.
+    A MergeError is raised if PEFT has no adapter for it.
     """
     shape = f"{tensor.name} of shape {list(tensor.shape)}"
     remedy = "Publish the whole model instead."
@@ -221,13 +220,10 @@ class SingularVectors(NamedTuple):
 
 
 def fit(matrix: Tensor, most: int, error: float, dtype: torch.dtype) -> LowRankFactors:
-    """Approximate a matrix by two thin ones, rounded to the dtype of the file.
+    """Approximate a float32 matrix, not zero, by two thin ones of the lowest rank within an error.
 
-    Args:
-        matrix: (rows, columns) float32, not zero.
-        most: highest rank.
-        error: the lowest rank within this error is chosen; 0: the highest rank.
-        dtype: of the factors; float32 instead if rounding alone exceeds the error.
+    With error 0 the rank is the highest. If rounding to `dtype` alone exceeds the error, the
+    factors are float32.
     """
     limit = min(most, *matrix.shape)
     rank = min(limit, FIRST_RANK) if error else limit

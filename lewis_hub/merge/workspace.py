@@ -97,11 +97,7 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
 
 @contextmanager
 def alone_in(folder: Path, output: Path) -> Iterator[None]:
-    """Lock an existing folder; messages name `output`.
-
-    Raises:
-        OutputError: another run works on it.
-    """
+    """Lock an existing folder, or raise an OutputError that names `output`."""
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -76,11 +76,6 @@ class Method:
         return self.takes("base")
 
     @property
-    def needs_base(self) -> bool:
-        """Whether it requires a base."""
-        return self.takes_base and not self.base_is_optional
-
-    @property
     def takes_task_vectors(self) -> bool:
         """Whether it merges task vectors, source minus base, rather than the sources."""
         return self.takes("task_vectors")
@@ -89,11 +84,6 @@ class Method:
     def takes_density(self) -> bool:
         """Whether it keeps a fraction of each task vector, which a guide can set."""
         return self.takes("densities")
-
-    @property
-    def is_random(self) -> bool:
-        """Whether it is random, so that the seed matters."""
-        return self.takes("streams")
 
     @property
     def needs_grams(self) -> bool:
@@ -159,11 +149,7 @@ def register(
     base_is_optional: bool = False,
     version: int = 1,
 ) -> Callable[[MethodFunction], MethodFunction]:
-    """Add the decorated function to the methods; the arguments are those of `Method`.
-
-    Raises:
-        MergeError: another function already has the name.
-    """
+    """Add the decorated function to the methods; the arguments are those of `Method`."""
 
     def add(function: MethodFunction) -> MethodFunction:
         parameters = inspect.signature(function).parameters

@@ -82,17 +82,10 @@ def trimmed(
 def channel_scales(
     grams: Sequence[Tensor | None], trim: Trim, exponent: float, *, transposed: bool
 ) -> list[Tensor | None]:
-    """Factors of the magnitudes of each task vector when it is trimmed.
+    """Factors of the magnitudes of each task vector when it is trimmed; None: 1 everywhere.
 
-    Args:
-        grams: second moments of the inputs of each source, (n_parts, width, width).
-        trim: by magnitude alone, or by magnitude times the activation norm of the input that an
-            entry is multiplied by: a_j = sqrt(E[x_j^2]).
-        exponent: of the activation norm.
-        transposed: whether matrices are stored as (in, out).
-
-    Returns:
-        (in,), or (in, 1) if transposed; None if there are no factors.
+    With `trim: activation` the factor is a power of the activation norm of the input that an entry
+    is multiplied by, a_j = sqrt(E[x_j^2]): (in,), or (in, 1) if matrices are stored as (in, out).
     """
     if trim == "magnitude":
         return [None] * len(grams)

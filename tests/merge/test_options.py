@@ -64,7 +64,7 @@ def by_function(known, owns, options):
     }
     if "weights" in given:
         given["weights"] = torch.tensor(given["weights"])
-    if known.is_random:
+    if known.takes("streams"):
         given["streams"] = [stream(SEED, "a", expert) for expert in range(len(models))]
     given |= {known.keyword(name): v for name, v in options.items() if name in known.options}
     stacked = torch.stack(models)
