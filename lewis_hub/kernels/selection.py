@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from lewis_hub.kernels.calls import ABSOLUTE, AT_HIGH, AT_LOW, LOW_BINS
+from lewis_hub.kernels.calls import ABSOLUTE, AT_HIGH, AT_LOW, LOW_BINS, Integers, Words
 
 SAFETY = 4.0  # standard errors of the sample on either side
 N_BITS = 12  # that magnitudes are told apart by before they are sorted
 WIDEST = 0.06  # of a tensor: with more of it inside the bracket, counting by bits is quicker
-
-Words = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Bracket:
 class Tally:
     """One span of one expert after `threshold.sort_out`."""
 
-    counts: npt.NDArray[np.int64]  # (4,)
+    counts: Integers  # (4,)
     inside: Words  # the magnitudes within the bracket
     overflown: bool = False
 
@@ -141,14 +138,14 @@ def cut_low(counts: Sequence[Words], cut: Cut, k: int) -> Threshold:
     return Threshold(cut.high * LOW_BINS + low, k - cut.n_above - n_above, tied)
 
 
-def _added(counts: Sequence[Words]) -> npt.NDArray[np.int64]:
+def _added(counts: Sequence[Words]) -> Integers:
     total = counts[0].astype(np.int64)
     for count in counts[1:]:
         total += count
     return total
 
 
-def _bin_of(counts: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
+def _bin_of(counts: Integers, k: int) -> tuple[int, int]:
     """The bin that holds the k-th largest, and how many lie in the bins above it."""
     from_top = counts[::-1].cumsum()
     place = int(np.searchsorted(from_top, k))

@@ -17,23 +17,8 @@ import numpy.typing as npt
 
 from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import Reader, read_tensor
-from lewis_hub.kernels import random_bits
-from lewis_hub.kernels.calls import (
-    BLOCK,
-    DRAW,
-    EXPERT,
-    FORMATS,
-    KEEP_ALL,
-    KEEP_NONE,
-    NO_TABLE,
-    RANK,
-    TRIM,
-    Bytes,
-    Experts,
-    Mix,
-    Piece,
-    Table,
-)
+from lewis_hub.kernels import calls, random_bits
+from lewis_hub.kernels.calls import BLOCK, FORMATS, Bytes, Experts, Mix, Piece, Table
 from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
 from lewis_hub.merge.readers import NanReplacingReader, input_readers
 from lewis_hub.merge.runners import Runner
@@ -45,19 +30,19 @@ from lewis_hub.methods.votes import NEGLIGIBLE, n_kept
 class Fused:
     """A method in the kernel's terms, of tensors without second moments."""
 
-    thins: int  # KEEP_ALL, TRIM, DRAW or RANK
+    thins: int  # KEEP_ALL, TRIM, DRAW or RANK of `calls`
     elects: bool
     averages: bool = False  # whatever the options say
 
 
 FUSED = {
-    "task_arithmetic": Fused(KEEP_ALL, elects=False),
-    "ties": Fused(TRIM, elects=True),
-    "dare_linear": Fused(DRAW, elects=False),
-    "dare_ties": Fused(DRAW, elects=True),
-    "della_linear": Fused(RANK, elects=False),
-    "della": Fused(RANK, elects=True),
-    "regmean": Fused(TRIM, elects=False, averages=True),
+    "task_arithmetic": Fused(calls.KEEP_ALL, elects=False),
+    "ties": Fused(calls.TRIM, elects=True),
+    "dare_linear": Fused(calls.DRAW, elects=False),
+    "dare_ties": Fused(calls.DRAW, elects=True),
+    "della_linear": Fused(calls.RANK, elects=False),
+    "della": Fused(calls.RANK, elects=True),
+    "regmean": Fused(calls.TRIM, elects=False, averages=True),
 }
 AVERAGED = "linear"
 # The options that the kernels know; those of second moments do not matter to them.
@@ -67,7 +52,7 @@ LONGEST_ROW = 1 << 20  # of a longer one the ranks are left to the definition
 
 def block_of(method: str, tensor: TensorPlan) -> int:
     """How many entries of a tensor have to be worked on together: a row where ranks count."""
-    ranked = method in FUSED and FUSED[method].thins == RANK and tensor.weights
+    ranked = method in FUSED and FUSED[method].thins == calls.RANK and tensor.weights
     return row_of(tensor) if ranked else BLOCK
 
 
@@ -82,7 +67,7 @@ def is_fused(method: str, tensor: TensorPlan) -> bool:
         return False
     if not tensor.options.keys() <= OPTIONS:
         return False
-    return FUSED[method].thins != TRIM or not tensor.options.get("rescale")
+    return FUSED[method].thins != calls.TRIM or not tensor.options.get("rescale")
 
 
 def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
@@ -91,7 +76,7 @@ def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
     densities = tensor.densities or (1.0,) * n
     rescales = tensor.options.get("rescale", False)
     factors = [1 / d if rescales and 0 < d < 1 else 1.0 for d in densities]
-    experts: Experts = np.zeros(n, EXPERT)
+    experts: Experts = np.zeros(n, calls.EXPERT)
     experts["mode"] = [_mode(fused, d, tensor.output.n_elements) for d in densities]
     experts["stream"] = np.array(tensor.streams or (0,) * n, np.uint64)
     experts["below"] = np.array([random_bits.below(d) for d in densities], np.uint64)
@@ -102,8 +87,8 @@ def experts_of(tensor: TensorPlan, fused: Fused) -> Experts:
 
 def table_of(tensor: TensorPlan, fused: Fused) -> Table:
     """The limit and the factor of each rank, where ranks count."""
-    if fused.thins != RANK:
-        return NO_TABLE
+    if fused.thins != calls.RANK:
+        return calls.NO_TABLE
     rescales = tensor.options.get("rescale", False)
     found = [
         allowances(row_of(tensor), density, spread, rescale=rescales)
@@ -134,14 +119,13 @@ def divisor_of(tensor: TensorPlan) -> np.float32:
 
 
 def _mode(fused: Fused, density: float, n_elements: int) -> int:
-    if fused.thins == TRIM:
+    if fused.thins == calls.TRIM:
         k = n_kept(n_elements, density)
-        return KEEP_ALL if k == n_elements else TRIM if k else KEEP_NONE
-    if fused.thins == RANK:
-        return KEEP_ALL if density >= 1 else RANK
-    if fused.thins == DRAW:
-        return KEEP_ALL if density >= 1 else DRAW if random_bits.below(density) else KEEP_NONE
-    return KEEP_ALL
+        return calls.KEEP_ALL if k == n_elements else calls.TRIM if k else calls.KEEP_NONE
+    if fused.thins == calls.KEEP_ALL or density >= 1:
+        return calls.KEEP_ALL
+    draws_none = fused.thins == calls.DRAW and not random_bits.below(density)
+    return calls.KEEP_NONE if draws_none else fused.thins
 
 
 def _in_order(weights: Sequence[float]) -> np.float32:

@@ -16,7 +16,7 @@ from lewis_hub.checkpoint.reader import read_tensor
 from lewis_hub.errors import MERGE, NonFiniteError
 from lewis_hub.kernels import calls, selection
 from lewis_hub.kernels.calls import HIGH_BINS, INSIDE, LOW_BINS, RUN, TRIM, Experts, Integers, Piece
-from lewis_hub.kernels.selection import Bracket, Tally, Threshold, Words
+from lewis_hub.kernels.selection import Bracket, Tally, Threshold
 from lewis_hub.merge import chunks
 from lewis_hub.merge.chunks import Span, TensorJob
 from lewis_hub.merge.plan import Moments, ShardPlan, TensorPlan
@@ -93,7 +93,7 @@ def _by_sample(
     return {e: threshold for e, threshold in picked.items() if threshold}
 
 
-def _sample(job: TensorJob, n_experts: int, spans: Sequence[Span], runner: Runner) -> Words:
+def _sample(job: TensorJob, n_experts: int, spans: Sequence[Span], runner: Runner) -> calls.Words:
     """(n_experts, N_PLACES, RUN) magnitudes, from one place in each part of the tensor."""
     part = job.tensor.output.n_elements // N_PLACES
     order = np.arange(N_PLACES)
@@ -141,7 +141,7 @@ def _by_bits(
     }
 
 
-def _count(job: TensorJob, chosen: Integers, high: Integers, span: Span) -> Words:
+def _count(job: TensorJob, chosen: Integers, high: Integers, span: Span) -> calls.Words:
     """Count magnitudes by their high bits; if `high` is not -1, by the low bits below it."""
     by_low_bits = bool(high[0] >= 0)
     counts = np.zeros((len(chosen), LOW_BINS if by_low_bits else HIGH_BINS), np.uint32)

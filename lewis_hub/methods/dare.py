@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-
 DARE, DELLA = "https://arxiv.org/abs/2311.03099", "https://arxiv.org/abs/2406.11617"
 
 

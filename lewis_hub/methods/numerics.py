@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 CHUNK = 1 << 18  # elements converted to float64 at a time
 TOLERANCE = 1e-4  # of a tensor's norm, for tensors that statistics of another machine made
 

@@ -31,7 +31,6 @@ from lewis_hub.registry import Registry, choices
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 GROUP = "lewis_hub.methods"
 PER_SOURCE = {  # keyword -> the recipe's name
     "weights": "weight",

@@ -14,7 +14,6 @@ from lewis_hub.methods.votes import TRIMS, Trim, all_votes, channel_scales, trim
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 Inputs = Literal["own", "merged"]
 INPUTS = ("own", "merged")
 RIDGE = 1e-6  # times the mean second moment, added to the diagonal

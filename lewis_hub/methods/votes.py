@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-
 Trim = Literal["magnitude", "activation"]
 NEGLIGIBLE = 1e-8  # weights whose sum is below this are not divided by; as in mergekit
 TRIMS = ("magnitude", "activation")
