@@ -160,17 +160,8 @@ def preflight(recipe: Recipe, asked: Publishing, output: Path, *, force: bool) -
     """Decide whether to merge, stream or skip a merge; only headers and small files are read.
 
     The profile of the published merge is saved in `importance/` beside the recipe, if there is no
-    file yet, so that `merge` does not measure it again.
-
-    Args:
-        recipe: the recipe.
-        asked: the target. A token with read access is enough; an invisible repo counts as empty.
-        output: the folder that a merge on this disk would create.
-        force: whether to merge although nothing changed.
-
-    Raises:
-        CheckFailedError: the sources do not fit together.
-        OutputError: the disk is too small for the whole models that the recipe needs.
+    file yet, so that `merge` does not measure it again. A token with read access is enough; an
+    invisible repo counts as empty. `output` is the folder that a merge on this disk would create.
     """
     api = hub_api()
     job = prepare(recipe, Execution(replace=force), api, Silent())
@@ -440,13 +431,7 @@ class Hardware:
 def job_request(
     recipe_file: Path, recipe: Recipe, options: Sequence[str], hardware: Hardware
 ) -> JobRequest:
-    """Return the Job that merges a recipe and pushes the result.
-
-    The Job gets the recipe's file, the local files beside it, and `options` of `merge`.
-
-    Raises:
-        RecipeError: the recipe names models or files that a Job cannot read.
-    """
+    """Return the Job that merges a recipe and pushes the result, with the local files it needs."""
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
         files={"recipe.yaml": recipe_file, **resolve.local_files(recipe_file, recipe)},

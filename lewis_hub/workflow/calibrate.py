@@ -77,10 +77,7 @@ def _subjects(
     measure: Measure,
     wanted: Sequence[GramRequest] = (),
 ) -> tuple[Subject, ...]:
-    """Return the base with every distinct set, then each expert with its set in its own ids.
-
-    A measure of pairs only has the experts, each compared with the base.
-    """
+    """Return the base with every distinct set, unless pairs are measured, then each expert."""
     base, is_of_pairs = settings.base, measure in profiles.OF_PAIRS
     facts = {"base": base.digest} if is_of_pairs else {}
     sets = [texts.measured(measure, **facts) for texts in sets]
@@ -258,10 +255,7 @@ class Calibrated:
 
     @property
     def table(self) -> TextTable:
-        """Mean, lowest and highest density of each expert, or weight if only weights are set.
-
-        The mean is over parameters, as `mean_density` is.
-        """
+        """Mean (over parameters), lowest and highest density or, without any, weight per expert."""
         rows = []
         for expert in self.schedule.experts:
             densities = expert.tensors or expert.weights

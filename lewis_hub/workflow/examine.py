@@ -60,10 +60,7 @@ class Examined:
 def examine_sources(
     recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
 ) -> Examined:
-    """Pin, open and check the sources of a recipe; the returned report has no problems.
-
-    Everything that can be checked without pickled weights is checked before they are converted.
-    """
+    """Pin, open and check the sources, as far as possible before pickled weights are converted."""
     execution.require_usable()
     inputs = resolve.resolve_inputs(recipe, api, allow_pickle=execution.allow_pickle)
     pickled = tuple(dict.fromkeys(source for source in inputs.models if source.is_pickled))
@@ -112,10 +109,7 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
 def _tokenizer_request(
     recipe: Recipe, sources: MergeSources, measurement: Measurement, api: HfApi
 ) -> TokenizerRequest:
-    """Return the tokenizer settings, and the models whose tokenizers have to be compared.
-
-    A stack without texts only compares models whose embeddings, final norm or head it uses.
-    """
+    """A stack without texts only compares models whose embeddings, final norm or head it uses."""
     references = by_reference(recipe, sources.base, sources.experts)
     tokenizer = recipe.effective_tokenizer
     names = [recipe.chat_template] if recipe.chat_template else []
@@ -132,10 +126,7 @@ def _tokenizer_request(
 
 
 def _misfits(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> list[str]:
-    """Return the reasons why the sources cannot be merged tensor by tensor.
-
-    Different numbers of rows are left out if the problems of the tokenizers explain them.
-    """
+    """Return why the sources do not fit, without row counts that the tokenizers explain."""
     donor, *others = (one.checkpoint for one in sources.models)
     rows = tokens.alignment.tensors if tokens.alignment else ()
     found = compare(donor, others, recipe.missing, rows)

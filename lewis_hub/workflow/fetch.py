@@ -174,11 +174,7 @@ class ModelLoader:
         return output
 
     def load_for_calibration(self, subject: Subject, source: OpenedSource) -> Subject:
-        """Return the same subject with weights that can be loaded.
-
-        They are read block by block if the model is too large for the memory, if no whole model
-        may be on this disk, or if this takes less memory.
-        """
+        """Return the subject with weights to load, by block if it must be or takes less memory."""
         if not self.files.keeps_models:
             return replace(subject, weights=self._weights_by_ranges(source))
         placed = replace(subject, folder=self.materialize_checkpoint(source))

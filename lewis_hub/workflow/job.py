@@ -68,11 +68,7 @@ class MergeJob:
         return self.reporting.planned
 
     def disk_needs(self, sets: Sets = (), *, keeps_models: bool = True) -> DiskNeeds:
-        """Return the bytes that the merge takes on the disk.
-
-        Without `sets` the texts are not drawn yet. `keeps_models`: whether whole models may be on
-        this disk.
-        """
+        """Return the bytes that the merge takes on the disk, before or after texts are drawn."""
         report, calibrations = self.report, self.texts.calibrations if sets else ()
         n_tokens = {c: own.tokens.n_tokens for c, own in zip(calibrations, sets, strict=True)}
         loading = self.workload.loading if keeps_models else resources.Loading(max_memory_bytes=0)

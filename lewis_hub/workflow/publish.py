@@ -163,10 +163,7 @@ def published_already(destination: Destination, planned: Lock, api: HfApi) -> Pu
 def _commit_with(
     planned: Lock, asked: Publishing, main: PreviousMerge | None, api: HfApi
 ) -> PushedCommit | None:
-    """Return the commit that holds a planned merge, on main or in an open pull request.
-
-    Pull requests are only read if the merge would become a pull request.
-    """
+    """Return the commit that holds a planned merge, on main or in an open pull request."""
     if main and main.holds(planned):
         return PushedCommit(main.source.commit_sha)
     if asked.landing == "pull-request":

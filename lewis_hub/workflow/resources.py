@@ -174,13 +174,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Loading:
-    """The device on which models are measured, and the memory limit for a model.
-
-    A model that is larger than `max_memory_bytes` is loaded block by block; None: no limit.
-    """
+    """The device on which models are measured, and the memory limit for a model."""
 
     device: str = "cpu"
-    max_memory_bytes: int | None = None
+    max_memory_bytes: int | None = None  # a larger model is loaded by block; None: no limit
 
     def model_bytes(self, checkpoint: Checkpoint) -> int:
         """Return the bytes of a loaded model: float32 on a CPU, otherwise its own dtypes."""
@@ -344,10 +341,7 @@ class Workload:
         return sum(4 * n_entries(shape[1], moments.widest) for shape in shapes)
 
     def _merging_bytes(self) -> int:
-        """Estimate the memory of merging, where a torch method holds the largest whole tensor.
-
-        Kernels only hold parts of tensors. Of an adapter all low-rank matrices are in memory.
-        """
+        """Estimate merging: a torch method holds the largest tensor, adapters all their matrices."""
         tensors = [t for one in self.sources.checkpoints for t in one.tensors.values()]
         updates = [t.adapted.update for t in tensors if t.adapted and t.adapted.update]
         narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)

@@ -108,10 +108,7 @@ class HubSink:
     def write(
         self, planned: MergePlan, locations: Locations, means: Backend
     ) -> dict[str, ShardResult]:
-        """Make and upload the shards that the Hub does not have yet, one after the other.
-
-        Meanwhile byte ranges for the next shard are fetched, at most the size of a shard.
-        """
+        """Make and upload the shards that the Hub does not have yet, one after the other."""
         means = replace(means, is_read_next=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()

@@ -118,10 +118,7 @@ def gather(
 def wanted(
     settings: StatisticsSettings, sets: Sets, loader: ModelLoader, store: Path
 ) -> tuple[GramRequest, ...]:
-    """Return the second moments that `gather` expects in a folder, one per expert, or none.
-
-    A pass that measures the experts for a guide can write them there.
-    """
+    """Return what `gather` expects in a folder, by expert; a guide's pass can write it there."""
     if settings.moments.in_sequence:
         return ()
     widest = settings.moments.widest
