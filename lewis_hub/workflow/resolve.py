@@ -230,8 +230,7 @@ def pin_task(api: HfApi, task: str, revision: str | None, include: Path | None) 
 def scored_commits(api: HfApi, selected: TaskSelection) -> Commits:
     """Return the commits of the repos that scored tasks read.
 
-    A repo that cannot be found is not pinned: lm-eval reports the error, or has its rows in a
-    cache.
+    A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
     """
     every = task_data(locate_tasks(selected))
     repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)

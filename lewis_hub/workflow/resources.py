@@ -341,7 +341,7 @@ class Workload:
         return sum(4 * n_entries(shape[1], moments.widest) for shape in shapes)
 
     def _merging_bytes(self) -> int:
-        """Estimate merging: a torch method holds the largest tensor, adapters all their matrices."""
+        """Estimate merging: torch methods hold the largest tensor, adapters all their matrices."""
         tensors = [t for one in self.sources.checkpoints for t in one.tensors.values()]
         updates = [t.adapted.update for t in tensors if t.adapted and t.adapted.update]
         narrow_bytes = 4 * sum(update.a.n_elements + update.b.n_elements for update in updates)

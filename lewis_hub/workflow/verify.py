@@ -26,13 +26,10 @@ from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.methods.numerics import within_tolerance
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.recipe.schema import Recipe
-from lewis_hub.report.cost import FILE as COSTS
-from lewis_hub.report.difference import FILE as CHANGELOG
+from lewis_hub.report import cost, difference, mergekit, page
 from lewis_hub.report.lock import FILE as LOCK
 from lewis_hub.report.lock import PROVENANCE_FILE as PROVENANCE
 from lewis_hub.report.lock import Lock, OutputFile, is_provenance_of
-from lewis_hub.report.mergekit import FILE as MERGEKIT
-from lewis_hub.report.page import FILE as REPORT
 from lewis_hub.workflow.resolve import calibrations_of
 
 if TYPE_CHECKING:
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-UNSIGNED = ("README.md", CHANGELOG, SIGNATURE)
+UNSIGNED = ("README.md", difference.FILE, SIGNATURE)
 # model-signing's message, inside the repr of a list, where quotes may be escaped
 MISMATCHED = re.compile(r"Hash mismatch for \\*'(.+?)\\*':")
 MAKE = (
@@ -52,9 +49,7 @@ MAKE = (
 def sign(folder: Path, private_key: Path) -> None:
     """Write `model.sig`; a signature that is still valid for the key is kept unchanged.
 
-    Args:
-        folder: a finished merge.
-        private_key: PEM file of an elliptic curve key (P-256, P-384 or P-521), not encrypted.
+    The key is a PEM file of an elliptic curve key (P-256, P-384 or P-521), not encrypted.
     """
     signer, public_half = _signer(private_key)
     found = {path: sha256_of(folder / path) for path in _files(folder)}
@@ -168,7 +163,7 @@ def _unusable(key: Path, half: str, error: Exception) -> SignatureError:
 
 
 # Files that describe a merge, and pictures: their owner may change them, and nothing loads them.
-UNLOCKED = frozenset({LOCK, COSTS, GATE, CHANGELOG, PROVENANCE, REPORT, SIGNATURE, "README.md"})
+UNLOCKED = frozenset({*UNSIGNED, LOCK, cost.FILE, GATE, PROVENANCE, page.FILE})
 PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".svg", ".webp")
 
 
@@ -260,7 +255,7 @@ def compare_models(lock: Lock, made: Lock, alike: Collection[str] = ()) -> tuple
         {
             path: file.sha256
             for path, file in one.outputs.items()
-            if not path.startswith("lewis/") and path != MERGEKIT
+            if not path.startswith("lewis/") and path != mergekit.FILE
         }
         for one in (lock, made)
     )
