@@ -157,7 +157,7 @@ class NotByBlockError(CalibrationModelError):
 
 
 class GuideError(CalibrationError):
-    """A guide is unknown, or cannot make a schedule of its statistics and bounds."""
+    """A guide is unknown, or cannot make a schedule of its statistics and settings."""
 
 
 class ProfileError(CalibrationError):

@@ -147,13 +147,11 @@ def adapt(
         raise AdapterError(label, "its file contains no tensors", "Use an intact copy.")
     file = stored[0].shard
     changes = _changes(_AdapterFile(f"{label}: {file}", base, config), stored)
-    tensors = {
-        name: TensorHeader(name, "F32", t.shape, file, 0, 4 * t.n_elements, changes[name])
-        if name in changes
-        else t
-        for name, t in base.tensors.items()
+    changed = {
+        name: TensorHeader(name, "F32", one.base.shape, file, 0, 4 * one.base.n_elements, one)
+        for name, one in changes.items()
     }
-    return Checkpoint(label, tensors, base.label)
+    return Checkpoint(label, {**base.tensors, **changed}, base.label)
 
 
 def own_tensors(adapter: Checkpoint) -> tuple[TensorHeader, ...]:

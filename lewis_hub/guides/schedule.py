@@ -166,21 +166,15 @@ def checkpoint_tensor(module: str, tensors: Collection[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """The range of densities: 0 < gamma <= epsilon <= 1, as the recipe refuses others."""
+class ScheduleSettings:
+    """The recipe's settings of a schedule; it refuses others than 0 < gamma <= epsilon <= 1."""
 
-    gamma: float
-    epsilon: float
+    gamma: float  # the lowest density
+    epsilon: float  # the highest
     default_density: float = 1.0  # of tensors that are not matrices of a block
     mean: float | None = None  # of each expert's densities, over parameters; None: unchanged
-
-
-@dataclass(frozen=True)
-class Use:
-    """What a guide's values are used for, and the recipe's seed for random guides."""
-
-    apply_to: ApplyTo = "density"
-    seed: int = 42
+    apply_to: ApplyTo = "density"  # what a guide's values are used for
+    seed: int = 42  # of random guides
 
 
 @dataclass(frozen=True)
@@ -243,13 +237,12 @@ class GuidedSchedule:
     notes: tuple[str, ...] = ()
 
 
-def schedule(  # noqa: PLR0913
+def schedule(
     guide: RegisteredGuide,
-    bounds: Bounds,
+    settings: ScheduleSettings,
     experts: Sequence[str],
     tensors: Mapping[str, Sequence[int]],
     profile: ImportanceProfile | None = None,
-    use: Use = Use(),
 ) -> GuidedSchedule:
     """Call a guide for every expert, and assign its densities to the checkpoint's tensors.
 
@@ -270,10 +263,11 @@ def schedule(  # noqa: PLR0913
         raise GuideError(f"guide `{guide.name}`", problem, remedy)
     schedules, told = [], []
     for i, source in enumerate(experts):
-        statistics = _statistics(guide, tuple(sizes), tensors, profile, i, use.seed)
-        decided = validated_decision(guide, statistics, (bounds.gamma, bounds.epsilon), source)
+        statistics = _statistics(guide, tuple(sizes), tensors, profile, i, settings.seed)
+        limits = (settings.gamma, settings.epsilon)
+        decided = validated_decision(guide, statistics, limits, source)
         every = Decision(*(completed(v, sizes) for v in (decided.densities, decided.weights)))
-        schedules.append(_on_tensors(source, bounds, every, tensors, use))
+        schedules.append(_on_tensors(source, settings, every, tensors))
         found = [*notes(decided.densities, sizes)]
         for measure in guide.needs:
             if measure in ("lewis", "lewis_reference"):
@@ -315,17 +309,16 @@ def _statistics(  # noqa: PLR0913
 
 def _on_tensors(
     source: str,
-    bounds: Bounds,
+    settings: ScheduleSettings,
     decided: Decision,
     tensors: Mapping[str, Sequence[int]],
-    use: Use,
 ) -> ExpertSchedule:
     def named(values: Values) -> dict[str, float]:
         return {checkpoint_tensor(module, tensors): value for module, value in values.items()}
 
-    densities = named(decided.densities) if use.apply_to != "weight" else {}
-    if bounds.mean is not None:
+    densities = named(decided.densities) if settings.apply_to != "weight" else {}
+    if settings.mean is not None:
         sizes = {tensor: prod(tensors[tensor]) for tensor in densities}
-        densities = shifted(densities, sizes, bounds.mean)
-    weights = named(decided.weights) if use.apply_to != "density" else {}
-    return ExpertSchedule(source, bounds.default_density, densities, weights)
+        densities = shifted(densities, sizes, settings.mean)
+    weights = named(decided.weights) if settings.apply_to != "density" else {}
+    return ExpertSchedule(source, settings.default_density, densities, weights)

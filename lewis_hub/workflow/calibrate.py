@@ -17,7 +17,7 @@ from lewis_hub.errors import ProfileError, RecipeError
 from lewis_hub.files import write_whole
 from lewis_hub.guides import schedule as schedules
 from lewis_hub.guides.registry import RegisteredGuide
-from lewis_hub.guides.schedule import Bounds, DensitySchedule, Use, schedule
+from lewis_hub.guides.schedule import DensitySchedule, ScheduleSettings, schedule
 from lewis_hub.merge.runners import Ray, threads
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.profiles import short_name
@@ -34,8 +34,7 @@ class GuideSettings:
     guide: RegisteredGuide
     base: OpenedSource  # its tokenizer cuts the texts
     experts: tuple[OpenedSource, ...]  # in the recipe's order
-    bounds: Bounds
-    use: Use  # what the schedule sets, and its seed
+    schedule: ScheduleSettings
     calibration: Mapping[str, Any]  # the recipe's settings, for the profile
     beside: Path  # folder in which `lewis-hub importance` writes its files
     plan: PlanSettings
@@ -59,11 +58,10 @@ def guide(
         profile = _measure(settings, sets, loader, stores, wanted)
     decided = schedule(
         chosen,
-        settings.bounds,
+        settings.schedule,
         [expert.pinned for expert in settings.experts],
         {name: tensor.shape for name, tensor in settings.base.checkpoint.tensors.items()},
         profile,
-        settings.use,
     )
     for note in decided.notes:
         loader.progress.say(note)

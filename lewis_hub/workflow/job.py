@@ -19,7 +19,7 @@ from lewis_hub.errors import PublishError
 from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
-from lewis_hub.guides.schedule import Bounds, Use
+from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -188,8 +188,10 @@ def _guide_settings(
         guide=guide,
         base=sources.base,
         experts=sources.experts,
-        bounds=Bounds(entry.gamma, entry.epsilon, entry.default_density, entry.mean_density),
-        use=Use(entry.apply_to, recipe.seed),
+        schedule=ScheduleSettings(
+            *(entry.gamma, entry.epsilon, entry.default_density, entry.mean_density),
+            *(entry.apply_to, recipe.seed),
+        ),
         calibration=texts.model_dump(mode="json", exclude_none=True) if texts else {},
         beside=Path(recipe.locate("importance")),
         plan=plan,

@@ -13,7 +13,7 @@ from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.calibration.subject import CalibrationSet, Subject, in_folder, missing
 from lewis_hub.errors import NotByBlockError
 from lewis_hub.guides.registry import find
-from lewis_hub.guides.schedule import Bounds, schedule
+from lewis_hub.guides.schedule import ScheduleSettings, schedule
 
 from .conftest import N_TOKENS, tiny_model, tokens_of
 
@@ -92,7 +92,9 @@ def test_a_measured_profile_becomes_a_schedule_that_spans_the_bounds(subjects):
     profile, _, _ = measure(subjects)
     tensors = {n: tuple(p.shape) for n, p in tiny_model("llama").named_parameters()}
 
-    guided = schedule(find("lewis"), Bounds(0.3, 0.8), ["me/one", "me/two"], tensors, profile)
+    guided = schedule(
+        find("lewis"), ScheduleSettings(0.3, 0.8), ["me/one", "me/two"], tensors, profile
+    )
 
     blocks = [n for n, s in tensors.items() if len(s) == 2 and ".layers." in n]
     for expert in guided.schedule.experts:

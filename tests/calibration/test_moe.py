@@ -20,7 +20,7 @@ from lewis_hub.calibration.subject import Snapshot
 from lewis_hub.calibration.summaries import evenness, outlier_ratios
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.guides.registry import find
-from lewis_hub.guides.schedule import Bounds, completed, notes, schedule, seen_by_both
+from lewis_hub.guides.schedule import ScheduleSettings, completed, notes, schedule, seen_by_both
 
 from .conftest import LLAMA, tokens_of
 
@@ -200,7 +200,7 @@ def test_an_expert_that_no_token_reached_gets_its_components_mean_density_and_sa
         ),
     )
 
-    guided = schedule(find("lewis"), Bounds(0.3, 0.8), ["e"], shapes, profile)
+    guided = schedule(find("lewis"), ScheduleSettings(0.3, 0.8), ["e"], shapes, profile)
 
     densities = guided.schedule.experts[0].tensors
     kind = [n for n in shapes if n.endswith(".w1.weight")]

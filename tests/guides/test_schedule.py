@@ -8,10 +8,9 @@ from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.errors import GuideError, ProfileError
 from lewis_hub.guides.registry import Decision, RegisteredGuide, find
 from lewis_hub.guides.schedule import (
-    Bounds,
     DensitySchedule,
     ExpertSchedule,
-    Use,
+    ScheduleSettings,
     checkpoint_tensor,
     schedule,
 )
@@ -42,11 +41,11 @@ PROFILE = ImportanceProfile(
         measured("two", "expert", (8.0, 6.0), data="b"),
     ),
 )
-BOUNDS = Bounds(0.3, 0.8)
+SETTINGS = ScheduleSettings(0.3, 0.8)
 
 
 def test_every_expert_is_held_against_the_base_on_its_own_calibration_set():
-    guided = schedule(find("lewis"), BOUNDS, ["one", "two"], SHAPES, PROFILE)
+    guided = schedule(find("lewis"), SETTINGS, ["one", "two"], SHAPES, PROFILE)
 
     assert guided.schedule == DensitySchedule(
         (
@@ -59,7 +58,7 @@ def test_every_expert_is_held_against_the_base_on_its_own_calibration_set():
 def test_a_schedule_keeps_the_order_in_which_the_guide_went_through_the_model():
     backwards = dict(reversed(SHAPES.items()))  # the order of a file says nothing
 
-    guided = schedule(find("lewis"), BOUNDS, ["one", "two"], backwards, PROFILE)
+    guided = schedule(find("lewis"), SETTINGS, ["one", "two"], backwards, PROFILE)
 
     assert [list(expert.tensors) for expert in guided.schedule.experts] == [
         [f"{DOWN[0]}.weight", f"{DOWN[1]}.weight"]
@@ -67,9 +66,9 @@ def test_a_schedule_keeps_the_order_in_which_the_guide_went_through_the_model():
 
 
 def test_tensors_that_the_guide_leaves_alone_have_the_default_density():
-    bounds = Bounds(0.3, 0.8, default_density=0.9)
+    settings = ScheduleSettings(0.3, 0.8, default_density=0.9)
 
-    [expert] = schedule(find("uniform"), bounds, ["one"], SHAPES).schedule.experts
+    [expert] = schedule(find("uniform"), settings, ["one"], SHAPES).schedule.experts
 
     assert {name: expert.density(name) for name in SHAPES} == {
         "model.embed_tokens.weight": 0.9,
@@ -86,7 +85,7 @@ def test_a_dominating_block_is_noted():
         "lewis", {}, (measured("base", "base", (1, 1)), measured("one", "expert", (1, 99)))
     )
 
-    guided = schedule(find("lewis"), BOUNDS, ["one"], SHAPES, profile)
+    guided = schedule(find("lewis"), SETTINGS, ["one"], SHAPES, profile)
 
     assert guided.notes == (
         "one: model.layers.1.mlp.down_proj alone sets the range: all other blocks lie in the "
@@ -177,7 +176,7 @@ def test_a_guide_that_leaves_the_bounds_is_told_so():
     wild = RegisteredGuide("wild", lambda statistics, gamma, epsilon: {DOWN[0]: 0.9})
 
     with pytest.raises(GuideError) as caught:
-        schedule(wild, BOUNDS, ["one"], SHAPES)
+        schedule(wild, SETTINGS, ["one"], SHAPES)
 
     assert str(caught.value) == (
         "guide `wild`: it gives model.layers.0.mlp.down_proj the density 0.9, outside gamma and "
@@ -216,7 +215,7 @@ def fails(statistics, gamma, epsilon):
 )
 def test_a_guide_that_fails_or_decides_nonsense_is_one_message(decide, problem, remedy):
     with pytest.raises(GuideError) as caught:
-        schedule(RegisteredGuide("bad", decide), BOUNDS, ["one"], SHAPES)
+        schedule(RegisteredGuide("bad", decide), SETTINGS, ["one"], SHAPES)
 
     problem = problem.format(line=fails.__code__.co_firstlineno + 1)
     assert str(caught.value) == f"guide `bad`: {problem}.\n{remedy}"
@@ -226,7 +225,7 @@ def test_a_guide_that_returns_no_mapping_is_told_so():
     empty = RegisteredGuide("empty", lambda statistics, gamma, epsilon: None)
 
     with pytest.raises(GuideError, match="guide `empty`: it failed on one: AttributeError: 'None"):
-        schedule(empty, BOUNDS, ["one"], SHAPES)
+        schedule(empty, SETTINGS, ["one"], SHAPES)
 
 
 def test_what_was_measured_of_other_tensors_moves_no_density():
@@ -238,7 +237,7 @@ def test_what_was_measured_of_other_tensors_moves_no_density():
     )
     profile = ImportanceProfile("owl", {}, sources)
 
-    guided = schedule(find("owl"), BOUNDS, ["one", "two"], shapes, profile)
+    guided = schedule(find("owl"), SETTINGS, ["one", "two"], shapes, profile)
 
     assert [list(expert.tensors.values()) for expert in guided.schedule.experts] == [
         [0.3, 0.8],
@@ -249,7 +248,7 @@ def test_what_was_measured_of_other_tensors_moves_no_density():
 def test_what_was_measured_under_the_models_names_is_decided_under_the_files():
     shapes = {name.removeprefix("model."): shape for name, shape in SHAPES.items()}
 
-    guided = schedule(find("lewis"), BOUNDS, ["one", "two"], shapes, PROFILE)
+    guided = schedule(find("lewis"), SETTINGS, ["one", "two"], shapes, PROFILE)
 
     assert guided.schedule.experts[0].tensors == {
         "layers.0.mlp.down_proj.weight": 0.3,
@@ -260,7 +259,7 @@ def test_what_was_measured_under_the_models_names_is_decided_under_the_files():
 
 def test_a_checkpoint_without_a_matrix_in_a_block_is_refused():
     with pytest.raises(GuideError) as caught:
-        schedule(find("uniform"), BOUNDS, ["one"], {"visual.blocks.0.qkv.weight": (4, 4)})
+        schedule(find("uniform"), SETTINGS, ["one"], {"visual.blocks.0.qkv.weight": (4, 4)})
 
     assert str(caught.value) == (
         "guide `uniform`: by their names, none of the base's tensors is a matrix of a block.\n"
@@ -271,7 +270,7 @@ def test_a_checkpoint_without_a_matrix_in_a_block_is_refused():
 def test_an_expert_that_was_not_measured_is_an_error():
     for profile in (None, ImportanceProfile("lewis", {}, PROFILE.sources[:3])):
         with pytest.raises(ProfileError) as caught:
-            schedule(find("lewis"), BOUNDS, ["one", "two"], SHAPES, profile)
+            schedule(find("lewis"), SETTINGS, ["one", "two"], SHAPES, profile)
         number = 1 if profile is None else 2
         assert str(caught.value) == (
             f"importance.json: expert {number} was not measured, and guide `lewis` needs it.\n"
@@ -382,16 +381,17 @@ WEIGHING = RegisteredGuide(
 def test_a_guide_is_applied_to_densities_or_weights_or_both(guide, apply_to, densities, weights):
     guide = find(guide) if isinstance(guide, str) else guide
 
-    [expert] = schedule(guide, BOUNDS, ["one"], SHAPES, use=Use(apply_to)).schedule.experts
+    settings = replace(SETTINGS, apply_to=apply_to)
+    [expert] = schedule(guide, settings, ["one"], SHAPES).schedule.experts
 
     assert list(expert.tensors.values()) == densities
     assert expert.weights == weights
 
 
 def test_a_mean_density_moves_the_bounds_of_each_expert():
-    bounds = Bounds(0.3, 0.5, mean=0.2)
+    settings = ScheduleSettings(0.3, 0.5, mean=0.2)
 
-    guided = schedule(find("lewis"), bounds, ["one", "two"], SHAPES, PROFILE)
+    guided = schedule(find("lewis"), settings, ["one", "two"], SHAPES, PROFILE)
 
     down = [f"{name}.weight" for name in DOWN]  # of one size: the middle is the mean
     assert [expert.tensors for expert in guided.schedule.experts] == [
@@ -414,7 +414,7 @@ def test_a_guide_is_given_every_measure_that_it_needs_and_a_seed_of_the_expert()
     profile = ImportanceProfile("needy", {}, (*PROFILE.sources, *moved))
 
     for seed in (1, 1, 2):
-        schedule(needy, BOUNDS, ["one", "two"], SHAPES, profile, Use(seed=seed))
+        schedule(needy, replace(SETTINGS, seed=seed), ["one", "two"], SHAPES, profile)
 
     first, second, *_ = told
     assert (first.expert["task_vector"], second.expert["task_vector"]) == (

@@ -16,7 +16,7 @@ from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.display import Silent
 from lewis_hub.errors import CheckFailedError, GuideError
 from lewis_hub.guides import registry
-from lewis_hub.guides.schedule import Bounds, DensitySchedule, Use, schedule
+from lewis_hub.guides.schedule import DensitySchedule, ScheduleSettings, schedule
 from lewis_hub.methods.registry import methods
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.resolve import read_recipe, rules
@@ -163,10 +163,10 @@ def shapes():
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_mean_density_is_met_by_each_expert(calibrated, guide):
-    bounds = Bounds(0.4, 0.6, mean=0.35)
+    settings = ScheduleSettings(0.4, 0.6, mean=0.35)
     profile = calibrated(guide).profile
 
-    decided = schedule(registry.find(guide), bounds, ["one", "two"], shapes(), profile).schedule
+    decided = schedule(registry.find(guide), settings, ["one", "two"], shapes(), profile).schedule
 
     sizes = {name: prod(shape) for name, shape in shapes().items()}
     for expert in decided.experts:
@@ -202,15 +202,14 @@ def test_weights_scale_the_expert_module_by_module_and_task_arithmetic_takes_the
 
 
 def test_both_sets_densities_and_weights_by_the_same_values(calibrated):
-    both = Use("both")
+    both = ScheduleSettings(0.3, 0.8, apply_to="both")
     lewis, aim = (
         schedule(
             registry.find(guide),
-            Bounds(0.3, 0.8),
+            both,
             ["one", "two"],
             shapes(),
             calibrated(guide).profile,
-            both,
         ).schedule
         for guide in ("lewis", "aim")
     )
