@@ -110,11 +110,9 @@ def _until_interrupted() -> None:
 
 
 def models_table(merges: Mapping[str, Scores]) -> TextTable:
-    """Several merges of the same experts: a row per model, a column per task and metric.
+    """Several merges of the same experts, by name: a row per model, a column per task and metric.
 
-    Args:
-        merges: display name of each merge -> its scores and those of the models that it was
-            compared with. No two merges have a twin of the same kind.
+    No two merges have a twin of the same kind.
     """
     from lewis_hub.evaluate.scores import MERGED, TWINS
     from lewis_hub.report.findings import metric_name, model_name

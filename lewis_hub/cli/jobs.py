@@ -99,12 +99,7 @@ def printed_document(log: Sequence[str]) -> dict[str, Any]:
 
 
 def job_result(reported_code: int | None, printed: Mapping[str, Any]) -> tuple[int, str]:
-    """Determine exit code and status of a Job.
-
-    Args:
-        reported_code: the exit code that the Hub reports, if it does.
-        printed: the document that the Job printed. It counts unless the Hub contradicts it.
-    """
+    """Exit code and status of a Job: those that it printed, unless the Hub reports others."""
     status = str(printed.get("status", "failed"))
     printed_code = EXIT_CODE.get(status, 1)
     if printed and reported_code in (None, printed_code):
@@ -187,10 +182,8 @@ def list_schedules(terminal: Terminal, namespace: str | None) -> None:
     from lewis_hub.hub import jobs
     from lewis_hub.workflow.resolve import hub_api
 
-    header, schedules = (
-        ("id", "schedule", "flavor", "command"),
-        jobs.scheduled(hub_api(), namespace),
-    )
+    header = ("id", "schedule", "flavor", "command")
+    schedules = jobs.scheduled(hub_api(), namespace)
     rows = (tuple(schedule[name] or "-" for name in header) for schedule in schedules)
     terminal.finish({"schedules": schedules}, TextTable(header, tuple(rows)))
 

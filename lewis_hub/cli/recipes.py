@@ -119,10 +119,7 @@ def init(
 def _calibration(
     datasets: tuple[str, ...], text: str, tasks: tuple[str, ...], n_experts: int
 ) -> list[dict[str, str]]:
-    """Calibration settings: the named datasets, otherwise the training items of the tasks.
-
-    Tasks are used if there are several experts with one task each.
-    """
+    """Calibration settings: the named datasets, or the training items of a task per expert."""
     if len(datasets) not in {0, 1, n_experts}:
         raise click.UsageError(
             f"expected one --calibration for all experts or one for each of the {n_experts}, "

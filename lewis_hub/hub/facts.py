@@ -68,10 +68,7 @@ def quantised_from(api: HfApi, source: Source) -> str | None:
 
 
 def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """The licence of a merge: the chosen one, or that of all parents.
-
-    Returns:
-        None if no parent states a licence: the merge's card states none either.
+    """The licence of a merge: the chosen one, or that of all parents; None if they state none.
 
     Raises:
         PublishError: the parents disagree, or some state none, and no licence was chosen.

@@ -112,11 +112,8 @@ def retry(call: Callable[[], T]) -> T:
 def retry_transfer(call: Callable[[], object], done: Callable[[], int]) -> None:
     """Retry a transfer that resumes where it stopped.
 
-    It fails only when several attempts in a row transferred nothing.
-
-    Args:
-        call: one attempt; it keeps the bytes that it received before it failed.
-        done: gives the number of bytes received.
+    `call` keeps the bytes that it received before it failed, and `done` gives their number. The
+    transfer fails only when several attempts in a row transferred nothing.
     """
     while True:
         before = done()

@@ -37,23 +37,14 @@ EXIT_CODE = re.compile(r"exit code:? (\d+)")
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A command to run as a Job.
+    """A command to run as a Job."""
 
-    Attributes:
-        words: of the command line after `lewis-hub`.
-        files: path below `MOUNT` -> local file; they are uploaded to a private bucket.
-        package: installed for the Job; a requirement as pip reads it.
-        flavor: hardware, by the Hub's name; None: the Hub's smallest.
-        timeout: such as `2h`; None: the Hub's default of 30 minutes.
-        namespace: the user or organisation that pays; None: the token's user.
-    """
-
-    words: Sequence[str]
-    files: Mapping[str, Path]
-    package: str
-    flavor: str | None
-    timeout: str | None
-    namespace: str | None
+    words: Sequence[str]  # of the command line after `lewis-hub`
+    files: Mapping[str, Path]  # by path below `MOUNT`; they are uploaded to a private bucket
+    package: str  # installed for the Job; a requirement as pip reads it
+    flavor: str | None  # hardware, by the Hub's name; None: the Hub's smallest
+    timeout: str | None  # such as `2h`; None: the Hub's default of 30 minutes
+    namespace: str | None  # the user or organisation that pays; None: the token's user
 
 
 @dataclass(frozen=True)
@@ -98,8 +89,7 @@ def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> Submitte
 def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | None:
     """Pass on the lines of a Job's log until it ends, each line once even after interruptions.
 
-    Returns:
-        The command's exit code; None if the message of the Job's status does not contain it.
+    The result is the command's exit code, or None if the Job's status does not contain it.
 
     Raises:
         PublishError: the Hub does not answer. The Job continues.

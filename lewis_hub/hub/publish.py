@@ -153,7 +153,7 @@ def publish(
     Args:
         api: whose endpoint and token are used.
         folder: the model; hidden files are not pushed.
-        repo_id: owner/name; created if it does not exist.
+        repo_id: created if it does not exist.
         publication: how it is published.
         advance: called with the bytes uploaded or found on the Hub; they sum to `folder_bytes`.
         sent: files of the model that were uploaded before and are no longer in the folder.

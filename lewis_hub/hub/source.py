@@ -29,14 +29,11 @@ COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source.
-
-    `digest` is `sha256:<hex>` (local, or LFS on the Hub) or `git-sha1:<oid>` (small Hub files).
-    """
+    """One file of a source."""
 
     path: str  # relative, with forward slashes
     size_bytes: int
-    digest: str
+    digest: str  # `sha256:<hex>` (local, or LFS on the Hub), `git-sha1:<oid>` (small Hub files)
 
 
 @dataclass(frozen=True)

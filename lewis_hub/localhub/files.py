@@ -1,9 +1,8 @@
 """Contents of files on the embedded Hub: downloads, and uploads by LFS and by Xet.
 
-huggingface_hub uploads by Xet wherever hf_xet is installed. The client has no fallback to LFS, and
-buckets take uploads by Xet only. But hf_xet can keep its chunks in a local folder, and client and
-Hub share a file system here. When a request names a file that is not stored yet, its Xet hash is
-looked up in the shards of those folders, and hf_xet joins its chunks.
+Clients upload by Xet wherever hf_xet is installed. It can keep its chunks in a local folder, which
+this Hub reads too: a file's Xet hash is looked up in the folder's shards, and hf_xet joins its
+chunks.
 
 Shard format: https://huggingface.co/docs/xet/shard
 """

@@ -46,10 +46,7 @@ GRANTS = TypeAdapter(list[Grant])
 class Fault:
     """A fault of requests whose path and query match, after `skip` that succeed.
 
-    Attributes:
-        status: of the answer, sent without carrying out the request; "drop" cuts the connection.
-        after_bytes: number of bytes of the answer's body that still reach the client before "drop"
-            cuts the connection; the request is then carried out. None drops before that.
+    The request is carried out only if `after_bytes` of its answer reach the client before a drop.
     """
 
     path: re.Pattern[str]

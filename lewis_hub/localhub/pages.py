@@ -72,12 +72,7 @@ def _template(name: str) -> str:
 
 
 def render_markdown(text: str, address: Callable[[str], str]) -> str:
-    """HTML of a card's Markdown.
-
-    Args:
-        text: without the metadata.
-        address: gives the address of a file from its path in the repository.
-    """
+    """HTML of a card's Markdown; `address` turns the path of a file into its address."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     markdown.inline.ruler.before("autolink", "picture", _read_picture)
     markdown.inline.ruler.before("autolink", "comment", _skip_comment)

@@ -32,12 +32,8 @@ def serve(
 ) -> Iterator[Hub]:
     """Serve a Hub from a folder, in a thread, until the context is left.
 
-    Args:
-        root: holds all the Hub's files; made if missing. A fresh one gets a user with a write
-            token and a read token (`Hub.write_token`, `Hub.read_token`), kept in ``users.json``.
-        host: an address of 127.0.0.0/8.
-        port: 0 takes a free one.
-        jobs: run the commands of Jobs that clients with a write token send, on this machine.
+    A fresh folder gets a user with a write token and a read token. Port 0 takes a free one. With
+    `jobs`, commands that clients with a write token send run on this machine.
 
     Raises:
         ExtraMissingError: the extra ``demo`` is not installed.

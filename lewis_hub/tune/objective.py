@@ -36,27 +36,16 @@ N_PARTS = 8  # a trial can be pruned after each part
 
 @dataclass(frozen=True)
 class Search:
-    """The settings of a search.
+    """The settings of a search; methods and guides are tried besides the recipe's own."""
 
-    Attributes:
-        n_trials: total number, including those of earlier runs.
-        budget_s: no trial begins after this many seconds of this run; None: no limit.
-        tasks: tasks to tune on; empty: the tasks that the recipe scores.
-        split: split of their data; None: a split for few-shot examples that is not scored.
-        samples: number of items per task.
-        metric: `metric,filter`; None: the answer loss.
-        methods: tried besides the recipe's method.
-        guides: tried besides the recipe's guide, or `none`; empty: `uniform` if it has a guide.
-    """
-
-    n_trials: int = 30
-    budget_s: float | None = None
-    tasks: tuple[str, ...] = ()
-    split: str | None = None
-    samples: int = 200
-    metric: str | None = None
+    n_trials: int = 30  # including those of earlier runs
+    budget_s: float | None = None  # no trial begins after this time of this run; None: no limit
+    tasks: tuple[str, ...] = ()  # empty: the tasks that the recipe scores
+    split: str | None = None  # None: a split for few-shot examples that is not scored
+    samples: int = 200  # items per task
+    metric: str | None = None  # `metric,filter`; None: the answer loss
     methods: tuple[str, ...] = ()
-    guides: tuple[str, ...] = ()
+    guides: tuple[str, ...] = ()  # may contain `none`; empty: `uniform` if the recipe has a guide
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,7 @@ STUDY = "study.journal"
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of a search.
-
-    Attributes:
-        final: best and start on the items that `evaluate` scores; without start if it was refused.
-            None if best and start are the same.
-    """
+    """The result of a search."""
 
     recipe: Recipe
     space: Space
@@ -77,7 +72,7 @@ class Tuned:
     best: Trial
     start: Trial | None  # with the recipe's own settings; None if it was not scored to the end
     refused: str | None  # the reason why these settings cannot be merged or scored
-    final: Scores | None
+    final: Scores | None  # best and start on the scored items; None if they are the same
 
     def __repr__(self) -> str:
         told = f"{len(self.trials)} trials on {self.objective.metric}; the best is number "
