@@ -68,7 +68,7 @@ def test_the_merge_is_nearer_to_each_expert_than_one_of_matrices_fitted_by_thems
     assert not torch.equal(found[first].float(), sum(mean) / 2)
 
 
-@pytest.mark.parametrize("text", [RECIPE, RECIPE + GUIDE])
+@pytest.mark.parametrize("text", [pytest.param(RECIPE, marks=pytest.mark.slow), RECIPE + GUIDE])
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):

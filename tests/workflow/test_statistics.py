@@ -106,7 +106,9 @@ def test_the_card_tells_what_was_measured_and_on_what(api, tmp_path):
     assert "on other tasks the merge may be no better than a merge without them" in card
 
 
-@pytest.mark.parametrize("text", [RECIPE, RECIPE + GUIDE, PLAIN + TRIM])
+@pytest.mark.parametrize(
+    "text", [pytest.param(RECIPE, marks=pytest.mark.slow), RECIPE + GUIDE, PLAIN + TRIM]
+)
 def test_the_bytes_are_the_same_on_any_runner_in_any_shards_and_on_any_number_of_threads(
     api, tmp_path, text
 ):
