@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from lewis_hub.pipeline import publish as publish
     from lewis_hub.pipeline import stream as stream
     from lewis_hub.pipeline import verify as verify
+    from lewis_hub.recipe.reference import ModelReference as ModelReference
     from lewis_hub.recipe.schema import Calibration as Calibration
     from lewis_hub.recipe.schema import Evaluation as Evaluation
     from lewis_hub.recipe.schema import Gate as Gate
     from lewis_hub.recipe.schema import Guide as Guide
     from lewis_hub.recipe.schema import ModelEntry as ModelEntry
-    from lewis_hub.recipe.schema import ModelReference as ModelReference
     from lewis_hub.recipe.schema import Publishing as Publishing
     from lewis_hub.recipe.schema import Recipe as Recipe
     from lewis_hub.report.profiles import compare_profiles as compare_profiles

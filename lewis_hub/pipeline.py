@@ -26,7 +26,8 @@ from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
-from lewis_hub.recipe.schema import ModelReference, Publishing, Recipe
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.schema import Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences

@@ -125,6 +125,7 @@ def test_a_schedule_merges_when_it_is_triggered(jobs, tmp_path):
 
 
 def test_the_answer_of_a_hub_without_jobs_is_shown(hub, tmp_path):
+    seed_hub(hub.api())
     (tmp_path / "work").mkdir()
     recipe = (
         RECIPE.format(weight=1.0)

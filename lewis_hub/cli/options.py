@@ -47,9 +47,9 @@ def matching(pattern: str) -> Callable[[str], str | None]:
 
 
 def _parse_repo(text: str) -> str | None:
-    from lewis_hub.recipe import schema
+    from lewis_hub.recipe import reference
 
-    return text if schema.REPO.fullmatch(text) else None
+    return text if reference.REPO.fullmatch(text) else None
 
 
 def _parse_size(text: str) -> int | None:

@@ -254,7 +254,7 @@ def _silent_bar(advance: Advance) -> type[Any]:
     """A tqdm class that shows nothing and reports to `advance`."""
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):
+    class ReportingTqdm(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
@@ -262,7 +262,7 @@ def _silent_bar(advance: Advance) -> type[Any]:
             advance(int(n or 0))
             return None
 
-    return Silent
+    return ReportingTqdm
 
 
 def _blob(repo: str, repo_type: str, file: SourceFile) -> Path:

@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from lewis_hub.recipe.schema import (
-    CHAT_TEMPLATES,
-    REPO,
-    Evaluation,
-    ModelReference,
-    Recipe,
-    Settings,
-    Slice,
-)
+from lewis_hub.recipe.reference import REPO, ModelReference
+from lewis_hub.recipe.schema import CHAT_TEMPLATES, Evaluation, Recipe, Settings, Slice
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 

@@ -24,7 +24,8 @@ from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import Licence
 from lewis_hub.hub.source import Source
-from lewis_hub.recipe.schema import REPO, Benchmark
+from lewis_hub.recipe.reference import REPO
+from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report import findings, markdown
 from lewis_hub.report.cost import duration
 from lewis_hub.report.facts import GUIDES, METHODS, CardFacts, Guided, Measured

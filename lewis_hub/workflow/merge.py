@@ -21,7 +21,8 @@ from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Statisti
 from lewis_hub.merge.runners import Backend, Ray, threads
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.merge.slices import Blocks, MergeSlice, StackSettings, make_stacked_plan
-from lewis_hub.recipe.schema import ModelReference, Slice, SliceSource
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.schema import Slice, SliceSource
 from lewis_hub.workflow.open import MergeSources, OpenedSource
 
 if TYPE_CHECKING:

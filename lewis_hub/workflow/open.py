@@ -21,7 +21,7 @@ from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.fetch import read_range, read_small, weight_files
 from lewis_hub.hub.source import ADAPTERS, Source
-from lewis_hub.recipe.schema import REPO
+from lewis_hub.recipe.reference import REPO
 from lewis_hub.tokenizer import Translation
 from lewis_hub.workflow.resolve import Inputs
 

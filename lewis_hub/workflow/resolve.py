@@ -24,8 +24,9 @@ from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, 
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
+from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
-from lewis_hub.recipe.schema import Calibration, ModelEntry, ModelReference, Publishing, Recipe
+from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
 
 
 def read_recipe(path: Path | str) -> Recipe:

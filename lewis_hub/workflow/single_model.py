@@ -26,7 +26,8 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
-from lewis_hub.recipe.schema import Calibration, Evaluation, ModelReference, Recipe
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.schema import Calibration, Evaluation, Recipe
 from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock

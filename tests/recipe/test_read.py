@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.read import parse_recipe, read_recipe, schema
-from lewis_hub.recipe.schema import Conditional, ModelEntry, ModelReference, Recipe
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.schema import Conditional, ModelEntry, Recipe
 
 GOOD = """base_model: a/b
 models:

@@ -27,7 +27,7 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe, read_recipe
-from lewis_hub.recipe.schema import ModelReference
+from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.workflow.resolve import pin_task, scored_commits
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.texts import TextSettings, draw

@@ -19,7 +19,8 @@ from lewis_hub.demo.zoo import seed_hub, zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.source import cache_root
-from lewis_hub.recipe.schema import ModelReference, Publishing
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report.lock import Lock, OutputFile, provenance
 from lewis_hub.workflow.verify import weight_files_within_tolerance
 
