@@ -131,8 +131,10 @@ def test_the_answer_of_a_hub_without_jobs_is_shown(hub, tmp_path):
         RECIPE.format(weight=1.0)
         .replace("  include: tasks\n", "")
         .replace("lewis/", hub.user + "/")
+        .replace("zoo_reverse", "gsm8k")
+        .replace("exact_match,none", "exact_match,strict-match")
     )
-    (tmp_path / "work" / "recipe.yaml").write_text(recipe.replace("zoo_reverse", "gsm8k"))
+    (tmp_path / "work" / "recipe.yaml").write_text(recipe)
 
     done = run(hub, tmp_path, "merge", "--push", "--on", "jobs")
 
