@@ -38,8 +38,8 @@ LEAKS = (
 SLOW_FIXTURES = {"hub", "datasets_cache"}  # a server, lm-eval
 SLOW_MARKERS = ("slow", "gpu", "ray")
 SLOW_IMPORT = re.compile(
-    r"^(?:from|import) (?:subprocess|transformers|lm_eval|lewis_hub\.(?:localhub"
-    r"|demo\.train|evaluate\.harness|calibration\.(?:blockwise|measure|model|sequential)))\b",
+    r"^(?:from|import) (?:subprocess|transformers|lm_eval|train_zoo|lewis_hub\.(?:localhub"
+    r"|evaluate\.harness|calibration\.(?:forward|measure|model|passes|sequential)))\b",
     re.MULTILINE,
 )
 CACHES = (
