@@ -46,9 +46,10 @@ _HOME = {  # module -> its public names
         *("calibrate", "check", "merge_models", "open_target"),
         *("publish", "stream", "verify"),
     ),
+    "recipe.reference": ("ModelReference",),
     "recipe.schema": (
         *("Calibration", "Evaluation", "Gate", "Guide"),
-        *("ModelEntry", "ModelReference", "Publishing", "Recipe"),
+        *("ModelEntry", "Publishing", "Recipe"),
     ),
     "report.profiles": ("compare_profiles",),
     "tune.objective": ("Search",),

@@ -191,15 +191,19 @@ def _require_mergeable(jobs: Sequence[MergeJob], api: HfApi) -> None:
 
 def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
     """Measure once, with progress, the profiles and second moments that many trials need."""
+
+    def compiled(recipe: Recipe) -> MergeJob:
+        return compile_job(recipe, tuner.execution, tuner.examined, tuner.api)
+
     guided = {one.guide.name: (one, one.guide) for one in corners if one.guide}
     for recipe, guide in guided.values():
         # these settings may not reach the mean density of the recipe
         any_mean = {"guide": guide.model_copy(update={"mean_density": None})}
-        tuner.guide(tuner.compile(recipe.model_copy(update=any_mean)), tuner.progress)
+        tuner.guide(compiled(recipe.model_copy(update=any_mean)), tuner.progress)
     moments = ((measurement_of(one).moments, one) for one in corners)
     by_width = {m.widest: one for m, one in moments if m and not m.in_sequence}
     for one in by_width.values():
-        tuner.gather(tuner.compile(one), None, tuner.progress)
+        tuner.gather(compiled(one), None, tuner.progress)
 
 
 def _draw(

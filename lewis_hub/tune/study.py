@@ -26,7 +26,6 @@ from lewis_hub.errors import (
 from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.plan import MergePlan
-from lewis_hub.recipe.schema import Recipe
 from lewis_hub.tune.objective import Objective
 from lewis_hub.tune.space import Choice, Space, Value, Values, axes, candidate
 from lewis_hub.workflow.calibrate import guide
@@ -206,10 +205,6 @@ class Tuner:
     scratch: Path
     model: ResidentModel = field(default_factory=ResidentModel)
 
-    def compile(self, recipe: Recipe) -> MergeJob:
-        """Compile a recipe of the space."""
-        return compile_job(recipe, self.execution, self.examined, self.api)
-
     def gather(
         self, job: MergeJob, schedule: DensitySchedule | None, progress: Progress
     ) -> Gathered:
@@ -230,7 +225,8 @@ class Tuner:
 
     def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
         """Return the job and plan of some values, and the places of its sources."""
-        job, silent = self.compile(candidate(self.space, values)), Silent()
+        recipe, silent = candidate(self.space, values), Silent()
+        job = compile_job(recipe, self.execution, self.examined, self.api)
         schedule = self.guide(job, silent)
         known = self.gather(job, schedule, silent)
         planned = job.plan.plan(schedule, known.statistics)
