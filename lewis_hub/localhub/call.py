@@ -46,9 +46,11 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The body, a JSON object."""
         try:
-            document: dict[str, Any] = json.loads(self.body or b"{}")
+            document = json.loads(self.body or b"{}")
         except ValueError:
-            raise refusal(400, "The body must be a JSON object") from None
+            document = None
+        if not isinstance(document, dict):
+            raise refusal(400, "The body must be a JSON object")
         return document
 
     def flag(self, name: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import binascii
+import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,8 +34,9 @@ def preupload(call: Call) -> dict[str, Any]:
     commit = call.commit(repo)
     attributes = call.store.read_text(commit, ".gitattributes")
     modes = []
-    for item in call.json()["files"]:
-        is_large = _goes_to_lfs(item, attributes)
+    for item in call.json().get("files", []):
+        sample = base64.b64decode(item.get("sample", ""))
+        is_large = _goes_to_lfs(item["path"], int(item["size"]), sample, attributes)
         mode = {"path": item["path"], "uploadMode": "lfs" if is_large else "regular"}
         if present := commit.files.get(item["path"]):
             mode["oid"] = present.sha256 if present.lfs else present.oid
@@ -41,12 +44,15 @@ def preupload(call: Call) -> dict[str, Any]:
     return {"files": modes, "commitOid": commit.sha}
 
 
-def _goes_to_lfs(item: Mapping[str, Any], attributes: str) -> bool:
+def _goes_to_lfs(path: str, size_bytes: int, sample: bytes, attributes: str) -> bool:
     """Whether LFS stores a file, which is decided by its size, first bytes and .gitattributes."""
-    if item["size"] > REGULAR_LIMIT_BYTES or b"\0" in base64.b64decode(item["sample"]):
+    if size_bytes == 0:
+        return False
+    if size_bytes > REGULAR_LIMIT_BYTES or b"\0" in sample:
         return True
     patterns = [line.split()[0] for line in attributes.splitlines() if "filter=lfs" in line]
-    return item["size"] > 0 and any(map(PurePosixPath(item["path"]).match, patterns))
+    name = PurePosixPath(path).name
+    return any(fnmatch.fnmatchcase(path if "/" in p else name, p) for p in patterns)
 
 
 def commits(call: Call) -> list[dict[str, Any]]:
@@ -94,35 +100,63 @@ def commit(call: Call) -> dict[str, Any]:
 
 
 def _read_changes(call: Call, base: Commit) -> tuple[dict[str, Any], dict[str, File]]:
-    """Apply the lines of a commit request, in order; returns its header and the changed files."""
+    """Apply the lines of a commit request, in order; returns its header and the changed files.
+
+    Raises:
+        HTTPException: a line is no JSON or names an unsafe path, a file to delete does not exist,
+            an LFS file was not uploaded, or there is no summary.
+    """
     header: dict[str, Any] = {}
     changed = dict(base.files)
-    for line in call.body.splitlines():
-        item = json.loads(line)
-        key, value = item["key"], item["value"]
+    for key, value in _lines(call.body):
         if key == "header":
             header = value
         elif key == "file":
-            content = base64.b64decode(value.get("content", ""))
-            changed[_safe_path(value)] = git_file(content, call.store.blobs.add(content))
+            _put(changed, value["path"], _regular_file(call, base, value))
         elif key == "lfsFile":
-            changed[_safe_path(value)] = _uploaded_file(call, value)
+            _put(changed, value["path"], _uploaded_file(call, value))
         elif key == "deletedFile":
             if changed.pop(value["path"], None) is None:
                 problem = f"A file with this name doesn't exist: {value['path']}"
                 raise refusal(404, problem, "EntryNotFound")
         else:
             raise refusal(400, f"Unknown commit operation: {key}")
+    if not str(header.get("summary", "")).strip():
+        raise refusal(400, "A commit needs a header line with a summary")
     return header, changed
 
 
-def _safe_path(value: Mapping[str, Any]) -> str:
-    """The path of a file; refuses one outside the repository."""
-    path: str = value["path"]
+def _lines(body: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in filter(None, map(bytes.strip, body.splitlines())):
+        try:
+            item = json.loads(line)
+            yield item["key"], item["value"]
+        except (ValueError, KeyError, TypeError):
+            raise refusal(400, "A commit is lines of JSON with a key and a value") from None
+
+
+def _put(changed: dict[str, File], path: str, file: File) -> None:
+    """Set a file; refuse a path outside the repository, and a path that is or has a folder."""
     parts = path.split("/")
     if any(part in ("", ".", "..", ".git") for part in parts) or not path.isprintable():
         raise refusal(400, f"Invalid path in repository: {path!r}")
-    return path
+    clashes = [str(parent) for parent in PurePosixPath(path).parents if str(parent) in changed]
+    clashes += [name for name in changed if name.startswith(path + "/")]
+    if clashes:
+        raise refusal(400, f"{path} and {clashes[0]} cannot both be files")
+    changed[path] = file
+
+
+def _regular_file(call: Call, base: Commit, value: Mapping[str, Any]) -> File:
+    try:
+        content = base64.b64decode(value.get("content", ""), validate=True)
+    except binascii.Error:
+        raise refusal(400, f"{value['path']}: content is not base64") from None
+    sha256 = call.store.blobs.add(content)
+    attributes = call.store.read_text(base, ".gitattributes")
+    if _goes_to_lfs(value["path"], len(content), content[:512], attributes):
+        return lfs_file(sha256, len(content))
+    return git_file(content, sha256)
 
 
 def _uploaded_file(call: Call, value: Mapping[str, Any]) -> File:
@@ -143,7 +177,8 @@ def create_pull_request(call: Call) -> dict[str, Any]:
     repo, document = call.seen_repo(), call.json()
     if not document.get("pullRequest"):
         raise refusal(400, "This Hub has pull requests, and no other discussions")
-    opened = _open(call, repo, call.commit(repo), document["title"], document["description"])
+    title, description = str(document.get("title", "")), str(document.get("description", ""))
+    opened = _open(call, repo, call.commit(repo), title, description)
     return {"num": opened.number, "pullRequest": True}
 
 
@@ -159,8 +194,8 @@ def _open(call: Call, repo: Repo, base: Commit, title: str, description: str) ->
 def pull_requests(call: Call) -> dict[str, Any]:
     """GET .../discussions: the pull requests, newest first. All are open."""
     repo, query = call.seen_repo(), call.request.query_params
-    shown = [] if query.get("status") == "closed" else repo.pull_requests[::-1]
-    found = [_summary(repo, item) for item in shown]
+    shown = query.get("status") != "closed" and query.get("type") != "discussion"
+    found = [_summary(repo, item) for item in reversed(repo.pull_requests) if shown]
     return {"discussions": found, "count": len(found), "start": 0}
 
 

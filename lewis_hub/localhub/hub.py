@@ -105,14 +105,30 @@ class Hub:
         self.storage_url = ""  # the other origin, which stores large files
         self.signing_key = secrets.token_bytes(32)  # for the addresses of large files
         self.users = root / "users.json"
-        known = GRANTS.validate_json(self.users.read_bytes()) if self.users.exists() else []
-        self.grants = {grant.token: grant for grant in known}
-        if not self.grants:
+        self.grants: dict[str, Grant] = {}  # by token
+        if self.users.exists():
+            self.grants = {g.token: g for g in GRANTS.validate_json(self.users.read_bytes())}
+        else:
             self.add_token(f"hf_{secrets.token_hex(16)}", FIRST_USER, "write", ("*",))
             self.add_token(f"hf_{secrets.token_hex(16)}", FIRST_USER, "read", ("*",))
-        first = {grant.role: grant.token for grant in reversed(self.grants.values())}
-        self.write_token, self.read_token = first["write"], first.get("read", "")
-        self.user = self.grants[self.write_token].user
+
+    @property
+    def write_token(self) -> str:
+        """The first token that may write."""
+        return self._first("write").token
+
+    @property
+    def read_token(self) -> str:
+        """The first token that may only read."""
+        return self._first("read").token
+
+    @property
+    def user(self) -> str:
+        """The user of `write_token`."""
+        return self._first("write").user
+
+    def _first(self, role: Role) -> Grant:
+        return next(grant for grant in self.grants.values() if grant.role == role)
 
     def api(self, token: str | None = None) -> HfApi:
         """A client of this Hub, by default with `write_token`."""

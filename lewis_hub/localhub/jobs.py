@@ -197,6 +197,8 @@ class Jobs:
     def _start(self, namespace: str, user: str, spec: Mapping[str, Any]) -> Job:
         """Run a command in a thread, with the secrets as environment variables."""
         command = without_uv([*(spec.get("command") or ()), *(spec.get("arguments") or ())])
+        if not command:
+            raise refusal(400, "A Job needs a command")
         entry = _new_entry(namespace) | {"initiator": _user(user)} | _without_secrets(spec)
         job = Job(entry | {"status": {"stage": "SCHEDULING", "message": None}})
         folder = self.root / "jobs" / entry["id"]

@@ -28,6 +28,7 @@ from lewis_hub.localhub.store import (
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?", re.ASCII)
 TAKEN_NAMESPACES = ("api", "datasets", "lfs", "lfs-upload")  # other addresses begin with them
+TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # RFC 8693
 PUBLISHER_TOKEN_S = 3600
 LFS_SUFFIXES = (
     "arrow bin ckpt gguf gz h5 model npy npz onnx parquet pickle pkl pt pth safetensors tar zip"
@@ -58,8 +59,10 @@ def exchange_token(call: Call) -> dict[str, Any]:
     The embedded Hub checks no signature: it compares the identity with those in `Hub.publishers`.
     """
     document = call.json()
+    if document.get("grant_type") != TOKEN_EXCHANGE:
+        raise refusal(400, "unsupported_grant_type")
     repo = document.get("resource")
-    if not repo or call.hub.publishers.get(document["subject_token"]) != repo:
+    if not repo or call.hub.publishers.get(str(document.get("subject_token"))) != repo:
         raise refusal(403, f"No trusted publisher of {repo} matches this identity")
     token = f"hf_jwt_{secrets.token_hex(16)}"
     call.hub.grants[token] = Grant(token, "trusted-publisher", "write", (str(repo),))
@@ -121,6 +124,8 @@ def settings(call: Call) -> dict[str, Any]:
     if "visibility" in document or "private" in document:
         repo.private = _is_private(document)
     if "gated" in document:
+        if document["gated"] not in (False, "auto", "manual"):
+            raise refusal(400, "gated must be false, auto or manual")
         repo.gated = document["gated"]
     call.store.save(repo)
     return {"private": repo.private, "gated": repo.gated}
@@ -155,13 +160,18 @@ def info(call: Call) -> Response:
         "tags": [],
         "cardData": metadata,
         "siblings": [
-            {"rfilename": path, "size": file.size_bytes, "blobId": file.oid, **file.lfs_entry}
+            _sibling(path, file, blobs=call.flag("blobs"))
             for path, file in sorted(commit.files.items())
         ],
     }
-    named = ("library_name", "pipeline_tag")
+    named = ("library_name", "pipeline_tag") if repo.kind == "models" else ()
     document |= {name: metadata[name] for name in named if name in metadata}
     return JSONResponse(document, headers={"X-Repo-Commit": commit.sha})
+
+
+def _sibling(path: str, file: File, *, blobs: bool) -> dict[str, Any]:
+    sizes = {"size": file.size_bytes, "blobId": file.oid, **file.lfs_entry}
+    return {"rfilename": path, **(sizes if blobs else {})}
 
 
 def tree(call: Call) -> list[dict[str, Any]]:
@@ -191,7 +201,8 @@ def paths_info(call: Call) -> list[dict[str, Any]]:
 def _entry(path: str, files: Mapping[str, File]) -> dict[str, Any]:
     file = files.get(path)
     if file is None:
-        oid = short_digest(path.encode())
+        below = [f"{name} {f.oid}" for name, f in files.items() if name.startswith(f"{path}/")]
+        oid = short_digest("\n".join(sorted(below)).encode())  # changes with the files
         return {"type": "directory", "oid": oid, "size": 0, "path": path}
     return {
         "type": "file",

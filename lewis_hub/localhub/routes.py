@@ -71,6 +71,7 @@ def application(hub: Hub, running: jobs.Jobs | None) -> ASGIApp:
         ("/api/models" + REPO, "models", REPO_API),
         ("/api", "", unknown),
         ("/datasets" + REPO, "datasets", REPO_SITE),
+        ("/datasets", "", unknown),
         (REPO, "models", REPO_SITE),
         ("", "", unknown),
     )

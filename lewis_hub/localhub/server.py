@@ -62,11 +62,13 @@ def serve(
         config = uvicorn.Config(
             application(hub, running),
             http="h11",
+            ws="none",
             loop="asyncio",
             lifespan="off",
             log_config=None,
             log_level="error",
             access_log=False,
+            server_header=False,
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)

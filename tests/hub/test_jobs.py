@@ -131,6 +131,13 @@ def test_a_command_that_is_not_there_fails_the_job(api):
     assert said == ["Job ERROR: Job failed with exit code: 127. Reason: No such file or directory"]
 
 
+def test_a_job_without_a_command_is_refused(api):
+    with pytest.raises(HfHubHTTPError, match="A Job needs a command"):
+        api.run_job(image="python:3.12", command=[], namespace=ME)
+
+    assert not any(job.status.stage == "SCHEDULING" for job in api.list_jobs(namespace=ME))
+
+
 def test_a_process_is_told_of_its_job_and_of_nothing_else_here(api, running, monkeypatch):
     monkeypatch.setenv("MY_OWN_SECRET", "hunter2")
     code = "import os; print(sorted(os.environ)); print(os.environ['HF_TOKEN'][:6])"

@@ -111,6 +111,50 @@ def test_a_path_outside_the_repository_is_refused(hub, api, path):
     assert answer.json()["error"] == f"Invalid path in repository: {path!r}"
 
 
+HEADER = '{"key": "header", "value": {"summary": "x"}}'
+
+
+def put(path: str, content: str) -> str:
+    return json.dumps({"key": "file", "value": {"path": path, "content": content}})
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ([HEADER, "{"], "A commit is lines of JSON with a key and a value"),
+        ([HEADER, "[1]"], "A commit is lines of JSON with a key and a value"),
+        ([HEADER, '{"key": "file"}'], "A commit is lines of JSON with a key and a value"),
+        ([put("b.txt", "eA==")], "A commit needs a header line with a summary"),
+        ([HEADER, put("b.txt", "*")], "b.txt: content is not base64"),
+        ([HEADER, put("a.txt/b", "eA==")], "a.txt/b and a.txt cannot both be files"),
+        ([HEADER, put("old", "eA==")], "old and old/b.txt cannot both be files"),
+    ],
+)
+def test_a_malformed_commit_is_refused_and_changes_nothing(hub, api, push, lines, problem):
+    before = push("acme/base", {"a.txt": b"a", "old/b.txt": b"b"})
+
+    answer = httpx.post(
+        f"{hub.url}/api/models/acme/base/commit/main",
+        content="\n".join(lines),
+        headers={"Authorization": f"Bearer {hub.write_token}"},
+    )
+
+    assert (answer.status_code, answer.json()["error"]) == (400, problem)
+    assert api.repo_info("acme/base").sha == before
+
+
+def test_a_binary_file_that_is_sent_to_git_is_stored_as_large(hub, api, push):
+    push("acme/base", {"a.txt": b"a"})
+
+    httpx.post(
+        f"{hub.url}/api/models/acme/base/commit/main",
+        content=f"{HEADER}\n{put('map.png', 'AHg=')}",
+        headers={"Authorization": f"Bearer {hub.write_token}"},
+    ).raise_for_status()
+
+    assert api.get_paths_info("acme/base", "map.png")[0].lfs.size == 2
+
+
 def test_files_are_deleted(api, push, hub):
     push("acme/base", {"a.txt": b"a", "old/b.txt": b"b", "m.bin": b"\0m"})
 

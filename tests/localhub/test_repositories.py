@@ -182,3 +182,60 @@ def test_a_missing_repository_is_said_to_be_missing(hub, api, name):
 
 def test_an_address_that_is_not_there_is_not_found(hub):
     assert httpx.get(f"{hub.url}/api/agent-harnesses").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "problem"),
+    [
+        ("POST", "/api/repos/create", "[1]", "The body must be a JSON object"),
+        (
+            "PUT",
+            "/api/models/acme/base/settings",
+            '{"gated": "perhaps"}',
+            "gated must be false, auto or manual",
+        ),
+        ("POST", "/oauth/token", '{"grant_type": "password"}', "unsupported_grant_type"),
+    ],
+)
+def test_a_body_that_the_hub_does_not_know_is_refused(hub, api, method, path, body, problem):
+    api.create_repo("acme/base")
+    headers = {"Authorization": f"Bearer {hub.write_token}"}
+
+    answer = httpx.request(method, hub.url + path, content=body, headers=headers)
+
+    assert (answer.status_code, answer.json()["error"]) == (400, problem)
+
+
+def test_sizes_of_files_are_listed_only_on_request(api, push):
+    push("acme/base", {"a.txt": b"abc"})
+
+    plain, whole = (
+        {file.rfilename: file.size for file in api.model_info("acme/base", **asked).siblings}
+        for asked in ({}, {"files_metadata": True})
+    )
+
+    assert plain["a.txt"] is None
+    assert whole["a.txt"] == 3
+
+
+def test_the_digest_of_a_folder_changes_with_its_files(api, push):
+    def digest() -> str:
+        (folder,) = (item for item in api.list_repo_tree("acme/base") if item.path == "sub")
+        return folder.tree_id
+
+    push("acme/base", {"sub/a.txt": b"a"})
+    before = digest()
+    push("acme/base", {"sub/a.txt": b"b"})
+
+    assert digest() != before
+
+
+def test_a_hub_whose_users_only_read_is_served(tmp_path):
+    (tmp_path / "users.json").write_text(
+        '[{"token": "hf_r", "user": "reader", "role": "read", "namespaces": ["*"]}]'
+    )
+
+    hub = Hub(tmp_path)
+
+    assert [grant.token for grant in hub.grants.values()] == ["hf_r"]
+    assert hub.read_token == "hf_r"
