@@ -25,7 +25,7 @@ from lewis_hub.evaluate.items import (
     chat_of,
     load_rows,
 )
-from lewis_hub.evaluate.tasks import locate_tasks, require_metric
+from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.source import Source
 from lewis_hub.workflow.fetch import small_files
 from lewis_hub.workflow.resolve import scored_commits
@@ -59,8 +59,33 @@ class TuningItems:
     n_calibrated: int  # items that were skipped because calibration draws them
 
 
+@dataclass(frozen=True)
+class TuningSplit:
+    """Tasks, and the split of their data to tune on."""
+
+    tasks: TaskSelection
+    split: str
+
+
+def choose_split(search: Search, scored: TaskSelection) -> TuningSplit:
+    """Choose what a search tunes on; no data is read.
+
+    Raises:
+        EvaluationError: a task is unknown, or the tasks only declare splits that they score.
+    """
+    tasks = replace(scored, names=search.tasks or scored.names)
+    located = locate_tasks(tasks)
+    split = search.split or free_split(located)
+    if split is None:
+        problem = "these tasks have no common split for few-shot examples that they do not score."
+        remedy = "Name one with --split, or tasks made for tuning with --task."
+        raise EvaluationError(", ".join(tasks.names), problem, remedy)
+    return TuningSplit(tasks, split)
+
+
 def draw_items(
-    search: Search,
+    chosen: TuningSplit,
+    n_samples: int,
     scored: ScoredTasks,
     calibrated: Sequence[DrawnText],
     seed: int,
@@ -72,16 +97,10 @@ def draw_items(
     of `chat_model` formats the prompts.
 
     Raises:
-        EvaluationError: a task or split is unknown, or the split is scored.
+        EvaluationError: the split is unknown or scored.
         TuningError: an item is scored, or no item is left.
     """
-    selection = replace(scored.selection, names=search.tasks or scored.selection.names)
-    located = locate_tasks(selection)
-    split = search.split or free_split(located)
-    if split is None:
-        problem = "these tasks have no common split for few-shot examples that they do not score."
-        remedy = "Name one with --split, or tasks made for tuning with --task."
-        raise EvaluationError(", ".join(selection.names), problem, remedy)
+    selection, split = chosen.tasks, chosen.split
     commits, chat = scored_commits(scored.api, selection), None
     if chat_model:
         from lewis_hub.calibration.model import load_tokenizer
@@ -93,7 +112,7 @@ def draw_items(
         allow_scored = name not in scored.selection.names
         one = replace(selection, names=(name,))
         rows = replace(load_rows(one, split, commits, allow_scored=allow_scored), chat=chat)
-        found = _passing_over(rows, search.samples, calibrated, seed)
+        found = _passing_over(rows, n_samples, calibrated, seed)
         drawn.append(TuningItems(name, split, rows, *found))
         if not found[0]:
             problem = f"no item of split `{split}` is left that calibration does not draw"

@@ -39,6 +39,7 @@ from lewis_hub.tune.objective import (
     TuningItems,
     by_answer_loss,
     by_metric,
+    choose_split,
     draw_items,
 )
 from lewis_hub.tune.space import Space, axes
@@ -210,9 +211,10 @@ def _draw(
     job: MergeJob, asked: Search, tasks: ScoredTasks, chat_model: Source | None
 ) -> tuple[tuple[TuningItems, ...], Sets]:
     """Draw the items to tune on and the calibration texts."""
+    chosen = choose_split(asked, tasks.selection)  # before any data is read
     drawn = draw_texts(job.texts, tasks, tasks.api, tasks.progress)
     calibrated = [text for one in drawn.values() for text in one.texts]
-    items = draw_items(asked, tasks, calibrated, job.texts.seed, chat_model)
+    items = draw_items(chosen, asked.samples, tasks, calibrated, job.texts.seed, chat_model)
     for one in items:
         skipped = f"; {one.n_calibrated} calibration items are skipped" if one.n_calibrated else ""
         drawn_items = f"{one.task}: {len(one.indices):,} items of split `{one.split}` to tune on"

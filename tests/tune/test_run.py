@@ -197,6 +197,17 @@ def test_items_that_are_scored_are_refused_whatever_the_task_is_called(recipe_fi
     assert not output.exists()
 
 
+@pytest.mark.parametrize("split", [None, "train"])
+def test_an_unknown_task_is_refused_before_calibration_texts_are_drawn(recipe_file, split):
+    text = recipe_file.read_text().replace("split: train", "split: test")  # which is scored
+    recipe_file.write_text(text)
+    recipe, output = read_recipe(recipe_file), recipe_file.parent / "tuning"
+
+    with pytest.raises(EvaluationError, match="zoo_revers: "):
+        tune_recipe(recipe, Search(tasks=("zoo_revers",), split=split), output)
+    assert not output.exists()
+
+
 def test_two_searches_in_one_folder_do_not_meet(recipe_file):
     output = recipe_file.parent / "tuning"
     output.mkdir()
