@@ -97,6 +97,22 @@ BROKEN = {
         "r.yaml:6: `guide.gamma`: expected less than or equal to 1, found 2.\n"
         "`lewis-hub schema` describes every field."
     ),
+    GOOD + "guide: {name: magnitude, gamma: 0}\n": (
+        "r.yaml:6: `guide.gamma`: expected greater than 0, found 0.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: magnitude, epsilon: 1.1}\n": (
+        "r.yaml:6: `guide.epsilon`: expected less than or equal to 1, found 1.1.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: magnitude, gamma: .nan}\n": (
+        "r.yaml:6: `guide.gamma`: expected less than or equal to 1, found nan.\n"
+        "`lewis-hub schema` describes every field."
+    ),
+    GOOD + "guide: {name: magnitude, default_density: 0.0}\n": (
+        "r.yaml:6: `guide.default_density`: expected greater than 0, found 0.0.\n"
+        "`lewis-hub schema` describes every field."
+    ),
     GOOD + "guide: {calibration: {dataset: x/y}}\n": (
         "r.yaml:6: `guide.calibration`: give `text` (a template over columns) or `messages` "
         "(a column).\n`lewis-hub schema` describes every field."
