@@ -156,6 +156,5 @@ def _write(
         for output_tensor, start in zip(layout.tensors, layout.starts, strict=True):
             content = tensors[output_tensor.name].contiguous().flatten().view(torch.uint8)
             writer.write(start, content.numpy().data)
-            writer.complete(start, start + output_tensor.n_bytes)
             advance(output_tensor.n_bytes)
         return WrittenFile(layout.name, writer.finish(), layout.n_bytes)

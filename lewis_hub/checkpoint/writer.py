@@ -134,9 +134,10 @@ def shard_name(i: int, n_shards: int) -> str:
 class ShardWriter:
     """A shard that is being written. Threads may share it if they write disjoint ranges.
 
-    The thread that completes the next range hashes it, in the order of the file, while it is still
-    in the page cache. `stays_cached` says whether the page cache keeps bytes that are already on
-    the disk. All methods raise an OutputError if the disk is full or failing; the whole shard is
+    The file is hashed in the order of its bytes while it is written: a range that is next from the
+    memory that it was written from, a later one from the page cache, by the thread that wrote what
+    was missing. `stays_cached` says whether the page cache keeps bytes that are already on the
+    disk. All methods raise an OutputError if the disk is full or failing; the whole shard is
     reserved at the beginning.
     """
 
@@ -146,17 +147,16 @@ class ShardWriter:
         self._stays_cached = stays_cached
         self._digest = hashlib.sha256()
         self._n_hashed = 0
-        self._complete: list[tuple[int, int]] = []  # heap of ranges that are not hashed yet
-        self._completing, self._hashing = threading.Lock(), threading.Lock()
+        self._written: list[tuple[int, int]] = []  # heap of ranges that are not hashed yet
+        self._writing, self._hashing = threading.Lock(), threading.Lock()
+        self._read_back = bytearray(HASHED_BYTES)
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
             raise unwritable(self.path, error) from None
         try:
             _preallocate(self._descriptor, self.n_bytes)
-            header = layout.header
-            self.write(0, memoryview(header))
-            self.complete(0, len(header))
+            self.write(0, memoryview(layout.header))
         except OSError as error:
             os.close(self._descriptor)
             raise unwritable(self.path, error) from None
@@ -171,23 +171,21 @@ class ShardWriter:
         os.close(self._descriptor)
 
     def write(self, position: int, content: memoryview) -> None:
-        """Write bytes at an offset from the beginning of the file."""
+        """Write final bytes at an offset from the beginning of the file; empty ones do nothing."""
+        if not content.nbytes:
+            return
+        n_written = 0
         try:
-            while content.nbytes:
-                n_written = os.pwrite(self._descriptor, content, position)
-                content, position = content[n_written:], position + n_written
+            while n_written < content.nbytes:
+                rest = content[n_written:]
+                n_written += os.pwrite(self._descriptor, rest, position + n_written)
         except OSError as error:
             raise unwritable(self.path, error) from None
-
-    def complete(self, start: int, stop: int) -> None:
-        """Mark the bytes [start, stop) as final, and hash all ranges that now follow each other."""
-        if start == stop:
-            return
-        with self._completing:
-            heapq.heappush(self._complete, (start, stop))
+        with self._writing:
+            heapq.heappush(self._written, (position, position + content.nbytes))
         while self._hashing.acquire(blocking=False):
             try:
-                followed = self._hash_next()
+                followed = self._hash_next(position, content)
             finally:
                 self._hashing.release()
             if not followed:
@@ -197,7 +195,7 @@ class ShardWriter:
         """Flush the shard to the disk and return its sha256 as 64 hex digits."""
         while self._hash_next():
             pass
-        assert self._n_hashed == self.n_bytes, "a range of the shard was never completed"
+        assert self._n_hashed == self.n_bytes, "a range of the shard was never written"
         try:
             os.fsync(self._descriptor)
         except OSError as error:
@@ -206,14 +204,17 @@ class ShardWriter:
             self._advise(0, self.n_bytes)
         return self._digest.hexdigest()
 
-    def _hash_next(self) -> bool:
-        with self._completing:
-            if not self._complete or self._complete[0][0] != self._n_hashed:
+    def _hash_next(self, position: int = 0, content: memoryview | None = None) -> bool:
+        """Hash the next range if it is written; `content` was written at `position`."""
+        with self._writing:
+            if not self._written or self._written[0][0] != self._n_hashed:
                 return False
-            start, stop = heapq.heappop(self._complete)
-        buffer = bytearray(min(HASHED_BYTES, stop - self._n_hashed))
+            start, stop = heapq.heappop(self._written)
+        if content is not None and start == position:
+            self._digest.update(content)
+            self._n_hashed = stop
         while self._n_hashed < stop:
-            window = memoryview(buffer)[: stop - self._n_hashed]
+            window = memoryview(self._read_back)[: stop - self._n_hashed]
             n_read = os.preadv(self._descriptor, [window], self._n_hashed)
             if not n_read:
                 problem = "another process truncated it while it was written"

@@ -137,6 +137,7 @@ def _in_order(weights: Sequence[float]) -> np.float32:
 
 RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
 MAPPED_BYTES = 24 << 20  # of all sources, mapped at once by a thread, and kept from pass to pass
+SPANS_PER_WORKER = 4  # of a large tensor
 LONGEST_SPAN = 1 << 31  # elements: they are counted in 32 bits
 
 Span = range  # of elements; begins at a multiple of the job's block
@@ -188,10 +189,7 @@ class Shard(Protocol):
     """Where the bytes of a shard go; threads share it and write disjoint ranges."""
 
     def write(self, position: int, content: memoryview) -> None:
-        """Put bytes at an offset from its beginning."""
-
-    def complete(self, start: int, stop: int) -> None:
-        """Say that the bytes [start, stop) are final."""
+        """Put final bytes at an offset from its beginning."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +240,9 @@ class TensorJob:
         return block_of(self.context.plan.method, self.tensor)
 
     def spans(self, runner: Runner) -> list[Span]:
-        """The tensor in as many parts as will be worked on at a time."""
+        """The whole tensor, or parts of a large one: some per worker, as hashing delays one."""
         n = self.tensor.output.n_elements
-        n_spans = runner.n_workers if n > runner.large_elements else 1
+        n_spans = SPANS_PER_WORKER * runner.n_workers if n > runner.large_elements else 1
         n_spans = max(n_spans, -(-n // LONGEST_SPAN))
         length = max(-(-n // n_spans // self.block) * self.block, self.block)
         return [range(first, min(first + length, n)) for first in range(0, n, length)]
@@ -284,10 +282,6 @@ class TensorJob:
                 held = buffer.out.data[: source.n_bytes - first]
                 reader.read(source, first, held)
                 self.context.writer.write(self.start + first, held)
-
-    def finish(self) -> None:
-        """Say that its bytes are final."""
-        self.context.writer.complete(self.start, self.start + self.tensor.output.n_bytes)
 
     @cached_property
     def _widths(self) -> list[int]:

@@ -132,5 +132,4 @@ def _store(job: TensorJob, merged: Transfer) -> int:
         job.copy()
     else:
         job.context.writer.write(job.start, bytes_of(*merged.tensors))
-    job.finish()
     return job.tensor.output.n_bytes

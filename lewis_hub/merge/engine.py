@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # Modules that import the compiler of the kernels are imported in functions.
 
 NOTE = ".done.json"
+WORKERS_PER_SHARD = 4  # one thread hashes a file about as fast as four make its bytes
 RANGES = ".ranges"  # folder of the bytes of remote sources that are fetched ahead
 
 MakeTensor = Callable[[str, Moments | None], "Tensor"]
@@ -64,7 +66,7 @@ def run(
         locations: of all sources, and of statistics.
         output: exists; finished shards of the same plan in it are kept.
         backend: the bytes do not depend on it.
-        advance: called from this thread with bytes written or kept.
+        advance: called with bytes written or kept, by one thread at a time.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
@@ -76,18 +78,32 @@ def run(
     n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
     remedy = "name a folder on another disk with -o"
     require_room(output, n_bytes, "the merged weights", remedy)
-    made = {one.name: one for one in make_shards(plan, locations, output, backend, advance)}
+    together = _shards_together(plan, locations, backend)
+    shards = make_shards(plan, locations, output, backend, advance, together)
+    made = {one.name: one for one in shards}
     results = {layout.name: made[layout.name] for layout in plan.layouts}
     return results | write_index(plan, output)
 
 
 def make_shards(
-    plan: MergePlan, locations: Locations, output: Path, backend: Backend, advance: Advance
+    plan: MergePlan,
+    locations: Locations,
+    output: Path,
+    backend: Backend,
+    advance: Advance,
+    together: int = 1,
 ) -> Iterator[ShardResult]:
     """Yield each shard when it is finished, kept ones first; the arguments are those of `run`.
 
-    Except on Ray, a shard is begun only when it is requested.
+    Threads make `together` shards at the same time; with 1, a shard is begun only when it is
+    requested. More than 1 needs local sources: the bytes of others are fetched shard by shard.
     """
+    counting = threading.Lock()
+
+    def counted(n_bytes: int) -> None:
+        with counting:
+            advance(n_bytes)
+
     found = [(shard, _kept(shard, output)) for shard in plan.shards]
     remaining = [shard for shard, kept in found if kept is None]
     for kept in (kept for _, kept in found if kept):
@@ -95,8 +111,11 @@ def make_shards(
         yield kept
     if not isinstance(backend.runner, Ray):
         with open_files(remaining, locations, output / RANGES) as files:
-            for shard in remaining:
-                yield _make_shard(shard, files, output, backend, advance)
+            runner = replace(backend.runner, n_workers=backend.runner.n_workers // together)
+            one = replace(backend, runner=runner)
+            yield from Runner(together).map(
+                lambda shard: _make_shard(shard, files, output, one, counted), remaining
+            )
     elif remaining:
         on_worker = partial(
             _make_on_worker,
@@ -107,6 +126,15 @@ def make_shards(
         for result in backend.runner.map(on_worker, remaining):
             advance(result.n_bytes)
             yield result
+
+
+def _shards_together(plan: MergePlan, locations: Locations, backend: Backend) -> int:
+    """How many shards threads make at the same time: the bytes of each are hashed by one."""
+    if isinstance(backend.runner, Ray) or backend.device:
+        return 1
+    if not all(isinstance(location, Path) for location in locations.values()):
+        return 1
+    return max(1, min(backend.runner.n_workers // WORKERS_PER_SHARD, len(plan.shards)))
 
 
 def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
@@ -182,9 +210,6 @@ class InMemoryShard:
         """Put bytes at an offset from the beginning."""
         place = self._content.numpy()[position : position + content.nbytes]
         place[:] = np.frombuffer(content, np.uint8)
-
-    def complete(self, start: int, stop: int) -> None:
-        """Do nothing: no reader waits for the bytes."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name; they share its memory."""

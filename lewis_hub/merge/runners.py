@@ -19,7 +19,7 @@ from lewis_hub.errors import ExtraMissingError, LewisHubError, MergeError
 ADDRESS = re.compile(r"auto|([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")
 N_RETRIES = 3  # of an item whose worker was lost
 CONNECT_S = 10.0
-LARGE_ELEMENTS = 8 << 20
+LARGE_ELEMENTS = 32 << 20
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray's processes listen on no other address
 
 Item = TypeVar("Item")

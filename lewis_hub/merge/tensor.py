@@ -55,7 +55,6 @@ def make_tensor(job: TensorJob, runner: Runner) -> int:
         sources = [read_tensor(reader, header) for reader, header in pairs]
         merged = merge_by_definition(job.context.plan, job.tensor, sources, job.moments())
         job.context.writer.write(job.start, bytes_of(merged))
-    job.finish()
     return job.tensor.output.n_bytes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -95,6 +96,8 @@ def destination(recipe: Recipe) -> Publishing:
     return recipe.publish
 
 
+# Models are resolved at the same time: the Hub answers slowly, and so do digests of local files.
+N_RESOLVING_THREADS = 8
 AnySource = TypeVar("AnySource")
 Locate = Callable[[str], str]  # a name as written -> the path of a local file, or the name itself
 
@@ -407,9 +410,11 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
         return with_converted(replace(source, name=name), code=name in recipe.allow_code)
 
-    base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
     entries = merged_entries(recipe)
-    experts = tuple(model(entry.model) for entry in entries)
+    with ThreadPoolExecutor(N_RESOLVING_THREADS) as pool:
+        found = pool.map(model, [entry.model for entry in entries])
+        base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
+        experts = tuple(found)
     for entry, expert in zip(entries, experts, strict=True):
         if entry.model.on and not expert.is_adapter:
             problem = "this is a whole model, but `+` adds a LoRA adapter to a model"

@@ -126,7 +126,6 @@ def test_ranges_completed_in_any_order_hash_to_the_files_sha256(tmp_path, n_thre
         def fill(place):
             start, size = place
             writer.write(start, memoryview(os.urandom(size)))
-            writer.complete(start, start + size)
 
         with ThreadPoolExecutor(n_threads) as pool:
             list(pool.map(fill, order))
@@ -166,7 +165,6 @@ def test_what_is_not_read_next_leaves_the_cache_when_it_is_on_the_disk(tmp_path)
         shard = layout(3_000_000)
         with ShardWriter(tmp_path, shard, stays_cached=stays_cached) as writer:
             writer.write(shard.starts[0], memoryview(os.urandom(3_000_000)))
-            writer.complete(shard.starts[0], shard.n_bytes)
             digest = writer.finish()
         shares.append(cached_share(writer.path))
         assert digest == sha256_of(writer.path)

@@ -18,6 +18,7 @@ from lewis_hub.methods import registry
 
 def test_the_result_is_the_same_on_every_runner(zoo, settings):
     runners = [Runner(), threads(1), threads(2), threads(4), Runner(3, large_elements=100)]
+    runners += [threads(8), Runner(30, large_elements=100)]  # shards are made at the same time
 
     first, *others = (
         zoo.merge(settings, str(i), shard=10_000, runner=r).bytes for i, r in enumerate(runners)
