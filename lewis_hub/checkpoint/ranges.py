@@ -199,7 +199,11 @@ class SourceFiles:
     def _fetch(self, request: _Request) -> None:
         fetch = self._locations[request.source]
         assert not isinstance(fetch, Path)  # only remote ranges are requested
-        with request.path.open("wb", buffering=0) as file:
+        with self._changed:  # a file that begins after `__exit__` would be left behind
+            if self._is_closed:
+                raise CancelledError
+            opened = request.path.open("wb", buffering=0)
+        with opened as file:
 
             def take(position: int, piece: bytes) -> None:
                 if self._is_closed:

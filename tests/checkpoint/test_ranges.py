@@ -1,5 +1,7 @@
+import os
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,27 @@ def test_every_step_reads_its_bytes_as_often_as_it_likes_and_leaves_nothing(
                     assert read(files, tensor) == expected[: header.n_bytes]
                 files.step_done()
     assert not scratch.exists()
+
+
+def test_a_request_that_begins_while_the_files_are_closed_leaves_nothing(tmp_path, monkeypatch):
+    begins, rmdir = threading.Event(), os.rmdir
+
+    class Slow(dict):
+        def __getitem__(self, source):
+            if threading.current_thread() is not threading.main_thread():
+                begins.wait()
+            return super().__getitem__(source)
+
+    def delete_slowly(path, **given):
+        begins.set()
+        time.sleep(0.2)  # for a file that should not be created
+        rmdir(path, **given)
+
+    locations = Slow(a=Remote({"f": bytes(20)}).fetch)
+    with SourceFiles(locations, [[stored("a", "f", 0, 20)]], tmp_path / "ranges", ROOM):
+        monkeypatch.setattr(os, "rmdir", delete_slowly)
+
+    assert not (tmp_path / "ranges").exists()
 
 
 def test_neighbours_come_by_one_request_and_a_large_tensor_by_several(small, tmp_path):
