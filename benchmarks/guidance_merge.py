@@ -45,4 +45,4 @@ def make(told: Mapping[str, Any], store: Path, output: Path) -> None:
         planned = job.plan.plan(schedule, known.statistics)
         places = {**files.locations, **known.folders}
         shards = write_weights(planned, places, output, job.means, progress)
-        finish_model(planned, shards, job.sidecars, files.folders, output)
+        finish_model(planned, shards, job.sidecars, files.sources, output)

@@ -1,14 +1,15 @@
-"""Files on disk: digests, atomic writes, and checks for space and permission."""
+"""Files on disk: digests, atomic writes, and checks for links, space and permission."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 
-from lewis_hub.errors import OutputError
+from lewis_hub.errors import LocatedError, OutputError
 
 NAME_A_FOLDER = "Name a folder that you may write to with -o."
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -18,6 +19,51 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
+    """The files that are neither hidden nor in a hidden folder such as .git or .cache, in order.
+
+    Raises:
+        LocatedError: of the type `error`, as for `require_inside`.
+    """
+    found = []
+    for path in sorted(folder.rglob("*"), key=Path.as_posix):
+        if is_hidden(path.relative_to(folder)) or (path.is_dir() and not path.is_symlink()):
+            continue
+        require_inside(folder, path, error)
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
+    """Refuse a path in a folder that is not a file of this folder.
+
+    A folder of huggingface_hub's cache consists of links to the blobs of its repo.
+
+    Raises:
+        LocatedError: of the type `error`: the path leads out of the folder, to a hidden file or to
+            nothing, or it is a FIFO, a socket or a device, which could wait or never end.
+    """
+    root, target = (Path(os.path.realpath(one)) for one in (folder, path))
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    part = path.relative_to(folder)
+    inside = [target.relative_to(one) for one in roots if target.is_relative_to(one)]
+    if not inside or not target.exists():
+        problem = f"`{part.as_posix()}` is a link to outside of the folder, or to nothing"
+    elif is_hidden(inside[0]) and not is_hidden(part):
+        problem = f"`{part.as_posix()}` is a link to a hidden file"
+    elif not (target.is_file() or target.is_dir()):
+        problem = f"`{part.as_posix()}` is a FIFO, a socket or a device"
+    else:
+        return
+    raise error(str(folder), problem, "Put the file itself in its place.")
+
+
+def is_hidden(part: PurePath) -> bool:
+    """Whether a path, relative to a folder, is hidden in it."""
+    return any(piece.startswith(".") for piece in part.parts)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -289,7 +289,7 @@ def run(
         planned = job.plan.plan(guidance.schedule if guidance else None, gathered.statistics)
         locations = {**files.locations, **gathered.folders}
         shards = sink.write(planned, locations, job.means)
-        merged = merge.finish_model(planned, shards, job.sidecars, files.folders, sink.folder)
+        merged = merge.finish_model(planned, shards, job.sidecars, files.sources, sink.folder)
     scored = None
     if job.evaluation and tasks:
         maker = evaluate.TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)

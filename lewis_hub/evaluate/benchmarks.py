@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,15 @@ from typing import Any
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.harness import Benchmarks, library_settings, reset_fewshot
-from lewis_hub.evaluate.tasks import LocatedTasks, TaskFile, TaskSelection, leaves, locate_tasks
+from lewis_hub.evaluate.tasks import (
+    LocatedTasks,
+    TaskFile,
+    TaskSelection,
+    leaves,
+    locate_tasks,
+    read_folder,
+)
+from lewis_hub.files import is_hidden
 from lewis_hub.hub.rows import commit_cache
 
 FORMATS = frozenset({"arrow", "csv", "json", "parquet", "text"})
@@ -50,6 +58,27 @@ def _data(file: TaskFile) -> TaskData:
         files = tuple(leaf for leaf in leaves(options.get("data_files")) if isinstance(leaf, str))
         return TaskData(file.name, None, None, files, by_code)
     return TaskData(file.name, path, options.get("revision"), (), by_code)
+
+
+def own_files(names: Collection[str], folder: Path) -> dict[str, Path]:
+    """The files in a folder of own task files that tasks, groups or tags use, by path in it.
+
+    These are the files of the tasks and groups, and what they name: included files, Python and
+    data. Other files of the folder, hidden files and files elsewhere are left out.
+    """
+    own = read_folder(folder)
+    known = own.keys() | {tag for file in own.values() for tag in file.tags}
+    asked = tuple(name for name in names if name in known)
+    if not asked:
+        return {}
+    located = locate_tasks(TaskSelection(asked, folder, allow_code=True))
+    used = {Path(file) for data in task_data(located) for file in data.files}
+    for file in located.files:
+        used |= {file.path, *file.included, *file.modules}
+    root = folder.resolve()
+    files = sorted(path for used_one in used if (path := used_one.resolve()).is_file())
+    inside = {path.relative_to(root): path for path in files if path.is_relative_to(root)}
+    return {part.as_posix(): path for part, path in inside.items() if not is_hidden(part)}
 
 
 def free_split(located: LocatedTasks) -> str | None:

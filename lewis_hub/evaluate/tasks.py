@@ -18,6 +18,7 @@ import yaml
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
+from lewis_hub.files import require_inside
 
 HEADER = re.compile(rb"""^["']?(task|group|tag)["']?\s*:[ \t]*(.*)((?:\n[ \t]*-[ \t]*.+)*)""", re.M)
 NAME = re.compile(r"[^\s,\[\]\"'#-][^\s,\[\]\"'#]*")
@@ -62,6 +63,7 @@ class TaskFile:
     name: str
     path: Path
     config: Mapping[str, Any]
+    included: tuple[Path, ...] = ()  # the files that it includes, and those that they include
 
     @property
     def is_group(self) -> bool:
@@ -101,6 +103,7 @@ def read_folder(folder: Path) -> dict[str, TaskFile]:
         raise EvaluationError(str(folder), "is not a folder.", remedy)
     found: dict[str, TaskFile] = {}
     for path in sorted(folder.glob("**/*.yaml"), key=Path.as_posix):
+        require_inside(folder, path, EvaluationError)
         file = read_file(path)
         if file is None:
             continue
@@ -113,13 +116,17 @@ def read_folder(folder: Path) -> dict[str, TaskFile]:
 
 def read_file(path: Path) -> TaskFile | None:
     """Read the task or group in a file; None for a file that only others include."""
-    config = _merged(path, ())
+    included: list[Path] = []
+    config = _merged(path, (), included)
     name = config.get("task") if "class" in config else _name(config)
-    return TaskFile(name, path, config) if isinstance(name, str) else None
+    return TaskFile(name, path, config, tuple(included)) if isinstance(name, str) else None
 
 
-def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's keys over the keys of the files that it includes, as lm-eval merges them."""
+def _merged(path: Path, seen: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+    """The file's keys over the keys of the files that it includes, as lm-eval merges them.
+
+    `read` gets the included files.
+    """
     if path in seen:
         raise EvaluationError(str(path), "includes itself.", CORRECT)
     config = _parsed(path)
@@ -129,7 +136,8 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         included = path.parent / include
         if not included.is_file():
             raise EvaluationError(str(path), f"includes {included}, which is not a file.", CORRECT)
-        merged.update(_merged(included.resolve(), (*seen, path)))
+        read.append(included.resolve())
+        merged.update(_merged(read[-1], (*seen, path), read))
     return {**merged, **config}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +19,7 @@ from huggingface_hub import constants
 
 from lewis_hub.errors import SourceError
 from lewis_hub.files import require_room, write_whole
-from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, weight_files
+from lewis_hub.hub.fetch import CODE_FILES, SIDECAR_FILES, read_pinned, weight_files
 from lewis_hub.hub.resolve import content_sha
 from lewis_hub.hub.source import PICKLED_INDEX, Source, SourceFile
 
@@ -59,12 +58,11 @@ def pickles_of(source: Source) -> tuple[str, ...]:
 
 
 def store_converted(
-    source: Source, files: Path, convert: Callable[[Path], Iterable[SourceFile]], *, code: bool
+    source: Source, convert: Callable[[Path], Iterable[SourceFile]], *, code: bool
 ) -> Source:
     """Convert the weights of a source into the cache; returns the source with them.
 
-    `files` is the folder with its files; `convert` writes the weights into a folder that has all
-    the others.
+    The source is fetched; `convert` writes the weights into a folder that has all other files.
 
     Raises:
         OutputError: there is not enough room.
@@ -78,7 +76,7 @@ def store_converted(
         work = Path(scratch) / "model"
         for file in _beside(source, code=code):
             (work / file.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files / file.path, work / file.path)
+            (work / file.path).write_bytes(read_pinned(source, file))
         note = [vars(written) for written in convert(work)]
         write_whole(work / NOTE, json.dumps(note, indent=2) + "\n")
         with suppress(OSError):  # it exists: another run was faster and made the same files

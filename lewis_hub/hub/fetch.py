@@ -23,9 +23,18 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 
 from lewis_hub.display import Advance
 from lewis_hub.errors import SourceError
-from lewis_hub.files import require_room, sha256_of
+from lewis_hub.files import require_inside, require_room, sha256_of
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
-from lewis_hub.hub.source import ADAPTERS, PICKLED, Source, SourceFile, cache_folder, cache_root
+from lewis_hub.hub.source import (
+    ADAPTERS,
+    LICENCES,
+    PICKLED,
+    Source,
+    SourceFile,
+    cache_folder,
+    cache_root,
+    digest_like,
+)
 
 PIECE_BYTES = 1 << 20
 SIDECAR_FILES = (
@@ -37,6 +46,7 @@ SIDECAR_FILES = (
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*.jinja",
+    *LICENCES,
 )
 CODE_FILES = ("*.py",)  # only for sources whose code the user allowed
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -116,8 +126,25 @@ def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
         return None
     for folder in (source.converted, source.folder):
         if folder and (folder / path).exists():
+            require_inside(folder, folder / path, SourceError)
             return (folder / path).read_bytes()
     return read_file(HubRepo.of(api, source), path)
+
+
+def read_pinned(source: Source, file: SourceFile) -> bytes:
+    """The content of a small file of a fetched source, which must still be the pinned one.
+
+    Raises:
+        SourceError: it is missing, is no file of the source's folder, or has another content.
+    """
+    path = source.place / file.path
+    require_inside(source.place, path, SourceError)
+    if path.stat().st_size == file.size_bytes:
+        content = path.read_bytes()
+        if digest_like(file.digest, content) == file.digest:
+            return content
+    problem = f"{path} changed after its digest was read"
+    raise SourceError(source.pinned, problem, "Restore or delete it, then run again.")
 
 
 def read_file(hub_repo: HubRepo, path: str) -> bytes:
@@ -374,8 +401,9 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
         )
     if start == stop:
         return b""
-    local = (source.local_folder or source.snapshot) / path
+    local = source.place / path
     if local.exists():
+        require_inside(source.place, local, SourceError)
         with local.open("rb", buffering=0) as stored:
             return os.pread(stored.fileno(), stop - start, start)
     hub_repo = HubRepo.of(api, source)

@@ -23,6 +23,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.display import Advance, to_html
 from lewis_hub.errors import PublishError, SourceError
+from lewis_hub.files import require_inside, visible_files
 from lewis_hub.hub.failures import (
     PAUSES_S,
     HubRepo,
@@ -210,17 +211,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        part = path.relative_to(folder)
-        hidden = any(piece.startswith(".") for piece in part.parts)
-        if path.is_dir() or (hidden and part.parts[0] != ".eval_results"):
-            continue
-        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
-            problem = f"`{part.as_posix()}` is a link to outside of the folder, or to nothing"
-            raise PublishError(str(folder), problem, "Put the file itself in its place.")
-        found[part.as_posix()] = path
-    return found
+    shown = folder / ".eval_results"  # hidden, but part of a model's repo
+    results = [path for path in shown.glob("*") if not path.is_dir()]
+    for path in results:
+        require_inside(folder, path, PublishError)
+    found = sorted([*visible_files(folder, PublishError), *results])
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def _require_model(folder: Path, paths: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.files import sha256_of, visible_files, write_whole
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
@@ -30,6 +30,7 @@ from lewis_hub.hub.source import (
     Source,
     SourceFile,
     cached_sha,
+    digest_like,
     listed_digest,
     remember_revision,
 )
@@ -59,9 +60,7 @@ def digests_of(paths: Sequence[Path]) -> list[str]:
 
 def git_sha1_of(path: Path) -> str:
     """The id that git gives a file, as `git-sha1:<hex>`; for small files."""
-    content = path.read_bytes()
-    blob = b"blob %d\0" % len(content) + content
-    return f"git-sha1:{hashlib.sha1(blob, usedforsecurity=False).hexdigest()}"
+    return digest_like("git-sha1:", path.read_bytes())
 
 
 def content_sha(digests: Iterable[tuple[str, str]]) -> str:
@@ -124,6 +123,8 @@ def resolve_dataset(api: HfApi, name: str, revision: str | None = None) -> Sourc
         return _repo(HubRepo(api, name, "dataset", revision))
     if path.is_dir():
         return _folder(name, path, repo_type="dataset")
+    if not path.is_file():
+        raise SourceError(name, "this is a FIFO, a socket or a device", "Name a file.")
     if path.suffix not in DATA_SUFFIXES:
         remedy = f"Give a {', '.join(DATA_SUFFIXES)} file, a folder of them, or a dataset's repo."
         raise SourceError(name, f"`{path.suffix}` files are not read as rows", remedy)
@@ -161,17 +162,10 @@ def _local_path(name: str, revision: str | None) -> Path | None:
 def _folder(name: str, path: Path, repo_type: RepoType = "model") -> Source:
     if not path.is_dir():
         raise SourceError(name, "this is a file, not a folder", "Name the folder it is in.")
-    files = _hashed(visible_files(path), path)
+    files = _hashed(visible_files(path, SourceError), path)
     if not files:
         raise SourceError(name, "the folder is empty", "Check the path.")
     return Source(name, repo_type, None, _content_sha(files), files, path)
-
-
-def visible_files(folder: Path) -> list[Path]:
-    """The files that are neither hidden nor in a hidden folder such as .git or .cache, in order."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    visible = (f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts))
-    return sorted(visible, key=Path.as_posix)
 
 
 def _hashed(paths: Sequence[Path], root: Path) -> tuple[SourceFile, ...]:
@@ -228,8 +222,7 @@ def _from_cache(hub_repo: HubRepo) -> Source:
     folder = source.snapshot
     files = (
         SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size, _cached_digest(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        for path in visible_files(folder, SourceError)
     )
     return replace(source, files=tuple(files))
 

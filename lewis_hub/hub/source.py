@@ -8,6 +8,7 @@ or its git sha1; `refs/<revision>` names a commit sha.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 RepoType = Literal["model", "dataset"]
 PICKLED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # as transformers calls them
 PICKLED_INDEX = "pytorch_model.bin.index.json"
+LICENCES = tuple(  # texts that many licences want to be passed on
+    f"{name}{suffix}"
+    for name in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "USE_POLICY")
+    for suffix in ("", ".txt", ".md")
+)
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
 
@@ -57,6 +63,11 @@ class Source:
     def snapshot(self) -> Path:
         """The folder in which the cache stores this commit; it may hold some of its files."""
         return cache_folder(self.name, self.repo_type) / "snapshots" / self.commit_sha
+
+    @property
+    def place(self) -> Path:
+        """The folder with its files on this disk, which may hold others too."""
+        return self.local_folder or self.snapshot
 
     @property
     def is_pickled(self) -> bool:
@@ -98,6 +109,14 @@ class Source:
 def listed_digest(file: RepoSibling) -> str:
     """The digest of a file as the Hub lists it."""
     return f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
+
+
+def digest_like(digest: str, content: bytes) -> str:
+    """The digest of a content, of the same kind as another digest."""
+    if digest.startswith("sha256:"):
+        return f"sha256:{hashlib.sha256(content).hexdigest()}"
+    blob = b"blob %d\0" % len(content) + content
+    return f"git-sha1:{hashlib.sha1(blob, usedforsecurity=False).hexdigest()}"
 
 
 def cache_root() -> Path:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lewis_hub.checkpoint.quantised import KEYS
+from lewis_hub.hub.fetch import CODE_FILES, read_pinned
+from lewis_hub.hub.source import LICENCES, Source, SourceFile
 
-# Weights are merged, the card is written anew, and the rest is for tools that made the base.
-NOT_COPIED = frozenset(
-    {".gitattributes", "README.md", "model.safetensors.index.json", "mergekit_config.yml"}
-    | {"hf_quant_config.json", "pytorch_model.bin.index.json", "converted.json"}
-)
-NOT_COPIED_SUFFIXES = frozenset({".safetensors", ".png", ".jpg", ".svg"})
 TOKENIZER = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
     | {"vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"}
@@ -24,6 +19,16 @@ TOKENIZER = frozenset(
 )
 TOKENS = frozenset({".tiktoken", ".spm"})
 TEMPLATES = "additional_chat_templates"
+# Only these files of a source are carried, by `Source.matching`. A folder may hold anything:
+# weights of other formats, states of an optimizer, scripts, keys.
+CARRIED = (
+    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    *("processor_config.json", "video_preprocessor_config.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *sorted(TOKENIZER),
+    *("tekken.json", "tokenizer*.model", "sentencepiece*.model", "spm*.model", "vocab*.model"),
+    *("*.tiktoken", "*.spm", "*.jinja", f"{TEMPLATES}/*.jinja", *LICENCES),
+)
 
 
 @dataclass(frozen=True)
@@ -51,30 +56,44 @@ class SidecarSettings:
     tokenizer: TokenizerFiles | None = None  # None: the donor's
     config: Mapping[str, Any] | None = None  # `config.json`; None: the donor's
 
-    def write(self, folders: Mapping[str, Path], output: Path) -> tuple[str, ...]:
+    def write(self, sources: Mapping[str, Source], output: Path) -> tuple[str, ...]:
         """Write the files; return their paths, relative to `output` and sorted.
 
-        `folders` are those of the sources, by label.
+        `sources` are fetched, by label. Their pinned files alone decide what is written.
+
+        Raises:
+            SourceError: a file is not the pinned one any more.
         """
         tokenizer = self.tokenizer or TokenizerFiles(self.donor)
         written = set(tokenizer.written)
-        for relative, source in _files(folders[self.donor], folders[tokenizer.source], tokenizer):
-            if not _is_copied(relative, code=self.code):
-                continue
+        for source, file in self._files(sources, tokenizer):
+            content, relative = read_pinned(source, file), PurePosixPath(file.path)
             target = output / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             if relative.name.endswith("config.json") and (
                 relative.name != "generation_config.json" or tokenizer.generation
             ):
-                document = self._changed(relative, json.loads(source.read_text(encoding="utf-8")))
+                document = self._changed(relative, json.loads(content))
                 text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
                 target.write_text(text, encoding="utf-8")
             else:
-                shutil.copyfile(source, target)
+                target.write_bytes(content)
             written.add(str(relative))
         for name, text in tokenizer.written.items():
             (output / name).write_text(text, encoding="utf-8")
         return tuple(sorted(written))
+
+    def _files(
+        self, sources: Mapping[str, Source], tokenizer: TokenizerFiles
+    ) -> Iterator[tuple[Source, SourceFile]]:
+        """The tokenizer's files of its source, and the other files of the donor."""
+        for label in dict.fromkeys((self.donor, tokenizer.source)):
+            for file in sources[label].matching((*CARRIED, *(CODE_FILES if self.code else ()))):
+                path = PurePosixPath(file.path)
+                wanted = tokenizer.source if _is_tokenizer(path) else self.donor
+                dropped = path.parts[0] in tokenizer.dropped or file.path in tokenizer.written
+                if label == wanted and not dropped:
+                    yield sources[label], file
 
     def _changed(self, path: PurePosixPath, document: dict[str, Any]) -> dict[str, Any]:
         """The content of a JSON file of the donor, or of the tokenizer's source, in the merge."""
@@ -88,31 +107,10 @@ class SidecarSettings:
         return document if self.code else {k: v for k, v in document.items() if k != "auto_map"}
 
 
-def _files(
-    donor: Path, source: Path, tokenizer: TokenizerFiles
-) -> Iterator[tuple[PurePosixPath, Path]]:
-    """The tokenizer's files of its source, and the other files of the donor."""
-    for folder in dict.fromkeys((donor, source)):
-        for path in sorted(folder.rglob("*")):
-            relative = PurePosixPath(path.relative_to(folder))
-            wanted = source if _is_tokenizer(relative) else donor
-            dropped = relative.parts[0] in tokenizer.dropped or str(relative) in tokenizer.written
-            if path.is_file() and folder == wanted and not dropped:
-                yield relative, path
-
-
 def _is_tokenizer(path: PurePosixPath) -> bool:
     if path.parts[0] == TEMPLATES:
         return True
     return len(path.parts) == 1 and (path.name in TOKENIZER or path.suffix in TOKENS)
-
-
-def _is_copied(path: PurePosixPath, *, code: bool) -> bool:
-    if any(part.startswith(".") or part == "lewis" for part in path.parts):
-        return False
-    if path.name in NOT_COPIED or path.suffix in NOT_COPIED_SUFFIXES:
-        return False
-    return code or path.suffix != ".py"
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

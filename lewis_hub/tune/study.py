@@ -235,9 +235,9 @@ class Tuner:
     def merge(self, values: Values, folder: str) -> MergedModel:
         """Write the merge of some values into a folder."""
         job, planned, places = self.plan(values)
-        output, folders = self.scratch / folder, self.files.folders
+        output, sources = self.scratch / folder, self.files.sources
         shards = write_weights(planned, places, output, job.means, Silent())
-        return finish_model(planned, shards, job.sidecars, folders, output)
+        return finish_model(planned, shards, job.sidecars, sources, output)
 
 
 def run_trial(tuner: Tuner, study: Any, advance: Advance) -> None:

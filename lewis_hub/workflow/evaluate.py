@@ -112,7 +112,7 @@ class TwinMaker:
         loader, output = self.loader, self.loader.scratch / label
         locations = {**loader.files.locations, **known.folders}
         shards = write_weights(planned, locations, output, loader.means, loader.progress, title)
-        made = finish_model(planned, shards, self.sidecars, loader.files.folders, output)
+        made = finish_model(planned, shards, self.sidecars, loader.files.sources, output)
         return Candidate(label, made.identity, made.folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,10 +39,16 @@ if TYPE_CHECKING:
 class FetchedSources:
     """The files of sources."""
 
-    folders: Folders  # pinned source -> folder with at least its configuration and tokenizer
+    # pinned source -> source, of which at least configuration and tokenizer are on this disk
+    sources: Mapping[str, Source]
     locations: Locations  # pinned source -> folder of its weights, or reader of byte ranges
     keeps_models: bool  # whether whole models may be on this disk; otherwise byte ranges are read
     count_bytes: Callable[[], int] | None = None  # counts the bytes that were read by ranges
+
+    @property
+    def folders(self) -> Folders:
+        """Return pinned source -> folder with at least its configuration and tokenizer."""
+        return {pinned: source.place for pinned, source in self.sources.items()}
 
 
 def small_files(api: HfApi, source: Source) -> Path:
@@ -65,16 +71,15 @@ def download(api: HfApi, sources: Sequence[Source], progress: Progress) -> dict[
 def fetch_whole(api: HfApi, sources: Sequence[Source], progress: Progress) -> FetchedSources:
     """Download whole sources."""
     folders = download(api, sources, progress)
-    return FetchedSources(folders, folders, keeps_models=True)
+    return FetchedSources({one.pinned: one for one in sources}, folders, keeps_models=True)
 
 
 def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
     """Fetch small files; weights that are not in the cache are read by byte ranges."""
-    folders: dict[str, Path] = {}
     locations: dict[str, Location] = {}
     counts: list[hub_fetch.ByteCounter] = []
     for source in dict.fromkeys(sources):
-        folders[source.pinned] = small_files(api, source)
+        small_files(api, source)
         if bytes_to_download(source) == 0:
             locations[source.pinned] = fetch(api, source, lambda _: None)
         else:
@@ -82,7 +87,7 @@ def open_ranges(api: HfApi, sources: Sequence[Source]) -> FetchedSources:
             locations[source.pinned] = files.fetch
             counts.append(files.received)
     return FetchedSources(
-        folders,
+        {source.pinned: source for source in sources},
         locations,
         keeps_models=False,
         count_bytes=lambda: sum(one.n_bytes for one in counts),
@@ -116,7 +121,7 @@ def convert_pickles(
         if has_code:
             code_files(api, source)
         convert_into = partial(_convert_into, source, folder, api, progress)
-        found[source] = converted.store_converted(source, folder, convert_into, code=has_code)
+        found[source] = converted.store_converted(source, convert_into, code=has_code)
     return found
 
 
@@ -186,7 +191,7 @@ class ModelLoader:
         output = self.scratch / "materialized" / name
         output.mkdir(parents=True, exist_ok=True)
         donor = source.checkpoint.base or source.pinned
-        SidecarSettings(donor, new_dtype(source.checkpoint)).write(self.files.folders, output)
+        SidecarSettings(donor, new_dtype(source.checkpoint)).write(self.files.sources, output)
         return output
 
     def _weights_by_ranges(self, source: OpenedSource) -> Weights:

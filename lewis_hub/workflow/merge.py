@@ -14,6 +14,7 @@ from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError
 from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.hub.source import Source
 from lewis_hub.merge import plan as plans
 from lewis_hub.merge import slices as stacks
 from lewis_hub.merge.engine import ShardResult, run, tensors_in_memory
@@ -138,11 +139,11 @@ def finish_model(
     planned: MergePlan,
     shards: Mapping[str, ShardResult],
     sidecars: SidecarSettings,
-    folders: Folders,
+    sources: Mapping[str, Source],
     output: Path,
 ) -> MergedModel:
     """Write the files beside the shards that were made."""
-    written = sidecars.write(folders, output)
+    written = sidecars.write(sources, output)
     return MergedModel(planned.digest, output, shards, written, output_sizes(planned))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,8 +17,16 @@ from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.lora import read_config
 from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError
-from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
+from lewis_hub.evaluate.benchmarks import (
+    Commits,
+    TaskData,
+    files_digest,
+    is_local,
+    own_files,
+    task_data,
+)
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
+from lewis_hub.files import visible_files
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
 from lewis_hub.hub.fetch import read_small
@@ -27,7 +36,7 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe import read
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
-from lewis_hub.recipe.schema import Calibration, ModelEntry, Publishing, Recipe
+from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, Publishing, Recipe
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -261,7 +270,6 @@ def _require_pinnable(data: TaskData) -> None:
 
 
 TASKS = "tasks"  # folder beside lewis/recipe.yaml; further folders get numbers
-TASK_SUFFIXES = (".yaml", ".yml", ".py", ".jsonl", ".json", ".txt")
 
 
 @dataclass(frozen=True)
@@ -271,8 +279,7 @@ class RecipeSnapshot:
     # plain data with all defaults and pinned revisions. It can be read as a recipe beside the
     # copied task files.
     document: Mapping[str, Any]
-    # folder with the user's task files -> name of its copy beside the document
-    task_folders: Mapping[str, str]
+    task_files: Mapping[str, Path]  # the user's files that its tasks use, by path beside it
 
     def to_yaml(self) -> str:
         """Return the document as text."""
@@ -280,22 +287,16 @@ class RecipeSnapshot:
 
     def copy_tasks(self, own: Path) -> list[str]:
         """Copy the user's task files into a merge's folder; return their paths in it."""
-        copied = []
-        for folder, name in self.task_folders.items():
-            source, target = Path(folder), own / name
-            for file in sorted(source.rglob("*")):
-                part = file.relative_to(source)
-                is_task = file.suffix in TASK_SUFFIXES and "__pycache__" not in part.parts
-                if file.is_file() and is_task:
-                    (target / part).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, target / part)
-                    copied.append(f"{name}/{part.as_posix()}")
-        return copied
+        for path, file in self.task_files.items():
+            (own / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, own / path)
+        return [*self.task_files]
 
 
 def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     """Pin every revision of a recipe."""
-    task_folders = _task_folders(recipe)
+    own = _own_tasks(recipe)
+    copies = {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(own)}
     document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     sources = by_reference(recipe, inputs.base, inputs.experts)
     names = {str(model): source.pinned for model, source in sources.items()}
@@ -314,8 +315,13 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
         _pin_calibration(calibration, inputs.data)
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
-            place["include"] = task_folders[recipe.locate(place["include"])]
-    return RecipeSnapshot(document, task_folders)
+            place["include"] = copies[recipe.locate(place["include"])]
+    files = {
+        f"{copies[folder]}/{path}": file
+        for folder, names in own.items()
+        for path, file in own_files(names, Path(folder)).items()
+    }
+    return RecipeSnapshot(document, files)
 
 
 def _pin_calibration(
@@ -354,14 +360,25 @@ def _pin_tokenizer(document: dict[str, Any], recipe: Recipe, names: Mapping[str,
             pin(token["source"], "model")
 
 
-def _task_folders(recipe: Recipe) -> dict[str, str]:
-    """Return the folders with the user's task files -> name of the copy."""
+def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
+    """Return the folders with the user's task files, and the tasks that the recipe names.
+
+    The files go into the merge, which may be published, so they must be the recipe's own.
+    """
     guide = recipe.guide.calibration if recipe.guide else None
     own = [entry.calibration for entry in recipe.models]
     places = [recipe.evaluate, recipe.calibration, guide, *own]
-    named = [place.include for place in places if place and place.include]
-    folders = dict.fromkeys(map(recipe.locate, named))
-    return {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(folders)}
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for place in places:
+        if place is None or place.include is None:
+            continue
+        folder, beside = recipe.locate(place.include), recipe.locate(".")
+        if not Path(folder).is_relative_to(beside):
+            problem = f"{folder} is not in the recipe's folder {beside}, and the task files that "
+            problem += "are used become part of the merge."
+            raise RecipeError("recipe", "include", problem, "Move or copy the folder there.")
+        found[folder] += place.tasks if isinstance(place, Evaluation) else [str(place.task)]
+    return found
 
 
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
@@ -444,11 +461,11 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
         if Path(name).is_absolute() or not place.is_relative_to(beside):
             problem = f"`{name}` is not beside the recipe, so a Job cannot read it."
             raise RecipeError(str(file), "", problem, "Move it there, or to a repo on the Hub.")
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        inside = visible_files(place, SourceError) if place.is_dir() else [place]
         found |= {
             str(path.relative_to(beside)): path
             for path in inside
-            if path.is_file() and "__pycache__" not in path.parts
+            if "__pycache__" not in path.parts
         }
     return found
 

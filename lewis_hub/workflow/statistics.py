@@ -274,7 +274,7 @@ def _fit(
     ]
     configuration = place / "configuration"
     configuration.mkdir(exist_ok=True)
-    settings.sidecars.write(loader.files.folders, configuration)
+    settings.sidecars.write(loader.files.sources, configuration)
     weights = Weights(configuration, merged.checkpoint, merged.parts, REMEDY)
     widest, device = settings.moments.widest, loader.loading.device
     n_tokens = sum(one.merged.n_tokens for one in texts)

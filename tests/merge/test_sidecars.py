@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from lewis_hub.hub.resolve import digests_of
+from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.merge.sidecars import SidecarSettings
 
 CONFIG = {
@@ -24,7 +26,12 @@ def base(tmp_path):
     for name in ("LICENSE", "modeling_own.py", "README.md", ".gitattributes", "a.safetensors"):
         (folder / name).write_text("x")
     (folder / "lewis" / "lock.json").write_text("{}")
-    return folder
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [
+        SourceFile(str(path.relative_to(folder)), path.stat().st_size, digest)
+        for path, digest in zip(paths, digests_of(paths), strict=True)
+    ]
+    return Source("base", "model", None, "sha256:", tuple(files), folder)
 
 
 def test_the_configuration_says_the_dtype_of_the_merge(base, tmp_path):

@@ -1,0 +1,191 @@
+"""What a merge carries: what was pinned and belongs to a model, whatever else lies on the disk."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lewis_hub import pipeline
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.errors import EvaluationError, RecipeError, SourceError
+from lewis_hub.evaluate.benchmarks import own_files
+from lewis_hub.hub.source import cache_root
+from lewis_hub.recipe.read import read_recipe
+from lewis_hub.workflow.resolve import hub_api, resolve_inputs, snapshot
+
+RECIPE = (
+    "base_model: {base}\nmerge_method: task_arithmetic\ndtype: bfloat16\n"
+    "models: [{{model: {expert}, parameters: {{weight: 1.0}}}}]\n"
+)
+FOREIGN = (  # of other formats, of a training, of a user
+    *("pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "tf_model.h5", "weights.gguf"),
+    *("training_args.bin", "optimizer.pt", "trainer_state.json", "scheduler.pt"),
+    *("id_ed25519", "key.pem", "credentials.json", "passwords.txt", "word2vec.model"),
+    *("run.sh", "train.py", "tool", "adapter_config.json"),
+)
+TASK = "task: {name}\ndataset_path: zoo/reverse\ntest_split: test\ndoc_to_text: a\n"
+
+
+def pollute(folder):
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"secret": 1}')
+
+
+def merged(folder, **sources):
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(RECIPE.format(**sources))
+    output = pipeline.merge_models(read_recipe(folder / "recipe.yaml"), folder / "merged").output
+    return {
+        path.relative_to(output).as_posix(): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and "lewis" not in path.parts and path.name != "README.md"
+    }
+
+
+def test_a_local_base_gives_only_the_files_that_belong_to_a_model(tmp_path):
+    expert, base = zoo_folder() / "expert-reverse", tmp_path / "base"
+    shutil.copytree(zoo_folder() / "base", base)
+    clean = merged(tmp_path / "clean", base=base, expert=expert)
+    pollute(base)
+
+    assert merged(tmp_path / "polluted", base=base, expert=expert) == clean
+
+
+def test_files_that_a_plain_download_left_in_the_cache_change_nothing(hub, tmp_path, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    sources = {"base": "zoo/base", "expert": "zoo/expert-reverse"}
+    clean = merged(tmp_path / "clean", **sources)
+    snapshots = list(cache_root().glob("models--zoo--*/snapshots/*"))
+    for folder in snapshots:
+        pollute(folder)
+        (folder / "LICENSE").write_text("of nobody")  # of a kind that is carried, but not pinned
+
+    assert len(snapshots) == 2
+    assert merged(tmp_path / "polluted", **sources) == clean
+
+
+def test_a_file_in_the_cache_that_is_not_the_pinned_one_is_refused(hub, tmp_path, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    sources = {"base": "zoo/base", "expert": "zoo/expert-reverse"}
+    merged(tmp_path / "first", **sources)
+    (snapshot_of_base,) = cache_root().glob("models--zoo--base/snapshots/*")
+    (tmp_path / "secret").write_text("{{ secret }}")
+    template = snapshot_of_base / "chat_template.jinja"
+    template.unlink()
+    template.symlink_to(tmp_path / "secret")
+
+    with pytest.raises(SourceError, match="is a link to outside of the folder, or to nothing"):
+        merged(tmp_path / "linked", **sources)
+    template.unlink()
+    template.write_text("{{ other }}")
+    with pytest.raises(SourceError, match="changed after its digest was read"):
+        merged(tmp_path / "changed", **sources)
+
+
+def test_a_snapshot_of_the_cache_is_a_local_folder_like_any_other(hub, tmp_path, monkeypatch):
+    seed_hub(hub.api())
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    clean = merged(tmp_path / "hub", base="zoo/base", expert="zoo/expert-reverse")
+    (base,) = cache_root().glob("models--zoo--base/snapshots/*")
+
+    found = merged(tmp_path / "local", base=base, expert=zoo_folder() / "expert-reverse")
+
+    assert (base / "config.json").is_symlink()
+    assert {path: found[path] for path in clean if path != "mergekit_config.yml"} == {
+        path: content for path, content in clean.items() if path != "mergekit_config.yml"
+    }
+
+
+@pytest.mark.parametrize("secret", ["outside", ".env"])
+def test_a_link_in_a_local_base_is_never_followed_out_of_it(tmp_path, secret):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    place = tmp_path / secret if secret == "outside" else base / secret
+    place.write_text("SECRET")
+    (base / "vocab.txt").symlink_to(place)
+
+    with pytest.raises(SourceError, match="`vocab.txt` is a link to (outside|a hidden file)"):
+        merged(tmp_path / "work", base=base, expert=zoo_folder() / "expert-reverse")
+    assert not (tmp_path / "work" / "merged").exists()
+
+
+def test_a_fifo_in_a_local_base_is_refused_and_not_waited_for(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    os.mkfifo(base / "vocab.txt")
+
+    with pytest.raises(SourceError) as caught:
+        merged(tmp_path / "work", base=base, expert=zoo_folder() / "expert-reverse")
+
+    assert str(caught.value) == (
+        f"{base}: `vocab.txt` is a FIFO, a socket or a device.\nPut the file itself in its place."
+    )
+
+
+def scoring(folder, include, task="mine"):
+    text = RECIPE.format(base=zoo_folder() / "base", expert=zoo_folder() / "expert-reverse")
+    text += f"evaluate: {{tasks: [{task}], include: {include}}}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(text)
+    recipe = read_recipe(folder / "recipe.yaml")
+    return snapshot(recipe, resolve_inputs(recipe, hub_api()))
+
+
+@pytest.mark.parametrize("task", ["mine", "gsm8k"])
+def test_task_files_outside_of_the_recipes_folder_are_refused(tmp_path, task):
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "mine.yaml").write_text(TASK.format(name="mine"))
+    (private / "notes.txt").write_text("SECRET")
+    work = tmp_path / "work"
+
+    for include in (private, "../private"):
+        with pytest.raises(RecipeError) as caught:
+            scoring(work, include, task)
+        assert str(caught.value) == (
+            f"recipe: `include`: {private} is not in the recipe's folder {work}, and the task "
+            "files that are used become part of the merge.\nMove or copy the folder there."
+        )
+    (work / "tasks").symlink_to(private)
+    with pytest.raises(RecipeError, match="is not in the recipe's folder"):
+        scoring(work, "tasks", task)
+
+
+def test_only_task_files_that_are_used_and_what_they_name_are_copied(tmp_path):
+    tasks = tmp_path / "tasks"
+    (tasks / "deep").mkdir(parents=True)
+    (tasks / "deep" / "template").write_text("include: shared.yaml\n" + TASK.format(name="t"))
+    (tasks / "deep" / "shared.yaml").write_text("output_type: generate_until\n")
+    mine = "task: mine\ninclude: deep/template\nprocess_docs: !function own.process\n"
+    mine += f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tasks}/rows.jsonl}}}}\n"
+    (tasks / "mine.yaml").write_text(mine)
+    (tasks / "group.yaml").write_text("group: both\ntask: [mine, other]\n")
+    (tasks / "other.yaml").write_text(TASK.format(name="other") + "tag: tagged\n")
+    for name in ("own.py", "rows.jsonl", "notes.txt", "passwords.json", "unused.py", ".env"):
+        (tasks / name).write_text("SECRET")
+    (tasks / "unused.yaml").write_text(TASK.format(name="unused"))
+
+    copied = scoring(tmp_path, "tasks")
+
+    used = ["deep/shared.yaml", "deep/template", "mine.yaml", "own.py", "rows.jsonl"]
+    assert sorted(copied.task_files) == [f"tasks/{name}" for name in used]
+    assert copied.copy_tasks(tmp_path / "lewis") == [*copied.task_files]
+    found = [path for path in (tmp_path / "lewis").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "lewis")) for path in found) == sorted(
+        copied.task_files
+    )
+    assert [*own_files(["both"], tasks)] == sorted([*used, "group.yaml", "other.yaml"])
+    assert [*own_files(["tagged"], tasks)] == ["other.yaml"]
+    assert own_files(["gsm8k"], tasks) == {}
+
+
+def test_a_link_among_task_files_is_not_followed_out_of_the_folder(tmp_path):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tmp_path / "secret.yaml").write_text(TASK.format(name="mine"))
+    (tasks / "mine.yaml").symlink_to(Path("../secret.yaml"))
+
+    with pytest.raises(EvaluationError, match="`mine.yaml` is a link to outside"):
+        own_files(["mine"], tasks)
