@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,11 +45,12 @@ def zoo(hub, tmp_path):
     """A working folder with the zoo's recipe, and a Hub with the zoo on it."""
     seed_hub(hub.api())
     recipe = (zoo_folder() / "recipe.yaml").read_text()
-    recipe = recipe.replace("include: tasks", f"include: {zoo_folder() / 'tasks'}\n  limit: 6")
+    recipe = recipe.replace("include: tasks", "include: tasks\n  limit: 6")
     recipe = recipe.replace("repo: demo/", f"repo: {hub.user}/").replace(
         "samples: 128", "samples: 8"
     )
     (tmp_path / "recipe.yaml").write_text(recipe)
+    shutil.copytree(zoo_folder() / "tasks", tmp_path / "tasks")
     return tmp_path
 
 

@@ -20,11 +20,11 @@ dtype: bfloat16
 {evaluate}
 publish: {{repo: {user}/again, license: apache-2.0, as: {landing}}}
 """
-GATE = f"""
+GATE = """
 evaluate:
   tasks: [zoo_reverse]
-  include: {zoo_folder() / "tasks"}
-  gate: {{task: zoo_reverse, metric: "exact_match,none", not_worse_than: [previous]}}
+  include: tasks
+  gate: {task: zoo_reverse, metric: "exact_match,none", not_worse_than: [previous]}
 """
 
 
@@ -36,6 +36,7 @@ def place(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(zoo_folder() / "tasks", "tasks")
     return tmp_path
 
 

@@ -1,6 +1,7 @@
 """The quality gate from a recipe to the Hub: what is worse than before is not published."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ merge_method: task_arithmetic
 dtype: bfloat16
 evaluate:
   tasks: [zoo_reverse]
-  include: {tasks}
+  include: tasks
   limit: 20
   compare: [base]
   gate: {gate}
@@ -39,6 +40,7 @@ def place(hub, tmp_path, monkeypatch):
     seed_hub(hub.api())
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(zoo_folder() / "tasks", "tasks")
     return tmp_path
 
 
@@ -57,8 +59,7 @@ def typed(*words):
 
 def merge(hub, *words, weight=1.0, gate=GATE):
     """Merge into `merged`, or elsewhere by -o; weight 1 gives the expert, 0 the base."""
-    tasks = zoo_folder() / "tasks"
-    text = RECIPE.format(weight=weight, gate=gate, tasks=tasks, user=hub.user)
+    text = RECIPE.format(weight=weight, gate=gate, user=hub.user)
     Path("recipe.yaml").write_text(text)
     done = run("merge", "-q", "--json", *words)
     return done.exit_code, json.loads(done.stdout), done.stderr
@@ -170,10 +171,7 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_any_download(hub
 
 
 def test_a_gate_cannot_be_passed_by_not_scoring(hub, place):
-    tasks = zoo_folder() / "tasks"
-    (place / "recipe.yaml").write_text(
-        RECIPE.format(weight=1, gate=GATE, tasks=tasks, user=hub.user)
-    )
+    (place / "recipe.yaml").write_text(RECIPE.format(weight=1, gate=GATE, user=hub.user))
     done = run("merge", "--push", "--no-eval")
 
     assert done.exit_code == 2
