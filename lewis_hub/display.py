@@ -5,6 +5,7 @@ The caller of long work decides what is shown, and where.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,14 @@ from typing import Literal, Protocol
 
 Advance = Callable[[int], None]  # called with the units done since the last call
 Unit = Literal["bytes", "tokens", "items"]
+
+
+# controls of a terminal, invisible changes of the direction of text, and what UTF-8 cannot encode
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"  # all but \t and \n
+)
+COMMAND = re.compile(r"^([^\S\n]*:)(?=:)|##(?=\[)", re.MULTILINE)  # of a log of GitHub Actions
+USER_INFO = re.compile(r"(?<=://)[^\s/?#]*@")
 
 
 class Progress(Protocol):
@@ -81,3 +90,18 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1000
     return f"{n_bytes:.2f} TB"
+
+
+def without_credentials(text: str) -> str:
+    """The text with addresses that name no user and no password."""
+    return USER_INFO.sub("", text)
+
+
+def visible(text: str) -> str:
+    """The text with control characters as ASCII escapes; tabs and lines stay."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def without_commands(text: str) -> str:
+    """The text without lines that GitHub Actions would take for its workflow commands."""
+    return COMMAND.sub(lambda match: f"{match[0]} ", text)

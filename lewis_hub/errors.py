@@ -35,7 +35,8 @@ class LocatedError(LewisHubError):
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem.removesuffix('.')}.\n{self.remedy}"
+        where = self.where.replace("\n", "\\n")  # a name that someone else chose
+        return f"{where}: {self.problem.removesuffix('.')}.\n{self.remedy}"
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from importlib import resources
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
 def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """The content of a JSON file, checked to be an object; empty if the source lacks it."""
     try:
-        document = json.loads(files.get(name, b"{}"))
-    except (ValueError, RecursionError):
+        document = read_json(files.get(name, b"{}"), MAX_TABLE_BYTES)
+    except ValueError:
         document = None
     if not isinstance(document, dict):
         remedy = "The file is damaged: use an intact copy."

@@ -7,20 +7,25 @@ model, `base_model.model.<module>.lora_A.weight`; `names.find` maps these to the
 from __future__ import annotations
 
 import difflib
-import json
+import itertools
 import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, Adapted, LowRank, TensorHeader
 from lewis_hub.checkpoint.reader import Checkpoint
+from lewis_hub.documents import read_json
 from lewis_hub.errors import AdapterError
+
+if TYPE_CHECKING:
+    import re2
 
 FOLD = (
     "Merge it into its base with peft (`merge_and_unload`), save that with `save_pretrained`, and "
@@ -48,6 +53,9 @@ SUFFIXES = {  # of a key -> part of its module's update
     ".lora_magnitude_vector.weight": MAGNITUDE,
 }
 
+PLAIN_NAME = re.compile(r"[\w.-]*", re.ASCII)
+MAX_EXPRESSIONS = 64
+MAX_EXPRESSION_BYTES = 256 << 10  # of memory for each
 Value = TypeVar("Value", int, float)
 UpdateParts = Mapping[str, TensorHeader]  # such as `lora_A` -> its tensor
 
@@ -73,38 +81,82 @@ class AdapterConfig(BaseModel):
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _are_patterns(cls, value: dict[str, float]) -> dict[str, float]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                problem = f"{pattern!r} is not a regular expression: {error}"
-                raise ValueError(problem) from None
+        _Patterns.of(value)
         return value
+
+    @cached_property
+    def _ranks(self) -> _Patterns[int]:
+        return _Patterns.of(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> _Patterns[float]:
+        return _Patterns.of(self.alpha_pattern)
 
     def rank(self, module: str) -> int:
         """The rank of the update of a module of the base."""
-        return _matching(module, self.rank_pattern, self.r)
+        return self._ranks.value(module, self.r)
 
     def scale(self, module: str) -> float:
         """The factor of b @ a: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         rank = self.rank(module)
-        alpha = _matching(module, self.alpha_pattern, self.lora_alpha)
+        alpha = self._alphas.value(module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _matching(module: str, patterns: Mapping[str, Value], default: Value) -> Value:
-    """The value of the first pattern that matches the end of the module's name, as in PEFT."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+@dataclass(frozen=True)
+class _Patterns(Generic[Value]):
+    """The values that an adapter gives to modules, by the ends of their names, as in PEFT.
+
+    PEFT matches a pattern as the whole name, or what stands behind a dot in it, by `re`, which can
+    take for ever. Here plain names are looked up, and RE2 matches the rest in linear time; it knows
+    neither look-around nor back-references.
+    """
+
+    names: Mapping[str, tuple[int, Value]]  # place among all patterns, and value
+    expressions: Sequence[tuple[int, Value, re2._Regexp]]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Value]) -> _Patterns[Value]:
+        """Compile patterns; a ValueError says which one is wrong."""
+        names, expressions = {}, []
+        for place, (pattern, value) in enumerate(values.items()):
+            if PLAIN_NAME.fullmatch(pattern):
+                names[pattern] = (place, value)
+            else:
+                expressions.append((place, value, _compiled(pattern)))
+            if len(expressions) > MAX_EXPRESSIONS:
+                problem = f"more than {MAX_EXPRESSIONS} of its keys are regular expressions"
+                raise ValueError(problem)
+        return cls(names, expressions)
+
+    def value(self, module: str, default: Value) -> Value:
+        """The value of the first pattern that matches the end of the module's name."""
+        ends = (module, *(module[dot.end() :] for dot in re.finditer(r"\.", module)))
+        found = [self.names[end] for end in ends if end in self.names]
+        matching = (one for one in self.expressions if one[2].fullmatch(module))
+        found += ((place, value) for place, value, _ in itertools.islice(matching, 1))
+        return min(found, default=(0, default))[1]
+
+
+def _compiled(pattern: str) -> re2._Regexp:
+    import re2
+
+    options = re2.Options()
+    options.max_mem, options.log_errors = MAX_EXPRESSION_BYTES, False
+    try:
+        re2.compile(pattern, options)  # alone, for the message of an error
+        return re2.compile(rf"(?:.*\.)?(?:{pattern})", options)
+    except re2.error as error:
+        reason = error.args[0].decode(errors="replace")
+        problem = f"{pattern[:100]!r} is not a regular expression that RE2 knows: {reason}"
+        raise ValueError(problem) from None
 
 
 def read_config(where: str, text: bytes) -> AdapterConfig:
     """Read an `adapter_config.json`, or refuse it with an AdapterError that names it `where`."""
     try:
-        settings = {k: value for k, value in json.loads(text).items() if value is not None}
-    except (ValueError, RecursionError, AttributeError):
+        settings = {k: value for k, value in read_json(text).items() if value is not None}
+    except (ValueError, AttributeError):
         raise AdapterError(where, "it is not a JSON object", DAMAGED) from None
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":

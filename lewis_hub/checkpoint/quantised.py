@@ -11,7 +11,6 @@ and columns; the shapes of tensor and scale show which.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from lewis_hub.checkpoint.header import (
     Transposed,
 )
 from lewis_hub.checkpoint.reader import N_REQUESTS, Checkpoint
+from lewis_hub.documents import read_json
 from lewis_hub.errors import BrokenCheckpointError
 
 INTACT = "Use an intact copy, or the model that it was quantised from."
@@ -375,7 +375,7 @@ def _state(checkpoint: Checkpoint, tensor: TensorHeader, read: ReadTensor) -> Ma
         problem = f"`{name}` has {tensor.n_bytes:,} bytes; at most {MAX_STATE_BYTES:,} are read"
         raise _misfit(checkpoint, tensor, problem)
     try:
-        state: dict[str, Any] = json.loads(read(tensor))
+        state: dict[str, Any] = read_json(read(tensor))
     except ValueError:
         raise _misfit(checkpoint, tensor, f"`{name}` is not JSON") from None
     shape = state.get("shape") if isinstance(state, dict) else None

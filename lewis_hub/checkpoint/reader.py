@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def _bad_index(label: str, problem: str) -> BrokenCheckpointError:
 
 def _weight_map(label: str, index: bytes) -> dict[str, str]:
     try:
-        document = json.loads(index)
-    except (ValueError, RecursionError):
+        document = read_json(index, MAX_TABLE_BYTES)
+    except ValueError:
         raise _bad_index(label, "it is not JSON") from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
+import io
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
+from types import TracebackType
 
 import click
 
 from lewis_hub import __version__
 from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
+from lewis_hub.cli.terminal import say, say_json
 from lewis_hub.errors import LewisHubError
 
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
@@ -66,6 +69,7 @@ for command in (
 def main() -> None:
     """Run a command and exit with its code."""
     gc.set_threshold(GC_THRESHOLD)
+    sys.excepthook = _print_bug
     _exit_within_a_second_of_ctrl_c()
     code = _run()
     try:
@@ -84,7 +88,9 @@ def _run() -> int:
         code = cli(standalone_mode=False)  # click returns the code of an `Exit`
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        say(shown.getvalue(), err=True, nl=False)
         return error.exit_code
     except LewisHubError as error:
         return _failed(type(error).__name__, str(error), error.exit_code, error.status)
@@ -116,9 +122,12 @@ def _exit_within_a_second_of_ctrl_c() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _print_bug(kind: type[BaseException], bug: BaseException, trace: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, bug, trace)), err=True, nl=False)
+
+
 def _failed(kind: str, message: str, code: int, status: str = "failed") -> int:
-    click.echo(f"lewis-hub: {message}", err=True)
+    say(f"lewis-hub: {message}", err=True)
     if "--json" in sys.argv:
-        document = {"status": status, "error": {"kind": kind, "message": message}}
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        say_json({"status": status, "error": {"kind": kind, "message": message}})
     return code

@@ -14,7 +14,7 @@ import click
 
 from lewis_hub import __version__
 from lewis_hub.cli import options
-from lewis_hub.cli.terminal import Terminal, terminal_options
+from lewis_hub.cli.terminal import Terminal, say, terminal_options
 from lewis_hub.display import TextTable
 from lewis_hub.errors import EvaluationError, LewisHubError
 
@@ -167,7 +167,7 @@ def schema(kind: str) -> None:
 
     file = resources.files("lewis_hub.calibration").joinpath("importance.schema.json")
     texts = {"recipe": read.schema, "importance": file.read_text, "lock": lock.schema}
-    click.echo(texts[kind](), nl=False)
+    say(texts[kind](), nl=False)
 
 
 @click.command()
@@ -201,7 +201,7 @@ def _print_list(
     entries = [{"name": n, "summary": s, third: words, "paper": p} for n, s, words, p in rows]
     texts = ((n, summary, ", ".join(words), p or "") for n, summary, words, p in rows)
     for error in broken:
-        click.echo(f"warning: {error}", err=True)
+        say(f"warning: {error}", err=True)
     document = {kind: entries, **({"broken": [str(error) for error in broken]} if broken else {})}
     terminal.finish(document, TextTable(("name", "description", third, "paper"), tuple(texts)))
 
@@ -285,9 +285,10 @@ def report(documents: tuple[Path, ...]) -> None:
             results |= json.loads(text)
     summary = step_summary(results)
     _append_for_github("GITHUB_STEP_SUMMARY", summary)
-    outputs = f"status={outcome(results)}\ncommit-url={results.get('commit_url') or ''}\n"
+    url = "".join(str(results.get("commit_url") or "").split())  # a second line is another output
+    outputs = f"status={outcome(results)}\ncommit-url={url}\n"
     _append_for_github("GITHUB_OUTPUT", outputs)
-    click.echo(summary, nl=False)
+    say(summary, nl=False)
 
 
 def _append_for_github(variable: str, text: str) -> None:

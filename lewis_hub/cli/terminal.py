@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from lewis_hub.display import Advance, Progress, Silent, TextTable, Unit, size
+from lewis_hub.display import (
+    CONTROL,
+    Advance,
+    Progress,
+    Silent,
+    TextTable,
+    Unit,
+    size,
+    visible,
+    without_commands,
+    without_credentials,
+)
 from lewis_hub.errors import LewisHubError
 
 if TYPE_CHECKING:
@@ -28,6 +39,18 @@ P = ParamSpec("P")
 LOG_EVERY_S = 20.0
 COLUMN_GAP = 2  # spaces after a column
 NUMBER = re.compile(r"[-+]?\d|[-?]?$")  # the start of a number, or a sign that there is none
+
+
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text whose parts may come from others: it controls no terminal and no log."""
+    click.echo(without_commands(visible(without_credentials(text))), err=err, nl=nl)
+
+
+def say_json(document: Mapping[str, Any]) -> None:
+    """Print a JSON document; its values stay the same but for credentials in addresses."""
+    text = without_credentials(json.dumps(document, indent=2, ensure_ascii=False))
+    text = CONTROL.sub(lambda match: json.dumps(match[0])[1:-1], text)
+    click.echo(text.replace("##[", "##\\u005b"))
 
 
 @dataclass(frozen=True)
@@ -52,22 +75,23 @@ class Terminal:
     def finish(self, document: Mapping[str, Any], *shown: TextTable | str) -> None:
         """Print the result: `document` with --json, otherwise `shown`."""
         if self.json:
-            click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+            say_json(document)
             return
         for item in shown:
             if isinstance(item, str):
-                click.echo(item)
+                say(item)
                 continue
             from rich.console import Console
 
             # names from repos may look like markup or emoji codes
-            Console(width=self.width, highlight=False, markup=False, emoji=False).print(
-                to_rich(item)
-            )
+            console = Console(width=self.width, highlight=False, markup=False, emoji=False)
+            with console.capture() as captured:
+                console.print(to_rich(item))
+            click.echo(without_commands(captured.get()), nl=False)
 
     def refuse(self, refusal: LewisHubError) -> NoReturn:
         """Exit after a result that the quality gate refuses."""
-        click.echo(f"lewis-hub: {refusal}", err=True)
+        say(f"lewis-hub: {refusal}", err=True)
         raise click.exceptions.Exit(refusal.exit_code)
 
 
@@ -85,13 +109,13 @@ def to_rich(texts: TextTable) -> Table:
     table = Table(box=None, padding=(0, COLUMN_GAP, 0, 0), header_style="bold")
     for head, *cells in zip(texts.header, *texts.rows, strict=True):
         table.add_column(
-            head,
+            visible(head),
             justify="right" if all(map(NUMBER.match, cells)) else "left",
             overflow="fold",
             no_wrap=head in {"name", "paper"},
         )
     for row in texts.rows:
-        table.add_row(*row)
+        table.add_row(*(visible(without_credentials(cell)) for cell in row))
     return table
 
 
@@ -122,7 +146,7 @@ class Bars:
             else rich_progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
         )
         columns = (
-            rich_progress.TextColumn("{task.description:<28}"),
+            rich_progress.TextColumn("{task.description:<28}", markup=False),
             rich_progress.BarColumn(bar_width=30),
             count,
             rich_progress.TimeElapsedColumn(),
@@ -130,12 +154,12 @@ class Bars:
             rich_progress.TimeRemainingColumn(),
         )
         with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-            bar = bars.add_task(title, total=total)
+            bar = bars.add_task(visible(without_credentials(title)), total=total)
             yield lambda done: bars.advance(bar, done)
 
     def say(self, text: str) -> None:
         """Print a line."""
-        click.echo(text, err=True)
+        say(text, err=True)
 
 
 class Lines:
@@ -164,7 +188,7 @@ class Lines:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        click.echo(text, err=True)
+        say(text, err=True)
 
 
 def _amount(total: int, unit: Unit) -> str:

@@ -13,8 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lewis_hub.documents import DocumentError, QuickLoader, read_yaml
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
@@ -47,7 +46,7 @@ class Function(str):
         return self.folder / (self.rpartition(".")[0].replace(".", "/") + ".py")
 
 
-class TaskLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class TaskLoader(QuickLoader):  # type: ignore[misc, valid-type]
     """A safe YAML loader that also reads a `!function`."""
 
 
@@ -143,8 +142,8 @@ def _merged(path: Path, seen: tuple[Path, ...], read: list[Path]) -> dict[str, A
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_bytes(), Loader=TaskLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = read_yaml(path.read_bytes(), TaskLoader)
+    except DocumentError as error:
         raise EvaluationError(str(path), f"is not valid YAML: {error}", CORRECT) from error
     if not isinstance(config, dict):
         problem = f"contains a {type(config).__name__}, expected keys such as `task:`."

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
+from lewis_hub.documents import DocumentError, front_matter, read_yaml
 from lewis_hub.errors import PublishError
 from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
@@ -89,10 +87,9 @@ def combined_licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence
 
 def _metadata(readme: bytes) -> dict[str, Any]:
     text = readme.decode("utf-8", errors="replace").removeprefix("\ufeff")
-    block = REGEX_YAML_BLOCK.search(text)
     try:
-        card = yaml.safe_load(block[2]) if block else {}
-    except yaml.YAMLError:
+        card = read_yaml(front_matter(text))
+    except DocumentError:
         return {}
     return card if isinstance(card, dict) else {}
 

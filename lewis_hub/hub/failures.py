@@ -18,6 +18,7 @@ from huggingface_hub import constants, hf_hub_url
 from huggingface_hub import errors as hf
 from huggingface_hub.utils import get_token, parse_ratelimit_headers
 
+from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.hub.source import RepoType, Source, cached_revisions
 
@@ -69,7 +70,7 @@ class HubRepo:
     def url(self) -> str:
         """The repo's page."""
         prefix = "datasets/" if self.repo_type == "dataset" else ""
-        return f"{self.api.endpoint}/{prefix}{self.name}"
+        return f"{address(self.api)}/{prefix}{self.name}"
 
     @property
     def token(self) -> str | None:
@@ -84,12 +85,18 @@ class HubRepo:
             return None  # trusted publishing failed: the calls themselves report the cause
 
     def failed(self, problem: str, remedy: str) -> SourceError | PublishError:
-        """The error; anything that looks like a token is replaced."""
+        """The error, without tokens and without credentials in addresses."""
         written = f"{self.name}@{self.revision}" if self.revision else self.name
         return self.error_type(written, self._redacted(problem), self._redacted(remedy))
 
     def _redacted(self, text: str) -> str:
-        return TOKEN.sub("<token>", text.replace(self.token, "<token>") if self.token else text)
+        text = text.replace(self.token, "<token>") if self.token else text
+        return TOKEN.sub("<token>", without_credentials(text))
+
+
+def address(api: HfApi) -> str:
+    """The Hub's address for readers: HF_ENDPOINT may contain a user and a password."""
+    return without_credentials(str(api.endpoint))
 
 
 def retry(call: Callable[[], T]) -> T:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import Volume
 from huggingface_hub.utils import disable_progress_bars
 
+from lewis_hub.display import without_credentials
 from lewis_hub.hub.failures import (
     HubRepo,
+    address,
     call_hub,
     hub_failures,
     no_token,
@@ -81,9 +83,9 @@ def submit(api: HfApi, request: JobRequest, cron: str | None = None) -> Submitte
         warnings.filterwarnings("ignore", ".* is experimental", UserWarning)
         if cron is None:
             job = api.run_uv_job("lewis-hub", **options)
-            return SubmittedJob(job.id, hub_repo.name, job.url)
+            return SubmittedJob(job.id, hub_repo.name, without_credentials(job.url))
         made = api.create_scheduled_uv_job("lewis-hub", schedule=cron, **options)
-    return SubmittedJob(made.id, hub_repo.name, f"{api.endpoint}/settings/jobs", cron)
+    return SubmittedJob(made.id, hub_repo.name, f"{address(api)}/settings/jobs", cron)
 
 
 def follow(api: HfApi, job: SubmittedJob, say: Callable[[str], None]) -> int | None:

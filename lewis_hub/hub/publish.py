@@ -6,7 +6,6 @@ After a lost answer it checks whether the commit exists.
 from __future__ import annotations
 
 import io
-import json
 import re
 import time
 import warnings
@@ -22,6 +21,7 @@ from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils import disable_progress_bars
 
 from lewis_hub.display import Advance, to_html
+from lewis_hub.documents import read_json
 from lewis_hub.errors import PublishError, SourceError
 from lewis_hub.files import require_inside, visible_files
 from lewis_hub.hub.failures import (
@@ -244,7 +244,7 @@ def _compare(
 def _outputs_of_previous_merge(hub_repo: HubRepo, target: Target) -> set[str]:
     """The output files of the published merge, by its lock."""
     try:
-        lock = json.loads(read_text(hub_repo, target, LOCK) or "")
+        lock = read_json(read_text(hub_repo, target, LOCK) or "")
     except ValueError:
         return set()
     outputs = lock.get("outputs") if isinstance(lock, dict) else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from lewis_hub.display import without_credentials
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, retry
 from lewis_hub.hub.fetch import read_file
 from lewis_hub.hub.source import listed_digest
@@ -88,7 +89,8 @@ def open_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:
         ),
     )
     for pull_request in pull_requests:
-        yield pull_request.url, read_target(hub_repo, f"refs/pr/{pull_request.num}")
+        url = without_credentials(pull_request.url)
+        yield url, read_target(hub_repo, f"refs/pr/{pull_request.num}")
 
 
 def read_text(hub_repo: HubRepo, target: Target, path: str) -> str | None:

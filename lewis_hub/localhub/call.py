@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lewis_hub.documents import read_json
 from lewis_hub.localhub.hub import Grant, Hub
 from lewis_hub.localhub.store import Commit, Repo, Store
 
@@ -46,7 +46,7 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The body, a JSON object."""
         try:
-            document = json.loads(self.body or b"{}")
+            document = read_json(self.body or b"{}")
         except ValueError:
             document = None
         if not isinstance(document, dict):

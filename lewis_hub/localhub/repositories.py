@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
-import yaml
 from starlette.responses import JSONResponse, Response
 
+from lewis_hub.documents import DocumentError, read_yaml
 from lewis_hub.localhub.call import Call, refusal
 from lewis_hub.localhub.hub import Grant
 from lewis_hub.localhub.store import (
@@ -73,7 +73,7 @@ def validate_yaml(call: Call) -> Response:
     """POST /api/validate-yaml: check a card before anything is uploaded."""
     try:
         metadata = _card_metadata(str(call.json().get("content", "")))
-    except yaml.YAMLError as error:
+    except DocumentError as error:
         return JSONResponse({"errors": [{"message": str(error)}], "warnings": []}, 400)
     empty = [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]
     return JSONResponse({"errors": [], "warnings": empty})
@@ -82,9 +82,9 @@ def validate_yaml(call: Call) -> Response:
 def _card_metadata(text: str) -> dict[str, Any]:
     """The metadata between a card's ``---`` lines, as JSON values; empty where there is none."""
     block = FRONT_MATTER.match(text)
-    document = yaml.safe_load(block[1]) if block else None
+    document = read_yaml(block[1]) if block else None
     if not isinstance(document, dict | None):
-        raise yaml.YAMLError("the metadata must be a mapping")
+        raise DocumentError("the metadata must be a mapping")
     metadata: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
     return metadata
 
@@ -145,7 +145,7 @@ def info(call: Call) -> Response:
     commit = call.commit(repo)
     try:
         metadata = _card_metadata(call.store.read_text(commit, "README.md"))
-    except yaml.YAMLError:
+    except DocumentError:
         metadata = {}
     document = {
         "_id": object_id(f"{repo.kind}/{repo.id}"),

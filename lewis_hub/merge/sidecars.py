@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lewis_hub.checkpoint.quantised import KEYS
+from lewis_hub.documents import read_json
 from lewis_hub.hub.fetch import CODE_FILES, read_pinned
 from lewis_hub.hub.source import LICENCES, Source, SourceFile
 
@@ -73,7 +74,7 @@ class SidecarSettings:
             if relative.name.endswith("config.json") and (
                 relative.name != "generation_config.json" or tokenizer.generation
             ):
-                document = self._changed(relative, json.loads(content))
+                document = self._changed(relative, read_json(content))
                 text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
                 target.write_text(text, encoding="utf-8")
             else:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import json
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from lewis_hub.documents import DocumentError, read_yaml_nodes
 from lewis_hub.errors import RecipeError
 from lewis_hub.recipe.rules import SETTING, Complaint, FieldPath, contradictions
 from lewis_hub.recipe.schema import Recipe
@@ -27,6 +29,8 @@ UNSUPPORTED = {
     "guide.trim": "Trimming is a setting of the method: `parameters: {trim: activation}`.",
 }
 
+MAX_BYTES = 128 << 10  # of a recipe
+MAX_SHOWN = 50  # problems after the first
 Rules = Callable[[Recipe], Iterable[Complaint]]
 
 
@@ -75,16 +79,20 @@ def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
         RecipeError: as for `read_recipe`.
     """
     try:
-        node, document = _load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 0-0
-        raise _not_yaml(error, file) from None
+        node, document = read_yaml_nodes(text, _Loader, MAX_BYTES)
+    except DocumentError as error:
+        place = f"{file}:{error.line}" if error.line else file
+        invalid = f"not valid YAML: {error.problem}."
+        raise RecipeError(place, "", invalid, "Fix the line, then run again.") from None
     if not isinstance(document, dict):
         problem = f"expected a mapping with `models` and `merge_method`, found {_kind(document)}."
         raise RecipeError(file, "", problem, "`lewis-hub init` writes a recipe to start from.")
-    complaints = _complaints(document, rules)
+    complaints = list(islice(_complaints(document, rules), MAX_SHOWN + 2))
     if complaints:
         (where, problem, remedy), *rest = complaints
-        others = tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in rest)
+        shown = rest[:MAX_SHOWN]
+        others = tuple(f"{file}:{_line(node, w)}: `{dotted(w)}`: {p}" for w, p, _ in shown)
+        others += ("There are more problems.",) if rest != shown else ()
         raise RecipeError(f"{file}:{_line(node, where)}", dotted(where), problem, remedy, others)
     return Recipe.model_validate(document)
 
@@ -100,43 +108,28 @@ def schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
 
 
-def _load(text: str) -> tuple[yaml.Node | None, Any]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return node, loader.construct_document(node) if node is not None else None
-    finally:
-        loader.dispose()
-
-
-def _not_yaml(error: Exception, file: str) -> RecipeError:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{file}:{mark.line + 1}" if mark else file
-    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return RecipeError(where, "", f"not valid YAML: {problem}.", "Fix the line, then run again.")
-
-
-def _complaints(document: Mapping[str, Any], rules: Rules) -> list[Complaint]:
+def _complaints(document: Mapping[str, Any], rules: Rules) -> Iterator[Complaint]:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         by_path: dict[FieldPath, list[ErrorDetails]] = {}
         for detail in error.errors(include_url=False):
             by_path.setdefault(_in_document(detail, document), []).append(detail)
-        paths = [where for where in by_path if not _only_follows(where, by_path)]
+        around = {where[:depth] for where in by_path for depth in range(len(where))}
+        # pydantic also reports a list or a union only because an item of it is wrong
+        paths = [w for w, d in by_path.items() if w not in around or "value_error" in _types(d)]
         paths.sort(key=lambda where: by_path[where][0]["type"] != "extra_forbidden")
-        return [_complaint(where, by_path[where]) for where in paths]
-    return list(rules(recipe))
+        yield from (_complaint(where, by_path[where]) for where in paths)
+    else:
+        yield from rules(recipe)
 
 
-def _only_follows(where: FieldPath, by_path: Mapping[FieldPath, Sequence[ErrorDetails]]) -> bool:
-    """Whether pydantic reports a list or a union only because an item of it is wrong."""
-    inner = any(other != where and other[: len(where)] == where for other in by_path)
-    return inner and all(detail["type"] != "value_error" for detail in by_path[where])
+def _types(details: Sequence[ErrorDetails]) -> set[str]:
+    return {detail["type"] for detail in details}
 
 
 def _complaint(where: FieldPath, details: Sequence[ErrorDetails]) -> Complaint:
-    kinds = {detail["type"] for detail in details}
+    kinds = _types(details)
     key = str(where[-1]) if where else ""
     found = details[0]["input"]
     if kinds == {"extra_forbidden"}:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from lewis_hub.documents import read_json
 from lewis_hub.errors import OutputError
 from lewis_hub.report import markdown
 from lewis_hub.report.lock import Lock, LockedData, LockedInput
@@ -145,11 +146,11 @@ def from_json(text: str, file: str = FILE) -> tuple[ChangelogEntry, ...]:
         OutputError: the text has another version, or is no such document.
     """
     try:
-        document = json.loads(text)
+        document = read_json(text)
         if document["version"] == VERSION:
             return TypeAdapter(tuple[ChangelogEntry, ...]).validate_python(document["entries"])
         problem = f"it has version {document['version']}, this program reads version {VERSION}."
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         problem = "it is not a changelog of merges."
     raise OutputError(file, problem, "Repair or delete it. The next push starts a new changelog.")
 

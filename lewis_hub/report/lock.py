@@ -25,6 +25,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from lewis_hub.documents import read_json
 from lewis_hub.errors import OutputError
 
 FILE = "lewis/lock.json"
@@ -132,14 +133,14 @@ class Lock:
             OutputError: the text has another version, is no such document, or was changed.
         """
         try:
-            document = json.loads(text)
+            document = read_json(text)
             if document["version"] != VERSION:
                 problem = f"it has version {document['version']}, expected {VERSION}."
                 raise OutputError(file, problem, "Use the version of lewis-hub that wrote it.")
             _, digest, _ = (document.pop(key) for key in ("version", "digest", "seal"))
             lock = TypeAdapter(cls).validate_python(document)
             written = lock.to_json()
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             problem = f"it is not the lock of a merge ({_reason(error)})."
             raise OutputError(file, problem, "Use the file that the merge wrote.") from None
         if digest != lock.digest:
@@ -270,9 +271,9 @@ def provenance(lock: Lock, began: datetime, ended: datetime) -> str:
 def is_provenance_of(text: str, lock: Lock) -> bool:
     """Whether a text is the provenance of a lock, whatever its dates."""
     try:
-        metadata = json.loads(text)["predicate"]["runDetails"]["metadata"]
+        metadata = read_json(text)["predicate"]["runDetails"]["metadata"]
         began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return False
     return provenance(lock, began, ended) == text
 

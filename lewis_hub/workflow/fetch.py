@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from lewis_hub.checkpoint.pickles import convert
 from lewis_hub.checkpoint.ranges import Location, Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Progress
+from lewis_hub.documents import read_json
 from lewis_hub.files import existing, require_room
 from lewis_hub.hub import converted
 from lewis_hub.hub import fetch as hub_fetch
@@ -128,7 +128,7 @@ def convert_pickles(
 def _convert_into(
     source: Source, folder: Path, api: HfApi, progress: Progress, work: Path
 ) -> list[SourceFile]:
-    config = json.loads(read_small(api, source, "config.json") or b"{}")
+    config = read_json(read_small(api, source, "config.json") or b"{}")
     files = {path: folder / path for path in converted.pickles_of(source)}
     total = source.size_bytes(weight_files(source))
     with progress.stage(f"Converting {source.name}", total, "bytes") as advance:

@@ -21,6 +21,7 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
+from lewis_hub.hub.failures import address
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.merge.slices import StackSettings
@@ -229,7 +230,7 @@ def _report_settings(
     card = CardFacts(
         title=publish.repo.partition("/")[2] if publish else "Merged model",
         repo=publish.repo if publish else None,
-        endpoint=api.endpoint,
+        endpoint=address(api),
         base=inputs.base,
         experts=inputs.experts,
         models=facts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import adapt, read_config
 from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
 from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
+from lewis_hub.documents import read_json
 from lewis_hub.errors import CheckFailedError
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.fetch import read_range, read_small, weight_files
@@ -188,7 +188,7 @@ def _config(api: HfApi, source: Source) -> Mapping[str, Any]:
 
 def _document(source: Source, path: str, text: bytes) -> Mapping[str, Any]:
     try:
-        found = json.loads(text)
+        found = read_json(text)
     except ValueError as error:
         raise CheckFailedError((f"{source.name}: {path} is not JSON: {error}.",)) from None
     return found if isinstance(found, dict) else {}

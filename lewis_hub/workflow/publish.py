@@ -20,7 +20,7 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import write_whole
 from lewis_hub.hub import publish as hub_publish
 from lewis_hub.hub.facts import states_a_licence
-from lewis_hub.hub.failures import HubRepo
+from lewis_hub.hub.failures import HubRepo, address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.source import Source, SourceFile
@@ -305,7 +305,7 @@ def preflight(
     commit = None if force else _commit_with(planned, asked, previous, api)
     if commit:
         why = f"{asked.repo}@{commit.commit_sha[:8]} holds this merge already."
-        url = f"{api.endpoint}/{asked.repo}/commit/{commit.commit_sha}"
+        url = f"{address(api)}/{asked.repo}/commit/{commit.commit_sha}"
         return Preflight("unchanged", why, url)
     if previous and job.guide:
         place, profile = job.guide.beside / "importance.json", previous.read(IMPORTANCE, api)

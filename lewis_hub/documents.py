@@ -1,0 +1,175 @@
+"""YAML and JSON that others wrote, read within limits of size, depth and number of values.
+
+A YAML alias counts as the value that it repeats, so a few hundred bytes cannot become gigabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 100  # of lists and mappings in each other
+MAX_VALUES = 200_000  # of a YAML document; a long text counts as several
+TEXT_PER_VALUE = 100  # characters
+MAX_NUMBER = 1000  # characters: PyYAML's time for `1:1:1...` grows with their square
+LONG_NUMBER = 18  # characters: longer ones can be keys with the same hash
+VALUES_PER_LONG_NUMBER = 200
+MAX_YAML_BYTES = 2 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_TABLE_BYTES = 64 << 20  # of a vocabulary, or the index of the shards
+NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_:.]*)")
+END_OF_FRONT_MATTER = re.compile(r"[\r\n]---(?:\r\n|\n|\Z)")
+
+QuickLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class DocumentError(ValueError):
+    """A document is not valid, or beyond a limit; callers add where it is and what to do."""
+
+    def __init__(self, problem: str, line: int | None = None, details: str = "") -> None:
+        super().__init__(problem, line, details)
+        self.problem, self.line, self.details = problem, line, details
+
+    def __str__(self) -> str:
+        return self.details or self.problem
+
+
+def read_json(text: str | bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        ValueError: it is not JSON, or it is too large or too deep.
+    """
+    _require_size(text, max_bytes)
+    try:
+        document = json.loads(text)
+    except RecursionError:
+        raise _too_deep() from None
+    level = [document]
+    for _ in range(MAX_DEPTH):
+        level = [item for value in level for item in _items(value) if isinstance(item, dict | list)]
+        if not level:
+            return document
+    raise _too_deep()
+
+
+def read_yaml(text: str | bytes, loader: type[yaml.SafeLoader] = QuickLoader) -> Any:
+    """Read a YAML document with a safe loader.
+
+    Raises:
+        DocumentError: it is not valid YAML, or beyond a limit.
+    """
+    return read_yaml_nodes(text, loader)[1]
+
+
+def read_yaml_nodes(
+    text: str | bytes, loader: type[yaml.SafeLoader], max_bytes: int = MAX_YAML_BYTES
+) -> tuple[yaml.Node | None, Any]:
+    """Read a YAML document: its nodes, which know their lines, and its value.
+
+    Raises:
+        DocumentError: it is not valid YAML, or beyond a limit.
+    """
+    _require_size(text, max_bytes)
+    try:
+        _require_limits(text, loader)
+        reader = loader(text)
+        try:
+            node = reader.get_single_node()
+            return node, None if node is None else reader.construct_document(node)
+        finally:
+            reader.dispose()
+    except DocumentError:
+        raise
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise DocumentError(problem, mark.line + 1 if mark else None, str(error)) from None
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's constructors: a date such as 0-0, `!!int ""`, `!!bool x`, `!!timestamp x`
+        is_clear = isinstance(error, ValueError)
+        raise DocumentError(str(error) if is_clear else "a value is not of its type") from None
+
+
+def front_matter(card: str) -> str:
+    """The YAML between the `---` lines at the start of a card, or nothing.
+
+    The same as huggingface_hub's REGEX_YAML_BLOCK, whose time grows with the cube of empty lines.
+    """
+    text = card.lstrip()
+    if not text.startswith(("---\r", "---\n")):
+        return ""
+    end = END_OF_FRONT_MATTER.search(text, 4)
+    return text[4 : end.start()] if end else ""
+
+
+def _require_size(text: str | bytes, max_bytes: int) -> None:
+    if len(text) > max_bytes:
+        size, limit = (f"{n / 1e6:.1f} MB" for n in (len(text), max_bytes))
+        raise DocumentError(f"it has {size}, the limit is {limit}")
+
+
+@dataclass
+class _Value:
+    """What is known of a value while its events pass."""
+
+    anchor: str | None
+    n_values: int = 1  # with those inside it, aliases written out
+    height: int = 0  # of the lists and mappings in each other
+
+    def add(self, inner: _Value) -> None:
+        self.n_values += inner.n_values
+        self.height = max(self.height, inner.height + 1)
+
+
+def _require_limits(text: str | bytes, loader: type[yaml.SafeLoader]) -> None:
+    """Refuse a document by its events, before PyYAML recurses into it."""
+    around = [_Value(None)]  # the collections that an event is in
+    complete: dict[str | None, _Value] = {}
+    for event in yaml.parse(text, Loader=loader):
+        line = event.start_mark.line + 1 if event.start_mark else None
+        if isinstance(event, yaml.CollectionStartEvent):
+            complete.pop(event.anchor, None)
+            around.append(_Value(event.anchor))
+            value = _Value(None, 0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            value = around.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in complete and event.anchor in {v.anchor for v in around}:
+                raise DocumentError(f"the value of `&{event.anchor}` contains itself", line)
+            value = replace(complete.get(event.anchor, _Value(None)), anchor=None)
+        elif isinstance(event, yaml.ScalarEvent):
+            value = _Value(event.anchor, _weight(event, line))
+        else:
+            continue
+        if value.anchor:
+            complete[value.anchor] = value
+        around[-1].add(value)
+        if len(around) - 1 + value.height > MAX_DEPTH:
+            raise _too_deep(line)
+        if around[-1].n_values > MAX_VALUES:
+            problem = f"it has more than {MAX_VALUES:,} values once its aliases are written out"
+            raise DocumentError(problem, line)
+
+
+def _weight(event: yaml.ScalarEvent, line: int | None) -> int:
+    """The number of values that a text or number counts as."""
+    text = event.value
+    if (event.tag or event.implicit[0]) and len(text) > LONG_NUMBER and NUMBER.fullmatch(text):
+        if len(text) > MAX_NUMBER:
+            raise DocumentError(f"a number has more than {MAX_NUMBER:,} characters", line)
+        return 1 if "." in text else VALUES_PER_LONG_NUMBER
+    return 1 + len(text) // TEXT_PER_VALUE
+
+
+def _too_deep(line: int | None = None) -> DocumentError:
+    return DocumentError(f"its values are in each other more than {MAX_DEPTH} deep", line)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -1,0 +1,186 @@
+"""Texts of others that are made to take all time or memory: each is refused within a second."""
+
+import json
+import time
+
+import pytest
+import yaml
+
+from lewis_hub.checkpoint.lora import read_config
+from lewis_hub.documents import DocumentError, front_matter, read_json, read_yaml
+from lewis_hub.errors import AdapterError, EvaluationError, RecipeError
+from lewis_hub.evaluate.tasks import read_file
+from lewis_hub.hub.facts import model_facts
+from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.localhub.repositories import _card_metadata
+from lewis_hub.recipe.read import parse_recipe
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+LONG_TEXT = f"t: &t {'x' * 100_000}\nu: [{', '.join(['*t'] * 400)}]\n"
+DEEP_ALIASES = "".join(
+    f"a{i}: &a{i} {'[' * 60}{f'*a{i - 1}' if i else 1}{']' * 60}\n" for i in range(20)
+)
+SAME_HASH = f"{{{', '.join(f'{(2**61 - 1) * k}: 1' for k in range(1, 20_000))}}}"
+TOO_MANY = "it has more than 200,000 values once its aliases are written out"
+TOO_DEEP = "its values are in each other more than 100 deep"
+YAML = {
+    "aliases": (ALIASES, TOO_MANY),
+    "merged keys": (ALIASES + f"b: {{<<: [{', '.join(['{x: *a7}'] * 9)}]}}", TOO_MANY),
+    "aliases of a long text": (LONG_TEXT, TOO_MANY),
+    "a value in itself": ("a: &a [*a]", "the value of `&a` contains itself"),
+    "a mapping merged into itself": ("&a {<<: *a}", "the value of `&a` contains itself"),
+    "deep": ("[" * 101 + "]" * 101, TOO_DEEP),
+    "deep blocks": ("- " * 50_000 + "x", TOO_DEEP),
+    "deep by aliases": (DEEP_ALIASES, TOO_DEEP),
+    "sixties": ("a: 1" + ":1" * 200_000, "a number has more than 1,000 characters"),
+    "keys of one hash": (SAME_HASH, TOO_MANY),
+    "large": ("x" * 3_000_000, "it has 3.0 MB, the limit is 2.1 MB"),
+}
+
+
+@pytest.fixture(autouse=True)
+def within_seconds():
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < 20  # a hang takes minutes; a busy machine takes seconds
+
+
+@pytest.mark.parametrize(("text", "problem"), YAML.values(), ids=YAML)
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, yaml.CSafeLoader])
+def test_a_yaml_bomb_is_refused_before_it_is_built(text, problem, loader):
+    with pytest.raises(DocumentError) as caught:
+        read_yaml(text, loader)
+
+    assert caught.value.problem == problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!int ''", "!!bool x", "!!timestamp x", "!!float ''", "? [a]\n: 1", "\0", "*x", "0000-00-00"]
+    + ["1" + ":1" * 400 + ".5", "9999-99-99", "!!binary é", "!!omap [a]", "<<: 1", "--- a\n--- b"],
+)
+def test_yaml_that_pyyaml_cannot_build_is_one_kind_of_error(text):
+    with pytest.raises(DocumentError):
+        read_yaml(text)
+
+
+def test_yaml_with_aliases_within_the_limits_is_read():
+    assert read_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
+        **{"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+    }
+    assert read_yaml("[" * 100 + "]" * 100)
+    assert read_yaml("") is None
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b"[" * 101 + b"]" * 101, b'{"a":' * 101 + b"1" + b"}" * 101]
+)
+def test_json_that_is_too_deep_is_refused(text):
+    with pytest.raises(ValueError, match="deep|Expecting"):
+        read_json(text)
+    assert read_json(b"[" * 100 + b"]" * 100)
+
+
+def test_json_that_is_too_large_is_refused():
+    with pytest.raises(DocumentError, match=r"it has 0\.0 MB, the limit is 0\.0 MB"):
+        read_json(b"[1, 2, 3]", max_bytes=8)
+
+
+RECIPE = "base_model: a/b\nmodels: [{model: a/c}]\nmerge_method: ties\n"
+
+
+def test_a_recipe_with_a_bomb_is_one_message_with_its_line():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"{RECIPE}{ALIASES}evaluate: {{tasks: [x], chat_template: *a8}}", "r.yaml")
+
+    assert str(caught.value) == (
+        f"r.yaml:9: not valid YAML: {TOO_MANY}.\nFix the line, then run again."
+    )
+
+
+def test_a_recipe_with_thousands_of_bad_entries_lists_the_first():
+    bad = "".join("  - {x: 1, y: 2}\n" for _ in range(4000))
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"base_model: a/b\nmodels:\n{bad}merge_method: ties\n", "r.yaml")
+
+    first, _, *others, last = str(caught.value).splitlines()
+    assert first == "r.yaml:3: `models[0].x`: unknown key `x`."
+    assert others[-1] == "r.yaml:28: `models[25].x`: unknown key `x`."
+    assert (len(others), last) == (50, "There are more problems.")
+
+
+@pytest.mark.parametrize("text", [text for text, _ in YAML.values()], ids=YAML)
+def test_a_card_with_a_bomb_states_nothing(text, tmp_path, api):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{text}\n---\n", encoding="utf-8")
+
+    found = model_facts(api, resolve_model(api, str(tmp_path)))
+
+    assert (found.licence, found.languages) == (None, ())
+    with pytest.raises(DocumentError):
+        _card_metadata(f"---\n{text}\n---\n")
+
+
+def test_a_card_of_empty_lines_is_read_in_linear_time():
+    assert front_matter("---\n" + "\n" * 200_000) == ""
+    assert front_matter("---\n" + "\n" * 1000 + "a: 1\n\n---\n# b\n---\n").strip() == "a: 1"
+
+
+@pytest.mark.parametrize("text", [text for text, _ in YAML.values()], ids=YAML)
+def test_a_task_file_with_a_bomb_is_refused(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+
+    with pytest.raises(EvaluationError, match="is not valid YAML"):
+        read_file(tmp_path / "a.yaml")
+
+
+MODULE = "model.layers.0." + "a" * 40 + ".q_proj"
+NESTED = ["(a+)+b", "(a|a)*b", "(.*)*b", "(.*.*.*.*.*.*)+b", "(a?){1000}b"]
+
+
+def adapter(**settings):
+    return read_config("it", json.dumps({"peft_type": "LORA", "r": 8, **settings}).encode())
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", NESTED)
+def test_a_pattern_of_an_adapter_takes_linear_time(key, pattern):
+    config = adapter(**{key: {pattern: 2}})
+
+    assert (config.rank(MODULE), config.scale(MODULE)) == (8, 1.0)
+
+
+def test_many_patterns_take_one_lookup_or_are_refused():
+    names = {f"layers.{i}.q_proj": 3 for i in range(100_000)}
+    config = adapter(rank_pattern={**names, "q_proj": 4})
+
+    assert {config.rank(f"model.layers.{i}.q_proj") for i in range(2000)} == {3}
+    assert config.rank("model.q_proj") == 4
+    with pytest.raises(AdapterError, match="more than 64 of its keys are regular expressions"):
+        adapter(rank_pattern={f"a{i}|b": 3 for i in range(65)})
+
+
+@pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", "(" * 10_000, "((a{30}){30}){30}"])
+def test_a_pattern_beyond_linear_time_is_refused(pattern):
+    with pytest.raises(AdapterError, match="is not a regular expression that RE2 knows"):
+        adapter(alpha_pattern={pattern: 2})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "module", "rank"),
+    [
+        ({"q_proj": 2}, "model.layers.0.q_proj", 2),
+        ({"q_proj": 2}, "q_proj", 2),
+        ({"q_proj": 2}, "model.xq_proj", 8),
+        ({"0.q_proj": 2}, "model.layers.10.q_proj", 8),
+        ({r".*\.[01]\..*_proj": 3, "q_proj": 2}, "model.layers.0.q_proj", 3),
+        ({"q_proj": 2, r".*\.[01]\..*_proj": 3}, "model.layers.0.q_proj", 2),
+        ({"^model.layers.0.q_proj": 5}, "model.layers.0.q_proj", 5),
+        ({"(q|k)_proj$": 6}, "model.layers.0.k_proj", 6),
+        ({"k|q_proj": 7}, "model.k", 7),
+    ],
+)
+def test_patterns_match_as_in_peft(patterns, module, rank):
+    assert adapter(rank_pattern=patterns).rank(module) == rank
