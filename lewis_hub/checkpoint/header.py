@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -21,6 +23,9 @@ Layout = Literal["GPTQ", "AWQ", "MXFP4"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
+MAX_VALUES = 4_000_000  # keys, numbers and texts of a header: those of some 400,000 tensors
+LARGE_HEADER_BYTES = 4 << 20  # larger ones are parsed one at a time, since each takes much memory
+LARGE_HEADER = threading.Lock()
 FIRST_READ_BYTES = 64 * 1024  # most headers fit, so that a remote file takes one request
 
 WIDTHS = {  # bytes of an element
@@ -185,11 +190,12 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[T
         raise file.broken(
             f"it is truncated: the header ends at byte {end}, the file at byte {n_bytes}"
         )
-    text = begin[8:end]
-    if len(text) < length:
-        text += read(path, len(begin), end)
-    entries = _parse(file, text)
-    tensors = [_tensor(file, name, entry, end) for name, entry in entries.items()]
+    with LARGE_HEADER if length > LARGE_HEADER_BYTES else nullcontext():
+        text = begin[8:end]
+        if len(text) < length:
+            text += read(path, len(begin), end)
+        entries = _parse(file, text)
+        tensors = [_tensor(file, name, entry, end) for name, entry in entries.items()]
     ordered = tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.n_bytes)))
     _require_tiling(file, ordered, end, n_bytes)
     return ordered
@@ -206,6 +212,8 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
             entries[key] = value
         return entries
 
+    if (n_values := count_values(text)) > MAX_VALUES:
+        raise file.broken(f"its header has {n_values:,} values; at most {MAX_VALUES:,} are read")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError):
@@ -216,6 +224,11 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise file.broken("its `__metadata__` is not a mapping from strings to strings")
     return header
+
+
+def count_values(text: bytes) -> int:
+    """At least the number of values in a JSON text, and quick: each takes much more memory."""
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
 
 
 def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHeader:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeGuard
 
 from lewis_hub.checkpoint.header import (
     COPIED,
+    MAX_DIMENSIONS,
     MERGEABLE,
     Codes,
     FourBit,
@@ -70,6 +71,7 @@ STATES: Mapping[str, Literal["NF4", "FP4"]] = {  # bitsandbytes: follow the name
 FOUR_BIT_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *STATES)
 ROW_SCALES, ROW_FORMAT = "SCB", "weight_format"  # of its 8 bits: take the place of `weight`
 MAX_STATE_BYTES = 1 << 16
+MAX_OFFSET = 3.0e38  # float32 has no larger numbers
 
 CODES, WORD_PARTS = "qweight", ("scales", "qzeros", "g_idx")  # GPTQ and AWQ: after the module
 
@@ -380,7 +382,7 @@ def _state(checkpoint: Checkpoint, tensor: TensorHeader, read: ReadTensor) -> Ma
         raise _misfit(checkpoint, tensor, f"`{name}` is not JSON") from None
     shape = state.get("shape") if isinstance(state, dict) else None
     sizes = [*shape, state.get("blocksize")] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and n > 0 for n in sizes):
+    if len(sizes) > MAX_DIMENSIONS or not all(type(n) is int and n > 0 for n in sizes):
         raise _misfit(checkpoint, tensor, f"`{name}` has no `shape` and `blocksize`")
     return state
 
@@ -399,23 +401,29 @@ def _four_bit(
         return tensor
 
     name = stored.name
-    shape, n_a_block = tuple(state["shape"]), state["blocksize"]
-    n_scales = -(-prod(shape) // n_a_block)
-    if stored.n_bytes != -(-prod(shape) // 2):
+    shape, n_elements = tuple(state["shape"]), prod(state["shape"])
+    n_a_block = min(state["blocksize"], n_elements)  # so that no row is longer than the tensor
+    n_scales = -(-n_elements // n_a_block)
+    if stored.n_bytes != -(-n_elements // 2):
         problem = f"`{name}` has {stored.n_bytes} bytes, its state has the shape {list(shape)}"
         raise _misfit(checkpoint, stored, problem)
     nested = None
     if name + ".nested_absmax" in checkpoint.tensors:
         size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-        if type(size) is not int or size < 1 or not isinstance(offset, (int, float)):
+        if type(size) is not int or size < 1 or not _is_offset(offset):
             problem = f"the state of `{name}` has no `nested_blocksize` and `nested_offset`"
             raise _misfit(checkpoint, stored, problem)
+        size = min(size, n_scales)
         table = part(".nested_quant_map", "F32", 256)
         scale = part(".nested_absmax", "F32", -(-n_scales // size))
         nested = Nested(table, scale, size, float(offset))
     scale = part(".absmax", "U8" if nested else "F32", n_scales)
     table = part(".quant_map", "F32", 16)
     return _as_float32(name, shape, FourBit(stored, codes, table, scale, n_a_block, nested))
+
+
+def _is_offset(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and abs(value) < MAX_OFFSET
 
 
 def _from_blocks(checkpoint: Checkpoint, stored: TensorHeader) -> TensorHeader:

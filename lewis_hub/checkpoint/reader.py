@@ -12,8 +12,16 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
-from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    MAX_VALUES,
+    ReadRange,
+    TensorHeader,
+    count_values,
+    read_header,
+    torch_dtypes,
+)
+from lewis_hub.documents import read_json
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
@@ -72,7 +80,10 @@ def local_header(label: str, file: Path) -> tuple[TensorHeader, ...]:
 def local_checkpoint(label: str, folder: Path) -> Checkpoint:
     """Read the headers of a local folder, as `read_headers` does."""
     sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
-    index = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else None
+    index = None
+    if (folder / INDEX).exists():
+        with (folder / INDEX).open("rb") as opened:
+            index = opened.read(MAX_HEADER_BYTES + 1)
     return read_headers(label, sizes, partial(_read_local, folder), index)
 
 
@@ -115,8 +126,11 @@ def _bad_index(label: str, problem: str) -> BrokenCheckpointError:
 
 
 def _weight_map(label: str, index: bytes) -> dict[str, str]:
+    if len(index) > MAX_HEADER_BYTES or count_values(index) > MAX_VALUES:
+        problem = f"it has more than {MAX_HEADER_BYTES:,} bytes or {MAX_VALUES:,} values"
+        raise _bad_index(label, problem)
     try:
-        document = read_json(index, MAX_TABLE_BYTES)
+        document = read_json(index, MAX_HEADER_BYTES)
     except ValueError:
         raise _bad_index(label, "it is not JSON") from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None

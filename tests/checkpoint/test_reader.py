@@ -53,6 +53,7 @@ def test_tensors_come_in_the_order_of_their_bytes_with_offsets_from_the_files_st
         (file({}, 0, header=b"not json"), "its header is not JSON"),
         (file({}, 0, header=b"\xff\xfe"), "its header is not JSON"),
         (file({}, 0, header=b"[" * 100_000), "its header is not JSON"),
+        (file({}, 0, header=b"[" + b"[]," * 3_000_000), "its header has 6,000,001 values; at most"),
         (file({}, 0, header=b"[]"), "its header is not a JSON object"),
         (file({}, 0, header=b'{"a": 1, "a": 2}'), "its header names `a` twice"),
         (

@@ -104,6 +104,27 @@ def test_values_are_entries_of_the_table_times_the_scale_of_their_block(zoo):
     assert torch.equal(values(zoo, opened(zoo, tensors))["a.weight"], wanted)
 
 
+def test_blocks_that_are_larger_than_the_tensor_take_no_more_memory_than_it(zoo):
+    state = {"shape": [2, 4], "blocksize": 10**12}
+    state |= {"nested_blocksize": 10**12, "nested_offset": 0.5}
+    table, nested_table = torch.linspace(-1, 1, 16), normal(256)
+    tensors = {
+        "a.weight": torch.tensor([0x01, 0x23, 0x45, 0x67], dtype=torch.uint8),
+        "a.weight.absmax": torch.tensor([3], dtype=torch.uint8),
+        "a.weight.quant_map": table,
+        "a.weight.nested_absmax": torch.tensor([2.0]),
+        "a.weight.nested_quant_map": nested_table,
+        STATE: packed(state),
+    }
+
+    source = opened(zoo, tensors)
+
+    described = source.checkpoint.tensors["a.weight"].scaled
+    assert (described.n_a_block, described.nested.n_a_block) == (8, 1)
+    wanted = (table[:8] * (nested_table[3] * 2.0 + 0.5)).view(2, 4)
+    assert torch.equal(values(zoo, source)["a.weight"], wanted)
+
+
 def test_the_bits_do_not_depend_on_the_pieces(zoo):
     n = BLOCK + 5002
     tensors = {
@@ -137,6 +158,22 @@ BROKEN = {
     "no offset": (
         {STATE: packed({"blocksize": 8, "shape": [5, 26]})},
         "the state of `a.weight` has no `nested_blocksize` and `nested_offset`",
+    ),
+    "an offset that is no number": (
+        {
+            STATE: packed(
+                {"blocksize": 8, "shape": [5, 26], "nested_blocksize": 3, "nested_offset": 10**400}
+            )
+        },
+        "the state of `a.weight` has no `nested_blocksize` and `nested_offset`",
+    ),
+    "nested without end": (
+        {STATE: torch.frombuffer(bytearray(b"[" * 60_000), dtype=torch.uint8)},
+        f"`{STATE}` is not JSON",
+    ),
+    "many dimensions": (
+        {STATE: packed({"blocksize": 8, "shape": [1] * 10_000 + [5, 26]})},
+        f"`{STATE}` has no `shape` and `blocksize`",
     ),
     "no JSON": ({STATE: torch.zeros(4, dtype=torch.uint8)}, f"`{STATE}` is not JSON"),
 }
