@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lewis_hub.documents import read_json
 from lewis_hub.localhub.hub import Grant, Hub
 from lewis_hub.localhub.store import Commit, Repo, Store
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 1 << 28  # of a request with a token; large files are sent to the storage
+MAX_UNKNOWN_BODY_BYTES = 1 << 20  # of one without
+MAX_MESSAGE = 1000  # characters of a header
+OBJECT = TypeAdapter(dict[str, Any])
 
 
 def refusal(status: int, message: str, code: str | None = None) -> HTTPException:
     """An answer that refuses a call, as the Hub words it for people and, by `code`, for clients."""
-    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in message)
+    shown = message[:MAX_MESSAGE].strip()
+    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in shown)
     headers = {"X-Error-Message": plain} | ({"X-Error-Code": code} if code else {})
     return HTTPException(status, message, headers)
 
@@ -46,12 +54,9 @@ class Call:
     def json(self) -> dict[str, Any]:
         """The body, a JSON object."""
         try:
-            document = read_json(self.body or b"{}")
-        except ValueError:
-            document = None
-        if not isinstance(document, dict):
-            raise refusal(400, "The body must be a JSON object")
-        return document
+            return OBJECT.validate_json(self.body or b"{}")
+        except ValidationError:
+            raise refusal(400, "The body must be a JSON object") from None
 
     def flag(self, name: str) -> bool:
         """Whether a query parameter is true."""
@@ -126,6 +131,16 @@ class Call:
         raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
 
+def parsed(shape: TypeAdapter[T], content: bytes) -> T:
+    """JSON of this shape; any other is refused."""
+    try:
+        return shape.validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "The body"
+        raise refusal(400, f"{place}: {first['msg']}") from None
+
+
 Answer = Callable[[Call], Any]  # a Response, or a value that is sent as JSON
 
 
@@ -133,13 +148,23 @@ def endpoint(hub: Hub, answer: Answer, kind: str = "") -> Callable[[Request], Aw
     """Make a Starlette endpoint of a quick function; `kind` of repository is added to `parts`."""
 
     async def answered(request: Request) -> Response:
-        body = await request.body()
         authorization = request.headers.get("authorization", "")
         grant = hub.grants.get(authorization.removeprefix("Bearer ").strip())
         if authorization and grant is None:
             raise refusal(401, "Invalid credentials in Authorization header")
+        body = await _body(request, MAX_BODY_BYTES if grant else MAX_UNKNOWN_BODY_BYTES)
         parts = {name: unquote(value) for name, value in request.path_params.items()}
         result = answer(Call(hub, request, body, grant, {**parts, "kind": kind}))
         return result if isinstance(result, Response) else JSONResponse(result)
 
     return answered
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """The body of a request, which may not be longer."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise refusal(413, f"The body has more than {max_bytes:,} bytes")
+    return bytes(body)

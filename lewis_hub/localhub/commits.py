@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import fnmatch
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from lewis_hub.localhub import files
-from lewis_hub.localhub.call import Call, refusal
+from lewis_hub.localhub.call import Call, parsed, refusal
 from lewis_hub.localhub.store import (
     SHA256,
     Commit,
@@ -27,6 +28,55 @@ from lewis_hub.localhub.store import (
 REGULAR_LIMIT_BYTES = 10 * 2**20
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A file that a client asks how to upload; `sample` are its first bytes."""
+
+    path: str
+    size: NonNegativeInt
+    sample: str = ""  # base64
+
+
+@dataclass(frozen=True)
+class Uploads:
+    """The body of a preupload."""
+
+    files: list[Upload]
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a line of a commit says; each kind of line has some of these."""
+
+    summary: str = ""
+    description: str | None = None
+    parent: Annotated[str | None, Field(validation_alias="parentCommit")] = None
+    path: str = ""
+    content: str = ""  # base64
+    oid: str = ""
+    size: NonNegativeInt | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a commit: the header, or a change of a file."""
+
+    key: str
+    value: Value
+
+
+@dataclass(frozen=True)
+class Discussion:
+    """The body of a request for a pull request."""
+
+    title: str = ""
+    description: str = ""
+    is_pull_request: Annotated[bool, Field(validation_alias="pullRequest")] = False
+
+
+UPLOADS, LINE, DISCUSSION = TypeAdapter(Uploads), TypeAdapter(Line), TypeAdapter(Discussion)
+
+
 def preupload(call: Call) -> dict[str, Any]:
     """POST .../preupload/REVISION: which files go to LFS, and the digest of the present file."""
     repo = call.seen_repo()
@@ -34,11 +84,11 @@ def preupload(call: Call) -> dict[str, Any]:
     commit = call.commit(repo)
     attributes = call.store.read_text(commit, ".gitattributes")
     modes = []
-    for item in call.json().get("files", []):
-        sample = base64.b64decode(item.get("sample", ""))
-        is_large = _goes_to_lfs(item["path"], int(item["size"]), sample, attributes)
-        mode = {"path": item["path"], "uploadMode": "lfs" if is_large else "regular"}
-        if present := commit.files.get(item["path"]):
+    for item in parsed(UPLOADS, call.body).files:
+        sample = _decoded(item.path, item.sample)
+        is_large = _goes_to_lfs(item.path, item.size, sample, attributes)
+        mode = {"path": item.path, "uploadMode": "lfs" if is_large else "regular"}
+        if present := commit.files.get(item.path):
             mode["oid"] = present.sha256 if present.lfs else present.oid
         modes.append(mode | {"shouldIgnore": False})
     return {"files": modes, "commitOid": commit.sha}
@@ -81,8 +131,8 @@ def commit(call: Call) -> dict[str, Any]:
     author = call.committer(repo).user
     base = call.commit(repo)
     header, changed = _read_changes(call, base)
-    title, message = str(header["summary"]).strip(), str(header.get("description") or "")
-    if header.get("parentCommit") not in (None, base.sha):
+    title, message = header.summary.strip(), header.description or ""
+    if header.parent not in (None, base.sha):
         raise refusal(412, "A commit has happened since. Please refresh and try again.")
     document = {"success": True, "hookOutput": ""}
     ref = repo.find_ref(call.parts["revision"])
@@ -99,39 +149,39 @@ def commit(call: Call) -> dict[str, Any]:
     return document | {"commitOid": made.sha, "commitUrl": url}
 
 
-def _read_changes(call: Call, base: Commit) -> tuple[dict[str, Any], dict[str, File]]:
+def _read_changes(call: Call, base: Commit) -> tuple[Value, dict[str, File]]:
     """Apply the lines of a commit request, in order; returns its header and the changed files.
 
     Raises:
         HTTPException: a line is no JSON or names an unsafe path, a file to delete does not exist,
             an LFS file was not uploaded, or there is no summary.
     """
-    header: dict[str, Any] = {}
+    header = Value()
     changed = dict(base.files)
-    for key, value in _lines(call.body):
+    for line in _lines(call.body):
+        key, value = line.key, line.value
         if key == "header":
             header = value
         elif key == "file":
-            _put(changed, value["path"], _regular_file(call, base, value))
+            _put(changed, value.path, _regular_file(call, base, value))
         elif key == "lfsFile":
-            _put(changed, value["path"], _uploaded_file(call, value))
+            _put(changed, value.path, _uploaded_file(call, value))
         elif key == "deletedFile":
-            if changed.pop(value["path"], None) is None:
-                problem = f"A file with this name doesn't exist: {value['path']}"
+            if changed.pop(value.path, None) is None:
+                problem = f"A file with this name doesn't exist: {value.path}"
                 raise refusal(404, problem, "EntryNotFound")
         else:
             raise refusal(400, f"Unknown commit operation: {key}")
-    if not str(header.get("summary", "")).strip():
+    if not header.summary.strip():
         raise refusal(400, "A commit needs a header line with a summary")
     return header, changed
 
 
-def _lines(body: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(body: bytes) -> Iterator[Line]:
     for line in filter(None, map(bytes.strip, body.splitlines())):
         try:
-            item = json.loads(line)
-            yield item["key"], item["value"]
-        except (ValueError, KeyError, TypeError):
+            yield LINE.validate_json(line)
+        except ValidationError:
             raise refusal(400, "A commit is lines of JSON with a key and a value") from None
 
 
@@ -147,38 +197,41 @@ def _put(changed: dict[str, File], path: str, file: File) -> None:
     changed[path] = file
 
 
-def _regular_file(call: Call, base: Commit, value: Mapping[str, Any]) -> File:
-    try:
-        content = base64.b64decode(value.get("content", ""), validate=True)
-    except binascii.Error:
-        raise refusal(400, f"{value['path']}: content is not base64") from None
+def _regular_file(call: Call, base: Commit, value: Value) -> File:
+    content = _decoded(value.path, value.content)
     sha256 = call.store.blobs.add(content)
     attributes = call.store.read_text(base, ".gitattributes")
-    if _goes_to_lfs(value["path"], len(content), content[:512], attributes):
+    if _goes_to_lfs(value.path, len(content), content[:512], attributes):
         return lfs_file(sha256, len(content))
     return git_file(content, sha256)
 
 
-def _uploaded_file(call: Call, value: Mapping[str, Any]) -> File:
-    oid, blobs = str(value.get("oid")), call.store.blobs
+def _decoded(path: str, content: str) -> bytes:
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError:
+        raise refusal(400, f"{path}: content is not base64") from None
+
+
+def _uploaded_file(call: Call, value: Value) -> File:
+    oid, blobs = value.oid, call.store.blobs
     if not SHA256.fullmatch(oid):
-        raise refusal(400, f"{value['path']}: oid must be a SHA-256")
+        raise refusal(400, f"{value.path}: oid must be a SHA-256")
     if blobs.size_bytes(oid) is None:
         files.take_xet_upload(call.store, call.writer(), oid, blobs.path(oid))
     size_bytes = blobs.size_bytes(oid)
-    if size_bytes is None or size_bytes != value.get("size", size_bytes):
+    if size_bytes is None or value.size not in (None, size_bytes):
         problem = "Your push was rejected because an LFS pointer pointed to a file that does not"
-        raise refusal(400, f"{problem} exist: {value['path']}")
+        raise refusal(400, f"{problem} exist: {value.path}")
     return lfs_file(oid, size_bytes)
 
 
 def create_pull_request(call: Call) -> dict[str, Any]:
     """POST .../discussions: an empty pull request."""
-    repo, document = call.seen_repo(), call.json()
-    if not document.get("pullRequest"):
+    repo, asked = call.seen_repo(), parsed(DISCUSSION, call.body)
+    if not asked.is_pull_request:
         raise refusal(400, "This Hub has pull requests, and no other discussions")
-    title, description = str(document.get("title", "")), str(document.get("description", ""))
-    opened = _open(call, repo, call.commit(repo), title, description)
+    opened = _open(call, repo, call.commit(repo), asked.title, asked.description)
     return {"num": opened.number, "pullRequest": True}
 
 

@@ -20,14 +20,16 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from pydantic import NonNegativeInt, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from lewis_hub.localhub.call import Call, refusal
+from lewis_hub.localhub.call import Call, parsed, refusal
 from lewis_hub.localhub.hub import Grant, Hub
 from lewis_hub.localhub.store import SHA256, Store, object_id, replacing
 
@@ -42,6 +44,24 @@ ENTRY_BYTES = 48  # of every record of a shard, and of its header
 END_OF_FILES = b"\xff" * 32
 HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
 TOKEN_S = 3600
+
+
+@dataclass(frozen=True)
+class LfsObject:
+    """A large file, as clients name it."""
+
+    oid: str
+    size: NonNegativeInt
+
+
+@dataclass(frozen=True)
+class LfsObjects:
+    """The body of a batch."""
+
+    objects: list[LfsObject]
+
+
+LFS_OBJECT, LFS_OBJECTS = TypeAdapter(LfsObject), TypeAdapter(LfsObjects)
 
 
 def resolve(call: Call) -> Response:
@@ -82,8 +102,8 @@ def lfs_batch(call: Call) -> dict[str, Any]:
     call.writer()
     verify = {"href": str(call.request.url).replace("/objects/batch", "/objects/verify")}
     objects = []
-    for item in call.json().get("objects", []):
-        oid, size_bytes = str(item.get("oid")), item.get("size")
+    for item in parsed(LFS_OBJECTS, call.body).objects:
+        oid, size_bytes = item.oid, item.size
         answer: dict[str, Any] = {"oid": oid, "size": size_bytes}
         if not SHA256.fullmatch(oid):
             answer["error"] = {"code": 422, "message": "invalid oid"}
@@ -96,8 +116,9 @@ def lfs_batch(call: Call) -> dict[str, Any]:
 
 def lfs_verify(call: Call) -> dict[str, Any]:
     """POST .../objects/verify: is the object stored with its full size?"""
-    document = call.json()
-    if call.store.blobs.size_bytes(str(document.get("oid"))) != document.get("size"):
+    asked = parsed(LFS_OBJECT, call.body)
+    is_oid = SHA256.fullmatch(asked.oid)
+    if not is_oid or call.store.blobs.size_bytes(asked.oid) != asked.size:
         raise refusal(404, "Object not found, or of another size")
     return {}
 

@@ -55,6 +55,7 @@ class Fault:
     method: str | None
     after_bytes: int | None = None
     skip: int = 0
+    headers: dict[str, str] = field(default_factory=dict)  # of an answer with `status`
 
 
 @dataclass

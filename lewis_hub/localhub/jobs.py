@@ -22,20 +22,60 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field, TypeAdapter
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lewis_hub.localhub import files
-from lewis_hub.localhub.call import Answer, Call, refusal
+from lewis_hub.localhub.call import Answer, Call, parsed, refusal
 from lewis_hub.localhub.hub import Grant
 from lewis_hub.localhub.store import now, object_id
 
 BUCKET_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 DEFAULT_TIMEOUT_S = 30 * 60
+MAX_TIMEOUT_S = 366 * 24 * 3600
 LOG_POLL_S = 0.05
 UV_WITH_VALUE = ("--with", "--python")
 SPEC = ("dockerImage", "command", "arguments", "environment", "flavor", "labels", "volumes")
+
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # as the system takes it
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A bucket that a Job reads, or a folder of it."""
+
+    type: str
+    source: str
+    mount_path: Annotated[str, Field(validation_alias="mountPath")]
+    path: Text = ""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The parts of a request for a Job that decide what runs."""
+
+    command: list[Text] | None = None
+    arguments: list[Text] | None = None
+    environment: dict[Text, Text] | None = None
+    secrets: dict[Text, Text] | None = None
+    volumes: list[Volume] | None = None
+    timeout_s: Annotated[
+        float, Field(validation_alias="timeoutSeconds", gt=0, le=MAX_TIMEOUT_S)
+    ] = DEFAULT_TIMEOUT_S
+
+
+@dataclass(frozen=True)
+class BucketLine:
+    """A line of a batch that changes a bucket."""
+
+    type: str
+    path: Text = ""
+    xet_hash: Annotated[str, Field(validation_alias="xetHash")] = ""
+
+
+SPEC_SHAPE, BUCKET_LINE = TypeAdapter(Spec), TypeAdapter(BucketLine)
 
 
 @dataclass
@@ -145,6 +185,7 @@ class Jobs:
     def _schedule(self, call: Call) -> dict[str, Any]:
         user, document = _writer(call).user, call.json()
         spec = document.get("jobSpec") or {}
+        parsed(SPEC_SHAPE, json.dumps(spec).encode())
         entry = _new_entry(call.parts["namespace"]) | {
             "schedule": str(document.get("schedule")),
             "suspend": False,
@@ -186,23 +227,24 @@ class Jobs:
         grant = _writer(call)
         folder = self._bucket(call.parts["namespace"], call.parts["name"])
         for line in call.body.splitlines():
-            entry = json.loads(line)
-            target = folder / entry["path"]
-            if entry["type"] != "addFile" or not target.resolve().is_relative_to(folder.resolve()):
+            entry = parsed(BUCKET_LINE, line)
+            target = folder / entry.path
+            if entry.type != "addFile" or not target.resolve().is_relative_to(folder.resolve()):
                 raise refusal(400, "This Hub's buckets take new files only")
-            if not files.take_xet_upload(call.store, grant, entry["xetHash"], target):
-                raise refusal(400, f"{entry['path']} was not uploaded")
+            if not files.take_xet_upload(call.store, grant, entry.xet_hash, target):
+                raise refusal(400, f"{entry.path} was not uploaded")
         return {"success": True}
 
     def _start(self, namespace: str, user: str, spec: Mapping[str, Any]) -> Job:
         """Run a command in a thread, with the secrets as environment variables."""
-        command = without_uv([*(spec.get("command") or ()), *(spec.get("arguments") or ())])
+        asked = parsed(SPEC_SHAPE, json.dumps(spec).encode())
+        command = without_uv([*(asked.command or ()), *(asked.arguments or ())])
         if not command:
             raise refusal(400, "A Job needs a command")
         entry = _new_entry(namespace) | {"initiator": _user(user)} | _without_secrets(spec)
         job = Job(entry | {"status": {"stage": "SCHEDULING", "message": None}})
         folder = self.root / "jobs" / entry["id"]
-        mounts = self._mount(folder, spec.get("volumes") or ())
+        mounts = self._mount(folder, asked.volumes or ())
         self.jobs[entry["id"]] = job
         words = [_below_mount(word, mounts) for word in command]
         environment = {
@@ -215,26 +257,26 @@ class Jobs:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "LANG": "C.UTF-8",
             "JOB_ID": entry["id"],
-            **(spec.get("environment") or {}),
-            **(spec.get("secrets") or {}),
+            **(asked.environment or {}),
+            **(asked.secrets or {}),
         }
-        timeout_s = spec.get("timeoutSeconds", DEFAULT_TIMEOUT_S)
-        run = (job, words, folder, environment, timeout_s)
+        run = (job, words, folder, environment, asked.timeout_s)
         threading.Thread(target=_run, args=run, daemon=True).start()
         return job
 
-    def _mount(self, folder: Path, volumes: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+    def _mount(self, folder: Path, volumes: Sequence[Volume]) -> dict[str, Path]:
         """Mount path -> a copy of the bucket's folder."""
         folder.mkdir(parents=True)
         mounts = {}
         for number, volume in enumerate(volumes):
-            if volume["type"] != "bucket":
+            if volume.type != "bucket":
                 raise refusal(400, "This Hub mounts buckets only")
-            namespace, _, name = volume["source"].partition("/")
-            source = (self._bucket(namespace, name) / volume.get("path", "")).resolve()
-            if not source.is_relative_to(self.root.resolve()) or not source.is_dir():
-                raise refusal(404, f"Bucket {volume['source']} has no such folder")
-            mounts[volume["mountPath"]] = shutil.copytree(source, folder / f"mount-{number}")
+            namespace, _, name = volume.source.partition("/")
+            bucket = self._bucket(namespace, name).resolve()
+            source = (bucket / volume.path).resolve()
+            if not source.is_relative_to(bucket) or not source.is_dir():
+                raise refusal(404, f"Bucket {volume.source} has no such folder")
+            mounts[volume.mount_path] = shutil.copytree(source, folder / f"mount-{number}")
         return mounts
 
 
@@ -302,8 +344,9 @@ def _run(
             errors="replace",
             start_new_session=True,
         )
-    except OSError as error:
-        job.enter("ERROR", f"Job failed with exit code: 127. Reason: {error.strerror}")
+    except (OSError, ValueError) as error:  # ValueError: `=` in the name of a variable
+        reason = error.strerror if isinstance(error, OSError) else error
+        job.enter("ERROR", f"Job failed with exit code: 127. Reason: {reason}")
         return
     job.process = process
     job.enter("RUNNING")

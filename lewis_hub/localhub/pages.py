@@ -93,7 +93,10 @@ def _placed(path: str, address: Callable[[str], str]) -> str:
     """The address of a path in the repository; addresses and anchors stay as they are."""
     if WITH_SCHEME.match(path) or path[0] in "#?":
         return path
-    parts = urlsplit(path)
+    try:
+        parts = urlsplit(path)
+    except ValueError:  # such as `//[`
+        return path
     fragment = f"#{quote(parts.fragment)}" if parts.fragment else ""
     return address(parts.path.removeprefix("./")) + fragment
 

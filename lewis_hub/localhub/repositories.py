@@ -85,13 +85,17 @@ def _card_metadata(text: str) -> dict[str, Any]:
     document = read_yaml(block[1]) if block else None
     if not isinstance(document, dict | None):
         raise DocumentError("the metadata must be a mapping")
-    metadata: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
+    try:
+        written = json.dumps(document or {}, default=str, allow_nan=False, ensure_ascii=False)
+        metadata: dict[str, Any] = json.loads(written.encode())
+    except (ValueError, TypeError) as error:  # keys, numbers, half letters
+        raise DocumentError(f"the metadata cannot be read: {error}") from error
     return metadata
 
 
 def create(call: Call) -> Response:
     """POST /api/repos/create."""
-    document = call.json()
+    document = {name: str(value) for name, value in call.json().items() if value}
     noun = document.get("type") or "model"
     kinds: dict[str, Kind] = {"model": "models", "dataset": "datasets"}
     kind = kinds.get(noun)
@@ -193,7 +197,7 @@ def tree(call: Call) -> list[dict[str, Any]]:
 def paths_info(call: Call) -> list[dict[str, Any]]:
     """POST .../paths-info/REVISION: the entries of those paths that exist."""
     files = call.commit(call.seen_repo()).files
-    paths = parse_qs(call.body.decode()).get("paths", [])
+    paths = parse_qs(call.body.decode(errors="replace")).get("paths", [])
     present = (p for p in paths if p in files or any(name.startswith(f"{p}/") for name in files))
     return [_entry(path, files) for path in present]
 
@@ -233,7 +237,7 @@ def create_ref(call: Call) -> dict[str, Any]:
         ref, start = f"refs/heads/{call.parts['branch']}", document.get("startingPoint")
     else:
         ref, start = f"refs/tags/{document.get('tag', '')}", call.parts["revision"]
-    commit = call.commit(repo, start or "main")
+    commit = call.commit(repo, str(start or "main"))
     if ref in repo.refs:
         raise refusal(409, f"Reference already exists: {ref}")
     repo.refs[ref] = commit.sha

@@ -6,6 +6,7 @@ import asyncio
 import re
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -17,6 +18,8 @@ from lewis_hub.localhub.call import Answer, Call, endpoint, refusal
 from lewis_hub.localhub.hub import Fault, Faults, Hub
 
 UNQUOTED_REF = re.compile(r"(/(?:tree|resolve|revision|commits?|preupload)/)refs/(pr|heads|tags)/")
+
+LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3})(:\d{1,5})?", re.ASCII | re.IGNORECASE)
 
 METHODS = ("GET", "POST", "PUT", "DELETE")
 REPO = "/{namespace}/{name}"
@@ -84,13 +87,30 @@ def application(hub: Hub, running: jobs.Jobs | None) -> ASGIApp:
             routes.append(Route(prefix + path, endpoint(hub, answer, kind), methods=[method]))
     app = Starlette(routes=routes, exception_handlers={HTTPException: refused})
     app.state.hub = hub
-    return with_faults(by_raw_path(app), hub.faults)
+    return with_faults(only_local(by_raw_path(app)), hub.faults)
 
 
 def refused(_request: Request, error: Exception) -> Response:
     """Send a refusal in the body and in headers, as the Hub does."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+def only_local(app: ASGIApp) -> ASGIApp:
+    """Refuse requests for another host than this machine.
+
+    A page of the web could let its own name point here, and would then read the answers. The port
+    may be another one, that of a tunnel.
+    """
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        if LOCAL_HOST.fullmatch(Headers(scope=scope).get("host", "")):
+            await app(scope, receive, send)
+        else:
+            problem = "This Hub answers at 127.0.0.1 and localhost only"
+            await JSONResponse({"error": problem}, 421)(scope, receive, send)
+
+    return checked
 
 
 def by_raw_path(app: ASGIApp) -> ASGIApp:
@@ -100,7 +120,7 @@ def by_raw_path(app: ASGIApp) -> ASGIApp:
     """
 
     async def routed(scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["raw_path"].decode("ascii").split("?", 1)[0]
+        path = scope["raw_path"].decode("latin-1").split("?", 1)[0]
         scope["path"] = UNQUOTED_REF.sub(r"\1refs%2F\2%2F", path, count=1)
         await app(scope, receive, send)
 
@@ -163,6 +183,7 @@ async def _fail(send: Send, fault: Fault) -> None:
     body = b'{"error":"injected fault"}'
     length = len(body) + dropped  # a dropped answer announces a byte that never comes
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
+    headers += [(name.lower().encode(), value.encode()) for name, value in fault.headers.items()]
     code = 200 if dropped else fault.status
     await send({"type": "http.response.start", "status": code, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": dropped})

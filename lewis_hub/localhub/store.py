@@ -23,6 +23,7 @@ from typing import IO, Any, Literal
 from pydantic import TypeAdapter
 
 Kind = Literal["models", "datasets"]
+MAX_TEXT_BYTES = 1 << 20
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -171,9 +172,12 @@ class Store:
         return commit
 
     def read_text(self, commit: Commit, path: str) -> str:
-        """A text file of a commit; empty if it has none."""
+        """A text file of a commit, at most its first MAX_TEXT_BYTES; empty if it has none."""
         file = commit.files.get(path)
-        return self.blobs.path(file.sha256).read_text("utf-8", "replace") if file else ""
+        if file is None:
+            return ""
+        with self.blobs.path(file.sha256).open("rb") as stored:
+            return stored.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
 
     def clear(self) -> None:
         """Remove everything: repositories, contents and uploads."""
