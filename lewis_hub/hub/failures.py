@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import httpx2
-from huggingface_hub import constants, hf_hub_url
+from huggingface_hub import constants, get_session, hf_hub_url
 from huggingface_hub import errors as hf
-from huggingface_hub.utils import get_token, parse_ratelimit_headers
+from huggingface_hub.utils import get_token, hf_raise_for_status, parse_ratelimit_headers
 
 from lewis_hub.display import without_credentials
 from lewis_hub.errors import PublishError, SourceError
@@ -33,6 +33,7 @@ N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
 SIGN_IN = "/oauth/token"
+CUT = "Consistency check failed"  # huggingface_hub's error if a file has not its size
 AGAIN = "run the same command again: finished work is kept"
 
 
@@ -101,6 +102,7 @@ def address(api: HfApi) -> str:
 
 def retry(call: Callable[[], T]) -> T:
     """Call until it succeeds, as long as errors are transient: 408, 429, 5xx, lost connections."""
+    refuse_long_pauses()
     for attempt, pause_s in enumerate(PAUSES_S):
         try:
             return call()
@@ -109,25 +111,38 @@ def retry(call: Callable[[], T]) -> T:
                 raise
             if isinstance(error, httpx2.ConnectError) and attempt >= N_CONNECTION_RETRIES:
                 raise
-            after_s = retry_after_s(error)
-            if after_s is not None and after_s > LONGEST_PAUSE_S:
+            if asks_for_long_pause(error):
                 raise
+            after_s = retry_after_s(error)
             time.sleep(pause_s if after_s is None else after_s)
     return call()
 
 
-def retry_transfer(call: Callable[[], object], done: Callable[[], int]) -> None:
+def refuse_long_pauses() -> None:
+    """Let no call of huggingface_hub, which has no limit, wait longer than LONGEST_PAUSE_S."""
+    hooks = get_session().event_hooks["response"]  # a lost connection makes a new session
+    if _require_short_pause not in hooks:
+        hooks.append(_require_short_pause)
+
+
+def _require_short_pause(answer: httpx2.Response) -> None:
+    pause_s = _asked_pause_s(answer)
+    if _is_passing(answer.status_code) and pause_s is not None and pause_s > LONGEST_PAUSE_S:
+        hf_raise_for_status(answer)
+
+
+def retry_transfer(call: Callable[[], object], done: Callable[[], int], at_least: int = 1) -> None:
     """Retry a transfer that resumes where it stopped.
 
-    `call` keeps the bytes that it received before it failed, and `done` gives their number. The
-    transfer fails only when several attempts in a row transferred nothing.
+    `call` keeps what it received before it failed, and `done` gives its amount. The transfer fails
+    only when several attempts in a row transferred less than `at_least`.
     """
     while True:
         before = done()
         try:
             retry(call)
-        except (httpx2.TransportError, ConnectionResetError):
-            if done() <= before:
+        except httpx2.TransportError:
+            if done() - before < at_least:
                 raise
         else:
             return
@@ -136,23 +151,32 @@ def retry_transfer(call: Callable[[], object], done: Callable[[], int]) -> None:
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a moment later."""
     if isinstance(error, hf.HfHubHTTPError):
-        status = error.response.status_code
-        return status in {408, 429} or status >= 500
+        return _is_passing(error.response.status_code)
     if isinstance(error, httpx2.TransportError):
         return not isinstance(error, httpx2.UnsupportedProtocol | httpx2.ProxyError)
-    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+    return isinstance(error, OSError) and CUT in str(error)
+
+
+def _is_passing(status: int) -> bool:
+    return status in {408, 429} or status >= 500
 
 
 def retry_after_s(error: BaseException) -> float | None:
     """The pause that the server requires before a retry, if it names one."""
-    if not isinstance(error, hf.HfHubHTTPError):
-        return None
-    headers = error.response.headers
-    limit = parse_ratelimit_headers(headers)
-    if error.response.status_code == 429 and limit is not None and limit.remaining == 0:
+    return _asked_pause_s(error.response) if isinstance(error, hf.HfHubHTTPError) else None
+
+
+def asks_for_long_pause(error: BaseException) -> bool:
+    """Whether the server requires a longer pause than any call waits."""
+    return (retry_after_s(error) or 0) > LONGEST_PAUSE_S
+
+
+def _asked_pause_s(answer: httpx2.Response) -> float | None:
+    limit = parse_ratelimit_headers(answer.headers)
+    if answer.status_code == 429 and limit is not None and limit.remaining == 0:
         return limit.reset_in_seconds + 1.0
-    seconds = headers.get("retry-after", "")
-    return float(seconds) if seconds.isdigit() else None
+    seconds = answer.headers.get("retry-after", "").strip()
+    return float(seconds) if seconds.isascii() and seconds.isdigit() else None
 
 
 def call_hub(hub_repo: HubRepo, call: Callable[[], T]) -> T:
@@ -164,11 +188,12 @@ def call_hub(hub_repo: HubRepo, call: Callable[[], T]) -> T:
 @contextmanager
 def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     """Turn every failure of the Hub inside the block into an error of `hub_repo.error_type`."""
+    refuse_long_pauses()
     try:
         yield
     except hf.HfHubHTTPError as error:
         raise hub_repo.failed(*_refused(error, hub_repo)) from error
-    except (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError, httpx2.TransportError) as error:
+    except (hf.OfflineModeIsEnabled, hf.LocalEntryNotFoundError, httpx2.RequestError) as error:
         raise hub_repo.failed(*_unreachable(error, hub_repo)) from error
     except hf.LocalTokenNotFoundError as error:
         raise no_token(hub_repo) from error
@@ -178,6 +203,11 @@ def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     except (hf.FileMetadataError, json.JSONDecodeError) as error:
         problem = f"{hub_repo.api.endpoint} does not answer like a Hub"
         raise hub_repo.failed(problem, "Check HF_ENDPOINT.") from error
+    except OSError as error:  # huggingface_hub received another number of bytes
+        if CUT not in str(error):
+            raise
+        cut = httpx2.RemoteProtocolError("another number of bytes arrived than the file has")
+        raise hub_repo.failed(*_unreachable(cut, hub_repo)) from error
     except RuntimeError as error:  # huggingface_hub wraps the errors of an upload
         if not isinstance(error.__cause__, httpx2.HTTPError):
             raise
@@ -225,6 +255,9 @@ def _refused(error: hf.HfHubHTTPError, hub_repo: HubRepo) -> tuple[str, str]:
         pause_s = retry_after_s(error)
         wait = f"Wait {pause_s:.0f} s" if pause_s else "Wait a few minutes"
         return f"{host} limits the rate of requests (429)", f"{wait}, then {AGAIN}."
+    if asks_for_long_pause(error):
+        problem = f"{host} answers {status} and requires a pause of {retry_after_s(error):,.0f} s"
+        return problem, f"Calls wait at most {LONGEST_PAUSE_S:.0f} s. Wait that long, then {AGAIN}."
     if status >= 500:
         problem = f"{host} still fails with {status} after several attempts{because}"
         return problem, f"This is usually temporary: wait a little, then {AGAIN}."

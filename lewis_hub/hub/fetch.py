@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -18,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_download,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
 from lewis_hub.display import Advance
@@ -36,7 +44,6 @@ from lewis_hub.hub.source import (
     digest_like,
 )
 
-PIECE_BYTES = 1 << 20
 SIDECAR_FILES = (
     "*.json",
     "*.jinja",
@@ -54,7 +61,10 @@ N_DOWNLOADS = 4
 SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
-CUT = "Consistency check failed: the answer ended early"  # `retry` repeats such errors
+MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
+MIN_BYTES_PER_S = 1024  # a slower answer is given up
+SPEED_AFTER_S = 30.0  # the speed is measured over so long
+MIN_TRANSFER_BYTES = 1 << 16  # of several attempts in a row: fewer would take days
 
 
 def weight_files(source: Source) -> tuple[str, ...]:
@@ -122,13 +132,15 @@ def bytes_to_download(source: Source, only: Sequence[str] | None = None) -> int:
 
 def read_small(api: HfApi, source: Source, path: str) -> bytes | None:
     """The content of a small file, such as a card; None if the source has no such file."""
-    if source.file(path) is None:
+    file, hub_repo = source.file(path), HubRepo.of(api, source)
+    if file is None:
         return None
     for folder in (source.converted, source.folder):
         if folder and (folder / path).exists():
             require_inside(folder, folder / path, SourceError)
-            return (folder / path).read_bytes()
-    return read_file(HubRepo.of(api, source), path)
+            return _read_whole(hub_repo, path, folder / path)
+    _require_small(hub_repo, path, file.size_bytes)
+    return read_file(hub_repo, path)
 
 
 def read_pinned(source: Source, file: SourceFile) -> bytes:
@@ -149,7 +161,33 @@ def read_pinned(source: Source, file: SourceFile) -> bytes:
 
 def read_file(hub_repo: HubRepo, path: str) -> bytes:
     """The content of a small file of a repo, which is then in the cache."""
-    return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None)).read_bytes()
+    return _read_whole(hub_repo, path, call_hub(hub_repo, lambda: _small_file(hub_repo, path)))
+
+
+def _small_file(hub_repo: HubRepo, path: str) -> Path:
+    """A file of the cache, which is downloaded if it is small and not there yet."""
+    cached = try_to_load_from_cache(
+        hub_repo.name, path, revision=hub_repo.revision, repo_type=hub_repo.repo_type
+    )
+    if isinstance(cached, str):
+        return Path(cached)
+    if not is_offline_mode():
+        known = hub_repo.api.get_hf_file_metadata(url=hub_repo.file_url(path))
+        _require_small(hub_repo, path, known.size or 0)
+    return _through_cache(hub_repo, path, lambda _: None)
+
+
+def _read_whole(hub_repo: HubRepo, path: str, file: Path) -> bytes:
+    with file.open("rb") as opened:
+        content = opened.read(MAX_SMALL_BYTES + 1)
+    _require_small(hub_repo, path, len(content))
+    return content
+
+
+def _require_small(hub_repo: HubRepo, path: str, n_bytes: int) -> None:
+    if n_bytes > MAX_SMALL_BYTES:
+        problem = f"`{path}` has more than {MAX_SMALL_BYTES:,} bytes, so it is not read"
+        raise hub_repo.failed(problem, "Use an intact copy of the repo or folder.")
 
 
 def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFile]:
@@ -215,7 +253,9 @@ def _download_blob(
             if blob.exists() or stop.is_set():
                 return
             retry_transfer(
-                lambda: _append(hub_repo, file, part, received, stop), lambda: _size(part)
+                lambda: _append(hub_repo, file, part, received, stop),
+                lambda: _size(part),
+                MIN_TRANSFER_BYTES,
             )
             if stop.is_set():
                 return
@@ -237,17 +277,14 @@ def _append(
     if start >= file.size_bytes:
         part.touch()
         return
-    with _get(hub_repo.file_url(file.path), start, token=hub_repo.api.token) as response:
-        hf_raise_for_status(response)
-        whole = response.status_code == 200  # the server ignored the range
-        with part.open("wb" if whole else "ab") as out:
-            for piece in response.iter_bytes(PIECE_BYTES):
+    with _get(hub_repo.file_url(file.path), start, token=hub_repo.api.token) as found:
+        pieces = _pieces(found, start, file.size_bytes, file.size_bytes)
+        with part.open("ab") as out:
+            for piece in pieces:
                 out.write(piece)
                 received.add(len(piece))
                 if stop.is_set():
                     return
-    if _size(part) < file.size_bytes:
-        raise ConnectionResetError(CUT)
 
 
 def _get(
@@ -261,6 +298,64 @@ def _get(
     }
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     return get_session().stream("GET", url, headers=headers, timeout=timeout)
+
+
+def _pieces(found: httpx2.Response, start: int, stop: int, size_bytes: int) -> Iterator[bytes]:
+    """The bytes [start, stop) of a file from an answer that may be wrong, too long or too slow.
+
+    Raises:
+        HfHubHTTPError: the answer is an error.
+        RemoteProtocolError: it has other bytes or ends early; here, or in the iteration.
+    """
+    hf_raise_for_status(found)
+    content_range = found.headers.get("Content-Range", "")
+    numbers = CONTENT_RANGE.fullmatch(content_range)
+    expected_bytes = stop - start if found.status_code == 206 else size_bytes
+    told_bytes = found.headers.get("Content-Length", str(expected_bytes))
+    encoding = found.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        problem = f"compressed bytes ({encoding}) came in place of the file's"
+    elif found.status_code == 206 and (
+        numbers is None or tuple(map(int, numbers.groups())) != (start, stop - 1, size_bytes)
+    ):
+        problem = f"bytes {start}-{stop - 1}/{size_bytes} were requested, {content_range!r} came"
+    elif found.status_code not in {200, 206} or told_bytes != str(expected_bytes):
+        kind = found.headers.get("Content-Type", "an answer")
+        problem = f"{kind} of {told_bytes} bytes came in place of {expected_bytes} bytes"
+    else:
+        n_before = 0 if found.status_code == 206 else start  # 200: the server ignored the range
+        return _only(_fast_enough(found.iter_raw()), n_before, stop - start)
+    raise httpx2.RemoteProtocolError(problem)
+
+
+def _only(pieces: Iterator[bytes], n_before: int, n_bytes: int) -> Iterator[bytes]:
+    """The `n_bytes` behind the first `n_before`; of further ones at most a piece is received."""
+    left = n_bytes
+    for piece in pieces:
+        if not left:
+            return
+        wanted = piece[n_before:][:left]
+        n_before -= min(n_before, len(piece))
+        left -= len(wanted)
+        if wanted:
+            yield wanted
+    if left:
+        raise httpx2.RemoteProtocolError("the answer ended early")
+
+
+def _fast_enough(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces; an error if they arrive too slowly. The time of the receiver does not count."""
+    waited_s, n_bytes, asked_s = 0.0, 0, time.monotonic()
+    for piece in pieces:
+        waited_s += time.monotonic() - asked_s
+        n_bytes += len(piece)
+        if waited_s >= SPEED_AFTER_S:
+            if n_bytes < MIN_BYTES_PER_S * waited_s:
+                problem = f"less than {MIN_BYTES_PER_S} bytes/s arrived"
+                raise httpx2.RemoteProtocolError(problem)
+            waited_s, n_bytes = 0.0, 0
+        yield piece
+        asked_s = time.monotonic()
 
 
 def _through_cache(hub_repo: HubRepo, path: str, advance: Advance) -> Path:
@@ -339,7 +434,7 @@ class RemoteFiles:
                 position += len(piece)
 
         with hub_failures(hub_repo):
-            retry_transfer(resume, lambda: position)
+            retry_transfer(resume, lambda: position, min(MIN_TRANSFER_BYTES, stop - start))
 
     def _stream_range(self, hub_repo: HubRepo, path: str, start: int, stop: int) -> Iterator[bytes]:
         """The bytes [start, stop) that one request receives, and no more."""
@@ -349,22 +444,17 @@ class RemoteFiles:
         with _get(url, start, stop, token=token) as found:
             if located and found.status_code in OUTDATED:
                 self._located.pop(path, None)
-                raise ConnectionResetError("Consistency check failed: the address is outdated")
+                raise httpx2.RemoteProtocolError("the address is outdated")
             hf_raise_for_status(found)
-            self._require_range(hub_repo, path, (start, stop), found)
+            size_bytes = self._require_range(hub_repo, path, (start, stop), found)
             if located is None and found.history and found.url.host != found.history[0].url.host:
                 self._located[path] = str(found.url)
-            left = stop - start
-            for piece in found.iter_raw():
-                yield piece[:left]
-                left -= min(left, len(piece))
-        if left:
-            raise ConnectionResetError(CUT)
+            yield from _pieces(found, start, stop, size_bytes)
 
     def _require_range(
         self, hub_repo: HubRepo, path: str, wanted: tuple[int, int], found: httpx2.Response
-    ) -> None:
-        """Refuse an answer that does not contain these bytes of the pinned file."""
+    ) -> int:
+        """Refuse an answer that does not contain these bytes of the pinned file; its size."""
         file = self.source.file(path)
         assert file  # its header was read
         start, stop = wanted
@@ -383,6 +473,7 @@ class RemoteFiles:
             problem = f"`{path}` is another file than {hub_repo.api.endpoint} lists"
             remedy = "Run the same command again; it resolves the files again."
             raise hub_repo.failed(problem, remedy)
+        return file.size_bytes
 
 
 def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> bytes:
@@ -407,18 +498,10 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
         with local.open("rb", buffering=0) as stored:
             return os.pread(stored.fileno(), stop - start, start)
     hub_repo = HubRepo.of(api, source)
-    return call_hub(hub_repo, lambda: _read_until(hub_repo, path, start, stop))
+    return call_hub(hub_repo, lambda: _read_until(hub_repo, file, start, stop))
 
 
-def _read_until(hub_repo: HubRepo, path: str, start: int, stop: int) -> bytes:
+def _read_until(hub_repo: HubRepo, file: SourceFile, start: int, stop: int) -> bytes:
     """Read no further than `stop`, even if the server ignores ranges and sends the whole file."""
-    with _get(hub_repo.file_url(path), start, stop, token=hub_repo.api.token) as response:
-        hf_raise_for_status(response)
-        skipped = start if response.status_code == 200 else 0
-        wanted = skipped + stop - start
-        received = bytearray()
-        for piece in response.iter_bytes():
-            received += piece
-            if len(received) >= wanted:
-                return bytes(received[skipped:wanted])
-    raise ConnectionResetError(CUT)
+    with _get(hub_repo.file_url(file.path), start, stop, token=hub_repo.api.token) as found:
+        return b"".join(_pieces(found, start, stop, file.size_bytes))

@@ -27,6 +27,7 @@ from lewis_hub.files import require_inside, visible_files
 from lewis_hub.hub.failures import (
     PAUSES_S,
     HubRepo,
+    asks_for_long_pause,
     call_hub,
     hub_failures,
     is_transient,
@@ -342,11 +343,12 @@ def _commit(
             with hub_failures(hub_repo):
                 if not stale and not is_transient(error):
                     raise
-                if not stale:
+                last = stale or pause_s is None or asks_for_long_pause(error)
+                if not last:
                     time.sleep(retry_after_s(error) or pause_s or 0)
                 if pushed := _find_pushed(hub_repo, change, publication.landing):
                     return pushed
-                if pause_s is None or stale:
+                if last:
                     raise
         except ValueError as error:  # the Hub checks the card itself
             problem = " ".join(str(error).split()).rstrip(".")

@@ -32,6 +32,7 @@ from lewis_hub.hub.source import (
     cached_sha,
     digest_like,
     listed_digest,
+    listed_sha,
     remember_revision,
 )
 
@@ -201,12 +202,13 @@ def _repo(hub_repo: HubRepo) -> Source:
             timeout=30,
         ),
     )
-    files = tuple(
-        SourceFile(file.rfilename, file.size or 0, listed_digest(file))
-        for file in getattr(info, "siblings", None) or ()
-        if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
-    )
-    sha = str(info.sha)
+    with hub_failures(hub_repo):
+        sha = listed_sha(info.sha)
+        files = tuple(
+            SourceFile(file.rfilename, file.size or 0, listed_digest(file))
+            for file in getattr(info, "siblings", None) or ()
+            if ".." not in file.rfilename.split("/") and not file.rfilename.startswith("/")
+        )
     remember_revision(name, repo_type, hub_repo.revision, sha)
     if getattr(info, "gated", False):  # anyone may list its files, but not read them
         call_hub(hub_repo, lambda: api.auth_check(name, repo_type=repo_type))

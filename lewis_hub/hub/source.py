@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import constants
+from huggingface_hub.errors import FileMetadataError
 from huggingface_hub.file_download import repo_folder_name
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ LICENCES = tuple(  # texts that many licences want to be passed on
 )
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA, beside or alone
 COMMIT_SHA = re.compile(r"[0-9a-f]{40}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,22 @@ class Source:
 
 
 def listed_digest(file: RepoSibling) -> str:
-    """The digest of a file as the Hub lists it."""
-    return f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
+    """The digest of a file as the Hub lists it.
+
+    Raises:
+        FileMetadataError: it is not one. Files of the cache are named by it.
+    """
+    digest = f"sha256:{file.lfs.sha256}" if file.lfs else f"git-sha1:{file.blob_id}"
+    if not DIGEST.fullmatch(digest):
+        raise FileMetadataError(f"{file.rfilename}: {digest!r} is not a digest")
+    return digest
+
+
+def listed_sha(sha: str | None) -> str:
+    """The sha of a commit as the Hub names it; a `FileMetadataError` if it is not one."""
+    if sha is None or not COMMIT_SHA.fullmatch(sha):
+        raise FileMetadataError(f"{sha!r} is not the sha of a commit")
+    return sha
 
 
 def digest_like(digest: str, content: bytes) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from lewis_hub.display import without_credentials
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, no_token, retry
 from lewis_hub.hub.fetch import read_file
-from lewis_hub.hub.source import listed_digest
+from lewis_hub.hub.source import listed_digest, listed_sha
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -74,8 +74,8 @@ def read_target(hub_repo: HubRepo, revision: str = MAIN) -> Target:
             )
         except RepositoryNotFoundError:
             return Target(hub_repo.name, None, {})
-    digests = {file.rfilename: listed_digest(file) for file in info.siblings or ()}
-    return Target(hub_repo.name, info.sha, digests)
+        digests = {file.rfilename: listed_digest(file) for file in info.siblings or ()}
+        return Target(hub_repo.name, listed_sha(info.sha), digests)
 
 
 def open_pull_requests(hub_repo: HubRepo) -> Iterator[tuple[str, Target]]:

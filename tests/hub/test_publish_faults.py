@@ -146,3 +146,26 @@ def test_two_processes_that_push_at_once_end_as_whole_commits_or_a_clear_refusal
     assert content(hub, repo) in [wholes[name] for name in winners]
     for name in wholes.keys() - set(winners):
         assert f"{repo}: somebody pushed " in done[name].stderr
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("call", ["/api/models/.*/revision/", "objects/batch", "/commit/main"])
+def test_no_call_waits_for_a_day_and_the_pause_is_told(
+    hub, api, prepare, monkeypatch, call, status
+):
+    repo, folder, _ = prepare()
+    hub.fail(call, status, times=NEVER).headers = {"Retry-After": "86400"}
+    pauses_s = []
+    monkeypatch.setattr("time.sleep", pauses_s.append)
+
+    with pytest.raises(PublishError) as raised:
+        publish(api, folder, repo, PUSH, lambda _: None)
+
+    assert pauses_s == []
+    assert content(hub, repo) == BEFORE
+    told = {
+        429: f"{repo}: {hub.url} limits the rate of requests (429).\nWait 86400 s, then run",
+        503: f"{repo}: {hub.url} answers 503 and requires a pause of 86,400 s.\n"
+        "Calls wait at most 60 s. Wait that long, then run",
+    }
+    assert str(raised.value).startswith(told[status])

@@ -1,0 +1,181 @@
+"""Servers and proxies that answer a download wrongly: one message, or the right bytes."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import threading
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from huggingface_hub import HfApi
+
+from lewis_hub.errors import SourceError
+from lewis_hub.hub import fetch as downloads
+from lewis_hub.hub.fetch import fetch, read_range, read_small
+from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.source import cache_folder
+
+WEIGHTS = os.urandom(300_000)
+SIZE = len(WEIGHTS)
+PAGE = b"<html>Sign in to this network</html>"
+
+
+@contextmanager
+def answering(status, headers, body, requests=None):
+    """A server that answers every GET the same, and every HEAD as a Hub does."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self):
+            self.send_response(200)
+            told = {"Content-Length": SIZE, "ETag": '"x"', "X-Repo-Commit": "a" * 40}
+            for name, value in told.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+
+        def do_GET(self):
+            requests.append(self.headers["Range"])
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                if value:
+                    self.send_header(name, value)
+            self.end_headers()
+            self.close_connection = True
+            with suppress(ConnectionError):  # the client reads no further
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    requests = [] if requests is None else requests
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield HfApi(endpoint=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def source(api, push):
+    push("tests/model", {"model.safetensors": WEIGHTS, "config.json": b"{}"})
+    return resolve_model(api, "tests/model")
+
+
+def ranged(start, stop, size=SIZE):
+    return {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+
+
+WRONG = {
+    "a page of a captive portal": (
+        (200, {"Content-Type": "text/html"}, PAGE),
+        "text/html of 36 bytes came in place of 300000 bytes",
+    ),
+    "too long": (
+        (200, {}, WEIGHTS * 2),
+        "an answer of 600000 bytes came in place of 300000 bytes",
+    ),
+    "another range": (
+        (206, ranged(1, SIZE), WEIGHTS[1:]),
+        "bytes 0-299999/300000 were requested, 'bytes 1-299999/300000' came",
+    ),
+    "another size": (
+        (206, ranged(0, SIZE, SIZE + 1), WEIGHTS),
+        "bytes 0-299999/300000 were requested, 'bytes 0-299999/300001' came",
+    ),
+    "a gzip bomb": (
+        (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(50_000_000))),
+        "compressed bytes (gzip) came in place of the file's",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_other_bytes_than_the_files_are_one_message_and_not_stored(source, no_pauses, wrong):
+    answer, told = WRONG[wrong]
+    with answering(*answer) as api, pytest.raises(SourceError) as raised:
+        fetch(api, source, lambda _: None, ("*.safetensors",))
+
+    assert str(raised.value).startswith(f"{source.pinned}: cannot reach {api.endpoint} ({told}).")
+    assert not list(cache_folder("tests/model", "model").glob("blobs/*"))
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_other_bytes_than_those_of_a_range_are_one_message(source, no_pauses, wrong):
+    with answering(*WRONG[wrong][0]) as api, pytest.raises(SourceError) as raised:
+        read_range(api, source, "model.safetensors", 0, SIZE)
+
+    assert str(raised.value).startswith(f"{source.pinned}: cannot reach {api.endpoint} (")
+
+
+def test_an_endless_answer_is_read_no_further_than_the_file(source):
+    endless = {"Content-Length": "", "Transfer-Encoding": "chunked"}
+    chunk = b"%x\r\n%s\r\n" % (SIZE, WEIGHTS)
+    with answering(200, endless, chunk * 20) as api:
+        assert read_range(api, source, "model.safetensors", 7, 2000) == WEIGHTS[7:2000]
+
+
+def test_a_server_that_sends_ten_bytes_an_answer_is_given_up(source, no_pauses):
+    requests = []
+    cut = {**ranged(0, SIZE), "Content-Length": str(SIZE)}
+    with answering(206, cut, WEIGHTS[:10], requests) as api, pytest.raises(SourceError) as raised:
+        fetch(api, source, lambda _: None, ("*.safetensors",))
+
+    assert str(raised.value).startswith(f"{source.pinned}: cannot reach {api.endpoint} (")
+    assert len(requests) < 20
+
+
+def test_a_slow_answer_is_given_up_and_a_slow_receiver_is_not(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now_s[0])
+
+    def arriving(pause_s):
+        for _ in range(100):
+            now_s[0] += pause_s
+            yield bytes(1000)
+
+    for _ in downloads._fast_enough(arriving(0.5)):
+        now_s[0] += 100.0
+    with pytest.raises(downloads.httpx2.TransportError, match="less than 1024 bytes/s arrived"):
+        list(downloads._fast_enough(arriving(2.0)))
+
+
+def test_a_card_of_a_gigabyte_is_refused_before_it_is_read(api, push, tmp_path):
+    for name in ("model.safetensors", "config.json", "README.md"):
+        (tmp_path / name).write_bytes(b"x")
+    source = resolve_model(api, str(tmp_path))
+    os.truncate(tmp_path / "README.md", 10**9)
+
+    with pytest.raises(SourceError) as raised:
+        read_small(api, source, "README.md")
+
+    assert str(raised.value) == (
+        f"{tmp_path}@{source.commit_sha}: `README.md` has more than 100,000,000 bytes, so it is "
+        "not read.\n"
+        "Use an intact copy of the repo or folder."
+    )
+
+
+@pytest.mark.parametrize("digest", ["../../../../etc/passwd", "", "A" * 64, "0" * 63])
+def test_a_digest_that_is_none_never_names_a_file_of_the_cache(api, push, monkeypatch, digest):
+    push("tests/model", {"model.safetensors": WEIGHTS, "config.json": b"{}"})
+    listed = HfApi.repo_info
+
+    def hostile(self, *args, **more):
+        info = listed(self, *args, **more)
+        info.siblings[-1].lfs.sha256 = digest
+        return info
+
+    monkeypatch.setattr(HfApi, "repo_info", hostile)
+
+    with pytest.raises(SourceError) as raised:
+        resolve_model(api, "tests/model")
+
+    assert str(raised.value) == (
+        f"tests/model: {api.endpoint} does not answer like a Hub.\nCheck HF_ENDPOINT."
+    )
