@@ -13,16 +13,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import DocumentError, QuickLoader, read_yaml
+from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, QuickLoader, read_yaml
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.code import runs_code
 from lewis_hub.evaluate.gate import unknown_metric
 from lewis_hub.evaluate.harness import quiet_libraries
 from lewis_hub.files import require_inside
 
 HEADER = re.compile(rb"""^["']?(task|group|tag)["']?\s*:[ \t]*(.*)((?:\n[ \t]*-[ \t]*.+)*)""", re.M)
 NAME = re.compile(r"[^\s,\[\]\"'#-][^\s,\[\]\"'#]*")
-# Python of a bundled task that runs what a model wrote, whether it is marked unsafe or not.
-RUNS_CODE = re.compile(r"\bexec\(|\bcode_eval\b|\bsubprocess\.(run|Popen|call|check_)|\bPopen\(")
 NO_FILTER = "none"
 DEFAULT_METRICS = {  # by output type: what lm-eval scores where a file names no metrics
     "loglikelihood": ("perplexity", "acc"),
@@ -142,7 +141,8 @@ def _merged(path: Path, seen: tuple[Path, ...], read: list[Path]) -> dict[str, A
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
-        config = read_yaml(path.read_bytes(), TaskLoader)
+        with path.open("rb") as file:
+            config = read_yaml(file.read(MAX_YAML_BYTES + 1), TaskLoader)
     except DocumentError as error:
         raise EvaluationError(str(path), f"is not valid YAML: {error}", CORRECT) from error
     if not isinstance(config, dict):
@@ -252,8 +252,7 @@ def _refuse_code(file: TaskFile, include: Path | None) -> None:
     metrics = [m.get("metric") for m in config.get("metric_list") or () if isinstance(m, Mapping)]
     unsafe = config.get("unsafe_code", False) is not False or "code_eval" in metrics
     if not unsafe and (include is None or not file.path.is_relative_to(include)):
-        texts = (module.read_text(encoding="utf-8") for module in file.modules)
-        unsafe = any(map(RUNS_CODE.search, texts))
+        unsafe = runs_code(file.modules, bundled_folder())
     if unsafe:
         raise EvaluationError(file.name, "runs code that the model writes.", ALLOW)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.code import runs_code
 from lewis_hub.evaluate.tasks import (
     TaskSelection,
     bundled_folder,
@@ -160,9 +161,25 @@ def test_a_task_that_runs_generated_code_is_refused(tmp_path, text):
     assert message == f"sums: runs code that the model writes.\n{ALLOW}"
 
 
-@pytest.mark.parametrize("name", ["mbpp", "cruxeval_input"])
+@pytest.mark.parametrize(
+    "name",
+    ["mbpp", "cruxeval_input", "longproc_countdown_0.5k", "prompt_robustness_math_algebra"],
+)
 def test_lm_evals_code_benchmarks_are_refused_whether_they_say_so_or_not(name):
     assert refusal(name) == f"{name}: runs code that the model writes.\n{ALLOW}"
+
+
+def test_every_module_of_lm_eval_that_runs_code_itself_or_by_an_import_is_known():
+    root = bundled_folder()
+    modules = [path for path in root.rglob("*.py") if path.parent != root]
+    found = {path.relative_to(root).as_posix() for path in modules if runs_code([path], root)}
+
+    assert found == {
+        *("cruxeval/utils.py", "humaneval/utils.py", "humaneval_infilling/utils.py"),
+        *("longproc/metrics.py", "mbpp/utils.py", "noreval/ask_gec/errant.py"),
+        *("score/math/math_grader.py", "score/math/utils_math.py"),
+        "score/non_greedy_summarizer.py",
+    }
 
 
 def test_own_functions_are_read_but_not_imported(tmp_path):
