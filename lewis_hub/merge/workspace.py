@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,38 +76,65 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
             folder cannot be written.
     """
     output = output.resolve()
-    if output.exists() and not replace:
-        problem = "it exists and holds something else than this merge."
-        remedy = "Name another folder with -o, or replace it with --force."
-        raise OutputError(str(output), problem, remedy)
+    _require_free(output, replace=replace)
     folder = unfinished(output)
-    try:
-        (folder / ".scratch").mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
-    except OSError as error:
-        raise unwritable(output, error) from None
-    with alone_in(folder, output):
+    # The lock is beside the folder: another run could take one in it while `finish` renames it.
+    with alone_at(output.with_name(f".{output.name}{LOCK}"), output):
+        _require_free(output, replace=replace)  # another run may have finished it meanwhile
+        try:
+            (folder / ".scratch").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(output, error) from None
         try:
             yield Workspace(output, folder, folder / ".scratch")
         except BaseException:
-            if not any(path.is_file() and path != folder / LOCK for path in folder.rglob("*")):
+            if not any(path.is_file() for path in folder.rglob("*")):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
+def _require_free(output: Path, *, replace: bool) -> None:
+    if output.exists() and not replace:
+        problem = "it exists and holds something else than this merge."
+        remedy = "Name another folder with -o, or replace it with --force."
+        raise OutputError(str(output), problem, remedy)
+
+
 @contextmanager
-def alone_in(folder: Path, output: Path) -> Iterator[None]:
-    """Lock an existing folder, or raise an OutputError that names `output`."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+def alone_at(lock: Path, output: Path) -> Iterator[None]:
+    """Lock a file, which is created and at the end deleted.
+
+    Raises:
+        OutputError: another run has locked it, or it cannot be created; `where` is the output.
+    """
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            remedy = "Wait until it ends, or name another folder with -o."
-            raise OutputError(str(output), "another run is working on it.", remedy) from None
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        opened = _locked(lock)
+    except BlockingIOError:
+        remedy = "Wait until it ends, or name another folder with -o."
+        raise OutputError(str(output), "another run is working on it.", remedy) from None
+    except OSError as error:
+        raise unwritable(output, error) from None
+    try:
         yield
     finally:
-        os.close(lock)
+        with suppress(OSError):
+            lock.unlink()  # before it is closed, so that it is this run's
+        os.close(opened)
+
+
+def _locked(lock: Path) -> int:
+    """Open and lock a file; a BlockingIOError if another run has locked it."""
+    while True:
+        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(opened), lock.stat()):
+                return opened  # else a run that ended has deleted it after it was opened here
+        except BaseException:
+            os.close(opened)
+            raise
+        os.close(opened)
 
 
 def _sync(folder: Path) -> None:

@@ -28,7 +28,7 @@ from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, PairedTest, Scores
 from lewis_hub.files import require_writable, write_whole
 from lewis_hub.hub.source import Source
-from lewis_hub.merge.workspace import alone_in
+from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
@@ -142,7 +142,10 @@ def tune_recipe(
     if asked.metric:
         objective = by_metric(drawn, asked.metric, evaluation.settings)
     output.mkdir(parents=True, exist_ok=True)
-    with alone_in(output, output), TemporaryDirectory(prefix=".scratch-", dir=output) as scratch:
+    with (
+        alone_at(output / LOCK, output),
+        TemporaryDirectory(prefix=".scratch-", dir=output) as scratch,
+    ):
         needs = job.disk_needs(sets)
         require_disk(output, needs.download_bytes, needs.made_bytes + needs.states_bytes)
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)

@@ -1,7 +1,10 @@
+import fcntl
+from pathlib import Path
+
 import pytest
 
 from lewis_hub.errors import OutputError
-from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.merge.workspace import alone_at, open_workspace
 
 
 def test_the_folder_appears_with_exactly_the_files_that_belong_to_it(tmp_path):
@@ -48,6 +51,50 @@ def test_two_runs_on_one_output_the_second_stops(tmp_path):
         f"{tmp_path}/merged: another run is working on it.\n"
         "Wait until it ends, or name another folder with -o."
     )
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_no_run_begins_while_another_finishes(tmp_path, monkeypatch, replace):
+    output, refusals, rename = tmp_path / "merged", [], Path.rename
+    if replace:
+        output.mkdir()
+
+    def interleaved(path, target):
+        with (
+            pytest.raises(OutputError) as caught,
+            open_workspace(output, replace=replace) as other,
+        ):
+            (other.folder / "shard").write_text("other")
+        refusals.append(caught.value.problem)
+        return rename(path, target)
+
+    with open_workspace(output, replace=replace) as work:
+        (work.folder / "shard").write_text("first")
+        monkeypatch.setattr(Path, "rename", interleaved)
+        work.finish(["shard"])
+        monkeypatch.undo()
+
+    assert refusals == ["another run is working on it."] * (2 if replace else 1)
+    assert (output / "shard").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_lock_that_was_deleted_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    lock, flock = tmp_path / ".lock", fcntl.flock
+
+    def late(opened, how):
+        monkeypatch.undo()
+        lock.unlink()  # by a run that ended between this one's open and flock
+        flock(opened, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        alone_at(lock, tmp_path / "merged"),
+        pytest.raises(OutputError, match="another run is working on it"),
+        alone_at(lock, tmp_path / "merged"),
+    ):
+        pass
+    assert not lock.exists()
 
 
 def test_a_folder_that_is_there_is_replaced_only_when_asked(tmp_path):

@@ -28,7 +28,7 @@ from lewis_hub.errors import (
 from lewis_hub.evaluate.harness import EvaluationSettings, load
 from lewis_hub.evaluate.items import load_rows
 from lewis_hub.evaluate.tasks import TaskSelection
-from lewis_hub.merge.workspace import alone_in
+from lewis_hub.merge.workspace import LOCK, alone_at
 from lewis_hub.recipe.read import read_recipe
 from lewis_hub.tune import study as tuning
 from lewis_hub.tune.objective import Search
@@ -92,7 +92,6 @@ def test_a_search_starts_at_the_recipe_and_leaves_a_better_one_with_how_it_was_f
     losses = [models[label]["answer_loss,none"]["value"] for label in ("merged", "start")]
     assert test["difference"] == pytest.approx(losses[0] - losses[1])
     assert sorted(path.name for path in (folder / "tuning").iterdir()) == [
-        ".lock",
         "importance.json",
         "search-dark.png",
         "search-light.png",
@@ -213,7 +212,7 @@ def test_two_searches_in_one_folder_do_not_meet(recipe_file):
     output.mkdir()
 
     with (
-        alone_in(output, output),
+        alone_at(output / LOCK, output),
         pytest.raises(OutputError, match="tuning: another run is working on it"),
     ):
         tune_recipe(read_recipe(recipe_file), Search(samples=4), output)
