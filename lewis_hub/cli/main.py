@@ -20,7 +20,12 @@ from lewis_hub import __version__
 from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
 from lewis_hub.cli.terminal import say, say_json
 from lewis_hub.errors import LewisHubError
+from lewis_hub.files import DISK_FULL
 
+UNUSABLE = {
+    *(errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+}
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
 INTERRUPTED = "interrupted. Run the same command again to continue."
 EPILOG = """\b
@@ -99,11 +104,22 @@ def _run() -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if (failure := disk_failure(error)) is None:
             raise
+        return _failed(*failure, 1)
+
+
+def disk_failure(error: OSError) -> tuple[str, str] | None:
+    """The kind and message of an error of the disk or of permissions; None for a bug."""
+    if error.errno in DISK_FULL:
         where = f" (writing {error.filename})" if error.filename else ""
         remedy = "Free some space, then run the same command again: finished work is kept."
-        return _failed("DiskFull", f"the disk is full{where}.\n{remedy}", 1)
+        return "DiskFull", f"the disk is full, or a quota or limit is reached{where}.\n{remedy}"
+    if error.errno in UNUSABLE:
+        where = error.filename or "a file"
+        remedy = "Make it usable, or name other folders: -o for the output, HF_HOME for caches."
+        return "DiskError", f"{where}: it cannot be read or written ({error.strerror}).\n{remedy}"
+    return None
 
 
 def _exit_within_a_second_of_ctrl_c() -> None:

@@ -1,11 +1,13 @@
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
 
-from lewis_hub.cli.main import cli
+from lewis_hub.cli.main import cli, disk_failure
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 
@@ -176,3 +178,44 @@ warnings.warn_explicit("ours", UserWarning, "b.py", 1, module="lewis_hub.merge.e
 
     assert "ours" in done.stderr
     assert "theirs" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        *(
+            (number, "DiskFull", "the disk is full, or a quota or limit is reached (writing x).")
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ),
+        (errno.EIO, "DiskError", "x: it cannot be read or written (Input/output error)."),
+        (errno.EROFS, "DiskError", "x: it cannot be read or written (Read-only file system)."),
+        (errno.EACCES, "DiskError", "x: it cannot be read or written (Permission denied)."),
+    ],
+)
+def test_an_error_of_the_disk_is_one_message(number, kind, message):
+    said = disk_failure(OSError(number, os.strerror(number), "x"))
+
+    assert said is not None
+    assert (said[0], said[1].splitlines()[0]) == (kind, message)
+
+
+def test_another_error_of_the_system_keeps_its_traceback():
+    assert disk_failure(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
+    assert disk_failure(OSError("of a library")) is None
+
+
+def test_a_cache_that_cannot_be_written_is_one_message(hub, push, tmp_path):
+    push("zoo/a", {"model.safetensors": b"", "config.json": b"{}"})
+    (tmp_path / "file").write_text("not a folder")
+    recipe = "base_model: zoo/a\nmerge_method: linear\nmodels: [{model: zoo/a}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    place = tmp_path / "file" / "home"
+
+    done = run("check", cwd=tmp_path, HF_HOME=str(place), HF_ENDPOINT=hub.url)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(
+        rf"lewis-hub: {place}\S*: it cannot be read or written \(Not a directory\)\.\n"
+        r"Make it usable, or name other folders: -o for the output, HF_HOME for caches\.\n",
+        done.stderr,
+    )
