@@ -92,7 +92,8 @@ def model_class(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    names = filter(str.isidentifier, map(str, config.architectures or ()))
+    named = [getattr(transformers, name, None) for name in names]
     return next(filter(None, named), transformers.AutoModelForCausalLM)
 
 

@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 UNSAFE = "Use the model as safetensors: ask its author, or convert it on a machine without secrets."
+MOST_COPIES = 4  # of the bytes of the pickles: tensors may share memory
 DAMAGED = "The file is damaged or was not written by torch: use an intact copy."
 
 
@@ -71,6 +72,7 @@ def convert(
         _layout(shard_name(i, len(loaded)), state_dict, dropped)
         for i, state_dict in enumerate(loaded.values())
     ]
+    _require_stored(label, pickles, layouts)
     written = [_write(layout, tensors, output, advance) for layout in layouts]
     index = index_document(layouts)
     if index:
@@ -145,6 +147,17 @@ def _layout(file: str, state_dict: Mapping[str, Tensor], dropped: set[str]) -> S
         if name not in dropped
     ]
     return ShardLayout(file, tuple(sorted(outputs, key=lambda tensor: -WIDTHS[tensor.dtype])))
+
+
+def _require_stored(
+    label: str, pickles: Mapping[str, Path], layouts: Sequence[ShardLayout]
+) -> None:
+    """Refuse tensors that repeat the same few bytes: a file of 2 KB could become gigabytes."""
+    n_bytes = sum(layout.n_bytes for layout in layouts)
+    stored_bytes = sum(path.stat().st_size for path in pickles.values())
+    if n_bytes > MOST_COPIES * stored_bytes:
+        problem = f"its tensors have {n_bytes:,} bytes, its pickles {stored_bytes:,}"
+        raise PickleError(label, problem, DAMAGED)
 
 
 def _write(

@@ -195,7 +195,10 @@ class Tokenizer(Part):
         description="Settings of single tokens, by their text. A new token is added.",
     )
     pad_to_multiple_of: int | None = Field(
-        None, ge=1, description="Pad the number of embedding rows to a multiple of this."
+        None,
+        ge=1,
+        le=1 << 16,
+        description="Pad the number of embedding rows to a multiple of this.",
     )
 
 

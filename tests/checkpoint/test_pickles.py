@@ -187,3 +187,15 @@ def test_a_file_that_is_cut_short_is_told(tmp_path):
 def test_a_tensor_in_two_files_is_told(tmp_path):
     with pytest.raises(PickleError, match="`a` is in another file too"):
         converted(tmp_path, {"a": normal(2)}, {"a": normal(2)})
+
+
+def test_tensors_that_repeat_a_few_bytes_are_told(tmp_path):
+    with pytest.raises(PickleError) as caught:
+        converted(tmp_path, {"a": torch.zeros(1).expand(20_000, 20_000)})
+
+    n_bytes = (tmp_path / "pytorch_model.bin").stat().st_size
+    assert str(caught.value) == (
+        f"me/model: its tensors have 1,600,000,104 bytes, its pickles {n_bytes:,}.\n"
+        "The file is damaged or was not written by torch: use an intact copy."
+    )
+    assert list((tmp_path / "out").iterdir()) == []
