@@ -21,7 +21,8 @@ LONG_NUMBER = 18  # characters: longer ones can be keys with the same hash
 VALUES_PER_LONG_NUMBER = 200
 MAX_YAML_BYTES = 2 << 20
 MAX_JSON_BYTES = 16 << 20
-MAX_TABLE_BYTES = 64 << 20  # of a vocabulary, or the index of the shards
+MAX_TABLE_BYTES = 100_000_000  # of a vocabulary, a header, an index of shards, or all scored items
+MAX_JSON_VALUES = 4_000_000  # a header of some 300,000 tensors, a vocabulary of a million tokens
 NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_:.]*)")
 END_OF_FRONT_MATTER = re.compile(r"[\r\n]---(?:\r\n|\n|\Z)")
 
@@ -46,6 +47,8 @@ def read_json(text: str | bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
         ValueError: it is not JSON, or it is too large or too deep.
     """
     _require_size(text, max_bytes)
+    if (n_values := count_values(text)) > MAX_JSON_VALUES:
+        raise DocumentError(f"it has {n_values:,} values, the limit is {MAX_JSON_VALUES:,}")
     try:
         document = json.loads(text)
     except RecursionError:
@@ -56,6 +59,13 @@ def read_json(text: str | bytes, max_bytes: int = MAX_JSON_BYTES) -> Any:
         if not level:
             return document
     raise _too_deep()
+
+
+def count_values(text: str | bytes) -> int:
+    """At least the number of values in a JSON text, and quick: each takes much more memory."""
+    if isinstance(text, str):
+        return sum(map(text.count, ",:[{"))
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
 
 
 def read_yaml(text: str | bytes, loader: type[yaml.SafeLoader] = QuickLoader) -> Any:

@@ -40,14 +40,15 @@ def visible_files(folder: Path, error: type[LocatedError]) -> list[Path]:
 def require_inside(folder: Path, path: Path, error: type[LocatedError]) -> None:
     """Refuse a path in a folder that is not a file of this folder.
 
-    A folder of huggingface_hub's cache consists of links to the blobs of its repo.
+    A snapshot in huggingface_hub's cache consists of links to the blobs of its repo.
 
     Raises:
         LocatedError: of the type `error`: the path leads out of the folder, to a hidden file or to
             nothing, or it is a FIFO, a socket or a device, which could wait or never end.
     """
     root, target = (Path(os.path.realpath(one)) for one in (folder, path))
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    cached = [one.parent for one in (root, *root.parents)[:-1] if one.parent.name == "snapshots"]
+    roots = [root, *(snapshots.with_name("blobs") for snapshots in cached)]
     part = path.relative_to(folder)
     inside = [target.relative_to(one) for one in roots if target.is_relative_to(one)]
     if not inside or not target.exists():

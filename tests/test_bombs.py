@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 from lewis_hub.checkpoint.lora import read_config
-from lewis_hub.documents import DocumentError, front_matter, read_json, read_yaml
+from lewis_hub.documents import (
+    MAX_JSON_VALUES,
+    MAX_TABLE_BYTES,
+    DocumentError,
+    count_values,
+    front_matter,
+    read_json,
+    read_yaml,
+)
 from lewis_hub.errors import AdapterError, EvaluationError, RecipeError
 from lewis_hub.evaluate.tasks import read_file
 from lewis_hub.hub.facts import model_facts
@@ -88,6 +96,29 @@ def test_json_that_is_too_large_is_refused():
         read_json(b"[1, 2, 3]", max_bytes=8)
 
 
+def test_json_of_more_values_than_any_model_has_is_refused():
+    with pytest.raises(DocumentError, match="it has 8,000,001 values, the limit is 4,000,000"):
+        read_json(b"[" + b"[]," * 4_000_000 + b"1]", max_bytes=MAX_TABLE_BYTES)
+
+
+def test_the_files_of_the_largest_models_are_within_the_limits():
+    vocabulary = {f"token of some length {i}": i for i in range(262_144)}
+    merges = [[f"left{i}", f"right{i}"] for i in range(514_000)]
+    tokenizer = json.dumps({"model": {"vocab": vocabulary, "merges": merges}}, indent=1).encode()
+    index = {
+        f"model.layers.{i // 400}.mlp.experts.{i % 400}.up_proj.weight": i for i in range(10**5)
+    }
+    entry = '"dtype":"BF16","shape":[18432,7168],"data_offsets":[123456789012,123456789013]'
+    header = "{" + ",".join(f'"{name}":{{{entry}}}' for name in index) + "}"
+
+    assert len(tokenizer) > 30e6
+    assert len(read_json(tokenizer, MAX_TABLE_BYTES)["model"]["vocab"]) == 262_144
+    assert len(header) > 10e6
+    assert count_values(header) < MAX_JSON_VALUES / 3
+    unigram = ",".join(['["a",-1.5]'] * 1_000_000)  # a vocabulary of a million tokens
+    assert count_values(unigram) < MAX_JSON_VALUES
+
+
 RECIPE = "base_model: a/b\nmodels: [{model: a/c}]\nmerge_method: ties\n"
 
 
@@ -154,12 +185,14 @@ def test_a_pattern_of_an_adapter_takes_linear_time(key, pattern):
 
 def test_many_patterns_take_one_lookup_or_are_refused():
     names = {f"layers.{i}.q_proj": 3 for i in range(100_000)}
-    config = adapter(rank_pattern={**names, "q_proj": 4})
+    anchored = {f"^model.layers.{i}.k_proj": 5 for i in range(1000)}
+    config = adapter(rank_pattern={**names, **anchored, "q_proj": 4})
 
     assert {config.rank(f"model.layers.{i}.q_proj") for i in range(2000)} == {3}
     assert config.rank("model.q_proj") == 4
-    with pytest.raises(AdapterError, match="more than 64 of its keys are regular expressions"):
-        adapter(rank_pattern={f"a{i}|b": 3 for i in range(65)})
+    assert config.rank("model.layers.9.k_proj") == 5
+    with pytest.raises(AdapterError, match="more than 256 of its keys are regular expressions"):
+        adapter(rank_pattern={f"a{i}|b": 3 for i in range(257)})
 
 
 @pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", "(" * 10_000, "((a{30}){30}){30}"])
@@ -180,6 +213,12 @@ def test_a_pattern_beyond_linear_time_is_refused(pattern):
         ({"^model.layers.0.q_proj": 5}, "model.layers.0.q_proj", 5),
         ({"(q|k)_proj$": 6}, "model.layers.0.k_proj", 6),
         ({"k|q_proj": 7}, "model.k", 7),
+        ({"^q_proj": 5}, "model.q_proj", 8),
+        ({"q_proj$": 5}, "model.q_proj", 5),
+        ({r"layers\.0\.q_proj": 5}, "model.layers.0.q_proj", 5),
+        ({"layers..q_proj": 5}, "model.layers.0.q_proj", 5),
+        ({"^model.q_proj": 5, "q_proj": 6, "q_proj$": 7}, "model.q_proj", 5),
+        ({"q_proj": 6, "^model.q_proj": 5}, "model.q_proj", 6),
     ],
 )
 def test_patterns_match_as_in_peft(patterns, module, rank):

@@ -12,6 +12,7 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from lewis_hub.documents import MAX_JSON_VALUES, MAX_TABLE_BYTES, count_values
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ ReadRange = Callable[[str, int, int], bytes]  # (file, start, stop) -> its bytes
 Codes = Literal["F8_E4M3", "I8", "I4", "INT8"]
 Layout = Literal["GPTQ", "AWQ", "MXFP4"]
 
-MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
-MAX_VALUES = 4_000_000  # keys, numbers and texts of a header: those of some 400,000 tensors
 LARGE_HEADER_BYTES = 4 << 20  # larger ones are parsed one at a time, since each takes much memory
 LARGE_HEADER = threading.Lock()
 FIRST_READ_BYTES = 64 * 1024  # most headers fit, so that a remote file takes one request
@@ -182,8 +181,8 @@ def read_header(label: str, path: str, n_bytes: int, read: ReadRange) -> tuple[T
         raise file.broken(f"it has {n_bytes} bytes, too few for a safetensors header")
     begin = read(path, 0, min(n_bytes, FIRST_READ_BYTES))
     (length,) = struct.unpack("<Q", begin[:8])
-    if length > MAX_HEADER_BYTES:
-        problem = f"its header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
+    if length > MAX_TABLE_BYTES:
+        problem = f"its header claims {length:,} bytes; at most {MAX_TABLE_BYTES:,} are read"
         raise file.broken(problem)
     end = 8 + length
     if end > n_bytes:
@@ -212,8 +211,9 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
             entries[key] = value
         return entries
 
-    if (n_values := count_values(text)) > MAX_VALUES:
-        raise file.broken(f"its header has {n_values:,} values; at most {MAX_VALUES:,} are read")
+    if (n_values := count_values(text)) > MAX_JSON_VALUES:
+        problem = f"its header has {n_values:,} values; at most {MAX_JSON_VALUES:,} are read"
+        raise file.broken(problem)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError):
@@ -224,11 +224,6 @@ def _parse(file: _File, text: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise file.broken("its `__metadata__` is not a mapping from strings to strings")
     return header
-
-
-def count_values(text: bytes) -> int:
-    """At least the number of values in a JSON text, and quick: each takes much more memory."""
-    return sum(map(text.count, (b",", b":", b"[", b"{")))
 
 
 def _tensor(file: _File, name: str, entry: object, data_start: int) -> TensorHeader:

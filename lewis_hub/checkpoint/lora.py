@@ -53,8 +53,10 @@ SUFFIXES = {  # of a key -> part of its module's update
     ".lora_magnitude_vector.weight": MAGNITUDE,
 }
 
-PLAIN_NAME = re.compile(r"[\w.-]*", re.ASCII)
-MAX_EXPRESSIONS = 64
+# a name as a pattern: maybe anchored, with its dots escaped or not
+PLAIN_NAME = re.compile(r"(\^?)([\w-]+(?:\\?\.[\w-]+)*)\$?", re.ASCII)
+MAX_EXPRESSIONS = 256
+DOT = re.compile(r"\.")
 MAX_EXPRESSION_BYTES = 256 << 10  # of memory for each
 Value = TypeVar("Value", int, float)
 UpdateParts = Mapping[str, TensorHeader]  # such as `lora_A` -> its tensor
@@ -120,8 +122,8 @@ class _Patterns(Generic[Value]):
         """Compile patterns; a ValueError says which one is wrong."""
         names, expressions = {}, []
         for place, (pattern, value) in enumerate(values.items()):
-            if PLAIN_NAME.fullmatch(pattern):
-                names[pattern] = (place, value)
+            if plain := PLAIN_NAME.fullmatch(pattern):
+                names.setdefault(plain[1] + plain[2].replace("\\", ""), (place, value))
             else:
                 expressions.append((place, value, _compiled(pattern)))
             if len(expressions) > MAX_EXPRESSIONS:
@@ -131,7 +133,7 @@ class _Patterns(Generic[Value]):
 
     def value(self, module: str, default: Value) -> Value:
         """The value of the first pattern that matches the end of the module's name."""
-        ends = (module, *(module[dot.end() :] for dot in re.finditer(r"\.", module)))
+        ends = [f"^{module}", module, *(module[dot.end() :] for dot in DOT.finditer(module))]
         found = [self.names[end] for end in ends if end in self.names]
         matching = (one for one in self.expressions if one[2].fullmatch(module))
         found += ((place, value) for place, value, _ in itertools.islice(matching, 1))
@@ -168,7 +170,8 @@ def read_config(where: str, text: bytes) -> AdapterConfig:
         field = ".".join(map(str, detail["loc"]))
         message = detail["msg"].removeprefix("Value error, ")
         problem = f"`{field}` is not what PEFT writes: {message}"
-        raise AdapterError(where, problem, DAMAGED) from None
+        remedy = FOLD if detail["type"] == "value_error" else DAMAGED  # of a pattern
+        raise AdapterError(where, problem, remedy) from None
     _require_computed(where, config)
     return config
 

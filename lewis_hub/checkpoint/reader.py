@@ -12,16 +12,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from lewis_hub.checkpoint.header import (
-    MAX_HEADER_BYTES,
-    MAX_VALUES,
-    ReadRange,
-    TensorHeader,
-    count_values,
-    read_header,
-    torch_dtypes,
-)
-from lewis_hub.documents import read_json
+from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
+from lewis_hub.documents import MAX_TABLE_BYTES, DocumentError, read_json
 from lewis_hub.errors import BrokenCheckpointError
 
 if TYPE_CHECKING:
@@ -83,7 +75,7 @@ def local_checkpoint(label: str, folder: Path) -> Checkpoint:
     index = None
     if (folder / INDEX).exists():
         with (folder / INDEX).open("rb") as opened:
-            index = opened.read(MAX_HEADER_BYTES + 1)
+            index = opened.read(MAX_TABLE_BYTES + 1)
     return read_headers(label, sizes, partial(_read_local, folder), index)
 
 
@@ -126,11 +118,10 @@ def _bad_index(label: str, problem: str) -> BrokenCheckpointError:
 
 
 def _weight_map(label: str, index: bytes) -> dict[str, str]:
-    if len(index) > MAX_HEADER_BYTES or count_values(index) > MAX_VALUES:
-        problem = f"it has more than {MAX_HEADER_BYTES:,} bytes or {MAX_VALUES:,} values"
-        raise _bad_index(label, problem)
     try:
-        document = read_json(index, MAX_HEADER_BYTES)
+        document = read_json(index, MAX_TABLE_BYTES)
+    except DocumentError as error:
+        raise _bad_index(label, str(error)) from None
     except ValueError:
         raise _bad_index(label, "it is not JSON") from None
     weight_map = document.get("weight_map") if isinstance(document, dict) else None

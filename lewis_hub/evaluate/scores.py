@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
 
 from lewis_hub.display import TextTable, to_html
-from lewis_hub.documents import read_json
+from lewis_hub.documents import MAX_TABLE_BYTES, read_json
 from lewis_hub.errors import EvaluationError
 
 VERSION = 1  # of `scores.json`
@@ -215,7 +215,7 @@ def read_document(
         EvaluationError: the text is not JSON, or has another version or other fields.
     """
     try:
-        document = read_json(text)
+        document = read_json(text, MAX_TABLE_BYTES)
     except ValueError as error:
         raise EvaluationError(name, f"is not JSON ({error}).", remedy) from error
     found = document.get("version") if isinstance(document, dict) else None

@@ -373,7 +373,7 @@ def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
         if place is None or place.include is None:
             continue
         folder, beside = recipe.locate(place.include), recipe.locate(".")
-        if not Path(folder).is_relative_to(beside):
+        if Path(folder).is_dir() and not Path(folder).is_relative_to(beside):
             problem = f"{folder} is not in the recipe's folder {beside}, and the task files that "
             problem += "are used become part of the merge."
             raise RecipeError("recipe", "include", problem, "Move or copy the folder there.")

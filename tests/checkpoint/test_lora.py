@@ -90,7 +90,7 @@ def test_what_leaves_the_base_alone_at_the_start_is_read(first):
         (
             {"rank_pattern": {"(": 4}},
             "`rank_pattern` is not what PEFT writes: '(' is not a regular expression that RE2 "
-            f"knows: missing ): (.\n{DAMAGED}",
+            f"knows: missing ): (.\n{FOLD}",
         ),
         (
             {"bias": "some"},

@@ -95,6 +95,8 @@ ONE = file({"a": A}, 8)
     ("index", "says"),
     [
         (b"{", "it is not JSON"),
+        (b"[" + b"[]," * 2_000_001, "it has 4,000,003 values, the limit is 4,000,000"),
+        (b"[" * 101 + b"]" * 101, "its values are in each other more than 100 deep"),
         ({}, "it has no `weight_map` from tensors to shards"),
         ({"weight_map": {}}, "it has no `weight_map`"),
         (

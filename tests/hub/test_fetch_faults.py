@@ -88,6 +88,10 @@ WRONG = {
         (206, ranged(0, SIZE, SIZE + 1), WEIGHTS),
         "bytes 0-299999/300000 were requested, 'bytes 0-299999/300001' came",
     ),
+    "a range of long numbers": (
+        (206, {"Content-Range": f"bytes 0-{SIZE - 1}/{'9' * 5000}"}, WEIGHTS),
+        f"bytes 0-299999/300000 were requested, 'bytes 0-299999/{'9' * 85}' came",
+    ),
     "a gzip bomb": (
         (200, {"Content-Encoding": "gzip"}, gzip.compress(bytes(50_000_000))),
         "compressed bytes (gzip) came in place of the file's",
