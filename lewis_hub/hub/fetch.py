@@ -44,6 +44,7 @@ from lewis_hub.hub.source import (
     digest_like,
 )
 
+POOLING = "[0-9]_Pooling/config.json"  # of sentence-transformers, named in `modules.json`
 SIDECAR_FILES = (
     "*.json",
     "*.jinja",
@@ -53,13 +54,14 @@ SIDECAR_FILES = (
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*.jinja",
+    POOLING,
     *LICENCES,
 )
 CODE_FILES = ("*.py",)  # only for sources whose code the user allowed
 NEVER = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 N_DOWNLOADS = 4
 SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
-CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
 MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
 MIN_BYTES_PER_S = 1024  # a slower answer is given up
@@ -151,12 +153,19 @@ def read_pinned(source: Source, file: SourceFile) -> bytes:
     """
     path = source.place / file.path
     require_inside(source.place, path, SourceError)
+    require_small(source, file)
     if path.stat().st_size == file.size_bytes:
         content = path.read_bytes()
         if digest_like(file.digest, content) == file.digest:
             return content
     problem = f"{path} changed after its digest was read"
     raise SourceError(source.pinned, problem, "Restore or delete it, then run again.")
+
+
+def require_small(source: Source, file: SourceFile) -> None:
+    """Refuse a file that is too large to be read whole."""
+    if file.size_bytes > MAX_SMALL_BYTES:
+        raise SourceError(source.pinned, *_too_large(file.path))
 
 
 def read_file(hub_repo: HubRepo, path: str) -> bytes:
@@ -186,8 +195,12 @@ def _read_whole(hub_repo: HubRepo, path: str, file: Path) -> bytes:
 
 def _require_small(hub_repo: HubRepo, path: str, n_bytes: int) -> None:
     if n_bytes > MAX_SMALL_BYTES:
-        problem = f"`{path}` has more than {MAX_SMALL_BYTES:,} bytes, so it is not read"
-        raise hub_repo.failed(problem, "Use an intact copy of the repo or folder.")
+        raise hub_repo.failed(*_too_large(path))
+
+
+def _too_large(path: str) -> tuple[str, str]:
+    problem = f"`{path}` has more than {MAX_SMALL_BYTES:,} bytes, so it is not read"
+    return problem, "Use an intact copy of the repo or folder."
 
 
 def _missing_files(source: Source, only: Sequence[str] | None) -> list[SourceFile]:
@@ -318,7 +331,9 @@ def _pieces(found: httpx2.Response, start: int, stop: int, size_bytes: int) -> I
     elif found.status_code == 206 and (
         numbers is None or tuple(map(int, numbers.groups())) != (start, stop - 1, size_bytes)
     ):
-        problem = f"bytes {start}-{stop - 1}/{size_bytes} were requested, {content_range!r} came"
+        problem = (
+            f"bytes {start}-{stop - 1}/{size_bytes} were requested, {content_range[:100]!r} came"
+        )
     elif found.status_code not in {200, 206} or told_bytes != str(expected_bytes):
         kind = found.headers.get("Content-Type", "an answer")
         problem = f"{kind} of {told_bytes} bytes came in place of {expected_bytes} bytes"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lewis_hub.checkpoint.quantised import KEYS
 from lewis_hub.documents import read_json
-from lewis_hub.hub.fetch import CODE_FILES, read_pinned
+from lewis_hub.errors import SourceError
+from lewis_hub.hub.fetch import CODE_FILES, POOLING, read_pinned, require_small
 from lewis_hub.hub.source import LICENCES, Source, SourceFile
 
 TOKENIZER = frozenset(
@@ -20,15 +21,16 @@ TOKENIZER = frozenset(
 )
 TOKENS = frozenset({".tiktoken", ".spm"})
 TEMPLATES = "additional_chat_templates"
+DAMAGED = "The file is damaged: use an intact copy of the model."
 # Only these files of a source are carried, by `Source.matching`. A folder may hold anything:
 # weights of other formats, states of an optimizer, scripts, keys.
 CARRIED = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
     *("processor_config.json", "video_preprocessor_config.json"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", POOLING),
     *sorted(TOKENIZER),
-    *("tekken.json", "tokenizer*.model", "sentencepiece*.model", "spm*.model", "vocab*.model"),
-    *("*.tiktoken", "*.spm", "*.jinja", f"{TEMPLATES}/*.jinja", *LICENCES),
+    *("tekken.json", "*.tiktoken", "*.spm", "*.jinja", f"{TEMPLATES}/*.jinja", *LICENCES),
+    *(f"{name}*.model" for name in ("tokenizer", "tiktoken", "sentencepiece", "spm", "vocab")),
 )
 
 
@@ -57,31 +59,39 @@ class SidecarSettings:
     tokenizer: TokenizerFiles | None = None  # None: the donor's
     config: Mapping[str, Any] | None = None  # `config.json`; None: the donor's
 
+    def require_readable(
+        self, sources: Mapping[str, Source], read: Callable[[Source, str], bytes | None]
+    ) -> None:
+        """Check all that `write` will write, before any weight is read.
+
+        Raises:
+            SourceError: a file is too large, or a configuration or template cannot be read.
+        """
+        tokenizer = self.tokenizer or TokenizerFiles(self.donor)
+        for name, text in tokenizer.written.items():
+            _encoded(sources[tokenizer.source], name, text)
+        for source, file in self._files(sources, tokenizer):
+            require_small(source, file)
+            if file.path.endswith(("config.json", ".jinja")):
+                self._content(source, file.path, read(source, file.path) or b"")
+
     def write(self, sources: Mapping[str, Source], output: Path) -> tuple[str, ...]:
         """Write the files; return their paths, relative to `output` and sorted.
 
         `sources` are fetched, by label. Their pinned files alone decide what is written.
 
         Raises:
-            SourceError: a file is not the pinned one any more.
+            SourceError: a file is not the pinned one any more, or cannot be read.
         """
         tokenizer = self.tokenizer or TokenizerFiles(self.donor)
         written = set(tokenizer.written)
         for source, file in self._files(sources, tokenizer):
-            content, relative = read_pinned(source, file), PurePosixPath(file.path)
-            target = output / relative
+            target = output / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if relative.name.endswith("config.json") and (
-                relative.name != "generation_config.json" or tokenizer.generation
-            ):
-                document = self._changed(relative, read_json(content))
-                text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-                target.write_text(text, encoding="utf-8")
-            else:
-                target.write_bytes(content)
-            written.add(str(relative))
+            target.write_bytes(self._content(source, file.path, read_pinned(source, file)))
+            written.add(file.path)
         for name, text in tokenizer.written.items():
-            (output / name).write_text(text, encoding="utf-8")
+            (output / name).write_bytes(_encoded(sources[tokenizer.source], name, text))
         return tuple(sorted(written))
 
     def _files(
@@ -96,6 +106,26 @@ class SidecarSettings:
                 if label == wanted and not dropped:
                     yield sources[label], file
 
+    def _content(self, source: Source, path: str, stored: bytes) -> bytes:
+        """The content of a file in the merge."""
+        try:
+            if path.endswith(".jinja"):
+                stored.decode()
+            if not path.endswith("config.json"):
+                return stored
+            document = read_json(stored)
+            if not isinstance(document, dict):
+                raise ValueError("it is not a JSON object")
+            if path == "generation_config.json" and not (
+                self.tokenizer and self.tokenizer.generation
+            ):
+                return stored
+            changed = self._changed(PurePosixPath(path), document)
+        except ValueError as error:
+            problem = f"`{path}` cannot be used: {error}"
+            raise SourceError(source.pinned, problem, DAMAGED) from None
+        return _encoded(source, path, json.dumps(changed, indent=2, ensure_ascii=False) + "\n")
+
     def _changed(self, path: PurePosixPath, document: dict[str, Any]) -> dict[str, Any]:
         """The content of a JSON file of the donor, or of the tokenizer's source, in the merge."""
         tokenizer = self.tokenizer or TokenizerFiles(self.donor)
@@ -106,6 +136,14 @@ class SidecarSettings:
         elif path == PurePosixPath("generation_config.json"):
             document = _with(document, tokenizer.generation)
         return document if self.code else {k: v for k, v in document.items() if k != "auto_map"}
+
+
+def _encoded(source: Source, path: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a letter, UTF-8 cannot
+        problem = f"`{path}` cannot be used: {error}"
+        raise SourceError(source.pinned, problem, DAMAGED) from None
 
 
 def _is_tokenizer(path: PurePosixPath) -> bool:

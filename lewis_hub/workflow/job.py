@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.failures import address
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.merge.slices import StackSettings
@@ -142,6 +144,8 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         tokenizer=tokens.carried,
         config=stack_config(stack, sources) if stack else None,
     )
+    models = {one.pinned: one.source for one in sources.models}
+    sidecars.require_readable(models, partial(read_small, api))
     reporting = _report_settings(recipe, execution, examined, api)
     statistics = None
     if measurement.moments:

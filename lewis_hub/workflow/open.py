@@ -191,7 +191,9 @@ def _document(source: Source, path: str, text: bytes) -> Mapping[str, Any]:
         found = read_json(text)
     except ValueError as error:
         raise CheckFailedError((f"{source.name}: {path} is not JSON: {error}.",)) from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise CheckFailedError((f"{source.name}: {path} is not a JSON object.",))
+    return found
 
 
 def _open_adapter(api: HfApi, source: Source, base: OpenedSource) -> OpenedSource:

@@ -8,8 +8,9 @@ import pytest
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.errors import EvaluationError, RecipeError, SourceError
+from lewis_hub.errors import CheckFailedError, EvaluationError, RecipeError, SourceError
 from lewis_hub.evaluate.benchmarks import own_files
+from lewis_hub.files import visible_files
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import read_recipe
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs, snapshot
@@ -98,6 +99,21 @@ def test_a_snapshot_of_the_cache_is_a_local_folder_like_any_other(hub, tmp_path,
     assert {path: found[path] for path in clean if path != "mergekit_config.yml"} == {
         path: content for path, content in clean.items() if path != "mergekit_config.yml"
     }
+
+
+def test_a_folder_in_a_snapshot_has_its_files_among_the_blobs_of_its_repo(tmp_path):
+    repo, other = tmp_path / "models--me--a", tmp_path / "models--me--b"
+    folder = repo / "snapshots" / ("a" * 40) / "models" / "small"
+    for place in (folder, repo / "blobs", other / "blobs"):
+        place.mkdir(parents=True)
+    for blobs in (repo / "blobs", other / "blobs"):
+        (blobs / "0123").write_text("{}")
+    (folder / "config.json").symlink_to("../../../../blobs/0123")
+
+    assert visible_files(folder, SourceError) == [folder / "config.json"]
+    (folder / "added_tokens.json").symlink_to(other / "blobs" / "0123")
+    with pytest.raises(SourceError, match="`added_tokens.json` is a link to outside"):
+        visible_files(folder, SourceError)
 
 
 @pytest.mark.parametrize("secret", ["outside", ".env"])
@@ -189,3 +205,80 @@ def test_a_link_among_task_files_is_not_followed_out_of_the_folder(tmp_path):
 
     with pytest.raises(EvaluationError, match="`mine.yaml` is a link to outside"):
         own_files(["mine"], tasks)
+
+
+UNREADABLE = {
+    "a list": ("tokenizer_config.json", b"[]", "it is not a JSON object"),
+    "Latin-1": ("generation_config.json", b'{"a": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
+    "half a letter": ("tokenizer_config.json", b'{"a": "\\ud800"}', "surrogates not allowed"),
+    "deep": ("tokenizer_config.json", b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "100 deep"),
+    "a template in Latin-1": ("chat_template.jinja", b"{{ '\xe9' }}", "can't decode byte 0xe9"),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_cannot_be_written_is_refused_before_a_weight_is_read(tmp_path, kind):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    path, content, problem = UNREADABLE[kind]
+    (base / path).write_bytes(content)
+    (tmp_path / "recipe.yaml").write_text(
+        RECIPE.format(base=base, expert=zoo_folder() / "expert-reverse")
+    )
+    recipe = read_recipe(tmp_path / "recipe.yaml")
+
+    with pytest.raises(SourceError) as caught:
+        pipeline.check(recipe)
+    with pytest.raises(SourceError):
+        pipeline.merge_models(recipe, tmp_path / "merged")
+
+    said, remedy = str(caught.value).splitlines()
+    assert said.startswith(f"{base}: `{path}` cannot be used: ")
+    assert problem in said
+    assert remedy == "The file is damaged: use an intact copy of the model."
+    assert not (tmp_path / "merged.partial").exists()
+
+
+def test_a_file_that_is_too_large_is_refused_before_a_weight_is_read(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    (base / "LICENSE").touch()
+    os.truncate(base / "LICENSE", 100_000_001)
+
+    with pytest.raises(SourceError, match="`LICENSE` has more than 100,000,000 bytes") as caught:
+        merged(tmp_path / "work", base=base, expert=zoo_folder() / "expert-reverse")
+
+    assert str(caught.value).startswith(f"{base}: ")
+    assert not (tmp_path / "work" / "merged.partial").exists()
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    (base / "config.json").write_text("[1]")
+
+    with pytest.raises(CheckFailedError, match=f"{base}: config.json is not a JSON object."):
+        merged(tmp_path / "work", base=base, expert=zoo_folder() / "expert-reverse")
+
+
+def test_a_model_folder_may_be_a_link_and_an_embedding_model_keeps_its_pooling(tmp_path):
+    expert, base = zoo_folder() / "expert-reverse", tmp_path / "base"
+    real = shutil.copytree(zoo_folder() / "base", tmp_path / "elsewhere" / "model")
+    base.symlink_to(real)
+    (real / "weights").mkdir()
+    (real / "model.safetensors").rename(real / "weights" / "0")
+    (real / "model.safetensors").symlink_to("weights/0")
+    (real / "1_Pooling").mkdir()
+    (real / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+
+    found = merged(tmp_path / "work", base=base, expert=expert)
+
+    clean = merged(tmp_path / "clean", base=zoo_folder() / "base", expert=expert)
+    assert found["model.safetensors"] == clean["model.safetensors"]
+    assert found.keys() - clean.keys() == {"1_Pooling/config.json"}
+
+
+def test_task_files_that_are_not_there_are_named_with_the_key_to_set(tmp_path):
+    with pytest.raises(EvaluationError) as caught:
+        scoring(tmp_path, "tasks")
+
+    assert str(caught.value) == (
+        "tasks: is not a folder.\nSet `evaluate.include` to the folder with your task files."
+    )
