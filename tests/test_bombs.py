@@ -216,7 +216,7 @@ def test_a_pattern_beyond_linear_time_is_refused(pattern):
         ({"^q_proj": 5}, "model.q_proj", 8),
         ({"q_proj$": 5}, "model.q_proj", 5),
         ({r"layers\.0\.q_proj": 5}, "model.layers.0.q_proj", 5),
-        ({"layers..q_proj": 5}, "model.layers.0.q_proj", 5),
+        ({"layers...q_proj": 5}, "model.layers.0.q_proj", 5),
         ({"^model.q_proj": 5, "q_proj": 6, "q_proj$": 7}, "model.q_proj", 5),
         ({"q_proj": 6, "^model.q_proj": 5}, "model.q_proj", 6),
     ],

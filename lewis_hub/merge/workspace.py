@@ -108,7 +108,8 @@ def alone_at(lock: Path, output: Path) -> Iterator[None]:
         OutputError: another run has locked it, or it cannot be created; `where` is the output.
     """
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        if not lock.parent.exists():
+            lock.parent.mkdir(parents=True, exist_ok=True)
         opened = _locked(lock)
     except BlockingIOError:
         remedy = "Wait until it ends, or name another folder with -o."

@@ -9,6 +9,7 @@ import httpx2
 import pytest
 
 from lewis_hub.localhub import call
+from lewis_hub.localhub.repositories import TOKEN_EXCHANGE
 from lewis_hub.localhub.server import serve
 from lewis_hub.localhub.store import git_file
 
@@ -99,7 +100,10 @@ MALFORMED = {
         b'{"objects": [{"oid": "a", "size": NaN}]}',
     ),
     "an object without size": (f"{LFS}/verify", b'{"oid": "a"}'),
-    "no subject": ("/oauth/token", b'{"resource": ["a"]}'),
+    "no subject": (
+        "/oauth/token",
+        json.dumps({"grant_type": TOKEN_EXCHANGE, "resource": ["a"]}).encode(),
+    ),
     "gated by a number": (f"{REPO}/settings", b'{"gated": 5}'),
     "a tag of a list": (f"{REPO}/tag/main", b"[1]"),
 }

@@ -208,10 +208,10 @@ def test_a_link_among_task_files_is_not_followed_out_of_the_folder(tmp_path):
 
 
 UNREADABLE = {
-    "a list": ("tokenizer_config.json", b"[]", "it is not a JSON object"),
+    "a list": ("preprocessor_config.json", b"[]", "it is not a JSON object"),
     "Latin-1": ("generation_config.json", b'{"a": "\xe9"}', "'utf-8' codec can't decode byte 0xe9"),
     "half a letter": ("tokenizer_config.json", b'{"a": "\\ud800"}', "surrogates not allowed"),
-    "deep": ("tokenizer_config.json", b'{"a": ' + b"[" * 101 + b"]" * 101 + b"}", "100 deep"),
+    "deep": ("processor_config.json", b'{"a":' * 101 + b"1" + b"}" * 101, "more than 100 deep"),
     "a template in Latin-1": ("chat_template.jinja", b"{{ '\xe9' }}", "can't decode byte 0xe9"),
 }
 
@@ -221,21 +221,18 @@ def test_what_cannot_be_written_is_refused_before_a_weight_is_read(tmp_path, kin
     base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
     path, content, problem = UNREADABLE[kind]
     (base / path).write_bytes(content)
-    (tmp_path / "recipe.yaml").write_text(
-        RECIPE.format(base=base, expert=zoo_folder() / "expert-reverse")
-    )
-    recipe = read_recipe(tmp_path / "recipe.yaml")
+    sources = {"base": base, "expert": zoo_folder() / "expert-reverse"}
 
     with pytest.raises(SourceError) as caught:
-        pipeline.check(recipe)
+        merged(tmp_path / "work", **sources)
     with pytest.raises(SourceError):
-        pipeline.merge_models(recipe, tmp_path / "merged")
+        pipeline.check(read_recipe(tmp_path / "work" / "recipe.yaml"))
 
     said, remedy = str(caught.value).splitlines()
     assert said.startswith(f"{base}: `{path}` cannot be used: ")
     assert problem in said
     assert remedy == "The file is damaged: use an intact copy of the model."
-    assert not (tmp_path / "merged.partial").exists()
+    assert not (tmp_path / "work" / "merged.partial").exists()
 
 
 def test_a_file_that_is_too_large_is_refused_before_a_weight_is_read(tmp_path):
