@@ -29,7 +29,7 @@ UNSUPPORTED = {
     "guide.trim": "Trimming is a setting of the method: `parameters: {trim: activation}`.",
 }
 
-MAX_BYTES = 128 << 10  # of a recipe
+MAX_BYTES = 256 << 10  # of a recipe: some thousand slices
 MAX_SHOWN = 50  # problems after the first
 Rules = Callable[[Recipe], Iterable[Complaint]]
 
