@@ -10,6 +10,7 @@ from lewis_hub.recipe.schema import CHAT_TEMPLATES, Evaluation, Recipe, Settings
 
 SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {filter, value}"
 
+LARGEST = 3.4e38  # in float32
 LEAVE_OUT = "Leave it out."
 WHOLE_BASE = "the base must be a whole model, not an adapter on a model."
 STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
@@ -227,13 +228,24 @@ def _unscored(evaluation: Evaluation, where: FieldPath, task: str) -> Iterator[C
 
 def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:
     for where, parameters in _all_parameters(recipe):
-        for name in ("weight", "density"):
+        for name in dict.fromkeys(("weight", "density", *parameters)):
             for value in _values(parameters.get(name, ())):
-                if isinstance(value, bool | str):
-                    yield (*where, name), f"expected numbers, found {value!r}.", f"Give {SETTING}."
-                elif name == "density" and not 0 <= value <= 1:
-                    problem = f"expected a density between 0 and 1, found {value:g}."
-                    yield (*where, name), problem, "It is the fraction of entries kept."
+                if complaint := _bad_value(name, value):
+                    yield (*where, name), *complaint
+
+
+def _bad_value(name: str, value: object) -> tuple[str, str] | None:
+    """The problem of a value of a parameter, and what to do."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        if name in ("weight", "density"):
+            return f"expected numbers, found {value!r}.", f"Give {SETTING}."
+    elif name == "density" and not 0 <= value <= 1:
+        problem = f"expected a density between 0 and 1, found {str(value)[:20]}."
+        return problem, "It is the fraction of entries kept."
+    elif not abs(value) <= LARGEST:
+        problem = f"expected a number up to {LARGEST:g}, found {str(value)[:20]}."
+        return problem, "Merges are computed in float32, which has no larger ones."
+    return None
 
 
 def _all_parameters(recipe: Recipe) -> Iterator[tuple[FieldPath, Settings]]:

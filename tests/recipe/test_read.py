@@ -658,3 +658,34 @@ def test_calibration_on_a_task_uses_the_chat_template_where_evaluate_does_unless
 
     assert told(plain) == [None, False, None, None]
     assert told(chat) == [True, False, None, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "shown"),
+    [
+        ("weight", "1" + "0" * 400, "10000000000000000000"),
+        ("weight", "-.inf", "-inf"),
+        ("scale", ".nan", "nan"),
+        ("weight", "[1, 1e39]", "1e+39"),
+    ],
+)
+def test_a_number_that_float32_does_not_have_is_refused(name, number, shown):
+    text = f"base_model: a/b\nmodels: [{{model: a/c, parameters: {{{name}: {number}}}}}]\n"
+
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text + "merge_method: ties\n", "r.yaml")
+
+    assert str(caught.value) == (
+        f"r.yaml:2: `models[0].parameters.{name}`: expected a number up to 3.4e+38, "
+        f"found {shown}.\n"
+        "Merges are computed in float32, which has no larger ones."
+    )
+
+
+def test_a_density_of_many_digits_is_refused():
+    text = (
+        "base_model: a/b\nmodels: [{model: a/c, parameters: {density: 1%s}}]\nmerge_method: ties\n"
+    )
+
+    with pytest.raises(RecipeError, match="expected a density between 0 and 1, found 1000"):
+        parse_recipe(text % ("0" * 400), "r.yaml")
