@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +25,9 @@ Document = Mapping[str, Any]
 
 # a token that a recipe names, as transformers' `add_tokens` makes it
 PLAIN: Flags = {**dict.fromkeys(FLAGS, False), "normalized": True}
+DAMAGED = "The file is damaged: use an intact copy."
+ID = re.compile(r"\d{1,9}", re.ASCII)
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -87,6 +91,10 @@ def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabular
     tokenizer = load_tokenizer(label, document)
     decoder = config.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
+    for token_id, entry in entries:
+        if not (ID.fullmatch(token_id) and _is_token(entry)):
+            problem = f"entry {token_id[:20]!r} of `added_tokens_decoder` is not an id with a token"
+            raise TokenizerError(f"{label}: {CONFIG}", problem, DAMAGED)
     for _, entry in sorted(entries, key=lambda item: int(item[0])):
         flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
         tokenizer.add_tokens([AddedToken(entry["content"], **flags)])  # ignored if it exists
@@ -97,6 +105,11 @@ def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabular
         {token.content: {flag: getattr(token, flag) for flag in FLAGS} for _, token in added},
         document,
     )
+
+
+def _is_token(entry: object) -> bool:
+    content = entry.get("content") if isinstance(entry, dict) else None
+    return isinstance(content, str) and not SURROGATE.search(content)
 
 
 def load_tokenizer(label: str, document: Document) -> Tokenizer:
@@ -118,8 +131,7 @@ def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, 
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        remedy = "The file is damaged: use an intact copy."
-        raise TokenizerError(f"{label}: {name}", "it is not a JSON object", remedy)
+        raise TokenizerError(f"{label}: {name}", "it is not a JSON object", DAMAGED)
     return document
 
 

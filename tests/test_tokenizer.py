@@ -107,6 +107,27 @@ def test_a_broken_file_is_named(text):
         read_vocabulary("me", {"tokenizer.json": text})
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"x": {"content": "a"}},
+        {"9" * 5000: {"content": "a"}},
+        {"1": "a"},
+        {"1": {}},
+        {"1": {"content": 5}},
+        {"1": {"content": "\ud800"}},
+    ],
+)
+def test_an_added_token_that_is_none_is_named(entry):
+    with pytest.raises(TokenizerError) as refused:
+        read("me", word_level(["a", "b"]), added_tokens_decoder=entry)
+
+    assert str(refused.value) == (
+        f"me: tokenizer_config.json: entry {next(iter(entry))[:20]!r} of `added_tokens_decoder` is "
+        "not an id with a token.\nThe file is damaged: use an intact copy."
+    )
+
+
 def test_vocabularies_agree_where_only_one_has_more():
     base = read("base", word_level(["a", "b"], ["<x>"]))
     more = read("more", word_level(["a", "b"], ["<x>", "<y>"]))
