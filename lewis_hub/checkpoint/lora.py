@@ -120,7 +120,8 @@ class _Patterns(Generic[Value]):
     @classmethod
     def of(cls, values: Mapping[str, Value]) -> _Patterns[Value]:
         """Compile patterns; a ValueError says which one is wrong."""
-        names, expressions = {}, []
+        names: dict[str, tuple[int, Value]] = {}
+        expressions: list[tuple[int, Value, re2._Regexp]] = []
         for place, (pattern, value) in enumerate(values.items()):
             if plain := PLAIN_NAME.fullmatch(pattern):
                 names.setdefault(plain[1] + plain[2].replace("\\", ""), (place, value))
