@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,7 +37,10 @@ def _imported(module: Path, text: str, root: Path) -> Iterator[Path]:
     """The files of lm-eval's tasks that the imports of a module name."""
     if not IMPORTS_OTHERS.search(text):
         return
-    for node in ast.walk(ast.parse(text)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in its strings
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
         places: list[Path] = []
         if isinstance(node, ast.Import):
             places = [_place(root, name.name.removeprefix(PREFIX)) for name in node.names]

@@ -204,8 +204,8 @@ def test_another_error_of_the_system_keeps_its_traceback():
     assert disk_failure(OSError("of a library")) is None
 
 
-def test_a_cache_that_cannot_be_written_is_one_message(hub, push, tmp_path):
-    push("zoo/a", {"model.safetensors": b"", "config.json": b"{}"})
+def test_a_cache_that_cannot_be_written_is_one_message(hub, tmp_path):
+    hub.api().create_repo("zoo/a")
     (tmp_path / "file").write_text("not a folder")
     recipe = "base_model: zoo/a\nmerge_method: linear\nmodels: [{model: zoo/a}]\n"
     (tmp_path / "recipe.yaml").write_text(recipe)
