@@ -154,7 +154,7 @@ def test_what_a_profile_says_is_as_its_schema_says(seeded, tmp_path):
 def test_another_prompt_is_measured_anew_and_the_same_one_is_not(seeded, tmp_path, stage_titles):
     for name in ("zoo_reverse.yaml", "zoo_cipher.yaml"):
         (tmp_path / name).write_text((TASKS / name).read_text())
-    asked = recipe(f"task: zoo_reverse, include: {tmp_path}")
+    asked = recipe(f"task: zoo_reverse, include: {tmp_path}").placed_in(tmp_path)
     first = measured(asked, tmp_path / "out").calibration
     again = measured(asked, tmp_path / "out").calibration
     changed = (TASKS / "zoo_reverse.yaml").read_text().replace("Question:", "Q:")
