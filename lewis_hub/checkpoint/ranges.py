@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.system import open_binary, read_at, write_at
 
 N_REQUESTS = 8  # in flight
 REQUEST_BYTES = 8 << 20  # at most
@@ -151,15 +152,14 @@ class SourceFiles:
         while into.nbytes:
             request = self._fetched(source, file, start)
             try:
-                descriptor = os.open(request.path, os.O_RDONLY)
+                descriptor = open_binary(request.path, os.O_RDONLY)
             except FileNotFoundError:
                 if request.last >= self._step:
                     raise
                 continue  # deleted meanwhile: a later step has the bytes again
             try:
-                n_read = os.preadv(
-                    descriptor, [into[: request.stop - start]], start - request.start
-                )
+                wanted = into[: request.stop - start]
+                n_read = read_at(descriptor, wanted, start - request.start)
             finally:
                 os.close(descriptor)
             into, start = into[n_read:], start + n_read
@@ -208,7 +208,7 @@ class SourceFiles:
             def take(position: int, piece: bytes) -> None:
                 if self._is_closed:
                     raise CancelledError
-                os.pwrite(file.fileno(), piece, position - request.start)
+                write_at(file.fileno(), memoryview(piece), position - request.start)
 
             fetch(request.file, request.start, request.stop, take)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
 from lewis_hub.errors import BrokenCheckpointError
+from lewis_hub.system import mapped, open_binary, read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
 MIN_MAPPED_BYTES = 1 << 16  # below this a read is faster than a map
-POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; the module `mmap` does not define it
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ def local_checkpoint(label: str, folder: Path) -> Checkpoint:
 
 def _read_local(folder: Path, file: str, start: int, stop: int) -> bytes:
     with (folder / file).open("rb") as opened:
-        return os.pread(opened.fileno(), stop - start, start)
+        opened.seek(start)
+        return opened.read(stop - start)
 
 
 def _by_name(
@@ -169,36 +169,24 @@ class TensorReader:
         descriptor = self._descriptors.get(tensor.shard) or self._open(tensor.shard)
         position = tensor.start + first_byte
         while into.nbytes:
-            n_read = os.preadv(descriptor, [into], position)
+            n_read = read_at(descriptor, into, position)
             if n_read == 0:
                 raise self._broken(tensor.shard, f"it ends inside `{tensor.name}`")
             into, position = into[n_read:], position + n_read
 
     def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
-        """Map these bytes of the file; mapped pages count as memory of the process.
-
-        All pages are loaded here, where a read error can be caught: an error on the first touch of
-        a page would kill the process.
-        """
+        """Map these bytes of the file; mapped pages count as memory of the process."""
         position = tensor.start + first_byte
         if n_bytes < MIN_MAPPED_BYTES or position % 2:
             return None
         descriptor = self._descriptors.get(tensor.shard) or self._open(tensor.shard)
-        before = position % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapped = mmap.mmap(
-                descriptor, before + n_bytes, prot=mmap.PROT_READ, offset=position - before
-            )
-            mapped.madvise(POPULATE_READ)
-        except (OSError, ValueError):  # an old kernel, another file system, or a short file
-            return None
-        return memoryview(mapped)[before:]
+        return mapped(descriptor, position, n_bytes)
 
     def _open(self, shard: str) -> int:
         with self._opening:
             if shard not in self._descriptors:
                 try:
-                    self._descriptors[shard] = os.open(self._folder / shard, os.O_RDONLY)
+                    self._descriptors[shard] = open_binary(self._folder / shard, os.O_RDONLY)
                 except OSError as error:
                     raise self._broken(shard, f"it cannot be read: {error.strerror}") from None
             return self._descriptors[shard]

@@ -17,6 +17,7 @@ import click
 from lewis_hub import __version__
 from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
 from lewis_hub.errors import LewisHubError
+from lewis_hub.system import make_nonblocking, write_utf8
 
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
 INTERRUPTED = "interrupted. Run the same command again to continue."
@@ -66,6 +67,7 @@ for command in (
 def main() -> None:
     """Run a command and exit with its code."""
     gc.set_threshold(GC_THRESHOLD)
+    write_utf8(sys.stdout, sys.stderr)
     _exit_within_a_second_of_ctrl_c()
     code = _run()
     try:
@@ -103,7 +105,7 @@ def _run() -> int:
 def _exit_within_a_second_of_ctrl_c() -> None:
     """Exit from a thread: Python handles a signal only after the matrix product that runs."""
     read, write = os.pipe()
-    os.set_blocking(write, False)
+    make_nonblocking(write)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def watch() -> None:

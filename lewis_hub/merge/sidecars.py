@@ -68,12 +68,12 @@ class SidecarSettings:
             ):
                 document = self._changed(relative, json.loads(source.read_text(encoding="utf-8")))
                 text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-                target.write_text(text, encoding="utf-8")
+                target.write_text(text, encoding="utf-8", newline="\n")
             else:
                 shutil.copyfile(source, target)
             written.add(str(relative))
         for name, text in tokenizer.written.items():
-            (output / name).write_text(text, encoding="utf-8")
+            (output / name).write_text(text, encoding="utf-8", newline="\n")
         return tuple(sorted(written))
 
     def _changed(self, path: PurePosixPath, document: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,8 +11,29 @@ from pathlib import Path
 
 from lewis_hub.errors import OutputError
 from lewis_hub.files import unwritable
+from lewis_hub.system import MOVES_OPEN_FILES, open_binary, rename_folder, sync_folder, try_lock
 
 LOCK = ".lock"
+
+
+class FolderLock:
+    """An open file in a folder, which keeps other runs out of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = open_binary(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        self._is_open = True
+        self.is_held = try_lock(self._descriptor)
+
+    def close(self) -> None:
+        """Let other runs in; it may be called twice."""
+        if self._is_open:
+            os.close(self._descriptor)
+        self._is_open = False
+
+    def let_folder_go(self) -> None:
+        """Close before the folder is renamed or deleted, where an open file would prevent it."""
+        if not MOVES_OPEN_FILES:
+            self.close()
 
 
 @dataclass(frozen=True)
@@ -23,6 +43,7 @@ class Workspace:
     output: Path  # the path of the finished folder
     folder: Path  # OUTPUT.partial; it still has the files of an interrupted run
     scratch: Path  # for files that are not part of the output
+    lock: FolderLock
 
     def finish(self, files: Iterable[str]) -> Path:
         """Delete all but `files` (relative paths) and rename the folder to `output`.
@@ -33,13 +54,14 @@ class Workspace:
             OutputError: an older folder that an interrupted run replaced cannot be deleted.
         """
         keep = set(files)
+        self.lock.let_folder_go()
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path.is_dir() and not path.is_symlink():
                 if not any(path.iterdir()):
                     path.rmdir()
-            elif str(path.relative_to(self.folder)) not in keep:
+            elif path.relative_to(self.folder).as_posix() not in keep:
                 path.unlink()
-        _sync(self.folder)
+        sync_folder(self.folder)
         replaced = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
             if replaced.exists():
@@ -51,14 +73,15 @@ class Workspace:
                     )
                     remedy = "Delete it, then run again: what was made is kept."
                     raise OutputError(str(replaced), problem, remedy) from None
-            self.output.rename(replaced)
-        self.folder.rename(self.output)
-        _sync(self.output.parent)
+            rename_folder(self.output, replaced)
+        rename_folder(self.folder, self.output)
+        sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return self.output
 
     def discard(self) -> None:
         """Delete the folder: the result is elsewhere."""
+        self.lock.let_folder_go()
         shutil.rmtree(self.folder)
 
 
@@ -86,33 +109,24 @@ def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
         (folder / LOCK).touch()
     except OSError as error:
         raise unwritable(output, error) from None
-    with alone_in(folder, output):
+    with alone_in(folder, output) as lock:
         try:
-            yield Workspace(output, folder, folder / ".scratch")
+            yield Workspace(output, folder, folder / ".scratch", lock)
         except BaseException:
             if not any(path.is_file() and path != folder / LOCK for path in folder.rglob("*")):
+                lock.let_folder_go()
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 @contextmanager
-def alone_in(folder: Path, output: Path) -> Iterator[None]:
+def alone_in(folder: Path, output: Path) -> Iterator[FolderLock]:
     """Lock an existing folder, or raise an OutputError that names `output`."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = FolderLock(folder)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock.is_held:
             remedy = "Wait until it ends, or name another folder with -o."
-            raise OutputError(str(output), "another run is working on it.", remedy) from None
-        yield
+            raise OutputError(str(output), "another run is working on it.", remedy)
+        yield lock
     finally:
-        os.close(lock)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        lock.close()

@@ -446,7 +446,7 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
             raise RecipeError(str(file), "", problem, "Move it there, or to a repo on the Hub.")
         inside = sorted(place.rglob("*")) if place.is_dir() else [place]
         found |= {
-            str(path.relative_to(beside)): path
+            path.relative_to(beside).as_posix(): path
             for path in inside
             if path.is_file() and "__pycache__" not in path.parts
         }
