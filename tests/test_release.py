@@ -1,5 +1,6 @@
 """A release, rehearsed: release.yml's steps on a copy, and an index of packages on this machine."""
 
+import json
 import os
 import re
 import runpy
@@ -17,6 +18,8 @@ import yaml
 from test_wheel import sources
 
 from lewis_hub import __version__
+from lewis_hub.cli.recipes import render_workflow
+from lewis_hub.distribution import requirement
 
 ROOT = Path(__file__).parents[1]
 REPOSITORY, TAG = "https://github.com/OWNER/REPO", f"v{__version__}"
@@ -74,6 +77,36 @@ def test_only_the_job_that_publishes_signs_in_and_no_token_is_stored():
     assert "secrets." not in text
     (prepared,) = [s for s in build["steps"] if "for_pypi" in s.get("run", "")]
     assert prepared["env"]["REPOSITORY"] == "${{ github.server_url }}/${{ github.repository }}"
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        (
+            {"url": REPOSITORY, "vcs_info": {"vcs": "git", "commit_id": "a" * 40}},
+            f"lewis-hub @ git+{REPOSITORY}@{'a' * 40}",
+        ),
+        ({"url": "file:///clone", "dir_info": {"editable": True}}, "lewis-hub==1.2"),
+        (None, "lewis-hub==1.2"),
+    ],
+)
+def test_workflows_and_jobs_install_the_commit_that_pip_installed(
+    origin, expected, tmp_path, monkeypatch
+):
+    told = tmp_path / "lewis_hub-1.2.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.4\nName: lewis-hub\nVersion: 1.2\n")
+    if origin:
+        (told / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert requirement() == expected
+    (install,) = [
+        step["env"]["REQUIREMENT"]
+        for step in yaml.safe_load(render_workflow("r.yaml"))["jobs"]["remerge"]["steps"]
+        if step.get("name") == "Install"
+    ]
+    assert install == expected
 
 
 @contextmanager

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from lewis_hub import __version__
 from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.display import TextTable
+from lewis_hub.distribution import requirement
 from lewis_hub.errors import EvaluationError, LewisHubError
 
 WORKFLOW = Path(".github") / "workflows" / "remerge.yml"
@@ -231,7 +231,7 @@ def write_workflow(recipe: Path, *, force: bool) -> Path:
 
 def render_workflow(recipe: str) -> str:
     """Render the workflow for a recipe at a plain path; it installs this version of lewis-hub."""
-    return _render(f"workflows/{WORKFLOW.name}", recipe=recipe, version=__version__)
+    return _render(f"workflows/{WORKFLOW.name}", recipe=recipe, requirement=requirement())
 
 
 @click.group()
