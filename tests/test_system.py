@@ -157,11 +157,14 @@ def run(*words, env=None):
     return done
 
 
+WITH_TIMES = ("README.md", "cost.json", "provenance.json", "report.html")
+
+
 def files_of(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in ("cost.json", "README.md", "report.html")
+        if path.is_file() and path.name not in WITH_TIMES
     }
 
 
