@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import accumulate
@@ -140,7 +141,8 @@ class SourceFiles:
 
     def _delete(self, request: _Request, _: Future[None]) -> None:
         """Delete the bytes of a request, then send the requests that fit instead."""
-        request.path.unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows: a thread still reads it; `__exit__` deletes it
+            request.path.unlink(missing_ok=True)
         with self._changed:
             self._fetched_bytes -= request.n_bytes
             self._n_leaving -= 1
