@@ -70,7 +70,7 @@ def is_hidden(part: PurePath) -> bool:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file atomically: a reader sees the old content or the new, never a part."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
+    new.write_text(text, encoding="utf-8", newline="\n")
     new.replace(path)
 
 
@@ -116,3 +116,8 @@ def unwritable(path: Path, error: OSError, remedy: str = NAME_A_FOLDER) -> Outpu
 def existing(folder: Path) -> Path:
     """The folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def starts_like_path(name: str) -> bool:
+    """Whether a name of a model or dataset can only be a path, on Windows also with a drive."""
+    return name.startswith((".", "/", "~")) or Path(name).is_absolute()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -18,6 +17,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.display import Progress, Silent, to_html
+from lewis_hub.distribution import requirement
 from lewis_hub.errors import CalibrationError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
@@ -436,7 +436,7 @@ def job_request(
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
         files={"recipe.yaml": recipe_file, **resolve.local_files(recipe_file, recipe)},
-        package=f"lewis-hub=={version('lewis-hub')}",
+        package=requirement(),
         flavor=hardware.flavor,
         timeout=hardware.timeout,
         namespace=hardware.namespace,

@@ -23,15 +23,20 @@ WITHOUT_EXTRAS = (
 )
 
 
+def sources(tmp_path):
+    """A copy of what is packaged, because setuptools builds beside what it reads."""
+    copy = tmp_path / "source"
+    for folder in ("lewis_hub", "templates", ".ci"):
+        shutil.copytree(ROOT / folder, copy / folder)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    return copy
+
+
 @pytest.mark.slow
 def test_a_wheel_without_extras_imports_every_module_and_contains_the_templates(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    source = tmp_path / "source"  # setuptools builds beside what it reads
-    for folder in ("lewis_hub", "templates"):
-        shutil.copytree(ROOT / folder, source / folder)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
-    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True)
+    subprocess.run([*build, "--wheel-dir", tmp_path, sources(tmp_path)], check=True)
     wheel = tmp_path / f"lewis_hub-{__version__}-py3-none-any.whl"
     installed = tmp_path / "site-packages"
     with zipfile.ZipFile(wheel) as archive:

@@ -17,6 +17,7 @@ from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of, write_whole
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lewis_hub.calibration.model import Linear
@@ -159,15 +160,16 @@ def n_entries(n: int, widest: int) -> int:
     return n * part_width(n, widest)
 
 
-def sum_of_squares(rows: Tensor) -> Tensor:
-    """Sum squares over the first of two dimensions: float32 in a slice, float64 over slices.
-
-    MPS has no float64, so it is float32 throughout there.
-    """
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype of long sums on a device: float64, or float32 on MPS, which has no float64."""
     import torch
 
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sum_of_squares(rows: Tensor) -> Tensor:
+    """Sum squares over the first of two dimensions: float32 in a slice, widest over slices."""
+    total = rows.new_zeros(rows.shape[1], dtype=widest_float(rows.device))
     for start in range(0, len(rows), ROWS_AT_ONCE):
         total += rows[start : start + ROWS_AT_ONCE].float().square().sum(dim=0)
     return total

@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from lewis_hub.calibration import grams
 from lewis_hub.calibration.forward import deterministic_threads, forward
-from lewis_hub.calibration.grams import GramFiles, GramRequest, ModuleGram, sum_of_squares
+from lewis_hub.calibration.grams import (
+    GramFiles,
+    GramRequest,
+    ModuleGram,
+    sum_of_squares,
+    widest_float,
+)
 from lewis_hub.calibration.hooks import Statistic, not_finite, require_seen
 from lewis_hub.calibration.meta_model import build_meta_model, weight_names
 from lewis_hub.calibration.model import (
@@ -283,9 +289,9 @@ def _shift(name: str, path: str, difference: float, base: float) -> float:
 
 
 def _square_sum(y: Tensor) -> float:
-    """The sum of squares of all entries: float32 in a row, float64 over the rows."""
+    """The sum of squares of all entries: float32 in a row, the widest float over the rows."""
     rows = y.float().square().sum(dim=-1)
-    return float(rows.sum() if rows.device.type == "mps" else rows.double().sum())
+    return float(rows.to(widest_float(rows.device)).sum())
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lewis_hub.calibration.grams import ROWS_AT_ONCE, InputSum, group_by_block, sum_of_squares
+from lewis_hub.calibration.grams import (
+    ROWS_AT_ONCE,
+    InputSum,
+    group_by_block,
+    sum_of_squares,
+    widest_float,
+)
 from lewis_hub.calibration.meta_model import as_stored, unknown_like
 from lewis_hub.calibration.model import matrix
 from lewis_hub.calibration.passes import BlockInputs
@@ -118,7 +124,7 @@ def outlier_ratios(weights: Weighted, norms: Weighted) -> dict[str, float]:
     for block in group_by_block(norms.items()):
         pairs = [(weights[module], norm) for module, norm in block.items()]
         n_entries = sum(weight.numel() for weight, _ in pairs)
-        total = sum(float(scores.double().sum()) for scores in _scores(pairs))
+        total = sum(float(_wide(scores).sum()) for scores in _scores(pairs))
         limit = FAR * total / n_entries
         n_far = sum(int((scores > limit).sum()) for scores in _scores(pairs))
         ratios |= dict.fromkeys(block, n_far / n_entries)
@@ -140,9 +146,13 @@ def evenness(_: Weighted, norms: Weighted) -> dict[str, float]:
     1 if no channel is active. All channels have equally many norms.
     """
     return {
-        module: float(norm.double().mean() / largest) if (largest := float(norm.max())) else 1.0
+        module: float(_wide(norm).mean() / largest) if (largest := float(norm.max())) else 1.0
         for module, norm in norms.items()
     }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(widest_float(tensor.device))
 
 
 SUMMARIES: Mapping[Measure, Summary] = {

@@ -77,7 +77,7 @@ def convert(
     index = index_document(layouts)
     if index:
         path = output / INDEX
-        path.write_text(index, encoding="utf-8")
+        path.write_text(index, encoding="utf-8", newline="\n")
         written.append(WrittenFile(INDEX, sha256_of(path), path.stat().st_size))
     return tuple(written)
 

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.reader import TensorReader
+from lewis_hub.system import open_binary, read_at, write_at
 
 N_REQUESTS = 8  # in flight
 REQUEST_BYTES = 8 << 20  # at most
@@ -139,7 +141,8 @@ class SourceFiles:
 
     def _delete(self, request: _Request, _: Future[None]) -> None:
         """Delete the bytes of a request, then send the requests that fit instead."""
-        request.path.unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows: a thread still reads it; `__exit__` deletes it
+            request.path.unlink(missing_ok=True)
         with self._changed:
             self._fetched_bytes -= request.n_bytes
             self._n_leaving -= 1
@@ -151,15 +154,14 @@ class SourceFiles:
         while into.nbytes:
             request = self._fetched(source, file, start)
             try:
-                descriptor = os.open(request.path, os.O_RDONLY)
+                descriptor = open_binary(request.path, os.O_RDONLY)
             except FileNotFoundError:
                 if request.last >= self._step:
                     raise
                 continue  # deleted meanwhile: a later step has the bytes again
             try:
-                n_read = os.preadv(
-                    descriptor, [into[: request.stop - start]], start - request.start
-                )
+                wanted = into[: request.stop - start]
+                n_read = read_at(descriptor, wanted, start - request.start)
             finally:
                 os.close(descriptor)
             into, start = into[n_read:], start + n_read
@@ -208,7 +210,7 @@ class SourceFiles:
             def take(position: int, piece: bytes) -> None:
                 if self._is_closed:
                     raise CancelledError
-                os.pwrite(file.fileno(), piece, position - request.start)
+                write_at(file.fileno(), memoryview(piece), position - request.start)
 
             fetch(request.file, request.start, request.stop, take)
 

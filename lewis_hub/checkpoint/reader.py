@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from lewis_hub.checkpoint.header import ReadRange, TensorHeader, read_header, torch_dtypes
 from lewis_hub.documents import MAX_TABLE_BYTES, DocumentError, read_json
 from lewis_hub.errors import BrokenCheckpointError
+from lewis_hub.system import open_binary, read_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,8 @@ def local_checkpoint(label: str, folder: Path) -> Checkpoint:
 
 def _read_local(folder: Path, file: str, start: int, stop: int) -> bytes:
     with (folder / file).open("rb") as opened:
-        return os.pread(opened.fileno(), stop - start, start)
+        opened.seek(start)
+        return opened.read(stop - start)
 
 
 def _by_name(
@@ -166,7 +168,7 @@ class TensorReader:
         position = tensor.start + first_byte
         while into.nbytes:
             try:
-                n_read = os.preadv(descriptor, [into], position)
+                n_read = read_at(descriptor, into, position)
             except OSError as error:
                 raise self._broken(tensor.shard, f"it cannot be read: {error.strerror}") from None
             if n_read == 0:
@@ -177,7 +179,7 @@ class TensorReader:
         with self._opening:
             if shard not in self._descriptors:
                 try:
-                    self._descriptors[shard] = os.open(self._folder / shard, os.O_RDONLY)
+                    self._descriptors[shard] = open_binary(self._folder / shard, os.O_RDONLY)
                 except OSError as error:
                     raise self._broken(shard, f"it cannot be read: {error.strerror}") from None
             return self._descriptors[shard]

@@ -5,7 +5,6 @@ A shard is preallocated, its tensors are written in place, and its bytes are has
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import heapq
 import json
@@ -22,12 +21,12 @@ from lewis_hub.checkpoint.header import WIDTHS
 from lewis_hub.checkpoint.reader import SINGLE
 from lewis_hub.errors import OutputError
 from lewis_hub.files import unwritable
+from lewis_hub.system import leave_cache, open_binary, read_at, reserve, write_at
 
 ALIGNMENT = 8
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # a recipe's -> safetensors'
 HASHED_BYTES = 1 << 20  # read back at a time
 UNWRITTEN_BYTES = 64 << 20  # the last bytes written, which the disk may not have taken yet
-NO_PREALLOCATION = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,11 @@ class ShardWriter:
         self._writing, self._hashing = threading.Lock(), threading.Lock()
         self._read_back = bytearray(HASHED_BYTES)
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._descriptor = open_binary(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         except OSError as error:
             raise unwritable(self.path, error) from None
         try:
-            _preallocate(self._descriptor, self.n_bytes)
+            reserve(self._descriptor, self.n_bytes)
             self.write(0, memoryview(layout.header))
         except OSError as error:
             os.close(self._descriptor)
@@ -178,7 +177,7 @@ class ShardWriter:
         try:
             while n_written < content.nbytes:
                 rest = content[n_written:]
-                n_written += os.pwrite(self._descriptor, rest, position + n_written)
+                n_written += write_at(self._descriptor, rest, position + n_written)
         except OSError as error:
             raise unwritable(self.path, error) from None
         with self._writing:
@@ -201,7 +200,7 @@ class ShardWriter:
         except OSError as error:
             raise unwritable(self.path, error) from None
         if not self._stays_cached:
-            self._advise(0, self.n_bytes)
+            leave_cache(self._descriptor, 0, self.n_bytes)
         return self._digest.hexdigest()
 
     def _hash_next(self, position: int = 0, content: memoryview | None = None) -> bool:
@@ -215,27 +214,13 @@ class ShardWriter:
             self._n_hashed = stop
         while self._n_hashed < stop:
             window = memoryview(self._read_back)[: stop - self._n_hashed]
-            n_read = os.preadv(self._descriptor, [window], self._n_hashed)
+            n_read = read_at(self._descriptor, window, self._n_hashed)
             if not n_read:
                 problem = "another process truncated it while it was written"
                 raise OutputError(str(self.path), problem, "Run again: finished shards are kept.")
             self._digest.update(window[:n_read])
             self._n_hashed += n_read
-        self._advise(start, stop)  # the disk begins now, so that `finish` waits less
+        leave_cache(self._descriptor, start, stop)  # the disk begins now
         if not self._stays_cached:
-            self._advise(0, stop - UNWRITTEN_BYTES)
+            leave_cache(self._descriptor, 0, stop - UNWRITTEN_BYTES)
         return True
-
-    def _advise(self, start: int, stop: int) -> None:
-        """Drop a range from the page cache where it is on the disk; start writing the rest."""
-        if stop > start:  # a length of 0 would mean the whole file
-            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
-
-
-def _preallocate(descriptor: int, n_bytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    except OSError as error:
-        if error.errno not in NO_PREALLOCATION:
-            raise
-        os.ftruncate(descriptor, n_bytes)

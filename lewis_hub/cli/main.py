@@ -21,6 +21,7 @@ from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
 from lewis_hub.cli.terminal import say, say_json
 from lewis_hub.errors import LewisHubError
 from lewis_hub.files import DISK_FULL
+from lewis_hub.system import make_nonblocking, write_utf8
 
 UNUSABLE = {
     *(errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM),
@@ -75,6 +76,7 @@ def main() -> None:
     """Run a command and exit with its code."""
     gc.set_threshold(GC_THRESHOLD)
     sys.excepthook = _print_bug
+    write_utf8(sys.stdout, sys.stderr)
     _exit_within_a_second_of_ctrl_c()
     code = _run()
     try:
@@ -125,7 +127,7 @@ def disk_failure(error: OSError) -> tuple[str, str] | None:
 def _exit_within_a_second_of_ctrl_c() -> None:
     """Exit from a thread: Python handles a signal only after the matrix product that runs."""
     read, write = os.pipe()
-    os.set_blocking(write, False)
+    make_nonblocking(write)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
     def watch() -> None:

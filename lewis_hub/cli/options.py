@@ -101,7 +101,7 @@ nan = flag(
 device = click.option(
     "--device",
     default="cpu",
-    help="Device to run and merge models on: cpu, cuda or cuda:1.",
+    help="Device to run and merge models on: cpu, cuda, cuda:1 or mps.",
 )
 code = flag(
     "--allow-code-execution",

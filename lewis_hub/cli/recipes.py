@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from lewis_hub import __version__
 from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, say, terminal_options
 from lewis_hub.display import TextTable
+from lewis_hub.distribution import requirement
 from lewis_hub.errors import EvaluationError, LewisHubError
 
 WORKFLOW = Path(".github") / "workflows" / "remerge.yml"
@@ -111,8 +111,8 @@ def init(
     if github:
         document["workflow"] = str(write_workflow(output, force=force))
         shown.append(f"Wrote {document['workflow']}. {ACCESS}")
-    output.write_text(written, encoding="utf-8")
-    schema_file.write_text(read.schema(), encoding="utf-8")
+    output.write_text(written, encoding="utf-8", newline="\n")
+    schema_file.write_text(read.schema(), encoding="utf-8", newline="\n")
     terminal.finish(document, *shown)
 
 
@@ -225,13 +225,13 @@ def write_workflow(recipe: Path, *, force: bool) -> Path:
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; replace it with --force")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_workflow(relative), encoding="utf-8")
+    output.write_text(render_workflow(relative), encoding="utf-8", newline="\n")
     return output
 
 
 def render_workflow(recipe: str) -> str:
     """Render the workflow for a recipe at a plain path; it installs this version of lewis-hub."""
-    return _render(f"workflows/{WORKFLOW.name}", recipe=recipe, version=__version__)
+    return _render(f"workflows/{WORKFLOW.name}", recipe=recipe, requirement=requirement())
 
 
 @click.group()
@@ -294,5 +294,5 @@ def report(documents: tuple[Path, ...]) -> None:
 def _append_for_github(variable: str, text: str) -> None:
     """Append to the file that GitHub names in `variable`; outside of GitHub do nothing."""
     if path := os.environ.get(variable):
-        with Path(path).open("a", encoding="utf-8") as file:
+        with Path(path).open("a", encoding="utf-8", newline="\n") as file:
             file.write(text)

@@ -22,6 +22,7 @@ from typing import Any
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import MergeError
 from lewis_hub.files import require_room
+from lewis_hub.system import peak_if_ended
 
 VOCABULARY, HEAD_SIZE = 32_000, 64
 LEWIS_HUB = (sys.executable, "-m", "lewis_hub")
@@ -196,7 +197,7 @@ def write_config(folder: Path, case: Case) -> Path:
     if case.method != "linear":
         config["base_model"] = base
     path = folder / f"{case.method}-{case.n_experts}.yaml"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(config), encoding="utf-8", newline="\n")
     return path
 
 
@@ -218,22 +219,20 @@ def run(command: Sequence[str], output: Path) -> Usage:
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=messages, env=environment
         )
-        ended = False
-        while not ended:
+        last_peak = None
+        while last_peak is None:
             time.sleep(POLL_S)
             # Each stage of a merge resets the peak that the system counts.
             peak_bytes = max(peak_bytes, _peak_bytes(process.pid))
-            ended_id, status, usage = os.wait4(process.pid, os.WNOHANG)
-            ended = ended_id == process.pid
+            last_peak = peak_if_ended(process)
         seconds = time.perf_counter() - start
         messages.seek(0)
         told = messages.read().decode(errors="replace")
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
+    if process.returncode:
         problem = f"it failed with exit code {process.returncode}: {told[-2000:].strip()}"
         raise MergeError(command[0], problem, "Run it by hand on a configuration of your own.")
     shutil.rmtree(output, ignore_errors=True)
-    return Usage(seconds, max(peak_bytes, usage.ru_maxrss * 1024))
+    return Usage(seconds, max(peak_bytes, last_peak))
 
 
 def _peak_bytes(process_id: int) -> int:

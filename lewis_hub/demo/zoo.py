@@ -105,7 +105,7 @@ def _merge(folder: Path, *, quiet: bool) -> dict[str, Any]:
 
 def _started(folder: Path, recipe: str, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lewis_hub", "merge", recipe, "--json", *options]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def _prepare(folder: Path) -> None:
@@ -114,7 +114,8 @@ def _prepare(folder: Path) -> None:
         raise OutputError(str(folder), problem, "Name another folder with -o.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / MARK).write_text("Made by `lewis-hub demo`, which replaces this folder.\n")
+    note = "Made by `lewis-hub demo`, which replaces this folder.\n"
+    (folder / MARK).write_text(note, encoding="utf-8", newline="\n")
     for name in RECIPES:
         shutil.copy(zoo_folder() / name, folder)
     shutil.copytree(zoo_folder() / "tasks", folder / "tasks")

@@ -6,7 +6,6 @@ A merge that streams stores no file of its sources: it reads byte ranges.
 from __future__ import annotations
 
 import glob
-import os
 import re
 import sys
 import threading
@@ -273,7 +272,7 @@ def _download_blob(
             if stop.is_set():
                 return
             if f"sha256:{sha256_of(part)}" == file.digest:
-                part.rename(blob)
+                part.replace(blob)
                 return
             part.unlink()
     raise hub_repo.failed(
@@ -511,7 +510,8 @@ def read_range(api: HfApi, source: Source, path: str, start: int, stop: int) -> 
     if local.exists():
         require_inside(source.place, local, SourceError)
         with local.open("rb", buffering=0) as stored:
-            return os.pread(stored.fileno(), stop - start, start)
+            stored.seek(start)
+            return stored.read(stop - start)
     hub_repo = HubRepo.of(api, source)
     return call_hub(hub_repo, lambda: _read_until(hub_repo, file, start, stop))
 

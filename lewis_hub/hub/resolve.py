@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from lewis_hub.errors import SourceError
-from lewis_hub.files import sha256_of, visible_files, write_whole
+from lewis_hub.files import sha256_of, starts_like_path, visible_files, write_whole
 from lewis_hub.hub.facts import quantised_from
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures
 from lewis_hub.hub.source import (
@@ -141,7 +141,7 @@ def is_path(written: str) -> bool:
     With a revision, a name that ends like a file is a repo: `me/rows.json@main`.
     """
     is_file = Path(written).suffix in DATA_SUFFIXES
-    return is_file or written.startswith((".", "/", "~")) or written.count("/") > 1
+    return is_file or starts_like_path(written) or written.count("/") > 1
 
 
 def missing_path_error(written: str, places: Iterable[Path]) -> SourceError:

@@ -150,22 +150,22 @@ def cached_sha(repo: str, repo_type: str, revision: str | None) -> str | None:
     wanted = revision or constants.DEFAULT_REVISION
     folder = cache_folder(repo, repo_type)
     ref = folder / "refs" / wanted
-    sha = wanted if COMMIT_SHA.fullmatch(wanted) else ref.read_text() if ref.is_file() else ""
+    sha = wanted if COMMIT_SHA.fullmatch(wanted) else _sha_in(ref) if ref.is_file() else ""
     return sha if sha and (folder / "snapshots" / sha).is_dir() else None
+
+
+def _sha_in(ref: Path) -> str:
+    return ref.read_text(encoding="ascii")
 
 
 def remember_revision(repo: str, repo_type: str, revision: str | None, commit_sha: str) -> None:
     """Store the commit sha of a revision, so that it can be resolved offline."""
     name = revision or constants.DEFAULT_REVISION
     ref = cache_folder(repo, repo_type) / "refs" / name
-    if (
-        COMMIT_SHA.fullmatch(name)
-        or ".." in name
-        or (ref.is_file() and ref.read_text() == commit_sha)
-    ):
+    if COMMIT_SHA.fullmatch(name) or ".." in name or (ref.is_file() and _sha_in(ref) == commit_sha):
         return
     ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(commit_sha)
+    ref.write_bytes(commit_sha.encode())
 
 
 def cached_revisions(repo: str, repo_type: str) -> list[str]:
@@ -173,6 +173,6 @@ def cached_revisions(repo: str, repo_type: str) -> list[str]:
     folder = cache_folder(repo, repo_type)
     snapshots = {path.name for path in folder.glob("snapshots/*")}
     refs = [path for path in sorted(folder.glob("refs/**/*")) if path.is_file()]
-    named = {str(ref.relative_to(folder / "refs")): ref.read_text() for ref in refs}
+    named = {ref.relative_to(folder / "refs").as_posix(): _sha_in(ref) for ref in refs}
     unnamed = snapshots - set(named.values())
     return [name for name, sha in named.items() if sha in snapshots] + sorted(unnamed)

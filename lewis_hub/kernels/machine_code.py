@@ -75,7 +75,7 @@ def _machine() -> Any:
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    target = binding.Target.from_default_triple()
+    target = binding.Target.from_triple(binding.get_process_triple())
     features = binding.get_host_cpu_features().flatten()
     return target.create_target_machine(binding.get_host_cpu_name(), features, opt=3)
 
@@ -191,6 +191,6 @@ def _digest() -> str:
     import llvmlite
     from llvmlite import binding
 
-    told = f"{digest_of_loops()} {llvmlite.__version__} {binding.get_host_cpu_name()} "
-    told += binding.get_host_cpu_features().flatten()
+    told = f"{digest_of_loops()} {llvmlite.__version__} {binding.get_process_triple()} "
+    told += f"{binding.get_host_cpu_name()} {binding.get_host_cpu_features().flatten()}"
     return hashlib.sha256(told.encode() + Path(__file__).read_bytes()).hexdigest()[:32]

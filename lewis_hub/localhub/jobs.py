@@ -9,13 +9,10 @@ kept, listed and triggered by hand; no clock runs them. Buckets hold the files o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +28,7 @@ from lewis_hub.localhub import files
 from lewis_hub.localhub.call import Answer, Call, parsed, refusal
 from lewis_hub.localhub.hub import Grant
 from lewis_hub.localhub.store import now, object_id
+from lewis_hub.system import kill_with_children
 
 BUCKET_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 DEFAULT_TIMEOUT_S = 30 * 60
@@ -100,8 +98,7 @@ class Job:
         """Enter a last stage, and end the process with its children."""
         self.enter(stage, message)
         if self.process and self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            kill_with_children(self.process)
 
 
 @dataclass(frozen=True)
@@ -340,7 +337,7 @@ def _run(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             start_new_session=True,
         )

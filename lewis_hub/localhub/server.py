@@ -7,7 +7,6 @@ rehearsing a publish. It is no production server. Needs the extra ``demo``.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import ipaddress
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lewis_hub.errors import ExtraMissingError, HubServerError
+from lewis_hub.system import try_lock
 
 if TYPE_CHECKING:
     from lewis_hub.localhub.hub import Hub
@@ -103,15 +103,13 @@ def _loopback_address(host: str) -> str:
 def _locked(root: Path) -> Iterator[None]:
     """Keep other processes from serving the same folder."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with (root / ".lock").open("wb") as lock:
+        if not try_lock(lock.fileno()):
             raise HubServerError(
                 str(root),
                 "another embedded Hub serves this folder",
                 "Stop that one, or choose another folder with --root.",
-            ) from None
+            )
         yield
 
 

@@ -225,8 +225,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     with NamedTemporaryFile(dir=path.parent, prefix=".partial-", delete=False) as file:
         try:
             yield file
-            file.flush()
+            file.close()  # Windows renames and deletes no open file
             Path(file.name).replace(path)
         except BaseException:
+            file.close()
             Path(file.name).unlink(missing_ok=True)
             raise

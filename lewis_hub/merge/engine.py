@@ -143,7 +143,7 @@ def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:
     if index is None:
         return {}
     path = output / INDEX
-    path.write_text(index, encoding="utf-8")
+    path.write_text(index, encoding="utf-8", newline="\n")
     return {INDEX: ShardResult(INDEX, sha256_of(path), path.stat().st_size)}
 
 

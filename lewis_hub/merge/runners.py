@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lewis_hub.errors import ExtraMissingError, LewisHubError, MergeError
+from lewis_hub.system import n_cores
 
 ADDRESS = re.compile(r"auto|([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")
 N_RETRIES = 3  # of an item whose worker was lost
@@ -160,7 +161,7 @@ class Runner:
 
 def threads(n_workers: int | None = None) -> Runner:
     """A runner with this number of threads; None: one per core of this process."""
-    return Runner(n_workers or len(os.sched_getaffinity(0)))
+    return Runner(n_workers or n_cores())
 
 
 @dataclass(frozen=True)

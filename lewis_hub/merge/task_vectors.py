@@ -146,7 +146,7 @@ def extract(
     settings, weights = ADAPTERS
     save_file(held, output / weights, {"format": "pt"})
     config = json.dumps(_config(base[0].label, fits, whole), indent=2) + "\n"
-    (output / settings).write_text(config, encoding="utf-8")
+    (output / settings).write_text(config, encoding="utf-8", newline="\n")
     return Extracted(fits, tuple(whole), (output / weights).stat().st_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from lewis_hub.errors import OutputError
 from lewis_hub.files import unwritable
+from lewis_hub.system import open_binary, rename_folder, sync_folder, try_lock
 
 LOCK = ".lock"
 
@@ -39,7 +39,7 @@ class Workspace:
                     path.rmdir()
             elif str(path.relative_to(self.folder)) not in keep:
                 path.unlink()
-        _sync(self.folder)
+        sync_folder(self.folder)
         replaced = self.output.with_name(self.output.name + ".replaced")
         if self.output.exists():
             if replaced.exists():
@@ -51,9 +51,9 @@ class Workspace:
                     )
                     remedy = "Delete it, then run again: what was made is kept."
                     raise OutputError(str(replaced), problem, remedy) from None
-            self.output.rename(replaced)
-        self.folder.rename(self.output)
-        _sync(self.output.parent)
+            rename_folder(self.output, replaced)
+        rename_folder(self.folder, self.output)
+        sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return self.output
 
@@ -127,20 +127,13 @@ def alone_at(lock: Path, output: Path) -> Iterator[None]:
 def _locked(lock: Path) -> int:
     """Open and lock a file; a BlockingIOError if another run has locked it."""
     while True:
-        opened = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        opened = open_binary(lock, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(opened):
+                raise BlockingIOError
             if lock.exists() and os.path.samestat(os.fstat(opened), lock.stat()):
                 return opened  # else a run that ended has deleted it after it was opened here
         except BaseException:
             os.close(opened)
             raise
         os.close(opened)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
+from lewis_hub.files import starts_like_path
+
 REPO = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -88,4 +90,4 @@ def _is_path_with_plus(value: str, after: str) -> bool:
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).exists()
+    return starts_like_path(name) or Path(name).exists()

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.files import starts_like_path
 from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
 
 ApplyTo = Literal["density", "weight", "both"]
@@ -434,7 +435,7 @@ class Recipe(Part):
         for candidate in (self._folder / Path(name).expanduser(), Path(name).expanduser()):
             if candidate.exists():
                 return str(candidate.resolve())
-        return str(self._folder.resolve() / name) if name.startswith((".", "/", "~")) else name
+        return str(self._folder.resolve() / name) if starts_like_path(name) else name
 
     @property
     def experts(self) -> tuple[ModelEntry, ...]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from lewis_hub.display import size
+from lewis_hub.system import memory_bytes, n_cores, peak_bytes
 
 FILE = "lewis/cost.json"
 VERSION = 1
@@ -49,7 +47,7 @@ class StageCost:
 
     stage: str
     seconds: float  # wall-clock time
-    peak_rss_bytes: int  # resident memory, with pages of mapped files
+    peak_rss_bytes: int | None  # resident memory, with pages of mapped files
     peak_over: Span  # "process": since its start, if the system cannot reset an earlier peak
     read_bytes: int | None  # by read calls, not through memory maps; also from the page cache
     written_bytes: int | None  # by write calls
@@ -107,23 +105,21 @@ class Costs:
 
 def _forget_peak() -> bool:
     try:
-        (PROC / "clear_refs").write_text("5")  # proc(5): resets VmHWM to what is resident now
+        (PROC / "clear_refs").write_bytes(b"5")  # proc(5): resets VmHWM to what is resident now
     except OSError:
         return False
     return True
 
 
-def _peak_rss_bytes() -> int:
-    if (resident := _status_bytes("VmHWM")) is not None:
-        return resident
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+def _peak_rss_bytes() -> int | None:
+    resident = _status_bytes("VmHWM")
+    return peak_bytes() if resident is None else resident
 
 
 def _status_bytes(name: str) -> int | None:
     """A value of /proc/self/status, see proc(5); None on other systems."""
     try:
-        lines = (PROC / "status").read_text().splitlines()
+        lines = (PROC / "status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next(
@@ -133,7 +129,7 @@ def _status_bytes(name: str) -> int | None:
 
 def _counters() -> dict[str, int]:
     try:
-        lines = (PROC / "io").read_text().splitlines()
+        lines = (PROC / "io").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     pairs = (line.split(":") for line in lines)
@@ -144,14 +140,15 @@ def this_machine(device: str) -> Machine:
     """Describe the machine that this process runs on.
 
     Args:
-        device: a torch device; for a CUDA device, `accelerator` is its product name.
+        device: a torch device; for a CUDA device, `accelerator` is its product name, for MPS the
+            GPU beside the processor.
     """
-    accelerator = None
+    accelerator = "Apple GPU" if device.startswith("mps") else None
     if device.startswith("cuda"):
         import torch
 
         accelerator = torch.cuda.get_device_name(device)
-    return Machine(_processor(), _n_cores(), _memory_bytes(), accelerator)
+    return Machine(_processor(), n_cores(), memory_bytes(), accelerator)
 
 
 def _processor() -> str:
@@ -160,19 +157,6 @@ def _processor() -> str:
     except OSError:
         named = None
     return " ".join(named[1].split()) if named else platform.machine()
-
-
-def _n_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
 
 
 def duration(seconds: float) -> str:

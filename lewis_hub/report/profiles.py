@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.checkpoint import names
 from lewis_hub.errors import ProfileError
+from lewis_hub.files import starts_like_path
 
 ORDINARY_PERCENTILE = 95
 STANDS_OUT = 2.5  # times the percentile: below it a colour scale still shows the other values
@@ -281,7 +282,7 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def short_name(source: str) -> str:
     """The name of a pinned source for readers: without a repo's commit or a folder's path."""
     name = re.sub(r"@[0-9a-f]{40}$", "", source)
-    return Path(name).expanduser().resolve().name if name.startswith((".", "/", "~")) else name
+    return Path(name).expanduser().resolve().name if starts_like_path(name) else name
 
 
 def unique_slugs(sources: Iterable[str]) -> tuple[str, ...]:

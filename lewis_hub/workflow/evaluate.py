@@ -171,7 +171,7 @@ def _file_name(
     """Return a name by model, tasks, the user's task files, data, settings and lm-eval version."""
     selected, own = loaded.selection, loaded.selection.include
     files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
-    texts = {str(file.relative_to(own)): sha256_of(file) for file in files} if own else {}
+    texts = {file.relative_to(own).as_posix(): sha256_of(file) for file in files} if own else {}
     facts = [candidate.identity, selected.names, texts, limit, vars(settings)]
     document = json.dumps([*facts, sorted(loaded.commits.values()), version("lm_eval")])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"

@@ -463,7 +463,7 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
             raise RecipeError(str(file), "", problem, "Move it there, or to a repo on the Hub.")
         inside = visible_files(place, SourceError) if place.is_dir() else [place]
         found |= {
-            str(path.relative_to(beside)): path
+            path.relative_to(beside).as_posix(): path
             for path in inside
             if "__pycache__" not in path.parts
         }

@@ -38,7 +38,7 @@ class Execution:
         runner: `inline`, `threads` (one per core), `threads:N` or `ray`.
         ray_address: of the cluster; None: Ray is started on this machine.
         device: torch device on which models are measured and scored. With `cuda` the weights are
-            merged there too, unless Ray's workers merge them.
+            merged there too, unless Ray's workers merge them; with `mps` the CPU merges them.
         max_shard_bytes: limit for a file of weights.
         max_memory_bytes: a model that needs more is measured block by block; None: no limit.
         replace: whether an existing output folder may be replaced.
@@ -91,6 +91,9 @@ def software() -> dict[str, str]:
     return found
 
 
+NAMES_OF_DEVICES = "Write cpu, cuda, cuda:1 or mps."
+
+
 def _require_device(name: str) -> None:
     import torch
 
@@ -98,12 +101,16 @@ def _require_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError:
         problem = "torch knows no such device"
-        raise DeviceError(f"device `{name}`", problem, "Write cpu, cuda or cuda:1.") from None
+        raise DeviceError(f"device `{name}`", problem, NAMES_OF_DEVICES) from None
     n_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= n_found:
         found = f"only {n_found}, counted from cuda:0" if n_found else "none"
         problem = f"torch {torch.__version__} finds {found}"
         remedy = "Use `--device cpu`, or install a driver and a torch that was built for CUDA."
+        raise DeviceError(f"device `{name}`", problem, remedy)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        problem = f"torch {torch.__version__} finds no GPU of a Mac"
+        remedy = "Use `--device cpu`; `mps` needs Apple silicon and macOS 14 or newer."
         raise DeviceError(f"device `{name}`", problem, remedy)
 
 

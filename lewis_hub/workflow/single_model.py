@@ -159,7 +159,7 @@ def extract_lora(
         licence = model_facts(api, sources[1]).licence
         identifier = licence.identifier if licence else None
         card = adapter_card(sources[0], sources[1], identifier, found)
-        (work.folder / CARD).write_text(card, encoding="utf-8")
+        (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
 

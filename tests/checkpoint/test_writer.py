@@ -4,7 +4,6 @@ import json
 import mmap
 import os
 import random
-import resource
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -104,6 +103,7 @@ def small_files_only():
 
     @contextmanager
     def limited(n_bytes):
+        resource = pytest.importorskip("resource")
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
         try:
@@ -157,6 +157,7 @@ def can_drop(path):
     return cached_share(path) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no such advice")
 def test_what_is_not_read_next_leaves_the_cache_when_it_is_on_the_disk(tmp_path):
     if not can_drop(tmp_path / "control"):
         pytest.skip("the file system is in memory")

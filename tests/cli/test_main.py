@@ -87,6 +87,7 @@ def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):
     ("words", "message"),
     [
         (["--device", "gpu"], "device `gpu`: torch knows no such device"),
+        (["--device", "mps"], "finds no GPU of a Mac.\nUse `--device cpu`; `mps` needs Apple"),
         (["--runner", "thread"], "there is no runner `thread`"),
         (["--ray-address", "auto"], "`auto` was given for the runner `threads`"),
         (

@@ -113,3 +113,41 @@ def test_a_kernel_that_could_raise_is_refused():
             machine_code.object_code(code)
     finally:
         del compiler.ENTRIES["raising"]
+
+
+@pytest.mark.parametrize(
+    ("triple", "magic"),
+    [  # numba's JIT on Windows takes ELF, with Windows' calling convention
+        ("x86_64-pc-windows-msvc-elf", b"\x7fELF"),
+        ("arm64-apple-darwin22.0.0", b"\xcf\xfa\xed\xfe"),
+    ],
+)
+def test_kernels_for_other_systems_call_only_functions_of_their_c_library(
+    triple, magic, monkeypatch
+):
+    from llvmlite import binding
+
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    target = binding.Target.from_triple(triple)
+    monkeypatch.setattr(machine_code, "_machine", lambda: target.create_target_machine(opt=3))
+
+    content = machine_code.object_code(machine_code._archived("decode.add_low_rank"))
+
+    assert content.startswith(magic)
+    assert b"add_low_rank" in content
+    # of Windows' compiler: a check of large stacks, and a mark of floats
+    assert not [name for name in (b"__chkstk", b"_fltused") if name in content]
+
+
+def test_machine_code_of_another_system_is_stored_apart(monkeypatch):
+    from llvmlite import binding
+
+    machine_code._digest.cache_clear()
+    here = machine_code._digest()
+    monkeypatch.setattr(binding, "get_process_triple", lambda: "arm64-apple-darwin22.0.0")
+    machine_code._digest.cache_clear()
+
+    assert machine_code._digest() != here
+    monkeypatch.undo()
+    machine_code._digest.cache_clear()

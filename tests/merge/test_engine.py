@@ -14,6 +14,7 @@ from lewis_hub.merge.engine import run
 from lewis_hub.merge.plan import make_plan
 from lewis_hub.merge.runners import Backend, Ray, Runner, parse_runner, threads
 from lewis_hub.methods import registry
+from lewis_hub.system import n_cores
 
 
 def test_the_result_is_the_same_on_every_runner(zoo, settings):
@@ -238,7 +239,7 @@ def test_a_method_without_a_kernel_runs_by_its_definition(zoo, settings, monkeyp
 def test_a_runner_is_named():
     assert parse_runner("inline") == Runner()
     assert parse_runner("threads:3") == threads(3)
-    assert parse_runner("threads").n_workers == len(os.sched_getaffinity(0))
+    assert parse_runner("threads").n_workers == n_cores()
     assert parse_runner("ray") == Ray(None)
 
 

@@ -20,7 +20,9 @@ def test_the_folder_appears_with_exactly_the_files_that_belong_to_it(tmp_path):
 
         work.finish(["lewis/lock.json", "model.safetensors"])
 
-    found = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    found = sorted(
+        path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()
+    )
     assert found == ["lewis/lock.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
@@ -48,7 +50,7 @@ def test_two_runs_on_one_output_the_second_stops(tmp_path):
         pass
 
     assert str(caught.value) == (
-        f"{tmp_path}/merged: another run is working on it.\n"
+        f"{tmp_path / 'merged'}: another run is working on it.\n"
         "Wait until it ends, or name another folder with -o."
     )
 
@@ -139,9 +141,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     ):
         pass
 
+    path, reason = tmp_path / "file" / "merged", caught.value.problem.partition("(")[2]
+    assert reason.casefold() in ("not a directory)", "the system cannot find the path specified)")
     assert str(caught.value) == (
-        f"{tmp_path}/file/merged: it cannot be written (Not a directory).\n"
-        "Name a folder that you may write to with -o."
+        f"{path}: it cannot be written ({reason}.\nName a folder that you may write to with -o."
     )
 
 

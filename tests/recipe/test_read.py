@@ -356,7 +356,7 @@ def test_a_missing_file_says_how_to_write_one(tmp_path):
         read_recipe(tmp_path / "recipe.yaml")
 
     assert str(caught.value) == (
-        f"{tmp_path}/recipe.yaml: the file does not exist.\n"
+        f"{tmp_path / 'recipe.yaml'}: the file does not exist.\n"
         "Name a recipe, or write one with `lewis-hub init`."
     )
 

@@ -31,7 +31,7 @@ def message(call):
 
 def test_an_unknown_guide_is_refused_with_its_line_and_the_nearest_known_name(read, tmp_path):
     assert message(lambda: read(f"{{name: lewi, {CALIBRATION}}}")) == (
-        f"{tmp_path}/r.yaml:5: `guide.name`: guide `lewi`: it is not known in this version.\n"
+        f"{tmp_path / 'r.yaml'}:5: `guide.name`: guide `lewi`: it is not known in this version.\n"
         "Guides: activation_shift, aim, inverse, lewis, lewis_reference, magnitude, owl, random, "
         "uniform. Did you mean `lewis`?"
     )
@@ -40,7 +40,7 @@ def test_an_unknown_guide_is_refused_with_its_line_and_the_nearest_known_name(re
 @pytest.mark.parametrize("name", ["lewis", "activation_shift", "aim", "owl", "random", "inverse"])
 def test_a_guide_that_measures_on_texts_needs_them(read, name, tmp_path):
     assert message(lambda: read(f"{{name: {name}}}")) == (
-        f"{tmp_path}/r.yaml:5: `guide`: no calibration data for `a/c@main`.\n"
+        f"{tmp_path / 'r.yaml'}:5: `guide`: no calibration data for `a/c@main`.\n"
         "Add `guide.calibration`, or `calibration` to this model."
     )
     assert read(f"{{name: {name}, {CALIBRATION}}}").guide.name == name
@@ -53,7 +53,7 @@ def test_blocks_that_are_stacked_need_texts_too(tmp_path):
     )
 
     assert message(lambda: read_recipe(tmp_path / "r.yaml")) == (
-        f"{tmp_path}/r.yaml:7: `guide`: no calibration data for `a/c`.\n"
+        f"{tmp_path / 'r.yaml'}:7: `guide`: no calibration data for `a/c`.\n"
         "Add `guide.calibration`, or `calibration` to this model."
     )
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from lewis_hub.report import cost
 from lewis_hub.report.cost import Costs, Machine, StageCost
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts bytes")
 def test_a_stage_is_measured(tmp_path):
     costs = Costs()
     with costs.measure("merge"):
@@ -62,7 +64,7 @@ def test_a_system_that_counts_nothing_says_so(tmp_path, monkeypatch):
 
     (stage,) = costs.stages
     assert stage.peak_over == "process"
-    assert stage.peak_rss_bytes > 1_000_000
+    assert sys.platform == "win32" or stage.peak_rss_bytes > 1_000_000
     assert stage.read_bytes is stage.written_bytes is stage.disk_read_bytes is None
     assert stage.rss_before_bytes is None
 

@@ -1,4 +1,5 @@
 import os
+import platform
 
 from lewis_hub.report import cost
 from lewis_hub.report.cost import this_machine
@@ -13,12 +14,13 @@ def test_the_machine_is_told_by_processor_cores_and_memory(tmp_path, monkeypatch
 
     assert found.processor == "Intel(R) Xeon(R) @ 2.80GHz"
     assert 1 <= found.n_cores <= os.cpu_count()
-    assert found.memory_bytes is not None
-    assert found.memory_bytes > 100_000_000
+    if hasattr(os, "sysconf"):
+        assert found.memory_bytes is not None
+        assert found.memory_bytes > 100_000_000
     assert found.accelerator is None
 
 
 def test_a_system_that_names_no_processor_tells_its_kind(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "CPU_INFO", tmp_path / "none")
 
-    assert this_machine("cpu").processor == os.uname().machine
+    assert this_machine("cpu").processor == platform.machine()
