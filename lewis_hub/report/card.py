@@ -91,8 +91,11 @@ def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **
 def _description(facts: CardFacts) -> dict[str, Any]:
     url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
     licences = [facts.models[source.pinned].licence for source in facts.sources]
+    experts = facts.mixture.experts if facts.mixture else ()
     return {
         "methods": METHODS,
+        "mixed": list(dict.fromkeys(one.source for one in experts)),
+        "routed": [one for one in experts if not one.is_shared],
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
         "config": _configuration(facts.config),
         "tasks": list(facts.scores.tasks) if facts.scores else [],
