@@ -227,9 +227,9 @@ def test_a_mixture_on_the_hub_is_checked_described_scored_locked_and_verified(ap
     assert "This model is a mixture of experts (Mixtral) made of [`zoo/expert-reverse`]" in card
     assert "has 3 routed experts" in card
     assert "| 1 | [`zoo/expert-cipher`]" in card
-    assert " × 0.5 | `cipher: abc ->` | – |" in card
+    assert " × 0.5 | cipher: abc -&#62; | – |" in card
     assert "| 2 | [`zoo/base`]" in card
-    assert "`abc \\| def` | `reverse:` |" in card
+    assert "abc &#124; def | `reverse:` |" in card
     assert merged.scores
     assert merged.scores.tasks["zoo_reverse"].models.keys() == {
         *("base", "merged"),
