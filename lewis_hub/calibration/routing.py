@@ -86,7 +86,8 @@ def prompt_rows(
 
 def unit(vectors: Tensor) -> Tensor:
     """Vectors along the last dimension, divided by their lengths."""
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=SMALLEST)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / lengths.clamp(min=SMALLEST)
 
 
 def _hidden_states(

@@ -15,7 +15,7 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
+from lewis_hub.cli import adapters, demo, jobs, merge, models, recipes, tuning
 from lewis_hub.errors import LewisHubError
 
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
@@ -50,7 +50,8 @@ for command in (
     models.push,
     models.verify,
     models.diff,
-    models.extract_lora,
+    adapters.extract_lora,
+    adapters.merge_lora,
     recipes.init,
     recipes.schema,
     recipes.methods,

@@ -13,8 +13,10 @@ SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {fi
 
 LEAVE_OUT = "Leave it out."
 WHOLE_BASE = "the base must be a whole model, not an adapter on a model."
-NOT_OF_MIXTURES = ("models", "slices", "parameters", "tokenizer_source", "tokenizer", "missing")
-NOT_OF_MIXTURES += ("guide", "calibration")
+NOT_OF_MIXTURES = (  # fields that have no meaning for a mixture of experts
+    *("models", "slices", "parameters", "guide", "calibration"),
+    *("tokenizer_source", "tokenizer", "missing"),
+)
 STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
 
 FieldPath = tuple[str | int, ...]  # in the document, such as ("models", 0, "parameters")

@@ -190,8 +190,8 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
     """
     if recipe.slices or recipe.mixed:
         problem = "only whole models under `models` can be tuned."
-        where = "slices" if recipe.slices else "experts"
-        raise RecipeError("recipe", where, problem, "List whole models, or tune by hand.")
+        listed = "slices" if recipe.slices else "experts"
+        raise RecipeError("recipe", listed, problem, "List whole models, or tune by hand.")
     if recipe.guide:
         method = registry.find(recipe.merge_method)
         if refused := guide_refusals(recipe.guide.apply_to, method, is_stack=False):
