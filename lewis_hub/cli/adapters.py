@@ -57,7 +57,7 @@ def extract_lora(terminal: Terminal, model: str, base: str, output: Path, **give
 @click.option(
     "--rank",
     type=options.COUNT,
-    help="Maximum rank of a module. [default: the sum of the adapters' ranks]",
+    help="Maximum rank. [default: the sum of the adapters' ranks; no maximum with --error]",
 )
 @options.error
 @options.output("Folder for the adapter.", default="adapter")

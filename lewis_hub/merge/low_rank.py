@@ -52,7 +52,9 @@ class MergedUpdate:
 class Cut:
     """How far an update is cut down."""
 
-    most: int | None  # highest rank of a module; None: the sum of the adapters' ranks
+    most: (
+        int | None
+    )  # highest rank of a module; None: the adapters' ranks, or with `error` no limit
     error: float  # highest relative error; 0: the highest rank
 
 
@@ -129,8 +131,8 @@ def _merged(
         _factors(readers[shard.labels[number]], update) if (update := _update(header)) else None
         for number, header in zip(tensor.sources, tensor.inputs, strict=True)
     ][-n_experts:]
-    n_ranks = sum(one[0].shape[1] for one in factors if one)
-    most, error = min(cut.most or n_ranks, n_ranks), 0.0
+    n_ranks, error = sum(one[0].shape[1] for one in factors if one), 0.0
+    most = cut.most or (min(tensor.output.shape) if cut.error else n_ranks)
     if shard.method in SUMS:
         left, right = _side_by_side(shard, tensor, factors)
         if most < n_ranks or cut.error:

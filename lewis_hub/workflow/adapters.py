@@ -40,7 +40,8 @@ def merge_loras(
         recipe: its models are LoRA adapters of `base_model`. `evaluate` and `publish` are ignored.
         output: folder to make.
         progress: shows progress; None: shows nothing.
-        rank: highest rank of a module's update; None: the sum of the adapters' ranks.
+        rank: highest rank of a module's update; None: the sum of the adapters' ranks, or with
+            `error` no limit.
         error: in [0, 1); each module gets the lowest rank whose relative error, in the Frobenius
             norm of its update, is at most this. 0: each module gets the highest rank.
 
