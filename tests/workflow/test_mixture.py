@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from hub_models import weight_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub import pipeline
@@ -271,6 +271,27 @@ def test_a_streamed_mixture_has_the_bytes_of_a_local_one(api, tmp_path):
     assert weight_bytes(tmp_path / "pushed") == weight_bytes(local)
     assert len(weight_bytes(local)) > 3
     strictly_loaded(pushed)
+
+
+def test_a_lora_adapter_of_the_base_is_an_expert(tmp_path):
+    base, module = zoo_folder() / "base", "model.layers.3.mlp.down_proj"
+    a, b = torch.randn(2, 352), torch.randn(128, 2)
+    key = f"base_model.model.{module}"
+    (tmp_path / "lora").mkdir()
+    factors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    save_file(factors, tmp_path / "lora" / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(told))
+    text = f"base_model: {base}\ngate_mode: random\ndtype: float32\n"
+    text += f"experts: [{{source_model: {base}}}, {{source_model: {tmp_path / 'lora'}}}]\n"
+
+    merged = pipeline.merge_models(parse_recipe(text, "moe.yaml"), tmp_path / "out")
+
+    stored = load_file(merged.output / "model.safetensors")
+    dense = load_file(base / "model.safetensors")[f"{module}.weight"].float()
+    place = "model.layers.3.block_sparse_moe.experts.{}.w2.weight"
+    torch.testing.assert_close(stored[place.format(1)], dense + 2 * b @ a)
+    assert torch.equal(stored[place.format(0)], dense)
 
 
 def test_models_that_do_not_fit_are_refused_before_a_download(tmp_path):
