@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lewis_hub.demo.zoo import zoo_folder as zoo_folder
     from lewis_hub.errors import LewisHubError as LewisHubError
+    from lewis_hub.merge.adapter_settings import LoraSettings as LoraSettings
     from lewis_hub.pipeline import calibrate as calibrate
     from lewis_hub.pipeline import check as check
     from lewis_hub.pipeline import merge_models as merge_models
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lewis_hub.report.profiles import compare_profiles as compare_profiles
     from lewis_hub.tune.objective import Search as Search
     from lewis_hub.tune.run import tune_recipe as tune_recipe
+    from lewis_hub.workflow.adapters import merge_loras as merge_loras
     from lewis_hub.workflow.resolve import read_recipe as read_recipe
     from lewis_hub.workflow.resources import Execution as Execution
     from lewis_hub.workflow.single_model import diff_merges as diff_merges
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 _HOME = {  # module -> its public names
     "demo.zoo": ("zoo_folder",),
     "errors": ("LewisHubError",),
+    "merge.adapter_settings": ("LoraSettings",),
     "pipeline": (
         *("calibrate", "check", "merge_models", "open_target"),
         *("publish", "stream", "verify"),
@@ -54,6 +57,7 @@ _HOME = {  # module -> its public names
     "report.profiles": ("compare_profiles",),
     "tune.objective": ("Search",),
     "tune.run": ("tune_recipe",),
+    "workflow.adapters": ("merge_loras",),
     "workflow.resolve": ("read_recipe",),
     "workflow.resources": ("Execution",),
     "workflow.single_model": (

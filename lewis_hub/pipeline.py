@@ -38,6 +38,7 @@ from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
+from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution
@@ -308,9 +309,12 @@ def _draw(job: MergeJob, tasks: ScoredTasks | None, api: HfApi, progress: Progre
 def _measure(
     job: MergeJob, sets: Sets, loader: fetch.ModelLoader, sink: Sink, costs: Costs
 ) -> tuple[Guided | None, Gathered]:
-    """Measure the sources on the texts, for the guide and for second moments."""
+    """Measure the sources on the texts, for the guide, second moments or router weights."""
     guidance, gathered, counts = None, Gathered(), loader.files.count_bytes
     statistics, scratch = job.statistics, sink.work.scratch
+    if job.routers:
+        with costs.measure("route", counts):
+            return None, measure_routers(job.routers, loader)
     if job.guide:
         stores = sink.profiles(job.guide.beside)
         if not sink.keeps_models:
@@ -366,8 +370,8 @@ def verify(
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(made.output, api), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()
-        # machines of other kinds round second moments differently
-        if differing and resolve.needs_moments(recipe):
+        # machines of other kinds round second moments and router weights differently
+        if differing and (recipe.mixed or resolve.needs_moments(recipe)):
             stored = fetch.download(api, [source], progress)[source.pinned]
             alike = verification.weight_files_within_tolerance(stored, made.output)
             differing = verification.compare_models(lock, again, alike)

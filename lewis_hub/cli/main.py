@@ -17,7 +17,7 @@ from types import TracebackType
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
+from lewis_hub.cli import adapters, demo, jobs, merge, models, recipes, tuning
 from lewis_hub.cli.terminal import say, say_json
 from lewis_hub.errors import LewisHubError
 from lewis_hub.files import DISK_FULL
@@ -59,7 +59,8 @@ for command in (
     models.push,
     models.verify,
     models.diff,
-    models.extract_lora,
+    adapters.extract_lora,
+    adapters.merge_lora,
     recipes.init,
     recipes.schema,
     recipes.methods,

@@ -12,10 +12,9 @@ import click
 import lewis_hub
 from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, scores_table, terminal_options
-from lewis_hub.display import TextTable, size
+from lewis_hub.display import TextTable
 
 if TYPE_CHECKING:
-    from lewis_hub.merge.task_vectors import Extracted
     from lewis_hub.report.profiles import ProfileComparison
     from lewis_hub.workflow.verify import Verdict
 
@@ -188,57 +187,6 @@ def diff(terminal: Terminal, before: str, after: str) -> None:
     differences = lewis_hub.diff_merges(before, after)
     document = {"status": "differs" if differences else "same", "differences": list(differences)}
     terminal.finish(document, *differences or ("Nothing differs.",))
-
-
-@click.command(
-    "extract-lora",
-    epilog="\b\nExamples:\n  lewis-hub extract-lora me/code --base org/base --rank 64\n"
-    "  lewis-hub extract-lora me/code --base org/base --error 0.1",
-)
-@click.argument("model")
-@click.option("--base", required=True, help="Model that MODEL was fine-tuned from.")
-@click.option(
-    "--rank", type=options.COUNT, help="Maximum rank. [default: 32; no maximum with --error]"
-)
-@click.option(
-    "--error",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.0,
-    help="Use the lowest rank in each module whose relative error is at most this.",
-)
-@options.output("Folder for the adapter.", default="adapter")
-@terminal_options
-def extract_lora(
-    terminal: Terminal, model: str, base: str, rank: int | None, error: float, output: Path
-) -> None:
-    """Extract a LoRA adapter from a fine-tuned model.
-
-    The adapter has PEFT's format. MODEL and its base are repos, repo@revision or folders.
-    """
-    adapter = lewis_hub.extract_lora(model, base, output, terminal.progress, rank=rank, error=error)
-    document = {
-        "status": "extracted",
-        "output": str(output),
-        "n_bytes": adapter.n_bytes,
-        "modules": {m: {"rank": f.rank, "error": f.error} for m, f in adapter.fits.items()},
-        "whole": list(adapter.whole),
-    }
-    terminal.finish(document, *_extraction(adapter), f"{size(adapter.n_bytes)} in {output}")
-
-
-def _extraction(adapter: Extracted) -> list[str]:
-    """Ranks and relative errors of an adapter, if it has modules; whole tensors."""
-    ranks = [fit.rank for fit in adapter.fits.values()]
-    errors = [fit.error for fit in adapter.fits.values()]
-    parts = []
-    if ranks:
-        parts.append(
-            f"{len(ranks)} modules of rank {min(ranks)} to {max(ranks)}, relative error "
-            f"{sum(errors) / len(errors):.2%} on average and {max(errors):.2%} at most"
-        )
-    if adapter.whole:
-        parts.append(f"{len(adapter.whole)} tensors stored whole")
-    return parts
 
 
 @click.command(

@@ -120,6 +120,12 @@ memory = click.option(
 repo = click.option(
     "--repo", type=REPO, help="Repo to publish to, instead of the recipe's `publish.repo`."
 )
+error = click.option(
+    "--error",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Use the lowest rank in each module whose relative error is at most this.",
+)
 sign = click.option(
     "--sign",
     "private_key",

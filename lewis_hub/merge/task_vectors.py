@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import sqrt
@@ -20,12 +20,13 @@ import numpy as np
 
 from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.header import MERGEABLE, TensorHeader
-from lewis_hub.checkpoint.lora import PREFIX
+from lewis_hub.checkpoint.lora import EMBEDDING, LINEAR, PREFIX
 from lewis_hub.checkpoint.reader import Checkpoint, Reader, read_tensor
 from lewis_hub.display import Advance
 from lewis_hub.errors import MergeError, NonFiniteError
 from lewis_hub.hub.source import ADAPTERS
 from lewis_hub.kernels.calls import Floats
+from lewis_hub.merge.adapter_settings import Form, LoraSettings, is_embedding
 from lewis_hub.merge.quantised import read_floats
 from lewis_hub.merge.runners import Runner
 
@@ -96,19 +97,18 @@ class Extracted:
     whole: tuple[str, ...]  # tensors that are stored whole
     n_bytes: int  # of the adapter's weights
     files: tuple[str, ...] = ADAPTERS
+    left_out: tuple[str, ...] = ()  # tensors that differ and are not stored
 
 
 def extract(
     base: tuple[Checkpoint, Reader],
     expert: tuple[Checkpoint, Reader],
-    most: int | None,
-    error: float,
+    settings: LoraSettings,
     output: Path,
     advance: Advance,
 ) -> Extracted:
     """Write `adapter_model.safetensors` and `adapter_config.json` into a folder; imports torch.
 
-    Each module gets the lowest rank within `error`, of at most `most`; 0: the highest rank.
     `advance` is called with the number of elements done.
 
     Raises:
@@ -121,6 +121,7 @@ def extract(
     held: dict[str, Tensor] = {}
     fits: dict[str, Fit] = {}
     whole: list[str] = []
+    left_out: list[str] = []
     whole_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32, F16=torch.float16)
     factor_dtypes = defaultdict(lambda: torch.bfloat16, F32=torch.float32)  # float16 overflows
     for name, header in base[0].tensors.items():
@@ -131,23 +132,53 @@ def extract(
             if not change.isfinite().all():
                 remedy = "That model is broken: use another revision of it."
                 raise NonFiniteError(name, expert[0].label, remedy)
-            if change.any() and _is_update(header, base[0]):
-                found = fit(change, most or min(change.shape), error, factor_dtypes[dtype])
-                held[f"{PREFIX}{module}.lora_A.weight"] = found.right.contiguous()
-                held[f"{PREFIX}{module}.lora_B.weight"] = found.left.contiguous()
+            form = _form(header, base[0], settings) if change.any() else None
+            if form == "low-rank":
+                most = settings.most or min(change.shape)
+                found = fit(change, most, settings.error, factor_dtypes[dtype])
+                held |= stored_factors(module, found.left, found.right, of=header)
                 fits[module] = Fit(found.rank, found.error)
-            elif change.any():
+            elif form == "whole":
                 held[f"{PREFIX}{name}"] = theirs.to(whole_dtypes[dtype])
                 whole.append(name)
+            elif form:
+                left_out.append(name)
             advance(header.n_elements)
+    if left_out and not held:
+        problem = f"`include` and `exclude` leave out all {len(left_out)} tensors that differ"
+        remedy = f"They are searched in names such as {names.module(left_out[0])}."
+        raise MergeError(expert[0].label, problem, remedy)
     if not held:
         problem = "it is equal to the base, so there is nothing to extract"
         raise MergeError(expert[0].label, problem, "Name the fine-tuned model and its base.")
-    settings, weights = ADAPTERS
+    configuration, weights = ADAPTERS
     save_file(held, output / weights, {"format": "pt"})
-    config = json.dumps(_config(base[0].label, fits, whole), indent=2) + "\n"
-    (output / settings).write_text(config, encoding="utf-8", newline="\n")
-    return Extracted(fits, tuple(whole), (output / weights).stat().st_size)
+    config = adapter_config(base[0], fits, whole)
+    (output / configuration).write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n"
+    )
+    n_bytes = (output / weights).stat().st_size
+    return Extracted(fits, tuple(whole), n_bytes, left_out=tuple(left_out))
+
+
+def _form(tensor: TensorHeader, base: Checkpoint, settings: LoraSettings) -> Form:
+    if settings.form(tensor, is_matrix=False) == "left out":
+        return "left out"  # also if PEFT could not store it
+    return settings.form(tensor, is_matrix=_is_update(tensor, base))
+
+
+def stored_factors(
+    module: str, left: Tensor, right: Tensor, *, of: TensorHeader
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file for the update `left @ right` of a module's weight.
+
+    PEFT stores the factors of an embedding as those of the transposed table.
+    """
+    if is_embedding(of):
+        a, b = left.T.contiguous(), right.T.contiguous()
+        return {f"{PREFIX}{module}.{EMBEDDING[0]}": a, f"{PREFIX}{module}.{EMBEDDING[1]}": b}
+    a, b = right.contiguous(), left.contiguous()
+    return {f"{PREFIX}{module}.{LINEAR[0]}.weight": a, f"{PREFIX}{module}.{LINEAR[1]}.weight": b}
 
 
 def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
@@ -173,12 +204,14 @@ def _is_update(tensor: TensorHeader, base: Checkpoint) -> bool:
     return len(tensor.shape) == 2
 
 
-def _config(base: str, fits: Mapping[str, Fit], whole: list[str]) -> dict[str, Any]:
+def adapter_config(
+    base: Checkpoint, fits: Mapping[str, Fit], whole: Sequence[str]
+) -> dict[str, Any]:
     """PEFT's configuration. Alpha equals the rank everywhere, so that no factor is scaled."""
     highest = max((fit.rank for fit in fits.values()), default=1)
     thinner = {module: fit.rank for module, fit in fits.items() if fit.rank != highest}
     kept = [name for name in whole if not name.endswith(BIAS)]
-    name, _, revision = base.partition("@")
+    name, _, revision = base.label.partition("@")
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -188,13 +221,21 @@ def _config(base: str, fits: Mapping[str, Fit], whole: list[str]) -> dict[str, A
         "lora_alpha": highest,
         "rank_pattern": thinner,
         "alpha_pattern": thinner,
-        "target_modules": sorted({module.rpartition(".")[2] for module in fits}),
+        "target_modules": _targets(base, fits),
         "modules_to_save": sorted({names.module(name) for name in kept}) or None,
         "bias": "all" if len(kept) < len(whole) else "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def _targets(base: Checkpoint, fits: Collection[str]) -> list[str]:
+    """PEFT's names of the modules: the last part, or the whole name if others end so too."""
+    modules = {names.module(name) for name, tensor in base.tensors.items() if len(tensor.shape) > 1}
+    ends = {module.rpartition(".")[2] for module in modules - {*fits}}
+    found = ((module, module.rpartition(".")[2]) for module in fits)
+    return sorted({module if end in ends else end for module, end in found})
 
 
 @dataclass(frozen=True)

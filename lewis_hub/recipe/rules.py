@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from lewis_hub.recipe.mixture import METHOD, WITHOUT_PROMPTS, RoutedExpert
 from lewis_hub.recipe.reference import REPO, ModelReference
 from lewis_hub.recipe.schema import CHAT_TEMPLATES, Evaluation, Recipe, Settings, Slice
 
@@ -13,6 +14,10 @@ SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {fi
 LARGEST = 3.4e38  # in float32
 LEAVE_OUT = "Leave it out."
 WHOLE_BASE = "the base must be a whole model, not an adapter on a model."
+NOT_OF_MIXTURES = (  # fields that have no meaning for a mixture of experts
+    *("models", "slices", "parameters", "guide", "calibration"),
+    *("tokenizer_source", "tokenizer", "missing"),
+)
 STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
 
 FieldPath = tuple[str | int, ...]  # in the document, such as ("models", 0, "parameters")
@@ -26,6 +31,10 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if base and base.on:
         remedy = "Name the whole model, and list the adapter under `models`."
         yield ("base_model",), WHOLE_BASE, remedy
+    if recipe.routed is not None:
+        yield from _mixture_contradictions(recipe)
+        return
+    yield from _only_for_mixtures(recipe)
     yield from _slice_contradictions(recipe) if recipe.slices else _model_contradictions(recipe)
     if recipe.guide:
         yield from _guide_contradictions(recipe)
@@ -115,6 +124,65 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         for number, source in enumerate(part.sources):
             inner = (*where, "sources", number, "model")
             yield from _adapter_contradictions(recipe, inner, source.model)
+
+
+def _only_for_mixtures(recipe: Recipe) -> Iterator[Complaint]:
+    for key in ("shared_experts", "gate_mode", "experts_per_token", "architecture"):
+        if getattr(recipe, key) is not None:
+            remedy = "List the routed experts under `experts`, or remove this key."
+            yield (key,), f"`{key}` belongs to a mixture, but there are no `experts`.", remedy
+
+
+def _mixture_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    experts, n_active = recipe.routed or (), recipe.experts_per_token or 0
+    if recipe.base_model is None:
+        remedy = "Name the dense model that gives all other tensors."
+        yield ("base_model",), "a mixture needs a `base_model`.", remedy
+    for key in NOT_OF_MIXTURES:
+        if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
+            yield (key,), f"`{key}` cannot be used with `experts`.", LEAVE_OUT
+    if recipe.merge_method != METHOD:
+        problem = f"`{recipe.merge_method}` cannot be used with `experts`."
+        yield ("merge_method",), problem, LEAVE_OUT
+    if not 1 <= n_active <= len(experts):
+        problem = f"each token would pass {n_active} of {len(experts)} experts."
+        remedy = f"Give a number from 1 to {len(experts)}, or list more experts."
+        yield ("experts_per_token",), problem, remedy
+    if len(recipe.shared_experts or ()) > 1:
+        problem = f"found {len(recipe.shared_experts or ())} shared experts."
+        yield ("shared_experts",), problem, "No architecture takes more than one: keep one."
+    yield from _prompt_contradictions(recipe)
+    for where, expert in _places_of_experts(recipe):
+        yield from _adapter_contradictions(recipe, (*where, "source_model"), expert.source_model)
+        if expert.noise_scale:
+            problem = "random noise on the weights is not supported."
+            yield (*where, "noise_scale"), problem, LEAVE_OUT
+    if recipe.evaluate:
+        yield from _gate_contradictions(recipe, recipe.evaluate)
+        yield from _benchmark_contradictions(recipe.evaluate)
+
+
+def _prompt_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.gate_mode in WITHOUT_PROMPTS:
+        return
+    for where, expert in _places_of_experts(recipe):
+        if not expert.positive_prompts:
+            problem = f"`{expert.source_model}` has no prompts, but the router weights of "
+            problem += f"`gate_mode: {recipe.gate_mode}` are computed from them."
+            remedy = "Add some texts that this expert should get, or set `gate_mode: random`."
+            yield (*where, "positive_prompts"), problem, remedy
+    experts = recipe.routed or ()
+    given = {(one.positive_prompts, one.negative_prompts) for one in experts}
+    if len(experts) > 1 and len(given) == 1 and experts[0].positive_prompts:
+        problem = "all experts have the same prompts, so the router could not tell them apart."
+        yield ("experts",), problem, "Give each expert texts of the kind that it should get."
+
+
+def _places_of_experts(recipe: Recipe) -> Iterator[tuple[FieldPath, RoutedExpert]]:
+    """Every expert of a mixture, with its path."""
+    for key, experts in (("experts", recipe.routed), ("shared_experts", recipe.shared_experts)):
+        for number, expert in enumerate(experts or ()):
+            yield (key, number), expert
 
 
 def _repeated(models: Iterable[ModelReference]) -> list[str]:

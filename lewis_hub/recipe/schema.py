@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lewis_hub.files import starts_like_path
+from lewis_hub.recipe.mixture import Mixture
 from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
 
 ApplyTo = Literal["density", "weight", "both"]
@@ -362,7 +363,7 @@ class Publishing(Part):
         return value
 
 
-class Recipe(Part):
+class Recipe(Mixture):
     """A whole merge, from its sources to the published model."""
 
     base_model: ModelReference | None = Field(
@@ -441,9 +442,10 @@ class Recipe(Part):
     def experts(self) -> tuple[ModelEntry, ...]:
         """The models other than the base, which mergekit's configurations often list too.
 
-        With `slices`, each model once, in the order of its first slice.
+        With `slices`, each model once, in the order of its first slice; so with `experts`.
         """
         named = dict.fromkeys(source.model for part in self.slices for source in part.sources)
+        named |= dict.fromkeys(expert.source_model for expert in self.mixed)
         listed = self.models or tuple(ModelEntry(model=model) for model in named)
         return tuple(entry for entry in listed if entry.model != self.base_model)
 

@@ -91,8 +91,11 @@ def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **
 def _description(facts: CardFacts) -> dict[str, Any]:
     url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
     licences = [facts.models[source.pinned].licence for source in facts.sources]
+    experts = facts.mixture.experts if facts.mixture else ()
     return {
         "methods": METHODS,
+        "mixed": list(dict.fromkeys(one.source for one in experts)),
+        "routed": [one for one in experts if not one.is_shared],
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
         "config": _configuration(facts.config),
         "tasks": list(facts.scores.tasks) if facts.scores else [],
@@ -195,9 +198,33 @@ def _listed(items: Iterable[str]) -> str:
 
 def adapter_card(base: Source, expert: Source, licence: str | None, extracted: Extracted) -> str:
     """The `README.md` of a LoRA adapter: metadata for the Hub, and the error of its updates."""
+    return _document(
+        _adapter_data(base, licence),
+        "adapter.md.j2",
+        {},
+        base=base,
+        expert=expert,
+        **_errors(extracted),
+    )
+
+
+def merged_adapter_card(facts: CardFacts, licence: str | None, made: Extracted) -> str:
+    """The `README.md` of a LoRA adapter that was merged from others."""
+    base = facts.base or facts.experts[0]
+    return _document(
+        _adapter_data(base, licence),
+        "merged_adapter.md.j2",
+        {"model": partial(_model, facts), "listed": _listed},
+        facts=facts,
+        methods=METHODS,
+        **_errors(made),
+    )
+
+
+def _adapter_data(base: Source, licence: str | None) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(
+    return ModelCardData(
         base_model=None if base.folder else base.name,
         base_model_relation=None if base.folder else "adapter",
         library_name="peft",
@@ -205,17 +232,16 @@ def adapter_card(base: Source, expert: Source, licence: str | None, extracted: E
         tags=["lora", "lewis-hub"],
         license=licence,
     )
+
+
+def _errors(extracted: Extracted) -> dict[str, Any]:
+    """The mean and the largest errors of an adapter's updates."""
     errors = [fit.error for fit in extracted.fits.values()]
-    return _document(
-        data,
-        "adapter.md.j2",
-        {},
-        base=base,
-        expert=expert,
-        extracted=extracted,
-        mean_error=fmean(errors) if errors else 0.0,
-        worst=sorted(extracted.fits.items(), key=lambda item: -item[1].error)[:N_WORST],
-    )
+    return {
+        "extracted": extracted,
+        "mean_error": fmean(errors) if errors else 0.0,
+        "worst": sorted(extracted.fits.items(), key=lambda item: -item[1].error)[:N_WORST],
+    }
 
 
 def card_data(facts: CardFacts) -> ModelCardData:

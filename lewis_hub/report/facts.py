@@ -138,6 +138,28 @@ class StackedBlocks:
 
 
 @dataclass(frozen=True)
+class MixedExpert:
+    """An expert of a mixture, and the texts that its router weights come from."""
+
+    source: Source
+    is_shared: bool
+    positive_prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
+    residual_scale: float | None
+
+
+@dataclass(frozen=True)
+class MixtureFacts:
+    """A mixture of experts."""
+
+    architecture: str
+    experts: tuple[MixedExpert, ...]  # routed, then shared
+    experts_per_token: int
+    gate_mode: str
+    is_random: bool  # whether the router weights are random
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """All facts that a card states. Strings may come from anywhere; the card escapes them."""
 
@@ -158,6 +180,7 @@ class CardFacts:
     digest: str
     software: Mapping[str, str]  # name -> version, with lewis_hub
     stack: tuple[StackedBlocks, ...] = ()
+    mixture: MixtureFacts | None = None
     parameters: Mapping[str, int] = field(default_factory=dict)  # tensor -> number of parameters
     guided: Guided | None = None  # None if the densities come from the recipe's own settings
     scores: Scores | None = None

@@ -44,7 +44,7 @@ UNREAD_SUFFIXES = frozenset(
     | {".pdf", ".png", ".pt", ".pth", ".svg", ".webp"}
 )
 # Keys of a recipe that do not determine the weights: names of inputs, and settings of later stages.
-NAMES = frozenset({"model", "base_model", "dataset", "include", "revision"})
+NAMES = frozenset({"model", "source_model", "base_model", "dataset", "include", "revision"})
 LATER = frozenset({"evaluate", "publish", "allow_overlap"})
 CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")
@@ -115,6 +115,8 @@ class Lock:
         }
         if "slices" in self.recipe:
             fixed["slices"] = _numbered(self.recipe)
+        if "experts" in self.recipe:
+            fixed["experts"] = _numbered_experts(self.recipe)
         return _sha256(fixed)
 
     def to_json(self) -> str:
@@ -231,6 +233,14 @@ def _numbered(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for part in recipe["slices"]
     ]
+
+
+def _numbered_experts(recipe: Mapping[str, Any]) -> list[int]:
+    """The source of each expert of a mixture as its number among all sources, the base first."""
+    experts = (*recipe["experts"], *recipe.get("shared_experts", ()))
+    models = [recipe["base_model"], *(expert["source_model"] for expert in experts)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(models))}
+    return [numbers[name] for name in models[1:]]
 
 
 def provenance(lock: Lock, began: datetime, ended: datetime) -> str:

@@ -188,9 +188,10 @@ def space_of(recipe: Recipe, methods: Sequence[str] = (), guides: Sequence[str] 
         MergeError, GuideError: a method or guide is unknown.
         TuningError: a method needs a base and another takes none, or no method takes a guide.
     """
-    if recipe.slices:
+    if recipe.slices or recipe.mixed:
         problem = "only whole models under `models` can be tuned."
-        raise RecipeError("recipe", "slices", problem, "List whole models, or tune by hand.")
+        listed = "slices" if recipe.slices else "experts"
+        raise RecipeError("recipe", listed, problem, "List whole models, or tune by hand.")
     if recipe.guide:
         method = registry.find(recipe.merge_method)
         if refused := guide_refusals(recipe.guide.apply_to, method, is_stack=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -17,16 +18,19 @@ from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
 from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.compare import compare, passed_over
+from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.fetch import convert_pickles
-from lewis_hub.workflow.merge import PlanSettings, merge_slices, stack_config, stack_headers
+from lewis_hub.workflow.merge import PlanSettings, merge_slices, output_headers, stack_config
+from lewis_hub.workflow.mixture import config_of, mixture_notes, mixture_settings
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_sources
 from lewis_hub.workflow.resolve import Inputs, by_reference, merged_entries, needs_moments
 from lewis_hub.workflow.resources import Execution, Measurement, Workload
@@ -81,14 +85,15 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     sources, measurement, tokens = open_sources(inputs, api), measurement_of(recipe), Tokens()
     problems = [one.problem for one in sources.distinct if one.problem]
     if sources.are_read and not problems:
-        sources = sources if recipe.slices else check.settle(sources)
+        takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
+        sources = sources if takes_parts else check.settle(sources)
         tokens = tokenizers.compare_tokenizers(
             _tokenizer_request(recipe, sources, measurement, api)
         )
         known = tokens.translations
         sources = sources.replaced(lambda one: replace(one, translation=known.get(one.pinned)))
         problems += tokens.problems
-        if not recipe.slices:  # a stack is compared when it is planned
+        if not takes_parts:
             problems += _misfits(recipe, sources, tokens)
     output = sources.donor.checkpoint
     if not problems:
@@ -109,7 +114,10 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
 def _tokenizer_request(
     recipe: Recipe, sources: MergeSources, measurement: Measurement, api: HfApi
 ) -> TokenizerRequest:
-    """A stack without texts only compares models whose embeddings, final norm or head it uses."""
+    """Compare only models whose embeddings or head are used, unless texts run through all.
+
+    These are all models, the ends of a stack, and the base of a mixture.
+    """
     references = by_reference(recipe, sources.base, sources.experts)
     tokenizer = recipe.effective_tokenizer
     names = [recipe.chat_template] if recipe.chat_template else []
@@ -117,7 +125,7 @@ def _tokenizer_request(
         tokens = (token.model for token in tokenizer.tokens.values())
         names += [tokenizer.source, *(model for model in tokens if model)]
     named = {name: references[model] for name in names if (model := recipe.reference(name))}
-    models = sources.models
+    models = (sources.donor,) if recipe.mixed else sources.models
     if recipe.slices and not tokenizer and not measurement.calibrations:
         ends = (recipe.slices[0], recipe.slices[-1])
         used = {references[source.model].pinned for end in ends for source in end.sources}
@@ -139,8 +147,10 @@ def plan_settings(
     """Return the settings that determine the plan of a merge."""
     base, references = sources.base, by_reference(recipe, sources.base, sources.experts)
     takes_base = registry.find(recipe.merge_method).takes_base
-    settings: MergeSettings | StackSettings
-    if recipe.slices:
+    settings: MergeSettings | StackSettings | MixtureSettings
+    if recipe.mixed:
+        settings = mixture_settings(recipe, sources, references)
+    elif recipe.slices:
         settings = StackSettings(
             method=recipe.merge_method,
             slices=merge_slices(
@@ -173,11 +183,22 @@ def _check_plan(recipe: Recipe, sources: MergeSources, tokens: Tokens) -> Checkp
     """Plan the merge if all tensors are known; return the headers of its output."""
     planned = plan_settings(recipe, Execution(max_shard_bytes=1 << 40), sources, tokens)
     if sources.are_read:
-        planned.plan(None)
-        if isinstance(planned.settings, StackSettings):
-            stack_config(planned.settings, sources)
-            return stack_headers(planned.settings)
+        made = planned.plan(None)
+        model_config(recipe, planned, sources)
+        if not isinstance(planned.settings, MergeSettings):
+            return output_headers(made)
     return sources.donor.checkpoint
+
+
+def model_config(
+    recipe: Recipe, planned: PlanSettings, sources: MergeSources
+) -> dict[str, Any] | None:
+    """Return the `config.json` of a stack or mixture; None: that of the donor."""
+    if isinstance(planned.settings, StackSettings):
+        return stack_config(planned.settings, sources)
+    if isinstance(planned.settings, MixtureSettings):
+        return config_of(recipe, planned.settings, sources)
+    return None
 
 
 def _licence_problems(recipe: Recipe, facts: Iterable[ModelFacts]) -> list[str]:
@@ -281,15 +302,18 @@ def workload_of(
     """Return the values that determine the disk and memory of a merge."""
     rescales = recipe.merge_method == "ties" and bool(recipe.parameters.get("rescale", False))
     uniform = has_uniform_twin(recipe)
-    measured = sources.experts if measurement.moments else ()
+    measured: Iterable[OpenedSource] = sources.experts if measurement.moments else ()
     if measurement.guide and measurement.guide.needs_texts:
         measured = sources.models
+    if recipe.mixed and recipe.gate_mode not in WITHOUT_PROMPTS:
+        measured = (sources.donor,)
     rivals = rivals_of(recipe.evaluate, sources).values() if recipe.evaluate else ()
     return Workload(
         sources=sources,
         output=output,
         dtype=recipe.output_dtype,
-        has_kernel=recipe.merge_method in (AVERAGED, *FUSED) and not rescales,
+        has_kernel=bool(recipe.mixed)
+        or (recipe.merge_method in (AVERAGED, *FUSED) and not rescales),
         measurement=measurement,
         loading=execution.loading,
         scores=recipe.evaluate is not None,
@@ -301,7 +325,7 @@ def workload_of(
 
 def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[str]:
     """Return the notes of a check."""
-    notes, donor = [], sources.donor
+    notes, donor = mixture_notes(recipe) if recipe.mixed else [], sources.donor
     if "auto_map" in donor.config and donor.name not in recipe.allow_code:
         notes.append(
             f"{donor.name} contains Python code, which is not copied into the merge; list it "

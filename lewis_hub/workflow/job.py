@@ -24,9 +24,9 @@ from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.failures import address
 from lewis_hub.hub.fetch import read_small
+from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
-from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.rules import fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
@@ -38,7 +38,8 @@ from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
 from lewis_hub.workflow.examine import Examined, examine_sources
 from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
-from lewis_hub.workflow.merge import PlanSettings, new_dtype, stack_config
+from lewis_hub.workflow.merge import PlanSettings, new_dtype
+from lewis_hub.workflow.mixture import RouterSettings, mixture_facts, router_settings
 from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
 from lewis_hub.workflow.resources import DiskNeeds, Execution
@@ -55,6 +56,7 @@ class MergeJob:
     texts: TextSettings
     guide: calibrate.GuideSettings | None  # None: densities come from the recipe's settings
     statistics: StatisticsSettings | None  # None: the method needs no second moments
+    routers: RouterSettings | None  # None: it is no mixture of experts
     plan: PlanSettings
     sidecars: SidecarSettings
     evaluation: EvaluationPlan | None  # None: nothing is scored
@@ -136,17 +138,22 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     inputs, sources, tokens = examined.inputs, examined.sources, examined.tokens
     measurement, allow_code = examine.measurement_of(recipe), execution.allow_code
     plan = examine.plan_settings(recipe, execution, sources, tokens)
-    stack = plan.settings if isinstance(plan.settings, StackSettings) else None
     sidecars = SidecarSettings(
         donor=sources.donor.pinned,
         dtype=recipe.output_dtype or new_dtype(sources.donor.checkpoint),
         code=inputs.donor.name in recipe.allow_code,
         tokenizer=tokens.carried,
-        config=stack_config(stack, sources) if stack else None,
+        config=examine.model_config(recipe, plan, sources),
     )
     models = {one.pinned: one.source for one in sources.models}
     sidecars.require_readable(models, partial(read_small, api))
+    mixture = None
+    if isinstance(plan.settings, MixtureSettings) and sources.are_read:
+        mixture = plan.settings
     reporting = _report_settings(recipe, execution, examined, api)
+    if mixture:
+        mixed = mixture_facts(recipe, mixture, inputs)
+        reporting = replace(reporting, facts=replace(reporting.facts, mixture=mixed))
     statistics = None
     if measurement.moments:
         reader = tokens.carried.source if tokens.carried else sources.donor.pinned
@@ -168,6 +175,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         ),
         guide=_guide_settings(recipe, sources, measurement, plan),
         statistics=statistics,
+        routers=router_settings(recipe, mixture, sources) if mixture else None,
         plan=plan,
         sidecars=sidecars,
         evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
@@ -282,7 +290,7 @@ def _mergekit(
 ) -> MergekitMerge | None:
     """Return the merge for mergekit, if mergekit has its method; `document`: the pinned recipe."""
     inputs = examined.inputs
-    if recipe.merge_method not in METHODS or resolve.needs_moments(recipe):
+    if recipe.mixed or recipe.merge_method not in METHODS or resolve.needs_moments(recipe):
         return None
     entries = zip(resolve.merged_entries(recipe), inputs.experts, strict=True)
     return MergekitMerge(

@@ -18,6 +18,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge import plan as plans
 from lewis_hub.merge import slices as stacks
 from lewis_hub.merge.engine import ShardResult, run, tensors_in_memory
+from lewis_hub.merge.mixture import MixtureSettings, make_mixture_plan
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Statistics, make_plan
 from lewis_hub.merge.runners import Backend, Ray, threads
 from lewis_hub.merge.sidecars import SidecarSettings
@@ -49,7 +50,7 @@ class MergedModel:
 class PlanSettings:
     """The settings of a plan, without densities and second moments."""
 
-    settings: MergeSettings | StackSettings  # of whole models, or of a stack of their blocks
+    settings: MergeSettings | StackSettings | MixtureSettings  # of whole models, blocks or MLPs
     max_shard_bytes: int  # limit for a file
     allow_nan: bool  # whether NaN and infinity in sources are replaced by the base's values
 
@@ -71,7 +72,7 @@ class PlanSettings:
 
     def restack(self, schedule: DensitySchedule) -> DensitySchedule:
         """Return the schedule by the tensors of the stack; unchanged for whole models."""
-        if isinstance(self.settings, MergeSettings):
+        if not isinstance(self.settings, StackSettings):
             return schedule
         found: dict[str, dict[str, float]] = {one.source: {} for one in schedule.experts}
         given = {one.source: one.tensors for one in schedule.experts}
@@ -85,6 +86,8 @@ class PlanSettings:
         return DensitySchedule(tuple(experts))
 
     def _plan(self, schedule: DensitySchedule | None) -> MergePlan:
+        if isinstance(self.settings, MixtureSettings):
+            return make_mixture_plan(self.settings, self.max_shard_bytes)
         if isinstance(self.settings, StackSettings):
             plain = make_stacked_plan(self.settings, self.max_shard_bytes)
             if schedule is None:
@@ -213,11 +216,11 @@ def stack_config(settings: StackSettings, sources: MergeSources) -> dict[str, An
     return stacks.stacked_config(models[sources.donor.pinned], origins)
 
 
-def stack_headers(settings: StackSettings) -> Checkpoint:
-    """Return the headers of the stack."""
+def output_headers(planned: MergePlan) -> Checkpoint:
+    """Return the headers of the model that a plan makes."""
     headers = [
         TensorHeader(tensor.name, tensor.dtype, tensor.shape, layout.name, 0, tensor.n_bytes)
-        for layout in make_stacked_plan(settings, 1 << 40).layouts
+        for layout in planned.layouts
         for tensor in layout.tensors
     ]
-    return Checkpoint("the stack", {header.name: header for header in headers})
+    return Checkpoint("the merge", {header.name: header for header in headers})

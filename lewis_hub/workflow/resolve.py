@@ -300,7 +300,9 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     sources = by_reference(recipe, inputs.base, inputs.experts)
     names = {str(model): source.pinned for model, source in sources.items()}
-    del document["models" if recipe.slices else "slices"]
+    given = "slices" if recipe.slices else None if recipe.mixed else "models"
+    for unused in {"models", "slices"} - {given}:
+        del document[unused]
     models = document.get("models", [])
     slices = document.get("slices", [])
     for place in (document, *slices):
@@ -308,6 +310,8 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
             place["base_model"] = names[place["base_model"]]
     for model in (*models, *(source for one in slices for source in one["sources"])):
         model["model"] = names[model["model"]]
+    for expert in (*document.get("experts", []), *document.get("shared_experts", [])):
+        expert["source_model"] = names[expert["source_model"]]
     _pin_tokenizer(document, recipe, names)
     places = [document, document.get("guide", {}), *models]
     drawn = [place["calibration"] for place in places if "calibration" in place]
@@ -384,10 +388,10 @@ def _own_tasks(recipe: Recipe) -> dict[str, list[str]]:
 def merged_entries(recipe: Recipe) -> tuple[ModelEntry, ...]:
     """Return the models that are merged: the experts, or all models if the method takes no base.
 
-    For slices it returns the experts; the slices themselves say where the base is used.
+    For slices and mixtures it returns the experts; they themselves say where the base is used.
     """
     takes_base = registry.find(recipe.merge_method).takes_base
-    return recipe.experts if takes_base or recipe.slices else recipe.models
+    return recipe.experts if takes_base or recipe.slices or recipe.mixed else recipe.models
 
 
 def by_reference(

@@ -24,6 +24,7 @@ from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import model_facts
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.recipe.reference import ModelReference
@@ -36,7 +37,7 @@ from lewis_hub.workflow import check, examine, fetch, job, resolve, resources, v
 from lewis_hub.workflow.calibrate import known_profile
 from lewis_hub.workflow.evaluate import CARD, Candidate, score
 from lewis_hub.workflow.fetch import fetch_whole
-from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model
+from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model, ties
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution, Loading, Measurement
 from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
@@ -44,7 +45,10 @@ from lewis_hub.workflow.texts import ScoredTasks, TextSettings, draw
 if TYPE_CHECKING:
     from lewis_hub.merge.task_vectors import Extracted
 
-RANK = 32  # of an adapter's updates, unless a rank or an error is given
+TIED = (
+    " ties head and embeddings, but PEFT applies a low-rank update of the embeddings to the "
+    "embeddings alone. Store them whole: leave out `--embeddings low-rank`."
+)
 PROFILE = "importance.json"
 IN_A_MERGE = f"lewis/{PROFILE}"
 GUIDE: Measure = "lewis"
@@ -113,10 +117,8 @@ def extract_lora(
     model: ModelReference | Path | str,
     base: ModelReference | Path | str,
     output: Path | str,
+    settings: LoraSettings | None = None,
     progress: Progress | None = None,
-    *,
-    rank: int | None = None,
-    error: float = 0.0,
 ) -> Extracted:
     """Write a LoRA adapter in PEFT's format; the folder appears whole or not at all.
 
@@ -124,17 +126,16 @@ def extract_lora(
         model: the fine-tuned model: a repo, repo@revision or folder.
         base: the model that it was fine-tuned from.
         output: folder to make.
+        settings: rank or error, and which modules are stored how; None: rank 32.
         progress: shows progress; None: shows nothing.
-        rank: highest rank of a module's update; None: 32, or with `error` no limit.
-        error: in [0, 1); each module gets the lowest rank whose relative error, in the Frobenius
-            norm of the task vector, is at most this. 0: each module gets the highest rank.
 
     Raises:
         LewisHubError: a model cannot be used, or the two do not fit together or are equal.
 
     Example:
         >>> expert, base = "zoo/expert-reverse", "zoo/base"
-        >>> adapter = lewis_hub.extract_lora(expert, base, tmp_path / "adapter", rank=4)
+        >>> settings = lewis_hub.LoraSettings(rank=4)
+        >>> adapter = lewis_hub.extract_lora(expert, base, tmp_path / "adapter", settings)
         >>> {fit.rank for fit in adapter.fits.values()}
         {4}
     """
@@ -142,9 +143,12 @@ def extract_lora(
     from lewis_hub.merge.task_vectors import extract
 
     output, progress, api = Path(output), progress or Silent(), hub_api()
-    most = rank or (None if error else RANK)
+    settings = settings or LoraSettings()
     sources = [resolve_one(base, api), resolve_one(model, api)]
-    headers = _fitting(open_model(api, sources[0], "base"), open_model(api, sources[1]))
+    opened_base = open_model(api, sources[0], "base")
+    headers = _fitting(opened_base, open_model(api, sources[1]))
+    if settings.embeddings == "low-rank" and ties(opened_base.config):
+        raise ExtractionError((f"{sources[0].pinned}{TIED}",))
     with open_workspace(output, replace=False) as work, ExitStack() as opened:
         folders = fetch.download(api, sources, progress)
         readers = [
@@ -155,7 +159,7 @@ def extract_lora(
         n_elements = sum(t.n_elements for t in tensors if t.dtype in MERGEABLE)
         pairs = list(zip(headers, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
-            found = extract(pairs[0], pairs[1], most, error, work.folder, advance)
+            found = extract(pairs[0], pairs[1], settings, work.folder, advance)
         licence = model_facts(api, sources[1]).licence
         identifier = licence.identifier if licence else None
         card = adapter_card(sources[0], sources[1], identifier, found)

@@ -125,6 +125,67 @@ def test_the_same_models_give_the_same_bytes(tmp_path):
     assert all((first / name).read_bytes() == (again / name).read_bytes() for name in names)
 
 
+def test_patterns_choose_the_modules_and_save_stores_one_whole(model, tmp_path):
+    expert = zoo_folder() / "expert-reverse"
+    only = ["--include", r"layers\.[01]\.", "--exclude", "mlp", "--save", "k_proj"]
+
+    told = extract(expert, "--base", BASE, "--rank", 2, *only, "-o", tmp_path / "out")
+
+    ends = ("q_proj", "v_proj", "o_proj")
+    assert sorted(told["modules"]) == sorted(
+        f"model.layers.{n}.self_attn.{end}" for n in (0, 1) for end in ends
+    )
+    saved = [name for name in told["whole"] if not name.endswith("norm.weight")]
+    assert saved == [f"model.layers.{n}.self_attn.k_proj.weight" for n in (0, 1)]
+    assert "model.layers.0.mlp.up_proj.weight" in told["left_out"]
+    assert "model.layers.2.self_attn.q_proj.weight" in told["left_out"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(told["modules"])  # other blocks have such modules
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{len(told['left_out'])} other tensors differ and are not stored" in card
+
+
+def test_embeddings_and_an_untied_head_become_low_rank_updates(tmp_path):
+    base, expert = (shutil.copytree(BASE, tmp_path / name) for name in ("base", "expert"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: t.float() for key, t in load_file(BASE / "model.safetensors").items()}
+    tensors["lm_head.weight"] = torch.randn(390, 128, generator=generator)
+    config = json.loads((BASE / "config.json").read_text()) | {"tie_word_embeddings": False}
+    for folder in (base, expert):
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            left, right = (torch.randn(n, 2, generator=generator) / 8 for n in (390, 128))
+            tensors[name] = tensors[name] + left @ right.T
+
+    words = ["--base", base, "--rank", 2, "--embeddings", "low-rank", "-o", tmp_path / "out"]
+    told = extract(expert, *words)
+
+    assert {name: fit["rank"] for name, fit in told["modules"].items()} == {
+        "lm_head": 2,
+        "model.embed_tokens": 2,
+    }
+    held = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert held["base_model.model.model.embed_tokens.lora_embedding_A"].shape == (2, 390)
+    text = f"base_model: {base}\nmodels: [{tmp_path / 'out'}]\nmerge_method: task_arithmetic\n"
+    merged = lewis_hub.merge_models(parse_recipe(text, "recipe.yaml"), tmp_path / "merged").output
+    wanted, found = (load_file(f / "model.safetensors") for f in (expert, merged))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_low_rank_embeddings_of_a_tied_base_and_bad_patterns_are_refused(tmp_path):
+    words = [zoo_folder() / "expert-reverse", "--base", BASE, "-o", tmp_path / "out"]
+
+    assert f"{BASE} ties head and embeddings, but PEFT" in refusal(
+        *words, "--embeddings", "low-rank"
+    )
+    assert "`include`: '(' is not a regular expression" in refusal(*words, "--include", "(")
+    said = refusal(*words, "--include", "qproj")
+    assert "`include` and `exclude` leave out all" in said
+    assert "They are searched in names such as model." in said
+
+
 def refusal(*words):
     with pytest.raises(LewisHubError) as raised:
         extract(*words)

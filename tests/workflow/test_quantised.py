@@ -306,7 +306,7 @@ def test_an_adapter_is_extracted_from_fp8_as_from_its_float32_twin(api, tmp_path
     fp8, twin = write_model(tmp_path / "fp8", "expert-reverse", "rows")
 
     for name, model in (("one", fp8), ("two", twin)):
-        lewis_hub.extract_lora(model, "zoo/base", tmp_path / name, rank=2)
+        lewis_hub.extract_lora(model, "zoo/base", tmp_path / name, lewis_hub.LoraSettings(rank=2))
 
     assert weight_bytes(tmp_path / "one") == weight_bytes(tmp_path / "two")
 
@@ -458,4 +458,4 @@ def test_extracting_an_adapter_from_a_quantised_model_is_refused(api, tmp_path):
     configure(folder, quantization_config={"quant_method": "hqq"})
 
     with pytest.raises(ExtractionError, match=r"is quantised \(hqq\)"):
-        lewis_hub.extract_lora(folder, "zoo/base", tmp_path / "out", rank=2)
+        lewis_hub.extract_lora(folder, "zoo/base", tmp_path / "out", lewis_hub.LoraSettings(rank=2))
