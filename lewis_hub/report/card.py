@@ -89,15 +89,13 @@ def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **
 
 
 def _description(facts: CardFacts) -> dict[str, Any]:
-    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
     licences = [facts.models[source.pinned].licence for source in facts.sources]
     return {
         "methods": METHODS,
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
         "config": _configuration(facts.config),
         "tasks": list(facts.scores.tasks) if facts.scores else [],
-        # The Hub resolves a relative `src`; whether it resolves a relative `srcset` is unknown.
-        "dark_folder": f"{url}/resolve/main/lewis" if url else "lewis",
+        "dark_folder": dark_folder(facts),
         "licences": list(dict.fromkeys(licences)),
         "disagree": DISAGREE,
         "calibrated": _calibrated(facts),
@@ -105,6 +103,15 @@ def _description(facts: CardFacts) -> dict[str, Any]:
         "streams": any(cost.fetched_bytes is not None for cost in facts.costs),
         "builder": BUILDER,
     }
+
+
+def dark_folder(facts: CardFacts) -> str:
+    """The address of the dark plots, or their folder if the merge stays on disk.
+
+    The Hub resolves a relative `src`; whether it resolves a relative `srcset` is unknown.
+    """
+    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
+    return f"{url}/resolve/main/lewis" if url else "lewis"
 
 
 def _guidance(guided: Guided | None) -> dict[str, Any]:

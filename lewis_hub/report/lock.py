@@ -270,11 +270,20 @@ def provenance(lock: Lock, began: datetime, ended: datetime) -> str:
 def is_provenance_of(text: str, lock: Lock) -> bool:
     """Whether a text is the provenance of a lock, whatever its dates."""
     try:
-        metadata = json.loads(text)["predicate"]["runDetails"]["metadata"]
-        began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))
+        return provenance_again(text, lock) == text
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
-    return provenance(lock, began, ended) == text
+
+
+def provenance_again(text: str, lock: Lock) -> str:
+    """The provenance of a lock, with the times of an earlier statement `text`.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: the text is no such statement.
+    """
+    metadata = json.loads(text)["predicate"]["runDetails"]["metadata"]
+    began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))
+    return provenance(lock, began, ended)
 
 
 def _subjects(lock: Lock) -> Iterator[dict[str, Any]]:
