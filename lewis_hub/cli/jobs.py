@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from lewis_hub.cli import options
+from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.display import TextTable
 
@@ -29,7 +30,7 @@ STATUS = {0: "merged", 3: "refused"}
 EXIT_CODE = {"merged": 0, "unchanged": 0, "refused": 3}
 
 
-class Schedules(click.Group):
+class Schedules(Commands):
     """A group whose default command is `create`: `lewis-hub schedule RECIPE --cron ...`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

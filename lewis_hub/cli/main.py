@@ -15,7 +15,8 @@ import warnings
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import demo, jobs, merge, models, recipes, tuning
+from lewis_hub.cli import demo, init, jobs, merge, models, recipes, tuning
+from lewis_hub.cli.help import Commands
 from lewis_hub.errors import LewisHubError
 
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
@@ -31,6 +32,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 refused by the quality gate, 
 
 
 @click.group(
+    cls=Commands,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
@@ -51,7 +53,7 @@ for command in (
     models.verify,
     models.diff,
     models.extract_lora,
-    recipes.init,
+    init.init,
     recipes.schema,
     recipes.methods,
     recipes.guides,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,8 @@ import click
 import lewis_hub
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from lewis_hub.workflow.publish import Destination
 
 
@@ -64,15 +67,48 @@ SIZE = Format("size", "a size such as 500MB or 5GB", _parse_size)  # in powers o
 DURATION = Format("duration", "a duration such as 90m or 2h", matching(r"\d+(\.\d+)?[smhd]"))
 
 
+def _parse_pair(text: str) -> tuple[str, Any] | None:
+    """Read NAME=VALUE; the value is a number, true, false or a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        return None
+    try:
+        read = json.loads(value)
+    except ValueError:
+        return name, value
+    return name, read if isinstance(read, bool | int | float | str) else value
+
+
+PAIR = Format("name=value", "NAME=VALUE such as temperature=0.6", _parse_pair)
+
+M = TypeVar("M", bound="BaseModel")
+
+
+def validated(kind: type[M], **given: Any) -> M:
+    """Make a part of a recipe from options; a contradiction is a usage error."""
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = first["msg"].removeprefix("Value error, ")
+        place = ".".join(map(str, first["loc"]))
+        raise click.UsageError(f"{place}: {problem}" if place else problem) from None
+
+
 def line_breaks(text: str) -> str:
     r"""Replace each typed `\n` by a line break: shells pass the two characters on unchanged."""
     return text.replace(r"\n", "\n")
 
 
-def recipe_path(text: str) -> Path:
-    """Return the path of a recipe; a folder means the `recipe.yaml` in it."""
-    path = Path(text)
-    return path / "recipe.yaml" if path.is_dir() else path
+class RecipePath(click.Path):
+    """The path of a recipe; a folder means the `recipe.yaml` in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path of the file, which may not exist."""
+        path = Path(str(super().convert(value, param, ctx)))
+        return path / "recipe.yaml" if path.is_dir() else path
 
 
 class ExecutionOptions(TypedDict, total=False):
@@ -89,7 +125,7 @@ class ExecutionOptions(TypedDict, total=False):
     allow_pickle: bool
 
 
-recipe = click.argument("recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=recipe_path)
+recipe = click.argument("recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=RecipePath())
 pickle = flag(
     "--allow-pickle",
     help="Also read models that only have pytorch_model.bin. Use it for authors you trust.",

@@ -14,11 +14,12 @@ import yaml
 from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.lora import read_config
-from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError
+from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError, SourcesError
 from lewis_hub.evaluate.benchmarks import Commits, TaskData, files_digest, is_local, task_data
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
+from lewis_hub.hub.failures import is_transient
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, resolve_model
 from lewis_hub.hub.source import ADAPTERS, Source
@@ -309,6 +310,7 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     drawn = [place["calibration"] for place in places if "calibration" in place]
     for calibration in drawn:
         _pin_calibration(calibration, inputs.data)
+    document.get("evaluate", {}).get("backend_args", {}).pop("base_url", None)  # of this machine
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = task_folders[recipe.locate(place["include"])]
@@ -407,9 +409,11 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
         return with_converted(replace(source, name=name), code=name in recipe.allow_code)
 
-    base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
     entries = merged_entries(recipe)
-    experts = tuple(model(entry.model) for entry in entries)
+    named = [*([recipe.base_model] if recipe.base_model else []), *(one.model for one in entries)]
+    found = _each(dict.fromkeys(named), model)
+    base = require_whole(api, found[recipe.base_model]) if recipe.base_model else None
+    experts = tuple(found[entry.model] for entry in entries)
     for entry, expert in zip(entries, experts, strict=True):
         if entry.model.on and not expert.is_adapter:
             problem = "this is a whole model, but `+` adds a LoRA adapter to a model"
@@ -417,6 +421,28 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         if base is None:
             require_whole(api, expert)
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
+
+
+def _each(
+    named: Iterable[ModelReference], resolved: Callable[[ModelReference], Source]
+) -> dict[ModelReference, Source]:
+    """Pin all models, and report all that cannot be found or read in one error.
+
+    A Hub that does not answer is reported at once.
+    """
+    found, failed = {}, list[SourceError]()
+    for reference in named:
+        try:
+            found[reference] = resolved(reference)
+        except SourceError as error:
+            if error.__cause__ and is_transient(error.__cause__):
+                raise
+            failed.append(error)
+    if len(failed) > 1:
+        raise SourcesError(tuple(str(error).replace("\n", "\n  ") for error in failed))
+    if failed:
+        raise failed[0]
+    return found
 
 
 def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
