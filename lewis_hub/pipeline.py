@@ -159,9 +159,7 @@ def calibrate(
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
 
 
-def preflight(
-    recipe: Recipe, asked: Publishing, output: Path | None, *, force: bool
-) -> Preflight:
+def preflight(recipe: Recipe, asked: Publishing, output: Path | None, *, force: bool) -> Preflight:
     """Decide whether to merge, stream or skip a merge; only headers and small files are read.
 
     The profile of the published merge is saved in `importance/` beside the recipe, if there is no

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
 
 from lewis_hub import __version__
+from lewis_hub.cli.init import render_workflow
 from lewis_hub.cli.main import cli
-from lewis_hub.cli.recipes import render_workflow
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 pytestmark = pytest.mark.slow  # each run scores models
@@ -61,6 +61,40 @@ runs:
     - shell: bash
       run: echo "$BIN" >> "$GITHUB_PATH"
 """
+UPLOAD = """
+name: upload-artifact
+description: Keeps the folder on this machine
+inputs:
+  name: {description: of the artifact, required: true}
+  path: {description: a folder, required: true}
+  include-hidden-files: {description: heeded, required: true}
+  compression-level: {description: not heeded, required: true}
+  retention-days: {description: not heeded, required: true}
+runs:
+  using: composite
+  steps:
+    - shell: bash
+      env: {FROM: "${{ inputs.path }}"}
+      run: rm -rf "$ARTIFACTS" && cp -r "$FROM" "$ARTIFACTS"
+"""
+DOWNLOAD = """
+name: download-artifact
+description: Takes the folder from this machine
+inputs:
+  name: {description: of the artifact, required: true}
+  path: {description: a folder, required: true}
+runs:
+  using: composite
+  steps:
+    - shell: bash
+      env: {TO: "${{ inputs.path }}"}
+      run: mkdir -p "$TO" && cp -r "$ARTIFACTS/." "$TO"
+"""
+STUBS = {
+    "setup-python": SETUP_PYTHON,
+    "upload-artifact": UPLOAD,
+    "download-artifact": DOWNLOAD,
+}
 KEPT = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "OMP_NUM_THREADS")
 
 
@@ -76,8 +110,9 @@ def publisher(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     assert CliRunner().invoke(cli, ["init", "--github"]).exit_code == 0
     commit(folder)
-    (tmp_path / "setup-python").mkdir()
-    (tmp_path / "setup-python" / "action.yml").write_text(SETUP_PYTHON)
+    for name, text in STUBS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "action.yml").write_text(text)
     return folder
 
 
@@ -97,10 +132,13 @@ def act(folder, event, *words):
     home.mkdir(exist_ok=True)
     given = {name: os.environ[name] for name in KEPT}
     given |= {"BIN": str(BIN), "HF_HOME": str(home / "hf"), "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
+    given["ARTIFACTS"] = str(home / "artifacts")
     environment = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
     command = [BIN / "act", event, *words, *environment]
     command += ["-P", "ubuntu-latest=-self-hosted", "--no-cache-server"]
-    command += ["--local-repository", f"{setup_python()}={folder.parent / 'setup-python'}"]
+    for used in stubbed():
+        stub = folder.parent / used.partition("@")[0].partition("/")[2]
+        command += ["--local-repository", f"{used}={stub}"]
     own = {**os.environ, "HOME": str(home)}
     done = subprocess.run(
         command, cwd=folder, env=own, capture_output=True, text=True, timeout=300, check=False
@@ -115,11 +153,11 @@ def copied(folder):
     return shutil.copytree(ROOT, folder / "lewis-hub", ignore=made)
 
 
-def setup_python():
-    """The action as the workflows pin it."""
-    (job,) = yaml.safe_load(render_workflow("recipe.yaml"))["jobs"].values()
-    used = (step.get("uses", "") for step in job["steps"])
-    return next(name for name in used if name.startswith("actions/setup-python"))
+def stubbed():
+    """The actions as the workflows pin them, but for the checkout, which act knows."""
+    jobs = yaml.safe_load(render_workflow("recipe.yaml"))["jobs"].values()
+    used = {step["uses"] for job in jobs for step in job["steps"] if "uses" in step}
+    return [name for name in sorted(used) if not name.startswith("actions/checkout")]
 
 
 def put(hub, weights):

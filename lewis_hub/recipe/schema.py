@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from lewis_hub.recipe.backend import Running
 from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
 
 ApplyTo = Literal["density", "weight", "both"]
@@ -315,7 +316,7 @@ class Guide(Part):
         return self
 
 
-class Evaluation(Part):
+class Evaluation(Running):
     """The lm-eval tasks that score the merge, and the models that are scored with it."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval tasks.")

@@ -43,6 +43,23 @@ def test_a_trusted_publisher_reads_no_gated_repository(api, publisher):
         publisher.hf_hub_download("acme/gated", "config.json")
 
 
+def test_the_identity_of_a_user_reads_gated_repositories_and_no_private_one(hub, api):
+    for name, how in {"gated": {"gated": "auto"}, "hidden": {"private": True}}.items():
+        api.create_repo(f"acme/{name}")
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=f"acme/{name}")
+        api.update_repo_settings(f"acme/{name}", **how)
+    hub.publishers[IDENTITY] = hub.user
+    got = exchange_oidc_token(subject_token=IDENTITY, resource=hub.user, endpoint=hub.url)
+
+    reader = HfApi(endpoint=hub.url, token=got["access_token"])
+
+    assert reader.hf_hub_download("acme/gated", "config.json")
+    with pytest.raises(HfHubHTTPError, match="404"):
+        reader.hf_hub_download("acme/hidden", "config.json")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        reader.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="acme/gated")
+
+
 @pytest.mark.parametrize(("identity", "repo"), [("another", "acme/mine"), (IDENTITY, "acme/other")])
 def test_whom_a_repository_does_not_trust_gets_no_token(hub, publisher, identity, repo):
     with pytest.raises(HfHubHTTPError, match=f"No trusted publisher of {repo} matches"):
