@@ -51,15 +51,20 @@ class EvaluationSettings:
         return replace(self, backend="hf", backend_args={})
 
 
+def require_installed(backend: Backend) -> None:
+    """Refuse, before any work, a backend whose package is not installed."""
+    package, extra = EXTRAS.get(backend, ("lm_eval", ""))
+    if find_spec(package) is None:
+        raise ExtraMissingError(f"The backend `{backend}`", extra)
+
+
 def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     """Load the model in a folder as lm-eval's `LM`, or raise an EvaluationError.
 
     A server is not asked to load anything: its requests name the folder as the model, unless the
     argument `model` gives the name by which it serves the model.
     """
-    package, extra = EXTRAS.get(settings.backend, ("lm_eval", ""))
-    if find_spec(package) is None:
-        raise ExtraMissingError(f"The backend `{settings.backend}`", extra)
+    require_installed(settings.backend)
     from safetensors import SafetensorError
 
     load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]

@@ -16,6 +16,8 @@ OURS = {  # arguments of a backend that lewis-hub sets -> what to do instead
     "pretrained": "the models are those of the recipe",
     "tokenizer": "each model has its own tokenizer",
     "trust_remote_code": "no code of a model is run",
+    "use_safetensors": "weights are read from safetensors files only",
+    "load_format": "weights are read from safetensors files only",
     "device": "use `--device`",
     "batch_size": "set `batch_size` beside `backend_args`",
     "auth_token": "put it into the variable OPENAI_API_KEY, which no file records",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lewis_hub.display import size
-from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores
+from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores, settings_words
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import Licence
@@ -143,6 +143,7 @@ def _scores(facts: CardFacts) -> dict[str, Any]:
         "scores_table": findings.scores_table(scores) if scores else None,
         "paired_table": findings.paired_table(scores) if scores else None,
         "twins": findings.twins(scores) if scores else (),
+        "settings": settings_words(scores.settings) if scores and scores.settings else None,
         "gate": findings.gate_section(facts.gate) if facts.gate else None,
         "gains": gains,
         "limits": limits,

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
@@ -85,7 +85,8 @@ class EvaluationPlan:
 
 
 def settings_of(asked: Evaluation, device: str) -> EvaluationSettings:
-    """Return how models are run for an evaluation."""
+    """Return how models are run for an evaluation; a backend that is not installed is refused."""
+    require_installed(asked.backend or "hf")
     return EvaluationSettings(
         device=device,
         chat_template=asked.chat_template,

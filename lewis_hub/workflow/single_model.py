@@ -80,10 +80,10 @@ def evaluate_model(
     execution, progress = execution or Execution(), shown(progress)
     execution.require_usable()
     api = hub_api()
+    how = settings_of(asked, execution.device)
     source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
     selected = examine.task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     locate_tasks(selected)
-    how = settings_of(asked, execution.device)
     tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
     if how.backend == "local-completions":  # the server has the weights
         with TemporaryDirectory() as kept:

@@ -122,6 +122,16 @@ def test_vllm_is_an_extra(good_model):
     )
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="it is installed")
+def test_a_backend_that_is_not_installed_is_refused_before_the_model_is_looked_up():
+    with pytest.raises(ExtraMissingError):
+        CliRunner().invoke(
+            cli,
+            ["evaluate", "no/model", "--task", "after", "--backend", "vllm"],
+            catch_exceptions=False,
+        )
+
+
 def test_the_command_scores_a_model_by_the_name_that_a_server_knows(own_tasks, good_model):
     pytest.importorskip("tenacity")
     with serving({"counter": str(good_model)}) as server:
