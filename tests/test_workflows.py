@@ -134,7 +134,7 @@ def test_every_action_is_pinned_by_commit_and_the_same_everywhere(publisher):
                 name, _, commit = step["uses"].partition("@")
                 assert re.fullmatch(r"[0-9a-f]{40}", commit), step["uses"]
                 assert pins.setdefault(name, commit) == commit
-    assert len(pins) == 7
+    assert len(pins) == 6
 
 
 def test_the_action_runs_the_scripts_of_the_workflow_that_init_writes(publisher):

@@ -81,7 +81,7 @@ def test_help_lists_commands_with_whole_summaries_and_options_in_sections(tmp_pa
     sections = re.findall(r"^([A-Z].*):$", merge, re.MULTILINE)
     assert sections == [
         *("Publishing", "Output", "Scores and calibration", "This machine"),
-        *("Hugging Face Jobs", "Permissions", "Options", "Examples"),
+        *("Hugging Face Jobs", "Permissions", "Options"),
     ]
     named = re.findall(r"^  (?:-\w, )?(--[\w-]+)", merge, re.MULTILINE)
     options = [one for one in cli.commands["merge"].params if isinstance(one, click.Option)]

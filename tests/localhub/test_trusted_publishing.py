@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub._oidc import exchange_oidc_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 IDENTITY = "what the CI signed"
 
@@ -58,6 +58,26 @@ def test_the_identity_of_a_user_reads_gated_repositories_and_no_private_one(hub,
         reader.hf_hub_download("acme/hidden", "config.json")
     with pytest.raises(HfHubHTTPError, match="403"):
         reader.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="acme/gated")
+
+
+def test_sources_are_read_by_the_identity_of_the_user(hub, api, tmp_path, monkeypatch):
+    seed_hub(api)
+    api.update_repo_settings("zoo/base", gated="auto")
+    (tmp_path / "recipe.yaml").write_text(
+        "merge_method: ties\nbase_model: zoo/base\nmodels: [zoo/expert-reverse]\n"
+        f"publish: {{repo: {hub.user}/new}}\n"
+    )
+    hub.publishers[IDENTITY] = hub.user
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    command = [sys.executable, "-m", "lewis_hub", "actions", "preflight", str(tmp_path)]
+
+    without = subprocess.run(command, capture_output=True, text=True, check=False)
+    monkeypatch.setenv("HF_OIDC_RESOURCE", hub.user)
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", IDENTITY)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "zoo/base: access is gated and there is no token" in without.stderr
+    assert done.stdout == "merge: The disk is large enough.\n"
 
 
 @pytest.mark.parametrize(("identity", "repo"), [("another", "acme/mine"), (IDENTITY, "acme/other")])

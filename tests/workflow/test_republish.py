@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 RECIPE = (
     "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\n"
@@ -75,6 +75,28 @@ def test_what_is_rewritten_is_what_a_merge_with_that_recipe_writes(hub, place):
     cards = [Path(folder, "README.md").read_text() for folder in ("merged", "direct")]
     assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
     assert f'name = "{repo}"' in cards[0]
+
+
+@pytest.mark.slow  # it measures and scores, twice
+def test_a_guided_and_scored_merge_is_rewritten_as_well(hub, place):
+    text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 2")
+    text = text.replace("include: tasks", f"include: {zoo_folder() / 'tasks'}\n  limit: 3")
+    Path("guided.yaml").write_text(text.partition("publish:")[0])
+    repo = f"{hub.user}/guided"
+    Path("direct.yaml").write_text(f"{text.partition('publish:')[0]}publish: {{repo: {repo}}}\n")
+    run("merge", "guided.yaml", "-o", "guided")
+
+    pushed = run("merge", "guided.yaml", "-o", "guided", "--push", "--repo", repo)
+    run("merge", "direct.yaml", "-o", "direct")
+
+    assert pushed["status"] == "merged"
+    assert run("verify", "guided")["problems"] == []
+    for name in ("lewis/recipe.yaml", "lewis/lock.json", "lewis/scores.json"):
+        assert Path("guided", name).read_text() == Path("direct", name).read_text()
+    cards = [Path(folder, "README.md").read_text() for folder in ("guided", "direct")]
+    assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
+    pages = [Path(folder, "lewis/report.html").read_text() for folder in ("guided", "direct")]
+    assert [page.count("guided</h1>") for page in pages] == [1, 1]
 
 
 def test_a_pushed_merge_is_not_committed_again_by_merge(hub, place):
