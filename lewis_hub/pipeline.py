@@ -201,7 +201,7 @@ def merge_models(
     """
     output, progress, api = Path(output), shown(progress), hub_api()
     job = prepare(recipe, execution or Execution(), api, progress)
-    if not job.replaces and (unchanged := _made_before(job, output, target, api)):
+    if not job.replaces and (unchanged := _made_before(job, output, target, api, progress)):
         return unchanged
     require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
@@ -213,7 +213,7 @@ def merge_models(
 
 
 def _made_before(
-    job: MergeJob, output: Path, target: Destination | None, api: HfApi
+    job: MergeJob, output: Path, target: Destination | None, api: HfApi, progress: Progress
 ) -> Merged | None:
     """Return the merge in the target repo or the output folder, if it is the planned merge."""
     published = publishing.published_already(target, job.planned, api) if target else None
@@ -225,6 +225,7 @@ def _made_before(
     found = publishing.lock_in(output)
     if found and publishing.same_model(found, job.planned):
         if job.planned.recipe.get("publish") not in (None, found.recipe.get("publish")):
+            progress.say("Rewriting card, recipe and lock for the changed `publish` section")
             republish(job.reporting, found, job.plan.sizes(), output)
         gates = job.evaluation.gates if job.evaluation else ()
         gate = evaluate.judge_again(gates, output, job.repo, api)

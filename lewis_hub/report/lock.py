@@ -45,6 +45,7 @@ UNREAD_SUFFIXES = frozenset(
 # Keys of a recipe that do not determine the weights: names of inputs, and settings of later stages.
 NAMES = frozenset({"model", "base_model", "dataset", "include", "revision"})
 LATER = frozenset({"evaluate", "publish", "allow_overlap"})
+NO_STATEMENT = (ValueError, TypeError, KeyError, RecursionError)
 CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")
 
@@ -271,15 +272,14 @@ def is_provenance_of(text: str, lock: Lock) -> bool:
     """Whether a text is the provenance of a lock, whatever its dates."""
     try:
         return provenance_again(text, lock) == text
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except NO_STATEMENT:
         return False
 
 
 def provenance_again(text: str, lock: Lock) -> str:
     """The provenance of a lock, with the times of an earlier statement `text`.
 
-    Raises:
-        ValueError, TypeError, KeyError, RecursionError: the text is no such statement.
+    The text may be no such statement, which raises one of NO_STATEMENT.
     """
     metadata = json.loads(text)["predicate"]["runDetails"]["metadata"]
     began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def republish(
     file = OutputFile(sha256_of(folder / RECIPE), (folder / RECIPE).stat().st_size)
     lock = replace(found, recipe=recipe, outputs={**found.outputs, RECIPE: file})
     statement = folder / locks.PROVENANCE_FILE
-    if statement.exists():
+    with suppress(OSError, *locks.NO_STATEMENT):  # `verify` reports a missing or damaged one
         text = locks.provenance_again(statement.read_text(encoding="utf-8"), lock)
         write_whole(statement, text)
     (folder / SIGNATURE).unlink(missing_ok=True)
