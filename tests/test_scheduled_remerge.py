@@ -246,9 +246,9 @@ def test_a_merge_larger_than_the_disk_is_streamed(hub, publisher, tmp_path):
 
 def test_a_caller_passes_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
     """Nearly as it is: act does not know `$/`, GitHub's way to name what lies beside a workflow."""
-    version = f"with:\n          version: {__version__}\n          recipe:"
+    version = f"with:\n          version: {__version__}\n          only:"
     used = (ROOT / WORKFLOW).read_text().replace("uses: $/", "uses: ./")
-    used = used.replace("with:\n          recipe:", version)
+    used = used.replace("with:\n          only:", version)
     (publisher / WORKFLOW).write_text(used)
     shutil.copytree(ROOT / ".github" / "actions", publisher / ".github" / "actions")
     proof = tmp_path / "proof"
