@@ -157,7 +157,7 @@ def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
         '${REPO:+--repo="$REPO"}': "--repo=me/mine",
         "${FORCE:+--force}": "--force",
         '"$RUNNER_TEMP"/lewis-hub/{preflight,merge,push}.json': "a.json b.json c.json",
-        "${FLAVOR:+--on=jobs}": "--on=jobs",
+        "${JOBS:+--on=jobs}": "--on=jobs",
         '"$FLAVOR"': "a100-large",
         '${TIMEOUT:+--timeout="$TIMEOUT"}': "--timeout=2h",
         'mkdir -p "$RUNNER_TEMP/lewis-hub" && ': "",
