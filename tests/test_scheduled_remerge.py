@@ -16,6 +16,7 @@ from lewis_hub import __version__
 from lewis_hub.cli.init import render_workflow
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.localhub.server import serve
 
 pytestmark = pytest.mark.slow  # each run scores models
 
@@ -242,6 +243,29 @@ def test_a_merge_larger_than_the_disk_is_streamed(hub, publisher, tmp_path):
     assert code == 0, said
     assert "Summary - ## Nothing changed" in said
     assert commits(hub)[0] == first
+
+
+def test_a_merge_is_handed_over_to_jobs(publisher, tmp_path, monkeypatch):
+    pytest.importorskip("hf_xet")
+    with serve(tmp_path / "hub-with-jobs", jobs=True) as hub:
+        seed_hub(hub.api())
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        words = ["-s", f"HF_TOKEN={hub.write_token}", "--var", "JOBS_FLAVOR=cpu-upgrade"]
+
+        code, said = act(publisher, "schedule", *words, "--var", "JOBS_TIMEOUT=10m")
+
+        assert code == 0, said
+        assert "Run Main Merge on Hugging Face Jobs" in said
+        assert "Run Main Merge and score" not in said
+        assert "Run Main Push" not in said
+        assert "Summary - ## Published" in said
+        (first, *_) = commits(hub)
+
+        code, said = act(publisher, "schedule", *words)
+
+        assert code == 0, said
+        assert "Summary - ## Nothing changed" in said
+        assert commits(hub)[0] == first
 
 
 def test_a_caller_passes_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
