@@ -116,9 +116,15 @@ def job_options(ctx: click.Context, local: Set[str] = LOCAL_OPTIONS) -> list[str
         source = ctx.get_parameter_source(option.name or "")
         typed = source is click.core.ParameterSource.COMMANDLINE
         if typed and isinstance(option, click.Option) and option.name not in local:
-            value = [] if option.is_flag else [str(ctx.params[option.name or ""])]
-            words += [option.opts[-1], *value]
+            value = ctx.params[option.name or ""]
+            for one in value if option.multiple else [value]:
+                words += [option.opts[-1], *([] if option.is_flag else [_as_typed(one)])]
     return words
+
+
+def _as_typed(value: Any) -> str:
+    """The text of an option's value; a pair is NAME=VALUE."""
+    return f"{value[0]}={json.dumps(value[1])}" if isinstance(value, tuple) else str(value)
 
 
 @click.group(

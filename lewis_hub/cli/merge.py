@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 SECTIONS = {  # of `merge --help`: title -> names of parameters
     "Publishing": ("push", "repo", "stream", "private_key"),
     "Output": ("output", "max_shard_bytes", "replace"),
-    "Scores and calibration": ("no_eval", "allow_overlap"),
+    "Scores and calibration": (
+        *("no_eval", "allow_overlap"),
+        *("backend", "backend_args", "num_fewshot", "batch_size", "generation"),
+    ),
     "This machine": ("device", "runner", "ray_address", "max_memory_bytes"),
     "Hugging Face Jobs": ("on", "flavor", "timeout", "namespace"),
     "Permissions": ("allow_nan", "allow_pickle", "allow_code"),
@@ -99,6 +102,7 @@ def check(
 @options.hardware
 @options.nan
 @options.overlap
+@options.scoring
 @options.execution
 @terminal_options
 def merge(
@@ -115,6 +119,7 @@ def merge(
     timeout: str | None,
     namespace: str | None,
     allow_overlap: bool,
+    running: dict[str, Any],
     **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Merge the models of a recipe.
@@ -124,6 +129,7 @@ def merge(
     """
     _require_compatible(click.get_current_context().params)
     recipe = options.read_recipe(recipe_file, repo, allow_overlap=allow_overlap)
+    recipe = options.rescored(recipe, running)
     if no_eval and push and recipe.evaluate and recipe.evaluate.gate:
         message = (
             "the recipe has a quality gate, which needs scores before a push. "

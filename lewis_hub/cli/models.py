@@ -35,32 +35,7 @@ N_SHOWN = 20  # modules in a table; --json contains all
 @click.option("--include", type=options.FOLDER, help="Folder with your own lm-eval task files.")
 @click.option("--limit", type=options.COUNT, help="Score only the first N items of each task.")
 @options.flag("--chat-template", help="Format prompts with the model's chat template.")
-@click.option(
-    "--backend",
-    type=click.Choice(["hf", "vllm", "local-completions"]),
-    help="lm-eval's backend: transformers, vLLM, or a server of completions. [default: hf]",
-)
-@options.repeated(
-    "--backend-arg",
-    "backend_args",
-    type=options.PAIR,
-    help="Argument of the backend, by lm-eval's name; may be repeated. A server needs "
-    "base_url=http://127.0.0.1:8000/v1/completions.",
-)
-@click.option(
-    "--num-fewshot",
-    type=click.IntRange(min=0),
-    help="Examples in a prompt. [default: the task's number]",
-)
-@click.option(
-    "--batch-size", type=options.COUNT, help="Requests at a time. [default: as memory allows]"
-)
-@options.repeated(
-    "--generation",
-    "generation",
-    type=options.PAIR,
-    help="Option for tasks that generate: temperature=0.6; may be repeated.",
-)
+@options.scoring
 @options.execution
 @terminal_options
 def evaluate(
@@ -70,11 +45,7 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     chat_template: bool,
-    backend: str | None,
-    backend_args: tuple[tuple[str, Any], ...],
-    num_fewshot: int | None,
-    batch_size: int | None,
-    generation: tuple[tuple[str, Any], ...],
+    running: dict[str, Any],
     **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Score a model on lm-eval tasks.
@@ -89,11 +60,7 @@ def evaluate(
         limit=limit,
         chat_template=chat_template,
         compare=(),
-        backend=backend,
-        backend_args=dict(backend_args) or None,
-        num_fewshot=num_fewshot,
-        batch_size=batch_size,
-        generation=dict(generation) or None,
+        **running,
     )
     execution = lewis_hub.Execution(**given)
     scores = lewis_hub.evaluate_model(model, evaluation, execution, terminal.progress)

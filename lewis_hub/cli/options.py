@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -163,6 +164,59 @@ sign = click.option(
     type=FILE,
     help="Sign the files with this elliptic curve key; writes model.sig.",
 )
+
+
+def scoring(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how lm-eval runs models; a command gets them as `running`."""
+
+    @click.option(
+        "--backend",
+        type=click.Choice(["hf", "vllm", "local-completions"]),
+        help="lm-eval's backend: transformers, vLLM, or a server of completions. [default: hf]",
+    )
+    @repeated(
+        "--backend-arg",
+        "backend_args",
+        type=PAIR,
+        help="Argument of the backend, by lm-eval's name; may be repeated. A server needs "
+        "base_url=http://127.0.0.1:8000/v1/completions.",
+    )
+    @click.option(
+        "--num-fewshot",
+        type=click.IntRange(min=0),
+        help="Examples in a prompt. [default: the task's number]",
+    )
+    @click.option(
+        "--batch-size", type=COUNT, help="Requests at a time. [default: as memory allows]"
+    )
+    @repeated(
+        "--generation",
+        "generation",
+        type=PAIR,
+        help="Option for tasks that generate: temperature=0.6; may be repeated.",
+    )
+    @functools.wraps(command)
+    def with_running(*args: Any, **given: Any) -> None:
+        running = {name: given.pop(name) for name in ("backend", "num_fewshot", "batch_size")}
+        running |= {name: dict(given.pop(name)) for name in ("backend_args", "generation")}
+        typed = {name: value for name, value in running.items() if value not in (None, {})}
+        command(*args, running=typed, **given)
+
+    return with_running
+
+
+def rescored(recipe: lewis_hub.Recipe, running: Mapping[str, Any]) -> lewis_hub.Recipe:
+    """Apply the options of `scoring` to a recipe; they replace the settings of its `evaluate`."""
+    if not running:
+        return recipe
+    if recipe.evaluate is None:
+        named = ", ".join(running)
+        raise click.UsageError(
+            f"the recipe scores nothing: add `evaluate` to it, or remove {named}"
+        )
+    evaluation = recipe.evaluate.model_dump(by_alias=True, exclude_unset=True) | running
+    changed = validated(type(recipe.evaluate), **evaluation)
+    return recipe.model_copy(update={"evaluate": changed})
 
 
 def execution(command: Callable[..., None]) -> Callable[..., None]:

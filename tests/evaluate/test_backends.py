@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 
+import click
 import pytest
 from click.testing import CliRunner
 from completions_server import serving
 
 import lewis_hub
 from lewis_hub.cli.main import cli
+from lewis_hub.cli.options import rescored
 from lewis_hub.errors import EvaluationError, ExtraMissingError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
@@ -168,6 +170,29 @@ def test_wrong_options_are_a_usage_error(words, message):
 
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
+
+
+def test_options_replace_the_settings_of_a_recipe(tmp_path):
+    text = "models: [a/b]\nmerge_method: linear\n"
+    text += "evaluate: {tasks: [gsm8k], num_fewshot: 3, limit: 2}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = lewis_hub.read_recipe(tmp_path / "recipe.yaml")
+
+    changed = rescored(recipe, {"num_fewshot": 5, "generation": {"temperature": 0.5}})
+
+    told = changed.evaluate.model_dump(exclude_unset=True)
+    assert told == {
+        "tasks": ("gsm8k",),
+        "limit": 2,
+        "num_fewshot": 5,
+        "generation": {"temperature": 0.5},
+    }
+    assert changed.locate("./x") == recipe.locate("./x") == str(tmp_path / "x")
+    assert rescored(recipe, {}) is recipe
+    with pytest.raises(click.UsageError, match="`base_url` is an argument of"):
+        rescored(recipe, {"backend_args": {"base_url": NOWHERE}})
+    with pytest.raises(click.UsageError, match="the recipe scores nothing: add `evaluate` to it"):
+        rescored(recipe.model_copy(update={"evaluate": None}), {"num_fewshot": 5})
 
 
 def test_a_recipe_scores_its_own_models_on_a_server():
