@@ -13,6 +13,7 @@ from completions_server import serving
 import lewis_hub
 from lewis_hub.cli.main import cli
 from lewis_hub.cli.options import rescored
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError, ExtraMissingError
 from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
@@ -170,6 +171,32 @@ def test_wrong_options_are_a_usage_error(words, message):
 
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
+
+
+@pytest.mark.slow  # two merges, each with three models
+def test_a_merge_is_scored_by_a_server_as_by_transformers(server, tmp_path, datasets_cache):
+    zoo = zoo_folder()
+    text = f"""
+base_model: {zoo / "base"}
+models: [{zoo / "expert-reverse"}]
+merge_method: task_arithmetic
+evaluate: {{tasks: [zoo_reverse], include: {zoo / "tasks"}, limit: 4, num_fewshot: 0}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    command = ["merge", str(tmp_path / "recipe.yaml"), "--json", "-q"]
+    served = ["--backend", "local-completions", "--backend-arg", f"base_url={server.url}"]
+
+    plain = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "plain")])
+    asked = CliRunner().invoke(
+        cli, [*command, *served, "-o", str(tmp_path / "served")], catch_exceptions=False
+    )
+
+    assert json.loads(asked.stdout)["scores"] == json.loads(plain.stdout)["scores"]
+    card = (tmp_path / "served" / "README.md").read_text()
+    assert "with backend local-completions, num\\_fewshot 0. ±" in card.replace("\n", " ")
+    for file in (tmp_path / "served").rglob("*"):
+        if file.suffix in (".md", ".json", ".yaml", ".html"):
+            assert f":{server.server_port}" not in file.read_text(), file
 
 
 def test_options_replace_the_settings_of_a_recipe(tmp_path):
