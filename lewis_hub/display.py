@@ -102,6 +102,11 @@ def visible(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def printable(text: str) -> str:
+    """A text whose parts may come from others, so that it controls no terminal and no log."""
+    return without_commands(visible(without_credentials(text)))
+
+
 def without_commands(text: str) -> str:
     """The text without lines that GitHub Actions would take for its workflow commands."""
     return COMMAND.sub(lambda match: f"{match[0]} ", text)

@@ -76,6 +76,14 @@ class SourceError(LocatedError):
     """A model or dataset cannot be found or read; `where` is the repo or path as written."""
 
 
+@dataclass(eq=False)
+class SourcesError(ListedError):
+    """Several models of a recipe cannot be found or read."""
+
+    def __str__(self) -> str:
+        return f"{len(self.problems)} models of the recipe cannot be used:\n{self.listed}"
+
+
 # -- checkpoints
 
 MERGE = "the merged model"  # the `source` of an error in the result

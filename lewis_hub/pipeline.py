@@ -26,6 +26,7 @@ from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Publishing, Recipe
 from lewis_hub.report.cost import Costs
@@ -40,6 +41,7 @@ from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.publish import Destination, Preflight
+from lewis_hub.workflow.republish import republish
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
@@ -116,7 +118,7 @@ def calibrate(
     recipe: Recipe,
     output: Path | str,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
 ) -> Calibrated:
     """Measure the profile, compute the density schedule and draw both, without a merge.
 
@@ -125,7 +127,7 @@ def calibrate(
         output: folder for `importance.json`, `density.json` and their plots; measurements of the
             same source, data and settings in it are used again.
         execution: device and permissions; None: this machine's CPU.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
         LewisHubError: a source cannot be used, or the calibration data does not fit.
@@ -137,7 +139,7 @@ def calibrate(
         >>> min(densities), max(densities)
         (0.3, 0.8)
     """
-    output, progress, api = Path(output), progress or Silent(), hub_api()
+    output, progress, api = Path(output), shown(progress), hub_api()
     require_writable(output)
     measured = recipe.model_copy(update={"evaluate": None, "publish": None})
     execution = execution or Execution()
@@ -158,12 +160,13 @@ def calibrate(
     return Calibrated(output, guidance.profile, guidance.schedule, job.plan.sizes())
 
 
-def preflight(recipe: Recipe, asked: Publishing, output: Path, *, force: bool) -> Preflight:
+def preflight(recipe: Recipe, asked: Publishing, output: Path | None, *, force: bool) -> Preflight:
     """Decide whether to merge, stream or skip a merge; only headers and small files are read.
 
     The profile of the published merge is saved in `importance/` beside the recipe, if there is no
     file yet, so that `merge` does not measure it again. A token with read access is enough; an
-    invisible repo counts as empty. `output` is the folder that a merge on this disk would create.
+    invisible repo counts as empty. `output` is the folder that a merge on this disk would create;
+    None: Hugging Face Jobs are to merge.
     """
     api = hub_api()
     job = prepare(recipe, Execution(replace=force), api, Silent())
@@ -174,7 +177,7 @@ def merge_models(
     recipe: Recipe,
     output: Path | str,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
     target: Destination | None = None,
 ) -> Merged:
     """Fetch, calibrate, merge, score and report; the folder gets its name when it is complete.
@@ -183,7 +186,7 @@ def merge_models(
         recipe: the recipe.
         output: folder to create; files of an interrupted run in ``OUTPUT.partial`` are used again.
         execution: execution settings; None: all cores of this machine.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
         target: from `open_target`. If the repo holds this merge already, nothing is downloaded;
             known measurements in it are used again. A previous merge in `output` is replaced if
             the repo holds all of its files.
@@ -197,9 +200,9 @@ def merge_models(
         >>> lewis_hub.merge_models(unscored, tmp_path / "merged").status
         'merged'
     """
-    output, progress, api = Path(output), progress or Silent(), hub_api()
+    output, progress, api = Path(output), shown(progress), hub_api()
     job = prepare(recipe, execution or Execution(), api, progress)
-    if not job.replaces and (unchanged := _made_before(job, output, target, api)):
+    if not job.replaces and (unchanged := _made_before(job, output, target, api, progress)):
         return unchanged
     require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
@@ -211,7 +214,7 @@ def merge_models(
 
 
 def _made_before(
-    job: MergeJob, output: Path, target: Destination | None, api: HfApi
+    job: MergeJob, output: Path, target: Destination | None, api: HfApi, progress: Progress
 ) -> Merged | None:
     """Return the merge in the target repo or the output folder, if it is the planned merge."""
     published = publishing.published_already(target, job.planned, api) if target else None
@@ -221,7 +224,10 @@ def _made_before(
         verdict = publishing.published_verdict(previous, api)
         return Merged("unchanged", output, scores, verdict, published)
     found = publishing.lock_in(output)
-    if found and publishing.same_merge(found, job.planned):
+    if found and publishing.same_model(found, job.planned):
+        if job.planned.recipe.get("publish") not in (None, found.recipe.get("publish")):
+            progress.say("Rewriting card, recipe and lock for the changed `publish` section")
+            republish(job.reporting, found, job.plan.sizes(), output)
         gates = job.evaluation.gates if job.evaluation else ()
         gate = evaluate.judge_again(gates, output, job.repo, api)
         return Merged("unchanged", output, evaluate.read_scores(output), gate)
@@ -233,7 +239,7 @@ def stream(
     target: Destination,
     output: Path | str,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
 ) -> Published:
     """Merge from Hub to Hub: this disk never holds a whole model; one commit follows at the end.
 
@@ -243,7 +249,7 @@ def stream(
         target: from `open_target`.
         output: temporary files are beside this path until the commit.
         execution: execution settings; None: all cores of this machine.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
         LewisHubError: see the subclasses in `errors`; the repo is unchanged, and a rerun continues
@@ -256,7 +262,7 @@ def stream(
         >>> lewis_hub.stream(unscored, target, tmp_path / "work").changed
         True
     """
-    output, progress, api = Path(output), progress or Silent(), hub_api()
+    output, progress, api = Path(output), shown(progress), hub_api()
     resolve.require_streamable(recipe)
     execution = replace(execution or Execution(), allow_code=False, allow_pickle=False)
     job = prepare(recipe, execution, api, progress)
@@ -332,7 +338,7 @@ def _measure(
 def verify(
     model: ModelReference | Path | str,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
     *,
     rebuild: bool = False,
     public_key: Path | None = None,
@@ -342,7 +348,7 @@ def verify(
     Args:
         model: a repo, repo@revision or folder of a merge.
         execution: settings of a rebuild.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
         rebuild: also repeat the merge from the lock, and compare weights, configuration, tokenizer
             and code.
         public_key: PEM file of the key that must have signed it; None: signatures are ignored.
@@ -357,7 +363,7 @@ def verify(
         >>> lewis_hub.verify(merged.output).problems
         ()
     """
-    progress, api = progress or Silent(), hub_api()
+    progress, api = shown(progress), hub_api()
     execution = execution or Execution()
     source = resolve_one(model, api)
     lock = verification.read_lock(source, api)
@@ -395,7 +401,7 @@ def open_target(asked: Publishing) -> Destination:
 def publish(
     folder: Path | str,
     target: Destination,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
     *,
     force: bool = False,
 ) -> Published:
@@ -407,7 +413,7 @@ def publish(
         folder: output of `merge`.
         target: from `open_target`, before the work began. Later commits of others to the repo are
             never overwritten.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
         force: push even if the quality gate was missed.
 
     Raises:
@@ -421,7 +427,7 @@ def publish(
         >>> published.changed, lewis_hub.publish(folder, target).changed
         (True, False)
     """
-    return publishing.push(Path(folder), target, hub_api(), progress or Silent(), force=force)
+    return publishing.push(Path(folder), target, hub_api(), shown(progress), force=force)
 
 
 @dataclass(frozen=True)

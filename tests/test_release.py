@@ -18,7 +18,7 @@ import yaml
 from test_wheel import sources
 
 from lewis_hub import __version__
-from lewis_hub.cli.recipes import render_workflow
+from lewis_hub.cli.init import render_workflow
 from lewis_hub.distribution import requirement
 
 ROOT = Path(__file__).parents[1]
@@ -101,12 +101,13 @@ def test_workflows_and_jobs_install_the_commit_that_pip_installed(
     monkeypatch.syspath_prepend(tmp_path)
 
     assert requirement() == expected
-    (install,) = [
+    installs = [
         step["env"]["REQUIREMENT"]
-        for step in yaml.safe_load(render_workflow("r.yaml"))["jobs"]["remerge"]["steps"]
+        for job in yaml.safe_load(render_workflow("r.yaml"))["jobs"].values()
+        for step in job["steps"]
         if step.get("name") == "Install"
     ]
-    assert install == expected
+    assert installs == [expected, expected]
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
 
 from lewis_hub import __version__
+from lewis_hub.cli.init import render_workflow
 from lewis_hub.cli.main import cli
-from lewis_hub.cli.recipes import render_workflow
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.localhub.server import serve
 
 pytestmark = pytest.mark.slow  # each run scores models
 
@@ -61,6 +62,40 @@ runs:
     - shell: bash
       run: echo "$BIN" >> "$GITHUB_PATH"
 """
+UPLOAD = """
+name: upload-artifact
+description: Keeps the folder on this machine
+inputs:
+  name: {description: of the artifact, required: true}
+  path: {description: a folder, required: true}
+  include-hidden-files: {description: heeded, required: true}
+  compression-level: {description: not heeded, required: true}
+  retention-days: {description: not heeded, required: true}
+runs:
+  using: composite
+  steps:
+    - shell: bash
+      env: {FROM: "${{ inputs.path }}"}
+      run: rm -rf "$ARTIFACTS" && cp -r "$FROM" "$ARTIFACTS"
+"""
+DOWNLOAD = """
+name: download-artifact
+description: Takes the folder from this machine
+inputs:
+  name: {description: of the artifact, required: true}
+  path: {description: a folder, required: true}
+runs:
+  using: composite
+  steps:
+    - shell: bash
+      env: {TO: "${{ inputs.path }}"}
+      run: mkdir -p "$TO" && cp -r "$ARTIFACTS/." "$TO"
+"""
+STUBS = {
+    "setup-python": SETUP_PYTHON,
+    "upload-artifact": UPLOAD,
+    "download-artifact": DOWNLOAD,
+}
 KEPT = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "OMP_NUM_THREADS")
 
 
@@ -76,8 +111,9 @@ def publisher(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     assert CliRunner().invoke(cli, ["init", "--github"]).exit_code == 0
     commit(folder)
-    (tmp_path / "setup-python").mkdir()
-    (tmp_path / "setup-python" / "action.yml").write_text(SETUP_PYTHON)
+    for name, text in STUBS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "action.yml").write_text(text)
     return folder
 
 
@@ -97,10 +133,13 @@ def act(folder, event, *words):
     home.mkdir(exist_ok=True)
     given = {name: os.environ[name] for name in KEPT}
     given |= {"BIN": str(BIN), "HF_HOME": str(home / "hf"), "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
+    given["ARTIFACTS"] = str(home / "artifacts")
     environment = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
     command = [BIN / "act", event, *words, *environment]
     command += ["-P", "ubuntu-latest=-self-hosted", "--no-cache-server"]
-    command += ["--local-repository", f"{setup_python()}={folder.parent / 'setup-python'}"]
+    for used in stubbed():
+        stub = folder.parent / used.partition("@")[0].partition("/")[2]
+        command += ["--local-repository", f"{used}={stub}"]
     own = {**os.environ, "HOME": str(home)}
     done = subprocess.run(
         command, cwd=folder, env=own, capture_output=True, text=True, timeout=300, check=False
@@ -115,11 +154,11 @@ def copied(folder):
     return shutil.copytree(ROOT, folder / "lewis-hub", ignore=made)
 
 
-def setup_python():
-    """The action as the workflows pin it."""
-    (job,) = yaml.safe_load(render_workflow("recipe.yaml"))["jobs"].values()
-    used = (step.get("uses", "") for step in job["steps"])
-    return next(name for name in used if name.startswith("actions/setup-python"))
+def stubbed():
+    """The actions as the workflows pin them, but for the checkout, which act knows."""
+    jobs = yaml.safe_load(render_workflow("recipe.yaml"))["jobs"].values()
+    used = {step["uses"] for job in jobs for step in job["steps"] if "uses" in step}
+    return [name for name in sorted(used) if not name.startswith("actions/checkout")]
 
 
 def put(hub, weights):
@@ -206,11 +245,34 @@ def test_a_merge_larger_than_the_disk_is_streamed(hub, publisher, tmp_path):
     assert commits(hub)[0] == first
 
 
+def test_a_merge_is_handed_over_to_jobs(publisher, tmp_path, monkeypatch):
+    pytest.importorskip("hf_xet")
+    with serve(tmp_path / "hub-with-jobs", jobs=True) as hub:
+        seed_hub(hub.api())
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        words = ["-s", f"HF_TOKEN={hub.write_token}", "--var", "JOBS_FLAVOR=cpu-upgrade"]
+
+        code, said = act(publisher, "schedule", *words, "--var", "JOBS_TIMEOUT=10m")
+
+        assert code == 0, said
+        assert "Run Main Merge on Hugging Face Jobs" in said
+        assert "Run Main Merge and score" not in said
+        assert "Run Main Push" not in said
+        assert "Summary - ## Published" in said
+        (first, *_) = commits(hub)
+
+        code, said = act(publisher, "schedule", *words)
+
+        assert code == 0, said
+        assert "Summary - ## Nothing changed" in said
+        assert commits(hub)[0] == first
+
+
 def test_a_caller_passes_its_inputs_to_the_reusable_workflow(hub, publisher, tmp_path):
     """Nearly as it is: act does not know `$/`, GitHub's way to name what lies beside a workflow."""
-    version = f"with:\n          version: {__version__}\n          recipe:"
+    version = f"with:\n          version: {__version__}\n          only:"
     used = (ROOT / WORKFLOW).read_text().replace("uses: $/", "uses: ./")
-    used = used.replace("with:\n          recipe:", version)
+    used = used.replace("with:\n          only:", version)
     (publisher / WORKFLOW).write_text(used)
     shutil.copytree(ROOT / ".github" / "actions", publisher / ".github" / "actions")
     proof = tmp_path / "proof"

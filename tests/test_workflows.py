@@ -12,8 +12,8 @@ import yaml
 from click.testing import CliRunner
 
 from lewis_hub import __version__
+from lewis_hub.cli.init import render, render_workflow
 from lewis_hub.cli.main import cli
-from lewis_hub.cli.recipes import render_workflow
 from lewis_hub.recipe.read import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,8 @@ def publisher(tmp_path_factory):
     workflow.parent.mkdir(parents=True)
     workflow.write_text(render_workflow("merges/recipe.yaml"))
     workflow.with_name("action.yml").write_text(documented()[0].replace("SHA", "a" * 40))
+    workflow.with_name("gated.yml").write_text(render_workflow("merges/recipe.yaml", "me"))
+    (folder / ".github" / "dependabot.yml").write_text(render("workflows/dependabot.yml"))
     return folder
 
 
@@ -40,7 +42,7 @@ def documented():
 
 
 def workflows(publisher):
-    return [*(OURS / "workflows").glob("*.yml"), *publisher.rglob("*.yml")]
+    return [*(OURS / "workflows").glob("*.yml"), *publisher.rglob("workflows/*.yml")]
 
 
 def complaints(command, *words):
@@ -75,6 +77,8 @@ def test_all_workflows_match_github_s_schema(publisher):
         )
         == ""
     )
+    files = [folder / "dependabot.yml" for folder in (OURS, publisher / ".github")]
+    assert complaints("check-jsonschema", known, "vendor.dependabot", *files) == ""
 
 
 BROKEN = """name:  broken
@@ -135,7 +139,7 @@ def test_every_action_is_pinned_by_commit_and_the_same_everywhere(publisher):
 
 def test_the_action_runs_the_scripts_of_the_workflow_that_init_writes(publisher):
     written, action = (
-        [(step["name"], step["run"]) for step in steps_of(document) if "run" in step]
+        {step["name"]: step["run"] for step in steps_of(document) if "run" in step}
         for document in (
             yaml.safe_load(render_workflow("recipe.yaml")),
             yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text()),
@@ -147,19 +151,23 @@ def test_the_action_runs_the_scripts_of_the_workflow_that_init_writes(publisher)
 
 def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "merged").mkdir()
+    (tmp_path / "lewis-hub" / "merged").mkdir(parents=True)
     Path("recipe.yaml").write_text(RECIPE)
     given = {
         '${REPO:+--repo="$REPO"}': "--repo=me/mine",
         "${FORCE:+--force}": "--force",
-        '"$RUNNER_TEMP"/{preflight,merge,push}.json': "preflight.json merge.json push.json",
+        '"$RUNNER_TEMP"/lewis-hub/{preflight,merge,push}.json': "a.json b.json c.json",
+        "${JOBS:+--on=jobs}": "--on=jobs",
+        '"$FLAVOR"': "a100-large",
+        '${TIMEOUT:+--timeout="$TIMEOUT"}': "--timeout=2h",
+        'mkdir -p "$RUNNER_TEMP/lewis-hub" && ': "",
         "$RUNNER_TEMP": str(tmp_path),
         "$RECIPE": "recipe.yaml",
     }
     scripts = [step.get("run", "") for step in steps_of(yaml.safe_load(render_workflow("r.yaml")))]
-    commands = [script for script in scripts if script.startswith("lewis-hub ")]
+    commands = [script for script in scripts if "lewis-hub " in script]
 
-    assert len(commands) == 5
+    assert len(commands) == 7  # the report twice
     for script in commands:
         for shell, value in given.items():
             script = script.replace(shell, value)
@@ -171,14 +179,48 @@ def test_every_command_of_the_written_workflow_parses(tmp_path, monkeypatch):
 
 def test_the_written_workflow_has_few_permissions_and_cancels_no_push():
     document = yaml.safe_load(render_workflow("merges/recipe.yaml"))
-    (job,) = document["jobs"].values()
+    merge, push = document["jobs"].values()
 
     assert document["permissions"] == {}
-    assert job["permissions"] == {"contents": "read", "id-token": "write"}
+    assert merge["permissions"] == {"contents": "read"}
+    assert push["permissions"] == {"contents": "read", "id-token": "write"}
     assert document["concurrency"]["cancel-in-progress"] is False
     (when,) = document[True]["schedule"]  # YAML reads `on` as true
     assert 0 < int(when["cron"].split()[0]) < 60
-    assert job["env"]["RECIPE"] == "${{ inputs.recipe || 'merges/recipe.yaml' }}"
+    assert document["env"]["RECIPE"] == "${{ inputs.recipe || 'merges/recipe.yaml' }}"
+
+
+def test_the_reusable_workflow_signs_in_only_to_push():
+    document = yaml.safe_load((OURS / "workflows/remerge.yml").read_text())
+    merge, push = document["jobs"].values()
+    inputs = document[True]["workflow_call"]["inputs"]
+
+    assert merge["permissions"] == {"contents": "read"}
+    assert push["permissions"] == {"contents": "read", "id-token": "write"}
+    assert merge["runs-on"] == push["runs-on"] == "${{ inputs.runs-on }}"
+    assert inputs["runs-on"]["default"] == "ubuntu-latest"
+    assert inputs == document[True]["workflow_dispatch"]["inputs"] | {
+        name: told
+        for name, told in inputs.items()
+        if name in ("recipe", "oidc-resource")  # the caller's
+    }
+    for job in (merge, push):
+        given = job["steps"][-1]["with"]
+        action = yaml.safe_load((OURS / "actions/lewis-hub/action.yml").read_text())
+        assert {str(name) for name in given} <= {*action["inputs"], "True"}
+
+
+def test_gated_sources_are_read_by_the_identity_of_the_user():
+    document = yaml.safe_load(render_workflow("recipe.yaml", "me"))
+    merge, _ = document["jobs"].values()
+
+    assert merge["permissions"] == {"contents": "read", "id-token": "write"}
+    signed_in = [
+        step["name"]
+        for step in merge["steps"]
+        if step.get("env", {}).get("HF_OIDC_RESOURCE") == "me"
+    ]
+    assert signed_in == ["Check sources, target and disk", "Merge and score"]
 
 
 def test_only_the_steps_that_push_sign_in_as_the_workflow():
@@ -189,6 +231,7 @@ def test_only_the_steps_that_push_sign_in_as_the_workflow():
         "Install": {"REQUIREMENT", "PIP_EXTRA_INDEX_URL"},
         "Check sources, target and disk": {"HF_TOKEN"},
         "Merge and score": {"HF_TOKEN"},
+        "Merge on Hugging Face Jobs": {"HF_TOKEN"},
         "Push": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
         "Merge from Hub to Hub": {"HF_TOKEN", "HF_OIDC_RESOURCE"},
         "Report": set(),
@@ -223,6 +266,20 @@ def test_init_puts_the_workflow_in_the_root_of_the_repository(repository):
     assert workflow.read_text() == render_workflow("merges/recipe.yaml")
     assert str(read_recipe(repository / "merges" / "recipe.yaml").base_model) == "org/base"
     assert f"Wrote {workflow}. The workflow publishes with the secret HF_TOKEN" in done.output
+    updates = repository / ".github" / "dependabot.yml"
+    assert (
+        yaml.safe_load(updates.read_text())["updates"][0]["package-ecosystem"] == "github-actions"
+    )
+
+
+def test_init_keeps_the_repository_s_own_dependabot(repository):
+    (repository / ".github").mkdir()
+    (repository / ".github" / "dependabot.yml").write_text("own")
+
+    assert init("--base", "org/base", "--expert", "org/one", "--gated", "me").exit_code == 0
+    assert (repository / ".github" / "dependabot.yml").read_text() == "own"
+    workflow = repository / ".github" / "workflows" / "remerge.yml"
+    assert workflow.read_text() == render_workflow("merges/recipe.yaml", "me")
 
 
 def test_init_keeps_an_existing_recipe(repository):

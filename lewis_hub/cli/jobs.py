@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from lewis_hub.cli import options
+from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.display import TextTable
 
@@ -29,7 +30,7 @@ STATUS = {0: "merged", 3: "refused"}
 EXIT_CODE = {"merged": 0, "unchanged": 0, "refused": 3}
 
 
-class Schedules(click.Group):
+class Schedules(Commands):
     """A group whose default command is `create`: `lewis-hub schedule RECIPE --cron ...`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -115,9 +116,15 @@ def job_options(ctx: click.Context, local: Set[str] = LOCAL_OPTIONS) -> list[str
         source = ctx.get_parameter_source(option.name or "")
         typed = source is click.core.ParameterSource.COMMANDLINE
         if typed and isinstance(option, click.Option) and option.name not in local:
-            value = [] if option.is_flag else [str(ctx.params[option.name or ""])]
-            words += [option.opts[-1], *value]
+            value = ctx.params[option.name or ""]
+            for one in value if option.multiple else [value]:
+                words += [option.opts[-1], *([] if option.is_flag else [_as_typed(one)])]
     return words
+
+
+def _as_typed(value: Any) -> str:
+    """The text of an option's value; a pair is NAME=VALUE."""
+    return f"{value[0]}={json.dumps(value[1])}" if isinstance(value, tuple) else str(value)
 
 
 @click.group(

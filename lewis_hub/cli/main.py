@@ -17,7 +17,8 @@ from types import TracebackType
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import adapters, demo, jobs, merge, models, recipes, tuning
+from lewis_hub.cli import adapters, demo, init, jobs, merge, models, recipes, tuning
+from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import say, say_json
 from lewis_hub.errors import LewisHubError
 from lewis_hub.files import DISK_FULL
@@ -40,6 +41,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 3 refused by the quality gate, 
 
 
 @click.group(
+    cls=Commands,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
@@ -61,7 +63,7 @@ for command in (
     models.diff,
     adapters.extract_lora,
     adapters.merge_lora,
-    recipes.init,
+    init.init,
     recipes.schema,
     recipes.methods,
     recipes.guides,

@@ -11,12 +11,26 @@ import click
 
 import lewis_hub
 from lewis_hub.cli import options
+from lewis_hub.cli.help import Sectioned
 from lewis_hub.cli.jobs import merge_on_jobs
 from lewis_hub.cli.terminal import Terminal, scores_table, terminal_options
 
 if TYPE_CHECKING:
     from lewis_hub.hub.publish import Published
     from lewis_hub.pipeline import Merged
+
+
+SECTIONS = {  # of `merge --help`: title -> names of parameters
+    "Publishing": ("push", "repo", "stream", "private_key"),
+    "Output": ("output", "max_shard_bytes", "replace"),
+    "Scores and calibration": (
+        *("no_eval", "allow_overlap"),
+        *("backend", "backend_args", "num_fewshot", "batch_size", "generation"),
+    ),
+    "This machine": ("device", "runner", "ray_address", "max_memory_bytes"),
+    "Hugging Face Jobs": ("on", "flavor", "timeout", "namespace"),
+    "Permissions": ("allow_nan", "allow_pickle", "allow_code"),
+}
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub check recipe.yaml")
@@ -40,9 +54,11 @@ def check(
 
 
 @click.command(
+    cls=Sectioned,
+    sections=SECTIONS,
     epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
     "  lewis-hub merge --push --repo me/my-merge\n  lewis-hub merge --stream --push --no-eval\n"
-    "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda"
+    "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda",
 )
 @options.recipe
 @options.output("Folder for the merged model. [default: merged/ beside the recipe]")
@@ -86,6 +102,7 @@ def check(
 @options.hardware
 @options.nan
 @options.overlap
+@options.scoring
 @options.execution
 @terminal_options
 def merge(
@@ -102,6 +119,7 @@ def merge(
     timeout: str | None,
     namespace: str | None,
     allow_overlap: bool,
+    running: dict[str, Any],
     **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Merge the models of a recipe.
@@ -111,6 +129,7 @@ def merge(
     """
     _require_compatible(click.get_current_context().params)
     recipe = options.read_recipe(recipe_file, repo, allow_overlap=allow_overlap)
+    recipe = options.rescored(recipe, running)
     if no_eval and push and recipe.evaluate and recipe.evaluate.gate:
         message = (
             "the recipe has a quality gate, which needs scores before a push. "

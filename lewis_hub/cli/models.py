@@ -23,12 +23,18 @@ RECIPES = {".yaml", ".yml"}
 N_SHOWN = 20  # modules in a table; --json contains all
 
 
-@click.command(epilog="\b\nExample:\n  lewis-hub evaluate merged --task gsm8k --limit 100")
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub evaluate merged --task gsm8k --limit 100\n"
+    "  lewis-hub evaluate merged --task gsm8k --backend vllm --num-fewshot 5\n"
+    "  lewis-hub evaluate me/model --task gsm8k --backend local-completions \\\n"
+    "    --backend-arg base_url=http://127.0.0.1:8000/v1/completions --backend-arg model=NAME"
+)
 @click.argument("model")
 @options.repeated("--task", "tasks", required=True, help="lm-eval task; may be repeated.")
 @click.option("--include", type=options.FOLDER, help="Folder with your own lm-eval task files.")
 @click.option("--limit", type=options.COUNT, help="Score only the first N items of each task.")
 @options.flag("--chat-template", help="Format prompts with the model's chat template.")
+@options.scoring
 @options.execution
 @terminal_options
 def evaluate(
@@ -38,18 +44,22 @@ def evaluate(
     include: Path | None,
     limit: int | None,
     chat_template: bool,
+    running: dict[str, Any],
     **given: Unpack[options.ExecutionOptions],
 ) -> None:
     """Score a model on lm-eval tasks.
 
-    MODEL is a repo, repo@revision or folder.
+    MODEL is a repo, repo@revision or folder. With --backend local-completions a server answers:
+    MODEL only gives the tokenizer, and --backend-arg model=NAME is the server's name for it.
     """
-    evaluation = lewis_hub.Evaluation(
+    evaluation = options.validated(
+        lewis_hub.Evaluation,
         tasks=tasks,
         include=str(include) if include else None,
         limit=limit,
         chat_template=chat_template,
         compare=(),
+        **running,
     )
     execution = lewis_hub.Execution(**given)
     scores = lewis_hub.evaluate_model(model, evaluation, execution, terminal.progress)

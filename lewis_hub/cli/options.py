@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -13,6 +15,8 @@ import click
 import lewis_hub
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from lewis_hub.workflow.publish import Destination
 
 
@@ -64,15 +68,48 @@ SIZE = Format("size", "a size such as 500MB or 5GB", _parse_size)  # in powers o
 DURATION = Format("duration", "a duration such as 90m or 2h", matching(r"\d+(\.\d+)?[smhd]"))
 
 
+def _parse_pair(text: str) -> tuple[str, Any] | None:
+    """Read NAME=VALUE; the value is a number, true, false or a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        return None
+    try:
+        read = json.loads(value)
+    except ValueError:
+        return name, value
+    return name, read if isinstance(read, bool | int | float | str) else value
+
+
+PAIR = Format("name=value", "NAME=VALUE such as temperature=0.6", _parse_pair)
+
+M = TypeVar("M", bound="BaseModel")
+
+
+def validated(kind: type[M], **given: Any) -> M:
+    """Make a part of a recipe from options; a contradiction is a usage error."""
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = first["msg"].removeprefix("Value error, ")
+        place = ".".join(map(str, first["loc"]))
+        raise click.UsageError(f"{place}: {problem}" if place else problem) from None
+
+
 def line_breaks(text: str) -> str:
     r"""Replace each typed `\n` by a line break: shells pass the two characters on unchanged."""
     return text.replace(r"\n", "\n")
 
 
-def recipe_path(text: str) -> Path:
-    """Return the path of a recipe; a folder means the `recipe.yaml` in it."""
-    path = Path(text)
-    return path / "recipe.yaml" if path.is_dir() else path
+class RecipePath(click.Path):
+    """The path of a recipe; a folder means the `recipe.yaml` in it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path of the file, which may not exist."""
+        path = Path(str(super().convert(value, param, ctx)))
+        return path / "recipe.yaml" if path.is_dir() else path
 
 
 class ExecutionOptions(TypedDict, total=False):
@@ -89,7 +126,7 @@ class ExecutionOptions(TypedDict, total=False):
     allow_pickle: bool
 
 
-recipe = click.argument("recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=recipe_path)
+recipe = click.argument("recipe_file", metavar="[RECIPE]", default="recipe.yaml", type=RecipePath())
 pickle = flag(
     "--allow-pickle",
     help="Also read models that only have pytorch_model.bin. Use it for authors you trust.",
@@ -133,6 +170,59 @@ sign = click.option(
     type=FILE,
     help="Sign the files with this elliptic curve key; writes model.sig.",
 )
+
+
+def scoring(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say how lm-eval runs models; a command gets them as `running`."""
+
+    @click.option(
+        "--backend",
+        type=click.Choice(["hf", "vllm", "local-completions"]),
+        help="lm-eval's backend: transformers, vLLM, or a server of completions. [default: hf]",
+    )
+    @repeated(
+        "--backend-arg",
+        "backend_args",
+        type=PAIR,
+        help="Argument of the backend, by lm-eval's name; may be repeated. A server needs "
+        "base_url=http://127.0.0.1:8000/v1/completions.",
+    )
+    @click.option(
+        "--num-fewshot",
+        type=click.IntRange(min=0),
+        help="Examples in a prompt. [default: the task's number]",
+    )
+    @click.option(
+        "--batch-size", type=COUNT, help="Requests at a time. [default: as memory allows]"
+    )
+    @repeated(
+        "--generation",
+        "generation",
+        type=PAIR,
+        help="Option for tasks that generate: temperature=0.6; may be repeated.",
+    )
+    @functools.wraps(command)
+    def with_running(*args: Any, **given: Any) -> None:
+        running = {name: given.pop(name) for name in ("backend", "num_fewshot", "batch_size")}
+        running |= {name: dict(given.pop(name)) for name in ("backend_args", "generation")}
+        typed = {name: value for name, value in running.items() if value not in (None, {})}
+        command(*args, running=typed, **given)
+
+    return with_running
+
+
+def rescored(recipe: lewis_hub.Recipe, running: Mapping[str, Any]) -> lewis_hub.Recipe:
+    """Apply the options of `scoring` to a recipe; they replace the settings of its `evaluate`."""
+    if not running:
+        return recipe
+    if recipe.evaluate is None:
+        named = ", ".join(running)
+        raise click.UsageError(
+            f"the recipe scores nothing: add `evaluate` to it, or remove {named}"
+        )
+    evaluation = recipe.evaluate.model_dump(by_alias=True, exclude_unset=True)
+    changed = validated(type(recipe.evaluate), **{**evaluation, **running})
+    return recipe.model_copy(update={"evaluate": changed})
 
 
 def execution(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,9 +7,7 @@ import json
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
@@ -17,17 +15,15 @@ import click
 
 from lewis_hub.display import (
     CONTROL,
-    Advance,
     Progress,
-    Silent,
     TextTable,
-    Unit,
-    size,
+    printable,
     visible,
     without_commands,
     without_credentials,
 )
 from lewis_hub.errors import LewisHubError
+from lewis_hub.progress import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,14 +32,13 @@ if TYPE_CHECKING:
 
 
 P = ParamSpec("P")
-LOG_EVERY_S = 20.0
 COLUMN_GAP = 2  # spaces after a column
 NUMBER = re.compile(r"[-+]?\d|[-?]?$")  # the start of a number, or a sign that there is none
 
 
 def say(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print a text whose parts may come from others: it controls no terminal and no log."""
-    click.echo(without_commands(visible(without_credentials(text))), err=err, nl=nl)
+    click.echo(printable(text), err=err, nl=nl)
 
 
 def say_json(document: Mapping[str, Any]) -> None:
@@ -63,9 +58,7 @@ class Terminal:
     @property
     def progress(self) -> Progress:
         """Progress bars on a terminal, occasional lines in a log, nothing with --quiet."""
-        if self.quiet:
-            return Silent()
-        return Bars() if sys.stderr.isatty() else Lines()
+        return shown(not self.quiet)
 
     @property
     def width(self) -> int:
@@ -129,67 +122,3 @@ def terminal_options(command: Callable[P, None]) -> Callable[..., None]:
         command(Terminal(as_json, quiet), *args, **options)  # type: ignore[arg-type]
 
     return with_terminal
-
-
-class Bars:
-    """A progress bar with the remaining time for each stage."""
-
-    @contextmanager
-    def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:
-        """Show a bar until the stage ends."""
-        from rich import progress as rich_progress
-        from rich.console import Console
-
-        count: rich_progress.ProgressColumn = (
-            rich_progress.DownloadColumn()
-            if unit == "bytes"
-            else rich_progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
-        )
-        columns = (
-            rich_progress.TextColumn("{task.description:<28}", markup=False),
-            rich_progress.BarColumn(bar_width=30),
-            count,
-            rich_progress.TimeElapsedColumn(),
-            rich_progress.TextColumn("left"),
-            rich_progress.TimeRemainingColumn(),
-        )
-        with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-            bar = bars.add_task(visible(without_credentials(title)), total=total)
-            yield lambda done: bars.advance(bar, done)
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        say(text, err=True)
-
-
-class Lines:
-    """For logs: a line at the start and end of a stage, and every `LOG_EVERY_S` between them."""
-
-    @contextmanager
-    def stage(self, title: str, total: int, unit: Unit) -> Iterator[Advance]:
-        """Print lines until the stage ends."""
-        started = logged = time.monotonic()
-        done = 0
-
-        def advance(n: int) -> None:
-            nonlocal done, logged
-            done += n
-            now = time.monotonic()
-            if now - logged >= LOG_EVERY_S and 0 < done < total:
-                logged = now
-                left = (now - started) / done * (total - done)
-                self.say(
-                    f"{title}: {done / total:.0%} of {_amount(total, unit)}, {left:.0f} s left"
-                )
-
-        self.say(f"{title}: {_amount(total, unit)}")
-        yield advance
-        self.say(f"{title}: done in {time.monotonic() - started:.1f} s")
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        say(text, err=True)
-
-
-def _amount(total: int, unit: Unit) -> str:
-    return size(total) if unit == "bytes" else f"{total:,} {unit}"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.harness import Benchmarks, library_settings, reset_fewshot
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.harness import Benchmarks, configure, library_settings, reset_fewshot
 from lewis_hub.evaluate.tasks import (
     LocatedTasks,
     TaskFile,
@@ -160,7 +161,11 @@ def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
         return LoadedTasks(selection, commits, *build(located))
 
 
-def with_prompts(loaded: LoadedTasks, limit: int | None = None) -> Benchmarks:
+def with_prompts(
+    loaded: LoadedTasks,
+    limit: int | None = None,
+    settings: EvaluationSettings | None = None,
+) -> Benchmarks:
     """Build the prompts of the first `limit` items of each task; None: of all items.
 
     Raises:
@@ -169,6 +174,7 @@ def with_prompts(loaded: LoadedTasks, limit: int | None = None) -> Benchmarks:
     tasks, selection = loaded.tasks, loaded.selection
     with prepared(selection, {}):
         for name, task in tasks.items():
+            configure(task, settings or EvaluationSettings())
             build_requests(name, task, limit)
     return Benchmarks(tasks, loaded.groups, limit, selection.allow_code)
 

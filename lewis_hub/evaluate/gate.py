@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.paired import MeanDifference, paired
@@ -22,6 +22,7 @@ from lewis_hub.evaluate.scores import (
     TaskResult,
     TaskScores,
     read_document,
+    settings_words,
 )
 from lewis_hub.recipe.schema import Gate
 
@@ -121,7 +122,7 @@ def judge(
             raise _not_a_mean(gate, means)
         for rival in gate.not_worse_than:
             if rival == "previous":
-                checks.append(_against_previous(gate, mine, previous))
+                checks.append(_against_previous(gate, mine, previous, items.settings))
             else:
                 checks += _against(gate, scores.tasks[gate.task], rival)
     return GateVerdict(tuple(checks))
@@ -137,10 +138,15 @@ def _against(gate: Gate, task: TaskScores, rival: Rival) -> Iterator[Check]:
             yield _check(gate, label, mine, other, tests[gate.metric])
 
 
-def _against_previous(gate: Gate, mine: TaskResult, previous: Previous) -> Check:
+def _against_previous(
+    gate: Gate, mine: TaskResult, previous: Previous, settings: Mapping[str, Any]
+) -> Check:
     metric = mine.metrics[gate.metric]
     theirs = previous.items.tasks.get(gate.task) if previous.items else None
     why = _why_not(mine, theirs, gate.metric) if previous.items else previous.why
+    if previous.items and previous.items.settings != settings:
+        why = f"it was scored with {settings_words(previous.items.settings)}, this with "
+        why += settings_words(settings)
     if theirs is None or why:
         return _check(gate, previous.name, metric, why=why)
     other = theirs.metrics[gate.metric]

@@ -13,9 +13,10 @@ import logging
 import math
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.backends import ADDRESS, EvaluationSettings, load_backend
 from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult, pooled
 from lewis_hub.methods.numerics import torch_threads
 
@@ -34,14 +36,6 @@ SAMPLING_SEED = 1234  # for tasks that sample their answers
 CPU_BYTES = 2_000_000_000
 MAX_BATCH_SIZE = 128  # a larger batch is not faster
 TINY = 20_000_000  # parameters
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How models are run; the same for all that are compared."""
-
-    device: str = "cpu"  # on `cpu` the arithmetic is float32, else the model's own dtype
-    chat_template: bool = False  # prompts go through each model's own chat template
 
 
 @dataclass(frozen=True)
@@ -78,27 +72,9 @@ def evaluate_model(
 
 
 def load(folder: Path, settings: EvaluationSettings) -> Any:
-    """Load the model in a folder as lm-eval's `HFLM`, or raise an EvaluationError."""
-    path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
+    """Load the model in a folder as lm-eval's `LM`, or raise an EvaluationError."""
     with quiet_libraries():
-        from lm_eval.models.huggingface import HFLM
-        from safetensors import SafetensorError
-
-        try:
-            return HFLM(
-                pretrained=path,
-                tokenizer=path,
-                device=settings.device,
-                dtype="float32" if settings.device == "cpu" else "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            problem = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
-            remedy = (
-                "Expected: config.json, tokenizer files and safetensors that transformers can load."
-            )
-            raise EvaluationError(str(folder), problem, remedy) from error
+        return load_backend(folder, settings)
 
 
 def exchange(model: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -144,13 +120,14 @@ def evaluate_loaded(
         remedy = "Remove `evaluate.chat_template`, or compare with other models."
         raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
     with library_settings(allow_code=benchmarks.allow_code), _seeded():
-        lm.batch_size_per_gpu = _affordable_batch(lm, benchmarks)
+        if settings.backend == "hf":
+            lm.batch_size_per_gpu = settings.batch_size or _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
         for name, task in benchmarks.tasks.items():
             _check_length(name, task, lm)
             reset_fewshot(task)
-        with threads_for(lm.model):
-            return _result(_run(lm, benchmarks, settings), benchmarks)
+        with threads_for(lm.model) if settings.backend == "hf" else nullcontext():
+            return _result(_run(lm, benchmarks, settings), benchmarks, settings)
 
 
 def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mapping[str, Any]:
@@ -171,6 +148,12 @@ def _run(lm: Any, benchmarks: Benchmarks, settings: EvaluationSettings) -> Mappi
         problem = f"lm-eval could not score the answers: {type(error).__name__}: {error}"
         remedy = "Check the metrics, filters and columns of the task files."
         raise EvaluationError(", ".join(benchmarks.tasks), problem, remedy) from error
+    except OSError as error:  # the class of the errors of `requests`
+        if ADDRESS not in settings.backend_args:
+            raise
+        where, lines = str(settings.backend_args[ADDRESS]), str(error).splitlines()
+        problem = f"the server did not answer: {type(error).__name__}: {lines[0] if lines else ''}"
+        raise EvaluationError(where, problem, "Start it, or correct `base_url`.") from error
     return report
 
 
@@ -182,6 +165,20 @@ class _Counter:
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:  # noqa: ARG002 - their signature
         self.advance(1)
+
+
+def configure(task: Any, settings: EvaluationSettings) -> None:
+    """Set the number of few-shot examples and the generation options of a task, as lm-eval does.
+
+    A task whose file says 0 examples stays without examples.
+    """
+    if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        task.set_config("num_fewshot", settings.num_fewshot)
+    if settings.generation and task.get_config("output_type") == "generate_until":
+        options = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in settings.generation.items()
+        }
+        task.set_config("generation_kwargs", options, update=True)
 
 
 def reset_fewshot(task: Any) -> None:
@@ -238,7 +235,8 @@ def _check_length(name: str, task: Any, lm: Any) -> None:
     if task.get_config("output_type") != "generate_until":
         return
     options: Mapping[str, Any] = task.get_config("generation_kwargs") or {}
-    longest = int(options.get("max_gen_toks", options.get("max_new_tokens", lm.max_gen_toks)))
+    default = lm._max_gen_toks if hasattr(lm, "_max_gen_toks") else lm.max_gen_toks
+    longest = int(options.get("max_gen_toks", options.get("max_new_tokens", default)))
     if longest >= lm.max_length:
         problem = (
             f"generates up to {longest} tokens, but the model's context is {lm.max_length} tokens."
@@ -247,7 +245,9 @@ def _check_length(name: str, task: Any, lm: Any) -> None:
         raise EvaluationError(name, problem, remedy)
 
 
-def _result(report: Mapping[str, Any], benchmarks: Benchmarks) -> ModelResult:
+def _result(
+    report: Mapping[str, Any], benchmarks: Benchmarks, settings: EvaluationSettings
+) -> ModelResult:
     """Read lm-eval's report: tasks, then groups with scores of their own."""
     tasks = {name: _task_result(report, name, task) for name, task in benchmarks.tasks.items()}
     for name, group in benchmarks.groups.items():
@@ -260,7 +260,7 @@ def _result(report: Mapping[str, Any], benchmarks: Benchmarks) -> ModelResult:
                 prompts=tuple(item for part in parts for item in part.prompts),
                 metrics={key: pooled(parts, key, value) for key, value in scores.items()},
             )
-    return ModelResult(tasks)
+    return ModelResult(tasks, settings.stated)
 
 
 def _task_result(report: Mapping[str, Any], name: str, task: Any) -> TaskResult:
@@ -338,7 +338,10 @@ def _hide_bars(stack: ExitStack) -> None:
         stack.callback(transformers_logging.enable_progress_bar)
     # lm-eval has no switch for its bars, so the name `tqdm` of its modules is replaced
     modules: tuple[Any, ...] = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
-    for module in modules:
+    others = (
+        sys.modules.get(f"lm_eval.models.{name}") for name in ("api_models", "vllm_causallms")
+    )
+    for module in (*modules, *(one for one in others if hasattr(one, "tqdm"))):
         stack.callback(setattr, module, "tqdm", module.tqdm)
         module.tqdm = _without_bar(module.tqdm)
 

@@ -181,7 +181,8 @@ def compare(results: Mapping[str, ModelResult]) -> Scores:
                 paired=tuple(test for task_name, test in tests if task_name == name),
             )
             for name, task in reference.tasks.items()
-        }
+        },
+        reference.settings,
     )
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer, TypeAdapter, ValidationError
@@ -70,11 +70,13 @@ class ModelResult:
     """One model on all tasks; kept on disk while the others are evaluated."""
 
     tasks: Mapping[str, TaskResult]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # that change scores, but defaults
 
     def to_json(self) -> str:
         """The text of `items.json`, which `from_json` reads back without loss."""
-        tasks = TypeAdapter(ModelResult).dump_python(self, mode="json")["tasks"]
-        document = {"version": ITEMS_VERSION, "tasks": tasks}
+        plain = TypeAdapter(ModelResult).dump_python(self, mode="json")
+        settings = {"settings": plain["settings"]} if self.settings else {}
+        document = {"version": ITEMS_VERSION, **settings, "tasks": plain["tasks"]}
         compact = (",", ":")  # with a line a number, white space would be most of the file
         return json.dumps(document, separators=compact, allow_nan=False) + "\n"
 
@@ -89,6 +91,22 @@ class ModelResult:
                 problem = f"is damaged ({len(task.documents)} items, but other numbers of values)."
                 raise EvaluationError(name, problem, "Evaluate again.")
         return result
+
+
+def settings_words(settings: Mapping[str, Any]) -> str:
+    """The settings of an evaluation in words: `backend vllm, num_fewshot 5`."""
+    found = []
+    for name, value in settings.items():
+        parts = value.items() if isinstance(value, Mapping) else [(name, value)]
+        found += [f"{key} {_word(part)}" for key, part in parts]
+    return ", ".join(found) or "the default settings"
+
+
+def _word(value: Any) -> str:
+    listed = value if isinstance(value, list | tuple) else [value]
+    return " ".join(
+        str(one).lower() if isinstance(one, bool) else repr(one).strip("'") for one in listed
+    )
 
 
 def pooled(parts: Sequence[TaskResult], metric: str, value: float) -> MetricResult:
@@ -160,6 +178,7 @@ class Scores:
     """
 
     tasks: Mapping[str, TaskScores]
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as those of a `ModelResult`
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -192,8 +211,9 @@ class Scores:
 
     def to_document(self) -> dict[str, Any]:
         """The content of `scores.json`."""
-        tasks = TypeAdapter(Scores).dump_python(self, mode="json", exclude_defaults=True)["tasks"]
-        return {"version": VERSION, "tasks": tasks}
+        plain = TypeAdapter(Scores).dump_python(self, mode="json", exclude_defaults=True)
+        settings = {"settings": plain["settings"]} if self.settings else {}
+        return {"version": VERSION, **settings, "tasks": plain["tasks"]}
 
     def to_json(self) -> str:
         """The text of `scores.json`."""

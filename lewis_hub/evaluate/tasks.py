@@ -349,6 +349,14 @@ def require_metric(selection: TaskSelection, task: str, metric: str) -> None:
         raise unknown_metric(task, metric, known)
 
 
+def declared_metrics(located: LocatedTasks, task: str) -> list[str]:
+    """Every `metric,filter` that a gate may name of a task; empty if only a run shows them."""
+    file = next((file for file in located.files if file.name == task), None)
+    if file is None or (file.is_group and not _listed(file.config, "aggregate_metric_list")):
+        return []
+    return _declared(file) or []
+
+
 def _declared(file: TaskFile) -> list[str] | None:
     """Every `metric,filter` of the task; None if only a run shows them."""
     config = file.config

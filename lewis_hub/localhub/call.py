@@ -99,7 +99,8 @@ class Call:
         """The repository of the path; a private one exists for its owners only."""
         repo_id = f"{self.parts['namespace']}/{self.parts['name']}"
         repo = self.store.find(self.parts["kind"], repo_id)
-        if repo is None or (repo.private and not self._owns(repo)):
+        only_gated = self.grant is not None and self.grant.only_gated
+        if repo is None or (repo.private and (only_gated or not self._owns(repo))):
             raise self.not_found()
         return repo
 

@@ -33,6 +33,7 @@ class Grant:
     user: str
     role: Role
     namespaces: tuple[str, ...]
+    only_gated: bool = False  # of a CI identity: it sees no private repository
 
     def owns(self, where: str) -> bool:
         """Whether the user owns a namespace or repository, whatever the token's role."""
@@ -100,7 +101,8 @@ class Hub:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.store = Store(root)
-        self.publishers: dict[str, str] = {}  # identity of a CI run -> the repo that it may write
+        self.publishers: dict[str, str] = {}  # identity of a CI run -> the repo that it may write,
+        # or the user whose gated repos it may read
         self.faults = Faults()
         self.url = ""
         self.storage_url = ""  # the other origin, which stores large files

@@ -54,18 +54,24 @@ def whoami(call: Call) -> dict[str, Any]:
 
 
 def exchange_token(call: Call) -> dict[str, Any]:
-    """POST /oauth/token: a trusted publisher gets a token that may write one repository.
+    """POST /oauth/token: a token that may write one repository, or read a user's gated ones.
 
     The embedded Hub checks no signature: it compares the identity with those in `Hub.publishers`.
     """
     document = call.json()
     if document.get("grant_type") != TOKEN_EXCHANGE:
         raise refusal(400, "unsupported_grant_type")
-    repo = document.get("resource")
-    if not repo or call.hub.publishers.get(str(document.get("subject_token"))) != repo:
-        raise refusal(403, f"No trusted publisher of {repo} matches this identity")
+    what = str(document.get("resource") or "")
+    if not what or call.hub.publishers.get(str(document.get("subject_token"))) != what:
+        raise refusal(403, f"No trusted publisher of {what} matches this identity")
     token = f"hf_jwt_{secrets.token_hex(16)}"
-    call.hub.grants[token] = Grant(token, "trusted-publisher", "write", (str(repo),))
+    if "/" in what:
+        grant = Grant(token, "trusted-publisher", "write", (what,))
+    else:
+        known = [one for one in call.hub.grants.values() if one.user == what]
+        owned = tuple(namespace for one in known for namespace in one.namespaces)
+        grant = Grant(token, what, "read", owned, only_gated=True)
+    call.hub.grants[token] = grant
     return {"access_token": token, "token_type": "bearer", "expires_in": PUBLISHER_TOKEN_S}
 
 

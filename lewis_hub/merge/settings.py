@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lewis_hub.checkpoint import names
@@ -35,6 +36,41 @@ KINDS = {  # of an option that is no float: expected value, remedy
 }
 ANY = (None, "*")
 NOTHING = 1e-6  # a sum of weights below this share of their magnitudes is zero in float32
+
+
+@dataclass(frozen=True)
+class MethodParameter:
+    """A parameter of a method in a recipe."""
+
+    name: str
+    default: Scalar | None  # None: the recipe must set it
+    values: str  # those that a recipe may give, in words
+    per_source: bool  # whether each model may have its own value
+
+
+def parameters_of(method: Method) -> tuple[MethodParameter, ...]:
+    """The parameters of a method: those of each model, then those of all models."""
+    own = [
+        MethodParameter(name, DEFAULTS[name], _allowed(name, method), per_source=True)
+        for name in method.settings
+    ]
+    common = [
+        MethodParameter(name, default, _allowed(name, method), per_source=False)
+        for name, default in method.options.items()
+    ]
+    return (*own, *common)
+
+
+def _allowed(name: str, method: Method) -> str:
+    """The values that a parameter takes, in words."""
+    if name in method.accepted:
+        return " or ".join(map(str, method.accepted[name]))
+    if type(default := method.options.get(name)) in KINDS:
+        return KINDS[type(default)][0]
+    low, high, _ = RANGES.get(name, (-math.inf, math.inf, ""))
+    if math.isinf(low):
+        return "a number"
+    return f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
 
 
 def last_blocks(tensors: Iterable[str]) -> dict[str, int]:

@@ -37,6 +37,9 @@ def linear(
     """Average the models, each by its weight; `normalize: false` adds them up.
 
     Weights that add up to zero cannot be normalised: the plan refuses them.
+
+    Formula:
+        merged = sum_i w_i x_i / sum_i w_i, without the divisor if normalize is false
     """
     mixed = summed((w * tensor for w, tensor in zip(weights, tensors, strict=True)), tensors[0])
     return mixed / summed(weights, weights[0]) if normalize else mixed
@@ -55,7 +58,11 @@ def task_arithmetic(
     normalize: bool = False,
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Add the weighted task vectors to the base."""
+    """Add the weighted task vectors to the base.
+
+    Formula:
+        merged = base + lambda sum_i w_i v_i, divided by sum_i w_i if normalize is true
+    """
     votes = [w * vector for w, vector in zip(weights, task_vectors, strict=True)]
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
 
@@ -66,7 +73,11 @@ def passthrough(
     *,
     scales: Sequence[float],  # one factor; `scale`
 ) -> Tensor:
-    """Take one model as it is, each tensor multiplied by `scale`."""
+    """Take one model as it is, each tensor multiplied by `scale`.
+
+    Formula:
+        merged = scale x
+    """
     return tensors[0] if scales[0] == 1 else scales[0] * tensors[0]
 
 
@@ -83,6 +94,10 @@ def model_stock(
     N c / (1 + (N - 1) c): 1 if all are equal, 0 if they are orthogonal. With `filter_wise` each
     row, along the last dimension, has its own share; a vector is one row.
     Cosines are exact for short task vectors too; mergekit divides by no less than 1e-6.
+
+    Formula:
+        merged = (1 - t) base + t mean_i x_i, t = N c / (1 + (N - 1) c)
+        c: mean cosine of two task vectors
     """
     n = len(tensors)
     vectors = tensors - base
@@ -124,7 +139,11 @@ def nearswap(
     *,
     t: float,  # the largest distance of entries that are taken over
 ) -> Tensor:
-    """Take over entries that differ by at most t, and move all others by t."""
+    """Take over entries that differ by at most t, and move all others by t.
+
+    Formula:
+        merged = base + min(1, t / |x - base|) (x - base), entry by entry
+    """
     other = tensors[0]
     distance = (base - other).abs()
     share = (t / distance).clamp(0.0, 1.0).where(distance != 0, 0.0)
@@ -142,6 +161,10 @@ def slerp(
 
     Nearly parallel tensors, and opposite ones, are interpolated linearly. A tensor of zeros counts
     as orthogonal to any other. The angle is computed in float64.
+
+    Formula:
+        merged = (sin((1 - t) a) base + sin(t a) x) / sin(a)
+        a: angle between base and x
     """
     other = tensors[0]
     angle = np.array(cosine(dot(base, other), dot(base, base), dot(other, other)))
@@ -163,6 +186,10 @@ def nuslerp(
     With `nuslerp_flatten` a tensor is one vector. Otherwise every row (along the last dimension)
     has its own angle or, with `nuslerp_row_wise`, every vector along the first dimension, as in
     mergekit.
+
+    Formula:
+        merged = base + (sin((1 - t) a) v_1 + sin(t a) v_2) / sin(a), t = w_2 / (w_1 + w_2)
+        a: angle between v_1 and v_2
     """
     first, second = tensors[0] - base, tensors[1] - base
     w, v = weights.tolist()
@@ -218,6 +245,9 @@ def multislerp(
     mergekit moves the mean direction along the weighted sum of the directions' projections on its
     tangent plane, but that sum is zero. If the weighted directions cancel, the result is the
     weighted sum; mergekit refuses this unless there are two models. A single model is unchanged.
+
+    Formula:
+        merged = base + (sum_i s_i |v_i|) m / |m|, m = sum_i s_i v_i / |v_i|, s_i = w_i / sum_j w_j
     """
     if len(tensors) == 1:
         return tensors[0]
@@ -248,6 +278,10 @@ def karcher(
 
     All models have equal weight, as in mergekit. Every step is a linear combination of the models,
     so it is computed on their inner products, in float64, and the models are added up once.
+
+    Formula:
+        merged = (mean_i |x_i|) m
+        m: the unit vector with the least sum_i angle(m, x_i)^2
     """
     if len(tensors) == 1:
         return tensors[0]

@@ -41,6 +41,10 @@ def dare_linear(  # noqa: PLR0913 (options are keywords)
     """Drop entries of each task vector at random, rescale the rest, add them to the base.
 
     Rescaling divides by the density, as in the paper; mergekit matches the L1 norm instead.
+
+    Formula:
+        merged = base + lambda sum_i w_i drop(v_i) / d_i
+        drop: keeps each entry with probability d_i
     """
     votes = _votes(task_vectors, weights, densities, streams, rescale=rescale)
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
@@ -58,7 +62,13 @@ def dare_ties(  # noqa: PLR0913 (options are keywords)
     rescale: bool = True,
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Drop entries at random, rescale the rest, elect a sign per entry, add what agrees with it."""
+    """Drop entries at random, rescale the rest, elect a sign per entry, add what agrees with it.
+
+    Formula:
+        merged = base + lambda sum over i in A of u_i, u_i = w_i drop(v_i) / d_i
+        drop: keeps each entry with probability d_i
+        A: for each entry, the i with sign(u_i) = sign(sum_j u_j)
+    """
     votes = _votes(task_vectors, weights, densities, streams, rescale=rescale)
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)
 
@@ -100,6 +110,12 @@ def della(  # noqa: PLR0913 (options are keywords)
     Rescaling divides by an entry's own probability, as in the paper; mergekit matches the L1 norm.
     With `trim: activation` entries are ranked by magnitude times the activation norm of their
     input. Tensors without second moments of a source are ranked by magnitude.
+
+    Formula:
+        merged = base + lambda (sum over i in A of u_i) / (sum over i in A of w_i)
+        u_i = w_i drop(v_i) / p_i
+        drop: keeps an entry with probability p_i, from d_i - epsilon to d_i + epsilon by its rank
+        A: for each entry, the i with sign(u_i) = sign(sum_j u_j)
     """
     scales = channel_scales(
         grams or [None] * len(densities), trim, trim_exponent, transposed=transposed
@@ -126,7 +142,12 @@ def della_linear(  # noqa: PLR0913 (options are keywords)
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
-    """Drop small entries more often, rescale the rest, add them to the base; see `della`."""
+    """Drop small entries more often, rescale the rest, add them to the base; see `della`.
+
+    Formula:
+        merged = base + lambda sum_i w_i drop(v_i) / p_i
+        drop: keeps an entry with probability p_i, from d_i - epsilon to d_i + epsilon by its rank
+    """
     known = grams or [None] * len(task_vectors)
     scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
     rows = zip(weights, task_vectors, densities, spreads, streams, scales, strict=True)

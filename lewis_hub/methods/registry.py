@@ -11,6 +11,9 @@ and keyword arguments. The merge supplies these keywords:
 - `residual_covariances`: E[d x^T], where d is the rest of the difference between the block's
   outputs, which the matrix can compensate.
 
+The section `Formula` of its docstring is shown by `lewis-hub methods NAME`. There x_i is a source,
+v_i its task vector, w_i its weight and d_i its density.
+
 All other keywords are options of the recipe with the same name, without a trailing underscore
 (`lambda_`). The recipe must set an option that has no default, to a number.
 
@@ -68,6 +71,13 @@ class Method:
     def summary(self) -> str:
         """One sentence for a list of methods."""
         return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def formula(self) -> str:
+        """The section `Formula` of its docstring; empty if it has none."""
+        text = inspect.getdoc(self.function) or ""
+        section = text.partition("\nFormula:\n")[2].partition("\n\n")[0]
+        return inspect.cleandoc(f"\n{section}")
 
     @property
     def takes_base(self) -> bool:

@@ -56,6 +56,10 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     model, and sets z = x. With `residual_covariances`, (base + X) x also compensates d, the rest of
     the difference between the outputs of the expert's block and the merged block; each part of long
     inputs compensates an equal share of d.
+
+    Formula:
+        merged = base + lambda (sum_i w_i v_i G_i) (sum_i w_i G_i)^-1
+        G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i
     """
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)

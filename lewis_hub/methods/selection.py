@@ -31,6 +31,12 @@ def sce(
     `select_topk` times its own density; mergekit has no densities, and rounds down. A tie keeps
     the base's value. The weights divide by any sum that is not zero; mergekit takes equal weights
     if the sum is below 1e-6, as for short task vectors.
+
+    Formula:
+        merged = base + (sum over i in A of s_i e(v_i)) / (sum over i in A of s_i)
+        s_i = |e(v_i)|^2 / sum_j |e(v_j)|^2
+        e: keeps the entries with the largest variance over the sources
+        A: for each entry, the i with sign(e(v_i)) = sign(sum_j e(v_j))
     """
     selected = _selected(task_vectors, [select_topk * density for density in densities])
     squares = [dot(vector, vector) for vector in selected]
@@ -74,6 +80,10 @@ def pcb(
     largest scores stay. Simplified: a task vector is one tensor's, the paper's the whole model's.
     The published code differs: it scores by exp(N norm(|v_i|)^2) tanh(v_i sum_j v_j), on values
     whose outermost 0.01 % are clamped, and spreads what it keeps from 0 to 1.
+
+    Formula:
+        merged = base + lambda sum_i w_i v_i p_i / sum_j p_j
+        p_i: the d_i n largest of softmax(N norm(v_i v_i)) sum_j softmax(norm(v_i v_j))
     """
     if base.numel() == 0:
         return base
@@ -123,6 +133,10 @@ def cabs(
     smaller index goes first.
     Simplified: if too few entries are free, an expert also keeps its largest taken ones, so that
     densities that add up to more than 1 overlap as little as possible.
+
+    Formula:
+        merged = base + lambda sum_i w_i prune_i(v_i)
+        prune_i: keeps the d_i m largest of each m entries that experts before i did not keep
     """
     taken = base.new_zeros(base.numel()).bool()
     votes = []
@@ -168,6 +182,10 @@ def arcee_fusion(
     of their rows' softmax (a row runs along the last dimension). The threshold is the median plus
     1.5 times the distance between the quartiles. Quartiles are exact and divergences in float64;
     mergekit draws a million entries at random, and rounds divergences of float32 sums.
+
+    Formula:
+        merged = x where s >= median(s) + 1.5 (q_3 - q_1), base elsewhere; q: quartiles of s
+        s = |x - base| KL(softmax(x), softmax(base)), softmax over each row
     """
     other = tensors[0]
     if base.numel() == 0:

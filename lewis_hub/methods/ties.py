@@ -45,6 +45,12 @@ def ties(  # noqa: PLR0913 (options are keywords)
     `rescale` restores the L1 norm of the task vector.
     With `trim: activation` entries are ranked by magnitude times the activation norm of their
     input. Tensors without second moments of a source are trimmed by magnitude.
+
+    Formula:
+        merged = base + lambda (sum over i in A of u_i) / (sum over i in A of w_i)
+        u_i = w_i trim(v_i)
+        trim: keeps the d_i n largest of n entries
+        A: for each entry, the i with sign(u_i) = sign(sum_j u_j)
     """
     known = grams or [None] * len(task_vectors)
     scales = channel_scales(known, trim, trim_exponent, transposed=transposed)
@@ -67,7 +73,12 @@ def breadcrumbs(  # noqa: PLR0913 (options are keywords)
     rescale: bool = False,
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Drop the largest and the smallest entries of each task vector, add the rest to the base."""
+    """Drop the largest and the smallest entries of each task vector, add the rest to the base.
+
+    Formula:
+        merged = base + lambda sum_i w_i band(v_i)
+        band: drops the gamma n largest of n entries, keeps the d_i n largest of the others
+    """
     rows = zip(weights, task_vectors, densities, outliers, strict=True)
     votes = [w * keep_band(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * all_votes(votes, weights, normalize=normalize)
@@ -85,7 +96,13 @@ def breadcrumbs_ties(  # noqa: PLR0913 (options are keywords)
     rescale: bool = False,
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Drop the largest and the smallest entries, elect a sign per entry, add what agrees."""
+    """Drop the largest and the smallest entries, elect a sign per entry, add what agrees.
+
+    Formula:
+        merged = base + lambda sum over i in A of u_i, u_i = w_i band(v_i)
+        band: drops the gamma n largest of n entries, keeps the d_i n largest of the others
+        A: for each entry, the i with sign(u_i) = sign(sum_j u_j)
+    """
     rows = zip(weights, task_vectors, densities, outliers, strict=True)
     votes = [w * keep_band(*rest, rescale=rescale) for w, *rest in rows]
     return base + lambda_ * elected_votes(votes, weights, normalize=normalize)

@@ -41,6 +41,13 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.evaluate:
         yield from _gate_contradictions(recipe, recipe.evaluate)
         yield from _benchmark_contradictions(recipe.evaluate)
+        if "model" in (recipe.evaluate.backend_args or {}):
+            problem = "every model of the recipe would be scored as this one."
+            remedy = (
+                "Leave it out: requests name the folder of each model. Or score the models one "
+            )
+            remedy += "by one with `lewis-hub evaluate`."
+            yield ("evaluate", "backend_args", "model"), problem, remedy
     yield from _statistical_contradictions(recipe)
     yield from _bad_numbers(recipe)
 

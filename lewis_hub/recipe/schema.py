@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lewis_hub.files import starts_like_path
+from lewis_hub.recipe.backend import Running
 from lewis_hub.recipe.mixture import Mixture
 from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
 
@@ -320,7 +321,7 @@ class Guide(Part):
         return self
 
 
-class Evaluation(Part):
+class Evaluation(Running):
     """The lm-eval tasks that score the merge, and the models that are scored with it."""
 
     tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval tasks.")

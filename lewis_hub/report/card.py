@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lewis_hub.display import size
-from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores
+from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores, settings_words
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import Licence
@@ -89,7 +89,6 @@ def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **
 
 
 def _description(facts: CardFacts) -> dict[str, Any]:
-    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
     licences = [facts.models[source.pinned].licence for source in facts.sources]
     experts = facts.mixture.experts if facts.mixture else ()
     return {
@@ -99,8 +98,7 @@ def _description(facts: CardFacts) -> dict[str, Any]:
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
         "config": _configuration(facts.config),
         "tasks": list(facts.scores.tasks) if facts.scores else [],
-        # The Hub resolves a relative `src`; whether it resolves a relative `srcset` is unknown.
-        "dark_folder": f"{url}/resolve/main/lewis" if url else "lewis",
+        "dark_folder": dark_folder(facts),
         "licences": list(dict.fromkeys(licences)),
         "disagree": DISAGREE,
         "calibrated": _calibrated(facts),
@@ -108,6 +106,15 @@ def _description(facts: CardFacts) -> dict[str, Any]:
         "streams": any(cost.fetched_bytes is not None for cost in facts.costs),
         "builder": BUILDER,
     }
+
+
+def dark_folder(facts: CardFacts) -> str:
+    """The address of the dark plots, or their folder if the merge stays on disk.
+
+    The Hub resolves a relative `src`; whether it resolves a relative `srcset` is unknown.
+    """
+    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
+    return f"{url}/resolve/main/lewis" if url else "lewis"
 
 
 def _guidance(guided: Guided | None) -> dict[str, Any]:
@@ -139,6 +146,7 @@ def _scores(facts: CardFacts) -> dict[str, Any]:
         "scores_table": findings.scores_table(scores) if scores else None,
         "paired_table": findings.paired_table(scores) if scores else None,
         "twins": findings.twins(scores) if scores else (),
+        "settings": settings_words(scores.settings) if scores and scores.settings else None,
         "gate": findings.gate_section(facts.gate) if facts.gate else None,
         "gains": gains,
         "limits": limits,

@@ -46,6 +46,7 @@ UNREAD_SUFFIXES = frozenset(
 # Keys of a recipe that do not determine the weights: names of inputs, and settings of later stages.
 NAMES = frozenset({"model", "source_model", "base_model", "dataset", "include", "revision"})
 LATER = frozenset({"evaluate", "publish", "allow_overlap"})
+NO_STATEMENT = (ValueError, TypeError, KeyError)
 CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")
 
@@ -281,11 +282,19 @@ def provenance(lock: Lock, began: datetime, ended: datetime) -> str:
 def is_provenance_of(text: str, lock: Lock) -> bool:
     """Whether a text is the provenance of a lock, whatever its dates."""
     try:
-        metadata = read_json(text)["predicate"]["runDetails"]["metadata"]
-        began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))
-    except (ValueError, TypeError, KeyError):
+        return provenance_again(text, lock) == text
+    except NO_STATEMENT:
         return False
-    return provenance(lock, began, ended) == text
+
+
+def provenance_again(text: str, lock: Lock) -> str:
+    """The provenance of a lock, with the times of an earlier statement `text`.
+
+    The text may be no such statement, which raises one of NO_STATEMENT.
+    """
+    metadata = read_json(text)["predicate"]["runDetails"]["metadata"]
+    began, ended = (datetime.fromisoformat(metadata[k]) for k in ("startedOn", "finishedOn"))
+    return provenance(lock, began, ended)
 
 
 def _subjects(lock: Lock) -> Iterator[dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import Any
 from lewis_hub.calibration.texts import draw_rows
 from lewis_hub.display import Advance
 from lewis_hub.errors import EvaluationError, TuningError
+from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import build_requests, free_split, prepared
 from lewis_hub.evaluate.gate import unknown_metric
-from lewis_hub.evaluate.harness import Benchmarks, EvaluationSettings, evaluate_loaded
+from lewis_hub.evaluate.harness import Benchmarks, evaluate_loaded
 from lewis_hub.evaluate.items import (
     ANSWER_LOSS,
     Question,

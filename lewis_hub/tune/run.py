@@ -14,7 +14,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.display import Progress, Silent, TextTable, to_html
+from lewis_hub.display import TextTable, to_html
 from lewis_hub.errors import RecipeError
 from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import (
@@ -25,10 +25,11 @@ from lewis_hub.evaluate.items import (
     scored_questions,
 )
 from lewis_hub.evaluate.paired import compare
-from lewis_hub.evaluate.scores import ModelResult, PairedTest, Scores
+from lewis_hub.evaluate.scores import PairedTest, Scores
 from lewis_hub.files import require_writable, write_whole
 from lewis_hub.hub.source import Source
 from lewis_hub.merge.workspace import LOCK, alone_at
+from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.plots import PlottedTrial, SearchPlot, draw_search
 from lewis_hub.tune import space as search_space
@@ -95,7 +96,7 @@ def tune_recipe(
     asked: Search,
     output: Path | str,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
 ) -> Tuned:
     """Search for better settings of a recipe; an earlier run of the same search is continued.
 
@@ -104,7 +105,7 @@ def tune_recipe(
         asked: number of trials, time, and the items to tune on.
         output: folder for the study and for measurements.
         execution: device and runner; None: this machine's CPU.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
         LewisHubError: a source, task or setting cannot be used.
@@ -118,7 +119,7 @@ def tune_recipe(
         >>> tuned.recipe.merge_method
         'ties'
     """
-    execution, progress = execution or Execution(), progress or Silent()
+    execution, progress = execution or Execution(), shown(progress)
     output = Path(output)
     study.require_optuna()
     execution.require_usable()
@@ -140,7 +141,7 @@ def tune_recipe(
     drawn, sets = _draw(job, asked, tasks, chat_model)
     objective = by_answer_loss(drawn)
     if asked.metric:
-        objective = by_metric(drawn, asked.metric, evaluation.settings)
+        objective = by_metric(drawn, asked.metric, evaluation.settings.on_transformers)
     output.mkdir(parents=True, exist_ok=True)
     with (
         alone_at(output / LOCK, output),
@@ -287,12 +288,12 @@ def score_both(
     n_items = len(models) * sum(map(len, questions.values()))
     with progress.stage("Scoring right answers", n_items, "items") as advance:
         for label, one in models.items():
-            lm = load(one.folder, settings)
+            lm = load(one.folder, settings.on_transformers)
             scored = dict(results[label].tasks)
             for task, some in questions.items():
                 losses = {ANSWER_LOSS: loss_metric(answer_losses(lm, some, advance))}
                 scored[task] = replace(scored[task], metrics={**scored[task].metrics, **losses})
-            results[label] = ModelResult(scored)
+            results[label] = replace(results[label], tasks=scored)
             del lm
             gc.collect()  # only one model fits into memory
     return compare(results)

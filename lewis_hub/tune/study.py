@@ -23,7 +23,8 @@ from lewis_hub.errors import (
     NonFiniteError,
     TuningError,
 )
-from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.harness import exchange, load
 from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.tune.objective import Objective

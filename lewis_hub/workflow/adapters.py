@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader
 from lewis_hub.checkpoint.writer import DTYPES
-from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import RecipeError
 from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.card import merged_adapter_card
 from lewis_hub.workflow import fetch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def merge_loras(
     recipe: Recipe,
     output: Path | str,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
     *,
     rank: int | None = None,
     error: float = 0.0,
@@ -39,7 +39,7 @@ def merge_loras(
     Args:
         recipe: its models are LoRA adapters of `base_model`. `evaluate` and `publish` are ignored.
         output: folder to make.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
         rank: highest rank of a module's update; None: the sum of the adapters' ranks, or with
             `error` no limit.
         error: in [0, 1); each module gets the lowest rank whose relative error, in the Frobenius
@@ -61,7 +61,7 @@ def merge_loras(
     """
     from lewis_hub.merge.low_rank import Cut, merge_updates, require_low_rank, write_adapter
 
-    output, progress, api = Path(output), progress or Silent(), hub_api()
+    output, progress, api = Path(output), shown(progress), hub_api()
     if recipe.guide or recipe.calibration:
         key = "guide" if recipe.guide else "calibration"
         remedy = "Remove it, and give `density` yourself; or merge on the base with `merge`."

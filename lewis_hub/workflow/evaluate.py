@@ -13,9 +13,10 @@ from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
 from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
-from lewis_hub.evaluate.harness import EvaluationSettings, evaluate_model
+from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.files import sha256_of, write_whole
@@ -24,7 +25,7 @@ from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.target import read_target, read_text
 from lewis_hub.merge.plan import MergePlan
 from lewis_hub.merge.sidecars import SidecarSettings
-from lewis_hub.recipe.schema import Gate
+from lewis_hub.recipe.schema import Evaluation, Gate
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_section
 from lewis_hub.report.lock import FILE as LOCK
@@ -81,6 +82,20 @@ class EvaluationPlan:
     uniform_twin: bool
     plain_twin: PlainTwin | None
     gates: tuple[Gate, ...]  # the conditions for publishing
+
+
+def settings_of(asked: Evaluation, device: str) -> EvaluationSettings:
+    """Return how models are run for an evaluation; a backend that is not installed is refused."""
+    require_installed(asked.backend or "hf")
+    return EvaluationSettings(
+        device=device,
+        chat_template=asked.chat_template,
+        backend=asked.backend or "hf",
+        backend_args=asked.backend_args or {},
+        num_fewshot=asked.num_fewshot,
+        batch_size=asked.batch_size,
+        generation=asked.generation or {},
+    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +166,7 @@ def score(
     """Score candidates on the same items, or use their results in `kept`; label -> results."""
     kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    benchmarks = with_prompts(loaded, limit)
+    benchmarks = with_prompts(loaded, limit, settings)
     files = {one.label: kept / _file_name(one, loaded, limit, settings) for one in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())

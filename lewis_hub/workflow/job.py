@@ -7,7 +7,7 @@ The steps below take no recipe, only the values of the job that they use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,9 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from lewis_hub.display import Progress
-from lewis_hub.errors import PublishError
-from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
-from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
 from lewis_hub.hub.failures import address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.mixture import MixtureSettings
@@ -35,13 +32,14 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.report.mergekit import METHODS, MergekitMerge
 from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.check import CheckReport
-from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin
+from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin, settings_of
 from lewis_hub.workflow.examine import Examined, examine_sources
 from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, new_dtype
 from lewis_hub.workflow.mixture import RouterSettings, mixture_facts, router_settings
 from lewis_hub.workflow.open import MergeSources
 from lewis_hub.workflow.report import ReportSettings, locked_data, locked_input
+from lewis_hub.workflow.republish import UNNAMED, published_as
 from lewis_hub.workflow.resources import DiskNeeds, Execution
 from lewis_hub.workflow.statistics import StatisticsSettings
 from lewis_hub.workflow.texts import ScoredTasks, Sets, TextSettings
@@ -221,9 +219,7 @@ def _evaluation(
         twin = PlainTwin(label, plan, takes_schedule=label == "by_magnitude")
     return EvaluationPlan(
         limit=evaluation.limit,
-        settings=EvaluationSettings(
-            device=execution.device, chat_template=evaluation.chat_template
-        ),
+        settings=settings_of(evaluation, execution.device),
         rivals=examine.rivals_of(evaluation, examined.sources),
         uniform_twin=examine.has_uniform_twin(recipe),
         plain_twin=twin,
@@ -238,10 +234,9 @@ def _report_settings(
     pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
     mergekit = _mergekit(recipe, examined, pinned.document)
-    chosen = publish.license if publish else None
     card = CardFacts(
-        title=publish.repo.partition("/")[2] if publish else "Merged model",
-        repo=publish.repo if publish else None,
+        title=UNNAMED,
+        repo=None,
         endpoint=address(api),
         base=inputs.base,
         experts=inputs.experts,
@@ -250,8 +245,8 @@ def _report_settings(
         dtype=recipe.output_dtype,
         method=registry.find(recipe.merge_method),
         recipe=pinned.to_yaml(),
-        licence=_licence([facts[one.pinned] for one in inputs.models], chosen),
-        licence_chosen=chosen is not None,
+        licence=None,
+        licence_chosen=False,
         custom_code=inputs.donor.name in recipe.allow_code,
         mergekit=mergekit is not None,
         digest=planned.digest,
@@ -261,15 +256,8 @@ def _report_settings(
         scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,
     )
     benchmarks = (recipe.evaluate.benchmarks or {}) if recipe.evaluate else {}
+    card = published_as(card, publish)
     return ReportSettings(card, planned, pinned, mergekit, benchmarks, execution.device)
-
-
-def _licence(facts: Sequence[ModelFacts], chosen: str | None) -> Licence | None:
-    """Return the licence of the merge; None if the parents differ and none was chosen."""
-    try:
-        return combined_licence(facts, chosen)
-    except PublishError:
-        return None
 
 
 def _stacked_blocks(recipe: Recipe, inputs: resolve.Inputs) -> tuple[StackedBlocks, ...]:

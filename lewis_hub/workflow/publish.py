@@ -35,12 +35,12 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.evaluate import CARD, SCORES, read_scores, read_verdict
 from lewis_hub.workflow.fetch import require_disk
 from lewis_hub.workflow.job import MergeJob
+from lewis_hub.workflow.republish import readdress
 
 IMPORTANCE = "lewis/importance.json"
 TITLE = "Merge with lewis-hub"
 BELOW = f"{TITLE}, below the quality gate"
 LONGEST_TITLE = 100
-LATER = ("evaluate", "publish")  # parts of a recipe that do not change the weights
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,16 @@ def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
 
 
 def same_merge(found: Lock, planned: Lock) -> bool:
-    """Return whether a merge is the planned merge, with the same scoring and publishing."""
-    return found.digest == planned.digest and all(
-        planned.recipe.get(key) in (None, found.recipe.get(key)) for key in LATER
-    )
+    """Return whether a merge is the planned merge, with the same scoring and licence."""
+    asked, stated = (one.recipe.get("publish") for one in (planned, found))
+    licensed = asked is None or asked.get("license") == (stated or {}).get("license")
+    return same_model(found, planned) and licensed
+
+
+def same_model(found: Lock, planned: Lock) -> bool:
+    """Return whether a merge has the weights and the scoring of the planned merge."""
+    scoring = planned.recipe.get("evaluate")
+    return found.digest == planned.digest and scoring in (None, found.recipe.get("evaluate"))
 
 
 def published_scores(previous: PreviousMerge | None, api: HfApi) -> Scores | None:
@@ -201,6 +207,8 @@ def push(
     missed = verdict if verdict and verdict.missed else None
     if missed and missed.stops and not force:
         raise refused(folder, missed, None)
+    if lock := lock_in(folder):
+        readdress(folder, lock, asked.repo, address(api))
     changes = _record_changes(folder, destination.previous)
     lines = [f"- {change}" for change in changes]
     proposes = missed is not None and not force
@@ -277,30 +285,20 @@ class Preflight:
     """The result of a preflight."""
 
     # `unchanged`: the target repo holds this merge already; `merge`: on this disk; `stream`: from
-    # Hub to Hub, because this disk is too small
-    way: Literal["unchanged", "merge", "stream"]
+    # Hub to Hub, because this disk is too small; `jobs`: on Hugging Face Jobs, as asked
+    way: Literal["unchanged", "merge", "stream", "jobs"]
     why: str  # the reason, as a sentence
     commit_url: str | None = None  # of the commit that holds the merge
 
 
 def preflight(
-    job: MergeJob, asked: Publishing, output: Path, api: HfApi, *, force: bool
+    job: MergeJob, asked: Publishing, output: Path | None, api: HfApi, *, force: bool
 ) -> Preflight:
     """Compare a job with the disk and the target; see `pipeline.preflight`."""
-    needs, planned = job.disk_needs(), job.planned
-    try:
-        require_disk(output, needs.download_bytes, needs.made_bytes)
-        found = Preflight("merge", "The disk is large enough.")
-    except OutputError as shortage:
-        if job.evaluation and job.evaluation.gates:
-            remedy = (
-                "A quality gate scores whole models, so the merge cannot be streamed: use a "
-                "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
-            )
-            raise OutputError(shortage.where, shortage.problem, remedy) from None
-        found = Preflight("stream", f"{shortage.where}: {shortage.problem}.")
+    found, planned = _place(job, output), job.planned
+    if found.way == "stream":  # scores need whole models
         unscored = {key: part for key, part in planned.recipe.items() if key != "evaluate"}
-        planned = replace(planned, recipe=unscored)  # scores need whole models
+        planned = replace(planned, recipe=unscored)
     previous = previous_merge(read_target(HubRepo.to_publish(api, asked.repo)), api)
     commit = None if force else _commit_with(planned, asked, previous, api)
     if commit:
@@ -313,3 +311,21 @@ def preflight(
             place.parent.mkdir(exist_ok=True)
             write_whole(place, profile)
     return found
+
+
+def _place(job: MergeJob, output: Path | None) -> Preflight:
+    """Decide where to merge by the room on the disk of `output`; None: on Hugging Face Jobs."""
+    if output is None:
+        return Preflight("jobs", "Hugging Face Jobs merge, as asked.")
+    needs = job.disk_needs()
+    try:
+        require_disk(output, needs.download_bytes, needs.made_bytes)
+    except OutputError as shortage:
+        if job.evaluation and job.evaluation.gates:
+            remedy = (
+                "A quality gate scores whole models, so the merge cannot be streamed: use a "
+                "machine with a larger disk, for example with `lewis-hub merge --push --on jobs`."
+            )
+            raise OutputError(shortage.where, shortage.problem, remedy) from None
+        return Preflight("stream", f"{shortage.where}: {shortage.problem}.")
+    return Preflight("merge", "The disk is large enough.")

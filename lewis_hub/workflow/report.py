@@ -27,6 +27,7 @@ from lewis_hub.workflow.resolve import PinnedTask, RecipeSnapshot
 from lewis_hub.workflow.statistics import Gathered
 
 PROFILE, SCHEDULE = "importance.json", "density.json"  # in the folder `lewis`
+RECIPE = "lewis/recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def write(
         gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
         config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        chat=_has_chat_template(folder),
+        chat=has_chat_template(folder),
         digest=lock.digest,
         measured=gathered.measured,
         notes=gathered.notes,
@@ -97,7 +98,7 @@ def _write_locked(
     settings: ReportSettings, folder: Path, guided: Guided | None, scored: Scored | None
 ) -> list[str]:
     """Write the descriptive files of the lock; return their paths and those of the guidance."""
-    texts = {"lewis/recipe.yaml": settings.snapshot.to_yaml()}
+    texts = {RECIPE: settings.snapshot.to_yaml()}
     if scored:
         texts[SCORES] = scored.scores.to_json()
         texts[ITEMS] = scored.items.to_json()
@@ -114,7 +115,7 @@ def _write_locked(
     return [*texts, *(f"lewis/{name}" for name in others)]
 
 
-def _has_chat_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
     """Return whether the tokenizer has a chat template, as a file or in its configuration."""
     config = folder / "tokenizer_config.json"
     inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from lewis_hub.checkpoint.lora import read_config
-from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError
+from lewis_hub.errors import EvaluationError, GuideError, RecipeError, SourceError, SourcesError
 from lewis_hub.evaluate.benchmarks import (
     Commits,
     TaskData,
@@ -29,6 +29,7 @@ from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.files import visible_files
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.converted import with_converted
+from lewis_hub.hub.failures import is_transient
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, resolve_model
 from lewis_hub.hub.source import ADAPTERS, Source
@@ -317,6 +318,7 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     drawn = [place["calibration"] for place in places if "calibration" in place]
     for calibration in drawn:
         _pin_calibration(calibration, inputs.data)
+    document.get("evaluate", {}).get("backend_args", {}).pop("base_url", None)  # of this machine
     for place in (document.get("evaluate", {}), *drawn):
         if "include" in place:
             place["include"] = copies[recipe.locate(place["include"])]
@@ -432,10 +434,10 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         return with_converted(replace(source, name=name), code=name in recipe.allow_code)
 
     entries = merged_entries(recipe)
-    with ThreadPoolExecutor(N_RESOLVING_THREADS) as pool:
-        found = pool.map(model, [entry.model for entry in entries])
-        base = require_whole(api, model(recipe.base_model)) if recipe.base_model else None
-        experts = tuple(found)
+    named = [*([recipe.base_model] if recipe.base_model else []), *(one.model for one in entries)]
+    found = _each(dict.fromkeys(named), model)
+    base = require_whole(api, found[recipe.base_model]) if recipe.base_model else None
+    experts = tuple(found[entry.model] for entry in entries)
     for entry, expert in zip(entries, experts, strict=True):
         if entry.model.on and not expert.is_adapter:
             problem = "this is a whole model, but `+` adds a LoRA adapter to a model"
@@ -443,6 +445,32 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
         if base is None:
             require_whole(api, expert)
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
+
+
+def _each(
+    named: Iterable[ModelReference], resolved: Callable[[ModelReference], Source]
+) -> dict[ModelReference, Source]:
+    """Pin all models, and report all that cannot be found or read in one error.
+
+    A Hub that does not answer is reported at once.
+    """
+    found, failed = dict[ModelReference, Source](), list[SourceError]()
+    pool = ThreadPoolExecutor(N_RESOLVING_THREADS)
+    try:
+        for reference, future in [(one, pool.submit(resolved, one)) for one in named]:
+            try:
+                found[reference] = future.result()
+            except SourceError as error:
+                if error.__cause__ and is_transient(error.__cause__):
+                    raise
+                failed.append(error)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if len(failed) > 1:
+        raise SourcesError(tuple(str(error).replace("\n", "\n  ") for error in failed))
+    if failed:
+        raise failed[0]
+    return found
 
 
 def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:

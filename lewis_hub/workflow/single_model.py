@@ -13,9 +13,7 @@ from lewis_hub.calibration.profile import ImportanceProfile, Measure
 from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
-from lewis_hub.display import Progress, Silent
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
-from lewis_hub.evaluate.harness import EvaluationSettings
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import locate_tasks
@@ -27,6 +25,7 @@ from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
 from lewis_hub.merge.workspace import open_workspace
+from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Calibration, Evaluation, Recipe
 from lewis_hub.report.card import adapter_card
@@ -35,7 +34,7 @@ from lewis_hub.report.lock import Lock
 from lewis_hub.report.plots import draw as draw_plots
 from lewis_hub.workflow import check, examine, fetch, job, resolve, resources, verify
 from lewis_hub.workflow.calibrate import known_profile
-from lewis_hub.workflow.evaluate import CARD, Candidate, score
+from lewis_hub.workflow.evaluate import CARD, Candidate, score, settings_of
 from lewis_hub.workflow.fetch import fetch_whole
 from lewis_hub.workflow.open import MergeSources, OpenedSource, open_model, ties
 from lewis_hub.workflow.resolve import hub_api, resolve_data, resolve_inputs, resolve_one
@@ -59,7 +58,7 @@ def evaluate_model(
     model: ModelReference | Path | str,
     asked: Evaluation,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
 ) -> Scores:
     """Score one model on lm-eval tasks.
 
@@ -70,7 +69,7 @@ def evaluate_model(
         model: a repo, repo@revision or folder.
         asked: tasks, the user's task files and the limit.
         execution: device, and whether benchmarks may run code.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
         LewisHubError: the model or a task cannot be used.
@@ -82,12 +81,19 @@ def evaluate_model(
         >>> scores.tasks["zoo_reverse"].n
         5
     """
-    execution, progress = execution or Execution(), progress or Silent()
+    execution, progress = execution or Execution(), shown(progress)
     execution.require_usable()
     api = hub_api()
+    how = settings_of(asked, execution.device)
     source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
     selected = examine.task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
     locate_tasks(selected)
+    tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
+    if how.backend == "local-completions":  # the server has the weights
+        with TemporaryDirectory() as kept:
+            candidate = Candidate(source.pinned, source.commit_sha, fetch.small_files(api, source))
+            results = score([candidate], tasks.loaded, asked.limit, how, Path(kept), progress)
+            return compare(results)
     whole = source
     if source.is_pickled:
         whole = fetch.convert_pickles([source], (), api, progress)[source]
@@ -101,10 +107,8 @@ def evaluate_model(
             loader = fetch.ModelLoader(files, Path(scratch), loading, means, size, progress)
             folder = loader.materialize_checkpoint(opened)
         candidate = Candidate(source.pinned, source.commit_sha, folder)
-        tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
-        how = EvaluationSettings(device=execution.device, chat_template=asked.chat_template)
-        kept = Path(scratch)
-        return compare(score([candidate], tasks.loaded, asked.limit, how, kept, progress))
+        results = score([candidate], tasks.loaded, asked.limit, how, Path(scratch), progress)
+        return compare(results)
 
 
 def _in_working_folder(name: str) -> str:
@@ -118,7 +122,7 @@ def extract_lora(
     base: ModelReference | Path | str,
     output: Path | str,
     settings: LoraSettings | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
 ) -> Extracted:
     """Write a LoRA adapter in PEFT's format; the folder appears whole or not at all.
 
@@ -127,7 +131,7 @@ def extract_lora(
         base: the model that it was fine-tuned from.
         output: folder to make.
         settings: rank or error, and which modules are stored how; None: rank 32.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
 
     Raises:
         LewisHubError: a model cannot be used, or the two do not fit together or are equal.
@@ -142,7 +146,7 @@ def extract_lora(
     from lewis_hub.merge.quantised import ScaledReader
     from lewis_hub.merge.task_vectors import extract
 
-    output, progress, api = Path(output), progress or Silent(), hub_api()
+    output, progress, api = Path(output), shown(progress), hub_api()
     settings = settings or LoraSettings()
     sources = [resolve_one(base, api), resolve_one(model, api)]
     opened_base = open_model(api, sources[0], "base")
@@ -224,7 +228,7 @@ def measure_model(
     calibration: Calibration,
     output: Path | str,
     execution: Execution | None = None,
-    progress: Progress | None = None,
+    progress: Shown = BY_DEFAULT,
     *,
     seed: int = 42,
 ) -> ImportanceProfile:
@@ -236,7 +240,7 @@ def measure_model(
         output: folder for `importance.json` and its plot; a measurement of the same model and
             texts that is in it is reused.
         execution: device, and whether tasks may run code; None: the CPU.
-        progress: shows progress; None: shows nothing.
+        progress: True: shown on stderr; False: nothing; or what shows it.
         seed: draws the texts.
 
     Raises:
@@ -251,7 +255,7 @@ def measure_model(
     """
     from lewis_hub.calibration.measure import calibrate  # torch: only here
 
-    output, execution, progress = Path(output), execution or Execution(), progress or Silent()
+    output, execution, progress = Path(output), execution or Execution(), shown(progress)
     execution.require_usable()
     require_writable(output)
     api = hub_api()

@@ -84,6 +84,20 @@ def test_a_merge_in_the_target_is_not_repeated_until_a_source_changes(hub, place
     assert preflight()[1] == "way=merge\n"
 
 
+def test_jobs_are_to_merge_what_has_changed_if_they_are_asked_to(hub, place):
+    write(hub, GATE)
+
+    assert preflight("--on", "jobs") == (
+        {"status": "jobs", "why": "Hugging Face Jobs merge, as asked.", "repo": "lewis/again"},
+        "way=jobs\n",
+    )
+
+    write(hub)
+    assert run("merge", "--push", "-q").exit_code == 0
+    assert preflight("--on", "jobs")[1] == "way=unchanged\n"
+    assert preflight("--on", "jobs", "--force")[1] == "way=jobs\n"
+
+
 def test_an_open_pull_request_with_the_merge_counts_if_the_recipe_asks_for_one(hub, place):
     hub.api().create_repo("lewis/again")
     write(hub, landing="pull-request")

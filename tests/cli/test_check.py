@@ -6,13 +6,16 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import seed_hub, zoo_folder
-from lewis_hub.errors import LewisHubError
+from lewis_hub.display import size
+from lewis_hub.errors import LewisHubError, SourceError, SourcesError
 from lewis_hub.recipe.read import parse_recipe
+from lewis_hub.workflow import resolve
 
 RECIPE = """base_model: zoo/base
 models:
@@ -197,3 +200,51 @@ def test_check_shows_the_sources_and_exits_with_1_if_there_is_a_problem(
     assert done.exit_code == 0
     assert "No problems found." in done.stdout
     assert "apache-2.0" in done.stdout
+
+
+def test_all_models_that_cannot_be_used_are_reported_at_once(seeded, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", seeded.write_token)
+    text = RECIPE.replace("zoo/base", "zoo/bse").replace("zoo/expert-reverse", "./nothing")
+
+    with pytest.raises(SourcesError) as caught:
+        pipeline.check(parse_recipe(text, "recipe.yaml"))
+
+    first, *rest = str(caught.value).splitlines()
+    assert first == "2 models of the recipe cannot be used:"
+    assert rest[0].startswith(f"- zoo/bse: no model of this name on {seeded.url}")
+    assert rest[1] == "  Check the spelling, and whose token this is: `hf auth whoami`."
+    assert rest[2].startswith("- ./nothing: no such file or folder")
+
+
+def test_a_hub_that_does_not_answer_is_reported_once():
+    recipe = parse_recipe(RECIPE, "recipe.yaml")
+
+    with pytest.raises(SourceError, match="^zoo/base: cannot reach"):
+        resolve.resolve_inputs(recipe, HfApi(endpoint="http://127.0.0.1:9"))
+
+
+def test_the_document_has_everything_that_the_table_has(seeded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", seeded.write_token)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    report = pipeline.check(parse_recipe(RECIPE, "recipe.yaml"))
+
+    done = CliRunner().invoke(cli, ["check", str(tmp_path / "recipe.yaml"), "--json"])
+
+    document = json.loads(done.stdout)
+    for row, source in zip(report.table.rows, document["sources"], strict=True):
+        assert row == (
+            source["role"],
+            source["name"],
+            source["commit_sha"][:8],
+            size(source["size_bytes"]),
+            source["dtype"],
+            f"{source['n_parameters']:,}",
+            f"{source['n_vocabulary']:,}",
+            "yes" if source["tied"] else "no",
+            source["licence"],
+        )
+    needs = ("download_bytes", "disk_bytes", "memory_bytes", "output_bytes")
+    assert report.lines[0] == "download {}, disk {}, memory at most {}, merged model {}".format(
+        *(size(document[name]) for name in needs)
+    )
+    assert (document["notes"], document["problems"]) == (list(report.notes), [])

@@ -107,12 +107,14 @@ def test_files_that_a_job_cannot_read_are_refused_before_anything_is_sent(folder
 def test_a_job_gets_the_typed_options_and_no_others():
     words = ["-q", "--json", "--push", "--on", "jobs", "--flavor", "x", "--device", "cuda"]
     words += ["--repo", "me/x", "--no-eval", "--max-shard-size", "1GB"]
+    words += ["--generation", "temperature=0.5", "--generation", "top_p=1", "--num-fewshot", "2"]
     merge = cli.commands["merge"]
 
     with merge.make_context("merge", words) as context:
         assert isinstance(context, click.Context)
         assert job_options(context) == [
             *("--push", "--repo", "me/x", "--no-eval", "--max-shard-size", "1000000000"),
+            *("--num-fewshot", "2", "--generation", "temperature=0.5", "--generation", "top_p=1"),
             *("--device", "cuda", "--json"),
         ]
 

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import pytest
 
 from lewis_hub.cli.main import cli, disk_failure
@@ -70,6 +72,43 @@ def test_every_command_has_help_with_json_and_quiet(command, tmp_path):
     assert done.returncode == 0
     assert "--json" in done.stdout
     assert "-q, --quiet" in done.stdout
+
+
+def test_help_lists_commands_with_whole_summaries_and_options_in_sections(tmp_path):
+    listed = run("--help", cwd=tmp_path, COLUMNS="60").stdout
+    merge = run("merge", "--help", cwd=tmp_path).stdout
+
+    assert "..." not in listed.partition("Commands:")[2]
+    assert "Decide whether to" in run("actions", "--help", cwd=tmp_path).stdout
+    sections = re.findall(r"^([A-Z].*):$", merge, re.MULTILINE)
+    assert sections == [
+        *("Publishing", "Output", "Scores and calibration", "This machine"),
+        *("Hugging Face Jobs", "Permissions", "Options"),
+    ]
+    named = re.findall(r"^  (?:-\w, )?(--[\w-]+)", merge, re.MULTILINE)
+    options = [one for one in cli.commands["merge"].params if isinstance(one, click.Option)]
+    assert sorted(named) == sorted([*(one.opts[-1] for one in options), "--help"])
+
+
+@pytest.mark.parametrize(
+    ("shell", "line"), [("bash", "plain,"), ("zsh", "plain\n"), ("fish", "plain,")]
+)
+def test_the_shell_completes_commands_and_options(shell, line, tmp_path):
+    completes = {"_LEWIS_HUB_COMPLETE": f"{shell}_complete"}
+    program = str(Path(sys.executable).with_name("lewis-hub"))
+
+    def complete(*words):
+        place = words[-1] if shell == "fish" else str(len(words))
+        typed = {"COMP_WORDS": " ".join(["lewis-hub", *words]), "COMP_CWORD": place}
+        environment = {"PATH": "/usr/bin:/bin", **completes, **typed}
+        done = subprocess.run(
+            [program], env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert f"{line}merge" in complete("mer")
+    assert f"{line}--push" in complete("merge", "--pu")
+    assert "file" in complete("check", "rec")
 
 
 def test_a_missing_recipe_is_one_message_and_exit_code_1(tmp_path):

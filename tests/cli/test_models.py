@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jsonschema
 import pytest
@@ -87,8 +88,9 @@ def test_the_profile_of_a_merge_is_fetched_from_its_repo(seeded, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "base_model: zoo/base\nmerge_method: ties\nmodels: [{model: zoo/expert-reverse}]\n"
-        f"guide: {{calibration: {{task: zoo_reverse, include: {TASKS}, samples: 4}}}}\n"
+        "guide: {calibration: {task: zoo_reverse, include: tasks, samples: 4}}\n"
     )
+    shutil.copytree(TASKS, tmp_path / "tasks")
     run("merge", recipe)
     api.create_repo("zoo/merge")
     api.upload_folder(repo_id="zoo/merge", folder_path=tmp_path / "merged")

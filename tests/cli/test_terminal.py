@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from lewis_hub.cli.terminal import Bars, Lines, Terminal
+from lewis_hub.cli.terminal import Terminal
 from lewis_hub.display import TextTable
 from lewis_hub.errors import SourceError
+from lewis_hub.progress import Bars, Lines
 
 HOSTILE = "a\x1b[2J\x9b\r\n  ::error::b\u202e ##[error]c https://me:pass@word@hub.example/x"
 HARMLESS = "a\\x1b[2J\\x9b\\r\n  : :error::b\\u202e ## [error]c https://hub.example/x\n"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lewis_hub.demo.zoo import zoo_folder
-from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import AnswerLoss, Question, answer_losses, loss_metric
 
 

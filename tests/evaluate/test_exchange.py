@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.harness import EvaluationSettings, exchange, load
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.harness import exchange, load
 from lewis_hub.evaluate.items import Question, answer_losses
 
 ZOO = zoo_folder()

@@ -10,13 +10,9 @@ import pytest
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate import harness
+from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.harness import (
-    Benchmarks,
-    EvaluationSettings,
-    affordable_batch,
-    evaluate_model,
-)
+from lewis_hub.evaluate.harness import Benchmarks, affordable_batch, evaluate_model
 from lewis_hub.evaluate.paired import compare, mcnemar, newcombe_interval
 from lewis_hub.evaluate.scores import ModelResult
 from lewis_hub.evaluate.tasks import TaskSelection

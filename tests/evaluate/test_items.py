@@ -8,8 +8,9 @@ import pytest
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
-from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import chat_of, load_rows, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
 

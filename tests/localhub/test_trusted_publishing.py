@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub._oidc import exchange_oidc_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
-from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
 
 IDENTITY = "what the CI signed"
 
@@ -41,6 +41,43 @@ def test_a_trusted_publisher_reads_no_gated_repository(api, publisher):
 
     with pytest.raises(GatedRepoError):
         publisher.hf_hub_download("acme/gated", "config.json")
+
+
+def test_the_identity_of_a_user_reads_gated_repositories_and_no_private_one(hub, api):
+    for name, how in {"gated": {"gated": "auto"}, "hidden": {"private": True}}.items():
+        api.create_repo(f"acme/{name}")
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id=f"acme/{name}")
+        api.update_repo_settings(f"acme/{name}", **how)
+    hub.publishers[IDENTITY] = hub.user
+    got = exchange_oidc_token(subject_token=IDENTITY, resource=hub.user, endpoint=hub.url)
+
+    reader = HfApi(endpoint=hub.url, token=got["access_token"])
+
+    assert reader.hf_hub_download("acme/gated", "config.json")
+    with pytest.raises(HfHubHTTPError, match="404"):
+        reader.hf_hub_download("acme/hidden", "config.json")
+    with pytest.raises(HfHubHTTPError, match="403"):
+        reader.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="acme/gated")
+
+
+def test_sources_are_read_by_the_identity_of_the_user(hub, api, tmp_path, monkeypatch):
+    seed_hub(api)
+    api.update_repo_settings("zoo/base", gated="auto")
+    (tmp_path / "recipe.yaml").write_text(
+        "merge_method: ties\nbase_model: zoo/base\nmodels: [zoo/expert-reverse]\n"
+        f"publish: {{repo: {hub.user}/new}}\n"
+    )
+    hub.publishers[IDENTITY] = hub.user
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    command = [sys.executable, "-m", "lewis_hub", "actions", "preflight", str(tmp_path)]
+
+    without = subprocess.run(command, capture_output=True, text=True, check=False)
+    monkeypatch.setenv("HF_OIDC_RESOURCE", hub.user)
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", IDENTITY)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "zoo/base: access is gated and there is no token" in without.stderr
+    assert done.stdout == "merge: The disk is large enough.\n"
 
 
 @pytest.mark.parametrize(("identity", "repo"), [("another", "acme/mine"), (IDENTITY, "acme/other")])

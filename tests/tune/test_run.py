@@ -25,7 +25,8 @@ from lewis_hub.errors import (
     RecipeError,
     TuningError,
 )
-from lewis_hub.evaluate.harness import EvaluationSettings, load
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.items import load_rows
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.merge.workspace import LOCK, alone_at

@@ -1,0 +1,123 @@
+"""lm-eval's backends, which run a model: transformers, vLLM, or a server of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.documents import read_json
+from lewis_hub.errors import EvaluationError, ExtraMissingError
+from lewis_hub.recipe.backend import Backend, Option
+
+EXTRAS = {"vllm": ("vllm", "vllm"), "local-completions": ("tenacity", "api")}  # package, our extra
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+ADDRESS = "base_url"  # where a server is does not change its answers
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How models are run; the same for all that are compared."""
+
+    device: str = "cpu"  # on `cpu` the arithmetic is float32, else the model's own dtype
+    chat_template: bool = False  # prompts go through each model's own chat template
+    backend: Backend = "hf"
+    backend_args: Mapping[str, Option] = field(default_factory=dict)  # by lm-eval's names
+    num_fewshot: int | None = None  # examples in a prompt; None: the task's number
+    batch_size: int | None = None  # requests at a time; None: as many as memory allows
+    generation: Mapping[str, Option] = field(default_factory=dict)  # over the task's own options
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The settings that can change scores, without defaults, as files and cards state them.
+
+        Scores are comparable only if these are equal.
+        """
+        args = {name: value for name, value in self.backend_args.items() if name != ADDRESS}
+        known = {
+            "backend": self.backend if self.backend != "hf" else None,
+            "backend_args": args,
+            "num_fewshot": self.num_fewshot,
+            "batch_size": self.batch_size,
+            "generation": dict(self.generation),
+        }
+        return {name: value for name, value in known.items() if value not in (None, {})}
+
+    @property
+    def on_transformers(self) -> EvaluationSettings:
+        """The same settings with transformers as the backend, whose weights can be exchanged."""
+        return replace(self, backend="hf", backend_args={})
+
+
+def require_installed(backend: Backend) -> None:
+    """Refuse, before any work, a backend whose package is not installed."""
+    package, extra = EXTRAS.get(backend, ("lm_eval", ""))
+    if find_spec(package) is None:
+        raise ExtraMissingError(f"The backend `{backend}`", extra)
+
+
+def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
+    """Load the model in a folder as lm-eval's `LM`, or raise an EvaluationError.
+
+    A server is not asked to load anything: its requests name the folder as the model, unless the
+    argument `model` gives the name by which it serves the model.
+    """
+    require_installed(settings.backend)
+    from safetensors import SafetensorError
+
+    load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]
+    path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
+    try:
+        return load(path, settings)
+    except TypeError as error:
+        problem = f"`{settings.backend}` does not take these arguments: {error}"
+        raise EvaluationError(
+            "backend_args", problem, "See lm-eval's own documentation."
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
+        remedy = (
+            "Expected: config.json, tokenizer files and safetensors that transformers can load."
+        )
+        raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def _transformers(path: str, settings: EvaluationSettings) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    own = {
+        "dtype": "float32" if settings.device == "cpu" else "auto",
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    args = {**own, **settings.backend_args}
+    return HFLM(pretrained=path, tokenizer=path, device=settings.device, **args)
+
+
+def _vllm(path: str, settings: EvaluationSettings) -> Any:
+    from lm_eval.models.vllm_causallms import VLLM
+
+    size = settings.batch_size or "auto"
+    args = {"trust_remote_code": False, "batch_size": size, **settings.backend_args}
+    return VLLM(pretrained=path, tokenizer=path, **args)
+
+
+def _server(path: str, settings: EvaluationSettings) -> Any:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    config = read_json((Path(path) / "config.json").read_bytes())
+    if not isinstance(config, dict):
+        raise ValueError("config.json is no JSON object")
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+    n_positions = next((text[key] for key in POSITIONS if key in text), None)
+    args: dict[str, Any] = {
+        "model": path,
+        "tokenizer_backend": "huggingface",
+        "batch_size": settings.batch_size or 1,
+        **({"max_length": n_positions} if isinstance(n_positions, int) else {}),
+        **settings.backend_args,
+    }
+    return LocalCompletionsAPI(tokenizer=path, trust_remote_code=False, **args)

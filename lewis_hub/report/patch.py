@@ -1,0 +1,43 @@
+"""Apply the difference of two generated texts to a third text, which its owner may have edited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
+
+def patched(text: str, before: str, after: str) -> str:
+    """Replace the lines of `text` that `before` and `after` differ in.
+
+    Lines that the owner of the text has edited or deleted stay as they are.
+    """
+    lines, old, new = (each.split("\n") for each in (text, before, after))
+    changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    for kind, start, end, first, last in reversed(changes):
+        if kind == "equal":
+            continue
+        place = _place(lines, old[:start], old[start:end])
+        if place is not None:
+            lines[place : place + end - start] = new[first:last]
+    return "\n".join(lines)
+
+
+def _place(lines: Sequence[str], above: Sequence[str], block: Sequence[str]) -> int | None:
+    """The index of a block of lines, or the place where lines are inserted; None if unknown."""
+    if not block:
+        return _after(lines, above)
+    starts = range(len(lines) - len(block) + 1)
+    found = [i for i in starts if lines[i : i + len(block)] == block]
+    if len(found) > 1:
+        found = [i for i in found if i and above and lines[i - 1] == above[-1]]
+    return found[0] if len(found) == 1 else None
+
+
+def _after(lines: Sequence[str], above: Sequence[str]) -> int | None:
+    """The place below the nearest line above that occurs once."""
+    for distance, line in enumerate(reversed(above)):
+        if line.strip() and list(lines).count(line) == 1:
+            place = lines.index(line) + 1
+            between = list(above[len(above) - distance :])
+            return place + distance if lines[place : place + distance] == between else place
+    return None

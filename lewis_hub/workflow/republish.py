@@ -1,0 +1,160 @@
+"""State where a merge is published, and rewrite that in a finished merge; its weights stay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.documents import read_json
+from lewis_hub.errors import MergeError, PublishError
+from lewis_hub.files import sha256_of, write_whole
+from lewis_hub.hub.facts import ModelFacts, combined_licence
+from lewis_hub.hub.publish import SIGNATURE
+from lewis_hub.hub.source import Source
+from lewis_hub.methods import registry
+from lewis_hub.recipe.schema import Publishing
+from lewis_hub.report import lock as locks
+from lewis_hub.report import page
+from lewis_hub.report.card import dark_folder, eval_results, model_card
+from lewis_hub.report.facts import CardFacts
+from lewis_hub.report.lock import Lock, OutputFile
+from lewis_hub.report.patch import patched
+from lewis_hub.workflow.evaluate import CARD, read_scores
+from lewis_hub.workflow.report import RECIPE, ReportSettings, has_chat_template
+from lewis_hub.workflow.resolve import RecipeSnapshot
+
+UNNAMED = "Merged model"
+PUSHED_TO = re.compile(r"\n*<!-- lewis-hub: pushed to (\S+) -->\n")
+
+
+def published_as(facts: CardFacts, publish: Publishing | None) -> CardFacts:
+    """Return the facts of a merge that is published as asked; None: it stays on disk."""
+    chosen = publish.license if publish else None
+    try:
+        licence = combined_licence([facts.models[one.pinned] for one in facts.sources], chosen)
+    except PublishError:  # the parents differ and none was chosen
+        licence = None
+    return replace(
+        facts,
+        title=publish.repo.partition("/")[2] if publish else UNNAMED,
+        repo=publish.repo if publish else None,
+        licence=licence,
+        licence_chosen=chosen is not None,
+    )
+
+
+def republish(
+    settings: ReportSettings, found: Lock, parameters: Mapping[str, int], folder: Path
+) -> None:
+    """Rewrite a finished merge in `folder` after a change of the recipe's `publish` alone.
+
+    Only the lines of card and page that depend on it change. A signature of the folder would not
+    be valid any more, and is deleted. The lock is written last, so that a rerun completes it.
+
+    Args:
+        settings: of the recipe with the new `publish`.
+        found: the lock in the folder.
+        parameters: tensor -> number of parameters.
+        folder: the merge.
+    """
+    asked = settings.planned.recipe.get("publish")
+    recipe = {key: part for key, part in found.recipe.items() if key != "publish"}
+    recipe |= {"publish": asked} if asked else {}
+    facts = replace(
+        settings.facts,
+        parameters=parameters,
+        config=read_json((folder / "config.json").read_bytes()),
+        chat=has_chat_template(folder),
+        scores=read_scores(folder),
+    )
+    old, new = _stating(facts, found.recipe), _stating(facts, recipe)
+    write_whole(folder / RECIPE, new.recipe)
+    _patch_card(folder / CARD, old, new)
+    if (folder / page.FILE).exists():
+        pages = [page.report_page(one, {}) for one in (old, new)]
+        text = (folder / page.FILE).read_text(encoding="utf-8")
+        write_whole(folder / page.FILE, patched(text, *pages))
+    boards = eval_results(new.scores, settings.benchmarks, new) if new.scores else {}
+    for name, text in boards.items():
+        write_whole(folder / name, text)
+    file = OutputFile(sha256_of(folder / RECIPE), (folder / RECIPE).stat().st_size)
+    lock = replace(found, recipe=recipe, outputs={**found.outputs, RECIPE: file})
+    statement = folder / locks.PROVENANCE_FILE
+    with suppress(OSError, *locks.NO_STATEMENT):  # `verify` reports a missing or damaged one
+        text = locks.provenance_again(statement.read_text(encoding="utf-8"), lock)
+        write_whole(statement, text)
+    (folder / SIGNATURE).unlink(missing_ok=True)
+    write_whole(folder / locks.FILE, lock.to_json())
+
+
+def readdress(folder: Path, lock: Lock, repo: str, endpoint: str) -> None:
+    """Write a repo into the card of a merge that is pushed to another one than its recipe names."""
+    stated = (lock.recipe.get("publish") or {}).get("repo")
+    card = folder / CARD
+    if not card.exists() or (stated == repo and not _pushed_to(card)):
+        return
+    try:
+        facts = _from_lock(lock, endpoint)
+    except MergeError:  # the package of its method is not installed
+        return
+    old, new = (
+        published_as(facts, Publishing(repo=name) if name else None) for name in (stated, repo)
+    )
+    _patch_card(card, old, new)
+    if stated != repo:
+        text = card.read_text(encoding="utf-8")
+        write_whole(card, f"{text.rstrip()}\n\n<!-- lewis-hub: pushed to {repo} -->\n")
+
+
+def _pushed_to(card: Path) -> str | None:
+    """The repo that the last push wrote into a card."""
+    found = PUSHED_TO.search(card.read_text(encoding="utf-8"))
+    return found[1] if found else None
+
+
+def _patch_card(card: Path, old: CardFacts, new: CardFacts) -> None:
+    if not card.exists():
+        return
+    if pushed_to := _pushed_to(card):
+        old = replace(old, title=pushed_to.partition("/")[2], repo=pushed_to)
+    text = PUSHED_TO.sub("\n", card.read_text(encoding="utf-8"))
+    text = text.replace(f'srcset="{dark_folder(old)}/', f'srcset="{dark_folder(new)}/')
+    write_whole(card, patched(text, str(model_card(old)), str(model_card(new))))
+
+
+def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
+    """The facts with a recipe as it was run, and its `publish`."""
+    publish = recipe.get("publish")
+    asked = Publishing.model_validate(publish) if publish else None
+    return published_as(replace(facts, recipe=RecipeSnapshot(recipe, {}).to_yaml()), asked)
+
+
+def _from_lock(lock: Lock, endpoint: str) -> CardFacts:
+    """The facts that a lock has; those of the sources' own cards are missing."""
+    sources = [
+        Source(one.name.partition("@")[0], "model", one.revision, one.commit_sha, (), None)
+        for one in lock.inputs
+    ]
+    bases = [one for one, locked in zip(sources, lock.inputs, strict=True) if locked.role == "base"]
+    return CardFacts(
+        title=UNNAMED,
+        repo=None,
+        endpoint=endpoint,
+        base=bases[0] if bases else None,
+        experts=tuple(one for one in sources if one not in bases),
+        models={one.pinned: ModelFacts(one.name, None, (), None) for one in sources},
+        datasets=(),
+        dtype=None,
+        method=registry.find(lock.method),
+        recipe="",
+        licence=None,
+        licence_chosen=False,
+        custom_code=False,
+        mergekit=False,
+        digest=lock.digest,
+        software=lock.software,
+    )

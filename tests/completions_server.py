@@ -1,0 +1,84 @@
+"""A small server of OpenAI-style completions on the loopback; a request names a model's folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@cache
+def loaded(folder: str):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def logprobs(folder: str, tokens: list[int]) -> torch.Tensor:
+    model, _ = loaded(folder)
+    return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+
+def scored(folder: str, prompt: list[int]) -> dict:
+    """The prompt with its log probabilities, and one more token, as `echo` asks for."""
+    found = logprobs(folder, prompt)
+    tokens = [*prompt, int(found[-1].argmax())]
+    rows = list(zip(found, tokens[1:], strict=True))
+    best = [{str(int(row.argmax())): float(row.max())} for row, _ in rows]
+    own = [float(row[token]) for row, token in rows]
+    return {"text": "", "logprobs": {"token_logprobs": [None, *own], "top_logprobs": [None, *best]}}
+
+
+def generated(folder: str, prompt: list[int], asked: dict) -> dict:
+    model, tokenizer = loaded(folder)
+    tokens = list(prompt)
+    for _ in range(asked["max_tokens"]):
+        tokens.append(int(logprobs(folder, tokens)[-1].argmax()))
+    text = tokenizer.decode(tokens[len(prompt) :])
+    for stop in asked.get("stop") or ():
+        text = text.partition(stop)[0] if stop else text
+    return {"text": text}
+
+
+class Completions(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.requests.append(asked)
+        one = scored if asked.get("echo") else lambda f, p: generated(f, p, asked)
+        folder = self.server.folders.get(asked["model"], asked["model"])
+        if not Path(folder).is_dir():
+            self.send_error(404)
+            return
+        choices = [{"index": i, **one(folder, p)} for i, p in enumerate(asked["prompt"])]
+        body = json.dumps({"choices": choices}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(folders: dict[str, str] | None = None) -> Iterator[ThreadingHTTPServer]:
+    """The server; `requests` are those it got, `folders` the models that it knows by a name."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.requests, server.folders = [], folders or {}
+    server.url = f"http://127.0.0.1:{server.server_port}/v1/completions"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

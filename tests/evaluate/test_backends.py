@@ -1,0 +1,240 @@
+"""lm-eval's backends: the same answers from transformers and from a server of completions."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import click
+import pytest
+from click.testing import CliRunner
+from completions_server import serving
+
+import lewis_hub
+from lewis_hub.cli.main import cli
+from lewis_hub.cli.options import rescored
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import EvaluationError, ExtraMissingError
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.benchmarks import load_tasks, with_prompts
+from lewis_hub.evaluate.gate import Previous, judge
+from lewis_hub.evaluate.harness import evaluate_model, load
+from lewis_hub.evaluate.paired import compare
+from lewis_hub.evaluate.scores import ModelResult, Scores, settings_words
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.recipe.schema import Gate
+
+NOWHERE = "http://127.0.0.1:9/v1/completions"
+
+
+def ignore(_: int) -> None:
+    """Count nothing."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    pytest.importorskip("tenacity")
+    with serving() as server:
+        yield server
+
+
+def result(own_tasks, folder, *tasks, **settings):
+    asked = EvaluationSettings(**settings)
+    loaded = load_tasks(TaskSelection(tasks, include=own_tasks), {})
+    return evaluate_model(folder, with_prompts(loaded, 10, asked), asked, ignore)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_server_gives_the_scores_of_transformers(own_tasks, poor_model, server, batch_size):
+    served = {"backend": "local-completions", "backend_args": {"base_url": server.url}}
+
+    plain = result(own_tasks, poor_model, "after", "choose")
+    told = result(own_tasks, poor_model, "after", "choose", batch_size=batch_size, **served)
+
+    assert told.tasks == plain.tasks
+    assert plain.settings == {}
+    expected = {"backend": "local-completions"} | ({"batch_size": 4} if batch_size else {})
+    assert told.settings == expected
+    assert {request["model"] for request in server.requests} == {str(poor_model)}
+
+
+def test_the_number_of_examples_is_that_of_the_settings(own_tasks, good_model):
+    few = result(own_tasks, good_model, "choose", num_fewshot=1)
+    more = result(own_tasks, good_model, "choose", num_fewshot=3)
+
+    assert few.tasks["choose"].documents == more.tasks["choose"].documents
+    assert few.tasks["choose"].prompts != more.tasks["choose"].prompts
+    assert (few.settings, more.settings) == ({"num_fewshot": 1}, {"num_fewshot": 3})
+
+
+def test_options_of_generation_replace_those_of_the_task(own_tasks, good_model, server):
+    served = {"backend": "local-completions", "backend_args": {"base_url": server.url}}
+    server.requests.clear()
+
+    long = result(own_tasks, good_model, "after", generation={"max_gen_toks": 3}, **served)
+
+    assert {request["max_tokens"] for request in server.requests} == {3}
+    assert long.tasks["after"].metrics["exact_match,none"].value == 0.0  # it counts on
+    assert long.settings["generation"] == {"max_gen_toks": 3}
+
+
+def test_the_settings_are_kept_in_items_and_scores(own_tasks, good_model):
+    found = result(own_tasks, good_model, "choose", num_fewshot=1, batch_size=2)
+    scores = compare({"merged": found})
+
+    assert ModelResult.from_json(found.to_json()) == found
+    assert Scores.from_json(scores.to_json()) == scores
+    assert scores.to_document()["settings"] == {"num_fewshot": 1, "batch_size": 2}
+    assert settings_words(scores.settings) == "num_fewshot 1, batch_size 2"
+
+
+def test_results_under_other_settings_are_not_compared(own_tasks, good_model):
+    gate = Gate(task="after", metric="exact_match,none", not_worse_than=("previous",))
+    plain = result(own_tasks, good_model, "after")
+    sampled = result(own_tasks, good_model, "after", generation={"max_gen_toks": 2})
+
+    verdict = judge([gate], compare({"merged": sampled}), sampled, Previous("me/x@1", plain))
+
+    (check,) = verdict.checks
+    assert check.why == ("it was scored with the default settings, this with max_gen_toks 2")
+
+
+def test_a_server_that_is_not_there_is_one_message(own_tasks, good_model):
+    pytest.importorskip("tenacity")
+    args = {"base_url": NOWHERE, "max_retries": 1}
+
+    with pytest.raises(EvaluationError) as caught:
+        result(own_tasks, good_model, "after", backend="local-completions", backend_args=args)
+
+    assert str(caught.value).startswith(f"{NOWHERE}: the server did not answer: ConnectionError: ")
+    assert str(caught.value).endswith("Start it, or correct `base_url`.")
+
+
+def test_arguments_that_a_backend_lacks_are_refused(good_model):
+    with pytest.raises(EvaluationError, match="`hf` does not take these arguments: .*no_such"):
+        load(good_model, EvaluationSettings(backend_args={"no_such": 1}))
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="it is installed")
+def test_vllm_is_an_extra(good_model):
+    with pytest.raises(ExtraMissingError) as caught:
+        load(good_model, EvaluationSettings(backend="vllm"))
+
+    assert str(caught.value) == (
+        "The backend `vllm` needs the vllm extra: pip install 'lewis-hub[vllm]'"
+    )
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="it is installed")
+def test_a_backend_that_is_not_installed_is_refused_before_the_model_is_looked_up():
+    with pytest.raises(ExtraMissingError):
+        CliRunner().invoke(
+            cli,
+            ["evaluate", "no/model", "--task", "after", "--backend", "vllm"],
+            catch_exceptions=False,
+        )
+
+
+def test_the_command_scores_a_model_by_the_name_that_a_server_knows(own_tasks, good_model):
+    pytest.importorskip("tenacity")
+    with serving({"counter": str(good_model)}) as server:
+        words = ["evaluate", str(good_model), "--task", "after", "--include", str(own_tasks)]
+        words += ["--backend", "local-completions", "--backend-arg", f"base_url={server.url}"]
+        words += ["--backend-arg", "model=counter", "--limit", "4", "--json", "-q"]
+
+        done = CliRunner().invoke(cli, words, catch_exceptions=False)
+
+    document = json.loads(done.stdout)
+    assert document["settings"] == {
+        "backend": "local-completions",
+        "backend_args": {"model": "counter"},
+    }
+    (scored,) = document["tasks"]["after"]["models"].values()
+    assert scored["exact_match,none"]["value"] == 1.0
+    assert {request["model"] for request in server.requests} == {"counter"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backend", "local-completions"], "`local-completions` needs the server's address"),
+        (["--backend-arg", "pretrained=x"], "`backend_args.pretrained` is not yours to set"),
+        (
+            ["--backend-arg", f"base_url={NOWHERE}"],
+            "is an argument of `backend: local-completions`",
+        ),
+        (["--generation", "temperature"], "expected NAME=VALUE such as temperature=0.6"),
+    ],
+)
+def test_wrong_options_are_a_usage_error(words, message):
+    done = CliRunner().invoke(cli, ["evaluate", "x/y", "--task", "after", *words])
+
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+
+
+@pytest.mark.slow  # two merges, each with three models
+def test_a_merge_is_scored_by_a_server_as_by_transformers(server, tmp_path, datasets_cache):
+    zoo = zoo_folder()
+    text = f"""
+base_model: {zoo / "base"}
+models: [{zoo / "expert-reverse"}]
+merge_method: task_arithmetic
+evaluate: {{tasks: [zoo_reverse], include: {zoo / "tasks"}, limit: 4, num_fewshot: 0}}
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    command = ["merge", str(tmp_path / "recipe.yaml"), "--json", "-q"]
+    served = ["--backend", "local-completions", "--backend-arg", f"base_url={server.url}"]
+
+    plain = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "plain")])
+    asked = CliRunner().invoke(
+        cli, [*command, *served, "-o", str(tmp_path / "served")], catch_exceptions=False
+    )
+
+    assert json.loads(asked.stdout)["scores"] == json.loads(plain.stdout)["scores"]
+    card = (tmp_path / "served" / "README.md").read_text()
+    assert "with backend local-completions, num\\_fewshot 0. ±" in card.replace("\n", " ")
+    for file in (tmp_path / "served").rglob("*"):
+        if file.suffix in (".md", ".json", ".yaml", ".html"):
+            assert f":{server.server_port}" not in file.read_text(), file
+
+
+def test_options_replace_the_settings_of_a_recipe(tmp_path):
+    text = "models: [a/b]\nmerge_method: linear\n"
+    text += "evaluate: {tasks: [gsm8k], num_fewshot: 3, limit: 2}\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = lewis_hub.read_recipe(tmp_path / "recipe.yaml")
+
+    changed = rescored(recipe, {"num_fewshot": 5, "generation": {"temperature": 0.5}})
+
+    told = changed.evaluate.model_dump(exclude_unset=True)
+    assert told == {
+        "tasks": ("gsm8k",),
+        "limit": 2,
+        "num_fewshot": 5,
+        "generation": {"temperature": 0.5},
+    }
+    assert changed.locate("./x") == recipe.locate("./x") == str(tmp_path / "x")
+    assert rescored(recipe, {}) is recipe
+    with pytest.raises(click.UsageError, match="`base_url` is an argument of"):
+        rescored(recipe, {"backend_args": {"base_url": NOWHERE}})
+    with pytest.raises(click.UsageError, match="the recipe scores nothing: add `evaluate` to it"):
+        rescored(recipe.model_copy(update={"evaluate": None}), {"num_fewshot": 5})
+
+
+def test_a_recipe_scores_its_own_models_on_a_server():
+    recipe = lewis_hub.Recipe.model_validate(
+        {
+            "base_model": "a/b",
+            "models": ["a/c"],
+            "merge_method": "ties",
+            "evaluate": {
+                "tasks": ["gsm8k"],
+                "backend": "local-completions",
+                "backend_args": {"base_url": NOWHERE, "model": "one"},
+            },
+        }
+    )
+
+    with pytest.raises(lewis_hub.LewisHubError, match="every model of the recipe would be scored"):
+        lewis_hub.check(recipe)

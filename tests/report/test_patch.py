@@ -1,0 +1,31 @@
+from lewis_hub.report.patch import patched
+
+BEFORE = "# Merged model\n\n- size: 1\n\nname = '.'\n"
+AFTER = "# mine\n\n- size: 1\n- by: me\n\nname = 'me/mine'\n"
+
+
+def test_the_differences_are_applied_to_an_edited_text():
+    edited = "# Merged model\n\nMy own words.\n\n- size: 1\n- colour: red\n\nname = '.'\n"
+
+    assert patched(edited, BEFORE, AFTER) == (
+        "# mine\n\nMy own words.\n\n- size: 1\n- by: me\n- colour: red\n\nname = 'me/mine'\n"
+    )
+
+
+def test_a_line_that_the_owner_rewrote_stays():
+    edited = BEFORE.replace("# Merged model", "# My title")
+
+    assert patched(edited, BEFORE, AFTER) == AFTER.replace("# mine", "# My title")
+
+
+def test_the_difference_of_a_text_with_itself_changes_nothing():
+    assert patched("any\ntext", BEFORE, BEFORE) == "any\ntext"
+    assert patched(BEFORE, BEFORE, AFTER) == AFTER
+    assert patched(AFTER, AFTER, BEFORE) == BEFORE
+
+
+def test_of_equal_blocks_the_one_below_the_same_line_changes():
+    before, after = "a\nx\nb\nx\n", "a\nx\nb\ny\n"
+
+    assert patched("0\na\nx\nb\nx\n", before, after) == "0\na\nx\nb\ny\n"
+    assert patched("x\nx\n", before, after) == "x\nx\n"

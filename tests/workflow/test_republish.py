@@ -1,0 +1,167 @@
+"""Publishing what is there: a change of `publish` alone never merges again."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import seed_hub, zoo_folder
+
+RECIPE = (
+    "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\n"
+    "models: [{model: zoo/expert-reverse}, {model: zoo/expert-cipher}]\n"
+)
+
+
+@pytest.fixture
+def place(hub, tmp_path, monkeypatch):
+    """A working folder with a merge of a recipe that names no repo."""
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.chdir(tmp_path)
+    seed_hub(hub.api())
+    Path("recipe.yaml").write_text(RECIPE)
+    run("merge")
+    return tmp_path
+
+
+def run(*words):
+    done = CliRunner().invoke(cli, [*words, "--json"])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def weights():
+    return Path("merged/model.safetensors").stat().st_mtime_ns
+
+
+def shas(hub, repo):
+    return [commit.commit_id for commit in hub.api().list_repo_commits(repo)]
+
+
+def published(hub, repo, path):
+    return Path(hub.api().hf_hub_download(repo, path)).read_text()
+
+
+def test_a_merge_is_pushed_later_as_it_is(hub, place):
+    before, repo = weights(), f"{hub.user}/later"
+
+    pushed = run("merge", "--push", "--repo", repo)
+    again = run("merge", "--push", "--repo", repo)
+
+    assert (pushed["status"], again["status"]) == ("merged", "unchanged")
+    assert weights() == before
+    assert len(shas(hub, repo)) == 2  # the empty repo, the merge
+    assert run("verify", "merged")["problems"] == run("verify", repo)["problems"] == []
+    assert f"repo: {repo}" in published(hub, repo, "lewis/recipe.yaml")
+
+
+def test_what_is_rewritten_is_what_a_merge_with_that_recipe_writes(hub, place):
+    repo = f"{hub.user}/later"
+    run("merge", "--push", "--repo", repo)
+    shutil.rmtree("merged/.cache", ignore_errors=True)
+    Path("other.yaml").write_text(f"{RECIPE}publish: {{repo: {repo}}}\n")
+
+    run("merge", "other.yaml", "-o", "direct")
+
+    for name in ("lewis/recipe.yaml", "lewis/lock.json"):
+        assert Path("merged", name).read_text() == Path("direct", name).read_text()
+    cards = [Path(folder, "README.md").read_text() for folder in ("merged", "direct")]
+    assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
+    assert f'name = "{repo}"' in cards[0]
+
+
+@pytest.mark.slow  # it measures and scores, twice
+def test_a_guided_and_scored_merge_is_rewritten_as_well(hub, place):
+    text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 2")
+    text = text.replace("include: tasks", f"include: {zoo_folder() / 'tasks'}\n  limit: 3")
+    Path("guided.yaml").write_text(text.partition("publish:")[0])
+    repo = f"{hub.user}/guided"
+    Path("direct.yaml").write_text(f"{text.partition('publish:')[0]}publish: {{repo: {repo}}}\n")
+    run("merge", "guided.yaml", "-o", "guided")
+
+    pushed = run("merge", "guided.yaml", "-o", "guided", "--push", "--repo", repo)
+    run("merge", "direct.yaml", "-o", "direct")
+
+    assert pushed["status"] == "merged"
+    assert run("verify", "guided")["problems"] == []
+    for name in ("lewis/recipe.yaml", "lewis/lock.json", "lewis/scores.json"):
+        assert Path("guided", name).read_text() == Path("direct", name).read_text()
+    cards = [Path(folder, "README.md").read_text() for folder in ("guided", "direct")]
+    assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
+    pages = [Path(folder, "lewis/report.html").read_text() for folder in ("guided", "direct")]
+    assert [page.count("guided</h1>") for page in pages] == [1, 1]
+
+
+def test_a_pushed_merge_is_not_committed_again_by_merge(hub, place):
+    repo = f"{hub.user}/pushed"
+    run("push", "merged", repo)
+    first = shas(hub, repo)
+
+    in_place = run("merge", "--push", "--repo", repo)
+    shutil.rmtree("merged")
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    elsewhere = run("merge", "--push", "--repo", repo)
+
+    assert (in_place["status"], elsewhere["status"]) == ("unchanged", "unchanged")
+    assert shas(hub, repo) == first
+
+
+def test_the_card_names_the_repo_that_a_push_names(hub, place):
+    one, two = f"{hub.user}/one", f"{hub.user}/two"
+    Path("merged/README.md").write_text(
+        Path("merged/README.md").read_text().replace("## Limits", "My words.\n\n## Limits")
+    )
+
+    run("push", "merged", one)
+    again = run("push", "merged", one)
+    run("push", "merged", two)
+
+    assert again["status"] == "unchanged"
+    for repo in (one, two):
+        card = published(hub, repo, "README.md")
+        assert f"\n# {repo.partition('/')[2]}\n" in card
+        assert f'name = "{repo}"\n' in card
+        assert "My words." in card
+        assert f"hf download {repo} " in card
+    assert one not in published(hub, two, "README.md")
+    assert run("verify", "merged")["problems"] == []
+
+
+@pytest.mark.parametrize(
+    "publish",
+    ["{repo: USER/x, private: true}", "{repo: USER/x, tag: v1}", "{repo: USER/x, license: mit}"],
+)
+def test_a_change_of_publish_alone_needs_no_force(hub, place, publish):
+    before = weights()
+    Path("recipe.yaml").write_text(f"{RECIPE}publish: {publish.replace('USER', hub.user)}\n")
+
+    merged = run("merge")
+    pushed = run("merge", "--push")
+
+    assert (merged["status"], pushed["status"]) == ("unchanged", "merged")
+    assert weights() == before
+    assert run("verify", f"{hub.user}/x")["problems"] == []
+
+
+def test_a_changed_licence_is_one_more_commit_without_a_merge(hub, place):
+    repo = f"{hub.user}/licensed"
+    run("merge", "--push", "--repo", repo)
+    before = weights()
+    Path("recipe.yaml").write_text(f"{RECIPE}publish: {{repo: {repo}, license: mit}}\n")
+
+    pushed = run("merge", "--push")
+
+    assert pushed["status"] == "merged"
+    assert weights() == before
+    assert ModelCard(published(hub, repo, "README.md")).data.license == "mit"
+    assert hub.api().list_repo_commits(repo)[0].title == (
+        "Merge with lewis-hub: publish.license: absent → mit and 1 more"
+    )
+    assert run("merge", "--push")["status"] == "unchanged"
