@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
+from zoo_hub import put_zoo
 
 from lewis_hub import __version__
 from lewis_hub.cli.init import render_workflow
@@ -102,7 +103,7 @@ KEPT = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "OMP_NU
 @pytest.fixture
 def publisher(hub, tmp_path, monkeypatch):
     """A publisher's repository with a recipe and its workflow; the zoo is on the Hub."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     folder = tmp_path / "publisher"
     folder.mkdir()
     git(folder, "init", "--quiet")

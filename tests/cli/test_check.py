@@ -8,10 +8,11 @@ import torch
 from click.testing import CliRunner
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
+from zoo_hub import put_zoo
 
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import size
 from lewis_hub.errors import LewisHubError, SourceError, SourcesError
 from lewis_hub.recipe.read import parse_recipe
@@ -154,7 +155,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def seeded(hub):
-    seed_hub(hub.api())
+    put_zoo(hub)
     api = hub.api()
     api.create_repo("zoo/gated")
     api.upload_folder(repo_id="zoo/gated", folder_path=zoo_folder() / "base")

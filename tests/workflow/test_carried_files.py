@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from zoo_hub import put_zoo
 
 from lewis_hub import pipeline
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import CheckFailedError, EvaluationError, RecipeError, SourceError
 from lewis_hub.evaluate.benchmarks import own_files
 from lewis_hub.files import visible_files
@@ -55,7 +56,7 @@ def test_a_local_base_gives_only_the_files_that_belong_to_a_model(tmp_path):
 
 
 def test_files_that_a_plain_download_left_in_the_cache_change_nothing(hub, tmp_path, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     sources = {"base": "zoo/base", "expert": "zoo/expert-reverse"}
     clean = merged(tmp_path / "clean", **sources)
@@ -69,7 +70,7 @@ def test_files_that_a_plain_download_left_in_the_cache_change_nothing(hub, tmp_p
 
 
 def test_a_file_in_the_cache_that_is_not_the_pinned_one_is_refused(hub, tmp_path, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     sources = {"base": "zoo/base", "expert": "zoo/expert-reverse"}
     merged(tmp_path / "first", **sources)
@@ -88,7 +89,7 @@ def test_a_file_in_the_cache_that_is_not_the_pinned_one_is_refused(hub, tmp_path
 
 
 def test_a_snapshot_of_the_cache_is_a_local_folder_like_any_other(hub, tmp_path, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     clean = merged(tmp_path / "hub", base="zoo/base", expert="zoo/expert-reverse")
     (base,) = cache_root().glob("models--zoo--base/snapshots/*")
