@@ -96,7 +96,7 @@ def check(
     result, notes = examined.report, [*examined.report.notes]
     problems = result.problems
     if not problems:
-        job = compile_job(recipe, execution, examined, api)
+        job = compile_job(recipe, execution, examined)
         try:
             require_by_block(job.statistics, api)
         except CalibrationError as error:

@@ -10,13 +10,15 @@ import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from lewis_hub.hub.source import Source
+
+HUB = "https://huggingface.co"
+LONGEST_EXAMPLE = 200
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class ModelFacts:
     source: str  # as the user wrote it
     licence: Licence | None
     languages: tuple[str, ...]
-    url: str | None  # its page; None for a local folder
+    url: str | None  # its page on huggingface.co, whatever mirror it is read from; None: a folder
+    task: str | None = None  # `pipeline_tag`
+    example: str | None = None  # the first text in `widget`
 
 
 def model_facts(api: HfApi, source: Source) -> ModelFacts:
@@ -50,8 +54,21 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
         source=source.name,
         licence=Licence(identifier, name, link) if identifier else None,
         languages=_texts(card.get("language")),
-        url=None if source.folder else HubRepo.of(api, source).url,
+        url=None if source.folder else f"{HUB}/{source.name}",
+        task=_text(card.get("pipeline_tag")),
+        example=_example(card.get("widget")),
     )
+
+
+def _example(widget: object) -> str | None:
+    """The first text in the examples of a card, if it is short enough for a line of code."""
+    items = widget if isinstance(widget, list) else []
+    for item in items:
+        told = item if isinstance(item, dict) else {}
+        text = told.get("text") or told.get("source_sentence")
+        if isinstance(text, str) and 0 < len(text) <= LONGEST_EXAMPLE and text.isprintable():
+            return text
+    return None
 
 
 def states_a_licence(readme: bytes) -> bool:

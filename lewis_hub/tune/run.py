@@ -130,7 +130,7 @@ def tune_recipe(
     measured = next((one for one in corners if measurement_of(one).calibrations), corners[0])
     examined = examine_sources(measured, execution, api, progress)
     examined = _with_data_of(corners, examined, api)
-    jobs = [compile_job(one, execution, examined, api) for one in corners]
+    jobs = [compile_job(one, execution, examined) for one in corners]
     _require_mergeable(jobs, api)
     job = jobs[corners.index(measured)]
     tasks, evaluation = job.scored_tasks(api, progress), job.evaluation
@@ -148,7 +148,7 @@ def tune_recipe(
         files = fetch_whole(api, [one.source for one in job.sources.models], progress)
         if job.sidecars.code:
             code_files(api, job.sources.donor.source)
-        shared = (examined, execution, api, progress, space, objective, files, sets, output)
+        shared = (examined, execution, progress, space, objective, files, sets, output)
         tuner = Tuner(*shared, Path(scratch))
         _measure(tuner, corners)
         tried, n_begun = _search(tuner, output / STUDY, asked)
@@ -194,7 +194,7 @@ def _measure(tuner: Tuner, corners: Sequence[Recipe]) -> None:
     """Measure once, with progress, the profiles and second moments that many trials need."""
 
     def compiled(recipe: Recipe) -> MergeJob:
-        return compile_job(recipe, tuner.execution, tuner.examined, tuner.api)
+        return compile_job(recipe, tuner.execution, tuner.examined)
 
     guided = {one.guide.name: (one, one.guide) for one in corners if one.guide}
     for recipe, guide in guided.values():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.display import Advance, Progress, Silent
@@ -36,9 +36,6 @@ from lewis_hub.workflow.merge import MergedModel, finish_model, merge_in_memory,
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.statistics import Gathered, gather, wanted
 from lewis_hub.workflow.texts import Sets
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 N_AT_RANDOM = 6  # random trials before the sampler uses results, including warm starts
 N_BEFORE_PRUNING = 5  # trials that are scored to the end before any is pruned
@@ -195,7 +192,6 @@ class Tuner:
 
     examined: Examined
     execution: Execution
-    api: HfApi
     progress: Progress
     space: Space
     objective: Objective
@@ -226,7 +222,7 @@ class Tuner:
     def plan(self, values: Values) -> tuple[MergeJob, MergePlan, Locations]:
         """Return the job and plan of some values, and the places of its sources."""
         recipe, silent = candidate(self.space, values), Silent()
-        job = compile_job(recipe, self.execution, self.examined, self.api)
+        job = compile_job(recipe, self.execution, self.examined)
         schedule = self.guide(job, silent)
         known = self.gather(job, schedule, silent)
         planned = job.plan.plan(schedule, known.statistics)

@@ -103,7 +103,7 @@ def prepare(recipe: Recipe, execution: Execution, api: HfApi, progress: Progress
         CheckFailedError: the sources do not fit together or do not fit the recipe.
         LewisHubError: a source cannot be found or read; this machine lacks a device or runner.
     """
-    return compile_job(recipe, execution, examine_sources(recipe, execution, api, progress), api)
+    return compile_job(recipe, execution, examine_sources(recipe, execution, api, progress))
 
 
 def planned_lock(
@@ -128,7 +128,7 @@ def planned_lock(
     )
 
 
-def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: HfApi) -> MergeJob:
+def compile_job(recipe: Recipe, execution: Execution, examined: Examined) -> MergeJob:
     """Compile a recipe whose sources were examined, or another recipe of the same sources."""
     inputs, sources, tokens = examined.inputs, examined.sources, examined.tokens
     measurement, allow_code = examine.measurement_of(recipe), execution.allow_code
@@ -141,7 +141,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         tokenizer=tokens.carried,
         config=stack_config(stack, sources) if stack else None,
     )
-    reporting = _report_settings(recipe, execution, examined, api)
+    reporting = _report_settings(recipe, execution, examined)
     statistics = None
     if measurement.moments:
         reader = tokens.carried.source if tokens.carried else sources.donor.pinned
@@ -218,9 +218,7 @@ def _evaluation(
     )
 
 
-def _report_settings(
-    recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
-) -> ReportSettings:
+def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -> ReportSettings:
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
     pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
@@ -229,7 +227,6 @@ def _report_settings(
     card = CardFacts(
         title=publish.repo.partition("/")[2] if publish else "Merged model",
         repo=publish.repo if publish else None,
-        endpoint=api.endpoint,
         base=inputs.base,
         experts=inputs.experts,
         models=facts,
