@@ -90,7 +90,8 @@ def score_rows(scores: Scores) -> list[Row]:
                 if label in known and isfinite(known[label].value)
             )
             if points:
-                title = f"{name}, {readable_metric(metric)}, {task.n:,} items"
+                lower = "" if known[MERGED].higher_is_better else ", lower is better"
+                title = f"{name}, {readable_metric(metric)}, {task.n:,} items{lower}"
                 rows[name, metric] = Row(title, points)
     if len(rows) > MAX_ROWS:
         first = {name: metric for name, metric in reversed(rows)}
@@ -125,7 +126,7 @@ def _save(rows: Sequence[Row], labels: Sequence[str], theme: Theme, path: Path) 
     shares = [row for row in rows if row.is_share]
     groups = [group for group in (shares, *([row] for row in rows if not row.is_share)) if group]
     heights = [sum(GAP + MODEL * len(row.points) for row in group) for group in groups]
-    legend = 0.2 * len(labels) + 0.15
+    legend = 0.165 * len(labels) + 0.12
     up = legend + sum(heights) + 0.42 * len(groups) + 0.05
     with own_style(theme):
         figure = Figure(figsize=(WIDTH, up), dpi=DPI, facecolor=theme.paper)
@@ -181,10 +182,18 @@ def _draw(axes: Axes, rows: Sequence[Row], used: dict[str, Mark], theme: Theme) 
                 axes.plot(point.ends, (y, y), color=mark.colour, lw=1.4, solid_capstyle="butt")
             face = mark.colour if mark.is_filled else theme.paper
             size = 6.5 if point.label == MERGED else 5.5
-            axes.plot(point.value, y, marker=mark.form, color=mark.colour, mfc=face, ms=size)
+            axes.plot(
+                point.value,
+                y,
+                marker=mark.form,
+                color=mark.colour,
+                mfc=face,
+                ms=size,
+                clip_on=False,
+            )
             y += MODEL
     low, high = min(row.ends[0] for row in rows), max(row.ends[1] for row in rows)
-    margin = 0.03 * (high - low or 1.0)
+    margin = 0.04 * (high - low or 1.0)
     axes.set_xlim(0.0 - margin if low >= 0 else low - margin, high + margin)
     axes.set_ylim(y, 0.0)
     axes.set_yticks([])

@@ -163,7 +163,7 @@ class Layout:
     @property
     def below(self) -> float:
         """The room for colour scales and note."""
-        return 0.75 + 0.16 * len(self.lines)
+        return 0.85 + 0.16 * len(self.lines)
 
     @property
     def up(self) -> float:
@@ -187,7 +187,7 @@ class Layout:
     def bar(self, column: int) -> tuple[float, float, float, float]:
         """The place of a colour scale."""
         size = self.each / self.width, 0.09 / self.up
-        return self.start(column), (self.below - 0.53) / self.up, *size
+        return self.start(column), (0.42 + 0.16 * len(self.lines)) / self.up, *size
 
 
 def _layout(columns: Sequence[Column], n_rows: int) -> Layout:

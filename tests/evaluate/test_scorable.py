@@ -32,6 +32,8 @@ def test_classes_without_a_head_are_known_too():
 def test_what_generates_text_is_scored_and_unknown_classes_are_left_to_lm_eval():
     assert {name: unscorable({"architectures": [name]}) for name in NAMED} == NAMED
     assert unscorable({}) is None
+    pictures = {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama"}
+    assert unscorable(pictures) is None  # MllamaForCausalLM loads its language model
 
 
 def test_a_classifier_is_refused_before_its_head_would_be_random():

@@ -42,11 +42,17 @@ def test_models_differ_in_form_as_well_as_in_colour(make_scores):
 
 
 def test_perplexities_have_an_axis_of_their_own_and_many_metrics_are_one_per_task(tmp_path):
-    metrics = {"acc,none": MetricScore(0.5, 0.01), "perplexity,none": MetricScore(12.0, 0.5)}
+    metrics = {
+        "acc,none": MetricScore(0.5, 0.01),
+        "perplexity,none": MetricScore(12.0, 0.5, higher_is_better=False),
+    }
     few = Scores({"a": TaskScores(10, "1", {"merged": metrics}, ())})
     many = Scores({f"t{i}": TaskScores(10, "1", {"merged": metrics}, ()) for i in range(9)})
 
-    assert [row.is_share for row in score_rows(few)] == [True, False]
+    assert [row.title for row in score_rows(few)] == [
+        "a, accuracy, 10 items",
+        "a, perplexity, 10 items, lower is better",
+    ]
     assert [row.title for row in score_rows(many)] == [
         f"t{i}, accuracy, 10 items" for i in range(9)
     ]

@@ -23,7 +23,7 @@ def test_all_maps_are_in_one_picture_with_one_sentence(fake, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(picture.files)
     assert picture.caption == (
         "Components (rows) by blocks (columns) of zoo/math, zoo/text: change of importance is "
-        "highest in model.layers.2.self_attn.q_proj of zoo/math (20 %), and density is highest in "
+        "highest in model.layers.0.mlp.down_proj of zoo/text (20 %), and density is highest in "
         "model.layers.2.self_attn.q_proj.weight of zoo/math (0.80)."
     )
     assert picture.note == ""
@@ -74,7 +74,7 @@ def test_the_picture_fits_a_card_and_stays_a_small_file(
         width, height = opened.size
     assert 144 * 5.2 <= width <= 144 * 9 + 1
     assert 144 * 2 * 0.55 <= height <= 144 * 9
-    assert (tmp_path / picture.light).stat().st_size < 150_000
+    assert (tmp_path / picture.light).stat().st_size < 200_000
 
 
 def test_an_outlier_is_clipped_named_and_has_a_colour_of_its_own(make_fake, tmp_path):
