@@ -62,13 +62,18 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
 
 def _example(widget: object) -> str | None:
     """The first text in the examples of a card, if it is short enough for a line of code."""
-    items = widget if isinstance(widget, list) else []
-    for item in items:
-        told = item if isinstance(item, dict) else {}
-        text = told.get("text") or told.get("source_sentence")
-        if isinstance(text, str) and 0 < len(text) <= LONGEST_EXAMPLE and text.isprintable():
-            return text
+    for item in _objects(widget):
+        said = [message.get("content") for message in _objects(item.get("messages"))]
+        texts = (item.get("text"), item.get("source_sentence"), *said[:1])
+        for text in texts:
+            if isinstance(text, str) and 0 < len(text) <= LONGEST_EXAMPLE and text.isprintable():
+                return text
     return None
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]
 
 
 def states_a_licence(readme: bytes) -> bool:

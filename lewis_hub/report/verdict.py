@@ -57,27 +57,34 @@ def _share(task: TaskScores, metric: str) -> tuple[str, float] | None:
     return (best, share) if gain > CLEAR * noise and math.isfinite(share) else None
 
 
-def verdict(scores: Scores) -> str:
-    """The verdict on a scored merge, in Markdown: a bold sentence, and how it was computed."""
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on a scored merge, in Markdown."""
+
+    sentence: str
+    computed: str = ""  # how its numbers were computed; empty if they are plain scores
+
+
+def verdict(scores: Scores) -> Verdict:
+    """The shares of skills that a merge keeps; without any, its first scores."""
     kept = kept_skills(scores)
     if not kept:
-        return f"**{' '.join(_values(scores))}**"
-    parts = [f"{_percent(one.share)} of {_named(one.expert)}'s" for one in kept]
-    sentence = f"It keeps {_listed(parts)} skill."
+        return Verdict(" ".join(_values(scores)))
+    shares = _listed([f"{_percent(one.share)} of {_named(one.expert)}'s" for one in kept])
     tasks = "; ".join(
         f"{_named(one.expert)}: {_listed([markdown.code(task) for task in one.tasks])}"
         for one in kept
     )
-    how = (
+    computed = (
         "An expert's skill is its gain over the base on the tasks where it is the best expert "
-        f"({tasks}), if that gain is above two standard errors. The share is the merged model's "
-        "gain over the base, divided by it."
+        f"({tasks}), if that gain is above two standard errors. The share that the merged model "
+        "keeps is its own gain over the base, divided by the expert's, as a mean over these tasks."
     )
-    others = [label for label in scores.labels if label.startswith(EXPERT)]
-    without = [_named(label) for label in others if label not in {one.expert for one in kept}]
-    if without:
-        how += f" No task measured a skill of {_listed(without)}."
-    return f"**{sentence}** {how}"
+    measured = {one.expert for one in kept}
+    experts = [label for label in scores.labels if label.startswith(EXPERT)]
+    if others := [_named(label) for label in experts if label not in measured]:
+        computed += f" No task measured a skill of {_listed(others)}."
+    return Verdict(f"It keeps {shares} skill.", computed)
 
 
 def _values(scores: Scores) -> Iterator[str]:

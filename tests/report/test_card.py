@@ -50,7 +50,9 @@ def test_the_first_screen_is_sentence_verdict_chart_table_and_snippet_in_this_or
     blocks = model_card(make_facts()).text.strip().split("\n\n")
 
     assert blocks[1].startswith("This language model merges")
-    assert blocks[2].startswith("**It keeps 76 % of `zoo/math`'s skill.** An expert's skill is")
+    assert blocks[2] == (
+        "**It keeps 76 % of `zoo/math`'s skill.** ([how computed](#scores-in-detail))"
+    )
     dark = f"{HUB}/me/zoo-merge/resolve/main/lewis/scores-dark.png"
     assert blocks[3] == (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'

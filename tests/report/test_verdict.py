@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lewis_hub.evaluate.scores import MetricScore, Scores, TaskScores
-from lewis_hub.report.verdict import kept_skills, verdict
+from lewis_hub.report.verdict import Verdict, kept_skills, verdict
 
 MATH, TEXT = "expert:zoo/math@" + "a" * 40, "expert:zoo/text@" + "b" * 40
 
@@ -34,11 +34,13 @@ def test_the_share_of_a_skill_is_the_gain_kept_over_the_base():
 
     assert (math.expert, math.share, math.tasks) == (MATH, pytest.approx(0.96), ("sums",))
     assert (text.expert, text.share, text.tasks) == (TEXT, pytest.approx(0.99), ("words",))
-    assert verdict(scores) == (
-        "**It keeps 96 % of `zoo/math`'s and 99 % of `zoo/text`'s skill.** An expert's skill is "
-        "its gain over the base on the tasks where it is the best expert (`zoo/math`: `sums`; "
-        "`zoo/text`: `words`), if that gain is above two standard errors. The share is the merged "
-        "model's gain over the base, divided by it."
+    found = verdict(scores)
+    assert found.sentence == "It keeps 96 % of `zoo/math`'s and 99 % of `zoo/text`'s skill."
+    assert found.computed == (
+        "An expert's skill is its gain over the base on the tasks where it is the best expert "
+        "(`zoo/math`: `sums`; `zoo/text`: `words`), if that gain is above two standard errors. "
+        "The share that the merged model keeps is its own gain over the base, divided by the "
+        "expert's, as a mean over these tasks."
     )
 
 
@@ -52,16 +54,16 @@ def test_a_gain_within_two_standard_errors_is_no_skill():
     scores = scored(sums=(0.50, 0.52, 0.4, 0.51))  # 0.02 against 2 * sqrt(2) * 0.01
 
     assert kept_skills(scores) == []
-    assert verdict(scores) == (
-        "**It scores 0.510 on `sums` (accuracy), its best expert `zoo/math` 0.520.**"
+    assert verdict(scores) == Verdict(
+        "It scores 0.510 on `sums` (accuracy), its best expert `zoo/math` 0.520."
     )
 
 
 def test_a_merge_worse_than_the_base_keeps_none_and_an_expert_without_a_skill_is_named():
-    text = verdict(scored(sums=(0.1, 0.6, 0.2, 0.05)))
+    found = verdict(scored(sums=(0.1, 0.6, 0.2, 0.05)))
 
-    assert text.startswith("**It keeps none of `zoo/math`'s skill.**")
-    assert text.endswith(" No task measured a skill of `zoo/text`.")
+    assert found.sentence == "It keeps none of `zoo/math`'s skill."
+    assert found.computed.endswith(" No task measured a skill of `zoo/text`.")
 
 
 def test_of_perplexity_less_is_more():
