@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEM = "scores"
-WIDTH = 5.0  # inches: a phone shows it at half its size, where 9 pt are still readable
-FONT = 9.0
-MODEL, GAP = 0.14, 0.34  # inches: of a model in a row, and of a row's title
+WIDTH = 5.0  # inches: a phone shows it at half its size, where 10 pt are still readable
+FONT = 10.0
+MODEL, GAP, AXIS = 0.14, 0.36, 0.34  # inches: of a model, of a row's title, below an axis
 MAX_ROWS = 16  # with more, only the first metric of each task is drawn
 MAX_NAME = 34
 EXPERT_MARKS, TWIN_MARKS = "osv^Dph<>", "x+*"
@@ -126,8 +126,8 @@ def _save(rows: Sequence[Row], labels: Sequence[str], theme: Theme, path: Path) 
     shares = [row for row in rows if row.is_share]
     groups = [group for group in (shares, *([row] for row in rows if not row.is_share)) if group]
     heights = [sum(GAP + MODEL * len(row.points) for row in group) for group in groups]
-    legend = 0.165 * len(labels) + 0.12
-    up = legend + sum(heights) + 0.42 * len(groups) + 0.05
+    legend = 0.18 * len(labels) + 0.12
+    up = legend + sum(heights) + AXIS * len(groups) + 0.05
     with own_style(theme):
         figure = Figure(figsize=(WIDTH, up), dpi=DPI, facecolor=theme.paper)
         used, drawn_as, top = marks(labels, theme), [], legend
@@ -135,7 +135,7 @@ def _save(rows: Sequence[Row], labels: Sequence[str], theme: Theme, path: Path) 
             below = 1 - (top + height) / up
             axes = figure.add_axes((0.03, below, 0.94, height / up))
             _draw(axes, group, used, theme)
-            top += height + 0.42
+            top += height + AXIS
         for label in labels:
             name = MERGED_ROW if label == MERGED else drawable(model_name(label))
             name = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 STEM = "maps"
-FONT = 8.5
-WIDTH = 5.2  # inches: a phone shows it at half its size
-MAX_WIDTH = 9.0
-CELL, MIN_HEIGHT = 0.16, 0.55  # inches: of a component in a map
+FONT = 9.5
+WIDTH = 4.8  # inches: a phone shows it at half its size
+MAX_WIDTH = 6.5
+CELL, MIN_HEIGHT = 0.17, 0.55  # inches: of a component in a map
 MAX_HEIGHT = 3.2
 GAP, NAME, TITLES = 0.18, 0.3, 0.3  # inches: between columns, above a map, above all
 
@@ -193,13 +193,13 @@ class Layout:
 def _layout(columns: Sequence[Column], n_rows: int) -> Layout:
     grids = [grid for column in columns for grid in column.maps.values()]
     components = max((grid.components for grid in grids), key=len)
-    left = 0.15 + 0.066 * max(len(drawable(component)) for component in components)
+    left = 0.15 + 0.075 * max(len(drawable(component)) for component in components)
     n_blocks = max(len(grid.blocks) for grid in grids)
     width = min(max(WIDTH, left + len(columns) * (0.03 * n_blocks + GAP)), MAX_WIDTH)
     each = (width - left - 0.15 - GAP * (len(columns) - 1)) / len(columns)
     height = min(max(CELL * len(components), MIN_HEIGHT), MAX_HEIGHT)
     note = drawable(_notes(columns))
-    lines = textwrap.wrap(note, int(14.5 * width), break_on_hyphens=False)
+    lines = textwrap.wrap(note, int(13 * width), break_on_hyphens=False)
     return Layout(width, left, each, height, n_rows, tuple(lines))
 
 
@@ -266,6 +266,6 @@ def _draw(axes: Axes, column: Column, source: str, theme: Theme) -> AxesImage:
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 8 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])
-    axes.tick_params(length=0, labelsize=FONT - 1.5)
+    axes.tick_params(length=0, labelsize=FONT - 1)
     axes.spines[:].set_visible(False)
     return image

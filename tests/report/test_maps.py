@@ -72,7 +72,7 @@ def test_the_picture_fits_a_card_and_stays_a_small_file(
 
     with Image.open(tmp_path / picture.light) as opened:
         width, height = opened.size
-    assert 144 * 5.2 <= width <= 144 * 9 + 1
+    assert 144 * 4.8 - 1 <= width <= 144 * 6.5 + 1
     assert 144 * 2 * 0.55 <= height <= 144 * 9
     assert (tmp_path / picture.light).stat().st_size < 200_000
 
