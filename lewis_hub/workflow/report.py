@@ -62,11 +62,7 @@ def write(
     drawn = [f"lewis/{file}" for picture in pictures for file in picture.files]
     for name in (*merged.sidecars, *written, *drawn):
         outputs[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
-    planned = settings.planned
-    rows: Sequence[tuple[int, ...] | None] = gathered.rows or [None] * len(planned.calibration)
-    data = zip(planned.calibration, rows, strict=True)
-    calibration = tuple(replace(one, rows=drawn) for one, drawn in data)
-    lock = replace(planned, outputs=outputs, calibration=calibration)
+    lock = _finished(settings.planned, outputs, gathered)
     # The lock has no costs, times and verdict, so that equal merges have equal locks.
     beside = {cost.FILE: costs.to_json(machine), locks.FILE: lock.to_json()}
     beside[locks.PROVENANCE_FILE] = locks.provenance(lock, costs.began, datetime.now(UTC))
@@ -89,6 +85,14 @@ def write(
         machine=machine,
     )
     return (*outputs, *beside, *_write_card(settings, folder, facts, scored))
+
+
+def _finished(planned: Lock, outputs: Mapping[str, OutputFile], gathered: Gathered) -> Lock:
+    """Return the lock with outputs and drawn rows."""
+    rows: Sequence[tuple[int, ...] | None] = gathered.rows or [None] * len(planned.calibration)
+    data = zip(planned.calibration, rows, strict=True)
+    calibration = tuple(replace(one, rows=drawn) for one, drawn in data)
+    return replace(planned, outputs=outputs, calibration=calibration)
 
 
 def _described(facts: CardFacts, folder: Path) -> CardFacts:
