@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from lewis_hub.evaluate.scores import BASE, EXPERT, MERGED, Scores
 from lewis_hub.report.findings import MERGED_ROW, in_order, interval, model_name, readable_metric
-from lewis_hub.report.plots import DPI, HIGHLIGHT, THEMES, Picture, Theme, drawable, own_style
+from lewis_hub.report.plots import (
+    DPI,
+    HIGHLIGHT,
+    THEMES,
+    Picture,
+    Theme,
+    drawable,
+    own_style,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +29,7 @@ WIDTH = 5.0  # inches: a phone shows it at half its size, where 10 pt are still 
 FONT = 10.0
 MODEL, GAP, AXIS = 0.14, 0.36, 0.34  # inches: of a model, of a row's title, below an axis
 MAX_ROWS = 16  # with more, only the first metric of each task is drawn
-MAX_NAME = 34
+MAX_TEXT = 46  # characters of a title or name
 EXPERT_MARKS, TWIN_MARKS = "osv^Dph<>", "x+*"
 BLUES = {"light": "#1d5fa8", "dark": "#7db1ff"}
 GREYS = {"light": "#6b7280", "dark": "#9ca3af"}
@@ -138,8 +147,7 @@ def _save(rows: Sequence[Row], labels: Sequence[str], theme: Theme, path: Path) 
             top += height + AXIS
         for label in labels:
             name = MERGED_ROW if label == MERGED else drawable(model_name(label))
-            name = name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
-            drawn_as.append((_handle(used[label]), name))
+            drawn_as.append((_handle(used[label]), shortened(name, MAX_TEXT)))
         handles, names = zip(*drawn_as, strict=True)
         figure.legend(
             handles,
@@ -168,7 +176,7 @@ def _draw(axes: Axes, rows: Sequence[Row], used: dict[str, Mark], theme: Theme) 
     for row in rows:
         y += GAP
         axes.annotate(
-            drawable(row.title),
+            shortened(drawable(row.title), MAX_TEXT),
             (0, y - 0.12),
             xycoords=("axes fraction", "data"),
             size=FONT,

@@ -23,6 +23,7 @@ from lewis_hub.report.plots import (
     drawable,
     own_style,
     percentage,
+    shortened,
 )
 from lewis_hub.report.profiles import Clip, Grid, arrange, clip, relative_change, short_name
 
@@ -37,7 +38,7 @@ WIDTH = 4.8  # inches: a phone shows it at half its size
 MAX_WIDTH = 6.5
 CELL, MIN_HEIGHT = 0.17, 0.55  # inches: of a component in a map
 MAX_HEIGHT = 3.2
-GAP, NAME, TITLES = 0.18, 0.3, 0.3  # inches: between columns, above a map, above all
+GAP, NAME = 0.18, 0.3  # inches: between columns, and above a map
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,13 @@ class Layout:
     each: float  # width of a map
     height: float  # of a map
     n_rows: int
+    titles: tuple[str, ...]  # of the columns, each on as many lines as it needs
     lines: tuple[str, ...]  # of the note at the bottom
+
+    @property
+    def above(self) -> float:
+        """The room for the titles."""
+        return 0.14 + 0.17 * max(title.count("\n") + 1 for title in self.titles)
 
     @property
     def below(self) -> float:
@@ -168,7 +175,7 @@ class Layout:
     @property
     def up(self) -> float:
         """The height of the picture."""
-        return TITLES + self.n_rows * (self.height + NAME) + self.below
+        return self.above + self.n_rows * (self.height + NAME) + self.below
 
     def start(self, column: int) -> float:
         """The left end of a column, as a fraction."""
@@ -176,11 +183,11 @@ class Layout:
 
     def name(self, row: int) -> float:
         """The height of an expert's name, as a fraction from the bottom."""
-        return 1 - (TITLES + row * (self.height + NAME) + 0.19) / self.up
+        return 1 - (self.above + row * (self.height + NAME) + 0.19) / self.up
 
     def box(self, column: int, row: int) -> tuple[float, float, float, float]:
         """The place of a map."""
-        bottom = TITLES + (row + 1) * (self.height + NAME) - 0.05
+        bottom = self.above + (row + 1) * (self.height + NAME) - 0.05
         size = self.each / self.width, self.height / self.up
         return self.start(column), 1 - bottom / self.up, *size
 
@@ -200,7 +207,8 @@ def _layout(columns: Sequence[Column], n_rows: int) -> Layout:
     height = min(max(CELL * len(components), MIN_HEIGHT), MAX_HEIGHT)
     note = drawable(_notes(columns))
     lines = textwrap.wrap(note, int(13 * width), break_on_hyphens=False)
-    return Layout(width, left, each, height, n_rows, tuple(lines))
+    titles = ("\n".join(textwrap.wrap(column.title, int(11.5 * each))) for column in columns)
+    return Layout(width, left, each, height, n_rows, tuple(titles), tuple(lines))
 
 
 def _save(columns: Sequence[Column], experts: Sequence[str], theme: Theme, path: Path) -> None:
@@ -213,10 +221,10 @@ def _save(columns: Sequence[Column], experts: Sequence[str], theme: Theme, path:
         figure = Figure(figsize=size, dpi=DPI, facecolor=theme.paper)
         for i, column in enumerate(columns):
             height = 1 - 0.08 / layout.up
-            figure.text(layout.start(i), height, column.title, size=FONT, va="top")
+            figure.text(layout.start(i), height, layout.titles[i], size=FONT, va="top")
             _draw_column(figure, layout, column, i, experts, theme)
         for k, source in enumerate(experts):
-            name = drawable(short_name(source))
+            name = shortened(drawable(short_name(source)), int(9.5 * layout.width))
             figure.text(margin, layout.name(k), name, size=FONT, weight="bold", va="bottom")
         note = "\n".join(layout.lines)
         figure.text(margin, 0.06 / layout.up, note, size=FONT - 1, va="bottom")
@@ -263,7 +271,7 @@ def _draw(axes: Axes, column: Column, source: str, theme: Theme) -> AxesImage:
     )
     n_rows, n_columns = len(grid.components), len(grid.blocks)
     axes.set_yticks(range(n_rows), list(map(drawable, grid.components)))
-    step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 8 * s)
+    step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 6 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])
     axes.tick_params(length=0, labelsize=FONT - 1)

@@ -182,8 +182,7 @@ def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
         )
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
-        title, most = drawable(heat.title), int(9.5 * across)
-        title = title if len(title) <= most else title[: most - 1] + "…"
+        title = shortened(drawable(heat.title), int(9.5 * across))
         figure.text(0.14 / across, 1 - 0.14 / up, title, size=10, weight="bold", va="top")
         figure.text(0.14 / across, 0.12 / up, "\n".join(lines), size=8, va="bottom")
         figure.savefig(path, metadata={"Software": None})
@@ -240,6 +239,11 @@ def _write_numbers(axes: Axes, heat: HeatMap, image: AxesImage) -> None:
 def drawable(text: str) -> str:
     """The text with `?` for characters that the font may not have."""
     return "".join(c if c.isprintable() and c < "\u0250" else "?" for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning with `…` if it has more characters than `most`."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def draw_search(search: SearchPlot, folder: Path) -> tuple[str, ...]:

@@ -60,6 +60,16 @@ def test_perplexities_have_an_axis_of_their_own_and_many_metrics_are_one_per_tas
         assert picture.size[1] > 144
 
 
+def test_long_names_are_cut_before_the_edge(make_scores, tmp_path):
+    task = make_scores().tasks["sums"]
+    long = Scores({"mmlu_pro_macroeconomics_" * 4: task})
+
+    with Image.open(tmp_path / draw_scores(long, tmp_path).light) as picture:
+        right = picture.convert("L").crop((712, 0, 720, picture.size[1]))
+
+    assert right.getextrema() == (255, 255)
+
+
 def test_scores_that_are_not_finite_are_not_drawn(make_scores, tmp_path):
     models = {"merged": {"perplexity,none": MetricScore(float("inf"), None)}}
 
