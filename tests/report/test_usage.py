@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny_models import fine_tuned, tiny_model
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import lewis_hub
 from lewis_hub.hub.facts import ModelFacts
@@ -109,7 +110,7 @@ def wav2vec2_classifier(folder: Path) -> Any:
 
 
 def whisper(folder: Path) -> Any:
-    alphabet = transformers.convert_slow_tokenizer.bytes_to_unicode().values()
+    alphabet = bytes_to_unicode().values()
     vocabulary = {letter: i for i, letter in enumerate(alphabet)}
     tokenizer = transformers.WhisperTokenizer(vocab=vocabulary, merges=[])
     languages = ["<|en|>", "<|transcribe|>", "<|translate|>", "<|notimestamps|>"]
