@@ -108,7 +108,7 @@ def test_two_licences_called_other_with_different_names_disagree():
     [
         ("[{text: A good film}]", "A good film"),
         ("[{source_sentence: A cat, sentences: [B]}]", "A cat"),
-        ("[{messages: [{role: user, content: Who are you?}]}]", "Who are you?"),
+        ("[{messages: [{role: user, content: 'Who are you?'}]}]", "Who are you?"),
         ("[{src: https://x.org/a.png}, {text: second}]", "second"),
         (f"[{{text: {'x' * 201}}}]", None),
         ('[{text: "two\\nlines"}]', None),
