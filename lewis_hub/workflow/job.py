@@ -22,7 +22,6 @@ from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
 from lewis_hub.hub.facts import Licence, ModelFacts, combined_licence
-from lewis_hub.hub.failures import address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
@@ -150,7 +149,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     mixture = None
     if isinstance(plan.settings, MixtureSettings) and sources.are_read:
         mixture = plan.settings
-    reporting = _report_settings(recipe, execution, examined, api)
+    reporting = _report_settings(recipe, execution, examined)
     if mixture:
         mixed = mixture_facts(recipe, mixture, inputs)
         reporting = replace(reporting, facts=replace(reporting.facts, mixture=mixed))
@@ -231,9 +230,7 @@ def _evaluation(
     )
 
 
-def _report_settings(
-    recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
-) -> ReportSettings:
+def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -> ReportSettings:
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
     pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
@@ -242,7 +239,6 @@ def _report_settings(
     card = CardFacts(
         title=publish.repo.partition("/")[2] if publish else "Merged model",
         repo=publish.repo if publish else None,
-        endpoint=address(api),
         base=inputs.base,
         experts=inputs.experts,
         models=facts,

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jsonschema
 import pytest
@@ -43,9 +44,9 @@ def test_one_model_is_measured_on_a_task_or_a_dataset_and_the_two_are_compared(s
     jsonschema.Draft202012Validator(schema).validate(profile)
     assert [(s["source"], s["role"]) for s in profile["sources"]] == [(str(model), "expert")]
     assert sorted(path.name for path in task.iterdir()) == [
-        "importance-expert-reverse-dark.png",
-        "importance-expert-reverse-light.png",
         "importance.json",
+        "maps-dark.png",
+        "maps-light.png",
     ]
     (one,) = json.loads(compared.stdout)["comparisons"]
     assert one["n"] == len(profile["sources"][0]["modules"]) == len(one["rows"])
@@ -87,8 +88,9 @@ def test_the_profile_of_a_merge_is_fetched_from_its_repo(seeded, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "base_model: zoo/base\nmerge_method: ties\nmodels: [{model: zoo/expert-reverse}]\n"
-        f"guide: {{calibration: {{task: zoo_reverse, include: {TASKS}, samples: 4}}}}\n"
+        "guide: {calibration: {task: zoo_reverse, include: tasks, samples: 4}}\n"
     )
+    shutil.copytree(TASKS, tmp_path / "tasks")
     run("merge", recipe)
     api.create_repo("zoo/merge")
     api.upload_folder(repo_id="zoo/merge", folder_path=tmp_path / "merged")
