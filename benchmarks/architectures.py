@@ -179,12 +179,12 @@ def examine(case: Case, folder: Path) -> Row:
 @contextmanager
 def _undrawn() -> Iterator[None]:
     """Skip the plots, which would take most of the time."""
-    draw = reporting.draw
-    reporting.draw = lambda *_: ()
+    draw = reporting.draw_maps
+    reporting.draw_maps = lambda *_: None
     try:
         yield
     finally:
-        reporting.draw = draw
+        reporting.draw_maps = draw
 
 
 def by_mergekit(python: str, folders: list[Path]) -> dict[Path, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from zoo_hub import put_zoo
 
 from lewis_hub.demo.zoo import zoo_folder
@@ -177,7 +178,14 @@ def test_a_benchmark_that_the_recipe_names_gets_an_entry_for_its_leaderboard(hub
     merged = scores["tasks"]["zoo_reverse"]["models"]["merged"]["exact_match,none"]
     assert entry["dataset"] == {"id": "zoo/reverse", "task_id": "default"}
     assert entry["value"] == pytest.approx(100 * merged["value"])
-    assert entry["source"] == {"url": f"{hub.url}/{repo}", "name": "Model card"}
+    assert entry["source"] == {"url": f"https://huggingface.co/{repo}", "name": "Model card"}
+    card = ModelCard.load(zoo / "merged" / "README.md")
+    [result] = card.data.eval_results
+    assert (result.dataset_type, result.dataset_split) == ("zoo/reverse", "test")
+    assert result.dataset_revision == hub.api().dataset_info("zoo/reverse").sha
+    assert (result.metric_type, result.metric_name) == ("exact_match", "exact match")
+    assert hub.url not in card.content
+    assert (zoo / "merged" / "lewis" / "scores-dark.png").exists()
     assert json.loads(run(hub, zoo, "verify", repo, "--json").stdout)["problems"] == []
     assert json.loads(run(hub, zoo, "verify", "merged", "--json").stdout)["problems"] == []
 
@@ -196,7 +204,7 @@ def test_importance_stops_after_calibration_and_merge_reuses_it(hub, zoo):
         ("expert", "zoo/expert-reverse"),
         ("expert", "zoo/expert-cipher"),
     ]
-    assert len(list((zoo / "importance").glob("*.png"))) == 8
+    assert len(list((zoo / "importance").glob("*.png"))) == 2
 
     merged = run(hub, zoo, "merge", "--no-eval")
 

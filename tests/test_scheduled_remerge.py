@@ -182,7 +182,7 @@ def test_a_schedule_pushes_what_changed_and_what_passes_the_gate(hub, publisher)
     assert code == 0, said
     first, *_ = commits(hub)
     assert f"[`lewis/reverse`](<{hub.url}/lewis/reverse>) at [`{first[:12]}`]" in said
-    assert "| `zoo_reverse` | exact_match | 20 |" in said
+    assert "| model | `zoo_reverse`, exact match |" in said
     assert "The gate accepted this merge." in said
     assert hub.read_token not in said
     assert "hf_jwt_" not in said

@@ -150,6 +150,39 @@ class LoadedTasks:
     groups: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class ScoredData:
+    """The dataset that a task scores."""
+
+    repo: str
+    config: str | None
+    split: str | None
+    commit_sha: str | None
+
+
+def scored_data(loaded: LoadedTasks) -> dict[str, ScoredData]:
+    """Task -> its dataset; tasks on local files have none, nor have groups of several datasets."""
+    found = {
+        name: data for name, task in loaded.tasks.items() if (data := _scored(task, loaded.commits))
+    }
+    for name, group in loaded.groups.items():
+        parts = {found.get(task.task_name) for task in group.get_all_tasks()}
+        repos = {part.repo if part else None for part in parts}
+        if len(repos) == 1 and (repo := repos.pop()):
+            shas = {part.commit_sha for part in parts if part}
+            found[name] = ScoredData(repo, None, None, shas.pop() if len(shas) == 1 else None)
+    return found
+
+
+def _scored(task: Any, commits: Commits) -> ScoredData | None:
+    path, options = task.get_config("dataset_path"), task.get_config("dataset_kwargs") or {}
+    if not isinstance(path, str) or path in FORMATS or Path(path).exists():
+        return None
+    split = task.get_config("test_split") or task.get_config("validation_split")
+    commit = commits.get((path, options.get("revision")))
+    return ScoredData(path, task.get_config("dataset_name"), split, commit)
+
+
 def load_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
     """Build the tasks and fetch their data; a dataset without a commit is loaded at its newest.
 

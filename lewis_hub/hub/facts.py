@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from lewis_hub.documents import DocumentError, front_matter, read_yaml
 from lewis_hub.errors import PublishError
-from lewis_hub.hub.failures import HubRepo
 from lewis_hub.hub.fetch import read_small
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
     from lewis_hub.hub.source import Source
+
+HUB = "https://huggingface.co"
+LONGEST_EXAMPLE = 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class ModelFacts:
     source: str  # as the user wrote it
     licence: Licence | None
     languages: tuple[str, ...]
-    url: str | None  # its page; None for a local folder
+    url: str | None  # its page on huggingface.co, whatever mirror it is read from; None: a folder
+    task: str | None = None  # `pipeline_tag`
+    example: str | None = None  # the first text in `widget`
 
 
 def model_facts(api: HfApi, source: Source) -> ModelFacts:
@@ -48,8 +52,26 @@ def model_facts(api: HfApi, source: Source) -> ModelFacts:
         source=source.name,
         licence=Licence(identifier, name, link) if identifier else None,
         languages=_texts(card.get("language")),
-        url=None if source.folder else HubRepo.of(api, source).url,
+        url=None if source.folder else f"{HUB}/{source.name}",
+        task=_text(card.get("pipeline_tag")),
+        example=_example(card.get("widget")),
     )
+
+
+def _example(widget: object) -> str | None:
+    """The first text in the examples of a card, if it is short enough for a line of code."""
+    for item in _objects(widget):
+        said = [message.get("content") for message in _objects(item.get("messages"))]
+        texts = (item.get("text"), item.get("source_sentence"), *said[:1])
+        for text in texts:
+            if isinstance(text, str) and 0 < len(text) <= LONGEST_EXAMPLE and text.isprintable():
+                return text
+    return None
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    items = value if isinstance(value, list) else []
+    return [item for item in items if isinstance(item, dict)]
 
 
 def states_a_licence(readme: bytes) -> bool:

@@ -34,6 +34,7 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 ATTRIBUTE = re.compile(r'([a-z]+)="([^"]*)"')
 WITH_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:|/", re.IGNORECASE)
 N_COMMITS = 20
+HUGGING_FACE = "https://huggingface.co"
 
 
 def repository(call: Call) -> Response:
@@ -90,7 +91,11 @@ def render_markdown(text: str, address: Callable[[str], str]) -> str:
 
 
 def _placed(path: str, address: Callable[[str], str]) -> str:
-    """The address of a path in the repository; addresses and anchors stay as they are."""
+    """The address of a path in the repository; addresses and anchors stay as they are.
+
+    This server stands for huggingface.co, so an address there is one on this server.
+    """
+    path = path.removeprefix(HUGGING_FACE) if path.startswith(f"{HUGGING_FACE}/") else path
     if WITH_SCHEME.match(path) or path[0] in "#?":
         return path
     try:

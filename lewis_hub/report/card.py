@@ -22,7 +22,7 @@ from lewis_hub.display import size
 from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores, settings_words
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
-from lewis_hub.hub.facts import Licence
+from lewis_hub.hub.facts import HUB, Licence
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.reference import REPO
 from lewis_hub.recipe.schema import Benchmark
@@ -32,6 +32,8 @@ from lewis_hub.report.facts import GUIDES, METHODS, CardFacts, Guided, Measured
 from lewis_hub.report.lock import BUILDER
 from lewis_hub.report.plots import PAIRED, WORDS
 from lewis_hub.report.profiles import short_name, unique_slugs
+from lewis_hub.report.usage import Usage
+from lewis_hub.report.verdict import verdict
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
@@ -77,6 +79,11 @@ def model_card(facts: CardFacts) -> ModelCard:
 
 
 def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **values: Any) -> str:
+    body = _rendered(template, filters, **values)
+    return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}"
+
+
+def _rendered(template: str, filters: Mapping[str, Any], **values: Any) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -84,17 +91,33 @@ def _document(data: ModelCardData, template: str, filters: Mapping[str, Any], **
     )
     environment.filters |= {**FILTERS, **filters}
     text = files("lewis_hub.templates").joinpath(template).read_text(encoding="utf-8")
-    body = environment.from_string(text).render(values)
-    return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body}"
+    return environment.from_string(text).render(values)
+
+
+def snippet(usage: Usage, repo: str | None, *, chat: bool, custom_code: bool) -> str:
+    """Python code that runs a model from its repo, or without one from the folder of its card."""
+    comment = "" if repo else "  # the folder of this card"
+    return _rendered(
+        f"usage/{usage.family.snippet}.py.j2",
+        {},
+        usage=usage,
+        chat=chat,
+        name=f"name = {json.dumps(repo or '.')}{comment}",
+        options=", trust_remote_code=True" if custom_code else "",
+    )
 
 
 def _description(facts: CardFacts) -> dict[str, Any]:
+    usage = facts.usage
     licences = [facts.models[source.pinned].licence for source in facts.sources]
     experts = facts.mixture.experts if facts.mixture else ()
     return {
+        "hub": HUB,
         "methods": METHODS,
         "mixed": list(dict.fromkeys(one.source for one in experts)),
         "routed": [one for one in experts if not one.is_shared],
+        "usage": usage,
+        "snippet": snippet(usage, facts.repo, chat=facts.chat, custom_code=facts.custom_code),
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
         "config": _configuration(facts.config),
         "tasks": list(facts.scores.tasks) if facts.scores else [],
@@ -113,7 +136,7 @@ def dark_folder(facts: CardFacts) -> str:
 
     The Hub resolves a relative `src`; whether it resolves a relative `srcset` is unknown.
     """
-    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
+    url = markdown.web_address(f"{HUB}/{facts.repo}") if facts.repo else None
     return f"{url}/resolve/main/lewis" if url else "lewis"
 
 
@@ -143,6 +166,7 @@ def _scores(facts: CardFacts) -> dict[str, Any]:
     scores = facts.scores if facts.was_scored else None
     gains, limits = findings.findings(scores) if scores else ([], [])
     return {
+        "verdict": verdict(scores) if scores else None,
         "scores_table": findings.scores_table(scores) if scores else None,
         "paired_table": findings.paired_table(scores) if scores else None,
         "twins": findings.twins(scores) if scores else (),
@@ -204,10 +228,12 @@ def _listed(items: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def adapter_card(base: Source, expert: Source, licence: str | None, extracted: Extracted) -> str:
+def adapter_card(
+    base: Source, expert: Source, task: str | None, licence: str | None, extracted: Extracted
+) -> str:
     """The `README.md` of a LoRA adapter: metadata for the Hub, and the error of its updates."""
     return _document(
-        _adapter_data(base, licence),
+        _adapter_data(base, task, licence),
         "adapter.md.j2",
         {},
         base=base,
@@ -216,11 +242,13 @@ def adapter_card(base: Source, expert: Source, licence: str | None, extracted: E
     )
 
 
-def merged_adapter_card(facts: CardFacts, licence: str | None, made: Extracted) -> str:
+def merged_adapter_card(
+    facts: CardFacts, task: str | None, licence: str | None, made: Extracted
+) -> str:
     """The `README.md` of a LoRA adapter that was merged from others."""
     base = facts.base or facts.experts[0]
     return _document(
-        _adapter_data(base, licence),
+        _adapter_data(base, task, licence),
         "merged_adapter.md.j2",
         {"model": partial(_model, facts), "listed": _listed},
         facts=facts,
@@ -229,14 +257,14 @@ def merged_adapter_card(facts: CardFacts, licence: str | None, made: Extracted) 
     )
 
 
-def _adapter_data(base: Source, licence: str | None) -> ModelCardData:
+def _adapter_data(base: Source, task: str | None, licence: str | None) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     return ModelCardData(
         base_model=None if base.folder else base.name,
         base_model_relation=None if base.folder else "adapter",
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["lora", "lewis-hub"],
         license=licence,
     )
@@ -266,8 +294,9 @@ def card_data(facts: CardFacts) -> ModelCardData:
     return ModelCardData(
         base_model=_repos(source.name for source in facts.sources if not source.folder) or None,
         base_model_relation="merge",
-        library_name="transformers",
-        pipeline_tag="text-generation",
+        library_name=facts.usage.library,
+        pipeline_tag=facts.usage.task,
+        widget=facts.usage.widget(chat=facts.chat),
         tags=["merge", "lewis-hub", *guide, facts.method.name],
         language=facts.languages or None,
         datasets=_repos(data.name for data in facts.datasets if not data.folder) or None,
@@ -313,7 +342,7 @@ def _entry(
 ) -> EvalResultEntry:
     from huggingface_hub import EvalResultEntry
 
-    url = markdown.web_address(f"{facts.endpoint}/{facts.repo}") if facts.repo else None
+    url = markdown.web_address(f"{HUB}/{facts.repo}") if facts.repo else None
     score, error = scored.models[MERGED][benchmark.metric], ""
     if score.stderr is not None:
         error = f", standard error {findings.number(score.stderr * benchmark.scale)}"
@@ -329,17 +358,23 @@ def _entry(
 
 
 def _card_results(facts: CardFacts) -> Iterator[EvalResult]:
+    """The merged model's scores; a task on local files is its own dataset."""
     from huggingface_hub import EvalResult
 
     for task, scored in facts.scores.tasks.items() if facts.scores else ():
+        data = facts.scored_data.get(task)
+        repo = data.repo if data and HUB_REPO.fullmatch(data.repo) else None
         for key, score in scored.models.get(MERGED, {}).items():
             if isfinite(score.value):
                 yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=task,
+                    task_type=facts.usage.task or "text-generation",
+                    dataset_type=repo or task,
                     dataset_name=task,
+                    dataset_config=data.config if data and repo else None,
+                    dataset_split=data.split if data and repo else None,
+                    dataset_revision=data.commit_sha if data and repo else None,
                     metric_type=key.partition(",")[0],
-                    metric_name=key,
+                    metric_name=findings.readable_metric(key),
                     metric_value=float(score.value),
                 )
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any
 
 from lewis_hub.calibration.profile import ImportanceProfile
+from lewis_hub.evaluate.benchmarks import ScoredData
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import MERGED, Scores
 from lewis_hub.guides.schedule import DensitySchedule
@@ -19,7 +20,8 @@ from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods.registry import Method
 from lewis_hub.report.cost import Machine, StageCost
-from lewis_hub.report.plots import Plot
+from lewis_hub.report.plots import Picture
+from lewis_hub.report.usage import Usage
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
@@ -106,13 +108,13 @@ GUIDES = {
 
 @dataclass(frozen=True)
 class Guided:
-    """The decision of a guide and its inputs; the files of `plots` are in the folder `lewis`."""
+    """The decision of a guide and its inputs; the files of `maps` are in the folder `lewis`."""
 
     guide: str
     profile: ImportanceProfile | None
     schedule: DensitySchedule
     notes: tuple[str, ...] = ()
-    plots: tuple[Plot, ...] = ()
+    maps: Picture | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,6 @@ class CardFacts:
 
     title: str
     repo: str | None  # the Hub repo that it is published to; None if it stays on disk
-    endpoint: str  # address of the Hub, without a slash at the end
     base: Source | None  # the source that task vectors start from; None for a method without a base
     experts: tuple[Source, ...]
     models: Mapping[str, ModelFacts]  # pinned source -> facts from its own card
@@ -184,6 +185,9 @@ class CardFacts:
     parameters: Mapping[str, int] = field(default_factory=dict)  # tensor -> number of parameters
     guided: Guided | None = None  # None if the densities come from the recipe's own settings
     scores: Scores | None = None
+    scored_data: Mapping[str, ScoredData] = field(default_factory=dict)  # task -> its dataset
+    chart: Picture | None = None  # of the scores; its files are in the folder `lewis`
+    usage: Usage = field(default_factory=Usage)
     costs: tuple[StageCost, ...] = ()  # of the run that finished the merge
     config: Mapping[str, Any] = field(default_factory=dict)  # `config.json`, unchecked
     chat: bool = False  # the tokenizer has a chat template

@@ -23,6 +23,9 @@ from lewis_hub.report.profiles import short_name
 
 SIGNIFICANT = 0.05  # of the p-value after Holm's adjustment
 UNIFORM = "uniform"
+UNFILTERED = ("", "none")  # filters of lm-eval that a reader need not know
+Z = 1.96  # standard errors to each side of a mean: 95 %
+MERGED_ROW = "this merge"
 NAMES = {
     UNIFORM: "uniform twin",
     "task_arithmetic": "task arithmetic twin",
@@ -33,6 +36,15 @@ MEANINGS = {
     "task_arithmetic": "The task arithmetic twin is the same merge without statistics: the mean of "
     "the task vectors, with the same weights.",
     "by_magnitude": "The magnitude twin is the same merge, trimmed by magnitude alone.",
+}
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "normalised accuracy",
+    "bits_per_byte": "bits per byte",
+    "em": "exact match",
+    "f1": "F1",
+    "mcc": "Matthews correlation",
+    "prompt_level_strict_acc": "accuracy of prompts, strict",
 }
 TITLES = {
     "published": "Published",
@@ -109,15 +121,31 @@ def _difference(value: float, ci95: tuple[float, float]) -> str:
 
 
 def scores_table(scores: Scores) -> str:
-    """A row for each task and metric, a column for each model, the best score in bold."""
+    """A row for each model, the merge first; a column per task and metric, the best in bold."""
+    columns = [
+        (task, metric, f"{markdown.code(task)}, {markdown.text(readable_metric(metric))}")
+        for task, metric, _, _ in scores.by_metric()
+    ]
     rows = []
-    for task, metric, n, by_model in scores.by_metric():
-        best = _best([score for score in by_model if score])
-        cells = [_score(score, best) for score in by_model]
-        rows.append([markdown.code(task), _metric(metric), n, *cells])
-    names = (markdown.text(model_name(label)) for label in scores.labels)
-    header = ["task", "metric", "n", *names]
-    return markdown.table(header, rows, right=range(2, len(header)))
+    for label in in_order(scores):
+        name = f"**{MERGED_ROW}**" if label == MERGED else markdown.text(model_name(label))
+        cells = [_cell(scores.tasks[task], metric, label) for task, metric, _ in columns]
+        rows.append([name, *cells])
+    counts = [f"{scores.tasks[task].n:,}" for task, _, _ in columns]
+    rows.append(["items", *counts])
+    header = ["model", *(title for _, _, title in columns)]
+    return markdown.table(header, rows, right=range(1, len(header)))
+
+
+def _cell(task: TaskScores, metric: str, label: str) -> str:
+    score = task.models.get(label, {}).get(metric)
+    if score is None:
+        return "–"
+    rivals = [scores[metric] for scores in task.models.values() if metric in scores]
+    finite = [one.merit for one in rivals if math.isfinite(one.value)]
+    is_best = len(finite) > 1 and score.merit == max(finite)
+    value = f"**{number(score.value)}**" if is_best else number(score.value)
+    return value if score.stderr is None else f"{value} ± {number(score.stderr)}"
 
 
 def paired_table(scores: Scores) -> str | None:
@@ -149,7 +177,37 @@ def model_name(label: str) -> str:
 def metric_name(key: str) -> str:
     """The name of a metric for readers: its filter is left out if it is `none`."""
     name, _, kind = key.partition(",")
-    return f"{name}, {kind}" if kind not in ("", "none") else name
+    return name if kind in UNFILTERED else f"{name}, {kind}"
+
+
+def readable_metric(key: str) -> str:
+    """The name of a metric in words, with its filter if it has one."""
+    name, _, kind = key.partition(",")
+    words = METRICS.get(name, name.replace("_", " "))
+    return words if kind in UNFILTERED else f"{words}, {kind}"
+
+
+def in_order(scores: Scores) -> list[str]:
+    """The labels of all models: the merge first, then its experts, the base, and its twins."""
+    rank = {MERGED: 0, BASE: 2}
+    return sorted(
+        scores.labels, key=lambda label: 1 if label.startswith(EXPERT) else rank.get(label, 3)
+    )
+
+
+def interval(score: MetricScore, n: int) -> tuple[float, float] | None:
+    """The 95 % interval of a score; None if it has none.
+
+    A share of right answers has Wilson's, which is not empty at 0 of n and n of n.
+    """
+    if score.stderr is None or not math.isfinite(score.value):
+        return None
+    p, error = score.value, score.stderr
+    if 0 <= p <= 1 and math.isclose(error**2 * (n - 1), p * (1 - p), abs_tol=1e-9):
+        centre, total = p + Z**2 / (2 * n), 1 + Z**2 / n
+        margin = Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return (centre - margin) / total, (centre + margin) / total
+    return p - Z * error, p + Z * error
 
 
 def number(value: float) -> str:
@@ -169,23 +227,8 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
-def _score(score: MetricScore | None, best: float | None) -> str:
-    if score is None:
-        return "–"
-    value = number(score.value)
-    shown = f"**{value}**" if score.value == best else value
-    return shown if score.stderr is None else f"{shown} ± {number(score.stderr)}"
-
-
 def _metric(key: str) -> str:
-    return markdown.text(metric_name(key))
-
-
-def _best(scores: list[MetricScore]) -> float | None:
-    known = [score for score in scores if math.isfinite(score.value)]
-    if len(known) < 2:
-        return None
-    return max(known, key=lambda score: score.merit).value
+    return markdown.text(readable_metric(key))
 
 
 def gate_section(verdict: GateVerdict) -> str:

@@ -1,4 +1,4 @@
-"""Plots of a merge, of compared profiles and of a search, each in a light and a dark version."""
+"""Plots of compared profiles and of a search, each in a light and a dark version."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from io import BytesIO
 from math import isnan
 from pathlib import Path
@@ -14,9 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
-from lewis_hub.errors import ProfileError
-from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.report.profiles import (
     Clip,
     Grid,
@@ -34,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Kind = Literal["importance", "density", "weight"]
 Value = float | bool | str
 
 DPI = 144
@@ -69,14 +64,12 @@ THEMES = (
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A plot of an expert in its two versions."""
+class Picture:
+    """A picture in its two versions."""
 
-    kind: Kind
-    expert: str  # the source
-    light: str  # file name, such as `density-math-light.png`
+    light: str  # file name, such as `maps-light.png`
     dark: str  # the file for dark pages
-    caption: str  # a description in words
+    caption: str  # a sentence on what it shows
     note: str = ""  # on values above the colour scale; empty if there are none
 
     @property
@@ -103,52 +96,6 @@ class SearchPlot:
     trials: tuple[PlottedTrial, ...]  # the completely scored ones are drawn
     best: int  # number of the highlighted trial
     lower_is_better: bool
-
-
-def draw(
-    profile: ImportanceProfile | None, schedule: DensitySchedule | None, folder: Path
-) -> tuple[Plot, ...]:
-    """Draw each expert's importance, densities and weights into a folder.
-
-    The same data give the same bytes with the same version of matplotlib. The plots are returned
-    with importance before density, and experts in the recipe's order.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    profile = profile.by(profile.measures[0]) if profile and profile.measures else None
-    measured = profile.experts if profile else ()
-    scheduled = schedule.experts if schedule else ()
-    sources = dict.fromkeys([e.source for e in measured] + [e.source for e in scheduled])
-    slugs = dict(zip(sources, unique_slugs(sources), strict=True))
-    maps: list[tuple[Kind, str, HeatMap | None]] = []
-    if profile:
-        maps += [("importance", e.source, _importance(profile, e)) for e in measured]
-    for e in scheduled:
-        title = f"Density of {short_name(e.source)}"
-        maps.append(("density", e.source, _heat_map(title, "fraction kept", e.tensors)))
-    for e in scheduled:
-        title = f"Weight of {short_name(e.source)}"
-        maps.append(("weight", e.source, _heat_map(title, "factor", e.weights)))
-    plots = []
-    for kind, source, heat in maps:
-        if heat:
-            light, dark = _save_both(heat, f"{kind}-{slugs[source]}", folder)
-            plots.append(Plot(kind, source, light, dark, f"{heat.title}, {heat.scale}.", heat.note))
-    return tuple(plots)
-
-
-def _importance(profile: ImportanceProfile, expert: SourceImportance) -> HeatMap | None:
-    try:
-        base: Mapping[str, float] | None = profile.base_of(expert).modules
-    except ProfileError:
-        base = None
-    word, name = WORDS.get(expert.measure, expert.measure), short_name(expert.source)
-    title = f"Change of {word}, base to {name}" if base else f"{word.capitalize()} in {name}"
-    scale = "% of the base's" if base else "% of the component's mean"
-    values = relative_change(expert.modules, base)
-    if expert.measure in PAIRED:
-        scale = "% of the base's"
-        values = {module: 100 * value for module, value in expert.modules.items()}
-    return _heat_map(title, scale, values)
 
 
 def draw_comparisons(compared: Sequence[ProfileComparison], folder: Path) -> tuple[str, ...]:
@@ -189,7 +136,7 @@ class HeatMap:
     def note(self) -> str:
         """A sentence on the values above the scale; empty if there are none."""
         clipped = self.clipped
-        return clipped.sentence(_percent) if clipped else ""
+        return clipped.sentence(percentage) if clipped else ""
 
 
 def _heat_map(title: str, scale: str, values: Mapping[str, float]) -> HeatMap | None:
@@ -197,21 +144,21 @@ def _heat_map(title: str, scale: str, values: Mapping[str, float]) -> HeatMap | 
     return HeatMap(title, scale, grid) if grid else None
 
 
-def _percent(value: float) -> str:
+def percentage(value: float) -> str:
+    """A percentage for readers."""
     return f"{value:.1f} %" if value < 10 else f"{value:,.0f} %"
 
 
 def _save_both(heat: HeatMap, stem: str, folder: Path) -> tuple[str, str]:
     """Save the light and the dark version of a map; returns their file names."""
     light, dark = (f"{stem}-{theme.name}.png" for theme in THEMES)
-    for name, picture in zip((light, dark), pictures(heat), strict=True):
+    for name, picture in zip((light, dark), _pictures(heat), strict=True):
         (folder / name).write_bytes(picture)
     return light, dark
 
 
-@lru_cache(maxsize=64)
-def pictures(heat: HeatMap) -> tuple[bytes, ...]:
-    """Draw a map as a PNG of each theme, once: merges of the same experts have maps in common."""
+def _pictures(heat: HeatMap) -> tuple[bytes, ...]:
+    """Draw a map as a PNG of each theme."""
     drawn_as = []
     with own_style():
         drawn = _draw(heat)
@@ -255,7 +202,7 @@ def _draw(heat: HeatMap) -> DrawnMap:
     left = 0.3 + 0.078 * max(map(len, heat.grid.components))
     width, height = max(cell * n_columns, 3.2), max(0.3 * n_rows, 1.5)
     across = left + width + 1.0
-    lines = textwrap.wrap(_drawable(heat.note), int(15 * across) - 4, break_on_hyphens=False)
+    lines = textwrap.wrap(drawable(heat.note), int(15 * across) - 4, break_on_hyphens=False)
     below = 0.55 + (0.09 + 0.15 * len(lines) if lines else 0)
     up = below + height + 0.48
 
@@ -274,8 +221,7 @@ def _draw(heat: HeatMap) -> DrawnMap:
         label=heat.scale,
     )
     bar.outline.set_visible(False)
-    title, most = _drawable(heat.title), int(9.5 * across)
-    title = title if len(title) <= most else title[: most - 1] + "…"
+    title = shortened(drawable(heat.title), int(9.5 * across))
     figure.text(0.14 / across, 1 - 0.14 / up, title, size=10, weight="bold", va="top")
     figure.text(0.14 / across, 0.12 / up, "\n".join(lines), size=8, va="bottom")
     return DrawnMap(figure, image, _draw_lines(axes, n_rows, n_columns))
@@ -296,7 +242,7 @@ def _draw_image(axes: Axes, heat: HeatMap) -> AxesImage:
         vmin=bottom,
         vmax=top if top > bottom else bottom + 1,
     )
-    axes.set_yticks(range(n_rows), list(map(_drawable, grid.components)))
+    axes.set_yticks(range(n_rows), list(map(drawable, grid.components)))
     step = next(s for s in (1, 2, 4, 5, 10, 20, 50, 100) if n_columns <= 24 * s)
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])
@@ -333,9 +279,14 @@ def _write_numbers(axes: Axes, heat: HeatMap, image: AxesImage) -> None:
                 )
 
 
-def _drawable(text: str) -> str:
+def drawable(text: str) -> str:
     """The text with `?` for characters that the font may not have."""
     return "".join(c if c.isprintable() and c < "\u0250" else "?" for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning with `…` if it has more characters than `most`."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def draw_search(search: SearchPlot, folder: Path) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.schema import Recipe
 from lewis_hub.report.card import merged_adapter_card
+from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow import fetch
 from lewis_hub.workflow.evaluate import CARD
 from lewis_hub.workflow.job import MergeJob, prepare
@@ -82,7 +83,8 @@ def merge_loras(
             updates = merge_updates(plan, open_adapter, Cut(rank, error), advance)
             dtype = DTYPES[recipe.output_dtype or "float32"]
             found = write_adapter(updates, _base(job), dtype, work.folder)
-        (work.folder / CARD).write_text(_card(job, found), encoding="utf-8", newline="\n")
+        card = _card(job, work.folder, found)
+        (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
 
@@ -91,7 +93,8 @@ def _base(job: MergeJob) -> Checkpoint:
     return job.sources.donor.checkpoint
 
 
-def _card(job: MergeJob, made: Extracted) -> str:
-    facts = job.reporting.facts
+def _card(job: MergeJob, folder: Path, made: Extracted) -> str:
+    facts, config = job.reporting.facts, job.sources.donor.config
+    task = usage_of(folder, config, [facts.models[one.pinned] for one in facts.sources]).task
     licence = facts.licence.identifier if facts.licence else None
-    return merged_adapter_card(facts, licence, made)
+    return merged_adapter_card(facts, task, licence, made)

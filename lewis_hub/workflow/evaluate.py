@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from lewis_hub.display import Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
-from lewis_hub.evaluate.benchmarks import LoadedTasks, with_prompts
+from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, scored_data, with_prompts
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.paired import compare
@@ -56,6 +56,7 @@ class Scored:
     scores: Scores
     results: Mapping[str, ModelResult]  # by label
     gate: GateVerdict | None = None
+    data: Mapping[str, ScoredData] = field(default_factory=dict)  # task -> its dataset
 
     @property
     def items(self) -> ModelResult:
@@ -152,7 +153,7 @@ def score_merge(
     kept = loader.scratch / "scored"
     models, limit, settings = [*rivals, *twins], evaluation.limit, evaluation.settings
     results = score(models, tasks.loaded, limit, settings, kept, loader.progress)
-    return Scored(compare(results), results)
+    return Scored(compare(results), results, data=scored_data(tasks.loaded))
 
 
 def score(

@@ -13,6 +13,7 @@ from lewis_hub.calibration.grams import DIAGONAL, WIDEST
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
 from lewis_hub.errors import MergeError, PublishError
+from lewis_hub.evaluate.scorable import ONLY, scored_elsewhere, unscorable
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
@@ -235,6 +236,11 @@ def _refusals(
         boards = [(task, board.metric) for task, board in (evaluation.benchmarks or {}).items()]
         selection = task_selection(evaluation, recipe.locate, allow_code=allow_code)
         problems += check.benchmark_refusals(selection, [*gates, *boards])
+        if named := unscorable(sources.donor.config):
+            problems.append(
+                f"evaluate: {sources.donor.name} is a {named}, and {ONLY}. Remove `evaluate`. "
+                + scored_elsewhere(named)
+            )
         if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
             rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
@@ -332,6 +338,8 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
             "under `allow_code` if its architecture needs it."
         )
     evaluation, measurement = recipe.evaluate, workload.measurement
+    if not evaluation and (named := unscorable(donor.config)):
+        notes.append(f"{donor.name} is a {named}, and {ONLY}. {scored_elsewhere(named)}")
     names_uniform = (
         evaluation is not None
         and "compare" in evaluation.model_fields_set

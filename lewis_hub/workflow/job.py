@@ -19,7 +19,6 @@ from lewis_hub.display import Progress
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.guides.schedule import ScheduleSettings
-from lewis_hub.hub.failures import address
 from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
@@ -148,7 +147,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     mixture = None
     if isinstance(plan.settings, MixtureSettings) and sources.are_read:
         mixture = plan.settings
-    reporting = _report_settings(recipe, execution, examined, api)
+    reporting = _report_settings(recipe, execution, examined)
     if mixture:
         mixed = mixture_facts(recipe, mixture, inputs)
         reporting = replace(reporting, facts=replace(reporting.facts, mixture=mixed))
@@ -227,9 +226,7 @@ def _evaluation(
     )
 
 
-def _report_settings(
-    recipe: Recipe, execution: Execution, examined: Examined, api: HfApi
-) -> ReportSettings:
+def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -> ReportSettings:
     inputs, facts, publish = examined.inputs, examined.facts, recipe.publish
     pinned = resolve.snapshot(recipe, inputs)
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
@@ -237,7 +234,6 @@ def _report_settings(
     card = CardFacts(
         title=UNNAMED,
         repo=None,
-        endpoint=address(api),
         base=inputs.base,
         experts=inputs.experts,
         models=facts,

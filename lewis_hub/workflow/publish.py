@@ -208,7 +208,7 @@ def push(
     if missed and missed.stops and not force:
         raise refused(folder, missed, None)
     if lock := lock_in(folder):
-        readdress(folder, lock, asked.repo, address(api))
+        readdress(folder, lock, asked.repo)
     changes = _record_changes(folder, destination.previous)
     lines = [f"- {change}" for change in changes]
     proposes = missed is not None and not force

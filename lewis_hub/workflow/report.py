@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from lewis_hub.documents import read_json
 from lewis_hub.evaluate.gate import FILE as GATE
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.source import Source
@@ -16,11 +16,13 @@ from lewis_hub.recipe.schema import Benchmark, Calibration
 from lewis_hub.report import cost, page
 from lewis_hub.report import lock as locks
 from lewis_hub.report.card import eval_results, model_card
+from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.facts import CardFacts, Guided
 from lewis_hub.report.lock import Lock, LockedData, LockedInput, OutputFile
+from lewis_hub.report.maps import draw_maps
 from lewis_hub.report.mergekit import FILE as MERGEKIT
 from lewis_hub.report.mergekit import MergekitMerge, mergekit_config
-from lewis_hub.report.plots import draw
+from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow.evaluate import CARD, ITEMS, SCORES, Scored
 from lewis_hub.workflow.merge import MergedModel
 from lewis_hub.workflow.resolve import PinnedTask, RecipeSnapshot
@@ -54,14 +56,14 @@ def write(
     folder, machine = merged.folder, cost.this_machine(settings.device)
     (folder / "lewis").mkdir(exist_ok=True)
     guided = write_guidance(folder / "lewis", guided) if guided else None
+    chart = draw_scores(scored.scores, folder / "lewis") if scored else None
     outputs = {name: OutputFile(one.sha256, one.n_bytes) for name, one in merged.shards.items()}
-    for name in (*merged.sidecars, *_write_locked(settings, folder, guided, scored)):
+    pictures = [one for one in (chart, guided.maps if guided else None) if one]
+    written = _write_locked(settings, folder, guided, scored)
+    drawn = [f"lewis/{file}" for picture in pictures for file in picture.files]
+    for name in (*merged.sidecars, *written, *drawn):
         outputs[name] = OutputFile(sha256_of(folder / name), (folder / name).stat().st_size)
-    planned = settings.planned
-    rows: Sequence[tuple[int, ...] | None] = gathered.rows or [None] * len(planned.calibration)
-    data = zip(planned.calibration, rows, strict=True)
-    calibration = tuple(replace(one, rows=drawn) for one, drawn in data)
-    lock = replace(planned, outputs=outputs, calibration=calibration)
+    lock = _finished(settings.planned, outputs, gathered)
     # The lock has no costs, times and verdict, so that equal merges have equal locks.
     beside = {cost.FILE: costs.to_json(machine), locks.FILE: lock.to_json()}
     beside[locks.PROVENANCE_FILE] = locks.provenance(lock, costs.began, datetime.now(UTC))
@@ -70,14 +72,14 @@ def write(
     for name, text in beside.items():
         write_whole(folder / name, text)
     facts = replace(
-        settings.facts,
+        described(settings.facts, folder),
         parameters=merged.parameters,
         guided=guided,
         scores=scored.scores if scored else None,
         gate=scored.gate if scored else None,
         costs=tuple(costs.stages),
-        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
-        chat=has_chat_template(folder),
+        scored_data=scored.data if scored else {},
+        chart=chart,
         digest=lock.digest,
         measured=gathered.measured,
         notes=gathered.notes,
@@ -86,12 +88,28 @@ def write(
     return (*outputs, *beside, *_write_card(settings, folder, facts, scored))
 
 
+def _finished(planned: Lock, outputs: Mapping[str, OutputFile], gathered: Gathered) -> Lock:
+    """Return the lock with outputs and drawn rows."""
+    rows: Sequence[tuple[int, ...] | None] = gathered.rows or [None] * len(planned.calibration)
+    data = zip(planned.calibration, rows, strict=True)
+    calibration = tuple(replace(one, rows=drawn) for one, drawn in data)
+    return replace(planned, outputs=outputs, calibration=calibration)
+
+
+def described(facts: CardFacts, folder: Path) -> CardFacts:
+    """Return the same facts with those that the files of the model tell."""
+    config = read_json((folder / "config.json").read_bytes())
+    parents = [facts.models[source.pinned] for source in facts.sources]
+    usage = usage_of(folder, config, parents)
+    return replace(facts, config=config, usage=usage, chat=_has_chat_template(folder))
+
+
 def write_guidance(folder: Path, guided: Guided) -> Guided:
-    """Write profile, schedule and their plots into a folder; return the guidance with its plots."""
+    """Write profile, schedule and their maps into a folder; return the guidance with its maps."""
     if guided.profile:
         write_whole(folder / PROFILE, guided.profile.to_json())
     write_whole(folder / SCHEDULE, guided.schedule.to_json())
-    return replace(guided, plots=draw(guided.profile, guided.schedule, folder))
+    return replace(guided, maps=draw_maps(guided.profile, guided.schedule, folder))
 
 
 def _write_locked(
@@ -105,7 +123,6 @@ def _write_locked(
     others: list[str] = []
     if guided:
         others += [*([PROFILE] if guided.profile else []), SCHEDULE]
-        others += [file for plot in guided.plots for file in plot.files]
     others += settings.snapshot.copy_tasks(folder / "lewis")
     if settings.mergekit:
         schedule = guided.schedule if guided else None
@@ -115,11 +132,12 @@ def _write_locked(
     return [*texts, *(f"lewis/{name}" for name in others)]
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Return whether the tokenizer has a chat template, as a file or in its configuration."""
-    config = folder / "tokenizer_config.json"
-    inside = config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
-    return inside or (folder / "chat_template.jinja").exists()
+def _has_chat_template(folder: Path) -> bool:
+    """Return whether tokenizer or processor has a chat template, in a file of its own or not."""
+    configs = (folder / name for name in ("tokenizer_config.json", "processor_config.json"))
+    texts = (config.read_text(encoding="utf-8") for config in configs if config.exists())
+    inside = any('"chat_template"' in text for text in texts)
+    return inside or any((folder / f"chat_template.{end}").exists() for end in ("jinja", "json"))
 
 
 def _write_card(

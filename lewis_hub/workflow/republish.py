@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import read_json
 from lewis_hub.errors import MergeError, PublishError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import ModelFacts, combined_licence
@@ -24,7 +23,7 @@ from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.lock import Lock, OutputFile
 from lewis_hub.report.patch import patched
 from lewis_hub.workflow.evaluate import CARD, read_scores
-from lewis_hub.workflow.report import RECIPE, ReportSettings, has_chat_template
+from lewis_hub.workflow.report import RECIPE, ReportSettings, described
 from lewis_hub.workflow.resolve import RecipeSnapshot
 
 UNNAMED = "Merged model"
@@ -65,10 +64,8 @@ def republish(
     recipe = {key: part for key, part in found.recipe.items() if key != "publish"}
     recipe |= {"publish": asked} if asked else {}
     facts = replace(
-        settings.facts,
+        described(settings.facts, folder),
         parameters=parameters,
-        config=read_json((folder / "config.json").read_bytes()),
-        chat=has_chat_template(folder),
         scores=read_scores(folder),
     )
     old, new = _stating(facts, found.recipe), _stating(facts, recipe)
@@ -91,14 +88,14 @@ def republish(
     write_whole(folder / locks.FILE, lock.to_json())
 
 
-def readdress(folder: Path, lock: Lock, repo: str, endpoint: str) -> None:
+def readdress(folder: Path, lock: Lock, repo: str) -> None:
     """Write a repo into the card of a merge that is pushed to another one than its recipe names."""
     stated = (lock.recipe.get("publish") or {}).get("repo")
     card = folder / CARD
     if not card.exists() or (stated == repo and not _pushed_to(card)):
         return
     try:
-        facts = _from_lock(lock, endpoint)
+        facts = _from_lock(lock)
     except MergeError:  # the package of its method is not installed
         return
     old, new = (
@@ -133,7 +130,7 @@ def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     return published_as(replace(facts, recipe=RecipeSnapshot(recipe, {}).to_yaml()), asked)
 
 
-def _from_lock(lock: Lock, endpoint: str) -> CardFacts:
+def _from_lock(lock: Lock) -> CardFacts:
     """The facts that a lock has; those of the sources' own cards are missing."""
     sources = [
         Source(one.name.partition("@")[0], "model", one.revision, one.commit_sha, (), None)
@@ -143,7 +140,6 @@ def _from_lock(lock: Lock, endpoint: str) -> CardFacts:
     return CardFacts(
         title=UNNAMED,
         repo=None,
-        endpoint=endpoint,
         base=bases[0] if bases else None,
         experts=tuple(one for one in sources if one not in bases),
         models={one.pinned: ModelFacts(one.name, None, (), None) for one in sources},

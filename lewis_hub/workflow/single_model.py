@@ -15,6 +15,7 @@ from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
 from lewis_hub.evaluate.paired import compare
+from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.evaluate.tasks import locate_tasks
 from lewis_hub.files import require_room, require_writable, write_whole
@@ -31,7 +32,8 @@ from lewis_hub.recipe.schema import Calibration, Evaluation, Recipe
 from lewis_hub.report.card import adapter_card
 from lewis_hub.report.difference import differences, recipe_differences
 from lewis_hub.report.lock import Lock
-from lewis_hub.report.plots import draw as draw_plots
+from lewis_hub.report.maps import draw_maps
+from lewis_hub.report.usage import usage_of
 from lewis_hub.workflow import check, examine, fetch, job, resolve, resources, verify
 from lewis_hub.workflow.calibrate import known_profile
 from lewis_hub.workflow.evaluate import CARD, Candidate, score, settings_of
@@ -94,6 +96,7 @@ def evaluate_model(
             candidate = Candidate(source.pinned, source.commit_sha, fetch.small_files(api, source))
             results = score([candidate], tasks.loaded, asked.limit, how, Path(kept), progress)
             return compare(results)
+    require_scorable(source.name, open_model(api, source).config)
     whole = source
     if source.is_pickled:
         whole = fetch.convert_pickles([source], (), api, progress)[source]
@@ -164,9 +167,10 @@ def extract_lora(
         pairs = list(zip(headers, readers, strict=True))
         with progress.stage("Extracting", n_elements, "items") as advance:
             found = extract(pairs[0], pairs[1], settings, work.folder, advance)
-        licence = model_facts(api, sources[1]).licence
-        identifier = licence.identifier if licence else None
-        card = adapter_card(sources[0], sources[1], identifier, found)
+        facts = model_facts(api, sources[1])
+        identifier = facts.licence.identifier if facts.licence else None
+        task = usage_of(folders[opened_base.pinned], opened_base.config, [facts]).task
+        card = adapter_card(sources[0], sources[1], task, identifier, found)
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
@@ -280,7 +284,7 @@ def measure_model(
     with progress.stage("Calibrating", n_tokens, "tokens") as advance:
         profile = calibrate([subject], known, execution.device, advance, lambda _: None)
     write_whole(file, profile.to_json())
-    draw_plots(profile, None, output)
+    draw_maps(profile, None, output)
     return profile
 
 

@@ -45,9 +45,9 @@ def test_one_model_is_measured_on_a_task_or_a_dataset_and_the_two_are_compared(s
     jsonschema.Draft202012Validator(schema).validate(profile)
     assert [(s["source"], s["role"]) for s in profile["sources"]] == [(str(model), "expert")]
     assert sorted(path.name for path in task.iterdir()) == [
-        "importance-expert-reverse-dark.png",
-        "importance-expert-reverse-light.png",
         "importance.json",
+        "maps-dark.png",
+        "maps-light.png",
     ]
     (one,) = json.loads(compared.stdout)["comparisons"]
     assert one["n"] == len(profile["sources"][0]["modules"]) == len(one["rows"])

@@ -103,6 +103,27 @@ def test_two_licences_called_other_with_different_names_disagree():
     assert "(a/base: other (gemma); b/math: other (llama4))" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("widget", "example"),
+    [
+        ("[{text: A good film}]", "A good film"),
+        ("[{source_sentence: A cat, sentences: [B]}]", "A cat"),
+        ("[{messages: [{role: user, content: 'Who are you?'}]}]", "Who are you?"),
+        ("[{src: https://x.org/a.png}, {text: second}]", "second"),
+        (f"[{{text: {'x' * 201}}}]", None),
+        ('[{text: "two\\nlines"}]', None),
+        ("text", None),
+        ("[[text], {messages: text}]", None),
+    ],
+)
+def test_a_card_tells_its_task_and_an_example(tmp_path, api, widget, example):
+    card = f"---\npipeline_tag: text-classification\nwidget: {widget}\n---\n"
+
+    found = model_facts(api, resolve_model(api, folder_with_card(tmp_path, card)))
+
+    assert (found.task, found.example) == ("text-classification", example)
+
+
 def test_the_facts_of_a_repo_are_those_of_the_pinned_commit(hub, api, push):
     sha = push("tests/model", {"README.md": CARD.encode(), "model.safetensors": b"w" * 64})
     push("tests/model", {"README.md": b"---\nlicense: mit\n---\n"})
@@ -110,4 +131,4 @@ def test_the_facts_of_a_repo_are_those_of_the_pinned_commit(hub, api, push):
     found = model_facts(api, resolve_model(api, "tests/model", sha))
 
     assert found.licence.identifier == "other"
-    assert found.url == f"{api.endpoint}/tests/model"
+    assert found.url == "https://huggingface.co/tests/model"  # whatever the mirror

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
+from lewis_hub.evaluate.benchmarks import ScoredData
 from lewis_hub.evaluate.scores import (
     MetricResult,
     MetricScore,
@@ -24,7 +25,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
 from lewis_hub.report.cost import StageCost
 from lewis_hub.report.facts import CardFacts, Guided
-from lewis_hub.report.plots import Plot
+from lewis_hub.report.plots import Picture
 
 COMPONENTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 SHA = {name: f"{number:040x}" for number, name in enumerate(["base", "math", "text", "data"], 10)}
@@ -135,15 +136,10 @@ def card_facts(**changes: Any) -> CardFacts:
     """A guided, scored merge of two repos into a third."""
     fake = fake_merge()
     base, math_, text = (source(f"zoo/{name}", SHA[name]) for name in ("base", "math", "text"))
-    plots = tuple(
-        Plot(kind, one.pinned, f"{kind}-{name}-light.png", f"{kind}-{name}-dark.png", "A caption.")
-        for name, one in (("math", math_), ("text", text))
-        for kind in ("importance", "density")
-    )
+    maps = Picture("maps-light.png", "maps-dark.png", "A caption.")
     facts = CardFacts(
         title="zoo-merge",
         repo="me/zoo-merge",
-        endpoint="https://huggingface.co",
         base=base,
         experts=(math_, text),
         models={one.pinned: told(one.name) for one in (base, math_, text)},
@@ -151,8 +147,10 @@ def card_facts(**changes: Any) -> CardFacts:
         parameters={name: 64 for name in fake.schedule.experts[0].tensors} | {"norm.weight": 8},
         dtype="bfloat16",
         method=registry.find("ties"),
-        guided=Guided("lewis", fake.profile, fake.schedule, ("One block stands out.",), plots),
+        guided=Guided("lewis", fake.profile, fake.schedule, ("One block stands out.",), maps),
         scores=scores(),
+        scored_data={"sums": ScoredData("zoo/sums", None, "test", SHA["data"])},
+        chart=Picture("scores-light.png", "scores-dark.png", "Scores."),
         costs=(
             StageCost("calibrate", 12.34, 1_200_000_000, "stage", 3_000_000, 2_500, 0, 0),
             StageCost("merge", 75.6, 250_000_000, "stage", None, None, None, None),

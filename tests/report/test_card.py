@@ -34,13 +34,44 @@ def test_the_summary_says_what_was_merged_how_and_into_what(make_facts):
     heading, summary = card.text.strip().split("\n\n")[:2]
     assert heading == "# zoo-merge"
     assert summary == (
-        f"This model merges [`zoo/math`](<{HUB}/zoo/math>) and [`zoo/text`](<{HUB}/zoo/text>) into "
-        f"[`zoo/base`](<{HUB}/zoo/base>) by [TIES-Merging](<https://arxiv.org/abs/2306.01708>), "
-        "without training. The guide [LEWIS](<https://arxiv.org/abs/2503.03874>) chose the "
+        f"This language model merges [`zoo/math`](<{HUB}/zoo/math>) and "
+        f"[`zoo/text`](<{HUB}/zoo/text>) into [`zoo/base`](<{HUB}/zoo/base>) by "
+        "[TIES-Merging](<https://arxiv.org/abs/2306.01708>), without training."
+    )
+    assert section(card, "How it was merged").split("\n\n")[0] == (
+        "The guide [LEWIS](<https://arxiv.org/abs/2503.03874>) chose the "
         "fraction of the task vector (expert minus base) that is kept in each weight matrix of "
         "the blocks: between 0.30 and 0.80. It derives these values from the change of importance "
         "from base to expert on calibration texts."
     )
+
+
+def test_the_first_screen_is_sentence_verdict_chart_table_and_snippet_in_this_order(make_facts):
+    blocks = model_card(make_facts()).text.strip().split("\n\n")
+
+    assert blocks[1].startswith("This language model merges")
+    assert blocks[2] == (
+        "**It keeps 76 % of `zoo/math`'s skill.** ([how computed](#scores-in-detail))"
+    )
+    dark = f"{HUB}/me/zoo-merge/resolve/main/lewis/scores-dark.png"
+    assert blocks[3] == (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        '<img src="lewis/scores-light.png" alt="Scores."></picture>'
+    )
+    assert blocks[4].splitlines()[2] == "| **this merge** | 0.700 ± 0.026 |"
+    assert blocks[5] == "## Use it"
+    assert blocks[6] == "```bash\npip install -U accelerate torch transformers\n```"
+    assert blocks[7].startswith("```python\n")
+
+
+def test_links_lead_to_huggingface_and_to_no_mirror(make_facts):
+    text = model_card(make_facts()).content
+
+    hosts = set(re.findall(r"https?://([^/\s>\")]+)", text))
+    assert hosts <= {
+        *("huggingface.co", "arxiv.org", "mlco2.github.io", "pypi.org", "github.com"),
+        *("doi.org", "zenodo.org", "openreview.net"),
+    }
 
 
 def test_the_metadata_is_complete_reads_back_and_is_the_same_each_time(make_facts):
@@ -58,16 +89,20 @@ def test_the_metadata_is_complete_reads_back_and_is_the_same_each_time(make_fact
         "metrics": ["exact_match"],
         "pipeline_tag": "text-generation",
         "tags": ["merge", "lewis-hub", "lewis", "ties"],
+        "widget": [{"messages": [{"role": "user", "content": "What can you do?"}]}],
         "model-index": [
             {
                 "name": "zoo-merge",
                 "results": [
                     {
                         "task": {"type": "text-generation"},
-                        "dataset": {"name": "sums", "type": "sums"},
-                        "metrics": [
-                            {"type": "exact_match", "value": 0.7, "name": "exact_match,none"}
-                        ],
+                        "dataset": {
+                            "name": "sums",
+                            "type": "zoo/sums",
+                            "split": "test",
+                            "revision": f"{13:040x}",
+                        },
+                        "metrics": [{"type": "exact_match", "value": 0.7, "name": "exact match"}],
                     }
                 ],
             }
@@ -107,15 +142,15 @@ def test_the_snippet_is_python_that_names_this_model(make_facts, chat, custom_co
 def test_scores_are_shown_with_paired_tests_and_limits_in_words(make_facts):
     card = model_card(make_facts())
 
-    scores, limits = section(card, "Scores"), section(card, "Limits")
-    assert "| `sums` | exact_match | 300 | 0.050 ± 0.020 | **0.900** ± 0.020 |" in scores
-    assert "| `sums` | exact_match | zoo/math | −0.200 | −0.250 to −0.150 |" in scores
+    scores, limits = section(card, "Scores in detail"), section(card, "Limits")
+    assert "| zoo/math | **0.900** ± 0.020 |" in card.text
+    assert "| `sums` | exact match | zoo/math | −0.200 | −0.250 to −0.150 |" in scores
     assert "The uniform twin is the same merge" in scores
     assert limits.splitlines()[0].startswith(
-        "- On `sums` (exact_match) the merged model is worse than its best expert, `zoo/math`"
+        "- On `sums` (exact match) the merged model is worse than its best expert, `zoo/math`"
     )
     assert (
-        "- On `sums` (exact_match) the merged model is not significantly better than its uniform "
+        "- On `sums` (exact match) the merged model is not significantly better than its uniform "
         "twin" in limits
     )
     assert "- One block stands out.\n" in limits
@@ -132,9 +167,9 @@ def test_the_card_says_that_prompts_went_through_chat_templates(make_facts):
 def test_gains_are_listed_under_the_scores(make_facts, make_scores):
     card = model_card(make_facts(scores=make_scores(merged=0.8, twin=0.6, p=0.01)))
 
-    rendered = HTML.render(section(card, "Scores"))
+    rendered = HTML.render(section(card, "Scores in detail"))
     assert (
-        "<li>On <code>sums</code> (exact_match) the merged model is better than its uniform"
+        "<li>On <code>sums</code> (exact match) the merged model is better than its uniform"
         in rendered
     )
 
@@ -146,7 +181,10 @@ def test_a_merge_that_was_not_scored_says_so(make_facts, make_scores):
 
     for scores in (None, without):
         card = model_card(make_facts(scores=scores))
-        assert section(card, "Scores") == ("This merge was not scored. Its quality is unknown.")
+        assert card.text.strip().split("\n\n")[2] == (
+            "This merge was not scored. Its quality is unknown."
+        )
+        assert "## Scores in detail" not in card.text
         assert "model-index" not in card.content
         assert "metrics:" not in card.content
         assert section(card, "Limits").startswith("- One block stands out.")
@@ -155,7 +193,7 @@ def test_a_merge_that_was_not_scored_says_so(make_facts, make_scores):
 def test_an_unguided_merge_speaks_of_no_guide(make_facts):
     card = model_card(make_facts(guided=None, datasets=(), method=registry.find("dare_ties")))
 
-    assert "## Densities" not in card.text
+    assert "## How it was merged" not in card.text
     assert "Calibration" not in card.text
     assert "LEWIS" not in card.text
     assert "[DARE with TIES-Merging](<https://arxiv.org/abs/2311.03099>)" in card.text
@@ -191,24 +229,23 @@ def test_a_method_of_a_package_is_named_and_cites_nothing(make_facts):
     assert "## Citation" not in model_card(make_facts(method=own, guided=None, scores=None)).text
 
 
-def test_every_expert_has_its_pictures_in_both_versions(make_facts):
-    part = section(model_card(make_facts()), "Densities")
+def test_the_maps_are_one_picture_in_both_versions_with_one_sentence(make_facts):
+    part = section(model_card(make_facts()), "How it was merged")
 
-    dark = f"{HUB}/me/zoo-merge/resolve/main/lewis/importance-math-dark.png"
+    dark = f"{HUB}/me/zoo-merge/resolve/main/lewis/maps-dark.png"
     assert (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        '<img src="lewis/importance-math-light.png" alt="A caption."></picture>'
+        '<img src="lewis/maps-light.png" alt="A caption."></picture>\n\nA caption.\n'
     ) in part
-    assert part.count("<picture>") == HTML.render(part).count("<picture>") == 4
-    assert "### `zoo/math`" in part
+    assert part.count("<picture>") == HTML.render(part).count("<picture>") == 1
     assert "| `zoo/math` | 0.603 | 0.302 | 0.800 | 24 | 1.000 |" in part
 
 
 def test_pictures_of_a_merge_without_a_repo_lie_beside_the_card(make_facts):
-    part = section(model_card(make_facts(repo=None)), "Densities")
+    card = model_card(make_facts(repo=None))
 
-    assert 'srcset="lewis/importance-math-dark.png"' in part
-    assert "http" not in part
+    assert 'srcset="lewis/scores-dark.png"' in card.text
+    assert 'srcset="lewis/maps-dark.png"' in card.text
 
 
 def test_inputs_are_pinned_and_linked_to_their_commits(make_facts, make_source):
@@ -438,7 +475,8 @@ def test_what_the_model_is_stands_in_a_list(make_facts):
         ),
     ):
         text = model_card(told).text
-        assert re.findall(r"^- (.*)$", text.partition("## Use it")[0], flags=re.M) == lines
+        what = text.partition("## What it is")[2].partition("## Intended use")[0]
+        assert re.findall(r"^- (.*)$", what, flags=re.M) == lines
         assert "[lewis/report.html](lewis/report.html) shows the data behind this card" in text
 
 
@@ -456,7 +494,7 @@ def test_the_intended_use_names_what_was_tested(make_facts):
         for scores in (make_facts().scores, None)
     )
 
-    meant = "- **Intended for:** text generation of the kind that its parents are made for: see "
+    meant = "- **Intended for:** text generation. See "
     assert f"{meant}[`zoo/base`](<{HUB}/zoo/base>), " in scored
     assert "Only `sums` was measured here." in scored
     assert "Nothing was measured here." in unscored
@@ -464,16 +502,15 @@ def test_the_intended_use_names_what_was_tested(make_facts):
 
 def test_a_picture_whose_colours_end_early_says_so_beneath(make_facts):
     facts = make_facts()
-    first, *others = facts.guided.plots
-    plots = (replace(first, note="Colours end at 20 % <b>."), *others)
+    maps = replace(facts.guided.maps, note="Colours end at 20 % <b>.")
 
-    card = model_card(replace(facts, guided=replace(facts.guided, plots=plots)))
+    card = model_card(replace(facts, guided=replace(facts.guided, maps=maps)))
 
-    assert "</picture>\n\nColours end at 20 % &#60;b&#62;.\n\n<picture>" in card.text
+    assert "</picture>\n\nA caption. Colours end at 20 % &#60;b&#62;.\n" in card.text
 
 
 def test_scores_that_are_not_finite_stay_out_of_the_metadata(make_facts, make_scores):
     card = model_card(make_facts(scores=make_scores(merged=float("nan"))))
 
     assert "model-index" not in card.content
-    assert "nan" in section(card, "Scores")
+    assert "| **this merge** | nan" in card.text

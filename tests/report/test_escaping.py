@@ -8,16 +8,19 @@ from dataclasses import replace
 import yaml
 from markdown_it import MarkdownIt
 
+from lewis_hub.evaluate.benchmarks import ScoredData
 from lewis_hub.evaluate.gate import Check, GateVerdict
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.localhub.pages import render_markdown
 from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report.card import eval_results, model_card
+from lewis_hub.report.chart import draw_scores
 from lewis_hub.report.cost import Machine
 from lewis_hub.report.facts import StackedBlocks
+from lewis_hub.report.maps import draw_maps
 from lewis_hub.report.page import report_page
-from lewis_hub.report.plots import draw
+from lewis_hub.report.usage import Usage
 
 ONERROR = "<img src=x onerror=alert(1)>"
 HTML = MarkdownIt("commonmark", {"html": True}).enable("table")
@@ -32,8 +35,8 @@ def hostile_facts(make_facts):
     facts, name = make_facts(), NAME
     base = replace(facts.base, name=name)
     licence = Licence("x: [y\n---\n<b>", ONERROR, "javascript:1")
-    told = ModelFacts(name, licence, ("<b>",), "javascript:1")
-    plots = tuple(replace(plot, caption=f'" {ONERROR}', expert=name) for plot in facts.guided.plots)
+    told = ModelFacts(name, licence, ("<b>",), "javascript:1", name, name)
+    maps = replace(facts.guided.maps, caption=f'" {ONERROR}', note=name)
     schedule = facts.guided.schedule
     schedule = replace(schedule, experts=(replace(schedule.experts[0], source=name),))
     profile = facts.guided.profile
@@ -43,7 +46,7 @@ def hostile_facts(make_facts):
     guided = replace(
         facts.guided,
         notes=(name,),
-        plots=plots,
+        maps=maps,
         schedule=schedule,
         profile=replace(profile, sources=(evil,)),
     )
@@ -58,6 +61,9 @@ def hostile_facts(make_facts):
         guided=guided,
         licence=Licence(name, name, "javascript:1"),
         scores=Scores({name: replace(scored, models={**models, "merged": metric})}),
+        scored_data={name: ScoredData(name, name, name, None)},
+        chart=replace(facts.chart, caption=f'" {ONERROR}'),
+        usage=Usage(task=name, automatic="AutoModelForCausalLM", stated=name),
         costs=(replace(facts.costs[0], stage=name),),
         recipe=f"a: 1\n```\n{ONERROR}\n",
         software={ONERROR: name},
@@ -96,7 +102,7 @@ def test_hostile_names_do_no_harm(make_facts):
         *("table", "thead", "tbody", "tr", "th", "td", "picture", "source", "img"),
     }
     pictures = re.findall(r"<img [^>]*>", rendered)
-    assert len(pictures) == 4
+    assert len(pictures) == 2
     assert all(re.fullmatch(r'<img src="lewis/[\w.-]+" alt="[^"<>]*">', p) for p in pictures)
     assert not re.search(r"<[^>]*\sonerror=[^>]*>", re.sub(r'"[^"]*"', '""', rendered))
     assert "javascript:" not in rendered
@@ -114,8 +120,8 @@ def test_the_embedded_hubs_own_page_shows_the_card(make_facts):
     for facts in (make_facts(), hostile_facts(make_facts)):
         page = render_markdown(model_card(facts).text, lambda path: f"/f/{path}")
 
-        assert page.count("<picture>") == 4
-        assert '<img src="/f/lewis/importance-math-light.png"' in page
+        assert page.count("<picture>") == 2
+        assert '<img src="/f/lewis/maps-light.png"' in page
         assert '<a href="/f/lewis/lock.json">' in page
         assert not re.search(r"<[^>]*\sonerror=[^>]*>", re.sub(r'"[^"]*"', '""', page))
 
@@ -155,12 +161,12 @@ def test_hostile_names_stay_text_in_the_entries_for_leaderboards(make_facts):
     assert entry["source"]["url"].startswith("https://huggingface.co/%3Cimg%20src")
 
 
-def test_hostile_names_are_drawn_as_text_and_name_no_file(make_fake, tmp_path):
+def test_hostile_names_are_drawn_as_text_and_name_no_file(make_fake, make_facts, tmp_path):
     fake = make_fake(2, components=(f"$x^{{{ONERROR}}}$../../x",), experts=(f"../{ONERROR}",))
 
-    plots = draw(fake.profile, fake.schedule, tmp_path)
+    maps = draw_maps(fake.profile, fake.schedule, tmp_path)
+    chart = draw_scores(hostile_facts(make_facts).scores, tmp_path)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        file for plot in plots for file in plot.files
-    )
-    assert all(re.fullmatch(r"[a-z]+-[a-z0-9-]+\.png", file) for p in plots for file in p.files)
+    assert maps.files == ("maps-light.png", "maps-dark.png")
+    assert chart.files == ("scores-light.png", "scores-dark.png")
+    assert {path.name for path in tmp_path.iterdir()} == {*maps.files, *chart.files}

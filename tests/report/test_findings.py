@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from lewis_hub.evaluate.scores import MetricScore, PairedTest, Scores, TaskScores
 from lewis_hub.report.findings import (
     findings,
+    interval,
     model_name,
     number,
     paired_table,
@@ -28,7 +33,7 @@ def test_a_merge_worse_than_its_best_expert_is_said_to_be(make_scores):
     _, limits = findings(make_scores())
 
     assert limits[0] == (
-        "On `sums` (exact_match) the merged model is worse than its best expert, `zoo/math`: "
+        "On `sums` (exact match) the merged model is worse than its best expert, `zoo/math`: "
         "0.700 against 0.900 (difference −0.200, 95 % interval −0.250 to −0.150, "
         "adjusted p < 0.001)."
     )
@@ -39,7 +44,7 @@ def test_guidance_that_is_not_beyond_the_noise_is_said_not_to_be(make_scores):
 
     assert gains == []
     assert limits[1] == (
-        "On `sums` (exact_match) the merged model is not significantly better than its uniform "
+        "On `sums` (exact match) the merged model is not significantly better than its uniform "
         "twin: 0.700 against 0.680 (difference +0.020, 95 % interval −0.030 to +0.070, adjusted p "
         "= 0.600)."
     )
@@ -49,7 +54,7 @@ def test_guidance_that_helps_is_a_gain(make_scores):
     gains, _ = findings(make_scores(merged=0.8, twin=0.6, p=0.01))
 
     assert gains == [
-        "On `sums` (exact_match) the merged model is better than its uniform twin: 0.800 against "
+        "On `sums` (exact match) the merged model is better than its uniform twin: 0.800 against "
         "0.600 (difference +0.200, 95 % interval +0.150 to +0.250, adjusted p = 0.010).",
     ]
 
@@ -69,8 +74,8 @@ def test_a_gain_over_the_twin_without_statistics_is_told():
     scores = Scores({"sums": TaskScores(300, "1.0", models, paired)})
 
     assert findings(scores)[0] == [
-        "On `sums` (acc) the merged model is better than its task arithmetic twin: 0.700 against "
-        "0.500 (difference +0.200, 95 % interval +0.100 to +0.300, adjusted p = 0.010).",
+        "On `sums` (accuracy) the merged model is better than its task arithmetic twin: 0.700 "
+        "against 0.500 (difference +0.200, 95 % interval +0.100 to +0.300, adjusted p = 0.010).",
     ]
     assert twins(scores) == (
         "The task arithmetic twin is the same merge without statistics: the mean of the task "
@@ -82,7 +87,7 @@ def test_a_merge_worse_than_the_base_is_said_to_be_and_noise_is_named():
     scores = one_task("acc", (against("base", -0.02, 0.4),), base=0.5, merged=0.48)
 
     assert findings(scores)[1] == [
-        "On `sums` (acc) the merged model is worse than the base: 0.480 against 0.500 "
+        "On `sums` (accuracy) the merged model is worse than the base: 0.480 against 0.500 "
         "(difference −0.020, 95 % interval −0.120 to +0.080, adjusted p = 0.400); the difference "
         "is not significant.",
     ]
@@ -93,18 +98,19 @@ def test_a_merge_better_than_its_best_expert_is_a_gain():
 
     [gain], _ = findings(scores)
 
-    assert gain.startswith("On `sums` (acc) the merged model is better than its best expert")
+    assert gain.startswith("On `sums` (accuracy) the merged model is better than its best expert")
 
 
 def test_without_a_test_nothing_is_said_of_noise():
     gains, limits = findings(one_task("acc", math=0.5, twin=0.2, merged=0.4))
 
     assert limits == [
-        "On `sums` (acc) the merged model is worse than its best expert, `zoo/math`: 0.400 against "
-        "0.500.",
+        "On `sums` (accuracy) the merged model is worse than its best expert, `zoo/math`: 0.400 "
+        "against 0.500.",
     ]
     assert gains == [
-        "On `sums` (acc) the merged model is better than its uniform twin: 0.400 against 0.200.",
+        "On `sums` (accuracy) the merged model is better than its uniform twin: 0.400 against "
+        "0.200.",
     ]
 
 
@@ -116,15 +122,19 @@ def test_lower_is_better_where_the_task_says_so():
 
     assert "worse than its best expert, `zoo/math`: 14.000 against 12.000" in limits[0]
     assert "better than its uniform twin" in gains[0]
-    assert "| **12.000** |" in scores_table(scores)
+    assert "| zoo/math | **12.000** |" in scores_table(scores)
 
 
-def test_the_table_has_a_row_per_task_and_metric_and_the_best_in_bold(make_scores):
+def test_the_table_has_a_row_per_model_the_merge_first_and_the_best_in_bold(make_scores):
     assert scores_table(make_scores()).splitlines() == [
-        "| task | metric | n | base | zoo/math | zoo/text | uniform twin | merged |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| `sums` | exact_match | 300 | 0.050 ± 0.020 | **0.900** ± 0.020 | 0.100 ± 0.020 "
-        "| 0.680 ± 0.020 | 0.700 ± 0.026 |",
+        "| model | `sums`, exact match |",
+        "| --- | ---: |",
+        "| **this merge** | 0.700 ± 0.026 |",
+        "| zoo/math | **0.900** ± 0.020 |",
+        "| zoo/text | 0.100 ± 0.020 |",
+        "| base | 0.050 ± 0.020 |",
+        "| uniform twin | 0.680 ± 0.020 |",
+        "| items | 300 |",
     ]
 
 
@@ -134,8 +144,24 @@ def test_a_model_that_was_not_scored_on_a_task_leaves_its_cell_open():
 
     rows = scores_table(Scores({"a": first, "b": second})).splitlines()
 
-    assert rows[2] == "| `a` | exact_match, strict-match | 300 | **0.500** | **0.500** |"
-    assert rows[3] == "| `b` | acc | 300 | – | 1,234.5 |"
+    assert rows[0] == "| model | `a`, exact match, strict-match | `b`, accuracy |"
+    assert rows[2:] == [
+        "| **this merge** | **0.500** | 1,234.5 |",
+        "| base | **0.500** | – |",
+        "| items | 300 | 300 |",
+    ]
+
+
+def test_the_interval_of_a_share_is_wilsons_and_not_empty_at_zero():
+    none, all_, half = (
+        interval(MetricScore(p, math.sqrt(p * (1 - p) / 99)), 100) for p in (0.0, 1.0, 0.5)
+    )
+
+    assert none == pytest.approx((0.0, 0.03699), abs=1e-5)  # of a textbook: 0 of 100
+    assert all_ == pytest.approx((0.96301, 1.0), abs=1e-5)
+    assert half == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    assert interval(MetricScore(12.0, 0.5), 100) == pytest.approx((11.02, 12.98))
+    assert interval(MetricScore(0.5, None), 100) is None
 
 
 def test_the_paired_table_gives_interval_and_both_p_values():
@@ -145,7 +171,7 @@ def test_the_paired_table_gives_interval_and_both_p_values():
 
     assert table
     assert table.splitlines()[2] == (
-        "| `sums` | acc | uniform twin | +0.050 | −0.050 to +0.150 | 0.015 | 0.030 |"
+        "| `sums` | accuracy | uniform twin | +0.050 | −0.050 to +0.150 | 0.015 | 0.030 |"
     )
     assert paired_table(one_task("acc", merged=0.4)) is None
 

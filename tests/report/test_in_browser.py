@@ -9,8 +9,9 @@ import pytest
 from huggingface_hub import CommitOperationAdd
 
 from lewis_hub.report.card import model_card
+from lewis_hub.report.chart import draw_scores
+from lewis_hub.report.maps import draw_maps
 from lewis_hub.report.page import report_page
-from lewis_hub.report.plots import draw
 from tests.report.chromium import PROGRAM, Page, browser
 from tests.report.test_escaping import NAME, hostile_facts, hostile_results
 
@@ -21,6 +22,10 @@ pytestmark = [
 TIP = "document.getElementById('tip')"
 PICTURES = "[...document.images].map(one => [one.currentSrc, one.complete, one.naturalWidth > 0])"
 SCRIPTS = "document.querySelectorAll('script, [onerror], [onload]').length"
+CLIPPED = """[...document.querySelectorAll('.card *')].filter(one => {
+    const box = one.getBoundingClientRect(), page = document.querySelector('.card');
+    return !one.closest('table, pre') && box.right > page.getBoundingClientRect().right + 1;
+}).map(one => one.outerHTML.slice(0, 80))"""
 WIDER = "document.documentElement.scrollWidth > innerWidth"
 
 
@@ -132,28 +137,31 @@ def test_hostile_names_run_nothing_in_the_report(
     assert page.complaints == [], page.requests
 
 
+@pytest.mark.parametrize("width", [390, 768, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("hostile", [False, True])
 def test_the_hubs_page_shows_the_card_with_every_picture_and_runs_no_script(
-    page, hub, make_facts, tmp_path, dark, hostile
+    page, hub, make_facts, tmp_path, dark, hostile, width
 ):
     facts, repo = make_facts(), f"{hub.user}/zoo-merge"
-    plots = draw(facts.guided.profile, facts.guided.schedule, tmp_path)
-    facts = replace(facts, guided=replace(facts.guided, plots=plots))
+    maps = draw_maps(facts.guided.profile, facts.guided.schedule, tmp_path)
+    chart = draw_scores(facts.scores, tmp_path)
+    facts = replace(facts, guided=replace(facts.guided, maps=maps), chart=chart)
     shown = hostile_facts(lambda: facts) if hostile else facts
-    card = model_card(replace(shown, repo=repo, endpoint=hub.url))
+    card = model_card(replace(shown, repo=repo))
     push(hub, repo, card, tmp_path)
 
-    page.open(f"{hub.url}/{repo}", dark=dark)
+    page.open(f"{hub.url}/{repo}", dark=dark, width=width)
 
     pictures = page.value(PICTURES)
-    assert len(pictures) == 4
+    assert len(pictures) == 2
     for address, complete, drawn in pictures:
         assert ("dark" in address.rpartition("/")[2]) == dark
         assert complete
         assert drawn
     assert page.value(SCRIPTS) == 0
     assert not page.value(WIDER)
+    assert page.value(CLIPPED) == []
     assert all(one.startswith((hub.url, hub.storage_url)) for one in page.requests)
     assert page.complaints == [], page.requests
 

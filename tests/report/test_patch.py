@@ -1,4 +1,10 @@
+from dataclasses import replace
+
+import pytest
+
+from lewis_hub.report.card import dark_folder, model_card
 from lewis_hub.report.patch import patched
+from lewis_hub.report.usage import BY_NAME, Usage
 
 BEFORE = "# Merged model\n\n- size: 1\n\nname = '.'\n"
 AFTER = "# mine\n\n- size: 1\n- by: me\n\nname = 'me/mine'\n"
@@ -29,3 +35,17 @@ def test_of_equal_blocks_the_one_below_the_same_line_changes():
 
     assert patched("0\na\nx\nb\nx\n", before, after) == "0\na\nx\nb\ny\n"
     assert patched("x\nx\n", before, after) == "x\nx\n"
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_card_with_a_repo_differs_in_lines_that_need_nothing_of_the_run(name, make_facts):
+    on_disk = make_facts(title="Merged model", repo=None, usage=Usage(BY_NAME[name]))
+    on_hub = replace(on_disk, title="zoo-merge", repo="me/zoo-merge")
+    nothing = {"guided": None, "chart": None, "scored_data": {}, "costs": (), "usage": Usage()}
+    before, after = (str(model_card(replace(one, **nothing))) for one in (on_disk, on_hub))
+    card = str(model_card(on_disk))
+
+    moved = card.replace(f'srcset="{dark_folder(on_disk)}/', f'srcset="{dark_folder(on_hub)}/')
+
+    assert moved.count("https://huggingface.co/me/zoo-merge/resolve/main/lewis/") == 2
+    assert patched(moved, before, after) == str(model_card(on_hub))

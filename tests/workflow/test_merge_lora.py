@@ -96,6 +96,7 @@ def test_sums_of_updates_put_the_ranks_side_by_side(adapters, method, numbers):
     )
     card = (adapters / "out" / "README.md").read_text()
     assert "The ranks of the adapters stand side by side in 2 modules" in card
+    assert "\npipeline_tag: text-generation\n" in card
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear", "task_arithmetic"])

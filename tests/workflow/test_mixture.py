@@ -224,7 +224,8 @@ def test_a_mixture_on_the_hub_is_checked_described_scored_locked_and_verified(ap
     n_bytes = sum(t.nbytes for t in load_file(merged.output / "model.safetensors").values())
     assert report.output_bytes == n_bytes
     card = (merged.output / "README.md").read_text()
-    assert "This model is a mixture of experts (Mixtral) made of [`zoo/expert-reverse`]" in card
+    assert "This language model is a mixture of experts (Mixtral) made of" in card
+    assert "(Mixtral) made of [`zoo/expert-reverse`]" in card
     assert "has 3 routed experts" in card
     assert "| 1 | [`zoo/expert-cipher`]" in card
     assert " × 0.5 | cipher: abc -&#62; | – |" in card

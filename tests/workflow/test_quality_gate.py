@@ -128,7 +128,7 @@ def test_a_refused_merge_is_proposed_where_the_gate_asks_for_it(hub, place):
     details = hub.api().get_discussion_details(f"{hub.user}/reverse", proposed.num)
     description = details.events[0].content
     assert description.startswith("This merge missed its quality gate.\n\n- On zoo_reverse")
-    assert "| `zoo_reverse` | exact_match | 20 |" in description
+    assert "| model | `zoo_reverse`, exact match |" in description
 
     again = merge(hub, "--push", "-o", "bad", weight=0.0, gate=PROPOSES)
 
