@@ -17,13 +17,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lewis_hub.errors import RecipeError
+from lewis_hub.recipe.parts import arranged
 from lewis_hub.recipe.rules import SETTING, Complaint, FieldPath, contradictions
 from lewis_hub.recipe.schema import Recipe
 
 # keys that mergekit or another version knows: the message says what to write instead
 UNSUPPORTED = {
     "slices.residual_weight": "mergekit reads it and ignores it: remove it.",
-    "modules": "Per-module merges are not supported: list whole models under `models`.",
+    "modules": "Only `modules: {default: ...}` is: list whole models under `models`.",
     "guide.trim": "Trimming is a setting of the method: `parameters: {trim: activation}`.",
 }
 
@@ -75,9 +76,14 @@ def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
         RecipeError: as for `read_recipe`.
     """
     try:
-        node, document = _load(text)
+        documents = _load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 0-0
         raise _not_yaml(error, file) from None
+    recipes = [_parse(node, document, file, rules) for node, document in documents]
+    return arranged(recipes, file) if len(recipes) > 1 else recipes[0]
+
+
+def _parse(node: yaml.Node | None, document: Any, file: str, rules: Rules) -> Recipe:
     if not isinstance(document, dict):
         problem = f"expected a mapping with `models` and `merge_method`, found {_kind(document)}."
         raise RecipeError(file, "", problem, "`lewis-hub init` writes a recipe to start from.")
@@ -100,13 +106,43 @@ def schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
 
 
-def _load(text: str) -> tuple[yaml.Node | None, Any]:
-    loader = _Loader(text)
+def _load(text: str) -> list[tuple[yaml.Node | None, Any]]:
+    """The documents of a file, at least one; empty documents beside others are left out."""
+    loader, found = _Loader(text), list[tuple[yaml.Node | None, Any]]()
     try:
-        node = loader.get_single_node()
-        return node, loader.construct_document(node) if node is not None else None
+        while loader.check_node():
+            if (node := loader.get_node()) is not None:
+                found.append((_unwrapped(node), loader.construct_document(node)))
     finally:
         loader.dispose()
+    return [one for one in found if one[1] is not None] or [(None, None)]
+
+
+def _unwrapped(node: yaml.Node) -> yaml.Node:
+    """A document without mergekit's `modules: {default: ...}`, of which only the content is kept.
+
+    A key that is given inside and outside is an error, but for `parameters`, which are joined.
+    """
+    keys = _pairs(node)
+    outer, inner = keys.get("modules"), {}
+    if outer and list(_pairs(outer[1])) == ["default"]:
+        inner = _pairs(_pairs(outer[1])["default"][1])
+    if not inner or not isinstance(node, yaml.MappingNode):
+        return node
+    key, own = inner.pop("parameters", (None, None))
+    common = keys.get("parameters", (None, None))[1]
+    if isinstance(common, yaml.MappingNode) and isinstance(own, yaml.MappingNode):
+        common.value = [*own.value, *common.value]
+    elif key is not None and own is not None:
+        inner["parameters"] = (key, own)
+    node.value = [pair for pair in node.value if pair[0].value != "modules"] + [*inner.values()]
+    return node
+
+
+def _pairs(node: yaml.Node) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """The keys and values of a mapping by their keys; nothing for another node."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {key.value: (key, value) for key, value in pairs if isinstance(key.value, str)}
 
 
 def _not_yaml(error: Exception, file: str) -> RecipeError:
@@ -143,6 +179,9 @@ def _complaint(where: FieldPath, details: Sequence[ErrorDetails]) -> Complaint:
         later = UNSUPPORTED.get(".".join(step for step in where if isinstance(step, str)))
         if later:
             return where, f"`{key}` is not supported by this version.", later
+        if key == "revision" and {"models", "sources"} & {*where}:
+            written = f"Write it after the model's name: `model: OWNER/NAME@{found}`."
+            return where, "`revision` is not a key of its own.", written
         return where, f"unknown key `{key}`.", _nearest(key, _known_keys(where[:-1]))
     if kinds == {"missing"}:
         return where, f"`{key}` is missing.", f"Add `{key}:`; `lewis-hub schema` describes it."
