@@ -240,7 +240,7 @@ def _report_settings(
     mergekit = _mergekit(recipe, examined, pinned.document)
     chosen = publish.license if publish else None
     card = CardFacts(
-        title=publish.repo.partition("/")[2] if publish else "Merged model",
+        title=publish.repo.partition("/")[2] if publish else recipe.name or "Merged model",
         repo=publish.repo if publish else None,
         endpoint=address(api),
         base=inputs.base,
@@ -290,7 +290,8 @@ def _mergekit(
 ) -> MergekitMerge | None:
     """Return the merge for mergekit, if mergekit has its method; `document`: the pinned recipe."""
     inputs = examined.inputs
-    if recipe.mixed or recipe.merge_method not in METHODS or resolve.needs_moments(recipe):
+    is_own = recipe.merge_method not in METHODS or resolve.needs_moments(recipe)
+    if is_own or recipe.mixed or recipe.made:
         return None
     entries = zip(resolve.merged_entries(recipe), inputs.experts, strict=True)
     return MergekitMerge(
@@ -304,4 +305,5 @@ def _mergekit(
         tensors=tuple(examined.sources.donor.checkpoint.tensors),
         adapters=tuple(one.pinned for one in inputs.experts if one.is_adapter),
         tokenizer={k: document[k] for k in ("tokenizer_source", "tokenizer") if k in document},
+        arithmetic=recipe.arithmetic,
     )
