@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,24 +75,39 @@ def read_yaml(text: str | bytes, loader: type[yaml.SafeLoader] = QuickLoader) ->
     Raises:
         DocumentError: it is not valid YAML, or beyond a limit.
     """
-    return read_yaml_nodes(text, loader)[1]
+    with _opened(text, loader, MAX_YAML_BYTES) as reader:
+        return reader.get_single_data()
 
 
-def read_yaml_nodes(
+def read_yaml_documents(
     text: str | bytes, loader: type[yaml.SafeLoader], max_bytes: int = MAX_YAML_BYTES
-) -> tuple[yaml.Node | None, Any]:
-    """Read a YAML document: its nodes, which know their lines, and its value.
+) -> list[tuple[yaml.Node | None, Any]]:
+    """Read all documents of a YAML text: their nodes, which know their lines, and their values.
+
+    The limits are those of one document, for all of them together.
 
     Raises:
         DocumentError: it is not valid YAML, or beyond a limit.
     """
+    found: list[tuple[yaml.Node | None, Any]] = []
+    with _opened(text, loader, max_bytes) as reader:
+        while reader.check_node():
+            if (node := reader.get_node()) is not None:
+                found.append((node, reader.construct_document(node)))
+    return found
+
+
+@contextmanager
+def _opened(
+    text: str | bytes, loader: type[yaml.SafeLoader], max_bytes: int
+) -> Iterator[yaml.SafeLoader]:
+    """Open a text within the limits; PyYAML's errors are raised as DocumentErrors."""
     _require_size(text, max_bytes)
     try:
         _require_limits(text, loader)
         reader = loader(text)
         try:
-            node = reader.get_single_node()
-            return node, None if node is None else reader.construct_document(node)
+            yield reader
         finally:
             reader.dispose()
     except DocumentError:

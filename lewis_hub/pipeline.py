@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -27,6 +28,7 @@ from lewis_hub.hub.publish import Published
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
+from lewis_hub.recipe.parts import parts_of, used
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Publishing, Recipe
 from lewis_hub.report.cost import Costs
@@ -36,10 +38,11 @@ from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
-from lewis_hub.workflow.check import CheckReport
+from lewis_hub.workflow.check import CheckReport, together
 from lewis_hub.workflow.examine import examine
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.mixture import measure_routers
+from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
 from lewis_hub.workflow.publish import Destination, Preflight
 from lewis_hub.workflow.republish import republish
 from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
@@ -92,6 +95,13 @@ def check(
         >>> lewis_hub.check(recipe).problems
         ()
     """
+    if parts := parts_of(recipe):
+        require_sources(recipe, hub_api())
+        first = [one for one in parts if not used(one, [str(part.name) for part in parts])]
+        checks = partial(check, allow_pickle=allow_pickle, max_memory_bytes=max_memory_bytes)
+        return together(
+            {str(one.name): checks(one) for one in first}, examine_parameters((*parts, recipe))
+        )
     api = hub_api()
     execution = Execution(max_memory_bytes=max_memory_bytes, allow_code=True)
     inputs = resolve_inputs(recipe, api, allow_pickle=allow_pickle)
@@ -106,8 +116,8 @@ def check(
             problems = (" ".join(str(error).split("\n")),)
     try:
         made_bytes = result.disk_bytes - result.states_bytes
-        partial = Path(recipe.locate("merged.partial"))
-        fetch.require_disk(partial, result.download_bytes, made_bytes)
+        work = Path(recipe.locate("merged.partial"))
+        fetch.require_disk(work, result.download_bytes, made_bytes)
     except OutputError as error:
         remedy = "A merge on this machine needs `--stream`; without it, the merge is refused."
         notes.append(f"{error.where}: {error.problem}. {remedy}")
@@ -183,7 +193,7 @@ def merge_models(
     """Fetch, calibrate, merge, score and report; the folder gets its name when it is complete.
 
     Args:
-        recipe: the recipe.
+        recipe: the recipe; the merges that it uses are made first.
         output: folder to create; files of an interrupted run in ``OUTPUT.partial`` are used again.
         execution: execution settings; None: all cores of this machine.
         progress: True: shown on stderr; False: nothing; or what shows it.
@@ -200,8 +210,25 @@ def merge_models(
         >>> lewis_hub.merge_models(unscored, tmp_path / "merged").status
         'merged'
     """
-    output, progress, api = Path(output), shown(progress), hub_api()
-    job = prepare(recipe, execution or Execution(), api, progress)
+    output, progress, execution = Path(output), shown(progress), execution or Execution()
+    of_parts = replace(execution, held_out=recipe.evaluate or execution.held_out)
+
+    def merge_part(part: Recipe, place: Path) -> None:
+        merge_models(part, place, of_parts, progress)
+
+    with with_parts(recipe, output, merge_part, hub_api(), progress) as whole:
+        return _merge_models(whole, output, execution, progress, target)
+
+
+def _merge_models(
+    recipe: Recipe,
+    output: Path,
+    execution: Execution,
+    progress: Progress,
+    target: Destination | None,
+) -> Merged:
+    api = hub_api()
+    job = prepare(recipe, execution, api, progress)
     if not job.replaces and (unchanged := _made_before(job, output, target, api, progress)):
         return unchanged
     require_by_block(job.statistics, api)

@@ -223,3 +223,12 @@ def test_a_pattern_beyond_linear_time_is_refused(pattern):
 )
 def test_patterns_match_as_in_peft(patterns, module, rank):
     assert adapter(rank_pattern=patterns).rank(module) == rank
+
+
+def test_several_documents_share_the_limits_of_one():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f"name: x\n{RECIPE}---\n{RECIPE}{ALIASES}seed: *a8", "r.yaml")
+    assert f"not valid YAML: {TOO_MANY}." in str(caught.value)
+
+    with pytest.raises(RecipeError, match=r"found 101 documents, the limit is 100\."):
+        parse_recipe("---\n".join([RECIPE] * 101), "r.yaml")

@@ -24,7 +24,8 @@ from lewis_hub.files import unwritable
 from lewis_hub.system import leave_cache, open_binary, read_at, reserve, write_at
 
 ALIGNMENT = 8
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # a recipe's -> safetensors'
+# a recipe's dtypes -> safetensors'
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 HASHED_BYTES = 1 << 20  # read back at a time
 UNWRITTEN_BYTES = 64 << 20  # the last bytes written, which the disk may not have taken yet
 

@@ -11,8 +11,8 @@ import click
 
 import lewis_hub
 from lewis_hub.cli import options
-from lewis_hub.cli.help import Sectioned
 from lewis_hub.cli.jobs import merge_on_jobs
+from lewis_hub.cli.mergekit_flags import MergeCommand
 from lewis_hub.cli.terminal import Terminal, scores_table, terminal_options
 
 if TYPE_CHECKING:
@@ -54,14 +54,17 @@ def check(
 
 
 @click.command(
-    cls=Sectioned,
+    cls=MergeCommand,
     sections=SECTIONS,
     epilog="\b\nExamples:\n  lewis-hub merge\n  lewis-hub merge recipe.yaml -o out --no-eval\n"
     "  lewis-hub merge --push --repo me/my-merge\n  lewis-hub merge --stream --push --no-eval\n"
     "  lewis-hub merge --push --on jobs --flavor a100-large --timeout 2h --device cuda",
 )
 @options.recipe
-@options.output("Folder for the merged model. [default: merged/ beside the recipe]")
+@click.argument("folder", metavar="[OUT]", required=False, type=options.OUTPUT)
+@options.output(
+    "Folder for the merged model; the same as OUT. [default: merged/ beside the recipe]"
+)
 @options.flag(
     "--push",
     help="Publish the result in one commit. Does nothing if the repo already holds this merge.",
@@ -108,6 +111,7 @@ def check(
 def merge(
     terminal: Terminal,
     recipe_file: Path,
+    folder: Path | None,
     output: Path | None,
     push: bool,
     stream: bool,
@@ -143,7 +147,7 @@ def merge(
     execution = lewis_hub.Execution(**given, held_out=recipe.evaluate if no_eval else None)
     if no_eval:
         recipe = recipe.model_copy(update={"evaluate": None})
-    output = output or recipe_file.parent / "merged"
+    output = folder or output or recipe_file.parent / "merged"
     if stream:
         _merge_to_hub(terminal, recipe, output, execution)
     else:
@@ -187,6 +191,10 @@ def _require_compatible(given: Mapping[str, Any]) -> None:
     """Refuse options that contradict each other."""
     push, stream, on, sign = (given[name] for name in ("push", "stream", "on", "private_key"))
     for is_wrong, problem in (
+        (
+            given["folder"] and given["output"],
+            "OUT and --output both name the folder for the merged model: give one.",
+        ),
         (stream and not push, "--stream does not keep the merge on this disk: add --push."),
         (
             stream and given["allow_pickle"],
@@ -202,7 +210,7 @@ def _require_compatible(given: Mapping[str, Any]) -> None:
             "--on: the disk of a Job is deleted when it ends: add --push to keep the merge.",
         ),
         (
-            on and given["output"],
+            on and (given["output"] or given["folder"]),
             "--output: the disk of a Job is deleted when it ends: remove --output.",
         ),
         (on and sign, "a Job cannot sign, because your key is not sent to it: remove --sign."),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COUNT = click.IntRange(min=1)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+OUTPUT = click.Path(file_okay=False, path_type=Path)
 
 flag = partial(click.option, is_flag=True)
 repeated = partial(click.option, multiple=True)
@@ -246,8 +247,7 @@ def hardware(command: Callable[..., None]) -> Callable[..., None]:
 
 def output(help_text: str, default: str | None = None) -> Callable[[Any], Any]:
     """Make the option -o for a folder; a command without `default` derives it itself."""
-    kind = click.Path(file_okay=False, path_type=Path)
-    return click.option("-o", "--output", type=kind, default=default, help=help_text)
+    return click.option("-o", "--output", type=OUTPUT, default=default, help=help_text)
 
 
 def read_recipe(

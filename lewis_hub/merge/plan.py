@@ -33,7 +33,7 @@ from lewis_hub.merge.settings import (
 )
 from lewis_hub.methods import registry
 from lewis_hub.methods.registry import PER_SOURCE, Method
-from lewis_hub.recipe.schema import Missing, Settings
+from lewis_hub.recipe.schema import Arithmetic, Missing, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,10 +66,11 @@ class MergeSettings:
     base: MergeSource | None  # None for a method without a base
     experts: tuple[MergeSource, ...]  # in the recipe's order; all models if there is no base
     parameters: Settings = field(default_factory=dict)  # the recipe's, for all models and tensors
-    dtype: str | None = None  # of the output: float32, float16 or bfloat16; None keeps the base's
+    dtype: str | None = None  # of the output, a key of `DTYPES`; None keeps the base's
     seed: int = 42  # of random methods
     missing: Missing = "error"  # `base`: the base's tensors replace those that experts lack
     alignment: Alignment | None = None  # None: row i is the same token in all sources
+    arithmetic: Arithmetic = "float32"  # float64: by the methods' definitions
 
     @property
     def sources(self) -> tuple[MergeSource, ...]:
@@ -97,6 +98,19 @@ class Moments:
     cross_covariances: Sequence[Tensor | None] = ()  # E[z x^T], z: the expert's input
     transposed: bool = False  # whether the matrix is stored as (in, out)
     residual_covariances: Sequence[Tensor | None] = ()  # E[d x^T], d: missing output
+
+    def in_float64(self) -> Moments:
+        """The same moments in float64."""
+        return Moments(
+            _doubled(self.grams),
+            _doubled(self.cross_covariances),
+            self.transposed,
+            _doubled(self.residual_covariances),
+        )
+
+
+def _doubled(moments: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [one if one is None else one.double() for one in moments]
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,7 @@ class ShardPlan:
     tensors: tuple[TensorPlan, ...]  # in the order of the layout
     allow_nan: bool = False  # whether sources may hold NaN and infinity; see `NanReplacingReader`
     statistics: Mapping[str, str] = field(default_factory=dict)  # label -> digest, per expert
+    arithmetic: Arithmetic = "float32"
 
     @property
     def reads(self) -> list[list[SourceTensor]]:
@@ -170,6 +185,8 @@ class ShardPlan:
             "allow_nan": self.allow_nan,
             "statistics": list(self.statistics.values()),
         }
+        if self.arithmetic != "float32":
+            facts["arithmetic"] = self.arithmetic
         text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
@@ -184,6 +201,10 @@ class MergePlan:
     def allowing_nan(self) -> MergePlan:
         """The same plan for sources that may hold NaN and infinity."""
         return MergePlan(tuple(replace(shard, allow_nan=True) for shard in self.shards))
+
+    def computed_in(self, arithmetic: Arithmetic) -> MergePlan:
+        """The same plan in another dtype of the arithmetic."""
+        return MergePlan(tuple(replace(one, arithmetic=arithmetic) for one in self.shards))
 
     @property
     def layouts(self) -> tuple[ShardLayout, ...]:
@@ -217,7 +238,8 @@ def make_plan(
     require_filters_fit(settings.parameters, own, tensors)
     _require_schedule_fits(settings, schedule or {})
     made = plan_tensors(settings, depths(tensors), schedule or {})
-    return plan_shards(settings.method, settings.sources, made, max_shard_bytes)
+    planned = plan_shards(settings.method, settings.sources, made, max_shard_bytes)
+    return planned.computed_in(settings.arithmetic)
 
 
 def plan_tensors(

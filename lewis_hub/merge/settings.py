@@ -132,15 +132,17 @@ def require_valid(method: Method, common: Settings, per_source: Sequence[Setting
     method.require_known(common, per_source=False)
     for settings in per_source:
         method.require_known(settings, per_source=True)
-        for name, setting in settings.items():
-            _require_number(name, setting)
+        for name in filter(method.settings.__contains__, settings):
+            _require_number(method, name, settings[name])
     for name, setting in common.items():
+        if not method.uses(name, per_source=False):
+            continue
         if name in method.accepted:
             _require_among(name, setting, method)
         elif type(default := method.options.get(name)) in KINDS:
             _require_kind(name, setting, type(default))
         else:
-            _require_number(name, setting)
+            _require_number(method, name, setting)
     for name, default in method.options.items():
         if default is None and name not in common:
             problem = f"`{method.name}` needs this parameter, and the recipe does not set it"
@@ -176,11 +178,13 @@ def _values(setting: Any) -> list[Scalar]:
     return [setting]
 
 
-def _require_number(name: str, setting: Setting) -> None:
+def _require_number(method: Method, name: str, setting: Setting) -> None:
+    is_limited = name in method.settings or name not in DEFAULTS  # an option has other meanings
     for value in _values(setting):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise MergeError(f"parameter `{name}`", f"{value!r} is no number", "Give a number.")
-        low, high, meaning = RANGES.get(name, (-math.inf, math.inf, ""))
+        limits = RANGES if is_limited else {}
+        low, high, meaning = limits.get(name, (-math.inf, math.inf, ""))
         if not low <= value <= high:
             problem = f"expected a value from {low:g} to {high:g}, found {value:g}"
             raise MergeError(f"parameter `{name}`", problem, meaning)
@@ -188,6 +192,9 @@ def _require_number(name: str, setting: Setting) -> None:
 
 def _require_kind(name: str, setting: Setting, kind: type) -> None:
     expected, remedy = KINDS[kind]
+    conditions = setting if isinstance(setting, tuple) else (Conditional(value=setting),)
+    if kind is bool and all(getattr(one, "value", None) in (0, 1) for one in conditions):
+        return  # also numbers, as in mergekit, but no gradients
     for value in _values(setting):
         if type(value) is not kind or (type(value) is int and value < 1):
             problem = f"expected {expected}, found {value!r}"

@@ -28,7 +28,7 @@ from lewis_hub.merge.plan import (
     require_mergeable,
 )
 from lewis_hub.merge.settings import depths, last_blocks, require_filters_fit
-from lewis_hub.recipe.schema import Conditional, Setting, Settings
+from lewis_hub.recipe.schema import Arithmetic, Conditional, Setting, Settings
 
 STAND_IN = "`missing: base`"  # a remedy for whole models only
 UNLIKE = "Stack blocks that hold the same tensors, as models of one architecture do."
@@ -81,6 +81,7 @@ class StackSettings:
     dtype: str | None = None  # of the output; None keeps that of each tensor's first source
     seed: int = 42  # of random methods
     alignment: Alignment | None = None  # None: row i is the same token in all sources
+    arithmetic: Arithmetic = "float32"  # float64: by the method's definition
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def make_stacked_plan(
         for name, tensor in plan_tensors(merge, at_depth, schedule or {}).items():
             own = tuple(numbers[labels[source]] for source in tensor.sources)
             made[name] = replace(tensor, sources=own)
-    return plan_shards(settings.method, tuple(sources.values()), made, max_shard_bytes)
+    planned = plan_shards(settings.method, tuple(sources.values()), made, max_shard_bytes)
+    return planned.computed_in(settings.arithmetic)
 
 
 def count_blocks(checkpoint: Checkpoint) -> int:

@@ -42,6 +42,8 @@ def make_tensor(job: TensorJob, runner: Runner) -> int:
     spans = job.spans(runner)
     if job.tensor.is_copied:
         job.copy()
+    elif job.context.plan.arithmetic == "float64":
+        _define(job)
     elif method == chunks.AVERAGED and job.tensor.options.keys() <= chunks.OPTIONS:
         list(runner.map(lambda span: _average(job, span), spans))
     elif chunks.is_fused(method, job.tensor):
@@ -51,11 +53,15 @@ def make_tensor(job: TensorJob, runner: Runner) -> int:
             views = _with_thresholds(job, experts, spans, runner)
         list(runner.map(lambda part: _merge(job, *part), zip(spans, views, strict=True)))
     else:
-        pairs = zip(job.readers, job.tensor.inputs, strict=True)
-        sources = [read_tensor(reader, header) for reader, header in pairs]
-        merged = merge_by_definition(job.context.plan, job.tensor, sources, job.moments())
-        job.context.writer.write(job.start, bytes_of(merged))
+        _define(job)
     return job.tensor.output.n_bytes
+
+
+def _define(job: TensorJob) -> None:
+    pairs = zip(job.readers, job.tensor.inputs, strict=True)
+    sources = [read_tensor(reader, header) for reader, header in pairs]
+    merged = merge_by_definition(job.context.plan, job.tensor, sources, job.moments())
+    job.context.writer.write(job.start, bytes_of(merged))
 
 
 def _with_thresholds(
@@ -181,19 +187,21 @@ def merge_by_definition(
 ) -> Tensor:
     """Merge one tensor with the method's function, on the device of its float32 sources.
 
-    The result is contiguous and has the output's dtype.
+    The function gets the dtype of the plan's arithmetic. The result is contiguous and has the
+    output's dtype.
 
     Raises:
         NonFiniteError: a source or the result holds NaN or infinity.
     """
-    import torch
-
     method = registry.find(plan.method)
     for number, source in zip(tensor.sources, sources, strict=True):
         if not source.isfinite().all():
             raise _broken_source(tensor.output.name, plan.labels[number])
+    if plan.arithmetic == "float64":
+        sources = [source.double() for source in sources]
+        moments = moments.in_float64()
     given: dict[str, Any] = {
-        "weights": torch.tensor(tensor.weights, dtype=torch.float32, device=sources[0].device),
+        "weights": sources[0].new_tensor(tensor.weights),
         "densities": tensor.densities,
         "streams": tensor.streams,
         **vars(moments),

@@ -67,6 +67,11 @@ def unfinished(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def parts_folder(output: Path) -> Path:
+    """The folder of the merges that are made for this output."""
+    return output.with_name(output.name + ".parts")
+
+
 @contextmanager
 def open_workspace(output: Path, *, replace: bool) -> Iterator[Workspace]:
     """Open the workspace of `output`. After an error its files are kept, if there are any.

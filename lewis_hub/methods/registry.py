@@ -46,6 +46,11 @@ MOMENTS = {"grams", "cross_covariances", "residual_covariances", "transposed"}
 GIVEN = {"base", "task_vectors", "tensors", "streams", *MOMENTS, *PER_SOURCE}
 ANY_NUMBER = (1, None)
 INT8_MASK = {"int8_mask": (True, False)}  # an option of mergekit that changes nothing here
+MERGEKIT = frozenset(  # parameters of its methods; a method that does not use one ignores it
+    {"alpha", "density", "embed_slerp", "eps", "epsilon", "filter_wise", "gamma", "int8_mask"}
+    | {"lambda", "max_iter", "normalize", "normalize_weights", "nuslerp_flatten"}
+    | {"nuslerp_row_wise", "r", "rescale", "scale", "select_topk", "t", "tol", "weight"}
+)
 
 MethodFunction = Callable[..., "Tensor"]
 
@@ -123,25 +128,29 @@ class Method:
         """The function's name for an option of the recipe."""
         return option if self.takes(option) else f"{option}_"
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """All its settings and options, by the recipe's names."""
+        return tuple(dict.fromkeys([*self.settings, *self.options, *self.accepted]))
+
+    def uses(self, name: str, *, per_source: bool) -> bool:
+        """Whether a setting of a source, or one of the recipe's `parameters`, has an effect."""
+        return name in self.settings or (not per_source and name in self.known)
+
     def require_known(self, names: Iterable[str], *, per_source: bool) -> None:
         """Raise a MergeError for settings that are unknown, or in the wrong place.
 
-        With `per_source` they are settings of a source, else of the recipe's `parameters`.
+        Those of MERGEKIT are accepted without effect. With `per_source` they are settings of a
+        source, else of the recipe's `parameters`.
         """
         for name in names:
-            if name in self.settings or (
-                not per_source and name in {*self.options, *self.accepted}
-            ):
+            if name in MERGEKIT or self.uses(name, per_source=per_source):
                 continue
-            known = list(dict.fromkeys([*self.settings, *self.options, *self.accepted]))
             where = f"parameter `{name}`"
-            if name in known:
+            if name in self.known:
                 problem = f"`{self.name}` takes one value for all models, not one per model"
                 raise MergeError(where, problem, "Move it to the recipe's own `parameters`.")
-            if name == "density":
-                problem = f"`{self.name}` keeps every entry of a task vector"
-                raise MergeError(where, problem, "Remove it, or use `ties` or `dare_ties`.")
-            remedy = f"It knows {choices(name, known)}"
+            remedy = f"It knows {choices(name, self.known)}"
             raise MergeError(where, f"`{self.name}` has no such parameter", remedy)
 
 

@@ -17,25 +17,30 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from lewis_hub.documents import DocumentError, read_yaml_nodes
+from lewis_hub.documents import DocumentError, read_yaml_documents
 from lewis_hub.errors import RecipeError
+from lewis_hub.recipe.parts import arranged
 from lewis_hub.recipe.rules import SETTING, Complaint, FieldPath, contradictions
 from lewis_hub.recipe.schema import Recipe
 
 # keys that mergekit or another version knows: the message says what to write instead
 UNSUPPORTED = {
     "slices.residual_weight": "mergekit reads it and ignores it: remove it.",
-    "modules": "Per-module merges are not supported: list whole models under `models`.",
+    "modules": "Only `modules: {default: ...}` is: list whole models under `models`.",
     "guide.trim": "Trimming is a setting of the method: `parameters: {trim: activation}`.",
 }
 
 MAX_BYTES = 256 << 10  # of a recipe: some thousand slices
+MAX_DOCUMENTS = 100  # of a recipe
 MAX_SHOWN = 50  # problems after the first
 Rules = Callable[[Recipe], Iterable[Complaint]]
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses duplicate keys."""
+    """A safe loader that refuses duplicate keys, and reads `modules: {default: ...}`."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        return super().construct_document(_unwrapped(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
         seen: set[Any] = set()
@@ -79,11 +84,20 @@ def parse_recipe(text: str, file: str, rules: Rules = contradictions) -> Recipe:
         RecipeError: as for `read_recipe`.
     """
     try:
-        node, document = read_yaml_nodes(text, _Loader, MAX_BYTES)
+        documents = read_yaml_documents(text, _Loader, MAX_BYTES)
     except DocumentError as error:
         place = f"{file}:{error.line}" if error.line else file
         invalid = f"not valid YAML: {error.problem}."
         raise RecipeError(place, "", invalid, "Fix the line, then run again.") from None
+    given = [one for one in documents if one[1] is not None] or [(None, None)]
+    if len(given) > MAX_DOCUMENTS:
+        problem = f"found {len(given)} documents, the limit is {MAX_DOCUMENTS}."
+        raise RecipeError(file, "", problem, "Merge some of them first, from a file of their own.")
+    recipes = [_parse(node, document, file, rules) for node, document in given]
+    return arranged(recipes, file) if len(recipes) > 1 else recipes[0]
+
+
+def _parse(node: yaml.Node | None, document: Any, file: str, rules: Rules) -> Recipe:
     if not isinstance(document, dict):
         problem = f"expected a mapping with `models` and `merge_method`, found {_kind(document)}."
         raise RecipeError(file, "", problem, "`lewis-hub init` writes a recipe to start from.")
@@ -106,6 +120,33 @@ def schema() -> str:
         'Recipe'
     """
     return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+
+
+def _unwrapped(node: yaml.Node) -> yaml.Node:
+    """A document without mergekit's `modules: {default: ...}`, of which only the content is kept.
+
+    A key that is given inside and outside is an error, but for `parameters`, which are joined.
+    """
+    keys = _pairs(node)
+    outer, inner = keys.get("modules"), {}
+    if outer and list(_pairs(outer[1])) == ["default"]:
+        inner = _pairs(_pairs(outer[1])["default"][1])
+    if not inner or not isinstance(node, yaml.MappingNode):
+        return node
+    key, own = inner.pop("parameters", (None, None))
+    common = keys.get("parameters", (None, None))[1]
+    if isinstance(common, yaml.MappingNode) and isinstance(own, yaml.MappingNode):
+        common.value = [*own.value, *common.value]
+    elif key is not None and own is not None:
+        inner["parameters"] = (key, own)
+    node.value = [pair for pair in node.value if pair[0].value != "modules"] + [*inner.values()]
+    return node
+
+
+def _pairs(node: yaml.Node) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """The keys and values of a mapping by their keys; nothing for another node."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {key.value: (key, value) for key, value in pairs if isinstance(key.value, str)}
 
 
 def _complaints(document: Mapping[str, Any], rules: Rules) -> Iterator[Complaint]:
@@ -136,6 +177,9 @@ def _complaint(where: FieldPath, details: Sequence[ErrorDetails]) -> Complaint:
         later = UNSUPPORTED.get(".".join(step for step in where if isinstance(step, str)))
         if later:
             return where, f"`{key}` is not supported by this version.", later
+        if key == "revision" and {"models", "sources"} & {*where}:
+            written = f"Write it after the model's name: `model: OWNER/NAME@{found}`."
+            return where, "`revision` is not a key of its own.", written
         return where, f"unknown key `{key}`.", _nearest(key, _known_keys(where[:-1]))
     if kinds == {"missing"}:
         return where, f"`{key}` is missing.", f"Add `{key}:`; `lewis-hub schema` describes it."

@@ -13,12 +13,20 @@ SETTING = "a number, a list of numbers (a gradient over blocks) or a list of {fi
 
 LARGEST = 3.4e38  # in float32
 LEAVE_OUT = "Leave it out."
-WHOLE_BASE = "the base must be a whole model, not an adapter on a model."
+ONE_METHOD = (
+    "All slices have the recipe's `merge_method`. To use several methods, write several documents "
+    "separated by `---`, each a merge with a `name`; the last can name the others as models."
+)
 NOT_OF_MIXTURES = (  # fields that have no meaning for a mixture of experts
     *("models", "slices", "parameters", "guide", "calibration"),
     *("tokenizer_source", "tokenizer", "missing"),
 )
 STATISTICAL = frozenset({"regmean"})  # methods that need statistics of the experts' inputs
+
+TOP_LEVEL = (  # keys of a recipe that are not parameters
+    *("base_model", "chat_template", "dtype", "merge_method", "out_dtype", "random_seed", "seed"),
+    "tokenizer_source",
+)
 
 FieldPath = tuple[str | int, ...]  # in the document, such as ("models", 0, "parameters")
 Complaint = tuple[FieldPath, str, str]  # where, the problem, what to do
@@ -27,10 +35,6 @@ Complaint = tuple[FieldPath, str, str]  # where, the problem, what to do
 def contradictions(recipe: Recipe) -> Iterator[Complaint]:
     """Find all combinations that cannot be merged; needs no network."""
     yield from _tokenizer_contradictions(recipe)
-    base = recipe.base_model
-    if base and base.on:
-        remedy = "Name the whole model, and list the adapter under `models`."
-        yield ("base_model",), WHOLE_BASE, remedy
     if recipe.routed is not None:
         yield from _mixture_contradictions(recipe)
         return
@@ -49,7 +53,7 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
             remedy += "by one with `lewis-hub evaluate`."
             yield ("evaluate", "backend_args", "model"), problem, remedy
     yield from _statistical_contradictions(recipe)
-    yield from _bad_numbers(recipe)
+    yield from _bad_parameters(recipe)
 
 
 def asks_for_statistics(recipe: Recipe) -> bool:
@@ -99,9 +103,7 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if not recipe.models:
         remedy = "Add `models:`, or `slices:` to stack blocks; `lewis-hub schema` describes both."
         yield ("models",), "`models` is missing.", remedy
-    for index, entry in enumerate(recipe.models):
-        yield from _adapter_contradictions(recipe, ("models", index, "model"), entry.model)
-    for name in _repeated(entry.model for entry in recipe.experts):
+    for name in _repeated(recipe, (entry.model for entry in recipe.experts)):
         yield ("models",), f"`{name}` is listed twice.", "List each expert once, with its weight."
 
 
@@ -113,10 +115,10 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield ("missing",), "`missing` does not apply to slices.", LEAVE_OUT
     for index, part in enumerate(recipe.slices):
         where: FieldPath = ("slices", index)
-        if part.base_model and part.base_model.on:
-            remedy = "Name the whole model, and list the adapter under `sources`."
-            yield (*where, "base_model"), WHOLE_BASE, remedy
-        elif part.base_model and part.base_model not in [source.model for source in part.sources]:
+        if part.merge_method not in (None, recipe.merge_method):
+            problem = f"it is not the recipe's `{recipe.merge_method}`."
+            yield (*where, "merge_method"), problem, ONE_METHOD
+        if part.base_model and part.base_model not in [source.model for source in part.sources]:
             remedy = "Add it to `sources` with its `layer_range`."
             problem = f"the base `{part.base_model}` is not among the slice's sources."
             yield (*where, "base_model"), problem, remedy
@@ -125,12 +127,9 @@ def _slice_contradictions(recipe: Recipe) -> Iterator[Complaint]:
             problem = f"its sources have {_listed(lengths)} blocks."
             remedy = "The sources are merged block by block: give ranges of equal length."
             yield (*where, "sources"), problem, remedy
-        for name in _repeated(source.model for source in part.sources):
+        for name in _repeated(recipe, (source.model for source in part.sources)):
             remedy = "List each model once in a slice; another slice may list it again."
             yield (*where, "sources"), f"`{name}` is listed twice.", remedy
-        for number, source in enumerate(part.sources):
-            inner = (*where, "sources", number, "model")
-            yield from _adapter_contradictions(recipe, inner, source.model)
 
 
 def _only_for_mixtures(recipe: Recipe) -> Iterator[Complaint]:
@@ -145,6 +144,9 @@ def _mixture_contradictions(recipe: Recipe) -> Iterator[Complaint]:
     if recipe.base_model is None:
         remedy = "Name the dense model that gives all other tensors."
         yield ("base_model",), "a mixture needs a `base_model`.", remedy
+    elif recipe.base_model.on:
+        remedy = "Name the whole model, and list the adapter under `experts`."
+        yield ("base_model",), "the base must be a whole model, not an adapter on a model.", remedy
     for key in NOT_OF_MIXTURES:
         if getattr(recipe, key) != Recipe.model_fields[key].get_default(call_default_factory=True):
             yield (key,), f"`{key}` cannot be used with `experts`.", LEAVE_OUT
@@ -159,14 +161,27 @@ def _mixture_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         problem = f"found {len(recipe.shared_experts or ())} shared experts."
         yield ("shared_experts",), problem, "No architecture takes more than one: keep one."
     yield from _prompt_contradictions(recipe)
-    for where, expert in _places_of_experts(recipe):
-        yield from _adapter_contradictions(recipe, (*where, "source_model"), expert.source_model)
-        if expert.noise_scale:
-            problem = "random noise on the weights is not supported."
-            yield (*where, "noise_scale"), problem, LEAVE_OUT
+    yield from _expert_contradictions(recipe)
     if recipe.evaluate:
         yield from _gate_contradictions(recipe, recipe.evaluate)
         yield from _benchmark_contradictions(recipe.evaluate)
+
+
+def _expert_contradictions(recipe: Recipe) -> Iterator[Complaint]:
+    if recipe.arithmetic == "float64":
+        key = "dtype" if recipe.dtype == "float64" else "out_dtype"
+        remedy = "Write `float32`: its tensors are copied or multiplied by a number."
+        yield (key,), "`float64` cannot be used with `experts`.", remedy
+    for where, expert in _places_of_experts(recipe):
+        model = expert.source_model
+        if model.on and model.on != recipe.base_model:
+            problem = f"the adapter's base is `{model.on}`, but `base_model` is "
+            problem += f"`{recipe.base_model}`."
+            remedy = "Merge it into its base first, and list the result."
+            yield (*where, "source_model"), problem, remedy
+        if expert.noise_scale:
+            problem = "random noise on the weights is not supported."
+            yield (*where, "noise_scale"), problem, LEAVE_OUT
 
 
 def _prompt_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -192,20 +207,11 @@ def _places_of_experts(recipe: Recipe) -> Iterator[tuple[FieldPath, RoutedExpert
             yield (key, number), expert
 
 
-def _repeated(models: Iterable[ModelReference]) -> list[str]:
-    """The models that are listed more than once, whatever their adapters are put on."""
-    names = [str(model.model_copy(update={"on": None})) for model in models]
+def _repeated(recipe: Recipe, models: Iterable[ModelReference]) -> list[str]:
+    """The models that are listed more than once; adapters are put on `base_model` by default."""
+    base = recipe.base_model
+    names = [str(one.model_copy(update={"on": None}) if one.on == base else one) for one in models]
     return sorted({name for name in names if names.count(name) > 1})
-
-
-def _adapter_contradictions(
-    recipe: Recipe, where: FieldPath, model: ModelReference
-) -> Iterator[Complaint]:
-    if model.on and model.on != recipe.base_model:
-        problem = f"the adapter's base is `{model.on}`, but `base_model` is `{recipe.base_model}`."
-        remedy = "It is merged as a task vector of `base_model`: name its base there, or merge "
-        remedy += "it into its base with peft (`merge_and_unload`) and list the result."
-        yield where, problem, remedy
 
 
 def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
@@ -216,7 +222,7 @@ def _guide_contradictions(recipe: Recipe) -> Iterator[Complaint]:
         yield from _guided_slice(recipe, ("slices", index), part)
     if recipe.guide.apply_to == "weight":
         return  # the recipe sets the densities
-    for where, parameters in _all_parameters(recipe):
+    for where, parameters in all_parameters(recipe):
         is_base = where[0] == "models" and recipe.models[int(where[1])].model == recipe.base_model
         if "density" in parameters and not is_base:
             problem = "both a guide and a density are given."
@@ -301,8 +307,12 @@ def _unscored(evaluation: Evaluation, where: FieldPath, task: str) -> Iterator[C
         yield where, f"`{task}` is not in `evaluate.tasks`.", remedy
 
 
-def _bad_numbers(recipe: Recipe) -> Iterator[Complaint]:
-    for where, parameters in _all_parameters(recipe):
+def _bad_parameters(recipe: Recipe) -> Iterator[Complaint]:
+    for where, parameters in all_parameters(recipe):
+        for name in (name for name in parameters if name in TOP_LEVEL):
+            problem = f"`{name}` is not a parameter of the method."
+            remedy = f"Write it without `parameters`, at the top: `{name}: {parameters[name]}`."
+            yield (*where, name), problem, remedy
         for name in dict.fromkeys(("weight", "density", *parameters)):
             for value in _values(parameters.get(name, ())):
                 if complaint := _bad_value(name, value):
@@ -323,7 +333,7 @@ def _bad_value(name: str, value: object) -> tuple[str, str] | None:
     return None
 
 
-def _all_parameters(recipe: Recipe) -> Iterator[tuple[FieldPath, Settings]]:
+def all_parameters(recipe: Recipe) -> Iterator[tuple[FieldPath, Settings]]:
     """Every `parameters` mapping of a recipe, with its path."""
     yield ("parameters",), recipe.parameters
     for index, entry in enumerate(recipe.models):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -22,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 from lewis_hub.files import starts_like_path
 from lewis_hub.recipe.backend import Running
@@ -30,8 +32,10 @@ from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
 
 ApplyTo = Literal["density", "weight", "both"]
 Missing = Literal["error", "base"]
+Arithmetic = Literal["float32", "float64"]
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped with the package
+SEED = AliasChoices("seed", "random_seed")
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
 
 
@@ -239,7 +243,7 @@ class Benchmark(Part):
 
 
 DType = Annotated[
-    Literal["float32", "float16", "bfloat16"],
+    Literal["float32", "float16", "bfloat16", "float64"],
     BeforeValidator(lambda name: name.removeprefix("torch.") if isinstance(name, str) else name),
 ]
 
@@ -289,10 +293,9 @@ class Slice(Part):
     """The next blocks of the output: equally many of each source, merged block by block."""
 
     sources: tuple[SliceSource, ...] = Field(min_length=1)
-    base_model: ModelReference | None = Field(
-        None, description="One of `sources`: the base of the task vectors in this slice."
-    )
+    base_model: ModelReference | None = Field(None, description="One of `sources`: the base here.")
     parameters: Parameters = Field(default_factory=dict, description="Parameters of this slice.")
+    merge_method: str | None = Field(None, exclude=True, description="The recipe's, or absent.")
 
 
 class Guide(Part):
@@ -367,6 +370,7 @@ class Publishing(Part):
 class Recipe(Mixture):
     """A whole merge, from its sources to the published model."""
 
+    name: str | None = Field(None, min_length=1, description="Name for other merges of the file.")
     base_model: ModelReference | None = Field(
         None, description="The base of the task vectors: a repo, repo@revision or folder."
     )
@@ -380,7 +384,9 @@ class Recipe(Mixture):
     parameters: Parameters = Field(
         default_factory=dict, description="Parameters of the method, for all models."
     )
-    dtype: DType | None = Field(None, description="Dtype of the output. Default: the base's.")
+    dtype: DType | None = Field(
+        None, description="Dtype of the output. Default: the base's. float64 also computes in it."
+    )
     out_dtype: DType | None = Field(
         None, description="mergekit's name for `dtype`. If both are set, this one is used."
     )
@@ -405,15 +411,19 @@ class Recipe(Mixture):
     allow_code: tuple[str, ...] = Field(
         (), description="Models whose *.py files are copied into the merge. They are never run."
     )
-    seed: int = Field(42, ge=0, lt=2**63, description="Seed of random masks and of sampling.")
+    seed: int = Field(
+        42, ge=0, lt=2**63, validation_alias=SEED, description="Seed of random masks, of samples."
+    )
     guide: Guide | None = Field(None, description="Sets densities by calibration.")
     calibration: Calibration | None = Field(
         None, description="Calibration texts for experts without their own, if there is no guide."
     )
     evaluate: Evaluation | None = Field(None, description="Scores the merge.")
     publish: Publishing | None = Field(None, description="Publishes the merge to the Hub.")
+    intermediate: SkipJsonSchema[tuple[Recipe, ...]] = ()  # merges that this one uses by name
 
     _folder: Path = PrivateAttr(default_factory=Path)
+    _made: Mapping[str, Path] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -429,11 +439,28 @@ class Recipe(Mixture):
         placed._folder = folder
         return placed
 
+    def placed_as(self, other: Recipe) -> Recipe:
+        """The same recipe; it finds local files and merges as another recipe does."""
+        return self.placed_in(other._folder).reading(other._made)
+
+    @property
+    def made(self) -> Mapping[str, Path]:
+        """The folders of merges that were made for this one, by their names."""
+        return self._made
+
+    def reading(self, folders: Mapping[str, Path]) -> Recipe:
+        """The same recipe; merges with these names are in these folders."""
+        placed = self.model_copy()
+        placed._made = {**self._made, **folders}
+        return placed
+
     def locate(self, name: str) -> str:
         """The absolute path of a local file or folder; the name of a repo is returned unchanged.
 
         A relative path is searched beside the recipe, then in the working folder.
         """
+        if name in self._made:
+            return str(self._made[name])
         for candidate in (self._folder / Path(name).expanduser(), Path(name).expanduser()):
             if candidate.exists():
                 return str(candidate.resolve())
@@ -467,6 +494,11 @@ class Recipe(Mixture):
     def output_dtype(self) -> DType | None:
         """The dtype on disk; None keeps that of each tensor."""
         return self.out_dtype or self.dtype
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The dtype in which tensors are merged."""
+        return "float64" if "float64" in (self.dtype, self.out_dtype) else "float32"
 
     def calibration_of(self, entry: ModelEntry) -> Calibration | None:
         """The expert's own calibration, or that of the guide or the recipe."""

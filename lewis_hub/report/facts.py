@@ -64,6 +64,8 @@ METHODS = {
     "cabs": KnownMethod("CABS", ("yang2025cabs",)),
     "pcb": KnownMethod("PCB-Merging", ("du2024parameter",)),
     "regmean": KnownMethod("RegMean on task vectors", ("jin2023dataless", "ilharco2023editing")),
+    "ram": KnownMethod("Reinforced Agent Merging (RAM)", ("yuan2026behavior",)),
+    "ramplus_tl": KnownMethod("Reinforced Agent Merging (RAM+)", ("yuan2026behavior",)),
     "model_stock": KnownMethod("Model Stock", ("jang2024model",)),
     "slerp": KnownMethod("spherical interpolation (SLERP)"),
     "nuslerp": KnownMethod("spherical interpolation (NuSLERP)"),

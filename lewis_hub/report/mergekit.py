@@ -17,14 +17,14 @@ from lewis_hub.checkpoint import names
 from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
 from lewis_hub.merge import settings as parameters
 from lewis_hub.methods import registry
-from lewis_hub.recipe.schema import Conditional, Setting, Settings, Slice, SliceSource
+from lewis_hub.recipe.schema import Arithmetic, Conditional, Setting, Settings, Slice, SliceSource
 
 FILE = "mergekit_config.yml"
 TAG = "tag:yaml.org,2002:"
 METHODS = frozenset(  # without sce, whose densities mergekit ignores, and our own methods
     {"arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della"}
     | {"della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap", "nuslerp"}
-    | {"passthrough", "slerp", "task_arithmetic", "ties"}
+    | {"passthrough", "ram", "ramplus_tl", "slerp", "task_arithmetic", "ties"}
 )
 HEADER = """\
 # The same merge for mergekit, written by lewis-hub. mergekit rounds the number of kept entries
@@ -46,13 +46,14 @@ class MergekitMerge:
     adapters: Collection[str] = ()  # the models that are LoRA adapters of the base
     tokenizer: Mapping[str, Any] = field(default_factory=dict)  # empty: that of the base
     slices: Sequence[Slice] = ()
+    arithmetic: Arithmetic = "float32"
 
 
 def mergekit_config(merge: MergekitMerge) -> str:
     """Write the merge as a configuration for mergekit.
 
-    mergekit computes in `dtype` and lewis_hub in float32, so `dtype` is float32 there and the dtype
-    of the output is `out_dtype`.
+    mergekit computes in `dtype`, so that is the dtype of our arithmetic there, and the dtype of the
+    output is `out_dtype`.
     """
     schedules = merge.schedule.experts if merge.schedule else ()
     scheduled = {expert.source: expert for expert in schedules}
@@ -82,7 +83,7 @@ def mergekit_config(merge: MergekitMerge) -> str:
         document["models"] = models
     document |= _given(_plain_settings(merge.parameters))
     if merge.dtype:
-        document |= {"dtype": "float32", "out_dtype": merge.dtype}
+        document |= {"dtype": merge.arithmetic, "out_dtype": merge.dtype}
     text = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return HEADER + str(text)
 

@@ -162,7 +162,7 @@ def _of_parameters(recipe: Recipe, method: Method, *, has_density: bool) -> Iter
         value = recipe.parameters.get(name, default)
         if isinstance(value, bool):
             yield Choice(f"parameters.{name}", (False, True), value)
-        elif name in RANGES:
+        elif name in RANGES and (name in method.settings or name not in DEFAULTS):
             low, high = RANGES[name]
             start = (low + high) / 2 if value is None else value
             if _is_number(start):

@@ -112,6 +112,28 @@ def require_fine(report: CheckReport) -> None:
         raise errors.CheckFailedError(report.problems)
 
 
+def together(reports: Mapping[str, CheckReport], problems: Sequence[str]) -> CheckReport:
+    """Join the reports of merges that are made one after the other, by their names.
+
+    A later merge that reads their results is examined when these exist.
+    """
+    every = [*reports.values()]
+    notes = [f"{name}: {note}" for name, one in reports.items() for note in one.notes]
+    found = [f"{name}: {problem}" for name, one in reports.items() for problem in one.problems]
+    known = ", ".join(reports)
+    later = f"what uses {known} is checked when that is merged; the sizes are those of {known}."
+    return CheckReport(
+        sources=tuple(dict.fromkeys(source for one in every for source in one.sources)),
+        problems=(*found, *problems),
+        notes=(*notes, later),
+        download_bytes=sum(one.download_bytes for one in every),
+        output_bytes=sum(one.output_bytes for one in every),
+        disk_bytes=sum(one.disk_bytes for one in every),
+        states_bytes=max(one.states_bytes for one in every),
+        memory_bytes=max(one.memory_bytes for one in every),
+    )
+
+
 def make_report(
     workload: Workload,
     facts: Mapping[str, ModelFacts],  # by pinned source

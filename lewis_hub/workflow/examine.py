@@ -24,7 +24,8 @@ from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
 from lewis_hub.recipe.mixture import WITHOUT_PROMPTS
-from lewis_hub.recipe.rules import fits_in_sequence
+from lewis_hub.recipe.read import dotted
+from lewis_hub.recipe.rules import all_parameters, fits_in_sequence
 from lewis_hub.recipe.schema import Evaluation, Recipe, Settings
 from lewis_hub.workflow import check, resolve, resources, tokenizers
 from lewis_hub.workflow import open as opening
@@ -77,6 +78,8 @@ def examine_sources(
         inputs = replace(inputs, base=base, experts=experts)
     examined = examine(recipe, execution, inputs, api)
     check.require_fine(examined.report)
+    for note in _unused_parameters(recipe):
+        progress.say(f"note: {note}")
     return examined
 
 
@@ -162,6 +165,7 @@ def plan_settings(
             dtype=recipe.output_dtype,
             seed=recipe.seed,
             alignment=tokens.alignment,
+            arithmetic=recipe.arithmetic,
         )
     else:
         settings = MergeSettings(
@@ -176,6 +180,7 @@ def plan_settings(
             seed=recipe.seed,
             missing=recipe.missing,
             alignment=tokens.alignment,
+            arithmetic=recipe.arithmetic,
         )
     return PlanSettings(settings, execution.max_shard_bytes, execution.allow_nan)
 
@@ -319,7 +324,11 @@ def workload_of(
         output=output,
         dtype=recipe.output_dtype,
         has_kernel=bool(recipe.mixed)
-        or (recipe.merge_method in (AVERAGED, *FUSED) and not rescales),
+        or (
+            recipe.merge_method in (AVERAGED, *FUSED)
+            and not rescales
+            and recipe.arithmetic == "float32"
+        ),
         measurement=measurement,
         loading=execution.loading,
         scores=recipe.evaluate is not None,
@@ -327,6 +336,23 @@ def workload_of(
         uniform_twin=uniform,
         loaded=frozenset(source.pinned for source in (*measured, *rivals)),
     )
+
+
+def _unused_parameters(recipe: Recipe) -> list[str]:
+    """Return a note on each parameter without effect; mergekit ignores them too."""
+    method, places = registry.find(recipe.merge_method), dict[str, list[str]]()
+    for where, settings in all_parameters(recipe):
+        is_own = "models" in where or "sources" in where
+        for name in settings:
+            if not method.uses(name, per_source=is_own):
+                places.setdefault(name, []).append(f"`{dotted(where)}`")
+    notes = []
+    for name, found in places.items():
+        note = f"`{method.name}` does not use `{name}` in {', '.join(found)}: it has no effect."
+        if name in method.known:
+            note += " It takes one value for all models: write it in the recipe's `parameters`."
+        notes.append(note)
+    return notes
 
 
 def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[str]:
@@ -337,6 +363,7 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
             f"{donor.name} contains Python code, which is not copied into the merge; list it "
             "under `allow_code` if its architecture needs it."
         )
+    notes += _unused_parameters(recipe)
     evaluation, measurement = recipe.evaluate, workload.measurement
     if not evaluation and (named := unscorable(donor.config)):
         notes.append(f"{donor.name} is a {named}, and {ONLY}. {scored_elsewhere(named)}")

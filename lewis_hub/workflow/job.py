@@ -232,7 +232,7 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
     planned = planned_lock(recipe, inputs, execution.max_shard_bytes, pinned)
     mergekit = _mergekit(recipe, examined, pinned.document)
     card = CardFacts(
-        title=UNNAMED,
+        title=recipe.name or UNNAMED,
         repo=None,
         base=inputs.base,
         experts=inputs.experts,
@@ -274,7 +274,8 @@ def _mergekit(
 ) -> MergekitMerge | None:
     """Return the merge for mergekit, if mergekit has its method; `document`: the pinned recipe."""
     inputs = examined.inputs
-    if recipe.mixed or recipe.merge_method not in METHODS or resolve.needs_moments(recipe):
+    is_own = recipe.merge_method not in METHODS or resolve.needs_moments(recipe)
+    if is_own or recipe.mixed or recipe.made:
         return None
     entries = zip(resolve.merged_entries(recipe), inputs.experts, strict=True)
     return MergekitMerge(
@@ -288,4 +289,5 @@ def _mergekit(
         tensors=tuple(examined.sources.donor.checkpoint.tensors),
         adapters=tuple(one.pinned for one in inputs.experts if one.is_adapter),
         tokenizer={k: document[k] for k in ("tokenizer_source", "tokenizer") if k in document},
+        arithmetic=recipe.arithmetic,
     )

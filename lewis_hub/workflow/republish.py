@@ -39,7 +39,7 @@ def published_as(facts: CardFacts, publish: Publishing | None) -> CardFacts:
         licence = None
     return replace(
         facts,
-        title=publish.repo.partition("/")[2] if publish else UNNAMED,
+        title=publish.repo.partition("/")[2] if publish else facts.title,
         repo=publish.repo if publish else None,
         licence=licence,
         licence_chosen=chosen is not None,
@@ -127,7 +127,8 @@ def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     """The facts with a recipe as it was run, and its `publish`."""
     publish = recipe.get("publish")
     asked = Publishing.model_validate(publish) if publish else None
-    return published_as(replace(facts, recipe=RecipeSnapshot(recipe, {}).to_yaml()), asked)
+    text = RecipeSnapshot(recipe, {}).to_yaml()
+    return published_as(replace(facts, title=recipe.get("name") or UNNAMED, recipe=text), asked)
 
 
 def _from_lock(lock: Lock) -> CardFacts:
@@ -138,7 +139,7 @@ def _from_lock(lock: Lock) -> CardFacts:
     ]
     bases = [one for one, locked in zip(sources, lock.inputs, strict=True) if locked.role == "base"]
     return CardFacts(
-        title=UNNAMED,
+        title=lock.recipe.get("name") or UNNAMED,
         repo=None,
         base=bases[0] if bases else None,
         experts=tuple(one for one in sources if one not in bases),

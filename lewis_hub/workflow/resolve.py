@@ -35,6 +35,7 @@ from lewis_hub.hub.resolve import is_path, missing_path_error, resolve_dataset, 
 from lewis_hub.hub.source import ADAPTERS, Source
 from lewis_hub.methods import registry
 from lewis_hub.recipe import read
+from lewis_hub.recipe.parts import parts_of, references
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.rules import Complaint, asks_for_statistics, contradictions
 from lewis_hub.recipe.schema import Calibration, Evaluation, ModelEntry, Publishing, Recipe
@@ -180,7 +181,7 @@ def resolve_data(
     for one in dict.fromkeys(calibrations):
         if one.dataset is not None:
             if one.dataset not in datasets:
-                located = _located(one.dataset, locate)
+                located = find_place(one.dataset, locate)
                 name, _, revision = one.dataset.partition("@")
                 datasets[one.dataset] = (
                     resolve_dataset(api, name, revision or None)
@@ -194,7 +195,8 @@ def resolve_data(
     return found
 
 
-def _located(written: str, locate: Locate) -> str:
+def find_place(written: str, locate: Locate) -> str:
+    """Return the path of a local source, or the name of a repo; a missing path is refused."""
     located = locate(written)
     if is_path(written) and not Path(located).exists():
         path = Path(written).expanduser()
@@ -299,11 +301,9 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
     own = _own_tasks(recipe)
     copies = {folder: f"{TASKS}{n or ''}" for n, folder in enumerate(own)}
     document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    _drop_empty(document)
     sources = by_reference(recipe, inputs.base, inputs.experts)
     names = {str(model): source.pinned for model, source in sources.items()}
-    given = "slices" if recipe.slices else None if recipe.mixed else "models"
-    for unused in {"models", "slices"} - {given}:
-        del document[unused]
     models = document.get("models", [])
     slices = document.get("slices", [])
     for place in (document, *slices):
@@ -328,6 +328,15 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
         for path, file in own_files(names, Path(folder)).items()
     }
     return RecipeSnapshot(document, files)
+
+
+def _drop_empty(document: dict[str, Any]) -> None:
+    """Delete lists that a recipe may not have empty, also of the merges that it uses."""
+    for key in ("models", "slices", "intermediate"):
+        if not document[key]:
+            del document[key]
+    for part in document.get("intermediate", ()):
+        _drop_empty(part)
 
 
 def _pin_calibration(
@@ -427,15 +436,19 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
     """
     for where, problem, remedy in rules(recipe):  # it may not have been read from a file
         raise RecipeError("recipe", read.dotted(where), problem, remedy)
+    if missing := [str(one.name) for one in parts_of(recipe)]:
+        problem = f"it uses {', '.join(f'`{name}`' for name in missing)}, which is a merge itself."
+        remedy = "Only `lewis-hub merge` makes it on the way: make it first, and name its folder."
+        raise RecipeError("recipe", "models", problem, remedy)
 
     def model(reference: ModelReference) -> Source:
-        name, located = reference.name, _located(reference.name, recipe.locate)
+        name, located = reference.name, find_place(reference.name, recipe.locate)
         source = resolve_model(api, located, reference.revision, allow_pickle=allow_pickle)
         return with_converted(replace(source, name=name), code=name in recipe.allow_code)
 
     entries = merged_entries(recipe)
     named = [*([recipe.base_model] if recipe.base_model else []), *(one.model for one in entries)]
-    found = _each(dict.fromkeys(named), model)
+    found = each_source(dict.fromkeys(named), model)
     base = require_whole(api, found[recipe.base_model]) if recipe.base_model else None
     experts = tuple(found[entry.model] for entry in entries)
     for entry, expert in zip(entries, experts, strict=True):
@@ -447,7 +460,7 @@ def resolve_inputs(recipe: Recipe, api: HfApi, *, allow_pickle: bool = False) ->
     return Inputs(base, experts, resolve_data(calibrations_of(recipe), api, recipe.locate))
 
 
-def _each(
+def each_source(
     named: Iterable[ModelReference], resolved: Callable[[ModelReference], Source]
 ) -> dict[ModelReference, Source]:
     """Pin all models, and report all that cannot be found or read in one error.
@@ -475,9 +488,10 @@ def _each(
 
 def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
     """Return the local files that a recipe names, by their path beside it."""
-    models = [entry.model for entry in recipe.experts]
-    for model in [*([recipe.base_model] if recipe.base_model else []), *models]:
-        if Path(recipe.locate(model.name)).exists():
+    made = {one.name for one in recipe.intermediate}
+    listed = [model for one in (recipe, *recipe.intermediate) for model in references(one)]
+    for model in (part for one in listed for part in (one, one.on) if part):
+        if model.name not in made and Path(recipe.locate(model.name)).exists():
             problem = f"`{model.name}` is a local folder, but a Job reads models from the Hub."
             remedy = f"Push it: `lewis-hub push {model.name} OWNER/NAME`."
             raise RecipeError(str(file), "models", problem, remedy)
@@ -503,7 +517,10 @@ def local_files(file: Path, recipe: Recipe) -> Mapping[str, Path]:
 
 
 def require_streamable(recipe: Recipe) -> None:
-    """Refuse a recipe that scores, because scoring needs whole models on the disk."""
+    """Refuse a recipe that scores or uses other merges, which need whole models on the disk."""
+    if parts := [str(one.name) for one in parts_of(recipe)]:
+        problem = f"--stream keeps no model on this disk, but {parts[0]} is merged before."
+        raise RecipeError("recipe", "models", problem, "Merge without --stream.")
     if recipe.evaluate is None:
         return
     problem = "scoring needs whole models on the disk, and --stream keeps none."

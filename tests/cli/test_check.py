@@ -65,7 +65,7 @@ BROKEN = {
     "adapter as base": (RECIPE.replace("zoo/base", "TMP/adapter"), "its base model is not given"),
     "adapter on another base": (
         RECIPE.replace("zoo/expert-reverse", "zoo/other+TMP/ia3"),
-        "the adapter's base is `zoo/other`, but `base_model` is `zoo/base`",
+        "zoo/other: no model of this name",
     ),
     "quantised": (RECIPE.replace("zoo/expert-reverse", "TMP/quantised"), "is quantised (hqq)"),
     "no configuration": (RECIPE.replace("zoo/expert-reverse", "TMP/bare"), "no config.json"),
@@ -83,14 +83,14 @@ BROKEN = {
     ),
     "tokenizer of no model": (RECIPE + "tokenizer_source: zoo/nothing\n", "not one of the models"),
     "method is not there": (RECIPE.replace("ties", "tise"), "Did you mean `ties`?"),
-    "method of a later version": (RECIPE.replace("ties", "ram"), "it is not known in this version"),
+    "method of a later version": (RECIPE.replace("ties", "emr"), "it is not known in this version"),
     "parameter is unknown": (
         RECIPE.replace("weight: 1.0", "wieght: 1.0"),
         "Did you mean `weight`?",
     ),
-    "density where there is none": (
-        RECIPE.replace("ties", "linear").replace("weight: 1.0", "density: 0.5"),
-        "`linear` has no such parameter|keeps every entry",
+    "trim where there is none": (
+        RECIPE.replace("ties", "linear") + "parameters: {trim: magnitude}\n",
+        "`linear` has no such parameter",
     ),
     "filter fits nothing": (
         RECIPE.replace("weight: 1.0", "weight: [{filter: mpl, value: 1}, {value: 0.5}]"),

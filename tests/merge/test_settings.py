@@ -164,8 +164,8 @@ def test_an_option_without_a_default_needs_a_value_for_every_tensor():
     [
         ({"normalise": True}, {}, "parameter `normalise`: `ties` has no such parameter"),
         ({}, {"weigth": 1.0}, "Did you mean `weight`?"),
-        ({}, {"int8_mask": True}, "`ties` takes one value for all models, not one per model"),
-        ({"normalize": 1.0}, {}, "expected true or false, found 1.0"),
+        ({"normalize": 2.0}, {}, "expected true or false, found 2.0"),
+        ({"normalize": (1.0, 0.0)}, {}, "expected true or false, found 1.0"),
         ({"lambda": True}, {}, "parameter `lambda`: True is no number"),
         ({"int8_mask": 3}, {}, "`ties` does not do `int8_mask: 3` in this version"),
         ({"density": 1.2}, {}, "parameter `density`: expected a value from 0 to 1, found 1.2"),
@@ -191,14 +191,8 @@ def test_parameters_that_the_method_cannot_take_are_refused(common, own, says):
             "parameter `t`: `slerp` needs this parameter, and the recipe does not set it.\n"
             "Give it in the recipe's",
         ),
-        (
-            "slerp",
-            {"t": 0.5},
-            {"t": 0.5},
-            "`slerp` takes one value for all models, not one per model",
-        ),
         ("slerp", {"t": "half"}, {}, "parameter `t`: 'half' is no number.\nGive a number."),
-        ("slerp", {"t": 0.5}, {"weight": 1.0}, "`slerp` has no such parameter.\nIt knows t"),
+        ("slerp", {"t": 0.5}, {"wight": 1.0}, "`slerp` has no such parameter.\nIt knows t"),
         ("karcher", {"max_iter": 2.5}, {}, "expected a whole number of at least 1, found 2.5"),
         ("karcher", {"max_iter": (1.0, 2.0)}, {}, "Give one number: it has no gradient."),
         ("cabs", {"group": 0}, {}, "parameter `group`: expected a whole number of at least 1"),
@@ -214,12 +208,25 @@ def test_parameters_that_the_method_cannot_take_are_refused(common, own, says):
             {},
             "parameter `epsilon`: expected a value from 0 to 0.5, found 0.7",
         ),
-        ("model_stock", {"filter_wise": 1}, {}, "expected true or false, found 1"),
+        ("model_stock", {"filter_wise": "1"}, {}, "expected true or false, found '1'"),
         ("passthrough", {"scale": "big"}, {}, "parameter `scale`: 'big' is no number"),
     ],
 )
 def test_what_a_method_cannot_take_is_refused_by_name(method, common, own, says):
     assert says in message(lambda: require_valid(find(method), common, [own]))
+
+
+@pytest.mark.parametrize("value", [True, 1, 1.0, (Conditional(filter="mlp", value=0),)])
+def test_numbers_stand_for_true_and_false(value):
+    require_valid(find("ties"), {"normalize": value, "int8_mask": 1.0}, [])
+
+    found = options_of(find("ties"), {"normalize": value}, "mlp.up_proj.weight", 0.5)
+    assert found["normalize"] is (not isinstance(value, tuple))
+
+
+def test_settings_of_other_methods_are_not_checked():
+    require_valid(find("slerp"), {"t": 0.5, "density": 7}, [{"weight": "heavy", "t": True}])
+    require_valid(find("ram"), {"epsilon": 0.7}, [])  # not della's, which is at most 0.5
 
 
 FROM_BASE = "base_model: org/base\nmodels: [{model: org/x}, {model: org/y}]\n"

@@ -393,11 +393,11 @@ REFUSED = {
     ),
     "an option beside a source": (
         lambda zoo, s: asked(
-            "slerp",
-            [MergeSlice(blocks(s["x"], 0, 1), (blocks(s["y"], 0, 1, t=0.5),), {"t": 0.5})],
+            "ties",
+            [MergeSlice(blocks(s["x"], 0, 1), (blocks(s["y"], 0, 1, trim="magnitude"),))],
             s["x"],
         ),
-        "slices[0], parameter `t`: `slerp` takes one value for all models, not one per model.\n"
+        "slices[0], parameter `trim`: `ties` takes one value for all models, not one per model.\n"
         "Move it to the recipe's own `parameters`.",
     ),
     "an option that is missing in one slice": (

@@ -114,6 +114,11 @@ CASES = {
     "model_stock, by rows": f"{BASE_AND_TWO}parameters: {{filter_wise: true}}",
     "arcee_fusion": BASE_AND_ONE,
     "nearswap": f"{BASE_AND_ONE}parameters: {{t: 0.2}}",
+    "ram": BASE_AND_THREE,
+    "ram, few changes": f"{BASE_AND_THREE}parameters: {{epsilon: 0.5}}",
+    "ramplus_tl": f"{BASE_AND_THREE}parameters: {{epsilon: 0.7, r: 0.4, alpha: 5.0}}",
+    "della, nothing dropped": f"{WEIGHED_FROM_BASE}parameters: {{density: 1.0}}",
+    "della_linear, nothing dropped": f"{WEIGHED_FROM_BASE}parameters: {{density: 1.0}}",
     "passthrough": "models: [{model: X}]",
     "passthrough, the base alone": "base_model: BASE\nmodels: [{model: BASE}]",
     "passthrough, scaled": (

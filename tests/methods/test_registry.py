@@ -25,7 +25,8 @@ TRIM = {"trim": "magnitude", "trim_exponent": 1.0}  # not in mergekit
 ALL = [
     *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "cabs", "dare_linear", "dare_ties"),
     *("della", "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
-    *("nuslerp", "passthrough", "pcb", "regmean", "sce", "slerp", "task_arithmetic", "ties"),
+    *("nuslerp", "passthrough", "pcb", "ram", "ramplus_tl", "regmean", "sce", "slerp"),
+    *("task_arithmetic", "ties"),
 ]
 
 
@@ -60,6 +61,8 @@ def test_options_and_their_defaults_are_mergekits():
         "model_stock": {"filter_wise": False},
         "nearswap": {"t": None},
         "arcee_fusion": {},
+        "ram": {"epsilon": 1e-5},
+        "ramplus_tl": {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5},
         "passthrough": {},
         "cabs": {"group": 256, "lambda": 1.0},  # not in mergekit
         "pcb": {"lambda": 1.0},  # not in mergekit
@@ -71,7 +74,7 @@ def test_a_method_says_what_it_takes():
     without_density = [m.name for m in methods() if not m.takes_density]
     assert without_density == [
         *("arcee_fusion", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
-        *("nuslerp", "passthrough", "slerp", "task_arithmetic"),
+        *("nuslerp", "passthrough", "ram", "ramplus_tl", "slerp", "task_arithmetic"),
     ]
     random = [m.name for m in methods() if m.takes("streams")]
     assert random == ["dare_linear", "dare_ties", "della", "della_linear"]
@@ -100,24 +103,27 @@ def test_an_unknown_method_names_the_nearest():
 
 
 @pytest.mark.parametrize(
-    ("method", "name", "per_source", "says"),
+    ("name", "per_source", "says"),
     [
-        ("ties", "normalise", False, "`ties` has no such parameter.\nIt knows weight, density,"),
-        ("ties", "normalise", False, "Did you mean `normalize`?"),
-        (
-            "ties",
-            "normalize",
-            True,
-            "takes one value for all models, not one per model.\nMove it to",
-        ),
-        ("task_arithmetic", "density", True, "keeps every entry of a task vector.\nRemove it"),
-        ("ties", "rescale_", False, "Did you mean `rescale`?"),
+        ("normalise", False, "`ties` has no such parameter.\nIt knows weight, density,"),
+        ("normalise", False, "Did you mean `normalize`?"),
+        ("trim", True, "takes one value for all models, not one per model.\nMove it to"),
+        ("rescale_", False, "Did you mean `rescale`?"),
     ],
 )
-def test_an_unknown_parameter_is_refused(method, name, per_source, says):
-    found = find(method)
+def test_an_unknown_parameter_is_refused(name, per_source, says):
+    assert says in message(lambda: find("ties").require_known([name], per_source=per_source))
 
-    assert says in message(lambda: found.require_known([name], per_source=per_source))
+
+def test_a_parameter_of_another_method_of_mergekit_is_known_but_not_used():
+    task_arithmetic, ties = find("task_arithmetic"), find("ties")
+
+    task_arithmetic.require_known(["density", "t", "embed_slerp"], per_source=False)
+    ties.require_known(["normalize"], per_source=True)
+    assert not task_arithmetic.uses("density", per_source=True)
+    assert task_arithmetic.uses("weight", per_source=True)
+    assert ties.uses("normalize", per_source=False)
+    assert not ties.uses("normalize", per_source=True)
 
 
 def test_a_name_that_is_taken_is_refused(own_registry):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lewis_hub.errors import RecipeError
+from lewis_hub.recipe.parts import parts_of, with_made
 from lewis_hub.recipe.read import parse_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "moe.md"
@@ -117,3 +118,43 @@ def test_the_recipes_of_the_page_are_valid():
         False,
         True,
     ]
+
+
+def test_a_mixture_uses_merges_of_the_same_file_as_experts(tmp_path):
+    first = "name: first\nbase_model: a/base\nmodels: [a/x, a/y]\nmerge_method: linear\n---\n"
+    recipe = parse_recipe(first + GOOD.replace("a/one@main", "first"), "moe.yaml")
+
+    (part,) = parts_of(recipe)
+    whole = with_made(recipe, {"first": tmp_path})
+
+    assert (part.name, part.merge_method) == ("first", "linear")
+    assert not parts_of(whole)
+    assert [str(one.source_model) for one in whole.mixed] == ["first", "a/base"]
+    assert whole.locate("first") == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "base_model: a/base",
+            "base_model: a/base+a/lora",
+            "moe.yaml:1: `base_model`: the base must be a whole model, not an adapter on a model.\n"
+            "Name the whole model, and list the adapter under `experts`.",
+        ),
+        (
+            "a/one@main",
+            "c/d+a/lora",
+            "moe.yaml:6: `experts[0].source_model`: the adapter's base is `c/d`, but `base_model` "
+            "is `a/base`.\nMerge it into its base first, and list the result.",
+        ),
+        (
+            "dtype: bfloat16",
+            "dtype: float64",
+            "moe.yaml:3: `dtype`: `float64` cannot be used with `experts`.\n"
+            "Write `float32`: its tensors are copied or multiplied by a number.",
+        ),
+    ],
+)
+def test_what_other_merges_take_and_a_mixture_does_not(old, new, message):
+    assert refused(old, new) == message

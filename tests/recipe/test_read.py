@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import RecipeError
+from lewis_hub.recipe.parts import parts_of
 from lewis_hub.recipe.read import parse_recipe, read_recipe, schema
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Conditional, ModelEntry, Recipe
@@ -40,7 +41,7 @@ BROKEN = {
     ),
     GOOD + "modules: {}\n": (
         "r.yaml:6: `modules`: `modules` is not supported by this version.\n"
-        "Per-module merges are not supported: list whole models under `models`."
+        "Only `modules: {default: ...}` is: list whole models under `models`."
     ),
     GOOD + "tokenizer_source: a/x\n": (
         "r.yaml:6: `tokenizer_source`: `a/x` is not one of the models.\n"
@@ -71,7 +72,7 @@ BROKEN = {
         "`mistral`, or the template's text (Jinja)."
     ),
     GOOD + "dtype: bf16\n": (
-        "r.yaml:6: `dtype`: expected 'float32', 'float16' or 'bfloat16', found 'bf16'.\n"
+        "r.yaml:6: `dtype`: expected 'float32', 'float16', 'bfloat16' or 'float64', found 'bf16'.\n"
         "`lewis-hub schema` describes every field."
     ),
     GOOD.replace("1.0", "heavy"): (
@@ -179,18 +180,22 @@ BROKEN = {
         "r.yaml:9: `evaluate.benchmarks.a.scale`: expected greater than 0, found 0.\n"
         "`lewis-hub schema` describes every field."
     ),
-    GOOD.replace("a/c@main", "a/c+d/e"): (
-        "r.yaml:3: `models[0].model`: the adapter's base is `a/c`, but `base_model` is `a/b`.\n"
-        "It is merged as a task vector of `base_model`: name its base there, or merge it into its "
-        "base with peft (`merge_and_unload`) and list the result."
-    ),
     GOOD.replace("a/c@main", "a/b+d/e+f/g"): (
         "r.yaml:3: `models[0].model`: a base takes one adapter: list each adapter as an expert.\n"
         "`lewis-hub schema` describes every field."
     ),
-    GOOD.replace("base_model: a/b", "base_model: a/b+d/e"): (
-        "r.yaml:1: `base_model`: the base must be a whole model, not an adapter on a model.\n"
-        "Name the whole model, and list the adapter under `models`."
+    GOOD.replace("model: a/c@main", "{model: a/c, revision: main}").replace(
+        "\n    parameters: {weight: 1.0}", ""
+    ): (
+        "r.yaml:3: `models[0].revision`: `revision` is not a key of its own.\n"
+        "Write it after the model's name: `model: OWNER/NAME@main`."
+    ),
+    GOOD + "parameters: {dtype: bfloat16}\n": (
+        "r.yaml:6: `parameters.dtype`: `dtype` is not a parameter of the method.\n"
+        "Write it without `parameters`, at the top: `dtype: bfloat16`."
+    ),
+    GOOD + "seed: 1\nrandom_seed: 1\n": (
+        "r.yaml:7: `random_seed`: unknown key `random_seed`.\nDid you mean `seed`?"
     ),
     GOOD + "publish: {repo: '$(rm -rf x)/y'}\n": (
         "r.yaml:6: `publish.repo`: '$(rm -rf x)/y' is not owner/name (letters, digits, `-`, `_`, "
@@ -304,14 +309,11 @@ BROKEN |= {
         "r.yaml:6: `slices[0].base_model`: the base `a/d` is not among the slice's sources.\n"
         "Add it to `sources` with its `layer_range`."
     ),
-    SLICES.replace("    parameters", "    base_model: a/b+d/e\n    parameters"): (
-        "r.yaml:6: `slices[0].base_model`: the base must be a whole model, not an adapter "
-        "on a model.\nName the whole model, and list the adapter under `sources`."
-    ),
-    SLICES.replace("a/c", "a/c+d/e"): (
-        "r.yaml:5: `slices[0].sources[1].model`: the adapter's base is `a/c`, but "
-        "`base_model` is `a/b`.\nIt is merged as a task vector of `base_model`: name its base "
-        "there, or merge it into its base with peft (`merge_and_unload`) and list the result."
+    SLICES.replace("    parameters", "    merge_method: ties\n    parameters"): (
+        "r.yaml:6: `slices[0].merge_method`: it is not the recipe's `slerp`.\n"
+        "All slices have the recipe's `merge_method`. To use several methods, write several "
+        "documents separated by `---`, each a merge with a `name`; the last can name the others as "
+        "models."
     ),
     SLICES + f"guide: {{calibration: {CALIBRATION}}}\n": (
         "r.yaml:5: `slices[0].sources[1].layer_range`: a guide compares blocks with the "
@@ -329,6 +331,36 @@ BROKEN |= {
     + "guide: {name: uniform}\n": (
         "r.yaml:6: `slices[0].base_model`: a guide compares with `a/b`, but this slice has another "
         "base.\nLeave it out, or give densities without a guide."
+    ),
+}
+
+
+STEP = "name: step\nmodels: [{model: a/c}]\nmerge_method: linear\n---\n"
+LAST = "models: [{model: step}]\nmerge_method: linear\n"
+BROKEN |= {
+    STEP + LAST + "---\n" + LAST: (
+        "r.yaml: `name`: two of its merges have the same name, or none.\n"
+        "Give each merge that others use its own `name`; one may have none: the last."
+    ),
+    STEP + GOOD: (
+        "r.yaml: `name`: no other merge uses `step`.\n"
+        "Only the last merge is kept: use it there, or move it to a file of its own."
+    ),
+    STEP.replace("a/c", "step") + LAST: (
+        "r.yaml: `name`: the merges use each other: step -> step.\n"
+        "A merge can only use merges that do not need it."
+    ),
+    STEP.replace("---", "publish: {repo: a/b}\n---") + LAST: (
+        "r.yaml: `publish`: `step` has `publish`, but it is only a step to another merge.\n"
+        "Move `publish` to the last merge."
+    ),
+    STEP + LAST + "dtype: bf16\n": (
+        "r.yaml:7: `dtype`: expected 'float32', 'float16', 'bfloat16' or 'float64', found 'bf16'.\n"
+        f"{SCHEMA}"
+    ),
+    f"modules:\n  default:\n    models: [{{model: a/c}}]\n    parametres: {{}}\n{GOOD[:16]}"
+    "merge_method: ties\n": (
+        "r.yaml:4: `parametres`: unknown key `parametres`.\nDid you mean `parameters`?"
     ),
 }
 
@@ -503,6 +535,35 @@ def test_mergekits_slices_are_recipes():
     assert recipes["ties slice by slice"].slices[0].parameters == {"weight": 0.5}
 
 
+def test_mergekits_spellings_are_read():
+    text = (
+        "name: blend\nmodules:\n  default:\n    models: [{model: org/one}]\n"
+        "    parameters: {weight: 0.5}\nmerge_method: ties\nbase_model: org/base\n"
+        "parameters: {density: 0.3}\nrandom_seed: 7\ndtype: torch.float64\n"
+    )
+
+    recipe = parse_recipe(text, "r.yaml")
+
+    assert (recipe.name, recipe.seed, recipe.dtype) == ("blend", 7, "float64")
+    assert [str(entry.model) for entry in recipe.models] == ["org/one"]
+    assert recipe.parameters == {"weight": 0.5, "density": 0.3}
+    assert "name" in recipe.model_dump(exclude_none=True)
+
+
+def test_several_documents_are_one_recipe_with_its_parts_in_order_of_need():
+    def part(name, *models):
+        return f"name: {name}\nmodels: [{', '.join(models)}]\nmerge_method: linear\n---\n"
+
+    text = part("c", "a", "b") + "---\n" + part("b", "a", "x/y+x/lora") + part("a", "x/y", "x/z")
+    last = "models: [c, a+x/lora]\nmerge_method: linear\n"
+
+    for recipe in (parse_recipe(last + "---\n" + text, "r.yaml"), parse_recipe(text + last, "r")):
+        assert [str(entry.model) for entry in recipe.models] == ["c", "a+x/lora"]
+        assert [one.name for one in recipe.intermediate] == ["a", "b", "c"]
+        assert [one.name for one in parts_of(recipe)] == ["a", "b", "c", "a+x/lora"]
+        assert [one.name for one in parts_of(recipe.intermediate[1])] == ["x/y+x/lora"]
+
+
 def test_settings_keep_what_was_written():
     recipe = parse_recipe(MERGEKIT["ties with gradients and filters"], "r.yaml")
 
@@ -624,7 +685,9 @@ def test_the_schema_describes_every_top_level_key():
         "publish",
     } <= set(properties)
     parts = json.loads(schema())["$defs"]
-    assert set(parts["Slice"]["properties"]) == {"sources", "base_model", "parameters"}
+    assert set(parts["Slice"]["properties"]) == {
+        *("sources", "base_model", "parameters", "merge_method"),
+    }
     assert parts["SliceSource"]["required"] == ["model", "layer_range"]
     assert "description" in parts["SliceSource"]["properties"]["layer_range"]
     assert json.loads(schema())["additionalProperties"] is False

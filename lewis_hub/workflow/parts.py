@@ -1,0 +1,124 @@
+"""Make the merges that a recipe uses, and hand them to it as sources, without their reports.
+
+A report has dates, costs and the revisions as they were written. Without it the files are the same
+whenever the merge is made, and so are the digests of the next merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+
+from huggingface_hub import HfApi
+
+from lewis_hub.display import Progress
+from lewis_hub.documents import read_yaml
+from lewis_hub.errors import CheckFailedError, MergeError
+from lewis_hub.files import write_whole
+from lewis_hub.hub.resolve import resolve_model
+from lewis_hub.hub.source import Source
+from lewis_hub.merge.settings import require_valid
+from lewis_hub.merge.workspace import parts_folder
+from lewis_hub.methods import registry
+from lewis_hub.recipe.parts import not_needed, parts_of, references, with_made
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.rules import all_parameters
+from lewis_hub.recipe.schema import Recipe
+from lewis_hub.workflow.resolve import each_source, find_place
+
+METADATA = re.compile(r"---\n.*?\n---\n", re.DOTALL)  # of a model card
+REPORT, HIDDEN = "lewis", ".lewis"  # hidden files are not part of a source
+
+
+@contextmanager
+def with_parts(
+    recipe: Recipe,
+    output: Path,
+    merge: Callable[[Recipe, Path], object],
+    api: HfApi,
+    progress: Progress,
+) -> Iterator[Recipe]:
+    """Make the merges that a recipe uses, each kept in OUTPUT.parts as long as it is needed.
+
+    Yields the recipe, which reads them from their folders. After an error the finished ones stay
+    for the next run. `merge` makes a part in a folder.
+    """
+    parts, folder = parts_of(recipe), parts_folder(output)
+    if not parts:
+        yield recipe
+        return
+    require_sources(recipe, api)
+    if problems := examine_parameters((*parts, recipe)):
+        raise CheckFailedError(tuple(problems))
+    whole, made = recipe, list[Recipe]()
+    for number, part in enumerate(parts, start=1):
+        name, place = str(part.name), folder / _folder_name(number, part)
+        progress.say(f"Merging {name} ({number} of {len(parts)} before the last merge)")
+        _show_report(place)
+        merge(with_made(part, whole.made), place)
+        made.append(_hide_report(place))
+        whole = with_made(whole, {name: place})
+        for unused in not_needed(whole, parts[number:]):
+            rmtree(whole.made[unused], ignore_errors=True)
+    yield whole.model_copy(update={"intermediate": tuple(made)})
+    rmtree(folder)
+
+
+def require_sources(recipe: Recipe, api: HfApi) -> None:
+    """Refuse models that do not exist, also of the merges that a recipe uses; nothing is opened.
+
+    Raises:
+        SourceError: a model cannot be found.
+        SourcesError: several cannot.
+    """
+    recipes = (*parts_of(recipe), recipe)
+    made = {one.name for one in recipes} | recipe.made.keys()
+    named = [model for one in recipes for model in references(one) if str(model) not in made]
+
+    def resolved(model: ModelReference) -> Source:
+        place = find_place(model.name, recipe.locate)
+        return resolve_model(api, place, model.revision, allow_pickle=True)
+
+    models = dict.fromkeys(part for one in named for part in (one, one.on) if part)
+    each_source([model for model in models if str(model) not in made], resolved)
+
+
+def examine_parameters(recipes: Sequence[Recipe]) -> list[str]:
+    """Return what is wrong with the methods and parameters of recipes, without their sources."""
+    problems = []
+    for recipe in recipes:
+        places = dict(all_parameters(recipe))
+        common = [s for where, s in places.items() if not {"models", "sources"} & {*where}]
+        own = [s for where, s in places.items() if {"models", "sources"} & {*where}]
+        try:
+            method = registry.find(recipe.merge_method)
+            require_valid(method, {k: v for s in common for k, v in s.items()}, own)
+        except MergeError as error:
+            problems.append(f"{recipe.name or 'the last merge'}: {error}")
+    return problems
+
+
+def _folder_name(number: int, part: Recipe) -> str:
+    """Return the name of a part's folder; an edited part has another one."""
+    digest = hashlib.sha256(part.model_dump_json(by_alias=True).encode()).hexdigest()
+    return f"{number}-{digest[:8]}"
+
+
+def _hide_report(folder: Path) -> Recipe:
+    """Hide the report of a finished merge; return its recipe, with pinned revisions."""
+    card = folder / "README.md"
+    found = METADATA.match(card.read_text(encoding="utf-8"))
+    write_whole(card, found[0] if found else "")
+    (folder / REPORT).rename(folder / HIDDEN)
+    text = (folder / HIDDEN / "recipe.yaml").read_text(encoding="utf-8")
+    return Recipe.model_validate(read_yaml(text))
+
+
+def _show_report(folder: Path) -> None:
+    """Show the report of a merge again that an interrupted run left, so that it may be kept."""
+    if (folder / HIDDEN).exists():
+        (folder / HIDDEN).rename(folder / REPORT)
