@@ -230,10 +230,6 @@ class RangeReader:
         """Fill `into` with the tensor's bytes from `first_byte` on, as `SourceFiles.read` does."""
         self.files.read(self.label, tensor.shard, tensor.start + first_byte, into)
 
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
-        """None: the bytes may lie in several files of the scratch folder."""
-        return None
-
 
 def scratch_bytes(
     locations: Locations,

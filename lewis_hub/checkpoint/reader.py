@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 N_REQUESTS = 8  # headers read at the same time
-MIN_MAPPED_BYTES = 1 << 16  # below this a read is faster than a map
-POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; the module `mmap` does not define it
 
 
 @dataclass(frozen=True)
@@ -141,12 +138,6 @@ class Reader(Protocol):
     def read(self, tensor: TensorHeader, first_byte: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `first_byte` on."""
 
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
-        """The bytes that `read` would copy, without a copy; None if they must be read.
-
-        They begin at an even address, and are valid as long as the view exists.
-        """
-
 
 class TensorReader:
     """Reads the tensors of a checkpoint in a local folder; messages name it `label`."""
@@ -169,30 +160,13 @@ class TensorReader:
         descriptor = self._descriptors.get(tensor.shard) or self._open(tensor.shard)
         position = tensor.start + first_byte
         while into.nbytes:
-            n_read = os.preadv(descriptor, [into], position)
+            try:
+                n_read = os.preadv(descriptor, [into], position)
+            except OSError as error:
+                raise self._broken(tensor.shard, f"it cannot be read: {error.strerror}") from None
             if n_read == 0:
                 raise self._broken(tensor.shard, f"it ends inside `{tensor.name}`")
             into, position = into[n_read:], position + n_read
-
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
-        """Map these bytes of the file; mapped pages count as memory of the process.
-
-        All pages are loaded here, where a read error can be caught: an error on the first touch of
-        a page would kill the process.
-        """
-        position = tensor.start + first_byte
-        if n_bytes < MIN_MAPPED_BYTES or position % 2:
-            return None
-        descriptor = self._descriptors.get(tensor.shard) or self._open(tensor.shard)
-        before = position % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapped = mmap.mmap(
-                descriptor, before + n_bytes, prot=mmap.PROT_READ, offset=position - before
-            )
-            mapped.madvise(POPULATE_READ)
-        except (OSError, ValueError):  # an old kernel, another file system, or a short file
-            return None
-        return memoryview(mapped)[before:]
 
     def _open(self, shard: str) -> int:
         with self._opening:

@@ -136,32 +136,18 @@ def _in_order(weights: Sequence[float]) -> np.float32:
 
 
 RAW_BYTES = 6 << 20  # of all sources in one piece, of which half of an L2 cache holds the result
-MAPPED_BYTES = 24 << 20  # of all sources, mapped at once by a thread, and kept from pass to pass
 SPANS_PER_WORKER = 4  # of a large tensor
 LONGEST_SPAN = 1 << 31  # elements: they are counted in 32 bits
 
 Span = range  # of elements; begins at a multiple of the job's block
 
 
-@dataclass(frozen=True)
-class SourceViews:
-    """Elements of a tensor where they are stored, a view per source; None: to be read."""
-
-    tensor: str
-    elements: Span
-    views: Sequence[memoryview | None]
-
-
-NOTHING_MAPPED = SourceViews("", range(0), ())
-
-
 @dataclass
 class Buffer:
-    """Memory for one piece, reused from piece to piece; and the elements that are mapped."""
+    """Memory for one piece, reused from piece to piece."""
 
     raw: npt.NDArray[np.uint8]  # (n_sources, bytes)
     out: npt.NDArray[np.uint8]
-    mapped: SourceViews = NOTHING_MAPPED
 
 
 class Buffers:
@@ -247,26 +233,16 @@ class TensorJob:
         length = max(-(-n // n_spans // self.block) * self.block, self.block)
         return [range(first, min(first + length, n)) for first in range(0, n, length)]
 
-    def pieces(self, span: Span, *, backwards: bool = False) -> Iterator[Piece]:
-        """All of a span; a piece is valid until the next is requested.
-
-        With `backwards` the parts that are mapped together come in the opposite order: the first of
-        them is still mapped by the pass before.
-        """
+    def pieces(self, span: Span) -> Iterator[Piece]:
+        """All of a span; a piece is valid until the next is requested."""
         kinds = np.array([FORMATS[tensor.dtype] for tensor in self.tensor.inputs], np.int64)
         kind = FORMATS[self.tensor.output.dtype]
         with self.context.buffers.one() as buffer:
             most = buffer.out.size // 4 // self.block * self.block  # whatever the dtypes
-            together = max(MAPPED_BYTES // sum(self._widths) // most, 1) * most
-            starts = range(span.start, span.stop, together)
-            for start in reversed(starts) if backwards else starts:
-                elements = span[start - span.start :][:together]
-                self._map(buffer, elements)
-                for first in range(start, elements.stop, most):
-                    n = min(most, elements.stop - first)
-                    raw = self._raw(buffer, first, n)
-                    yield Piece(raw, kinds, n, first, self.block, buffer.out, kind)
-                    raw.clear()  # else these pages stay mapped while the next are
+            for first in range(span.start, span.stop, most):
+                n = min(most, span.stop - first)
+                raw = self._read(buffer, first, n)
+                yield Piece(raw, kinds, n, first, self.block, buffer.out, kind)
 
     def write(self, piece: Piece) -> None:
         """Write a finished piece."""
@@ -283,31 +259,15 @@ class TensorJob:
                 reader.read(source, first, held)
                 self.context.writer.write(self.start + first, held)
 
-    @cached_property
-    def _widths(self) -> list[int]:
-        return [WIDTHS[tensor.dtype] for tensor in self.tensor.inputs]
+    def _read(self, buffer: Buffer, first: int, n: int) -> list[Bytes]:
+        """Elements [first, first + n) of every input as bytes.
 
-    def _map(self, buffer: Buffer, elements: Span) -> None:
-        """Map some elements of every input, unless the last pass did."""
-        name = self.tensor.output.name
-        if (buffer.mapped.tensor, buffer.mapped.elements) != (name, elements):
-            buffer.mapped = NOTHING_MAPPED  # mapped pages count as memory of the process
-            sources = zip(self.readers, self.tensor.inputs, self._widths, strict=True)
-            views = [
-                reader.view(tensor, elements.start * width, len(elements) * width)
-                for reader, tensor, width in sources
-            ]
-            buffer.mapped = SourceViews(name, elements, views)
-
-    def _raw(self, buffer: Buffer, first: int, n: int) -> list[Bytes]:
-        """Elements [first, first + n) of every input as bytes, read into the buffer if need be."""
-        mapped, found = buffer.mapped, []
-        for source, (view, width) in enumerate(zip(mapped.views, self._widths, strict=True)):
-            if view is None:
-                held = buffer.raw[source].data[: n * width]
-                self.readers[source].read(self.tensor.inputs[source], first * width, held)
-            else:
-                start = (first - mapped.elements.start) * width
-                held = view[start : start + n * width]
-            found.append(np.frombuffer(held, np.uint8))
-        return found
+        They are read, not mapped: a file that is truncated under a map ends the process.
+        """
+        raw = []
+        for reader, tensor, held in zip(self.readers, self.tensor.inputs, buffer.raw, strict=False):
+            width = WIDTHS[tensor.dtype]
+            filled = held[: n * width]
+            reader.read(tensor, first * width, filled.data)
+            raw.append(filled)
+        return raw

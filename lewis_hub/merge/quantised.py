@@ -74,10 +74,6 @@ class ScaledReader:
             decoding = self._decoding(tensor, scaled)
             fill_floats(into, first_byte, lambda first, n: self._rows(scaled, decoding, first, n))
 
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
-        """The bytes that `read` would copy; None if they are decoded."""
-        return None if tensor.scaled else self._files.view(tensor, first_byte, n_bytes)
-
     def _rows(self, scaled: Scaled | FourBit, decoding: Decoding, first: int, n: int) -> Floats:
         """Elements [first, first + n) of codes that are stored by rows."""
         n_a_byte = 2 if scaled.codes in HALF_BYTES else 1

@@ -82,10 +82,6 @@ class AdapterReader:
         else:
             fill_floats(into, first_byte, lambda first, n: self._elements(adapted, first, n))
 
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:
-        """The bytes that `read` would copy; None if they are computed."""
-        return None if tensor.adapted else self._base.view(tensor, first_byte, n_bytes)
-
     def _elements(self, adapted: Adapted, first: int, n: int) -> Floats:
         values = self._start(adapted, first, n)
         if adapted.update:
@@ -162,10 +158,6 @@ class AssemblingReader:
                 found = read_floats(self._sources[source], part, start, end - begin)
                 piece[:] = found.view(np.uint8).data
 
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
-        """None: the rows are copied."""
-        return None
-
     def _runs(self, n_columns: int, first: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Elements [first, stop) by runs: begin, end, source, and the run's begin in the source."""
         runs = self._rows.runs
@@ -222,10 +214,6 @@ class NanReplacingReader:
             self.has_replaced = True
             replacements = self._replacements(kind, first_byte // width, bits.size)
             bits[broken] = replacements[broken]
-
-    def view(self, tensor: TensorHeader, first_byte: int, n_bytes: int) -> memoryview | None:  # noqa: ARG002
-        """None: every value is checked."""
-        return None
 
     def _replacements(self, kind: int, first: int, n: int) -> npt.NDArray[np.unsignedinteger]:
         values = np.zeros(n, np.float32)

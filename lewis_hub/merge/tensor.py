@@ -115,7 +115,7 @@ def _sort_out(job: TensorJob, brackets: dict[int, Bracket], span: Span) -> dict[
     capacity = int(ROOM * max(found.share for found in brackets.values()) * len(span)) + RUN
     tallies = np.zeros((len(brackets), 4), np.int64)
     inside = np.empty((len(brackets), capacity), np.uint32)
-    for piece in job.pieces(span, backwards=True):
+    for piece in job.pieces(span):
         calls.sort_out(piece, chosen, ends, tallies, inside)
     return {
         e: Tally(tally, found[: tally[INSIDE]], bool(tally[INSIDE] >= capacity))
@@ -144,7 +144,7 @@ def _count(job: TensorJob, chosen: Integers, high: Integers, span: Span) -> call
     """Count magnitudes by their high bits; if `high` is not -1, by the low bits below it."""
     by_low_bits = bool(high[0] >= 0)
     counts = np.zeros((len(chosen), LOW_BINS if by_low_bits else HIGH_BINS), np.uint32)
-    for piece in job.pieces(span, backwards=by_low_bits):
+    for piece in job.pieces(span):
         calls.count_bits(piece, chosen, high, counts)
     return counts
 

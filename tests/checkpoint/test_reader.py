@@ -194,30 +194,3 @@ def test_a_file_that_shrank_or_went_since_it_was_checked_is_told(tmp_path):
 
     assert "model.safetensors: it ends inside `a`.\nThe file changed after" in str(shrank.value)
     assert "model.safetensors: it cannot be read: No such file" in str(went.value)
-
-
-def test_a_view_shows_the_bytes_in_their_place_as_long_as_it_lives(tmp_path):
-    values = torch.arange(100_000, dtype=torch.int32).view(torch.float32)
-    save_file({"before": torch.zeros(3), "a": values}, tmp_path / "model.safetensors")
-    tensor = read((tmp_path / "model.safetensors").read_bytes()).tensors["a"]
-
-    with TensorReader(tmp_path, LABEL) as reader:
-        some, all_of_it = reader.view(tensor, 4 * 20_000, 70_000), reader.view(tensor, 0, 400_000)
-
-    assert some == values[20_000:37_500].numpy().tobytes()
-    assert all_of_it == values.numpy().tobytes()
-    assert all_of_it.readonly
-
-
-def test_what_is_small_odd_or_no_longer_there_has_to_be_read(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"a": torch.zeros(100_000)}, path)
-    tensor = read(path.read_bytes()).tensors["a"]
-
-    with TensorReader(tmp_path, LABEL) as reader:
-        assert reader.view(tensor, 0, 400) is None
-        assert reader.view(tensor, 1, 100_000) is None
-        with path.open("r+b") as opened:
-            opened.truncate(100_000)
-        assert reader.view(tensor, 0, 400_000) is None
-        assert reader.view(tensor, 0, 90_000) == bytes(90_000)
