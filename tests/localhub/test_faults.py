@@ -73,6 +73,17 @@ def test_a_cut_download_is_taken_up_where_it_ended(hub, api, push, no_pauses):
     assert Path(api.hf_hub_download("acme/base", "m.bin")).read_bytes() == weights
 
 
+def test_the_body_of_an_answer_does_not_wait_for_the_acknowledgement_of_its_head(hub):
+    seconds = []
+    with httpx.Client() as client:
+        for _ in range(10):
+            start = time.monotonic()
+            client.get(f"{hub.url}/api/models")
+            seconds.append(time.monotonic() - start)
+
+    assert min(seconds) < 0.03  # an acknowledgement is delayed by 40 ms
+
+
 def test_answers_can_be_late_and_slow(hub, push):
     push("acme/base", {"a.txt": b"x" * 3000})
     hub.faults.delay_s, hub.faults.bytes_per_s = 0.05, 20_000.0
