@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +30,8 @@ from lewis_hub.report.profiles import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 Kind = Literal["importance", "density", "weight"]
@@ -200,13 +204,50 @@ def _percent(value: float) -> str:
 def _save_both(heat: HeatMap, stem: str, folder: Path) -> tuple[str, str]:
     """Save the light and the dark version of a map; returns their file names."""
     light, dark = (f"{stem}-{theme.name}.png" for theme in THEMES)
-    for theme, name in zip(THEMES, (light, dark), strict=True):
-        _save(heat, theme, folder / name)
+    for name, picture in zip((light, dark), pictures(heat), strict=True):
+        (folder / name).write_bytes(picture)
     return light, dark
 
 
-def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
-    """Draw a map; lengths are in inches from the lower left corner."""
+@lru_cache(maxsize=64)
+def pictures(heat: HeatMap) -> tuple[bytes, ...]:
+    """Draw a map as a PNG of each theme, once: merges of the same experts have maps in common."""
+    drawn_as = []
+    with own_style():
+        drawn = _draw(heat)
+        for theme in THEMES:
+            file = BytesIO()
+            drawn.paint(theme)
+            drawn.figure.savefig(file, metadata={"Software": None})
+            drawn_as.append(file.getvalue())
+    return tuple(drawn_as)
+
+
+@dataclass(frozen=True)
+class DrawnMap:
+    """A map as matplotlib draws it: laid out once, and painted for each theme."""
+
+    figure: Figure
+    image: AxesImage
+    lines: Sequence[LineCollection]  # between the cells
+
+    def paint(self, theme: Theme) -> None:
+        """Set all colours that are the theme's; numbers on cells have those of the cells."""
+        self.figure.set_facecolor(theme.paper)
+        self.image.set_cmap(self.image.get_cmap().with_extremes(bad=theme.faint))
+        for lines in self.lines:
+            lines.set_color(theme.paper)
+        for text in self.figure.texts:
+            text.set_color(theme.ink)
+        for axes in self.figure.axes:
+            axes.tick_params(length=0, labelcolor=theme.ink)
+            axes.xaxis.label.set_color(theme.ink)
+            axes.yaxis.label.set_color(theme.ink)
+
+
+def _draw(heat: HeatMap) -> DrawnMap:
+    """Draw a map without its colours; lengths are in inches from the lower left corner."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     n_columns, n_rows = len(heat.grid.blocks), len(heat.grid.components)
@@ -221,26 +262,26 @@ def _save(heat: HeatMap, theme: Theme, path: Path) -> None:
     def box(start: float, length: float) -> tuple[float, float, float, float]:
         return start / across, below / up, length / across, height / up
 
-    with own_style(theme):
-        figure = Figure(figsize=(across, up), dpi=DPI, facecolor=theme.paper)
-        image = _draw(figure.add_axes(box(left, width)), heat, theme)
-        bar = figure.colorbar(
-            image,
-            cax=figure.add_axes(box(left + width + 0.15, 0.14)),
-            extend="max" if heat.clipped else "neither",
-            extendfrac=0.06,
-            label=heat.scale,
-        )
-        bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0)
-        title, most = _drawable(heat.title), int(9.5 * across)
-        title = title if len(title) <= most else title[: most - 1] + "…"
-        figure.text(0.14 / across, 1 - 0.14 / up, title, size=10, weight="bold", va="top")
-        figure.text(0.14 / across, 0.12 / up, "\n".join(lines), size=8, va="bottom")
-        figure.savefig(path, metadata={"Software": None})
+    figure = Figure(figsize=(across, up), dpi=DPI)
+    FigureCanvasAgg(figure)  # both versions are rendered on it, with the sizes of its texts
+    axes = figure.add_axes(box(left, width))
+    image = _draw_image(axes, heat)
+    bar = figure.colorbar(
+        image,
+        cax=figure.add_axes(box(left + width + 0.15, 0.14)),
+        extend="max" if heat.clipped else "neither",
+        extendfrac=0.06,
+        label=heat.scale,
+    )
+    bar.outline.set_visible(False)
+    title, most = _drawable(heat.title), int(9.5 * across)
+    title = title if len(title) <= most else title[: most - 1] + "…"
+    figure.text(0.14 / across, 1 - 0.14 / up, title, size=10, weight="bold", va="top")
+    figure.text(0.14 / across, 0.12 / up, "\n".join(lines), size=8, va="bottom")
+    return DrawnMap(figure, image, _draw_lines(axes, n_rows, n_columns))
 
 
-def _draw(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
+def _draw_image(axes: Axes, heat: HeatMap) -> AxesImage:
     from matplotlib import colormaps
 
     grid, clipped = heat.grid, heat.clipped
@@ -251,7 +292,7 @@ def _draw(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
         grid.values,
         aspect="auto",
         interpolation="nearest",
-        cmap=colormaps["viridis"].with_extremes(over=HIGHLIGHT, bad=theme.faint),
+        cmap=colormaps["viridis"].with_extremes(over=HIGHLIGHT),
         vmin=bottom,
         vmax=top if top > bottom else bottom + 1,
     )
@@ -260,14 +301,18 @@ def _draw(axes: Axes, heat: HeatMap, theme: Theme) -> AxesImage:
     places = range(0, n_columns, step)
     axes.set_xticks(places, [str(grid.blocks[place]) for place in places])
     axes.set_xlabel("block")
-    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    line = 1.2 if n_columns <= MAX_NUMBERED_BLOCKS else 0.4
-    axes.hlines([i - 0.5 for i in range(1, n_rows)], -0.5, n_columns - 0.5, theme.paper, lw=line)
-    axes.vlines([i - 0.5 for i in range(1, n_columns)], -0.5, n_rows - 0.5, theme.paper, lw=line)
     if n_columns <= MAX_NUMBERED_BLOCKS and len(grid.known) <= MAX_NUMBERS:
         _write_numbers(axes, heat, image)
     return image
+
+
+def _draw_lines(axes: Axes, n_rows: int, n_columns: int) -> tuple[LineCollection, LineCollection]:
+    width = 1.2 if n_columns <= MAX_NUMBERED_BLOCKS else 0.4
+    return (
+        axes.hlines([i - 0.5 for i in range(1, n_rows)], -0.5, n_columns - 0.5, lw=width),
+        axes.vlines([i - 0.5 for i in range(1, n_columns)], -0.5, n_rows - 0.5, lw=width),
+    )
 
 
 def _write_numbers(axes: Axes, heat: HeatMap, image: AxesImage) -> None:
@@ -335,7 +380,7 @@ def _save_search(
     low_is_dark = search.lower_is_better == (theme.name == "light")
     scale = colormaps["viridis" if low_is_dark else "viridis_r"]
     colours: Any = ScalarMappable(Normalize(min(values), max(values)), scale)
-    with own_style(theme):
+    with own_style(theme.ink):
         width = max(5.0, 1.25 * len(names) + 1.6)
         figure = Figure(figsize=(width, 3.6), dpi=DPI, facecolor=theme.paper, layout="constrained")
         axes = figure.add_subplot()
@@ -389,17 +434,17 @@ def _label_ends(axes: Axes, x: int, values: Mapping[float, Value], theme: Theme)
 
 
 @contextmanager
-def own_style(theme: Theme) -> Iterator[None]:
-    """Apply our style, whatever the user's matplotlibrc contains."""
+def own_style(ink: str = "black") -> Iterator[None]:
+    """Apply our style, whatever the user's matplotlibrc contains; `ink` is the colour of texts."""
     import matplotlib
 
     style: dict[str, Any] = {
         "font.family": ["DejaVu Sans"],  # part of matplotlib
         "font.size": 8.5,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
         "text.parse_math": False,  # a `$` in a name is a dollar
     }
     with matplotlib.rc_context():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from lewis_hub.report.plots import draw
+from lewis_hub.report.plots import draw, pictures
 from lewis_hub.report.profiles import short_name, unique_slugs
 
 PAPER = {"light": (255, 255, 255), "dark": (11, 15, 25)}
@@ -43,6 +43,7 @@ def test_pictures_are_the_same_bytes_each_time_and_carry_no_date(make_fake, tmp_
 
     fake = make_fake(2, experts=("zoo/math",))
     first = draw(fake.profile, None, tmp_path / "first")
+    pictures.cache_clear()
     with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "figure.dpi": 33}):
         draw(fake.profile, None, tmp_path / "second")
         assert matplotlib.rcParams["font.size"] == 30  # the caller's own style is as it was
