@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 
@@ -80,7 +81,8 @@ class Execution:
             _require_device(self.device)
 
 
-def software() -> dict[str, str]:
+@cache
+def software() -> Mapping[str, str]:
     """Return the versions of the installed libraries, by name."""
     found = {"lewis_hub": version("lewis-hub"), "python": python_version()}
     for name in SOFTWARE:
