@@ -9,11 +9,13 @@ subprocess, no lm-eval and no model of transformers.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -35,6 +37,7 @@ LEAKS = (
     "HF_OIDC_RESOURCE",
     "HF_HUB_OFFLINE",
 )
+LARGE = {"torch", "transformers", "lm_eval", "matplotlib"}  # not in use so far
 SLOW_FIXTURES = {"hub", "datasets_cache"}  # a server, lm-eval
 SLOW_MARKERS = ("slow", "gpu", "ray")
 SLOW_IMPORT = re.compile(
@@ -116,6 +119,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
+def frozen_libraries() -> None:
+    """Leave what was imported so far out of garbage collections; an evaluation makes several."""
+    if LARGE.isdisjoint(sys.modules):
+        return
+    LARGE.difference_update(sys.modules)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
 def own_cache() -> Iterator[None]:
     """Delete the downloads of each test."""
     yield
@@ -155,8 +168,8 @@ def stage_titles() -> type[StageTitles]:
 @pytest.fixture
 def api(hub, monkeypatch):
     """The embedded Hub with the zoo's models on it, and a token that may write."""
-    from lewis_hub.demo.zoo import seed_hub
+    from zoo_hub import put_zoo
 
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     return hub.api()

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import torch
 from hub_models import folder_bytes, push_folder, watch_requests
 from safetensors.torch import load_file, save_file
+from zoo_hub import put_zoo
 
 import lewis_hub
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.files import sha256_of
 from lewis_hub.workflow.resources import Execution
 
@@ -23,7 +24,7 @@ SMALL = Execution(runner="threads:2", max_shard_bytes=SHARD_BYTES)
 def seed(hub, folder):
     """Push the zoo, two of its models in three shards each; return a client."""
     api = hub.api()
-    seed_hub(api)
+    put_zoo(hub)
     for name, repo in (("base", "base"), ("expert-reverse", "reverse")):
         push_folder(api, shard_model(zoo_folder() / name, folder / repo), f"tests/{repo}")
     return api

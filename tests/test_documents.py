@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/provenance.md", "docs/automation.md", "docs/large.md", "docs/recipe.md")
@@ -49,7 +50,7 @@ def run(*words):
 def place(hub, tmp_path, monkeypatch):
     """A working folder with a recipe, keys and a merge, which is signed and published as v1."""
     pytest.importorskip("model_signing")
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.chdir(tmp_path)
     text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 2")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from zoo_hub import put_zoo
 
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 pytestmark = pytest.mark.slow  # each starts the command several times
 
@@ -42,7 +43,7 @@ NOT_THE_SAME = {"lewis/cost.json", "lewis/provenance.json", "lewis/report.html",
 @pytest.fixture
 def zoo(hub, tmp_path):
     """A working folder with the zoo's recipe, and a Hub with the zoo on it."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     recipe = (zoo_folder() / "recipe.yaml").read_text()
     recipe = recipe.replace("include: tasks", f"include: {zoo_folder() / 'tasks'}\n  limit: 6")
     recipe = recipe.replace("repo: demo/", f"repo: {hub.user}/").replace(

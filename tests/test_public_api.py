@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from zoo_hub import put_zoo
 
 import lewis_hub
-from lewis_hub.demo.zoo import seed_hub
 from lewis_hub.recipe.read import schema
 
 SLOW = {"calibrate", "tune_recipe"}  # `merge_models` calibrates as well
@@ -23,7 +23,7 @@ EXAMPLES["schema"] = schema
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in EXAMPLES]
 )
 def test_the_example_of_each_public_function_runs(name, hub, tmp_path, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setitem(os.environ, "HF_TOKEN", hub.write_token)
     names = {"lewis_hub": lewis_hub, "tmp_path": tmp_path, "user": hub.user}
     names |= {"schema": schema}

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
+from zoo_hub import put_zoo
 
 from lewis_hub import __version__
 from lewis_hub.cli.main import cli
 from lewis_hub.cli.recipes import render_workflow
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 pytestmark = pytest.mark.slow  # each run scores models
 
@@ -67,7 +68,7 @@ KEPT = ("HF_ENDPOINT", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "OMP_NU
 @pytest.fixture
 def publisher(hub, tmp_path, monkeypatch):
     """A publisher's repository with a recipe and its workflow; the zoo is on the Hub."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     folder = tmp_path / "publisher"
     folder.mkdir()
     git(folder, "init", "--quiet")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 RECIPE = """
 base_model: zoo/base
@@ -31,7 +32,7 @@ evaluate:
 @pytest.fixture
 def place(hub, tmp_path, monkeypatch):
     """A working folder under a workflow's step, and a Hub with the zoo on it."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.setenv("GITHUB_OUTPUT", str(tmp_path / "outputs"))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "page.md"))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from zoo_hub import put_zoo
 
 from lewis_hub import pipeline
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 from lewis_hub.recipe.read import parse_recipe
 
@@ -151,7 +152,7 @@ def folders(tmp_path):
 
 @pytest.fixture
 def seeded(hub):
-    seed_hub(hub.api())
+    put_zoo(hub)
     api = hub.api()
     api.create_repo("zoo/gated")
     api.upload_folder(repo_id="zoo/gated", folder_path=zoo_folder() / "base")

@@ -3,10 +3,10 @@
 import click
 import pytest
 from click.testing import CliRunner
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.jobs import job_options, job_result, printed_document
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub
 from lewis_hub.errors import CheckFailedError, RecipeError
 from lewis_hub.pipeline import Hardware, job_request
 from lewis_hub.recipe.read import read_recipe
@@ -169,7 +169,7 @@ def test_the_result_of_a_job_is_its_document_s_unless_the_hub_contradicts_it(
 def test_a_problem_of_the_recipe_is_reported_before_a_job_is_created(
     command, hub, folder, monkeypatch
 ):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     text = RECIPE.replace("a/b", "zoo/base").replace("a/c", "zoo/expert-reverse")
     text += f"publish: {{repo: {hub.user}/again, license: apache-2.0}}\n"

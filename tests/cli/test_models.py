@@ -3,9 +3,10 @@ import json
 import jsonschema
 import pytest
 from click.testing import CliRunner
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 TASKS = str(zoo_folder() / "tasks")
 TEXT = "Question: {question}\nAnswer: {answer}"
@@ -21,7 +22,7 @@ def run(*words):
 
 @pytest.fixture
 def seeded(hub, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     return hub
 

@@ -1,6 +1,7 @@
 import pytest
+from zoo_hub import put_zoo
 
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 ZOO = zoo_folder()
 CALIBRATION = "{dataset: zoo/%s, split: train, text: 'Question: {question} {answer}', samples: 8}"
@@ -9,7 +10,7 @@ CALIBRATION = "{dataset: zoo/%s, split: train, text: 'Question: {question} {answ
 @pytest.fixture
 def seeded(hub, monkeypatch):
     """A Hub with the zoo's data on it."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     return hub
 

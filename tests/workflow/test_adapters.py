@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lewis_hub
 from lewis_hub import pipeline
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import AdapterError, CheckFailedError, SourceError
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.report.lock import Lock
@@ -45,13 +45,6 @@ def write_adapter(folder, licence="apache-2.0", seed=0, **config):
     (folder / "adapter_config.json").write_text(json.dumps(told | config))
     (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
     return folder
-
-
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import jsonschema
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd, snapshot_download
+from zoo_hub import put_zoo
 
 from lewis_hub import pipeline
 from lewis_hub.calibration.model import load_tokenizer
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
 from lewis_hub.errors import (
     CalibrationError,
@@ -49,7 +50,7 @@ def recipe(calibration, more=""):
 
 @pytest.fixture
 def seeded(hub, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     return hub
 

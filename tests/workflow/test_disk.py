@@ -3,9 +3,10 @@
 from collections import namedtuple
 
 import pytest
+from zoo_hub import put_zoo
 
 from lewis_hub import check, merge_models, read_recipe
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.hub.source import cache_root
 
@@ -14,7 +15,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def recipe(hub):
-    seed_hub(hub.api())
+    put_zoo(hub)
     return read_recipe(zoo_folder() / "recipe.yaml")
 
 

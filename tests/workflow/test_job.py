@@ -6,9 +6,10 @@ import ast
 from pathlib import Path
 
 import pytest
+from zoo_hub import put_zoo
 
 import lewis_hub
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.display import Silent
 from lewis_hub.recipe.read import parse_recipe
 from lewis_hub.workflow.job import prepare
@@ -61,7 +62,7 @@ def test_a_job_is_made_at_one_place():
 
 @pytest.fixture
 def job(hub):
-    seed_hub(hub.api())
+    put_zoo(hub)
 
     def make(text, recipe=RECIPE, **execution):
         recipe = parse_recipe(recipe + text, "recipe.yaml")

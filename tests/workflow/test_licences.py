@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub
 
 REPO = "lewis/clash"
 RECIPE = """base_model: zoo/base
@@ -19,7 +19,7 @@ models: [{model: zoo/expert-reverse, parameters: {weight: 1.0}}]
 @pytest.fixture
 def place(hub, tmp_path, monkeypatch):
     """A working folder, and a Hub with the zoo, one expert of which is under another licence."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     hub.api().upload_file(
         repo_id="zoo/expert-reverse",
         path_or_fileobj=b"---\nlicense: gemma\n---\n",

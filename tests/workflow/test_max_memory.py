@@ -7,12 +7,13 @@ from collections import namedtuple
 
 import pytest
 from click.testing import CliRunner
+from zoo_hub import put_zoo
 
 import lewis_hub
 from lewis_hub.calibration.subject import Subject
 from lewis_hub.checkpoint.reader import local_checkpoint
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.hub.source import cache_root
 from lewis_hub.recipe.read import parse_recipe
@@ -37,7 +38,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(autouse=True)
 def seeded(hub, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
 
 

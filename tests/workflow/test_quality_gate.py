@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 pytestmark = pytest.mark.slow  # each scores models
 
@@ -36,7 +37,7 @@ FOUND = (
 
 @pytest.fixture
 def place(hub, tmp_path, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.report.lock import Lock
 from lewis_hub.workflow.publish import same_merge
 
@@ -22,7 +23,7 @@ def zoo(hub, tmp_path, monkeypatch):
     """A working folder with a recipe without calibration, and a Hub with the zoo on it."""
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.chdir(tmp_path)
-    seed_hub(hub.api())
+    put_zoo(hub)
     repo = f"{hub.user}/again"
     (tmp_path / "recipe.yaml").write_text(
         "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\nparameters: {lambda: 1.0}\n"

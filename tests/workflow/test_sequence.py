@@ -25,20 +25,13 @@ from statistical_merges import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import lewis_hub
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import NonFiniteError, NotByBlockError, RecipeError
 from lewis_hub.workflow.resources import Execution
 
 METHOD = "merge_method: regmean\nparameters: {inputs: merged, off_diagonal: 0.9}\n"
 RECIPE = MODELS + METHOD
 OWN = RECIPE.replace("inputs: merged, ", "")
-
-
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
 
 
 def outputs(folder, skill):

@@ -22,7 +22,7 @@ from statistical_merges import (
 )
 
 import lewis_hub
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError, OutputError, RecipeError
 from lewis_hub.methods.registry import methods
 from lewis_hub.recipe.rules import STATISTICAL
@@ -32,13 +32,6 @@ from lewis_hub.workflow.resources import Execution
 RECIPE = MODELS + "merge_method: regmean\n"
 PLAIN = RECIPE.replace("regmean", "ties")
 TRIM = "parameters: {density: 0.2, trim: activation}\n"
-
-
-@pytest.fixture
-def api(hub, monkeypatch):
-    seed_hub(hub.api())
-    monkeypatch.setenv("HF_TOKEN", hub.write_token)
-    return hub.api()
 
 
 def bytes_of(folder):

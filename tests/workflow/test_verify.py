@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from zoo_hub import put_zoo
 
 import lewis_hub
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import OutputError
 from lewis_hub.files import sha256_of
 from lewis_hub.hub.source import cache_root
@@ -200,7 +201,7 @@ def test_a_folder_without_a_lock_is_no_merge():
 
 
 def test_a_published_merge_is_verified_without_its_weights(hub, merged, monkeypatch):
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     target = lewis_hub.open_target(Publishing(repo=f"{hub.user}/merge"))
     lewis_hub.publish(merged, target)
@@ -215,7 +216,7 @@ def test_a_published_merge_is_verified_without_its_weights(hub, merged, monkeypa
 @pytest.mark.slow  # calibrates, twice
 def test_a_published_merge_is_made_again_from_its_lock_at_any_revision(hub, tmp_path, monkeypatch):
     """Guided, calibrated on the Hub's data: all that fixes it comes from the lock."""
-    seed_hub(hub.api())
+    put_zoo(hub)
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.chdir(tmp_path)
     text = (zoo_folder() / "recipe.yaml").read_text().replace("samples: 128", "samples: 4")
