@@ -137,7 +137,7 @@ def with_faults(app: ASGIApp, faults: Faults) -> ASGIApp:
         elif fault.status == "drop" and fault.after_bytes is not None:
             await app(scope, paced_receive, _cut(paced_send, fault.after_bytes))
         else:
-            await _fail(send, fault)
+            await _fail(receive, send, fault)
 
     return answer
 
@@ -158,7 +158,9 @@ def _cut(send: Send, after_bytes: int) -> Send:
     return cut
 
 
-async def _fail(send: Send, fault: Fault) -> None:
+async def _fail(receive: Receive, send: Send, fault: Fault) -> None:
+    while (await receive()).get("more_body"):
+        pass  # a connection that is closed with bytes unread is reset, and its answer may be lost
     dropped = fault.status == "drop"
     body = b'{"error":"injected fault"}'
     length = len(body) + dropped  # a dropped answer announces a byte that never comes
