@@ -9,9 +9,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.display import size
@@ -22,6 +23,9 @@ from lewis_hub.report.facts import CardFacts, Guided
 from lewis_hub.report.findings import metric_name, model_name, number, twins
 from lewis_hub.report.markdown import visible
 from lewis_hub.report.profiles import Grid, arrange, clip, relative_change, short_name
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FILE = "lewis/report.html"
 MARKS = {1.0: "1", 0.0: "0", None: "-"}  # an item's value as a character
@@ -40,16 +44,10 @@ Document = dict[str, Any]
 
 def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
     """Write the page; `results` of models are by their labels in the scores."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
     script, style = _template("report.js"), _template("report.css")
     scores = facts.scores if facts.was_scored else None
     data = page_data(facts.guided, results)
-    return environment.from_string(_template("report.html.j2")).render(
+    return _page().render(
         facts=facts,
         script=script,
         style=style,
@@ -62,6 +60,17 @@ def report_page(facts: CardFacts, results: Mapping[str, ModelResult]) -> str:
         experts=bool(data["experts"]),
         costs=list(_cost_charts(facts.costs)),
     )
+
+
+@cache
+def _page() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["visible"] = visible
+    return environment.from_string(_template("report.html.j2"))
 
 
 def _template(name: str) -> str:
