@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from zoo_hub import put_zoo
 
 from lewis_hub.cli.main import cli
-from lewis_hub.demo.zoo import seed_hub, zoo_folder
+from lewis_hub.demo.zoo import zoo_folder
 
 RECIPE = (
     "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\n"
@@ -23,7 +24,7 @@ def place(hub, tmp_path, monkeypatch):
     """A working folder with a merge of a recipe that names no repo."""
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     monkeypatch.chdir(tmp_path)
-    seed_hub(hub.api())
+    put_zoo(hub)
     Path("recipe.yaml").write_text(RECIPE)
     run("merge")
     return tmp_path
@@ -75,6 +76,27 @@ def test_what_is_rewritten_is_what_a_merge_with_that_recipe_writes(hub, place):
     cards = [Path(folder, "README.md").read_text() for folder in ("merged", "direct")]
     assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
     assert f'name = "{repo}"' in cards[0]
+
+
+def test_a_merge_with_a_name_and_a_step_is_published_later(hub, place):
+    step = "name: step\n" + RECIPE + "---\n"
+    text = step + RECIPE.replace("base_model", "name: blend\nbase_model").replace(
+        "zoo/expert-cipher", "step"
+    )
+    Path("steps.yaml").write_text(text)
+    repo = f"{hub.user}/later"
+    run("merge", "steps.yaml", "-o", "blend")
+    made = Path("blend/README.md").read_text()
+    weights_before = Path("blend/model.safetensors").stat().st_mtime_ns
+
+    run("merge", "steps.yaml", "-o", "blend", "--push", "--repo", repo)
+
+    card = published(hub, repo, "README.md")
+    assert "\n# blend\n" in made
+    assert "\n# later\n" in card
+    assert f"repo: {repo}" in card
+    assert Path("blend/model.safetensors").stat().st_mtime_ns == weights_before
+    assert run("verify", repo)["problems"] == []
 
 
 @pytest.mark.slow  # it measures and scores, twice
