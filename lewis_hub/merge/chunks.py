@@ -226,7 +226,7 @@ class TensorJob:
         return block_of(self.context.plan.method, self.tensor)
 
     def spans(self, runner: Runner) -> list[Span]:
-        """The whole tensor, or parts of a large one: some per worker, as hashing delays one."""
+        """The whole tensor, or parts of a large one: several per worker, as one also hashes."""
         n = self.tensor.output.n_elements
         n_spans = SPANS_PER_WORKER * runner.n_workers if n > runner.large_elements else 1
         n_spans = max(n_spans, -(-n // LONGEST_SPAN))

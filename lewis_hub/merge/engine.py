@@ -78,7 +78,7 @@ def run(
     n_bytes = plan.n_bytes - sum(_size(output / one.name) for one in plan.layouts)
     remedy = "name a folder on another disk with -o"
     require_room(output, n_bytes, "the merged weights", remedy)
-    together = _shards_together(plan, locations, backend)
+    together = _shards_together(locations, backend)
     shards = make_shards(plan, locations, output, backend, advance, together)
     made = {one.name: one for one in shards}
     results = {layout.name: made[layout.name] for layout in plan.layouts}
@@ -95,7 +95,7 @@ def make_shards(
 ) -> Iterator[ShardResult]:
     """Yield each shard when it is finished, kept ones first; the arguments are those of `run`.
 
-    Threads make `together` shards at the same time; with 1, a shard is begun only when it is
+    Threads make up to `together` shards at the same time; with 1, a shard is begun only when it is
     requested. More than 1 needs local sources: the bytes of others are fetched shard by shard.
     """
     counting = threading.Lock()
@@ -110,6 +110,7 @@ def make_shards(
         advance(kept.n_bytes)
         yield kept
     if not isinstance(backend.runner, Ray):
+        together = max(1, min(together, len(remaining)))
         with open_files(remaining, locations, output / RANGES) as files:
             runner = replace(backend.runner, n_workers=backend.runner.n_workers // together)
             one = replace(backend, runner=runner)
@@ -128,13 +129,13 @@ def make_shards(
             yield result
 
 
-def _shards_together(plan: MergePlan, locations: Locations, backend: Backend) -> int:
-    """How many shards threads make at the same time: the bytes of each are hashed by one."""
+def _shards_together(locations: Locations, backend: Backend) -> int:
+    """How many shards threads may make at the same time: one thread hashes each of them."""
     if isinstance(backend.runner, Ray) or backend.device:
         return 1
     if not all(isinstance(location, Path) for location in locations.values()):
         return 1
-    return max(1, min(backend.runner.n_workers // WORKERS_PER_SHARD, len(plan.shards)))
+    return max(1, backend.runner.n_workers // WORKERS_PER_SHARD)
 
 
 def write_index(plan: MergePlan, output: Path) -> dict[str, ShardResult]:

@@ -194,6 +194,10 @@ def test_a_file_that_shrank_or_went_since_it_was_checked_is_told(tmp_path):
     path.unlink()
     with TensorReader(tmp_path, LABEL) as reader, pytest.raises(BrokenCheckpointError) as went:
         reader.read(tensor, 0, into)
+    path.mkdir()  # which can be opened, but not read
+    with TensorReader(tmp_path, LABEL) as reader, pytest.raises(BrokenCheckpointError) as failed:
+        reader.read(tensor, 0, into)
 
     assert "model.safetensors: it ends inside `a`.\nThe file changed after" in str(shrank.value)
     assert "model.safetensors: it cannot be read: No such file" in str(went.value)
+    assert "model.safetensors: it cannot be read: Is a directory" in str(failed.value)

@@ -57,6 +57,7 @@ def tiny(folder, seed):
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
     config |= {"hidden_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     return folder
 
