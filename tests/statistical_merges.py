@@ -31,7 +31,7 @@ def recipe(text):
     return parse_recipe(text, "recipe.yaml")
 
 
-def merge(folder, text, execution=None, progress=None):
+def merge(folder, text, execution=None, progress=False):
     return lewis_hub.merge_models(recipe(text), folder, execution, progress).output
 
 

@@ -81,7 +81,7 @@ def quantise_to_fp8(model, folder):
     return folder
 
 
-def stream(recipe, output, execution=SMALL, progress=None):
+def stream(recipe, output, execution=SMALL, progress=False):
     target = lewis_hub.open_target(recipe.publish)
     return lewis_hub.stream(recipe, target, output, execution, progress)
 

@@ -318,7 +318,7 @@ def test_all_guides_decide_the_same_matrices_of_an_architecture_to_the_same_mean
     told = []
     monkeypatch.setattr(Silent, "say", lambda _, text: told.append(text))
 
-    found = pipeline.calibrate(recipe.placed_in(folder / guide), folder / guide)
+    found = pipeline.calibrate(recipe.placed_in(folder / guide), folder / guide, progress=False)
 
     n_matrices, measured = OTHERS[case]
     shapes = {name: tuple(t.shape) for name, t in load_file(f"base/{FILE}").items()}
