@@ -18,6 +18,13 @@ SEEDS = (42, 43, 44)
 GUIDES = tuple(guide.name for guide in registry.guides())
 PLAIN = ("task_arithmetic", "ties", "linear")  # families that know nothing of any text
 MERGED = {"inputs": "merged"}  # matrices are fitted one after the other
+FEATCAL = {  # of the code of arXiv 2605.13030; without biases and norms
+    "normalize_grams": "frobenius",
+    "ridge": 0.05,
+    "anchor_scale": 2.2 * 0.3,
+    "interpolation": 0.25,
+    "compensate": False,
+}
 MAX_TOKENS = 64  # no item of the benchmark is longer; `lewis_reference` pads to it
 SHOWN = (  # on the test split, whichever of their families the tune split picks
     *("regmean 0.5 lambda 1.0", "regmean merged 0.7"),  # what a recipe has unless it says otherwise
@@ -119,6 +126,21 @@ def _by_statistics(*, generic: bool) -> Iterator[Variant]:
                 family = f"regmean{' merged' if more else ''} generic"
                 name = family.replace(" generic", f" {alpha} generic")
                 yield _regmean(name, alpha, 1.0, family, 64, more, own=False)
+    yield from _anchored(generic=generic)
+
+
+def _anchored(*, generic: bool) -> Iterator[Variant]:
+    """With a ridge towards task arithmetic by .8, and FeatCal by its authors' settings."""
+    for own in (True, False) if generic else (True,):
+        more = "" if own else " generic"
+        for ridge in (0.001, 0.01, 0.1, 1.0):
+            settings = {**MERGED, "ridge": ridge, "anchor_scale": 0.8}
+            family = f"regmean merged anchored{more}"
+            yield _regmean(
+                f"regmean merged 0.7 ridge {ridge}{more}", 0.7, 1.0, family, 64, settings, own=own
+            )
+        settings = {**MERGED, **FEATCAL}
+        yield _regmean(f"featcal{more}", 1.0, 1.0, f"featcal{more}", 64, settings, own=own)
 
 
 def _regmean(  # noqa: PLR0913 (what differs between variants)

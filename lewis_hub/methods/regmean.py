@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 Inputs = Literal["own", "merged"]
 INPUTS = ("own", "merged")
+Norm = Literal["none", "mean_diagonal", "frobenius"]
+NORMS = ("none", "mean_diagonal", "frobenius")
 RIDGE = 1e-6  # times the mean second moment, added to the diagonal
 LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive definite with RIDGE
 
@@ -23,7 +26,7 @@ LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive de
 @register(
     "regmean",
     paper="https://arxiv.org/abs/2212.09849",
-    accepted={"trim": TRIMS, "inputs": INPUTS},
+    accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS},
     version=3,
 )
 def regmean(  # noqa: PLR0913 (options are keywords)
@@ -39,6 +42,11 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     off_diagonal: float = 0.5,  # alpha in the paper
     lambda_: float = 1.0,
     inputs: Inputs = "own",
+    normalize_grams: Norm = "none",
+    ridge: float = 0.0,  # lambda in FeatCal
+    anchor_scale: float = 1.0,  # rho times the scale of task arithmetic in FeatCal
+    interpolation: float = 1.0,  # alpha in FeatCal
+    compensate: bool = True,
     trim: Trim = "magnitude",
     trim_exponent: float = 1.0,
 ) -> Tensor:
@@ -57,20 +65,37 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     the difference between the outputs of the expert's block and the merged block; each part of long
     inputs compensates an equal share of d.
 
+    `ridge` pulls the update towards that of task arithmetic, A = `anchor_scale` times the sum of
+    the task vectors, each times its weight over the mean weight; 0 as scale is the base.
+    `normalize_grams` divides the moments of each expert by the mean of the diagonal of its G or by
+    its Frobenius norm, and `ridge` is then added to the diagonal as it is; without, it is times the
+    mean diagonal of the sum. A tensor without G becomes base + lambda A where `ridge` is set.
+    `interpolation` a takes a z + (1 - a) x instead of z, and a d instead of d; d is 0 without
+    `compensate`. FeatCal (arXiv 2605.13030) is `inputs:
+    merged` without `compensate`, with off_diagonal 1, `normalize_grams: frobenius` and, in its
+    authors' code, ridge .05, anchor_scale .66 and interpolation .25. It also fits biases and
+    LayerNorms, and all matrices of a block at once.
+
     Formula:
-        merged = base + lambda (sum_i w_i v_i G_i) (sum_i w_i G_i)^-1
+        merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
         G_i: E[x x^T] of the matrix's inputs on the calibration texts of expert i
+        r: `ridge`; A: the anchor, anchor_scale sum_i (w_i / mean of w) v_i
     """
     scales = channel_scales(grams, trim, trim_exponent, transposed=transposed)
     vectors = trimmed(task_vectors, densities, scales)
     known = [gram for gram in grams if gram is not None]
+    votes = [w * vector for w, vector in zip(weights, vectors, strict=True)]
+    mean = all_votes(votes, weights, normalize=True)
+    anchor = anchor_scale * len(vectors) * mean
     if len(known) < len(vectors):
-        votes = [w * vector for w, vector in zip(weights, vectors, strict=True)]
-        return base + lambda_ * all_votes(votes, weights, normalize=True)
+        return base + lambda_ * (anchor if ridge else mean)
     rows = [vector.T if transposed else vector for vector in vectors]
     base_rows = base.T if transposed else base
+    anchor_rows = anchor.T if transposed else anchor
     crosses, residuals = (
-        (cross_covariances, residual_covariances) if inputs == "merged" else ((), ())
+        (cross_covariances, residual_covariances if compensate else ())
+        if inputs == "merged"
+        else ((), ())
     )
     update = base.new_empty(rows[0].shape)
     n_parts, width = known[0].shape[:2]
@@ -84,8 +109,10 @@ def regmean(  # noqa: PLR0913 (options are keywords)
             )
             for gram, cross, residual in zip_longest(known, crosses, residuals)
         ]
+        moments = [_normalized(_interpolated(m, interpolation), normalize_grams) for m in moments]
         parts = [base_rows[:, part], *(row[:, part] for row in rows)]
-        update[:, part] = _nearest(parts, moments, weights, off_diagonal)
+        pull = _Pull(ridge, anchor_rows[:, part], relative=normalize_grams == "none")
+        update[:, part] = _nearest(parts, moments, weights, off_diagonal, pull)
     return base + lambda_ * (update.T if transposed else update)
 
 
@@ -98,10 +125,44 @@ class _PartMoments:
     residual: Tensor | None  # this part's share of E[d x^T], (out, width); None: d is 0
 
 
+@dataclass(frozen=True)
+class _Pull:
+    """The ridge that pulls an update towards the anchor's."""
+
+    ridge: float
+    anchor: Tensor  # (out, width), minus base
+    relative: bool  # `ridge` is times the mean diagonal
+
+
+def _interpolated(moments: _PartMoments, share: float) -> _PartMoments:
+    """Moments with share z + (1 - share) x instead of z, and share d instead of d."""
+    if share == 1.0 or moments.cross is None:
+        return moments
+    residual = None if moments.residual is None else share * moments.residual
+    cross = share * moments.cross + (1.0 - share) * moments.gram
+    return _PartMoments(moments.gram, cross, residual)
+
+
+def _normalized(moments: _PartMoments, norm: Norm) -> _PartMoments:
+    """Moments divided by a norm of the Gram; as they are if it is 0."""
+    if norm == "none":
+        return moments
+    flat = moments.gram.double()
+    size = float(flat.diagonal().mean()) if norm == "mean_diagonal" else math.sqrt(dot(flat, flat))
+    if not size > 0:
+        return moments
+    crosses = (None if one is None else one / size for one in (moments.cross, moments.residual))
+    return _PartMoments(moments.gram / size, *crosses)
+
+
 def _nearest(
-    rows: Sequence[Tensor], moments: Sequence[_PartMoments], weights: Tensor, off_diagonal: float
+    rows: Sequence[Tensor],
+    moments: Sequence[_PartMoments],
+    weights: Tensor,
+    off_diagonal: float,
+    pull: _Pull,
 ) -> Tensor:
-    """X with X (sum of w G) = sum of w (rows C + base (C - G)), plus the update for residuals.
+    """X with X (sum of w G + r I) = sum of w (rows C + base (C - G)) + r anchor, and residuals.
 
     G and C are shrunk and have a ridge. `rows` are the base's, then those of each source.
     """
@@ -109,6 +170,10 @@ def _nearest(
     for ridge in (RIDGE, *LARGER_RIDGES):
         grams = [_shrunk(one.gram, one.gram, off_diagonal, ridge) for one in moments]
         total = summed((w * g for w, g in zip(weights, grams, strict=True)), grams[0])
+        pulled = pull.ridge
+        if pull.relative and pulled:
+            pulled *= float(total.diagonal().double().mean())
+        total.diagonal().add_(pulled)
         lower = cholesky(total)
         if lower is None:
             continue
@@ -120,6 +185,8 @@ def _nearest(
                 cross = _shrunk(one.cross, one.gram, off_diagonal, ridge)
                 target = product(vector, cross) + product(base, cross - gram)
             targets.append(w * target)
+        if pulled:
+            targets.append(pulled * pull.anchor)
         update = solve(summed(targets, base), lower)
         has_residuals = any(one.residual is not None for one in moments)
         return update + _residual_update(moments, weights, lower) if has_residuals else update

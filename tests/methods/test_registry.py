@@ -66,7 +66,17 @@ def test_options_and_their_defaults_are_mergekits():
         "passthrough": {},
         "cabs": {"group": 256, "lambda": 1.0},  # not in mergekit
         "pcb": {"lambda": 1.0},  # not in mergekit
-        "regmean": {"off_diagonal": 0.5, "lambda": 1.0, "inputs": "own", **TRIM},  # not in mergekit
+        "regmean": {  # not in mergekit
+            "off_diagonal": 0.5,
+            "lambda": 1.0,
+            "inputs": "own",
+            "normalize_grams": "none",
+            "ridge": 0.0,
+            "anchor_scale": 1.0,
+            "interpolation": 1.0,
+            "compensate": True,
+            **TRIM,
+        },
     }
 
 

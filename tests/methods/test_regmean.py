@@ -273,3 +273,99 @@ def test_trimming_by_activation_ranks_by_magnitude_times_norm(method):
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [-2.5, 0.0]]))
     assert torch.equal(turned, found.T)
     torch.testing.assert_close(plain, torch.tensor([[0.0, 3.0], [-2.5, 0.0]]))
+
+
+NORM_OF = {
+    "none": lambda _: 1.0,
+    "mean_diagonal": lambda gram: np.trace(gram) / len(gram),
+    "frobenius": np.linalg.norm,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 4),
+    rows=st.integers(1, 5),
+    width=st.integers(1, 9),
+    norm=st.sampled_from(sorted(NORM_OF)),
+    ridge=st.sampled_from([0.01, 0.3, 5.0]),
+    interpolation=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_ridge_pulls_towards_task_arithmetic(n, rows, width, norm, ridge, interpolation, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(n, rows, width, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+    x = torch.randn(n, 1, 40, width, generator=generator, dtype=torch.float64)
+    z = x + 0.3 * torch.randn(n, 1, 40, width, generator=generator, dtype=torch.float64)
+    rest = torch.randn(n, 1, 40, rows, generator=generator, dtype=torch.float64)
+    given = {"off_diagonal": 1.0, "inputs": "merged", "compensate": False}
+
+    found = regmean(
+        base,
+        vectors,
+        weights=weights,
+        densities=[1.0] * n,
+        grams=list(x.mT @ x / 40),
+        cross_covariances=list(z.mT @ x / 40),
+        residual_covariances=list(rest.mT @ x / 40),
+        normalize_grams=norm,
+        ridge=ridge,
+        anchor_scale=0.6,
+        interpolation=interpolation,
+        **given,
+    )
+
+    # over tokens: |W x - W_e (a z + (1 - a) x)|^2 w / (40 norm), plus ridge |W - anchor|^2
+    total, wanted = np.zeros((width, width)), np.zeros((rows, width))
+    for w, v, (own,), (expert,) in zip(
+        weights.tolist(), vectors, x.numpy(), z.numpy(), strict=True
+    ):
+        share = w / NORM_OF[norm](own.T @ own / 40) / 40
+        mixed = interpolation * expert + (1 - interpolation) * own
+        total += share * own.T @ own
+        wanted += share * (base + v).numpy() @ mixed.T @ own
+    pull = ridge * (np.trace(total) / width if norm == "none" else 1.0)
+    arithmetic = sum(w * v for w, v in zip(weights, vectors, strict=True)) / weights.mean()
+    wanted += pull * (base + 0.6 * arithmetic).numpy()
+    expected = np.linalg.solve(total + pull * np.eye(width), wanted.T).T
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_endless_ridge_is_task_arithmetic_with_and_without_statistics():
+    generator = torch.Generator().manual_seed(3)
+    base, *vectors = torch.randn(4, 5, 6, generator=generator)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    given = {"weights": weights, "densities": [1.0] * 3, "ridge": 1e9, "anchor_scale": 0.4}
+
+    found = regmean(base, torch.stack(vectors), grams=moments_of(3, 6), **given)
+    without = regmean(base, torch.stack(vectors), grams=[None] * 3, **given)
+
+    a, b, c = vectors
+    arithmetic = base + 0.4 * (0.5 * a + b + 1.5 * c)
+    torch.testing.assert_close(found, arithmetic, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(without, arithmetic, rtol=1e-5, atol=1e-6)
+
+
+def test_a_direction_that_no_text_excites_stays_as_the_anchor_has_it():
+    gram = torch.zeros(1, 3, 3)
+    gram[0, 0, 0] = 4.0
+    vectors = torch.tensor([[[1.0, 2.0, 3.0]], [[5.0, 6.0, 7.0]]])
+
+    found = regmean(
+        torch.zeros(1, 3),
+        vectors,
+        weights=torch.ones(2),
+        densities=[1.0, 1.0],
+        grams=[gram, gram],
+        ridge=0.01,
+        anchor_scale=0.5,
+    )
+
+    torch.testing.assert_close(found[0, 1:], torch.tensor([4.0, 5.0]), rtol=1e-3, atol=0)
+    assert found[0, 0] == pytest.approx(3.0, rel=1e-2)  # the mean of what both experts give
+
+
+def moments_of(n, width):
+    return [gram.float() for gram in moments(n, width, 7)]
