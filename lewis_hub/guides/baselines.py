@@ -41,7 +41,7 @@ def activation_shift(statistics: Measurements, gamma: float, epsilon: float) -> 
 
 @register("aim", needs=("evenness",), paper="https://arxiv.org/abs/2502.02421", version=2)
 def aim(statistics: Measurements, gamma: float, epsilon: float) -> Decision:
-    """Densities and weights fall where many input channels matter to the base, after AIM.
+    """Densities and weights fall where many input channels matter to the base (AIM, simplified).
 
     AIM multiplies column j of a merged task vector by f_j = 1 - (1 - ω) · a_j / max a, with the
     base's activations a. A guide decides for a whole module, so the mean of f over its channels is

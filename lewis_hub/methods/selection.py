@@ -73,7 +73,7 @@ def pcb(
     densities: Sequence[float],  # n_sources fractions of scores kept, each in [0, 1]
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Score every entry within its expert and among experts, average by the largest scores.
+    """Average by the largest scores within and among experts (PCB-Merging, simplified).
 
     The score of expert i is softmax(N norm(v_i v_i)) times the sum over all j of
     softmax(norm(v_i v_j)), entry by entry, with norm a min-max over the entries; the `n_kept`
@@ -126,7 +126,7 @@ def cabs(
     group: int = 256,  # m in the paper
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Keep the largest entries of every group that earlier experts did not take, add them up.
+    """Keep and add each group's largest entries that earlier experts left (CABS, simplified).
 
     A group is m consecutive entries of the flattened tensor; the last may be shorter, which the
     published code prunes away. The experts choose in the recipe's order. Of equal magnitudes the

@@ -58,8 +58,12 @@ def contradictions(recipe: Recipe) -> Iterator[Complaint]:
 
 def asks_for_statistics(recipe: Recipe) -> bool:
     """Whether the method needs statistics of the experts' inputs."""
-    by_activation = "activation" in _values(recipe.parameters.get("trim", ()))
-    return recipe.merge_method in STATISTICAL or by_activation
+    return recipe.merge_method in STATISTICAL or trims_by_activation(recipe)
+
+
+def trims_by_activation(recipe: Recipe) -> bool:
+    """Whether task vectors are trimmed by magnitude times activation norm."""
+    return "activation" in _values(recipe.parameters.get("trim", ()))
 
 
 def fits_in_sequence(recipe: Recipe) -> bool:

@@ -26,6 +26,8 @@ from lewis_hub.report.usage import Usage
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
 HARNESS = "eval-harness"
+SEQUENTIAL = ("nguyen2026regmean", "gu2026featcal")  # the nearest published fits in sequence
+BY_ACTIVATION = "sun2024simple"  # magnitude times activation norm, of a weight
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ METHODS = {
         "Model Breadcrumbs with TIES-Merging", ("davari2024model", "yadav2023ties")
     ),
     "sce": KnownMethod("SCE", ("wan2025fusechat",)),
-    "cabs": KnownMethod("CABS", ("yang2025cabs",)),
-    "pcb": KnownMethod("PCB-Merging", ("du2024parameter",)),
+    "cabs": KnownMethod("a simplified form of CABS", ("yang2025cabs",)),
+    "pcb": KnownMethod("a simplified form of PCB-Merging", ("du2024parameter",)),
     "regmean": KnownMethod("RegMean on task vectors", ("jin2023dataless", "ilharco2023editing")),
     "ram": KnownMethod("Reinforced Agent Merging (RAM)", ("yuan2026behavior",)),
     "ramplus_tl": KnownMethod("Reinforced Agent Merging (RAM+)", ("yuan2026behavior",)),
@@ -94,7 +96,8 @@ GUIDES = {
     ),
     "aim": KnownGuide(
         f"{DERIVED} the importance of input channels to the base on calibration texts: a module "
-        "gets the lower a value, the more evenly its channels matter.",
+        "gets the lower a value, the more evenly its channels matter. This simplifies AIM, which "
+        "scales each channel.",
         "nobari2025activation",
     ),
     "owl": KnownGuide(
@@ -196,6 +199,7 @@ class CardFacts:
     gate: GateVerdict | None = None
     measured: tuple[Measured, ...] = ()  # of each expert, for a method that merges by statistics
     in_sequence: bool = False  # matrices were fitted one by one, on the merged model's inputs
+    trims_by_activation: bool = False
     notes: tuple[str, ...] = ()  # warnings about those statistics, in plain words
     machine: Machine | None = None
     scored_in_chat: bool = False  # prompts went through each model's chat template
@@ -226,6 +230,8 @@ class CardFacts:
         method = METHODS.get(self.method.name)
         keys = [guide.paper] if guide and guide.paper else []
         keys += method.papers if method else ()
+        keys += SEQUENTIAL if self.in_sequence else ()
+        keys += [BY_ACTIVATION] if self.trims_by_activation else []
         keys += [HARNESS] if self.was_scored else []
         text = files("lewis_hub.templates").joinpath("citations.bib").read_text(encoding="utf-8")
         entries = {entry[1]: entry[0] for entry in ENTRY.finditer(text)}

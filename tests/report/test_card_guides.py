@@ -7,6 +7,7 @@ import pytest
 from lewis_hub.calibration.profile import ImportanceProfile, SourceImportance
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import DensitySchedule, ExpertSchedule
+from lewis_hub.methods import registry
 from lewis_hub.report.card import model_card
 from lewis_hub.report.facts import GUIDES, CardFacts, Guided
 
@@ -45,7 +46,7 @@ def limits(facts: CardFacts) -> list[str]:
             "vector (expert minus base) that is kept in each weight matrix of the blocks: between "
             "0.30 and 0.80. It derives these values from the importance of input channels to the "
             "base on calibration texts: a module gets the lower a value, the more evenly its "
-            "channels matter.",
+            "channels matter. This simplifies AIM, which scales each channel.",
         ),
         (
             "magnitude",
@@ -163,3 +164,27 @@ def test_the_card_says_how_lewis_and_its_authors_procedure_differ(make_facts):
         "It derives these values from the change of importance from base to expert on calibration "
         "texts, measured by the procedure of its authors."
     )
+
+
+def test_a_card_cites_what_its_parameters_use(make_facts):
+    plain = make_facts(guided=None, method=registry.find("regmean"))
+    keys = [text.partition("{")[2].partition(",")[0] for text in plain.bibtex]
+    assert keys == ["jin2023dataless", "ilharco2023editing", "eval-harness"]
+
+    used = replace(plain, in_sequence=True, trims_by_activation=True)
+    assert [text.partition("{")[2].partition(",")[0] for text in used.bibtex] == [
+        "jin2023dataless",
+        "ilharco2023editing",
+        "nguyen2026regmean",
+        "gu2026featcal",
+        "sun2024simple",
+        "eval-harness",
+    ]
+
+
+@pytest.mark.parametrize(("method", "name"), [("cabs", "CABS"), ("pcb", "PCB-Merging")])
+def test_a_simplified_method_says_so(make_facts, method, name):
+    found = registry.find(method)
+
+    assert f"a simplified form of {name}" in model_card(make_facts(method=found)).text
+    assert "simplified" in found.summary

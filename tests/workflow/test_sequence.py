@@ -159,6 +159,8 @@ def test_the_card_tells_what_was_fitted_on_what(api, tmp_path):
     )
     assert "on other tasks the merge may be far worse than a merge without them" in card
     assert "jin2023dataless" in card
+    assert "nguyen2026regmean" in card
+    assert "gu2026featcal" in card
 
 
 def test_check_counts_the_texts_of_each_expert_though_they_are_the_same(api):
