@@ -95,7 +95,14 @@ def variants(bench: Bench) -> dict[str, Variant]:
     """All variants, by name."""
     generic = all(one in GENERIC for one in bench.skills)
     alone = (Variant(ALONE, "none"), Variant(BASE, "none"))
-    found = [*alone, *_unguided(), *_by_statistics(generic=generic), *_guided(), *_combined()]
+    found = [
+        *alone,
+        *_unguided(),
+        *_without_data(),
+        *_by_statistics(generic=generic),
+        *_guided(),
+        *_combined(),
+    ]
     return {variant.name: variant for variant in found}
 
 
@@ -108,6 +115,22 @@ def _unguided() -> Iterator[Variant]:
         for lambda_ in (1.0, 1.3, 1.6):
             settings = {"density": density, "lambda": lambda_}
             yield Variant(f"ties {density} lambda {lambda_}", "ties", settings, family="ties")
+
+
+def _without_data() -> Iterator[Variant]:
+    for method in ("tsv_m", "iso_c"):
+        for lambda_ in (0.5, 0.7, 1.0, 1.4):
+            settings = {"lambda": lambda_}
+            yield Variant(f"{method} lambda {lambda_}", method, settings, family=method)
+    for lambda_ in (1.0, 1.4):
+        for density in (0.3, 1.0):
+            settings = {"density": density, "lambda": lambda_}
+            name = f"knots_ties {density} lambda {lambda_}"
+            yield Variant(name, "knots_ties", settings, family="knots_ties")
+    for ridge in (0.01, 0.1, 1.0):
+        for scale in (0.8, 1.0):
+            settings = {"ridge": ridge, "anchor_scale": scale}
+            yield Variant(f"wudi ridge {ridge} scale {scale}", "wudi", settings, family="wudi")
 
 
 def _by_statistics(*, generic: bool) -> Iterator[Variant]:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lewis_hub.methods import averages, dare, ram, regmean, selection, ties
+from lewis_hub.methods import averages, dare, ram, regmean, selection, spectral, ties
 
-__all__ = ["averages", "dare", "ram", "regmean", "selection", "ties"]
+__all__ = ["averages", "dare", "ram", "regmean", "selection", "spectral", "ties"]

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 18  # elements converted to float64 at a time
+RANK_EPS = 2.0**-24  # times the longer side: what float32 leaves of a singular value that is zero
 TOLERANCE = 1e-4  # of a tensor's norm, for tensors that statistics of another machine made
 
 
@@ -47,6 +49,26 @@ def solve(rows: Tensor, lower: Tensor) -> Tensor:
 
     with torch_threads(1):
         return torch.cholesky_solve(rows.double().T, lower).T.to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class SingularValues:
+    """A matrix as left diag(values) right^T, float64."""
+
+    left: Tensor  # (m, rank)
+    values: Tensor  # (rank,), falling, all positive
+    right: Tensor  # (n, rank)
+
+
+def singular_values(matrix: Tensor) -> SingularValues:
+    """The singular value decomposition of (m, n), without values that are zero up to rounding."""
+    import torch
+
+    with torch_threads(1):
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    largest = float(values[0]) if len(values) else 0.0
+    rank = int((values > RANK_EPS * max(matrix.shape) * largest).sum())
+    return SingularValues(left[:, :rank], values[:rank], right[:rank].T)
 
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:

@@ -116,6 +116,49 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     return base + lambda_ * (update.T if transposed else update)
 
 
+@register("wudi", paper="https://arxiv.org/abs/2503.08099")
+def wudi(  # noqa: PLR0913 (options are keywords)
+    base: Tensor,  # (*shape) float32
+    task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
+    *,
+    weights: Tensor,  # (n_sources,) how much each source's own inputs count
+    ridge: float = 0.1,
+    anchor_scale: float = 1.0,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Do what `regmean` does without data: the rows of a task vector stand for its inputs.
+
+    WUDI-Merging minimises the interference of what the merge adds with the rows of each task
+    vector by gradient descent from their sum, and stops early. This is the stationary point with a
+    `ridge` towards that sum instead, which also leaves directions alone that matter to no task
+    vector. Only matrices are solved; other tensors become the anchor. See `regmean` for `ridge`
+    and `anchor_scale`.
+
+    Formula:
+        merged = base + lambda (sum_i w_i v_i G_i + r A) (sum_i w_i G_i + r I)^-1
+        G_i = v_i^T v_i / |v_i|^2, by the Frobenius norm
+        r: `ridge` times the mean diagonal of the sum; A = anchor_scale sum_i (w_i / mean of w) v_i
+    """
+    grams: list[Tensor | None] = [None] * len(task_vectors)
+    if base.dim() == 2 and base.numel():
+        squares = [dot(v, v) for v in task_vectors]
+        grams = [
+            (product(v.T, v) / square if square > 0 else product(v.T, v))[None]
+            for v, square in zip(task_vectors, squares, strict=True)
+        ]
+    return regmean(
+        base,
+        task_vectors,
+        weights=weights,
+        densities=[1.0] * len(task_vectors),
+        grams=grams,
+        off_diagonal=1.0,
+        lambda_=lambda_,
+        ridge=max(ridge, RIDGE),
+        anchor_scale=anchor_scale,
+    )
+
+
 @dataclass(frozen=True)
 class _PartMoments:
     """Moments of one source for one part of the inputs."""

@@ -24,9 +24,9 @@ def own_registry(monkeypatch):
 TRIM = {"trim": "magnitude", "trim_exponent": 1.0}  # not in mergekit
 ALL = [
     *("arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "cabs", "dare_linear", "dare_ties"),
-    *("della", "della_linear", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
-    *("nuslerp", "passthrough", "pcb", "ram", "ramplus_tl", "regmean", "sce", "slerp"),
-    *("task_arithmetic", "ties"),
+    *("della", "della_linear", "iso_c", "karcher", "knots_ties", "linear", "model_stock"),
+    *("multislerp", "nearswap", "nuslerp", "passthrough", "pcb", "ram", "ramplus_tl"),
+    *("regmean", "sce", "slerp", "task_arithmetic", "ties", "tsv_m", "wudi"),
 ]
 
 
@@ -77,14 +77,19 @@ def test_options_and_their_defaults_are_mergekits():
             "compensate": True,
             **TRIM,
         },
+        "wudi": {"ridge": 0.1, "anchor_scale": 1.0, "lambda": 1.0},  # not in mergekit
+        "tsv_m": {"lambda": 1.0},  # not in mergekit
+        "iso_c": {"lambda": 1.0},  # not in mergekit
+        "knots_ties": {"normalize": True, "lambda": 1.0},  # not in mergekit
     }
 
 
 def test_a_method_says_what_it_takes():
     without_density = [m.name for m in methods() if not m.takes_density]
     assert without_density == [
-        *("arcee_fusion", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
-        *("nuslerp", "passthrough", "ram", "ramplus_tl", "slerp", "task_arithmetic"),
+        *("arcee_fusion", "iso_c", "karcher", "linear", "model_stock", "multislerp", "nearswap"),
+        *("nuslerp", "passthrough", "ram", "ramplus_tl", "slerp", "task_arithmetic", "tsv_m"),
+        "wudi",
     ]
     random = [m.name for m in methods() if m.takes("streams")]
     assert random == ["dare_linear", "dare_ties", "della", "della_linear"]
