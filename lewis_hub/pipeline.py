@@ -403,8 +403,7 @@ def verify(
         made = merge_models(recipe, Path(folder) / "merged", same, progress)
         again = verification.read_lock(resolve_one(made.output, api), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()
-        # machines of other kinds round second moments and router weights differently
-        if differing and (recipe.mixed or resolve.needs_moments(recipe)):
+        if differing and resolve.depends_on_processor(recipe):
             stored = fetch.download(api, [source], progress)[source.pinned]
             alike = verification.weight_files_within_tolerance(stored, made.output)
             differing = verification.compare_models(lock, again, alike)

@@ -229,8 +229,8 @@ def options_of(method: Method, common: Settings, name: str, depth: float) -> Map
 def require_divisor(
     method: Method, options: Mapping[str, Any], weights: Sequence[float], name: str
 ) -> None:
-    """Refuse weights whose sum is a divisor and zero, and negative weights of second moments."""
-    if method.needs_grams and (min(weights) < 0 or not sum(weights)):
+    """Refuse weights whose sum is a divisor and zero, and negative weights of squares."""
+    if method.weighs_squares and (min(weights) < 0 or not sum(weights)):
         listed = ", ".join(f"{w:g}" for w in weights)
         problem = f"`{method.name}` cannot merge {name} with the weights {listed}"
         remedy = "Set all weights to 0 or more, and at least one above 0."

@@ -70,6 +70,8 @@ class Method:
     accepted: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     n_experts: tuple[int, int | None] = ANY_NUMBER  # sources beside the base; None for no limit
     base_is_optional: bool = False  # without a base its `base` is zero
+    uses_lapack: bool = False  # processors of another kind may round its results differently
+    weighs_squares: bool = False  # weights are of squares: none may be negative, nor all zero
     version: int = 1  # raised when the same inputs give other numbers, so that locks differ
 
     @property
@@ -158,13 +160,15 @@ _registry: Registry[Method] = Registry("method", GROUP, MergeError)
 find, methods, broken = _registry.find, _registry.all, _registry.broken
 
 
-def register(
+def register(  # noqa: PLR0913 (the fields of `Method`)
     name: str,
     *,
     paper: str | None = None,
     accepted: Mapping[str, tuple[object, ...]] | None = None,
     n_experts: tuple[int, int | None] = ANY_NUMBER,
     base_is_optional: bool = False,
+    uses_lapack: bool = False,
+    weighs_squares: bool = False,
     version: int = 1,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Add the decorated function to the methods; the arguments are those of `Method`."""
@@ -172,7 +176,16 @@ def register(
     def add(function: MethodFunction) -> MethodFunction:
         parameters = inspect.signature(function).parameters
         method = Method(
-            name, function, parameters, paper, accepted or {}, n_experts, base_is_optional, version
+            name,
+            function,
+            parameters,
+            paper,
+            accepted or {},
+            n_experts,
+            base_is_optional,
+            uses_lapack,
+            weighs_squares,
+            version,
         )
         _registry.add(name, method, function)
         return function

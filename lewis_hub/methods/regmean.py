@@ -27,6 +27,8 @@ LARGER_RIDGES = (1e-4, 1e-2)  # tried if the rounded moments are not positive de
     "regmean",
     paper="https://arxiv.org/abs/2212.09849",
     accepted={"trim": TRIMS, "inputs": INPUTS, "normalize_grams": NORMS},
+    uses_lapack=True,
+    weighs_squares=True,
     version=3,
 )
 def regmean(  # noqa: PLR0913 (options are keywords)
@@ -116,7 +118,7 @@ def regmean(  # noqa: PLR0913 (options are keywords)
     return base + lambda_ * (update.T if transposed else update)
 
 
-@register("wudi", paper="https://arxiv.org/abs/2503.08099")
+@register("wudi", paper="https://arxiv.org/abs/2503.08099", uses_lapack=True, weighs_squares=True)
 def wudi(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base

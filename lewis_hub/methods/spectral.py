@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register("tsv_m", paper="https://arxiv.org/abs/2412.00081")
+@register("tsv_m", paper="https://arxiv.org/abs/2412.00081", uses_lapack=True)
 def tsv_m(
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -53,7 +53,7 @@ def tsv_m(
     return base + lambda_ * merged.to(base.dtype)
 
 
-@register("iso_c", paper="https://arxiv.org/abs/2502.04959")
+@register("iso_c", paper="https://arxiv.org/abs/2502.04959", uses_lapack=True)
 def iso_c(
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base
@@ -80,7 +80,7 @@ def iso_c(
     return base + lambda_ * (mean * product(found.left, found.right.T)).to(base.dtype)
 
 
-@register("knots_ties", paper="https://arxiv.org/abs/2410.19735")
+@register("knots_ties", paper="https://arxiv.org/abs/2410.19735", uses_lapack=True)
 def knots_ties(  # noqa: PLR0913 (options are keywords)
     base: Tensor,  # (*shape) float32
     task_vectors: Tensor,  # (n_sources, *shape) float32, source minus base

@@ -419,6 +419,12 @@ def needs_moments(recipe: Recipe) -> bool:
     return registry.find(recipe.merge_method).needs_grams or asks_for_statistics(recipe)
 
 
+def depends_on_processor(recipe: Recipe) -> bool:
+    """Return whether processors of another kind may round the merged weights differently."""
+    uses_lapack = bool(recipe.mixed) or registry.find(recipe.merge_method).uses_lapack
+    return uses_lapack or needs_moments(recipe)
+
+
 def calibrations_of(recipe: Recipe) -> tuple[Calibration, ...]:
     """Return the calibration of each expert, in order; empty if guide and method need no texts."""
     if recipe.guide is None and not needs_moments(recipe):

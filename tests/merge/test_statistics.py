@@ -141,8 +141,9 @@ def test_a_matrix_that_is_stored_otherwise_than_it_was_run_has_none(zoo):
     assert lacking_statistics(plan, [*PARTS, *CONV]) == sorted(CONV)
 
 
+@pytest.mark.parametrize("method", ["regmean", "wudi"])
 @pytest.mark.parametrize(("weights", "says"), [((1, -1, 1), "1, -1, 1"), ((0, 0, 0), "0, 0, 0")])
-def test_weights_that_share_nothing_out_are_refused(zoo, weights, says):
+def test_weights_that_share_nothing_out_are_refused(zoo, method, weights, says):
     from lewis_hub.errors import MergeError
 
     base = zoo.source("base", tensors(0))
@@ -151,7 +152,7 @@ def test_weights_that_share_nothing_out_are_refused(zoo, weights, says):
     with pytest.raises(
         MergeError, match=f"with the weights {says}.\nSet all weights to 0 or more, and"
     ):
-        make_plan(zoo.settings("regmean", base, experts), 10**9)
+        make_plan(zoo.settings(method, base, experts), 10**9)
 
 
 def test_a_word_that_the_method_does_not_know_is_refused(zoo):
