@@ -27,7 +27,8 @@ test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
 
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'Open site/index.html'
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py

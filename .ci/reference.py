@@ -5,9 +5,12 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from lewis_hub.methods.registry import Method
 
 Schema = Mapping[str, Any]
 SIMPLE = {
@@ -160,10 +163,10 @@ def _command(path: str, command: click.Command) -> str:
         for name in names
         if (record := records[name])
     ]
-    titled = [row if sections else row[:2] for row in rows]
-    parts.append(
-        table(("option", "meaning", "group") if sections else ("option", "meaning"), titled)
-    )
+    if rows and sections:
+        parts.append(table(("option", "meaning", "group"), rows))
+    elif rows:
+        parts.append(table(("option", "meaning"), (row[:2] for row in rows)))
     if command.epilog:
         _, _, examples = inspect.cleandoc(command.epilog).partition("\n")
         lines = inspect.cleandoc(examples.partition("\n")[2])
@@ -174,10 +177,9 @@ def _command(path: str, command: click.Command) -> str:
 def methods() -> str:
     """A section for each method: its formula, its paper, its options with default and range."""
     from lewis_hub.merge.settings import parameters_of
-    from lewis_hub.methods.registry import Method
     from lewis_hub.methods.registry import methods as all_methods
 
-    def section(method: Method) -> str:
+    def section(method: "Method") -> str:
         rows = [
             (
                 f"`{one.name}`",
@@ -191,6 +193,7 @@ def methods() -> str:
         parts = [
             f"### {method.name}",
             method.summary,
+            _sources(method),
             f"```text\n{method.formula}\n```" if method.formula else "",
             table(header, rows) if rows else "It has no options.",
             f"Paper: <{method.paper}>" if method.paper else "",
@@ -198,6 +201,18 @@ def methods() -> str:
         return "\n\n".join(part for part in parts if part)
 
     return "\n\n".join(map(section, all_methods()))
+
+
+def _sources(method: "Method") -> str:
+    """What a method merges, in a sentence."""
+    low, high = method.n_experts
+    number = f"{low}" if low == high else f"{low} to {high}" if high else f"{low} or more"
+    ending = "" if high == 1 else "s"
+    if not method.takes_base:
+        return f"Merges {number} model{ending}, without a base."
+    into = ", or into a base" if method.base_is_optional else " into a base"
+    what = "model" if method.base_is_optional else "expert"
+    return f"Merges {number} {what}{ending}{into}."
 
 
 def guides() -> str:

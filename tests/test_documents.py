@@ -1,7 +1,8 @@
 """The commands in the documents, typed as they stand there: on the zoo, over HTTP.
 
 Those of docs/jobs.md are typed in `test_jobs_end_to_end.py`, those of docs/tutorial in
-`test_tutorial.py`, and those of docs/tuning.md search for an hour; a Ray cluster, a package index and Sigstore are not here.
+`test_tutorial.py`, and those of docs/tuning.md search for an hour; a Ray cluster, a package index
+and Sigstore are not here.
 """
 
 import re
