@@ -28,7 +28,7 @@ test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-	@echo 'Open site/index.html'
+	@echo 'Built site/. To read it: $(BIN)/python -m http.server --directory site'
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py

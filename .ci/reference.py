@@ -35,9 +35,15 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def recipe() -> str:
     """A section for each mapping that a recipe may contain, in the order of their first use."""
+    from lewis_hub.recipe.mixture import Mixture
     from lewis_hub.recipe.schema import Recipe
 
     schema = Recipe.model_json_schema()
+    inherited = Mixture.model_json_schema()["properties"]  # of a mixture of experts: the last
+    schema["properties"] = {
+        name: schema["properties"][name]
+        for name in sorted(schema["properties"], key=lambda name: name in inherited)
+    }
     return "\n\n".join(_mapping(name, node) for name, node in _mappings(schema))
 
 
@@ -241,8 +247,16 @@ def guides() -> str:
 def python() -> str:
     """A section for each public name; mkdocstrings fills it in."""
     import lewis_hub
+    from lewis_hub.recipe.schema import Part
 
-    return "\n\n".join(f"::: lewis_hub.{name}" for name in lewis_hub.__all__)
+    def section(name: str) -> str:
+        public = getattr(lewis_hub, name)
+        in_recipe = isinstance(public, type) and issubclass(public, Part)
+        fields = f"\n\n[Its fields](recipe.md#{name.lower()})"
+        told = in_recipe and name not in NAMED_BY_TEXT
+        return f"::: lewis_hub.{name}" + (fields if told else "")
+
+    return "\n\n".join(map(section, lewis_hub.__all__))
 
 
 TEXTS = {
