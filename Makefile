@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
-.PHONY: demo quick test test-all bench evidence kernels check fix clean
+.PHONY: demo quick test test-all docs bench evidence kernels check fix clean
 
 demo: .venv/demo
 	$(BIN)/lewis-hub demo
@@ -25,6 +25,10 @@ test: .venv/dev
 
 test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'Built site/. To read it: $(BIN)/python -m http.server --directory site'
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py
@@ -73,7 +77,7 @@ fix: .venv/dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -84,6 +88,10 @@ clean:
 
 .venv/ray: pyproject.toml | .venv/dev
 	$(INSTALL) '.[ray]'
+	touch $@
+
+.venv/docs: pyproject.toml | .venv/bin/python
+	$(INSTALL) '.[docs]'
 	touch $@
 
 .venv/demo: pyproject.toml | .venv/bin/python

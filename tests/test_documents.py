@@ -1,7 +1,8 @@
 """The commands in the documents, typed as they stand there: on the zoo, over HTTP.
 
-Those of docs/jobs.md are typed in `test_jobs_end_to_end.py`, and those of docs/tuning.md search for
-an hour; a Ray cluster, a package index and Sigstore are not here.
+Those of docs/jobs.md are typed in `test_jobs_end_to_end.py`, those of docs/tutorial in
+`test_tutorial.py`, and those of docs/tuning.md search for an hour; a Ray cluster, a package index
+and Sigstore are not here.
 """
 
 import re
@@ -19,7 +20,10 @@ from lewis_hub.cli.main import cli
 from lewis_hub.demo.zoo import zoo_folder
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/provenance.md", "docs/automation.md", "docs/large.md", "docs/recipe.md")
+PAGES = (
+    *("README.md", "docs/index.md", "docs/provenance.md", "docs/automation.md", "docs/large.md"),
+    *("docs/embeddings.md", "docs/vision-language.md"),
+)
 BASH = re.compile(r"```bash\n(.+?)```", re.DOTALL)
 LINES = [
     re.sub(r"\s+#.*", "", line)

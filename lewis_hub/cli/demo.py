@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from lewis_hub.display import TextTable, size
 if TYPE_CHECKING:
     from lewis_hub.demo.bench import Timing, Usage
     from lewis_hub.evaluate.scores import Scores
+    from lewis_hub.localhub.hub import Hub
 
 
 OWN_MODELS = """
@@ -43,8 +45,9 @@ NO_MERGEKIT = (
 @click.option("--host", default="127.0.0.1", help="Loopback address to listen on.")
 @click.option("--port", default=5564, help="Port to listen on; 0 selects a free one.")
 @options.flag("--jobs", help="Also run Jobs, as local processes of your user.")
+@options.flag("--zoo", help="Fill it with the models and data of the demo, such as zoo/base.")
 @terminal_options
-def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> None:
+def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool, zoo: bool) -> None:
     """Run a Hub on this machine.
 
     Use it to try out publishing. It is not a production server.
@@ -52,6 +55,8 @@ def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> Non
     from lewis_hub.localhub.server import serve
 
     with serve(root, host=host, port=port, jobs=jobs) as running:
+        if zoo:
+            _fill(running)
         terminal.finish(
             {"status": "serving", "url": running.url, "token": running.write_token},
             f"Serving {root} at {running.url}. Stop it with Ctrl-C. In another shell, run:\n\n"
@@ -59,6 +64,16 @@ def hub(terminal: Terminal, root: Path, host: str, port: int, jobs: bool) -> Non
             "HF_HUB_DISABLE_XET=1\n",
         )
         _until_interrupted()
+
+
+def _fill(running: Hub) -> None:
+    """Upload the zoo to a Hub; huggingface_hub reads these variables when it is imported."""
+    os.environ.update(
+        HF_ENDPOINT=running.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1"
+    )
+    from lewis_hub.demo.zoo import seed_hub
+
+    seed_hub(running.api())
 
 
 @click.command(epilog="\b\nExample:\n  lewis-hub demo --keep")

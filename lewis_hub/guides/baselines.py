@@ -34,7 +34,8 @@ def activation_shift(statistics: Measurements, gamma: float, epsilon: float) -> 
     """Densities follow how much a module's output differs from base to expert on calibration data.
 
     One min-max over all modules of the relative root mean square difference (`output_shift`) spans
-    [gamma, epsilon]. Changes of earlier blocks count too, so it grows with depth. No paper.
+    [gamma, epsilon]. Changes of earlier blocks count too, so it grows with depth. Both models are
+    in memory at once. No paper.
     """
     return spread(statistics.expert["output_shift"], gamma, epsilon)
 
@@ -60,6 +61,7 @@ def aim(statistics: Measurements, gamma: float, epsilon: float) -> Decision:
 def owl(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow each block's share of outliers in the expert, as OWL prunes models.
 
+    Outliers are entries whose |W| times activation norm is above 5 times the mean of their block.
     All modules of a block get one density. One min-max over the blocks spans [gamma, epsilon]; the
     paper's [S - λ, S + λ] about the mean S is that range with `mean_density`.
 

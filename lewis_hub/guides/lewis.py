@@ -22,9 +22,10 @@ Component = tuple[str | None, str]  # list of blocks, and name in a block
 def lewis(statistics: Measurements, gamma: float, epsilon: float) -> Mapping[str, float]:
     """Densities follow the change of importance from base to expert on calibration data.
 
-    Per component, the change is divided by its sum over the blocks, so that budget moves between
-    blocks and never between components; one min-max over all then spans [gamma, epsilon]. If
-    nothing differs, the density is the midpoint.
+    Importance is the Frobenius norm of |W| times the activation norm of each input. Per component,
+    its change is divided by the sum over the blocks, so that budget moves between blocks and never
+    between components; one min-max over all then spans [gamma, epsilon]. If nothing differs, the
+    density is the midpoint.
 
     Source:
         LEWIS, arXiv:2503.03874. The published code uses no mask and counts padding, prunes the

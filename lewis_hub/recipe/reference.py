@@ -30,7 +30,8 @@ def allow_name(schema: dict[str, Any]) -> None:
 class ModelReference(Part):
     """A model as the user wrote it: `owner/name`, `owner/name@revision` or a local folder.
 
-    `BASE+ADAPTER` is an adapter on a base, which must be the recipe's `base_model`.
+    `BASE+ADAPTER` is an adapter on a base. On another base than the recipe's `base_model` it is
+    merged into that base first.
     """
 
     model_config = ConfigDict(json_schema_extra=allow_name)

@@ -82,9 +82,12 @@ class Calibration(Part):
 
     dataset: str | None = Field(
         None,
-        description="A repo, repo@revision, or a local .jsonl or .parquet file. Or set `task`.",
+        description="A repo, repo@revision, or a local .jsonl, .json, .parquet or .csv file. Or "
+        "set `task`.",
     )
-    task: str | None = Field(None, description="lm-eval task: its prompts and targets.")
+    task: str | None = Field(
+        None, description="lm-eval task or group: its items in its own prompt format."
+    )
     include: str | None = Field(None, description="Folder with your own lm-eval task files.")
     revision: str | None = Field(
         None, description="Revision of the task's dataset. Default: the newest commit."
@@ -100,7 +103,11 @@ class Calibration(Part):
         description="Whether the prompts of a task are formatted with the chat template. "
         "Default: as `evaluate.chat_template`.",
     )
-    samples: int = Field(15, ge=1, description="Number of rows, sampled with `seed`.")
+    samples: int = Field(
+        15,
+        ge=1,
+        description="Number of rows, sampled with `seed` and used in the order of the data.",
+    )
     max_tokens: int = Field(
         512,
         ge=1,
@@ -218,9 +225,12 @@ class Gate(Part):
         ("uniform",),
         min_length=1,
         description="What the merge is compared with. `uniform`: the same merge with one density "
-        "for all tensors, or without statistics. `previous`: the merge that is in `publish.repo`.",
+        "for all tensors, or without statistics. `previous`: the merge that is in `publish.repo`. "
+        "The others must be in `evaluate.compare`.",
     )
-    tolerance: float = Field(0.0, ge=0, description="How much worse the merge may be.")
+    tolerance: float = Field(
+        0.0, ge=0, description="How much worse the merge may be, in the unit of the metric."
+    )
     on_refusal: Literal["stop", "pull-request"] = Field(
         "stop", description="On failure --push pushes nothing, or opens a marked pull request."
     )
@@ -253,8 +263,15 @@ class ModelEntry(Part):
 
     model_config = ConfigDict(json_schema_extra=allow_name)
 
-    model: ModelReference
-    parameters: Parameters = Field(default_factory=dict, description="weight, density, ...")
+    model: ModelReference = Field(
+        description="A model, a LoRA adapter of the base, or BASE+ADAPTER. If the base is listed, "
+        "it is skipped."
+    )
+    parameters: Parameters = Field(
+        default_factory=dict,
+        description="Settings of this model: `weight`, `density`; for some methods `gamma`, "
+        "`epsilon` or `scale`.",
+    )
     calibration: Calibration | None = Field(None, description="Texts for this expert.")
 
     @model_validator(mode="before")
@@ -308,9 +325,18 @@ class Guide(Part):
         1.0, gt=0, le=1, description="Density of embeddings, norms, biases and the head."
     )
     mean_density: float | None = Field(
-        None, gt=0, le=1, description="Shift the schedule so that its mean density is this."
+        None,
+        gt=0,
+        le=1,
+        description="Shift gamma, epsilon and all densities between them, so that each expert's "
+        "densities have exactly this mean over parameters.",
     )
-    apply_to: ApplyTo = Field("density", description="What the schedule sets for each tensor.")
+    apply_to: ApplyTo = Field(
+        "density",
+        description="What the schedule sets. `weight`: its values multiply the expert's weight, "
+        "module by module, and the densities are those of the recipe. `both`: its values are "
+        "densities and factors.",
+    )
     calibration: Calibration | None = Field(
         None, description="Calibration texts for experts without their own."
     )
@@ -327,11 +353,17 @@ class Guide(Part):
 class Evaluation(Running):
     """The lm-eval tasks that score the merge, and the models that are scored with it."""
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval tasks.")
-    include: str | None = Field(None, description="Folder with your own lm-eval task files.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval tasks, groups or tags.")
+    include: str | None = Field(
+        None,
+        description="Folder with your own lm-eval task files, in the folder of the recipe. The "
+        "files that are used are copied to `lewis/tasks`.",
+    )
     limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")
     chat_template: bool = Field(
-        default=False, description="Format prompts with each model's own chat template."
+        default=False,
+        description="Format prompts with each model's own chat template; every compared model "
+        "must have one.",
     )
     compare: tuple[Literal["base", "experts", "uniform"], ...] = Field(
         ("base", "experts", "uniform"),
@@ -370,7 +402,9 @@ class Publishing(Part):
 class Recipe(Mixture):
     """A whole merge, from its sources to the published model."""
 
-    name: str | None = Field(None, min_length=1, description="Name for other merges of the file.")
+    name: str | None = Field(
+        None, min_length=1, description="Name by which other documents of the file use this merge."
+    )
     base_model: ModelReference | None = Field(
         None, description="The base of the task vectors: a repo, repo@revision or folder."
     )
@@ -382,10 +416,14 @@ class Recipe(Mixture):
     )
     merge_method: str = Field(description="The merge method; `lewis-hub methods` lists all.")
     parameters: Parameters = Field(
-        default_factory=dict, description="Parameters of the method, for all models."
+        default_factory=dict,
+        description="Settings for all models, and options of the method: `normalize`, `lambda`, "
+        "`t`, ...",
     )
     dtype: DType | None = Field(
-        None, description="Dtype of the output. Default: the base's. float64 also computes in it."
+        None,
+        description="Dtype of the files. Default: the base's. The arithmetic is float32; with "
+        "`float64` it is float64, and slower.",
     )
     out_dtype: DType | None = Field(
         None, description="mergekit's name for `dtype`. If both are set, this one is used."
@@ -412,7 +450,11 @@ class Recipe(Mixture):
         (), description="Models whose *.py files are copied into the merge. They are never run."
     )
     seed: int = Field(
-        42, ge=0, lt=2**63, validation_alias=SEED, description="Seed of random masks, of samples."
+        42,
+        ge=0,
+        lt=2**63,
+        validation_alias=SEED,
+        description="Seed of random masks and of calibration samples; also written `random_seed`.",
     )
     guide: Guide | None = Field(None, description="Sets densities by calibration.")
     calibration: Calibration | None = Field(
