@@ -80,23 +80,21 @@ def _mapping(name: str, node: Schema) -> str:
     rows = (
         (
             f"`{field}`",
-            _kind(one),
-            "required" if field in required else _default(one),
+            _kind(one) + (", required" if field in required else _default(one)),
             one.get("description", ""),
         )
         for field, one in node["properties"].items()
     )
     about = node["description"].replace("\n", " ")
-    return f"### {name}\n\n{about}\n\n{table(('field', 'value', 'default', 'meaning'), rows)}"
+    return f"### {name}\n\n{about}\n\n{table(('field', 'value', 'meaning'), rows)}"
 
 
 def _default(node: Schema) -> str:
     value = node.get("default")
     if value is None or value == []:
         return ""
-    if isinstance(value, list):
-        return f"`[{', '.join(map(str, value))}]`"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    words = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"; default: `{words.lower() if isinstance(value, bool) else words}`"
 
 
 def _kind(node: Schema) -> str:

@@ -37,13 +37,13 @@ def test_the_reference_of_the_recipe_has_kinds_ranges_and_defaults(reference):
     text = reference["recipe"]()
 
     gate = section(text, "Gate")
-    assert "| `tolerance` | number, at least 0 | `0.0` | How much worse the merge may be" in gate
+    assert "| `tolerance` | number, at least 0; default: `0.0` | How much worse the merge" in gate
     rivals = "`base` or `experts` or `uniform` or `previous`"
-    assert f"| `not_worse_than` | list of {rivals} | `[uniform]` |" in gate
+    assert f"| `not_worse_than` | list of {rivals}; default: `uniform` |" in gate
     guide = section(text, "Guide")
-    assert "| `gamma` | number, above 0 and at most 1 | `0.3` | Lowest density" in guide
-    assert "| `calibration` | [Calibration](#calibration) |  | Calibration texts" in guide
-    assert "| `layer_range` | [whole number, whole number] | required |" in section(
+    assert "| `gamma` | number, above 0 and at most 1; default: `0.3` | Lowest density" in guide
+    assert "| `calibration` | [Calibration](#calibration) | Calibration texts" in guide
+    assert "| `layer_range` | [whole number, whole number], required |" in section(
         text, "SliceSource"
     )
     assert "| `parameters` | [settings](#settings) |" in section(text, "Recipe")

@@ -28,6 +28,8 @@ README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = "\n".join([README, *(path.read_text() for path in PAGES)]).replace("\\\n", " ")
+YAML = re.compile(r"```yaml[^\n]*\n(.+?)```", re.DOTALL)
+WHOLE = re.compile(r"^(merge_method|experts):", re.MULTILINE)  # a recipe, and no part of one
 COMMANDS = sorted(set(re.findall(r"^(lewis-hub .+?)(?:\s+#.*)?$", DOCUMENTS, re.MULTILINE)))
 
 
@@ -57,6 +59,15 @@ def test_the_recipe_in_the_documents_is_the_one_of_the_demo():
 
     assert shown.model_dump(exclude={"models"}) == shipped.model_dump(exclude={"models"})
     assert [str(m.model) for m in shown.models] == [str(m.model) for m in shipped.models]
+
+
+def test_every_recipe_in_the_documents_is_valid():
+    texts = [(page, text) for page in PAGES for text in YAML.findall(page.read_text())]
+    recipes = [(page, text) for page, text in texts if WHOLE.search(text)]
+
+    assert len(recipes) >= 10
+    for page, text in recipes:
+        parse_recipe(text, page.name)
 
 
 def test_the_make_targets_in_readme_and_contributing_exist():
