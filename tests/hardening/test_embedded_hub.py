@@ -82,7 +82,8 @@ def running(tmp_path):
             additions = [CommitOperationAdd(path, content) for path, content in FILES.items()]
             api.create_commit(repo, additions, commit_message="Put files")
         api.create_tag("acme/base", tag="v1")
-        api.create_commit("acme/base", [additions[0]], commit_message="Ask", create_pr=True)
+        proposed = [CommitOperationAdd("more.txt", b"x")]
+        api.create_commit("acme/base", proposed, commit_message="Ask", create_pr=True)
         api.update_repo_settings("acme/gated", gated="auto")
         api.update_repo_settings("acme/private", visibility="private")
         yield hub
