@@ -26,9 +26,10 @@ test: .venv/dev
 test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
 
-# The long form of tests/hardening: hours. LEWIS_HUB_LONG and LEWIS_HUB_SEED draw more and other cases.
+# The long form of tests/hardening: hours. LEWIS_HUB_SEED draws other cases.
+test-hardening: export LEWIS_HUB_LONG ?= 100
 test-hardening: .venv/dev
-	$(BIN)/pytest tests/hardening -m 'slow or not slow' --numprocesses auto
+	$(BIN)/pytest tests/hardening --numprocesses auto
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
 	$(BIN)/python benchmarks/startup.py

@@ -33,6 +33,7 @@ from lewis_hub.files import require_inside, require_room, sha256_of
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
 from lewis_hub.hub.source import (
     ADAPTERS,
+    DIGEST,
     LICENCES,
     PICKLED,
     Source,
@@ -166,7 +167,7 @@ def require_small(source: Source, file: SourceFile) -> None:
 
 def read_file(hub_repo: HubRepo, path: str) -> bytes:
     """The content of a small file of a repo, which is then in the cache."""
-    return _read_whole(hub_repo, path, call_hub(hub_repo, lambda: _small_file(hub_repo, path)))
+    return _read_whole(hub_repo, path, _small_file(hub_repo, path))
 
 
 def _small_file(hub_repo: HubRepo, path: str) -> Path:
@@ -177,9 +178,16 @@ def _small_file(hub_repo: HubRepo, path: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     if not is_offline_mode():
-        known = hub_repo.api.get_hf_file_metadata(url=hub_repo.file_url(path))
-        _require_small(hub_repo, path, known.size or 0)
-    return _through_cache(hub_repo, path, lambda _: None)
+        url, metadata = hub_repo.file_url(path), hub_repo.api.get_hf_file_metadata
+        known = call_hub(hub_repo, lambda: metadata(url=url))
+        etag, size_bytes = known.etag or "", known.size or 0
+        _require_small(hub_repo, path, size_bytes)
+        digest = f"sha256:{etag}" if len(etag) == 64 else f"git-sha1:{etag}"
+        if DIGEST.fullmatch(digest):  # else huggingface_hub downloads it
+            with hub_failures(hub_repo):
+                file = SourceFile(path, size_bytes, digest)
+                _download_blob(hub_repo, file, ByteCounter(), threading.Event())
+    return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None))
 
 
 def _read_whole(hub_repo: HubRepo, path: str, file: Path) -> bytes:

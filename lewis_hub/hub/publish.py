@@ -340,10 +340,9 @@ def _commit(
         try:
             made = _send(hub_repo, change, additions, publication)
         except (HfHubHTTPError, httpx2.RequestError, json.JSONDecodeError) as error:
-            refused = isinstance(error, HfHubHTTPError)
-            stale = refused and error.response.status_code in OVERTAKEN
+            stale = isinstance(error, HfHubHTTPError) and error.response.status_code in OVERTAKEN
             # an answer that cannot be read, such as a page of a proxy: the commit may exist
-            unread = not refused and not is_transient(error)
+            unread = not isinstance(error, HfHubHTTPError) and not is_transient(error)
             with hub_failures(hub_repo):
                 if not stale and not unread and not is_transient(error):
                     raise

@@ -10,6 +10,7 @@ import random
 import time
 
 import pytest
+from effort import SEED, times
 from file_calls import below
 from hub_models import push_folder, tiny
 from statistical_merges import MODELS
@@ -26,7 +27,6 @@ parameters: {density: 0.5}
 REGMEAN = MODELS.replace("samples: 32", "samples: 4") + "merge_method: regmean\n"
 # when a run was and what it cost differs, and card and report tell it
 TOLD = {"README.md", "lewis/cost.json", "lewis/provenance.json", "lewis/report.html"}
-LONG = pytest.param(100, marks=pytest.mark.slow)
 
 
 @pytest.fixture
@@ -43,12 +43,13 @@ def run(folder, words, environment):
     assert code == 0, told
 
 
-def moments(n_kills, folder, words_of, environment):
-    """Start the same work `n_kills` times and kill it at a moment drawn from how long it takes."""
+def moments(folder, words_of, environment):
+    """Start the same work and kill it, at moments drawn from how long it takes; at night 100."""
+    n_kills = times(2, 100)
     run(folder, words_of("warm"), environment)  # the cache is filled
     begun = time.perf_counter()
     run(folder, words_of("timed"), environment)
-    draw, seconds = random.Random(12), time.perf_counter() - begun
+    draw, seconds = random.Random(SEED), time.perf_counter() - begun
     n_killed = n_begun = 0
     while n_killed < n_kills:
         assert n_begun < 3 * n_kills + 10, "it ends before it can be killed"
@@ -67,8 +68,7 @@ def model(folder):
     return {path: content for path, content in below(folder).items() if path not in TOLD}
 
 
-@pytest.mark.parametrize("n_kills", [2, LONG])
-def test_a_merge_with_regmean_ends_in_the_same_bytes(tmp_path, environment, n_kills):
+def test_a_merge_with_regmean_ends_in_the_same_bytes(tmp_path, environment):
     work = tmp_path / "work"
     work.mkdir()
     (work / "recipe.yaml").write_text(REGMEAN)
@@ -76,7 +76,7 @@ def test_a_merge_with_regmean_ends_in_the_same_bytes(tmp_path, environment, n_ki
     def words(name):
         return ["merge", "-q", "--max-shard-size", "500KB", "-o", name]
 
-    for name in moments(n_kills, work, words, environment):
+    for name in moments(work, words, environment):
         expected, output = model(work / "warm"), work / name
         assert not output.exists() or model(output) == expected
         run(work, words(name), environment)
@@ -103,8 +103,7 @@ def assert_complete(hub, repo, expected):
     assert len(titles) == 2  # the other is the empty repo's
 
 
-@pytest.mark.parametrize("n_kills", [2, LONG])
-def test_a_stream_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environment, n_kills):
+def test_a_stream_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environment):
     work = tmp_path / "work"
     work.mkdir()
     (work / "recipe.yaml").write_text(TIES)
@@ -113,7 +112,7 @@ def test_a_stream_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environme
         told = ["merge", "--stream", "--push", "-q", "--max-shard-size", "6KB"]
         return [*told, "--repo", f"tests/{name}", "-o", name]
 
-    for name in moments(n_kills, work, words, environment):
+    for name in moments(work, words, environment):
         expected = digests(hub, "tests/warm")
         assert_as_before_or_complete(hub, f"tests/{name}", expected)
         run(work, words(name), environment)
@@ -121,8 +120,7 @@ def test_a_stream_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environme
         assert not [path for path in work.iterdir() if path.name.startswith(name)]
 
 
-@pytest.mark.parametrize("n_kills", [3, LONG])
-def test_a_push_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environment, n_kills):
+def test_a_push_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environment):
     work = tmp_path / "work"
     work.mkdir()
     (work / "recipe.yaml").write_text(TIES)
@@ -131,7 +129,7 @@ def test_a_push_ends_in_the_same_bytes_and_one_commit(hub, tmp_path, environment
     def words(name):
         return ["push", "-q", "merged", f"tests/{name}"]
 
-    for name in moments(n_kills, work, words, environment):
+    for name in moments(work, words, environment):
         expected = digests(hub, "tests/warm")
         assert_as_before_or_complete(hub, f"tests/{name}", expected)
         run(work, words(name), environment)

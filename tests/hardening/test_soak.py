@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from effort import times
 from file_calls import below
 from hub_models import push_folder, tiny
 from warm_commands import n_descriptors, resident_bytes, run_command, start, start_command
@@ -58,8 +59,8 @@ def soak(folder, token, n_merges):
         Path("seen.json").write_text(json.dumps(seen))
 
 
-@pytest.mark.parametrize("n_merges", [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_merges_and_pushes_in_a_row_keep_no_memory_and_no_files(hub, work, n_merges):
+def test_merges_and_pushes_in_a_row_keep_no_memory_and_no_files(hub, work):
+    n_merges = times(12, 200)
     process = start(soak, str(work), hub.write_token, n_merges)
     process.join(60 + 10 * n_merges)
 
@@ -73,13 +74,12 @@ def test_merges_and_pushes_in_a_row_keep_no_memory_and_no_files(hub, work, n_mer
     assert titles.count("Merge with lewis-hub") == n_merges
 
 
-@pytest.mark.parametrize("n_rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_eight_processes_share_one_cold_cache(hub, work, n_rounds):
+def test_eight_processes_share_one_cold_cache(hub, work):
     words = ["merge", "-q", "--max-shard-size", "6KB"]
     environment = {"HF_TOKEN": hub.write_token, "OMP_NUM_THREADS": "1"}
     assert run_command(work, [*words, "-o", "alone"], **environment) == (0, "")
     expected = model(work / "alone")
-    for number in range(n_rounds):
+    for number in range(times(1, 10)):
         shutil.rmtree(cache_root())
         places = [work / f"{number}-{i}" for i in range(N_AT_ONCE)]
         for place in places:

@@ -12,6 +12,7 @@ import shutil
 import sys
 
 import pytest
+from effort import EFFORT, SEED
 from file_calls import below, failing, recorded
 from hub_models import push_folder, tiny
 
@@ -32,7 +33,6 @@ parameters: {density: 0.5}
 """
 LOCK = ".merged.lock"
 DRAWN = 4  # of the calls of a merge, in the gate
-FORMS = [False, pytest.param(True, marks=pytest.mark.slow)]
 # a run says when it was and what it cost, and so do card and report
 TOLD = {"README.md", "lewis/cost.json", "lewis/provenance.json", "lewis/report.html"}
 
@@ -50,21 +50,20 @@ def write_output(output):
         work.finish([*(layout.name for layout in LAYOUTS), "lewis/lock.json"])
 
 
-def pairs(calls, every):
-    """Each call with every error, or with one of them in turn."""
-    if every:
+def pairs(calls):
+    """Each call with one of the errors in turn; at night with every error."""
+    if EFFORT > 1:
         return [(call, number) for call in calls for number in NUMBERS]
     return [(call, NUMBERS[i % len(NUMBERS)]) for i, call in enumerate(calls)]
 
 
-@pytest.mark.parametrize("every", FORMS, ids=["one error each", "every error"])
-def test_each_call_of_the_writer_may_fail_once(tmp_path, every):
+def test_each_call_of_the_writer_may_fail_once(tmp_path):
     calls = recorded([tmp_path], lambda: write_output(tmp_path / "merged"))
     expected = below(tmp_path)
     assert {call.name for call in calls} >= {"open", "posix_fallocate", "pwrite", "preadv", "fsync"}
     assert {call.name for call in calls} >= {"write", "mkdir", "rename", "replace", "flock"}
     n_failed = n_tried = 0
-    for call, number in pairs(calls, every):
+    for call, number in pairs(calls):
         n_tried, folder = n_tried + 1, tmp_path / f"try-{n_tried}"
         folder.mkdir()
         told = None
@@ -112,13 +111,12 @@ def merge(run, output):
     return run(*words, "--max-shard-size", "6KB", "-o", str(output))
 
 
-def drawn(calls, every):
-    """All pairs of a call and an error, or some of the calls with one error each."""
-    return pairs(calls if every else random.Random(19).sample(calls, DRAWN), every)
+def drawn(calls):
+    """Some of the calls with one error each; at night all pairs of a call and an error."""
+    return pairs(calls if EFFORT > 1 else random.Random(SEED).sample(calls, DRAWN))
 
 
-@pytest.mark.parametrize("every", FORMS, ids=["drawn", "every"])
-def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run, every):
+def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run):
     text = RECIPE.replace("BASE", str(models[0])).replace("EXPERT", str(models[1]))
     (tmp_path / "recipe.yaml").write_text(text)
     work = tmp_path / "work"
@@ -127,7 +125,7 @@ def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run,
     calls = recorded([work / "again"], lambda: merge(run, "again"))
     assert len(calls) > 100
 
-    for i, (call, number) in enumerate(drawn(calls, every)):
+    for i, (call, number) in enumerate(drawn(calls)):
         output = work / f"run-{i}"
         struck = type(call)(call.name, call.path.replace("/again", f"/run-{i}"), call.before)
         with failing([output], struck, number):
@@ -135,9 +133,8 @@ def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run,
         assert_told_and_completed(run, output, (code, told, call), expected)
 
 
-@pytest.mark.parametrize("every", FORMS, ids=["drawn", "every"])
 def test_each_call_of_a_download_on_the_cache_may_fail_once(
-    hub, tmp_path, models, run, every, monkeypatch
+    hub, tmp_path, models, run, monkeypatch
 ):
     monkeypatch.setenv("HF_TOKEN", hub.write_token)
     text = RECIPE
@@ -153,7 +150,7 @@ def test_each_call_of_a_download_on_the_cache_may_fail_once(
     calls = recorded([cache_root()], lambda: merge(run, "again"))
     assert len(calls) > 50
 
-    for i, (call, number) in enumerate(drawn(calls, every)):
+    for i, (call, number) in enumerate(drawn(calls)):
         shutil.rmtree(cache_root())
         output = work / f"run-{i}"
         with failing([cache_root()], call, number):

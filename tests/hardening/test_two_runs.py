@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
+from effort import EFFORT, SEED, times
 from file_calls import below, heard
 from hub_models import tiny
 
@@ -126,13 +127,12 @@ def run_both(folder, choose, replace):
     return turns.n_calls
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("replace", [False, True], ids=["new", "over another"])
-def test_a_second_run_may_come_before_any_call_of_a_first(tmp_path, replace, step):
+def test_a_second_run_may_come_before_any_call_of_a_first(tmp_path, replace):
     n_calls = run_both(tmp_path / "alone", lambda running, _: running[0], replace)
 
     assert n_calls > 50
-    for k in range(0, n_calls, step):
+    for k in range(0, n_calls, 4 if EFFORT == 1 else 1):
         run_both(
             tmp_path / str(k),
             lambda running, n, k=k: running[0] if n < k else running[-1],
@@ -140,13 +140,9 @@ def test_a_second_run_may_come_before_any_call_of_a_first(tmp_path, replace, ste
         )
 
 
-FORMS = [25, pytest.param(5000, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("n_schedules", FORMS)
 @pytest.mark.parametrize("replace", [False, True], ids=["new", "over another"])
-def test_two_runs_may_take_turns_in_any_order(tmp_path, replace, n_schedules):
-    for seed in range(n_schedules):
+def test_two_runs_may_take_turns_in_any_order(tmp_path, replace):
+    for seed in range(SEED, SEED + times(25, 5000)):
         draw = random.Random(seed)
         stays = draw.choice((0.5, 0.8, 0.95))  # long turns too
         last = [0]
@@ -176,8 +172,7 @@ def in_order(folder, seed):
         yield turns
 
 
-@pytest.mark.parametrize("n_schedules", [1, pytest.param(60, marks=pytest.mark.slow)])
-def test_two_merges_to_one_folder_end_as_one_of_them(tmp_path, n_schedules):
+def test_two_merges_to_one_folder_end_as_one_of_them(tmp_path):
     base, expert = (tiny(tmp_path / name, seed) for seed, name in enumerate(("base", "expert")))
     text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
     recipes = [parse_recipe(text.replace("DENSITY", d), "recipe.yaml") for d in ("0.2", "0.7")]
@@ -194,7 +189,7 @@ def test_two_merges_to_one_folder_end_as_one_of_them(tmp_path, n_schedules):
         assert merge(recipe, tmp_path / f"alone-{i}") == MADE
         wholes.append(weights(tmp_path / f"alone-{i}"))
     assert wholes[0] != wholes[1]
-    for seed in range(n_schedules):
+    for seed in range(SEED, SEED + times(1, 60)):
         place = tmp_path / f"schedule-{seed}"
         place.mkdir()
         with in_order(place, seed) as turns:
