@@ -14,8 +14,14 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-IMPORTED = ("torch", "transformers", "lewis_hub.cli.main", "lewis_hub.pipeline")
-IMPORTED += ("lewis_hub.calibration.model", "lewis_hub.merge.engine", "lewis_hub.kernels.calls")
+IMPORTED = ("torch", "datasets", "matplotlib.figure", "matplotlib.backends.backend_agg")
+IMPORTED += ("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto")
+IMPORTED += ("lewis_hub.cli.main", "lewis_hub.pipeline", "lewis_hub.report.plots")
+IMPORTED += (
+    "lewis_hub.calibration.sequential",
+    "lewis_hub.merge.tensor",
+    "lewis_hub.merge.readers",
+)
 
 
 def start(work, *words):

@@ -34,7 +34,7 @@ AFTER = {"config.json": b"[]", "README.md": b"---\nlicense: mit\n---\n", "lewis/
 PUSH = Publication("Second", tag="v2")
 MOST_S = 20.0  # of one operation, whatever is wrong
 LONGEST_PAUSES_S = 700.0  # in all, if they were not skipped: each call pauses for a minute at most
-DRAWN = 15  # of an operation's pairs of a call and a fault, in the gate
+DRAWN = 10  # of an operation's pairs of a call and a fault, in the gate
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def soak(folder, token, n_merges):
 
 
 def test_merges_and_pushes_in_a_row_keep_no_memory_and_no_files(hub, work):
-    n_merges = times(12, 200)
+    n_merges = times(8, 200)
     process = start(soak, str(work), hub.write_token, n_merges)
     process.join(60 + 10 * n_merges)
 
@@ -70,8 +70,7 @@ def test_merges_and_pushes_in_a_row_keep_no_memory_and_no_files(hub, work):
     files, memory = zip(*seen[n_merges // 4 :], strict=True)
     assert max(files) - min(files) <= 2  # a connection of the pool comes or goes
     assert memory[-1] - memory[0] < FLAT_BYTES, memory
-    titles = [commit.title for commit in hub.api().list_repo_commits(REPO)]
-    assert titles.count("Merge with lewis-hub") == n_merges
+    assert len(hub.api().list_repo_commits(REPO)) == n_merges + 1  # the first made the repo
 
 
 def test_eight_processes_share_one_cold_cache(hub, work):
