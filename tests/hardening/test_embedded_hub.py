@@ -243,5 +243,5 @@ def test_a_job_that_prints_without_end_takes_bounded_memory(running, command, mo
     job = json.loads(answer.partition(b"\r\n\r\n")[2])["id"]
     told = send(running.url, f"GET {place}/{job}/logs HTTP/1.1\r\n{head}".encode())  # to its end
 
-    assert 100_000 < len(told) < 1_000_000
+    assert 50_000 < len(told) < 1_000_000
     assert b"the rest of the log is not kept" in told

@@ -60,7 +60,7 @@ def soak(folder, token, n_merges):
 
 
 def test_merges_and_pushes_in_a_row_keep_no_memory_and_no_files(hub, work):
-    n_merges = times(8, 200)
+    n_merges = times(6, 200)
     process = start(soak, str(work), hub.write_token, n_merges)
     process.join(60 + 10 * n_merges)
 
