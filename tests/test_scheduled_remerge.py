@@ -121,6 +121,7 @@ def publisher(hub, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "action.yml").write_text(text)
     (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()  # so that it is found before the real one
     (tmp_path / "pip" / "__main__.py").write_text(PIP)
     return folder
 
