@@ -5,7 +5,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --quiet --no-compile --editable
 
-.PHONY: demo quick test test-all docs bench evidence kernels check fix clean
+.PHONY: demo quick test test-all test-hardening docs bench evidence kernels lock check fix clean
 
 demo: .venv/demo
 	$(BIN)/lewis-hub demo
@@ -25,6 +25,11 @@ test: .venv/dev
 
 test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
+
+# The long form of tests/hardening: hours. LEWIS_HUB_SEED draws other cases.
+test-hardening: export LEWIS_HUB_LONG ?= 100
+test-hardening: .venv/dev
+	$(BIN)/pytest tests/hardening --numprocesses auto
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -70,6 +75,15 @@ LAB = --models $(MODELS) --data evidence/data/skills
 kernels: .venv/dev
 	$(BIN)/python -c 'from lewis_hub.kernels.machine_code import write_archive; write_archive()'
 
+# What workflows install beside a token, and what builds a release, each file by its hash.
+COMPILE = .venv/lock/bin/uv pip compile --universal --generate-hashes --no-header --no-annotate \
+    --index-url https://pypi.org/simple --quiet
+lock: .venv/lock/bin/uv
+	curl --fail --silent --show-error -o .venv/lock/torch.html https://download.pytorch.org/whl/cpu/torch/
+	$(COMPILE) --python-version 3.11 pyproject.toml -o .venv/lock/resolved.txt
+	$(PYTHON) .ci/lock.py .venv/lock/torch.html < .venv/lock/resolved.txt > templates/workflows/requirements.txt
+	$(COMPILE) --python-version 3.13 .ci/build.in -o .ci/build.txt
+
 check: test
 
 fix: .venv/dev
@@ -85,6 +99,10 @@ clean:
 .venv/mergekit/bin/mergekit-yaml: | .venv/bin/python
 	$(PYTHON) -m venv .venv/mergekit
 	.venv/mergekit/bin/pip install --quiet mergekit==0.1.5
+
+.venv/lock/bin/uv: | .venv/bin/python
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/pip install --quiet uv
 
 .venv/ray: pyproject.toml | .venv/dev
 	$(INSTALL) '.[ray]'

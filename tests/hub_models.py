@@ -1,9 +1,13 @@
 """Models in folders and on the embedded Hub, for tests of whole merges."""
 
+import json
 import os
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 from lewis_hub.localhub.store import git_file
 from lewis_hub.recipe.read import parse_recipe
@@ -67,3 +71,25 @@ def folder_bytes(*folders):
             with suppress(FileNotFoundError):
                 total += (Path(place) / name).stat().st_size
     return total
+
+
+def tiny(folder, seed):
+    """A Llama of one block, without a tokenizer."""
+    shapes = {"model.embed_tokens.weight": (64, 16), "model.norm.weight": (16,)}
+    block = "model.layers.0."
+    for name in "qkvo":
+        shapes[f"{block}self_attn.{name}_proj.weight"] = (16, 16)
+    for name, shape in {"gate": (32, 16), "up": (32, 16), "down": (16, 32)}.items():
+        shapes[f"{block}mlp.{name}_proj.weight"] = shape
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir()
+    tensors = {
+        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
+    config |= {"hidden_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    return folder

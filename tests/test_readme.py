@@ -76,7 +76,7 @@ def test_the_make_targets_in_readme_and_contributing_exist():
     )
 
     assert targets == {"demo", "test"}
-    assert more == {"quick", "test", "test-all", "docs", "fix"}
+    assert more == {"quick", "test", "test-all", "test-hardening", "docs", "lock", "fix"}
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in targets | more)
 

@@ -45,6 +45,11 @@ usage = namedtuple("usage", "total used free")(14_000_000_000, 13_995_000_000, 5
 if "preflight" in sys.orig_argv:  # what follows keeps a reserve that is larger than these models
     shutil.disk_usage = lambda path: usage
 """
+PIP = """
+import sys  # nothing is installed on the machine that runs the tests: what would be is noted
+with open(__file__ + ".txt", "a") as noted:
+    print(*sys.argv[1:], file=noted)
+"""
 CALLER = """
 on: push
 jobs:
@@ -115,7 +120,18 @@ def publisher(hub, tmp_path, monkeypatch):
     for name, text in STUBS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "action.yml").write_text(text)
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").touch()  # so that it is found before the real one
+    (tmp_path / "pip" / "__main__.py").write_text(PIP)
     return folder
+
+
+def installed(folder):
+    """What the runs so far would have installed, one command a line."""
+    noted = folder.parent / "pip" / "__main__.py.txt"
+    lines = noted.read_text().splitlines()
+    noted.unlink()
+    return lines
 
 
 def git(folder, *words):
@@ -133,7 +149,7 @@ def act(folder, event, *words):
     home = folder.parent / "home"
     home.mkdir(exist_ok=True)
     given = {name: os.environ[name] for name in KEPT}
-    given |= {"BIN": str(BIN), "HF_HOME": str(home / "hf"), "PIP_NO_INDEX": "1", "PIP_QUIET": "1"}
+    given |= {"BIN": str(BIN), "HF_HOME": str(home / "hf"), "PYTHONPATH": str(folder.parent)}
     given["ARTIFACTS"] = str(home / "artifacts")
     environment = [word for name, value in given.items() for word in ("--env", f"{name}={value}")]
     command = [BIN / "act", event, *words, *environment]
@@ -228,7 +244,7 @@ def test_a_merge_larger_than_the_disk_is_streamed(hub, publisher, tmp_path):
     (publisher / "recipe.yaml").write_text(RECIPE.partition("  gate:")[0] + PUBLISHED)
     commit(publisher)
     (tmp_path / "sitecustomize.py").write_text(FIVE_MB)
-    small = ["-s", f"HF_TOKEN={hub.write_token}", "--env", f"PYTHONPATH={tmp_path}"]
+    small = ["-s", f"HF_TOKEN={hub.write_token}"]
 
     code, said = act(publisher, "schedule", *small)
 
@@ -307,6 +323,10 @@ def test_the_action_in_the_documents_runs(hub, publisher, tmp_path):
     )
 
     assert code == 0, said
+    tool, itself, rest = installed(publisher)
+    assert tool.startswith("install --no-cache-dir --no-deps --only-binary :all: --require-hashes")
+    assert itself.endswith(f" --no-deps --no-build-isolation lewis-hub=={__version__}")
+    assert rest.endswith(f" --require-hashes -r {ROOT / 'templates/workflows/requirements.txt'}")
     assert f"::set-output:: commit-url={hub.url}/lewis/reverse/commit/{commits(hub)[0]}" in said
     assert "::set-output:: status=published" in said
     assert hub.write_token not in said

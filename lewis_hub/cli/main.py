@@ -27,6 +27,8 @@ from lewis_hub.system import make_nonblocking, write_utf8
 UNUSABLE = {
     *(errno.EIO, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EMFILE, errno.ENFILE),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY),  # something else is where a file belongs
+    *(errno.EINTR, errno.EBUSY, errno.ENODEV),  # disks in a network, and those unplugged
 }
 GC_THRESHOLD = 50_000  # imports create many objects and no garbage: collect less often
 INTERRUPTED = "interrupted. Run the same command again to continue."

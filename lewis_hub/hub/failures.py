@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 LONGEST_PAUSE_S = 60.0  # a longer Retry-After is an error that names it
+MIN_BYTES_PER_S = 1024  # a slower answer is given up
+SPEED_AFTER_S = 30.0  # the speed is measured over so long
 N_CONNECTION_RETRIES = 2  # a refused connection seldom recovers within seconds
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+")
 LOG_IN = "set HF_TOKEN or run `hf auth login`"
@@ -102,7 +104,7 @@ def address(api: HfApi) -> str:
 
 def retry(call: Callable[[], T]) -> T:
     """Call until it succeeds, as long as errors are transient: 408, 429, 5xx, lost connections."""
-    refuse_long_pauses()
+    limit_waiting()
     for attempt, pause_s in enumerate(PAUSES_S):
         try:
             return call()
@@ -118,11 +120,45 @@ def retry(call: Callable[[], T]) -> T:
     return call()
 
 
-def refuse_long_pauses() -> None:
-    """Let no call of huggingface_hub, which has no limit, wait longer than LONGEST_PAUSE_S."""
+def limit_waiting() -> None:
+    """Let no call of huggingface_hub wait for a long pause or a slow answer; it has no limits."""
     hooks = get_session().event_hooks["response"]  # a lost connection makes a new session
-    if _require_short_pause not in hooks:
-        hooks.append(_require_short_pause)
+    for hook in (_require_short_pause, _require_speed):
+        if hook not in hooks:
+            hooks.append(hook)
+
+
+@dataclass(frozen=True)
+class _FastEnough(httpx2.SyncByteStream):
+    """The body of an answer, which has to arrive with some speed."""
+
+    body: httpx2.SyncByteStream
+
+    def __iter__(self) -> Iterator[bytes]:
+        return fast_enough(self.body)
+
+    def close(self) -> None:
+        self.body.close()
+
+
+def _require_speed(answer: httpx2.Response) -> None:
+    assert isinstance(answer.stream, httpx2.SyncByteStream)
+    answer.stream = _FastEnough(answer.stream)
+
+
+def fast_enough(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The pieces; an error if they arrive too slowly. The time of the receiver does not count."""
+    waited_s, n_bytes, asked_s = 0.0, 0, time.monotonic()
+    for piece in pieces:
+        waited_s += time.monotonic() - asked_s
+        n_bytes += len(piece)
+        if waited_s >= SPEED_AFTER_S:
+            if n_bytes < MIN_BYTES_PER_S * waited_s:
+                problem = f"less than {MIN_BYTES_PER_S} bytes/s arrived"
+                raise httpx2.RemoteProtocolError(problem)
+            waited_s, n_bytes = 0.0, 0
+        yield piece
+        asked_s = time.monotonic()
 
 
 def _require_short_pause(answer: httpx2.Response) -> None:
@@ -188,7 +224,7 @@ def call_hub(hub_repo: HubRepo, call: Callable[[], T]) -> T:
 @contextmanager
 def hub_failures(hub_repo: HubRepo) -> Iterator[None]:
     """Turn every failure of the Hub inside the block into an error of `hub_repo.error_type`."""
-    refuse_long_pauses()
+    limit_waiting()
     try:
         yield
     except hf.HfHubHTTPError as error:

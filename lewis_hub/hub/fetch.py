@@ -9,7 +9,6 @@ import glob
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -34,6 +33,7 @@ from lewis_hub.files import require_inside, require_room, sha256_of
 from lewis_hub.hub.failures import HubRepo, call_hub, hub_failures, retry, retry_transfer
 from lewis_hub.hub.source import (
     ADAPTERS,
+    DIGEST,
     LICENCES,
     PICKLED,
     Source,
@@ -63,8 +63,6 @@ SPARE_BYTES = 64 << 20  # never fill the disk to the last byte
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 OUTDATED = frozenset({401, 403, 404, 410})  # a signed address has expired
 MAX_SMALL_BYTES = 100_000_000  # of a file that is read whole, such as a card or a tokenizer
-MIN_BYTES_PER_S = 1024  # a slower answer is given up
-SPEED_AFTER_S = 30.0  # the speed is measured over so long
 MIN_TRANSFER_BYTES = 1 << 16  # of several attempts in a row: fewer would take days
 
 
@@ -169,7 +167,7 @@ def require_small(source: Source, file: SourceFile) -> None:
 
 def read_file(hub_repo: HubRepo, path: str) -> bytes:
     """The content of a small file of a repo, which is then in the cache."""
-    return _read_whole(hub_repo, path, call_hub(hub_repo, lambda: _small_file(hub_repo, path)))
+    return _read_whole(hub_repo, path, _small_file(hub_repo, path))
 
 
 def _small_file(hub_repo: HubRepo, path: str) -> Path:
@@ -180,9 +178,16 @@ def _small_file(hub_repo: HubRepo, path: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     if not is_offline_mode():
-        known = hub_repo.api.get_hf_file_metadata(url=hub_repo.file_url(path))
-        _require_small(hub_repo, path, known.size or 0)
-    return _through_cache(hub_repo, path, lambda _: None)
+        url, metadata = hub_repo.file_url(path), hub_repo.api.get_hf_file_metadata
+        known = call_hub(hub_repo, lambda: metadata(url=url))
+        etag, size_bytes = known.etag or "", known.size or 0
+        _require_small(hub_repo, path, size_bytes)
+        digest = f"sha256:{etag}" if len(etag) == 64 else f"git-sha1:{etag}"
+        if DIGEST.fullmatch(digest):  # else huggingface_hub downloads it
+            with hub_failures(hub_repo):
+                file = SourceFile(path, size_bytes, digest)
+                _download_blob(hub_repo, file, ByteCounter(), threading.Event())
+    return call_hub(hub_repo, lambda: _through_cache(hub_repo, path, lambda _: None))
 
 
 def _read_whole(hub_repo: HubRepo, path: str, file: Path) -> bytes:
@@ -231,11 +236,14 @@ class ByteCounter:
 def _fetch_file(
     hub_repo: HubRepo, file: SourceFile, received: ByteCounter, stop: threading.Event
 ) -> None:
-    if file.digest.startswith("sha256:") and not _is_stored_in_xet(hub_repo, file):
+    is_large = file.digest.startswith("sha256:")
+    if not is_large:
+        _require_small(hub_repo, file.path, file.size_bytes)
+    if not (is_large and _is_stored_in_xet(hub_repo, file)):
         _download_blob(hub_repo, file, received, stop)
         if stop.is_set():
             return
-    # Links the blob into the snapshot, or downloads it first.
+    # Links the blob into the snapshot; downloads it first if Xet stores it.
     retry(lambda: _through_cache(hub_repo, file.path, received.add))
 
 
@@ -271,7 +279,7 @@ def _download_blob(
             )
             if stop.is_set():
                 return
-            if f"sha256:{sha256_of(part)}" == file.digest:
+            if _digest(part, file) == file.digest:
                 part.replace(blob)
                 return
             part.unlink()
@@ -279,6 +287,13 @@ def _download_blob(
         f"`{file.path}` does not have the digest that {hub_repo.api.endpoint} lists",
         "Try again; if the error stays, a proxy or the repo itself is broken.",
     )
+
+
+def _digest(part: Path, file: SourceFile) -> str:
+    """The digest of a downloaded file, of the kind that the Hub lists for it."""
+    if file.digest.startswith("sha256:"):
+        return f"sha256:{sha256_of(part)}"
+    return digest_like(file.digest, part.read_bytes())  # git stores small files only
 
 
 def _append(
@@ -338,7 +353,7 @@ def _pieces(found: httpx2.Response, start: int, stop: int, size_bytes: int) -> I
         problem = f"{kind} of {told_bytes} bytes came in place of {expected_bytes} bytes"
     else:
         n_before = 0 if found.status_code == 206 else start  # 200: the server ignored the range
-        return _only(_fast_enough(found.iter_raw()), n_before, stop - start)
+        return _only(found.iter_raw(), n_before, stop - start)
     raise httpx2.RemoteProtocolError(problem)
 
 
@@ -355,21 +370,6 @@ def _only(pieces: Iterator[bytes], n_before: int, n_bytes: int) -> Iterator[byte
             yield wanted
     if left:
         raise httpx2.RemoteProtocolError("the answer ended early")
-
-
-def _fast_enough(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces; an error if they arrive too slowly. The time of the receiver does not count."""
-    waited_s, n_bytes, asked_s = 0.0, 0, time.monotonic()
-    for piece in pieces:
-        waited_s += time.monotonic() - asked_s
-        n_bytes += len(piece)
-        if waited_s >= SPEED_AFTER_S:
-            if n_bytes < MIN_BYTES_PER_S * waited_s:
-                problem = f"less than {MIN_BYTES_PER_S} bytes/s arrived"
-                raise httpx2.RemoteProtocolError(problem)
-            waited_s, n_bytes = 0.0, 0
-        yield piece
-        asked_s = time.monotonic()
 
 
 def _through_cache(hub_repo: HubRepo, path: str, advance: Advance) -> Path:

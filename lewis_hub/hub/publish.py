@@ -6,6 +6,7 @@ After a lost answer it checks whether the commit exists.
 from __future__ import annotations
 
 import io
+import json
 import re
 import time
 import warnings
@@ -338,12 +339,14 @@ def _commit(
     for pause_s in (*PAUSES_S, None):
         try:
             made = _send(hub_repo, change, additions, publication)
-        except (HfHubHTTPError, httpx2.TransportError) as error:
+        except (HfHubHTTPError, httpx2.RequestError, json.JSONDecodeError) as error:
             stale = isinstance(error, HfHubHTTPError) and error.response.status_code in OVERTAKEN
+            # an answer that cannot be read, such as a page of a proxy: the commit may exist
+            unread = not isinstance(error, HfHubHTTPError) and not is_transient(error)
             with hub_failures(hub_repo):
-                if not stale and not is_transient(error):
+                if not stale and not unread and not is_transient(error):
                     raise
-                last = stale or pause_s is None or asks_for_long_pause(error)
+                last = stale or unread or pause_s is None or asks_for_long_pause(error)
                 if not last:
                     time.sleep(retry_after_s(error) or pause_s or 0)
                 if pushed := _find_pushed(hub_repo, change, publication.landing):

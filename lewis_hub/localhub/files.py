@@ -115,7 +115,9 @@ def lfs_batch(call: Call) -> dict[str, Any]:
 
 
 def lfs_verify(call: Call) -> dict[str, Any]:
-    """POST .../objects/verify: is the object stored with its full size?"""
+    """POST .../objects/verify: is an object stored with its size? For those who may upload."""
+    call.seen_repo()
+    call.writer()
     asked = parsed(LFS_OBJECT, call.body)
     is_oid = SHA256.fullmatch(asked.oid)
     if not is_oid or call.store.blobs.size_bytes(asked.oid) != asked.size:

@@ -34,6 +34,9 @@ BUCKET_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 DEFAULT_TIMEOUT_S = 30 * 60
 MAX_TIMEOUT_S = 366 * 24 * 3600
 LOG_POLL_S = 0.05
+MAX_LOG_CHARACTERS = 50_000_000  # of a Job, with LINE_CHARACTERS for each line
+LINE_CHARACTERS = 100  # its time, and its place in memory
+MAX_LINE_CHARACTERS = 10_000  # a longer line is kept as several
 UV_WITH_VALUE = ("--with", "--python")
 SPEC = ("dockerImage", "command", "arguments", "environment", "flavor", "labels", "volumes")
 
@@ -83,11 +86,21 @@ class Job:
     entry: dict[str, Any]
     log: list[tuple[str, str]] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
+    n_characters: int = 0  # of the log
 
     @property
     def active(self) -> bool:
         """Whether the Job has not ended yet."""
         return self.entry["status"]["stage"] in ("SCHEDULING", "RUNNING")
+
+    def keep(self, line: str) -> None:
+        """Add a line to the log, unless it is full."""
+        if self.n_characters > MAX_LOG_CHARACTERS:
+            return
+        self.n_characters += len(line) + LINE_CHARACTERS
+        if self.n_characters > MAX_LOG_CHARACTERS:
+            line = "===== the rest of the log is not kept ====="
+        self.log.append((now(), line))
 
     def enter(self, stage: str, message: str | None = None) -> None:
         """Enter a stage, unless the Job has ended."""
@@ -328,7 +341,7 @@ def _run(
     job: Job, words: list[str], folder: Path, environment: Mapping[str, str], timeout_s: float
 ) -> None:
     """Run a Job's command to its end, and keep its lines."""
-    job.log.append((now(), f"===== Job started at {now()} ====="))
+    job.keep(f"===== Job started at {now()} =====")
     try:
         process = subprocess.Popen(
             words,
@@ -354,8 +367,8 @@ def _run(
     timer.start()
     assert process.stdout
     with process.stdout as lines:
-        for line in lines:
-            job.log.append((now(), line.rstrip("\n")))
+        while line := lines.readline(MAX_LINE_CHARACTERS):
+            job.keep(line.rstrip("\n"))
     code = process.wait()
     timer.cancel()
     if code:

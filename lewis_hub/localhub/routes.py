@@ -8,7 +8,7 @@ import re
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,7 +85,9 @@ def application(hub: Hub, running: jobs.Jobs | None) -> ASGIApp:
     for prefix, kind, table in tables:
         for method, path, answer in table:
             routes.append(Route(prefix + path, endpoint(hub, answer, kind), methods=[method]))
-    app = Starlette(routes=routes, exception_handlers={HTTPException: refused})
+    app = Starlette(
+        routes=routes, exception_handlers={HTTPException: refused, ClientDisconnect: hung_up}
+    )
     app.state.hub = hub
     return with_faults(only_local(by_raw_path(app)), hub.faults)
 
@@ -94,6 +96,11 @@ def refused(_request: Request, error: Exception) -> Response:
     """Send a refusal in the body and in headers, as the Hub does."""
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+def hung_up(_request: Request, _error: Exception) -> Response:
+    """End a request whose client left before its end; nobody reads the answer."""
+    return Response(status_code=400)
 
 
 def only_local(app: ASGIApp) -> ASGIApp:

@@ -230,6 +230,9 @@ warnings.warn_explicit("ours", UserWarning, "b.py", 1, module="lewis_hub.merge.e
         (errno.EIO, "DiskError", "x: it cannot be read or written (Input/output error)."),
         (errno.EROFS, "DiskError", "x: it cannot be read or written (Read-only file system)."),
         (errno.EACCES, "DiskError", "x: it cannot be read or written (Permission denied)."),
+        (errno.EEXIST, "DiskError", "x: it cannot be read or written (File exists)."),
+        (errno.EINTR, "DiskError", "x: it cannot be read or written (Interrupted system call)."),
+        (errno.EBUSY, "DiskError", "x: it cannot be read or written (Device or resource busy)."),
     ],
 )
 def test_an_error_of_the_disk_is_one_message(number, kind, message):

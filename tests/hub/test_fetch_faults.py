@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from lewis_hub.errors import SourceError
-from lewis_hub.hub import fetch as downloads
+from lewis_hub.hub import failures
 from lewis_hub.hub.fetch import fetch, read_range, read_small
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.hub.source import cache_folder
@@ -143,10 +143,10 @@ def test_a_slow_answer_is_given_up_and_a_slow_receiver_is_not(monkeypatch):
             now_s[0] += pause_s
             yield bytes(1000)
 
-    for _ in downloads._fast_enough(arriving(0.5)):
+    for _ in failures.fast_enough(arriving(0.5)):
         now_s[0] += 100.0
-    with pytest.raises(downloads.httpx2.TransportError, match="less than 1024 bytes/s arrived"):
-        list(downloads._fast_enough(arriving(2.0)))
+    with pytest.raises(failures.httpx2.TransportError, match="less than 1024 bytes/s arrived"):
+        list(failures.fast_enough(arriving(2.0)))
 
 
 def test_a_card_of_a_gigabyte_is_refused_before_it_is_read(api, push, tmp_path):

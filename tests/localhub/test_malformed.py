@@ -56,6 +56,16 @@ def test_a_body_is_not_read_before_the_token(hub, monkeypatch):
     assert send(hub, "POST", "/api/repos/create", bytes(1001)).status_code == 413
 
 
+def test_verify_says_nothing_to_those_who_may_not_upload(hub, push):
+    push("acme/base", {"m.bin": b"x" * 3000})
+    file = hub.store.find("models", "acme/base").resolve("main").files["m.bin"]
+    body = json.dumps({"oid": file.sha256, "size": 3000}).encode()
+
+    assert send(hub, "POST", f"{LFS}/verify", body).status_code == 200
+    assert send(hub, "POST", f"{LFS}/verify", body, token=hub.read_token).status_code == 403
+    assert httpx2.post(f"{hub.url}{LFS}/verify", content=body).status_code == 401
+
+
 MALFORMED = {
     "no JSON": ("/api/repos/create", b"{"),
     "a list": ("/api/repos/create", b"[]"),

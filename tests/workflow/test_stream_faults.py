@@ -16,10 +16,8 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 
 import pytest
-import torch
 from hub_faults import FAULTS, NEVER, run_concurrently
-from hub_models import push_by_another, push_folder, watch_requests
-from safetensors.torch import save_file
+from hub_models import push_by_another, push_folder, tiny, watch_requests
 from streamed_merges import REPO, fetched_bytes, hub_digests, local_digests, read_published
 
 import lewis_hub
@@ -38,28 +36,6 @@ SMALL = Execution(runner="inline", max_shard_bytes=6_000)
 TITLE = "Merge with lewis-hub"
 # each thread that needs one before it is known asks for it: none but the first two are sure to come
 ADDRESS = re.compile(r"/resolve/.*\.safetensors")
-
-
-def tiny(folder, seed):
-    """A Llama of one block, without a tokenizer."""
-    shapes = {"model.embed_tokens.weight": (64, 16), "model.norm.weight": (16,)}
-    block = "model.layers.0."
-    for name in "qkvo":
-        shapes[f"{block}self_attn.{name}_proj.weight"] = (16, 16)
-    for name, shape in {"gate": (32, 16), "up": (32, 16), "down": (16, 32)}.items():
-        shapes[f"{block}mlp.{name}_proj.weight"] = shape
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    tensors = {
-        name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
-    config |= {"hidden_size": 16, "num_hidden_layers": 1, "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False}))
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
-    return folder
 
 
 @pytest.fixture

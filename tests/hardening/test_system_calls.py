@@ -1,0 +1,176 @@
+"""Every call of the system that a merge makes on its files fails once, with six errors.
+
+The run ends with one message and exit code 1, or does not need the call; the output is whole or
+absent, and the same command completes it to the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+import sys
+
+import pytest
+from effort import EFFORT, SEED
+from file_calls import below, failing, recorded
+from hub_models import push_folder, tiny
+
+from lewis_hub.checkpoint.writer import OutputTensor, ShardWriter, lay_out
+from lewis_hub.cli import main
+from lewis_hub.cli.main import disk_failure
+from lewis_hub.errors import LewisHubError
+from lewis_hub.files import write_whole
+from lewis_hub.hub.source import cache_root
+from lewis_hub.merge.workspace import open_workspace
+
+NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EINTR)
+LAYOUTS = lay_out([OutputTensor(name, "F32", (100,)) for name in "abcd"], 800)
+RECIPE = """base_model: BASE
+models: [{model: EXPERT}]
+merge_method: ties
+parameters: {density: 0.5}
+"""
+LOCK = ".merged.lock"
+DRAWN = 3  # of the calls of a merge, in the gate
+# a run says when it was and what it cost, and so do card and report
+TOLD = {"README.md", "lewis/cost.json", "lewis/provenance.json", "lewis/report.html"}
+
+
+def write_output(output):
+    """What the writer does for two shards, a document and the end of a merge."""
+    with open_workspace(output, replace=False) as work:
+        for layout in LAYOUTS:
+            with ShardWriter(work.folder, layout, stays_cached=False) as shard:
+                for start in reversed(layout.starts):  # so that bytes are read back
+                    shard.write(start, memoryview(bytes(range(200)) * 2))
+                shard.finish()
+        (work.folder / "lewis").mkdir(exist_ok=True)
+        write_whole(work.folder / "lewis" / "lock.json", "{}\n")
+        work.finish([*(layout.name for layout in LAYOUTS), "lewis/lock.json"])
+
+
+def pairs(calls):
+    """Each call with one of the errors in turn; at night with every error."""
+    if EFFORT > 1:
+        return [(call, number) for call in calls for number in NUMBERS]
+    return [(call, NUMBERS[i % len(NUMBERS)]) for i, call in enumerate(calls)]
+
+
+def test_each_call_of_the_writer_may_fail_once(tmp_path):
+    calls = recorded([tmp_path], lambda: write_output(tmp_path / "merged"))
+    expected = below(tmp_path)
+    assert {call.name for call in calls} >= {"open", "posix_fallocate", "pwrite", "preadv", "fsync"}
+    assert {call.name for call in calls} >= {"write", "mkdir", "rename", "replace", "flock"}
+    n_failed = n_tried = 0
+    for call, number in pairs(calls):
+        n_tried, folder = n_tried + 1, tmp_path / f"try-{n_tried}"
+        folder.mkdir()
+        told = None
+        struck = type(call)(call.name, call.path.replace(str(tmp_path), str(folder)), call.before)
+        with failing([folder], struck, number):
+            try:
+                write_output(folder / "merged")
+            except (LewisHubError, OSError) as error:
+                told = error
+        n_failed += told is not None
+        assert not isinstance(told, OSError) or disk_failure(told), call
+        if (folder / "merged").exists():
+            assert below(folder / "merged").items() == below(tmp_path / "merged").items(), call
+        else:
+            write_output(folder / "merged")
+        found = {path: content for path, content in below(folder).items() if path != LOCK}
+        assert found == expected, call  # an empty lock may stay, which the next run takes
+    assert n_failed > n_tried / 2
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A working folder with two models; the caches are elsewhere."""
+    made = [tiny(tmp_path / name, seed) for seed, name in enumerate(("base", "expert"))]
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return made
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command as `main` does; gives its exit code and what it says on stderr."""
+
+    def ran(*words):
+        monkeypatch.setattr(sys, "argv", ["lewis-hub", *words])
+        capsys.readouterr()
+        code = main._run()
+        return code, capsys.readouterr().err
+
+    return ran
+
+
+def merge(run, output):
+    words = ("merge", "../recipe.yaml", "--no-eval", "-q", "--runner", "inline")
+    return run(*words, "--max-shard-size", "6KB", "-o", str(output))
+
+
+def drawn(calls):
+    """Some of the calls with one error each; at night all pairs of a call and an error."""
+    return pairs(calls if EFFORT > 1 else random.Random(SEED).sample(calls, DRAWN))
+
+
+def test_each_call_of_a_merge_on_its_output_may_fail_once(tmp_path, models, run):
+    text = RECIPE.replace("BASE", str(models[0])).replace("EXPERT", str(models[1]))
+    (tmp_path / "recipe.yaml").write_text(text)
+    work = tmp_path / "work"
+    assert merge(run, "merged") == (0, "")  # kernels are loaded
+    expected = whole(work / "merged")
+    calls = recorded([work / "again"], lambda: merge(run, "again"))
+    assert len(calls) > 100
+
+    for i, (call, number) in enumerate(drawn(calls)):
+        output = work / f"run-{i}"
+        struck = type(call)(call.name, call.path.replace("/again", f"/run-{i}"), call.before)
+        with failing([output], struck, number):
+            code, told = merge(run, output)
+        assert_told_and_completed(run, output, (code, told, call), expected)
+
+
+def test_each_call_of_a_download_on_the_cache_may_fail_once(
+    hub, tmp_path, models, run, monkeypatch
+):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    text = RECIPE
+    for model in models:
+        text = text.replace(
+            model.name.upper(), push_folder(hub.api(), model, f"tests/{model.name}")
+        )
+    (tmp_path / "recipe.yaml").write_text(text)
+    work = tmp_path / "work"
+    assert merge(run, "merged") == (0, "")
+    expected = whole(work / "merged")
+    shutil.rmtree(cache_root())
+    calls = recorded([cache_root()], lambda: merge(run, "again"))
+    assert len(calls) > 50
+
+    for i, (call, number) in enumerate(drawn(calls)):
+        shutil.rmtree(cache_root())
+        output = work / f"run-{i}"
+        with failing([cache_root()], call, number):
+            code, told = merge(run, output)
+        assert_told_and_completed(run, output, (code, told, call), expected)
+
+
+def whole(folder):
+    return {path: content for path, content in below(folder).items() if path not in TOLD}
+
+
+def assert_told_and_completed(run, output, failed, expected):
+    code, told, call = failed
+    assert code in (0, 1), call
+    assert told.startswith("lewis-hub: ") == bool(code), (call, told)
+    assert "Traceback" not in told
+    assert not output.exists() or whole(output) == expected, call
+    assert bool(code) or output.exists(), call
+
+    assert merge(run, output)[0] == 0, call
+
+    assert whole(output) == expected, call
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(f"{output.name}.")]
