@@ -66,7 +66,7 @@ class Vocabulary:
     def spelling(self) -> str:
         """How the tokens of the model write spaces and bytes; `Ġ` is a byte's letter."""
         if self.document is None:
-            return LETTERS if "Ġ" in self.ids else PLAIN_LETTERS
+            return LETTERS if any("Ġ" in token for token in self.ids) else PLAIN_LETTERS
         parts = [self.document.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
         text = json.dumps(parts, ensure_ascii=False)
         if "▁" in text:

@@ -283,9 +283,10 @@ def transplant_card(facts: TransplantFacts) -> str:
 def _transplant_data(facts: TransplantFacts) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
+    repos = _repos(one.name for one in facts.sources if not one.folder)
     return ModelCardData(
-        base_model=_repos(one.name for one in facts.sources if not one.folder) or None,
-        base_model_relation="merge",
+        base_model=repos or None,
+        base_model_relation="merge" if repos else None,
         library_name=facts.usage.library,
         pipeline_tag=facts.usage.task,
         widget=facts.usage.widget(chat=facts.chat),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import HfApi
 
@@ -16,6 +16,7 @@ from lewis_hub.checkpoint.header import TensorHeader, torch_dtypes
 from lewis_hub.checkpoint.ranges import Locations, SourceFiles, SourceTensor
 from lewis_hub.checkpoint.reader import Reader, local_header, read_tensor
 from lewis_hub.display import Progress, to_html
+from lewis_hub.documents import read_json
 from lewis_hub.errors import NonFiniteError, PublishError
 from lewis_hub.files import sha256_of, write_whole
 from lewis_hub.hub.facts import combined_licence, model_facts
@@ -237,6 +238,7 @@ def _card(
     job: TransplantJob, folder: Path, errors: Mapping[str, float], lock: Lock, api: HfApi
 ) -> str:
     model, donor = job.model.opened, job.donor.opened
+    config = read_json((folder / "config.json").read_bytes())
     facts = {one.pinned: model_facts(api, one.source) for one in (model, donor)}
     try:
         licence = combined_licence(list(facts.values()), None)
@@ -251,15 +253,8 @@ def _card(
             settings=job.settings,
             origins=job.origins,
             errors=errors,
-            usage=usage_of(folder, _config(folder), [facts[model.pinned]]),
+            usage=usage_of(folder, config, [facts[model.pinned]]),
             chat=has_chat_template(folder),
             digest=lock.digest,
         )
     )
-
-
-def _config(folder: Path) -> Mapping[str, Any]:
-    from lewis_hub.documents import read_json
-
-    found: Mapping[str, Any] = read_json((folder / "config.json").read_bytes())
-    return found
