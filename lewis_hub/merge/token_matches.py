@@ -9,10 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import TokenizerError
-from lewis_hub.tokenizer import CONFIG, LETTERS, SPACES, Vocabulary, json_object, load_tokenizer
+from lewis_hub.tokenizer import (
+    CONFIG,
+    LETTERS,
+    PLAIN_LETTERS,
+    SPACES,
+    Vocabulary,
+    json_object,
+    load_tokenizer,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,7 +47,7 @@ class Spelled:
     roles: Mapping[str, int]  # role -> id
     n_rows: int  # of the embeddings
 
-    @property
+    @cached_property
     def readings(self) -> frozenset[int]:
         """The ids that `ids` leads to: of each text one."""
         return frozenset(self.ids.values())
@@ -47,10 +56,12 @@ class Spelled:
 def spell(vocabulary: Vocabulary, roles: Mapping[str, str], n_rows: int) -> Spelled:
     """Read the bytes of each token with an id below `n_rows`; `roles` maps roles to tokens."""
     order = sorted(vocabulary.ids.items(), key=lambda item: (is_byte(item[0]), item[1]))
+    spelling = vocabulary.spelling
     texts, ids = {}, dict[bytes, int]()
     for token, token_id in order:
         if token_id < n_rows:
-            texts[token_id] = _bytes(vocabulary, token)
+            own = PLAIN_LETTERS if spelling == LETTERS and token in vocabulary.added else spelling
+            texts[token_id] = _bytes(token, own)
             ids.setdefault(texts[token_id], token_id)
     found = {
         role: vocabulary.ids[roles[role]] for role in ROLES if roles.get(role) in vocabulary.ids
@@ -64,13 +75,12 @@ def is_byte(token: str) -> bool:
     return BYTE.fullmatch(token) is not None
 
 
-def _bytes(vocabulary: Vocabulary, token: str) -> bytes:
-    spelling = vocabulary.spelling
+def _bytes(token: str, spelling: str) -> bytes:
     if spelling == SPACES:
         if byte := BYTE.fullmatch(token):
             return bytes([int(byte[1], 16)])
         token = token.replace("▁", " ")
-    elif spelling == LETTERS and token not in vocabulary.added and BYTES.keys() >= set(token):
+    elif spelling == LETTERS and BYTES.keys() >= set(token):
         return bytes(BYTES[letter] for letter in token)
     return token.encode("utf-8", "surrogatepass")
 

@@ -86,8 +86,8 @@ def token_tables(checkpoint: Checkpoint, n_tokens: int | None) -> TokenTables:
     biases = (t for name, t in checkpoint.tensors.items() if _is_bias_of_masked(name))
     found += [bias for bias in biases if found and bias.shape == found[0].shape[:1]]
     tables = TokenTables(
-        tuple(table for table in found if names.is_input_side(table.name)),
-        tuple(table for table in found if not names.is_input_side(table.name)),
+        tuple(table for table in found if _is_input(table.name)),
+        tuple(table for table in found if not _is_input(table.name)),
     )
     remedy = "Name a language model with plain embeddings, one row per token."
     if not tables.inputs:
@@ -102,9 +102,14 @@ def token_tables(checkpoint: Checkpoint, n_tokens: int | None) -> TokenTables:
     known = {table.name for table in tables.all}
     for name, tensor in checkpoint.tensors.items():
         if name not in known and _has_other_tokens(tensor, tables.n_rows):
-            problem = f"{name} of shape {list(tensor.shape)} has tokens, too, but not "
-            raise MergeError(checkpoint.label, f"{problem}{tables.n_rows} rows", remedy)
+            problem = f"{name} of shape {list(tensor.shape)} has tokens, too, beside the embeddings"
+            raise MergeError(checkpoint.label, problem, remedy)
     return tables
+
+
+def _is_input(name: str) -> bool:
+    """Whether a table has embeddings; T5 calls those of encoder and decoder `shared`."""
+    return names.is_input_side(name) or names.module(name).rpartition(".")[2] == "shared"
 
 
 def _is_bias_of_masked(name: str) -> bool:
@@ -112,10 +117,10 @@ def _is_bias_of_masked(name: str) -> bool:
 
 
 def _has_other_tokens(tensor: TensorHeader, n_rows: int) -> bool:
-    """Whether a tensor outside the blocks has other tokens, or the tokens along another axis."""
+    """Whether a tensor embeds other tokens, or the tokens inside a block or along another axis."""
     last = names.module(tensor.name).rpartition(".")[2]
     is_embedding = len(tensor.shape) == 2 and last.startswith("embed_tokens")
-    return names.block(tensor.name) is None and (is_embedding or tensor.shape == (1, n_rows))
+    return is_embedding or tensor.shape == (1, n_rows)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LABEL = "new rows of the embeddings"
+MANY = 4  # shared tokens for each token of a combination, below which a note is shown
 BROKEN = "That model is broken: use another revision of it."
 
 
@@ -200,6 +201,11 @@ def _combinations(
     if not matrices:
         return {}, {}
     found, errors = dict[str, WeightedRows](), dict[str, float]()
+    if job.settings.k > len(job.shared) / MANY:
+        progress.say(
+            f"Only {len(job.shared)} tokens are shared: combinations of up to {job.settings.k} of "
+            "them may fit the donor by chance. Compare with a smaller --k."
+        )
     theirs, ours = torch.tensor(job.shared).T
     steps = [[SourceTensor(label, matrix)] for matrix in matrices]
     total, longest = len(matrices) * len(wanted), max(matrix.n_bytes for matrix in matrices)

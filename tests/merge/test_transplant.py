@@ -126,6 +126,15 @@ def test_tables_are_found_by_their_rows():
     assert tied.matrix(is_head=True).name == "model.embed_tokens.weight"
 
 
+def test_embeddings_that_encoder_and_decoder_share_are_inputs():
+    found = token_tables(
+        checkpoint(header("shared.weight", 50, 8), header("lm_head.weight", 50, 8)), 50
+    )
+
+    assert [table.name for table in found.inputs] == ["shared.weight"]
+    assert [table.name for table in found.heads] == ["lm_head.weight"]
+
+
 def test_the_bias_of_a_masked_model_is_a_table():
     found = token_tables(
         checkpoint(
@@ -157,11 +166,18 @@ def test_the_bias_of_a_masked_model_is_a_table():
                 header("model.embed_tokens.weight", 50, 8),
                 header("model.embed_tokens_per_layer.weight", 48, 32),
             ],
-            r"model.embed_tokens_per_layer.weight of shape \[48, 32\] has tokens, too, but not 50",
+            r"model.embed_tokens_per_layer.weight of shape \[48, 32\] has tokens, too, beside",
         ),
         (
-            [header("model.shared.weight", 50, 8), header("final_logits_bias", 1, 50)],
-            "it has no token embeddings",
+            [header("model.embed_tokens.weight", 50, 8), header("final_logits_bias", 1, 50)],
+            r"final_logits_bias of shape \[1, 50\] has tokens, too",
+        ),
+        (
+            [
+                header("model.embed_tokens.weight", 50, 8),
+                header("model.layers.3.embed_tokens.weight", 50, 8),
+            ],
+            "model.layers.3.embed_tokens.weight of shape",
         ),
     ],
 )

@@ -28,7 +28,7 @@ pytestmark = [
 
 COMMON = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "t"), ("Ġ", "a"), ("e", "r"), ("o", "n")]
 MERGES = {
-    "model": [*COMMON, ("r", "e"), ("in", "g"), ("Ġt", "he")],
+    "model": [*COMMON, ("r", "e"), ("in", "g"), ("Ġ", "the")],
     "donor": [*COMMON, ("Ġt", "o"), ("er", "s"), ("on", "s"), ("Ġa", "s"), ("in", "t"), ("s", "t")],
 }
 SPECIAL = {"model": ["<bos>", "<eos>"], "donor": ["<s>", "</s>"]}  # matched by their roles
