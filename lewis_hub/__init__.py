@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lewis_hub.demo.zoo import zoo_folder as zoo_folder
     from lewis_hub.errors import LewisHubError as LewisHubError
     from lewis_hub.merge.adapter_settings import LoraSettings as LoraSettings
+    from lewis_hub.merge.transplant import TransplantSettings as TransplantSettings
     from lewis_hub.pipeline import calibrate as calibrate
     from lewis_hub.pipeline import check as check
     from lewis_hub.pipeline import merge_models as merge_models
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from lewis_hub.workflow.single_model import extract_lora as extract_lora
     from lewis_hub.workflow.single_model import measure_model as measure_model
     from lewis_hub.workflow.single_model import read_profile as read_profile
+    from lewis_hub.workflow.transplant import transplant_tokenizer as transplant_tokenizer
 
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ _HOME = {  # module -> its public names
     "demo.zoo": ("zoo_folder",),
     "errors": ("LewisHubError",),
     "merge.adapter_settings": ("LoraSettings",),
+    "merge.transplant": ("TransplantSettings",),
     "pipeline": (
         *("calibrate", "check", "merge_models", "open_target"),
         *("publish", "stream", "verify"),
@@ -64,6 +67,7 @@ _HOME = {  # module -> its public names
         *("diff_merges", "evaluate_model", "extract_lora"),
         *("measure_model", "read_profile"),
     ),
+    "workflow.transplant": ("transplant_tokenizer",),
 }
 __all__ = sorted(name for names in _HOME.values() for name in names)
 

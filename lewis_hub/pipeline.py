@@ -25,6 +25,7 @@ from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_room, require_writable
 from lewis_hub.hub.jobs import MOUNT, JobRequest
 from lewis_hub.hub.publish import Published
+from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
@@ -34,6 +35,7 @@ from lewis_hub.recipe.schema import Publishing, Recipe
 from lewis_hub.report.cost import Costs
 from lewis_hub.report.facts import Guided
 from lewis_hub.report.findings import gate_sentences
+from lewis_hub.report.lock import Lock
 from lewis_hub.workflow import evaluate, fetch, merge, report, resolve
 from lewis_hub.workflow import publish as publishing
 from lewis_hub.workflow import verify as verification
@@ -50,6 +52,8 @@ from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
+from lewis_hub.workflow.transplant import transplant_tokenizer
+from lewis_hub.workflow.transplant_job import asked_in
 
 
 @dataclass(frozen=True)
@@ -398,16 +402,32 @@ def verify(
     if not rebuild:
         return verdict
     with TemporaryDirectory() as folder:
-        recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
+        output = Path(folder) / "merged"
         same = replace(execution, max_shard_bytes=lock.max_shard_bytes)
-        made = merge_models(recipe, Path(folder) / "merged", same, progress)
-        again = verification.read_lock(resolve_one(made.output, api), api)
+        rounds_differently = _make_again(lock, source, output, same, progress)
+        again = verification.read_lock(resolve_one(output, api), api)
         differing, alike = verification.compare_models(lock, again), frozenset[str]()
-        if differing and resolve.depends_on_processor(recipe):
+        if differing and rounds_differently:
             stored = fetch.download(api, [source], progress)[source.pinned]
-            alike = verification.weight_files_within_tolerance(stored, made.output)
+            alike = verification.weight_files_within_tolerance(stored, output)
             differing = verification.compare_models(lock, again, alike)
     return replace(verdict, problems=(*verdict.problems, *differing))
+
+
+def _make_again(
+    lock: Lock, source: Source, output: Path, execution: Execution, progress: Progress
+) -> bool:
+    """Repeat the work of a lock; return whether other kinds of machines may round it differently.
+
+    They do so with second moments, LAPACK, router weights and rows of new tokens.
+    """
+    if asked := asked_in(lock):
+        model, donor, settings = asked
+        transplant_tokenizer(model, donor, output, settings, execution, progress)
+        return True
+    recipe = verification.recipe_of(lock, source, allow_code=execution.allow_code)
+    merge_models(recipe, output, execution, progress)
+    return resolve.depends_on_processor(recipe)
 
 
 def open_target(asked: Publishing) -> Destination:

@@ -25,6 +25,7 @@ Document = Mapping[str, Any]
 
 # a token that a recipe names, as transformers' `add_tokens` makes it
 PLAIN: Flags = {**dict.fromkeys(FLAGS, False), "normalized": True}
+LETTERS, SPACES, PLAIN_LETTERS = "bytes as letters", "▁ for spaces", "plain letters"
 DAMAGED = "The file is damaged: use an intact copy."
 ID = re.compile(r"\d{1,9}", re.ASCII)
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
@@ -58,12 +59,19 @@ class Vocabulary:
         if self.document is None:
             return "unknown"
         model = self.document["model"]
+        marks = [model.get(mark) for mark in ("continuing_subword_prefix", "end_of_word_suffix")]
+        return ", ".join([model["type"], self.spelling, *(repr(mark) for mark in marks if mark)])
+
+    @property
+    def spelling(self) -> str:
+        """How the tokens of the model write spaces and bytes; `Ġ` is a byte's letter."""
+        if self.document is None:
+            return LETTERS if any("Ġ" in token for token in self.ids) else PLAIN_LETTERS
         parts = [self.document.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]
         text = json.dumps(parts, ensure_ascii=False)
-        spelling = "bytes as letters" if '"ByteLevel"' in text else "plain letters"
-        spelling = "▁ for spaces" if "▁" in text else spelling
-        marks = [model.get(mark) for mark in ("continuing_subword_prefix", "end_of_word_suffix")]
-        return ", ".join([model["type"], spelling, *(repr(mark) for mark in marks if mark)])
+        if "▁" in text:
+            return SPACES
+        return LETTERS if '"ByteLevel"' in text else PLAIN_LETTERS
 
 
 def read_vocabulary(label: str, files: Mapping[str, bytes]) -> Vocabulary | None:

@@ -17,7 +17,7 @@ from types import TracebackType
 import click
 
 from lewis_hub import __version__
-from lewis_hub.cli import adapters, demo, init, jobs, merge, models, recipes, tuning
+from lewis_hub.cli import adapters, demo, init, jobs, merge, models, recipes, transplant, tuning
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import say, say_json
 from lewis_hub.errors import LewisHubError
@@ -65,6 +65,7 @@ for command in (
     models.diff,
     adapters.extract_lora,
     adapters.merge_lora,
+    transplant.transplant_tokenizer,
     init.init,
     recipes.schema,
     recipes.methods,

@@ -22,13 +22,20 @@ from lewis_hub.display import size
 from lewis_hub.evaluate.scores import MERGED, Scores, TaskScores, settings_words
 from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
-from lewis_hub.hub.facts import HUB, Licence
+from lewis_hub.hub.facts import HUB, Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.recipe.reference import REPO
 from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report import findings, markdown
 from lewis_hub.report.cost import duration
-from lewis_hub.report.facts import GUIDES, METHODS, CardFacts, Guided, Measured
+from lewis_hub.report.facts import (
+    GUIDES,
+    METHODS,
+    CardFacts,
+    Guided,
+    Measured,
+    TransplantFacts,
+)
 from lewis_hub.report.lock import BUILDER
 from lewis_hub.report.plots import PAIRED, WORDS
 from lewis_hub.report.profiles import short_name, unique_slugs
@@ -69,7 +76,7 @@ def model_card(facts: CardFacts) -> ModelCard:
         _document(
             card_data(facts),
             "card.md.j2",
-            {"model": partial(_model, facts), "listed": _listed, "licence": _licence_link},
+            {"model": partial(_model, facts.models), "listed": _listed, "licence": _licence_link},
             facts=facts,
             **_description(facts),
             **_guidance(facts.guided),
@@ -96,15 +103,19 @@ def _rendered(template: str, filters: Mapping[str, Any], **values: Any) -> str:
 
 def snippet(usage: Usage, repo: str | None, *, chat: bool, custom_code: bool) -> str:
     """Python code that runs a model from its repo, or without one from the folder of its card."""
-    comment = "" if repo else "  # the folder of this card"
     return _rendered(
         f"usage/{usage.family.snippet}.py.j2",
         {},
         usage=usage,
         chat=chat,
-        name=f"name = {json.dumps(repo or '.')}{comment}",
+        name=name_line(repo),
         options=", trust_remote_code=True" if custom_code else "",
     )
+
+
+def name_line(repo: str | None) -> str:
+    """The line of a snippet that names the model; None: the folder of the card."""
+    return f"name = {json.dumps(repo or '.')}{'' if repo else '  # the folder of this card'}"
 
 
 def _description(facts: CardFacts) -> dict[str, Any]:
@@ -212,11 +223,11 @@ def _calibrated(facts: CardFacts) -> Sequence[SourceImportance | Measured]:
     return [expert for expert in guided if "dataset" in expert.calibration] or facts.measured
 
 
-def _model(facts: CardFacts, source: Source) -> str:
+def _model(models: Mapping[str, ModelFacts], source: Source) -> str:
     """A model by its name; a local folder by its last part, which shows nothing of a disk."""
     if source.folder:
         return f"the local folder {markdown.code(source.folder.name)}"
-    return markdown.link(markdown.code(source.name), facts.models[source.pinned].url)
+    return markdown.link(markdown.code(source.name), models[source.pinned].url)
 
 
 def _licence_link(licence: Licence | None) -> str:
@@ -250,10 +261,37 @@ def merged_adapter_card(
     return _document(
         _adapter_data(base, task, licence),
         "merged_adapter.md.j2",
-        {"model": partial(_model, facts), "listed": _listed},
+        {"model": partial(_model, facts.models), "listed": _listed},
         facts=facts,
         methods=METHODS,
         **_errors(made),
+    )
+
+
+def transplant_card(facts: TransplantFacts) -> str:
+    """The `README.md` of a model with another model's tokenizer."""
+    return _document(
+        _transplant_data(facts),
+        "transplant.md.j2",
+        {"model": partial(_model, facts.models), "licence": _licence_link},
+        facts=facts,
+        disagree=DISAGREE,
+        snippet=snippet(facts.usage, None, chat=facts.chat, custom_code=False),
+    )
+
+
+def _transplant_data(facts: TransplantFacts) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    repos = _repos(one.name for one in facts.sources if not one.folder)
+    return ModelCardData(
+        base_model=repos or None,
+        base_model_relation="merge" if repos else None,
+        library_name=facts.usage.library,
+        pipeline_tag=facts.usage.task,
+        widget=facts.usage.widget(chat=facts.chat),
+        tags=["lewis-hub", "tokenizer-transplant"],
+        **_licence(facts.licence),
     )
 
 
@@ -301,7 +339,7 @@ def card_data(facts: CardFacts) -> ModelCardData:
         language=facts.languages or None,
         datasets=_repos(data.name for data in facts.datasets if not data.folder) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        **_licence(facts),
+        **_licence(facts.licence),
         **(scored if results else {}),
     )
 
@@ -383,9 +421,8 @@ def _repos(names: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(names) if HUB_REPO.fullmatch(name)]
 
 
-def _licence(facts: CardFacts) -> dict[str, Any]:
+def _licence(licence: Licence | None) -> dict[str, Any]:
     """An identifier of the Hub, or `other` with a name and, if there is one, a link."""
-    licence = facts.licence
     if licence is None:
         return {}
     identifiers = licence.identifier.lower().split(" or ")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.evaluate.benchmarks import ScoredData
@@ -22,6 +22,9 @@ from lewis_hub.methods.registry import Method
 from lewis_hub.report.cost import Machine, StageCost
 from lewis_hub.report.plots import Picture
 from lewis_hub.report.usage import Usage
+
+if TYPE_CHECKING:
+    from lewis_hub.merge.transplant import RowOrigins, TransplantSettings
 
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|code|multilingual")
 ENTRY = re.compile(r"^@\w+\{([\w-]+),\n.*?^\}$", re.MULTILINE | re.DOTALL)
@@ -168,6 +171,37 @@ class MixtureFacts:
     experts_per_token: int
     gate_mode: str
     is_random: bool  # whether the router weights are random
+
+
+@dataclass(frozen=True)
+class TransplantFacts:
+    """A model with the tokenizer of another one."""
+
+    model: Source
+    donor: Source
+    models: Mapping[str, ModelFacts]  # pinned source -> facts from its own card
+    licence: Licence | None  # None: the two differ, or state none
+    settings: TransplantSettings
+    origins: RowOrigins
+    errors: Mapping[str, float]  # tensor -> mean relative error of `omp` in the donor's
+    usage: Usage
+    chat: bool  # the tokenizer has a chat template
+    digest: str  # of the lock
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The model, then the donor, each once."""
+        return tuple(dict.fromkeys((self.model, self.donor)))
+
+    @property
+    def licences_differ(self) -> bool:
+        """Whether the cards of the two state different licences, or one of them states none."""
+        return len({self.models[source.pinned].licence for source in self.sources}) > 1
+
+    @property
+    def n_padding(self) -> int:
+        """The number of rows that are no token."""
+        return self.origins.n_rows - self.origins.n_tokens
 
 
 @dataclass(frozen=True)

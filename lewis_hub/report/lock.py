@@ -56,7 +56,7 @@ class LockedInput:
     """A source model."""
 
     name: str  # as the recipe writes it
-    role: Literal["base", "expert"]
+    role: Literal["base", "expert", "donor"]  # a donor gives its tokenizer
     revision: str | None  # as the recipe writes it; None is the default branch
     commit_sha: str  # of that revision; for a folder, the digest of its contents
     files: Mapping[str, str]  # path -> digest, for files that can change the result

@@ -101,7 +101,7 @@ def described(facts: CardFacts, folder: Path) -> CardFacts:
     config = read_json((folder / "config.json").read_bytes())
     parents = [facts.models[source.pinned] for source in facts.sources]
     usage = usage_of(folder, config, parents)
-    return replace(facts, config=config, usage=usage, chat=_has_chat_template(folder))
+    return replace(facts, config=config, usage=usage, chat=has_chat_template(folder))
 
 
 def write_guidance(folder: Path, guided: Guided) -> Guided:
@@ -132,7 +132,7 @@ def _write_locked(
     return [*texts, *(f"lewis/{name}" for name in others)]
 
 
-def _has_chat_template(folder: Path) -> bool:
+def has_chat_template(folder: Path) -> bool:
     """Return whether tokenizer or processor has a chat template, in a file of its own or not."""
     configs = (folder / name for name in ("tokenizer_config.json", "processor_config.json"))
     texts = (config.read_text(encoding="utf-8") for config in configs if config.exists())

@@ -18,13 +18,14 @@ from lewis_hub.methods import registry
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import lock as locks
 from lewis_hub.report import page
-from lewis_hub.report.card import dark_folder, eval_results, model_card
+from lewis_hub.report.card import dark_folder, eval_results, model_card, name_line
 from lewis_hub.report.facts import CardFacts
 from lewis_hub.report.lock import Lock, OutputFile
 from lewis_hub.report.patch import patched
 from lewis_hub.workflow.evaluate import CARD, read_scores
 from lewis_hub.workflow.report import RECIPE, ReportSettings, described
 from lewis_hub.workflow.resolve import RecipeSnapshot
+from lewis_hub.workflow.transplant_job import TRANSPLANT
 
 UNNAMED = "Merged model"
 PUSHED_TO = re.compile(r"\n*<!-- lewis-hub: pushed to (\S+) -->\n")
@@ -93,6 +94,10 @@ def readdress(folder: Path, lock: Lock, repo: str) -> None:
     stated = (lock.recipe.get("publish") or {}).get("repo")
     card = folder / CARD
     if not card.exists() or (stated == repo and not _pushed_to(card)):
+        return
+    if lock.method == TRANSPLANT:
+        text = card.read_text(encoding="utf-8")
+        write_whole(card, text.replace(name_line(None), name_line(repo)))
         return
     try:
         facts = _from_lock(lock)

@@ -1,0 +1,183 @@
+"""Match the tokens of two vocabularies by the bytes that they stand for.
+
+Byte-level vocabularies write each byte as a letter (`Ġthe` is ` the`). SentencePiece writes a space
+as `▁`, and a single byte as `<0xE2>`. Special tokens match by their text or by their role.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from lewis_hub.errors import TokenizerError
+from lewis_hub.tokenizer import (
+    CONFIG,
+    LETTERS,
+    PLAIN_LETTERS,
+    SPACES,
+    Vocabulary,
+    json_object,
+    load_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# GPT-2's alphabet: printable bytes of Latin-1 are themselves, all others follow from U+0100 on
+PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = tuple(byte for byte in range(0x100) if byte not in PRINTED)
+BYTES = {chr(byte): byte for byte in PRINTED} | {chr(0x100 + i): b for i, b in enumerate(OTHERS)}
+
+ROLES = ("eos", "bos", "unk", "pad", "sep", "cls", "mask")  # the first role of a token counts
+ROLE_FILES = ("special_tokens_map.json", CONFIG)  # the last counts
+N_SPLIT = 4096  # texts that are split together
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A vocabulary, and the bytes of its tokens that have a row in the embeddings."""
+
+    vocabulary: Vocabulary
+    texts: Mapping[int, bytes]  # id -> bytes
+    ids: Mapping[bytes, int]  # bytes -> id; a piece counts before a byte token, then the lower id
+    roles: Mapping[str, int]  # role -> id
+    n_rows: int  # of the embeddings
+
+    @cached_property
+    def readings(self) -> frozenset[int]:
+        """The ids that `ids` leads to: of each text one."""
+        return frozenset(self.ids.values())
+
+
+def spell(vocabulary: Vocabulary, roles: Mapping[str, str], n_rows: int) -> Spelled:
+    """Read the bytes of each token with an id below `n_rows`; `roles` maps roles to tokens."""
+    order = sorted(vocabulary.ids.items(), key=lambda item: (is_byte(item[0]), item[1]))
+    spelling = vocabulary.spelling
+    texts, ids = {}, dict[bytes, int]()
+    for token, token_id in order:
+        if token_id < n_rows:
+            own = PLAIN_LETTERS if spelling == LETTERS and token in vocabulary.added else spelling
+            texts[token_id] = _bytes(token, own)
+            ids.setdefault(texts[token_id], token_id)
+    found = {
+        role: vocabulary.ids[roles[role]] for role in ROLES if roles.get(role) in vocabulary.ids
+    }
+    stored = {role: token_id for role, token_id in found.items() if token_id in texts}
+    return Spelled(vocabulary, texts, ids, stored, n_rows)
+
+
+def is_byte(token: str) -> bool:
+    """Whether a token is SentencePiece's name of a single byte."""
+    return BYTE.fullmatch(token) is not None
+
+
+def _bytes(token: str, spelling: str) -> bytes:
+    if spelling == SPACES:
+        if byte := BYTE.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        token = token.replace("▁", " ")
+    elif spelling == LETTERS and BYTES.keys() >= set(token):
+        return bytes(BYTES[letter] for letter in token)
+    return token.encode("utf-8", "surrogatepass")
+
+
+def read_roles(label: str, files: Mapping[str, bytes]) -> dict[str, str]:
+    """The special tokens by their roles, such as `eos`, from the tokenizer's configuration."""
+    found: dict[str, str] = {}
+    for name in ROLE_FILES:
+        document = json_object(label, files, name)
+        for role in ROLES:
+            token: Any = document.get(f"{role}_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            if isinstance(content, str):
+                found[role] = content
+    return found
+
+
+@dataclass(frozen=True)
+class TokenMatches:
+    """The tokens of a donor's vocabulary that a model's vocabulary has, too."""
+
+    rows: Mapping[int, int]  # the donor's id -> the model's
+    shared: tuple[tuple[int, int], ...]  # pairs of one token in both, each id once, by donor's id
+
+
+def match(model: Spelled, donor: Spelled) -> TokenMatches:
+    """Match tokens by their spelling, then by their bytes, then by their roles.
+
+    A role matches only if no other token of the donor is that token of the model: two tokens with
+    equal rows in the head would have equal logits.
+    """
+    ours = model.vocabulary.ids
+    is_same_spelling = model.vocabulary.spelling == donor.vocabulary.spelling
+    rows: dict[int, int] = {}
+    for token, token_id in sorted(donor.vocabulary.ids.items(), key=lambda item: item[1]):
+        if token_id not in donor.texts:
+            continue
+        same = ours.get(token) if is_same_spelling else None
+        found = same if same in model.texts else model.ids.get(donor.texts[token_id])
+        if found is not None:
+            rows[token_id] = found
+    pairs = {i: row for i, row in rows.items() if i in donor.readings and row in model.readings}
+    taken = set(rows.values())
+    for role, token_id in donor.roles.items():
+        row = model.roles.get(role)
+        if token_id not in rows and row is not None and row not in taken:
+            rows[token_id] = pairs[token_id] = row
+            taken.add(row)
+    return TokenMatches(rows, tuple(sorted(pairs.items())))
+
+
+def split(model: Spelled, texts: Sequence[bytes]) -> list[tuple[int, ...]]:
+    """Split texts into tokens of a model as its tokenizer does; empty if they cannot write it.
+
+    A tokenizer may put a space before a text or change letters. If its tokens do not spell the text
+    exactly, the text is split from left to right into the longest tokens.
+    """
+    document = model.vocabulary.document
+    if document is None:
+        problem = "it has no tokenizer.json, which is needed to split the donor's tokens"
+        remedy = "Save its tokenizer with transformers' `AutoTokenizer` and `save_pretrained`, or "
+        raise TokenizerError(model.vocabulary.label, problem, f"{remedy}choose another --method.")
+    tokenizer = load_tokenizer(model.vocabulary.label, document)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    found: list[tuple[int, ...]] = []
+    for first in range(0, len(texts), N_SPLIT):
+        part = texts[first : first + N_SPLIT]
+        whole = _encoded(model, tokenizer, part, [text.decode("utf-8", "replace") for text in part])
+        # a tokenizer that puts a space before the text gets it without its own
+        bare = [text.decode("utf-8", "replace").removeprefix(" ") for text in part]
+        spaced = _encoded(model, tokenizer, part, bare)
+        pairs = zip(part, whole, spaced, strict=True)
+        found += [one or other or _longest(model, text) for text, one, other in pairs]
+    return found
+
+
+def _encoded(
+    model: Spelled, tokenizer: Tokenizer, texts: Sequence[bytes], given: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """The tokens of `given`; empty where they do not spell `texts`."""
+    encoded = tokenizer.encode_batch(list(given), add_special_tokens=False)
+    found = []
+    for text, one in zip(texts, encoded, strict=True):
+        spelled = b"".join(model.texts.get(i, b"") for i in one.ids)
+        is_exact = spelled == text and model.texts.keys() >= set(one.ids)
+        found.append(tuple(one.ids) if is_exact else ())
+    return found
+
+
+def _longest(model: Spelled, text: bytes) -> tuple[int, ...]:
+    found, start = [], 0
+    while start < len(text):
+        stops = range(len(text), start, -1)
+        stop = next((stop for stop in stops if text[start:stop] in model.ids), None)
+        if stop is None:
+            return ()
+        found.append(model.ids[text[start:stop]])
+        start = stop
+    return tuple(found)

@@ -1,0 +1,90 @@
+"""The ids of special tokens in the configuration of a model that gets another tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lewis_hub.errors import TokenizerError
+from lewis_hub.merge.token_matches import ROLES, Spelled, TokenMatches
+
+ID = re.compile(r"\w+_token_(?:id|index)")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+OF_ROLES = tuple(f"{role}_token_id" for role in ROLES)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a model's files say about the ids of its tokens; empty for a missing file."""
+
+    label: str  # the model, for messages
+    config: Mapping[str, Any]  # `config.json`
+    generation: Mapping[str, Any]  # `generation_config.json`
+
+    def ids(self, name: str) -> tuple[Any, Any]:
+        """An id in `config.json`, and the one that is used to generate text."""
+        inner = self.config.get("text_config") or {}
+        own = self.config.get(name, inner.get(name))
+        return own, self.generation.get(name, own)
+
+
+@dataclass(frozen=True)
+class NewIds:
+    """The values to write; None removes a key."""
+
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+
+
+def new_ids(
+    model: Configuration, donor: Configuration, tokens: Spelled, matches: TokenMatches
+) -> NewIds:
+    """Return the donor's ids of begin, end and padding, and the new ids of all other tokens.
+
+    `tokens` are those of the donor.
+
+    Raises:
+        TokenizerError: the configuration names a token that the donor lacks.
+    """
+    roles = tokens.roles
+    config: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
+    for name in SPECIAL:
+        own, used = donor.ids(name)
+        by_role = roles.get(name.removesuffix("_token_id"))
+        generation[name] = by_role if used is None else used
+        config[name] = generation[name] if own is None or not model.generation else own
+    ours = {row: token_id for token_id, row in sorted(matches.rows.items(), reverse=True)}
+    for place, written in (("config.json", config), ("generation_config.json", generation)):
+        document = model.config if place == "config.json" else model.generation
+        for name, value in dict(_others(document)).items():
+            if name in OF_ROLES:
+                written[name] = roles.get(name.removesuffix("_token_id"))
+            elif isinstance(value, list):
+                written[name] = [_moved(model, donor, f"{place}: {name}", i, ours) for i in value]
+            else:
+                written[name] = _moved(model, donor, f"{place}: {name}", value, ours)
+    return NewIds(config, generation)
+
+
+def _others(document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The ids beside begin, end and padding, also of the text part of a multimodal model."""
+    inner = document.get("text_config")
+    for part in (inner if isinstance(inner, dict) else {}, document):
+        for name, value in part.items():
+            values = value if isinstance(value, list) else [value]
+            is_set = all(type(one) is int and one >= 0 for one in values)
+            if ID.fullmatch(name) and name not in SPECIAL and is_set:
+                yield name, value
+
+
+def _moved(
+    model: Configuration, donor: Configuration, where: str, value: int, ours: Mapping[int, int]
+) -> int:
+    if value not in ours:
+        problem = f"it is token {value}, which the tokenizer of {donor.label} lacks"
+        remedy = "Choose a donor whose tokenizer has it."
+        raise TokenizerError(f"{model.label}: {where}", problem, remedy)
+    return ours[value]
