@@ -1,7 +1,8 @@
-"""Read mutated documents, each within 5 s and 1 GB: `python -m hardening.fuzz TARGET CASES SEED`.
+"""Read mutated documents, each within 5 s and 1 GB: `python -m hardening.fuzz CASES SEED TARGET...`.
 
-It runs in `tests/`, and prints the number of cases and its findings as JSON. A finding that is kept
-in `corpus/TARGET/` is read again in each run of the tests.
+It runs in `tests/`, and prints figures and findings as JSON. CASES are shared by all targets of
+`targets.py`; those that are not named are left out. A finding is stored below $LEWIS_HUB_FINDINGS;
+those in `corpus/` are read again in each run of the tests.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from hardening.mutation import Document, mutated
-
+from hardening.targets import TARGETS, Target
 from lewis_hub.errors import LewisHubError
 
 CORPUS = Path(__file__).with_name("corpus")
@@ -34,65 +37,67 @@ class TooSlowError(BaseException):
 
 
 def main() -> None:
-    """Fuzz a target, print what was found, and store each finding below $LEWIS_HUB_FINDINGS."""
-    from hardening.targets import TARGETS
-
-    name, n_cases, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    target, random = TARGETS[name], Random(f"{name} {seed}")
-    began, slowest_s, found = time.perf_counter(), 0.0, {}
+    """Fuzz targets, print what was found, and store each finding."""
+    n_cases, seed, names = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     warnings.filterwarnings("error")
-    for seed_document in target.seeds:
-        target.read(seed_document)  # they are valid, and what is loaded once is loaded
+    for name in names:
+        for document in TARGETS[name].seeds:
+            TARGETS[name].read(document)  # it is valid, and what is loaded once is loaded
     with limits():
-        for n_done in range(1, n_cases + 1):
-            document = mutated(random.choice(target.seeds), random)
-            case_began = time.perf_counter()
-            problem = failure(target.read, document)
-            slowest_s = max(slowest_s, time.perf_counter() - case_began)
-            if problem and problem not in found:
-                found[problem] = document
-            if len(found) == MAX_FINDINGS:
-                break
-    json.dump(
-        {
-            **{"target": name, "n_cases": n_done, "seconds": time.perf_counter() - began},
-            **{"slowest_s": slowest_s, "findings": {p: _kept(name, d) for p, d in found.items()}},
-        },
-        sys.stdout,
-    )
+        json.dump([fuzzed(name, TARGETS[name], n_cases, seed) for name in names], sys.stdout)
 
 
-def failure(read: Any, document: Document) -> str | None:
+def fuzzed(name: str, target: Target, n_cases: int, seed: int) -> dict[str, Any]:
+    """The figures of a target, and where each finding is stored."""
+    random, found, slowest_s, n_done = Random(f"{name} {seed}"), dict[str, Document](), 0.0, 0
+    n_drawn, began = round(n_cases * target.share), time.process_time()
+    drawn = (mutated(random.choice(target.seeds), random) for _ in range(n_drawn))
+    for document in chain(kept(name), drawn):
+        case_began = time.perf_counter()
+        if problem := failure(target.read, document):
+            found.setdefault(problem, document)
+        slowest_s = max(slowest_s, time.perf_counter() - case_began)
+        n_done += 1
+        if len(found) == MAX_FINDINGS:
+            break
+    return {
+        **{"target": name, "n_cases": n_done, "cpu_s": round(time.process_time() - began, 1)},
+        "slowest_s": round(slowest_s, 3),
+        "findings": {problem: store(name, document) for problem, document in found.items()},
+    }
+
+
+def kept(name: str) -> list[Document]:
+    """What was found in a target before."""
+    files = sorted((CORPUS / name).glob("*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def failure(read: Callable[[Document], object], document: Document) -> str | None:
     """Where a case fails by anything but an error of ours; None if it does not."""
     try:
         with time_limit():
             read(document)
     except LewisHubError as error:
-        try:
-            str(error).encode()
-        except UnicodeEncodeError:
-            return None  # the terminal writes what UTF-8 cannot encode as escapes
-    except (Exception, TooSlowError, MemoryError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if "lewis_hub" in f.filename] or frames
-        return f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
-    except BaseException as error:
+        return None if str(error) else f"an empty message of {type(error).__name__}"
+    except BaseException as error:  # a panic of Rust is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        return f"{type(error).__name__}: {error}"  # a panic of Rust
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if "lewis_hub" in frame.filename] or frames
+        return f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}"
     return None
 
 
 @contextmanager
 def time_limit() -> Iterator[None]:
-    """Interrupt a case that takes too long; only Unix has such alarms."""
-    import signal
+    """Interrupt a case that takes too long, again and again in case that something goes on."""
 
     def stop(*_: object) -> None:
         raise TooSlowError(f"more than {MAX_S} s")
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MAX_S)
+    signal.setitimer(signal.ITIMER_REAL, MAX_S, 0.1)
     try:
         yield
     finally:
@@ -114,11 +119,12 @@ def limits() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _kept(name: str, document: Document) -> str:
+def store(name: str, document: Document) -> str:
+    """Write a finding as a file of the corpus; return its path, or the document itself."""
     text = json.dumps(document, indent=1) + "\n"
-    folder = Path(os.environ.get("LEWIS_HUB_FINDINGS", "")) / name
     if "LEWIS_HUB_FINDINGS" not in os.environ:
         return text
+    folder = Path(os.environ["LEWIS_HUB_FINDINGS"]) / name
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     file.write_text(text, encoding="utf-8")

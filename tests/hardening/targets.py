@@ -6,9 +6,10 @@ The code may refuse a document by a LewisHubError, and by nothing else.
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -16,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from hardening.mutation import Document
 
+from hardening.mutation import Document
 from lewis_hub import pipeline
 from lewis_hub.calibration.profile import ImportanceProfile
 from lewis_hub.checkpoint.header import TensorHeader, read_header
@@ -27,7 +28,9 @@ from lewis_hub.checkpoint.reader import INDEX, Checkpoint, read_headers
 from lewis_hub.demo.zoo import zoo_folder
 from lewis_hub.errors import LewisHubError
 from lewis_hub.evaluate import scores
+from lewis_hub.evaluate.backends import EvaluationSettings
 from lewis_hub.evaluate.gate import Check, GateVerdict
+from lewis_hub.evaluate.harness import load
 from lewis_hub.evaluate.scores import ModelResult, Scores
 from lewis_hub.evaluate.tasks import read_file
 from lewis_hub.guides.schedule import DensitySchedule
@@ -132,7 +135,7 @@ HEADERS = Target(
         {"header": {}, "length": 2, "n_data": 0},
     ],
     read_a_header,
-    0.31,
+    0.5,
 )
 
 
@@ -167,7 +170,7 @@ INDEXES = Target(
         }
     ],
     read_an_index,
-    0.06,
+    0.03,
 )
 
 
@@ -188,6 +191,7 @@ def read_quantised(document: Document) -> None:
     checkpoint = dequantise(Checkpoint("a/b", tensors), found, read)
     for tensor in checkpoint.tensors.values():
         assert not tensor.is_computed or tensor.n_bytes == 4 * tensor.n_elements
+        assert {int}.issuperset(map(type, tensor.shape))
 
 
 def quantised(method: dict[str, Any], *tensors: Any, **states: Any) -> Document:
@@ -259,7 +263,7 @@ QUANTISED = Target(
         ),
     ],
     read_quantised,
-    0.27,
+    0.2,
 )
 
 
@@ -374,11 +378,14 @@ TOKENIZERS = Target(
     + [
         {
             **{"a/base: vocab.json": {"a": 0, "b": 1}, "a/base: added_tokens.json": {"<s>": 2}},
-            **{"a/other: vocab.json": {"b": 0}, "a/other: chat_template.json": {"chat_template": 1}},
+            **{
+                "a/other: vocab.json": {"b": 0},
+                "a/other: chat_template.json": {"chat_template": 1},
+            },
         }
     ],
     read_tokenizers,
-    0.05,
+    0.04,
 )
 
 
@@ -413,7 +420,7 @@ CARDS = Target(
         }
     ],
     read_a_card,
-    0.02,
+    0.006,
 )
 
 
@@ -428,14 +435,18 @@ TASKS = Target(
         {
             "task": {
                 **{"task": "x", "dataset_path": "a/data", "test_split": "test", "tag": ["t"]},
-                **{"doc_to_text": "{{q}}", "doc_to_target": "{{a}}", "output_type": "generate_until"},
+                **{
+                    "doc_to_text": "{{q}}",
+                    "doc_to_target": "{{a}}",
+                    "output_type": "generate_until",
+                },
                 **{"metric_list": [{"metric": "exact_match", "aggregation": "mean"}]},
                 **{"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}},
             }
         }
     ],
     read_a_task,
-    0.02,
+    0.005,
 )
 
 
@@ -456,7 +467,10 @@ SLICES = {
 }
 TOKENS = {
     **{"base_model": "a/b", "models": ["a/c", {"model": "a/d", "parameters": {"weight": 0.5}}]},
-    **{"merge_method": "dare_ties", "parameters": {"density": [{"filter": "mlp", "value": 0.5}, {"value": 1}]}},
+    **{
+        "merge_method": "dare_ties",
+        "parameters": {"density": [{"filter": "mlp", "value": 0.5}, {"value": 1}]},
+    },
     "tokenizer": {
         **{"source": "union", "pad_to_multiple_of": 64},
         "tokens": {"<s>": {"source": {"kind": "model_token", "model": "a/c", "token_id": 1}}},
@@ -470,7 +484,7 @@ MIXTURE = {
     ],
 }
 RECIPES = Target(
-    [{"recipe": recipe} for recipe in (ZOO_RECIPE, SLICES, TOKENS, MIXTURE)], read_a_recipe, 0.03
+    [{"recipe": recipe} for recipe in (ZOO_RECIPE, SLICES, TOKENS, MIXTURE)], read_a_recipe, 0.006
 )
 
 
@@ -527,7 +541,7 @@ LOCKS = Target(
         }
     ],
     read_a_lock,
-    0.02,
+    0.006,
 )
 
 
@@ -587,7 +601,7 @@ RESULTS = Target(
         {"changelog.json": json.loads(changelog_to_json([ENTRY]))},
     ],
     read_results,
-    0.04,
+    0.0068,
 )
 
 
@@ -604,31 +618,49 @@ def _small(model: str) -> Document:
     }
 
 
-def merge_a_folder(document: Document) -> None:
-    """Merge a model with hostile files beside its weights, whole: card, snippets and lock too."""
+@contextmanager
+def hostile_base(document: Document) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder with a model whose small files are those of a document, and a recipe on it."""
     with TemporaryDirectory() as place:
         base = Path(place) / "base"
         base.mkdir()
         for name, content in document.items():
             if content is not None:
                 (base / name).write_bytes(text_of(content))
-        os.link(zoo_folder() / "base" / FILE, base / FILE)
-        expert = zoo_folder() / "expert-reverse"
-        recipe = {"base_model": str(base), "models": [str(expert)], "merge_method": "linear"}
+        shutil.copyfile(zoo_folder() / "base" / FILE, base / FILE)
+        expert = str(zoo_folder() / "expert-reverse")
+        yield base, {"base_model": str(base), "models": [expert], "merge_method": "linear"}
+
+
+def merge_a_folder(document: Document) -> None:
+    """Merge a model with hostile files beside its weights, whole: card, snippets and lock too."""
+    with hostile_base(document) as (base, recipe):
         if len(document.get("README.md") or "") % 2:
             recipe["tokenizer_source"] = "union"
         parsed = parse_recipe(json.dumps(recipe), "recipe.yaml")
-        pipeline.merge_models(parsed, Path(place) / "merged")
+        pipeline.merge_models(parsed, base.with_name("merged"))
 
 
-FOLDERS = Target(
-    [_small("base"), {**_small("base"), "README.md": "---\nlicense: mit\n---\n"}],
-    merge_a_folder,
-    0.001,
-)
+def run_a_model(document: Document) -> None:
+    """Load a model with hostile files, to calibrate it and to score it."""
+    with hostile_base(document) as (base, recipe):
+        data = base.with_name("data.jsonl")
+        data.write_text('{"messages": [{"role": "user", "content": "some text"}]}\n' * 2, "utf-8")
+        calibration = {"dataset": str(data), "messages": "messages", "samples": 1, "max_tokens": 8}
+        recipe |= {"merge_method": "ties", "guide": {"name": "lewis", "calibration": calibration}}
+        try:
+            parsed = parse_recipe(json.dumps(recipe), "recipe.yaml")
+            pipeline.calibrate(parsed, base.with_name("measured"))
+        finally:
+            load(base, EvaluationSettings())
+
+
+SMALL = [_small("base"), {**_small("base"), "README.md": "---\nlicense: mit\n---\n"}]
+FOLDERS = Target(SMALL, merge_a_folder, 0.0002)
+MODELS = Target(SMALL, run_a_model, 0.0001)
 
 TARGETS = {
     **{"headers": HEADERS, "indexes": INDEXES, "quantised": QUANTISED, "adapters": ADAPTERS},
     **{"tokenizers": TOKENIZERS, "cards": CARDS, "tasks": TASKS, "recipes": RECIPES},
-    **{"locks": LOCKS, "results": RESULTS, "folders": FOLDERS},
+    **{"locks": LOCKS, "results": RESULTS, "folders": FOLDERS, "models": MODELS},
 }
