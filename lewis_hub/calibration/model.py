@@ -20,6 +20,7 @@ from transformers.utils import logging as untyped_logging
 
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
+from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     auto = transformers.AutoTokenizer
     with refusals(name, "tokenizer"), panics_as_errors():
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    limit_templates(loaded)
     return cast("PreTrainedTokenizerBase", loaded)
 
 

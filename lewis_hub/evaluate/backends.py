@@ -11,6 +11,7 @@ from typing import Any
 from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.documents import MAX_JSON_BYTES, read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
+from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.backend import Backend, Option
 from lewis_hub.tokenizer import panics_as_errors
 
@@ -72,7 +73,9 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     try:
         with panics_as_errors():
             _require_buildable(folder)
-            return load(path, settings)
+            lm = load(path, settings)
+            limit_templates(lm.tokenizer)
+            return lm
     except LewisHubError:
         raise
     except Exception as error:  # of any class, where a configuration has values of other types
