@@ -1,4 +1,4 @@
-"""Read mutated documents, each within 5 s and 1 GB: `python -m hardening.fuzz CASES SEED TARGET...`.
+"""Read mutated documents, each within 5 s and 1 GB: python -m hardening.fuzz CASES SEED TARGET...
 
 It runs in `tests/`, and prints figures and findings as JSON. CASES are shared by all targets of
 `targets.py`; those that are not named are left out. A finding is stored below $LEWIS_HUB_FINDINGS;
