@@ -1,7 +1,7 @@
 """Small files that would take all time or memory, in each place where a file of others is read.
 
-`tests/test_bombs.py` has those of YAML and of adapters' patterns, `tests/evaluate/test_chat.py` those
-of templates, `tests/hub/test_rows.py` those of datasets. Here they lie in the files of models.
+`tests/test_bombs.py` has those of YAML and of adapters' patterns, `tests/evaluate/test_chat.py`
+those of templates, `tests/hub/test_rows.py` those of datasets. Here they lie in files of models.
 """
 
 import json

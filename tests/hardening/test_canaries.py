@@ -1,4 +1,4 @@
-"""Secrets of the environment, of the endpoint and of neighbouring files are in nothing that is made.
+"""Secrets of the environment, the endpoint and neighbouring files are in nothing that is made.
 
 Every artefact, stream and commit of a merge and a push is searched, also of those that fail.
 """

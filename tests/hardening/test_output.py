@@ -1,4 +1,4 @@
-"""The output is a function of the lock: nothing else on the disk or in the environment reaches it."""
+"""The output is a function of the lock: nothing else on the disk or in the environment counts."""
 
 import json
 import os
@@ -146,15 +146,11 @@ def test_nothing_outside_of_a_source_reaches_the_output(kind, name, tmp_path):
     else:
         place.symlink_to(secret if kind == "a link" else secret.parent)
 
-    try:
-        output = merge(tmp_path / "work", base, zoo_folder() / "expert-reverse")
-    except LewisHubError as error:
-        assert name in str(error)
-        assert CANARY not in str(error)
-        assert kind in ("a link", "a link to a folder", "a FIFO")
+    if kind in ("a link", "a link to a folder", "a FIFO"):
+        with pytest.raises(LewisHubError, match=f"`{name}` is a (link to outside|FIFO)"):
+            merge(tmp_path / "work", base, zoo_folder() / "expert-reverse")
     else:
-        assert kind not in ("a link", "a FIFO")
-        assert CANARY.encode() not in b"".join(contents(output).values())
+        assert merge(tmp_path / "work", base, zoo_folder() / "expert-reverse").is_dir()
     made = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
     assert not any(CANARY.encode() in path.read_bytes() for path in made)
     assert not [path for path in made if path.is_symlink() or path.suffix == ".bin"]
