@@ -25,6 +25,7 @@ MAX_JSON_BYTES = 16 << 20
 MAX_TABLE_BYTES = 100_000_000  # of a vocabulary, a header, an index of shards, or all scored items
 MAX_JSON_VALUES = 4_000_000  # a header of some 300,000 tensors, a vocabulary of a million tokens
 NUMBER = re.compile(r"[-+]?(?:0x[0-9a-fA-F_]+|0b[01_]+|[0-9][0-9_:.]*)")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
 END_OF_FRONT_MATTER = re.compile(r"[\r\n]---(?:\r\n|\n|\Z)")
 
 QuickLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -186,6 +187,8 @@ def _require_limits(text: str | bytes, loader: type[yaml.SafeLoader]) -> None:
 def _weight(event: yaml.ScalarEvent, line: int | None) -> int:
     """The number of values that a text or number counts as."""
     text = event.value
+    if SURROGATE.search(text):
+        raise DocumentError("a text has half a letter, which UTF-8 cannot encode", line)
     if (event.tag or event.implicit[0]) and len(text) > LONG_NUMBER and NUMBER.fullmatch(text):
         if len(text) > MAX_NUMBER:
             raise DocumentError(f"a number has more than {MAX_NUMBER:,} characters", line)

@@ -50,6 +50,15 @@ def peak_bytes() -> int | None:
     return _resident_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+def resident_bytes() -> int | None:
+    """The resident memory of this process, or its peak; None if the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_if_ended(process: subprocess.Popen[bytes]) -> int | None:
     """The peak of the resident memory of a process that ended, 0 if unknown; None if it runs."""
     if not hasattr(os, "wait4"):

@@ -6,12 +6,13 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from lewis_hub.documents import MAX_TABLE_BYTES, read_json
+from lewis_hub.documents import MAX_TABLE_BYTES, SURROGATE, read_json
 from lewis_hub.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ PLAIN: Flags = {**dict.fromkeys(FLAGS, False), "normalized": True}
 LETTERS, SPACES, PLAIN_LETTERS = "bytes as letters", "▁ for spaces", "plain letters"
 DAMAGED = "The file is damaged: use an intact copy."
 ID = re.compile(r"\d{1,9}", re.ASCII)
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a letter, which UTF-8 cannot encode
 UNLIKELY = 10.0  # how far below all other scores an added token is in a Unigram model
 
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -97,6 +97,7 @@ def _fast(label: str, files: Mapping[str, bytes], config: Document) -> Vocabular
 
     document = json_object(label, files, "tokenizer.json")
     tokenizer = load_tokenizer(label, document)
+    document["model"].setdefault("type", type(tokenizer.model).__name__)  # old files lack it
     decoder = config.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
     for token_id, entry in entries:
@@ -125,11 +126,23 @@ def load_tokenizer(label: str, document: Document) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(json.dumps(document))
+        with panics_as_errors():
+            return Tokenizer.from_str(json.dumps(document))
     except Exception as error:  # noqa: BLE001 (the library raises no other class)
         remedy = "Save it again with transformers' `AutoTokenizer` and `save_pretrained`."
         problem = f"the tokenizers library cannot read it ({error})"
         raise TokenizerError(f"{label}: tokenizer.json", problem, remedy) from None
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Make errors of the panics of the tokenizers library, which are no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 def json_object(label: str, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -339,8 +352,9 @@ def template_of(label: str, files: Mapping[str, bytes]) -> str | None:
     for name in TEMPLATE_SOURCES[1:]:
         template = json_object(label, files, name).get("chat_template")
         if isinstance(template, list):  # several with names
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+            entries = (entry for entry in template if isinstance(entry, dict))
+            named = (one.get("template") for one in entries if one.get("name") == "default")
+            template = next(named, None)
         if isinstance(template, str):
             return template
     return None

@@ -20,6 +20,8 @@ from transformers.utils import logging as untyped_logging
 
 from lewis_hub.calibration.texts import CalibrationTokens
 from lewis_hub.errors import CalibrationModelError, LewisHubError
+from lewis_hub.evaluate.chat import limit_templates
+from lewis_hub.tokenizer import panics_as_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +32,9 @@ LINE = 64  # bytes of a cache line, to which torch aligns its allocations
 def load_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local folder, without a repo's own code, or refuse it."""
     auto = transformers.AutoTokenizer
-    with refusals(name, "tokenizer"):
+    with refusals(name, "tokenizer"), panics_as_errors():
         loaded = auto.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    limit_templates(loaded)
     return cast("PreTrainedTokenizerBase", loaded)
 
 
@@ -232,7 +235,9 @@ def refusals(name: str, what: str) -> Iterator[None]:
     """Turn the errors of transformers for a `model` or `tokenizer` that it cannot load into one."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except LewisHubError:
+        raise
+    except Exception as error:  # of any class, where a configuration has values of other types
         text, line = str(error), _first_line(error) or repr(error)
         remedy = f"Calibration loads a {what} with transformers; see what it needs above."
         if "trust_remote_code" in text:

@@ -293,4 +293,7 @@ def torch_dtypes() -> Mapping[str, torch.dtype]:
         "I16": torch.int16,
         "I32": torch.int32,
         "I64": torch.int64,
+        "U16": torch.uint16,
+        "U32": torch.uint32,
+        "U64": torch.uint64,
     }

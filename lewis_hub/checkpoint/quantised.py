@@ -37,7 +37,7 @@ INTACT = "Use an intact copy, or the model that it was quantised from."
 ReadTensor = Callable[[TensorHeader], bytes]
 KEYS = ("quantization_config", "compression_config")  # in config.json; the second is older
 FP8_METHODS = {"fp8", "fbgemm_fp8"}
-UNPACKED_FORMATS = {"naive-quantized", "int-quantized", "float-quantized"}  # compressed-tensors
+UNPACKED_FORMATS = ("naive-quantized", "int-quantized", "float-quantized")  # compressed-tensors
 PACKED_FORMAT = "pack-quantized"  # compressed-tensors
 PACKED_BITS = (4, 8)  # codes of other widths cross the borders of words
 GPTQ_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # checkpoint format -> subtracted from its zeros
@@ -160,7 +160,7 @@ def _gptq(settings: Mapping[str, Any]) -> Quantisation:
         form = "marlin" if is_marlin else form
         return Quantisation(f"gptq, {form} in {words}", is_read=False)
     n_bits = settings.get("bits")
-    if n_bits not in PACKED_BITS:
+    if not _are_packed(n_bits):
         return Quantisation(f"gptq, {n_bits} bits", is_read=False)
     offset = GPTQ_OFFSETS[form]
     return Quantisation("gptq", is_read=True, n_packed_bits=n_bits, layout="GPTQ", offset=offset)
@@ -187,10 +187,11 @@ def _compressed_tensors(settings: Mapping[str, Any], block: tuple[int, int]) -> 
     weights = [
         (group.get("format") or settings.get("format"), how) for group, how in _groups(settings)
     ]
-    packed = {how.get("num_bits") for form, how in weights if form == PACKED_FORMAT}
+    packed = [how.get("num_bits") for form, how in weights if form == PACKED_FORMAT]
     sparsity = _mapping(settings.get("sparsity_config")).get("format", "dense")
     transforms = _mapping(settings.get("transform_config")).get("config_groups")
-    is_plain = bool(weights) and sparsity == "dense" and not transforms and len(packed) < 2
+    is_plain = bool(weights) and sparsity == "dense" and not transforms
+    is_plain = is_plain and packed == packed[:1] * len(packed)
     if not is_plain or not all(_is_read_format(form, how) for form, how in weights):
         forms = sorted({str(form) for form, _ in weights} or {str(settings.get("format"))})
         return Quantisation(f"compressed-tensors, {' and '.join(forms)}", is_read=False)
@@ -203,10 +204,14 @@ def _compressed_tensors(settings: Mapping[str, Any], block: tuple[int, int]) -> 
     )
 
 
+def _are_packed(n_bits: object) -> TypeGuard[int]:
+    return type(n_bits) is int and n_bits in PACKED_BITS
+
+
 def _is_read_format(form: object, weights: Mapping[str, Any]) -> bool:
     n_bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if form == PACKED_FORMAT:
-        return kind == "int" and n_bits in PACKED_BITS
+        return kind == "int" and _are_packed(n_bits)
     return form in UNPACKED_FORMATS and n_bits == 8 and kind in ("int", "float")
 
 

@@ -197,6 +197,10 @@ def read_tensor(reader: Reader, tensor: TensorHeader) -> Tensor:
     """
     import torch
 
+    if tensor.dtype not in torch_dtypes():
+        problem = f"`{tensor.name}` is {tensor.dtype}, which this version does not read"
+        remedy = "Use a model in bfloat16, float16 or float32."
+        raise BrokenCheckpointError(tensor.shard, problem, remedy)
     content = torch.empty(tensor.n_bytes, dtype=torch.uint8)
     reader.read(tensor, 0, content.numpy().data)
     return content.view(torch_dtypes()[tensor.dtype]).reshape(tensor.shape).float()

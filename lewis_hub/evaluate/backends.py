@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lewis_hub.documents import read_json
-from lewis_hub.errors import EvaluationError, ExtraMissingError
+from lewis_hub.checkpoint.configuration import require_buildable
+from lewis_hub.documents import MAX_JSON_BYTES, read_json
+from lewis_hub.errors import EvaluationError, ExtraMissingError, LewisHubError
+from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.backend import Backend, Option
+from lewis_hub.tokenizer import panics_as_errors
 
 EXTRAS = {"vllm": ("vllm", "vllm"), "local-completions": ("tenacity", "api")}  # package, our extra
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -65,23 +68,34 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
     argument `model` gives the name by which it serves the model.
     """
     require_installed(settings.backend)
-    from safetensors import SafetensorError
-
     load = {"hf": _transformers, "vllm": _vllm, "local-completions": _server}[settings.backend]
     path = str(folder.resolve())  # transformers takes a relative path for the name of a repo
     try:
-        return load(path, settings)
-    except TypeError as error:
-        problem = f"`{settings.backend}` does not take these arguments: {error}"
-        raise EvaluationError(
-            "backend_args", problem, "See lm-eval's own documentation."
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with panics_as_errors():
+            _require_buildable(folder)
+            lm = load(path, settings)
+            limit_templates(lm.tokenizer)
+            return lm
+    except LewisHubError:
+        raise
+    except Exception as error:  # of any class, where a configuration has values of other types
+        if isinstance(error, TypeError) and settings.backend_args:
+            problem = f"`{settings.backend}` does not take these arguments: {error}"
+            remedy = "See lm-eval's own documentation."
+            raise EvaluationError("backend_args", problem, remedy) from error
         problem = f"cannot be loaded as a language model: {type(error).__name__}: {error}"
         remedy = (
             "Expected: config.json, tokenizer files and safetensors that transformers can load."
         )
         raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def _require_buildable(folder: Path) -> None:
+    """Refuse what would take transformers for ever; it refuses all else by itself."""
+    with (folder / "config.json").open("rb") as file:
+        config = read_json(file.read(MAX_JSON_BYTES + 1))
+    if isinstance(config, dict):
+        require_buildable(str(folder), config)
 
 
 def _transformers(path: str, settings: EvaluationSettings) -> Any:

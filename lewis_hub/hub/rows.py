@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
+from lewis_hub.documents import MAX_JSON_BYTES, DocumentError, front_matter, read_yaml
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.failures import HubRepo, hub_failures, retry
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.source import Source
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 SCRIPTS = "Dataset scripts are no longer supported"
 NO_ROWS = ("its files have no rows", "Use another.")
+README = "README.md"
+CARDS = (README, ".huggingface.yaml")  # `datasets` reads both
+ELSEWHERE = re.compile(r"://|::|^[/~\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 ONLY_SPLIT = "train"  # the split of a single file in `datasets`
 
 
@@ -54,6 +59,7 @@ def load_rows(api: HfApi, source: Source, config: str | None, split: str) -> Row
     """
     import datasets
 
+    require_own_files(api, source)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # a failure becomes one SourceError
     call = _dataset_call(source, config, split)
@@ -82,6 +88,7 @@ def describe_dataset(
     """
     import datasets
 
+    require_own_files(api, source)
     datasets.logging.set_verbosity(logging.CRITICAL)
     call = _dataset_call(source, config, split)
     if source.folder and source.folder.is_file():
@@ -93,6 +100,45 @@ def describe_dataset(
         if splits and re.split(r"\W", split)[0] not in splits:
             raise ValueError(f"Unknown split {split!r}. Should be one of {list(splits)}.")
     return DatasetDescription(splits, columns)
+
+
+def require_own_files(api: HfApi, source: Source) -> None:
+    """Refuse a dataset whose card names data elsewhere: `datasets` would ask any host for it.
+
+    Raises:
+        SourceError: the card, which `datasets` reads without limits, names an address or a path
+            out of the repo, or is beyond the limits.
+    """
+    if source.folder and source.folder.is_file():
+        return
+    for name in CARDS:
+        content = _local(source.folder / name) if source.folder else read_small(api, source, name)
+        text = (content or b"").decode("utf-8", errors="replace")
+        try:
+            card = read_yaml(front_matter(text.removeprefix("\ufeff")) if name == README else text)
+        except DocumentError as error:
+            remedy = "Repair its card, or use another dataset."
+            raise SourceError(source.pinned, f"`{name}` cannot be read: {error}", remedy) from None
+        configs = card.get("configs") if isinstance(card, dict) else None
+        elsewhere = next(filter(ELSEWHERE.search, _texts(configs)), None)
+        if elsewhere is not None:
+            problem = f"`{name}` names data that is not in it: {elsewhere[:100]}"
+            raise SourceError(source.pinned, problem, "Use a dataset that has its data itself.")
+
+
+def _local(file: Path) -> bytes:
+    if not file.is_file():
+        return b""
+    with file.open("rb") as opened:
+        return opened.read(MAX_JSON_BYTES)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        yield from _texts(item)
 
 
 def _dataset_call(source: Source, config: str | None, split: str) -> dict[str, Any]:

@@ -85,10 +85,17 @@ def _name_and_revision(value: str) -> dict[str, Any]:
 
 def _is_path_with_plus(value: str, after: str) -> bool:
     """Whether `value` is a folder with a plus in its name, and not an adapter on a base."""
-    if Path(value).exists():
+    if _exists(value):
         return True
     return _is_path(value) and not (_is_path(after) or REPO.fullmatch(after.partition("@")[0]))
 
 
 def _is_path(name: str) -> bool:
-    return starts_like_path(name) or Path(name).exists()
+    return starts_like_path(name) or _exists(name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a name, or no text of a file system
+        return False

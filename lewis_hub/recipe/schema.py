@@ -36,6 +36,7 @@ Arithmetic = Literal["float32", "float64"]
 
 CHAT_TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")  # shipped with the package
 SEED = AliasChoices("seed", "random_seed")
+MAX_BLOCKS = 100_000
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", re.ASCII)
 
 
@@ -298,6 +299,8 @@ class SliceSource(Part):
         if not 0 <= pair[0] < pair[1]:
             rule = "blocks count from 0, and the end is exclusive"
             raise ValueError(f"{pair} is not a range of blocks: {rule}")
+        if pair[1] > MAX_BLOCKS:
+            raise ValueError(f"no model has more than {MAX_BLOCKS:,} blocks")
         return value
 
     @property

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 
 from lewis_hub.calibration.profile import Role
 from lewis_hub.checkpoint import names
+from lewis_hub.checkpoint.configuration import require_buildable
 from lewis_hub.checkpoint.header import TensorHeader, Transposed, read_header
 from lewis_hub.checkpoint.lora import adapt, read_config
 from lewis_hub.checkpoint.quantised import dequantise, quantised_tensor, read_quantisation
@@ -118,10 +119,11 @@ def open_model(api: HfApi, source: Source, role: Role = "expert") -> OpenedSourc
 
     config = _config(api, source)
     checkpoint = Checkpoint(source.pinned, {}) if source.is_pickled else _headers(api, source)
-    beside = read_small(api, source, MODELOPT)
+    n_stored, beside = len(checkpoint.tensors), read_small(api, source, MODELOPT)
     found = read_quantisation(config, _document(source, MODELOPT, beside) if beside else None)
     if found is None or found.is_read:
         checkpoint = dequantise(checkpoint, found, read)
+    require_buildable(source.pinned, config, None if source.is_pickled else n_stored)
     how = found.method if found and not found.is_read else None
     if how is None and (sign := quantised_tensor(checkpoint)):
         how = f"it holds {sign}"

@@ -6,7 +6,7 @@ import pytest
 
 from lewis_hub.errors import SourceError
 from lewis_hub.hub.resolve import resolve_dataset
-from lewis_hub.hub.rows import load_rows
+from lewis_hub.hub.rows import describe_dataset, load_rows
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(5)]
 CONFIGS = b"""---
@@ -199,3 +199,34 @@ def test_a_model_named_as_dataset_is_called_one(hub, api, push):
     assert message(api, "tests/model") == (
         "tests/model: this is a model, not a dataset.\nName a dataset."
     )
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["https://example.com/a.jsonl", "hf://datasets/other/repo/a.jsonl", "zip://a::b.zip"]
+    + ["../other/a.jsonl", "/etc/passwd", "C:/a.jsonl", "~/a.jsonl"],
+)
+def test_a_card_that_names_data_of_others_is_refused_before_anything_is_asked(hub, push, api, path):
+    named = CONFIGS.replace(b"hard.jsonl}", path.encode() + b"}").replace(b": hard.jsonl", b": x")
+    sha = push("tests/sums", {"README.md": named, "easy.jsonl": lines(ROWS)}, repo_type="dataset")
+    expected = (
+        f"tests/sums@{sha}: `README.md` names data that is not in it: {path}.\n"
+        "Use a dataset that has its data itself."
+    )
+
+    assert message(api, "tests/sums", "easy") == expected
+    with pytest.raises(SourceError) as raised:
+        describe_dataset(api, resolve_dataset(api, "tests/sums", None), "easy", "train")
+    assert str(raised.value) == expected
+
+
+def test_a_card_with_a_bomb_never_reaches_datasets(tmp_path, api):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    for name, text in {"README.md": "---\n{}\n---\n", ".huggingface.yaml": "{}\n"}.items():
+        (tmp_path / name).write_text(text.format("a: &a [*a]"))
+
+        assert message(api, tmp_path) == (
+            f"{tmp_path}: `{name}` cannot be read: the value of `&a` contains itself.\n"
+            "Repair its card, or use another dataset."
+        )
+        (tmp_path / name).write_text("")

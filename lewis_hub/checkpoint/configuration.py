@@ -1,0 +1,48 @@
+"""The numbers of a `config.json` that transformers builds modules for, before it opens weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lewis_hub.errors import SourceError
+
+MAX_LAYERS = 1000
+MAX_EXPERTS = 100_000
+MAX_LABELS = 1_000_000
+LIMITS = {  # keys, in the words of all architectures -> their limit
+    re.compile(r"(?:.*_)?(?:layers?|blocks?|depth)"): MAX_LAYERS,
+    re.compile(r"(?:.*_)?experts"): MAX_EXPERTS,
+    re.compile(r"num_labels"): MAX_LABELS,
+}
+COUNTED = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # of the model itself
+DAMAGED = "The file is damaged: use an intact copy of the model."
+
+
+def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | None = None) -> None:
+    """Refuse a configuration of which a model could not be built in a reasonable time.
+
+    `n_tensors` are those of the checkpoint, if they are known: each layer has some.
+
+    Raises:
+        SourceError: a number of layers, experts or labels is too large; it names `where`.
+    """
+    for key, number in _numbers(config):
+        limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), number)
+        if number > limit:
+            problem = f"`{key}` of its config.json is {number:.3g}, the limit is {limit:,}"
+            raise SourceError(where, problem, DAMAGED)
+    counted = (key for key in COUNTED if isinstance(config.get(key), int | float))
+    for key in counted if n_tensors is not None else ():
+        if config[key] > n_tensors:
+            problem = f"`{key}` of its config.json is {config[key]}, but it has {n_tensors} tensors"
+            raise SourceError(where, problem, DAMAGED)
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, int | float):
+            yield key, value

@@ -1,0 +1,89 @@
+"""Chat templates of others, within limits: Jinja's sandbox bounds neither time nor memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lewis_hub.errors import TokenizerError
+from lewis_hub.system import resident_bytes
+
+MAX_S = 10.0  # of one conversation; real templates take milliseconds
+MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
+CHECK_EVERY_S = 0.02
+REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
+
+
+class _LimitError(BaseException):
+    """Raised in a thread that renders too long; no template can catch it."""
+
+
+def limit_templates(tokenizer: Any) -> None:
+    """Let a tokenizer of transformers refuse conversations that take too much time or memory.
+
+    Its `apply_chat_template` raises a TokenizerError then.
+    """
+    apply: Callable[..., Any] = tokenizer.apply_chat_template
+
+    @functools.wraps(apply)
+    def apply_within_limits(*args: Any, **options: Any) -> Any:
+        with limited(f"{tokenizer.name_or_path}: chat template"):
+            return apply(*args, **options)
+
+    tokenizer.apply_chat_template = apply_within_limits
+
+
+@contextmanager
+def limited(where: str) -> Iterator[None]:
+    """Stop Python code of this thread, such as loops of a template, that takes too much.
+
+    Raises:
+        TokenizerError: it took too much time or memory; it names `where`.
+    """
+    watch = _Watch(threading.get_ident())
+    try:
+        threading.Thread(target=watch.run, daemon=True).start()
+        try:
+            yield
+        finally:
+            watch.end()
+    except (_LimitError, MemoryError):
+        problem = watch.problem or "it takes too much memory"
+        raise TokenizerError(where, problem, REMEDY) from None
+
+
+class _Watch:
+    """Watches a thread, and raises an error in it if it takes too much."""
+
+    def __init__(self, thread_id: int) -> None:
+        self.problem = ""
+        self._thread_id, self._ended, self._turn = thread_id, threading.Event(), threading.Lock()
+
+    def run(self) -> None:
+        began, before = time.monotonic(), resident_bytes() or 0
+        while not self._ended.wait(CHECK_EVERY_S):
+            problem = ""
+            if time.monotonic() - began > MAX_S:
+                problem = f"it takes more than {MAX_S:g} s for one conversation"
+            elif (resident_bytes() or 0) - before > MAX_GROWTH_BYTES:
+                problem = f"it takes more than {MAX_GROWTH_BYTES / 1e9:.1f} GB for one conversation"
+            with self._turn:
+                if problem and not self._ended.is_set():
+                    self.problem = problem
+                    stop = ctypes.py_object(_LimitError)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                        ctypes.c_ulong(self._thread_id), stop
+                    )
+                    return
+
+    def end(self) -> None:
+        """End the watch; an error that was raised too late reaches the caller in here."""
+        with self._turn:
+            self._ended.set()
+        if self.problem:
+            time.sleep(0)

@@ -1,0 +1,92 @@
+"""Chat templates of others that never end, or fill the memory."""
+
+import threading
+import time
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lewis_hub.errors import TokenizerError
+from lewis_hub.evaluate import chat
+from lewis_hub.evaluate.chat import limit_templates, limited
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}"
+ENDS = "{% endfor %}{% endfor %}"
+ENDLESS = {
+    "loops": f"{LOOP}{ENDS}",
+    "loops that call": f"{LOOP}{{{{ 'abc' | upper | length }}}}{ENDS}",
+    "macros": "{% macro a(n) %}{% for i in range(99999) %}{{ a(0) if n else '' }}{% endfor %}"
+    "{% endmacro %}{% for i in range(99999) %}{{ a(1) }}{% endfor %}",
+}
+GROWING = {
+    "output": f"{LOOP}{{{{ 'x' * 100000 }}}}{ENDS}",
+    "a text that doubles": "{% set n = namespace(x='xxxxxxxx') %}{% for i in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a product": "{{ 'x' * 10 ** 18 }}",
+}
+
+
+class Tokenizer:
+    """What a tokenizer of transformers does with a template."""
+
+    def __init__(self, template, name_or_path="a/b"):
+        self.template, self.name_or_path = template, name_or_path
+
+    def apply_chat_template(self, messages, **options):
+        compiled = ImmutableSandboxedEnvironment().from_string(self.template)
+        return compiled.render(messages=messages, **options)
+
+
+def rendered(template, monkeypatch, **limits):
+    for name, limit in limits.items():
+        monkeypatch.setattr(chat, name, limit)
+    tokenizer = Tokenizer(template)
+    limit_templates(tokenizer)
+    return tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], end="!")
+
+
+@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+def test_a_template_that_does_not_end_is_refused(template, monkeypatch):
+    began = time.monotonic()
+    with pytest.raises(TokenizerError) as caught:
+        rendered(template, monkeypatch, MAX_S=0.2)
+
+    assert time.monotonic() - began < 20
+    assert str(caught.value) == (
+        "a/b: chat template: it takes more than 0.2 s for one conversation.\n"
+        "Set `chat_template` in the recipe, or use a copy of the model with another template."
+    )
+
+
+@pytest.mark.parametrize("template", GROWING.values(), ids=GROWING)
+def test_a_template_that_fills_the_memory_is_refused(template, monkeypatch):
+    with pytest.raises(TokenizerError, match="takes (more than 0.1 GB|too much memory)"):
+        rendered(template, monkeypatch, MAX_GROWTH_BYTES=100_000_000)
+
+
+def test_a_template_within_the_limits_is_rendered(monkeypatch):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ end }}{% endfor %}"
+
+    assert rendered(template, monkeypatch) == "user: hi!"
+
+
+def test_an_error_of_a_template_stays_the_same(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        rendered("{{ 1 // 0 }}", monkeypatch)
+
+
+def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch):
+    monkeypatch.setattr(chat, "CHECK_EVERY_S", 0.0)
+    n_refused = 0
+    for number in range(300):
+        monkeypatch.setattr(chat, "MAX_S", number * 1e-5)
+        try:
+            with limited("a"):
+                time.sleep(0.001)
+        except TokenizerError:
+            n_refused += 1
+        sum(range(1000))
+
+    assert 0 < n_refused <= 300
+    time.sleep(0.05)
+    assert not [thread for thread in threading.enumerate() if "(run)" in thread.name]

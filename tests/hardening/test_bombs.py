@@ -1,0 +1,129 @@
+"""Small files that would take all time or memory, in each place where a file of others is read.
+
+`tests/test_bombs.py` has those of YAML and of adapters' patterns, `tests/evaluate/test_chat.py`
+those of templates, `tests/hub/test_rows.py` those of datasets. Here they lie in files of models.
+"""
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from hardening.fuzz import failure, limits
+from hardening.targets import FILE, SMALL, hostile_base, merge_a_folder, run_a_model
+from lewis_hub import pipeline
+from lewis_hub.calibration.model import load_tokenizer
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import SourceError, TokenizerError
+from lewis_hub.evaluate import chat
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.harness import load
+from lewis_hub.recipe.read import parse_recipe
+
+PACKAGE = Path(chat.__file__).parents[1]
+DEEP = "[" * 200_000 + "]" * 200_000
+OBJECTS = {
+    "deep": '{"a": ' + DEEP + "}",
+    "deep objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "many values": '{"a": [' + "[]," * 5_000_000 + "1]}",
+    "a number of a million digits": '{"a": ' + "9" * 1_000_000 + "}",
+    "not UTF-8": '{"a": "\ud800"}',
+    "not JSON": "{" * 100_000,
+}
+NAMES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "model.safetensors.index.json"),
+    *("hf_quant_config.json", "preprocessor_config.json", "chat_template.json", "README.md"),
+)
+COUNTS = {
+    "num_hidden_layers": 2**31,
+    "n_layer": 1e300,
+    "num_labels": 2**31,
+    "num_local_experts": 2**31,
+    "vision_config": {"depth": 10**9},
+}
+# what parses texts that lewis_hub itself wrote, or that the user types
+OWN_TEXTS = {
+    *("cli/jobs.py", "cli/models.py", "cli/merge.py", "cli/options.py", "cli/recipes.py"),
+    *("demo/zoo.py", "distribution.py", "hub/converted.py", "merge/engine.py"),
+    *("workflow/statistics.py", "workflow/tokenizers.py"),
+    *("documents.py", "checkpoint/header.py"),  # which limit what they parse
+}
+PARSERS = re.compile(
+    r"json\.loads?\(|yaml\.(?:safe_|full_|unsafe_)?load|ast\.literal_eval|\beval\("
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bomb_in_a_file_of_a_model_is_refused_or_has_no_effect(name):
+    texts = OBJECTS if name != "README.md" else {k: f"---\n{v}\n---\n" for k, v in OBJECTS.items()}
+    with limits():
+        found = {
+            kind: failure(merge_a_folder, {**SMALL[0], name: text}) for kind, text in texts.items()
+        }
+
+    assert found == dict.fromkeys(texts)
+
+
+@pytest.mark.parametrize("key", COUNTS)
+def test_modules_without_number_are_refused_before_one_is_built(key):
+    config = {**SMALL[0]["config.json"], key: COUNTS[key]}
+    with limits():
+        assert failure(run_a_model, {**SMALL[0], "config.json": config}) is None
+
+
+def test_the_number_of_layers_is_told(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+
+    with pytest.raises(SourceError) as caught:
+        load(base, EvaluationSettings())
+
+    assert str(caught.value) == (
+        f"{base}: `num_hidden_layers` of its config.json is 1e+09, the limit is 1,000.\n"
+        "The file is damaged: use an intact copy of the model."
+    )
+
+
+def test_a_header_that_claims_more_than_there_is_takes_no_memory():
+    for begin in (b"\xff" * 8, struct.pack("<Q", 100_000_000), struct.pack("<Q", 2**63)):
+        path = zoo_folder() / "base" / FILE
+        with limits():
+            found = failure(merge_with_header, {"begin": begin.hex(), "rest": str(path)})
+        assert found is None
+
+
+def merge_with_header(document):
+    with hostile_base(SMALL[0]) as (base, recipe):
+        content = bytes.fromhex(document["begin"]) + Path(document["rest"]).read_bytes()[8:]
+        (base / FILE).write_bytes(content)
+        pipeline.merge_models(parse_recipe(json.dumps(recipe), "r.yaml"), base.with_name("merged"))
+
+
+def test_every_tokenizer_renders_within_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_S", 0.2)
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (base / "chat_template.jinja").write_text(loops)
+    said = [{"role": "user", "content": "hi"}]
+
+    for tokenizer in (
+        load_tokenizer(str(base), "zoo/base"),
+        load(base, EvaluationSettings()).tokenizer,
+    ):
+        with pytest.raises(TokenizerError, match="it takes more than 0.2 s for one conversation"):
+            tokenizer.apply_chat_template(said, tokenize=False)
+
+
+def test_only_limited_parsers_read_what_others_wrote():
+    found = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if PARSERS.search(path.read_text(encoding="utf-8"))
+    }
+
+    assert found - OWN_TEXTS - {path for path in found if path.startswith("localhub/")} == set()

@@ -1,0 +1,157 @@
+"""The output is a function of the lock: nothing else on the disk or in the environment counts."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from zoo_hub import put_zoo
+
+from lewis_hub import pipeline
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import LewisHubError
+from lewis_hub.hub.source import cache_root
+from lewis_hub.recipe.read import read_recipe
+
+CANARY = "canary-5d1f"
+RECIPE = """base_model: BASE
+models: [{model: EXPERT, parameters: {weight: 1.0}}]
+merge_method: ties
+parameters: {density: 0.5}
+tokenizer_source: union
+"""
+TOLD = {"lewis/cost.json", "lewis/provenance.json", "lewis/report.html"}  # times, and machines
+NAMES = (  # of files that a merge carries, reads or loads in other circumstances
+    *("LICENSE.txt", "NOTICE", "USE_POLICY.md", "vocab.json", "merges.txt", "vocab.txt"),
+    *("added_tokens.json", "tokenizer.model", "chat_template.json", "processor_config.json"),
+    *("preprocessor_config.json", "modules.json", "1_Pooling/config.json", "hf_quant_config.json"),
+    *("additional_chat_templates/rag.jinja", "model.py", "modeling_own.py", "custom_generate/g.py"),
+    *("pytorch_model.bin", "model-00001-of-00002.safetensors", "adapter_model.safetensors"),
+    *("training_args.bin", "optimizer.pt", ".env", ".git/config", "id_rsa", "importance.json"),
+)
+KINDS = ("a link", "a link to a folder", "a FIFO", "a pickle", "a hidden link")
+
+
+def merge(folder, base, expert):
+    folder.mkdir(parents=True)
+    text = RECIPE.replace("BASE", str(base)).replace("EXPERT", str(expert))
+    (folder / "recipe.yaml").write_text(text)
+    return pipeline.merge_models(read_recipe(folder / "recipe.yaml"), folder / "merged").output
+
+
+def contents(folder):
+    """All files but those that tell times; paths of this machine are left out of the others."""
+    files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name not in TOLD}
+
+
+def pollute(folder, names=NAMES):
+    for name in names:
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps({"a": CANARY}))
+
+
+def test_pollution_of_cache_folders_and_environment_changes_no_byte(hub, tmp_path, monkeypatch):
+    put_zoo(hub)
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    clean = contents(merge(tmp_path / "clean", "zoo/base", "zoo/expert-reverse"))
+    polluted = tmp_path / "polluted"
+
+    snapshots = [*cache_root().glob("models--zoo--*/snapshots/*")]
+    for folder in snapshots:
+        pollute(folder)
+        pollute(folder.parents[1] / "blobs", ["0" * 64, "f" * 40])
+        pollute(folder.parents[1] / "snapshots", ["0" * 40 + "/config.json"])
+        pollute(folder.parents[1] / "refs", ["other"])
+    pollute(cache_root(), ["models--zoo--other/snapshots/x/config.json", "version.txt"])
+    work = tmp_path / "elsewhere"
+    pollute(work, [*NAMES, "zoo/other/config.json", "tasks/own.py", "sitecustomize.py"])
+    monkeypatch.chdir(work)
+    for name, value in {
+        **{"PYTHONHASHSEED": "7", "LC_ALL": "tr_TR.UTF-8", "LANG": "C", "TZ": "Asia/Tokyo"},
+        **{
+            "HF_HUB_ENABLE_HF_TRANSFER": "0",
+            "TRANSFORMERS_CACHE": str(work),
+            "OMP_NUM_THREADS": "3",
+        },
+        **{"TORCH_HOME": str(work), "PYTORCH_ENABLE_MPS_FALLBACK": "1", "CANARY": CANARY},
+    }.items():
+        monkeypatch.setenv(name, value)
+    before = os.umask(0o027)
+    try:
+        found = contents(merge(polluted, "zoo/base", "zoo/expert-reverse"))
+    finally:
+        os.umask(before)
+
+    assert len(snapshots) == 2
+    assert found.keys() == clean.keys()
+    assert [name for name in clean if found[name] != clean[name]] == []
+    assert len(clean) > 8
+
+
+def test_other_files_beside_local_models_change_no_byte(tmp_path):
+    models = {}
+    for place in ("clean", "polluted"):
+        os.chdir(shutil.copytree(zoo_folder(), tmp_path / place / "zoo"))
+        models[place] = tmp_path / place / "zoo"
+    kept = [name for name in NAMES if not name.endswith(CARRIED_KINDS)]
+    for name in ("base", "expert-reverse"):
+        pollute(models["polluted"] / name, kept)
+
+    found = {
+        place: contents(merge(tmp_path / place / "work", zoo / "base", zoo / "expert-reverse"))
+        for place, zoo in models.items()
+    }
+
+    texts = {
+        place: {
+            name: content.replace(str(models[place]).encode(), b"ZOO")
+            for name, content in files.items()
+        }
+        for place, files in found.items()
+    }
+    assert len(kept) > 10
+    assert found["polluted"].keys() == found["clean"].keys()
+    same = {n for n in texts["clean"] if texts["clean"][n] == texts["polluted"][n]}
+    # digests of a folder are over all its visible files
+    assert texts["clean"].keys() - same <= {"lewis/lock.json", "README.md", "lewis/recipe.yaml"}
+    assert CANARY.encode() not in b"".join(texts["polluted"].values())
+
+
+# such a file beside a local model belongs to the model, and is pinned by its digest
+CARRIED_KINDS = (
+    *("LICENSE.txt", "NOTICE", "USE_POLICY.md", ".jinja", "tokenizer.model", "modules.json"),
+    *("_config.json", "1_Pooling/config.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("added_tokens.json", "chat_template.json", ".safetensors"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.model", "chat_template.jinja", "notes.txt"])
+def test_nothing_outside_of_a_source_reaches_the_output(kind, name, tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    secret = tmp_path / "private" / "secret"
+    secret.parent.mkdir()
+    secret.write_text(CANARY)
+    place = base / name
+    place.unlink(missing_ok=True)
+    if kind == "a FIFO":
+        os.mkfifo(place)
+    elif kind == "a pickle":
+        (base / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    elif kind == "a hidden link":
+        (base / ".cache").symlink_to(secret.parent)
+    else:
+        place.symlink_to(secret if kind == "a link" else secret.parent)
+
+    if kind in ("a link", "a link to a folder", "a FIFO"):
+        with pytest.raises(LewisHubError, match=f"`{name}` is a (link to outside|FIFO)"):
+            merge(tmp_path / "work", base, zoo_folder() / "expert-reverse")
+    else:
+        assert merge(tmp_path / "work", base, zoo_folder() / "expert-reverse").is_dir()
+    made = [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    assert not any(CANARY.encode() in path.read_bytes() for path in made)
+    assert not [path for path in made if path.is_symlink() or path.suffix == ".bin"]
+    assert not Path("pwned").exists()
