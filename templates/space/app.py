@@ -20,6 +20,9 @@ ABOUT = f"""# Merge models with lewis-hub
 Write a recipe, check it, merge small models and look at the model card. This Space merges up to
 **{MAX_GB:g} GB** of weights, and a step takes at most {sessions.MAX_MINUTES:g} minutes. A recipe
 may name repositories of the Hub only. Your files are deleted when you close this tab."""
+SIGN_IN = (
+    "To push the result, or to read gated models, sign in before you start: it reloads the page."
+)
 CSS = """
 .gradio-container { max-width: 1000px !important; margin: auto; }
 .recipe textarea, .log textarea { font-family: ui-monospace, monospace; font-size: 13px; }
@@ -91,12 +94,13 @@ def merge(
         yield _log(log), _lines(["Merging …"]), ""
 
 
-def pack(request: gr.Request) -> tuple[str | None, str]:
+def pack(request: gr.Request) -> tuple[gr.File, str]:
     """Put the merged model into a zip file for download."""
     folder = sessions.folder_of(_session(request))
     if not (folder / "merged").is_dir():
-        return None, _problem("There is no merged model yet: merge first.")
-    return shutil.make_archive(str(folder / "merged"), "zip", folder / "merged"), ""
+        return gr.File(visible=False), _problem("There is no merged model yet: merge first.")
+    archive = shutil.make_archive(str(folder / "merged"), "zip", folder / "merged")
+    return gr.File(archive, visible=True), ""
 
 
 def push(repo: str, private: bool, request: gr.Request, token: gr.OAuthToken | None) -> str:
@@ -149,7 +153,8 @@ def build() -> gr.Blocks:
     with gr.Blocks(title="lewis-hub", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(ABOUT)
         if CAN_SIGN_IN:
-            gr.LoginButton(size="sm")
+            gr.Markdown(SIGN_IN)
+            gr.LoginButton(size="sm", elem_id="sign-in")
         with gr.Tab("1 Recipe", id="recipe"):
             base = gr.Textbox(label="Base model", placeholder="owner/name", elem_id="base")
             experts = gr.Textbox(
@@ -183,16 +188,18 @@ def build() -> gr.Blocks:
             merged = gr.HTML(elem_id="merged")
             log = gr.Textbox(label="Log", lines=8, elem_id="log", elem_classes="log")
         with gr.Tab("4 Card", id="card"):
-            card = gr.HTML("The card appears here after a merge.", elem_id="card")
             packs = gr.Button("Make a zip file of the model", elem_id="pack")
-            archive = gr.File(label="The merged model", elem_id="archive", interactive=False)
-            packed = gr.HTML()
+            archive = gr.File(
+                label="The merged model", elem_id="archive", interactive=False, visible=False
+            )
+            packed = gr.HTML(elem_id="packed")
             if CAN_SIGN_IN:
                 target = gr.Textbox(label="Push to owner/name", elem_id="target")
                 hidden = gr.Checkbox(label="As a private repo", value=True, elem_id="private")
                 pushes = gr.Button("Push to the Hub", elem_id="push")
                 pushed = gr.HTML(elem_id="pushed")
                 pushes.click(push, [target, hidden], pushed, **short)
+            card = gr.HTML("The card appears here after a merge.", elem_id="card")
         start.click(write, [base, experts, tasks, repo], [recipe, written], **short)
         checks.click(check, recipe, checked, **short)
         merges.click(merge, [recipe, score], [log, merged, card], **waits)
@@ -206,10 +213,10 @@ if __name__ == "__main__":
         theme=THEME,
         css=CSS,
         ssr_mode=False,
+        quiet=True,
         footer_links=[],
         run_history=False,
         mcp_server=False,
         share=False,
-        favicon_path=None,
         blocked_paths=[str(Path(__file__).parent)],
     )

@@ -76,7 +76,7 @@ def init(_folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     models = (request["base"], *request["experts"])
     if not request["base"] or not request["experts"]:
         raise RefusedError("Name a base and at least one expert.")
-    require(not_on_the_hub(*models))
+    require(not_on_the_hub(*models, *filter(None, [request["repo"]])))
     outline = lewis_hub.Outline(
         request["base"], tuple(request["experts"]), tuple(request["tasks"]), repo=request["repo"]
     )
@@ -117,6 +117,7 @@ def push(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
     """Publish the merged model with the user's token."""
     if not (folder / "merged").is_dir():
         raise RefusedError("There is no merged model yet: merge first.")
+    require(not_on_the_hub(request["repo"]))
     asked = recipe_in(folder).publish
     settings = asked.model_dump() if asked else {}
     settings |= {"repo": request["repo"], "private": request["private"]}
@@ -126,7 +127,7 @@ def push(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
 
 def card(merged: Path) -> str:
     """The model card as HTML: all text is escaped, and pictures are part of it."""
-    from lewis_hub.localhub.pages import render_markdown
+    from lewis_hub.localhub.pages import HUGGING_FACE, render_markdown
 
     def address(path: str) -> str:
         file = merged / path
@@ -136,7 +137,9 @@ def card(merged: Path) -> str:
         return f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
     text = (merged / "README.md").read_text(encoding="utf-8")
-    return render_markdown(FRONT_MATTER.sub("", text), address)
+    html = render_markdown(FRONT_MATTER.sub("", text), address)
+    html = html.replace('href="/', f'href="{HUGGING_FACE}/')  # the pages of an embedded Hub
+    return html.replace('<a href="https://', '<a target="_blank" rel="noopener" href="https://')
 
 
 def recipe_in(folder: Path) -> lewis_hub.Recipe:
