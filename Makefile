@@ -23,7 +23,7 @@ test: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto
 
-test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
+test-all: .venv/dev test .venv/ray .venv/space .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
 
 bench: .venv/dev .venv/mergekit/bin/mergekit-yaml
@@ -84,6 +84,10 @@ clean:
 
 .venv/ray: pyproject.toml | .venv/dev
 	$(INSTALL) '.[ray]'
+	touch $@
+
+.venv/space: pyproject.toml | .venv/dev
+	$(INSTALL) '.[space]'
 	touch $@
 
 .venv/demo: pyproject.toml | .venv/bin/python

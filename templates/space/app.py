@@ -41,7 +41,9 @@ THEME = gr.themes.Default(font=FONT, font_mono=["ui-monospace", "monospace"])
 NO_RECIPE = "There is no recipe yet: write or paste one under “1 Recipe”."
 
 
-def write(base: str, experts: str, tasks: str, repo: str, request: gr.Request) -> tuple[str, str]:
+def write(
+    base: str, experts: str, tasks: str, repo: str, request: gr.Request
+) -> tuple[object, str]:
     """Write a recipe; returns it and a line about it."""
     asked = {
         "base": base.strip(),

@@ -28,7 +28,7 @@ PASSED_ON = (
     *("PYTHONPATH", "OMP_NUM_THREADS", "HF_ENDPOINT", "MAX_GB", "SSL_CERT_FILE"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 )
-RUNNING: dict[Path, subprocess.Popen[str]] = {}
+RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
 Event = Mapping[str, Any]
 
 atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
@@ -51,7 +51,7 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
         stdout=subprocess.PIPE,
         encoding="utf-8",
     )
-    RUNNING[folder] = process
+    RUNNING.append((folder, process))
     limit = threading.Timer(MAX_MINUTES * 60, process.kill)
     limit.start()
     try:
@@ -71,13 +71,13 @@ def run(step: str, session: str, request: Event, token: str | None = None) -> It
         process.wait()
         if process.stdout:
             process.stdout.close()
-        RUNNING.pop(folder, None)
+        RUNNING.remove((folder, process))
 
 
 def close(session: str) -> None:
-    """End the process of a tab and delete its folder."""
+    """End the processes of a tab and delete its folder."""
     folder = folder_of(session)
-    if process := RUNNING.get(folder):
+    for process in [process for where, process in RUNNING if where == folder]:
         process.kill()
         process.wait()
     shutil.rmtree(folder, ignore_errors=True)

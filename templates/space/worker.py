@@ -28,6 +28,10 @@ MAX_ITEMS = 50  # of each task that is scored
 EVERY_S = 0.3  # between reports of a stage
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 PICTURES = (".png", ".svg")
+OPTIONS = re.compile(r"give --(task|calibration)\b.*")  # of the command line, in a note
+FIELDS = "name a task for each expert, in their order, or add `calibration` to the recipe."
+OUT = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)  # what libraries print goes to the log of the Space
 
 
 class Reports:
@@ -56,8 +60,8 @@ class Reports:
 
 def tell(**values: object) -> None:
     """Write a line for the app."""
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
+    OUT.write(json.dumps(values) + "\n")
+    OUT.flush()
 
 
 def require(problems: Iterator[str]) -> None:
@@ -81,7 +85,7 @@ def init(_folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         request["base"], tuple(request["experts"]), tuple(request["tasks"]), repo=request["repo"]
     )
     draft = lewis_hub.draft_recipe(outline)
-    return {"recipe": draft.text, "note": draft.note}
+    return {"recipe": draft.text, "note": OPTIONS.sub(FIELDS, draft.note or "")}
 
 
 def check(folder: Path, request: Mapping[str, Any]) -> dict[str, Any]:

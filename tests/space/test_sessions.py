@@ -78,7 +78,7 @@ def test_closing_a_tab_ends_its_process_and_deletes_its_folder(api, session):
         "models."
     }
     assert not sessions.folder_of(session).exists()
-    assert sessions.RUNNING == {}
+    assert sessions.RUNNING == []
 
 
 def test_a_step_that_takes_too_long_is_stopped(api, session, monkeypatch):
