@@ -67,7 +67,7 @@ def test_the_notebook_merges_scores_asks_shows_the_card_and_pushes(hub, tmp_path
     assert "<td>zoo/expert-reverse</td>" in checked
     assert "No problems found." in checked
     assert "<td>zoo_cipher</td>" in merged
-    assert answer == "Question: reverse OBIMA\nAnswer: AMIBO\n"
+    assert answer.startswith("Question: encode LUTY\nAnswer: MVU"), answer
     assert "# Merged model" in card
     assert "**Keeps " in card
     assert card.endswith("a picture")
@@ -84,6 +84,6 @@ def test_without_a_hub_the_notebook_starts_one_itself(tmp_path, monkeypatch):
 
     *_, answer, card, pushed, _ = run(tmp_path, LIMIT=5)
 
-    assert answer == "Question: reverse OBIMA\nAnswer: AMIBO\n"
+    assert answer.startswith("Question: encode LUTY\nAnswer: MVU"), answer
     assert "How it was merged" in card
     assert pushed == ""
