@@ -23,7 +23,7 @@ test: .venv/dev
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses auto
 
-test-all: .venv/dev test .venv/ray .venv/mergekit/bin/mergekit-yaml
+test-all: .venv/dev test .venv/ray .venv/space .venv/mergekit/bin/mergekit-yaml
 	LEWIS_HUB_MERGEKIT=$(CURDIR)/.venv/mergekit/bin/mergekit-yaml $(BIN)/pytest -m slow --numprocesses auto
 
 # The long form of tests/hardening: hours. LEWIS_HUB_SEED draws other cases.
@@ -110,6 +110,10 @@ clean:
 
 .venv/docs: pyproject.toml | .venv/bin/python
 	$(INSTALL) '.[docs]'
+	touch $@
+
+.venv/space: pyproject.toml | .venv/dev
+	$(INSTALL) '.[space]'
 	touch $@
 
 .venv/demo: pyproject.toml | .venv/bin/python

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +13,9 @@ from lewis_hub.cli import options
 from lewis_hub.cli.terminal import Terminal, terminal_options
 from lewis_hub.distribution import requirement
 from lewis_hub.files import starts_like_path
+from lewis_hub.workflow.draft import Outline, draft_recipe, render
 
 if TYPE_CHECKING:
-    from lewis_hub.evaluate.tasks import LocatedTasks
     from lewis_hub.recipe.schema import Recipe
 
 
@@ -30,16 +26,6 @@ ACCESS = (
     "The workflow publishes with the secret HF_TOKEN, or without a token if the variable "
     "HF_OIDC_RESOURCE is set."
 )
-ONE_PER_EXPERT = "give --task or --calibration once for each expert, in their order"
-BY_STATISTICS = "`regmean`, which keeps more of each expert's skill"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The calibration of a new recipe: none, one for all experts, or one for each."""
-
-    calibrations: tuple[Mapping[str, str], ...]
-    note: str | None  # why the recipe is not the best for these experts, and what it would take
 
 
 @click.command(
@@ -118,32 +104,30 @@ def init(
 
     base = base or _ask("Base model")
     experts = experts or tuple(_ask("Experts (separated by spaces)").split())
-    located = _located(tasks, include)
-    scored = [located[task] for task in tasks]
-    found = _texts(calibrations, text, scored, len(experts))
-    written = render(
-        "recipe.yaml.j2",
+    outline = Outline(
         base=base,
         experts=experts,
         tasks=tasks,
         include=_beside(include, output) if include else None,
-        calibrations=found.calibrations,
-        experts_calibrate=len(found.calibrations) == len(experts) > 1,
-        gate=_gate(located),
+        datasets=calibrations,
+        text=text,
         repo=repo,
     )
-    recipe = read.parse_recipe(written, str(output))  # refuses an invalid one before it is written
+    if outline.problem:
+        raise click.UsageError(outline.problem)
+    draft = draft_recipe(outline, output.parent)
+    recipe = read.parse_recipe(draft.text, str(output))  # refuses it before it is written
     _require_folders(recipe.placed_in(output.parent))
     schema_file = output.with_name("recipe.schema.json")
     document = {"status": "written", "output": str(output), "schema": str(schema_file)}
     shown = [f"Wrote {output} and {schema_file.name}. Next: lewis-hub check {output}"]
-    if found.note:
-        document["note"] = found.note
-        shown.append(f"Note: {found.note}")
+    if draft.note:
+        document["note"] = draft.note
+        shown.append(f"Note: {draft.note}")
     if github:
         document["workflow"] = str(write_workflow(output, gated_user, force=force))
         shown.append(f"Wrote {document['workflow']}. {ACCESS}")
-    output.write_text(written, encoding="utf-8", newline="\n")
+    output.write_text(draft.text, encoding="utf-8", newline="\n")
     schema_file.write_text(read.schema(), encoding="utf-8", newline="\n")
     terminal.finish(document, *shown)
 
@@ -183,63 +167,6 @@ def _require_folders(recipe: Recipe) -> None:
             )
 
 
-def _located(tasks: tuple[str, ...], include: Path | None) -> dict[str, LocatedTasks]:
-    """Find the files of each task; an unknown one is an error that names the nearest."""
-    if not tasks:
-        return {}
-    from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
-
-    return {
-        task: locate_tasks(TaskSelection((task,), include, allow_code=True))
-        for task in dict.fromkeys(tasks)
-    }
-
-
-def _texts(
-    datasets: tuple[str, ...], text: str, scored: Sequence[LocatedTasks], n_experts: int
-) -> Texts:
-    """Calibrate on the named datasets, or on the training items of a task per expert."""
-    if len(datasets) not in {0, 1, n_experts}:
-        raise click.UsageError(
-            f"expected one --calibration for all experts or one for each of the {n_experts}, "
-            f"found {len(datasets)}."
-        )
-    if datasets:
-        settings = tuple({"dataset": name, "split": "train", "text": text} for name in datasets)
-        shared = f"all experts share one dataset; for {BY_STATISTICS}, {ONE_PER_EXPERT}."
-        return Texts(settings, shared if len(datasets) < n_experts else None)
-    if n_experts == 1:
-        needed = "give --calibration DATASET, with texts like those of the benchmark."
-        return _without_texts(f"there are no calibration texts; for the guide `lewis`, {needed}")
-    if len(scored) != n_experts:
-        named = f"{n_experts} experts, {len(scored)} tasks and no calibration dataset"
-        return _without_texts(f"there are {named}; for {BY_STATISTICS}, {ONE_PER_EXPERT}.")
-    from lewis_hub.evaluate.benchmarks import free_split
-
-    splits = [(files.selection.names[0], free_split(files)) for files in scored]
-    if used_up := dict.fromkeys(f"`{task}`" for task, split in splits if split is None):
-        has = f"{', '.join(used_up)} {'has' if len(used_up) == 1 else 'have'}"
-        needed = "give --calibration DATASET once for each expert, in their order."
-        return _without_texts(
-            f"{has} no split with examples that is not scored; for {BY_STATISTICS}, {needed}"
-        )
-    return Texts(tuple({"task": task, "split": str(split)} for task, split in splits), None)
-
-
-def _without_texts(why: str) -> Texts:
-    return Texts((), f"the guide is `magnitude`, which reads only weights, because {why}")
-
-
-def _gate(located: Mapping[str, LocatedTasks]) -> tuple[str, str]:
-    """A task and one of its metrics for the hint on gates; words to replace if none is known."""
-    for task, files in located.items():
-        from lewis_hub.evaluate.tasks import declared_metrics
-
-        if metrics := declared_metrics(files, task):
-            return task, metrics[0]
-    return next(iter(located), "TASK"), "METRIC,FILTER"
-
-
 def _beside(folder: Path, output: Path) -> str:
     """The path of a folder from the recipe's own, which must contain it, as `check` requires."""
     inside, beside = folder.resolve(), output.resolve().parent
@@ -249,21 +176,6 @@ def _beside(folder: Path, output: Path) -> str:
             "become part of the merge; move or copy the folder there"
         )
     return inside.relative_to(beside).as_posix()
-
-
-def render(template: str, **values: object) -> str:
-    """Render a template, in which `[[ ]]` holds a value: GitHub's expressions use `{{ }}`."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        variable_start_string="[[",
-        variable_end_string="]]",
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
-    source = resources.files("lewis_hub.templates").joinpath(template).read_text("utf-8")
-    return environment.from_string(source).render(values)
 
 
 def write_workflow(recipe: Path, gated_user: str | None, *, force: bool) -> Path:

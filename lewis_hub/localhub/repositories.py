@@ -48,6 +48,7 @@ def whoami(call: Call) -> dict[str, Any]:
         "id": object_id(grant.user),
         "name": grant.user,
         "fullname": grant.user,
+        "avatarUrl": "data:,",  # Gradio reads it
         "orgs": [{"type": "org", "id": object_id(o), "name": o} for o in organisations],
         "auth": {"type": "access_token", "accessToken": token},
     }

@@ -70,14 +70,34 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def point_at(self, selector: str, number: int = 0) -> None:
-        """Move the mouse to the middle of the n-th element that matches."""
-        found = f"document.querySelectorAll({json.dumps(selector)})[{number}]"
-        self.value(f"{found}.scrollIntoView({{block: 'center'}})")
-        box = self.value(
-            f"(r => [r.x + r.width / 2, r.y + r.height / 2])({found}.getBoundingClientRect())"
+    def point_at(self, selector: str, number: int = 0) -> list[float]:
+        """Move the mouse to the middle of the n-th element that matches; return its place."""
+        element = found(selector, number)
+        self.value(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        box: list[float] = self.value(
+            f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getBoundingClientRect())"
         )
         self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+        return box
+
+    def click(self, selector: str, number: int = 0) -> None:
+        """Click on the middle of the n-th element that matches."""
+        x, y = self.point_at(selector, number)
+        for kind in ("mousePressed", "mouseReleased"):
+            self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def write(self, selector: str, text: str) -> None:
+        """Replace the text of an input field as a user does who types or pastes."""
+        self.value(f"(one => {{one.focus(); one.select()}})({found(selector)})")
+        self._ask("Input.insertText", text=text)
+
+    def wait(self, condition: str, seconds: float = 60) -> None:
+        """Wait until a JavaScript condition holds."""
+        deadline = time.monotonic() + seconds
+        while not self.value(f"Boolean({condition})"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(condition)
+            time.sleep(0.1)
 
     def press(self, key: str) -> None:
         """Press a key where the focus is."""
@@ -119,6 +139,11 @@ class Page:
             self._buffer += part
         message, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(message))
+
+
+def found(selector: str, number: int = 0) -> str:
+    """The JavaScript of the n-th element that matches."""
+    return f"document.querySelectorAll({json.dumps(selector)})[{number}]"
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+"""A folder for each open tab, and the processes that work in it.
+
+A process gets the token of the signed-in user and no other secret. Closing the tab ends its process
+and deletes its folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_MINUTES = float(os.environ.get("MAX_MINUTES", "30"))  # of a step
+ROOT = Path(tempfile.mkdtemp(prefix="lewis-hub-space-"))
+WORKER = Path(__file__).with_name("worker.py")
+# the settings of this machine that a process needs; the Space's secrets are not among them
+PASSED_ON = (
+    *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SYSTEMROOT"),
+    *("PYTHONPATH", "OMP_NUM_THREADS", "HF_ENDPOINT", "MAX_GB", "SSL_CERT_FILE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+)
+RUNNING: list[tuple[Path, subprocess.Popen[str]]] = []  # the folder of each process
+Event = Mapping[str, Any]
+
+atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
+
+
+def folder_of(session: str) -> Path:
+    """The folder of a tab, whose name its browser chose."""
+    return ROOT / hashlib.sha256(session.encode()).hexdigest()[:32]
+
+
+def run(step: str, session: str, request: Event, token: str | None = None) -> Iterator[Event]:
+    """Run a step of `worker.py` and yield what it reports; it ends with the iteration."""
+    folder = folder_of(session)
+    (folder / "recipe").mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, WORKER, step, folder],
+        env=_environment(folder, token),
+        cwd=folder / "recipe",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    RUNNING.append((folder, process))
+    limit = threading.Timer(MAX_MINUTES * 60, process.kill)
+    limit.start()
+    try:
+        assert process.stdin
+        assert process.stdout
+        with process.stdin as stdin:
+            stdin.write(json.dumps(request))
+        last: Event = {}
+        for line in process.stdout:
+            last = json.loads(line)
+            yield last
+        if not last.keys() & {"result", "problem"}:
+            yield {"problem": _unfinished(is_late=not limit.is_alive())}
+    finally:
+        limit.cancel()
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+        RUNNING.remove((folder, process))
+
+
+def close(session: str) -> None:
+    """End the processes of a tab and delete its folder."""
+    folder = folder_of(session)
+    for process in [process for where, process in RUNNING if where == folder]:
+        process.kill()
+        process.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(folder: Path, token: str | None) -> dict[str, str]:
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return passed_on | {
+        "HF_HOME": str(folder / "cache"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MPLBACKEND": "agg",
+        "TOKENIZERS_PARALLELISM": "false",
+        **({"HF_TOKEN": token} if token else {}),
+    }
+
+
+def _unfinished(*, is_late: bool) -> str:
+    if is_late:
+        return f"This took more than {MAX_MINUTES:g} minutes and was stopped. Merge smaller models."
+    return "The step ended without a result, maybe for lack of memory. Merge smaller models."

@@ -1,0 +1,172 @@
+"""The Space as a user sees it: Gradio in a process of its own, clicked through in Chromium.
+
+LEWIS_HUB_SPACE names a Python that has the extra `space`; without it, this Python is used.
+"""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from zoo_hub import put_zoo
+
+from tests.report.chromium import PROGRAM, browser, found
+
+APP = Path(__file__).parents[2] / "templates" / "space" / "app.py"
+PYTHON = os.environ.get("LEWIS_HUB_SPACE") or (
+    sys.executable if importlib.util.find_spec("gradio") else None
+)
+pytestmark = [
+    pytest.mark.slow,  # starts a browser and a server
+    pytest.mark.skipif(PROGRAM is None, reason="no chromium: apt-get install chromium"),
+    pytest.mark.skipif(PYTHON is None, reason="no gradio: pip install '.[space]'"),
+]
+SIGNED_IN = "mock-oauth-token-for-local-dev"  # which Gradio gives where it does not run in a Space
+CHECK, MERGE, CARD = 1, 2, 3  # tabs
+WIDER = "document.documentElement.scrollWidth > innerWidth"
+
+
+@contextmanager
+def running(hub, folder, **variables):
+    """The app on a free port: its address, and its log when it has ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "tabs").mkdir()
+    own = {"GRADIO_SERVER_PORT": str(port), "TMPDIR": str(folder / "tabs"), **variables}
+    address = f"http://127.0.0.1:{port}/"
+    with (folder / "app.log").open("w") as log:
+        words = [PYTHON, APP]
+        app = subprocess.Popen(
+            words, cwd=folder, env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            until(lambda: answers(address) or app.poll() is not None)
+            assert app.poll() is None, (folder / "app.log").read_text()
+            yield address
+        finally:
+            app.terminate()
+            app.wait()
+
+
+def answers(address):
+    try:
+        with urllib.request.urlopen(address) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def until(holds, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def text_of(page, selector):
+    return page.value(f"{found(selector)}.innerText")
+
+
+def says(page, selector, text, seconds=120):
+    try:
+        page.wait(f"{found(selector)}?.innerText.includes({text!r})", seconds)
+    except TimeoutError:
+        pytest.fail(f"{selector} shows {text_of(page, selector)!r}")
+
+
+def show(page, tab, selector):
+    page.click("button[role=tab]", tab)
+    page.wait(f"{found(selector)}?.offsetParent")
+
+
+def open_app(page, address, **look):
+    page.open(address, **look)
+    page.wait(found("#write"))
+
+
+def test_a_user_writes_checks_merges_looks_downloads_and_pushes(hub, tmp_path):
+    put_zoo(hub)
+    hub.add_token(SIGNED_IN, hub.user, "write", ("*",))
+
+    with running(hub, tmp_path, HF_TOKEN=hub.write_token) as address, browser() as page:
+        open_app(page, address, width=1280)
+        page.click("#sign-in")
+        page.wait(f"document.body.innerText.includes('Logout ({hub.user})')")
+        page.wait(found("#write"))
+
+        page.write("#base textarea, #base input", "zoo/base")
+        page.write("#experts textarea", "zoo/expert-reverse\nzoo/expert-cipher")
+        page.click("#write")
+        says(page, "#written", "Note: the guide is `magnitude`, which reads only weights")
+        recipe = page.value(f"{found('#yaml textarea')}.value")
+        assert 'base_model: "zoo/base"' in recipe
+        assert "  name: magnitude" in recipe
+
+        show(page, CHECK, "button#check")
+        page.click("button#check")
+        says(page, "#checked", "No problems found.")
+        assert "1,157,504" in text_of(page, "#checked")
+        assert "apache-2.0" in text_of(page, "#checked")
+
+        show(page, MERGE, "button#merge")
+        page.click("button#merge")
+        says(page, "#merged", "Merged. The card is under “4 Card”.")
+        assert "Merging: 100%" in page.value(f"{found('#log textarea')}.value")
+
+        show(page, CARD, "#card")
+        says(page, "#card", "by TIES-Merging, without training")
+        assert page.value(
+            "[...document.querySelectorAll('#card img')].every(one => one.naturalWidth > 300)"
+        )
+        page.click("#pack")
+        says(page, "#archive", "merged.zip")
+        page.write("#target textarea, #target input", f"{hub.user}/from-a-space")
+        page.click("#push")
+        says(page, "#pushed", f"{hub.user}/from-a-space")
+
+        elsewhere = [one for one in page.requests if not one.startswith((address, "data:"))]
+        assert elsewhere == []
+        (tabs,) = (tmp_path / "tabs").glob("lewis-hub-space-*")
+        assert any(tabs.iterdir())
+        page.open(f"{hub.url}/{hub.user}/from-a-space")  # the tab leaves the app
+        until(lambda: not any(tabs.iterdir()))
+
+    assert hub.api().model_info(f"{hub.user}/from-a-space").private
+    log = (tmp_path / "app.log").read_text()
+    assert SIGNED_IN not in log
+    assert hub.write_token not in log
+    assert list((tmp_path / "tabs").glob("lewis-hub-space-*")) == []
+
+
+def test_a_folder_of_the_machine_in_a_pasted_recipe_is_refused(hub, tmp_path):
+    put_zoo(hub)
+    pasted = f"merge_method: linear\nmodels: [zoo/base, {tmp_path}]\n"
+
+    with running(hub, tmp_path) as address, browser() as page:
+        open_app(page, address)
+        page.write("#yaml textarea", pasted)
+        steps = (CHECK, "button#check", "#checked"), (MERGE, "button#merge", "#merged")
+        for tab, button, shown in steps:
+            show(page, tab, button)
+            page.click(button)
+            says(page, shown, f"`{tmp_path}` is not a repository of the Hub")
+
+
+def test_every_tab_fits_on_a_phone_and_asks_no_other_site(hub, tmp_path):
+    with running(hub, tmp_path) as address, browser() as page:
+        open_app(page, address, width=390)
+        for tab, selector in ((0, "#write"), (CHECK, "button#check"), (MERGE, "button#merge")):
+            show(page, tab, selector)
+            assert not page.value(WIDER)
+        page.click("button#merge")
+        says(page, "#merged", "There is no recipe yet: write or paste one under “1 Recipe”.")
+
+        assert all(one.startswith((address, "data:")) for one in page.requests)
+        assert page.complaints == []

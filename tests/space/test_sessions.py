@@ -1,0 +1,93 @@
+"""The steps of the Space, each in a process of its own, over the embedded Hub."""
+
+import pytest
+
+from templates.space import sessions
+
+pytestmark = pytest.mark.slow  # starts processes that import torch and transformers
+RECIPE = """
+base_model: zoo/base
+models: [zoo/expert-reverse, zoo/expert-cipher]
+merge_method: ties
+parameters: {density: 0.5, weight: 1.0}
+"""
+
+
+@pytest.fixture
+def session():
+    yield "tab"
+    sessions.close("tab")
+
+
+def last(step, request, token=None):
+    return [*sessions.run(step, "tab", request, token)][-1]
+
+
+def test_a_folder_of_the_machine_is_refused_before_it_is_looked_at(api, session, tmp_path):
+    there = {"recipe": RECIPE.replace("zoo/base", str(tmp_path))}
+    missing = {"recipe": RECIPE.replace("zoo/base", f"{tmp_path}/missing")}
+
+    problems = [last("check", asked)["problem"] for asked in (there, missing)]
+
+    ending = "is not a repository of the Hub: write owner/name. Folders are not read."
+    assert problems == [f"`{tmp_path}` {ending}", f"`{tmp_path}/missing` {ending}"]
+
+
+def test_a_recipe_with_a_typo_gets_the_message_of_the_command_line(api, session):
+    problem = last("check", {"recipe": RECIPE.replace("models:", "modles:")})["problem"]
+
+    assert problem == (
+        "/recipe/recipe.yaml:3: `modles`: unknown key `modles`.\nDid you mean `models`?\n"
+        "/recipe/recipe.yaml:1: `models`: `models` is missing."
+    )
+
+
+def test_models_above_the_limit_are_refused_before_a_download(api, session, monkeypatch):
+    monkeypatch.setenv("MAX_GB", "0.005")
+
+    events = [*sessions.run("merge", session, {"recipe": RECIPE, "score": False})]
+
+    assert [event["problem"].partition(" Copy")[0] for event in events] == [
+        "These models have 0.0 GB of weights, and this Space merges up to 0.0 GB."
+    ]
+    assert not (sessions.folder_of(session) / "merged").exists()
+
+
+def test_a_process_has_the_token_of_its_user_and_no_secret_of_the_machine(
+    hub, api, session, monkeypatch
+):
+    api.update_repo_settings("zoo/base", private=True)
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)  # of the machine
+    asked = {"recipe": RECIPE}
+
+    refused, seen = last("check", asked), last("check", asked, hub.read_token)
+
+    assert "zoo/base" in refused["problem"]
+    assert seen["result"]["lines"][-1] == "No problems found."
+
+
+def test_closing_a_tab_ends_its_process_and_deletes_its_folder(api, session):
+    events = sessions.run("merge", session, {"recipe": RECIPE, "score": False})
+    started = next(events)
+
+    sessions.close(session)
+
+    assert started == {"stage": "Downloading", "done": 0.0}
+    assert [*events][-1] == {
+        "problem": "The step ended without a result, maybe for lack of memory. Merge smaller "
+        "models."
+    }
+    assert not sessions.folder_of(session).exists()
+    assert sessions.RUNNING == []
+
+
+def test_a_step_that_takes_too_long_is_stopped(api, session, monkeypatch):
+    monkeypatch.setattr(sessions, "MAX_MINUTES", 0.005)
+
+    assert last("merge", {"recipe": RECIPE, "score": False}) == {
+        "problem": "This took more than 0.005 minutes and was stopped. Merge smaller models."
+    }
+
+
+def test_the_name_of_a_tab_cannot_lead_out_of_the_folder_of_tabs():
+    assert sessions.folder_of("../../etc").parent == sessions.ROOT
