@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -155,7 +156,12 @@ def endpoint(hub: Hub, answer: Answer, kind: str = "") -> Callable[[Request], Aw
             raise refusal(401, "Invalid credentials in Authorization header")
         body = await _body(request, MAX_BODY_BYTES if grant else MAX_UNKNOWN_BODY_BYTES)
         parts = {name: unquote(value) for name, value in request.path_params.items()}
-        result = answer(Call(hub, request, body, grant, {**parts, "kind": kind}))
+        try:
+            result = answer(Call(hub, request, body, grant, {**parts, "kind": kind}))
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise refusal(400, "A name is longer than the disk allows") from None
         return result if isinstance(result, Response) else JSONResponse(result)
 
     return answered

@@ -214,3 +214,14 @@ def test_a_job_mounts_nothing_outside_of_its_bucket(running):
         assert send(running, "POST", jobs, json.dumps(spec).encode()).status_code == 404
     for line in (b"5", b"{}", b'{"type": "addFile"}', b'{"type": "addFile", "path": "a\\u0000"}'):
         assert send(running, "POST", f"{bucket}/batch", line).status_code == 400
+
+
+def test_a_name_that_no_disk_can_hold_is_refused(running):
+    bucket = f"/api/buckets/{running.user}/{'a' * 300}"
+    volume = {"type": "bucket", "source": f"{running.user}/data", "path": "b" * 300}
+    spec = json.dumps(SPEC | {"volumes": [volume | {"mountPath": "/data"}]}).encode()
+
+    for path, body in ((bucket, b""), (f"/api/jobs/{running.user}", spec)):
+        answer = send(running, "POST", path, body)
+        assert answer.status_code == 400
+        assert answer.json() == {"error": "A name is longer than the disk allows"}
