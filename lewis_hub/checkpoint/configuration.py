@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from decimal import Decimal
 from typing import Any
 
 from lewis_hub.errors import SourceError
@@ -32,7 +31,7 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     for key, number in _numbers(config):
         limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), number)
         if number > limit:
-            problem = f"`{key}` of its config.json is {Decimal(number):.3g}, the limit is {limit:,}"
+            problem = f"`{key}` of its config.json is above the limit of {limit:,}"
             raise SourceError(where, problem, DAMAGED)
     counted = (key for key in COUNTED if isinstance(config.get(key), int | float))
     for key in counted if n_tensors is not None else ():

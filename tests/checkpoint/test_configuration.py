@@ -11,18 +11,21 @@ REMEDY = "The file is damaged: use an intact copy of the model."
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"num_hidden_layers": 1001}, "`num_hidden_layers` of its config.json is 1e+03"),
-        ({"a": {"b": {"encoder_layers": 10**6}}}, "`encoder_layers` of its config.json is 1e+06"),
-        ({"depth": 5000}, "`depth` of its config.json is 5e+03"),
-        ({"n_layer": float("inf")}, "`n_layer` of its config.json is inf"),
-        ({"num_blocks": 10**400}, "`num_blocks` of its config.json is 1e+400"),
+        ({"num_hidden_layers": 1001}, "`num_hidden_layers`"),
+        ({"a": {"b": {"encoder_layers": 10**6}}}, "`encoder_layers`"),
+        ({"depth": 5000}, "`depth`"),
+        ({"n_layer": float("inf")}, "`n_layer`"),
+        ({"num_blocks": 10**400}, "`num_blocks`"),
     ],
 )
 def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
     with pytest.raises(SourceError) as caught:
         require_buildable("me/model", config)
 
-    assert str(caught.value) == f"me/model: {said}, the limit is 1,000.\n{REMEDY}"
+    assert (
+        str(caught.value)
+        == f"me/model: {said} of its config.json is above the limit of 1,000.\n{REMEDY}"
+    )
 
 
 def test_each_layer_has_tensors():
