@@ -29,12 +29,12 @@ def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
 
 
 def test_each_layer_has_tensors():
-    require_buildable("me/model", {"num_hidden_layers": 24}, 24)
+    require_buildable("me/model", {"num_hidden_layers": 240}, 240)
     with pytest.raises(SourceError) as caught:
-        require_buildable("me/model", {"num_hidden_layers": 24}, 23)
+        require_buildable("me/model", {"num_hidden_layers": 240}, 239)
 
     assert str(caught.value) == (
-        f"me/model: `num_hidden_layers` of its config.json is 24, but it has 23 tensors.\n{REMEDY}"
+        f"me/model: `num_hidden_layers` of its config.json is 240, but it has 239 tensors.\n{REMEDY}"
     )
 
 
