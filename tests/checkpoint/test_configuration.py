@@ -34,7 +34,8 @@ def test_each_layer_has_tensors():
         require_buildable("me/model", {"num_hidden_layers": 240}, 239)
 
     assert str(caught.value) == (
-        f"me/model: `num_hidden_layers` of its config.json is 240, but it has 239 tensors.\n{REMEDY}"
+        "me/model: `num_hidden_layers` of its config.json is 240, but it has 239 tensors.\n"
+        f"{REMEDY}"
     )
 
 
