@@ -74,6 +74,16 @@ def test_yaml_that_pyyaml_cannot_build_is_one_kind_of_error(text):
         read_yaml(text)
 
 
+def test_half_a_letter_is_refused_with_its_line():
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(f'{RECIPE}name: "\\ud800"\n', "r.yaml")
+
+    assert str(caught.value) == (
+        "r.yaml:4: not valid YAML: a text has half a letter, which UTF-8 cannot encode.\n"
+        "Fix the line, then run again."
+    )
+
+
 def test_yaml_with_aliases_within_the_limits_is_read():
     assert read_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]") == {
         **{"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}

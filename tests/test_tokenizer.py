@@ -107,6 +107,23 @@ def test_a_broken_file_is_named(text):
         read_vocabulary("me", {"tokenizer.json": text})
 
 
+def test_a_file_that_makes_the_library_panic_is_named():
+    broken = json.loads(byte_level([("a", "b")]).to_str())
+    broken["model"] |= {"continuing_subword_prefix": "##", "vocab": {"a": 0, "b": 1, "a##b": 2}}
+
+    with pytest.raises(TokenizerError, match=r"^me: tokenizer.json: the tokenizers library cannot"):
+        read_vocabulary("me", {"tokenizer.json": json.dumps(broken).encode()})
+
+
+def test_a_file_of_an_older_version_need_not_name_the_kind_of_its_model():
+    old = json.loads(byte_level([("a", "b")]).to_str())
+    del old["model"]["type"]
+
+    found = read_vocabulary("me", {"tokenizer.json": json.dumps(old).encode()})
+
+    assert found.kind == read("x", byte_level()).kind
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -290,6 +307,10 @@ def test_a_configuration_that_lists_added_tokens_lists_the_new_ones_too():
                 b'{"name": "default", "template": "d"}]}'
             },
             "d",
+        ),
+        (
+            {"tokenizer_config.json": b'{"chat_template": [{"name": []}, {"name": "default"}]}'},
+            None,
         ),
     ],
 )

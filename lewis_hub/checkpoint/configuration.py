@@ -9,6 +9,7 @@ from typing import Any
 from lewis_hub.errors import SourceError
 
 MAX_LAYERS = 1000
+FEW_LAYERS = 100  # which take no second to build
 MAX_EXPERTS = 100_000
 MAX_LABELS = 1_000_000
 LIMITS = {  # keys, in the words of all architectures -> their limit
@@ -31,11 +32,11 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
     for key, number in _numbers(config):
         limit = next((n for pattern, n in LIMITS.items() if pattern.fullmatch(key)), number)
         if number > limit:
-            problem = f"`{key}` of its config.json is {number:.3g}, the limit is {limit:,}"
+            problem = f"`{key}` of its config.json is above the limit of {limit:,}"
             raise SourceError(where, problem, DAMAGED)
     counted = (key for key in COUNTED if isinstance(config.get(key), int | float))
     for key in counted if n_tensors is not None else ():
-        if config[key] > n_tensors:
+        if config[key] > max(n_tensors, FEW_LAYERS):
             problem = f"`{key}` of its config.json is {config[key]}, but it has {n_tensors} tensors"
             raise SourceError(where, problem, DAMAGED)
 

@@ -46,6 +46,7 @@ SETTLED_NS = 2_000_000_000  # longer than the tick of any file system's clock
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+RESTORE = "Restore it, then run again."
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 ALLOW = (
     "\nWith `--allow-pickle` torch reads it without running its code, but a flaw in that reader "
@@ -57,6 +58,29 @@ def digests_of(paths: Sequence[Path]) -> list[str]:
     """The sha256 of each file as `sha256:<hex>`, in the order given."""
     with ThreadPoolExecutor(N_HASHING_THREADS) as pool:
         return [f"sha256:{found}" for found in pool.map(_sha256, paths)]
+
+
+def require_unchanged(source: Source) -> None:
+    """Refuse a local model whose weights are no longer those that were pinned.
+
+    Files of the cache are not read again: they are named by their digests.
+
+    Raises:
+        SourceError: a file has another content, or is missing.
+    """
+    folder = source.folder
+    if folder is None or source.converted:
+        return
+    weights = source.matching(("*.safetensors",))
+    try:
+        found = digests_of([folder / file.path for file in weights])
+    except OSError as error:
+        problem = f"a file of its weights cannot be read any more: {error.strerror}"
+        raise SourceError(source.pinned, problem, RESTORE) from None
+    for file, digest in zip(weights, found, strict=True):
+        if digest != file.digest:
+            problem = f"`{file.path}` changed while it was read"
+            raise SourceError(source.pinned, problem, RESTORE)
 
 
 def git_sha1_of(path: Path) -> str:

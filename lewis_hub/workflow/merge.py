@@ -12,12 +12,13 @@ from lewis_hub.checkpoint.header import TensorHeader
 from lewis_hub.checkpoint.ranges import Locations
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
-from lewis_hub.errors import MergeError
+from lewis_hub.errors import MergeError, SourceError
 from lewis_hub.guides.schedule import DensitySchedule
+from lewis_hub.hub.resolve import require_unchanged
 from lewis_hub.hub.source import Source
 from lewis_hub.merge import plan as plans
 from lewis_hub.merge import slices as stacks
-from lewis_hub.merge.engine import ShardResult, run, tensors_in_memory
+from lewis_hub.merge.engine import ShardResult, forget_notes, run, tensors_in_memory
 from lewis_hub.merge.mixture import MixtureSettings, make_mixture_plan
 from lewis_hub.merge.plan import MergePlan, MergeSettings, MergeSource, Statistics, make_plan
 from lewis_hub.merge.runners import Backend, Ray, threads
@@ -145,7 +146,17 @@ def finish_model(
     sources: Mapping[str, Source],
     output: Path,
 ) -> MergedModel:
-    """Write the files beside the shards that were made."""
+    """Write the files beside the shards that were made.
+
+    Raises:
+        SourceError: a source changed since it was pinned.
+    """
+    try:
+        for source in sources.values():
+            require_unchanged(source)
+    except SourceError:
+        forget_notes(planned.shards, output)
+        raise
     written = sidecars.write(sources, output)
     return MergedModel(planned.digest, output, shards, written, output_sizes(planned))
 

@@ -140,6 +140,15 @@ def test_groups_of_several_kinds_are_read_where_packed_ones_have_one_width():
     assert mixed.method == "compressed-tensors, float-quantized and pack-quantized"
 
 
+@pytest.mark.parametrize("bits", [[4], 4.0, True, "4", None, {}])
+def test_bits_that_are_no_number_are_not_read(bits):
+    packed = compressed("int", bits, "pack-quantized")
+
+    for told in (packed, {"quant_method": "gptq", "bits": bits}):
+        assert not read_quantisation({"quantization_config": told}).is_read
+    assert not read_quantisation({"quantization_config": compressed(form=["x"])}).is_read
+
+
 def test_it_is_found_under_its_older_name_in_a_part_and_beside_the_configuration():
     beside = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
 

@@ -201,3 +201,17 @@ def test_a_file_that_shrank_or_went_since_it_was_checked_is_told(tmp_path):
     assert "model.safetensors: it ends inside `a`.\nThe file changed after" in str(shrank.value)
     assert "model.safetensors: it cannot be read: No such file" in str(went.value)
     assert "model.safetensors: it cannot be read: Is a directory" in str(failed.value)
+
+
+def test_whole_numbers_of_all_widths_are_read_and_what_torch_lacks_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for dtype, width in {"U16": 2, "U32": 4, "U64": 8, "C64": 8, "F8_E8M0": 1}.items():
+        entry = {"dtype": dtype, "shape": [1], "data_offsets": [0, width]}
+        path.write_bytes(file({"a": entry}, width))
+        tensor = read(path.read_bytes()).tensors["a"]
+        with TensorReader(tmp_path, LABEL) as reader:
+            if dtype.startswith("U"):
+                assert read_tensor(reader, tensor).dtype == torch.float32
+            else:
+                with pytest.raises(BrokenCheckpointError, match=f"`a` is {dtype}, which this"):
+                    read_tensor(reader, tensor)

@@ -84,7 +84,7 @@ def test_the_number_of_layers_is_told(tmp_path):
         load(base, EvaluationSettings())
 
     assert str(caught.value) == (
-        f"{base}: `num_hidden_layers` of its config.json is 1e+09, the limit is 1,000.\n"
+        f"{base}: `num_hidden_layers` of its config.json is above the limit of 1,000.\n"
         "The file is damaged: use an intact copy of the model."
     )
 

@@ -2,9 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+from lewis_hub import pipeline
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.errors import SourceError
+from lewis_hub.recipe.read import parse_recipe
 
 TESTS = Path(__file__).parents[1]
 
@@ -27,3 +36,41 @@ def test_a_source_that_changes_while_it_is_merged_is_one_message(tmp_path, effor
     assert [one for one in outcomes if one[1] not in ("refused", "as before")] == []
     assert len(outcomes) == n_merges
     assert [one for one in outcomes if one[1] == "refused"]
+
+
+class AtMerging:
+    """A progress that calls a function when the weights begin to be read."""
+
+    def __init__(self, call):
+        self.call = call
+
+    @contextmanager
+    def stage(self, title, total, unit):
+        if title == "Merging":
+            self.call()
+        yield lambda _: None
+
+    def say(self, text):
+        pass
+
+
+def test_weights_that_are_replaced_before_they_are_read_are_refused_and_read_again(tmp_path):
+    base = shutil.copytree(zoo_folder() / "base", tmp_path / "base")
+    weights, kept = base / "model.safetensors", (base / "model.safetensors").read_bytes()
+    text = f"{{base_model: {base}, models: [{zoo_folder() / 'expert-reverse'}], "
+    recipe = parse_recipe(text + "merge_method: linear}", "recipe.yaml")
+    clean = pipeline.merge_models(recipe, tmp_path / "clean").output / "model.safetensors"
+
+    def change():
+        weights.write_bytes(kept[:-64] + bytes(64))
+
+    with pytest.raises(SourceError) as caught:
+        pipeline.merge_models(recipe, tmp_path / "merged", progress=AtMerging(change))
+    assert not (tmp_path / "merged").exists()
+    weights.write_bytes(kept)
+    again = pipeline.merge_models(recipe, tmp_path / "merged").output / "model.safetensors"
+
+    assert str(caught.value) == (
+        f"{base}: `model.safetensors` changed while it was read.\nRestore it, then run again."
+    )
+    assert again.read_bytes() == clean.read_bytes()

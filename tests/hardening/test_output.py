@@ -94,8 +94,7 @@ def test_pollution_of_cache_folders_and_environment_changes_no_byte(hub, tmp_pat
 def test_other_files_beside_local_models_change_no_byte(tmp_path):
     models = {}
     for place in ("clean", "polluted"):
-        os.chdir(shutil.copytree(zoo_folder(), tmp_path / place / "zoo"))
-        models[place] = tmp_path / place / "zoo"
+        models[place] = shutil.copytree(zoo_folder(), tmp_path / place / "zoo")
     kept = [name for name in NAMES if not name.endswith(CARRIED_KINDS)]
     for name in ("base", "expert-reverse"):
         pollute(models["polluted"] / name, kept)
@@ -112,7 +111,7 @@ def test_other_files_beside_local_models_change_no_byte(tmp_path):
         }
         for place, files in found.items()
     }
-    assert len(kept) > 10
+    assert len(kept) >= 10
     assert found["polluted"].keys() == found["clean"].keys()
     same = {n for n in texts["clean"] if texts["clean"][n] == texts["polluted"][n]}
     # digests of a folder are over all its visible files

@@ -274,6 +274,10 @@ BROKEN |= {
         "r.yaml:5: `slices[0].sources[1].layer_range`: [-4, 0] is not a range of blocks: "
         f"blocks count from 0, and the end is exclusive.\n{SCHEMA}"
     ),
+    SLICES.replace("[1, 5]", f"[1, {10**30}]"): (
+        "r.yaml:5: `slices[0].sources[1].layer_range`: no model has more than 100,000 blocks.\n"
+        f"{SCHEMA}"
+    ),
     SLICES.replace("[1, 5]", "[1, 3, 5]"): (
         "r.yaml:5: `slices[0].sources[1].layer_range`: expected [first block, last block + 1], "
         f"found [1, 3, 5].\n{SCHEMA}"

@@ -1,0 +1,51 @@
+"""Numbers of a configuration that would have transformers build modules for ever."""
+
+import pytest
+
+from lewis_hub.checkpoint.configuration import require_buildable
+from lewis_hub.errors import SourceError
+
+REMEDY = "The file is damaged: use an intact copy of the model."
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"num_hidden_layers": 1001}, "`num_hidden_layers`"),
+        ({"a": {"b": {"encoder_layers": 10**6}}}, "`encoder_layers`"),
+        ({"depth": 5000}, "`depth`"),
+        ({"n_layer": float("inf")}, "`n_layer`"),
+        ({"num_blocks": 10**400}, "`num_blocks`"),
+    ],
+)
+def test_a_number_of_layers_beyond_all_models_is_refused(config, said):
+    with pytest.raises(SourceError) as caught:
+        require_buildable("me/model", config)
+
+    assert (
+        str(caught.value)
+        == f"me/model: {said} of its config.json is above the limit of 1,000.\n{REMEDY}"
+    )
+
+
+def test_each_layer_has_tensors():
+    require_buildable("me/model", {"num_hidden_layers": 240}, 240)
+    with pytest.raises(SourceError) as caught:
+        require_buildable("me/model", {"num_hidden_layers": 240}, 239)
+
+    assert str(caught.value) == (
+        "me/model: `num_hidden_layers` of its config.json is 240, but it has 239 tensors.\n"
+        f"{REMEDY}"
+    )
+
+
+def test_what_models_have_is_within_the_limits():
+    require_buildable(
+        "me/model",
+        {
+            **{"num_hidden_layers": 1000, "num_local_experts": 16_384, "num_labels": 21_000},
+            **{"vocab_size": 262_144, "max_position_embeddings": 10_485_760, "layer_types": ["a"]},
+            **{"text_config": {"num_layers": 126, "hidden_size": 18_432}, "layers": None},
+        },
+        9000,
+    )
