@@ -69,7 +69,7 @@ def test_the_notebook_merges_scores_asks_shows_the_card_and_pushes(hub, tmp_path
     assert "<td>zoo_cipher</td>" in merged
     assert answer.startswith("Question: encode LUTY\nAnswer: MVU"), answer
     assert "# Merged model" in card
-    assert "**Keeps " in card
+    assert "**It keeps " in card
     assert card.endswith("a picture")
     assert repo in pushed
     assert hub.api().model_info(repo).private

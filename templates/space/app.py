@@ -24,9 +24,10 @@ SIGN_IN = (
     "To push the result, or to read gated models, sign in before you start: it reloads the page."
 )
 CSS = """
-.gradio-container { max-width: 1000px !important; margin: auto; }
+.gradio-container { width: 100%; min-width: 0; max-width: 1000px !important; margin: 0 auto; }
+.gradio-container > .main { min-width: 0; max-width: 100%; }
 .recipe textarea, .log textarea { font-family: ui-monospace, monospace; font-size: 13px; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; max-width: 100%; }
 .wide table { border-collapse: collapse; font-size: 13px; }
 .wide th, .wide td { border: 1px solid var(--border-color-primary); padding: 4px 8px;
     text-align: left; white-space: nowrap; }

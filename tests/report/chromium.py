@@ -48,8 +48,7 @@ class Page:
         self._ask("Page.navigate", url="about:blank")  # or the last page would load pictures anew
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self._ask("Emulation.setDeviceMetricsOverride", **size)
+        self.resize(width)
         self.value("0")  # what the last page had to say is heard now
         self.requests.clear()
         self.complaints.clear()
@@ -62,6 +61,11 @@ class Page:
                 return
             time.sleep(0.05)
         raise TimeoutError(address)
+
+    def resize(self, width: int) -> None:
+        """Give the window another width."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self._ask("Emulation.setDeviceMetricsOverride", **size)
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives in the page."""

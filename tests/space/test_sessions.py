@@ -37,8 +37,7 @@ def test_a_recipe_with_a_typo_gets_the_message_of_the_command_line(api, session)
     problem = last("check", {"recipe": RECIPE.replace("models:", "modles:")})["problem"]
 
     assert problem == (
-        "/recipe/recipe.yaml:3: `modles`: unknown key `modles`.\nDid you mean `models`?\n"
-        "/recipe/recipe.yaml:1: `models`: `models` is missing."
+        "/recipe/recipe.yaml:3: `modles`: unknown key `modles`.\nDid you mean `models`?"
     )
 
 
