@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lewis_hub.tune.objective import Search as Search
     from lewis_hub.tune.run import tune_recipe as tune_recipe
     from lewis_hub.workflow.adapters import merge_loras as merge_loras
+    from lewis_hub.workflow.finished import export_model as export_model
     from lewis_hub.workflow.resolve import read_recipe as read_recipe
     from lewis_hub.workflow.resources import Execution as Execution
     from lewis_hub.workflow.single_model import diff_merges as diff_merges
@@ -58,6 +59,7 @@ _HOME = {  # module -> its public names
     "tune.objective": ("Search",),
     "tune.run": ("tune_recipe",),
     "workflow.adapters": ("merge_loras",),
+    "workflow.finished": ("export_model",),
     "workflow.resolve": ("read_recipe",),
     "workflow.resources": ("Execution",),
     "workflow.single_model": (

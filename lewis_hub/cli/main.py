@@ -61,6 +61,7 @@ for command in (
     models.push,
     models.verify,
     models.diff,
+    models.export,
     adapters.extract_lora,
     adapters.merge_lora,
     init.init,
