@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     Floats = np.ndarray[Any, np.dtype[np.float32]]
 
-CHUNK = 1 << 22  # elements that are converted at a time, if a row is not longer
+CHUNK = 1 << 18  # elements that are converted at a time, if a row is not longer
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 LOSSLESS = "Export it as `gguf:bf16`."
 

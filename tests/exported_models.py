@@ -13,6 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 import lewis_hub
+from lewis_hub.checkpoint.reader import TensorReader, local_checkpoint
+from lewis_hub.export.gguf import GgufPlan, gguf_bytes, plan_gguf, write_gguf
+from lewis_hub.export.vocabulary import FILES
+from lewis_hub.files import sha256_of
+from lewis_hub.recipe.formats import ExportFormat, file_name
 
 SIZES = {
     "hidden_size": 64,
@@ -110,3 +115,24 @@ def pieces_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def planned(folder: Path) -> GgufPlan:
+    """The plan of the file of a model."""
+    files = {name: folder / name for name in FILES if (folder / name).exists()}
+    return plan_gguf(
+        local_checkpoint(folder.name, folder),
+        json.loads((folder / "config.json").read_text()),
+        {name: path.read_bytes() for name, path in files.items()},
+    )
+
+
+def write(folder: Path, export: ExportFormat) -> Path:
+    """Write the file of a model beside it."""
+    file, plan = folder / file_name(export), planned(folder)
+    advanced: list[int] = []
+    with TensorReader(folder, folder.name) as reader:
+        sha256 = write_gguf(plan, export, reader, file, advanced.append)
+    assert sha256 == sha256_of(file)
+    assert sum(advanced) == gguf_bytes(plan, export)
+    return file
