@@ -27,12 +27,13 @@ FULL, WINDOW = "full_attention", "sliding_attention"
 
 def complete_config(label: str, config: Config) -> dict[str, Any]:
     """Return a `config.json` with the defaults of transformers for the keys that it leaves out."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     given = {key: value for key, value in config.items() if key != "model_type"}
     try:
         found = AutoConfig.for_model(config["model_type"], **given).to_dict()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         problem = f"transformers cannot read its config.json ({error})"
         raise ExportError(label, problem, "Use an intact copy of the model.") from None
     heads, size = found["num_attention_heads"], found["hidden_size"]

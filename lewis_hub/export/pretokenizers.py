@@ -28,7 +28,8 @@ GPT4O = (
     + PATHS
     + SPACES
 )
-PRETOKENIZERS = {  # splits in order, whether whole words in the vocabulary need no merges -> name
+# splits in order, whether a whole word in the vocabulary needs no merges -> name
+PRETOKENIZERS: dict[tuple[tuple[str | None, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
     ((LLAMA3,), True): "llama-bpe",
@@ -43,7 +44,7 @@ def pretokenizer_name(document: Mapping[str, Any]) -> str | None:
     """Return llama.cpp's name for the pre-tokenizer of a byte-level BPE; None: it has no such."""
     splits = tuple(_splits(document.get("pre_tokenizer")))
     ignores_merges = bool(document["model"].get("ignore_merges"))
-    return None if None in splits else PRETOKENIZERS.get((splits, ignores_merges))  # type: ignore[arg-type]
+    return PRETOKENIZERS.get((splits, ignores_merges))
 
 
 def _splits(part: object) -> Iterator[str | None]:
