@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lewis_hub.workflow.draft import Draft as Draft
     from lewis_hub.workflow.draft import Outline as Outline
     from lewis_hub.workflow.draft import draft_recipe as draft_recipe
+    from lewis_hub.workflow.finished import export_model as export_model
     from lewis_hub.workflow.resolve import read_recipe as read_recipe
     from lewis_hub.workflow.resources import Execution as Execution
     from lewis_hub.workflow.single_model import diff_merges as diff_merges
@@ -65,6 +66,7 @@ _HOME = {  # module -> its public names
     "tune.run": ("tune_recipe",),
     "workflow.adapters": ("merge_loras",),
     "workflow.draft": ("Draft", "Outline", "draft_recipe"),
+    "workflow.finished": ("export_model",),
     "workflow.resolve": ("read_recipe",),
     "workflow.resources": ("Execution",),
     "workflow.single_model": (

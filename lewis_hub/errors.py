@@ -180,6 +180,10 @@ class OutputError(LocatedError):
     """The output folder cannot be written."""
 
 
+class ExportError(LocatedError):
+    """A model cannot be written in another format; `where` is the model."""
+
+
 # -- evaluation
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from lewis_hub.calibration.subject import FEWER, STATES
 from lewis_hub.display import Progress, Silent, to_html
 from lewis_hub.distribution import requirement
-from lewis_hub.errors import CalibrationError, OutputError, RecipeError
+from lewis_hub.errors import CalibrationError, ExportError, OutputError, RecipeError
 from lewis_hub.evaluate.gate import GateVerdict
 from lewis_hub.evaluate.scores import Scores
 from lewis_hub.files import require_room, require_writable
@@ -29,6 +29,7 @@ from lewis_hub.hub.source import Source
 from lewis_hub.merge.runners import Ray
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
+from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.parts import parts_of, used
 from lewis_hub.recipe.reference import ModelReference
 from lewis_hub.recipe.schema import Publishing, Recipe
@@ -42,6 +43,8 @@ from lewis_hub.workflow import verify as verification
 from lewis_hub.workflow.calibrate import Calibrated, guide, require_by_ranges
 from lewis_hub.workflow.check import CheckReport, together
 from lewis_hub.workflow.examine import examine
+from lewis_hub.workflow.export import export_merge
+from lewis_hub.workflow.finished import add_exports
 from lewis_hub.workflow.job import MergeJob, compile_job, prepare
 from lewis_hub.workflow.mixture import measure_routers
 from lewis_hub.workflow.parts import examine_parameters, require_sources, with_parts
@@ -113,10 +116,10 @@ def check(
     result, notes = examined.report, [*examined.report.notes]
     problems = result.problems
     if not problems:
-        job = compile_job(recipe, execution, examined, api)
         try:
+            job = compile_job(recipe, execution, examined, api)
             require_by_block(job.statistics, api)
-        except CalibrationError as error:
+        except (CalibrationError, ExportError) as error:
             problems = (" ".join(str(error).split("\n")),)
     try:
         made_bytes = result.disk_bytes - result.states_bytes
@@ -256,6 +259,8 @@ def _made_before(
         return Merged("unchanged", output, scores, verdict, published)
     found = publishing.lock_in(output)
     if found and publishing.same_model(found, job.planned):
+        if left := [one for one in job.exports if one not in exports_in(found.recipe)]:
+            found = add_exports(output, found, left, progress)
         if job.planned.recipe.get("publish") not in (None, found.recipe.get("publish")):
             progress.say("Rewriting card, recipe and lock for the changed `publish` section")
             republish(job.reporting, found, job.plan.sizes(), output)
@@ -328,6 +333,9 @@ def run(
         locations = {**files.locations, **gathered.folders}
         shards = sink.write(planned, locations, job.means)
         merged = merge.finish_model(planned, shards, job.sidecars, files.sources, sink.folder)
+    if job.exports:
+        with costs.measure("export"):
+            merged = export_merge(merged, job.exports, progress)
     scored = None
     if job.evaluation and tasks:
         maker = evaluate.TwinMaker(job.plan, job.sidecars, loader, job.statistics, sets)
@@ -492,7 +500,7 @@ def job_request(
     return JobRequest(
         words=["merge", MOUNT, "-o", "merged", *options],  # a Job's folder is deleted with the Job
         files={"recipe.yaml": recipe_file, **resolve.local_files(recipe_file, recipe)},
-        package=requirement(),
+        package=requirement("gguf" if recipe.export else None),
         flavor=hardware.flavor,
         timeout=hardware.timeout,
         namespace=hardware.namespace,

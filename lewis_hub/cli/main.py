@@ -63,6 +63,7 @@ for command in (
     models.push,
     models.verify,
     models.diff,
+    models.export,
     adapters.extract_lora,
     adapters.merge_lora,
     transplant.transplant_tokenizer,

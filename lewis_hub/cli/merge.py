@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SECTIONS = {  # of `merge --help`: title -> names of parameters
     "Publishing": ("push", "repo", "stream", "private_key"),
-    "Output": ("output", "max_shard_bytes", "replace"),
+    "Output": ("output", "exports", "max_shard_bytes", "replace"),
     "Scores and calibration": (
         *("no_eval", "allow_overlap"),
         *("backend", "backend_args", "num_fewshot", "batch_size", "generation"),
@@ -100,6 +100,12 @@ def check(
     default="5GB",
     help="Maximum size of an output file.",
 )
+@options.repeated(
+    "--export",
+    "exports",
+    type=options.EXPORT,
+    help="Also write a GGUF file, with float16 (gguf), gguf:bf16 or gguf:q8_0; may be repeated.",
+)
 @options.memory
 @click.option("--on", type=click.Choice(["jobs"]), help="Run the merge as a Hugging Face Job.")
 @options.hardware
@@ -123,6 +129,7 @@ def merge(
     timeout: str | None,
     namespace: str | None,
     allow_overlap: bool,
+    exports: tuple[str, ...],
     running: dict[str, Any],
     **given: Unpack[options.ExecutionOptions],
 ) -> None:
@@ -133,7 +140,7 @@ def merge(
     """
     _require_compatible(click.get_current_context().params)
     recipe = options.read_recipe(recipe_file, repo, allow_overlap=allow_overlap)
-    recipe = options.rescored(recipe, running)
+    recipe = options.exported(options.rescored(recipe, running), exports)
     if no_eval and push and recipe.evaluate and recipe.evaluate.gate:
         message = (
             "the recipe has a quality gate, which needs scores before a push. "

@@ -358,3 +358,23 @@ def _comparison_table(pair: ProfileComparison) -> TextTable:
         numbers = (f"{row.before:,.4g}", f"{row.after:,.4g}", change)
         rows.append((short_name(pair.after), row.module, *numbers))
     return TextTable(("source", "module", "A", "B", "change"), tuple(rows))
+
+
+@click.command(
+    epilog="\b\nExamples:\n  lewis-hub export merged\n"
+    "  lewis-hub export me/my-merge --to gguf:q8_0 -o gguf"
+)
+@click.argument("model")
+@click.option(
+    "--to", type=options.EXPORT, default="gguf", help="gguf (float16), gguf:bf16 or gguf:q8_0."
+)
+@options.output("Folder for the file. [default: the model's folder; for a repo this folder]")
+@terminal_options
+def export(terminal: Terminal, model: str, to: str, output: Path | None) -> None:
+    """Write a model as a GGUF file for llama.cpp.
+
+    MODEL is a folder or repo. In the folder of a merge, its card and lock then name the file.
+    """
+    file = lewis_hub.export_model(model, to, output, terminal.progress)
+    document = {"status": "exported", "output": str(file), "bytes": file.stat().st_size}
+    terminal.finish(document, f"Wrote {file}")

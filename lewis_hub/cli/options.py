@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -82,6 +82,16 @@ def _parse_pair(text: str) -> tuple[str, Any] | None:
 
 
 PAIR = Format("name=value", "NAME=VALUE such as temperature=0.6", _parse_pair)
+
+
+def _parse_export(text: str) -> str | None:
+    from lewis_hub.recipe.formats import ALIASES, FORMATS
+
+    name = ALIASES.get(text, text)
+    return name if name in FORMATS else None
+
+
+EXPORT = Format("format", "gguf, gguf:f16, gguf:bf16 or gguf:q8_0", _parse_export)
 
 M = TypeVar("M", bound="BaseModel")
 
@@ -224,6 +234,15 @@ def rescored(recipe: lewis_hub.Recipe, running: Mapping[str, Any]) -> lewis_hub.
     evaluation = recipe.evaluate.model_dump(by_alias=True, exclude_unset=True)
     changed = validated(type(recipe.evaluate), **{**evaluation, **running})
     return recipe.model_copy(update={"evaluate": changed})
+
+
+def exported(recipe: lewis_hub.Recipe, exports: Sequence[str]) -> lewis_hub.Recipe:
+    """Add the formats of --export to those of a recipe."""
+    from lewis_hub.recipe.formats import FORMATS
+
+    asked = {*exports, *(recipe.export or ())}
+    formats = tuple(one for one in FORMATS if one in asked)
+    return recipe.model_copy(update={"export": formats or None})
 
 
 def execution(command: Callable[..., None]) -> Callable[..., None]:

@@ -27,6 +27,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from lewis_hub.files import starts_like_path
 from lewis_hub.recipe.backend import Running
+from lewis_hub.recipe.formats import Exports
 from lewis_hub.recipe.mixture import Mixture
 from lewis_hub.recipe.reference import REPO, ModelReference, Part, allow_name
 
@@ -464,6 +465,7 @@ class Recipe(Mixture):
         None, description="Calibration texts for experts without their own, if there is no guide."
     )
     evaluate: Evaluation | None = Field(None, description="Scores the merge.")
+    export: Exports | None = Field(None, description="Also write these formats, as `gguf:q8_0`.")
     publish: Publishing | None = Field(None, description="Publishes the merge to the Hub.")
     intermediate: SkipJsonSchema[tuple[Recipe, ...]] = ()  # merges that this one uses by name
 

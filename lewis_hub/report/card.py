@@ -24,6 +24,7 @@ from lewis_hub.guides.registry import guides
 from lewis_hub.guides.schedule import weighted_mean
 from lewis_hub.hub.facts import HUB, Licence, ModelFacts
 from lewis_hub.hub.source import Source
+from lewis_hub.recipe.formats import file_name, file_type
 from lewis_hub.recipe.reference import REPO
 from lewis_hub.recipe.schema import Benchmark
 from lewis_hub.report import findings, markdown
@@ -118,6 +119,19 @@ def name_line(repo: str | None) -> str:
     return f"name = {json.dumps(repo or '.')}{'' if repo else '  # the folder of this card'}"
 
 
+def _commands(facts: CardFacts) -> dict[str, str | None]:
+    """The commands that run a language model in llama.cpp and in mlx-lm, where they can."""
+    usage, exports = facts.usage, facts.exports
+    prompt = usage.message if facts.chat else usage.example
+    files = [{"file": file_name(one), "type": file_type(one)} for one in exports]
+    values = {"model": facts.repo or ".", "repo": facts.repo, "prompt": prompt, "exports": files}
+    on_mlx = usage.mlx and not facts.custom_code
+    return {
+        "llama_cpp": _rendered("usage/llama-cpp.sh.j2", {}, **values) if exports else None,
+        "mlx": _rendered("usage/mlx.sh.j2", {}, **values) if on_mlx else None,
+    }
+
+
 def _description(facts: CardFacts) -> dict[str, Any]:
     usage = facts.usage
     licences = [facts.models[source.pinned].licence for source in facts.sources]
@@ -128,6 +142,8 @@ def _description(facts: CardFacts) -> dict[str, Any]:
         "mixed": list(dict.fromkeys(one.source for one in experts)),
         "routed": [one for one in experts if not one.is_shared],
         "usage": usage,
+        **_commands(facts),
+        "exported": [file_name(one) for one in facts.exports],
         "snippet": snippet(usage, facts.repo, chat=facts.chat, custom_code=facts.custom_code),
         "stacked": list(dict.fromkeys(s for part in facts.stack for s, _ in part.sources)),
         "config": _configuration(facts.config),

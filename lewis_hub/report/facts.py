@@ -19,6 +19,7 @@ from lewis_hub.guides.schedule import DensitySchedule
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.source import Source
 from lewis_hub.methods.registry import Method
+from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.report.cost import Machine, StageCost
 from lewis_hub.report.plots import Picture
 from lewis_hub.report.usage import Usage
@@ -240,6 +241,7 @@ class CardFacts:
     trims_by_activation: bool = False
     notes: tuple[str, ...] = ()  # warnings about those statistics, in plain words
     machine: Machine | None = None
+    exports: tuple[ExportFormat, ...] = ()  # formats beside the safetensors
     scored_in_chat: bool = False  # prompts went through each model's chat template
 
     @property

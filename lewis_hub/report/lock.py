@@ -45,7 +45,7 @@ UNREAD_SUFFIXES = frozenset(
 )
 # Keys of a recipe that do not determine the weights: names of inputs, and settings of later stages.
 NAMES = frozenset({"model", "source_model", "base_model", "dataset", "include", "revision"})
-LATER = frozenset({"evaluate", "publish", "allow_overlap"})
+LATER = frozenset({"evaluate", "export", "publish", "allow_overlap"})
 NO_STATEMENT = (ValueError, TypeError, KeyError)
 CHANGED = "It was changed after the merge. Use the file that the merge wrote."
 CLOSED = ConfigDict(extra="forbid")

@@ -192,6 +192,17 @@ WITH_SENTENCES = {  # class of sentence-transformers -> family
         packages=(SENTENCES,),
     ),
 }
+MLX_TYPES = (  # of language models that mlx-lm 0.32 runs, as `model_type` in `config.json`
+    "afmoe apertus bailing_moe bitnet cohere cohere2 dbrx deepseek deepseek_v2 "
+    "deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone exaone4 falcon_h1 falcon_mamba "
+    "gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss "
+    "granite granitemoe granitemoehybrid helium hunyuan_v1_dense internlm2 internlm3 "
+    "jamba lfm2 lfm2_moe llama mamba mamba2 minicpm minicpm3 minimax mistral mixtral "
+    "nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe openelm phi phi3 phimoe "
+    "plamo plamo2 qwen qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma "
+    "seed_oss smollm3 stablelm starcoder2"
+)
+MLX = frozenset(MLX_TYPES.split())
 BY_NAME = {one.name: one for one in (*FAMILIES, FEATURES, OTHER, *WITH_SENTENCES.values())}
 LANGUAGE_MODEL = BY_NAME["language model"]
 
@@ -206,6 +217,7 @@ class Usage:
     stated: str | None = None  # an example in a parent's card
     mask: str | None = None  # the token that hides a word
     unscored: str | None = None  # the class, if lm-eval cannot score it
+    mlx: bool = False  # whether mlx-lm runs it
 
     @property
     def library(self) -> str:
@@ -262,6 +274,7 @@ def usage_of(folder: Path, config: Mapping[str, Any], parents: Sequence[ModelFac
         automatic=automatic,
         stated=next((parent.example for parent in parents if parent.example), None),
         mask=_mask(folder),
+        mlx=family == LANGUAGE_MODEL and str(config.get("model_type")) in MLX,
         unscored=automatic if family in WITH_SENTENCES.values() else unscorable(config),
     )
 

@@ -24,6 +24,7 @@ from lewis_hub.merge.mixture import MixtureSettings
 from lewis_hub.merge.runners import Backend
 from lewis_hub.merge.sidecars import SidecarSettings
 from lewis_hub.methods import registry
+from lewis_hub.recipe.formats import ExportFormat
 from lewis_hub.recipe.rules import fits_in_sequence, trims_by_activation
 from lewis_hub.recipe.schema import Evaluation, Recipe, Slice
 from lewis_hub.report.facts import CardFacts, StackedBlocks
@@ -33,6 +34,7 @@ from lewis_hub.workflow import calibrate, examine, resolve, resources
 from lewis_hub.workflow.check import CheckReport
 from lewis_hub.workflow.evaluate import EvaluationPlan, PlainTwin, settings_of
 from lewis_hub.workflow.examine import Examined, examine_sources
+from lewis_hub.workflow.export import require_exportable
 from lewis_hub.workflow.fetch import FetchedSources, ModelLoader
 from lewis_hub.workflow.merge import PlanSettings, new_dtype
 from lewis_hub.workflow.mixture import RouterSettings, mixture_facts, router_settings
@@ -56,6 +58,7 @@ class MergeJob:
     routers: RouterSettings | None  # None: it is no mixture of experts
     plan: PlanSettings
     sidecars: SidecarSettings
+    exports: tuple[ExportFormat, ...]  # other formats that are written too
     evaluation: EvaluationPlan | None  # None: nothing is scored
     held_out: TaskSelection | None  # no calibration text may hold items of these tasks
     reporting: ReportSettings
@@ -144,6 +147,8 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
     )
     models = {one.pinned: one.source for one in sources.models}
     sidecars.require_readable(models, partial(read_small, api))
+    if recipe.export and sources.are_read:
+        require_exportable(plan, sidecars, sources, api)
     mixture = None
     if isinstance(plan.settings, MixtureSettings) and sources.are_read:
         mixture = plan.settings
@@ -175,6 +180,7 @@ def compile_job(recipe: Recipe, execution: Execution, examined: Examined, api: H
         routers=router_settings(recipe, mixture, sources) if mixture else None,
         plan=plan,
         sidecars=sidecars,
+        exports=recipe.export or (),
         evaluation=_evaluation(recipe, evaluation, execution, examined) if evaluation else None,
         held_out=examine.task_selection(held_out, recipe.locate, allow_code=allow_code)
         if held_out
@@ -250,6 +256,7 @@ def _report_settings(recipe: Recipe, execution: Execution, examined: Examined) -
         stack=_stacked_blocks(recipe, inputs),
         in_sequence=fits_in_sequence(recipe),
         trims_by_activation=trims_by_activation(recipe),
+        exports=recipe.export or (),
         scored_in_chat=recipe.evaluate is not None and recipe.evaluate.chat_template,
     )
     benchmarks = (recipe.evaluate.benchmarks or {}) if recipe.evaluate else {}

@@ -25,6 +25,7 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.publish import Additions, Publication, Published, PushedCommit, publish
 from lewis_hub.hub.source import Source, SourceFile
 from lewis_hub.hub.target import Target, open_pull_requests, open_target, read_target
+from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import difference, markdown
 from lewis_hub.report.card import DISAGREE
@@ -92,10 +93,11 @@ def previous_merge(target: Target, api: HfApi) -> PreviousMerge | None:
 
 
 def same_merge(found: Lock, planned: Lock) -> bool:
-    """Return whether a merge is the planned merge, with the same scoring and licence."""
+    """Return whether a merge is the planned one, with its scoring, licence and exports."""
     asked, stated = (one.recipe.get("publish") for one in (planned, found))
     licensed = asked is None or asked.get("license") == (stated or {}).get("license")
-    return same_model(found, planned) and licensed
+    exported = {*exports_in(planned.recipe)} <= {*exports_in(found.recipe)}
+    return same_model(found, planned) and licensed and exported
 
 
 def same_model(found: Lock, planned: Lock) -> bool:

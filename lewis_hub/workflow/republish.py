@@ -15,6 +15,7 @@ from lewis_hub.hub.facts import ModelFacts, combined_licence
 from lewis_hub.hub.publish import SIGNATURE
 from lewis_hub.hub.source import Source
 from lewis_hub.methods import registry
+from lewis_hub.recipe.formats import exports_in
 from lewis_hub.recipe.schema import Publishing
 from lewis_hub.report import lock as locks
 from lewis_hub.report import page
@@ -69,24 +70,38 @@ def republish(
         parameters=parameters,
         scores=read_scores(folder),
     )
-    old, new = _stating(facts, found.recipe), _stating(facts, recipe)
+    new = _stating(facts, recipe)
+    boards = eval_results(new.scores, settings.benchmarks, new) if new.scores else {}
+    for name, text in boards.items():
+        write_whole(folder / name, text)
+    restate(facts, found, replace(found, recipe=recipe), folder)
+
+
+def restate(facts: CardFacts, found: Lock, changed: Lock, folder: Path) -> Lock:
+    """Rewrite card, page, lock and so on after a change of the recipe; return the new lock.
+
+    Args:
+        facts: of the merge; only lines that depend on the change are written.
+        found: the lock in the folder.
+        changed: the lock with the new recipe.
+        folder: the merge; a signature in it would not be valid any more, and is deleted.
+    """
+    old, new = _stating(facts, found.recipe), _stating(facts, changed.recipe)
     write_whole(folder / RECIPE, new.recipe)
     _patch_card(folder / CARD, old, new)
     if (folder / page.FILE).exists():
         pages = [page.report_page(one, {}) for one in (old, new)]
         text = (folder / page.FILE).read_text(encoding="utf-8")
         write_whole(folder / page.FILE, patched(text, *pages))
-    boards = eval_results(new.scores, settings.benchmarks, new) if new.scores else {}
-    for name, text in boards.items():
-        write_whole(folder / name, text)
     file = OutputFile(sha256_of(folder / RECIPE), (folder / RECIPE).stat().st_size)
-    lock = replace(found, recipe=recipe, outputs={**found.outputs, RECIPE: file})
+    lock = replace(changed, outputs={**changed.outputs, RECIPE: file})
     statement = folder / locks.PROVENANCE_FILE
     with suppress(OSError, *locks.NO_STATEMENT):  # `verify` reports a missing or damaged one
         text = locks.provenance_again(statement.read_text(encoding="utf-8"), lock)
         write_whole(statement, text)
     (folder / SIGNATURE).unlink(missing_ok=True)
     write_whole(folder / locks.FILE, lock.to_json())
+    return lock
 
 
 def readdress(folder: Path, lock: Lock, repo: str) -> None:
@@ -100,7 +115,7 @@ def readdress(folder: Path, lock: Lock, repo: str) -> None:
         write_whole(card, text.replace(name_line(None), name_line(repo)))
         return
     try:
-        facts = _from_lock(lock)
+        facts = facts_of(lock)
     except MergeError:  # the package of its method is not installed
         return
     old, new = (
@@ -133,10 +148,11 @@ def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     publish = recipe.get("publish")
     asked = Publishing.model_validate(publish) if publish else None
     text = RecipeSnapshot(recipe, {}).to_yaml()
-    return published_as(replace(facts, title=recipe.get("name") or UNNAMED, recipe=text), asked)
+    named = replace(facts, title=recipe.get("name") or UNNAMED, recipe=text)
+    return published_as(replace(named, exports=exports_in(recipe)), asked)
 
 
-def _from_lock(lock: Lock) -> CardFacts:
+def facts_of(lock: Lock) -> CardFacts:
     """The facts that a lock has; those of the sources' own cards are missing."""
     sources = [
         Source(one.name.partition("@")[0], "model", one.revision, one.commit_sha, (), None)

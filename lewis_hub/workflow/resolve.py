@@ -527,6 +527,10 @@ def require_streamable(recipe: Recipe) -> None:
     if parts := [str(one.name) for one in parts_of(recipe)]:
         problem = f"--stream keeps no model on this disk, but {parts[0]} is merged before."
         raise RecipeError("recipe", "models", problem, "Merge without --stream.")
+    if recipe.export:
+        problem = "an export reads the merged weights on the disk, and --stream keeps none."
+        remedy = "Leave it out, and convert the result on a larger disk: `lewis-hub export --to "
+        raise RecipeError("recipe", "export", problem, f"{remedy}{recipe.export[0]} REPO`.")
     if recipe.evaluate is None:
         return
     problem = "scoring needs whole models on the disk, and --stream keeps none."

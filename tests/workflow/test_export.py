@@ -1,0 +1,162 @@
+"""A merge with GGUF files: in its lock, its card and its repo, and added later."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+from click.testing import CliRunner
+from zoo_hub import put_zoo
+
+import lewis_hub
+from lewis_hub.cli.main import cli
+from lewis_hub.demo.zoo import zoo_folder
+from lewis_hub.files import sha256_of
+
+RECIPE = (
+    "base_model: zoo/base\nmerge_method: ties\ndtype: bfloat16\n"
+    "models: [{model: zoo/expert-reverse}, {model: zoo/expert-cipher}]\n"
+)
+FILE = "model-Q8_0.gguf"
+
+
+@pytest.fixture
+def place(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.write_token)
+    monkeypatch.chdir(tmp_path)
+    put_zoo(hub)
+    Path("recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def run(*words, code=0):
+    done = CliRunner().invoke(cli, [*words, "--json"])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return json.loads(done.stdout)
+
+
+def lock(folder):
+    return json.loads(Path(folder, "lewis/lock.json").read_text())
+
+
+def test_a_merge_with_exports_locks_names_and_pushes_their_files(hub, place):
+    repo = f"{hub.user}/exported"
+
+    run("merge", "--export", "gguf:q8_0", "--export", "gguf", "--push", "--repo", repo)
+
+    found = lock("merged")
+    assert found["recipe"]["export"] == ["gguf:f16", "gguf:q8_0"]
+    for name in ("model-F16.gguf", FILE):
+        assert found["outputs"][name]["sha256"] == sha256_of(Path("merged", name))
+        assert hub.api().file_exists(repo, name)
+    assert run("verify", "merged")["problems"] == run("verify", repo)["problems"] == []
+    card = Path("merged/README.md").read_text()
+    assert (
+        "In [llama.cpp](<https://github.com/ggml-org/llama.cpp>), which reads `model-F16.gguf` and "
+        "`model-Q8_0.gguf`:\n\n```bash\n"
+        f"llama-cli -hf {repo}:F16 -p 'What can you do?'\n"
+        f"llama-cli -hf {repo}:Q8_0 -p 'What can you do?'\n```\n"
+    ) in card
+    assert f"mlx_lm.generate --model {repo} --prompt 'What can you do?'\n" in card
+    again = run("merge", "--export", "gguf", "--push", "--repo", repo)
+    assert again["status"] == "unchanged"
+
+
+def test_an_export_of_a_finished_merge_is_what_a_merge_with_it_writes(place):
+    run("merge")
+    written = Path("merged/model.safetensors").stat().st_mtime_ns
+
+    assert run("merge", "--export", "gguf:q8_0")["status"] == "unchanged"
+    run("merge", "--export", "gguf:q8_0", "-o", "direct")
+
+    assert Path("merged/model.safetensors").stat().st_mtime_ns == written
+    for name in (FILE, "lewis/recipe.yaml", "lewis/lock.json"):
+        assert Path("merged", name).read_bytes() == Path("direct", name).read_bytes()
+    cards = [Path(folder, "README.md").read_text() for folder in ("merged", "direct")]
+    assert cards[0].partition("### Cost")[0] == cards[1].partition("### Cost")[0]
+    assert run("verify", "merged", "--rebuild")["problems"] == []
+
+
+def test_the_command_adds_a_file_to_a_merge_and_its_lock_and_card(place):
+    run("merge")
+
+    done = run("export", "merged", "--to", "gguf:q8_0")
+
+    assert done == {
+        "status": "exported", "output": "merged/model-Q8_0.gguf",
+        "bytes": Path("merged", FILE).stat().st_size,
+    }  # fmt: skip
+    assert lock("merged")["recipe"]["export"] == ["gguf:q8_0"]
+    assert run("verify", "merged")["problems"] == []
+    assert f"llama-cli -m {FILE} -p 'What can you do?'" in Path("merged/README.md").read_text()
+    run("export", "merged")
+    assert lock("merged")["recipe"]["export"] == ["gguf:f16", "gguf:q8_0"]
+    assert run("verify", "merged")["problems"] == []
+
+
+def test_the_command_writes_the_file_of_a_repo_into_a_folder(place):
+    done = run("export", "zoo/base", "--to", "gguf:bf16", "-o", "out")
+
+    assert done["output"] == "out/model-BF16.gguf"
+    assert [path.name for path in Path("out").iterdir()] == ["model-BF16.gguf"]
+    shutil.copytree(zoo_folder() / "base", "base")
+    assert run("export", "base", "--to", "gguf:bf16")["output"] == "base/model-BF16.gguf"
+    assert Path("base/model-BF16.gguf").read_bytes() == Path(done["output"]).read_bytes()
+    found = gguf.GGUFReader("out/model-BF16.gguf")
+    assert len(found.tensors) == 2 + 6 * 9  # the head is that of the embeddings
+
+
+def test_an_architecture_without_rules_is_a_problem_before_any_weights_are_read(place):
+    for name in ("base", "expert-reverse"):
+        shutil.copytree(zoo_folder() / name, name)
+        config = json.loads(Path(name, "config.json").read_text())
+        config |= {"architectures": ["OlmoForCausalLM"], "model_type": "olmo"}
+        Path(name, "config.json").write_text(json.dumps(config))
+    Path("other.yaml").write_text(
+        "base_model: ./base\nmerge_method: ties\nmodels: [{model: ./expert-reverse}]\n"
+        "export: gguf\n"
+    )
+
+    [problem] = run("check", "other.yaml", code=1)["problems"]
+    assert "GGUF needs rules for its architecture (OlmoForCausalLM), and there are only" in problem
+    recipe = lewis_hub.read_recipe("other.yaml")
+    with pytest.raises(lewis_hub.LewisHubError, match=r"convert_hf_to_gguf\.py knows more"):
+        lewis_hub.merge_models(recipe, "other", progress=False)
+    assert not Path("other").exists()
+    assert not Path("other.partial").exists()
+
+
+def test_a_stream_with_an_export_is_refused(hub, place):
+    repo = f"{hub.user}/streamed"
+    words = ["merge", "--stream", "--push", "--repo", repo, "--export", "gguf"]
+
+    done = CliRunner().invoke(cli, words)
+
+    assert "an export reads the merged weights on the disk" in str(done.exception)
+    assert "lewis-hub export --to gguf:f16 REPO" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("gguf", ("gguf:f16",)),
+        ("[gguf:q8_0, gguf, 'gguf:f16']", ("gguf:f16", "gguf:q8_0")),
+    ],
+)
+def test_a_recipe_names_one_format_or_several(tmp_path, given, read):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"{RECIPE}export: {given}\n")
+
+    assert lewis_hub.read_recipe(file).export == read
+
+
+@pytest.mark.parametrize("given", ["gguf:q4_k", "[]", "[7]"])
+def test_an_unknown_format_is_refused(tmp_path, given):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"{RECIPE}export: {given}\n")
+
+    with pytest.raises(lewis_hub.LewisHubError, match="export"):
+        lewis_hub.read_recipe(file)
