@@ -88,7 +88,7 @@ def _page() -> Template:
     environment.filters |= {
         "count": lambda value: f"{value:,}" if isinstance(value, int) else "–",
         "duration": duration,
-        "html": lambda sentence: Markup(as_html(sentence)),  
+        "html": lambda sentence: Markup(as_html(sentence)),
         "lines": visible_lines,
         "short_name": short_name,
         "visible": visible,
@@ -115,6 +115,7 @@ def _findings(facts: CardFacts, scores: Scores | None) -> Mapping[str, Any]:
         "limits": limits,
         "twins": twins(scores) if scores else (),
         "settings": settings_words(scores.settings) if scores and scores.settings else None,
+        "guided_notes": facts.guided.notes if facts.guided else (),
         "gate": list(gate_sentences(facts.gate)) if facts.gate else [],
     }
 
@@ -229,7 +230,7 @@ def _cost_charts(costs: Sequence[StageCost]) -> Iterator[Document]:
                 amount = duration if field == "seconds" else size
                 text = "–" if value is None else amount(value)
                 bars.append(_bar(cost.stage, text, value or 0.0, top))
-            yield {"title": title, "bars": bars}
+            yield {"title": title, "n": None, "bars": bars}
 
 
 def _bar(
