@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from lewis_hub.evaluate.scorable import ONLY, scored_elsewhere, unscorable
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.compare import compare, passed_over
 from lewis_hub.merge.mixture import MixtureSettings
+from lewis_hub.merge.modules import module_problems
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
@@ -88,6 +91,8 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
     sources, measurement, tokens = open_sources(inputs, api), measurement_of(recipe), Tokens()
     problems = [one.problem for one in sources.distinct if one.problem]
+    whole = [one.source for one in sources.distinct if not one.source.is_adapter]
+    problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
         sources = sources if takes_parts else check.settle(sources)
