@@ -12,7 +12,11 @@ from lewis_hub.documents import read_json
 from lewis_hub.errors import EvaluationError, ExtraMissingError
 from lewis_hub.recipe.backend import Backend, Option
 
-EXTRAS = {"vllm": ("vllm", "vllm"), "local-completions": ("tenacity", "api")}  # package, our extra
+EXTRAS = {  # backend -> package, our extra
+    "vllm": ("vllm", "vllm"),
+    "local-completions": ("tenacity", "api"),
+    "mteb": ("mteb", "mteb"),
+}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 ADDRESS = "base_url"  # where a server is does not change its answers
 

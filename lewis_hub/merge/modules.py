@@ -74,6 +74,6 @@ def _folders(source: Source, listed: bytes) -> Iterator[str]:
 
 
 def _is_same(path: str, first: Source, other: Source, read: Read) -> bool:
-    """Whether two models have the same file; small files of the Hub have digests of another kind."""
+    """Whether two models have the same file, whose digests may be of two kinds."""
     digests = [file.digest for one in (first, other) if (file := one.file(path))]
     return len(set(digests)) == 1 or read(first, path) == read(other, path)

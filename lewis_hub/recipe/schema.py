@@ -325,10 +325,10 @@ class Guide(Part):
 
 
 class Evaluation(Running):
-    """The lm-eval tasks that score the merge, and the models that are scored with it."""
+    """The tasks that score the merge, and the models that are scored with it."""
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval tasks.")
-    include: str | None = Field(None, description="Folder with your own lm-eval task files.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Names of lm-eval's or mteb's tasks.")
+    include: str | None = Field(None, description="Folder with your own task files.")
     limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")
     chat_template: bool = Field(
         default=False, description="Format prompts with each model's own chat template."
