@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.embeddings import correlation_parts
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.tune.objective import Search, choose_split
 
 
 def noisy(n, seed):
@@ -37,3 +40,13 @@ def test_their_standard_error_is_that_of_the_correlation():
 
 def test_a_constant_has_no_correlation():
     assert correlation_parts([1.0, 1.0, 1.0], [0.1, 0.2, 0.3]) == []
+
+
+def test_a_search_needs_a_language_model():
+    with pytest.raises(EvaluationError) as caught:
+        choose_split(Search(), TaskSelection(("STS12",), library="mteb"))
+
+    assert str(caught.value) == (
+        "evaluate: `backend: mteb` scores embeddings, but a search needs answers of a language "
+        "model.\nGive the parameters yourself."
+    )
