@@ -100,10 +100,15 @@ def _own(path: Path, document: Mapping[str, Any]) -> Any:
 def _known(name: str) -> Any:
     with quiet_libraries():
         import mteb
+        from mteb.abstasks.aggregated_task import AbsTaskAggregate
         from mteb.get_tasks import _TASKS_REGISTRY
 
-        if name in _TASKS_REGISTRY:
-            return mteb.get_task(name)
+        task = mteb.get_task(name) if name in _TASKS_REGISTRY else None
+    if isinstance(task, AbsTaskAggregate):
+        parts = ", ".join(part.metadata.name for part in task.tasks)
+        raise EvaluationError(name, "it is a group of tasks.", f"Name some of them: {parts}.")
+    if task is not None:
+        return task
     near = difflib.get_close_matches(name, _TASKS_REGISTRY, n=3)
     hint = f"Did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
     remedy = f"{hint}`backend: mteb` takes mteb's tasks; those of lm-eval need another backend."

@@ -216,9 +216,14 @@ def _gains(data: Mapping[str, Any], ranked: Mapping[str, Any], k: int) -> list[f
     return [float(by_query.get(query, {}).get(measure, 0.0)) for query in queries]
 
 
+def _kind(value: object) -> str:
+    """What stands for a value that is no JSON, such as a picture."""
+    return type(value).__name__
+
+
 def _digest(*parts: object) -> str:
     text = "\n".join(
-        part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=str)
+        part if isinstance(part, str) else json.dumps(part, sort_keys=True, default=_kind)
         for part in parts
     )
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

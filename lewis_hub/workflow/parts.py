@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -68,8 +68,8 @@ def with_parts(
     rmtree(folder)
 
 
-def require_sources(recipe: Recipe, api: HfApi) -> None:
-    """Refuse models that do not exist, also of the merges that a recipe uses; nothing is opened.
+def require_sources(recipe: Recipe, api: HfApi) -> Mapping[ModelReference, Source]:
+    """Pin all models that a recipe and the merges that it uses start from; nothing is opened.
 
     Raises:
         SourceError: a model cannot be found.
@@ -84,7 +84,7 @@ def require_sources(recipe: Recipe, api: HfApi) -> None:
         return resolve_model(api, place, model.revision, allow_pickle=True)
 
     models = dict.fromkeys(part for one in named for part in (one, one.on) if part)
-    each_source([model for model in models if str(model) not in made], resolved)
+    return each_source([model for model in models if str(model) not in made], resolved)
 
 
 def examine_parameters(recipes: Sequence[Recipe]) -> list[str]:

@@ -95,7 +95,7 @@ def readdress(folder: Path, lock: Lock, repo: str) -> None:
     if not card.exists() or (stated == repo and not _pushed_to(card)):
         return
     try:
-        facts = _from_lock(lock)
+        facts = facts_of(lock)
     except MergeError:  # the package of its method is not installed
         return
     old, new = (
@@ -131,8 +131,8 @@ def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
     return published_as(replace(facts, title=recipe.get("name") or UNNAMED, recipe=text), asked)
 
 
-def _from_lock(lock: Lock) -> CardFacts:
-    """The facts that a lock has; those of the sources' own cards are missing."""
+def facts_of(lock: Lock) -> CardFacts:
+    """Return the facts that a lock has; those of the sources' own cards are missing."""
     sources = [
         Source(one.name.partition("@")[0], "model", one.revision, one.commit_sha, (), None)
         for one in lock.inputs

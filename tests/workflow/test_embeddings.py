@@ -157,6 +157,9 @@ def test_a_merge_of_embedding_models_is_scored_judged_and_described(folder):
     again = merged.output / "lewis"
     assert yaml.safe_load((again / "tasks" / "pairs.yaml").read_text())["type"] == "STS"
     assert lewis_hub.merge_models(asked, folder / "out").status == "unchanged"
+    own = asked.evaluate.model_copy(update={"include": str(folder / "tasks")})
+    [alone] = lewis_hub.evaluate_model(merged.output, own).tasks["search"].models.values()
+    assert alone[GAIN].value == scores["tasks"]["search"]["models"]["merged"][GAIN]["value"]
 
 
 def test_one_model_is_scored_on_the_command_line(folder, monkeypatch):
@@ -185,6 +188,9 @@ def test_check_refuses_what_mteb_cannot_score(folder):
     assert problem(recipe(folder, gate=gate)) == (
         "pairs: it has no metric `pearson,test`.\nDid you mean `cosine_spearman,test`? "
         "It has `cosine_spearman,test`."
+    )
+    assert problem(recipe(folder, tasks=["CQADupstackRetrieval"])).startswith(
+        "CQADupstackRetrieval: it is a group of tasks.\nName some of them: CQADupstackAndroid"
     )
     (folder / "tasks" / "pairs.yaml").write_text("{name: pairs, type: Riddle}")
     assert "`type` is 'Riddle', expected one of Classification, Clustering" in problem(
