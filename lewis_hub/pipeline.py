@@ -223,7 +223,7 @@ def merge_models(
         known = finished(recipe, digest, output) if digest and not execution.replace else None
         if known and (same := _made_before(known, output, target, api, progress)):
             return same
-    with with_parts(recipe, output, merge_part, api, progress) as whole:
+    with with_parts(recipe, output, merge_part, progress) as whole:
         merged = _merge_models(whole, output, execution, progress, target)
     if digest:
         record(output, digest)

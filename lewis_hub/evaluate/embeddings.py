@@ -30,6 +30,7 @@ from lewis_hub.evaluate.scores import MetricResult, ModelResult, TaskResult
 BATCH_SIZE = 32  # as in mteb
 ROUNDED = 1e-5  # mteb rounds the scores of retrieval
 GAIN = "ndcg_at_"
+PICKLE = "pytorch_model.bin"
 
 Predictions = Mapping[str, Mapping[str, Any]]  # subset -> split -> what mteb keeps of it
 
@@ -62,6 +63,7 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     import sentence_transformers
     from safetensors import SafetensorError
 
+    _require_no_code(folder)
     dtype = "float32" if settings.device == "cpu" else "auto"
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
@@ -72,6 +74,20 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
         problem = f"cannot be loaded as an embedding model: {type(error).__name__}: {error}"
         remedy = "Expected: a folder that sentence-transformers can load."
         raise EvaluationError(str(folder), problem, remedy) from error
+
+
+def _require_no_code(folder: Path) -> None:
+    """Refuse modules of other packages, which sentence-transformers would import, and pickles."""
+    file = folder / "modules.json"
+    for module in read_json(file.read_bytes()) if file.exists() else ():
+        kind, place = str(module.get("type")), folder / str(module.get("path"))
+        if not kind.startswith("sentence_transformers."):
+            problem = f"its module `{kind}` is no class of sentence-transformers"
+            raise EvaluationError(str(folder), problem, "No other code is run: use another model.")
+        if (place / PICKLE).exists() and not (place / "model.safetensors").exists():
+            problem = f"the weights of its module {place.name} are pickled"
+            remedy = "Load it in sentence-transformers and save it again."
+            raise EvaluationError(str(folder), problem, remedy)
 
 
 def _class_of(folder: Path) -> str:

@@ -39,7 +39,6 @@ def with_parts(
     recipe: Recipe,
     output: Path,
     merge: Callable[[Recipe, Path], object],
-    api: HfApi,
     progress: Progress,
 ) -> Iterator[Recipe]:
     """Make the merges that a recipe uses, each kept in OUTPUT.parts as long as it is needed.
@@ -51,7 +50,6 @@ def with_parts(
     if not parts:
         yield recipe
         return
-    require_sources(recipe, api)
     if problems := examine_parameters((*parts, recipe)):
         raise CheckFailedError(tuple(problems))
     whole, made = recipe, list[Recipe]()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 from lewis_hub.errors import EvaluationError
-from lewis_hub.evaluate.embeddings import correlation_parts
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.embeddings import correlation_parts, load_embedder
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.tune.objective import Search, choose_split
+
+pytest.importorskip("sentence_transformers")
 
 
 def noisy(n, seed):
@@ -50,3 +55,25 @@ def test_a_search_needs_a_language_model():
         "evaluate: `backend: mteb` scores embeddings, but a search needs answers of a language "
         "model.\nGive the parameters yourself."
     )
+
+
+def modules(folder, kind):
+    listed = [{"idx": 1, "name": "1", "path": "1_Dense", "type": kind}]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Dense").mkdir(exist_ok=True)
+
+
+def test_no_code_of_others_and_no_pickle_is_loaded(tmp_path):
+    modules(tmp_path, "subprocess.Popen")
+    with pytest.raises(EvaluationError) as foreign:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+    modules(tmp_path, "sentence_transformers.models.Dense")
+    (tmp_path / "1_Dense" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(EvaluationError) as pickled:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(foreign.value) == (
+        f"{tmp_path}: its module `subprocess.Popen` is no class of sentence-transformers.\n"
+        "No other code is run: use another model."
+    )
+    assert "the weights of its module 1_Dense are pickled" in str(pickled.value)
