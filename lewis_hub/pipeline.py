@@ -54,6 +54,7 @@ from lewis_hub.workflow.resolve import hub_api, resolve_inputs, resolve_one
 from lewis_hub.workflow.resources import Execution
 from lewis_hub.workflow.sinks import FolderSink, HubSink, Sink, discard_work, work_folder
 from lewis_hub.workflow.statistics import Gathered, gather, require_by_block, wanted
+from lewis_hub.workflow.steps import Finished, finished, record, steps_digest
 from lewis_hub.workflow.texts import ScoredTasks, Sets, calibration_sets, draw_texts
 from lewis_hub.workflow.transplant import transplant_tokenizer
 from lewis_hub.workflow.transplant_job import asked_in
@@ -223,8 +224,17 @@ def merge_models(
     def merge_part(part: Recipe, place: Path) -> None:
         merge_models(part, place, of_parts, progress)
 
-    with with_parts(recipe, output, merge_part, hub_api(), progress) as whole:
-        return _merge_models(whole, output, execution, progress, target)
+    api, digest = hub_api(), None
+    if parts_of(recipe):
+        digest = steps_digest(recipe, require_sources(recipe, api), execution.max_shard_bytes)
+        known = finished(recipe, digest, output) if digest and not execution.replace else None
+        if known and (same := _made_before(known, output, target, api, progress)):
+            return same
+    with with_parts(recipe, output, merge_part, progress) as whole:
+        merged = _merge_models(whole, output, execution, progress, target)
+    if digest:
+        record(output, digest)
+    return merged
 
 
 def _merge_models(
@@ -236,7 +246,9 @@ def _merge_models(
 ) -> Merged:
     api = hub_api()
     job = prepare(recipe, execution, api, progress)
-    if not job.replaces and (unchanged := _made_before(job, output, target, api, progress)):
+    gates = job.evaluation.gates if job.evaluation else ()
+    asked = Finished(job.reporting, job.plan.sizes(), gates, job.repo, job.exports)
+    if not job.replaces and (unchanged := _made_before(asked, output, target, api, progress)):
         return unchanged
     require_by_block(job.statistics, api)
     gives_way = target is not None and publishing.is_published(output, target, api)
@@ -248,24 +260,24 @@ def _merge_models(
 
 
 def _made_before(
-    job: MergeJob, output: Path, target: Destination | None, api: HfApi, progress: Progress
+    asked: Finished, output: Path, target: Destination | None, api: HfApi, progress: Progress
 ) -> Merged | None:
     """Return the merge in the target repo or the output folder, if it is the planned merge."""
-    published = publishing.published_already(target, job.planned, api) if target else None
+    planned = asked.reporting.planned
+    published = publishing.published_already(target, planned, api) if target else None
     if target and published:
         previous = None if published.pull_request_url else target.previous
         scores = publishing.published_scores(previous, api)
         verdict = publishing.published_verdict(previous, api)
         return Merged("unchanged", output, scores, verdict, published)
     found = publishing.lock_in(output)
-    if found and publishing.same_model(found, job.planned):
-        if left := [one for one in job.exports if one not in exports_in(found.recipe)]:
+    if found and publishing.same_model(found, planned):
+        if left := [one for one in asked.exports if one not in exports_in(found.recipe)]:
             found = add_exports(output, found, left, progress)
-        if job.planned.recipe.get("publish") not in (None, found.recipe.get("publish")):
+        if planned.recipe.get("publish") not in (None, found.recipe.get("publish")):
             progress.say("Rewriting card, recipe and lock for the changed `publish` section")
-            republish(job.reporting, found, job.plan.sizes(), output)
-        gates = job.evaluation.gates if job.evaluation else ()
-        gate = evaluate.judge_again(gates, output, job.repo, api)
+            republish(asked.reporting, found, asked.parameters, output)
+        gate = evaluate.judge_again(asked.gates, output, asked.repo, api)
         return Merged("unchanged", output, evaluate.read_scores(output), gate)
     return None
 

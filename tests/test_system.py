@@ -222,6 +222,18 @@ def test_importance_is_the_same_without_the_calls(hub, tmp_path):
 
 
 @pytest.mark.slow
+def test_scores_are_the_same_without_the_calls(hub):
+    seed_hub(hub.api())
+    tasks = ["--task", "zoo_reverse", "--include", zoo_folder() / "tasks", "--limit", 20]
+    words = ["evaluate", zoo_folder() / "expert-reverse", *tasks, "--json", "-q"]
+
+    first, second = (json.loads(run(*words, env=env).stdout) for env in (None, elsewhere()))
+
+    assert first["tasks"]["zoo_reverse"]["n"] == 20
+    assert second == first
+
+
+@pytest.mark.slow
 def test_the_demo_runs_without_the_calls(tmp_path):
     """It merges, measures and scores two models, and pushes one to a Hub, all of them without."""
     env = {name: value for name, value in elsewhere().items() if name != "HF_ENDPOINT"}

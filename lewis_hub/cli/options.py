@@ -188,8 +188,9 @@ def scoring(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option(
         "--backend",
-        type=click.Choice(["hf", "vllm", "local-completions"]),
-        help="lm-eval's backend: transformers, vLLM, or a server of completions. [default: hf]",
+        type=click.Choice(["hf", "vllm", "local-completions", "mteb"]),
+        help="lm-eval's backend: transformers, vLLM, or a server of completions; or mteb, for "
+        "embedding models. [default: hf]",
     )
     @repeated(
         "--backend-arg",

@@ -15,7 +15,11 @@ from lewis_hub.evaluate.chat import limit_templates
 from lewis_hub.recipe.backend import Backend, Option
 from lewis_hub.tokenizer import panics_as_errors
 
-EXTRAS = {"vllm": ("vllm", "vllm"), "local-completions": ("tenacity", "api")}  # package, our extra
+EXTRAS = {  # backend -> package, our extra
+    "vllm": ("vllm", "vllm"),
+    "local-completions": ("tenacity", "api"),
+    "mteb": ("mteb", "mteb"),
+}
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 ADDRESS = "base_url"  # where a server is does not change its answers
 

@@ -120,7 +120,7 @@ def evaluate_loaded(
     if settings.chat_template and not lm.tokenizer.chat_template:
         remedy = "Remove `evaluate.chat_template`, or compare with other models."
         raise EvaluationError(lm.tokenizer.name_or_path, "has no chat template.", remedy)
-    with library_settings(allow_code=benchmarks.allow_code), _seeded():
+    with library_settings(allow_code=benchmarks.allow_code), seeded():
         if settings.backend == "hf":
             lm.batch_size_per_gpu = settings.batch_size or _affordable_batch(lm, benchmarks)
         lm.set_cache_hook(_Counter(advance))
@@ -190,7 +190,7 @@ def reset_fewshot(task: Any) -> None:
 
 
 @contextmanager
-def _seeded() -> Iterator[None]:
+def seeded() -> Iterator[None]:
     """Seed the global generators that sampling tasks draw from, and restore them afterwards."""
     import numpy as np
     import torch

@@ -1,4 +1,7 @@
-"""Whether lm-eval can score a model: it runs those that generate text, by two classes."""
+"""Whether lm-eval or mteb can score a model, by its class.
+
+lm-eval runs models that generate text. mteb runs encoders, and models of sentence-transformers.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lewis_hub.errors import EvaluationError
+from lewis_hub.recipe.backend import Backend
 
-ONLY = "lm-eval runs only models that generate text"
 END = "_MAPPING_NAMES"
 MULTIMODAL = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 GENERATE = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")  # the mappings of transformers that lm-eval loads
@@ -73,31 +76,55 @@ def architecture(config: Mapping[str, Any]) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def unscorable(config: Mapping[str, Any]) -> str | None:
-    """The class of a model that lm-eval cannot score; None if it can, or if the class is unknown.
+def only(backend: Backend) -> str:
+    """What the library of a backend runs."""
+    if backend == "mteb":
+        return "mteb runs only models that give embeddings"
+    return "lm-eval runs only models that generate text"
+
+
+def unscorable(
+    config: Mapping[str, Any], backend: Backend = "hf", *, has_modules: bool = False
+) -> str | None:
+    """The class of a model that cannot be scored; None if it can, or if the class is unknown.
 
     lm-eval loads every model by the class for its model type that generates text. Of a classifier
     or an encoder it would load a class whose head is in no file, and score random weights. Of a
-    model that also reads pictures or sound it loads the language model, if there is such a class.
+    model that also reads pictures or sound it loads the language model, if there is such a class;
+    vLLM loads the whole. What a server loads is not known here. `has_modules`: whether there is a
+    `modules.json` of sentence-transformers.
     """
     named = architecture(config)
-    if named is None or any(named in named_classes(mapping) for mapping in GENERATE):
+    if backend == "mteb":
+        embeds = has_modules or "sentence_transformers" in config
+        return None if embeds or named is None or _is_encoder_or_unknown(named) else named
+    generates = any(named in named_classes(mapping) for mapping in GENERATE)
+    if named is None or generates or backend == "local-completions":
         return None
     types = {model_type for model_type, _ in _mappings()[_variable("CAUSAL_LM")]}
     reads_more = any(named in named_classes(mapping) for mapping in MULTIMODAL)
-    if reads_more and config.get("model_type") in types:
+    if reads_more and (backend == "vllm" or config.get("model_type") in types):
         return None
     return named if is_known(named) else None
 
 
-def scored_elsewhere(named: str) -> str:
+def _is_encoder_or_unknown(named: str) -> bool:
+    return named in named_classes("MODEL") or not is_known(named)
+
+
+def scored_elsewhere(named: str, *, has_modules: bool = False) -> str:
     """A sentence on what scores models of a class that lm-eval cannot score."""
-    if named in named_classes("MODEL"):
-        return "mteb (`pip install mteb`) scores embeddings."
+    if has_modules or named in named_classes("MODEL"):
+        return "`backend: mteb` scores embeddings on tasks of mteb."
     return "Score it on labelled data of your own."
 
 
-def require_scorable(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a model that lm-eval would load with a random head."""
-    if named := unscorable(config):
-        raise EvaluationError(name, f"is a {named}, and {ONLY}.", scored_elsewhere(named))
+def require_scorable(
+    name: str, config: Mapping[str, Any], backend: Backend = "hf", *, has_modules: bool = False
+) -> None:
+    """Refuse a model that lm-eval would load with a random head, or that gives no embeddings."""
+    if named := unscorable(config, backend, has_modules=has_modules):
+        remedy = scored_elsewhere(named, has_modules=has_modules)
+        if backend == "mteb":
+            remedy = "Score it by lm-eval: leave `backend` out, and name its tasks."
+        raise EvaluationError(name, f"is a {named}, and {only(backend)}.", remedy)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, QuickLoader, read_yaml
 from lewis_hub.errors import EvaluationError
@@ -204,6 +204,7 @@ class TaskSelection:
     include: Path | None = None  # folder of own task files; they come before lm-eval's
     own_include: bool = True  # whether that folder is the user's own
     allow_code: bool = False  # whether tasks may run code that the model writes
+    library: Literal["lm-eval", "mteb"] = "lm-eval"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from lewis_hub.hub.source import (
     digest_like,
 )
 
-POOLING = "[0-9]_Pooling/config.json"  # of sentence-transformers, named in `modules.json`
+# folders of sentence-transformers, named in `modules.json`
+MODULES = ("[0-9]_*/config.json", "[0-9]_*/model.safetensors")
 SIDECAR_FILES = (
     "*.json",
     "*.jinja",
@@ -53,7 +54,7 @@ SIDECAR_FILES = (
     "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*.jinja",
-    POOLING,
+    *MODULES,
     *LICENCES,
 )
 CODE_FILES = ("*.py",)  # only for sources whose code the user allowed

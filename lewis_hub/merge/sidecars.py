@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from lewis_hub.checkpoint.quantised import KEYS
 from lewis_hub.documents import read_json
 from lewis_hub.errors import SourceError
-from lewis_hub.hub.fetch import CODE_FILES, POOLING, read_pinned, require_small
+from lewis_hub.hub.fetch import CODE_FILES, read_pinned, require_small
 from lewis_hub.hub.source import LICENCES, Source, SourceFile
+from lewis_hub.merge.modules import DAMAGED, MODULES, Read, module_weights
 
 TOKENIZER = frozenset(
     {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
@@ -21,13 +22,17 @@ TOKENIZER = frozenset(
 )
 TOKENS = frozenset({".tiktoken", ".spm"})
 TEMPLATES = "additional_chat_templates"
-DAMAGED = "The file is damaged: use an intact copy of the model."
 # Only these files of a source are carried, by `Source.matching`. A folder may hold anything:
 # weights of other formats, states of an optimizer, scripts, keys.
 CARRIED = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
     *("processor_config.json", "video_preprocessor_config.json"),
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", POOLING),
+    *(
+        MODULES,
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "[0-9]_*/config.json",
+    ),
     *sorted(TOKENIZER),
     *("tekken.json", "*.tiktoken", "*.spm", "*.jinja", f"{TEMPLATES}/*.jinja", *LICENCES),
     *(f"{name}*.model" for name in ("tokenizer", "tiktoken", "sentencepiece", "spm", "vocab")),
@@ -59,9 +64,7 @@ class SidecarSettings:
     tokenizer: TokenizerFiles | None = None  # None: the donor's
     config: Mapping[str, Any] | None = None  # `config.json`; None: the donor's
 
-    def require_readable(
-        self, sources: Mapping[str, Source], read: Callable[[Source, str], bytes | None]
-    ) -> None:
+    def require_readable(self, sources: Mapping[str, Source], read: Read) -> None:
         """Check all that `write` will write, before any weight is read.
 
         Raises:
@@ -70,7 +73,7 @@ class SidecarSettings:
         tokenizer = self.tokenizer or TokenizerFiles(self.donor)
         for name, text in tokenizer.written.items():
             _encoded(sources[tokenizer.source], name, text)
-        for source, file in self._files(sources, tokenizer):
+        for source, file in self._files(sources, tokenizer, read):
             require_small(source, file)
             if file.path.endswith(("config.json", ".jinja")):
                 self._content(source, file.path, read(source, file.path) or b"")
@@ -85,7 +88,7 @@ class SidecarSettings:
         """
         tokenizer = self.tokenizer or TokenizerFiles(self.donor)
         written = set(tokenizer.written)
-        for source, file in self._files(sources, tokenizer):
+        for source, file in self._files(sources, tokenizer, _read_fetched):
             target = output / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self._content(source, file.path, read_pinned(source, file)))
@@ -95,11 +98,13 @@ class SidecarSettings:
         return tuple(sorted(written))
 
     def _files(
-        self, sources: Mapping[str, Source], tokenizer: TokenizerFiles
+        self, sources: Mapping[str, Source], tokenizer: TokenizerFiles, read: Read
     ) -> Iterator[tuple[Source, SourceFile]]:
         """The tokenizer's files of its source, and the other files of the donor."""
         for label in dict.fromkeys((self.donor, tokenizer.source)):
-            for file in sources[label].matching((*CARRIED, *(CODE_FILES if self.code else ()))):
+            modules = module_weights(sources[label], read(sources[label], MODULES))
+            code = CODE_FILES if self.code else ()
+            for file in sources[label].matching((*CARRIED, *modules, *code)):
                 path = PurePosixPath(file.path)
                 wanted = tokenizer.source if _is_tokenizer(path) else self.donor
                 dropped = path.parts[0] in tokenizer.dropped or file.path in tokenizer.written
@@ -136,6 +141,11 @@ class SidecarSettings:
         elif path == PurePosixPath("generation_config.json"):
             document = _with(document, tokenizer.generation)
         return document if self.code else {k: v for k, v in document.items() if k != "auto_map"}
+
+
+def _read_fetched(source: Source, path: str) -> bytes | None:
+    file = source.file(path)
+    return read_pinned(source, file) if file else None
 
 
 def _encoded(source: Source, path: str, text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The part of `evaluate` that says how lm-eval runs the models."""
+"""The part of `evaluate` that says how lm-eval, or mteb, runs the models."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from lewis_hub.recipe.reference import Part
 
-Backend = Literal["hf", "vllm", "local-completions"]
+Backend = Literal["hf", "vllm", "local-completions", "mteb"]
 Option = bool | int | float | str | tuple[str, ...]
+
+TEXT_ONLY = ("chat_template", "num_fewshot", "generation", "limit")  # what mteb does not have
 
 OURS = {  # arguments of a backend that lewis-hub sets -> what to do instead
     "pretrained": "the models are those of the recipe",
@@ -26,15 +28,17 @@ OURS = {  # arguments of a backend that lewis-hub sets -> what to do instead
 
 
 class Running(Part):
-    """How lm-eval runs the models that are scored."""
+    """How the models that are scored are run."""
 
     backend: Backend | None = Field(
-        None, description="lm-eval's backend: hf (default), vllm, or local-completions (a server)."
+        None,
+        description="lm-eval's backend: hf (default), vllm, or local-completions (a server). Or "
+        "mteb, which scores embedding models on its own tasks.",
     )
     backend_args: Mapping[str, Option] | None = Field(
         None,
-        description="Arguments of the backend, by lm-eval's names. A server needs "
-        "{base_url: http://127.0.0.1:8000/v1/completions}.",
+        description="Arguments of the backend, by lm-eval's names (mteb: those of "
+        "sentence-transformers). A server needs {base_url: http://127.0.0.1:8000/v1/completions}.",
     )
     num_fewshot: int | None = Field(
         None, ge=0, description="Examples in a prompt. Default: the task's number."
@@ -61,4 +65,7 @@ class Running(Part):
             )
         if not served and "base_url" in given:
             raise ValueError("`base_url` is an argument of `backend: local-completions`")
+        other = [name for name in TEXT_ONLY if getattr(self, name, None) not in (None, False)]
+        if self.backend == "mteb" and other:
+            raise ValueError(f"`{other[0]}` does not apply to `backend: mteb`")
         return self

@@ -355,12 +355,14 @@ class Guide(Part):
 
 
 class Evaluation(Running):
-    """The lm-eval tasks that score the merge, and the models that are scored with it."""
+    """The tasks that score the merge, and the models that are scored with it."""
 
-    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval tasks, groups or tags.")
+    tasks: tuple[str, ...] = Field(
+        min_length=1, description="lm-eval tasks, groups or tags, or tasks of mteb."
+    )
     include: str | None = Field(
         None,
-        description="Folder with your own lm-eval task files, in the folder of the recipe. The "
+        description="Folder with your own task files, in the folder of the recipe. The "
         "files that are used are copied to `lewis/tasks`.",
     )
     limit: int | None = Field(None, ge=1, description="Score only the first items of each task.")

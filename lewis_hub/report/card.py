@@ -198,10 +198,18 @@ def _scores(facts: CardFacts) -> dict[str, Any]:
         "paired_table": findings.paired_table(scores) if scores else None,
         "twins": findings.twins(scores) if scores else (),
         "settings": settings_words(scores.settings) if scores and scores.settings else None,
+        "library": _library(facts),
         "gate": findings.gate_section(facts.gate) if facts.gate else None,
         "gains": gains,
         "limits": limits,
     }
+
+
+def _library(facts: CardFacts) -> str:
+    """The library that scored the models, with lm-eval's version."""
+    if facts.scores and facts.scores.settings.get("backend") == "mteb":
+        return "mteb"
+    return f"lm-eval {facts.software.get('lm_eval', '')}".strip()
 
 
 def _range(experts: Iterable[Mapping[str, float]]) -> str:
@@ -400,7 +408,8 @@ def _entry(
     score, error = scored.models[MERGED][benchmark.metric], ""
     if score.stderr is not None:
         error = f", standard error {findings.number(score.stderr * benchmark.scale)}"
-    notes = f"lm-eval {task}, version {scored.version}, {benchmark.metric}, n = {scored.n}{error}"
+    name = "mteb" if _library(facts) == "mteb" else "lm-eval"
+    notes = f"{name} {task}, version {scored.version}, {benchmark.metric}, n = {scored.n}{error}"
     return EvalResultEntry(
         dataset_id=benchmark.dataset,
         task_id=benchmark.task_id,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+
+LABEL = re.compile(r"- \*\*[^*]+:\*\*")
 
 
 def patched(text: str, before: str, after: str) -> str:
@@ -34,10 +37,17 @@ def _place(lines: Sequence[str], above: Sequence[str], block: Sequence[str]) -> 
 
 
 def _after(lines: Sequence[str], above: Sequence[str]) -> int | None:
-    """The place below the nearest line above that occurs once."""
-    for distance, line in enumerate(reversed(above)):
-        if line.strip() and list(lines).count(line) == 1:
-            place = lines.index(line) + 1
-            between = list(above[len(above) - distance :])
-            return place + distance if lines[place : place + distance] == between else place
+    """The place below the nearest line above that occurs once; of an item its label counts."""
+    known, wanted = list(map(_label, lines)), list(map(_label, above))
+    for distance, line in enumerate(reversed(wanted)):
+        if line.strip() and known.count(line) == 1:
+            place = known.index(line) + 1
+            between = wanted[len(wanted) - distance :]
+            return place + distance if known[place : place + distance] == between else place
     return None
+
+
+def _label(line: str) -> str:
+    """The label of a list's item such as `- **Context:** 128 tokens`; another line as it is."""
+    item = LABEL.match(line)
+    return item[0] if item else line

@@ -244,7 +244,7 @@ class Usage:
     def scored_by(self) -> str:
         """What scores such a model, in Markdown."""
         if self.library == SENTENCES or self.family == FEATURES:
-            return f"[mteb](<{MTEB}>) scores embeddings and rerankers."
+            return f"With `backend: mteb` it scores embeddings by tasks of [mteb](<{MTEB}>)."
         return f"Score it on labelled data of your own, for example by [evaluate](<{EVALUATE}>)."
 
     def widget(self, *, chat: bool) -> list[dict[str, Any]] | None:

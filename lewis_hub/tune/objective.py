@@ -74,6 +74,11 @@ def choose_split(search: Search, scored: TaskSelection) -> TuningSplit:
     Raises:
         EvaluationError: a task is unknown, or the tasks only declare splits that they score.
     """
+    if scored.library == "mteb":
+        problem = (
+            "`backend: mteb` scores embeddings, but a search needs answers of a language model"
+        )
+        raise EvaluationError("evaluate", problem, "Give the parameters yourself.")
     tasks = replace(scored, names=search.tasks or scored.names)
     located = locate_tasks(tasks)
     split = search.split or free_split(located)

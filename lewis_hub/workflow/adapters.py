@@ -63,10 +63,7 @@ def merge_loras(
     from lewis_hub.merge.low_rank import Cut, merge_updates, require_low_rank, write_adapter
 
     output, progress, api = Path(output), shown(progress), hub_api()
-    if recipe.guide or recipe.calibration:
-        key = "guide" if recipe.guide else "calibration"
-        remedy = "Remove it, and give `density` yourself; or merge on the base with `merge`."
-        raise RecipeError("recipe", key, "adapters alone cannot be measured.", remedy)
+    _require_mergeable(recipe)
     unscored = recipe.model_copy(update={"evaluate": None, "publish": None})
     job = prepare(unscored, Execution(max_shard_bytes=1 << 50), api, progress)
     plan = job.plan.plan(None)
@@ -87,6 +84,21 @@ def merge_loras(
         (work.folder / CARD).write_text(card, encoding="utf-8", newline="\n")
         work.finish((CARD, *found.files))
     return found
+
+
+def _require_mergeable(recipe: Recipe) -> None:
+    """Refuse what a merge of adapters alone cannot do, before anything is read."""
+    if recipe.guide or recipe.calibration:
+        key = "guide" if recipe.guide else "calibration"
+        remedy = "Remove it, and give `density` yourself; or merge on the base with `merge`."
+        raise RecipeError("recipe", key, "adapters alone cannot be measured.", remedy)
+    if recipe.arithmetic == "float64":
+        key = "dtype" if recipe.dtype == "float64" else "out_dtype"
+        remedy = "Write `float32`; or merge on the base with `merge`, which computes in float64."
+        raise RecipeError("recipe", key, "adapters are merged in float32 only.", remedy)
+    if recipe.intermediate:
+        remedy = "Merge the adapters of each step by itself, or use `merge`."
+        raise RecipeError("recipe", "name", "adapters are merged in one step only.", remedy)
 
 
 def _base(job: MergeJob) -> Checkpoint:

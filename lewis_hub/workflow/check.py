@@ -15,6 +15,7 @@ from lewis_hub.checkpoint import names
 from lewis_hub.checkpoint.lora import own_tensors
 from lewis_hub.display import TextTable, size, to_html
 from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.embedding_tasks import locate_embedding_tasks, require_embedding_metric
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks, require_metric
 from lewis_hub.hub.facts import Licence, ModelFacts
 from lewis_hub.hub.fetch import bytes_to_download, read_small, weight_files
@@ -226,10 +227,15 @@ def padding_refusals(measurement: Measurement, sources: MergeSources) -> list[st
 
 def benchmark_refusals(selection: TaskSelection, metrics: Iterable[tuple[str, str]]) -> list[str]:
     """Refuse unknown tasks, and unknown metrics of gates and leaderboards as (task, metric)."""
+    by_mteb = selection.library == "mteb"
     try:
-        locate_tasks(selection)
+        if by_mteb:
+            locate_embedding_tasks(selection)
+        else:
+            locate_tasks(selection)
         for task, metric in metrics:
-            require_metric(selection, task, metric)
+            require = require_embedding_metric if by_mteb else require_metric
+            require(selection, task, metric)
     except EvaluationError as error:
         return [str(error)]
     return []

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from lewis_hub.display import Progress
+from lewis_hub.display import Advance, Progress
 from lewis_hub.errors import EvaluationError
 from lewis_hub.evaluate.backends import EvaluationSettings, require_installed
 from lewis_hub.evaluate.benchmarks import LoadedTasks, ScoredData, scored_data, with_prompts
+from lewis_hub.evaluate.embedding_tasks import n_documents, scored_embedding_data
+from lewis_hub.evaluate.embeddings import evaluate_embedder
 from lewis_hub.evaluate.gate import FILE, GateVerdict, Previous, judge
 from lewis_hub.evaluate.harness import evaluate_model
 from lewis_hub.evaluate.paired import compare
@@ -159,7 +161,7 @@ def score_merge(
     models, limit, settings = [*rivals, *twins], evaluation.limit, evaluation.settings
     results = score(models, tasks.loaded, limit, settings, kept, loader.progress)
     samples = samples_of(results, tasks, limit, evaluation.log_samples)
-    return Scored(compare(results), results, data=scored_data(tasks.loaded), samples=samples)
+    return Scored(compare(results), results, data=_data(tasks.loaded), samples=samples)
 
 
 def score(
@@ -173,18 +175,37 @@ def score(
     """Score candidates on the same items, or use their results in `kept`; label -> results."""
     kept.mkdir(parents=True, exist_ok=True)
     progress.say("Preparing the benchmarks")
-    benchmarks = with_prompts(loaded, limit, settings)
+    n_items, run = _runner(loaded, limit, settings)
     files = {one.label: kept / _file_name(one, loaded, limit, settings) for one in candidates}
     results: dict[str, ModelResult] = {}
     n_new = sum(not file.exists() for file in files.values())
-    with progress.stage("Evaluating", n_new * benchmarks.n_requests, "items") as advance:
+    with progress.stage("Evaluating", n_new * n_items, "items") as advance:
         for candidate in candidates:
             file = files[candidate.label]
             if not file.exists():
-                result = evaluate_model(candidate.folder, benchmarks, settings, advance)
+                result = run(candidate.folder, settings, advance)
                 write_whole(file, result.to_json())
             results[candidate.label] = ModelResult.from_json(file.read_text(encoding="utf-8"))
     return results
+
+
+Run = Callable[[Path, EvaluationSettings, Advance], ModelResult]
+
+
+def _runner(
+    loaded: LoadedTasks, limit: int | None, settings: EvaluationSettings
+) -> tuple[int, Run]:
+    """Return the number of items that a model is scored on, and what scores a model."""
+    if settings.backend == "mteb":
+        tasks = loaded.tasks
+        return n_documents(tasks), lambda folder, *how: evaluate_embedder(folder, tasks, *how)
+    benchmarks = with_prompts(loaded, limit, settings)
+    return benchmarks.n_requests, lambda folder, *how: evaluate_model(folder, benchmarks, *how)
+
+
+def _data(loaded: LoadedTasks) -> dict[str, ScoredData]:
+    by_mteb = loaded.selection.library == "mteb"
+    return scored_embedding_data(loaded) if by_mteb else scored_data(loaded)
 
 
 def _file_name(
@@ -195,7 +216,8 @@ def _file_name(
     files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
     texts = {file.relative_to(own).as_posix(): sha256_of(file) for file in files} if own else {}
     facts = [KEPT, candidate.identity, selected.names, texts, limit, vars(settings)]
-    document = json.dumps([*facts, sorted(loaded.commits.values()), version("lm_eval")])
+    library = "mteb" if selected.library == "mteb" else "lm_eval"
+    document = json.dumps([*facts, sorted(loaded.commits.values()), version(library)])
     return f"{hashlib.sha256(document.encode()).hexdigest()[:32]}.json"
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import HfApi
 
 from lewis_hub.calibration.grams import DIAGONAL, WIDEST
 from lewis_hub.checkpoint.reader import Checkpoint
 from lewis_hub.display import Progress
-from lewis_hub.errors import MergeError, PublishError
-from lewis_hub.evaluate.scorable import ONLY, scored_elsewhere, unscorable
+from lewis_hub.errors import EvaluationError, MergeError, PublishError
+from lewis_hub.evaluate.scorable import only, require_scorable, scored_elsewhere, unscorable
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.guides import registry as guides
 from lewis_hub.hub.facts import ModelFacts, combined_licence, model_facts
+from lewis_hub.hub.fetch import read_small
 from lewis_hub.merge.chunks import AVERAGED, FUSED
 from lewis_hub.merge.compare import compare, passed_over
 from lewis_hub.merge.mixture import MixtureSettings
+from lewis_hub.merge.modules import MODULES, module_problems
 from lewis_hub.merge.plan import MergeSettings, MergeSource
 from lewis_hub.merge.slices import StackSettings
 from lewis_hub.methods import registry
@@ -88,6 +91,8 @@ def examine(recipe: Recipe, execution: Execution, inputs: Inputs, api: HfApi) ->
     facts = {source.pinned: model_facts(api, source) for source in inputs.models}
     sources, measurement, tokens = open_sources(inputs, api), measurement_of(recipe), Tokens()
     problems = [one.problem for one in sources.distinct if one.problem]
+    whole = [one.source for one in sources.distinct if not one.source.is_adapter]
+    problems += module_problems(whole, partial(read_small, api))
     if sources.are_read and not problems:
         takes_parts = bool(recipe.slices or recipe.mixed)  # they are compared when it is planned
         sources = sources if takes_parts else check.settle(sources)
@@ -236,16 +241,17 @@ def _refusals(
     """Return the reasons why a later step would refuse: texts, tasks, too large models."""
     problems = check.padding_refusals(measurement, sources)
     evaluation, allow_code = recipe.evaluate, execution.allow_code
+    embeds = sources.donor.source.file(MODULES) is not None
     if evaluation:
         gates = [(gate.task, gate.metric) for gate in evaluation.gate or ()]
         boards = [(task, board.metric) for task, board in (evaluation.benchmarks or {}).items()]
         selection = task_selection(evaluation, recipe.locate, allow_code=allow_code)
         problems += check.benchmark_refusals(selection, [*gates, *boards])
-        if named := unscorable(sources.donor.config):
-            problems.append(
-                f"evaluate: {sources.donor.name} is a {named}, and {ONLY}. Remove `evaluate`. "
-                + scored_elsewhere(named)
-            )
+        try:
+            donor, backend = sources.donor, evaluation.backend or "hf"
+            require_scorable(f"evaluate: {donor.name}", donor.config, backend, has_modules=embeds)
+        except EvaluationError as error:
+            problems.append(str(error))
         if evaluation.chat_template:
             merged = [inputs.donor] if recipe.chat_template in (None, "auto") else []
             rivals = [rival.source for rival in rivals_of(evaluation, sources).values()]
@@ -261,7 +267,8 @@ def task_selection(
 ) -> TaskSelection:
     """Return the tasks of an evaluation; `locate` finds the folder of the user's task files."""
     include = Path(locate(evaluation.include)) if evaluation.include else None
-    return TaskSelection(evaluation.tasks, include, allow_code=allow_code)
+    library: Literal["lm-eval", "mteb"] = "mteb" if evaluation.backend == "mteb" else "lm-eval"
+    return TaskSelection(evaluation.tasks, include, allow_code=allow_code, library=library)
 
 
 def rivals_of(evaluation: Evaluation, sources: MergeSources) -> dict[str, OpenedSource]:
@@ -366,7 +373,8 @@ def _notes(recipe: Recipe, sources: MergeSources, workload: Workload) -> list[st
     notes += _unused_parameters(recipe)
     evaluation, measurement = recipe.evaluate, workload.measurement
     if not evaluation and (named := unscorable(donor.config)):
-        notes.append(f"{donor.name} is a {named}, and {ONLY}. {scored_elsewhere(named)}")
+        elsewhere = scored_elsewhere(named, has_modules=donor.source.file(MODULES) is not None)
+        notes.append(f"{donor.name} is a {named}, and {only('hf')}. {elsewhere}")
     names_uniform = (
         evaluation is not None
         and "compare" in evaluation.model_fields_set

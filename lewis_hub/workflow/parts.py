@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -39,7 +39,6 @@ def with_parts(
     recipe: Recipe,
     output: Path,
     merge: Callable[[Recipe, Path], object],
-    api: HfApi,
     progress: Progress,
 ) -> Iterator[Recipe]:
     """Make the merges that a recipe uses, each kept in OUTPUT.parts as long as it is needed.
@@ -51,7 +50,6 @@ def with_parts(
     if not parts:
         yield recipe
         return
-    require_sources(recipe, api)
     if problems := examine_parameters((*parts, recipe)):
         raise CheckFailedError(tuple(problems))
     whole, made = recipe, list[Recipe]()
@@ -68,8 +66,8 @@ def with_parts(
     rmtree(folder)
 
 
-def require_sources(recipe: Recipe, api: HfApi) -> None:
-    """Refuse models that do not exist, also of the merges that a recipe uses; nothing is opened.
+def require_sources(recipe: Recipe, api: HfApi) -> Mapping[ModelReference, Source]:
+    """Pin all models that a recipe and the merges that it uses start from; nothing is opened.
 
     Raises:
         SourceError: a model cannot be found.
@@ -84,7 +82,7 @@ def require_sources(recipe: Recipe, api: HfApi) -> None:
         return resolve_model(api, place, model.revision, allow_pickle=True)
 
     models = dict.fromkeys(part for one in named for part in (one, one.on) if part)
-    each_source([model for model in models if str(model) not in made], resolved)
+    return each_source([model for model in models if str(model) not in made], resolved)
 
 
 def examine_parameters(recipes: Sequence[Recipe]) -> list[str]:

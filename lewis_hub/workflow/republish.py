@@ -154,7 +154,7 @@ def _stating(facts: CardFacts, recipe: Mapping[str, Any]) -> CardFacts:
 
 
 def facts_of(lock: Lock) -> CardFacts:
-    """The facts that a lock has; those of the sources' own cards are missing."""
+    """Return the facts that a lock has; those of the sources' own cards are missing."""
     sources = [
         Source(one.name.partition("@")[0], "model", one.revision, one.commit_sha, (), None)
         for one in lock.inputs

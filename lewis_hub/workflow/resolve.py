@@ -25,6 +25,7 @@ from lewis_hub.evaluate.benchmarks import (
     own_files,
     task_data,
 )
+from lewis_hub.evaluate.embedding_tasks import embedding_data, own_task_files
 from lewis_hub.evaluate.tasks import TaskSelection, locate_tasks
 from lewis_hub.files import visible_files
 from lewis_hub.guides import registry as guides
@@ -251,7 +252,8 @@ def scored_sources(api: HfApi, selected: TaskSelection) -> ScoredSources:
 
     A repo that cannot be found is not pinned: lm-eval reports it, or has its rows in a cache.
     """
-    every = task_data(locate_tasks(selected))
+    by_mteb = selected.library == "mteb"
+    every = embedding_data(selected) if by_mteb else task_data(locate_tasks(selected))
     repos = dict.fromkeys((data.repo, data.revision) for data in every if data.repo)
     found: dict[tuple[str, str | None], Source] = {}
     for name, revision in repos:
@@ -336,6 +338,11 @@ def snapshot(recipe: Recipe, inputs: Inputs) -> RecipeSnapshot:
         for folder, names in own.items()
         for path, file in own_files(names, Path(folder)).items()
     }
+    scoring = recipe.evaluate
+    if scoring and scoring.backend == "mteb" and scoring.include:
+        folder = recipe.locate(scoring.include)
+        found = own_task_files(scoring.tasks, Path(folder))
+        files |= {f"{copies[folder]}/{path}": file for path, file in found.items()}
     return RecipeSnapshot(document, files)
 
 

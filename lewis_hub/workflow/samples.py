@@ -26,13 +26,16 @@ def samples_of(
 ) -> Samples:
     """Return the items of a merge and its rivals; of closed data without questions and answers."""
     left_out = dict(_left_out(tasks, shown))
-    items = {} if shown == "none" else first_items(tasks.loaded, limit)
+    hidden = shown == "none" or tasks.selection.library == "mteb"
+    items = {} if hidden else first_items(tasks.loaded, limit)
     return collect_samples(results, items, left_out)
 
 
 def _left_out(tasks: ScoredTasks, shown: LogSamples) -> Iterator[tuple[str, str]]:
     """Yield each task without questions and answers, and why."""
-    if shown == "none":
+    if tasks.selection.library == "mteb":
+        yield from ((name, "mteb's tasks have no answers.") for name in tasks.loaded.tasks)
+    elif shown == "none":
         names = (*tasks.loaded.tasks, *tasks.loaded.groups)
         yield from ((name, "The recipe sets `log_samples: none`.") for name in names)
     elif shown == "public":

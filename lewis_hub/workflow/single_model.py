@@ -14,6 +14,7 @@ from lewis_hub.calibration.subject import FEWER, STATES, Subject, missing
 from lewis_hub.checkpoint.header import MERGEABLE
 from lewis_hub.checkpoint.reader import Checkpoint, TensorReader, local_checkpoint
 from lewis_hub.errors import CalibrationModelError, ExtractionError, SourceError
+from lewis_hub.evaluate.embedding_tasks import locate_embedding_tasks
 from lewis_hub.evaluate.paired import compare
 from lewis_hub.evaluate.scorable import require_scorable
 from lewis_hub.evaluate.scores import Scores
@@ -25,6 +26,7 @@ from lewis_hub.hub.fetch import read_small
 from lewis_hub.hub.resolve import resolve_model
 from lewis_hub.merge.adapter_settings import LoraSettings
 from lewis_hub.merge.compare import compare as compare_checkpoints
+from lewis_hub.merge.modules import MODULES
 from lewis_hub.merge.workspace import open_workspace
 from lewis_hub.progress import BY_DEFAULT, Shown, shown
 from lewis_hub.recipe.reference import ModelReference
@@ -62,7 +64,7 @@ def evaluate_model(
     execution: Execution | None = None,
     progress: Shown = BY_DEFAULT,
 ) -> Scores:
-    """Score one model on lm-eval tasks.
+    """Score one model on tasks of lm-eval, or by the backend `mteb` on those of mteb.
 
     Pickled weights are converted first. Quantised weights that a merge can read are scored from a
     bfloat16 copy; transformers loads all others.
@@ -89,14 +91,19 @@ def evaluate_model(
     how = settings_of(asked, execution.device)
     source = resolve_one(model, api, allow_pickle=execution.allow_pickle)
     selected = examine.task_selection(asked, _in_working_folder, allow_code=execution.allow_code)
-    locate_tasks(selected)
+    if selected.library == "mteb":
+        locate_embedding_tasks(selected)
+    else:
+        locate_tasks(selected)
     tasks = ScoredTasks(selected, are_scored_now=True, api=api, progress=progress)
     if how.backend == "local-completions":  # the server has the weights
         with TemporaryDirectory() as kept:
             candidate = Candidate(source.pinned, source.commit_sha, fetch.small_files(api, source))
             results = score([candidate], tasks.loaded, asked.limit, how, Path(kept), progress)
             return compare(results)
-    require_scorable(source.name, open_model(api, source).config)
+    has_modules = source.file(MODULES) is not None
+    config = open_model(api, source).config
+    require_scorable(source.name, config, how.backend, has_modules=has_modules)
     whole = source
     if source.is_pickled:
         whole = fetch.convert_pickles([source], (), api, progress)[source]

@@ -19,6 +19,7 @@ from lewis_hub.display import Progress
 from lewis_hub.errors import CalibrationError, EvaluationError
 from lewis_hub.evaluate import items
 from lewis_hub.evaluate.benchmarks import LoadedTasks, load_tasks
+from lewis_hub.evaluate.embedding_tasks import items_of, load_embedding_tasks
 from lewis_hub.evaluate.items import TaskItem, TaskRows, chat_of, contained_items, scored_items
 from lewis_hub.evaluate.tasks import TaskSelection
 from lewis_hub.hub.rows import load_rows
@@ -127,11 +128,15 @@ class ScoredTasks:
     def loaded(self) -> LoadedTasks:
         """The loaded tasks."""
         self.progress.say("Loading the benchmarks")
-        return load_tasks(self.selection, commits_of(self.sources))
+        load = load_embedding_tasks if self.selection.library == "mteb" else load_tasks
+        return load(self.selection, commits_of(self.sources))
 
     def items(self) -> list[TaskItem]:
         """Return every item of every task."""
         try:
+            if self.selection.library == "mteb":
+                documents = items_of(self.loaded.tasks)
+                return [TaskItem(task, "", "", document) for task, document in documents]
             return list(scored_items(self.loaded))
         except EvaluationError as error:
             if self.are_scored_now:

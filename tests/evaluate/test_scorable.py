@@ -44,3 +44,31 @@ def test_a_classifier_is_refused_before_its_head_would_be_random():
         "me/mood: is a BertForSequenceClassification, and lm-eval runs only models that generate "
         "text.\nScore it on labelled data of your own."
     )
+
+
+def test_vllm_scores_what_also_reads_pictures_and_a_server_what_it_answers():
+    pictures = {"architectures": ["LlavaForConditionalGeneration"]}
+    moods = {"architectures": ["BertForSequenceClassification"]}
+
+    found = {
+        backend: (unscorable(pictures, backend), unscorable(moods, backend))
+        for backend in ("hf", "vllm", "local-completions")
+    }
+
+    assert found == {
+        "hf": ("LlavaForConditionalGeneration", "BertForSequenceClassification"),
+        "vllm": (None, "BertForSequenceClassification"),
+        "local-completions": (None, None),
+    }
+
+
+def test_mteb_scores_encoders_and_models_of_sentence_transformers():
+    llama, bert = ({"architectures": [name]} for name in ("LlamaForCausalLM", "BertModel"))
+
+    assert unscorable(bert, "mteb") is None
+    assert unscorable(llama, "mteb") == "LlamaForCausalLM"
+    assert unscorable(llama, "mteb", has_modules=True) is None
+    assert unscorable({"architectures": ["MyOwnModel"]}, "mteb") is None
+    reranker = {"architectures": ["BertForSequenceClassification"]}
+    assert unscorable(reranker, "mteb") == "BertForSequenceClassification"
+    assert unscorable(reranker | {"sentence_transformers": {}}, "mteb") is None

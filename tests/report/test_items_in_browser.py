@@ -122,14 +122,14 @@ def test_search_finds_questions_answers_and_numbers_and_marks_them(page, report)
     page.click(".filters [data-filter=All]")
     page.click("#items input")
 
-    page.write("IS 299")
+    page.type("IS 299")
     assert page.value(TITLES) == ["Item 299= both right"]
     assert page.value("document.querySelector('.item mark').textContent") == "is 299"
     page.value("document.querySelector('#items input').select()")
-    page.write("uniform says 7")
+    page.type("uniform says 7")
     assert page.value(COUNT) == "10 of 11 items"  # 7, and 70 to 79
     page.value("document.querySelector('#items input').select()")
-    page.write("#42")
+    page.type("#42")
     assert page.value(TITLES) == ["Item 42▼ lost"]
 
 

@@ -49,3 +49,13 @@ def test_a_card_with_a_repo_differs_in_lines_that_need_nothing_of_the_run(name, 
 
     assert moved.count("https://huggingface.co/me/zoo-merge/resolve/main/lewis/") == 2
     assert patched(moved, before, after) == str(model_card(on_hub))
+
+
+def test_an_item_is_inserted_below_the_item_with_the_label_above_it():
+    before = "## What it is\n\n- **Languages:** none\n- **Licence:** none\n"
+    after = before.replace("- **Licence", "- **Published by:** me\n- **Licence")
+    text = "## What it is\n\n- **Context:** 9\n- **Languages:** en\n- **Licence:** mit\n"
+
+    assert patched(text, before, after) == text.replace(
+        "- **Licence", "- **Published by:** me\n- **Licence"
+    )

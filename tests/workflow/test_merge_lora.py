@@ -160,6 +160,18 @@ def refused(folder, method, text=TWO, **settings):
     return str(caught.value)
 
 
+def test_float64_and_several_steps_are_refused_by_name(adapters):
+    assert refused(adapters, "linear", PLAIN.replace("dtype: float32", "dtype: float64")) == (
+        "recipe: `dtype`: adapters are merged in float32 only.\n"
+        "Write `float32`; or merge on the base with `merge`, which computes in float64."
+    )
+    first = f"name: first\n{PLAIN}---\n"
+    last = "base_model: BASE\nmodels: [first]\nmerge_method: METHOD\n"
+    assert "recipe: `name`: adapters are merged in one step only." in refused(
+        adapters, "linear", first + last
+    )
+
+
 def test_what_is_no_low_rank_update_is_refused(adapters):
     assert "`slerp`: it takes exactly 1 model" in refused(adapters, "slerp", PLAIN)
     assert refused(adapters, "linear", f"{PLAIN}parameters: {{normalize: false}}\n") == (

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from zoo_hub import put_zoo
@@ -97,6 +98,41 @@ def test_a_merge_with_a_name_and_a_step_is_published_later(hub, place):
     assert f"repo: {repo}" in card
     assert Path("blend/model.safetensors").stat().st_mtime_ns == weights_before
     assert run("verify", repo)["problems"] == []
+    recipe = yaml.safe_load(published(hub, repo, "lewis/recipe.yaml"))
+    assert (recipe["publish"]["repo"], recipe["intermediate"][0]["name"]) == (repo, "step")
+    assert ".steps.json" not in hub.api().list_repo_files(repo)
+
+
+def test_steps_are_not_made_again_unless_what_they_start_from_changes(hub, place):
+    shutil.copytree(zoo_folder() / "expert-cipher", "cipher")
+    step = "name: step\n" + RECIPE.replace("zoo/expert-cipher", "./cipher") + "---\n"
+    last = RECIPE.replace("zoo/expert-cipher", "step")
+
+    def merge(text):
+        Path("steps.yaml").write_text(text)
+        done = CliRunner().invoke(cli, ["merge", "steps.yaml", "-o", "blend"])
+        assert done.exit_code == 0, done.output
+        return done
+
+    first = merge(step + last)
+    repeated = merge(step + last)
+    moved = merge(f"{step}{last}publish: {{repo: {hub.user}/x}}\n")
+    licensed = merge(f"{step}{last}publish: {{repo: {hub.user}/x, license: mit}}\n")
+    (Path("cipher") / "config.json").write_text(
+        (Path("cipher") / "config.json").read_text().replace("}", ' , "more": 1}', 1)
+    )
+
+    assert "Merging step (1 of 1" in first.stderr
+    assert "Merging" not in repeated.stderr + moved.stderr
+    assert "Nothing changed" in repeated.stdout
+    assert "Rewriting card, recipe and lock" in moved.stderr
+    card = ModelCard.load("blend/README.md")
+    assert "Merging step" in licensed.stderr
+    assert card.data.license == "mit"
+    assert f'name = "{hub.user}/x"' in card.text
+    changed = merge(step + last)
+    assert "Merging step" in changed.stderr
+    assert run("verify", "blend")["problems"] == []
 
 
 @pytest.mark.slow  # it measures and scores, twice

@@ -1,0 +1,202 @@
+"""mteb's tasks for embedding models, by name or in the user's own files; no data is loaded.
+
+An own file is YAML with the keys of mteb's `TaskMetadata`: `name`, `type`, `dataset` (`path` and
+`revision`), `eval_splits`, `main_score`. Its data has the columns that mteb expects of the type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.documents import MAX_YAML_BYTES, DocumentError, read_yaml
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.benchmarks import Commits, LoadedTasks, ScoredData, TaskData
+from lewis_hub.evaluate.gate import unknown_metric
+from lewis_hub.evaluate.harness import quiet_libraries
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.files import require_inside
+
+KINDS = {  # types of own tasks -> class of mteb
+    "Classification": "AbsTaskClassification",
+    "Clustering": "AbsTaskClustering",
+    "PairClassification": "AbsTaskPairClassification",
+    "Retrieval": "AbsTaskRetrieval",
+    "STS": "AbsTaskSTS",
+}
+NAME = re.compile(r"[\w.-]+")
+UNSTATED = {"description": "A task of one's own.", "eval_langs": ["eng-Latn"]}
+CORRECT = "Correct the file; its keys are those of mteb's `TaskMetadata`."
+CHECK_DATA = "Check `dataset` and the columns of its data, your network, and `hf auth login`."
+
+
+def locate_embedding_tasks(selection: TaskSelection) -> dict[str, Any]:
+    """Name -> mteb's task object, without data; imports mteb, which takes seconds.
+
+    Raises:
+        EvaluationError: mteb has no such task, or an own file is not one.
+    """
+    own = _own_files(selection.include) if selection.include else {}
+    return {name: _own(*own[name]) if name in own else _known(name) for name in selection.names}
+
+
+def own_task_files(names: tuple[str, ...], folder: Path) -> dict[str, Path]:
+    """The files of own tasks that are named, by path in the folder."""
+    own = _own_files(folder)
+    paths = [own[name][0] for name in names if name in own]
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def _own_files(folder: Path) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    if not folder.is_dir():
+        remedy = "Set `evaluate.include` to the folder with your task files."
+        raise EvaluationError(str(folder), "is not a folder.", remedy)
+    found: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+    for path in sorted(folder.glob("**/*.yaml"), key=Path.as_posix):
+        require_inside(folder, path, EvaluationError)
+        try:
+            if path.stat().st_size > MAX_YAML_BYTES:
+                raise EvaluationError(str(path), f"has more than {MAX_YAML_BYTES:,} bytes", CORRECT)
+            document = read_yaml(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, DocumentError) as error:
+            raise EvaluationError(str(path), f"is not YAML: {error}", CORRECT) from error
+        if isinstance(document, dict) and "name" in document:
+            name = str(document["name"])
+            if not NAME.fullmatch(name) or name in found:
+                problem = f"`name` is {name!r}, expected letters and digits, once in the folder"
+                raise EvaluationError(str(path), problem, CORRECT)
+            found[name] = (path, document)
+    return found
+
+
+def _own(path: Path, document: Mapping[str, Any]) -> Any:
+    with quiet_libraries():
+        import mteb.abstasks
+        from mteb.abstasks.task_metadata import TaskMetadata
+    from pydantic import ValidationError
+
+    if document.get("type") not in KINDS:
+        problem = f"`type` is {document.get('type')!r}, expected one of {', '.join(KINDS)}"
+        raise EvaluationError(str(path), problem, CORRECT)
+    try:
+        dataset = {"revision": "main", **document["dataset"]}
+        metadata = TaskMetadata(**{**UNSTATED, **document, "dataset": dataset})
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(str(path), f"has no valid `dataset`: {error}", CORRECT) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = f"`{'.'.join(map(str, first['loc']))}`: {first['msg']}"
+        raise EvaluationError(str(path), problem, CORRECT) from error
+    kind = getattr(mteb.abstasks, KINDS[document["type"]])
+    task = kind.__new__(kind)
+    task.metadata = metadata  # mteb's own tasks have it in a class of their own
+    task.__init__()
+    return task
+
+
+def _known(name: str) -> Any:
+    with quiet_libraries():
+        import mteb
+        from mteb.abstasks.aggregated_task import AbsTaskAggregate
+        from mteb.get_tasks import _TASKS_REGISTRY
+
+        task = mteb.get_task(name) if name in _TASKS_REGISTRY else None
+    if isinstance(task, AbsTaskAggregate):
+        parts = ", ".join(part.metadata.name for part in task.tasks)
+        raise EvaluationError(name, "it is a group of tasks.", f"Name some of them: {parts}.")
+    if task is not None:
+        return task
+    near = difflib.get_close_matches(name, _TASKS_REGISTRY, n=3)
+    hint = f"Did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
+    remedy = f"{hint}`backend: mteb` takes mteb's tasks; those of lm-eval need another backend."
+    raise EvaluationError(name, "mteb has no task of this name.", remedy)
+
+
+def embedding_data(selection: TaskSelection) -> tuple[TaskData, ...]:
+    """The data of every task of a selection."""
+    located = locate_embedding_tasks(selection)
+    datasets = {name: task.metadata.dataset for name, task in located.items()}
+    return tuple(
+        TaskData(name, one["path"], one["revision"], (), by_code=False)
+        for name, one in datasets.items()
+    )
+
+
+def metric_of(task: Any, split: str) -> str:
+    """The name of a task's main score on a split, as a gate names it: `ndcg_at_10,test`."""
+    return f"{task.metadata.main_score},{split}"
+
+
+def require_embedding_metric(selection: TaskSelection, task: str, metric: str) -> None:
+    """Refuse a metric that is not the task's main score."""
+    found = locate_embedding_tasks(selection)[task]
+    known = [metric_of(found, split) for split in found.eval_splits]
+    if metric not in known:
+        raise unknown_metric(task, metric, known)
+
+
+def load_embedding_tasks(selection: TaskSelection, commits: Commits) -> LoadedTasks:
+    """Fetch the data of the tasks; a dataset without a commit is loaded at its revision.
+
+    Raises:
+        EvaluationError: as `locate_embedding_tasks`; or data are missing or do not fit the task.
+    """
+    tasks = locate_embedding_tasks(selection)
+    for name, task in tasks.items():
+        dataset = task.metadata.dataset
+        if commit := commits.get((dataset["path"], dataset["revision"])):
+            pinned = {**dataset, "revision": commit}
+            pinned.pop("trust_remote_code", None)  # `datasets` runs no code
+            task.metadata = task.metadata.model_copy(update={"dataset": pinned})
+        try:
+            with quiet_libraries():
+                task.load_data()
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            line = str(error).partition("\n")[0]
+            problem = f"its data `{dataset['path']}` cannot be loaded: {line}"
+            raise EvaluationError(name, problem, CHECK_DATA) from error
+    return LoadedTasks(selection, commits, tasks, {})
+
+
+def scored_embedding_data(loaded: LoadedTasks) -> dict[str, ScoredData]:
+    """Task -> its dataset."""
+    found = {}
+    for name, task in loaded.tasks.items():
+        dataset, splits = task.metadata.dataset, task.eval_splits
+        if not Path(dataset["path"]).exists():
+            config, split = dataset.get("name"), splits[0] if len(splits) == 1 else None
+            found[name] = ScoredData(dataset["path"], config, split, dataset["revision"])
+    return found
+
+
+def documents_of(task: Any, split: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Subset, identifier and content of every item of a split: a row, or a query."""
+    for subset, data in _subsets(task, split):
+        if isinstance(data, Mapping):  # of a retrieval task
+            queries = data["queries"]
+            rows = {row["id"]: row for row in queries}
+            yield from ((subset, str(key), dict(row)) for key, row in rows.items())
+        else:
+            yield from ((subset, str(number), dict(row)) for number, row in enumerate(data))
+
+
+def _subsets(task: Any, split: str) -> Iterator[tuple[str, Any]]:
+    """The data of a split in each subset; mteb leaves the only one unnamed in some tasks."""
+    for subset in task.hf_subsets:
+        held = task.dataset
+        yield subset, held[split] if subset not in held else held[subset][split]
+
+
+def items_of(tasks: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(task, document) for every item, to compare with calibration texts."""
+    for name, task in tasks.items():
+        for split in task.eval_splits:
+            yield from ((name, document) for *_, document in documents_of(task, split))
+
+
+def n_documents(tasks: Mapping[str, Any]) -> int:
+    """The number of items that a model is scored on."""
+    return sum(1 for _ in items_of(tasks))

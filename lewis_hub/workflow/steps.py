@@ -1,0 +1,125 @@
+"""Whether a folder holds a merge of several steps already, without making the steps again.
+
+The hidden file `.steps.json` has a digest of all that determines the last merge: the recipes of all
+steps, and the files of the models that they start from. The lock cannot tell: it knows what the
+steps made. Hidden files are not published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lewis_hub.documents import read_json
+from lewis_hub.files import write_whole
+from lewis_hub.hub.source import Source
+from lewis_hub.methods import registry
+from lewis_hub.recipe.formats import ExportFormat
+from lewis_hub.recipe.parts import parts_of
+from lewis_hub.recipe.reference import ModelReference
+from lewis_hub.recipe.rules import asks_for_statistics
+from lewis_hub.recipe.schema import Gate, Publishing, Recipe
+from lewis_hub.report.lock import ARITHMETIC, can_change_the_result, canonical
+from lewis_hub.workflow.publish import lock_in
+from lewis_hub.workflow.report import ReportSettings
+from lewis_hub.workflow.republish import facts_of
+from lewis_hub.workflow.resolve import RecipeSnapshot
+
+FILE = ".steps.json"
+LATER = {"publish", "intermediate"}  # keys of a recipe that do not determine a step
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A merge that may be finished already, and what its report needs if `publish` changed."""
+
+    reporting: ReportSettings
+    parameters: Mapping[str, int]  # tensor -> number of parameters
+    gates: tuple[Gate, ...]
+    repo: str | None  # target repo; None: the merge stays on disk
+    exports: tuple[ExportFormat, ...]
+
+
+def steps_digest(
+    recipe: Recipe, sources: Mapping[ModelReference, Source], max_shard_bytes: int
+) -> str | None:
+    """Return the digest of a merge with its steps; None where texts decide, which it cannot tell.
+
+    `sources` are all models that are there before the first step.
+    """
+    recipes = (*parts_of(recipe), recipe)
+    if any(one.guide or asks_for_statistics(one) for one in recipes):
+        return None
+    document = {
+        "arithmetic": ARITHMETIC,
+        "max_shard_bytes": max_shard_bytes,
+        "steps": [
+            [
+                one.model_dump(mode="json", by_alias=True, exclude=LATER),
+                registry.find(one.merge_method).version,
+            ]
+            for one in recipes
+        ],
+        "sources": {
+            str(model): {
+                file.path: file.digest for file in source.files if can_change_the_result(file.path)
+            }
+            for model, source in sources.items()
+        },
+    }
+    return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
+
+
+def record(output: Path, digest: str) -> None:
+    """Write the digest of a finished merge into its folder."""
+    if found := lock_in(output):
+        document = {"version": 1, "digest": digest, "lock": found.digest}
+        write_whole(output / FILE, json.dumps(document, indent=2) + "\n")
+
+
+def finished(recipe: Recipe, digest: str, output: Path) -> Finished | None:
+    """Return the merge with this digest in a folder; None if there is none.
+
+    None also where a change of `publish` changes more than where the merge is published: a licence
+    is combined from the cards of the steps.
+    """
+    found = lock_in(output)
+    if found is None or _recorded(output) != (digest, found.digest):
+        return None
+    asked = recipe.publish
+    stated = found.recipe.get("publish") or {}
+    boards = recipe.evaluate.benchmarks if recipe.evaluate else None
+    if asked and (asked.license != stated.get("license") or boards):
+        return None
+    planned = replace(found, recipe=_published_as(found.recipe, asked))
+    reporting = ReportSettings(
+        facts=facts_of(found),
+        planned=planned,
+        snapshot=RecipeSnapshot(planned.recipe, {}),
+        mergekit=None,
+        benchmarks={},
+        device="cpu",
+    )
+    gates = (recipe.evaluate.gate or ()) if recipe.evaluate else ()
+    repo = asked.repo if asked else None
+    return Finished(reporting, {}, gates, repo, recipe.export or ())
+
+
+def _published_as(document: Mapping[str, Any], asked: Publishing | None) -> dict[str, Any]:
+    kept = {key: part for key, part in document.items() if key != "publish"}
+    if asked is None:
+        return kept
+    return kept | {"publish": asked.model_dump(mode="json", by_alias=True, exclude_none=True)}
+
+
+def _recorded(output: Path) -> tuple[Any, Any] | None:
+    """The digests of the steps and of the lock that a folder states."""
+    try:
+        found = read_json((output / FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return (found.get("digest"), found.get("lock")) if isinstance(found, dict) else None

@@ -1,0 +1,79 @@
+"""The numbers per item that stand behind a correlation."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from lewis_hub.errors import EvaluationError
+from lewis_hub.evaluate.backends import EvaluationSettings
+from lewis_hub.evaluate.embeddings import correlation_parts, load_embedder
+from lewis_hub.evaluate.tasks import TaskSelection
+from lewis_hub.tune.objective import Search, choose_split
+
+pytest.importorskip("sentence_transformers")
+
+
+def noisy(n, seed):
+    generator = np.random.default_rng(seed)
+    expected = generator.normal(size=n)
+    return expected, 0.6 * expected + generator.normal(size=n)
+
+
+def test_the_parts_of_a_correlation_have_it_as_their_mean():
+    expected, found = noisy(50, 1)
+    expected[:10] = expected[0]  # ties
+
+    parts = correlation_parts(expected, found)
+
+    assert len(parts) == 50
+    assert np.mean(parts) == pytest.approx(spearmanr(expected, found).statistic, abs=1e-12)
+
+
+def test_their_standard_error_is_that_of_the_correlation():
+    """The spread of the correlation over samples of the same population."""
+    samples = [noisy(200, seed) for seed in range(300)]
+    spread = np.std([spearmanr(*sample).statistic for sample in samples])
+
+    errors = [np.std(correlation_parts(*sample), ddof=1) / np.sqrt(200) for sample in samples]
+
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+
+
+def test_a_constant_has_no_correlation():
+    assert correlation_parts([1.0, 1.0, 1.0], [0.1, 0.2, 0.3]) == []
+
+
+def test_a_search_needs_a_language_model():
+    with pytest.raises(EvaluationError) as caught:
+        choose_split(Search(), TaskSelection(("STS12",), library="mteb"))
+
+    assert str(caught.value) == (
+        "evaluate: `backend: mteb` scores embeddings, but a search needs answers of a language "
+        "model.\nGive the parameters yourself."
+    )
+
+
+def modules(folder, kind):
+    listed = [{"idx": 1, "name": "1", "path": "1_Dense", "type": kind}]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    (folder / "1_Dense").mkdir(exist_ok=True)
+
+
+def test_no_code_of_others_and_no_pickle_is_loaded(tmp_path):
+    modules(tmp_path, "subprocess.Popen")
+    with pytest.raises(EvaluationError) as foreign:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+    modules(tmp_path, "sentence_transformers.models.Dense")
+    (tmp_path / "1_Dense" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(EvaluationError) as pickled:
+        load_embedder(tmp_path, EvaluationSettings(backend="mteb"))
+
+    assert str(foreign.value) == (
+        f"{tmp_path}: its module `subprocess.Popen` is no class of sentence-transformers.\n"
+        "No other code is run: use another model."
+    )
+    assert "the weights of its module 1_Dense are pickled" in str(pickled.value)
