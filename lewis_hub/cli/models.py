@@ -15,6 +15,7 @@ from lewis_hub.cli.terminal import Terminal, scores_table, terminal_options
 from lewis_hub.display import TextTable
 
 if TYPE_CHECKING:
+    from lewis_hub.recipe.formats import ExportFormat
     from lewis_hub.report.profiles import ProfileComparison
     from lewis_hub.workflow.verify import Verdict
 
@@ -370,7 +371,7 @@ def _comparison_table(pair: ProfileComparison) -> TextTable:
 )
 @options.output("Folder for the file. [default: the model's folder; for a repo this folder]")
 @terminal_options
-def export(terminal: Terminal, model: str, to: str, output: Path | None) -> None:
+def export(terminal: Terminal, model: str, to: ExportFormat, output: Path | None) -> None:
     """Write a model as a GGUF file for llama.cpp.
 
     MODEL is a folder or repo. In the folder of a merge, its card and lock then name the file.

@@ -17,6 +17,7 @@ import lewis_hub
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from lewis_hub.recipe.formats import ExportFormat
     from lewis_hub.workflow.publish import Destination
 
 
@@ -84,11 +85,11 @@ def _parse_pair(text: str) -> tuple[str, Any] | None:
 PAIR = Format("name=value", "NAME=VALUE such as temperature=0.6", _parse_pair)
 
 
-def _parse_export(text: str) -> str | None:
+def _parse_export(text: str) -> ExportFormat | None:
     from lewis_hub.recipe.formats import ALIASES, FORMATS
 
     name = ALIASES.get(text, text)
-    return name if name in FORMATS else None
+    return next((one for one in FORMATS if one == name), None)
 
 
 EXPORT = Format("format", "gguf, gguf:f16, gguf:bf16 or gguf:q8_0", _parse_export)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lewis_hub.errors import ExportError
@@ -105,16 +105,15 @@ def read_gguf_vocabulary(
     is_bytes = '"ByteLevel"' in json.dumps(found.document.get("pre_tokenizer"))
     tokens, types = _tokens(found, n_rows, special.get("unk"), pieces=not is_bytes)
     adds = {name: texts.adds(name, settings) for name in ("bos", "eos") if name in special}
-    known = {"ids": special, "adds": adds, "template": template_of(label, files)}
-    merges = _merges(found.document)
+    template, merges = template_of(label, files), _merges(found.document)
+    common = GgufVocabulary("", "", tokens, types, ids=special, adds=adds, template=template)
     if is_bytes:
         pre = _require_bytes(label, found.document)
         joined = tuple(f"{_visible(a)} {_visible(b)}" for a, b in merges)
-        return GgufVocabulary("gpt2", pre, tokens, types, merges=joined, **known)
+        return replace(common, model="gpt2", pre=pre, merges=joined)
     _require_pieces(label, found.document)
-    scores = _scores(found, merges, n_rows)
-    first = texts.starts_with_space
-    return GgufVocabulary("llama", "default", tokens, types, scores, space_first=first, **known)
+    first, scores = texts.starts_with_space, _scores(found, merges, n_rows)
+    return replace(common, model="llama", pre="default", scores=scores, space_first=first)
 
 
 def _tokens(

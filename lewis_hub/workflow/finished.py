@@ -71,11 +71,12 @@ def export_model(
     """
     api, progress = hub_api(), shown(progress)
     source = resolve_one(model, api)
-    opened = open_model(source, api)
+    opened = open_model(api, source)
     plan = plan_gguf(opened.checkpoint, opened.config, small_files(source, api))
     target = output or source.folder or Path()
     require_writable(target)
-    found = lock_in(target) if target == source.folder else None
+    own = source.folder and source.folder.resolve() == target.resolve()
+    found = lock_in(target) if own else None
     if found:
         add_exports(target, found, [export], progress)
     else:

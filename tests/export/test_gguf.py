@@ -18,7 +18,7 @@ from lewis_hub.errors import ExportError
 
 IDS = torch.tensor([[1, 5, 300, 40, 77, 123, 9, 200, 33, 64, 250, 31]])
 # what transformers does not read from a GGUF file, but takes as a default
-UNREAD = ("rope_parameters", "query_pre_attn_scalar", "layer_types", "attention_bias")
+UNREAD = ("rope_parameters", "original_max_position_embeddings", "query_pre_attn_scalar")
 NAMES = {  # ends of names in transformers -> ends of names in llama.cpp
     "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
