@@ -25,7 +25,6 @@ SIGN_IN = (
 )
 CSS = """
 .gradio-container { width: 100%; min-width: 0; max-width: 1000px !important; margin: 0 auto; }
-.gradio-container > .main { min-width: 0; max-width: 100%; }
 .recipe textarea, .log textarea { font-family: ui-monospace, monospace; font-size: 13px; }
 .wide { overflow-x: auto; max-width: 100%; }
 .wide table { border-collapse: collapse; font-size: 13px; }
@@ -36,6 +35,9 @@ CSS = """
 .problem { color: var(--error-text-color, #b91c1c); white-space: pre-wrap; }
 .line { margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 footer { display: none !important; }
+@media (max-width: 640px) {
+    .tab-container button { padding: 0 8px !important; }
+}
 """
 FONT = ["system-ui", "sans-serif"]
 THEME = gr.themes.Default(font=FONT, font_mono=["ui-monospace", "monospace"])
