@@ -63,11 +63,11 @@ def load_embedder(folder: Path, settings: EvaluationSettings) -> Any:
     import sentence_transformers
     from safetensors import SafetensorError
 
-    _require_no_code(folder)
     dtype = "float32" if settings.device == "cpu" else "auto"
     own = {"device": settings.device, "trust_remote_code": False, "local_files_only": True}
     own["model_kwargs"] = {"use_safetensors": True, "dtype": dtype}
     try:
+        _require_no_code(folder)
         kind = getattr(sentence_transformers, _class_of(folder))
         return kind(str(folder.resolve()), **own, **settings.backend_args)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
@@ -80,6 +80,8 @@ def _require_no_code(folder: Path) -> None:
     """Refuse modules of other packages, which sentence-transformers would import, and pickles."""
     file = folder / "modules.json"
     for module in read_json(file.read_bytes()) if file.exists() else ():
+        if not isinstance(module, Mapping):
+            raise ValueError("modules.json is no list of modules")
         kind, place = str(module.get("type")), folder / str(module.get("path"))
         if not kind.startswith("sentence_transformers."):
             problem = f"its module `{kind}` is no class of sentence-transformers"
