@@ -16,6 +16,7 @@ from lewis_hub.system import resident_bytes
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 CHECK_EVERY_S = 0.02
+WATCH = "limit of a chat template"
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
 
 
@@ -47,7 +48,7 @@ def limited(where: str) -> Iterator[None]:
     """
     watch = _Watch(threading.get_ident())
     try:
-        threading.Thread(target=watch.run, daemon=True).start()
+        threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
         try:
             yield
         finally:
