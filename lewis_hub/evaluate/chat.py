@@ -29,7 +29,9 @@ def limit_templates(tokenizer: Any) -> None:
 
     Its `apply_chat_template` raises a TokenizerError then.
     """
-    apply: Callable[..., Any] = tokenizer.apply_chat_template
+    apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
+    if apply is None:  # of a server that is given texts
+        return
 
     @functools.wraps(apply)
     def apply_within_limits(*args: Any, **options: Any) -> Any:
