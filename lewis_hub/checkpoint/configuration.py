@@ -34,8 +34,9 @@ def require_buildable(where: str, config: Mapping[str, Any], n_tensors: int | No
         if number > limit:
             problem = f"`{key}` of its config.json is above the limit of {limit:,}"
             raise SourceError(where, problem, DAMAGED)
-    counted = (key for key in COUNTED if isinstance(config.get(key), int | float))
-    for key in counted if n_tensors is not None else ():
+    if n_tensors is None:
+        return
+    for key in (key for key in COUNTED if isinstance(config.get(key), int | float)):
         if config[key] > max(n_tensors, FEW_LAYERS):
             problem = f"`{key}` of its config.json is {config[key]}, but it has {n_tensors} tensors"
             raise SourceError(where, problem, DAMAGED)

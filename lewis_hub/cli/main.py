@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import click
 
@@ -20,7 +21,7 @@ from lewis_hub import __version__
 from lewis_hub.cli import adapters, demo, init, jobs, merge, models, recipes, transplant, tuning
 from lewis_hub.cli.help import Commands
 from lewis_hub.cli.terminal import say, say_json
-from lewis_hub.errors import LewisHubError
+from lewis_hub.errors import LewisHubError, SourceError
 from lewis_hub.files import DISK_FULL
 from lewis_hub.system import make_nonblocking, write_utf8
 
@@ -99,6 +100,7 @@ def _run() -> int:
     # Hide warnings of libraries: lewis-hub reports what a user must know in its own messages.
     warnings.filterwarnings("ignore", module=r"(?!lewis_hub\b)")
     try:
+        _require_endpoint()
         code = cli(standalone_mode=False)  # click returns the code of an `Exit`
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
@@ -116,6 +118,19 @@ def _run() -> int:
         if (failure := disk_failure(error)) is None:
             raise
         return _failed(*failure, 1)
+
+
+def _require_endpoint() -> None:
+    """Refuse an address in HF_ENDPOINT that huggingface_hub cannot even be imported with."""
+    asked = os.environ.get("HF_ENDPOINT")
+    try:
+        parts = urlsplit(asked or "https://huggingface.co")
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        remedy = "Expected: one such as https://huggingface.co, or no such variable."
+        raise SourceError("HF_ENDPOINT", "it is not the address of a Hub", remedy)
 
 
 def disk_failure(error: OSError) -> tuple[str, str] | None:

@@ -78,7 +78,7 @@ def load_backend(folder: Path, settings: EvaluationSettings) -> Any:
         with panics_as_errors():
             _require_buildable(folder)
             lm = load(path, settings)
-            limit_templates(lm.tokenizer)
+            limit_templates(getattr(lm, "tokenizer", None))
             return lm
     except LewisHubError:
         raise

@@ -16,6 +16,7 @@ from lewis_hub.system import resident_bytes
 MAX_S = 10.0  # of one conversation; real templates take milliseconds
 MAX_GROWTH_BYTES = 1 << 30  # of this process meanwhile
 CHECK_EVERY_S = 0.02
+WATCH = "limit of a chat template"
 REMEDY = "Set `chat_template` in the recipe, or use a copy of the model with another template."
 
 
@@ -28,7 +29,9 @@ def limit_templates(tokenizer: Any) -> None:
 
     Its `apply_chat_template` raises a TokenizerError then.
     """
-    apply: Callable[..., Any] = tokenizer.apply_chat_template
+    apply: Callable[..., Any] | None = getattr(tokenizer, "apply_chat_template", None)
+    if apply is None:  # of a server that is given texts
+        return
 
     @functools.wraps(apply)
     def apply_within_limits(*args: Any, **options: Any) -> Any:
@@ -47,7 +50,7 @@ def limited(where: str) -> Iterator[None]:
     """
     watch = _Watch(threading.get_ident())
     try:
-        threading.Thread(target=watch.run, daemon=True).start()
+        threading.Thread(target=watch.run, name=WATCH, daemon=True).start()
         try:
             yield
         finally:

@@ -89,4 +89,4 @@ def test_limits_that_are_reached_at_the_end_stop_nothing_afterwards(monkeypatch)
 
     assert 0 < n_refused <= 300
     time.sleep(0.05)
-    assert not [thread for thread in threading.enumerate() if "(run)" in thread.name]
+    assert not [thread for thread in threading.enumerate() if thread.name == chat.WATCH]

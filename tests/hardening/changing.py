@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 
 from lewis_hub import pipeline
 from lewis_hub.demo.zoo import zoo_folder
@@ -59,7 +59,7 @@ def large_copy(name: str, folder: Path) -> Path:
     shutil.copytree(zoo_folder() / name, folder)
     tensors = load_file(zoo_folder() / name / "model.safetensors")
     copies = {f"copy.{n}.{key}": value for key, value in tensors.items() for n in range(N_COPIES)}
-    save_file(tensors | copies, folder / "model.safetensors", {"format": "pt"})
+    save_file({**tensors, **copies}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

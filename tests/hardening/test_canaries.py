@@ -29,6 +29,7 @@ FAILURES = {
     "no such model": ({}, RECIPE.replace("zoo/base", "zoo/none"), None),
     "a bad recipe": ({}, RECIPE + "nonsense: 1\n", None),
     "no server": ({"HF_ENDPOINT": f"http://me:{PASSWORD}@127.0.0.1:9"}, RECIPE, None),
+    "a password that is refused": ({"HF_ENDPOINT": f"http://me:{PASSWORD}@HOST"}, RECIPE, None),
     "an address that is none": ({"HF_ENDPOINT": f"http://me:{PASSWORD}@:x"}, RECIPE, None),
 }
 
@@ -42,9 +43,8 @@ def place(hub, tmp_path, monkeypatch):
     for name in (".env", "credentials.json", "notes.txt", "id_rsa", "tasks.yaml", "data.jsonl"):
         (work / name).write_text(NEIGHBOUR)
         (tmp_path / name).write_text(NEIGHBOUR)
-    host = hub.url.removeprefix("http://")
     environment = {
-        **{"HF_TOKEN": hub.write_token, "HF_ENDPOINT": f"http://me:{PASSWORD}@{host}"},
+        **{"HF_TOKEN": hub.write_token, "HF_ENDPOINT": hub.url},
         **{"AWS_SECRET_ACCESS_KEY": VARIABLE, "GITHUB_TOKEN": VARIABLE, "CANARY": VARIABLE},
         **{"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")},
     }
@@ -109,6 +109,8 @@ def test_a_run_that_fails_tells_no_secret(hub, place, kind):
     work, environment = place
     changed, text, own = FAILURES[kind]
     (work / "recipe.yaml").write_text(text)
+    host = hub.url.removeprefix("http://")
+    changed = {name: value.replace("HOST", host) for name, value in changed.items()}
 
     done = run(work, environment | changed, "merge", "--push", "--json")
 
@@ -126,4 +128,4 @@ def test_the_search_finds_a_secret_in_each_spelling(tmp_path):
 
     assert found([PASSWORD], [], tmp_path) == [str(tmp_path / "a.zip")]
     assert found([VARIABLE], [VARIABLE.encode()], tmp_path) == ["a stream", str(tmp_path / "c")]
-    assert found(["other"], [b"x"], tmp_path, zoo_folder() / "base") == []
+    assert found(["canary-of-nobody"], [b"x"], tmp_path, zoo_folder() / "base") == []
