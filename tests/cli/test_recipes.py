@@ -297,7 +297,7 @@ def test_methods_and_guides_are_listed_with_their_papers():
 
     papers = {entry["name"]: entry["paper"] for entry in listed}
     options = {entry["name"]: entry["options"] for entry in listed}
-    assert len(listed) == 23
+    assert len(listed) == 27
     assert options["della"] == [
         *("weight", "density", "epsilon", "normalize", "rescale", "lambda"),
         *("trim", "trim_exponent"),

@@ -263,6 +263,7 @@ def test_regmean_is_searched_over_what_it_takes():
         Number("parameters.density", 0.05, 1.0, 1.0),
         Number("parameters.off_diagonal", 0.0, 1.0, 0.5),
         Number("parameters.lambda", 0.3, 2.0, 1.0),
+        Choice("parameters.compensate", (False, True), True),
     )
     by_statistics, plain = corners(space)
     assert by_statistics.calibration == asked.calibration

@@ -19,7 +19,7 @@ PACKAGE = Path(lewis_hub.__file__).parent
 # They read a recipe, or answer questions about it; every other module takes values of a job.
 BORDER = {
     *("pipeline.py", "workflow/resolve.py", "workflow/examine.py", "workflow/job.py"),
-    *("workflow/adapters.py", "workflow/mixture.py", "workflow/parts.py"),
+    *("workflow/adapters.py", "workflow/mixture.py", "workflow/parts.py", "workflow/steps.py"),
     "workflow/single_model.py",
     *("tune/run.py", "tune/space.py"),
 }
