@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ def _n_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     import gguf
 
     n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape, dtype=np.int64)) // n_values * n_bytes
+    return prod(shape) // int(n_values) * int(n_bytes)
 
 
 def _rows(label: str, tensor: ExportTensor, reader: Reader) -> Iterator[Floats]:
@@ -213,4 +214,4 @@ def _stored(
     if kind == gguf.GGMLQuantizationType.F16 and np.isinf(found).any():
         problem = f"`{tensor.name}` holds {np.abs(rows).max():g}, and float16 ends at 65504"
         raise ExportError(label, problem, LOSSLESS)
-    return memoryview(np.ascontiguousarray(found)).cast("B")
+    return np.ascontiguousarray(found).data.cast("B")
