@@ -99,9 +99,8 @@ def test_finished_steps_of_an_interrupted_run_are_kept(models, monkeypatch, tmp_
     config.write_text(text)
     again = CliRunner().invoke(cli, words)
     assert again.exit_code == 0, again.output
-    assert (
-        again.stderr.count("Merging: done") == 1
-    )  # the last merge; the adapter's base is not made again
+    assert again.stderr.count("Merging: done") == 1  # the last merge
+    assert "org/lora-code" not in again.stderr  # the base of a finished step is not made again
     assert not (tmp_path / "out.parts").exists()
     assert "Nothing changed" in CliRunner().invoke(cli, words).stdout
 
