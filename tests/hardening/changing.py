@@ -58,7 +58,9 @@ def large_copy(name: str, folder: Path) -> Path:
     """A model of the zoo with many copies of its tensors."""
     shutil.copytree(zoo_folder() / name, folder)
     tensors = load_file(zoo_folder() / name / "model.safetensors")
-    copies = {f"copy.{n}.{key}": value for key, value in tensors.items() for n in range(N_COPIES)}
+    copies = {
+        f"copy.{n}.{key}": value.clone() for key, value in tensors.items() for n in range(N_COPIES)
+    }
     save_file({**tensors, **copies}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
