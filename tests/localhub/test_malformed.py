@@ -217,11 +217,12 @@ def test_a_job_mounts_nothing_outside_of_its_bucket(running):
 
 
 def test_a_name_that_no_disk_can_hold_is_refused(running):
-    bucket = f"/api/buckets/{running.user}/{'a' * 300}"
+    buckets = f"/api/buckets/{running.user}"
+    assert send(running, "POST", f"{buckets}/data").status_code in {200, 409}
     volume = {"type": "bucket", "source": f"{running.user}/data", "path": "b" * 300}
     spec = json.dumps(SPEC | {"volumes": [volume | {"mountPath": "/data"}]}).encode()
 
-    for path, body in ((bucket, b""), (f"/api/jobs/{running.user}", spec)):
+    for path, body in ((f"{buckets}/{'a' * 300}", b""), (f"/api/jobs/{running.user}", spec)):
         answer = send(running, "POST", path, body)
         assert answer.status_code == 400
         assert answer.json() == {"error": "A name is longer than the disk allows"}
