@@ -104,7 +104,9 @@ def read_gguf_vocabulary(
     texts = _Texts(label, found, special)
     is_bytes = '"ByteLevel"' in json.dumps(found.document.get("pre_tokenizer"))
     tokens, types = _tokens(found, n_rows, special.get("unk"), pieces=not is_bytes)
-    adds = {name: texts.adds(name, settings) for name in ("bos", "eos") if name in special}
+    adds: dict[str, bool] = {
+        name: texts.adds(name, settings) for name in ("bos", "eos") if name in special
+    }
     template, merges = template_of(label, files), _merges(found.document)
     common = GgufVocabulary("", "", tokens, types, ids=special, adds=adds, template=template)
     if is_bytes:
